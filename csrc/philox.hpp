@@ -1,0 +1,66 @@
+// Counter-based noise: Philox 4x32-10 (Salmon et al., SC'11), keyed by 64 bits per row, counted by token id.
+//
+// A token's noise is a function of (row key, token id) alone: not of the batch, the order or the thread.
+// The first of the four output words equals Triton's tl.randint(key, token_id), so GPU kernels can draw the same bits.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace genssd {
+
+inline std::uint32_t philox(std::uint64_t key, std::uint64_t counter) {
+  constexpr std::uint32_t kMultiplierA = 0xD2511F53u, kMultiplierB = 0xCD9E8D57u;
+  constexpr std::uint32_t kWeylA = 0x9E3779B9u, kWeylB = 0xBB67AE85u;
+  std::uint32_t c0 = static_cast<std::uint32_t>(counter), c1 = static_cast<std::uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+  std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t a = static_cast<std::uint64_t>(kMultiplierA) * c0;
+    const std::uint64_t b = static_cast<std::uint64_t>(kMultiplierB) * c2;
+    const std::uint32_t n0 = static_cast<std::uint32_t>(b >> 32) ^ c1 ^ k0;
+    const std::uint32_t n2 = static_cast<std::uint32_t>(a >> 32) ^ c3 ^ k1;
+    c1 = static_cast<std::uint32_t>(b);
+    c3 = static_cast<std::uint32_t>(a);
+    c0 = n0;
+    c2 = n2;
+    k0 += kWeylA;
+    k1 += kWeylB;
+  }
+  return c0;
+}
+
+// Natural logarithm for positive normal floats (Cephes polynomial), branch-free so that loops over it vectorise.
+inline float log_positive(float x) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+  float exponent = static_cast<float>(static_cast<std::int32_t>(bits >> 23) - 126);
+  float m = std::bit_cast<float>((bits & 0x007FFFFFu) | 0x3F000000u);  // in [0.5, 1)
+  const bool low = m < 0.707106781186547524f;
+  exponent -= low ? 1.0f : 0.0f;
+  m = (low ? m + m : m) - 1.0f;
+  const float m2 = m * m;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  float y = p * m * m2;
+  y += exponent * -2.12194440e-4f;
+  y -= 0.5f * m2;
+  return m + y + exponent * 0.693359375f;
+}
+
+// Gumbel(0, 1) noise. u is uniform on (0, 1) with its fine resolution near 0, where -log(-log(1 - u)) is largest:
+// the tail reaches 22.9 instead of the 16.6 of a float32 uniform near 1.
+inline float gumbel(std::uint64_t key, std::uint64_t token) {
+  const float u = (static_cast<float>(philox(key, token)) + 0.5f) * 0x1p-32f;
+  const float keep = u < 0x1p-11f ? 0.5f : 1.0f - u;
+  const float by_series = u + 0.5f * u * u;
+  const float by_log = -log_positive(keep > 0x1p-25f ? keep : 0x1p-25f);
+  return -log_positive(u < 0x1p-11f ? by_series : by_log);
+}
+
+}  // namespace genssd

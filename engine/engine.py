@@ -1,0 +1,442 @@
+"""The engine: a teacher and a student over paged caches, and the searches that run on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from genssd.engine.branch import Branch, PromptIds
+from genssd.engine.checkpoint import fingerprint, locate
+from genssd.engine.chunk import Chunk
+from genssd.engine.criteria import Criterion, resolve
+from genssd.engine.errors import CapacityError, CheckpointError, InputError, NumericsError
+from genssd.engine.expander import Expander, Expansion, Usage
+from genssd.engine.loops import LoopGuard
+from genssd.engine.memory import available_bytes, choose_dtype
+from genssd.engine.model import Decoder
+from genssd.engine.pages import PAGE_SIZE, PagePool, pages_within
+from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.sampling import Sampling, prompt_stream
+from genssd.engine.search import PromptSearch, SearchOptions, search
+from genssd.engine.selection import Selection
+from genssd.engine.text import Prompt, Tokenizer
+from genssd.kernels.logprob import TokenStats, linear_logprob
+
+Role = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled response. logprob: of each token at temperature 1, float."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    status: Literal["finished", "length"]
+    logprob: tuple[float, ...]
+
+
+class Engine:
+    """Build with `Engine.from_pretrained`. Not thread-safe."""
+
+    def __init__(self, runners: dict[Role, ModelRunner], tokenizers: dict[Role, Tokenizer], max_batch: int) -> None:
+        self._runners = runners
+        self._tokenizers = tokenizers
+        self._max_batch = max_batch
+        self.usage = Usage()
+
+    @staticmethod
+    def from_pretrained(
+        teacher: str | Path | None = None,
+        student: str | Path | None = None,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        memory_utilization: float = 0.9,
+        memory_bytes: int | None = None,
+        max_batch: int = 256,
+    ) -> Engine:
+        """Load one or both models.
+
+        teacher, student: hub id or local directory; with one of them only `generate`, `score` and `branch` of that
+        model work. device: None takes CUDA where there is one. dtype: "auto" is the checkpoint's own, float32 on a CPU
+        that has no bf16 arithmetic. memory_utilization: the share of the memory free after loading that the two caches
+        get together; memory_bytes sets that budget in bytes instead. max_batch: candidates decoded at once.
+        Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers differ.
+        """
+        names: dict[Role, str | Path] = {}
+        if teacher is not None:
+            names["teacher"] = teacher
+        if student is not None:
+            names["student"] = student
+        if not names:
+            raise InputError("from_pretrained needs a teacher, a student or both")
+        if not 0.0 < memory_utilization <= 1.0:
+            raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        directories = {role: locate(name) for role, name in names.items()}
+        decoders = {role: Decoder.load(path, choose_dtype(path, dtype, target), target) for role, path in directories.items()}
+        tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
+        for role, decoder in decoders.items():
+            _check_vocabulary(tokenizers[role], decoder)
+        if len({tokenizer.fingerprint for tokenizer in tokenizers.values()}) > 1:
+            raise InputError(
+                f"teacher {names['teacher']} and student {names['student']} have different vocabularies; the student "
+                "scores the teacher's token ids, so both need the same tokenizer"
+            )
+        budget = memory_bytes or int(memory_utilization * available_bytes(target))
+        pages = pages_within(budget, list(decoders.values()))
+        runners = {
+            role: ModelRunner(role, directories[role], decoder, PagePool.for_model(decoder, pages))
+            for role, decoder in decoders.items()
+        }
+        return Engine(runners, tokenizers, max_batch)
+
+    def select_expand(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        candidates: int = 4,
+        chunk: Chunk = Chunk(),
+        beam: int = 1,
+        criterion: str | Criterion = "ppl",
+        threshold: float | None = None,
+        max_tokens: int = 4096,
+        sampling: Sampling = Sampling(),
+        loop_guard: LoopGuard | None = LoopGuard(),
+        seed: int = 0,
+    ) -> list[Selection]:
+        """Let the student choose what the teacher writes; one Selection per prompt, in order.
+
+        prompts: raw text, chat messages, or token ids each. candidates: sampled per live branch and round. beam:
+        branches kept per prompt after each round. criterion: a registered name or an object. threshold: prune a branch
+        whose best candidate is worse than this value of the criterion; None never prunes. max_tokens: of the response.
+        Raises InputError on an unusable prompt or option (naming the prompt's index), CapacityError on a prompt that is
+        longer than the models' positions or the cache, NumericsError on NaN or infinite logits.
+        """
+        done = self.iter_select_expand(
+            prompts,
+            candidates=candidates,
+            chunk=chunk,
+            beam=beam,
+            criterion=criterion,
+            threshold=threshold,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            loop_guard=loop_guard,
+            seed=seed,
+        )
+        return sorted(done, key=lambda selection: selection.index)
+
+    def iter_select_expand(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        candidates: int = 4,
+        chunk: Chunk = Chunk(),
+        beam: int = 1,
+        criterion: str | Criterion = "ppl",
+        threshold: float | None = None,
+        max_tokens: int = 4096,
+        sampling: Sampling = Sampling(),
+        loop_guard: LoopGuard | None = LoopGuard(),
+        seed: int = 0,
+        skip: frozenset[int] = frozenset(),
+    ) -> Iterator[Selection]:
+        """The same, each Selection as its prompt ends.
+
+        skip: indices of prompts that are not run (done before); the others get what they would have got without it.
+        """
+        options = SearchOptions(
+            candidates=candidates,
+            chunk=chunk,
+            beam=beam,
+            criterion=resolve(criterion),
+            threshold=threshold,
+            max_tokens=max_tokens,
+            loop_guard=loop_guard,
+            seed=seed,
+        )
+        self._runner("teacher"), self._runner("student")  # both are needed: say so before anything starts
+        brancher = _Brancher(self, sampling, "teacher")
+        starts = self._prompt_searches(prompts, options, brancher, skip)
+        return search(starts, brancher.expander, options)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        model: Role = "teacher",
+        n: int = 1,
+        sampling: Sampling = Sampling(),
+        max_tokens: int = 4096,
+        seed: int = 0,
+    ) -> list[list[Completion]]:
+        """Sample n responses per prompt from one model, without scoring. Errors as in `select_expand`."""
+        results: dict[int, list[Completion]] = {}
+        for index, completions in self.iter_generate(
+            prompts, model=model, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed
+        ):
+            results[index] = completions
+        return [results[i] for i in range(len(prompts))]
+
+    def iter_generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        model: Role = "teacher",
+        n: int = 1,
+        sampling: Sampling = Sampling(),
+        max_tokens: int = 4096,
+        seed: int = 0,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The same, each prompt's index and responses as it ends."""
+        if n < 1 or max_tokens < 1:
+            raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
+        brancher = _Brancher(self, sampling, model, scored=False)
+        whole = Chunk(tokens=max_tokens, until=None)
+        roots = list(self._roots(prompts, brancher, seed, [model]))
+        limits = [self._response_limit(root.prompt, max_tokens, [model]) for _, root, _ in roots]
+        queue = [
+            Expansion(root, n, whole, limit, f"prompt {index}")
+            for (index, root, _), limit in zip(roots, limits, strict=True)
+        ]
+        for expansion in queue:
+            self._check_fits(brancher.expander, expansion)
+        return self._run_generate(queue, brancher)
+
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]], *, model: Role = "student"
+    ) -> list[TokenStats]:
+        """Statistics of every token of each response given its prompt, under one model; one TokenStats per response.
+
+        responses: token ids, or text (encoded as it is, nothing added). No [tokens, vocabulary] tensor is built.
+        Raises InputError on an empty response or unequal counts; else as `select_expand`.
+        """
+        if len(prompts) != len(responses):
+            raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
+        runner, tokenizer = self._runner(model), self._tokenizers[model]
+        pairs = []
+        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            prompt_ids = self._encode(prompt, model, index)
+            ids = tokenizer.encode(response, special=False) if isinstance(response, str) else list(response)
+            if not ids:
+                raise InputError(f"response {index} is empty")
+            _check_ids(ids, runner, f"response {index}")
+            self._check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
+            pairs.append((prompt_ids, ids))
+        results: list[TokenStats] = []
+        while len(results) < len(pairs):
+            results += self._score_some(runner, pairs[len(results) :])
+        return results
+
+    def branch(self, prompt: Prompt, *, sampling: Sampling = Sampling(), seed: int = 0) -> Branch:
+        """The root of a tree for searches of your own; see `Branch`."""
+        brancher = _Brancher(self, sampling, "teacher", scored="student" in self._runners)
+        roles: list[Role] = ["teacher", "student"] if "student" in self._runners else ["teacher"]
+        ((_, root, _),) = self._roots([prompt], brancher, seed, roles)
+        return root
+
+    @property
+    def pages_in_use(self) -> tuple[int, int]:
+        """Held pages and all pages, over both caches."""
+        pools = [runner.tree.pool for runner in self._runners.values()]
+        return sum(p.num_pages - p.num_free for p in pools), sum(p.num_pages for p in pools)
+
+    @property
+    def fingerprints(self) -> dict[Role, str]:
+        """Identifies each loaded checkpoint: 16 hex digits."""
+        return {role: fingerprint(runner.directory) for role, runner in self._runners.items()}
+
+    def tokenizer(self, model: Role) -> Tokenizer:
+        """The tokenizer of a loaded model."""
+        self._runner(model)
+        return self._tokenizers[model]
+
+    def _runner(self, role: Role) -> ModelRunner:
+        runner = self._runners.get(role)
+        if runner is None:
+            raise InputError(f"this engine has no {role}; give {role}= to Engine.from_pretrained")
+        return runner
+
+    def _encode(self, prompt: Prompt, role: Role, index: int) -> list[int]:
+        runner = self._runner(role)
+        try:
+            ids = self._tokenizers[role].encode_prompt(prompt)
+        except InputError as error:
+            raise InputError(f"prompt {index}: {error}") from None
+        _check_ids(ids, runner, f"prompt {index}")
+        self._check_positions(len(ids), runner, f"prompt {index}")
+        return ids
+
+    @staticmethod
+    def _check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
+        positions = runner.decoder.config.max_position_embeddings
+        pool = runner.tree.pool
+        if tokens >= positions:
+            raise CapacityError(f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions")
+        if tokens > pool.num_pages * pool.page_size:
+            raise CapacityError(
+                f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds "
+                f"{pool.num_pages * pool.page_size}: raise memory_bytes or memory_utilization"
+            )
+
+    def _roots(
+        self, prompts: Sequence[Prompt], owner: _Brancher, seed: int, roles: list[Role]
+    ) -> Iterator[tuple[int, Branch, int]]:
+        """Index, root branch and occurrence (how many equal prompts came before) of each prompt."""
+        seen: Counter[tuple[int, ...]] = Counter()
+        for index, prompt in enumerate(prompts):
+            ids = {role: tuple(self._encode(prompt, role, index)) for role in roles}
+            rendered = PromptIds(teacher=ids.get("teacher", ()), student=ids.get("student", ()))
+            key = ids[roles[0]]
+            yield index, Branch(owner, rendered, prompt_stream(seed, key, seen[key])), seen[key]
+            seen[key] += 1
+
+    def _response_limit(self, prompt: PromptIds, max_tokens: int, roles: list[Role]) -> int:
+        """max_tokens, or what the positions of the models leave."""
+        used = {"teacher": len(prompt.teacher), "student": len(prompt.student)}
+        room = [self._runner(role).decoder.config.max_position_embeddings - used[role] for role in roles]
+        return min(max_tokens, *room)
+
+    def _prompt_searches(
+        self, prompts: Sequence[Prompt], options: SearchOptions, owner: _Brancher, skip: frozenset[int]
+    ) -> list[PromptSearch]:
+        roles: list[Role] = ["teacher", "student"]
+        searches = []
+        for index, root, occurrence in self._roots(prompts, owner, options.seed, roles):
+            limit = self._response_limit(root.prompt, options.max_tokens, roles)
+            start = PromptSearch(index, occurrence, root, limit)
+            if index not in skip:
+                for expansion in start.next_round(options):
+                    self._check_fits(owner.expander, expansion)
+                searches.append(start)
+        return searches
+
+    @staticmethod
+    def _check_fits(expander: Expander, expansion: Expansion) -> None:
+        missing = expander.missing_pages(expansion)
+        if missing:
+            raise CapacityError(
+                f"{expansion.label}: {expansion.n} candidates of up to {expansion.longest} tokens need {missing} pages more "
+                f"than the key-value cache has; raise memory_bytes or memory_utilization, or lower the candidates or the "
+                "chunk limit"
+            )
+
+    def _run_generate(self, queue: list[Expansion], brancher: _Brancher) -> Iterator[tuple[int, list[Completion]]]:
+        index = {expansion: i for i, expansion in enumerate(queue)}
+        expander, waiting, in_flight = brancher.expander, list(reversed(queue)), 0
+        try:
+            while waiting or in_flight:
+                while waiting and expander.has_room and expander.fits([waiting[-1]]):
+                    expander.submit(waiting.pop())
+                    in_flight += 1
+                for expansion in expander.step():
+                    in_flight -= 1
+                    yield index[expansion], [_completion(kid) for kid in expansion.kids]
+                    for branch in (expansion.parent, *expansion.kids):
+                        branch.drop()
+        finally:
+            for expansion in queue:
+                for branch in (expansion.parent, *expansion.kids):
+                    branch.drop()
+
+    @torch.inference_mode()
+    def _score_some(self, runner: ModelRunner, pairs: Sequence[tuple[list[int], list[int]]]) -> list[TokenStats]:
+        """Score as many of the first pairs as one pass and the cache take."""
+        pool, chosen, rows, pages = runner.tree.pool, [], 0, 0
+        for prompt_ids, ids in pairs:
+            tokens = len(prompt_ids) + len(ids) - 1
+            rows, pages = rows + tokens, pages - (-tokens // pool.page_size)
+            if chosen and (rows > MAX_ROWS or pages > pool.num_free):
+                break
+            chosen.append((prompt_ids, ids))
+        paths = [runner.tree.root() for _ in chosen]
+        try:
+            hidden = runner.extend(paths, [prompt_ids + ids[:-1] for prompt_ids, ids in chosen])
+            predicting = [states[-len(ids) :] for states, (_, ids) in zip(hidden, chosen, strict=True)]
+            head = runner.decoder.head
+            targets = torch.tensor([token for _, ids in chosen for token in ids], device=head.device)
+            stats = linear_logprob(torch.cat(predicting), head, targets)
+        except CapacityError:
+            raise
+        except ValueError as error:
+            raise NumericsError(f"the {runner.role} {runner.directory}: {error}") from None
+        finally:
+            for path in paths:
+                runner.tree.drop(path)
+        ends = torch.tensor([len(ids) for _, ids in chosen]).cumsum(0).tolist()
+        return [stats[end - len(ids) : end] for end, (_, ids) in zip(ends, chosen, strict=True)]
+
+
+class _Brancher:
+    """Gives branches what they need of the engine; holds the expander of one call."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, writer: Role, scored: bool = True) -> None:
+        self._engine = engine
+        self._tokenizer = engine.tokenizer(writer)
+        runner = engine._runner(writer)
+        scorer = engine._runner("student") if scored else None
+        models = [runner] if scorer is None else [runner, scorer]
+        eos = self._tokenizer.eos_token_id
+        self.expander = Expander(
+            runner,
+            scorer,
+            self._tokenizer,
+            eos_token_ids=frozenset(runner.decoder.config.eos_token_ids) | (frozenset() if eos is None else {eos}),
+            # ids beyond the smaller embedding exist in one model only
+            vocabulary=min(model.decoder.config.vocab_size for model in models),
+            sampling=sampling,
+            max_batch=engine._max_batch,
+            usage=engine.usage,
+        )
+
+    def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]:
+        roles: list[Role] = ["teacher", "student"] if branch.prompt.student else ["teacher"]
+        room = self._engine._response_limit(branch.prompt, 1 << 62, roles) - branch.length
+        if room < 1:
+            raise CapacityError("the branch has reached the last position of a model")
+        expansion = Expansion(branch, n, chunk, room, "the branch")
+        self._engine._check_fits(self.expander, expansion)
+        self.expander.submit(expansion)
+        while not self.expander.step():
+            pass
+        return expansion.kids
+
+    def drop_paths(self, branch: Branch) -> None:
+        for role, state in (("teacher", branch.teacher), ("student", branch.student)):
+            if state.path is not None:
+                self._engine._runner(role).tree.drop(state.path)  # type: ignore[arg-type]
+                state.path = None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids)
+
+
+def _completion(kid: Branch) -> Completion:
+    return Completion(
+        token_ids=tuple(kid.chunk),
+        text=kid.text,
+        status="finished" if kid.ended == "finished" else "length",
+        logprob=tuple(kid.chunk_teacher_logprob),
+    )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
+    size = decoder.config.vocab_size
+    if tokenizer.largest_id >= size:
+        raise CheckpointError(
+            f"{tokenizer.directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has {size} rows; "
+            "the tokenizer belongs to another model, or the embedding was not resized"
+        )
+
+
+def _check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> None:
+    size = runner.decoder.config.vocab_size
+    wrong = [i for i in ids if not 0 <= i < size]
+    if wrong:
+        raise InputError(f"{label}: token id {wrong[0]} is outside the {runner.role}'s vocabulary of {size}")

@@ -1,0 +1,23 @@
+"""The exceptions a user of genssd can cause. Their messages name what was given, where, and the fix."""
+
+from __future__ import annotations
+
+
+class GenssdError(ValueError):
+    """Base of all errors that come from the outside: files, options, memory."""
+
+
+class InputError(GenssdError):
+    """A prompt, a row or an option that cannot be used."""
+
+
+class CheckpointError(GenssdError):
+    """A model directory that cannot be loaded."""
+
+
+class CapacityError(GenssdError):
+    """More tokens than the key-value cache or the model's positions can hold."""
+
+
+class NumericsError(GenssdError):
+    """A model that produced NaN or infinite logits."""

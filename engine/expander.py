@@ -1,0 +1,289 @@
+"""Continuous batching of expansions: candidates are decoded together, whatever branch and prompt they belong to.
+
+An expansion asks for n candidates of one branch. Its candidates decode one token per step beside those of all others;
+when the last of them is complete the student scores them, on its own pages, each new token once. The first token of a
+chunk is scored from the last hidden state of the branch, so no prefix is ever computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from genssd.engine.branch import Branch, ModelState
+from genssd.engine.chunk import Chunk, ChunkEnd
+from genssd.engine.errors import NumericsError
+from genssd.engine.runner import ModelRunner
+from genssd.engine.sampling import Sampling, child_stream, noise_key
+from genssd.engine.text import Tokenizer
+from genssd.engine.tree import Path
+from genssd.kernels.logprob import linear_logprob
+from genssd.kernels.sampling import sample
+
+
+@dataclass(slots=True)
+class Usage:
+    """What the engine has spent so far."""
+
+    teacher_tokens: int = 0
+    """Tokens sampled, pruned ones included."""
+    student_tokens: int = 0
+    """Candidate tokens scored."""
+    prefill_tokens: int = 0
+    """Prompt tokens computed, over both models; computed again after a preemption counts again."""
+
+
+@dataclass(slots=True, eq=False)
+class Expansion:
+    """A request: `n` candidates of `parent`, each a `chunk` of at most `max_new` tokens."""
+
+    parent: Branch
+    n: int
+    chunk: Chunk
+    max_new: int
+    label: str
+    """Names the prompt in messages."""
+    kids: list[Branch] = field(default_factory=list)
+    open_kids: int = 0
+
+    @property
+    def longest(self) -> int:
+        return min(self.chunk.longest, self.max_new)
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """A row of the decoding batch: an expansion that has not branched yet (kid None), or one candidate."""
+
+    expansion: Expansion
+    kid: Branch | None = None
+    end: ChunkEnd | None = None
+
+    @property
+    def branch(self) -> Branch:
+        return self.expansion.parent if self.kid is None else self.kid
+
+    @property
+    def rows(self) -> int:
+        return self.expansion.n if self.kid is None else 1
+
+
+class Expander:
+    """Runs expansions with one way of sampling. writer: the model that generates; scorer: the one that scores, if any."""
+
+    def __init__(
+        self,
+        writer: ModelRunner,
+        scorer: ModelRunner | None,
+        tokenizer: Tokenizer,
+        *,
+        eos_token_ids: frozenset[int],
+        vocabulary: int,
+        sampling: Sampling,
+        max_batch: int,
+        usage: Usage,
+    ) -> None:
+        self._writer = writer
+        self._scorer = scorer
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._vocabulary = vocabulary
+        self._sampling = sampling
+        self._max_batch = max_batch
+        self._usage = usage
+        self._lanes: list[_Lane] = []
+        self._reserved: dict[Expansion, list[tuple[ModelRunner, int]]] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Candidates in flight."""
+        return sum(lane.rows for lane in self._lanes)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another expansion would find room in the decoding batch."""
+        return self.num_rows < self._max_batch
+
+    def fits(self, expansions: list[Expansion]) -> bool:
+        """Whether the cache can take these expansions, at their longest, beside all that is in flight."""
+        return all(
+            runner.tree.pool.num_free - self._outstanding(runner) >= sum(self._pages(runner, e) for e in expansions)
+            for runner in self._runners
+        )
+
+    def missing_pages(self, expansion: Expansion) -> int:
+        """How many pages an otherwise empty cache would lack for this expansion; 0 if it fits."""
+        return max(0, *(self._pages(r, expansion) - r.tree.pool.num_pages for r in self._runners))
+
+    def submit(self, expansion: Expansion) -> None:
+        """Add an expansion that fits."""
+        for runner in self._runners:
+            state = self._state(runner, expansion.parent)
+            if state.path is None:
+                state.path = runner.tree.root()
+        self._reserved[expansion] = [(runner, self._pages(runner, expansion)) for runner in self._runners]
+        self._lanes.append(_Lane(expansion))
+
+    @torch.inference_mode()
+    def step(self) -> list[Expansion]:
+        """Decode one token of every candidate in the batch; return the expansions that are complete and scored."""
+        batch, waiting = self._take_batch()
+        if self._scorer is not None:
+            self._advance(self._scorer, [lane.expansion.parent for lane in batch if lane.kid is None])
+        self._advance(self._writer, [lane.branch for lane in batch])
+        # a lane that branches off now is sampled once for each of its candidates
+        kids = [self._open_kid(lane) for lane in batch for _ in range(lane.rows)]
+        source = torch.tensor([i for i, lane in enumerate(batch) for _ in range(lane.rows)])
+        running: list[_Lane] = []
+        complete: list[Expansion] = []
+        for lane, token, logprob in zip(kids, *self._sample(batch, source, kids), strict=True):
+            self._take_token(lane, token, logprob)
+            if lane.branch.ended is None:
+                running.append(lane)
+            elif lane.expansion.open_kids == 0:
+                complete.append(lane.expansion)
+        self._lanes = running + waiting
+        if self._scorer is not None and complete:
+            self._score(self._scorer, complete)
+        for expansion in complete:
+            del self._reserved[expansion]
+        return complete
+
+    def _take_batch(self) -> tuple[list[_Lane], list[_Lane]]:
+        """The lanes of this step, first come first served, and those that wait. At least one lane runs."""
+        rows = 0
+        for i, lane in enumerate(self._lanes):
+            rows += lane.rows
+            if rows > self._max_batch and i > 0:
+                return self._lanes[:i], self._lanes[i:]
+        return self._lanes, []
+
+    def _advance(self, runner: ModelRunner, branches: list[Branch]) -> None:
+        """Compute what the branches have pending."""
+        states = [state for branch in branches if (state := self._state(runner, branch)).pending]
+        paths = [state.path for state in states if state.path is not None]
+        self._usage.prefill_tokens += sum(len(state.pending) for state in states if len(state.pending) > 1)
+        for state, hidden in zip(states, runner.extend(paths, [state.pending for state in states]), strict=True):
+            state.hidden = hidden[-1]
+            state.pending = []
+
+    def _open_kid(self, lane: _Lane) -> _Lane:
+        if lane.kid is not None:
+            return lane
+        expansion, parent = lane.expansion, lane.expansion.parent
+        kid = Branch(parent._owner, parent.prompt, child_stream(parent.stream, len(parent.history), parent.num_children))
+        kid.trace = (*parent.trace, parent.num_children)
+        kid.history = parent.history
+        kid.history_stats = parent.history_stats
+        kid.history_teacher_logprob = parent.history_teacher_logprob
+        parent.num_children += 1
+        path = self._state(self._writer, parent).path
+        assert path is not None
+        kid.teacher, kid.student = ModelState(pending=[]), ModelState(pending=[])
+        self._state(self._writer, kid).path = self._writer.tree.fork(path)
+        expansion.kids.append(kid)
+        expansion.open_kids += 1
+        return _Lane(expansion, kid, ChunkEnd(expansion.chunk))
+
+    def _sample(self, batch: list[_Lane], source: Tensor, kids: list[_Lane]) -> tuple[list[int], list[float]]:
+        """One token for each of the kids and its log-probability at temperature 1."""
+        hidden = torch.stack([self._hidden(lane.branch) for lane in batch])
+        logits = self._writer.logits(hidden)
+        finite = logits.logsumexp(dim=1).isfinite()
+        if not bool(finite.all()):
+            self._report_nonfinite(batch[int((~finite).nonzero()[0])])
+        logprob = logits.log_softmax(dim=1)
+        keys = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in kids])
+        options = self._sampling
+        tokens = sample(
+            logits[source, : self._vocabulary],
+            keys.to(logits.device),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+        )
+        return tokens.tolist(), logprob[source.to(logits.device), tokens].tolist()
+
+    def _take_token(self, lane: _Lane, token: int, logprob: float) -> None:
+        kid = lane.branch
+        assert lane.end is not None
+        kid.chunk.append(token)
+        kid.chunk_teacher_logprob.append(logprob)
+        self._state(self._writer, kid).pending = [token]
+        self._usage.teacher_tokens += 1
+        chunk_ends = lane.end.reached(self._tokenizer.token_text(token))
+        if token in self._eos_token_ids:
+            kid.ended = "finished"
+        elif len(kid.chunk) >= lane.expansion.max_new:
+            kid.ended = "length"
+        elif chunk_ends:
+            kid.ended = "chunk"
+        if kid.ended is not None:
+            lane.expansion.open_kids -= 1
+
+    def _score(self, scorer: ModelRunner, complete: list[Expansion]) -> None:
+        """Extend the student over the new tokens of every candidate and take their statistics."""
+        pairs = [(expansion.parent, kid) for expansion in complete for kid in expansion.kids]
+        for parent, kid in pairs:
+            path = self._state(scorer, parent).path
+            assert path is not None
+            self._state(scorer, kid).path = scorer.tree.fork(path)
+        paths = [path for _, kid in pairs if (path := self._state(scorer, kid).path) is not None]
+        hidden = scorer.extend(paths, [kid.chunk for _, kid in pairs])
+        predicting = []
+        for (parent, kid), states in zip(pairs, hidden, strict=True):
+            before = self._state(scorer, parent).hidden
+            assert before is not None
+            predicting += [before[None], states[:-1]]
+            self._state(scorer, kid).hidden = states[-1].clone()  # not a view: it would keep the whole batch alive
+        targets = torch.tensor([token for _, kid in pairs for token in kid.chunk])
+        head = scorer.decoder.head
+        try:
+            stats = linear_logprob(torch.cat(predicting), head, targets.to(head.device))
+        except ValueError as error:
+            labels = sorted({expansion.label for expansion in complete})
+            raise NumericsError(f"the student {scorer.directory}, scoring {', '.join(labels)}: {error}") from None
+        self._usage.student_tokens += len(targets)
+        start = 0
+        for _, kid in pairs:
+            kid.stats = stats[start : start + len(kid.chunk)]
+            start += len(kid.chunk)
+
+    def _report_nonfinite(self, lane: _Lane) -> None:
+        position = lane.branch.length
+        raise NumericsError(
+            f"the {self._writer.role} {self._writer.directory} produced NaN or infinite logits for "
+            f"{lane.expansion.label}, response position {position}; check the weights, or run it in float32"
+        )
+
+    def _hidden(self, branch: Branch) -> Tensor:
+        hidden = self._state(self._writer, branch).hidden
+        assert hidden is not None
+        return hidden
+
+    @property
+    def _runners(self) -> list[ModelRunner]:
+        return [self._writer] if self._scorer is None else [self._writer, self._scorer]
+
+    @staticmethod
+    def _state(runner: ModelRunner, branch: Branch) -> ModelState:
+        return branch.teacher if runner.role == "teacher" else branch.student
+
+    def _pages(self, runner: ModelRunner, expansion: Expansion) -> int:
+        """Pages that an expansion takes at most."""
+        state = self._state(runner, expansion.parent)
+        size = runner.tree.pool.page_size
+        prefix = -(-len(state.pending) // size) + 1
+        return prefix + expansion.n * (-(-expansion.longest // size) + 1)
+
+    def _outstanding(self, runner: ModelRunner) -> int:
+        """Pages promised to the expansions in flight and not taken yet."""
+        promised = 0
+        for expansion, reserved in self._reserved.items():
+            paths = [self._state(runner, kid).path for kid in expansion.kids]
+            taken = sum(len(path.leaf.pages) for path in paths if path is not None)
+            promised += sum(pages for r, pages in reserved if r is runner) - taken
+        return max(0, promised)

@@ -1,0 +1,152 @@
+"""One decoder for the Llama, Qwen2 and Qwen3 classes, over packed tokens and a paged key-value cache.
+
+Shapes:  N packed tokens   D model width   V vocabulary   H query heads   G kv heads   E head dim   F feed-forward width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from genssd.engine.checkpoint import read_tensors, take
+from genssd.engine.config import ModelConfig
+from genssd.kernels.activation import swiglu
+from genssd.kernels.attention import AttentionPlan, paged_attention
+from genssd.kernels.cache import write_kv
+from genssd.kernels.norm import rms_norm
+from genssd.kernels.rotary import rope_frequencies, rotary, rotary_angles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One transformer block; projections that read the same input are stacked into one matrix."""
+
+    attention_norm: Tensor  # [D]
+    qkv: Tensor  # [(H + 2 G) E, D]
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [E]
+    k_norm: Tensor | None
+    output: Tensor  # [D, H E]
+    output_bias: Tensor | None
+    mlp_norm: Tensor  # [D]
+    gate_up: Tensor  # [2 F, D]
+    gate_up_bias: Tensor | None
+    down: Tensor  # [D, F]
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """Weights and the forward pass. Holds no cache and no sequence."""
+
+    config: ModelConfig
+    embedding: Tensor  # [V, D]
+    head: Tensor  # [V, D]
+    norm: Tensor  # [D]
+    layers: tuple[LayerWeights, ...]
+    frequency: Tensor  # [E / 2]
+    rope_factor: float
+
+    @staticmethod
+    @torch.inference_mode()
+    def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+        """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported."""
+        config = ModelConfig.load(directory)
+        tensors = read_tensors(directory, dtype, device)
+        width = (config.vocab_size, config.hidden_size)
+        embedding = take(tensors, "model.embed_tokens.weight", width, directory)
+        frequency, factor = rope_frequencies(config.rope_parameters, config.head_dim, config.max_position_embeddings)
+        return Decoder(
+            config=config,
+            embedding=embedding,
+            head=embedding if config.tie_word_embeddings else take(tensors, "lm_head.weight", width, directory),
+            norm=take(tensors, "model.norm.weight", (config.hidden_size,), directory),
+            layers=tuple(_layer(tensors, config, i, directory) for i in range(config.num_hidden_layers)),
+            frequency=frequency.to(device),
+            rope_factor=factor,
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of keys and values, all layers."""
+        c = self.config
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.embedding.element_size()
+
+    def forward(self, ids_N: Tensor, slot_N: Tensor, plan: AttentionPlan, kv: Tensor) -> Tensor:
+        """Extend the cache by N tokens and return their hidden states after the last norm, [N, D].
+
+        ids_N, slot_N: int64; a token's cache slot. plan: each token's sequence and position. kv: [L, 2, P, S, G, E].
+        """
+        x = self.embedding[ids_N]
+        cos, sin = rotary_angles(plan.row_position_N, self.frequency, self.rope_factor, x.dtype)
+        for layer, cache, window in zip(self.layers, kv, self.config.windows, strict=True):
+            h = rms_norm(x, layer.attention_norm, self.config.rms_norm_eps)
+            x = x + self._attention(h, layer, cache, window, slot_N, plan, cos, sin)
+            h = rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
+            x = x + linear(swiglu(linear(h, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 [N, V]."""
+        return linear(hidden_ND, self.head).float()
+
+    def _attention(
+        self,
+        h_ND: Tensor,
+        layer: LayerWeights,
+        cache: Tensor,
+        window: int,
+        slot_N: Tensor,
+        plan: AttentionPlan,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        c = self.config
+        sizes = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        qkv = linear(h_ND, layer.qkv, layer.qkv_bias).view(len(h_ND), sum(sizes), c.head_dim)
+        q, k, v = qkv.split(sizes, dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, c.rms_norm_eps), rms_norm(k, layer.k_norm, c.rms_norm_eps)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        k_pages, v_pages = cache
+        write_kv(k, v, k_pages, v_pages, slot_N)
+        out = paged_attention(q, k_pages, v_pages, plan, scale=c.head_dim**-0.5, window=window)
+        return linear(out.flatten(1), layer.output, layer.output_bias)
+
+
+def _layer(tensors: dict[str, Tensor], c: ModelConfig, index: int, directory: Path) -> LayerWeights:
+    prefix = f"model.layers.{index}."
+    q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+    def get(name: str, *shape: int) -> Tensor:
+        return take(tensors, prefix + name, shape, directory)
+
+    def stack(names: dict[str, int], inputs: int, biased: bool) -> tuple[Tensor, Tensor | None]:
+        weight = torch.cat([get(f"{name}.weight", rows, inputs) for name, rows in names.items()])
+        bias = torch.cat([get(f"{name}.bias", rows) for name, rows in names.items()]) if biased else None
+        return weight, bias
+
+    attention = {"self_attn.q_proj": q_width, "self_attn.k_proj": kv_width, "self_attn.v_proj": kv_width}
+    qkv, qkv_bias = stack(attention, c.hidden_size, c.qkv_bias)
+    output, output_bias = stack({"self_attn.o_proj": c.hidden_size}, q_width, c.output_bias)
+    feed = {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
+    gate_up, gate_up_bias = stack(feed, c.hidden_size, c.mlp_bias)
+    down, down_bias = stack({"mlp.down_proj": c.hidden_size}, c.intermediate_size, c.mlp_bias)
+    return LayerWeights(
+        attention_norm=get("input_layernorm.weight", c.hidden_size),
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        q_norm=get("self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None,
+        k_norm=get("self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None,
+        output=output,
+        output_bias=output_bias,
+        mlp_norm=get("post_attention_layernorm.weight", c.hidden_size),
+        gate_up=gate_up,
+        gate_up_bias=gate_up_bias,
+        down=down,
+        down_bias=down_bias,
+    )

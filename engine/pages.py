@@ -1,0 +1,73 @@
+"""The page pool of one model: a fixed tensor of key-value pages and the list of the free ones.
+
+Shapes:  L layers   P pages   S page size   G kv heads   E head dim
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genssd.engine.errors import CapacityError
+from genssd.engine.model import Decoder
+from genssd.kernels.cache import copy_pages
+
+PAGE_SIZE = 16  # tokens
+
+
+class PagePool:
+    """Owns `kv` and knows which pages are free. Page 0..P-1; a page is free or held by exactly one tree node."""
+
+    def __init__(self, kv_L2PSGE: Tensor) -> None:
+        self.kv = kv_L2PSGE
+        self.page_size = kv_L2PSGE.shape[3]
+        # a stack: the page freed last is written next, so memory that was never needed is never touched
+        self._free = list(range(kv_L2PSGE.shape[2] - 1, -1, -1))
+        self._is_free = [True] * kv_L2PSGE.shape[2]
+
+    @staticmethod
+    def for_model(decoder: Decoder, num_pages: int, page_size: int = PAGE_SIZE) -> PagePool:
+        """An uninitialised pool on the decoder's device, in its dtype."""
+        c = decoder.config
+        shape = (c.num_hidden_layers, 2, num_pages, page_size, c.num_key_value_heads, c.head_dim)
+        return PagePool(torch.empty(shape, dtype=decoder.embedding.dtype, device=decoder.embedding.device))
+
+    @property
+    def num_pages(self) -> int:
+        return len(self._is_free)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take pages out of the free list. Raises CapacityError, taking none, when there are too few."""
+        if count > len(self._free):
+            raise CapacityError(f"the key-value cache has {len(self._free)} free pages of {self.num_pages}, {count} needed")
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._is_free[page] = False
+        return pages
+
+    def release(self, pages: list[int]) -> None:
+        """Return pages to the free list."""
+        for page in pages:
+            assert not self._is_free[page], f"page {page} released twice"
+            self._is_free[page] = True
+        self._free.extend(reversed(pages))
+
+    def copy(self, source: int, destination: int) -> None:
+        """Copy one page, keys and values of all layers."""
+        device = self.kv.device
+        copy_pages(self.kv, torch.tensor([source], device=device), torch.tensor([destination], device=device))
+
+
+def pages_within(budget_bytes: int, decoders: list[Decoder], page_size: int = PAGE_SIZE) -> int:
+    """How many pages each pool gets when one budget is split so that all models hold the same number of tokens.
+
+    Raises CapacityError when not even one page fits.
+    """
+    pages = budget_bytes // (page_size * sum(d.kv_bytes_per_token for d in decoders))
+    if pages < 1:
+        raise CapacityError(f"a key-value budget of {budget_bytes} bytes does not hold one page; raise memory_bytes")
+    return pages

@@ -1,0 +1,65 @@
+"""How tokens are drawn, and the random stream of each branch.
+
+The noise of a token is keyed by (seed, prompt, which of several equal prompts, branch, position) and nothing else: not by
+the batch, the order of prompts, the page layout or a restart. A branch's first child inherits its stream, the others
+get streams of their own; so with one candidate per round the search draws exactly what `generate` draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from genssd.engine.errors import InputError
+from genssd.kernels.sampling import check_options
+
+_WORD = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Filters in the order of transformers: temperature, top_k, top_p, min_p. temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        try:
+            check_options(self.temperature, self.top_k, self.top_p, self.min_p)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+def prompt_stream(seed: int, prompt_ids: Sequence[int], occurrence: int) -> int:
+    """The 64-bit stream of a prompt. occurrence: how many equal prompts come before it."""
+    digest = blake2b(f"{seed}:{occurrence}:".encode(), digest_size=8)
+    digest.update(",".join(map(str, prompt_ids)).encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def child_stream(stream: int, position: int, index: int) -> int:
+    """The stream of the index-th candidate that branches off at a position."""
+    return stream if index == 0 else _mix(_mix(stream ^ _mix(position)) + index)
+
+
+def noise_key(stream: int, position: int) -> int:
+    """The key of one token's noise, as a signed 64-bit integer."""
+    key = _mix(stream + _mix(position + 1))
+    return key - (1 << 64) if key >> 63 else key
+
+
+def uniform(stream: int, position: int) -> float:
+    """A number in [0, 1) from the same stream, apart from the tokens' noise."""
+    return (_mix(_mix(stream) ^ _mix(~position & _WORD)) >> 11) * 2.0**-53
+
+
+def _mix(word: int) -> int:
+    """The finaliser of SplitMix64 (Steele et al., 2014): a bijection of 64-bit words."""
+    word = (word + 0x9E3779B97F4A7C15) & _WORD
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
+    return word ^ (word >> 31)

@@ -1,0 +1,286 @@
+"""The search: the teacher proposes chunks, the student's scores decide which are expanded.
+
+Every prompt moves through its rounds on its own:
+
+    EXPAND   candidates of all its live branches, in one decoding batch with everybody else's
+    SELECT   drop duplicates, loops and what is worse than the threshold; keep the best `beam` of the rest
+    COMMIT   the kept candidates become the branches of the next round; the pages of all others are free at once
+
+A prompt whose next round does not fit into the cache waits. When nothing moves any more, the youngest prompt gives its
+pages back and is computed again later, to the same tokens, because sampling is counter-based.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from genssd.engine.branch import Branch
+from genssd.engine.chunk import Chunk
+from genssd.engine.criteria import Candidate, Criterion
+from genssd.engine.errors import InputError
+from genssd.engine.expander import Expander, Expansion
+from genssd.engine.loops import LoopGuard
+from genssd.engine.selection import STATUSES, CandidateRecord, ChunkScore, Selection, Status, Trajectory, Verdict
+from genssd.kernels.logprob import TokenStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """The knobs of `Engine.select_expand`; documented there."""
+
+    candidates: int
+    chunk: Chunk
+    beam: int
+    criterion: Criterion
+    threshold: float | None
+    max_tokens: int
+    loop_guard: LoopGuard | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "beam", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def acceptable(self, score: float) -> bool:
+        """Whether a value is no worse than the threshold."""
+        if self.threshold is None:
+            return True
+        return score >= self.threshold if self.criterion.higher_is_better() else score <= self.threshold
+
+    def rank(self, score: float) -> float:
+        """A sort key: smaller is better."""
+        return -score if self.criterion.higher_is_better() else score
+
+
+@dataclass(slots=True, eq=False)
+class PromptSearch:
+    """One prompt's rounds. max_tokens: what its response may have, given the models' positions."""
+
+    index: int
+    occurrence: int
+    root: Branch
+    max_tokens: int
+    live: list[Branch] = field(default_factory=list)
+    in_flight: list[Expansion] = field(default_factory=list)
+    unfinished: int = 0
+    records: list[CandidateRecord] = field(default_factory=list)
+    chunk_scores: dict[tuple[int, ...], tuple[ChunkScore, ...]] = field(default_factory=dict)
+    final: list[tuple[Branch, Status]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.live = [self.root]
+
+    def next_round(self, options: SearchOptions) -> list[Expansion]:
+        """What the next round asks for."""
+        return [
+            Expansion(branch, options.candidates, options.chunk, self.max_tokens - branch.length, f"prompt {self.index}")
+            for branch in self.live
+        ]
+
+    def select(self, options: SearchOptions) -> None:
+        """Judge the candidates of the finished round; commit the kept, drop the others."""
+        parents = [expansion.parent for expansion in self.in_flight]
+        scored = [_Scored(kid, _evaluate(kid, options, self.index)) for e in self.in_flight for kid in e.kids]
+        for expansion in self.in_flight:
+            _reject(expansion, scored, options)
+        slots = options.beam - sum(status != "pruned" for _, status in self.final)
+        ranked = sorted((s for s in scored if s.verdict == "kept"), key=lambda s: options.rank(s.score))
+        for loser in ranked[slots:]:
+            loser.verdict = "beaten"
+        self.records += [s.record() for s in scored]
+        self._close_pruned(parents, scored)
+        self.live = []
+        for winner in ranked[:slots]:
+            self._keep(winner, scored, options)
+        for s in scored:
+            if s.verdict != "kept":
+                s.kid.drop()
+        for parent in parents:
+            parent.drop()
+        self.in_flight = []
+
+    def result(self, options: SearchOptions, error: str | None = None) -> Selection:
+        """The prompt's outcome."""
+        trajectories = [self._trajectory(branch, status, options) for branch, status in self.final]
+        trajectories.sort(key=lambda t: (STATUSES.index(t.status), options.rank(t.score)))
+        return Selection(
+            index=self.index,
+            prompt_ids=self.root.prompt.teacher,
+            student_prompt_ids=self.root.prompt.student,
+            trajectories=tuple(trajectories),
+            tree=tuple(self.records),
+            seed=options.seed,
+            occurrence=self.occurrence,
+            error=error,
+        )
+
+    def _close_pruned(self, parents: Sequence[Branch], scored: Sequence[_Scored]) -> None:
+        """A branch none of whose candidates was acceptable ends here, for the record."""
+        accepted = {s.kid.trace[:-1] for s in scored if s.verdict in ("kept", "beaten")}
+        self.final += [(parent, "pruned") for parent in parents if parent.trace not in accepted]
+
+    def _keep(self, winner: _Scored, scored: Sequence[_Scored], options: SearchOptions) -> None:
+        kid, tokens = winner.kid, len(winner.kid.chunk)
+        others = [options.rank(s.score) for s in scored if s is not winner and s.verdict != "duplicate"]
+        runner_up = None if not others else abs_rank(min(others), options)
+        chosen = ChunkScore(tokens=tokens, score=winner.score, runner_up=runner_up)
+        self.chunk_scores[kid.trace] = (*self.chunk_scores.get(kid.trace[:-1], ()), chosen)
+        kid.commit()
+        if kid.ended is None:
+            self.live.append(kid)
+            return
+        self.final.append((kid, "finished" if kid.ended == "finished" else "length"))
+        kid.drop()
+
+    def _trajectory(self, branch: Branch, status: Status, options: SearchOptions) -> Trajectory:
+        stats = TokenStats.concatenate(branch.history_stats) if branch.history_stats else TokenStats.empty()
+        whole = Candidate(
+            token_ids=tuple(branch.history),
+            stats=stats,
+            history=TokenStats.empty(),
+            teacher_logprob=torch.cat(branch.history_teacher_logprob) if branch.history else torch.empty(0),
+            stream=branch.stream,
+        )
+        return Trajectory(
+            token_ids=whole.token_ids,
+            text=branch.text,
+            score=options.criterion.score(whole) if branch.history else math.nan,
+            status=status,
+            trace=branch.trace,
+            chunks=self.chunk_scores.get(branch.trace, ()),
+            stats=stats,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Scored:
+    """A candidate under judgement."""
+
+    kid: Branch
+    score: float
+    verdict: Verdict = "kept"
+
+    def record(self) -> CandidateRecord:
+        assert self.kid.ended is not None
+        return CandidateRecord(
+            trace=self.kid.trace,
+            token_ids=tuple(self.kid.chunk),
+            stats=self.kid.stats,
+            teacher_logprob=self.kid.teacher_logprob,
+            ended=self.kid.ended,
+            score=self.score,
+            verdict=self.verdict,
+        )
+
+
+def abs_rank(rank: float, options: SearchOptions) -> float:
+    """The criterion's value behind a rank."""
+    return -rank if options.criterion.higher_is_better() else rank
+
+
+def _evaluate(kid: Branch, options: SearchOptions, index: int) -> float:
+    history = TokenStats.concatenate(kid.history_stats) if kid.history_stats else TokenStats.empty()
+    candidate = Candidate(
+        token_ids=tuple(kid.chunk),
+        stats=kid.stats,
+        history=history,
+        teacher_logprob=kid.teacher_logprob,
+        stream=kid.stream,
+    )
+    score = options.criterion.score(candidate)
+    if math.isnan(score):
+        raise InputError(f"the criterion {options.criterion!r} returned NaN for a candidate of prompt {index}")
+    return score
+
+
+def _reject(expansion: Expansion, scored: Sequence[_Scored], options: SearchOptions) -> None:
+    """Mark the candidates of one branch that may not compete."""
+    seen: set[tuple[int, ...]] = set()
+    kids = set(expansion.kids)
+    for s in scored:
+        if s.kid not in kids:
+            continue
+        tokens = tuple(s.kid.chunk)
+        if tokens in seen:
+            s.verdict = "duplicate"
+        elif options.loop_guard is not None and options.loop_guard.period(s.kid.token_ids):
+            s.verdict = "loop"
+        elif not options.acceptable(s.score):
+            s.verdict = "threshold"
+        seen.add(tokens)
+
+
+def search(prompts: Sequence[PromptSearch], expander: Expander, options: SearchOptions) -> Iterator[Selection]:
+    """Run the prompts and yield each as it ends. Closing the iterator early returns all pages."""
+    waiting = deque(prompts)  # not started, or suspended, oldest first
+    active: list[PromptSearch] = []  # hold pages
+    owner: dict[Expansion, PromptSearch] = {}
+    try:
+        while waiting or active:
+            _start_rounds(active, waiting, expander, options, owner)
+            if not owner:
+                stuck = _make_room(active, waiting)
+                if stuck is not None:
+                    yield stuck.result(options, error="the prompt does not fit into the key-value cache")
+                continue
+            for expansion in expander.step():
+                prompt = owner.pop(expansion)
+                prompt.unfinished -= 1
+                if prompt.unfinished == 0:
+                    prompt.select(options)
+                    if not prompt.live:
+                        active.remove(prompt)
+                        yield prompt.result(options)
+    finally:
+        for prompt in active:
+            _release(prompt)
+
+
+def _start_rounds(
+    active: list[PromptSearch],
+    waiting: deque[PromptSearch],
+    expander: Expander,
+    options: SearchOptions,
+    owner: dict[Expansion, PromptSearch],
+) -> None:
+    """Start the next round of every prompt that can, older prompts first; then admit new ones while rows are free."""
+    ready = [prompt for prompt in active if not prompt.in_flight]
+    while ready or (waiting and expander.has_room):
+        prompt = ready.pop(0) if ready else waiting[0]
+        expansions = prompt.next_round(options)
+        if not expander.fits(expansions):
+            return  # younger prompts must not overtake, or the oldest could starve
+        if prompt not in active:
+            active.append(waiting.popleft())
+        for expansion in expansions:
+            expander.submit(expansion)
+            owner[expansion] = prompt
+        prompt.in_flight, prompt.unfinished = expansions, len(expansions)
+
+
+def _make_room(active: list[PromptSearch], waiting: deque[PromptSearch]) -> PromptSearch | None:
+    """Nothing is in flight and nothing fits: suspend the youngest prompt; return the prompt that fits not even alone."""
+    if not active:
+        return waiting.popleft()
+    youngest = active.pop()
+    if not active:
+        _release(youngest)
+        return youngest
+    for branch in youngest.live:
+        branch.suspend()
+    waiting.appendleft(youngest)
+    return None
+
+
+def _release(prompt: PromptSearch) -> None:
+    for branch in prompt.live:
+        branch.drop()
+    for expansion in prompt.in_flight:
+        for kid in expansion.kids:
+            kid.drop()

@@ -1,0 +1,93 @@
+"""Prompts to token ids and back: a checkpoint's tokenizer and chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer
+
+from genssd.engine.errors import CheckpointError, InputError
+
+Messages = Sequence[Mapping[str, str]]
+Prompt = str | Messages | Sequence[int]
+"""Raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. `hf` is the transformers object."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            self.hf: Any = AutoTokenizer.from_pretrained(str(directory))
+        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {error}") from None
+        self._token_text: dict[int, str] = {}
+        vocabulary = json.dumps(sorted(self.hf.get_vocab().items()))
+        self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+    @property
+    def largest_id(self) -> int:
+        return max(self.hf.get_vocab().values())
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos = self.hf.eos_token_id
+        return None if eos is None else int(eos)
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
+        if isinstance(prompt, str):
+            ids = self.encode(prompt, special=True)
+        elif prompt and all(isinstance(part, int) for part in prompt):
+            ids = [int(part) for part in prompt]  # type: ignore[arg-type]
+            self._check_ids(ids)
+        elif prompt and all(isinstance(part, Mapping) for part in prompt):
+            ids = self.encode(self.render(prompt), special=False)  # type: ignore[arg-type]
+        elif len(prompt) == 0:
+            raise InputError("the prompt is empty")
+        else:
+            raise InputError("a prompt is a string, a list of chat messages or a list of token ids")
+        if not ids or (isinstance(prompt, str) and not prompt.strip()):
+            raise InputError("the prompt is empty")
+        return ids
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text; special: add what the tokenizer puts around a sequence (BOS)."""
+        return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
+
+    def render(self, messages: Messages, *, generate: bool = True) -> str:
+        """The chat template's text; generate: followed by the opening of the assistant's turn."""
+        if not self.hf.chat_template:
+            raise InputError(
+                f"{self.directory} has no chat template, but the prompt is a list of messages; "
+                "pass plain text or add chat_template.jinja"
+            )
+        for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise InputError(f"a chat message needs a string role and a string content, not {dict(message)!r}")
+        try:
+            return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
+        except TemplateError as error:
+            raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return str(self.hf.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token alone, for finding delimiters."""
+        text = self._token_text.get(token_id)
+        if text is None:
+            text = self._token_text[token_id] = str(self.hf.decode([token_id]))
+        return text
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        wrong = [i for i in ids if not 0 <= i <= self.largest_id]
+        if wrong:
+            raise InputError(f"token id {wrong[0]} is not in the vocabulary of {self.directory}")

@@ -1,0 +1,159 @@
+"""The branch tree of one model: who holds which pages of the cache.
+
+A path is one token sequence; it ends in a node of its own, and shares the nodes above with its relatives.
+
+    prompt ---- chunk 1 ---- chunk 2a        a node owns the pages that its span of tokens was written to;
+                       \\---- chunk 2b        a page belongs to exactly one node
+
+* fork is O(1): the forked node is sealed, both paths go on in empty nodes below it.
+* the first write below a half-filled page copies that page (copy-on-write): sealed pages are never written.
+* drop frees the pages of nodes that no path reaches any more; a node left with one child melts into it, so a long
+  trajectory stays one node and its last page can be filled on without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from genssd.engine.pages import PagePool
+
+
+class Node:
+    """A span of tokens. `table` lists the pages of all positions from 0 to its end; `pages` are those it owns."""
+
+    __slots__ = ("children", "length", "pages", "parent", "start", "table")
+
+    def __init__(self, parent: Node | None) -> None:
+        self.parent = parent
+        self.start = 0 if parent is None else parent.end
+        self.length = 0
+        self.pages: list[int] = []
+        self.table: list[int] = []
+        self.children: list[Node] = []
+        if parent is not None:
+            parent.children.append(self)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class Path:
+    """A token sequence in the cache. Valid until dropped."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: Node) -> None:
+        self.node: Node | None = node
+
+    @property
+    def leaf(self) -> Node:
+        assert self.node is not None, "the path was dropped"
+        return self.node
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self.leaf.end
+
+    @property
+    def table(self) -> Sequence[int]:
+        """Pages of the sequence, in the order of positions."""
+        leaf = self.leaf
+        return leaf.table if leaf.length or leaf.parent is None else leaf.parent.table
+
+
+class BranchTree:
+    """All paths of one model over one page pool."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.paths: set[Path] = set()
+
+    def root(self) -> Path:
+        """A new empty path."""
+        return self._open(Node(None))
+
+    def fork(self, path: Path) -> Path:
+        """A second path with the same tokens. O(1); copies nothing."""
+        leaf = path.leaf
+        if leaf.length == 0:
+            return self._open(Node(leaf.parent))
+        path.node = Node(leaf)
+        return self._open(Node(leaf))
+
+    def append(self, path: Path, count: int) -> list[int]:
+        """Make room for `count` more tokens and return their slots (page * page_size + offset).
+
+        Raises CapacityError, changing nothing, when the pool has too few free pages.
+        """
+        leaf, size = path.leaf, self.pool.page_size
+        first, last = leaf.end, leaf.end + count
+        # a half-filled page above a fresh leaf belongs to a sealed node: it is replaced by a copy
+        copied = 1 if leaf.length == 0 and first % size else 0
+        held = -(-first // size)
+        pages = self.pool.allocate(-(-last // size) - held + copied if count else 0)
+        if count and leaf.length == 0 and leaf.parent is not None:
+            leaf.table = leaf.parent.table[:held]
+            if copied:
+                self.pool.copy(leaf.table[-1], pages[0])
+                leaf.table.pop()
+        leaf.pages += pages
+        leaf.table += pages
+        leaf.length += count
+        return [leaf.table[p // size] * size + p % size for p in range(first, last)]
+
+    def pages_to_append(self, path: Path, count: int) -> int:
+        """How many pages `append(path, count)` would take at most (exactly, if no relative is dropped before)."""
+        size = self.pool.page_size
+        copied = 1 if path.leaf.length == 0 and path.length % size else 0
+        return -(-(path.length + count) // size) - -(-path.length // size) + copied
+
+    def drop(self, path: Path) -> None:
+        """Forget a path; pages that no other path reaches are free at once."""
+        node: Node | None = path.leaf
+        self.paths.remove(path)
+        path.node = None
+        while node is not None and not node.children:
+            self.pool.release(node.pages)
+            parent = node.parent
+            if parent is not None:
+                parent.children.remove(node)
+            node = parent
+        if node is not None and len(node.children) == 1:
+            self._melt(node, node.children[0])
+
+    def check(self) -> None:
+        """Assert the invariants: every page is free or owned by one reachable node; tables agree with ownership."""
+        nodes = {path.leaf for path in self.paths}
+        for path in self.paths:
+            assert not path.leaf.children, "a path ends in a sealed node"
+            above = path.leaf.parent
+            while above is not None and above not in nodes:
+                nodes.add(above)
+                above = above.parent
+        owned = [page for node in nodes for page in node.pages]
+        assert len(owned) == len(set(owned)), "a page has two owners"
+        assert len(owned) + self.pool.num_free == self.pool.num_pages, "a page leaked"
+        for node in nodes:
+            assert node.length or not node.children, "an empty node has children"
+            assert node.length == 0 or len(node.table) == -(-node.end // self.pool.page_size)
+            assert node.pages == (node.table[len(node.table) - len(node.pages) :] if node.pages else [])
+
+    def _open(self, node: Node) -> Path:
+        path = Path(node)
+        self.paths.add(path)
+        return path
+
+    def _melt(self, node: Node, child: Node) -> None:
+        """Merge a sealed node into its only child."""
+        if child.length == 0:
+            child.table = node.table
+        elif node.table[-1] != child.table[len(node.table) - 1]:
+            self.pool.release([node.pages.pop()])  # the child wrote on in a copy of it
+        child.pages = node.pages + child.pages
+        child.start = node.start
+        child.length += node.length
+        child.parent = node.parent
+        if node.parent is not None:
+            node.parent.children[node.parent.children.index(node)] = child

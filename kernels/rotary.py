@@ -1,0 +1,101 @@
+"""Rotary position embedding (Su et al., 2021), in the half-split layout of Hugging Face checkpoints.
+
+    out = x * cos(position * f) + rotate_half(x) * sin(position * f)
+
+The types differ in the frequencies f and in a factor on cos and sin: `default`, `linear` (Chen et al., 2023), `llama3`
+(Llama 3.1 release) and `yarn` (Peng et al., 2023).
+
+Shapes:  N rows   H heads   E head dim
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def rope_frequencies(parameters: Mapping[str, object], head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    """Return the frequencies (float32 [E/2], radians per position) and the factor on cos and sin.
+
+    parameters: the checkpoint's `rope_parameters` with `rope_theta`, `rope_type` and that type's own fields.
+    Raises ValueError on a type outside ROPE_TYPES.
+    """
+    kind = str(parameters.get("rope_type", "default"))
+    theta = _number(parameters, "rope_theta", 10000.0)
+    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    if kind == "default":
+        return plain, 1.0
+    if kind == "linear":
+        return plain / _number(parameters, "factor"), 1.0
+    if kind == "llama3":
+        return _llama3(plain, parameters, max_positions), 1.0
+    if kind == "yarn":
+        return _yarn(plain, parameters, theta, head_dim, max_positions)
+    raise ValueError(f"unknown rope_type {kind!r}; supported: {', '.join(ROPE_TYPES)}")
+
+
+def rotary(x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
+    """Rotate every head of x by its row's angles; cos and sin [N, E] in the dtype of x."""
+    first, second = x_NHE.chunk(2, dim=-1)
+    return x_NHE * cos_NE[:, None] + torch.cat((-second, first), dim=-1) * sin_NE[:, None]
+
+
+def rotary_angles(position_N: Tensor, frequency: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, E] of position * frequency, computed in float32, scaled by factor."""
+    angle = position_N.float()[:, None] * frequency
+    angle = torch.cat((angle, angle), dim=-1)
+    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+
+
+def _llama3(plain: Tensor, parameters: Mapping[str, object], max_positions: int) -> Tensor:
+    factor = _number(parameters, "factor")
+    low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
+    original = _number(parameters, "original_max_position_embeddings", max_positions)
+    turns = original * plain / (2 * math.pi)  # of each frequency within the original context
+    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * plain / factor + smooth * plain
+
+
+def _yarn(
+    plain: Tensor, parameters: Mapping[str, object], theta: float, head_dim: int, max_positions: int
+) -> tuple[Tensor, float]:
+    original = _number(parameters, "original_max_position_embeddings", max_positions)
+    given = parameters.get("factor")
+    factor = max_positions / original if given is None else _number(parameters, "factor")
+
+    def dimension(turns: float) -> float:  # whose frequency turns this often within the original context
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = dimension(_number(parameters, "beta_fast", 32.0))
+    high = dimension(_number(parameters, "beta_slow", 1.0))
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)
+    interpolated = ramp.clamp(0.0, 1.0)
+    return plain / factor * interpolated + plain * (1 - interpolated), _yarn_factor(parameters, factor)
+
+
+def _yarn_factor(parameters: Mapping[str, object], factor: float) -> float:
+    if parameters.get("attention_factor") is not None:
+        return _number(parameters, "attention_factor")
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return mscale(_number(parameters, "mscale")) / mscale(_number(parameters, "mscale_all_dim"))
+    return mscale(1.0)
+
+
+def _number(parameters: Mapping[str, object], name: str, default: float | None = None) -> float:
+    value = parameters.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int | float):
+        raise ValueError(f"rope parameter {name!r} must be a number, not {value!r}")
+    return float(value)

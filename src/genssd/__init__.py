@@ -1,0 +1,46 @@
+"""Reasoning distillation with the student in the loop.
+
+The teacher samples candidate continuations, the student scores each by its own log-probabilities, and only what the
+student can learn is expanded. `Engine.select_expand` is that search; the rest of the package feeds it and trains on
+what it keeps. Importing this module loads neither torch nor a kernel.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from genssd.engine.branch import Branch as Branch
+    from genssd.engine.chunk import Chunk as Chunk
+    from genssd.engine.criteria import Criterion as Criterion
+    from genssd.engine.engine import Engine as Engine
+    from genssd.engine.errors import GenssdError as GenssdError
+    from genssd.engine.sampling import Sampling as Sampling
+    from genssd.engine.selection import Selection as Selection
+    from genssd.kernels.logprob import TokenStats as TokenStats
+
+__version__ = version("genssd")
+
+_HOME = {
+    "Branch": "genssd.engine.branch",
+    "Chunk": "genssd.engine.chunk",
+    "Criterion": "genssd.engine.criteria",
+    "Engine": "genssd.engine.engine",
+    "GenssdError": "genssd.engine.errors",
+    "Sampling": "genssd.engine.sampling",
+    "Selection": "genssd.engine.selection",
+    "TokenStats": "genssd.kernels.logprob",
+}
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'genssd' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
