@@ -147,9 +147,13 @@ void paged_attention(Tensor3 q, Tensor4 k_pages, Tensor4 v_pages, Table32 page_t
 NB_MODULE(_core, m) {
   m.doc() = "Native CPU kernels of genssd; genssd.kernels holds their contracts.";
   m.def("gumbel_noise", &gumbel_noise, nb::arg("keys"), nb::arg("out"), nb::arg("threads"),
+        nb::sig("def gumbel_noise(keys: torch.Tensor, out: torch.Tensor, threads: int) -> None"),
         "Fill out[row, token] with Gumbel(0, 1) noise that depends on (keys[row], token) alone.");
   m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_pages"), nb::arg("v_pages"),
         nb::arg("page_table"), nb::arg("row_sequence"), nb::arg("row_position"), nb::arg("out"), nb::arg("scale"),
         nb::arg("window"), nb::arg("threads"),
+        nb::sig("def paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, page_table: "
+                "torch.Tensor, row_sequence: torch.Tensor, row_position: torch.Tensor, out: torch.Tensor, scale: float, "
+                "window: int, threads: int) -> None"),
         "Attend each row of q [rows, heads, head_dim] over positions 0..row_position of its sequence, into out.");
 }

@@ -128,4 +128,6 @@ def _eos(fields: Mapping[str, object], path: Path) -> tuple[int, ...]:
     given = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
     given = fields.get("eos_token_id") if given is None else given
     ids = given if isinstance(given, list) else [] if given is None else [given]
-    return tuple(int(i) for i in ids)
+    if not all(isinstance(i, int) for i in ids):
+        raise CheckpointError(f"{path}: eos_token_id must be an integer or a list of them, not {given!r}")
+    return tuple(ids)

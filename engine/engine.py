@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from genssd.engine.expander import Expander, Expansion, Usage
 from genssd.engine.loops import LoopGuard
 from genssd.engine.memory import available_bytes, choose_dtype
 from genssd.engine.model import Decoder
-from genssd.engine.pages import PAGE_SIZE, PagePool, pages_within
+from genssd.engine.pages import PagePool, pages_within
 from genssd.engine.runner import MAX_ROWS, ModelRunner
 from genssd.engine.sampling import Sampling, prompt_stream
 from genssd.engine.search import PromptSearch, SearchOptions, search
@@ -79,7 +80,9 @@ class Engine:
             raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         directories = {role: locate(name) for role, name in names.items()}
-        decoders = {role: Decoder.load(path, choose_dtype(path, dtype, target), target) for role, path in directories.items()}
+        decoders = {
+            role: Decoder.load(path, choose_dtype(path, dtype, target), target) for role, path in directories.items()
+        }
         tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
         for role, decoder in decoders.items():
             _check_vocabulary(tokenizers[role], decoder)
@@ -146,10 +149,12 @@ class Engine:
         loop_guard: LoopGuard | None = LoopGuard(),
         seed: int = 0,
         skip: frozenset[int] = frozenset(),
+        labels: Sequence[str] | None = None,
     ) -> Iterator[Selection]:
         """The same, each Selection as its prompt ends.
 
         skip: indices of prompts that are not run (done before); the others get what they would have got without it.
+        labels: what messages call each prompt; None: "prompt" and its index.
         """
         options = SearchOptions(
             candidates=candidates,
@@ -163,7 +168,7 @@ class Engine:
         )
         self._runner("teacher"), self._runner("student")  # both are needed: say so before anything starts
         brancher = _Brancher(self, sampling, "teacher")
-        starts = self._prompt_searches(prompts, options, brancher, skip)
+        starts = self._prompt_searches(prompts, _labels(prompts, labels), options, brancher, skip)
         return search(starts, brancher.expander, options)
 
     def generate(
@@ -193,17 +198,17 @@ class Engine:
         sampling: Sampling = Sampling(),
         max_tokens: int = 4096,
         seed: int = 0,
+        labels: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """The same, each prompt's index and responses as it ends."""
+        """The same, each prompt's index and responses as it ends. labels: what messages call each prompt."""
         if n < 1 or max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
         brancher = _Brancher(self, sampling, model, scored=False)
         whole = Chunk(tokens=max_tokens, until=None)
-        roots = list(self._roots(prompts, brancher, seed, [model]))
-        limits = [self._response_limit(root.prompt, max_tokens, [model]) for _, root, _ in roots]
+        names = _labels(prompts, labels)
         queue = [
-            Expansion(root, n, whole, limit, f"prompt {index}")
-            for (index, root, _), limit in zip(roots, limits, strict=True)
+            Expansion(root, n, whole, self._response_limit(root.prompt, max_tokens, [model]), names[index])
+            for index, root, _ in self._roots(prompts, names, brancher, seed, [model])
         ]
         for expansion in queue:
             self._check_fits(brancher.expander, expansion)
@@ -222,7 +227,7 @@ class Engine:
         runner, tokenizer = self._runner(model), self._tokenizers[model]
         pairs = []
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            prompt_ids = self._encode(prompt, model, index)
+            prompt_ids = self._encode(prompt, model, f"prompt {index}")
             ids = tokenizer.encode(response, special=False) if isinstance(response, str) else list(response)
             if not ids:
                 raise InputError(f"response {index} is empty")
@@ -238,7 +243,7 @@ class Engine:
         """The root of a tree for searches of your own; see `Branch`."""
         brancher = _Brancher(self, sampling, "teacher", scored="student" in self._runners)
         roles: list[Role] = ["teacher", "student"] if "student" in self._runners else ["teacher"]
-        ((_, root, _),) = self._roots([prompt], brancher, seed, roles)
+        ((_, root, _),) = self._roots([prompt], ["the prompt"], brancher, seed, roles)
         return root
 
     @property
@@ -247,7 +252,7 @@ class Engine:
         pools = [runner.tree.pool for runner in self._runners.values()]
         return sum(p.num_pages - p.num_free for p in pools), sum(p.num_pages for p in pools)
 
-    @property
+    @cached_property
     def fingerprints(self) -> dict[Role, str]:
         """Identifies each loaded checkpoint: 16 hex digits."""
         return {role: fingerprint(runner.directory) for role, runner in self._runners.items()}
@@ -263,14 +268,14 @@ class Engine:
             raise InputError(f"this engine has no {role}; give {role}= to Engine.from_pretrained")
         return runner
 
-    def _encode(self, prompt: Prompt, role: Role, index: int) -> list[int]:
+    def _encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         runner = self._runner(role)
         try:
             ids = self._tokenizers[role].encode_prompt(prompt)
         except InputError as error:
-            raise InputError(f"prompt {index}: {error}") from None
-        _check_ids(ids, runner, f"prompt {index}")
-        self._check_positions(len(ids), runner, f"prompt {index}")
+            raise InputError(f"{label}: {error}") from None
+        _check_ids(ids, runner, label)
+        self._check_positions(len(ids), runner, label)
         return ids
 
     @staticmethod
@@ -278,7 +283,9 @@ class Engine:
         positions = runner.decoder.config.max_position_embeddings
         pool = runner.tree.pool
         if tokens >= positions:
-            raise CapacityError(f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions")
+            raise CapacityError(
+                f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions"
+            )
         if tokens > pool.num_pages * pool.page_size:
             raise CapacityError(
                 f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds "
@@ -286,12 +293,12 @@ class Engine:
             )
 
     def _roots(
-        self, prompts: Sequence[Prompt], owner: _Brancher, seed: int, roles: list[Role]
+        self, prompts: Sequence[Prompt], labels: Sequence[str], owner: _Brancher, seed: int, roles: list[Role]
     ) -> Iterator[tuple[int, Branch, int]]:
         """Index, root branch and occurrence (how many equal prompts came before) of each prompt."""
         seen: Counter[tuple[int, ...]] = Counter()
         for index, prompt in enumerate(prompts):
-            ids = {role: tuple(self._encode(prompt, role, index)) for role in roles}
+            ids = {role: tuple(self._encode(prompt, role, labels[index])) for role in roles}
             rendered = PromptIds(teacher=ids.get("teacher", ()), student=ids.get("student", ()))
             key = ids[roles[0]]
             yield index, Branch(owner, rendered, prompt_stream(seed, key, seen[key])), seen[key]
@@ -304,13 +311,18 @@ class Engine:
         return min(max_tokens, *room)
 
     def _prompt_searches(
-        self, prompts: Sequence[Prompt], options: SearchOptions, owner: _Brancher, skip: frozenset[int]
+        self,
+        prompts: Sequence[Prompt],
+        labels: Sequence[str],
+        options: SearchOptions,
+        owner: _Brancher,
+        skip: frozenset[int],
     ) -> list[PromptSearch]:
         roles: list[Role] = ["teacher", "student"]
         searches = []
-        for index, root, occurrence in self._roots(prompts, owner, options.seed, roles):
+        for index, root, occurrence in self._roots(prompts, labels, owner, options.seed, roles):
             limit = self._response_limit(root.prompt, options.max_tokens, roles)
-            start = PromptSearch(index, occurrence, root, limit)
+            start = PromptSearch(index, labels[index], occurrence, root, limit)
             if index not in skip:
                 for expansion in start.next_round(options):
                     self._check_fits(owner.expander, expansion)
@@ -322,9 +334,9 @@ class Engine:
         missing = expander.missing_pages(expansion)
         if missing:
             raise CapacityError(
-                f"{expansion.label}: {expansion.n} candidates of up to {expansion.longest} tokens need {missing} pages more "
-                f"than the key-value cache has; raise memory_bytes or memory_utilization, or lower the candidates or the "
-                "chunk limit"
+                f"{expansion.label}: {expansion.n} candidates of up to {expansion.longest} tokens need {missing} "
+                "pages more than the key-value cache has; raise memory_bytes or memory_utilization, or lower the "
+                "candidates or the chunk limit"
             )
 
     def _run_generate(self, queue: list[Expansion], brancher: _Brancher) -> Iterator[tuple[int, list[Completion]]]:
@@ -348,7 +360,8 @@ class Engine:
     @torch.inference_mode()
     def _score_some(self, runner: ModelRunner, pairs: Sequence[tuple[list[int], list[int]]]) -> list[TokenStats]:
         """Score as many of the first pairs as one pass and the cache take."""
-        pool, chosen, rows, pages = runner.tree.pool, [], 0, 0
+        pool, rows, pages = runner.tree.pool, 0, 0
+        chosen: list[tuple[list[int], list[int]]] = []
         for prompt_ids, ids in pairs:
             tokens = len(prompt_ids) + len(ids) - 1
             rows, pages = rows + tokens, pages - (-tokens // pool.page_size)
@@ -417,6 +430,12 @@ class _Brancher:
         return self._tokenizer.decode(token_ids)
 
 
+def _labels(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:
+    if labels is not None and len(labels) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts but {len(labels)} labels")
+    return [f"prompt {i}" for i in range(len(prompts))] if labels is None else labels
+
+
 def _completion(kid: Branch) -> Completion:
     return Completion(
         token_ids=tuple(kid.chunk),
@@ -430,8 +449,8 @@ def _check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
     size = decoder.config.vocab_size
     if tokenizer.largest_id >= size:
         raise CheckpointError(
-            f"{tokenizer.directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has {size} rows; "
-            "the tokenizer belongs to another model, or the embedding was not resized"
+            f"{tokenizer.directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
+            f"{size} rows; the tokenizer belongs to another model, or the embedding was not resized"
         )
 
 

@@ -18,7 +18,6 @@ from genssd.engine.errors import NumericsError
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, child_stream, noise_key
 from genssd.engine.text import Tokenizer
-from genssd.engine.tree import Path
 from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.sampling import sample
 
@@ -71,7 +70,7 @@ class _Lane:
 
 
 class Expander:
-    """Runs expansions with one way of sampling. writer: the model that generates; scorer: the one that scores, if any."""
+    """Runs expansions with one way of sampling. writer: the model that generates; scorer: the one that scores."""
 
     def __init__(
         self,
@@ -173,7 +172,9 @@ class Expander:
         if lane.kid is not None:
             return lane
         expansion, parent = lane.expansion, lane.expansion.parent
-        kid = Branch(parent._owner, parent.prompt, child_stream(parent.stream, len(parent.history), parent.num_children))
+        kid = Branch(
+            parent._owner, parent.prompt, child_stream(parent.stream, len(parent.history), parent.num_children)
+        )
         kid.trace = (*parent.trace, parent.num_children)
         kid.history = parent.history
         kid.history_stats = parent.history_stats

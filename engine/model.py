@@ -108,7 +108,7 @@ class Decoder:
         c = self.config
         sizes = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
         qkv = linear(h_ND, layer.qkv, layer.qkv_bias).view(len(h_ND), sum(sizes), c.head_dim)
-        q, k, v = qkv.split(sizes, dim=1)
+        q, k, v = torch.split(qkv, list(sizes), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, c.rms_norm_eps), rms_norm(k, layer.k_norm, c.rms_norm_eps)
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)

@@ -43,7 +43,9 @@ class PagePool:
     def allocate(self, count: int) -> list[int]:
         """Take pages out of the free list. Raises CapacityError, taking none, when there are too few."""
         if count > len(self._free):
-            raise CapacityError(f"the key-value cache has {len(self._free)} free pages of {self.num_pages}, {count} needed")
+            raise CapacityError(
+                f"the key-value cache has {len(self._free)} free pages of {self.num_pages}, {count} needed"
+            )
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._is_free[page] = False

@@ -80,5 +80,5 @@ class ModelRunner:
         out_ND = self.decoder.forward(
             torch.tensor(ids, device=device), torch.tensor(slots, device=device), plan, self.tree.pool.kv
         )
-        for (i, _), part in zip(batch, out_ND.split(counts), strict=True):
+        for (i, _), part in zip(batch, torch.split(out_ND, counts), strict=True):
             hidden[i].append(part)

@@ -1,8 +1,8 @@
 """How tokens are drawn, and the random stream of each branch.
 
-The noise of a token is keyed by (seed, prompt, which of several equal prompts, branch, position) and nothing else: not by
-the batch, the order of prompts, the page layout or a restart. A branch's first child inherits its stream, the others
-get streams of their own; so with one candidate per round the search draws exactly what `generate` draws.
+The noise of a token is keyed by (seed, prompt, which of several equal prompts, branch, position) and nothing else: not
+by the batch, the order of prompts, the page layout or a restart. A branch's first child inherits its stream, the
+others get streams of their own; so with one candidate per round the search draws exactly what `generate` draws.
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ class PromptSearch:
     """One prompt's rounds. max_tokens: what its response may have, given the models' positions."""
 
     index: int
+    label: str
     occurrence: int
     root: Branch
     max_tokens: int
@@ -79,14 +80,14 @@ class PromptSearch:
     def next_round(self, options: SearchOptions) -> list[Expansion]:
         """What the next round asks for."""
         return [
-            Expansion(branch, options.candidates, options.chunk, self.max_tokens - branch.length, f"prompt {self.index}")
+            Expansion(branch, options.candidates, options.chunk, self.max_tokens - branch.length, self.label)
             for branch in self.live
         ]
 
     def select(self, options: SearchOptions) -> None:
         """Judge the candidates of the finished round; commit the kept, drop the others."""
         parents = [expansion.parent for expansion in self.in_flight]
-        scored = [_Scored(kid, _evaluate(kid, options, self.index)) for e in self.in_flight for kid in e.kids]
+        scored = [_Scored(kid, _evaluate(kid, options, self.label)) for e in self.in_flight for kid in e.kids]
         for expansion in self.in_flight:
             _reject(expansion, scored, options)
         slots = options.beam - sum(status != "pruned" for _, status in self.final)
@@ -184,7 +185,7 @@ def abs_rank(rank: float, options: SearchOptions) -> float:
     return -rank if options.criterion.higher_is_better() else rank
 
 
-def _evaluate(kid: Branch, options: SearchOptions, index: int) -> float:
+def _evaluate(kid: Branch, options: SearchOptions, label: str) -> float:
     history = TokenStats.concatenate(kid.history_stats) if kid.history_stats else TokenStats.empty()
     candidate = Candidate(
         token_ids=tuple(kid.chunk),
@@ -195,7 +196,7 @@ def _evaluate(kid: Branch, options: SearchOptions, index: int) -> float:
     )
     score = options.criterion.score(candidate)
     if math.isnan(score):
-        raise InputError(f"the criterion {options.criterion!r} returned NaN for a candidate of prompt {index}")
+        raise InputError(f"the criterion {options.criterion!r} returned NaN for a candidate of {label}")
     return score
 
 
@@ -265,7 +266,7 @@ def _start_rounds(
 
 
 def _make_room(active: list[PromptSearch], waiting: deque[PromptSearch]) -> PromptSearch | None:
-    """Nothing is in flight and nothing fits: suspend the youngest prompt; return the prompt that fits not even alone."""
+    """Nothing is in flight, nothing fits: suspend the youngest prompt, or return the one that does not fit alone."""
     if not active:
         return waiting.popleft()
     youngest = active.pop()

@@ -33,7 +33,7 @@ class Tokenizer:
 
     @property
     def largest_id(self) -> int:
-        return max(self.hf.get_vocab().values())
+        return int(max(self.hf.get_vocab().values()))
 
     @property
     def eos_token_id(self) -> int | None:

@@ -1,6 +1,6 @@
 """Statistics of given tokens under a linear head, without a [tokens, vocabulary] tensor.
 
-    z = softcap * tanh(hidden @ weight.T / softcap) / temperature        (no softcap: z = hidden @ weight.T / temperature)
+    z = softcap * tanh(hidden @ weight.T / softcap) / temperature    (no softcap: z = hidden @ weight.T / temperature)
     logprob = z[target] - logsumexp(z)      entropy = -sum_v p_v log p_v      sum_p2 = sum_v p_v^2
     rank = 1 + number of v with z_v > z[target]
 
@@ -23,7 +23,7 @@ LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
-    """What one model says about each of N given tokens. All [N]; natural logarithms; rank is int32, the rest float32."""
+    """What a model says about each of N given tokens. All [N]; natural logarithms; rank is int32, the rest float32."""
 
     logprob: Tensor
     logsumexp: Tensor
@@ -62,7 +62,7 @@ def linear_logprob(
     """Score target_N (int64, in [0, V)) under softmax(hidden_ND @ weight_VD.T + bias).
 
     The product is taken in the dtype of its inputs, everything after it in float32 (float64 stays float64).
-    Raises ValueError on shapes that do not agree, a target outside the vocabulary, or a row whose logits are NaN or +inf.
+    Raises ValueError on shapes that do not agree, a target outside the vocabulary, or a row with NaN or +inf logits.
     """
     _check(hidden_ND, weight_VD, target_N, bias, temperature)
     rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
@@ -80,7 +80,12 @@ def linear_logprob(
 
 
 def _reference(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
 ) -> TokenStats:
     z = torch.nn.functional.linear(hidden_ND, weight_VD, bias)
     z = z if z.dtype == torch.float64 else z.float()
@@ -102,12 +107,16 @@ def _reference(
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"linear_logprob: hidden {tuple(hidden.shape)} must be [N, D] and weight {tuple(weight.shape)} [V, D]")
+        raise ValueError(
+            f"linear_logprob: hidden {tuple(hidden.shape)} must be [N, D] and weight {tuple(weight.shape)} [V, D]"
+        )
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(f"linear_logprob: target must be int64 [{hidden.shape[0]}], not {target.dtype} {tuple(target.shape)}")
+        raise ValueError(
+            f"linear_logprob: target must be int64 [{hidden.shape[0]}], not {target.dtype} {tuple(target.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_logprob: bias must be [{weight.shape[0]}], not {tuple(bias.shape)}")
     if not temperature > 0:
         raise ValueError(f"linear_logprob: temperature must be positive, not {temperature}")
-    if len(target) and not (0 <= int(target.min()) and int(target.max()) < weight.shape[0]):
+    if len(target) and not (int(target.min()) >= 0 and int(target.max()) < weight.shape[0]):
         raise ValueError(f"linear_logprob: a target lies outside the vocabulary of {weight.shape[0]}")

@@ -17,7 +17,13 @@ from genssd import _core
 
 
 def sample(
-    logits_BV: Tensor, key_B: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    logits_BV: Tensor,
+    key_B: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
     """Return one token id per row, int64 [B].
 
@@ -86,9 +92,9 @@ def gumbel_reference(key_B: Tensor, vocabulary: int) -> Tensor:
 
 
 def philox_reference(key: Tensor, counter: Tensor) -> Tensor:
-    """First output word of Philox 4x32-10 (Salmon et al. 2011), as int64 in [0, 2^32). key, counter: int64, broadcast."""
+    """First output word of Philox 4x32-10 (Salmon et al. 2011), in [0, 2^32). key, counter: int64, broadcast."""
     low = 0xFFFFFFFF
-    c0, c1 = torch.broadcast_tensors(counter & low, (counter >> 32) & low)
+    c0, c1 = counter & low, (counter >> 32) & low
     c2 = c3 = torch.zeros_like(c0)
     k0, k1 = key & low, (key >> 32) & low
     for _ in range(10):

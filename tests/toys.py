@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from genssd.engine.engine import Engine
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -34,7 +44,9 @@ def save_tokenizer(directory: Path, *, template: bool = True) -> None:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
-    tokenizer.add_special_tokens({"eos_token": SPECIAL[0], "additional_special_tokens": [SPECIAL[1]], "pad_token": SPECIAL[2]})
+    tokenizer.add_special_tokens(
+        {"eos_token": SPECIAL[0], "additional_special_tokens": [SPECIAL[1]], "pad_token": SPECIAL[2]}
+    )
     if template:
         tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(directory)
@@ -78,3 +90,68 @@ def edit_json(path: Path, **changes: Any) -> None:
     fields = json.loads(path.read_text())
     fields.update(changes)
     path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+
+
+def token_of(text: str) -> int:
+    """The id of a one-byte text in the tokenizer of `save_tokenizer`."""
+    mapped = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)[0][0]
+    assert len(mapped) == 1, f"{text!r} is not one byte"
+    return sorted(pre_tokenizers.ByteLevel.alphabet()).index(mapped)
+
+
+def save_markov(directory: Path, token_ids: list[int], logits: torch.Tensor, **overrides: Any) -> None:
+    """A checkpoint whose next token depends on the current token alone, with a tokenizer.
+
+    logits [A, A]: of token_ids[j] after token_ids[i], A at most 8. All other tokens are never drawn; a context that
+    ends in one of them behaves like one that ends in token_ids[0].
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(directory)
+    width, states = 8, len(token_ids)
+    assert logits.shape == (states, states)
+    assert states <= width
+    small = {"hidden_size": width, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    options = {"intermediate_size": 8, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    model = save_model(directory, "llama", **{**small, **options, **overrides})
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(1.0)
+        embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+        embedding.zero_()
+        embedding[:, 0] = 1.0
+        head.zero_()
+        head.fill_(-1e4)
+        for i, token in enumerate(token_ids):
+            embedding[token] = torch.nn.functional.one_hot(torch.tensor(i), width).float()
+            # the norm makes sqrt(width) of the one-hot coordinate
+            head[token, :states] = logits[:, i] / width**0.5
+    model.save_pretrained(directory)
+
+
+ENDINGS = list(range(250, 257))
+"""Several ids that end a sequence, so that short random responses do end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Directories of a teacher and a student, and the transformers models behind them."""
+
+    teacher: Path
+    student: Path
+    teacher_model: Any
+    student_model: Any
+
+    def engine(self, **options: Any) -> Engine:
+        """A fresh engine in float32."""
+        settings = {"dtype": "float32", "memory_bytes": 1 << 22, **options}
+        return Engine.from_pretrained(self.teacher, self.student, **settings)
+
+    def logprobs(self, role: str, prompt_ids: list[int], response: list[int]) -> torch.Tensor:
+        """Of each response token, by one full forward pass of transformers in float64."""
+        model = self.teacher_model if role == "teacher" else self.student_model
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt_ids + response])).logits[0].double()
+        table = logits.log_softmax(dim=-1)[len(prompt_ids) - 1 : -1]
+        return table.gather(1, torch.tensor(response)[:, None])[:, 0]

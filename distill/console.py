@@ -1,0 +1,80 @@
+"""What a person sees while a command runs: a live line on a terminal, sparse plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from genssd.distill.selecting import SelectProgress
+from genssd.distill.training import TrainProgress
+
+PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
+
+
+class ProgressLine:
+    """One task's progress. Use as a context manager; call `update` as often as you like."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        self._title = title
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID = self._progress.add_task(title, total=None, note="")
+        self._printed = time.monotonic()
+
+    def update(self, done: int, total: int, note: str) -> None:
+        """Show how far the task is."""
+        self._progress.update(self._task, completed=done, total=total, note=note)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:
+            self._printed = now
+            self._console.print(f"{self._title}: {done}/{total} {note}", highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> ProgressLine:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+def selecting(line: ProgressLine) -> Callable[[SelectProgress], None]:
+    """Prompts done, tokens kept of those sampled, rate, pages."""
+    started = time.monotonic()
+
+    def report(p: SelectProgress) -> None:
+        rate = p.tokens_sampled / (time.monotonic() - started)
+        spent = f"kept {p.tokens_kept:,} of {p.tokens_sampled:,} tokens  {rate:,.0f} tok/s"
+        line.update(p.done, p.total, f"{spent}  pages {p.pages_in_use:,}/{p.pages:,}")
+
+    return report
+
+
+def training(line: ProgressLine) -> Callable[[TrainProgress], None]:
+    """Share done, loss, rate."""
+
+    def report(p: TrainProgress) -> None:
+        note = f"%  step {p.step}  loss {p.loss:.4f}  {p.tokens_per_second:,.0f} tok/s"
+        line.update(int(100 * p.share), 100, note)
+
+    return report
+
+
+def counting(line: ProgressLine, note: str) -> Callable[[int, int], None]:
+    """Things done of a total."""
+    return lambda done, total: line.update(done, total, note)

@@ -1,0 +1,265 @@
+"""`genssd demo`: the whole job on the small pair, in minutes on a laptop without a GPU.
+
+The teacher writes every step of a sum in one of three styles, drawn anew per step: spelled out, jumped to the result,
+or with a detour. The small student can learn only some of them. It is trained twice from the same cold start, on the
+same number of tokens: on what the teacher writes by itself (standard distillation), and on what the student chose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from genssd.distill.console import ProgressLine, counting, selecting, training
+from genssd.distill.evaluating import BOOTSTRAP_DRAWS, Estimate, EvaluateConfig, Evaluation, run_evaluate
+from genssd.distill.journal import complete_rows, write_json, write_jsonl
+from genssd.distill.selecting import SelectConfig, SelectSummary, run_select
+from genssd.distill.small_pair.problems import Problem, make_problems, style_of
+from genssd.distill.training import TrainConfig, run_train
+from genssd.engine.chunk import Chunk
+from genssd.engine.engine import Engine
+from genssd.engine.errors import InputError
+from genssd.engine.sampling import Sampling
+from genssd.engine.selection import Selection
+
+PAIR = Path(__file__).with_name("small_pair")
+STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution
+MAX_TOKENS = 192
+MEMORY_BYTES = 1 << 29
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """Distil the small teacher into the small student twice, with and without selection, and compare."""
+
+    output_dir: str = "runs/demo"
+    """Replaced if it exists."""
+    prompts: int = 768
+    """Problems the teacher writes solutions for."""
+    candidates: int = 4
+    """Continuations per step that the student chooses from."""
+    train_tokens: int = 600_000
+    """Completion tokens each student is trained on."""
+    learning_rate: float = 2e-3
+    batch_size: int = 32
+    eval_problems: int = 200
+    """Held-out problems."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way to make training data, and what came of it."""
+
+    name: str
+    data: SelectSummary
+    correct_share: float
+    """Of the kept trajectories."""
+    mean_tokens: float
+    styles: Mapping[str, float]
+    evaluation: Evaluation
+
+
+def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[str, Any]:
+    """Run everything, print to `screen`, write OUTPUT_DIR/demo.json and return what it holds."""
+    started = time.monotonic()
+    output_dir = Path(config.output_dir)
+    _clear(output_dir)
+    train_problems = make_problems(config.prompts, config.seed)
+    eval_file = output_dir / "eval.jsonl"
+    write_jsonl(output_dir / "train.jsonl", _rows(train_problems))
+    write_jsonl(eval_file, _rows(make_problems(config.eval_problems, config.seed, split="eval")))
+
+    engine = Engine.from_pretrained(PAIR / "teacher", PAIR / "student", memory_bytes=MEMORY_BYTES)
+    _show_steering(engine, config, screen)
+    before = _evaluate(PAIR / "student", "cold start", config, output_dir, progress)
+    arms = [
+        _run_arm(name, count, engine, config, output_dir, train_problems, progress)
+        for name, count in (("standard", 1), ("selected", config.candidates))
+    ]
+    difference = paired_difference(arms[1].evaluation.correct, arms[0].evaluation.correct, config.seed)
+    _show_results(before, arms, difference, config, screen)
+    seconds = time.monotonic() - started
+    result = {
+        "seconds": seconds,
+        "config": dataclasses.asdict(config),
+        "cold_start": _report_fields(before),
+        "arms": {arm.name: _arm_fields(arm) for arm in arms},
+        "selected_minus_standard": dataclasses.asdict(difference),
+    }
+    write_json(output_dir / "demo.json", result)
+    screen.print(f"{seconds:.0f} s in all. Journals, decisions, students and demo.json are in {output_dir}")
+    return result
+
+
+def paired_difference(left: Sequence[bool], right: Sequence[bool], seed: int) -> Estimate:
+    """left - right over the same problems, with a percentile bootstrap interval over problems."""
+    difference = np.asarray(left, dtype=float) - np.asarray(right, dtype=float)
+    draws = np.random.default_rng(seed).integers(0, len(difference), (BOOTSTRAP_DRAWS, len(difference)))
+    low, high = np.percentile(difference[draws].mean(axis=1), [2.5, 97.5])
+    return Estimate(value=float(difference.mean()), low=float(low), high=float(high))
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove the files of an earlier demo; refuse a directory that holds anything else."""
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "train.jsonl").exists():
+        raise InputError(f"{output_dir} is not empty and not of an earlier demo; choose another output_dir")
+    for file in ("selections.jsonl", "decisions.jsonl"):
+        for arm in ("standard", "selected"):
+            (output_dir / arm / file).unlink(missing_ok=True)
+
+
+def _rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
+    return [{"problem": problem.question, "answer": problem.answer} for problem in problems]
+
+
+def _run_arm(
+    name: str,
+    candidates: int,
+    engine: Engine,
+    config: DemoConfig,
+    output_dir: Path,
+    problems: Sequence[Problem],
+    progress: Console,
+) -> Arm:
+    """Make the data, train the student on it, evaluate it. One candidate per step is standard distillation."""
+    select = SelectConfig(
+        teacher=str(PAIR / "teacher"),
+        student=str(PAIR / "student"),
+        data=str(output_dir / "train.jsonl"),
+        output_dir=str(output_dir / name),
+        candidates=candidates,
+        chunk=STEP,
+        sampling=Sampling(),
+        max_tokens=MAX_TOKENS,
+        seed=config.seed,
+    )
+    with ProgressLine(f"{name}: teacher writes", progress) as line:
+        data = run_select(select, engine, selecting(line))
+    train = TrainConfig(
+        model_name_or_path=str(PAIR / "student"),
+        data=(str(data.path),),
+        output_dir=str(output_dir / name / "student"),
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        max_train_tokens=config.train_tokens,
+        warmup_ratio=0.05,
+        seed=config.seed,
+    )
+    with ProgressLine(f"{name}: student learns", progress) as line:
+        run_train(train, training(line))
+    evaluation = _evaluate(output_dir / name / "student", name, config, output_dir, progress)
+    return _describe(name, data, problems, evaluation)
+
+
+def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, progress: Console) -> Evaluation:
+    evaluate = EvaluateConfig(
+        model=str(model),
+        data=str(output_dir / "eval.jsonl"),
+        output_dir=str(output_dir / name.replace(" ", "-") / "evaluation"),
+        max_tokens=MAX_TOKENS,
+        memory_bytes=MEMORY_BYTES,
+        seed=config.seed,
+    )
+    with ProgressLine(f"{name}: examination", progress) as line:
+        return run_evaluate(evaluate, report=counting(line, "problems"))
+
+
+def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evaluation: Evaluation) -> Arm:
+    rows, _ = complete_rows(data.path)
+    texts = {row["index"]: row["messages"][-1]["content"] for row in rows}
+    styles = Counter(style for text in texts.values() for step in text.split("\n") if (style := style_of(step)))
+    right = sum(f"\\boxed{{{problems[i].answer}}}" in text for i, text in texts.items())
+    return Arm(
+        name=name,
+        data=data,
+        correct_share=right / len(texts),
+        mean_tokens=data.tokens_kept / len(texts),
+        styles={style: count / styles.total() for style, count in styles.most_common()},
+        evaluation=evaluation,
+    )
+
+
+def _show_steering(engine: Engine, config: DemoConfig, screen: Console) -> None:
+    """One problem, round by round: what the teacher offers and what the student takes."""
+    problem = make_problems(1, config.seed + 1)[0]
+    (selection,) = engine.select_expand(
+        [[{"role": "user", "content": problem.question}]],
+        candidates=config.candidates,
+        chunk=STEP,
+        max_tokens=MAX_TOKENS,
+        seed=config.seed,
+    )
+    screen.print(Text(f"\n{problem.question}", style="bold"))
+    offer = f"The teacher offers {config.candidates} candidates per step"
+    screen.print(f"{offer}; the student keeps what it finds least surprising.\n")
+    screen.print(_steering_table(selection, engine))
+    screen.print(
+        f"answer {problem.answer}; {len(selection.best.token_ids)} tokens kept of {selection.tokens_sampled} sampled\n"
+    )
+
+
+def _steering_table(selection: Selection, engine: Engine) -> Table:
+    table = Table("step", "candidate", "student ppl", "teacher ppl", "verdict", box=None, pad_edge=False)
+    decode = engine.tokenizer("teacher").decode
+    for record in selection.tree:
+        teacher = float(np.exp(-record.teacher_logprob.mean()))
+        table.add_row(
+            str(record.round + 1),
+            Text(decode(record.token_ids).strip()),
+            f"{float(np.exp(-record.stats.logprob.mean())):.2f}",
+            f"{teacher:.2f}",
+            record.verdict,
+            style="bold green" if record.verdict == "kept" else "dim",
+        )
+    return table
+
+
+def _show_results(
+    before: Evaluation, arms: Sequence[Arm], difference: Estimate, config: DemoConfig, screen: Console
+) -> None:
+    table = Table(
+        "training data", "kept", "sampled", "tokens each", "right", "styles of the steps", "student's accuracy"
+    )
+    table.add_row("none (cold start)", "", "", "", "", "", str(before.accuracy))
+    for arm in arms:
+        styles = ", ".join(f"{style} {100 * share:.0f} %" for style, share in arm.styles.items())
+        table.add_row(
+            {"standard": "teacher alone (standard KD)", "selected": "student selects (genssd)"}[arm.name],
+            f"{arm.data.tokens_kept:,}",
+            f"{arm.data.tokens_sampled:,}",
+            f"{arm.mean_tokens:.0f}",
+            f"{100 * arm.correct_share:.0f} %",
+            styles,
+            str(arm.evaluation.accuracy),
+        )
+    screen.print(table)
+    screen.print(
+        f"{config.prompts} problems, {config.train_tokens:,} training tokens each; {config.eval_problems} held-out "
+        f"problems, greedy, 95 % intervals.\nselected - standard: {difference}"
+    )
+
+
+def _report_fields(evaluation: Evaluation) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "correct"}
+
+
+def _arm_fields(arm: Arm) -> dict[str, Any]:
+    return {
+        "tokens_kept": arm.data.tokens_kept,
+        "tokens_sampled": arm.data.tokens_sampled,
+        "correct_share": arm.correct_share,
+        "mean_tokens": arm.mean_tokens,
+        "styles": dict(arm.styles),
+        "evaluation": _report_fields(arm.evaluation),
+    }

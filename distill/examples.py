@@ -1,0 +1,142 @@
+"""Training examples: token ids and where the completion begins.
+
+Rows of our own journal are used by their ids, so that training sees the very tokens that were sampled. Rows of any
+other origin go through the tokenizer and its chat template:
+
+    {"messages": [..., {"role": "assistant", ...}]}     the last turn is trained
+    {"prompt": text or messages, "completion": text or messages}
+    {"question" | "problem" | ...: text, "completion" | "response" | "output" | "solution" | "answer": text}
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genssd.distill.rows import QUESTION_FIELDS, check_messages, read_objects
+from genssd.engine.errors import InputError
+from genssd.engine.text import Messages, Tokenizer
+
+COMPLETION_FIELDS = ("completion", "response", "output", "solution", "answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One sequence; the loss runs over the tokens from num_prompt on."""
+
+    input_ids: tuple[int, ...]
+    num_prompt: int
+
+    @property
+    def num_completion(self) -> int:
+        return len(self.input_ids) - self.num_prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleSet:
+    """The examples of some files, and why rows were left out (counted by reason)."""
+
+    examples: tuple[Example, ...]
+    left_out: Mapping[str, int]
+
+
+def read_examples(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, statuses: Sequence[str]
+) -> ExampleSet:
+    """Examples of JSONL files. Rows with a `status` not among `statuses` or longer than max_length are left out.
+
+    Raises InputError naming file and line on a row without a trainable token, or with none of the known fields; and
+    when no example is left.
+    """
+    examples: list[Example] = []
+    left_out: Counter[str] = Counter()
+    for path in paths:
+        for number, fields in read_objects(path):
+            status = fields.get("status")
+            if status is not None and status not in statuses:
+                left_out[f"status {status}"] += 1
+                continue
+            example = _example(fields, tokenizer, f"{path}, line {number}")
+            if len(example.input_ids) > max_length:
+                left_out[f"longer than {max_length} tokens"] += 1
+                continue
+            examples.append(example)
+    if not examples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the files are empty"
+        raise InputError(f"{', '.join(map(str, paths))}: nothing to train on ({reasons})")
+    return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
+
+
+def _example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Example:
+    try:
+        if fields.get("tokenizer") == tokenizer.fingerprint and fields.get("completion_ids"):
+            prompt, completion = fields["student_prompt_ids"], fields["completion_ids"]
+        else:
+            prompt, completion = _encode(fields, tokenizer, where)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    if not completion:
+        raise InputError(f"{where}: the completion has no token to train on")
+    if not prompt:
+        raise InputError(f"{where}: the prompt is empty")
+    return Example(input_ids=(*prompt, *completion), num_prompt=len(prompt))
+
+
+def _encode(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
+    if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
+        if not fields["completion"].strip():
+            raise InputError(f"{where}: the completion has no token to train on")
+        prompt = tokenizer.encode(fields["prompt"], special=True)
+        return prompt, _with_end(tokenizer.encode(fields["completion"], special=False), tokenizer)
+    turns = _turns(fields, where)
+    if turns[-1]["role"] != "assistant":
+        raise InputError(f"{where}: the last message must be the assistant's, it is the {turns[-1]['role']}'s")
+    if not turns[-1]["content"].strip():
+        raise InputError(f"{where}: the completion has no token to train on")
+    return _encode_turns(turns, tokenizer, where)
+
+
+def _turns(fields: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    if "messages" in fields:
+        return check_messages(fields["messages"], "messages", where)
+    if "prompt" in fields and "completion" in fields:
+        prompt, completion = fields["prompt"], fields["completion"]
+        asked = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else check_messages(prompt, "prompt", where)
+        )
+        if isinstance(completion, str):
+            return [*asked, {"role": "assistant", "content": completion}]
+        return [*asked, *check_messages(completion, "completion", where)]
+    question = next((fields[name] for name in QUESTION_FIELDS if isinstance(fields.get(name), str)), None)
+    answer = next((fields[name] for name in COMPLETION_FIELDS if isinstance(fields.get(name), str)), None)
+    if question is None or answer is None:
+        raise InputError(
+            f"{where}: nothing to train on; a row needs messages, or prompt and completion, or a question with one of "
+            f"{', '.join(COMPLETION_FIELDS)}; this one has {', '.join(fields) or 'nothing'}"
+        )
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _encode_turns(turns: Messages, tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
+    asked = tokenizer.render(turns[:-1])
+    whole = tokenizer.render(turns, generate=False)
+    if not whole.startswith(asked):
+        raise InputError(
+            f"{where}: the chat template writes the conversation differently with and without its answer, so the "
+            "completion cannot be told from the prompt; give prompt and completion as text"
+        )
+    completion = tokenizer.encode(whole[len(asked) :], special=False)
+    return tokenizer.encode(asked, special=False), _with_end(completion, tokenizer)
+
+
+def _with_end(completion: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Ends in exactly one end-of-sequence token: what a template writes after it is no part of the answer."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        return completion
+    return [*completion[: completion.index(end)], end] if end in completion else [*completion, end]

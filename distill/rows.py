@@ -1,0 +1,119 @@
+"""Problems in: JSONL rows with a prompt and, where known, its answer.
+
+{"prompt": "raw text"}                      continued as it is
+{"prompt": [{"role": ..., "content": ...}]} or {"messages": [...]}      rendered with the chat template
+{"question" | "problem" | "instruction" | "query" | "input": "..."}    becomes one user message
+{"answer" | "target" | "solution": ...}     the reference answer, optional; GSM8K's "... #### 72" is understood
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genssd.engine.errors import InputError
+from genssd.engine.text import Messages
+
+QUESTION_FIELDS = ("question", "problem", "instruction", "query", "input")
+ANSWER_FIELDS = ("answer", "target", "solution")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemRow:
+    """One problem. line: its number in the file, from 1."""
+
+    prompt: str | Messages
+    answer: str | None
+    line: int
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a JSONL file with their line numbers; blank lines are passed over.
+
+    Raises InputError naming file and line on anything else.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
+                if raw.strip():
+                    yield number, _parse(raw, f"{path}, line {number}")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow]:
+    """The problems of a JSONL file, at most `limit`. Raises InputError naming file and line of a row it cannot use."""
+    rows: list[ProblemRow] = []
+    for number, fields in read_objects(path):
+        if limit is not None and len(rows) >= limit:
+            break
+        where = f"{path}, line {number}"
+        rows.append(ProblemRow(prompt=_prompt(fields, where), answer=_answer(fields), line=number))
+    if not rows:
+        raise InputError(f"{path} has no rows")
+    return rows
+
+
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: a row must be a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+def _prompt(fields: Mapping[str, Any], where: str) -> str | Messages:
+    if "prompt" in fields:
+        prompt = fields["prompt"]
+        if isinstance(prompt, str):
+            return _text(prompt, "prompt", where)
+        return check_messages(prompt, "prompt", where)
+    if "messages" in fields:
+        messages = check_messages(fields["messages"], "messages", where)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise InputError(f"{where}: messages holds no turn to answer")
+        return messages
+    for name in QUESTION_FIELDS:
+        if name in fields:
+            return [{"role": "user", "content": _text(fields[name], name, where)}]
+    names = ", ".join(("prompt", "messages", *QUESTION_FIELDS))
+    raise InputError(f"{where}: no prompt; a row needs one of {names}, this one has {', '.join(fields) or 'nothing'}")
+
+
+def _text(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} must be text, not {type(value).__name__}")
+    if not value.strip():
+        raise InputError(f"{where}: {name} is empty")
+    return value
+
+
+def check_messages(value: object, name: str, where: str) -> list[dict[str, str]]:
+    """The value as chat messages (role and content only), or an InputError naming where."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: {name} must be text or a non-empty list of messages")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise InputError(f"{where}: {name}: a message needs a string role and a string content, not {message!r}")
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
+
+
+def _answer(fields: Mapping[str, Any]) -> str | None:
+    for name in ANSWER_FIELDS:
+        value = fields.get(name)
+        if isinstance(value, int | float):
+            return f"{value:g}" if float(value).is_integer() else str(value)
+        if isinstance(value, str) and value.strip():
+            return value.rsplit("####", 1)[-1].strip()
+    return None

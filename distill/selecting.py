@@ -1,0 +1,335 @@
+"""`genssd select`: problems in, a crash-safe journal of selected trajectories out.
+
+OUTPUT_DIR/run.json           the settings, model fingerprints and versions
+OUTPUT_DIR/selections.jsonl   one line per finished prompt: what training reads
+OUTPUT_DIR/decisions.jsonl    the same prompts in the same order: every candidate, its scores and its verdict
+
+A prompt's decisions are on disk before its selection: where there is a selection line, nothing is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json
+from genssd.distill.rows import ProblemRow, read_problems
+from genssd.engine.chunk import Chunk
+from genssd.engine.criteria import resolve
+from genssd.engine.engine import Engine
+from genssd.engine.errors import InputError
+from genssd.engine.sampling import Sampling
+from genssd.engine.selection import CandidateRecord, Selection, Trajectory
+from genssd.engine.text import Messages
+from genssd.kernels.logprob import TokenStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectConfig:
+    """Let the student choose what the teacher writes, prompt by prompt."""
+
+    teacher: str
+    """Hub id or local directory of the model that writes."""
+    student: str
+    """Hub id or local directory of the model that scores."""
+    data: str
+    """JSONL file of problems: prompt (text or messages), messages, or question | problem | instruction."""
+    output_dir: str = "runs/select"
+    """Where the journal goes."""
+    resume: bool = False
+    """Go on with an interrupted run: prompts in the journal are not run again."""
+    limit: int | None = None
+    """Take only the first rows of the data."""
+    candidates: int = 4
+    """Continuations sampled per live branch and round."""
+    chunk: Chunk = field(default_factory=Chunk)
+    """Where a candidate ends."""
+    beam: int = 1
+    """Branches kept per prompt after each round."""
+    criterion: str = "ppl"
+    """Registered name of the selection criterion."""
+    threshold: float | None = None
+    """Prune a branch whose best candidate is worse than this criterion value."""
+    max_tokens: int = 4096
+    """Of the response."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
+    """How the teacher samples."""
+    seed: int = 0
+    device: str | None = None
+    """None: CUDA where there is one, else the CPU."""
+    dtype: str = "auto"
+    memory_utilization: float = 0.9
+    """Share of the free memory that the two caches get."""
+    memory_bytes: int | None = None
+    """The caches' budget in bytes instead."""
+    max_batch: int = 256
+    """Candidates decoded at once."""
+
+
+SETTINGS_OF_THE_RESULT = (
+    "candidates",
+    "chunk",
+    "beam",
+    "criterion",
+    "threshold",
+    "max_tokens",
+    "sampling",
+    "seed",
+    "dtype",
+)
+"""What must not change between the parts of one run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectProgress:
+    """How far a run is. Counted over this process; tokens_kept are those of the best trajectories."""
+
+    done: int
+    total: int
+    tokens_kept: int
+    tokens_sampled: int
+    pages_in_use: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectSummary:
+    """What a run left behind. `statuses` counts over the whole journal, earlier parts of the run included."""
+
+    path: Path
+    prompts: int
+    statuses: Mapping[str, int]
+    tokens_kept: int
+    tokens_sampled: int
+
+
+def run_select(
+    config: SelectConfig, engine: Engine | None = None, report: Callable[[SelectProgress], None] = lambda progress: None
+) -> SelectSummary:
+    """Select over a file of problems. engine: a loaded one to use instead of loading the config's models.
+
+    Raises GenssdError on bad input; whatever was finished before is in the journal.
+    """
+    resolve(config.criterion)
+    problems = read_problems(config.data, config.limit)
+    output_dir = Path(config.output_dir)
+    journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
+    done = _open_run(output_dir, config, problems)
+    engine = engine or load_engine(config)
+    _record_run(output_dir, config, engine, resumed=bool(done))
+    with Journal(journal) as selections_log, Journal(decisions) as decisions_log:
+        kept = 0
+        for finished, selection in enumerate(_select(engine, config, problems, done), start=1):
+            problem = problems[selection.index]
+            decisions_log.append(decision_row(selection))
+            selections_log.append(selection_row(selection, problem, engine, config))
+            kept += len(selection.trajectories[0].token_ids) if selection.trajectories else 0
+            report(
+                SelectProgress(
+                    done=len(done) + finished,
+                    total=len(problems),
+                    tokens_kept=kept,
+                    tokens_sampled=engine.usage.teacher_tokens,
+                    pages_in_use=engine.pages_in_use[0],
+                    pages=engine.pages_in_use[1],
+                )
+            )
+    return _summary(journal)
+
+
+def load_engine(config: SelectConfig) -> Engine:
+    """The config's two models."""
+    return Engine.from_pretrained(
+        teacher=config.teacher,
+        student=config.student,
+        device=config.device,
+        dtype=config.dtype,
+        memory_utilization=config.memory_utilization,
+        memory_bytes=config.memory_bytes,
+        max_batch=config.max_batch,
+    )
+
+
+def selection_row(selection: Selection, problem: ProblemRow, engine: Engine, config: SelectConfig) -> dict[str, Any]:
+    """A line of selections.jsonl. Loads with `datasets` and trains in TRL as it is; training here uses the ids."""
+    best = selection.trajectories[0] if selection.trajectories else None
+    text = best.text if best else ""
+    answer_turn = [{"role": "assistant", "content": text}]
+    plain = isinstance(problem.prompt, str)
+    asked: Messages = (
+        [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
+    )
+    return {
+        "messages": [*asked, *answer_turn],
+        "prompt": problem.prompt,
+        "completion": text if plain else answer_turn,
+        "answer": problem.answer,
+        "status": best.status if best else "failed",
+        "error": selection.error,
+        "score": _number(best.score) if best else None,
+        "criterion": config.criterion,
+        "chunks": [
+            {"tokens": c.tokens, "score": _number(c.score), "runner_up": _number(c.runner_up)}
+            for c in (best.chunks if best else ())
+        ],
+        "prompt_ids": list(selection.prompt_ids),
+        "student_prompt_ids": list(selection.student_prompt_ids),
+        "completion_ids": list(best.token_ids) if best else [],
+        "others": [_other(trajectory) for trajectory in selection.trajectories[1:]],
+        "tokens_sampled": selection.tokens_sampled,
+        "index": selection.index,
+        "source": {"file": config.data, "line": problem.line},
+        "seed": selection.seed,
+        "occurrence": selection.occurrence,
+        "tokenizer": engine.tokenizer("teacher").fingerprint,
+        "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
+        "student": {"name": config.student, "fingerprint": engine.fingerprints["student"]},
+    }
+
+
+def decision_row(selection: Selection) -> dict[str, Any]:
+    """A line of decisions.jsonl: enough to apply another criterion without generating again."""
+    return {"index": selection.index, "candidates": [_candidate(record) for record in selection.tree]}
+
+
+def _select(
+    engine: Engine, config: SelectConfig, problems: Sequence[ProblemRow], done: frozenset[int]
+) -> Iterator[Selection]:
+    return engine.iter_select_expand(
+        [problem.prompt for problem in problems],
+        candidates=config.candidates,
+        chunk=config.chunk,
+        beam=config.beam,
+        criterion=config.criterion,
+        threshold=config.threshold,
+        max_tokens=config.max_tokens,
+        sampling=config.sampling,
+        seed=config.seed,
+        skip=done,
+        labels=[f"{config.data}, line {problem.line}" for problem in problems],
+    )
+
+
+def _open_run(output_dir: Path, config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
+    """Make the directory ready; return the indices of the prompts that are done."""
+    journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {output_dir} cannot be made: {error.strerror}") from None
+    rows, ends = complete_rows(journal)
+    if not config.resume:
+        if journal.exists() and journal.stat().st_size:
+            raise InputError(
+                f"{journal} holds {len(rows)} prompts already; pass --resume, or choose another output_dir"
+            )
+        truncate(decisions, 0)
+        return frozenset()
+    decided, decided_ends = complete_rows(decisions)
+    both = 0
+    while both < min(len(rows), len(decided)) and rows[both].get("index") == decided[both].get("index"):
+        both += 1
+    for row in rows[:both]:
+        _check_same_problem(row, config, problems, journal)
+    truncate(journal, ends[both - 1] if both else 0)
+    truncate(decisions, decided_ends[both - 1] if both else 0)
+    return frozenset(row["index"] for row in rows[:both])
+
+
+def _check_same_problem(
+    row: Mapping[str, Any], config: SelectConfig, problems: Sequence[ProblemRow], journal: Path
+) -> None:
+    index = row["index"]
+    if index >= len(problems) or problems[index].prompt != row["prompt"]:
+        raise InputError(
+            f"{config.data} is not the file that {journal} was begun with: row {index} differs; "
+            "choose another output_dir"
+        )
+
+
+def _record_run(output_dir: Path, config: SelectConfig, engine: Engine, resumed: bool) -> None:
+    """Write run.json, or check that a resumed run goes on with the same settings and models."""
+    run = {
+        "command": "select",
+        "config": dataclasses.asdict(config),
+        "fingerprints": dict(engine.fingerprints),
+        "versions": {name: version(name) for name in ("genssd", "torch", "transformers")},
+        "python": platform.python_version(),
+    }
+    path = output_dir / "run.json"
+    if not resumed:
+        write_json(path, run)
+        return
+    before = read_json(path)
+    for name in SETTINGS_OF_THE_RESULT:
+        old, new = before["config"][name], dataclasses.asdict(config)[name]
+        if old != new:
+            raise InputError(
+                f"{output_dir} was begun with {name}={old!r}, not {new!r}; resume with the same settings, or choose "
+                "another output_dir"
+            )
+    if before["fingerprints"] != run["fingerprints"]:
+        raise InputError(f"{output_dir} was begun with other models or other weights; choose another output_dir")
+
+
+def _summary(journal: Path) -> SelectSummary:
+    rows, _ = complete_rows(journal)
+    statuses: dict[str, int] = {}
+    for row in rows:
+        statuses[row["status"]] = statuses.get(row["status"], 0) + 1
+    return SelectSummary(
+        path=journal,
+        prompts=len(rows),
+        statuses=statuses,
+        tokens_kept=sum(len(row["completion_ids"]) for row in rows),
+        tokens_sampled=sum(row["tokens_sampled"] for row in rows),
+    )
+
+
+def _other(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "completion": trajectory.text,
+        "completion_ids": list(trajectory.token_ids),
+        "score": _number(trajectory.score),
+        "status": trajectory.status,
+    }
+
+
+def _candidate(record: CandidateRecord) -> dict[str, Any]:
+    return {
+        "trace": list(record.trace),
+        "verdict": record.verdict,
+        "score": _number(record.score),
+        "ended": record.ended,
+        "token_ids": list(record.token_ids),
+        "teacher_logprob": _floats(record.teacher_logprob),
+        "student": _stats(record.stats),
+    }
+
+
+def _stats(stats: TokenStats) -> dict[str, list[float] | list[int]]:
+    return {
+        "logprob": _floats(stats.logprob),
+        "entropy": _floats(stats.entropy),
+        "sum_p2": _floats(stats.sum_p2),
+        "logsumexp": _floats(stats.logsumexp),
+        "rank": stats.rank.tolist(),
+    }
+
+
+def _floats(values: Tensor) -> list[float]:
+    """The shortest decimals that read back as the same float32."""
+    return [float(text) for text in np.asarray(values.cpu(), dtype=np.float32).astype(str)]
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return None if value is None or not np.isfinite(value) else float(value)

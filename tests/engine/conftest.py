@@ -1,0 +1,46 @@
+"""A pair of small random models, and engines over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from toys import ENDINGS, VOCAB, Pair, edit_json, save_checkpoint
+
+from genssd.engine.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    root = tmp_path_factory.mktemp("pair")
+    models = {}
+    for seed, role in enumerate(("teacher", "student")):
+        models[role] = save_checkpoint(root / role, seed=seed)
+        for file in ("config.json", "generation_config.json"):
+            edit_json(root / role / file, eos_token_id=ENDINGS)
+    return Pair(root / "teacher", root / "student", models["teacher"], models["student"])
+
+
+@pytest.fixture(scope="session")
+def shared_engine(pair: Pair) -> Engine:
+    """One engine for tests that neither count usage nor fill the cache."""
+    return pair.engine()
+
+
+@pytest.fixture
+def engine(shared_engine: Engine) -> Iterator[Engine]:
+    """The shared engine, checked to be empty before and after."""
+    assert shared_engine.pages_in_use[0] == 0
+    yield shared_engine
+    assert shared_engine.pages_in_use[0] == 0, "pages leaked"
+
+
+@pytest.fixture(scope="session")
+def random_prompts() -> Callable[[int, int], list[list[int]]]:
+    def make(count: int, seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+        return [torch.randint(0, VOCAB - 3, (n,), generator=generator).tolist() for n in lengths]
+
+    return make
