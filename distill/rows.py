@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow]:
     """The problems of a JSONL file, at most `limit`. Raises InputError naming file and line of a row it cannot use."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, not {limit}")
     rows: list[ProblemRow] = []
-    for number, fields in read_objects(path):
-        if limit is not None and len(rows) >= limit:
-            break
+    for number, fields in islice(read_objects(path), limit):
         where = f"{path}, line {number}"
         rows.append(ProblemRow(prompt=_prompt(fields, where), answer=_answer(fields), line=number))
     if not rows:

@@ -122,7 +122,7 @@ def run_select(
     problems = read_problems(config.data, config.limit)
     output_dir = Path(config.output_dir)
     journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
-    done = _open_run(output_dir, config, problems)
+    done = open_run(config, problems)
     engine = engine or load_engine(config)
     _record_run(output_dir, config, engine, resumed=bool(done))
     with Journal(journal) as selections_log, Journal(decisions) as decisions_log:
@@ -218,8 +218,13 @@ def _select(
     )
 
 
-def _open_run(output_dir: Path, config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
-    """Make the directory ready; return the indices of the prompts that are done."""
+def open_run(config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
+    """Make the output directory ready and return the indices of the prompts that are done.
+
+    With resume, both journals are cut back to the prompts that are complete in both. Raises InputError on an output
+    directory that cannot be used, holds a run that is not to be resumed, or was begun with other data.
+    """
+    output_dir = Path(config.output_dir)
     journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

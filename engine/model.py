@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from genssd.engine.checkpoint import read_tensors, take
 from genssd.engine.config import ModelConfig
 from genssd.kernels.activation import swiglu
 from genssd.kernels.attention import AttentionPlan, paged_attention
 from genssd.kernels.cache import write_kv
+from genssd.kernels.linear import linear
 from genssd.kernels.norm import rms_norm
 from genssd.kernels.rotary import rope_frequencies, rotary, rotary_angles
 

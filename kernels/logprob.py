@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genssd.kernels.linear import linear
+
 LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
 
 
@@ -87,7 +89,7 @@ def _reference(
     temperature: float,
     softcap: float | None,
 ) -> TokenStats:
-    z = torch.nn.functional.linear(hidden_ND, weight_VD, bias)
+    z = linear(hidden_ND, weight_VD, bias)
     z = z if z.dtype == torch.float64 else z.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

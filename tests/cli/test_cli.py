@@ -1,0 +1,205 @@
+"""The command line: configs, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TinyPair
+from toys import edit_json, save_checkpoint, save_model, save_tokenizer
+
+from genssd.cli import flags_of_file, main
+from genssd.distill.selecting import SelectConfig
+from genssd.distill.training import TrainConfig
+from genssd.engine.errors import InputError
+
+Write = Callable[..., Path]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run; expect exit code 2 and one message; return it."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, words)))
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def select_flags(pair: TinyPair, data: Path, output_dir: Path) -> list[str]:
+    flags = ["select", "--teacher", pair.teacher, "--student", pair.student, "--data", data, "--output-dir", output_dir]
+    more = ["--candidates", "2", "--chunk.tokens", "4", "--max-tokens", "8", "--memory-bytes", str(1 << 24)]
+    return [*map(str, flags), *more]
+
+
+def test_select_train_evaluate_in_a_row(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows([{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(5)])
+    main(select_flags(tiny_pair, data, tmp_path / "select"))
+    assert "5 prompts: " in capsys.readouterr().out
+    selections = tmp_path / "select" / "selections.jsonl"
+    main(
+        f"train --model-name-or-path {tiny_pair.student} --data {selections} --max-steps 2 "
+        f"--output-dir {tmp_path / 'train'} --statuses finished length".split()
+    )
+    assert "2 steps on 5 examples" in capsys.readouterr().out
+    main(
+        [
+            "evaluate",
+            "--model",
+            str(tmp_path / "train"),
+            "--data",
+            str(data),
+            "--output-dir",
+            str(tmp_path / "evaluate"),
+        ]
+        + ["--max-tokens", "5", "--samples", "2", "--memory-bytes", str(1 << 22)]
+    )
+    out = capsys.readouterr().out
+    assert "greedy accuracy 0.0 %" in out
+    assert "avg@2" in out
+
+
+def test_a_config_file_and_flags_over_it(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows([{"prompt": "a"}])
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"teacher: {tiny_pair.teacher}\nstudent: {tiny_pair.student}\ndata: {data}\noutput_dir: {tmp_path / 'run'}\n"
+        "candidates: 3\nthreshold: 1.5e10\nchunk: {tokens: 2, until: null}\nresume: false\nmax_tokens: 4\n"
+        f"memory_bytes: {1 << 22}\nsampling:\n  temperature: 0.5\n"
+    )
+    main(["select", "--config", str(config), "--candidates", "2", "--sampling.top-p", "0.5"])
+    written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert (written["candidates"], written["threshold"], written["resume"]) == (2, 1.5e10, False)
+    assert written["chunk"] == {"tokens": 2, "until": None, "limit": None}
+    assert (written["sampling"]["temperature"], written["sampling"]["top_p"]) == (0.5, 0.5)
+
+
+def test_a_file_stands_for_flags(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data: [a.jsonl, b.jsonl]\nbf16: true\ngradient_checkpointing: false\n")
+    assert flags_of_file(path, TrainConfig) == [
+        *("--data", "a.jsonl", "b.jsonl"),
+        *("--bf16", "True"),
+        "--no-gradient_checkpointing",
+    ]
+    path.write_text("")
+    assert flags_of_file(path, TrainConfig) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("candidats: 3\n", r"c\.yaml: unknown key 'candidats'; did you mean 'candidates'\?"),
+        ("chunk: {token: 3}\n", r"unknown key 'chunk\.token'; did you mean 'tokens'\?"),
+        ("zzz: 3\n", r"unknown key 'zzz'; known: teacher, student"),
+        ("chunk: 3\n", r"chunk must hold keys and values, not 3"),
+        ("seed: {a: 1}\n", r"seed must be a single value"),
+        ("- a\n", r"must hold keys and values, not list"),
+        ("a: [\n", r"is not valid YAML"),
+    ],
+)
+def test_a_bad_config_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        flags_of_file(path, SelectConfig)
+
+
+def test_words_that_mean_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "unknown command 'selct'; did you mean 'select'?" in fails(capsys, "selct")
+    assert "--config needs a file" in fails(capsys, "select", "--config")
+    assert "nothing.yaml cannot be read" in fails(capsys, "select", f"--config={tmp_path}/nothing.yaml")
+    assert "--candidats" in fails(
+        capsys, "select", "--teacher", "t", "--student", "s", "--data", "d", "--candidats", "3"
+    )
+    assert "--teacher" in fails(capsys, "select", "--data", "d")
+
+
+def test_options_out_of_range(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = select_flags(tiny_pair, write_rows([{"prompt": "a"}]), tmp_path / "run")
+    assert "candidates must be at least 1, not 0" in fails(capsys, *flags, "--candidates", "0")
+    assert "beam must be at least 1, not 0" in fails(capsys, *flags, "--beam", "0")
+    assert "unknown criterion 'pp'; registered: ppl, random" in fails(capsys, *flags, "--criterion", "pp")
+    assert "top_p must be in (0, 1], not 0.0" in fails(capsys, *flags, "--sampling.top-p", "0")
+    assert "chunk tokens must be at least 1" in fails(capsys, *flags, "--chunk.tokens", "0")
+
+
+def test_bad_models(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows([{"question": "q"}])
+    flags = select_flags(tiny_pair, rows, tmp_path / "run")
+
+    def with_student(directory: Path) -> str:
+        return fails(capsys, *flags, "--student", directory)
+
+    assert "/nowhere does not exist" in with_student(Path("/nowhere"))
+
+    pickled = tmp_path / "pickled"
+    save_checkpoint(pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "pickled has no safetensors weights (it has pytorch_model.bin: pickles are never read" in with_student(
+        pickled
+    )
+
+    unknown = tmp_path / "unknown"
+    save_checkpoint(unknown)
+    edit_json(unknown / "config.json", model_type="mamba")
+    assert "model_type 'mamba' is not supported; supported: llama, qwen2, qwen3" in with_student(unknown)
+
+    narrow = tmp_path / "narrow"
+    narrow.mkdir()
+    save_tokenizer(narrow)
+    save_model(narrow, vocab_size=100)
+    assert "the tokenizer's largest id is 258, but the embedding has 100 rows" in with_student(narrow)
+
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_tokenizer(plain, template=False)
+    save_model(plain)
+    message = fails(capsys, *flags, "--student", plain, "--teacher", plain)
+    assert "data.jsonl, line 1: " in message
+    assert "plain has no chat template, but the prompt is a list of messages" in message
+
+
+def test_bad_data(tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "d.jsonl"
+    flags = select_flags(tiny_pair, data, tmp_path / "run")
+    assert "d.jsonl cannot be read: No such file" in fails(capsys, *flags)
+    data.write_text('{"prompt": "a"}\n{"prompt"\n')
+    assert "d.jsonl, line 2: not valid JSON" in fails(capsys, *flags)
+    data.write_text('{"prompt": ""}\n')
+    assert "d.jsonl, line 1: prompt is empty" in fails(capsys, *flags)
+    data.write_text(json.dumps({"prompt": "x" * 513}) + "\n")
+    assert "d.jsonl, line 1 has 513 tokens; the teacher" in fails(capsys, *flags)
+    data.write_text('{"prompt": "a"}\n')
+    assert "more than the key-value cache has" in fails(capsys, *flags, "--memory-bytes", "50000")
+    (tmp_path / "file").write_text("")
+    assert "file cannot be made: " in fails(capsys, *flags, "--output-dir", tmp_path / "file")
+
+
+@pytest.mark.slow
+def test_python_m_genssd_exits_with_2_and_says_why(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "genssd",
+        "evaluate",
+        "--model",
+        str(tmp_path),
+        "--data",
+        str(tmp_path / "x.jsonl"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"genssd: {tmp_path}/x.jsonl cannot be read: No such file or directory"
+    done = subprocess.run([sys.executable, "-m", "genssd", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("genssd 0.")
+    done = subprocess.run([sys.executable, "-m", "genssd"], capture_output=True, text=True)
+    assert done.returncode == 2

@@ -1,0 +1,55 @@
+"""Checkpoints that several test files share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import save_checkpoint
+
+from genssd import Engine
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@dataclass(frozen=True, slots=True)
+class TinyPair:
+    """A random teacher and student with the byte tokenizer, and an engine over them."""
+
+    teacher: Path
+    student: Path
+    engine: Engine
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    base = tmp_path_factory.mktemp("tiny")
+    save_checkpoint(base / "teacher", "qwen3", seed=1)
+    save_checkpoint(base / "student", "llama", seed=2)
+    engine = Engine.from_pretrained(base / "teacher", base / "student", memory_bytes=1 << 24)
+    return TinyPair(base / "teacher", base / "student", engine)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows to a JSONL file in the test's directory and return its path."""
+
+    def write(rows: list[dict[str, Any]], name: str = "data.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def restore_threads() -> Iterator[None]:
+    """Tests that change the number of threads do not leak it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

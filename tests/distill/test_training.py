@@ -1,0 +1,222 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyPair
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from genssd import Engine
+from genssd.distill.training import TrainConfig, run_train, schedule
+from genssd.engine.errors import CheckpointError, InputError, NumericsError
+from genssd.kernels.cross_entropy import linear_cross_entropy
+
+Write = Callable[..., Path]
+ROWS = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}" * (1 + i % 3)} for i in range(11)]
+
+
+def config_for(pair: TinyPair, data: Path, output_dir: Path, **changes: Any) -> TrainConfig:
+    base = TrainConfig(
+        model_name_or_path=str(pair.student),
+        data=(str(data),),
+        output_dir=str(output_dir),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        num_train_epochs=2,
+        logging_steps=1,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return dict(model.state_dict())
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_linear_cross_entropy_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genssd.kernels.cross_entropy.LOGITS_BYTES", 4 * 50 * 3)
+    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 50, (10,))
+    ours = torch.autograd.grad(linear_cross_entropy(hidden, weight, target), (hidden, weight))
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="sum")
+    theirs = torch.autograd.grad(plain, (hidden, weight))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match=r"target must be \[10\]"):
+        linear_cross_entropy(hidden, weight, target[:3])
+
+
+def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """Plain AdamW on transformers' own loss, masked by -100, over the same rows as one batch."""
+    rows = ROWS[:4]
+    config = config_for(tiny_pair, write_rows(rows), tmp_path / "run", max_steps=1, lr_scheduler_type="constant")
+    run_train(dataclasses.replace(config, warmup_ratio=0.0))
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_pair.student, dtype=torch.float32).train()
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_pair.student)
+    ids = [[*tokenizer.encode(r["prompt"] + r["completion"]), tokenizer.eos_token_id] for r in rows]
+    width = max(map(len, ids))
+    batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    labels = batch.clone()
+    for i, (row, given) in enumerate(zip(ids, rows, strict=True)):
+        labels[i, : len(given["prompt"])] = -100
+        labels[i, len(row) :] = -100
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+    loss = model(input_ids=batch, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    loss = loss.detach()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0).step()
+    (logged,) = metrics(tmp_path / "run")
+    assert logged["loss"] == pytest.approx(float(loss), abs=1e-5)
+    assert logged["tokens"] == int((labels != -100).sum())
+    theirs, trained = model.state_dict(), weights(tmp_path / "run")
+    for name, value in theirs.items():
+        # Adam's first step is lr * sign(gradient): where the gradient is nearly 0 rounding decides its sign
+        close = (value - trained[name]).abs() < 1e-5
+        assert close.float().mean() > 0.999, name
+
+
+def test_accumulation_equals_the_unsplit_batch(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    split = config_for(
+        tiny_pair, data, tmp_path / "split", per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    whole = config_for(
+        tiny_pair, data, tmp_path / "whole", per_device_train_batch_size=4, gradient_accumulation_steps=1
+    )
+    run_train(split)
+    run_train(whole)
+    for a, b in zip(metrics(tmp_path / "split"), metrics(tmp_path / "whole"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["tokens"] == b["tokens"]
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    whole = config_for(tiny_pair, data, tmp_path / "whole", num_train_epochs=3, save_steps=2, save_total_limit=None)
+    run_train(whole)
+    assert [m["step"] for m in metrics(tmp_path / "whole")] == list(range(1, 10))
+    for step in (2, 4):
+        directory = tmp_path / f"from-{step}"
+        directory.mkdir()
+        # what a crash after step 5 would have left
+        (directory / f"checkpoint-{step}").symlink_to(tmp_path / "whole" / f"checkpoint-{step}")
+        logged = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (directory / "metrics.jsonl").write_text("".join(logged[:5]) + '{"step": 6, "lo')
+        (directory / "checkpoint-6.tmp").mkdir()
+        run_train(dataclasses.replace(whole, output_dir=str(directory), save_steps=None, resume_from_checkpoint="last"))
+        assert [(m["step"], m["loss"]) for m in metrics(directory)] == [
+            (m["step"], m["loss"]) for m in metrics(tmp_path / "whole")
+        ]
+        resumed, uninterrupted = weights(directory), weights(tmp_path / "whole")
+        assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+
+
+def test_the_output_is_a_directory_that_others_load(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    summary = run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run"))
+    assert (tmp_path / "run" / "chat_template.jinja").exists()
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert tokenizer.chat_template
+    assert summary.examples == len(ROWS)
+    engine = Engine.from_pretrained(student=tmp_path / "run", memory_bytes=1 << 22)
+    ((completion,),) = engine.generate(["1+1="], model="student", max_tokens=3)
+    assert len(completion.token_ids) <= 3
+    before, after = weights(tiny_pair.student), weights(tmp_path / "run")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_training_learns(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", num_train_epochs=30, learning_rate=3e-3)
+    run_train(config)
+    losses = [m["loss"] for m in metrics(tmp_path / "run")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_token_budget_ends_training(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    summary = run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", max_train_tokens=70))
+    steps = metrics(tmp_path / "run")
+    assert steps[-1]["tokens"] == summary.tokens >= 70
+    assert steps[-2]["tokens"] < 70
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", save_steps=1, save_total_limit=2))
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_bf16_trains_float32_weights(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    from genssd.engine.memory import cpu_has_bf16
+
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", bf16=True, device="cpu", max_steps=2)
+    if not cpu_has_bf16():
+        with pytest.raises(InputError, match="no bf16 arithmetic"):
+            run_train(config)
+        return
+    run_train(config)
+    plain = dataclasses.replace(config, bf16=False, output_dir=str(tmp_path / "plain"))
+    run_train(plain)
+    low, full = metrics(tmp_path / "run")[0]["loss"], metrics(tmp_path / "plain")[0]["loss"]
+    assert low != full
+    assert low == pytest.approx(full, rel=0.05)
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
+
+
+def test_gradient_checkpointing_changes_no_loss(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    for name, on in (("off", False), ("on", True)):
+        run_train(config_for(tiny_pair, data, tmp_path / name, gradient_checkpointing=on, max_steps=2))
+    off, on_ = metrics(tmp_path / "off"), metrics(tmp_path / "on")
+    assert [m["loss"] for m in off] == pytest.approx([m["loss"] for m in on_], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_ratio=0.0)
+    with pytest.raises(NumericsError, match=r"the loss is (nan|inf) at step \d+ \(epoch \d+, batch \d+\); lower"):
+        run_train(config)
+
+
+def test_the_schedule() -> None:
+    config = TrainConfig(model_name_or_path="m", data=("d",), warmup_ratio=0.1)
+    assert schedule(0.0, 0.05, config) == 0.5
+    assert schedule(0.05, 0.1, config) == 1.0
+    assert schedule(0.1, 0.15, config) == 1.0
+    assert schedule(0.55, 0.6, config) == pytest.approx(0.5)
+    assert 0.0 < schedule(0.99, 1.0, config) < 0.001
+    linear = dataclasses.replace(config, lr_scheduler_type="linear")
+    assert schedule(0.55, 0.6, linear) == pytest.approx(0.5)
+    assert schedule(0.55, 0.6, dataclasses.replace(config, lr_scheduler_type="constant")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, not 0"),
+        ({"max_steps": 3, "max_train_tokens": 5}, "not both"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be positive"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(model_name_or_path="m", data=("d",), **changes)
+
+
+def test_bad_checkpoints(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
+        run_train(config_for(tiny_pair, data, tmp_path / "run", resume_from_checkpoint="last"))
+    with pytest.raises(InputError, match=r"is no checkpoint: it has no trainer_state\.json"):
+        run_train(config_for(tiny_pair, data, tmp_path / "run", resume_from_checkpoint=str(tmp_path)))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        run_train(config_for(tiny_pair, data, tmp_path / "run", model_name_or_path="/nowhere"))
