@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -53,8 +54,14 @@ GENSSD_CLONES void fill_gumbel(const std::int64_t* keys, float* out, std::int64_
                                std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row) {
     const std::uint64_t key = static_cast<std::uint64_t>(keys[row]);
+    for (std::int64_t first = 0; first < width; first += kLanes) {
+      std::uint32_t bits[kLanes];
+      float noise[kLanes];
+      philox(key, static_cast<std::uint64_t>(first), bits);
 #pragma omp simd
-    for (std::int64_t v = 0; v < width; ++v) out[row * width + v] = gumbel(key, static_cast<std::uint64_t>(v));
+      for (int i = 0; i < kLanes; ++i) noise[i] = gumbel(bits[i]);
+      std::copy(noise, noise + std::min<std::int64_t>(kLanes, width - first), out + row * width + first);
+    }
   }
 }
 

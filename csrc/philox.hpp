@@ -9,24 +9,32 @@
 
 namespace genssd {
 
-inline std::uint32_t philox(std::uint64_t key, std::uint64_t counter) {
+inline constexpr int kLanes = 32;  // consecutive counters computed together: simple loops, so that they vectorise
+
+// First output words for the counters first..first + kLanes - 1.
+[[gnu::always_inline]] inline void philox(std::uint64_t key, std::uint64_t first, std::uint32_t out[kLanes]) {
   constexpr std::uint32_t kMultiplierA = 0xD2511F53u, kMultiplierB = 0xCD9E8D57u;
   constexpr std::uint32_t kWeylA = 0x9E3779B9u, kWeylB = 0xBB67AE85u;
-  std::uint32_t c0 = static_cast<std::uint32_t>(counter), c1 = static_cast<std::uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+  std::uint32_t c1[kLanes], c2[kLanes], c3[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    out[i] = static_cast<std::uint32_t>(first + i);
+    c1[i] = static_cast<std::uint32_t>((first + i) >> 32);
+    c2[i] = c3[i] = 0;
+  }
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
-    const std::uint64_t a = static_cast<std::uint64_t>(kMultiplierA) * c0;
-    const std::uint64_t b = static_cast<std::uint64_t>(kMultiplierB) * c2;
-    const std::uint32_t n0 = static_cast<std::uint32_t>(b >> 32) ^ c1 ^ k0;
-    const std::uint32_t n2 = static_cast<std::uint32_t>(a >> 32) ^ c3 ^ k1;
-    c1 = static_cast<std::uint32_t>(b);
-    c3 = static_cast<std::uint32_t>(a);
-    c0 = n0;
-    c2 = n2;
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) {
+      const std::uint64_t a = static_cast<std::uint64_t>(kMultiplierA) * out[i];
+      const std::uint64_t b = static_cast<std::uint64_t>(kMultiplierB) * c2[i];
+      out[i] = static_cast<std::uint32_t>(b >> 32) ^ c1[i] ^ k0;
+      c2[i] = static_cast<std::uint32_t>(a >> 32) ^ c3[i] ^ k1;
+      c1[i] = static_cast<std::uint32_t>(b);
+      c3[i] = static_cast<std::uint32_t>(a);
+    }
     k0 += kWeylA;
     k1 += kWeylB;
   }
-  return c0;
 }
 
 // Natural logarithm for positive normal floats (Cephes polynomial), branch-free so that loops over it vectorise.
@@ -55,8 +63,8 @@ inline float log_positive(float x) {
 
 // Gumbel(0, 1) noise. u is uniform on (0, 1) with its fine resolution near 0, where -log(-log(1 - u)) is largest:
 // the tail reaches 22.9 instead of the 16.6 of a float32 uniform near 1.
-inline float gumbel(std::uint64_t key, std::uint64_t token) {
-  const float u = (static_cast<float>(philox(key, token)) + 0.5f) * 0x1p-32f;
+inline float gumbel(std::uint32_t bits) {
+  const float u = (static_cast<float>(bits) + 0.5f) * 0x1p-32f;
   const float keep = u < 0x1p-11f ? 0.5f : 1.0f - u;
   const float by_series = u + 0.5f * u * u;
   const float by_log = -log_positive(keep > 0x1p-25f ? keep : 0x1p-25f);

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 MIN_ROWS = 16
-"""Below this many rows the BLAS libraries of torch add in another order, so a row's bits would depend on how many others
-are in the call. Measured with MKL in float32: from 16 rows on they do not, while one thread adds up a row (D up to a few
-hundred, or one thread); wider models on several threads may still differ in the last bit."""
+"""Below this many rows torch's BLAS adds in another order, and a row's bits would depend on how many others are
+in the call. Measured with MKL in float32: from 16 rows on they do not, up to a few hundred inputs or on one thread.
+Wider models on several threads may still differ in the last bit."""
 
 
 def linear(x_ND: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:

@@ -49,16 +49,8 @@ def test_select_train_evaluate_in_a_row(
     )
     assert "2 steps on 5 examples" in capsys.readouterr().out
     main(
-        [
-            "evaluate",
-            "--model",
-            str(tmp_path / "train"),
-            "--data",
-            str(data),
-            "--output-dir",
-            str(tmp_path / "evaluate"),
-        ]
-        + ["--max-tokens", "5", "--samples", "2", "--memory-bytes", str(1 << 22)]
+        f"evaluate --model {tmp_path / 'train'} --data {data} --output-dir {tmp_path / 'evaluate'} --max-tokens 5 "
+        f"--samples 2 --memory-bytes {1 << 22}".split()
     )
     out = capsys.readouterr().out
     assert "greedy accuracy 0.0 %" in out

@@ -61,7 +61,5 @@ def test_trl_trains_on_selections_unchanged(selections: Path, tiny_pair: TinyPai
     trainer = trl.SFTTrainer(model=str(tiny_pair.student), args=settings, train_dataset=rows)
     batch = next(iter(trainer.get_train_dataloader()))
     trained = batch["labels"][0] != -100
-    assert (
-        0 < int(trained.sum()) < int(batch["attention_mask"][0].sum()) if "attention_mask" in batch else trained.any()
-    )
+    assert 0 < int(trained.sum()) < len(trained), "TRL masks the prompt"
     assert trainer.train().global_step == 1
