@@ -1,0 +1,144 @@
+"""Norm, activation and rotary embedding against transformers' own modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from genssd.kernels.activation import swiglu
+from genssd.kernels.norm import rms_norm
+from genssd.kernels.rotary import ROPE_TYPES, rope_frequencies, rotary, rotary_angles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_rms_norm_equals_transformers(dtype: torch.dtype) -> None:
+    x = (torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(0)) * 7).to(dtype)
+    theirs = LlamaRMSNorm(64, eps=1e-5).to(dtype)
+    theirs.weight.copy_(torch.linspace(-1, 2, 64))
+    assert torch.equal(rms_norm(x, theirs.weight, 1e-5), theirs(x))
+
+
+def test_rms_norm_of_tiny_and_large_rows() -> None:
+    weight = torch.ones(8)
+    assert torch.equal(rms_norm(torch.zeros(2, 8), weight, 1e-6), torch.zeros(2, 8))
+    torch.testing.assert_close(rms_norm(torch.full((1, 8), 1e15), weight, 1e-6), torch.ones(1, 8))
+    # the mean of squares is in float32: 60000^2 overflows float16
+    half = torch.full((1, 8), 6e4, dtype=torch.float16)
+    torch.testing.assert_close(rms_norm(half, weight.half(), 1e-6), torch.ones(1, 8, dtype=torch.float16))
+
+
+def test_swiglu_gates_with_the_first_half() -> None:
+    gate_up = torch.randn(4, 2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gate, up = gate_up[..., :5], gate_up[..., 5:]
+    torch.testing.assert_close(swiglu(gate_up), gate / (1 + (-gate).exp()) * up, atol=1e-14, rtol=1e-12)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ROPES = [
+    pytest.param({"rope_type": "default", "rope_theta": 1e4}, id="default"),
+    pytest.param({"rope_type": "default", "rope_theta": 1e6}, id="default-wide"),
+    pytest.param({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}, id="linear"),
+    pytest.param({"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}, id="llama3"),
+    pytest.param(
+        {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3, "original_max_position_embeddings": 8192, "factor": 32.0},
+        id="llama3-8k",
+    ),
+    pytest.param(
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}, id="yarn"
+    ),
+    pytest.param(
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 8.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 24.0,
+            "beta_slow": 2.0,
+            "truncate": False,
+        },
+        id="yarn-betas-untruncated",
+    ),
+    pytest.param(
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 40.0,
+            "original_max_position_embeddings": 4096,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        },
+        id="yarn-mscale",
+    ),
+    pytest.param(
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "attention_factor": 1.25,
+        },
+        id="yarn-attention-factor",
+    ),
+]
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("parameters", ROPES)
+def test_frequencies_equal_transformers(parameters: dict[str, Any], head_dim: int) -> None:
+    original = parameters.get("original_max_position_embeddings", 512)
+    config = LlamaConfig(
+        hidden_size=2 * head_dim,
+        num_attention_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=int(original * parameters.get("factor", 1.0)),
+        rope_parameters=dict(parameters),
+    )
+    if parameters["rope_type"] == "default":
+        expected, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    else:
+        expected, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+    ours, our_factor = rope_frequencies(parameters, head_dim, config.max_position_embeddings)
+    torch.testing.assert_close(ours, expected.float(), atol=0, rtol=2e-6)
+    assert our_factor == pytest.approx(factor, rel=1e-12)
+
+
+def test_rotation_equals_transformers() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, head_dim=32, rope_parameters=ROPES[1].values[0])
+    position = torch.tensor([0, 1, 2, 77, 4000, 131071], dtype=torch.int32)
+    x = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(2))
+    cos, sin = LlamaRotaryEmbedding(config)(x, position[None].long())
+    expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
+    frequency, factor = rope_frequencies(ROPES[1].values[0], 32, 131072)  # type: ignore[arg-type]
+    ours = rotary(x, *rotary_angles(position, frequency, factor, x.dtype))
+    # a frequency may differ in its last bit, which turns the angle by position * 2^-23
+    budget = 1e-6 + 2.0**-23 * position.float()[:, None, None] * x.norm(dim=-1, keepdim=True)
+    assert bool(((ours - expected[0].transpose(0, 1)).abs() <= budget).all())
+    assert torch.equal(ours[0], x[0])
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
+    frequency, factor = rope_frequencies({"rope_type": "default", "rope_theta": 1e4}, 64, 512)
+    q, k = torch.randn(2, 1, 1, 64, generator=torch.Generator().manual_seed(3))
+
+    def at(x: torch.Tensor, position: int) -> torch.Tensor:
+        return rotary(x, *rotary_angles(torch.tensor([position]), frequency, factor, x.dtype)).flatten()
+
+    assert float(at(q, 300).norm()) == pytest.approx(float(q.norm()), rel=1e-6)
+    assert float(at(q, 40) @ at(k, 9)) == pytest.approx(float(at(q, 140) @ at(k, 109)), abs=1e-4)
+    assert abs(float(at(q, 40) @ at(k, 9)) - float(at(q, 40) @ at(k, 10))) > 1e-3
+
+
+def test_an_unknown_type_and_a_missing_number_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'dynamic'.*default, linear, llama3, yarn"):
+        rope_frequencies({"rope_type": "dynamic"}, 16, 512)
+    with pytest.raises(ValueError, match="'factor'"):
+        rope_frequencies({"rope_type": "linear"}, 16, 512)
+    with pytest.raises(ValueError, match="'low_freq_factor'"):
+        rope_frequencies({"rope_type": "llama3", "factor": 2.0}, 16, 512)
+    assert set(ROPE_TYPES) <= {"default", *ROPE_INIT_FUNCTIONS}
