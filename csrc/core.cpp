@@ -127,6 +127,7 @@ void paged_attention(Tensor3 q, Tensor4 k_pages, Tensor4 v_pages, Table32 page_t
   for (int d = 0; d < 3; ++d) require(out.shape(d) == q.shape(d), "paged_attention: out must have the shape of q");
   for (int d = 0; d < 4; ++d)
     require(k_pages.shape(d) == v_pages.shape(d), "paged_attention: k_pages and v_pages differ in shape");
+  require(page_size > 0 && window >= 0, "paged_attention: page_size must be positive and window not negative");
   require(k_pages.shape(3) == q.shape(2), "paged_attention: q and k_pages differ in head_dim");
   require(k_pages.shape(2) > 0 && q.shape(1) % k_pages.shape(2) == 0,
           "paged_attention: the number of query heads must be a multiple of the number of kv heads");

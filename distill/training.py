@@ -28,7 +28,7 @@ from genssd.distill.examples import Example, read_examples
 from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
-from genssd.engine.memory import cpu_has_bf16
+from genssd.engine.memory import choose_device, cpu_has_bf16
 from genssd.engine.text import Tokenizer
 from genssd.kernels.cross_entropy import linear_cross_entropy
 
@@ -155,7 +155,7 @@ class _Trainer:
         self._tokenizer = tokenizer
         self._examples = examples
         self._output_dir = output_dir
-        self._device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = choose_device(config.device)
         self._bf16 = _use_bf16(config.bf16, self._device)
         self.position = _Position()
         resume = _find_checkpoint(config.resume_from_checkpoint, output_dir)

@@ -57,6 +57,7 @@ class Branch:
         self.chunk_teacher_logprob: list[float] = []
         self.ended: Ending | None = None
         self.num_children = 0
+        self.dropped = False
         self.teacher = ModelState(pending=list(prompt.teacher))
         self.student = ModelState(pending=list(prompt.student))
 
@@ -85,6 +86,10 @@ class Branch:
         Expanding again gives further candidates, not the same ones. Raises InputError on a candidate that was not
         committed or has ended, CapacityError when the candidates do not fit into the cache.
         """
+        if n < 1:
+            raise InputError(f"n must be at least 1, not {n}")
+        if self.dropped:
+            raise InputError("the branch was dropped: its cache is gone")
         if self.chunk or self.ended in ("finished", "length"):
             raise InputError("only a committed branch that has not ended can be expanded; call commit() first")
         return self._owner.expand(self, n, chunk)
@@ -100,6 +105,7 @@ class Branch:
 
     def drop(self) -> None:
         """Return the branch's cache pages. What it generated stays readable; it cannot be expanded any more."""
+        self.dropped = True
         self._owner.drop_paths(self)
 
     def suspend(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from genssd.engine.config import read_fields
 from genssd.engine.errors import CheckpointError
 
 EDGE_BYTES = 1 << 20  # of each weight file's beginning and end that enter the fingerprint
@@ -52,10 +52,9 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in order."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        try:
-            shards = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error}") from None
+        shards = read_fields(index).get("weight_map")
+        if not isinstance(shards, Mapping) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index} is no safetensors index: its weight_map must name a file for each tensor")
         files = [directory / name for name in sorted(set(shards.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:

@@ -41,16 +41,23 @@ class ModelConfig:
     def load(directory: Path) -> ModelConfig:
         """Read DIRECTORY/config.json. Raises CheckpointError naming the field that is missing or unsupported."""
         path = directory / "config.json"
+        if not path.exists():
+            raise CheckpointError(f"{directory} has no config.json: not a Hugging Face model directory")
         try:
-            fields = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{directory} has no config.json: not a Hugging Face model directory") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-        try:
-            return _parse(fields, path)
+            return _parse(read_fields(path), path)
         except KeyError as missing:
             raise CheckpointError(f"{path} has no field {missing}") from None
+
+
+def read_fields(path: Path) -> Mapping[str, object]:
+    """The fields of a checkpoint's JSON file. Raises CheckpointError when it holds no object."""
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(f"{path} must hold a JSON object, not {fields!r}")
+    return fields
 
 
 def _parse(fields: Mapping[str, object], path: Path) -> ModelConfig:
@@ -70,6 +77,12 @@ def _parse(fields: Mapping[str, object], path: Path) -> ModelConfig:
         return value
 
     heads = integer("num_attention_heads")
+    kv_heads = integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    eps = fields.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, int | float):
+        raise CheckpointError(f"{path}: rms_norm_eps must be a number, not {eps!r}")
     attention_bias = bool(fields.get("attention_bias", False))
     return ModelConfig(
         model_type=str(kind),
@@ -78,10 +91,10 @@ def _parse(fields: Mapping[str, object], path: Path) -> ModelConfig:
         intermediate_size=integer("intermediate_size"),
         num_hidden_layers=integer("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=integer("num_key_value_heads", heads),
+        num_key_value_heads=kv_heads,
         head_dim=integer("head_dim", integer("hidden_size") // heads),
         max_position_embeddings=integer("max_position_embeddings"),
-        rms_norm_eps=float(str(fields.get("rms_norm_eps", 1e-6))),
+        rms_norm_eps=float(eps),
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
         rope_parameters=_rope(fields, path),
         qkv_bias=kind == "qwen2" or attention_bias,
@@ -125,7 +138,7 @@ def _windows(fields: Mapping[str, object], layers: int, path: Path) -> tuple[int
 def _eos(fields: Mapping[str, object], path: Path) -> tuple[int, ...]:
     """generation_config.json has the last word on what ends a sequence: chat models list several ids there."""
     generation = path.with_name("generation_config.json")
-    given = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    given = read_fields(generation).get("eos_token_id") if generation.exists() else None
     given = fields.get("eos_token_id") if given is None else given
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(i, int) for i in ids):

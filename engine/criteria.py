@@ -101,6 +101,6 @@ def resolve(criterion: str | Criterion) -> Criterion:
         if maker is None:
             raise InputError(f"unknown criterion {criterion!r}; registered: {', '.join(sorted(_MAKERS))}")
         return maker()
-    if not isinstance(criterion, Criterion):
+    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
         raise InputError(f"{criterion!r} is no criterion: it needs score(candidate) and higher_is_better()")
     return criterion

@@ -16,9 +16,9 @@ from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria import Criterion, resolve
 from genssd.engine.errors import CapacityError, CheckpointError, InputError, NumericsError
-from genssd.engine.expander import Expander, Expansion, Usage
+from genssd.engine.expander import Expander, Expansion, Promises, Usage
 from genssd.engine.loops import LoopGuard
-from genssd.engine.memory import available_bytes, choose_dtype
+from genssd.engine.memory import available_bytes, choose_device, choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
 from genssd.engine.runner import MAX_ROWS, ModelRunner
@@ -26,7 +26,7 @@ from genssd.engine.sampling import Sampling, prompt_stream
 from genssd.engine.search import PromptSearch, SearchOptions, search
 from genssd.engine.selection import Selection
 from genssd.engine.text import Prompt, Tokenizer
-from genssd.kernels.logprob import TokenStats, linear_logprob
+from genssd.kernels.logprob import NonFiniteLogits, TokenStats, linear_logprob
 
 Role = Literal["teacher", "student"]
 
@@ -48,6 +48,7 @@ class Engine:
         self._runners = runners
         self._tokenizers = tokenizers
         self._max_batch = max_batch
+        self._promises: Promises = {}
         self.usage = Usage()
 
     @staticmethod
@@ -78,7 +79,9 @@ class Engine:
             raise InputError("from_pretrained needs a teacher, a student or both")
         if not 0.0 < memory_utilization <= 1.0:
             raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if max_batch < 1:
+            raise InputError(f"max_batch must be at least 1, not {max_batch}")
+        target = choose_device(device)
         directories = {role: locate(name) for role, name in names.items()}
         decoders = {
             role: Decoder.load(path, choose_dtype(path, dtype, target), target) for role, path in directories.items()
@@ -91,7 +94,7 @@ class Engine:
                 f"teacher {names['teacher']} and student {names['student']} have different vocabularies; the student "
                 "scores the teacher's token ids, so both need the same tokenizer"
             )
-        budget = memory_bytes or int(memory_utilization * available_bytes(target))
+        budget = int(memory_utilization * available_bytes(target)) if memory_bytes is None else memory_bytes
         pages = pages_within(budget, list(decoders.values()))
         runners = {
             role: ModelRunner(role, directories[role], decoder, PagePool.for_model(decoder, pages))
@@ -222,6 +225,7 @@ class Engine:
         responses: token ids, or text (encoded as it is, nothing added). No [tokens, vocabulary] tensor is built.
         Raises InputError on an empty response or unequal counts; else as `select_expand`.
         """
+        _labels(prompts, None)
         if len(prompts) != len(responses):
             raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
         runner, tokenizer = self._runner(model), self._tokenizers[model]
@@ -236,7 +240,7 @@ class Engine:
             pairs.append((prompt_ids, ids))
         results: list[TokenStats] = []
         while len(results) < len(pairs):
-            results += self._score_some(runner, pairs[len(results) :])
+            results += self._score_some(runner, pairs[len(results) :], first=len(results))
         return results
 
     def branch(self, prompt: Prompt, *, sampling: Sampling = Sampling(), seed: int = 0) -> Branch:
@@ -347,6 +351,11 @@ class Engine:
                 while waiting and expander.has_room and expander.fits([waiting[-1]]):
                     expander.submit(waiting.pop())
                     in_flight += 1
+                if not in_flight:
+                    raise CapacityError(
+                        f"{waiting[-1].label} does not fit into the key-value cache beside the branches "
+                        "that others hold; drop them, or raise memory_bytes or memory_utilization"
+                    )
                 for expansion in expander.step():
                     in_flight -= 1
                     yield index[expansion], [_completion(kid) for kid in expansion.kids]
@@ -354,12 +363,14 @@ class Engine:
                         branch.drop()
         finally:
             for expansion in queue:
-                for branch in (expansion.parent, *expansion.kids):
-                    branch.drop()
+                expander.cancel(expansion)
+                expansion.parent.drop()
 
     @torch.inference_mode()
-    def _score_some(self, runner: ModelRunner, pairs: Sequence[tuple[list[int], list[int]]]) -> list[TokenStats]:
-        """Score as many of the first pairs as one pass and the cache take."""
+    def _score_some(
+        self, runner: ModelRunner, pairs: Sequence[tuple[list[int], list[int]]], first: int
+    ) -> list[TokenStats]:
+        """Score as many of the pairs as one pass and the cache take. first: the index of the first, for messages."""
         pool, rows, pages = runner.tree.pool, 0, 0
         chosen: list[tuple[list[int], list[int]]] = []
         for prompt_ids, ids in pairs:
@@ -375,10 +386,12 @@ class Engine:
             head = runner.decoder.head
             targets = torch.tensor([token for _, ids in chosen for token in ids], device=head.device)
             stats = linear_logprob(torch.cat(predicting), head, targets)
-        except CapacityError:
-            raise
-        except ValueError as error:
-            raise NumericsError(f"the {runner.role} {runner.directory}: {error}") from None
+        except NonFiniteLogits as error:
+            which, position = [(i, t) for i, (_, ids) in enumerate(chosen) for t in range(len(ids))][error.row]
+            raise NumericsError(
+                f"the {runner.role} {runner.directory} produced NaN or infinite logits for response {first + which}, "
+                f"position {position}; check the weights, or run it in float32"
+            ) from None
         finally:
             for path in paths:
                 runner.tree.drop(path)
@@ -394,18 +407,18 @@ class _Brancher:
         self._tokenizer = engine.tokenizer(writer)
         runner = engine._runner(writer)
         scorer = engine._runner("student") if scored else None
-        models = [runner] if scorer is None else [runner, scorer]
         eos = self._tokenizer.eos_token_id
         self.expander = Expander(
             runner,
             scorer,
             self._tokenizer,
             eos_token_ids=frozenset(runner.decoder.config.eos_token_ids) | (frozenset() if eos is None else {eos}),
-            # ids beyond the smaller embedding exist in one model only
-            vocabulary=min(model.decoder.config.vocab_size for model in models),
+            # embeddings are often padded: what the tokenizer does not know is never drawn
+            vocabulary=self._tokenizer.largest_id + 1,
             sampling=sampling,
             max_batch=engine._max_batch,
             usage=engine.usage,
+            promises=engine._promises,
         )
 
     def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]:
@@ -415,9 +428,17 @@ class _Brancher:
             raise CapacityError("the branch has reached the last position of a model")
         expansion = Expansion(branch, n, chunk, room, "the branch")
         self._engine._check_fits(self.expander, expansion)
+        if not self.expander.fits([expansion]):
+            raise CapacityError(
+                "the candidates do not fit into the key-value cache beside the branches that are held; drop some"
+            )
         self.expander.submit(expansion)
-        while not self.expander.step():
-            pass
+        try:
+            while not self.expander.step():
+                pass
+        except BaseException:
+            self.expander.cancel(expansion)
+            raise
         return expansion.kids
 
     def drop_paths(self, branch: Branch) -> None:
@@ -431,6 +452,8 @@ class _Brancher:
 
 
 def _labels(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:
+    if isinstance(prompts, str):
+        raise InputError("prompts is a list of prompts; put a single one into a list")
     if labels is not None and len(labels) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(labels)} labels")
     return [f"prompt {i}" for i in range(len(prompts))] if labels is None else labels

@@ -17,8 +17,8 @@ from genssd.engine.chunk import Chunk, ChunkEnd
 from genssd.engine.errors import NumericsError
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, child_stream, noise_key
-from genssd.engine.text import Tokenizer
-from genssd.kernels.logprob import linear_logprob
+from genssd.engine.text import TextStream, Tokenizer
+from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
 from genssd.kernels.sampling import sample
 
 
@@ -59,6 +59,7 @@ class _Lane:
     expansion: Expansion
     kid: Branch | None = None
     end: ChunkEnd | None = None
+    text: TextStream | None = None
 
     @property
     def branch(self) -> Branch:
@@ -67,6 +68,20 @@ class _Lane:
     @property
     def rows(self) -> int:
         return self.expansion.n if self.kid is None else 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Promise:
+    """Pages that an expansion in flight may take of one model's pool."""
+
+    runner: ModelRunner
+    prefix: int
+    """For what the parent has pending; taken before the first candidate exists."""
+    candidates: int
+
+
+Promises = dict[Expansion, list[_Promise]]
+"""Of all expansions in flight on one engine, whichever call they belong to."""
 
 
 class Expander:
@@ -83,6 +98,7 @@ class Expander:
         sampling: Sampling,
         max_batch: int,
         usage: Usage,
+        promises: Promises,
     ) -> None:
         self._writer = writer
         self._scorer = scorer
@@ -93,7 +109,7 @@ class Expander:
         self._max_batch = max_batch
         self._usage = usage
         self._lanes: list[_Lane] = []
-        self._reserved: dict[Expansion, list[tuple[ModelRunner, int]]] = {}
+        self._promises = promises
 
     @property
     def num_rows(self) -> int:
@@ -108,13 +124,15 @@ class Expander:
     def fits(self, expansions: list[Expansion]) -> bool:
         """Whether the cache can take these expansions, at their longest, beside all that is in flight."""
         return all(
-            runner.tree.pool.num_free - self._outstanding(runner) >= sum(self._pages(runner, e) for e in expansions)
+            runner.tree.pool.num_free - self._outstanding(runner)
+            >= sum(promise.prefix + promise.candidates for promise in (self._promise(runner, e) for e in expansions))
             for runner in self._runners
         )
 
     def missing_pages(self, expansion: Expansion) -> int:
         """How many pages an otherwise empty cache would lack for this expansion; 0 if it fits."""
-        return max(0, *(self._pages(r, expansion) - r.tree.pool.num_pages for r in self._runners))
+        promises = [self._promise(runner, expansion) for runner in self._runners]
+        return max(0, *(p.prefix + p.candidates - p.runner.tree.pool.num_pages for p in promises))
 
     def submit(self, expansion: Expansion) -> None:
         """Add an expansion that fits."""
@@ -122,8 +140,17 @@ class Expander:
             state = self._state(runner, expansion.parent)
             if state.path is None:
                 state.path = runner.tree.root()
-        self._reserved[expansion] = [(runner, self._pages(runner, expansion)) for runner in self._runners]
+        self._promises[expansion] = [self._promise(runner, expansion) for runner in self._runners]
         self._lanes.append(_Lane(expansion))
+
+    def cancel(self, expansion: Expansion) -> None:
+        """Stop an expansion and drop its candidates; its parent is as if it had not been asked for."""
+        self._lanes = [lane for lane in self._lanes if lane.expansion is not expansion]
+        self._promises.pop(expansion, None)
+        for kid in expansion.kids:
+            kid.drop()
+        expansion.parent.num_children -= len(expansion.kids)
+        expansion.kids = []
 
     @torch.inference_mode()
     def step(self) -> list[Expansion]:
@@ -147,7 +174,7 @@ class Expander:
         if self._scorer is not None and complete:
             self._score(self._scorer, complete)
         for expansion in complete:
-            del self._reserved[expansion]
+            del self._promises[expansion]
         return complete
 
     def _take_batch(self) -> tuple[list[_Lane], list[_Lane]]:
@@ -186,16 +213,16 @@ class Expander:
         self._state(self._writer, kid).path = self._writer.tree.fork(path)
         expansion.kids.append(kid)
         expansion.open_kids += 1
-        return _Lane(expansion, kid, ChunkEnd(expansion.chunk))
+        return _Lane(expansion, kid, ChunkEnd(expansion.chunk), TextStream(self._tokenizer))
 
     def _sample(self, batch: list[_Lane], source: Tensor, kids: list[_Lane]) -> tuple[list[int], list[float]]:
         """One token for each of the kids and its log-probability at temperature 1."""
         hidden = torch.stack([self._hidden(lane.branch) for lane in batch])
         logits = self._writer.logits(hidden)
-        finite = logits.logsumexp(dim=1).isfinite()
-        if not bool(finite.all()):
-            self._report_nonfinite(batch[int((~finite).nonzero()[0])])
-        logprob = logits.log_softmax(dim=1)
+        logsumexp = logits.logsumexp(dim=1)
+        if not bool(logsumexp.isfinite().all()):
+            lane = batch[int((~logsumexp.isfinite()).nonzero()[0])]
+            raise _nonfinite(self._writer, lane.expansion.label, lane.branch.length)
         keys = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in kids])
         options = self._sampling
         tokens = sample(
@@ -206,16 +233,18 @@ class Expander:
             top_p=options.top_p,
             min_p=options.min_p,
         )
-        return tokens.tolist(), logprob[source.to(logits.device), tokens].tolist()
+        source = source.to(logits.device)
+        return tokens.tolist(), (logits[source, tokens] - logsumexp[source]).tolist()
 
     def _take_token(self, lane: _Lane, token: int, logprob: float) -> None:
         kid = lane.branch
         assert lane.end is not None
+        assert lane.text is not None
         kid.chunk.append(token)
         kid.chunk_teacher_logprob.append(logprob)
         self._state(self._writer, kid).pending = [token]
         self._usage.teacher_tokens += 1
-        chunk_ends = lane.end.reached(self._tokenizer.token_text(token))
+        chunk_ends = lane.end.reached(lane.text.push(token))
         if token in self._eos_token_ids:
             kid.ended = "finished"
         elif len(kid.chunk) >= lane.expansion.max_new:
@@ -227,38 +256,32 @@ class Expander:
 
     def _score(self, scorer: ModelRunner, complete: list[Expansion]) -> None:
         """Extend the student over the new tokens of every candidate and take their statistics."""
-        pairs = [(expansion.parent, kid) for expansion in complete for kid in expansion.kids]
-        for parent, kid in pairs:
-            path = self._state(scorer, parent).path
+        kids = [(expansion, kid) for expansion in complete for kid in expansion.kids]
+        for expansion, kid in kids:
+            path = self._state(scorer, expansion.parent).path
             assert path is not None
             self._state(scorer, kid).path = scorer.tree.fork(path)
-        paths = [path for _, kid in pairs if (path := self._state(scorer, kid).path) is not None]
-        hidden = scorer.extend(paths, [kid.chunk for _, kid in pairs])
+        paths = [path for _, kid in kids if (path := self._state(scorer, kid).path) is not None]
+        hidden = scorer.extend(paths, [kid.chunk for _, kid in kids])
         predicting = []
-        for (parent, kid), states in zip(pairs, hidden, strict=True):
-            before = self._state(scorer, parent).hidden
+        for (expansion, kid), states in zip(kids, hidden, strict=True):
+            before = self._state(scorer, expansion.parent).hidden
             assert before is not None
             predicting += [before[None], states[:-1]]
             self._state(scorer, kid).hidden = states[-1].clone()  # not a view: it would keep the whole batch alive
-        targets = torch.tensor([token for _, kid in pairs for token in kid.chunk])
+        targets = torch.tensor([token for _, kid in kids for token in kid.chunk])
+        # the label and the response position of every row, should one have to be named
+        rows = [(expansion.label, len(kid.history) + i) for expansion, kid in kids for i in range(len(kid.chunk))]
         head = scorer.decoder.head
         try:
             stats = linear_logprob(torch.cat(predicting), head, targets.to(head.device))
-        except ValueError as error:
-            labels = sorted({expansion.label for expansion in complete})
-            raise NumericsError(f"the student {scorer.directory}, scoring {', '.join(labels)}: {error}") from None
+        except NonFiniteLogits as error:
+            raise _nonfinite(scorer, *rows[error.row]) from None
         self._usage.student_tokens += len(targets)
         start = 0
-        for _, kid in pairs:
+        for _, kid in kids:
             kid.stats = stats[start : start + len(kid.chunk)]
             start += len(kid.chunk)
-
-    def _report_nonfinite(self, lane: _Lane) -> None:
-        position = lane.branch.length
-        raise NumericsError(
-            f"the {self._writer.role} {self._writer.directory} produced NaN or infinite logits for "
-            f"{lane.expansion.label}, response position {position}; check the weights, or run it in float32"
-        )
 
     def _hidden(self, branch: Branch) -> Tensor:
         hidden = self._state(self._writer, branch).hidden
@@ -273,18 +296,31 @@ class Expander:
     def _state(runner: ModelRunner, branch: Branch) -> ModelState:
         return branch.teacher if runner.role == "teacher" else branch.student
 
-    def _pages(self, runner: ModelRunner, expansion: Expansion) -> int:
-        """Pages that an expansion takes at most."""
-        state = self._state(runner, expansion.parent)
+    def _promise(self, runner: ModelRunner, expansion: Expansion) -> _Promise:
+        """What an expansion takes at most."""
         size = runner.tree.pool.page_size
-        prefix = -(-len(state.pending) // size) + 1
-        return prefix + expansion.n * (-(-expansion.longest // size) + 1)
+        pending = len(self._state(runner, expansion.parent).pending)
+        # one page more each: a half-filled page is copied on the first write
+        return _Promise(
+            runner=runner,
+            prefix=-(-pending // size) + 1,
+            candidates=expansion.n * (-(-expansion.longest // size) + 1),
+        )
 
     def _outstanding(self, runner: ModelRunner) -> int:
         """Pages promised to the expansions in flight and not taken yet."""
-        promised = 0
-        for expansion, reserved in self._reserved.items():
+        open_promises = 0
+        for expansion, promises in self._promises.items():
             paths = [self._state(runner, kid).path for kid in expansion.kids]
             taken = sum(len(path.leaf.pages) for path in paths if path is not None)
-            promised += sum(pages for r, pages in reserved if r is runner) - taken
-        return max(0, promised)
+            for promise in promises:
+                if promise.runner is runner:
+                    open_promises += promise.candidates - taken + (0 if expansion.kids else promise.prefix)
+        return open_promises
+
+
+def _nonfinite(runner: ModelRunner, label: str, position: int) -> NumericsError:
+    return NumericsError(
+        f"the {runner.role} {runner.directory} produced NaN or infinite logits for {label}, response position "
+        f"{position}; check the weights, or run it in float32"
+    )

@@ -25,6 +25,17 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The named device; None: CUDA where there is one, else the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is unknown: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r} was asked for, but torch finds no CUDA device")
+    return device
+
+
 def choose_dtype(directory: Path, dtype: str, device: torch.device) -> torch.dtype:
     """The named dtype; "auto" is the checkpoint's own where the device computes in it, else float32."""
     if dtype != "auto":

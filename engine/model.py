@@ -13,6 +13,7 @@ from torch import Tensor
 
 from genssd.engine.checkpoint import read_tensors, take
 from genssd.engine.config import ModelConfig
+from genssd.engine.errors import CheckpointError
 from genssd.kernels.activation import swiglu
 from genssd.kernels.attention import AttentionPlan, paged_attention
 from genssd.kernels.cache import write_kv
@@ -59,7 +60,12 @@ class Decoder:
         tensors = read_tensors(directory, dtype, device)
         width = (config.vocab_size, config.hidden_size)
         embedding = take(tensors, "model.embed_tokens.weight", width, directory)
-        frequency, factor = rope_frequencies(config.rope_parameters, config.head_dim, config.max_position_embeddings)
+        try:
+            frequency, factor = rope_frequencies(
+                config.rope_parameters, config.head_dim, config.max_position_embeddings
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{directory / 'config.json'}: {error}") from None
         return Decoder(
             config=config,
             embedding=embedding,

@@ -28,6 +28,11 @@ from genssd.engine.loops import LoopGuard
 from genssd.engine.selection import STATUSES, CandidateRecord, ChunkScore, Selection, Status, Trajectory, Verdict
 from genssd.kernels.logprob import TokenStats
 
+NO_ROOM = (
+    "the prompt's next round does not fit into the key-value cache beside the branches that others hold; "
+    "raise memory_bytes or memory_utilization, or lower candidates, beam or the chunk limit"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
@@ -46,6 +51,8 @@ class SearchOptions:
         for name in ("candidates", "beam", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise InputError("threshold must be a number or None, not NaN")
 
     def acceptable(self, score: float) -> bool:
         """Whether a value is no worse than the threshold."""
@@ -226,9 +233,9 @@ def search(prompts: Sequence[PromptSearch], expander: Expander, options: SearchO
         while waiting or active:
             _start_rounds(active, waiting, expander, options, owner)
             if not owner:
-                stuck = _make_room(active, waiting)
+                stuck = _make_room(active, waiting, expander)
                 if stuck is not None:
-                    yield stuck.result(options, error="the prompt does not fit into the key-value cache")
+                    yield stuck.result(options, error=NO_ROOM)
                 continue
             for expansion in expander.step():
                 prompt = owner.pop(expansion)
@@ -240,7 +247,7 @@ def search(prompts: Sequence[PromptSearch], expander: Expander, options: SearchO
                         yield prompt.result(options)
     finally:
         for prompt in active:
-            _release(prompt)
+            _release(prompt, expander)
 
 
 def _start_rounds(
@@ -265,13 +272,13 @@ def _start_rounds(
         prompt.in_flight, prompt.unfinished = expansions, len(expansions)
 
 
-def _make_room(active: list[PromptSearch], waiting: deque[PromptSearch]) -> PromptSearch | None:
+def _make_room(active: list[PromptSearch], waiting: deque[PromptSearch], expander: Expander) -> PromptSearch | None:
     """Nothing is in flight, nothing fits: suspend the youngest prompt, or return the one that does not fit alone."""
     if not active:
         return waiting.popleft()
     youngest = active.pop()
     if not active:
-        _release(youngest)
+        _release(youngest, expander)
         return youngest
     for branch in youngest.live:
         branch.suspend()
@@ -279,9 +286,8 @@ def _make_room(active: list[PromptSearch], waiting: deque[PromptSearch]) -> Prom
     return None
 
 
-def _release(prompt: PromptSearch) -> None:
+def _release(prompt: PromptSearch, expander: Expander) -> None:
+    for expansion in prompt.in_flight:
+        expander.cancel(expansion)
     for branch in prompt.live:
         branch.drop()
-    for expansion in prompt.in_flight:
-        for kid in expansion.kids:
-            kid.drop()

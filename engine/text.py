@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from genssd.engine.errors import CheckpointError, InputError
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Messages | Sequence[int]
 """Raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
+
+
+PROMPT_KINDS = "a prompt is a string, a list of chat messages or a list of token ids"
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no whole character
+LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
 class Tokenizer:
@@ -42,18 +48,16 @@ class Tokenizer:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
+        ids: list[int] = []
         if isinstance(prompt, str):
-            ids = self.encode(prompt, special=True)
-        elif prompt and all(isinstance(part, int) for part in prompt):
-            ids = [int(part) for part in prompt]  # type: ignore[arg-type]
-            self._check_ids(ids)
-        elif prompt and all(isinstance(part, Mapping) for part in prompt):
-            ids = self.encode(self.render(prompt), special=False)  # type: ignore[arg-type]
-        elif len(prompt) == 0:
-            raise InputError("the prompt is empty")
+            ids = self.encode(prompt, special=True) if prompt.strip() else []
         else:
-            raise InputError("a prompt is a string, a list of chat messages or a list of token ids")
-        if not ids or (isinstance(prompt, str) and not prompt.strip()):
+            parts = _parts(prompt)
+            if parts and all(isinstance(part, Mapping) for part in parts):
+                ids = self.encode(self.render(parts), special=False)
+            elif parts:
+                ids = self._check_ids(parts)
+        if not ids:
             raise InputError("the prompt is empty")
         return ids
 
@@ -87,7 +91,42 @@ class Tokenizer:
             text = self._token_text[token_id] = str(self.hf.decode([token_id]))
         return text
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
+    def _check_ids(self, parts: Sequence[Any]) -> list[int]:
+        try:
+            ids = [operator.index(part) for part in parts]
+        except TypeError:
+            raise InputError(PROMPT_KINDS) from None
         wrong = [i for i in ids if not 0 <= i <= self.largest_id]
         if wrong:
             raise InputError(f"token id {wrong[0]} is not in the vocabulary of {self.directory}")
+        return ids
+
+
+def _parts(prompt: Any) -> list[Any]:
+    """The elements of a prompt that is no string: a list, a tuple, an array."""
+    try:
+        return list(prompt)
+    except TypeError:
+        raise InputError(PROMPT_KINDS) from None
+
+
+class TextStream:
+    """The text of a token sequence, token by token; bytes of an unfinished character wait for the rest of it."""
+
+    __slots__ = ("_tokenizer", "_waiting")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._waiting: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that the next token completes."""
+        text = self._tokenizer.token_text(token_id)
+        if not self._waiting and not text.endswith(REPLACEMENT):
+            return text
+        self._waiting.append(token_id)
+        text = str(self._tokenizer.hf.decode(self._waiting))
+        if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_CHARACTER:
+            return ""
+        self._waiting = []
+        return text

@@ -12,6 +12,7 @@ Shapes:  N rows   V vocabulary   D model width   K top-k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,14 @@ from torch import Tensor
 from genssd.kernels.linear import linear
 
 LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
+
+
+class NonFiniteLogits(ValueError):
+    """A row of logits that has NaN or +inf, or nothing finite. `row` is its index."""
+
+    def __init__(self, function: str, row: int) -> None:
+        super().__init__(f"{function}: the logits of row {row} are not finite")
+        self.row = row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +73,10 @@ def linear_logprob(
     """Score target_N (int64, in [0, V)) under softmax(hidden_ND @ weight_VD.T + bias).
 
     The product is taken in the dtype of its inputs, everything after it in float32 (float64 stays float64).
-    Raises ValueError on shapes that do not agree, a target outside the vocabulary, or a row with NaN or +inf logits.
+    Raises ValueError on shapes that do not agree, a target outside the vocabulary or an option out of range, and
+    NonFiniteLogits on a row with NaN or +inf logits.
     """
-    _check(hidden_ND, weight_VD, target_N, bias, temperature)
+    _check(hidden_ND, weight_VD, target_N, bias, temperature, softcap)
     rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
     parts = [
         _reference(hidden_ND[i : i + rows], weight_VD, target_N[i : i + rows], bias, temperature, softcap)
@@ -77,7 +87,7 @@ def linear_logprob(
     stats = TokenStats.concatenate(parts)
     if not bool(stats.logsumexp.isfinite().all()):
         row = int((~stats.logsumexp.isfinite()).nonzero()[0])
-        raise ValueError(f"linear_logprob: the logits of row {row} are not finite")
+        raise NonFiniteLogits("linear_logprob", row)
     return stats
 
 
@@ -107,7 +117,9 @@ def _reference(
     )
 
 
-def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
+) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"linear_logprob: hidden {tuple(hidden.shape)} must be [N, D] and weight {tuple(weight.shape)} [V, D]"
@@ -118,7 +130,8 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_logprob: bias must be [{weight.shape[0]}], not {tuple(bias.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"linear_logprob: temperature must be positive, not {temperature}")
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is not None and not 0.0 < value < math.inf:
+            raise ValueError(f"linear_logprob: {name} must be positive, not {value}")
     if len(target) and not (int(target.min()) >= 0 and int(target.max()) < weight.shape[0]):
         raise ValueError(f"linear_logprob: a target lies outside the vocabulary of {weight.shape[0]}")

@@ -27,7 +27,7 @@ def rope_frequencies(parameters: Mapping[str, object], head_dim: int, max_positi
     """
     kind = str(parameters.get("rope_type", "default"))
     theta = _number(parameters, "rope_theta", 10000.0)
-    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if kind == "default":
         return plain, 1.0
     if kind == "linear":

@@ -10,10 +10,13 @@ Shapes:  B rows   V vocabulary
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from genssd import _core
+from genssd.kernels.logprob import NonFiniteLogits
 
 
 def sample(
@@ -29,13 +32,13 @@ def sample(
 
     logits_BV: float32 raw logits; -inf bans a token. key_B: int64, the 64 bits that the row's noise depends on.
     temperature 0 takes the largest logit (the lowest id of a tie); top_k 0, top_p 1 and min_p 0 filter nothing.
-    Raises ValueError on an option outside its range, or on a row that has a NaN or +inf or no finite logit (named).
+    Raises ValueError on an option outside its range, NonFiniteLogits on a row with a NaN, a +inf or no finite logit.
     """
     check_options(temperature, top_k, top_p, min_p)
     peak_B = logits_BV.amax(dim=1)
     if not bool(peak_B.isfinite().all()):
         row = int((~peak_B.isfinite()).nonzero()[0])
-        raise ValueError(f"sample: the logits of row {row} are not finite")
+        raise NonFiniteLogits("sample", row)
     if temperature == 0.0:
         return logits_BV.argmax(dim=1)
     z = logits_BV / temperature
@@ -46,8 +49,8 @@ def sample(
 
 def check_options(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Raise ValueError naming the option that is out of range."""
-    if not temperature >= 0.0:
-        raise ValueError(f"temperature must be >= 0, not {temperature}")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be >= 0 and finite, not {temperature}")
     if top_k < 0:
         raise ValueError(f"top_k must be >= 0 (0 keeps all tokens), not {top_k}")
     if not 0.0 < top_p <= 1.0:
