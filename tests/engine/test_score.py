@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from toys import Pair
+from toys import Pair, save_checkpoint
 
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
@@ -136,3 +138,23 @@ def test_a_response_longer_than_the_cache_is_named(pair: Pair) -> None:
     with pytest.raises(CapacityError, match=r"prompt 1 with its response has 97 tokens.*holds 96.*memory_bytes"):
         tight.score(["a", "a" * 90], ["b", "b" * 8])
     assert len(tight.score(["a" * 90], ["b" * 7])[0]) == 7
+
+
+def test_a_mild_model_agrees_to_1e_5(tmp_path: Path) -> None:
+    """With logits of an ordinary size, against transformers' full forward and over any chunking."""
+    model = save_checkpoint(tmp_path / "mild", "qwen3", scale=2.0)
+    engine = Engine.from_pretrained(student=tmp_path / "mild", dtype="float32", memory_bytes=1 << 22)
+    generator = torch.Generator().manual_seed(5)
+    prompt = torch.randint(0, 256, (17,), generator=generator).tolist()
+    response = torch.randint(0, 256, (60,), generator=generator).tolist()
+    with torch.no_grad():
+        table = model(torch.tensor([prompt + response])).logits[0].log_softmax(dim=-1)
+    expected = table[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0]
+    (whole,) = engine.score([prompt], [response])
+    torch.testing.assert_close(whole.logprob, expected, atol=1e-5, rtol=0)
+    for cuts in ([0, 1, 60], [0, 7, 8, 31, 60], list(range(0, 61, 4))):
+        spans = list(pairwise(cuts))
+        parts = engine.score([prompt + response[:a] for a, _ in spans], [response[a:b] for a, b in spans])
+        joined = torch.cat([part.logprob for part in parts])
+        torch.testing.assert_close(joined, whole.logprob, atol=1e-5, rtol=0)
+        assert float(joined.double().mean()) == pytest.approx(float(whole.logprob.double().mean()), abs=1e-6)

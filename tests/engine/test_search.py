@@ -556,3 +556,29 @@ def test_results_come_as_prompts_end(pair: Pair, random_prompts: Prompts) -> Non
     rest = list(iterator)
     assert sorted([first.index, *(s.index for s in rest)]) == list(range(5))
     assert engine.usage.teacher_tokens > spent
+
+
+def test_two_searches_may_take_turns_on_one_cache(pair: Pair, random_prompts: Prompts) -> None:
+    """Each sees the pages that the other has promised; both end with what they would have got alone."""
+    tight = pair.engine(memory_bytes=40 * 16 * 1024)
+    options = {"candidates": 3, "chunk": EIGHT, "max_tokens": 24}
+    first, second = random_prompts(4, 19), random_prompts(4, 20)
+    runs = [tight.iter_select_expand(prompts, **options) for prompts in (first, second)]
+    found: list[dict[int, Selection]] = [{}, {}]
+    done = [False, False]
+    while not all(done):
+        for i, run in enumerate(runs):
+            selection = next(run, None)
+            done[i] = selection is None
+            if selection is not None:
+                found[i][selection.index] = selection
+    assert tight.pages_in_use[0] == 0
+    for prompts, results in zip((first, second), found, strict=True):
+        alone = pair.engine().select_expand(prompts, **options)
+        assert [results[i].error or results[i].best.token_ids for i in range(4)] == [s.best.token_ids for s in alone]
+
+
+def test_a_single_string_is_no_list_of_prompts(engine: Engine) -> None:
+    for call in (engine.select_expand, engine.generate):
+        with pytest.raises(InputError, match="put a single one into a list"):
+            call("abc", max_tokens=3)
