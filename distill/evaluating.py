@@ -22,8 +22,9 @@ from math_verify import parse, verify
 
 from genssd.distill.journal import write_json, write_jsonl
 from genssd.distill.rows import ProblemRow, read_problems
-from genssd.engine.engine import Completion, Engine
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.generation import Completion
 from genssd.engine.sampling import Sampling
 
 BOOTSTRAP_DRAWS = 2000

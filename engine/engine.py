@@ -4,41 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria import Criterion, resolve
-from genssd.engine.errors import CapacityError, CheckpointError, InputError, NumericsError
+from genssd.engine.errors import CapacityError, CheckpointError, InputError
 from genssd.engine.expander import Expander, Expansion, Promises, Usage
+from genssd.engine.generation import Completion, generate
 from genssd.engine.loops import LoopGuard
 from genssd.engine.memory import available_bytes, choose_device, choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
-from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, prompt_stream
+from genssd.engine.scoring import score
 from genssd.engine.search import PromptSearch, SearchOptions, search
 from genssd.engine.selection import Selection
 from genssd.engine.text import Prompt, Tokenizer
-from genssd.kernels.logprob import NonFiniteLogits, TokenStats, linear_logprob
+from genssd.kernels.logprob import TokenStats
 
 Role = Literal["teacher", "student"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One sampled response. logprob: of each token at temperature 1, float."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    status: Literal["finished", "length"]
-    logprob: tuple[float, ...]
 
 
 class Engine:
@@ -215,7 +204,7 @@ class Engine:
         ]
         for expansion in queue:
             self._check_fits(brancher.expander, expansion)
-        return self._run_generate(queue, brancher)
+        return generate(queue, brancher.expander)
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]], *, model: Role = "student"
@@ -238,10 +227,7 @@ class Engine:
             _check_ids(ids, runner, f"response {index}")
             self._check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
             pairs.append((prompt_ids, ids))
-        results: list[TokenStats] = []
-        while len(results) < len(pairs):
-            results += self._score_some(runner, pairs[len(results) :], first=len(results))
-        return results
+        return score(runner, pairs)
 
     def branch(self, prompt: Prompt, *, sampling: Sampling = Sampling(), seed: int = 0) -> Branch:
         """The root of a tree for searches of your own; see `Branch`."""
@@ -343,61 +329,6 @@ class Engine:
                 "candidates or the chunk limit"
             )
 
-    def _run_generate(self, queue: list[Expansion], brancher: _Brancher) -> Iterator[tuple[int, list[Completion]]]:
-        index = {expansion: i for i, expansion in enumerate(queue)}
-        expander, waiting, in_flight = brancher.expander, list(reversed(queue)), 0
-        try:
-            while waiting or in_flight:
-                while waiting and expander.has_room and expander.fits([waiting[-1]]):
-                    expander.submit(waiting.pop())
-                    in_flight += 1
-                if not in_flight:
-                    raise CapacityError(
-                        f"{waiting[-1].label} does not fit into the key-value cache beside the branches "
-                        "that others hold; drop them, or raise memory_bytes or memory_utilization"
-                    )
-                for expansion in expander.step():
-                    in_flight -= 1
-                    yield index[expansion], [_completion(kid) for kid in expansion.kids]
-                    for branch in (expansion.parent, *expansion.kids):
-                        branch.drop()
-        finally:
-            for expansion in queue:
-                expander.cancel(expansion)
-                expansion.parent.drop()
-
-    @torch.inference_mode()
-    def _score_some(
-        self, runner: ModelRunner, pairs: Sequence[tuple[list[int], list[int]]], first: int
-    ) -> list[TokenStats]:
-        """Score as many of the pairs as one pass and the cache take. first: the index of the first, for messages."""
-        pool, rows, pages = runner.tree.pool, 0, 0
-        chosen: list[tuple[list[int], list[int]]] = []
-        for prompt_ids, ids in pairs:
-            tokens = len(prompt_ids) + len(ids) - 1
-            rows, pages = rows + tokens, pages - (-tokens // pool.page_size)
-            if chosen and (rows > MAX_ROWS or pages > pool.num_free):
-                break
-            chosen.append((prompt_ids, ids))
-        paths = [runner.tree.root() for _ in chosen]
-        try:
-            hidden = runner.extend(paths, [prompt_ids + ids[:-1] for prompt_ids, ids in chosen])
-            predicting = [states[-len(ids) :] for states, (_, ids) in zip(hidden, chosen, strict=True)]
-            head = runner.decoder.head
-            targets = torch.tensor([token for _, ids in chosen for token in ids], device=head.device)
-            stats = linear_logprob(torch.cat(predicting), head, targets)
-        except NonFiniteLogits as error:
-            which, position = [(i, t) for i, (_, ids) in enumerate(chosen) for t in range(len(ids))][error.row]
-            raise NumericsError(
-                f"the {runner.role} {runner.directory} produced NaN or infinite logits for response {first + which}, "
-                f"position {position}; check the weights, or run it in float32"
-            ) from None
-        finally:
-            for path in paths:
-                runner.tree.drop(path)
-        ends = torch.tensor([len(ids) for _, ids in chosen]).cumsum(0).tolist()
-        return [stats[end - len(ids) : end] for end, (_, ids) in zip(ends, chosen, strict=True)]
-
 
 class _Brancher:
     """Gives branches what they need of the engine; holds the expander of one call."""
@@ -457,15 +388,6 @@ def _labels(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence
     if labels is not None and len(labels) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(labels)} labels")
     return [f"prompt {i}" for i in range(len(prompts))] if labels is None else labels
-
-
-def _completion(kid: Branch) -> Completion:
-    return Completion(
-        token_ids=tuple(kid.chunk),
-        text=kid.text,
-        status="finished" if kid.ended == "finished" else "length",
-        logprob=tuple(kid.chunk_teacher_logprob),
-    )
 
 
 def _check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:

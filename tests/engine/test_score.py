@@ -102,7 +102,7 @@ def test_many_passes_and_a_full_cache_change_nothing(
 ) -> None:
     prompts, responses = random_prompts(9, 9), random_prompts(9, 10)
     expected = pair.engine().score(prompts, responses)
-    monkeypatch.setattr("genssd.engine.engine.MAX_ROWS", 64)
+    monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 64)
     monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 24)
     tight = pair.engine(memory_bytes=6 * 16 * 1024)  # six pages of 16 tokens per model
     for ours, theirs in zip(tight.score(prompts, responses), expected, strict=True):

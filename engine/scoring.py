@@ -1,0 +1,56 @@
+"""Scoring of given responses: one pass over prompt and response, statistics of the response's tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from genssd.engine.errors import NumericsError
+from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.kernels.logprob import NonFiniteLogits, TokenStats, linear_logprob
+
+Pair = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its response."""
+
+
+def score(runner: ModelRunner, pairs: Sequence[Pair]) -> list[TokenStats]:
+    """Statistics of every response, in order. Raises NumericsError naming response and position, CapacityError."""
+    results: list[TokenStats] = []
+    while len(results) < len(pairs):
+        results += _score_batch(runner, _first_batch(runner, pairs[len(results) :]), first=len(results))
+    return results
+
+
+def _first_batch(runner: ModelRunner, pairs: Sequence[Pair]) -> Sequence[Pair]:
+    """As many of the first pairs as one forward pass and the cache take; at least one."""
+    pool, rows, pages = runner.tree.pool, 0, 0
+    for count, (prompt_ids, ids) in enumerate(pairs):
+        tokens = len(prompt_ids) + len(ids) - 1
+        rows, pages = rows + tokens, pages - (-tokens // pool.page_size)
+        if count and (rows > MAX_ROWS or pages > pool.num_free):
+            return pairs[:count]
+    return pairs
+
+
+@torch.inference_mode()
+def _score_batch(runner: ModelRunner, pairs: Sequence[Pair], first: int) -> list[TokenStats]:
+    """first: the index of the first pair, for messages."""
+    paths = [runner.tree.root() for _ in pairs]
+    try:
+        hidden = runner.extend(paths, [prompt_ids + ids[:-1] for prompt_ids, ids in pairs])
+        predicting = [states[-len(ids) :] for states, (_, ids) in zip(hidden, pairs, strict=True)]
+        head = runner.decoder.head
+        targets = torch.tensor([token for _, ids in pairs for token in ids], device=head.device)
+        stats = linear_logprob(torch.cat(predicting), head, targets)
+    except NonFiniteLogits as error:
+        which, position = [(i, t) for i, (_, ids) in enumerate(pairs) for t in range(len(ids))][error.row]
+        raise NumericsError(
+            f"the {runner.role} {runner.directory} produced NaN or infinite logits for response {first + which}, "
+            f"position {position}; check the weights, or run it in float32"
+        ) from None
+    finally:
+        for path in paths:
+            runner.tree.drop(path)
+    ends = torch.tensor([len(ids) for _, ids in pairs]).cumsum(0).tolist()
+    return [stats[end - len(ids) : end] for end, (_, ids) in zip(ends, pairs, strict=True)]
