@@ -26,6 +26,7 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.criteria import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.loops import LoopGuard
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import CandidateRecord, Selection, Trajectory
 from genssd.engine.text import Messages
@@ -60,6 +61,8 @@ class SelectConfig:
     """Prune a branch whose best candidate is worse than this criterion value."""
     max_tokens: int = 4096
     """Of the response."""
+    loop_guard: bool = True
+    """Reject candidates that end in a repetition."""
     sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
     """How the teacher samples."""
     seed: int = 0
@@ -81,6 +84,7 @@ SETTINGS_OF_THE_RESULT = (
     "criterion",
     "threshold",
     "max_tokens",
+    "loop_guard",
     "sampling",
     "seed",
     "dtype",
@@ -212,6 +216,7 @@ def _select(
         threshold=config.threshold,
         max_tokens=config.max_tokens,
         sampling=config.sampling,
+        loop_guard=LoopGuard() if config.loop_guard else None,
         seed=config.seed,
         skip=done,
         labels=[f"{config.data}, line {problem.line}" for problem in problems],

@@ -30,6 +30,8 @@ class Candidate:
     """The student's statistics of the response before the chunk."""
     teacher_logprob: Tensor
     """float32 [tokens], at temperature 1 over the whole vocabulary."""
+    final: bool
+    """Whether the response ends with this chunk."""
     stream: int
     """The candidate's random stream."""
 
@@ -57,13 +59,14 @@ class Perplexity:
     scope: Literal["chunk", "trajectory"] = "chunk"
     """What the mean runs over. Use "trajectory" with beam > 1, where candidates of different branches compete."""
     min_tokens: int = 8
-    """A chunk shorter than this is scored together with the end of its history: otherwise a two-token ending always
-    wins. Ours."""
+    """A last chunk shorter than this is scored together with the end of its history: otherwise a two-token ending
+    always wins over chunks that go on. Ours."""
 
     def score(self, candidate: Candidate) -> float:
         history = candidate.history.logprob
         if self.scope == "chunk":
-            borrowed = min(len(history), max(0, self.min_tokens - len(candidate.stats)))
+            missing = self.min_tokens - len(candidate.stats) if candidate.final else 0
+            borrowed = min(len(history), max(0, missing))
             history = history[len(history) - borrowed :]
         logprob = torch.cat((history, candidate.stats.logprob)).double()
         nll = -float(logprob.mean())

@@ -153,6 +153,7 @@ class PromptSearch:
             stats=stats,
             history=TokenStats.empty(),
             teacher_logprob=torch.cat(branch.history_teacher_logprob) if branch.history else torch.empty(0),
+            final=True,
             stream=branch.stream,
         )
         return Trajectory(
@@ -199,6 +200,7 @@ def _evaluate(kid: Branch, options: SearchOptions, label: str) -> float:
         stats=kid.stats,
         history=history,
         teacher_logprob=kid.teacher_logprob,
+        final=kid.ended != "chunk",
         stream=kid.stream,
     )
     score = options.criterion.score(candidate)

@@ -26,12 +26,13 @@ def stats(logprob: list[float]) -> TokenStats:
     )
 
 
-def candidate(chunk: list[float], history: list[float], stream: int = 0) -> Candidate:
+def candidate(chunk: list[float], history: list[float], stream: int = 0, final: bool = True) -> Candidate:
     return Candidate(
         token_ids=tuple(range(len(chunk))),
         stats=stats(chunk),
         history=stats(history),
         teacher_logprob=torch.zeros(len(chunk)),
+        final=final,
         stream=stream,
     )
 
@@ -52,6 +53,7 @@ def test_perplexity_is_the_exponential_of_the_mean(chunk: list[float], history: 
 def test_a_short_ending_is_scored_with_the_end_of_its_history() -> None:
     assert Perplexity(min_tokens=4).score(candidate([-1.0], [-9.0, -2.0, -2.0, -3.0])) == pytest.approx(math.exp(2.0))
     assert Perplexity(min_tokens=1).score(candidate([-1.0], [-9.0])) == pytest.approx(math.e)
+    assert Perplexity(min_tokens=4).score(candidate([-1.0], [-9.0], final=False)) == pytest.approx(math.e)
 
 
 def test_perplexity_without_a_finite_value_is_infinite_not_nan() -> None:

@@ -83,7 +83,8 @@ def replay(pair: Pair, selection: Selection, rules: Rules) -> None:
                 history[record.trace] = whole
                 logprobs[record.trace] = pair.logprobs("student", prompt, whole).tolist()
                 chunk = len(record.token_ids)
-                span = len(whole) if rules.trajectory else min(len(whole), max(chunk, rules.min_tokens))
+                borrowing = rules.min_tokens if record.ended != "chunk" else 0
+                span = len(whole) if rules.trajectory else min(len(whole), max(chunk, borrowing))
                 score = math.exp(-sum(logprobs[record.trace][-span:]) / span)
                 assert record.score == pytest.approx(score, rel=1e-3)
                 if record.token_ids in seen:
