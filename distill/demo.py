@@ -8,6 +8,7 @@ same number of tokens: on what the teacher writes by itself (standard distillati
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from genssd.distill.console import ProgressLine, counting, selecting, training
 from genssd.distill.evaluating import BOOTSTRAP_DRAWS, Estimate, EvaluateConfig, Evaluation, run_evaluate
 from genssd.distill.journal import complete_rows, write_json, write_jsonl
 from genssd.distill.selecting import SelectConfig, SelectSummary, run_select
-from genssd.distill.small_pair.problems import Problem, make_problems, style_of
+from genssd.distill.small_pair.problems import STYLES, Problem, make_problems, style_of
 from genssd.distill.training import TrainConfig, run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
@@ -35,6 +36,7 @@ from genssd.engine.selection import Selection
 PAIR = Path(__file__).with_name("small_pair")
 STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution
 MAX_TOKENS = 192
+WHOLE = Chunk(tokens=MAX_TOKENS, until=None)
 MEMORY_BYTES = 1 << 29
 
 
@@ -44,16 +46,18 @@ class DemoConfig:
 
     output_dir: str = "runs/demo"
     """Replaced if it exists."""
-    prompts: int = 768
+    prompts: int = 800
     """Problems the teacher writes solutions for."""
     candidates: int = 4
     """Continuations per step that the student chooses from."""
-    train_tokens: int = 600_000
+    train_tokens: int = 1_000_000
     """Completion tokens each student is trained on."""
     learning_rate: float = 2e-3
-    batch_size: int = 32
+    batch_size: int = 48
     eval_problems: int = 200
     """Held-out problems."""
+    post_hoc: bool = False
+    """Train a third student on the best of as many whole solutions, chosen after they are written."""
     seed: int = 0
 
 
@@ -78,24 +82,32 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
     train_problems = make_problems(config.prompts, config.seed)
     eval_file = output_dir / "eval.jsonl"
     write_jsonl(output_dir / "train.jsonl", _rows(train_problems))
-    write_jsonl(eval_file, _rows(make_problems(config.eval_problems, config.seed, split="eval")))
+    write_jsonl(eval_file, _rows(make_problems(config.eval_problems, config.seed + 1000, split="eval")))
 
     engine = Engine.from_pretrained(PAIR / "teacher", PAIR / "student", memory_bytes=MEMORY_BYTES)
     _show_steering(engine, config, screen)
     before = _evaluate(PAIR / "student", "cold start", config, output_dir, progress)
+    # one candidate per step is standard distillation; one step for the whole solution is post-hoc best-of-N
+    ways = {"standard": (1, STEP), "selected": (config.candidates, STEP)}
+    if config.post_hoc:
+        ways["post-hoc"] = (config.candidates, WHOLE)
     arms = [
-        _run_arm(name, count, engine, config, output_dir, train_problems, progress)
-        for name, count in (("standard", 1), ("selected", config.candidates))
+        _run_arm(name, count, chunk, engine, config, output_dir, train_problems, progress)
+        for name, (count, chunk) in ways.items()
     ]
-    difference = paired_difference(arms[1].evaluation.correct, arms[0].evaluation.correct, config.seed)
-    _show_results(before, arms, difference, config, screen)
+    _show_results(before, arms, config, screen)
     seconds = time.monotonic() - started
     result = {
         "seconds": seconds,
         "config": dataclasses.asdict(config),
         "cold_start": _report_fields(before),
         "arms": {arm.name: _arm_fields(arm) for arm in arms},
-        "selected_minus_standard": dataclasses.asdict(difference),
+        "minus_standard": {
+            arm.name: dataclasses.asdict(
+                paired_difference(arm.evaluation.correct, arms[0].evaluation.correct, config.seed)
+            )
+            for arm in arms[1:]
+        },
     }
     write_json(output_dir / "demo.json", result)
     screen.print(f"{seconds:.0f} s in all. Journals, decisions, students and demo.json are in {output_dir}")
@@ -115,7 +127,7 @@ def _clear(output_dir: Path) -> None:
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "train.jsonl").exists():
         raise InputError(f"{output_dir} is not empty and not of an earlier demo; choose another output_dir")
     for file in ("selections.jsonl", "decisions.jsonl"):
-        for arm in ("standard", "selected"):
+        for arm in ("standard", "selected", "post-hoc"):
             (output_dir / arm / file).unlink(missing_ok=True)
 
 
@@ -126,20 +138,21 @@ def _rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
 def _run_arm(
     name: str,
     candidates: int,
+    chunk: Chunk,
     engine: Engine,
     config: DemoConfig,
     output_dir: Path,
     problems: Sequence[Problem],
     progress: Console,
 ) -> Arm:
-    """Make the data, train the student on it, evaluate it. One candidate per step is standard distillation."""
+    """Make the data, train the student on it, evaluate it."""
     select = SelectConfig(
         teacher=str(PAIR / "teacher"),
         student=str(PAIR / "student"),
         data=str(output_dir / "train.jsonl"),
         output_dir=str(output_dir / name),
         candidates=candidates,
-        chunk=STEP,
+        chunk=chunk,
         sampling=Sampling(),
         max_tokens=MAX_TOKENS,
         seed=config.seed,
@@ -202,7 +215,7 @@ def _show_steering(engine: Engine, config: DemoConfig, screen: Console) -> None:
     )
     screen.print(Text(f"\n{problem.question}", style="bold"))
     offer = f"The teacher offers {config.candidates} candidates per step"
-    screen.print(f"{offer}; the student keeps what it finds least surprising.\n")
+    screen.print(f"{offer}; the student keeps the least surprising one.\n")
     screen.print(_steering_table(selection, engine))
     screen.print(
         f"answer {problem.answer}; {len(selection.best.token_ids)} tokens kept of {selection.tokens_sampled} sampled\n"
@@ -213,11 +226,11 @@ def _steering_table(selection: Selection, engine: Engine) -> Table:
     table = Table("step", "candidate", "student ppl", "teacher ppl", "verdict", box=None, pad_edge=False)
     decode = engine.tokenizer("teacher").decode
     for record in selection.tree:
-        teacher = float(np.exp(-record.teacher_logprob.mean()))
+        teacher = math.exp(-float(record.teacher_logprob.mean()))
         table.add_row(
             str(record.round + 1),
             Text(decode(record.token_ids).strip()),
-            f"{float(np.exp(-record.stats.logprob.mean())):.2f}",
+            f"{math.exp(-float(record.stats.logprob.mean())):.2f}",
             f"{teacher:.2f}",
             record.verdict,
             style="bold green" if record.verdict == "kept" else "dim",
@@ -225,28 +238,34 @@ def _steering_table(selection: Selection, engine: Engine) -> Table:
     return table
 
 
-def _show_results(
-    before: Evaluation, arms: Sequence[Arm], difference: Estimate, config: DemoConfig, screen: Console
-) -> None:
-    table = Table(
-        "training data", "kept", "sampled", "tokens each", "right", "styles of the steps", "student's accuracy"
-    )
-    table.add_row("none (cold start)", "", "", "", "", "", str(before.accuracy))
+def _show_results(before: Evaluation, arms: Sequence[Arm], config: DemoConfig, screen: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("training data", no_wrap=True)
+    for header in ("kept", "sampled", "right", *STYLES):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("accuracy", no_wrap=True)
+    table.add_row("(cold start)", *[""] * 6, str(before.accuracy))
     for arm in arms:
-        styles = ", ".join(f"{style} {100 * share:.0f} %" for style, share in arm.styles.items())
         table.add_row(
-            {"standard": "teacher alone (standard KD)", "selected": "student selects (genssd)"}[arm.name],
-            f"{arm.data.tokens_kept:,}",
-            f"{arm.data.tokens_sampled:,}",
-            f"{arm.mean_tokens:.0f}",
+            arm.name,
+            f"{arm.data.tokens_kept / 1000:.0f}k",
+            f"{arm.data.tokens_sampled / 1000:.0f}k",
             f"{100 * arm.correct_share:.0f} %",
-            styles,
+            *(f"{100 * arm.styles.get(style, 0.0):.0f} %" for style in STYLES),
             str(arm.evaluation.accuracy),
         )
     screen.print(table)
     screen.print(
-        f"{config.prompts} problems, {config.train_tokens:,} training tokens each; {config.eval_problems} held-out "
-        f"problems, greedy, 95 % intervals.\nselected - standard: {difference}"
+        f"\nThe students' greedy accuracy on {config.eval_problems} held-out problems, with 95 % intervals. kept, "
+        "sampled: teacher tokens. right: share of right answers in the data. spelled, jump, detour: styles of its "
+        f"steps. {config.prompts} problems; every student is trained on {config.train_tokens:,} tokens."
+    )
+    standard = arms[0].evaluation.correct
+    for arm in arms[1:]:
+        screen.print(f"{arm.name} - standard: {paired_difference(arm.evaluation.correct, standard, config.seed)}")
+    screen.print(
+        "The task is made to show the effect: styles change within a solution, the student can imitate only some, and "
+        "the teacher prefers one that it cannot. How much selection gives elsewhere has to be measured there."
     )
 
 

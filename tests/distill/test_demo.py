@@ -1,0 +1,52 @@
+"""The demo, scaled down: everything runs, and the report holds what was printed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from genssd.distill.demo import DemoConfig, paired_difference, run_demo
+from genssd.engine.errors import InputError
+
+
+@pytest.mark.slow
+def test_the_whole_job(tmp_path: Path) -> None:
+    screen, progress = io.StringIO(), io.StringIO()
+    config = DemoConfig(
+        output_dir=str(tmp_path / "demo"), prompts=12, train_tokens=1500, eval_problems=6, batch_size=4, post_hoc=True
+    )
+    result = run_demo(config, Console(file=screen, width=100), Console(file=progress))
+    written = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    assert list(written["arms"]) == ["standard", "selected", "post-hoc"]
+    assert set(written["minus_standard"]) == {"selected", "post-hoc"}
+    standard, selected = written["arms"]["standard"], written["arms"]["selected"]
+    assert standard["tokens_kept"] == standard["tokens_sampled"]
+    assert selected["tokens_sampled"] > 2 * selected["tokens_kept"]
+    text = screen.getvalue()
+    assert "kept" in text
+    assert "beaten" in text
+    assert "selected - standard" in text
+    for arm in ("standard", "selected", "post-hoc"):
+        assert (tmp_path / "demo" / arm / "student" / "model.safetensors").exists()
+        assert len((tmp_path / "demo" / arm / "selections.jsonl").read_text().splitlines()) == 12
+    # again in the same place: the earlier demo is replaced
+    run_demo(config, Console(file=io.StringIO()), Console(file=io.StringIO()))
+
+
+def test_a_directory_with_other_things_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="is not empty and not of an earlier demo"):
+        run_demo(DemoConfig(output_dir=str(tmp_path)), Console(), Console())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_paired_differences() -> None:
+    estimate = paired_difference([True] * 30 + [False] * 10, [False] * 40, seed=0)
+    assert estimate.value == 0.75
+    assert 0.55 < estimate.low < 0.75 < estimate.high < 0.95
+    assert paired_difference([True, False], [True, False], seed=0).high == 0.0

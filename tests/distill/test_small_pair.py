@@ -1,0 +1,93 @@
+"""The problems and the models that ship with the package."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from genssd import Chunk, Engine, Sampling
+from genssd.distill import small_pair
+from genssd.distill.evaluating import is_correct
+from genssd.distill.small_pair.problems import STYLES, make_problems, style_of, write_solution, write_step
+
+PAIR = Path(next(iter(small_pair.__path__)))
+
+
+def test_problems_are_reproducible_and_the_splits_are_disjoint() -> None:
+    train, again = make_problems(400, 5), make_problems(400, 5)
+    assert train == again
+    held_out = make_problems(200, 5, split="eval")
+    assert not {p.operands for p in train} & {p.operands for p in held_out}
+    assert len({p.operands for p in train}) == 400
+    assert make_problems(5, 6) != train[:5]
+
+
+def test_a_solution_is_right_in_every_style() -> None:
+    rng = random.Random(0)
+    for problem in make_problems(60, 7):
+        assert sum(problem.operands) == int(problem.answer)
+        assert all(str(operand) in problem.question for operand in problem.operands)
+        solution = write_solution(problem, rng)
+        assert is_correct(solution, problem.answer)
+        *steps, last = solution.split("\n")
+        assert len(steps) == len(problem.operands) - 1
+        assert last == f"\\boxed{{{problem.answer}}}"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_digit_operation_of_a_step_is_true(style: str) -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        total, operand = rng.randint(10, 299), rng.randint(10, 99)
+        step = write_step(total, operand, style, rng)
+        assert style_of(step.rstrip("\n")) == style
+        assert step.endswith("\n")
+        worked = step.split(": ")[-1].split(", ")
+        assert worked[-1].strip().lstrip("=") == str(total + operand)
+        for operation in worked[:-1]:
+            left, right = operation.split("=")
+            assert sum(map(int, left.split("+"))) == int(right)
+    with pytest.raises(ValueError, match="unknown style 'poem'"):
+        write_step(10, 10, "poem", rng)
+
+
+def test_the_pair_is_small_and_shares_its_tokenizer() -> None:
+    files = [p for role in ("teacher", "student") for p in (PAIR / role).iterdir()]
+    assert sum(p.stat().st_size for p in files) <= 8 << 20
+    assert (PAIR / "teacher" / "tokenizer.json").read_bytes() == (PAIR / "student" / "tokenizer.json").read_bytes()
+    classes = [
+        json.loads((PAIR / role / "config.json").read_text())["architectures"] for role in ("teacher", "student")
+    ]
+    assert classes == [["Qwen3ForCausalLM"], ["LlamaForCausalLM"]]
+    assert (PAIR / "make.log").exists()
+
+
+@pytest.mark.slow
+def test_the_teacher_is_right_and_selection_turns_its_steps_to_what_the_student_can_follow() -> None:
+    problems = make_problems(40, 4242, split="eval")
+    prompts = [[{"role": "user", "content": p.question}] for p in problems]
+    engine = Engine.from_pretrained(PAIR / "teacher", PAIR / "student", memory_bytes=1 << 28)
+    greedy = engine.generate(prompts, sampling=Sampling(temperature=0.0), max_tokens=192)
+    assert sum(is_correct(c[0].text, p.answer) for c, p in zip(greedy, problems, strict=True)) >= 36
+
+    def spelled(candidates: int) -> float:
+        chunk = Chunk(tokens=1, until="\n", limit=64)
+        kept = engine.select_expand(prompts, candidates=candidates, chunk=chunk, max_tokens=192)
+        styles = [style_of(line) for s in kept for line in s.best.text.split("\n")]
+        return styles.count("spelled") / sum(style is not None for style in styles)
+
+    alone, selected = spelled(1), spelled(4)
+    assert alone < 0.45
+    assert selected > alone + 0.2
+
+
+def test_real_text_of_any_kind_goes_through(tmp_path: Path) -> None:
+    engine = Engine.from_pretrained(PAIR / "teacher", PAIR / "student", memory_bytes=1 << 27)
+    text = "\u00bfCu\u00e1nto? \u4e2d\u6587 \U0001f600 \\frac{1}{2} " * 30
+    ids = engine.tokenizer("teacher").encode(text, special=False)
+    assert engine.tokenizer("teacher").decode(ids) == text
+    (selection,) = engine.select_expand([text], candidates=2, chunk=Chunk(tokens=4, until=None), max_tokens=8)
+    assert selection.error is None
