@@ -239,7 +239,7 @@ def _steering_table(selection: Selection, engine: Engine) -> Table:
 
 
 def _show_results(before: Evaluation, arms: Sequence[Arm], config: DemoConfig, screen: Console) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("training data", no_wrap=True)
     for header in ("kept", "sampled", "right", *STYLES):
         table.add_column(header, justify="right", no_wrap=True)
