@@ -19,7 +19,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/pytest bench -o python_files="bench_*.py" --benchmark-columns=median,iqr,rounds
+	$(BIN)/pytest bench -o python_files="bench_*.py" --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/kernels.json
 
 # sdist -> wheel -> an environment that has nothing else of this tree -> the tests against what was installed
 wheel: $(VENV)/.installed-dev

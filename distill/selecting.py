@@ -17,10 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json
+from genssd.distill.outcome_rows import Origin, decision_row, selection_row
 from genssd.distill.rows import ProblemRow, read_problems
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria import resolve
@@ -28,9 +26,7 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
 from genssd.engine.sampling import Sampling
-from genssd.engine.selection import CandidateRecord, Selection, Trajectory
-from genssd.engine.text import Messages
-from genssd.kernels.logprob import TokenStats
+from genssd.engine.selection import Selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,12 +125,20 @@ def run_select(
     done = open_run(config, problems)
     engine = engine or load_engine(config)
     _record_run(output_dir, config, engine, resumed=bool(done))
+    origin = Origin(
+        data=config.data,
+        criterion=config.criterion,
+        teacher=config.teacher,
+        student=config.student,
+        fingerprints={role: engine.fingerprints[role] for role in ("teacher", "student")},
+        tokenizer=engine.tokenizer("teacher").fingerprint,
+    )
     with Journal(journal) as selections_log, Journal(decisions) as decisions_log:
         kept = 0
         for finished, selection in enumerate(_select(engine, config, problems, done), start=1):
             problem = problems[selection.index]
             decisions_log.append(decision_row(selection))
-            selections_log.append(selection_row(selection, problem, engine, config))
+            selections_log.append(selection_row(selection, problem, origin))
             kept += len(selection.trajectories[0].token_ids) if selection.trajectories else 0
             report(
                 SelectProgress(
@@ -160,48 +164,6 @@ def load_engine(config: SelectConfig) -> Engine:
         memory_bytes=config.memory_bytes,
         max_batch=config.max_batch,
     )
-
-
-def selection_row(selection: Selection, problem: ProblemRow, engine: Engine, config: SelectConfig) -> dict[str, Any]:
-    """A line of selections.jsonl. Loads with `datasets` and trains in TRL as it is; training here uses the ids."""
-    best = selection.trajectories[0] if selection.trajectories else None
-    text = best.text if best else ""
-    answer_turn = [{"role": "assistant", "content": text}]
-    plain = isinstance(problem.prompt, str)
-    asked: Messages = (
-        [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
-    )
-    return {
-        "messages": [*asked, *answer_turn],
-        "prompt": problem.prompt,
-        "completion": text if plain else answer_turn,
-        "answer": problem.answer,
-        "status": best.status if best else "failed",
-        "error": selection.error,
-        "score": _number(best.score) if best else None,
-        "criterion": config.criterion,
-        "chunks": [
-            {"tokens": c.tokens, "score": _number(c.score), "runner_up": _number(c.runner_up)}
-            for c in (best.chunks if best else ())
-        ],
-        "prompt_ids": list(selection.prompt_ids),
-        "student_prompt_ids": list(selection.student_prompt_ids),
-        "completion_ids": list(best.token_ids) if best else [],
-        "others": [_other(trajectory) for trajectory in selection.trajectories[1:]],
-        "tokens_sampled": selection.tokens_sampled,
-        "index": selection.index,
-        "source": {"file": config.data, "line": problem.line},
-        "seed": selection.seed,
-        "occurrence": selection.occurrence,
-        "tokenizer": engine.tokenizer("teacher").fingerprint,
-        "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
-        "student": {"name": config.student, "fingerprint": engine.fingerprints["student"]},
-    }
-
-
-def decision_row(selection: Selection) -> dict[str, Any]:
-    """A line of decisions.jsonl: enough to apply another criterion without generating again."""
-    return {"index": selection.index, "candidates": [_candidate(record) for record in selection.tree]}
 
 
 def _select(
@@ -302,44 +264,3 @@ def _summary(journal: Path) -> SelectSummary:
         tokens_kept=sum(len(row["completion_ids"]) for row in rows),
         tokens_sampled=sum(row["tokens_sampled"] for row in rows),
     )
-
-
-def _other(trajectory: Trajectory) -> dict[str, Any]:
-    return {
-        "completion": trajectory.text,
-        "completion_ids": list(trajectory.token_ids),
-        "score": _number(trajectory.score),
-        "status": trajectory.status,
-    }
-
-
-def _candidate(record: CandidateRecord) -> dict[str, Any]:
-    return {
-        "trace": list(record.trace),
-        "verdict": record.verdict,
-        "score": _number(record.score),
-        "ended": record.ended,
-        "token_ids": list(record.token_ids),
-        "teacher_logprob": _floats(record.teacher_logprob),
-        "student": _stats(record.stats),
-    }
-
-
-def _stats(stats: TokenStats) -> dict[str, list[float] | list[int]]:
-    return {
-        "logprob": _floats(stats.logprob),
-        "entropy": _floats(stats.entropy),
-        "sum_p2": _floats(stats.sum_p2),
-        "logsumexp": _floats(stats.logsumexp),
-        "rank": stats.rank.tolist(),
-    }
-
-
-def _floats(values: Tensor) -> list[float]:
-    """The shortest decimals that read back as the same float32."""
-    return [float(text) for text in np.asarray(values.cpu(), dtype=np.float32).astype(str)]
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return None if value is None or not np.isfinite(value) else float(value)

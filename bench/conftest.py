@@ -1,0 +1,24 @@
+"""What a results file says about where its rows were measured."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str, Any]) -> None:
+    """Keep the processor and the versions; drop the host's name and what does not bear on a time."""
+    cpu = machine_info.get("cpu", {})
+    kept = {
+        "cpu": cpu.get("brand_raw"),
+        "cores": cpu.get("count"),
+        "threads": torch.get_num_threads(),
+        "system": machine_info.get("system"),
+        "python": machine_info.get("python_version"),
+        "torch": torch.__version__,
+        "genssd": version("genssd"),
+    }
+    machine_info.clear()
+    machine_info.update(kept)
