@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from genssd.distill.checkpoints import (
+    Position,
+    data_fingerprint,
+    find_checkpoint,
+    remove_old_checkpoints,
+    restore,
+    save_checkpoint,
+    save_model,
+)
 from genssd.distill.examples import Example, read_examples
-from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json
+from genssd.distill.journal import Journal, complete_rows, truncate, write_json
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
 from genssd.engine.memory import choose_device, cpu_has_bf16
@@ -79,7 +86,7 @@ class TrainConfig:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "logging_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "max_train_tokens", "save_steps"):
+        for name in ("max_steps", "max_train_tokens", "save_steps", "save_total_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_steps is not None and self.max_train_tokens is not None:
@@ -115,17 +122,6 @@ class TrainSummary:
     seconds: float
 
 
-@dataclass(slots=True)
-class _Position:
-    """Where a training is: enough, with the weights and the optimizer, to go on exactly."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    """Optimizer steps taken in this epoch."""
-    tokens: int = 0
-
-
 def run_train(config: TrainConfig, report: Callable[[TrainProgress], None] = lambda progress: None) -> TrainSummary:
     """Train and save. Raises GenssdError on bad input and on a loss that is not finite (naming the rows' batch)."""
     started = time.monotonic()
@@ -157,8 +153,9 @@ class _Trainer:
         self._output_dir = output_dir
         self._device = choose_device(config.device)
         self._bf16 = _use_bf16(config.bf16, self._device)
-        self.position = _Position()
-        resume = _find_checkpoint(config.resume_from_checkpoint, output_dir)
+        data = data_fingerprint(examples, config.seed, self._step_size)
+        self.position = Position(data)
+        resume = find_checkpoint(config.resume_from_checkpoint, output_dir)
         torch.manual_seed(config.seed)
         self._model = _load_model(resume or source, self._device)
         if config.gradient_checkpointing:
@@ -170,7 +167,7 @@ class _Trainer:
             eps=config.adam_epsilon,
         )
         if resume is not None:
-            self._restore(resume)
+            self.position = restore(resume, self._model, self._optimizer, data)
 
     def train(self, report: Callable[[TrainProgress], None]) -> float:
         """Run to the end and save the model; return the last step's loss."""
@@ -202,16 +199,20 @@ class _Trainer:
                 if position.step % config.logging_steps == 0 or self._share() >= 1.0:
                     log.append({**dataclasses.asdict(progress), "grad_norm": grad_norm})
                 if config.save_steps and position.step % config.save_steps == 0:
-                    self._save_checkpoint()
-        _save_model(self._model, self._tokenizer, self._output_dir)
+                    save_checkpoint(self._output_dir, self._model, self._tokenizer, self._optimizer, position)
+                    if config.save_total_limit is not None:
+                        remove_old_checkpoints(self._output_dir, config.save_total_limit)
+        save_model(self._model, self._tokenizer, self._output_dir)
         return loss
 
     @property
+    def _step_size(self) -> int:
+        """Examples of one optimizer step."""
+        return self._config.per_device_train_batch_size * self._config.gradient_accumulation_steps
+
+    @property
     def _steps_per_epoch(self) -> int:
-        return -(
-            -len(self._examples)
-            // (self._config.per_device_train_batch_size * self._config.gradient_accumulation_steps)
-        )
+        return -(-len(self._examples) // self._step_size)
 
     def _share(self, steps: int = 0, tokens: int = 0) -> float:
         """How much of the training is done, after so many further steps and tokens."""
@@ -223,10 +224,7 @@ class _Trainer:
 
     def _steps(self) -> Iterator[list[Example]]:
         """The examples of each optimizer step: a new order every epoch, a function of (seed, epoch) alone."""
-        position, size = (
-            self.position,
-            self._config.per_device_train_batch_size * self._config.gradient_accumulation_steps,
-        )
+        position, size = self.position, self._step_size
         while True:
             order = list(range(len(self._examples)))
             random.Random(f"{self._config.seed}:{position.epoch}").shuffle(order)
@@ -283,39 +281,6 @@ class _Trainer:
     def _pad(self) -> int:
         return self._tokenizer.hf.pad_token_id or 0
 
-    def _save_checkpoint(self) -> None:
-        """Written beside and renamed, so a crash never leaves half a checkpoint under the final name."""
-        final = self._output_dir / f"checkpoint-{self.position.step}"
-        building = final.with_suffix(".tmp")
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        _save_model(self._model, self._tokenizer, building)
-        save_file(self._optimizer_tensors(), building / "optimizer.safetensors")
-        write_json(building / "trainer_state.json", dataclasses.asdict(self.position))
-        building.rename(final)
-        limit = self._config.save_total_limit
-        if limit is not None:
-            for old in _checkpoints(self._output_dir)[:-limit]:
-                shutil.rmtree(old)
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        tensors = {"rng": torch.get_rng_state()}
-        for name, parameter in self._model.named_parameters():
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"{name}/{key}"] = value.contiguous()
-        return tensors
-
-    def _restore(self, checkpoint: Path) -> None:
-        self.position = _Position(**read_json(checkpoint / "trainer_state.json"))
-        tensors = load_file(checkpoint / "optimizer.safetensors")
-        torch.set_rng_state(tensors.pop("rng"))
-        for name, parameter in self._model.named_parameters():
-            keys = [key for key in tensors if key.startswith(f"{name}/")]
-            self._optimizer.state[parameter] = {
-                key.rsplit("/", 1)[1]: tensors[key] if key.endswith("/step") else tensors[key].to(self._device)
-                for key in keys
-            }
-
 
 def schedule(before: float, after: float, config: TrainConfig) -> float:
     """The learning rate's factor for a step that takes the training from one share to another, both in [0, 1].
@@ -355,31 +320,3 @@ def _load_model(directory: Path, device: torch.device) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
     return model.to(device)
-
-
-def _save_model(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
-    try:
-        model.save_pretrained(directory)
-        tokenizer.hf.save_pretrained(directory)
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}") from None
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.suffix != ".tmp" and (p / "trainer_state.json").exists()]
-    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
-
-
-def _find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
-    if wanted is None:
-        return None
-    if wanted == "last":
-        found = _checkpoints(output_dir)
-        if not found:
-            raise InputError(f"{output_dir} has no checkpoint to resume from")
-        return found[-1]
-    path = Path(wanted)
-    if not (path / "trainer_state.json").exists():
-        raise InputError(f"{path} is no checkpoint: it has no trainer_state.json")
-    return path

@@ -212,6 +212,27 @@ def test_bad_settings(changes: dict[str, Any], message: str) -> None:
         TrainConfig(model_name_or_path="m", data=("d",), **changes)
 
 
+def test_a_training_is_not_mixed_with_another(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    config = config_for(tiny_pair, data, tmp_path / "run", save_steps=2)
+    run_train(config)
+    with pytest.raises(
+        InputError, match="holds checkpoint-6 of an earlier training; pass --resume"
+    ):
+        run_train(config)
+    resumed = dataclasses.replace(config, resume_from_checkpoint="last")
+    for other in ({"seed": 1}, {"per_device_train_batch_size": 1}):
+        with pytest.raises(InputError, match="was trained on other rows, or with another seed or batch size"):
+            run_train(dataclasses.replace(resumed, **other))
+    write_rows(ROWS[:-1])
+    with pytest.raises(InputError, match="was trained on other rows"):
+        run_train(resumed)
+    (tmp_path / "run" / "checkpoint-6" / "optimizer.safetensors").write_bytes(b"torn")
+    write_rows(ROWS)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 is damaged: .* resume from an earlier checkpoint"):
+        run_train(resumed)
+
+
 def test_bad_checkpoints(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
     with pytest.raises(InputError, match="has no checkpoint to resume from"):

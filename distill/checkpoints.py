@@ -1,0 +1,132 @@
+"""Training checkpoints: a save_pretrained directory plus what it takes to go on exactly.
+
+checkpoint-N/optimizer.safetensors   Adam's moments by parameter name, and the state of torch's generator
+checkpoint-N/trainer_state.json      where the training is, and a fingerprint of what it is trained on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from genssd.distill.examples import Example
+from genssd.distill.journal import read_json, write_json
+from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.text import Tokenizer
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a training is: with the weights and the optimizer's state, enough to go on exactly."""
+
+    data: str
+    """Fingerprint of the examples, their order and their division into steps."""
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    """Optimizer steps taken in this epoch."""
+    tokens: int = 0
+    """Completion tokens trained so far."""
+
+
+def data_fingerprint(examples: Sequence[Example], seed: int, batch_size: int) -> str:
+    """Changes when a step would see other examples."""
+    digest = hashlib.sha256(f"{seed}:{batch_size}".encode())
+    for example in examples:
+        digest.update(f";{example.num_prompt}:{','.join(map(str, example.input_ids))}".encode())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(
+    output_dir: Path, model: Any, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, position: Position
+) -> None:
+    """Written beside and renamed, so a crash never leaves half a checkpoint under the final name."""
+    final = output_dir / f"checkpoint-{position.step}"
+    building = final.with_suffix(".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(final, ignore_errors=True)
+    save_model(model, tokenizer, building)
+    tensors = {"rng": torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{name}/{key}"] = value.contiguous()
+    save_file(tensors, building / "optimizer.safetensors")
+    write_json(building / "trainer_state.json", dataclasses.asdict(position))
+    building.rename(final)
+
+
+def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, data: str) -> Position:
+    """Load the optimizer's and the generator's state; return the position.
+
+    Raises InputError when the checkpoint belongs to other data (its fingerprint is not `data`), CheckpointError when
+    its files are damaged.
+    """
+    state = read_json(checkpoint / "trainer_state.json")
+    try:
+        position = Position(**state)
+        tensors = load_file(checkpoint / "optimizer.safetensors")
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {error}; resume from an earlier checkpoint") from None
+    if position.data != data:
+        raise InputError(
+            f"{checkpoint} was trained on other rows, or with another seed or batch size; resume with the same, "
+            "or start anew"
+        )
+    torch.set_rng_state(tensors.pop("rng"))
+    for name, parameter in model.named_parameters():
+        keys = [key for key in tensors if key.startswith(f"{name}/")]
+        # Adam counts its steps on the CPU
+        optimizer.state[parameter] = {
+            key.rsplit("/", 1)[1]: tensors[key] if key.endswith("/step") else tensors[key].to(parameter.device)
+            for key in keys
+        }
+    return position
+
+
+def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from: "last" of the directory, or a path. Raises InputError when there is none."""
+    found = complete_checkpoints(output_dir)
+    if wanted is None:
+        if found:
+            raise InputError(
+                f"{output_dir} holds {found[-1].name} of an earlier training; pass --resume-from-checkpoint last, "
+                "or choose another output_dir"
+            )
+        return None
+    if wanted == "last":
+        if not found:
+            raise InputError(f"{output_dir} has no checkpoint to resume from")
+        return found[-1]
+    path = Path(wanted)
+    if not (path / "trainer_state.json").exists():
+        raise InputError(f"{path} is no checkpoint: it has no trainer_state.json")
+    return path
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Oldest first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.suffix != ".tmp" and (p / "trainer_state.json").exists()]
+    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
+    """Keep only the newest."""
+    for old in complete_checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+
+
+def save_model(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
+    """A save_pretrained directory with tokenizer and chat template. Raises InputError when it cannot be written."""
+    try:
+        model.save_pretrained(directory)
+        tokenizer.hf.save_pretrained(directory)
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written: {error.strerror}") from None
