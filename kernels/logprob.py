@@ -4,8 +4,9 @@
     logprob = z[target] - logsumexp(z)      entropy = -sum_v p_v log p_v      sum_p2 = sum_v p_v^2
     rank = 1 + number of v with z_v > z[target]
 
-One pass over the head gives every number that the selection criteria ask for (design: perplexity, rank-surprisal,
-Brier score). Only a block of rows has its logits in memory at any time.
+One pass over the head gives every number that the selection criteria ask for (perplexity, rank-surprisal, Brier
+score). torch sees one operator, genssd::linear_logprob: on CUDA it is the Triton kernel of logprob_triton.py, elsewhere
+the reference below, in which only a block of rows has its logits in memory at any time.
 
 Shapes:  N rows   V vocabulary   D model width   K top-k
 """
@@ -55,6 +56,11 @@ class TokenStats:
         return TokenStats(**{name: torch.cat([getattr(p, name) for p in parts]) for name in TokenStats.__slots__})
 
     @staticmethod
+    def of(values: Sequence[Tensor]) -> TokenStats:
+        """From the values in the order of the fields."""
+        return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))
+
+    @staticmethod
     def empty() -> TokenStats:
         """The statistics of no token."""
         none = torch.empty(0)
@@ -77,14 +83,9 @@ def linear_logprob(
     NonFiniteLogits on a row with NaN or +inf logits.
     """
     _check(hidden_ND, weight_VD, target_N, bias, temperature, softcap)
-    rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
-    parts = [
-        _reference(hidden_ND[i : i + rows], weight_VD, target_N[i : i + rows], bias, temperature, softcap)
-        for i in range(0, hidden_ND.shape[0], rows)
-    ]
-    if not parts:
+    if not len(target_N):
         return TokenStats.empty()
-    stats = TokenStats.concatenate(parts)
+    stats = TokenStats.of(_linear_logprob(hidden_ND, weight_VD, target_N, bias, temperature, softcap))
     if not bool(stats.logsumexp.isfinite().all()):
         row = int((~stats.logsumexp.isfinite()).nonzero()[0])
         raise NonFiniteLogits("linear_logprob", row)
@@ -98,7 +99,8 @@ def _reference(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> TokenStats:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of TokenStats, in order."""
     z = linear(hidden_ND, weight_VD, bias)
     z = z if z.dtype == torch.float64 else z.float()
     if softcap is not None:
@@ -107,14 +109,71 @@ def _reference(
     chosen = z.gather(1, target_N[:, None])
     logp = torch.log_softmax(z, dim=1)
     p = logp.exp()
-    return TokenStats(
-        logprob=logp.gather(1, target_N[:, None])[:, 0],
-        logsumexp=z.logsumexp(1),
-        # 0 log 0 is 0: a banned token has logp = -inf
-        entropy=-(p * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(1),
-        sum_p2=(p * p).sum(1),
-        rank=(1 + (z > chosen).sum(1)).to(torch.int32),
+    # 0 log 0 is 0: a banned token has logp = -inf
+    entropy = -(p * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(1)
+    rank = (1 + (z > chosen).sum(1)).to(torch.int32)
+    return logp.gather(1, target_N[:, None])[:, 0], z.logsumexp(1), entropy, (p * p).sum(1), rank
+
+
+@torch.library.custom_op("genssd::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Where no kernel of ours runs: the reference, a block of rows at a time."""
+    rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
+    parts = [
+        _reference(h, weight_VD, target, bias, temperature, softcap)
+        for h, target in zip(torch.split(hidden_ND, rows), torch.split(target_N, rows), strict=True)
+    ]
+    logprob, logsumexp, entropy, sum_p2, rank = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logprob, logsumexp, entropy, sum_p2, rank
+
+
+@_linear_logprob.register_kernel("cuda")
+def _linear_logprob_triton(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if hidden_ND.dtype == torch.float64:
+        return _reference(hidden_ND, weight_VD, target_N, bias, temperature, softcap)
+    # imported here, because Triton need not be installed where there is no GPU
+    from genssd.kernels.logprob_triton import score_rows, tiles_for
+
+    device = torch.cuda.get_device_properties(hidden_ND.device)
+    amd, capability = torch.version.hip is not None, 10 * device.major + device.minor
+    return score_rows(
+        hidden_ND.contiguous(),
+        weight_VD.contiguous(),
+        target_N.contiguous(),
+        bias,
+        temperature,
+        softcap,
+        programs=device.multi_processor_count,
+        tiles=tiles_for(hidden_ND.dtype, amd=amd, capability=capability),
     )
+
+
+@_linear_logprob.register_fake
+def _linear_logprob_fake(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    a, b, c, d = (target_N.new_empty(target_N.shape, dtype=wide) for _ in range(4))
+    return a, b, c, d, target_N.new_empty(target_N.shape, dtype=torch.int32)
 
 
 def _check(

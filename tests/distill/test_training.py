@@ -216,9 +216,7 @@ def test_a_training_is_not_mixed_with_another(tiny_pair: TinyPair, write_rows: W
     data = write_rows(ROWS)
     config = config_for(tiny_pair, data, tmp_path / "run", save_steps=2)
     run_train(config)
-    with pytest.raises(
-        InputError, match="holds checkpoint-6 of an earlier training; pass --resume"
-    ):
+    with pytest.raises(InputError, match="holds checkpoint-6 of an earlier training; pass --resume"):
         run_train(config)
     resumed = dataclasses.replace(config, resume_from_checkpoint="last")
     for other in ({"seed": 1}, {"per_device_train_batch_size": 1}):

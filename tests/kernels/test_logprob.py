@@ -243,3 +243,10 @@ def test_a_row_without_a_number_is_named_whatever_its_block(bad: float, monkeypa
     hidden[13, 0] = bad
     with pytest.raises(ValueError, match=r"row 13"):
         linear_logprob(hidden, weight, target)
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(7)], ids=["plain", "bias"])
+def test_torch_sees_one_operator(bias: torch.Tensor | None) -> None:
+    """Schema, fake tensors and dispatch, by torch's own checker."""
+    arguments = (torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 6]), bias, 1.0, None)
+    torch.library.opcheck(torch.ops.genssd.linear_logprob.default, arguments)
