@@ -115,8 +115,7 @@ def _reference(
     return logp.gather(1, target_N[:, None])[:, 0], z.logsumexp(1), entropy, (p * p).sum(1), rank
 
 
-@torch.library.custom_op("genssd::linear_logprob", mutates_args=())
-def _linear_logprob(
+def _blockwise(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
@@ -132,6 +131,9 @@ def _linear_logprob(
     ]
     logprob, logsumexp, entropy, sum_p2, rank = (torch.cat(values) for values in zip(*parts, strict=True))
     return logprob, logsumexp, entropy, sum_p2, rank
+
+
+_linear_logprob = torch.library.custom_op("genssd::linear_logprob", _blockwise, mutates_args=())
 
 
 @_linear_logprob.register_kernel("cuda")
