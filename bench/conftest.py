@@ -22,3 +22,9 @@ def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str,
     }
     machine_info.clear()
     machine_info.update(kept)
+
+
+def pytest_benchmark_update_json(config: object, benchmarks: object, output_json: dict[str, Any]) -> None:
+    """Keep the statistics of the rounds, not every round."""
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)

@@ -1,7 +1,7 @@
 """Training checkpoints: a save_pretrained directory plus what it takes to go on exactly.
 
 checkpoint-N/optimizer.safetensors   Adam's moments by parameter name, and the state of torch's generator
-checkpoint-N/trainer_state.json      where the training is, and a fingerprint of what it is trained on
+checkpoint-N/trainer_state.json      where the training is, and with what settings
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from genssd.distill.examples import Example
 from genssd.distill.journal import read_json, write_json
+from genssd.distill.student_model import save_model
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.text import Tokenizer
 
@@ -27,8 +28,8 @@ from genssd.engine.text import Tokenizer
 class Position:
     """Where a training is: with the weights and the optimizer's state, enough to go on exactly."""
 
-    data: str
-    """Fingerprint of the examples, their order and their division into steps."""
+    settings: dict[str, object]
+    """What decides the next step: models, data, options. A training is resumed with the same."""
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -37,9 +38,9 @@ class Position:
     """Completion tokens trained so far."""
 
 
-def data_fingerprint(examples: Sequence[Example], seed: int, batch_size: int) -> str:
-    """Changes when a step would see other examples."""
-    digest = hashlib.sha256(f"{seed}:{batch_size}".encode())
+def data_fingerprint(examples: Sequence[Example]) -> str:
+    """Changes when an example or their order does."""
+    digest = hashlib.sha256()
     for example in examples:
         digest.update(f";{example.num_prompt}:{','.join(map(str, example.input_ids))}".encode())
     return digest.hexdigest()[:16]
@@ -63,11 +64,11 @@ def save_checkpoint(
     building.rename(final)
 
 
-def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, data: str) -> Position:
+def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]) -> Position:
     """Load the optimizer's and the generator's state; return the position.
 
-    Raises InputError when the checkpoint belongs to other data (its fingerprint is not `data`), CheckpointError when
-    its files are damaged.
+    Raises InputError naming the setting in which the checkpoint's training differs, CheckpointError when its files are
+    damaged.
     """
     state = read_json(checkpoint / "trainer_state.json")
     try:
@@ -75,11 +76,12 @@ def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, data
         tensors = load_file(checkpoint / "optimizer.safetensors")
     except Exception as error:
         raise CheckpointError(f"{checkpoint} is damaged: {error}; resume from an earlier checkpoint") from None
-    if position.data != data:
-        raise InputError(
-            f"{checkpoint} was trained on other rows, or with another seed or batch size; resume with the same, "
-            "or start anew"
-        )
+    for name, value in settings.items():
+        if position.settings.get(name) != value:
+            raise InputError(
+                f"{checkpoint} was trained with {name} {position.settings.get(name)!r}, not {value!r}; resume with the "
+                "same settings, or choose another output_dir"
+            )
     torch.set_rng_state(tensors.pop("rng"))
     for name, parameter in model.named_parameters():
         keys = [key for key in tensors if key.startswith(f"{name}/")]
@@ -100,6 +102,8 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
                 f"{output_dir} holds {found[-1].name} of an earlier training; pass --resume-from-checkpoint last, "
                 "or choose another output_dir"
             )
+        if any(output_dir.glob("*.safetensors")):
+            raise InputError(f"{output_dir} holds a model already; choose another output_dir")
         return None
     if wanted == "last":
         if not found:
@@ -113,8 +117,9 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.suffix != ".tmp" and (p / "trainer_state.json").exists()]
-    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+    steps = {p: p.name.removeprefix("checkpoint-") for p in output_dir.glob("checkpoint-*")}
+    found = [p for p, step in steps.items() if step.isdecimal() and (p / "trainer_state.json").exists()]
+    return sorted(found, key=lambda p: int(steps[p]))
 
 
 def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
@@ -123,10 +128,8 @@ def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def save_model(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
-    """A save_pretrained directory with tokenizer and chat template. Raises InputError when it cannot be written."""
-    try:
-        model.save_pretrained(directory)
-        tokenizer.hf.save_pretrained(directory)
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}") from None
+def remove_later_checkpoints(output_dir: Path, step: int) -> None:
+    """Training goes on from an earlier step: what came after it is no longer its future."""
+    for path in complete_checkpoints(output_dir):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(path)

@@ -23,7 +23,7 @@ class ProgressLine:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TextColumn("ETA"),
@@ -59,10 +59,14 @@ def selecting(line: ProgressLine) -> Callable[[SelectProgress], None]:
 
     def report(p: SelectProgress) -> None:
         rate = p.tokens_sampled / (time.monotonic() - started)
-        spent = f"kept {p.tokens_kept:,} of {p.tokens_sampled:,} tokens  {rate:,.0f} tok/s"
-        line.update(p.done, p.total, f"{spent}  pages {p.pages_in_use:,}/{p.pages:,}")
+        spent = f"kept {_short(p.tokens_kept)}/{_short(p.tokens_sampled)} tok  {_short(rate)}/s"
+        line.update(p.done, p.total, f"{spent}  pages {_short(p.pages_in_use)}/{_short(p.pages)}")
 
     return report
+
+
+def _short(count: float) -> str:
+    return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
 
 
 def training(line: ProgressLine) -> Callable[[TrainProgress], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from genssd.distill.console import ProgressLine, counting, selecting, training
-from genssd.distill.evaluating import BOOTSTRAP_DRAWS, Estimate, EvaluateConfig, Evaluation, run_evaluate
-from genssd.distill.journal import complete_rows, write_json, write_jsonl
+from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
+from genssd.distill.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.selecting import SelectConfig, SelectSummary, run_select
 from genssd.distill.small_pair.problems import STYLES, Problem, make_problems, style_of
+from genssd.distill.small_pair.problems import is_correct as is_right
 from genssd.distill.training import TrainConfig, run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
@@ -38,6 +39,7 @@ STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution
 MAX_TOKENS = 192
 WHOLE = Chunk(tokens=MAX_TOKENS, until=None)
 MEMORY_BYTES = 1 << 29
+WAYS = {"standard": STEP, "selected": STEP, "post-hoc": WHOLE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class DemoConfig:
     """Distil the small teacher into the small student twice, with and without selection, and compare."""
 
     output_dir: str = "runs/demo"
-    """Replaced if it exists."""
+    """An earlier demo there is replaced."""
     prompts: int = 800
     """Problems the teacher writes solutions for."""
     candidates: int = 4
@@ -88,12 +90,10 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
     _show_steering(engine, config, screen)
     before = _evaluate(PAIR / "student", "cold start", config, output_dir, progress)
     # one candidate per step is standard distillation; one step for the whole solution is post-hoc best-of-N
-    ways = {"standard": (1, STEP), "selected": (config.candidates, STEP)}
-    if config.post_hoc:
-        ways["post-hoc"] = (config.candidates, WHOLE)
     arms = [
-        _run_arm(name, count, chunk, engine, config, output_dir, train_problems, progress)
-        for name, (count, chunk) in ways.items()
+        _run_arm(name, 1 if name == "standard" else config.candidates, chunk, engine, config, train_problems, progress)
+        for name, chunk in WAYS.items()
+        if config.post_hoc or name != "post-hoc"
     ]
     _show_results(before, arms, config, screen)
     seconds = time.monotonic() - started
@@ -116,19 +116,18 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
 
 def paired_difference(left: Sequence[bool], right: Sequence[bool], seed: int) -> Estimate:
     """left - right over the same problems, with a percentile bootstrap interval over problems."""
-    difference = np.asarray(left, dtype=float) - np.asarray(right, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(difference), (BOOTSTRAP_DRAWS, len(difference)))
-    low, high = np.percentile(difference[draws].mean(axis=1), [2.5, 97.5])
-    return Estimate(value=float(difference.mean()), low=float(low), high=float(high))
+    return bootstrap([float(a) - float(b) for a, b in zip(left, right, strict=True)], seed)
 
 
 def _clear(output_dir: Path) -> None:
-    """Remove the files of an earlier demo; refuse a directory that holds anything else."""
-    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "train.jsonl").exists():
-        raise InputError(f"{output_dir} is not empty and not of an earlier demo; choose another output_dir")
-    for file in ("selections.jsonl", "decisions.jsonl"):
-        for arm in ("standard", "selected", "post-hoc"):
-            (output_dir / arm / file).unlink(missing_ok=True)
+    """Remove what an earlier demo left; refuse a directory that holds anything else."""
+    mark = output_dir / "run.json"
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        if not mark.exists() or read_json(mark).get("command") != "demo":
+            raise InputError(f"{output_dir} is not empty and not of an earlier demo; choose another output_dir")
+        for arm in (*WAYS, "cold-start"):
+            shutil.rmtree(output_dir / arm, ignore_errors=True)
+    write_json(mark, {"command": "demo"})
 
 
 def _rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
@@ -141,11 +140,11 @@ def _run_arm(
     chunk: Chunk,
     engine: Engine,
     config: DemoConfig,
-    output_dir: Path,
     problems: Sequence[Problem],
     progress: Console,
 ) -> Arm:
     """Make the data, train the student on it, evaluate it."""
+    output_dir = Path(config.output_dir)
     select = SelectConfig(
         teacher=str(PAIR / "teacher"),
         student=str(PAIR / "student"),
@@ -189,10 +188,9 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
 
 
 def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evaluation: Evaluation) -> Arm:
-    rows, _ = complete_rows(data.path)
-    texts = {row["index"]: row["messages"][-1]["content"] for row in rows}
+    texts = {row["index"]: row["messages"][-1]["content"] for row, _ in complete_rows(data.path)}
     styles = Counter(style for text in texts.values() for step in text.split("\n") if (style := style_of(step)))
-    right = sum(f"\\boxed{{{problems[i].answer}}}" in text for i, text in texts.items())
+    right = sum(is_right(problems[i], text) for i, text in texts.items())
     return Arm(
         name=name,
         data=data,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from math_verify import parse, verify
 
 from genssd.distill.journal import write_json, write_jsonl
 from genssd.distill.rows import ProblemRow, read_problems
+from genssd.distill.run_directory import claim
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -83,10 +85,26 @@ def run_evaluate(
     config: EvaluateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Evaluation:
     """Evaluate on a file. engine: a loaded one whose student is the model. Raises GenssdError on bad input."""
+    if config.samples < 0:
+        raise InputError(f"samples must be >= 0, not {config.samples}")
     problems = read_problems(config.data, config.limit)
     for problem in problems:
         if problem.answer is None:
             raise InputError(f"{config.data}, line {problem.line}: no answer; a row needs answer, target or solution")
+    output_dir = Path(config.output_dir)
+    with claim(output_dir, "evaluate"):
+        if (output_dir / "evaluation.jsonl").exists():
+            raise InputError(f"{output_dir} holds an evaluation already; choose another output_dir")
+        return _evaluate(config, problems, output_dir, engine, report)
+
+
+def _evaluate(
+    config: EvaluateConfig,
+    problems: Sequence[ProblemRow],
+    output_dir: Path,
+    engine: Engine | None,
+    report: Callable[[int, int], None],
+) -> Evaluation:
     engine = engine or Engine.from_pretrained(
         student=config.model,
         device=config.device,
@@ -111,7 +129,6 @@ def run_evaluate(
         )
     results = [_judge(problem, one[0], many) for problem, one, many in zip(problems, greedy, sampled, strict=True)]
     evaluation = _summarise(results, config)
-    output_dir = Path(config.output_dir)
     write_jsonl(output_dir / "evaluation.jsonl", [result.row() for result in results])
     fields = {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "correct"}
     identity = {"fingerprint": engine.fingerprints["student"], "config": dataclasses.asdict(config)}
@@ -166,8 +183,11 @@ def is_correct(response: str, answer: str | None) -> bool:
         return False
     # math-verify logs a warning for every text that holds no formula
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    gold = parse(answer if "\\" in answer or "$" in answer else f"${answer}$")
-    return bool(gold) and bool(verify(gold, parse(response)))
+    # its time limit is a signal, which only the main thread can take
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    gold = parse(answer if "\\" in answer or "$" in answer else f"${answer}$", parsing_timeout=limit)
+    found = parse(response, parsing_timeout=limit)
+    return bool(gold) and bool(verify(gold, found, timeout_seconds=limit))
 
 
 def wilson(outcomes: Sequence[bool], z: float = 1.96) -> Estimate:

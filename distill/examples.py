@@ -59,6 +59,9 @@ def read_examples(
             if status is not None and status not in statuses:
                 left_out[f"status {status}"] += 1
                 continue
+            if status is not None and fields.get("completion_ids") == []:
+                left_out["without a token: pruned at once"] += 1
+                continue
             example = _example(fields, tokenizer, f"{path}, line {number}")
             if len(example.input_ids) > max_length:
                 left_out[f"longer than {max_length} tokens"] += 1
@@ -73,7 +76,8 @@ def read_examples(
 def _example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Example:
     try:
         if fields.get("tokenizer") == tokenizer.fingerprint and fields.get("completion_ids"):
-            prompt, completion = fields["student_prompt_ids"], fields["completion_ids"]
+            prompt = _ids(fields.get("student_prompt_ids"), tokenizer, f"{where}: student_prompt_ids")
+            completion = _ids(fields["completion_ids"], tokenizer, f"{where}: completion_ids")
         else:
             prompt, completion = _encode(fields, tokenizer, where)
     except InputError as error:
@@ -85,12 +89,18 @@ def _example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Exa
     return Example(input_ids=(*prompt, *completion), num_prompt=len(prompt))
 
 
+def _ids(value: object, tokenizer: Tokenizer, where: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i <= tokenizer.largest_id for i in value):
+        raise InputError(f"{where} must be a list of token ids of the tokenizer")
+    return value
+
+
 def _encode(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
     if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
         if not fields["completion"].strip():
             raise InputError(f"{where}: the completion has no token to train on")
         prompt = tokenizer.encode(fields["prompt"], special=True)
-        return prompt, _with_end(tokenizer.encode(fields["completion"], special=False), tokenizer)
+        return prompt, _with_end(tokenizer.encode_plain(fields["completion"]), tokenizer)
     turns = _turns(fields, where)
     if turns[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message must be the assistant's, it is the {turns[-1]['role']}'s")
@@ -130,13 +140,18 @@ def _encode_turns(turns: Messages, tokenizer: Tokenizer, where: str) -> tuple[li
             f"{where}: the chat template writes the conversation differently with and without its answer, so the "
             "completion cannot be told from the prompt; give prompt and completion as text"
         )
-    completion = tokenizer.encode(whole[len(asked) :], special=False)
-    return tokenizer.encode(asked, special=False), _with_end(completion, tokenizer)
+    written = whole[len(asked) :]
+    content = next((c for c in (turns[-1]["content"], turns[-1]["content"].strip()) if written.startswith(c)), None)
+    if content is None:
+        raise InputError(f"{where}: the chat template changes the answer; give prompt and completion as text")
+    # in the answer the name of a special token is text; after it, the template's end of turn is meant
+    ending = tokenizer.encode(written[len(content) :], special=False)
+    ends = [i for i, token in enumerate(ending) if token in tokenizer.end_token_ids]
+    completion = [*tokenizer.encode_plain(content), *(ending[: ends[0] + 1] if ends else ending)]
+    return tokenizer.encode(asked, special=False), completion if ends else _with_end(completion, tokenizer)
 
 
 def _with_end(completion: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ends in exactly one end-of-sequence token: what a template writes after it is no part of the answer."""
+    """The end of sequence is trained too."""
     end = tokenizer.eos_token_id
-    if end is None:
-        return completion
-    return [*completion[: completion.index(end)], end] if end in completion else [*completion, end]
+    return completion if end is None else [*completion, end]

@@ -1,4 +1,4 @@
-"""Crash-safe JSONL: one line per finished piece of work, on disk before the next begins.
+"""Crash-safe JSONL: one line per finished piece of work, on disk as soon as it is finished.
 
 A line counts when it ends in a newline and parses. What a crash leaves behind is at most one torn line at the end; it
 is cut off when the journal is opened again, and its work is done again.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,30 +45,36 @@ class Journal:
         self._stream.close()
 
 
-def complete_rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a journal and the offset at which each line ends, without a torn last line.
+def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The rows of a journal, each with the offset at which its line ends, without a torn last line.
 
     Raises InputError naming a damaged line that is not the last: that is no crash of ours.
     """
-    rows: list[dict[str, Any]] = []
-    ends: list[int] = []
     if not path.exists():
-        return rows, ends
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("torn")
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except ValueError:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number} is damaged; restore it or remove it before resuming") from None
-        rows.append(row)
-        ends.append((ends[-1] if ends else 0) + len(line))
-    return rows, ends
+        return
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    end = 0
+    with stream:
+        for number, line in enumerate(stream, start=1):
+            row = _parse(line)
+            if row is None:
+                if stream.readline():
+                    raise InputError(f"{path}, line {number} is damaged; restore it or remove it before resuming")
+                return
+            end += len(line)
+            yield row, end
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The row of a complete line, else None."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def truncate(path: Path, size: int) -> None:

@@ -29,8 +29,8 @@ class Origin:
 
 def selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> dict[str, Any]:
     """A line of selections.jsonl. Loads with `datasets` and trains in TRL as it is; training here uses the ids."""
-    best = selection.trajectories[0] if selection.trajectories else None
-    text = best.text if best else ""
+    best = selection.best
+    text = best.text
     answer_turn = [{"role": "assistant", "content": text}]
     plain = isinstance(problem.prompt, str)
     asked: Messages = (
@@ -41,17 +41,15 @@ def selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> 
         "prompt": problem.prompt,
         "completion": text if plain else answer_turn,
         "answer": problem.answer,
-        "status": best.status if best else "failed",
-        "error": selection.error,
-        "score": _number(best.score) if best else None,
+        "status": best.status,
+        "score": _number(best.score),
         "criterion": origin.criterion,
         "chunks": [
-            {"tokens": c.tokens, "score": _number(c.score), "runner_up": _number(c.runner_up)}
-            for c in (best.chunks if best else ())
+            {"tokens": c.tokens, "score": _number(c.score), "runner_up": _number(c.runner_up)} for c in best.chunks
         ],
         "prompt_ids": list(selection.prompt_ids),
         "student_prompt_ids": list(selection.student_prompt_ids),
-        "completion_ids": list(best.token_ids) if best else [],
+        "completion_ids": list(best.token_ids),
         "others": [_other(trajectory) for trajectory in selection.trajectories[1:]],
         "tokens_sampled": selection.tokens_sampled,
         "index": selection.index,

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -52,7 +53,7 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow
     rows: list[ProblemRow] = []
     for number, fields in islice(read_objects(path), limit):
         where = f"{path}, line {number}"
-        rows.append(ProblemRow(prompt=_prompt(fields, where), answer=_answer(fields), line=number))
+        rows.append(ProblemRow(prompt=_prompt(fields, where), answer=_answer(fields, where), line=number))
     if not rows:
         raise InputError(f"{path} has no rows")
     return rows
@@ -65,9 +66,21 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: JSON that cannot be read: {error}") from None
+    if b"\\ud" in raw.lower() and not _is_unicode(fields):
+        raise InputError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no text")
     if not isinstance(fields, dict):
         raise InputError(f"{where}: a row must be a JSON object, not {type(fields).__name__}")
     return fields
+
+
+def _is_unicode(fields: object) -> bool:
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _prompt(fields: Mapping[str, Any], where: str) -> str | Messages:
@@ -75,19 +88,24 @@ def _prompt(fields: Mapping[str, Any], where: str) -> str | Messages:
         prompt = fields["prompt"]
         if isinstance(prompt, str):
             return _text(prompt, "prompt", where)
-        return check_messages(prompt, "prompt", where)
+        return _asked(prompt, "prompt", where)
     if "messages" in fields:
-        messages = check_messages(fields["messages"], "messages", where)
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise InputError(f"{where}: messages holds no turn to answer")
-        return messages
+        return _asked(fields["messages"], "messages", where)
     for name in QUESTION_FIELDS:
         if name in fields:
             return [{"role": "user", "content": _text(fields[name], name, where)}]
     names = ", ".join(("prompt", "messages", *QUESTION_FIELDS))
     raise InputError(f"{where}: no prompt; a row needs one of {names}, this one has {', '.join(fields) or 'nothing'}")
+
+
+def _asked(value: object, name: str, where: str) -> list[dict[str, str]]:
+    """The messages up to the last turn that is not the assistant's."""
+    messages = check_messages(value, name, where)
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise InputError(f"{where}: {name} holds no turn to answer")
+    return messages
 
 
 def _text(value: object, name: str, where: str) -> str:
@@ -110,11 +128,14 @@ def check_messages(value: object, name: str, where: str) -> list[dict[str, str]]
     return messages
 
 
-def _answer(fields: Mapping[str, Any]) -> str | None:
+def _answer(fields: Mapping[str, Any], where: str) -> str | None:
     for name in ANSWER_FIELDS:
         value = fields.get(name)
-        if isinstance(value, int | float):
-            return f"{value:g}" if float(value).is_integer() else str(value)
-        if isinstance(value, str) and value.strip():
+        if value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        if isinstance(value, str):
             return value.rsplit("####", 1)[-1].strip()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return str(int(value)) if value == int(value) else str(value)
+        raise InputError(f"{where}: {name} must be text or a number, not {value!r}")
     return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from typing import Any
 from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.outcome_rows import Origin, decision_row, selection_row
 from genssd.distill.rows import ProblemRow, read_problems
+from genssd.distill.run_directory import claim
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria import resolve
 from genssd.engine.engine import Engine
@@ -109,6 +111,8 @@ class SelectSummary:
     statuses: Mapping[str, int]
     tokens_kept: int
     tokens_sampled: int
+    failures: tuple[str, ...]
+    """Prompts that did not fit into the cache, and why. They are in no journal: resuming tries them again."""
 
 
 def run_select(
@@ -121,6 +125,17 @@ def run_select(
     resolve(config.criterion)
     problems = read_problems(config.data, config.limit)
     output_dir = Path(config.output_dir)
+    with claim(output_dir, "select"):
+        return _run(config, problems, output_dir, engine, report)
+
+
+def _run(
+    config: SelectConfig,
+    problems: Sequence[ProblemRow],
+    output_dir: Path,
+    engine: Engine | None,
+    report: Callable[[SelectProgress], None],
+) -> SelectSummary:
     journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
     done = open_run(config, problems)
     engine = engine or load_engine(config)
@@ -133,24 +148,28 @@ def run_select(
         fingerprints={role: engine.fingerprints[role] for role in ("teacher", "student")},
         tokenizer=engine.tokenizer("teacher").fingerprint,
     )
+    failures: list[str] = []
+    kept, sampled_before = 0, engine.usage.teacher_tokens
     with Journal(journal) as selections_log, Journal(decisions) as decisions_log:
-        kept = 0
         for finished, selection in enumerate(_select(engine, config, problems, done), start=1):
             problem = problems[selection.index]
-            decisions_log.append(decision_row(selection))
-            selections_log.append(selection_row(selection, problem, origin))
-            kept += len(selection.trajectories[0].token_ids) if selection.trajectories else 0
+            if selection.error is None:
+                decisions_log.append(decision_row(selection))
+                selections_log.append(selection_row(selection, problem, origin))
+                kept += len(selection.best.token_ids)
+            else:
+                failures.append(f"{config.data}, line {problem.line}: {selection.error}")
             report(
                 SelectProgress(
                     done=len(done) + finished,
                     total=len(problems),
                     tokens_kept=kept,
-                    tokens_sampled=engine.usage.teacher_tokens,
+                    tokens_sampled=engine.usage.teacher_tokens - sampled_before,
                     pages_in_use=engine.pages_in_use[0],
                     pages=engine.pages_in_use[1],
                 )
             )
-    return _summary(journal)
+    return _summary(journal, failures)
 
 
 def load_engine(config: SelectConfig) -> Engine:
@@ -186,41 +205,48 @@ def _select(
 
 
 def open_run(config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
-    """Make the output directory ready and return the indices of the prompts that are done.
+    """The indices of the prompts that are done; with resume, both journals are cut back to them.
 
-    With resume, both journals are cut back to the prompts that are complete in both. Raises InputError on an output
-    directory that cannot be used, holds a run that is not to be resumed, or was begun with other data.
+    Raises InputError on an output directory that holds a run which is not to be resumed, was begun with other data, or
+    has lost decisions.
     """
     output_dir = Path(config.output_dir)
     journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir {output_dir} cannot be made: {error.strerror}") from None
-    rows, ends = complete_rows(journal)
     if not config.resume:
-        if journal.exists() and journal.stat().st_size:
-            raise InputError(
-                f"{journal} holds {len(rows)} prompts already; pass --resume, or choose another output_dir"
-            )
+        if any(complete_rows(journal)):
+            raise InputError(f"{journal} holds finished prompts already; pass --resume, or choose another output_dir")
+        truncate(journal, 0)
         truncate(decisions, 0)
         return frozenset()
-    decided, decided_ends = complete_rows(decisions)
-    both = 0
-    while both < min(len(rows), len(decided)) and rows[both].get("index") == decided[both].get("index"):
-        both += 1
-    for row in rows[:both]:
+    done: list[int] = []
+    ends = (0, 0)
+    decided = complete_rows(decisions)
+    selected = complete_rows(journal)
+    for row, end in selected:
         _check_same_problem(row, config, problems, journal)
-    truncate(journal, ends[both - 1] if both else 0)
-    truncate(decisions, decided_ends[both - 1] if both else 0)
-    return frozenset(row["index"] for row in rows[:both])
+        decision, decision_end = next(decided, ({}, 0))
+        if decision.get("index") != row["index"]:
+            # a torn last line is done again; more than that was not lost in a crash
+            if decision or next(selected, None) is not None:
+                raise InputError(
+                    f"{decisions} lacks the decisions of prompt {row['index']}, which {journal} holds: restore it, or "
+                    "choose another output_dir"
+                )
+            break
+        done.append(row["index"])
+        ends = end, decision_end
+    truncate(journal, ends[0])
+    truncate(decisions, ends[1])
+    return frozenset(done)
 
 
 def _check_same_problem(
     row: Mapping[str, Any], config: SelectConfig, problems: Sequence[ProblemRow], journal: Path
 ) -> None:
-    index = row["index"]
-    if index >= len(problems) or problems[index].prompt != row["prompt"]:
+    index = row.get("index")
+    if not isinstance(index, int) or not 0 <= index < len(problems):
+        raise InputError(f"{journal} was begun with more rows than {config.data} has, or a larger limit")
+    if (problems[index].prompt, problems[index].answer) != (row.get("prompt"), row.get("answer")):
         raise InputError(
             f"{config.data} is not the file that {journal} was begun with: row {index} differs; "
             "choose another output_dir"
@@ -252,15 +278,18 @@ def _record_run(output_dir: Path, config: SelectConfig, engine: Engine, resumed:
         raise InputError(f"{output_dir} was begun with other models or other weights; choose another output_dir")
 
 
-def _summary(journal: Path) -> SelectSummary:
-    rows, _ = complete_rows(journal)
-    statuses: dict[str, int] = {}
-    for row in rows:
-        statuses[row["status"]] = statuses.get(row["status"], 0) + 1
+def _summary(journal: Path, failures: Sequence[str]) -> SelectSummary:
+    statuses: Counter[str] = Counter()
+    kept = sampled = 0
+    for row, _ in complete_rows(journal):
+        statuses[row["status"]] += 1
+        kept += len(row["completion_ids"])
+        sampled += row["tokens_sampled"]
     return SelectSummary(
         path=journal,
-        prompts=len(rows),
-        statuses=statuses,
-        tokens_kept=sum(len(row["completion_ids"]) for row in rows),
-        tokens_sampled=sum(row["tokens_sampled"] for row in rows),
+        prompts=statuses.total(),
+        statuses=dict(statuses),
+        tokens_kept=kept,
+        tokens_sampled=sampled,
+        failures=tuple(failures),
     )

@@ -20,21 +20,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from genssd.distill.checkpoints import (
     Position,
     data_fingerprint,
     find_checkpoint,
+    remove_later_checkpoints,
     remove_old_checkpoints,
     restore,
     save_checkpoint,
-    save_model,
 )
-from genssd.distill.examples import Example, read_examples
+from genssd.distill.examples import Example, ExampleSet, read_examples
 from genssd.distill.journal import Journal, complete_rows, truncate, write_json
-from genssd.engine.checkpoint import locate
-from genssd.engine.errors import CheckpointError, InputError, NumericsError
+from genssd.distill.run_directory import claim
+from genssd.distill.student_model import load_model, save_model
+from genssd.engine.checkpoint import fingerprint, locate
+from genssd.engine.config import ModelConfig
+from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, cpu_has_bf16
 from genssd.engine.text import Tokenizer
 from genssd.kernels.cross_entropy import linear_cross_entropy
@@ -91,8 +93,35 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_steps is not None and self.max_train_tokens is not None:
             raise InputError("give max_steps or max_train_tokens, not both")
-        if self.num_train_epochs <= 0 or not 0.0 <= self.warmup_ratio < 1.0:
-            raise InputError("num_train_epochs must be positive and warmup_ratio in [0, 1)")
+        for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "adam_epsilon"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
+        if not self.data:
+            raise InputError("data must name at least one file")
+
+
+SETTINGS_OF_THE_RESULT = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "max_train_tokens",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+)
+"""What must not change between the parts of one training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +155,25 @@ def run_train(config: TrainConfig, report: Callable[[TrainProgress], None] = lam
     """Train and save. Raises GenssdError on bad input and on a loss that is not finite (naming the rows' batch)."""
     started = time.monotonic()
     source = locate(config.model_name_or_path)
-    tokenizer = Tokenizer(source)
-    data = read_examples(config.data, tokenizer, max_length=config.max_length, statuses=config.statuses)
     output_dir = Path(config.output_dir)
-    write_json(output_dir / "run.json", {"command": "train", "config": dataclasses.asdict(config)})
+    tokenizer = Tokenizer(source)
+    longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
+    data = read_examples(config.data, tokenizer, max_length=longest, statuses=config.statuses)
+    with claim(output_dir, "train"):
+        return _train(config, tokenizer, data, source, output_dir, report, started)
+
+
+def _train(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    data: ExampleSet,
+    source: Path,
+    output_dir: Path,
+    report: Callable[[TrainProgress], None],
+    started: float,
+) -> TrainSummary:
     trainer = _Trainer(config, tokenizer, data.examples, source, output_dir)
+    write_json(output_dir / "run.json", {"command": "train", "config": dataclasses.asdict(config)})
     loss = trainer.train(report)
     return TrainSummary(
         output_dir=output_dir,
@@ -153,11 +196,12 @@ class _Trainer:
         self._output_dir = output_dir
         self._device = choose_device(config.device)
         self._bf16 = _use_bf16(config.bf16, self._device)
-        data = data_fingerprint(examples, config.seed, self._step_size)
-        self.position = Position(data)
+        settings = {name: getattr(config, name) for name in SETTINGS_OF_THE_RESULT}
+        settings |= {"model": fingerprint(source), "data": data_fingerprint(examples)}
+        self.position = Position(settings)
         resume = find_checkpoint(config.resume_from_checkpoint, output_dir)
         torch.manual_seed(config.seed)
-        self._model = _load_model(resume or source, self._device)
+        self._model = load_model(resume or source, tokenizer, self._device)
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable()
         self._optimizer = torch.optim.AdamW(
@@ -167,18 +211,18 @@ class _Trainer:
             eps=config.adam_epsilon,
         )
         if resume is not None:
-            self.position = restore(resume, self._model, self._optimizer, data)
+            self.position = restore(resume, self._model, self._optimizer, settings)
+            remove_later_checkpoints(output_dir, self.position.step)
 
     def train(self, report: Callable[[TrainProgress], None]) -> float:
         """Run to the end and save the model; return the last step's loss."""
         config, position = self._config, self.position
         metrics = self._output_dir / "metrics.jsonl"
-        rows, ends = complete_rows(metrics)
-        truncate(
-            metrics, max((end for row, end in zip(rows, ends, strict=True) if row["step"] <= position.step), default=0)
-        )
+        logged = [(row, end) for row, end in complete_rows(metrics) if row.get("step", 0) <= self.position.step]
+        truncate(metrics, logged[-1][1] if logged else 0)
         self._model.train()
-        loss, started, tokens_before = math.nan, time.monotonic(), position.tokens
+        loss = float(logged[-1][0]["loss"]) if logged else math.nan
+        started, tokens_before = time.monotonic(), position.tokens
         with Journal(metrics) as log:
             for batch in self._steps():
                 after = self._share(steps=1, tokens=sum(example.num_completion for example in batch))
@@ -245,13 +289,13 @@ class _Trainer:
             loss = self._loss(batch[start : start + size]) / tokens
             total += float(loss.detach())
             loss.backward()  # type: ignore[no-untyped-call]
-        if not math.isfinite(total):
+        norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
+        if not (math.isfinite(total) and math.isfinite(norm)):
             raise NumericsError(
-                f"the loss is {total} at step {self.position.step + 1} (epoch {self.position.epoch}, batch "
-                f"{self.position.batch}); lower learning_rate, or look for broken rows. "
+                f"the loss is {total} and its gradient {norm} at step {self.position.step + 1} (epoch "
+                f"{self.position.epoch}, batch {self.position.batch}); lower learning_rate, or look for broken rows. "
                 f"Checkpoints in {self._output_dir} are kept"
             )
-        norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -310,13 +354,3 @@ def _use_bf16(wanted: bool | None, device: torch.device) -> bool:
     if wanted and not has:
         raise InputError(f"bf16 was asked for, but this {device.type} has no bf16 arithmetic; leave bf16 out")
     return (device.type == "cuda" and has) if wanted is None else wanted
-
-
-def _load_model(directory: Path, device: torch.device) -> Any:
-    if not any(directory.glob("*.safetensors")):
-        raise CheckpointError(f"{directory} has no safetensors weights")
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
-    return model.to(device)

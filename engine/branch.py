@@ -90,8 +90,10 @@ class Branch:
             raise InputError(f"n must be at least 1, not {n}")
         if self.dropped:
             raise InputError("the branch was dropped: its cache is gone")
-        if self.chunk or self.ended in ("finished", "length"):
-            raise InputError("only a committed branch that has not ended can be expanded; call commit() first")
+        if self.chunk:
+            raise InputError("only a committed branch can be expanded; call commit() first")
+        if self.ended is not None:
+            raise InputError(f"the branch has ended ({self.ended}) and cannot be expanded")
         return self._owner.expand(self, n, chunk)
 
     def commit(self) -> None:

@@ -15,6 +15,14 @@ from torch import Tensor
 from genssd.engine.config import read_fields
 from genssd.engine.errors import CheckpointError
 
+IDENTITY_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 EDGE_BYTES = 1 << 20  # of each weight file's beginning and end that enter the fingerprint
 
 
@@ -60,7 +68,7 @@ def weight_files(directory: Path) -> list[Path]:
         if missing:
             raise CheckpointError(f"{directory}: weight files named by {index.name} are missing: {', '.join(missing)}")
         return files
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("model*.safetensors"))
     if files:
         return files
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
@@ -74,7 +82,7 @@ def fingerprint(directory: Path) -> str:
     Weight files enter with their size, header and both ends, so that a large model is identified in milliseconds.
     """
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+    for name in IDENTITY_FILES:
         if (directory / name).exists():
             digest.update(name.encode() + (directory / name).read_bytes())
     for file in weight_files(directory):

@@ -90,7 +90,7 @@ class Random:
 _MAKERS: dict[str, Callable[[], Criterion]] = {"ppl": Perplexity, "random": Random}
 
 
-def register(name: str, maker: Callable[[], Criterion]) -> None:
+def register_criterion(name: str, maker: Callable[[], Criterion]) -> None:
     """Make a criterion available by name. Raises InputError when the name is taken."""
     if name in _MAKERS:
         raise InputError(f"a criterion named {name!r} is already registered")

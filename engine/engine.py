@@ -338,12 +338,11 @@ class _Brancher:
         self._tokenizer = engine.tokenizer(writer)
         runner = engine._runner(writer)
         scorer = engine._runner("student") if scored else None
-        eos = self._tokenizer.eos_token_id
         self.expander = Expander(
             runner,
             scorer,
             self._tokenizer,
-            eos_token_ids=frozenset(runner.decoder.config.eos_token_ids) | (frozenset() if eos is None else {eos}),
+            eos_token_ids=self._tokenizer.end_token_ids,
             # embeddings are often padded: what the tokenizer does not know is never drawn
             vocabulary=self._tokenizer.largest_id + 1,
             sampling=sampling,

@@ -30,7 +30,11 @@ class PagePool:
         """An uninitialised pool on the decoder's device, in its dtype."""
         c = decoder.config
         shape = (c.num_hidden_layers, 2, num_pages, page_size, c.num_key_value_heads, c.head_dim)
-        return PagePool(torch.empty(shape, dtype=decoder.embedding.dtype, device=decoder.embedding.device))
+        try:
+            return PagePool(torch.empty(shape, dtype=decoder.embedding.dtype, device=decoder.embedding.device))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise CapacityError(f"a key-value cache of {num_pages} pages cannot be had: {reason}") from None
 
     @property
     def num_pages(self) -> int:

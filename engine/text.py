@@ -6,12 +6,13 @@ import hashlib
 import json
 import operator
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
+from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError, InputError
 
 Messages = Sequence[Mapping[str, str]]
@@ -46,6 +47,12 @@ class Tokenizer:
         eos = self.hf.eos_token_id
         return None if eos is None else int(eos)
 
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """What ends a response: the tokenizer's end of sequence, and the ids that the checkpoint's configs list."""
+        listed = ModelConfig.load(self.directory).eos_token_ids
+        return frozenset(listed) | (frozenset() if self.eos_token_id is None else {self.eos_token_id})
+
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
         ids: list[int] = []
@@ -65,6 +72,10 @@ class Tokenizer:
         """Token ids of a text; special: add what the tokenizer puts around a sequence (BOS)."""
         return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text in which the names of special tokens are ordinary characters."""
+        return [int(i) for i in self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)]
+
     def render(self, messages: Messages, *, generate: bool = True) -> str:
         """The chat template's text; generate: followed by the opening of the assistant's turn."""
         if not self.hf.chat_template:
@@ -77,7 +88,7 @@ class Tokenizer:
                 raise InputError(f"a chat message needs a string role and a string content, not {dict(message)!r}")
         try:
             return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of its own
             raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:

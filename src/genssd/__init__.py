@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from genssd.engine.branch import Branch as Branch
     from genssd.engine.chunk import Chunk as Chunk
     from genssd.engine.criteria import Criterion as Criterion
+    from genssd.engine.criteria import Perplexity as Perplexity
+    from genssd.engine.criteria import register_criterion as register_criterion
     from genssd.engine.engine import Engine as Engine
     from genssd.engine.errors import GenssdError as GenssdError
+    from genssd.engine.loops import LoopGuard as LoopGuard
     from genssd.engine.sampling import Sampling as Sampling
     from genssd.engine.selection import Selection as Selection
     from genssd.kernels.logprob import TokenStats as TokenStats
@@ -29,9 +32,12 @@ _HOME = {
     "Criterion": "genssd.engine.criteria",
     "Engine": "genssd.engine.engine",
     "GenssdError": "genssd.engine.errors",
+    "LoopGuard": "genssd.engine.loops",
+    "Perplexity": "genssd.engine.criteria",
     "Sampling": "genssd.engine.sampling",
     "Selection": "genssd.engine.selection",
     "TokenStats": "genssd.kernels.logprob",
+    "register_criterion": "genssd.engine.criteria",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 

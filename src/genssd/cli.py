@@ -58,8 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"genssd: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("genssd: interrupted; what was finished is on disk", file=sys.stderr)
+        print("genssd: interrupted; finished prompts and checkpoints are on disk", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # the reader of our output has gone; what is left in the buffer goes nowhere, without a second complaint
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _run(command: str, words: list[str]) -> None:

@@ -12,6 +12,9 @@ from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.selecting import SelectConfig, run_select
 from genssd.distill.training import TrainConfig, run_train
+from genssd.engine.errors import CapacityError
+
+SHOWN = 10  # failures listed
 
 
 def demo(config: DemoConfig, console: Console) -> None:
@@ -25,6 +28,9 @@ def select(config: SelectConfig, console: Console) -> None:
     print(f"{summary.prompts} prompts: {counts}")
     print(f"{summary.tokens_kept:,} tokens kept of {summary.tokens_sampled:,} sampled")
     print(f"written to {summary.path}")
+    if summary.failures:
+        listed = "".join(f"\n  {failure}" for failure in summary.failures[:SHOWN])
+        raise CapacityError(f"{len(summary.failures)} prompts are missing; --resume tries them again:{listed}")
 
 
 def train(config: TrainConfig, console: Console) -> None:

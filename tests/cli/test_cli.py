@@ -173,7 +173,7 @@ def test_bad_data(tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFix
     data.write_text('{"prompt": "a"}\n')
     assert "more than the key-value cache has" in fails(capsys, *flags, "--memory-bytes", "50000")
     (tmp_path / "file").write_text("")
-    assert "file cannot be made: " in fails(capsys, *flags, "--output-dir", tmp_path / "file")
+    assert "file cannot be written: " in fails(capsys, *flags, "--output-dir", tmp_path / "file")
 
 
 @pytest.mark.slow

@@ -40,9 +40,11 @@ def test_the_whole_job(tmp_path: Path) -> None:
 
 def test_a_directory_with_other_things_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
+    (tmp_path / "train.jsonl").write_text("mine")
     with pytest.raises(InputError, match="is not empty and not of an earlier demo"):
         run_demo(DemoConfig(output_dir=str(tmp_path)), Console(), Console())
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex", "train.jsonl"]
+    assert (tmp_path / "train.jsonl").read_text() == "mine"
 
 
 def test_paired_differences() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import EOS, save_checkpoint, save_tokenizer
+from toys import EOS, edit_json, save_checkpoint, save_tokenizer
 
 from genssd.distill.examples import read_examples
 from genssd.engine.errors import InputError
@@ -125,3 +125,36 @@ def test_a_template_that_rewrites_history_is_refused(tmp_path: Path, write_rows:
     tokenizer.hf.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(InputError, match="differently with and without its answer"):
         read(write_rows([{"question": "q", "answer": "a"}]), tokenizer)
+
+
+def test_the_name_of_a_special_token_in_an_answer_is_text(tokenizer: Tokenizer, write_rows: Write) -> None:
+    answer = "2 <|im_end|> and more"
+    rows = [{"question": "q", "answer": answer}, {"prompt": "q", "completion": answer}]
+    for example in read(write_rows(rows), tokenizer).examples:
+        completion = example.input_ids[example.num_prompt :]
+        assert text(tokenizer, completion) == answer + "<|im_end|>"
+        assert completion.count(EOS) == 1
+
+
+def test_a_template_that_ends_turns_its_own_way(tmp_path: Path, write_rows: Write) -> None:
+    """The config lists the end of a turn; the tokenizer's end of sequence is another token."""
+    save_checkpoint(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", eos_token="<|pad|>")
+    edit_json(tmp_path / "generation_config.json", eos_token_id=[EOS, EOS + 2])
+    (example,) = read(write_rows([{"question": "q", "answer": "a"}]), Tokenizer(tmp_path)).examples
+    assert text(Tokenizer(tmp_path), example.input_ids[example.num_prompt :]) == "a<|im_end|>"
+
+
+def test_a_trajectory_pruned_at_once_is_left_out(tokenizer: Tokenizer, write_rows: Write) -> None:
+    rows = [
+        {"status": "pruned", "completion_ids": [], "prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": "b"},
+    ]
+    assert read(write_rows(rows), tokenizer, statuses=("pruned",)).left_out == {"without a token: pruned at once": 1}
+
+
+@pytest.mark.parametrize("ids", [[1, 999], [-1], ["a"], [1.5], [True], None])
+def test_ids_that_are_none_of_the_tokenizer(tokenizer: Tokenizer, write_rows: Write, ids: Any) -> None:
+    row = {"tokenizer": tokenizer.fingerprint, "completion_ids": [3], "student_prompt_ids": ids}
+    with pytest.raises(InputError, match="line 1: student_prompt_ids must be a list of token ids"):
+        read(write_rows([row]), tokenizer)

@@ -42,6 +42,9 @@ def test_prompt_fields(write_rows: Write, row: dict[str, Any], prompt: Any) -> N
         ({"answer": "\\frac{1}{2}", "solution": "long"}, "\\frac{1}{2}"),
         ({"target": 43.0}, "43"),
         ({"target": 0.5}, "0.5"),
+        ({"answer": 1234567}, "1234567"),
+        ({"answer": 12345678901234567890}, "12345678901234567890"),
+        ({"answer": None, "target": 3}, "3"),
         ({}, None),
     ],
 )
@@ -61,6 +64,12 @@ def test_answer_fields(write_rows: Write, fields: dict[str, Any], answer: str | 
         ('{"prompt": [{"role": "user"}]}\n', r"line 1: prompt: a message needs"),
         ('{"question": 3}\n', r"line 1: question must be text, not int"),
         ("", r"has no rows"),
+        ('{"prompt": "a", "answer": true}\n', r"line 1: answer must be text or a number, not True"),
+        ('{"prompt": "a", "answer": [1]}\n', r"line 1: answer must be text or a number, not \[1\]"),
+        ('{"prompt": "\\ud800"}\n', r"line 1: half of a surrogate pair"),
+        ("[" * 100000 + "\n", r"line 1: JSON that cannot be read"),
+        ('{"prompt": "a", "answer": ' + "9" * 5000 + "}\n", r"line 1: JSON that cannot be read"),
+        ('{"prompt": [{"role": "assistant", "content": "x"}]}\n', r"line 1: prompt holds no turn to answer"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, text: str, message: str) -> None:

@@ -16,6 +16,7 @@ from conftest import TinyPair
 
 from genssd import Chunk, Engine, Sampling
 from genssd.distill.rows import read_problems
+from genssd.distill.run_directory import claim
 from genssd.distill.selecting import SelectConfig, open_run, run_select
 from genssd.engine.errors import CapacityError, InputError
 
@@ -88,7 +89,7 @@ def test_the_decision_log_holds_every_candidate(tiny_pair: TinyPair, write_rows:
 def test_a_second_run_needs_resume(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
     run_select(config, tiny_pair.engine)
-    with pytest.raises(InputError, match="holds 4 prompts already; pass --resume"):
+    with pytest.raises(InputError, match="holds finished prompts already; pass --resume"):
         run_select(config, tiny_pair.engine)
     before = (tmp_path / "run" / "selections.jsonl").read_bytes()
     run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
@@ -189,7 +190,7 @@ def test_bad_prompts_are_named_by_file_and_line(tiny_pair: TinyPair, write_rows:
 
 def test_an_output_dir_that_is_a_file(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"output_dir .*file cannot be made"):
+    with pytest.raises(InputError, match=r"output_dir .*file cannot be written"):
         run_select(config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "file"), tiny_pair.engine)
 
 
@@ -198,3 +199,58 @@ def test_progress_counts_up(tiny_pair: TinyPair, write_rows: Write, tmp_path: Pa
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
     run_select(config, tiny_pair.engine, lambda p: seen.append((p.done, p.total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_lost_decisions_stop_a_resume_and_nothing_is_cut(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
+    run_select(config, tiny_pair.engine)
+    journal, decisions = tmp_path / "run" / "selections.jsonl", tmp_path / "run" / "decisions.jsonl"
+    whole, decided = journal.read_bytes(), decisions.read_bytes().splitlines(keepends=True)
+    for damaged in ([], decided[:2], [decided[1], decided[0], *decided[2:]]):
+        decisions.write_bytes(b"".join(damaged))
+        with pytest.raises(
+            InputError, match=r"decisions\.jsonl lacks the decisions of prompt \d, which .* holds: restore"
+        ):
+            run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+        assert journal.read_bytes() == whole
+        assert decisions.read_bytes() == b"".join(damaged)
+
+
+def test_two_runs_do_not_share_a_directory(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
+    with claim(tmp_path / "run", "select"), pytest.raises(InputError, match="another run is at work in"):
+        run_select(config, tiny_pair.engine)
+    (tmp_path / "run" / "run.json").write_text('{"command": "train"}')
+    with pytest.raises(InputError, match="belongs to a run of `genssd train`"):
+        run_select(config, tiny_pair.engine)
+
+
+def test_a_prompt_that_outgrows_the_cache_is_reported_and_tried_again(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    """Its first rounds fit, a later one does not even alone; the others go on."""
+    data = write_rows([{"prompt": "a" * 40}, {"prompt": "b"}, {"prompt": "c"}])
+    config = config_for(
+        tiny_pair, data, tmp_path / "run", candidates=4, chunk=Chunk(tokens=16, until=None), max_tokens=64
+    )
+    tight = Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, memory_bytes=13 * 16 * 1024)
+    summary = run_select(config, tight)
+    assert len(summary.failures) == 1
+    assert summary.failures[0].startswith(f"{data}, line 1: the prompt's next round does not fit")
+    assert [row["index"] for row in lines(tmp_path / "run" / "selections.jsonl")] == [1, 2]
+    assert tight.pages_in_use[0] == 0
+    again = run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+    assert (again.prompts, again.failures) == (3, ())
+
+
+def test_progress_counts_this_run_alone(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    sampled: list[int] = []
+    data = write_rows(PROMPTS)
+    for name in ("first", "second"):
+        run_select(
+            config_for(tiny_pair, data, tmp_path / name), tiny_pair.engine, lambda p: sampled.append(p.tokens_sampled)
+        )
+    rows = lines(tmp_path / "second" / "selections.jsonl")
+    assert sampled[3] == sampled[7] == sum(row["tokens_sampled"] for row in rows)

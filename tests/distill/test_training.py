@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyPair
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from toys import VOCAB, save_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 from genssd import Engine
+from genssd.distill.student_model import load_model
 from genssd.distill.training import TrainConfig, run_train, schedule
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
+from genssd.engine.text import Tokenizer
 from genssd.kernels.cross_entropy import linear_cross_entropy
 
 Write = Callable[..., Path]
@@ -183,7 +188,10 @@ def test_gradient_checkpointing_changes_no_loss(tiny_pair: TinyPair, write_rows:
 
 def test_a_loss_that_is_not_finite_stops(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_ratio=0.0)
-    with pytest.raises(NumericsError, match=r"the loss is (nan|inf) at step \d+ \(epoch \d+, batch \d+\); lower"):
+    with pytest.raises(
+        NumericsError,
+        match=r"the loss is (nan|inf) and its gradient (nan|inf) at step \d+ \(epoch \d+, batch \d+\); lower",
+    ):
         run_train(config)
 
 
@@ -219,11 +227,18 @@ def test_a_training_is_not_mixed_with_another(tiny_pair: TinyPair, write_rows: W
     with pytest.raises(InputError, match="holds checkpoint-6 of an earlier training; pass --resume"):
         run_train(config)
     resumed = dataclasses.replace(config, resume_from_checkpoint="last")
-    for other in ({"seed": 1}, {"per_device_train_batch_size": 1}):
-        with pytest.raises(InputError, match="was trained on other rows, or with another seed or batch size"):
-            run_train(dataclasses.replace(resumed, **other))
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("seed", {"seed": 1}),
+        ("per_device_train_batch_size", {"per_device_train_batch_size": 1}),
+        ("learning_rate", {"learning_rate": 1.0}),
+        ("model", {"model_name_or_path": str(tiny_pair.teacher)}),
+    ]
+    for name, change in changes:
+        with pytest.raises(InputError, match=f"checkpoint-6 was trained with {name} "):
+            run_train(dataclasses.replace(resumed, **change))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["learning_rate"] == config.learning_rate
     write_rows(ROWS[:-1])
-    with pytest.raises(InputError, match="was trained on other rows"):
+    with pytest.raises(InputError, match="was trained with data "):
         run_train(resumed)
     (tmp_path / "run" / "checkpoint-6" / "optimizer.safetensors").write_bytes(b"torn")
     write_rows(ROWS)
@@ -239,3 +254,53 @@ def test_bad_checkpoints(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path)
         run_train(config_for(tiny_pair, data, tmp_path / "run", resume_from_checkpoint=str(tmp_path)))
     with pytest.raises(CheckpointError, match="does not exist"):
         run_train(config_for(tiny_pair, data, tmp_path / "run", model_name_or_path="/nowhere"))
+
+
+def test_a_finished_model_is_not_overwritten(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", max_steps=1)
+    run_train(config)
+    with pytest.raises(InputError, match="holds a model already; choose another output_dir"):
+        run_train(config)
+
+
+def test_resuming_an_earlier_checkpoint_forgets_the_later(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", save_steps=2, save_total_limit=None)
+    run_train(config)
+    first = str(tmp_path / "run" / "checkpoint-2")
+    run_train(dataclasses.replace(config, resume_from_checkpoint=first, save_steps=None))
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_pair.student, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", model_name_or_path=str(broken))
+    with pytest.raises(CheckpointError, match=r"weights are missing or misshapen: model\.layers\.1\.mlp\.down_proj"):
+        run_train(config)
+    (broken / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="cannot be loaded by transformers"):
+        run_train(config)
+
+
+def test_a_head_that_is_more_than_a_product_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    settings = {"vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    GraniteForCausalLM(
+        GraniteConfig(**settings, intermediate_size=96, num_hidden_layers=1, logits_scaling=3.0)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="the head of granite is more than a matrix product"):
+        load_model(tmp_path, Tokenizer(tmp_path), torch.device("cpu"))
+
+
+def test_rows_longer_than_the_positions_are_left_out(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    long = {"prompt": "a", "completion": "b" * 600}  # the model has 512 positions
+    summary = run_train(config_for(tiny_pair, write_rows([*ROWS, long]), tmp_path / "run", max_steps=1))
+    assert summary.left_out == {"longer than 512 tokens": 1}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genssd.engine import criteria
-from genssd.engine.criteria import Candidate, Criterion, Perplexity, Random, register, resolve
+from genssd.engine.criteria import Candidate, Criterion, Perplexity, Random, register_criterion, resolve
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TokenStats
 
@@ -96,10 +96,10 @@ def test_registered_criteria_are_made_by_name(monkeypatch: pytest.MonkeyPatch) -
         def higher_is_better(self) -> bool:
             return False
 
-    register("shortest", Shortest)
+    register_criterion("shortest", Shortest)
     made = resolve("shortest")
     assert isinstance(made, Criterion)
     assert made.score(candidate([-1.0, -2.0], [])) == 2.0
     for taken in ("shortest", "ppl"):
         with pytest.raises(InputError, match=f"'{taken}' is already registered"):
-            register(taken, Shortest)
+            register_criterion(taken, Shortest)

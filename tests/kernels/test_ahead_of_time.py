@@ -39,6 +39,8 @@ class Target:
         return self.arch if isinstance(self.arch, int) else 0
 
 
+pytestmark = pytest.mark.slow
+
 TARGETS = [
     pytest.param(Target("cuda", 80, 32, 163 << 10, r"\bHMMA", "LDGSTS"), id="sm_80"),
     pytest.param(Target("cuda", 90, 32, 227 << 10, r"\bHGMMA", "LDGSTS|UTMALDG"), id="sm_90"),
