@@ -101,7 +101,7 @@ class Engine:
         criterion: str | Criterion = "ppl",
         threshold: float | None = None,
         max_tokens: int = 4096,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = Sampling(top_p=0.95),
         loop_guard: LoopGuard | None = LoopGuard(),
         seed: int = 0,
     ) -> list[Selection]:
@@ -137,7 +137,7 @@ class Engine:
         criterion: str | Criterion = "ppl",
         threshold: float | None = None,
         max_tokens: int = 4096,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = Sampling(top_p=0.95),
         loop_guard: LoopGuard | None = LoopGuard(),
         seed: int = 0,
         skip: frozenset[int] = frozenset(),
@@ -169,7 +169,7 @@ class Engine:
         *,
         model: Role = "teacher",
         n: int = 1,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = Sampling(top_p=0.95),
         max_tokens: int = 4096,
         seed: int = 0,
     ) -> list[list[Completion]]:
@@ -187,7 +187,7 @@ class Engine:
         *,
         model: Role = "teacher",
         n: int = 1,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = Sampling(top_p=0.95),
         max_tokens: int = 4096,
         seed: int = 0,
         labels: Sequence[str] | None = None,
@@ -229,7 +229,7 @@ class Engine:
             pairs.append((prompt_ids, ids))
         return score(runner, pairs)
 
-    def branch(self, prompt: Prompt, *, sampling: Sampling = Sampling(), seed: int = 0) -> Branch:
+    def branch(self, prompt: Prompt, *, sampling: Sampling = Sampling(top_p=0.95), seed: int = 0) -> Branch:
         """The root of a tree for searches of your own; see `Branch`."""
         brancher = _Brancher(self, sampling, "teacher", scored="student" in self._runners)
         roles: list[Role] = ["teacher", "student"] if "student" in self._runners else ["teacher"]
