@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from math_verify import parse, verify
 
+from genssd.distill.engine_options import EngineOptions
 from genssd.distill.journal import write_json, write_jsonl
 from genssd.distill.rows import ProblemRow, read_problems
 from genssd.distill.run_directory import claim
@@ -33,7 +34,7 @@ BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(EngineOptions):
     """Measure a model's accuracy."""
 
     model: str
@@ -49,11 +50,6 @@ class EvaluateConfig:
     """How the samples are drawn."""
     max_tokens: int = 2048
     seed: int = 0
-    device: str | None = None
-    dtype: str = "auto"
-    memory_utilization: float = 0.9
-    memory_bytes: int | None = None
-    max_batch: int = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +101,7 @@ def _evaluate(
     engine: Engine | None,
     report: Callable[[int, int], None],
 ) -> Evaluation:
-    engine = engine or Engine.from_pretrained(
-        student=config.model,
-        device=config.device,
-        dtype=config.dtype,
-        memory_utilization=config.memory_utilization,
-        memory_bytes=config.memory_bytes,
-        max_batch=config.max_batch,
-    )
+    engine = engine or config.load(student=config.model)
     total = len(problems) * (2 if config.samples else 1)
     labels = [f"{config.data}, line {problem.line}" for problem in problems]
     greedy = _generate(engine, problems, labels, config, Sampling(temperature=0.0), 1, lambda n: report(n, total))

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.engine_options import EngineOptions
 from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.outcome_rows import Origin, decision_row, selection_row
 from genssd.distill.rows import ProblemRow, read_problems
@@ -32,7 +33,7 @@ from genssd.engine.selection import Selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectConfig:
+class SelectConfig(EngineOptions):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
     teacher: str
@@ -64,15 +65,6 @@ class SelectConfig:
     sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
     """How the teacher samples."""
     seed: int = 0
-    device: str | None = None
-    """None: CUDA where there is one, else the CPU."""
-    dtype: str = "auto"
-    memory_utilization: float = 0.9
-    """Share of the free memory that the two caches get."""
-    memory_bytes: int | None = None
-    """The caches' budget in bytes instead."""
-    max_batch: int = 256
-    """Candidates decoded at once."""
 
 
 SETTINGS_OF_THE_RESULT = (
@@ -138,7 +130,7 @@ def _run(
 ) -> SelectSummary:
     journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
     done = open_run(config, problems)
-    engine = engine or load_engine(config)
+    engine = engine or config.load(teacher=config.teacher, student=config.student)
     _record_run(output_dir, config, engine, resumed=bool(done))
     origin = Origin(
         data=config.data,
@@ -170,19 +162,6 @@ def _run(
                 )
             )
     return _summary(journal, failures)
-
-
-def load_engine(config: SelectConfig) -> Engine:
-    """The config's two models."""
-    return Engine.from_pretrained(
-        teacher=config.teacher,
-        student=config.student,
-        device=config.device,
-        dtype=config.dtype,
-        memory_utilization=config.memory_utilization,
-        memory_bytes=config.memory_bytes,
-        max_batch=config.max_batch,
-    )
 
 
 def _select(

@@ -89,7 +89,7 @@ def test_a_file_stands_for_flags(tmp_path: Path) -> None:
     [
         ("candidats: 3\n", r"c\.yaml: unknown key 'candidats'; did you mean 'candidates'\?"),
         ("chunk: {token: 3}\n", r"unknown key 'chunk\.token'; did you mean 'tokens'\?"),
-        ("zzz: 3\n", r"unknown key 'zzz'; known: teacher, student"),
+        ("zzz: 3\n", r"unknown key 'zzz'; known: .*teacher, student"),
         ("chunk: 3\n", r"chunk must hold keys and values, not 3"),
         ("seed: {a: 1}\n", r"seed must be a single value"),
         ("- a\n", r"must hold keys and values, not list"),
