@@ -119,6 +119,7 @@ SETTINGS_OF_THE_RESULT = (
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "bf16",
     "seed",
 )
 """What must not change between the parts of one training."""
