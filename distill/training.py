@@ -320,7 +320,7 @@ class _Trainer:
             # the token at t is predicted from t - 1; rows that are not trained never meet the head
             return linear_cross_entropy(
                 hidden[:, :-1][trained[:, 1:]], self._model.get_output_embeddings().weight, ids[:, 1:][trained[:, 1:]]
-            )
+            ).total
 
     @property
     def _pad(self) -> int:

@@ -19,7 +19,7 @@ from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, child_stream, noise_key
 from genssd.engine.text import TextStream, Tokenizer
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
-from genssd.kernels.sampling import sample
+from genssd.kernels.sampling import linear_sample, sample
 
 
 @dataclass(slots=True)
@@ -218,23 +218,32 @@ class Expander:
     def _sample(self, batch: list[_Lane], source: Tensor, kids: list[_Lane]) -> tuple[list[int], list[float]]:
         """One token for each of the kids and its log-probability at temperature 1."""
         hidden = torch.stack([self._hidden(lane.branch) for lane in batch])
-        logits = self._writer.logits(hidden)
-        logsumexp = logits.logsumexp(dim=1)
-        if not bool(logsumexp.isfinite().all()):
-            lane = batch[int((~logsumexp.isfinite()).nonzero()[0])]
-            raise _nonfinite(self._writer, lane.expansion.label, lane.branch.length)
-        keys = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in kids])
+        keys = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in kids]).to(hidden.device)
+        source = source.to(hidden.device)
         options = self._sampling
-        tokens = sample(
-            logits[source, : self._vocabulary],
-            keys.to(logits.device),
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-        )
-        source = source.to(logits.device)
-        return tokens.tolist(), (logits[source, tokens] - logsumexp[source]).tolist()
+        try:
+            if not options.filters:
+                draw = linear_sample(
+                    hidden[source],
+                    self._writer.decoder.head,
+                    keys,
+                    temperature=options.temperature,
+                    vocabulary=self._vocabulary,
+                )
+                return draw.tokens.tolist(), draw.logprob.tolist()
+            logits = self._writer.logits(hidden)[source]
+            tokens = sample(
+                logits[:, : self._vocabulary],
+                keys,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                min_p=options.min_p,
+            )
+        except NonFiniteLogits as error:
+            lane = kids[error.row]
+            raise _nonfinite(self._writer, lane.expansion.label, lane.branch.length) from None
+        return tokens.tolist(), (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()
 
     def _take_token(self, lane: _Lane, token: int, logprob: float) -> None:
         kid = lane.branch

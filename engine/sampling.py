@@ -33,6 +33,11 @@ class Sampling:
         except ValueError as error:
             raise InputError(str(error)) from None
 
+    @property
+    def filters(self) -> bool:
+        """Whether any token may be removed before the draw."""
+        return self.temperature > 0.0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
 
 def prompt_stream(seed: int, prompt_ids: Sequence[int], occurrence: int) -> int:
     """The 64-bit stream of a prompt. occurrence: how many equal prompts come before it."""

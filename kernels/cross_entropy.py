@@ -1,41 +1,143 @@
 """Cross-entropy under a linear head, without a [tokens, vocabulary] tensor.
 
-    loss = sum_n -log softmax(hidden_n @ weight.T)[target_n]
+    total = sum_n row_weight_n * -log softmax(z_n)[target_n]        z: the head's logits, see head.py
 
-The rows go through the head in blocks; a block's logits live only while it is computed, and once more in backward.
+torch sees one operator, genssd::linear_cross_entropy, which gives losses and gradients in one pass over the chunks.
 
-Shapes:  N rows   V vocabulary   D model width
+Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from genssd.kernels.logprob import LOGITS_BYTES
+from genssd.kernels.head import (
+    HeadLoss,
+    check_head,
+    check_positive,
+    chunk_rows,
+    fake_outputs,
+    losses_and_gradients,
+    product_dtype,
+    require_in_vocabulary,
+    row_logsumexp,
+    row_weights,
+    save_gradients,
+    scaled_gradients,
+    softmax_gradient,
+    squash,
+    unsquash_gradient,
+)
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    """The summed negative log-likelihood of target_N (int64), a float32 scalar, differentiable in hidden and weight.
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    *,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> HeadLoss:
+    """Negative log-likelihoods of target_N (int64), natural logarithms, and their weighted sum.
 
-    The product is taken in the dtype of its inputs (or autocast's), the softmax in float32 (float64 stays float64).
-    Raises ValueError on shapes that do not agree.
+    total is a float32 scalar (float64 for float64 inputs), differentiable in hidden and weight, each only when it
+    requires a gradient: a frozen head costs no product. row_weight: float [N]. Rows whose target is ignore_index or
+    whose weight is 0 count nothing: loss 0, gradient exactly 0, whatever they hold. The product is taken in the dtype
+    of hidden (or autocast's), everything after it in float32. Raises ValueError on shapes that do not agree and on an
+    option out of range; a target outside the vocabulary is a ValueError on CPU and a NaN loss on CUDA, where looking
+    would make the host wait.
     """
-    if hidden_ND.ndim != 2 or weight_VD.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
+    check_head("linear_cross_entropy", hidden_ND, weight_VD)
+    check_positive("linear_cross_entropy", temperature=temperature, softcap=softcap)
+    if target_N.shape != hidden_ND.shape[:1] or target_N.dtype != torch.int64:
         raise ValueError(
-            f"linear_cross_entropy: hidden {tuple(hidden_ND.shape)} and weight {tuple(weight_VD.shape)} differ in width"
+            f"linear_cross_entropy: target must be int64 [{hidden_ND.shape[0]}], not {target_N.dtype} "
+            f"{tuple(target_N.shape)}"
         )
-    if target_N.shape != hidden_ND.shape[:1]:
-        raise ValueError(f"linear_cross_entropy: target must be [{hidden_ND.shape[0]}], not {tuple(target_N.shape)}")
-    rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
-    total = hidden_ND.new_zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
-    for h, target in zip(torch.split(hidden_ND, rows), torch.split(target_N, rows), strict=True):
-        total = total + checkpoint(_block, h, weight_VD, target, use_reentrant=False)
-    return total
+    row_weight_N = row_weights("linear_cross_entropy", row_weight, hidden_ND)
+    kept_N = target_N != ignore_index
+    row_weight_N = torch.where(kept_N, row_weight_N, 0.0)
+    target_N = torch.where(kept_N, target_N, 0)
+    grad = torch.is_grad_enabled()
+    dtype = product_dtype(hidden_ND)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        total, rows, _, _ = _linear_cross_entropy(
+            hidden_ND.to(dtype),
+            weight_VD,
+            target_N,
+            row_weight_N,
+            temperature,
+            softcap,
+            grad and hidden_ND.requires_grad,
+            grad and weight_VD.requires_grad,
+        )
+    return HeadLoss(total, rows)
 
 
-def _block(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
-    z = torch.nn.functional.linear(hidden_ND, weight_VD)
-    z = z if z.dtype == torch.float64 else z.float()
-    return torch.nn.functional.cross_entropy(z, target_N, reduction="sum")
+@torch.library.custom_op("genssd::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    row_weight_N: Tensor,
+    temperature: float,
+    softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """total, losses [N], and the gradients of hidden and weight (empty when not wanted)."""
+    valid_N = (target_N >= 0) & (target_N < weight_VD.shape[0])
+    if target_N.device.type == "cpu":
+        require_in_vocabulary("linear_cross_entropy", target_N, weight_VD.shape[0])
+    target_N = torch.where(valid_N, target_N, 0)
+
+    def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+        scale_C, at = row_weight_N[span], target_N[span, None]
+        x_target = x_CV.gather(1, at)
+        logsumexp = row_logsumexp(x_CV, temperature, softcap)
+        loss = (logsumexp - squash(x_target, temperature, softcap)[:, 0]).masked_fill(scale_C == 0, 0.0)
+        if not (want_hidden or want_weight):
+            return loss, x_CV
+        # p everywhere, p - 1 at the target: not as a difference of rounded numbers
+        scales = torch.stack((scale_C, torch.zeros_like(scale_C), torch.zeros_like(scale_C)))
+        dx = softmax_gradient(x_CV, logsumexp, scales, temperature, softcap, hidden_ND.dtype)
+        dz_target = scale_C[:, None] * torch.expm1(-loss[:, None])
+        return loss, dx.scatter_(1, at, unsquash_gradient(dz_target, x_target, temperature, softcap).to(dx.dtype))
+
+    losses, d_hidden, d_weight = losses_and_gradients(
+        row_loss,
+        hidden_ND,
+        weight_VD,
+        row_weight_N,
+        rows=chunk_rows(weight_VD.shape[0], hidden_ND.device),
+        want_hidden=want_hidden,
+        want_weight=want_weight,
+    )
+    losses = losses.masked_fill(~valid_N & (row_weight_N != 0), torch.nan)
+    return (losses * row_weight_N).sum(), losses, d_hidden, d_weight
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    row_weight_N: Tensor,
+    temperature: float,
+    softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_outputs(hidden_ND, weight_VD, want_hidden, want_weight)
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return (*scaled_gradients(ctx, upstream), None, None, None, None, None, None)
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=save_gradients)

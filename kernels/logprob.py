@@ -1,28 +1,45 @@
 """Statistics of given tokens under a linear head, without a [tokens, vocabulary] tensor.
 
-    z = softcap * tanh(hidden @ weight.T / softcap) / temperature    (no softcap: z = hidden @ weight.T / temperature)
+    z = softcap * tanh(x / softcap) / temperature,  x = hidden @ weight.T + bias      (no softcap: z = x / temperature)
     logprob = z[target] - logsumexp(z)      entropy = -sum_v p_v log p_v      sum_p2 = sum_v p_v^2
     rank = 1 + number of v with z_v > z[target]
 
 One pass over the head gives every number that the selection criteria ask for (perplexity, rank-surprisal, Brier
 score). torch sees one operator, genssd::linear_logprob: on CUDA it is the Triton kernel of logprob_triton.py, elsewhere
-the reference below, in which only a block of rows has its logits in memory at any time.
+the reference below, in which only a block of rows has its logits in memory at any time. Its gradient computes the
+logits of a chunk of rows once more.
 
 Shapes:  N rows   V vocabulary   D model width   K top-k
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from genssd.kernels.head import (
+    check_head,
+    check_positive,
+    chunk_rows,
+    losses_and_gradients,
+    product_dtype,
+    require_in_vocabulary,
+    softmax_gradient,
+    squash,
+    unsquash_gradient,
+)
 from genssd.kernels.linear import linear
 
 LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
+STATISTICS = ("logprob", "logsumexp", "entropy", "sum_p2", "rank")
+
+Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""STATISTICS in order, then the ids and log-probabilities of the top k."""
 
 
 class NonFiniteLogits(ValueError):
@@ -31,6 +48,14 @@ class NonFiniteLogits(ValueError):
     def __init__(self, function: str, row: int) -> None:
         super().__init__(f"{function}: the logits of row {row} are not finite")
         self.row = row
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The most likely tokens of N rows, most likely first (of equal ones the lower id): int64 and float32, [N, K]."""
+
+    ids: Tensor
+    logprob: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,23 +67,31 @@ class TokenStats:
     entropy: Tensor
     sum_p2: Tensor
     rank: Tensor
+    topk: TopK | None = None
 
     def __len__(self) -> int:
         return self.logprob.shape[0]
 
     def __getitem__(self, span: slice) -> TokenStats:
         """The statistics of a contiguous range of the tokens (views, no copy)."""
-        return TokenStats(**{name: getattr(self, name)[span] for name in self.__slots__})
+        topk = None if self.topk is None else TopK(self.topk.ids[span], self.topk.logprob[span])
+        return dataclasses.replace(TokenStats.of([getattr(self, name)[span] for name in STATISTICS]), topk=topk)
 
     @staticmethod
     def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
-        """Join statistics of consecutive spans, in order."""
-        return TokenStats(**{name: torch.cat([getattr(p, name) for p in parts]) for name in TokenStats.__slots__})
+        """Join statistics of consecutive spans, in order. The top k are kept if every part has them."""
+        tops = [part.topk for part in parts if part.topk is not None]
+        topk = None
+        if len(tops) == len(parts) > 0:
+            topk = TopK(torch.cat([top.ids for top in tops]), torch.cat([top.logprob for top in tops]))
+        joined = TokenStats.of([torch.cat([getattr(part, name) for part in parts]) for name in STATISTICS])
+        return dataclasses.replace(joined, topk=topk)
 
     @staticmethod
     def of(values: Sequence[Tensor]) -> TokenStats:
-        """From the values in the order of the fields."""
-        return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))
+        """From values in the order of STATISTICS."""
+        logprob, logsumexp, entropy, sum_p2, rank = values
+        return TokenStats(logprob=logprob, logsumexp=logsumexp, entropy=entropy, sum_p2=sum_p2, rank=rank)
 
     @staticmethod
     def empty() -> TokenStats:
@@ -75,21 +108,34 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    topk: int = 0,
 ) -> TokenStats:
-    """Score target_N (int64, in [0, V)) under softmax(hidden_ND @ weight_VD.T + bias).
+    """Score target_N (int64, in [0, V)) under softmax(z).
 
-    The product is taken in the dtype of its inputs, everything after it in float32 (float64 stays float64).
-    Raises ValueError on shapes that do not agree, a target outside the vocabulary or an option out of range, and
-    NonFiniteLogits on a row with NaN or +inf logits.
+    The product is taken in the dtype of hidden (or autocast's), everything after it in float32 (float64 stays
+    float64). All but rank and the top k are differentiable in hidden and weight. topk: also return so many of the most
+    likely tokens. Raises ValueError on shapes that do not agree, a target outside the vocabulary or an option out of
+    range, and NonFiniteLogits on a row with NaN or +inf logits.
     """
-    _check(hidden_ND, weight_VD, target_N, bias, temperature, softcap)
-    if not len(target_N):
-        return TokenStats.empty()
-    stats = TokenStats.of(_linear_logprob(hidden_ND, weight_VD, target_N, bias, temperature, softcap))
-    if not bool(stats.logsumexp.isfinite().all()):
-        row = int((~stats.logsumexp.isfinite()).nonzero()[0])
-        raise NonFiniteLogits("linear_logprob", row)
-    return stats
+    check_head("linear_logprob", hidden_ND, weight_VD)
+    check_positive("linear_logprob", temperature=temperature, softcap=softcap)
+    if target_N.shape != hidden_ND.shape[:1] or target_N.dtype != torch.int64:
+        raise ValueError(
+            f"linear_logprob: target must be int64 [{hidden_ND.shape[0]}], not {target_N.dtype} {tuple(target_N.shape)}"
+        )
+    if bias is not None and bias.shape != weight_VD.shape[:1]:
+        raise ValueError(f"linear_logprob: bias must be [{weight_VD.shape[0]}], not {tuple(bias.shape)}")
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError("linear_logprob: bias is not differentiated; detach it")
+    if not 0 <= topk <= weight_VD.shape[0]:
+        raise ValueError(f"linear_logprob: topk must be in 0..{weight_VD.shape[0]}, not {topk}")
+    dtype = product_dtype(hidden_ND)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        *values, ids, logprob = _linear_logprob(
+            hidden_ND.to(dtype), weight_VD, target_N, bias, temperature, softcap, topk
+        )
+    stats = TokenStats.of(values)
+    return dataclasses.replace(stats, topk=TopK(ids, logprob)) if topk else stats
 
 
 def _reference(
@@ -99,20 +145,36 @@ def _reference(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of TokenStats, in order."""
+    topk: int,
+) -> Values:
+    """All rows at once."""
     z = linear(hidden_ND, weight_VD, bias)
-    z = z if z.dtype == torch.float64 else z.float()
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature if temperature != 1.0 else z
+    z = squash(z if z.dtype == torch.float64 else z.float(), temperature, softcap)
     chosen = z.gather(1, target_N[:, None])
     logp = torch.log_softmax(z, dim=1)
     p = logp.exp()
     # 0 log 0 is 0: a banned token has logp = -inf
     entropy = -(p * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(1)
     rank = (1 + (z > chosen).sum(1)).to(torch.int32)
-    return logp.gather(1, target_N[:, None])[:, 0], z.logsumexp(1), entropy, (p * p).sum(1), rank
+    values, ids = top_k(logp, topk)
+    return logp.gather(1, target_N[:, None])[:, 0], z.logsumexp(1), entropy, (p * p).sum(1), rank, ids, values
+
+
+def top_k(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of every row, largest first, and their ids; of equal values the lower ids come first."""
+    if k == 0:
+        return z_NV.new_empty(len(z_NV), 0), torch.empty(len(z_NV), 0, dtype=torch.int64, device=z_NV.device)
+    values, ids = z_NV.topk(k, dim=1)
+    kth = values[:, -1:]
+    if bool(((z_NV >= kth).sum(1) > k).any()):  # more entries tie with the last than there is room for
+        tied = z_NV == kth
+        missing = k - (z_NV > kth).sum(1, keepdim=True)
+        kept = (z_NV > kth) | (tied & (tied.cumsum(1) <= missing))
+        ids = kept.nonzero()[:, 1].reshape(-1, k)
+    ids = ids.sort(dim=1).values
+    values = z_NV.gather(1, ids)
+    order = values.argsort(dim=1, descending=True, stable=True)
+    return values.gather(1, order), ids.gather(1, order)
 
 
 def _blockwise(
@@ -122,15 +184,28 @@ def _blockwise(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    topk: int,
+) -> Values:
     """Where no kernel of ours runs: the reference, a block of rows at a time."""
+    weight_VD = weight_VD.to(hidden_ND.dtype)
+    bias = None if bias is None else bias.to(hidden_ND.dtype)
+    in_range_N = target_N.clamp(0, weight_VD.shape[0] - 1)
     rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
     parts = [
-        _reference(h, weight_VD, target, bias, temperature, softcap)
-        for h, target in zip(torch.split(hidden_ND, rows), torch.split(target_N, rows), strict=True)
+        _reference(h, weight_VD, target, bias, temperature, softcap, topk)
+        for h, target in zip(torch.split(hidden_ND, rows), torch.split(in_range_N, rows), strict=True)
     ]
-    logprob, logsumexp, entropy, sum_p2, rank = (torch.cat(values) for values in zip(*parts, strict=True))
-    return logprob, logsumexp, entropy, sum_p2, rank
+    logprob, logsumexp, entropy, sum_p2, rank, ids, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    _require_sound(target_N, logsumexp, weight_VD.shape[0])
+    return logprob, logsumexp, entropy, sum_p2, rank, ids, values
+
+
+def _require_sound(target_N: Tensor, logsumexp_N: Tensor, vocabulary: int) -> None:
+    """Raise what is wrong with the first bad row. The host waits for the device once."""
+    bad_N = (target_N < 0) | (target_N >= vocabulary) | ~logsumexp_N.isfinite()
+    if bool(bad_N.any()):
+        require_in_vocabulary("linear_logprob", target_N, vocabulary)
+        raise NonFiniteLogits("linear_logprob", int(bad_N.nonzero()[0]))
 
 
 _linear_logprob = torch.library.custom_op("genssd::linear_logprob", _blockwise, mutates_args=())
@@ -144,24 +219,26 @@ def _linear_logprob_triton(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if hidden_ND.dtype == torch.float64:
-        return _reference(hidden_ND, weight_VD, target_N, bias, temperature, softcap)
+    topk: int,
+) -> Values:
+    if hidden_ND.dtype == torch.float64 or topk:  # the kernel keeps no list of the largest
+        return _blockwise(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk)
     # imported here, because Triton need not be installed where there is no GPU
-    from genssd.kernels.logprob_triton import score_rows, tiles_for
+    from genssd.kernels.head_triton import launch_on
+    from genssd.kernels.logprob_triton import score_rows
 
-    device = torch.cuda.get_device_properties(hidden_ND.device)
-    amd, capability = torch.version.hip is not None, 10 * device.major + device.minor
-    return score_rows(
+    V = weight_VD.shape[0]
+    stats = score_rows(
         hidden_ND.contiguous(),
-        weight_VD.contiguous(),
-        target_N.contiguous(),
+        weight_VD.to(hidden_ND.dtype).contiguous(),
+        target_N.clamp(0, V - 1),
         bias,
         temperature,
         softcap,
-        programs=device.multi_processor_count,
-        tiles=tiles_for(hidden_ND.dtype, amd=amd, capability=capability),
+        launch=launch_on(hidden_ND),
     )
+    _require_sound(target_N, stats[1], V)
+    return (*stats, target_N.new_empty(len(target_N), 0), stats[0].new_empty(len(target_N), 0))
 
 
 @_linear_logprob.register_fake
@@ -172,27 +249,100 @@ def _linear_logprob_fake(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    topk: int,
+) -> Values:
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     a, b, c, d = (target_N.new_empty(target_N.shape, dtype=wide) for _ in range(4))
-    return a, b, c, d, target_N.new_empty(target_N.shape, dtype=torch.int32)
+    rank = target_N.new_empty(target_N.shape, dtype=torch.int32)
+    shape = (target_N.shape[0], topk)
+    return a, b, c, d, rank, target_N.new_empty(shape), target_N.new_empty(shape, dtype=wide)
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
-) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"linear_logprob: hidden {tuple(hidden.shape)} must be [N, D] and weight {tuple(weight.shape)} [V, D]"
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Values) -> None:
+    hidden, weight, target, bias, *ctx.options, _ = inputs
+    logprob, logsumexp, entropy, sum_p2, rank, ids, values = output
+    ctx.mark_non_differentiable(rank, ids, values)
+    ctx.save_for_backward(hidden, weight, target, bias, logprob, logsumexp, entropy, sum_p2)
+
+
+def _backward(
+    ctx: Any, d_logprob: Tensor, d_logsumexp: Tensor, d_entropy: Tensor, d_sum_p2: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, target, bias, logprob, logsumexp, entropy, sum_p2 = ctx.saved_tensors
+    temperature, softcap = ctx.options
+    want_hidden, want_weight = ctx.needs_input_grad[:2]
+    d_hidden, d_weight = _logprob_gradients(
+        hidden, weight, target, bias, torch.stack((logprob, logsumexp, entropy, sum_p2)),
+        torch.stack((d_logprob, d_logsumexp, d_entropy, d_sum_p2)), temperature, softcap, want_hidden, want_weight,
+    )  # fmt: skip
+    return d_hidden if want_hidden else None, d_weight if want_weight else None, None, None, None, None, None
+
+
+@torch.library.custom_op("genssd::linear_logprob_backward", mutates_args=())
+def _logprob_gradients(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None,
+    stats_4N: Tensor,
+    upstream_4N: Tensor,
+    temperature: float,
+    softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight. Each statistic's derivative in z_j, with p its probability:
+
+    logprob: 1[j = target] - p     logsumexp: p     entropy: -p (log p + entropy)     sum_p2: 2 p (p - sum_p2)
+    """
+    logprob, logsumexp, entropy, sum_p2 = stats_4N.unbind()
+    d_logprob, d_logsumexp, d_entropy, d_sum_p2 = upstream_4N.unbind()
+    flat = d_logsumexp - d_logprob - d_entropy * entropy - 2.0 * d_sum_p2 * sum_p2
+    coefficients_3N = torch.stack((flat, -d_entropy, 2.0 * d_sum_p2))
+
+    def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+        if bias is not None:
+            x_CV += bias
+        at, log_p = target_N[span, None], logprob[span, None]
+        dx = softmax_gradient(
+            x_CV, logsumexp[span], coefficients_3N[:, span].contiguous(), temperature, softcap, hidden_ND.dtype
         )
-    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(
-            f"linear_logprob: target must be int64 [{hidden.shape[0]}], not {target.dtype} {tuple(target.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_logprob: bias must be [{weight.shape[0]}], not {tuple(bias.shape)}")
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if value is not None and not 0.0 < value < math.inf:
-            raise ValueError(f"linear_logprob: {name} must be positive, not {value}")
-    if len(target) and not (int(target.min()) >= 0 and int(target.max()) < weight.shape[0]):
-        raise ValueError(f"linear_logprob: a target lies outside the vocabulary of {weight.shape[0]}")
+        # at the target in one go: 1 - p is small where p is near 1
+        p = log_p.exp()
+        rest = flat[span, None] + d_logprob[span, None] - d_entropy[span, None] * log_p.clamp_min(-1e30)
+        dz = -d_logprob[span, None] * torch.expm1(log_p) + p * (rest + 2.0 * d_sum_p2[span, None] * p)
+        dx.scatter_(1, at, unsquash_gradient(dz, x_CV.gather(1, at), temperature, softcap).to(dx.dtype))
+        return logsumexp[span], dx
+
+    _, d_hidden, d_weight = losses_and_gradients(
+        row_loss,
+        hidden_ND,
+        weight_VD,
+        torch.ones_like(logprob),
+        rows=chunk_rows(weight_VD.shape[0], hidden_ND.device),
+        want_hidden=want_hidden,
+        want_weight=want_weight,
+    )
+    return d_hidden, d_weight
+
+
+@_logprob_gradients.register_fake
+def _(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None,
+    stats_4N: Tensor,
+    upstream_4N: Tensor,
+    temperature: float,
+    softcap: float | None,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden_ND) if want_hidden else hidden_ND.new_empty(0),
+        torch.empty_like(weight_VD) if want_weight else weight_VD.new_empty(0),
+    )
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup_context)

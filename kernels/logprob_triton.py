@@ -6,80 +6,48 @@ row
     peak = max z        total = sum e^(z - peak)        slope = sum (z - peak) e^(z - peak)
     square = sum e^2(z - peak)        above = number of z > z[target]
 
-A second kernel merges the splits in order. The boundaries of splits and tiles depend on the vocabulary alone, every
+Another kernel merges the splits in order. The boundaries of splits and tiles depend on the vocabulary alone, every
 product is added up in the same order with the same instruction, and nothing is atomic: a row's bits depend on that row
-alone. The target's logit comes from a tile of its own, rows by rows, of which the diagonal is kept: the same product,
-added up in the same order as in the vocabulary's tiles, so that comparing with it counts ranks exactly.
+alone. The targets' logits come first, each block of rows against the weights of its own targets, of which the diagonal
+is kept: the same tile of the same function, so that comparing with them counts ranks exactly.
 
 Shapes:  N rows   V vocabulary   D model width   S splits
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-SPLITS = 16
+from genssd.kernels.head_triton import Launch, logits_tile, rescale, safe_peak
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
-    """Sizes of one configuration of the kernel. block: rows and vocabulary entries of a tile (the same, see above)."""
-
-    block: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
-HALF_HOPPER = Tiles(block=128, block_d=64, num_warps=8, num_stages=3)
-HALF_AMPERE = Tiles(block=128, block_d=32, num_warps=8, num_stages=4)  # with 64, the addresses spill registers
-HALF_AMD = Tiles(block=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
-SINGLE = Tiles(block=64, block_d=32, num_warps=4, num_stages=2)
-
-
-def tiles_for(dtype: torch.dtype, *, amd: bool, capability: int) -> Tiles:
-    """The configuration that ships for a dtype. capability: NVIDIA's, 80 for sm_80; without meaning on AMD."""
-    if dtype == torch.float32:
-        return SINGLE
-    if amd:
-        return HALF_AMD
-    return HALF_HOPPER if capability >= 90 else HALF_AMPERE
+SPLITS = 128
+"""About one for every multiprocessor of a large GPU, so that a few rows keep all of them at the weights."""
 
 
 @triton.jit
-def _logits_tile(
-    hidden, weight, bias,  # [N, D] [V, D] [V]
-    n, v, N, V, D, stride_n, stride_v,
-    temperature, softcap,
+def _target_kernel(
+    hidden, weight, bias, target,  # [N, D] [V, D] [V] int64 [N]
+    chosen,  # [N]
+    N, V, D, stride_n, stride_v, temperature, softcap,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """z of rows n and vocabulary entries v, float32 [BLOCK, BLOCK]; both index vectors may point beyond the end."""
-    z = tl.zeros([BLOCK, BLOCK], tl.float32)
-    n_at = tl.minimum(n, N - 1)[:, None] * stride_n
-    v_at = tl.minimum(v, V - 1)[None, :] * stride_v
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        h = tl.load(hidden + n_at + d[None, :], mask=d[None, :] < D, other=0.0)
-        w = tl.load(weight + v_at + d[:, None], mask=d[:, None] < D, other=0.0)
-        if INTERPRET:  # the interpreter multiplies the bits of bf16
-            h, w = h.to(tl.float32), w.to(tl.float32)
-        z = tl.dot(h, w, z, input_precision="ieee")
-    if HAS_BIAS:
-        z += tl.load(bias + tl.minimum(v, V - 1)).to(tl.float32)[None, :]
-    if SOFTCAP:
-        z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))
-    return z / temperature
+    lane = tl.arange(0, BLOCK)
+    n = tl.program_id(0).to(tl.int64) * BLOCK + lane
+    token = tl.load(target + n, mask=n < N, other=0)
+    z = logits_tile(
+        hidden, weight, bias, n, token, N, V, D, stride_n, stride_v, temperature, softcap,
+        BLOCK, BLOCK_D, HAS_BIAS, SOFTCAP, INTERPRET,
+    )  # fmt: skip
+    tl.store(chosen + n, tl.sum(tl.where(lane[:, None] == lane[None, :], z, 0.0), 1), mask=n < N)
 
 
 @triton.jit
 def _score_split_kernel(
-    hidden, weight, bias, target,  # [N, D] [V, D] [V] int64 [N]
-    partial, chosen,  # [5, S, N] [N]
+    hidden, weight, bias, target, chosen,  # [N, D] [V, D] [V] int64 [N] [N]
+    partial,  # [5, S, N]
     N, V, D, stride_n, stride_v, tiles_per_split, temperature, softcap,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -91,12 +59,7 @@ def _score_split_kernel(
         split = task // blocks
         n = ((task % blocks) * BLOCK + lane).to(tl.int64)
         token = tl.load(target + n, mask=n < N, other=0)
-        own = _logits_tile(
-            hidden, weight, bias, n, token, N, V, D, stride_n, stride_v, temperature, softcap,
-            BLOCK, BLOCK_D, HAS_BIAS, SOFTCAP, INTERPRET,
-        )  # fmt: skip
-        z_target = tl.sum(tl.where(lane[:, None] == lane[None, :], own, 0.0), 1)
-
+        z_target = tl.load(chosen + n, mask=n < N, other=0.0)
         peak = tl.full([BLOCK], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         slope = tl.zeros([BLOCK], tl.float32)
@@ -104,17 +67,16 @@ def _score_split_kernel(
         above = tl.zeros([BLOCK], tl.float32)
         for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tl.cdiv(V, BLOCK))):
             v = (tile * BLOCK + lane).to(tl.int64)
-            z = _logits_tile(
+            z = logits_tile(
                 hidden, weight, bias, n, v, N, V, D, stride_n, stride_v, temperature, softcap,
                 BLOCK, BLOCK_D, HAS_BIAS, SOFTCAP, INTERPRET,
             )  # fmt: skip
             z = tl.where(v[None, :] < V, z, -float("inf"))
             above += tl.sum(((z > z_target[:, None]) & (v[None, :] != token[:, None])).to(tl.float32), 1)
             new_peak = tl.maximum(peak, tl.max(z, 1))
-            # while all is -inf, differences from the peak would be NaN
-            base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+            base = safe_peak(new_peak)
+            scale = rescale(peak, base)
             shift = tl.where(peak == -float("inf"), 0.0, peak - base)
-            scale = tl.where(peak == -float("inf"), 0.0, tl.exp(shift))
             away = z - base[:, None]
             e = tl.exp(away)
             # 0 * -inf is NaN: an entry without probability adds nothing
@@ -130,7 +92,6 @@ def _score_split_kernel(
         tl.store(partial + 2 * splits * N + at, slope, mask=kept)
         tl.store(partial + 3 * splits * N + at, square, mask=kept)
         tl.store(partial + 4 * splits * N + at, above, mask=kept)
-        tl.store(chosen + n, z_target, mask=kept & (lane * 0 + split == 0))
 
 
 @triton.jit
@@ -155,18 +116,17 @@ def _merge_splits_kernel(
         their_square = tl.load(at + 3 * S * N, mask=kept, other=0.0)
         above += tl.load(at + 4 * S * N, mask=kept, other=0.0)
         new_peak = tl.maximum(peak, their_peak)
-        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        base = safe_peak(new_peak)
         ours = tl.where(peak == -float("inf"), 0.0, peak - base)
         theirs = tl.where(their_peak == -float("inf"), 0.0, their_peak - base)
-        a = tl.where(peak == -float("inf"), 0.0, tl.exp(ours))
-        b = tl.where(their_peak == -float("inf"), 0.0, tl.exp(theirs))
+        a, b = rescale(peak, base), rescale(their_peak, base)
         slope = a * (slope + ours * total) + b * (their_slope + theirs * their_total)
         total = a * total + b * their_total
         square = a * a * square + b * b * their_square
         peak = new_peak
-    lse = peak + tl.log(total)
-    tl.store(logprob + n, tl.load(chosen + n, mask=kept, other=0.0) - lse, mask=kept)
-    tl.store(logsumexp + n, lse, mask=kept)
+    # two subtractions: the sum would be rounded to the steps of the peak
+    tl.store(logprob + n, tl.load(chosen + n, mask=kept, other=0.0) - peak - tl.log(total), mask=kept)
+    tl.store(logsumexp + n, peak + tl.log(total), mask=kept)
     tl.store(entropy + n, tl.log(total) - slope / total, mask=kept)
     tl.store(sum_p2 + n, square / (total * total), mask=kept)
     tl.store(rank + n, above.to(tl.int32) + 1, mask=kept)
@@ -187,27 +147,33 @@ def score_rows(
     temperature: float,
     softcap: float | None,
     *,
-    programs: int,
-    tiles: Tiles,
-    interpret: bool = False,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob, logsumexp, entropy, sum_p2 (float32 [N]) and rank (int32 [N]). Targets must lie in the vocabulary.
-
-    programs: how many run at once; the result does not depend on it.
-    """
+    """logprob, logsumexp, entropy, sum_p2 (float32 [N]) and rank (int32 [N]). Targets must lie in the vocabulary."""
     N, D = hidden_ND.shape
-    V = weight_VD.shape[0]
+    V, tiles, device = weight_VD.shape[0], launch.tiles, hidden_ND.device
     S, per_split = splits_of(V, tiles.block)
-    device = hidden_ND.device
+    blocks = -(-N // tiles.block)
     partial = torch.empty(5, S, N, dtype=torch.float32, device=device)
     chosen, logprob, logsumexp, entropy, sum_p2 = torch.empty(5, N, dtype=torch.float32, device=device)
     rank = torch.empty(N, dtype=torch.int32, device=device)
-    grid = (min(programs, -(-N // tiles.block) * S),)
-    _score_split_kernel[grid](
-        hidden_ND, weight_VD, bias_V if bias_V is not None else weight_VD, target_N, partial, chosen,
-        N, V, D, hidden_ND.stride(0), weight_VD.stride(0), per_split, temperature, softcap or 1.0,
-        BLOCK=tiles.block, BLOCK_D=tiles.block_d, HAS_BIAS=bias_V is not None, SOFTCAP=softcap is not None,
-        INTERPRET=interpret, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    bias = bias_V if bias_V is not None else weight_VD
+    strides = hidden_ND.stride(0), weight_VD.stride(0)
+    options = {
+        "BLOCK": tiles.block,
+        "BLOCK_D": tiles.block_d,
+        "HAS_BIAS": bias_V is not None,
+        "SOFTCAP": softcap is not None,
+        "INTERPRET": launch.interpret,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    _target_kernel[(blocks,)](
+        hidden_ND, weight_VD, bias, target_N, chosen, N, V, D, *strides, temperature, softcap or 1.0, **options
+    )
+    _score_split_kernel[(min(launch.programs, blocks * S),)](
+        hidden_ND, weight_VD, bias, target_N, chosen, partial,
+        N, V, D, *strides, per_split, temperature, softcap or 1.0, **options,
     )  # fmt: skip
     _merge_splits_kernel[(-(-N // 128),)](
         partial, chosen, logprob, logsumexp, entropy, sum_p2, rank, N, S, BLOCK=128

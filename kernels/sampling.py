@@ -1,22 +1,33 @@
-"""Draw one token per row of logits with counter-based noise.
+"""Draw one token per row with counter-based noise, from logits or straight from a head.
 
     token = argmax_v z_v / temperature + g_v        g_v ~ Gumbel(0, 1), a function of (key of the row, v) alone
 
 The argmax of logits plus Gumbel noise is an exact draw from their softmax. The order of the filters is that of
-transformers' logits processors: temperature, then top-k, top-p, min-p; ties at a boundary are kept.
+transformers' logits processors: temperature, then top-k, top-p, min-p; ties at a boundary are kept. Without filters
+nobody has to see the logits: `linear_sample` draws while it walks the head.
 
-Shapes:  B rows   V vocabulary
+Shapes:  B rows   V vocabulary   D model width
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.logprob import NonFiniteLogits
+from genssd.kernels.head import check_head, check_positive, squash
+from genssd.kernels.linear import linear
+from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
+
+
+class Draw(NamedTuple):
+    """tokens: int64 [B]. logprob: float32 [B], each token's log-probability at temperature 1."""
+
+    tokens: Tensor
+    logprob: Tensor
 
 
 def sample(
@@ -35,16 +46,134 @@ def sample(
     Raises ValueError on an option outside its range, NonFiniteLogits on a row with a NaN, a +inf or no finite logit.
     """
     check_options(temperature, top_k, top_p, min_p)
+    if logits_BV.ndim != 2 or key_B.shape != logits_BV.shape[:1] or key_B.dtype != torch.int64:
+        raise ValueError(
+            f"sample: logits {tuple(logits_BV.shape)} must be [B, V] and key int64 [B], not {key_B.dtype} "
+            f"{tuple(key_B.shape)}"
+        )
+    tokens: Tensor = _sample(logits_BV, key_B, temperature, top_k, top_p, min_p)
+    return tokens
+
+
+def linear_sample(
+    hidden_BD: Tensor,
+    weight_VD: Tensor,
+    key_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    vocabulary: int | None = None,
+) -> Draw:
+    """Draw from softmax(z / temperature), z being the head's logits (see head.py), without keeping them.
+
+    The same tokens as `sample` on these logits. vocabulary: only ids below it are drawn (the rest of the head is
+    padding); all of the head counts in logprob. Raises ValueError on shapes that do not agree and on an option out of
+    range, NonFiniteLogits on a row with a NaN, a +inf or no finite logit.
+    """
+    check_head("linear_sample", hidden_BD, weight_VD)
+    check_options(temperature, 0, 1.0, 0.0)
+    check_positive("linear_sample", softcap=softcap)
+    V = weight_VD.shape[0]
+    if key_B.shape != hidden_BD.shape[:1] or key_B.dtype != torch.int64:
+        raise ValueError(
+            f"linear_sample: key must be int64 [{hidden_BD.shape[0]}], not {key_B.dtype} {tuple(key_B.shape)}"
+        )
+    if bias is not None and bias.shape != weight_VD.shape[:1]:
+        raise ValueError(f"linear_sample: bias must be [{V}], not {tuple(bias.shape)}")
+    if vocabulary is not None and not 0 < vocabulary <= V:
+        raise ValueError(f"linear_sample: vocabulary must be in 1..{V}, not {vocabulary}")
+    return Draw(*_linear_sample(hidden_BD, weight_VD, key_B, bias, temperature, softcap, vocabulary or V))
+
+
+@torch.library.custom_op("genssd::sample", mutates_args=())
+def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     peak_B = logits_BV.amax(dim=1)
     if not bool(peak_B.isfinite().all()):
-        row = int((~peak_B.isfinite()).nonzero()[0])
-        raise NonFiniteLogits("sample", row)
+        raise NonFiniteLogits("sample", int((~peak_B.isfinite()).nonzero()[0]))
     if temperature == 0.0:
         return logits_BV.argmax(dim=1)
     z = logits_BV / temperature
     if top_k or top_p < 1.0 or min_p > 0.0:
         z = keep_likely(z, top_k, top_p, min_p)
     return (z + gumbel_noise(key_B, z.shape[1])).argmax(dim=1)
+
+
+@_sample.register_kernel("cuda")
+def _sample_triton(
+    logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:
+    from genssd.kernels.sampling_triton import sample_rows
+
+    log_min_p = math.log(min_p) if min_p > 0.0 else 0.0
+    logits_BV = logits_BV.float()
+    if logits_BV.stride(1) != 1:
+        logits_BV = logits_BV.contiguous()
+    return _require_drawn("sample", sample_rows(logits_BV, key_B, temperature, top_k, top_p, min_p, log_min_p))
+
+
+@_sample.register_fake
+def _(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    return torch.empty_like(key_B)
+
+
+@torch.library.custom_op("genssd::linear_sample", mutates_args=())
+def _linear_sample(
+    hidden_BD: Tensor,
+    weight_VD: Tensor,
+    key_B: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor]:
+    rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
+    tokens, logprob = [], []
+    for start in range(0, hidden_BD.shape[0], rows):
+        z = squash(linear(hidden_BD[start : start + rows], weight_VD, bias).float(), 1.0, softcap)
+        logsumexp = z.logsumexp(1)
+        if not bool(logsumexp.isfinite().all()):
+            raise NonFiniteLogits("linear_sample", start + int((~logsumexp.isfinite()).nonzero()[0]))
+        tokens.append(_sample(z[:, :vocabulary], key_B[start : start + rows], temperature, 0, 1.0, 0.0))
+        logprob.append(z.gather(1, tokens[-1][:, None])[:, 0] - logsumexp)
+    return torch.cat(tokens), torch.cat(logprob)
+
+
+@_linear_sample.register_kernel("cuda")
+def _linear_sample_triton(
+    hidden_BD: Tensor,
+    weight_VD: Tensor,
+    key_B: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor]:
+    from genssd.kernels.head_triton import launch_on
+    from genssd.kernels.sampling_triton import draw_rows
+
+    tokens, logprob = draw_rows(
+        hidden_BD.contiguous(),
+        weight_VD.contiguous(),
+        key_B,
+        bias,
+        temperature,
+        softcap,
+        vocabulary,
+        launch=launch_on(hidden_BD, drawing=True),
+    )
+    return _require_drawn("linear_sample", tokens), logprob
+
+
+@_linear_sample.register_fake
+def _(hidden_BD: Tensor, weight_VD: Tensor, key_B: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(key_B), hidden_BD.new_empty(hidden_BD.shape[0], dtype=torch.float32)
+
+
+def _require_drawn(function: str, token_B: Tensor) -> Tensor:
+    if bool((token_B < 0).any()):
+        raise NonFiniteLogits(function, int((token_B < 0).nonzero()[0]))
+    return token_B
 
 
 def check_options(temperature: float, top_k: int, top_p: float, min_p: float) -> None:

@@ -21,7 +21,6 @@ from genssd.distill.student_model import load_model
 from genssd.distill.training import TrainConfig, run_train, schedule
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
 from genssd.engine.text import Tokenizer
-from genssd.kernels.cross_entropy import linear_cross_entropy
 
 Write = Callable[..., Path]
 ROWS = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}" * (1 + i % 3)} for i in range(11)]
@@ -48,19 +47,6 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_linear_cross_entropy_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genssd.kernels.cross_entropy.LOGITS_BYTES", 4 * 50 * 3)
-    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(0, 50, (10,))
-    ours = torch.autograd.grad(linear_cross_entropy(hidden, weight, target), (hidden, weight))
-    plain = torch.nn.functional.cross_entropy(hidden @ weight.T, target, reduction="sum")
-    theirs = torch.autograd.grad(plain, (hidden, weight))
-    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match=r"target must be \[10\]"):
-        linear_cross_entropy(hidden, weight, target[:3])
 
 
 def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

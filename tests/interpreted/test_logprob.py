@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from genssd.kernels import logprob_triton
-from genssd.kernels.logprob import TokenStats, linear_logprob
-from genssd.kernels.logprob_triton import Tiles, score_rows
+from genssd.kernels.head_triton import Launch, Tiles
+from genssd.kernels.logprob import STATISTICS, TokenStats, linear_logprob
+from genssd.kernels.logprob_triton import score_rows
 
 SMALL = Tiles(block=16, block_d=16, num_warps=4, num_stages=2)
 
@@ -49,7 +50,15 @@ def run(
     programs: int = 3,
 ) -> TokenStats:
     return TokenStats.of(
-        score_rows(hidden, weight, target, bias, temperature, softcap, programs=programs, tiles=SMALL, interpret=True)
+        score_rows(
+            hidden,
+            weight,
+            target,
+            bias,
+            temperature,
+            softcap,
+            launch=Launch(programs=programs, tiles=SMALL, interpret=True),
+        )
     )
 
 
@@ -126,14 +135,14 @@ def test_a_row_that_is_not_finite_does_not_touch_the_others() -> None:
     broken = run(hidden, weight, target)
     assert not broken.logsumexp[2].isfinite()
     others = torch.tensor([0, 1, 3, 4])
-    for name in TokenStats.__slots__:
+    for name in STATISTICS:
         assert torch.equal(getattr(broken, name)[others], getattr(clean, name)[others])
 
 
 def test_the_number_of_programs_changes_no_bit() -> None:
     hidden, weight, target = inputs(37, 300, 24)
     one, many = run(hidden, weight, target, programs=1), run(hidden, weight, target, programs=50)
-    assert all(torch.equal(getattr(one, name), getattr(many, name)) for name in TokenStats.__slots__)
+    assert all(torch.equal(getattr(one, name), getattr(many, name)) for name in STATISTICS)
 
 
 def test_permuting_rows_permutes_the_results() -> None:

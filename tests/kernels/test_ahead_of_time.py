@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from genssd.kernels import logprob_triton  # noqa: E402
+from genssd.kernels import divergence_triton, head_triton, logprob_triton, sampling_triton  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,8 @@ def compile_for(target: Target, kernel: Any, types: dict[str, str], constants: d
     return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
 
 
-ALIGNED = ("V", "D", "stride_n", "stride_v")
+ALIGNED = ("V", "U", "D", "stride", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student",
+           "stride_teacher")  # fmt: skip
 
 
 def machine_code(compiled: Any, target: Target, directory: Path) -> str:
@@ -79,44 +80,93 @@ def machine_code(compiled: Any, target: Target, directory: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias-softcap"])
-def test_score_split_kernel(target: Target, dtype: str, extras: bool, tmp_path: Path) -> None:
-    tiles = logprob_triton.tiles_for(DTYPES[dtype], amd=target.backend == "hip", capability=target.capability)
-    sizes = dict.fromkeys(("N", "V", "D", "stride_n", "stride_v", "tiles_per_split"), "i32")
-    types = {
-        **dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}"),
-        "target": "*i64",
-        **dict.fromkeys(("partial", "chosen"), "*fp32"),
-        **sizes,
-        **dict.fromkeys(("temperature", "softcap"), "fp32"),
-    }
-    constants = {
-        "BLOCK": tiles.block,
-        "BLOCK_D": tiles.block_d,
-        "HAS_BIAS": extras,
-        "SOFTCAP": extras,
-        "INTERPRET": False,
-    }
-    compiled = compile_for(
-        target,
-        logprob_triton._score_split_kernel,
-        types,
-        constants,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+SIZES = ("N", "B", "C", "S", "V", "U", "D", "vocabulary", "tiles_per_split", "top_k", "stride", "stride_n", "stride_v",
+         "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher")  # fmt: skip
+FACTORS = ("temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "constant", "top_p", "log_min_p")
+
+
+def types_of(**pointers: str) -> dict[str, str]:
+    return {**dict.fromkeys(SIZES, "i32"), **dict.fromkeys(FACTORS, "fp32"), **pointers}
+
+
+def compile_tiles(
+    target: Target, kernel: Any, dtype: str, extras: bool, directory: Path, drawing: bool, **more: Any
+) -> None:
+    """Compile a kernel over tiles of the head as it ships, and check what only the machine code shows."""
+    tiles = head_triton.tiles_for(
+        DTYPES[dtype], amd=target.backend == "hip", capability=target.capability, drawing=drawing
     )
+    types = types_of(
+        **dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}"), target="*i64", key="*i64", partial="*fp32",
+        chosen="*fp32", winner="*i32",
+    )  # fmt: skip
+    sizes = {"BLOCK": tiles.block, "BLOCK_D": tiles.block_d}
+    constants = {**sizes, "HAS_BIAS": extras, "SOFTCAP": extras, "INTERPRET": False, **more}
+    compiled = compile_for(target, kernel, types, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     assert compiled.metadata.shared <= target.shared_bytes
-    code = machine_code(compiled, target, tmp_path)
+    code = machine_code(compiled, target, directory)
     assert re.search(target.asynchronous, code)
     if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
         assert re.search(target.matrix, code)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_merge_splits_kernel(target: Target, tmp_path: Path) -> None:
-    pointers = ("partial", "chosen", "logprob", "logsumexp", "entropy", "sum_p2")
-    types = {**dict.fromkeys(pointers, "*fp32"), "rank": "*i32", "N": "i32", "S": "i32"}
-    compiled = compile_for(target, logprob_triton._merge_splits_kernel, types, {"BLOCK": 128}, num_warps=4)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias-softcap"])
+@pytest.mark.parametrize("kernel", ["_target_kernel", "_score_split_kernel"])
+def test_scoring_tiles(target: Target, dtype: str, extras: bool, kernel: str, tmp_path: Path) -> None:
+    compile_tiles(target, getattr(logprob_triton, kernel), dtype, extras, tmp_path, drawing=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias-softcap"])
+@pytest.mark.parametrize("greedy", [False, True], ids=["noise", "greedy"])
+def test_drawing_tiles(target: Target, dtype: str, extras: bool, greedy: bool, tmp_path: Path) -> None:
+    compile_tiles(target, sampling_triton._draw_split_kernel, dtype, extras, tmp_path, drawing=True, GREEDY=greedy)
+
+
+ROWWISE = {
+    "merge-scores": (
+        logprob_triton._merge_splits_kernel,
+        dict.fromkeys(("partial", "chosen", "logprob", "logsumexp", "entropy", "sum_p2"), "*fp32") | {"rank": "*i32"},
+        {"BLOCK": 128}, 4,
+    ),
+    "merge-draws": (
+        sampling_triton._draw_merge_kernel,
+        {"partial": "*fp32", "winner": "*i32", "tokens": "*i64", "logprob": "*fp32"},
+        {"BLOCK": 128}, 4,
+    ),
+    "logsumexp": (
+        head_triton._logsumexp_kernel,
+        {"x": "*fp32", "out": "*fp32"},
+        {"BLOCK": head_triton.ROW_BLOCK, "SOFTCAP": True}, 8,
+    ),
+    "softmax-gradient": (
+        head_triton._softmax_gradient_kernel,
+        {"x": "*fp32", "logsumexp": "*fp32", "coefficients": "*fp32", "dx": "*bf16"},
+        {"BLOCK": head_triton.ROW_BLOCK, "SOFTCAP": True}, 8,
+    ),
+    "sample": (
+        sampling_triton._sample_kernel,
+        {"logits": "*fp32", "key": "*i64", "tokens": "*i64"},
+        {"BLOCK": sampling_triton.BLOCK, "GREEDY": False, "TOP_K": True, "TOP_P": True, "MIN_P": True}, 8,
+    ),
+    **{
+        f"divergence-{kind}": (
+            divergence_triton._divergence_kernel,
+            dict.fromkeys(("student", "teacher", "row_weight", "loss"), "*fp32") | {"dx": "*bf16"},
+            {"BLOCK": divergence_triton.BLOCK, "KIND": code, "STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True}, 8,
+        )
+        for kind, code in divergence_triton.KINDS.items()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ROWWISE)
+def test_rowwise_kernels(target: Target, name: str, tmp_path: Path) -> None:
+    kernel, pointers, constants, num_warps = ROWWISE[name]
+    compiled = compile_for(target, kernel, types_of(**pointers), constants, num_warps=num_warps)
+    assert compiled.metadata.shared <= target.shared_bytes
     machine_code(compiled, target, tmp_path)

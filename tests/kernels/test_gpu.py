@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genssd.kernels.logprob import TokenStats, linear_logprob
+from genssd.kernels.logprob import STATISTICS, linear_logprob
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -34,7 +34,7 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
     order = torch.randperm(513, device="cuda")
     permuted = linear_logprob(hidden[order], weight, target[order])
     alone = linear_logprob(hidden[7:8], weight, target[7:8])
-    for name in TokenStats.__slots__:
+    for name in STATISTICS:
         values = getattr(whole, name)
         assert torch.equal(values[order], getattr(permuted, name)), name
         assert torch.equal(values[7:8], getattr(alone, name)), name

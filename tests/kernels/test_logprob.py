@@ -194,7 +194,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_built(monkeypatch: pytest.Monke
     hidden, weight, target = problem(200, 4099, width=16)
     with LargestTensor() as seen:
         # the function behind the operator: a mode sees operators from outside
-        logprob, *_ = _blockwise(hidden, weight, target, None, 0.9, 20.0)
+        logprob, *_ = _blockwise(hidden, weight, target, None, 0.9, 20.0, 0)
     assert len(logprob) == 200
     assert 4099 <= seen.elements <= 16 * 4099  # the weight itself, or two blocks
 
@@ -249,5 +249,5 @@ def test_a_row_without_a_number_is_named_whatever_its_block(bad: float, monkeypa
 @pytest.mark.parametrize("bias", [None, torch.ones(7)], ids=["plain", "bias"])
 def test_torch_sees_one_operator(bias: torch.Tensor | None) -> None:
     """Schema, fake tensors and dispatch, by torch's own checker."""
-    arguments = (torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 6]), bias, 1.0, None)
+    arguments = (torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 6]), bias, 1.0, None, 2)
     torch.library.opcheck(torch.ops.genssd.linear_logprob.default, arguments)

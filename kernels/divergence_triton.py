@@ -1,0 +1,119 @@
+"""The Triton kernel behind `linear_divergence`: a row of both models' logits to the row's divergence and gradient.
+
+One program takes one row. Its first pass gives both log-sum-exps, its second the divergence and the mean of f under the
+student, its third the gradient.
+
+Shapes:  C rows of a chunk   V student's vocabulary   U teacher's
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genssd.kernels.divergence import constant_of
+from genssd.kernels.head_triton import row_normalizer, squash, unsquash_gradient
+
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4}
+BLOCK = 2048  # entries of a row that a program holds at once
+
+
+@triton.jit
+def _terms(log_p, log_q, mix, KIND: tl.constexpr):
+    """Every outcome's share of the divergence, and p f but for a constant in f: see divergence._terms."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    if KIND == 0:
+        return tl.where(q > 0.0, q * (log_q - log_p), 0.0), -q
+    elif KIND == 1:
+        share = tl.where(p > 0.0, p * (log_p - log_q), 0.0)
+        return share, share
+    else:
+        # log(mix q + (1 - mix) p), from logarithms: probabilities may underflow
+        low, high = tl.minimum(log_p, log_q), tl.maximum(log_p, log_q)
+        low_weight = tl.where(log_p < log_q, 1.0 - mix, mix)
+        ratio = tl.where(low == -float("inf"), 0.0, tl.exp(low - high))
+        log_m = high + tl.log((1.0 - low_weight) + low_weight * ratio)
+        # where the larger of the two has no weight
+        log_m = tl.where(low_weight == 1.0, low, log_m)
+        if KIND == 2:
+            student = (1.0 - mix) * tl.where(p > 0.0, p * (log_p - log_m), 0.0)
+            return mix * tl.where(q > 0.0, q * (log_q - log_m), 0.0) + student, student
+        elif KIND == 3:
+            share = tl.where(q > 0.0, q * (log_q - log_m), 0.0)
+            return share, -(1.0 - mix) * tl.where(q > 0.0, q * tl.exp(log_p - log_m), 0.0)
+        else:
+            share = tl.where(p > 0.0, p * (log_p - log_m), 0.0)
+            return share, share - (1.0 - mix) * tl.where(p > 0.0, p * tl.exp(log_p - log_m), 0.0)
+
+
+@triton.jit
+def _divergence_kernel(
+    student, teacher, row_weight, loss, dx,  # [C, V] [C, U] [C] [C] [C, V]
+    V, U, stride_student, stride_teacher, stride_dx, mix, constant, temperature, student_softcap, teacher_softcap,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student += row * stride_student
+    teacher += row * stride_teacher
+    dx += row * stride_dx
+    weight = tl.load(row_weight + row)
+    peak_p, sum_p = row_normalizer(student, V, temperature, student_softcap, BLOCK, STUDENT_SOFTCAP)
+    peak_q, sum_q = row_normalizer(teacher, U, temperature, teacher_softcap, BLOCK, TEACHER_SOFTCAP)
+    shared = tl.minimum(V, U)
+    constant = tl.where(shared < V, constant, 0.0)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, shared, BLOCK):
+        v = start + lane
+        kept = v < shared
+        log_p = squash(tl.load(student + v, mask=kept, other=0.0), temperature, student_softcap, STUDENT_SOFTCAP)
+        log_q = squash(tl.load(teacher + v, mask=kept, other=0.0), temperature, teacher_softcap, TEACHER_SOFTCAP)
+        log_p, log_q = log_p - peak_p - sum_p, log_q - peak_q - sum_q
+        share, g = _terms(log_p, log_q, mix, KIND)
+        total += tl.where(kept, share, 0.0)
+        mean += tl.where(kept, g + constant * tl.exp(log_p), 0.0)
+    tl.store(loss + row, tl.sum(total, 0))
+    f_mean = tl.sum(mean, 0)
+    if KIND == 0:
+        # the teacher's probabilities are all there and sum to 1; saying so makes the gradient p - q
+        f_mean = tl.where(shared == U, -1.0, f_mean)
+    for start in range(0, V, BLOCK):
+        v = start + lane
+        z = squash(tl.load(student + v, mask=v < V, other=0.0), temperature, student_softcap, STUDENT_SOFTCAP)
+        log_q = squash(tl.load(teacher + v, mask=v < shared, other=0.0), temperature, teacher_softcap, TEACHER_SOFTCAP)
+        log_p = z - peak_p - sum_p
+        p = tl.exp(log_p)
+        _, g = _terms(log_p, log_q - peak_q - sum_q, mix, KIND)
+        dz = tl.where(v < shared, g + constant * p, 0.0) - p * f_mean
+        out = unsquash_gradient(dz * weight, z, temperature, student_softcap, STUDENT_SOFTCAP)
+        tl.store(dx + v, out.to(dx.dtype.element_ty), mask=v < V)
+
+
+def divergence_rows(
+    student_x_CV: Tensor,
+    teacher_x_CU: Tensor,
+    row_weight_C: Tensor,
+    kind: str,
+    mix: float,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    dtype: torch.dtype,
+    *,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """See divergence.divergence_rows. Logits are float32."""
+    C, V = student_x_CV.shape
+    loss_C = torch.empty(C, dtype=torch.float32, device=student_x_CV.device)
+    dx_CV = torch.empty(C, V, dtype=dtype, device=student_x_CV.device)
+    _divergence_kernel[(C,)](
+        student_x_CV, teacher_x_CU, row_weight_C, loss_C, dx_CV, V, teacher_x_CU.shape[1],
+        student_x_CV.stride(0), teacher_x_CU.stride(0), dx_CV.stride(0),
+        mix, constant_of(kind), temperature, student_softcap or 1.0, teacher_softcap or 1.0,
+        KIND=KINDS[kind], BLOCK=block,
+        STUDENT_SOFTCAP=student_softcap is not None, TEACHER_SOFTCAP=teacher_softcap is not None, num_warps=8,
+    )  # fmt: skip
+    return loss_C, dx_CV
