@@ -1,11 +1,28 @@
-"""What a results file says about where its rows were measured."""
+"""The device's limits, and what a results file says about where its rows were measured."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import pytest
 import torch
+from roofs import Roofs, measure_roofs
+
+PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
+
+
+@pytest.fixture(scope="session")
+def roofs() -> Roofs:
+    gpu = torch.cuda.is_available()
+    return measure_roofs("cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str, Any]) -> None:
@@ -19,7 +36,10 @@ def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str,
         "python": machine_info.get("python_version"),
         "torch": torch.__version__,
         "genssd": version("genssd"),
+        "peers": {name: found for name in PEERS if (found := installed(name))},
     }
+    if torch.cuda.is_available():
+        kept["gpu"] = torch.cuda.get_device_name()
     machine_info.clear()
     machine_info.update(kept)
 

@@ -9,8 +9,6 @@ Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -60,9 +58,8 @@ def linear_cross_entropy(
             f"{tuple(target_N.shape)}"
         )
     row_weight_N = row_weights("linear_cross_entropy", row_weight, hidden_ND)
-    kept_N = target_N != ignore_index
-    row_weight_N = torch.where(kept_N, row_weight_N, 0.0)
-    target_N = torch.where(kept_N, target_N, 0)
+    row_weight_N = torch.where(target_N != ignore_index, row_weight_N, 0.0)
+    target_N = torch.where(row_weight_N != 0.0, target_N, 0)
     grad = torch.is_grad_enabled()
     dtype = product_dtype(hidden_ND)
     with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -104,8 +101,7 @@ def _linear_cross_entropy(
         if not (want_hidden or want_weight):
             return loss, x_CV
         # p everywhere, p - 1 at the target: not as a difference of rounded numbers
-        scales = torch.stack((scale_C, torch.zeros_like(scale_C), torch.zeros_like(scale_C)))
-        dx = softmax_gradient(x_CV, logsumexp, scales, temperature, softcap, hidden_ND.dtype)
+        dx = softmax_gradient(x_CV, logsumexp, scale_C[None], temperature, softcap, hidden_ND.dtype)
         dz_target = scale_C[:, None] * torch.expm1(-loss[:, None])
         return loss, dx.scatter_(1, at, unsquash_gradient(dz_target, x_target, temperature, softcap).to(dx.dtype))
 
@@ -136,8 +132,4 @@ def _(
     return fake_outputs(hidden_ND, weight_VD, want_hidden, want_weight)
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (*scaled_gradients(ctx, upstream), None, None, None, None, None, None)
-
-
-_linear_cross_entropy.register_autograd(_backward, setup_context=save_gradients)
+_linear_cross_entropy.register_autograd(scaled_gradients, setup_context=save_gradients)

@@ -36,6 +36,7 @@ from genssd.kernels.head import (
     row_weights,
     save_gradients,
     scaled_gradients,
+    slices,
     softmax_gradient,
     squash,
     unsquash_gradient,
@@ -82,7 +83,7 @@ def linear_divergence(
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
     )
-    mix = _mixture("linear_divergence", kind, beta, alpha)
+    name, mix = _mixture("linear_divergence", kind, beta, alpha)
     _check_choice("linear_divergence", "vocabulary", vocabulary, get_args(Vocabulary))
     row_weight_N = row_weights("linear_divergence", row_weight, student_hidden_ND)
     if vocabulary == "restrict":
@@ -97,7 +98,7 @@ def linear_divergence(
             teacher_hidden_NE.detach().to(teacher_dtype),
             teacher_weight_UE.detach(),
             row_weight_N,
-            kind,
+            name,
             mix,
             temperature,
             student_softcap,
@@ -126,26 +127,31 @@ def topk_divergence(
 
     teacher_ids: int64, distinct in a row, a negative id marks an unused place; teacher_logprob: as the teacher said
     them, at the same temperature. An id that the student's head does not have is left out, and the teacher's other
-    probabilities (and its tail) grow to a sum of 1. tail "bucket": all other tokens are one outcome, in both
-    distributions; "renormalize": both are renormalised over the K tokens. With K = V both equal the full divergence.
+    probabilities (and its tail) grow to a sum of 1; a row with no id that it has counts nothing. tail "bucket": all
+    other tokens are one outcome, in both distributions (of the teacher's it is 1 - sum, at least the rounding of
+    teacher_logprob's dtype); "renormalize": both are renormalised over the K tokens. With K = V both equal the full
+    divergence.
     Raises ValueError on shapes that do not agree and on an option out of range, and on CPU on a row of
     log-probabilities whose sum of probabilities exceeds 1.
     """
     check_head("topk_divergence", student_hidden_ND, student_weight_VD, "student ")
     check_positive("topk_divergence", temperature=temperature, student_softcap=student_softcap)
     shape = teacher_ids_NK.shape
-    if len(shape) != 2 or shape[0] != student_hidden_ND.shape[0] or teacher_ids_NK.dtype != torch.int64:
+    if len(shape) != 2 or shape[0] != len(student_hidden_ND) or not shape[1] or teacher_ids_NK.dtype != torch.int64:
         raise ValueError(
-            f"topk_divergence: teacher_ids must be int64 [{student_hidden_ND.shape[0]}, K], not "
+            f"topk_divergence: teacher_ids must be int64 [{student_hidden_ND.shape[0]}, K] with K >= 1, not "
             f"{teacher_ids_NK.dtype} {tuple(shape)}"
         )
     if teacher_logprob_NK.shape != shape:
         raise ValueError(
             f"topk_divergence: teacher_logprob {tuple(teacher_logprob_NK.shape)} and teacher_ids {tuple(shape)} differ"
         )
-    mix = _mixture("topk_divergence", kind, beta, alpha)
+    name, mix = _mixture("topk_divergence", kind, beta, alpha)
     _check_choice("topk_divergence", "tail", tail, get_args(Tail))
     row_weight_N = row_weights("topk_divergence", row_weight, student_hidden_ND)
+    known = (teacher_ids_NK >= 0) & (teacher_ids_NK < student_weight_VD.shape[0])
+    row_weight_N = torch.where(known.any(1), row_weight_N, 0.0)
+    teacher_ids_NK = torch.where(row_weight_N[:, None] != 0.0, teacher_ids_NK, -1)
     grad = torch.is_grad_enabled()
     dtype = product_dtype(student_hidden_ND)
     with torch.autocast(student_hidden_ND.device.type, enabled=False):
@@ -153,9 +159,9 @@ def topk_divergence(
             student_hidden_ND.to(dtype),
             student_weight_VD,
             teacher_ids_NK,
-            teacher_logprob_NK.detach().to(row_weight_N.dtype),
+            teacher_logprob_NK.detach(),
             row_weight_N,
-            kind,
+            name,
             mix,
             tail,
             temperature,
@@ -166,8 +172,8 @@ def topk_divergence(
     return HeadLoss(total, rows)
 
 
-def _mixture(function: str, kind: str, beta: float, alpha: float) -> float:
-    """The teacher's share of the mixture (0 where there is none)."""
+def _mixture(function: str, kind: str, beta: float, alpha: float) -> tuple[str, float]:
+    """The kind without its limiting cases, and the teacher's share of the mixture (0 where there is none)."""
     _check_choice(function, "kind", kind, get_args(Kind))
     if kind == "jsd" and not 0.0 < beta < 1.0:
         raise ValueError(
@@ -175,7 +181,9 @@ def _mixture(function: str, kind: str, beta: float, alpha: float) -> float:
         )
     if kind.startswith("skew") and not 0.0 <= alpha < 1.0:
         raise ValueError(f"{function}: alpha must lie in [0, 1), not {alpha}")
-    return {"jsd": beta, "skew_forward_kl": alpha, "skew_reverse_kl": 1.0 - alpha}.get(kind, 0.0)
+    if alpha == 0.0:
+        kind = kind.removeprefix("skew_")
+    return kind, {"jsd": beta, "skew_forward_kl": alpha, "skew_reverse_kl": 1.0 - alpha}.get(kind, 0.0)
 
 
 def _check_choice(function: str, name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -198,10 +206,7 @@ def _terms(log_p: Tensor, log_q: Tensor, kind: str, mix: float) -> tuple[Tensor,
     if kind == "reverse_kl":
         share = times(p, log_p - log_q)
         return share, share
-    # alpha = 0 leaves one of the two out
-    log_m = torch.logaddexp(
-        log_q + (math.log(mix) if mix > 0 else -math.inf), log_p + (math.log1p(-mix) if mix < 1 else -math.inf)
-    )
+    log_m = torch.logaddexp(log_q + math.log(mix), log_p + math.log1p(-mix))
     if kind == "jsd":
         student = (1.0 - mix) * times(p, log_p - log_m)
         return mix * times(q, log_q - log_m) + student, student
@@ -227,21 +232,25 @@ def divergence_rows(
     teacher_softcap: float | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [C] and the weighted gradient in student_x, of the given dtype."""
+    """Losses [C] and the weighted gradient in student_x, of the given dtype. student_x may be overwritten."""
     V, U = student_x_CV.shape[1], teacher_x_CU.shape[1]
     shared = min(V, U)
-    log_p = squash(student_x_CV, temperature, student_softcap).log_softmax(1)
-    log_q = squash(teacher_x_CU, temperature, teacher_softcap).log_softmax(1)[:, :shared]
-    share, g = _terms(log_p[:, :shared], log_q, kind, mix)
-    p = log_p.exp()
-    if shared < V:
-        g = g + constant_of(kind) * p[:, :shared]
-    # the teacher's probabilities are all there and sum to 1; saying so makes the gradient p - q
-    mean = -torch.ones_like(row_weight_C) if kind == "forward_kl" and shared == U else g.sum(1)
-    dz = -p * mean[:, None]
-    dz[:, :shared] += g
-    dx = unsquash_gradient(dz * row_weight_C[:, None], student_x_CV, temperature, student_softcap)
-    return share.sum(1), dx.to(dtype)
+    losses_C = row_weight_C.new_empty(len(row_weight_C))
+    for part in slices(len(student_x_CV), V + U):
+        x = student_x_CV[part]
+        log_p = squash(x, temperature, student_softcap).log_softmax(1)
+        log_q = squash(teacher_x_CU[part], temperature, teacher_softcap).log_softmax(1)[:, :shared]
+        share, g = _terms(log_p[:, :shared], log_q, kind, mix)
+        p = log_p.exp_()
+        if shared < V:
+            g = g + constant_of(kind) * p[:, :shared]
+        # the teacher's probabilities are all there and sum to 1; saying so makes the gradient p - q
+        mean = -torch.ones_like(row_weight_C[part]) if kind == "forward_kl" and shared == U else g.sum(1)
+        dz = p.mul_(-mean[:, None])
+        dz[:, :shared] += g
+        x.copy_(unsquash_gradient(dz.mul_(row_weight_C[part, None]), x, temperature, student_softcap))
+        losses_C[part] = share.sum(1)
+    return losses_C, student_x_CV.to(dtype)
 
 
 @torch.library.custom_op("genssd::linear_divergence", mutates_args=())
@@ -261,15 +270,22 @@ def _linear_divergence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """total, losses [N], and the gradients of the student's hidden states and weight (empty when not wanted)."""
     teacher_weight_UE = teacher_weight_UE.to(teacher_hidden_NE.dtype)
+    rows = chunk_rows(student_weight_VD.shape[0] + teacher_weight_UE.shape[0], student_hidden_ND.device)
+    buffer_CU = torch.empty(
+        min(rows, len(teacher_hidden_NE)),
+        len(teacher_weight_UE),
+        dtype=torch.promote_types(teacher_hidden_NE.dtype, torch.float32),
+        device=teacher_hidden_NE.device,
+    )
 
     def row_loss(student_x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
         row_weight_C = row_weight_N[span]
         teacher_h = teacher_hidden_NE[span].masked_fill(row_weight_C[:, None] == 0, 0)
-        teacher_x_CU = product(teacher_h, teacher_weight_UE.T)
-        rows = divergence_rows
+        teacher_x_CU = product(teacher_h, teacher_weight_UE.T, out=buffer_CU[: len(teacher_h)])
+        loss_rows = divergence_rows
         if student_x_CV.is_cuda and student_x_CV.dtype == teacher_x_CU.dtype == torch.float32:
-            from genssd.kernels.divergence_triton import divergence_rows as rows
-        loss, dx = rows(
+            from genssd.kernels.divergence_triton import divergence_rows as loss_rows
+        loss, dx = loss_rows(
             student_x_CV,
             teacher_x_CU,
             row_weight_C,
@@ -287,7 +303,7 @@ def _linear_divergence(
         student_hidden_ND,
         student_weight_VD,
         row_weight_N,
-        rows=chunk_rows(student_weight_VD.shape[0] + teacher_weight_UE.shape[0], student_hidden_ND.device),
+        rows=rows,
         want_hidden=want_hidden,
         want_weight=want_weight,
     )
@@ -299,11 +315,7 @@ def _(student_hidden_ND: Tensor, student_weight_VD: Tensor, *rest: Any) -> tuple
     return fake_outputs(student_hidden_ND, student_weight_VD, *rest[-2:])
 
 
-def _linear_divergence_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (*scaled_gradients(ctx, upstream), *[None] * 10)
-
-
-_linear_divergence.register_autograd(_linear_divergence_backward, setup_context=save_gradients)
+_linear_divergence.register_autograd(scaled_gradients, setup_context=save_gradients)
 
 
 @torch.library.custom_op("genssd::topk_divergence", mutates_args=())
@@ -324,7 +336,8 @@ def _topk_divergence(
     """total, losses [N], and the gradients of the student's hidden states and weight (empty when not wanted)."""
     V = student_weight_VD.shape[0]
     used_NK = (teacher_ids_NK >= 0) & (teacher_ids_NK < V)
-    log_q_NO = _teacher_outcomes(teacher_ids_NK, teacher_logprob_NK, used_NK, V, tail)
+    rounding = torch.finfo(teacher_logprob_NK.dtype).eps
+    log_q_NO = _teacher_outcomes(teacher_ids_NK, teacher_logprob_NK.to(row_weight_N.dtype), used_NK, V, tail, rounding)
 
     def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
         row_weight_C1, used = row_weight_N[span, None], used_NK[span]
@@ -347,11 +360,10 @@ def _topk_divergence(
             dx = torch.zeros(x_CV.shape, dtype=student_hidden_ND.dtype, device=x_CV.device)
         else:
             # the bucket's gradient goes to its tokens in proportion to their probability
-            flat = torch.stack((dz[:, -1], torch.zeros_like(rest_C), torch.zeros_like(rest_C)))
             rest_C = rest_C.masked_fill(rest_C == -torch.inf, 0.0)
-            dx = softmax_gradient(z_CV, rest_C, flat, 1.0, None, student_hidden_ND.dtype)
-            if student_softcap is not None or temperature != 1.0:
-                dx = unsquash_gradient(dx, x_CV, temperature, student_softcap).to(dx.dtype)
+            # z is another tensor than x wherever unsquash_gradient looks at x
+            dx = softmax_gradient(z_CV, rest_C, dz[None, :, -1], 1.0, None, student_hidden_ND.dtype)
+            dx = unsquash_gradient(dx, x_CV, temperature, student_softcap).to(dx.dtype)
         dx_top = unsquash_gradient(dz[:, : ids.shape[1]], x_top, temperature, student_softcap)
         return share.sum(1).masked_fill(row_weight_C1[:, 0] == 0, 0.0), _put(dx, ids, used, dx_top.to(dx.dtype))
 
@@ -367,8 +379,13 @@ def _topk_divergence(
     return (losses * row_weight_N).sum(), losses, d_hidden, d_weight
 
 
-def _teacher_outcomes(ids_NK: Tensor, logprob_NK: Tensor, used_NK: Tensor, vocabulary: int, tail: str) -> Tensor:
-    """The teacher's log-probabilities over the outcomes: the used ids (-inf elsewhere) and, as a bucket, the rest."""
+def _teacher_outcomes(
+    ids_NK: Tensor, logprob_NK: Tensor, used_NK: Tensor, vocabulary: int, tail: str, rounding: float
+) -> Tensor:
+    """The teacher's log-probabilities over the outcomes: the used ids (-inf elsewhere) and, as a bucket, the rest.
+
+    rounding: what the rest holds at least, since 1 - sum does not tell less from nothing.
+    """
     q_NK = logprob_NK.masked_fill(ids_NK < 0, -torch.inf).exp()
     sum_N = q_NK.sum(1)
     if q_NK.device.type == "cpu" and bool((sum_N > 1.001).any()):
@@ -381,7 +398,7 @@ def _teacher_outcomes(ids_NK: Tensor, logprob_NK: Tensor, used_NK: Tensor, vocab
     if tail == "renormalize":
         return log_q_NK.log_softmax(1)
     none_left = used_NK.sum(1) == vocabulary
-    rest_N = (1.0 - sum_N).clamp_min(0.0).masked_fill(none_left, 0.0)
+    rest_N = (1.0 - sum_N).clamp_min(rounding).masked_fill(none_left, 0.0)
     shared_N = q_NK.masked_fill(~used_NK, 0.0).sum(1) + rest_N
     return torch.cat((log_q_NK, rest_N.log()[:, None]), 1) - shared_N.log()[:, None]
 
@@ -401,8 +418,4 @@ def _(student_hidden_ND: Tensor, student_weight_VD: Tensor, *rest: Any) -> tuple
     return fake_outputs(student_hidden_ND, student_weight_VD, *rest[-2:])
 
 
-def _topk_divergence_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (*scaled_gradients(ctx, upstream), *[None] * 10)
-
-
-_topk_divergence.register_autograd(_topk_divergence_backward, setup_context=save_gradients)
+_topk_divergence.register_autograd(scaled_gradients, setup_context=save_gradients)

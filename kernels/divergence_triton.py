@@ -35,8 +35,6 @@ def _terms(log_p, log_q, mix, KIND: tl.constexpr):
         low_weight = tl.where(log_p < log_q, 1.0 - mix, mix)
         ratio = tl.where(low == -float("inf"), 0.0, tl.exp(low - high))
         log_m = high + tl.log((1.0 - low_weight) + low_weight * ratio)
-        # where the larger of the two has no weight
-        log_m = tl.where(low_weight == 1.0, low, log_m)
         if KIND == 2:
             student = (1.0 - mix) * tl.where(p > 0.0, p * (log_p - log_m), 0.0)
             return mix * tl.where(q > 0.0, q * (log_q - log_m), 0.0) + student, student

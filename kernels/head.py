@@ -12,14 +12,18 @@ Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
 """Of float32 logits alive at once. More rows mean fewer passes over the weight's gradient."""
+
+SLICE = 1 << 20
+"""Entries that a pass in plain torch works on at a time."""
 
 
 class HeadLoss(NamedTuple):
@@ -56,12 +60,13 @@ def losses_and_gradients(
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     w = weight_VD.to(hidden_ND.dtype)
     losses_N = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
-    d_hidden = torch.empty_like(hidden_ND) if want_hidden else hidden_ND.new_empty(0)
+    x_CV = torch.empty(min(rows, len(hidden_ND)), len(weight_VD), dtype=wide, device=hidden_ND.device)
+    d_hidden = hidden_ND.new_empty(hidden_ND.shape if want_hidden else 0)
     d_weight = torch.zeros(weight_VD.shape, dtype=wide, device=w.device) if want_weight else weight_VD.new_empty(0)
     for start in range(0, hidden_ND.shape[0], rows):
         span = slice(start, start + rows)
         h = hidden_ND[span].masked_fill(row_weight_N[span, None] == 0, 0)
-        losses_N[span], dx = row_loss(product(h, w.T), span)
+        losses_N[span], dx = row_loss(product(h, w.T, out=x_CV[: len(h)]), span)
         if want_hidden:
             torch.mm(dx, w, out=d_hidden[span])
         if want_weight:
@@ -69,12 +74,11 @@ def losses_and_gradients(
     return losses_N, d_hidden, d_weight.to(weight_VD.dtype)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 (float64 stays float64); the product of halves is not rounded where the device allows."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    out = a @ b
-    return out if out.dtype == torch.float64 else out.float()
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b into out, float32 or float64; the product of halves is not rounded where the device allows."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return out.copy_(torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else a @ b)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -85,6 +89,17 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
+
+
+def slices(num_rows: int, vocabulary: int) -> Iterator[slice]:
+    """Few rows at a time, for passes in plain torch: what they make on the way stays in the processor's cache.
+
+    Their results go into tensors made before: a small one that is kept between large ones that are not would pin a
+    piece of the heap per slice.
+    """
+    step = max(1, SLICE // vocabulary)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
 
 
 def squash(x: Tensor, temperature: float, softcap: float | None) -> Tensor:
@@ -107,31 +122,37 @@ def row_logsumexp(x_CV: Tensor, temperature: float, softcap: float | None) -> Te
         from genssd.kernels.head_triton import logsumexp_rows
 
         return logsumexp_rows(x_CV, temperature, softcap)
-    return squash(x_CV, temperature, softcap).logsumexp(dim=1)
+    out_C = x_CV.new_empty(x_CV.shape[0])
+    for part in slices(*x_CV.shape):
+        out_C[part] = squash(x_CV[part], temperature, softcap).logsumexp(dim=1)
+    return out_C
 
 
 def softmax_gradient(
     x_CV: Tensor,
     logsumexp_C: Tensor,
-    coefficients_3C: Tensor,
+    coefficients_KC: Tensor,
     temperature: float,
     softcap: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dx of dz = p (a + b log p + c p), where p = e^(z - logsumexp) and a, b, c are [C] each. p = 0 gives 0.
+    """dx of dz = p a, or of dz = p (a + b log p + c p), where p = e^(z - logsumexp). x may be overwritten.
 
-    Every loss of one softmax has this form but for a few entries of a row, which the caller puts in place after.
+    coefficients: a, or a, b and c, of every row. p = 0 gives 0. Every loss of one softmax has this form but for a few
+    entries of a row, which the caller puts in place after.
     """
     if x_CV.is_cuda and x_CV.dtype == torch.float32:
         from genssd.kernels.head_triton import softmax_gradient_rows
 
-        return softmax_gradient_rows(x_CV, logsumexp_C, coefficients_3C, temperature, softcap, dtype)
-    a, b, c = coefficients_3C.unbind()
-    log_p = squash(x_CV, temperature, softcap) - logsumexp_C[:, None]
-    p = log_p.exp()
-    log_p = log_p.masked_fill(p == 0.0, 0.0)
-    dz = p * (a[:, None] + b[:, None] * log_p + c[:, None] * p)
-    return unsquash_gradient(dz, x_CV, temperature, softcap).to(dtype)
+        return softmax_gradient_rows(x_CV, logsumexp_C, coefficients_KC, temperature, softcap, dtype)
+    for part in slices(*x_CV.shape):
+        a, *more = coefficients_KC[:, part, None].unbind()
+        x = x_CV[part]
+        log_p = squash(x, temperature, softcap) - logsumexp_C[part, None]
+        p = log_p.exp()
+        factor = a + more[0] * log_p.masked_fill_(p == 0.0, 0.0) + more[1] * p if more else a
+        x.copy_(unsquash_gradient(p.mul_(factor), x, temperature, softcap))
+    return x_CV.to(dtype)
 
 
 def fake_outputs(
@@ -142,30 +163,44 @@ def fake_outputs(
     return (
         hidden_ND.new_empty((), dtype=wide),
         hidden_ND.new_empty(hidden_ND.shape[0], dtype=wide),
-        torch.empty_like(hidden_ND) if want_hidden else hidden_ND.new_empty(0),
-        torch.empty_like(weight_VD) if want_weight else weight_VD.new_empty(0),
+        hidden_ND.new_empty(hidden_ND.shape if want_hidden else 0),
+        weight_VD.new_empty(weight_VD.shape if want_weight else 0),
     )
 
 
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """The operator has computed its gradients already: keep them."""
+    """The operator, whose last two inputs say which gradients are wanted, has computed them already: keep them."""
     _, losses, d_hidden, d_weight = output
     ctx.mark_non_differentiable(losses, d_hidden, d_weight)
     ctx.save_for_backward(d_hidden, d_weight)
+    ctx.wanted, ctx.num_inputs = inputs[-2:], len(inputs)
 
 
-def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden and weight, times what comes from above; None where not wanted."""
-    d_hidden, d_weight = ctx.saved_tensors
-    return (
-        d_hidden * upstream.to(d_hidden.dtype) if d_hidden.numel() else None,
-        d_weight * upstream.to(d_weight.dtype) if d_weight.numel() else None,
+@once_differentiable
+def scaled_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Backward of an operator whose first two inputs are hidden and weight: its gradients, times what comes from above.
+
+    The factor keeps its precision: a loss scale may not even fit the gradient's dtype.
+    """
+    hidden, weight = (
+        _scaled(gradient, upstream) if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
+    return hidden, weight, *[None] * (ctx.num_inputs - 2)
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    if gradient.dtype == upstream.dtype:
+        return gradient * upstream
+    out = torch.empty_like(gradient)
+    for target, part in zip(torch.split(out, 8192), torch.split(gradient, 8192), strict=True):
+        target.copy_(part * upstream[None])
+    return out
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype a head's product is taken in: autocast's where it is on, else that of hidden."""
-    if torch.is_autocast_enabled(hidden.device.type):
+    """The dtype a head's product is taken in: hidden's, or autocast's where it is on and hidden is not float64."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
 
@@ -187,14 +222,15 @@ def check_positive(function: str, **options: float | None) -> None:
 
 
 def row_weights(function: str, row_weight_N: Tensor | None, hidden_ND: Tensor) -> Tensor:
-    """float32 [N] weights, ones where none are given."""
+    """[N] weights in float32 (float64 for float64 hidden states), ones where none are given."""
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     if row_weight_N is None:
-        return torch.ones(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        return torch.ones(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
     if row_weight_N.shape != hidden_ND.shape[:1]:
         raise ValueError(f"{function}: row_weight must be [{hidden_ND.shape[0]}], not {tuple(row_weight_N.shape)}")
     if row_weight_N.requires_grad:
         raise ValueError(f"{function}: row_weight is not differentiated; detach it")
-    return row_weight_N.to(torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32)
+    return row_weight_N.to(wide)
 
 
 def require_in_vocabulary(function: str, target_N: Tensor, vocabulary: int) -> None:

@@ -157,20 +157,19 @@ def logsumexp_rows(x_CV: Tensor, temperature: float, softcap: float | None, *, b
 
 @triton.jit
 def _softmax_gradient_kernel(
-    x, logsumexp, coefficients, dx,  # [C, V] [C] [3, C] [C, V]
+    x, logsumexp, coefficients, dx,  # [C, V] [C] [1 or 3, C] [C, V]
     C, V, stride_x, stride_dx, temperature, softcap,
-    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    lse = tl.load(logsumexp + row)
-    a = tl.load(coefficients + row)
-    b = tl.load(coefficients + C + row)
-    c = tl.load(coefficients + 2 * C + row)
     v = column * BLOCK + tl.arange(0, BLOCK)
     z = squash(tl.load(x + row * stride_x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
-    log_p = z - lse
+    log_p = z - tl.load(logsumexp + row)
     p = tl.exp(log_p)
-    dz = p * (a + tl.where(p == 0.0, 0.0, b * log_p) + c * p)
+    dz = p * tl.load(coefficients + row)
+    if not LINEAR:
+        b, c = tl.load(coefficients + C + row), tl.load(coefficients + 2 * C + row)
+        dz += p * (tl.where(p == 0.0, 0.0, b * log_p) + c * p)
     out = unsquash_gradient(dz, z, temperature, softcap, SOFTCAP)
     tl.store(dx + row * stride_dx + v, out.to(dx.dtype.element_ty), mask=v < V)
 
@@ -178,7 +177,7 @@ def _softmax_gradient_kernel(
 def softmax_gradient_rows(
     x_CV: Tensor,
     logsumexp_C: Tensor,
-    coefficients_3C: Tensor,
+    coefficients_KC: Tensor,
     temperature: float,
     softcap: float | None,
     dtype: torch.dtype,
@@ -189,7 +188,8 @@ def softmax_gradient_rows(
     C, V = x_CV.shape
     dx_CV = torch.empty(C, V, dtype=dtype, device=x_CV.device)
     _softmax_gradient_kernel[(C, -(-V // block))](
-        x_CV, logsumexp_C.contiguous(), coefficients_3C.contiguous(), dx_CV, C, V, x_CV.stride(0), dx_CV.stride(0),
-        temperature, softcap or 1.0, BLOCK=block, SOFTCAP=softcap is not None, num_warps=8,
+        x_CV, logsumexp_C.contiguous(), coefficients_KC.contiguous(), dx_CV, C, V, x_CV.stride(0), dx_CV.stride(0),
+        temperature, softcap or 1.0, BLOCK=block, SOFTCAP=softcap is not None, LINEAR=len(coefficients_KC) == 1,
+        num_warps=8,
     )  # fmt: skip
     return dx_CV

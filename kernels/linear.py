@@ -14,10 +14,12 @@ in the call. Measured with MKL in float32: from 16 rows on they do not, up to a 
 Wider models on several threads may still differ in the last bit."""
 
 
-def linear(x_ND: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, [N, M] in the dtype of the inputs."""
-    missing = MIN_ROWS - x_ND.shape[0]
-    if x_ND.device.type != "cpu" or missing <= 0:
-        return torch.nn.functional.linear(x_ND, weight_MD, bias_M)
-    padded = torch.nn.functional.pad(x_ND, (0, 0, 0, missing))
-    return torch.nn.functional.linear(padded, weight_MD, bias_M)[: x_ND.shape[0]]
+def linear(x_ND: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, [N, M] in the dtype of the inputs, or in out (of any dtype)."""
+    rows = x_ND.shape[0]
+    if x_ND.device.type == "cpu" and rows < MIN_ROWS:
+        x_ND = torch.nn.functional.pad(x_ND, (0, 0, 0, MIN_ROWS - rows))
+    elif out is not None and out.dtype == x_ND.dtype and bias_M is None:
+        return torch.mm(x_ND, weight_MD.T, out=out)
+    y = torch.nn.functional.linear(x_ND, weight_MD, bias_M)[:rows]
+    return y if out is None else out.copy_(y)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from genssd.kernels.head import (
     check_head,
@@ -29,8 +30,8 @@ from genssd.kernels.head import (
     losses_and_gradients,
     product_dtype,
     require_in_vocabulary,
+    slices,
     softmax_gradient,
-    squash,
     unsquash_gradient,
 )
 from genssd.kernels.linear import linear
@@ -138,26 +139,31 @@ def linear_logprob(
     return dataclasses.replace(stats, topk=TopK(ids, logprob)) if topk else stats
 
 
-def _reference(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    topk: int,
-) -> Values:
-    """All rows at once."""
-    z = linear(hidden_ND, weight_VD, bias)
-    z = squash(z if z.dtype == torch.float64 else z.float(), temperature, softcap)
-    chosen = z.gather(1, target_N[:, None])
-    logp = torch.log_softmax(z, dim=1)
-    p = logp.exp()
-    # 0 log 0 is 0: a banned token has logp = -inf
-    entropy = -(p * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(1)
-    rank = (1 + (z > chosen).sum(1)).to(torch.int32)
-    values, ids = top_k(logp, topk)
-    return logp.gather(1, target_N[:, None])[:, 0], z.logsumexp(1), entropy, (p * p).sum(1), rank, ids, values
+def _reference(z: Tensor, target_C: Tensor, temperature: float, softcap: float | None, topk: int) -> tuple[Tensor, ...]:
+    """Values of a few rows from their x, which is overwritten."""
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    if temperature != 1.0:
+        z.div_(temperature)
+    chosen = z.gather(1, target_C[:, None])
+    rank = 1 + (z > chosen).sum(1)
+    values, ids = top_k(z, topk)
+    peak = z.amax(1, keepdim=True)
+    e = z.sub_(peak).exp()
+    total = e.sum(1)
+    # 0 log 0 is 0: a banned token has z = -inf
+    slope = z.clamp_min_(torch.finfo(z.dtype).min).mul_(e).sum(1)
+    square = e.square_().sum(1)
+    log_total, peak = total.log(), peak[:, 0]
+    return (
+        chosen[:, 0] - peak - log_total,
+        peak + log_total,
+        log_total - slope / total,
+        square / (total * total),
+        rank,
+        ids,
+        values - peak[:, None] - log_total[:, None],
+    )
 
 
 def top_k(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -167,6 +173,8 @@ def top_k(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, ids = z_NV.topk(k, dim=1)
     kth = values[:, -1:]
     if bool(((z_NV >= kth).sum(1) > k).any()):  # more entries tie with the last than there is room for
+        z_NV = z_NV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a NaN would count as no entry
+        kth = z_NV.topk(k, dim=1).values[:, -1:]
         tied = z_NV == kth
         missing = k - (z_NV > kth).sum(1, keepdim=True)
         kept = (z_NV > kth) | (tied & (tied.cumsum(1) <= missing))
@@ -188,16 +196,22 @@ def _blockwise(
 ) -> Values:
     """Where no kernel of ours runs: the reference, a block of rows at a time."""
     weight_VD = weight_VD.to(hidden_ND.dtype)
-    bias = None if bias is None else bias.to(hidden_ND.dtype)
     in_range_N = target_N.clamp(0, weight_VD.shape[0] - 1)
-    rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
-    parts = [
-        _reference(h, weight_VD, target, bias, temperature, softcap, topk)
-        for h, target in zip(torch.split(hidden_ND, rows), torch.split(in_range_N, rows), strict=True)
-    ]
-    logprob, logsumexp, entropy, sum_p2, rank, ids, values = (torch.cat(part) for part in zip(*parts, strict=True))
-    _require_sound(target_N, logsumexp, weight_VD.shape[0])
-    return logprob, logsumexp, entropy, sum_p2, rank, ids, values
+    N, V = len(hidden_ND), len(weight_VD)
+    rows = max(1, LOGITS_BYTES // (4 * V))
+    values: Values = _linear_logprob_fake(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk)
+    x_CV = values[0].new_empty(min(rows, N), V)
+    for start in range(0, N, rows):
+        block = slice(start, min(start + rows, N))
+        x = linear(hidden_ND[block], weight_VD, out=x_CV[: block.stop - start])
+        if bias is not None:
+            x += bias
+        for part in slices(len(x), V):
+            parts = _reference(x[part], in_range_N[block][part], temperature, softcap, topk)
+            for value, of_part in zip(values, parts, strict=True):
+                value[block][part] = of_part
+    _require_sound(target_N, values[1], V)
+    return values
 
 
 def _require_sound(target_N: Tensor, logsumexp_N: Tensor, vocabulary: int) -> None:
@@ -265,6 +279,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Values) -> None:
     ctx.save_for_backward(hidden, weight, target, bias, logprob, logsumexp, entropy, sum_p2)
 
 
+@once_differentiable
 def _backward(
     ctx: Any, d_logprob: Tensor, d_logsumexp: Tensor, d_entropy: Tensor, d_sum_p2: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -304,14 +319,13 @@ def _logprob_gradients(
         if bias is not None:
             x_CV += bias
         at, log_p = target_N[span, None], logprob[span, None]
-        dx = softmax_gradient(
-            x_CV, logsumexp[span], coefficients_3N[:, span].contiguous(), temperature, softcap, hidden_ND.dtype
-        )
+        x_target = x_CV.gather(1, at)
+        dx = softmax_gradient(x_CV, logsumexp[span], coefficients_3N[:, span], temperature, softcap, hidden_ND.dtype)
         # at the target in one go: 1 - p is small where p is near 1
         p = log_p.exp()
         rest = flat[span, None] + d_logprob[span, None] - d_entropy[span, None] * log_p.clamp_min(-1e30)
         dz = -d_logprob[span, None] * torch.expm1(log_p) + p * (rest + 2.0 * d_sum_p2[span, None] * p)
-        dx.scatter_(1, at, unsquash_gradient(dz, x_CV.gather(1, at), temperature, softcap).to(dx.dtype))
+        dx.scatter_(1, at, unsquash_gradient(dz, x_target, temperature, softcap).to(dx.dtype))
         return logsumexp[span], dx
 
     _, d_hidden, d_weight = losses_and_gradients(
@@ -340,8 +354,8 @@ def _(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty_like(hidden_ND) if want_hidden else hidden_ND.new_empty(0),
-        torch.empty_like(weight_VD) if want_weight else weight_VD.new_empty(0),
+        hidden_ND.new_empty(hidden_ND.shape if want_hidden else 0),
+        weight_VD.new_empty(weight_VD.shape if want_weight else 0),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.head import check_head, check_positive, squash
+from genssd.kernels.head import check_head, check_positive, row_logsumexp, slices, squash
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
 
@@ -127,16 +127,24 @@ def _linear_sample(
     softcap: float | None,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
-    tokens, logprob = [], []
-    for start in range(0, hidden_BD.shape[0], rows):
-        z = squash(linear(hidden_BD[start : start + rows], weight_VD, bias).float(), 1.0, softcap)
-        logsumexp = z.logsumexp(1)
+    B, V = len(hidden_BD), len(weight_VD)
+    tokens, logprob = torch.empty_like(key_B), hidden_BD.new_empty(B, dtype=torch.float32)
+    rows = max(1, LOGITS_BYTES // (4 * V))
+    x_CV = hidden_BD.new_empty(min(rows, B), V, dtype=torch.float32)
+    for start in range(0, B, rows):
+        block = slice(start, min(start + rows, B))
+        z = linear(hidden_BD[block], weight_VD, out=x_CV[: block.stop - start])
+        if bias is not None:
+            z += bias
+        z = squash(z, 1.0, softcap)
+        logsumexp = row_logsumexp(z, 1.0, None)
         if not bool(logsumexp.isfinite().all()):
             raise NonFiniteLogits("linear_sample", start + int((~logsumexp.isfinite()).nonzero()[0]))
-        tokens.append(_sample(z[:, :vocabulary], key_B[start : start + rows], temperature, 0, 1.0, 0.0))
-        logprob.append(z.gather(1, tokens[-1][:, None])[:, 0] - logsumexp)
-    return torch.cat(tokens), torch.cat(logprob)
+        for part in slices(len(z), V):
+            drawn = _sample(z[part, :vocabulary], key_B[block][part], temperature, 0, 1.0, 0.0)
+            tokens[block][part] = drawn
+            logprob[block][part] = z[part].gather(1, drawn[:, None])[:, 0] - logsumexp[part]
+    return tokens, logprob
 
 
 @_linear_sample.register_kernel("cuda")

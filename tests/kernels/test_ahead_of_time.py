@@ -142,11 +142,14 @@ ROWWISE = {
         {"x": "*fp32", "out": "*fp32"},
         {"BLOCK": head_triton.ROW_BLOCK, "SOFTCAP": True}, 8,
     ),
-    "softmax-gradient": (
-        head_triton._softmax_gradient_kernel,
-        {"x": "*fp32", "logsumexp": "*fp32", "coefficients": "*fp32", "dx": "*bf16"},
-        {"BLOCK": head_triton.ROW_BLOCK, "SOFTCAP": True}, 8,
-    ),
+    **{
+        f"softmax-gradient-{linear}": (
+            head_triton._softmax_gradient_kernel,
+            {"x": "*fp32", "logsumexp": "*fp32", "coefficients": "*fp32", "dx": "*bf16"},
+            {"BLOCK": head_triton.ROW_BLOCK, "SOFTCAP": True, "LINEAR": linear}, 8,
+        )
+        for linear in (False, True)
+    },
     "sample": (
         sampling_triton._sample_kernel,
         {"logits": "*fp32", "key": "*i64", "tokens": "*i64"},

@@ -1,40 +1,209 @@
-"""The Triton kernels on a real device."""
+"""The Triton kernels on a real device: values against float64, bits against themselves, memory against the promise."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, get_args
+
 import pytest
 import torch
+from torch import Tensor
 
-from genssd.kernels.logprob import STATISTICS, linear_logprob
+from genssd.kernels.cross_entropy import linear_cross_entropy
+from genssd.kernels.divergence import Kind, linear_divergence, topk_divergence
+from genssd.kernels.logprob import STATISTICS, NonFiniteLogits, TokenStats, linear_logprob
+from genssd.kernels.sampling import linear_sample, sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "vocabulary", "width"), [(1, 1, 1), (65, 1025, 100), (300, 151936, 1024)])
-def test_linear_logprob_is_as_accurate_as_torch(dtype: torch.dtype, rows: int, vocabulary: int, width: int) -> None:
-    hidden = torch.randn(rows, width, device="cuda").to(dtype)
-    weight = (torch.randn(vocabulary, width, device="cuda") / width**0.5).to(dtype)
-    target = torch.randint(0, vocabulary, (rows,), device="cuda")
-    z = hidden.double() @ weight.double().T
-    exact = z.log_softmax(1).gather(1, target[:, None])[:, 0]
-    plain = (hidden @ weight.T).float().log_softmax(1).gather(1, target[:, None])[:, 0]
-    ours = linear_logprob(hidden, weight, target)
-    budget = (plain - exact).abs().max()
-    assert (ours.logprob - exact).abs().max() <= 2 * budget + 1e-5
-    entropy = -(z.log_softmax(1).exp() * z.log_softmax(1)).sum(1)
-    torch.testing.assert_close(ours.entropy.double(), entropy, atol=1e-3, rtol=1e-3)
+HALVES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES]
+SHAPES = [(1, 1, 1), (65, 1025, 100), (300, 151936, 1024)]
 
 
-def test_a_row_has_the_same_bits_in_any_batch() -> None:
-    hidden = torch.randn(513, 512, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(5000, 512, device="cuda", dtype=torch.bfloat16)
-    target = torch.randint(0, 5000, (513,), device="cuda")
+def tensors(rows: int, vocabulary: int, width: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    hidden = torch.randn(rows, width, device="cuda", generator=generator).to(dtype)
+    weight = (3 * torch.randn(vocabulary, width, device="cuda", generator=generator) / width**0.5).to(dtype)
+    target = torch.randint(0, vocabulary, (rows,), device="cuda", generator=generator)
+    target[-1] = vocabulary - 1
+    return hidden, weight, target
+
+
+def assert_twice_as_good(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Against float64, at most twice the error of torch at the same precision."""
+    budget = (plain.double() - exact.double()).abs().max()
+    floor = 1e-5 * exact.abs().max().clamp_min(1.0)
+    assert (ours.double() - exact.double()).abs().max() <= 2 * budget + floor
+
+
+def plain_stats(hidden: Tensor, weight: Tensor, target: Tensor) -> TokenStats:
+    z = hidden @ weight.T
+    z = z if z.dtype == torch.float64 else z.float()
+    logp = z.log_softmax(1)
+    chosen = logp.gather(1, target[:, None])
+    entropy, sum_p2 = -(logp.exp() * logp).sum(1), (logp.exp() ** 2).sum(1)
+    return TokenStats.of([chosen[:, 0], z.logsumexp(1), entropy, sum_p2, (1 + (logp > chosen).sum(1)).int()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary", "width"), SHAPES)
+def test_scores(dtype: torch.dtype, rows: int, vocabulary: int, width: int) -> None:
+    arguments = tensors(rows, vocabulary, width, dtype)
+    ours, plain = linear_logprob(*arguments), plain_stats(*arguments)
+    exact = plain_stats(arguments[0].double(), arguments[1].double(), arguments[2])
+    for name in STATISTICS[:-1]:
+        assert_twice_as_good(getattr(ours, name), getattr(plain, name), getattr(exact, name))
+    if dtype == torch.float32:
+        assert (ours.rank - exact.rank).abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_logits_tie_in_any_tile(dtype: torch.dtype) -> None:
+    """The target's logit has the bits of the tiles' logits, or repeated weights would not tie."""
+    hidden, weight, _ = tensors(257, 100, 512, dtype)
+    repeated = weight.repeat(11, 1)
+    base = linear_logprob(hidden, weight, torch.arange(257, device="cuda") % 100)
+    for copy in range(11):
+        stats = linear_logprob(hidden, repeated, torch.arange(257, device="cuda") % 100 + 100 * copy)
+        assert torch.equal(stats.rank, 11 * (base.rank - 1) + 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    hidden, weight, target = tensors(513, 5000, 512, dtype)
     whole = linear_logprob(hidden, weight, target)
     order = torch.randperm(513, device="cuda")
-    permuted = linear_logprob(hidden[order], weight, target[order])
-    alone = linear_logprob(hidden[7:8], weight, target[7:8])
+    permuted, alone = (
+        linear_logprob(hidden[order], weight, target[order]),
+        linear_logprob(hidden[7:8], weight, target[7:8]),
+    )
     for name in STATISTICS:
         values = getattr(whole, name)
         assert torch.equal(values[order], getattr(permuted, name)), name
         assert torch.equal(values[7:8], getattr(alone, name)), name
+    keys = torch.arange(513, device="cuda")
+    drawn = linear_sample(hidden, weight, keys)
+    assert torch.equal(drawn.tokens[order], linear_sample(hidden[order], weight, keys[order]).tokens)
+
+
+def test_bad_rows_are_named() -> None:
+    hidden, weight, target = tensors(70, 300, 64, torch.bfloat16)
+    keys = torch.arange(70, device="cuda")
+    hidden[66, 3] = torch.nan
+    for run in (lambda: linear_logprob(hidden, weight, target), lambda: linear_sample(hidden, weight, keys)):
+        with pytest.raises(NonFiniteLogits, match="row 66"):
+            run()
+    with pytest.raises(NonFiniteLogits, match="row 66"):
+        sample((hidden @ weight.T).float(), keys, top_p=0.9)
+    target[5] = 300
+    with pytest.raises(ValueError, match="300 of row 5"):
+        linear_logprob(hidden, weight, target)
+
+
+Loss = Callable[..., Tensor]
+
+
+def losses() -> dict[str, Loss]:
+    teacher, teacher_weight, target = tensors(130, 5000, 96, torch.float32, seed=1)
+    ids = torch.randperm(5000, device="cuda")[: 130 * 16].reshape(130, 16)
+    logprob = torch.randn(130, 17, device="cuda").log_softmax(1)[:, :16]
+    weights = torch.rand(130, device="cuda")
+    weights[3] = 0.0
+
+    def divergence(kind: Any) -> Loss:
+        return lambda h, w: (
+            linear_divergence(
+                h, w, teacher.to(h.dtype), teacher_weight.to(h.dtype), kind=kind, row_weight=weights, temperature=0.9
+            ).total
+        )
+
+    def topk(kind: Any) -> Loss:
+        return lambda h, w: (
+            topk_divergence(h, w, ids, logprob, kind=kind, row_weight=weights, student_softcap=20.0).total
+        )
+
+    return {
+        "cross-entropy": lambda h, w: linear_cross_entropy(h, w, target, row_weight=weights, softcap=15.0).total,
+        "logprob": lambda h, w: (linear_logprob(h, w, target).logprob * weights).sum(),
+        "entropy": lambda h, w: (linear_logprob(h, w, target).entropy * weights).sum(),
+        **{f"divergence-{kind}": divergence(kind) for kind in get_args(Kind)},
+        **{f"topk-{kind}": topk(kind) for kind in get_args(Kind)},
+    }
+
+
+NAMES = [
+    "cross-entropy",
+    "logprob",
+    "entropy",
+    *(f"{family}-{kind}" for family in ("divergence", "topk") for kind in get_args(Kind)),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses(name: str, dtype: torch.dtype) -> None:
+    """Against the reference in float64, on the same inputs: rounding of the products' dtype alone."""
+    loss = losses()[name]
+    hidden, weight, _ = tensors(130, 5000, 96, dtype)
+
+    def gradients(as_type: torch.dtype) -> list[Tensor]:
+        h, w = hidden.detach().to(as_type).requires_grad_(), weight.detach().to(as_type).requires_grad_()
+        total = loss(h, w)
+        return [total.detach(), *torch.autograd.grad(total, (h, w))]
+
+    ours, again, exact = gradients(dtype), gradients(dtype), gradients(torch.float64)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for a, b, c in zip(ours, again, exact, strict=True):
+        assert torch.equal(a, b), "the same bits in every run"
+        assert (a.double() - c).norm() <= tolerance * c.norm().clamp_min(1e-3)
+
+
+FILTERS = [
+    {},
+    {"temperature": 0.0},
+    {"top_k": 7},
+    {"top_p": 0.8},
+    {"min_p": 0.05},
+    {"temperature": 1.4, "top_k": 50, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_draws_equal_the_cpus(options: dict[str, Any]) -> None:
+    logits = 3 * torch.randn(200, 5003)
+    keys = torch.arange(200) * 7919
+    ours, theirs = sample(logits.cuda(), keys.cuda(), **options).cpu(), sample(logits, keys, **options)
+    assert (ours != theirs).sum() <= 1  # two candidates within a rounding of each other
+
+
+def test_drawing_in_the_vocabulary_pass_follows_the_softmax() -> None:
+    hidden, weight, _ = tensors(1, 40, 64, torch.bfloat16)
+    draws = 20_000
+    tokens = linear_sample(hidden.expand(draws, -1), weight, torch.arange(draws, device="cuda")).tokens
+    p = (hidden.double() @ weight.double().T).softmax(1)[0]
+    expected = p * draws
+    statistic = ((torch.bincount(tokens, minlength=40) - expected) ** 2 / expected)[expected >= 5].sum()
+    freedom = int((expected >= 5).sum()) - 1
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(("operator", "budget"), [("score", 64 * MIB), ("draw", 64 * MIB), ("frozen", 2400 * MIB)])
+def test_memory_beyond_inputs_and_outputs(operator: str, budget: int) -> None:
+    """8192 rows of 151936 logits would be 4.6 GiB in float32."""
+    hidden, weight, target = tensors(8192, 151936, 256, torch.bfloat16)
+    trained = hidden.clone().requires_grad_()
+    runs: dict[str, Callable[[], object]] = {
+        "score": lambda: linear_logprob(hidden, weight, target),
+        "draw": lambda: linear_sample(hidden, weight, target),
+        "frozen": lambda: linear_cross_entropy(trained, weight, target).total.backward(),
+    }
+    runs[operator]()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    runs[operator]()
+    assert torch.cuda.max_memory_allocated() - before < budget
