@@ -1,0 +1,882 @@
+"""Cross-entropy under a head and the gradients of token statistics, against float64 and torch's own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from genssd.kernels import head
+from genssd.kernels.cross_entropy import _linear_cross_entropy, linear_cross_entropy
+from genssd.kernels.logprob import NonFiniteLogits, TokenStats, linear_logprob
+
+OPTIONS: list[dict[str, float]] = [
+    {"temperature": 0.5},
+    {"temperature": 2.5},
+    {"softcap": 3.0},
+    {"softcap": 8.0, "temperature": 0.7},
+]
+
+
+def problem(rows: int, vocabulary: int, width: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight and targets, the last of which is the last column."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator)
+    target = torch.randint(0, vocabulary, (rows,), generator=generator)
+    target[-1] = vocabulary - 1
+    return hidden, weight, target
+
+
+def log_softmax(x: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
+    """By its definition, for torch to differentiate."""
+    if softcap is not None:
+        x = softcap * (x / softcap).tanh()
+    z = x / temperature
+    z = z - z.detach().max(1, keepdim=True).values
+    return z - z.exp().sum(1, keepdim=True).log()
+
+
+def naive(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum and every row's loss, in the dtype of the inputs."""
+    kept = target != ignore_index
+    logprob = log_softmax(hidden @ weight.T, temperature, softcap).gather(1, (target * kept)[:, None])[:, 0]
+    losses = -logprob * kept
+    total = losses.sum() if row_weight is None else (losses * row_weight).sum()
+    return total, losses
+
+
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def evaluate(
+    loss: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, weight: Tensor, *rest: Tensor, **options: Any
+) -> Result:
+    """total, rows, and the gradients of total in hidden and weight."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    total, rows = loss(hidden, weight, *rest, **options)
+    return total.detach(), rows.detach(), *torch.autograd.grad(total, (hidden, weight))
+
+
+def exact(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Result:
+    if "row_weight" in options:
+        options["row_weight"] = options["row_weight"].double()
+    return evaluate(naive, hidden.double(), weight.double(), target, **options)
+
+
+def assert_close(ours: Result, expected: Result, tolerance: float) -> None:
+    for name, value, truth in zip(("total", "rows", "d_hidden", "d_weight"), ours, expected, strict=True):
+        torch.testing.assert_close(
+            value.double(),
+            truth.double(),
+            atol=tolerance,
+            rtol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def assert_equal(ours: Result, others: Result) -> None:
+    for name, value, other in zip(("total", "rows", "d_hidden", "d_weight"), ours, others, strict=True):
+        assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 255, 256, 257, 1025])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_equals_float64_and_torch(vocabulary: int, rows: int) -> None:
+    hidden, weight, target = problem(rows, vocabulary)
+    if rows > 1:
+        target[2] = -100
+    truth = exact(hidden, weight, target)
+    ours = evaluate(linear_cross_entropy, hidden, weight, target)
+    assert all(value.dtype == torch.float32 for value in ours)
+    assert_close(ours, truth, 2e-5)
+    wide = evaluate(linear_cross_entropy, hidden.double(), weight.double(), target)
+    assert all(value.dtype == torch.float64 for value in wide)
+    assert_close(wide, truth, 1e-12)
+
+    def torchs(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        losses = F.cross_entropy(h @ w.T, target, reduction="none")
+        return losses.sum(), losses
+
+    assert_close(wide, evaluate(torchs, hidden.double(), weight.double()), 1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_temperature_and_softcap(options: dict[str, float]) -> None:
+    hidden, weight, target = problem(9, 257)
+    truth = exact(hidden, weight, target, **options)
+    assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), truth, 2e-5)
+    wide = evaluate(linear_cross_entropy, hidden.double(), weight.double(), target, **options)
+    assert_close(wide, truth, 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.6}], ids=str)
+def test_row_weights_scale_losses_and_gradients(options: dict[str, float]) -> None:
+    hidden, weight, target = problem(6, 31)
+    row_weight = torch.tensor([1.0, 0.0, 0.25, -2.0, 1e-3, 3.0])
+    ours = evaluate(linear_cross_entropy, hidden, weight, target, row_weight=row_weight, **options)
+    truth = exact(hidden, weight, target, row_weight=row_weight, **options)
+    truth[1][1] = 0.0  # a row that counts nothing has no loss
+    assert_close(ours, truth, 2e-5)
+    doubled = evaluate(linear_cross_entropy, hidden, weight, target, row_weight=2 * row_weight, **options)
+    assert_equal((doubled[0] / 2, doubled[1], doubled[2] / 2, doubled[3] / 2), ours)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+def test_what_masked_rows_hold_reaches_nothing(bad: float) -> None:
+    hidden, weight, target = problem(8, 65)
+    target[1] = -100
+    row_weight = torch.ones(8)
+    row_weight[4] = 0.0
+    clean = evaluate(linear_cross_entropy, hidden, weight, target, row_weight=row_weight)
+    hidden[[1, 4]] = bad
+    row_weight[1] = bad
+    ours = evaluate(linear_cross_entropy, hidden, weight, target, row_weight=row_weight)
+    assert_equal(ours, clean)
+    assert ours[1][[1, 4]].tolist() == [0.0, 0.0]
+    assert bool((ours[2][[1, 4]] == 0).all())
+    kept = [0, 2, 3, 5, 6, 7]
+    assert_close((ours[0], ours[1][kept], ours[2][kept], ours[3]), exact(hidden[kept], weight, target[kept]), 2e-5)
+
+
+def test_rows_of_weight_zero_may_hold_any_target() -> None:
+    hidden, weight, target = problem(4, 5)
+    row_weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    clean = evaluate(linear_cross_entropy, hidden, weight, target, row_weight=row_weight)
+    target[1], target[3] = 5, -1
+    assert_equal(evaluate(linear_cross_entropy, hidden, weight, target, row_weight=row_weight), clean)
+
+
+def test_all_rows_masked_give_zero() -> None:
+    hidden, weight, _ = problem(4, 5)
+    ours = evaluate(linear_cross_entropy, hidden * math.nan, weight, torch.full((4,), -100))
+    assert all(bool((value == 0).all()) for value in ours)
+
+
+def test_the_ignored_index_may_be_a_token() -> None:
+    hidden, weight, _ = problem(6, 9)
+    target = torch.tensor([3, 0, 3, 8, 2, 3])
+    ours = evaluate(linear_cross_entropy, hidden, weight, target, ignore_index=3)
+    assert_close(ours, exact(hidden, weight, target, ignore_index=3), 2e-5)
+    assert ours[1][[0, 2, 5]].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("shift", [-200.0, 200.0])
+def test_a_shift_of_all_logits_changes_nothing(shift: float) -> None:
+    hidden, weight, target = problem(9, 257)
+    plain = evaluate(linear_cross_entropy, hidden, weight, target)
+    constant_hidden, constant_weight = torch.full((9, 1), shift), torch.ones(257, 1)
+    total, rows, d_hidden, d_weight = evaluate(
+        linear_cross_entropy, torch.cat((hidden, constant_hidden), 1), torch.cat((weight, constant_weight), 1), target
+    )
+    # float32 has steps of 1.5e-5 near 200
+    assert_close((total, rows, d_hidden[:, :-1], d_weight[:, :-1]), plain, 2e-4)
+    torch.testing.assert_close(d_hidden[:, -1], torch.zeros(9), atol=1e-4, rtol=0)  # p sums to one
+
+
+def test_all_logits_far_below_zero() -> None:
+    hidden, weight, target = torch.ones(2, 1), torch.full((1000, 1), -1e4), torch.tensor([0, 999])
+    total, rows, d_hidden, d_weight = evaluate(linear_cross_entropy, hidden, weight, target)
+    torch.testing.assert_close(rows, torch.full((2,), math.log(1000)), atol=2e-3, rtol=0)  # one ulp of 1e4
+    torch.testing.assert_close(total, rows.sum())
+    expected = torch.full((1000, 1), 2 / 1000)
+    expected[target] -= 1.0
+    torch.testing.assert_close(d_weight, expected, atol=2e-3, rtol=2e-3)
+    assert bool(d_hidden.isfinite().all())
+
+
+def test_huge_logits() -> None:
+    hidden, weight = torch.ones(2, 1), torch.zeros(50, 1)
+    weight[7] = 1e4
+    total, rows, d_hidden, d_weight = evaluate(linear_cross_entropy, hidden, weight, torch.tensor([7, 8]))
+    assert rows.tolist() == [0.0, 1e4]
+    assert float(total) == 1e4
+    assert d_hidden[:, 0].tolist() == [0.0, 1e4]
+    expected = torch.zeros(50)
+    expected[7], expected[8] = 1.0, -1.0
+    assert torch.equal(d_weight[:, 0], expected)
+
+
+@pytest.mark.parametrize("top", [0.0, 18.0])
+def test_a_nearly_certain_target(top: float) -> None:
+    """The others keep their tiny gradients; what the target gets is off by no more than a rounding of 1."""
+    weight = torch.tensor([[top], [top - 14.0], [top - 15.0]])
+    ours = evaluate(linear_cross_entropy, torch.ones(1, 1), weight, torch.tensor([0]))[3].double()
+    truth = exact(torch.ones(1, 1), weight, torch.tensor([0]))[3]
+    torch.testing.assert_close(ours[1:], truth[1:], atol=0, rtol=1e-5)
+    torch.testing.assert_close(ours[0], truth[0], atol=2e-7 if top == 0.0 else 4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7}], ids=str)
+def test_halves_are_no_worse_than_their_rounded_product(dtype: torch.dtype, options: dict[str, float]) -> None:
+    hidden, weight, target = problem(16, 257)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    truth = exact(hidden, weight, target, **options)
+    rounded = -log_softmax((hidden.double() @ weight.double().T).to(dtype).double(), **options)
+    budget = (rounded.gather(1, target[:, None])[:, 0] - truth[1]).abs().max()
+    ours = evaluate(linear_cross_entropy, hidden, weight, target, **options)
+    assert [value.dtype for value in ours] == [torch.float32, torch.float32, dtype, dtype]
+    assert (ours[1] - truth[1]).abs().max() <= 2 * budget + 1e-5
+    eps = torch.finfo(dtype).eps
+    for value in (2, 3):
+        scale = truth[value].abs().max()
+        assert (ours[value] - truth[value]).abs().max() <= 8 * eps * scale
+
+
+def test_a_float32_weight_under_bfloat16_hidden_states() -> None:
+    hidden, weight, target = problem(300, 17)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16().float()
+    ours = evaluate(linear_cross_entropy, hidden, weight, target)
+    assert [value.dtype for value in ours] == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    halves = evaluate(linear_cross_entropy, hidden, weight.bfloat16(), target)
+    assert_equal((*ours[:3], ours[3].bfloat16()), halves)
+    assert not torch.equal(ours[3], ours[3].bfloat16().float()) or torch.equal(ours[3], halves[3].float())
+
+
+def test_the_weights_gradient_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,000 equal rows, one at a time: a bfloat16 sum would stop growing at 256 times a row's share."""
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)
+    hidden, weight = torch.ones(4000, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16)
+    ours = evaluate(linear_cross_entropy, hidden, weight, torch.zeros(4000, dtype=torch.int64))
+    assert ours[3][:, 0].tolist() == [-2000.0, 2000.0]
+
+
+def test_autocast_takes_the_product_in_its_dtype() -> None:
+    hidden, weight, target = problem(9, 65)
+
+    def under_autocast(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_cross_entropy(*arguments)
+
+    def by_hand(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(h.bfloat16(), w, t)
+
+    ours = evaluate(under_autocast, hidden, weight, target)
+    assert all(value.dtype == torch.float32 for value in ours)
+    assert_equal(ours, evaluate(by_hand, hidden, weight, target))
+    assert_close(ours, exact(hidden, weight, target), 0.1)
+    assert not torch.equal(ours[1], evaluate(linear_cross_entropy, hidden, weight, target)[1])
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    """As it does in torch's own products."""
+    hidden, weight, target = problem(4, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(hidden.double(), weight.double()).dtype == torch.float64
+        loss = linear_cross_entropy(hidden.double(), weight.double(), target)
+    assert loss.total.dtype == loss.rows.dtype == torch.float64
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products, and the largest number of elements that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.elements = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.products += str(func).split(".")[1] in ("mm", "addmm", "addmm_", "matmul")
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+inside: Callable[..., tuple[Tensor, ...]] = _linear_cross_entropy._init_fn
+"""The function behind the operator: a mode sees operators from outside."""
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, target = problem(5, 33)
+    expected = evaluate(linear_cross_entropy, hidden, weight, target)[2]
+
+    def refuse(*_: Tensor) -> None:
+        raise AssertionError("the weight's gradient was computed")
+
+    monkeypatch.setattr(head, "add_product", refuse)
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, target).total.backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad, expected)
+
+
+def test_products_are_taken_only_for_gradients_that_are_wanted() -> None:
+    hidden, weight, target = problem(5, 33)
+    ones = torch.ones(5)
+    for want_hidden, want_weight in itertools.product([False, True], repeat=2):
+        with Products() as seen:
+            _, _, d_hidden, d_weight = inside(hidden, weight, target, ones, 1.0, None, want_hidden, want_weight)
+        assert seen.products == 1 + want_hidden + want_weight
+        assert d_hidden.numel() == 5 * 6 * want_hidden
+        assert d_weight.numel() == 33 * 6 * want_weight
+
+
+def test_only_the_weight_may_be_trained() -> None:
+    hidden, weight, target = problem(5, 33)
+    expected = evaluate(linear_cross_entropy, hidden, weight, target)[3]
+    weight.requires_grad_()
+    linear_cross_entropy(hidden, weight, target).total.backward()
+    assert hidden.grad is None
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, expected)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_the_loss_is_computed(guard: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, target = problem(5, 33)
+    expected = evaluate(linear_cross_entropy, hidden, weight, target)
+    monkeypatch.setattr("genssd.kernels.cross_entropy.softmax_gradient", None)
+    with guard():
+        loss = linear_cross_entropy(hidden.clone().requires_grad_(), weight.clone().requires_grad_(), target)
+    assert not loss.total.requires_grad
+    assert torch.equal(loss.total, expected[0])
+    assert torch.equal(loss.rows, expected[1])
+
+
+def test_rows_have_no_gradient() -> None:
+    hidden, weight, target = problem(5, 33)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, target)
+    assert loss.total.requires_grad
+    assert not loss.rows.requires_grad
+
+
+def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, target = problem(23, 257)
+    target[5] = -100
+    options = {"row_weight": torch.linspace(0, 1, 23), "softcap": 9.0, "temperature": 0.8}
+    whole = evaluate(linear_cross_entropy, hidden, weight, target, **options)
+    for rows in (1, 2, 7, 22, 23):
+        monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 257 * rows)
+        assert head.chunk_rows(257, torch.device("cpu")) == rows
+        assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)  # less than a row still does a row at a time
+    assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
+    monkeypatch.undo()
+    for entries in (1, 257 * 5):
+        monkeypatch.setattr(head, "SLICE", entries)
+        assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
+
+
+def test_a_batch_is_the_sum_of_its_parts() -> None:
+    hidden, weight, target = problem(12, 33)
+    whole = evaluate(linear_cross_entropy, hidden, weight, target)
+    a = evaluate(linear_cross_entropy, hidden[:5], weight, target[:5])
+    b = evaluate(linear_cross_entropy, hidden[5:], weight, target[5:])
+    joined = (a[0] + b[0], torch.cat((a[1], b[1])), torch.cat((a[2], b[2])), a[3] + b[3])
+    assert_close(joined, whole, 5e-6)
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 1025 * 8)
+    hidden, weight, target = problem(200, 1025, width=3)
+    with Products() as seen:
+        _, losses, _, _ = inside(hidden, weight, target, torch.ones(200), 0.9, 20.0, True, True)
+    assert len(losses) == 200
+    assert 3 * 1025 <= seen.elements <= 8 * 1025
+
+
+def test_two_runs_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 257 * 9)
+    hidden, weight, target = problem(40, 257, width=32)
+    first = evaluate(linear_cross_entropy, hidden, weight, target, softcap=9.0)
+    assert_equal(evaluate(linear_cross_entropy, hidden, weight, target, softcap=9.0), first)
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    hidden, weight, target = problem(5, 33)
+    target[2] = -100
+    row_weight = torch.tensor([1.0, 2.0, 3.0, 0.0, 1.0])
+    before = [x.clone() for x in (hidden, weight, target, row_weight)]
+    evaluate(linear_cross_entropy, hidden, weight, target, row_weight=row_weight)
+    for after, copy in zip((hidden, weight, target, row_weight), before, strict=True):
+        assert torch.equal(after, copy)
+
+
+def test_strides_do_not_matter() -> None:
+    hidden, weight, target = problem(6, 33)
+    row_weight = torch.linspace(0.5, 2, 6)
+    plain = evaluate(linear_cross_entropy, hidden, weight, target, row_weight=row_weight)
+
+    def strided(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        wide_target, wide_weight = target.repeat_interleave(2)[::2], row_weight.repeat_interleave(3)[::3]
+        h, w = h.T.contiguous().T, w.repeat_interleave(2, 1)[:, ::2]
+        assert not h.is_contiguous()
+        assert not w.is_contiguous()
+        return linear_cross_entropy(h, w, wide_target, row_weight=wide_weight)
+
+    assert_close(evaluate(strided, hidden, weight), plain, 2e-6)
+
+
+def test_a_gradient_from_above_scales_both() -> None:
+    hidden, weight, target = problem(6, 33)
+    plain = evaluate(linear_cross_entropy, hidden, weight, target)
+
+    def scaled(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        total, rows = linear_cross_entropy(*arguments)
+        return total * total.detach() * -0.5, rows
+
+    ours = evaluate(scaled, hidden, weight, target)
+    for value in (2, 3):
+        torch.testing.assert_close(ours[value], plain[value] * plain[0] * -0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1 / 3, 2.0**16, 1e6], ids=str)
+def test_a_gradient_from_above_is_not_rounded(dtype: torch.dtype, scale: float) -> None:
+    """Loss scaling begins at 65536, which float16 does not have; bfloat16 has 1/3 only to 0.2%."""
+    hidden, weight, target = problem(6, 33)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    row_weight = torch.full((6,), 1e-3)
+    plain = evaluate(linear_cross_entropy, hidden, weight, target, row_weight=row_weight)
+
+    def scaled(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        total, rows = linear_cross_entropy(*arguments, row_weight=row_weight)
+        return total * scale, rows
+
+    ours = evaluate(scaled, hidden, weight, target)
+    for value in (2, 3):
+        expected = plain[value].float() * scale
+        fits = (expected.abs() <= torch.finfo(dtype).max) & (expected != 0)
+        torch.testing.assert_close(ours[value][fits], expected[fits].to(dtype), atol=0, rtol=torch.finfo(dtype).eps)
+        bias = (ours[value].double() / expected - 1)[fits].mean()
+        assert abs(float(bias)) < torch.finfo(dtype).eps / 8
+
+
+def test_gradients_accumulate() -> None:
+    hidden, weight, target = problem(6, 33)
+    other, _, other_target = problem(4, 33, seed=1)
+    a = evaluate(linear_cross_entropy, hidden, weight, target)
+    b = evaluate(linear_cross_entropy, other, weight, other_target)
+    weight.requires_grad_()
+    linear_cross_entropy(hidden, weight, target).total.backward()
+    linear_cross_entropy(other, weight, other_target).total.backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, a[3] + b[3])
+
+
+def test_backward_may_run_twice() -> None:
+    hidden, weight, target = problem(6, 33)
+    once = evaluate(linear_cross_entropy, hidden, weight, target)
+    hidden.requires_grad_(), weight.requires_grad_()
+    total = linear_cross_entropy(hidden, weight, target).total
+    total.backward(retain_graph=True)
+    assert hidden.grad is not None
+    hidden.grad.zero_()  # what is kept for the second call is not what was handed out
+    total.backward()
+    assert weight.grad is not None
+    assert torch.equal(hidden.grad, once[2])
+    assert torch.equal(weight.grad, 2 * once[3])
+
+
+def test_no_rows() -> None:
+    _, weight, _ = problem(1, 9)
+    total, rows, d_hidden, d_weight = evaluate(
+        linear_cross_entropy, torch.empty(0, 6), weight, torch.empty(0, dtype=torch.int64)
+    )
+    assert float(total) == 0.0
+    assert rows.shape == (0,)
+    assert d_hidden.shape == (0, 6)
+    assert torch.equal(d_weight, torch.zeros(9, 6))
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "temperature": 0.8}], ids=str)
+def test_gradcheck(options: dict[str, float]) -> None:
+    hidden, weight, target = problem(4, 5, width=3)
+    row_weight = torch.tensor([1.0, 0.5, 0.0, 2.0])
+
+    def total(h: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, target, row_weight=row_weight, **options).total
+
+    assert torch.autograd.gradcheck(total, (hidden.double().requires_grad_(), weight.double().requires_grad_()))
+
+
+def test_second_derivatives_are_right_or_refused() -> None:
+    hidden, weight, target = problem(3, 5, width=2)
+    hidden = hidden.double().requires_grad_()
+
+    def second(loss: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        (first,) = torch.autograd.grad(loss(hidden, weight.double(), target)[0] ** 2, hidden, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), hidden)[0]
+
+    try:
+        ours = second(linear_cross_entropy)
+    except RuntimeError:
+        return
+    torch.testing.assert_close(ours, second(naive))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("want_hidden", "want_weight"), [(True, True), (False, False)])
+def test_torch_sees_one_operator(softcap: float | None, want_hidden: bool, want_weight: bool) -> None:
+    """Schema, fake tensors, autograd and dispatch, by torch's own checker."""
+    hidden, weight, target = problem(5, 7)
+    arguments = (
+        hidden.requires_grad_(want_hidden), weight.requires_grad_(want_weight), target, torch.ones(5), 0.9, softcap,
+        want_hidden, want_weight,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.genssd.linear_cross_entropy.default, arguments)
+
+
+@pytest.mark.parametrize("transposed", ["hidden", "weight"])
+def test_fake_tensors_have_the_strides_of_real_ones(transposed: str) -> None:
+    """Inductor asserts them: a head that is kept as [D, V] could not be compiled."""
+    hidden, weight, target = problem(5, 7)
+    if transposed == "hidden":
+        hidden = hidden.T.contiguous().T
+    else:
+        weight = weight.T.contiguous().T
+    arguments = (hidden.requires_grad_(), weight.requires_grad_(), target, torch.ones(5), 1.0, None, True, True)
+    torch.library.opcheck(
+        torch.ops.genssd.linear_cross_entropy.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_compiles_as_a_whole() -> None:
+    hidden, weight, target = problem(5, 33)
+    target[1] = -100
+    row_weight = torch.linspace(0, 1, 5)
+
+    def loss(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        out = linear_cross_entropy(h * 1.5, w, target, row_weight=row_weight, temperature=0.9, softcap=9.0)
+        return out.total / 3, out.rows
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_close(evaluate(compiled, hidden, weight), evaluate(loss, hidden, weight), 1e-6)
+
+
+HIDDEN, WEIGHT, TARGET = torch.zeros(3, 4), torch.ones(5, 4), torch.tensor([0, 1, 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.zeros(3, 5), WEIGHT, TARGET), {}, r"hidden \(3, 5\).*weight \(5, 4\)"),
+        ((torch.zeros(4), WEIGHT, TARGET), {}, r"hidden \(4,\)"),
+        ((HIDDEN[None], WEIGHT, TARGET), {}, r"hidden \(1, 3, 4\)"),
+        ((HIDDEN, torch.ones(0, 4), TARGET), {}, r"weight \(0, 4\)"),
+        ((HIDDEN, WEIGHT, TARGET[:2]), {}, r"target must be int64 \[3\]"),
+        ((HIDDEN, WEIGHT, TARGET[None]), {}, r"target must be int64 \[3\]"),
+        ((HIDDEN, WEIGHT, TARGET.int()), {}, r"target.*int32"),
+        ((HIDDEN, WEIGHT, TARGET), {"row_weight": torch.ones(2)}, r"row_weight must be \[3\]"),
+        ((HIDDEN, WEIGHT, TARGET), {"row_weight": torch.ones(3, 1)}, r"row_weight must be \[3\]"),
+        ((HIDDEN, WEIGHT, TARGET), {"row_weight": torch.ones(3, requires_grad=True)}, r"row_weight.*detach"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": 0.0}, r"temperature must be positive"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": -1.0}, r"temperature must be positive"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": math.nan}, r"temperature must be positive"),
+        ((HIDDEN, WEIGHT, TARGET), {"temperature": math.inf}, r"temperature must be positive"),
+        ((HIDDEN, WEIGHT, TARGET), {"softcap": 0.0}, r"softcap must be positive"),
+        ((HIDDEN, WEIGHT, TARGET), {"softcap": math.nan}, r"softcap must be positive"),
+        ((HIDDEN, WEIGHT, torch.tensor([0, 1, 5])), {}, r"target 5 of row 2.*vocabulary of 5"),
+        ((HIDDEN, WEIGHT, torch.tensor([-100, -1, 4])), {}, r"target -1 of row 1.*vocabulary of 5"),
+        ((HIDDEN, WEIGHT, torch.tensor([0, -100, 4])), {"ignore_index": -1}, r"target -100 of row 1"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple[Tensor, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"linear_cross_entropy.*{message}"):
+        linear_cross_entropy(*arguments, **options)
+
+
+def test_a_target_outside_is_named_whatever_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 9 * 4)
+    hidden, weight, target = problem(20, 9)
+    target[13] = 9
+    with pytest.raises(ValueError, match=r"row 13"):
+        linear_cross_entropy(hidden, weight, target)
+
+
+# the gradients and the top k of linear_logprob
+
+
+def statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> dict[str, Tensor]:
+    """Every statistic by its definition, for torch to differentiate."""
+    x = hidden @ weight.T + (0.0 if bias is None else bias)
+    if softcap is not None:
+        x = softcap * (x / softcap).tanh()
+    z = x / temperature
+    logp = log_softmax(z)
+    p = logp.exp()
+    return {
+        "logprob": logp.gather(1, target[:, None])[:, 0],
+        "logsumexp": z.logsumexp(1),
+        "entropy": -(p * logp.clamp_min(-1e9)).sum(1),
+        "sum_p2": (p * p).sum(1),
+    }
+
+
+STATISTICS = ("logprob", "logsumexp", "entropy", "sum_p2")
+
+
+def ours_and_exact(
+    names: tuple[str, ...], hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, **options: Any
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Gradients of a random combination of every row's statistics, in float32 and in float64."""
+    generator = torch.Generator().manual_seed(5)
+    upstream = {name: torch.randn(len(target), generator=generator) for name in names}
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        b = None if bias is None else bias.to(dtype)
+        if dtype == torch.float32:
+            stats = linear_logprob(h, w, target, bias=b, **options)
+            values = {name: getattr(stats, name) for name in names}
+        else:
+            values = statistics(h, w, target, b, **options)
+        mixed = sum((upstream[name].to(dtype) * values[name]).sum() for name in names)
+        assert isinstance(mixed, Tensor)
+        gradients.append(torch.autograd.grad(mixed, (h, w)))
+    return gradients[0], gradients[1]
+
+
+@pytest.mark.parametrize("names", [(name,) for name in STATISTICS] + [STATISTICS, STATISTICS[2:]], ids="+".join)
+@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+def test_gradients_of_the_statistics(names: tuple[str, ...], options: dict[str, float]) -> None:
+    hidden, weight, target = problem(9, 65)
+    for bias in (None, torch.linspace(-2, 2, 65)):
+        ours, truth = ours_and_exact(names, hidden, weight, target, bias, **options)
+        for value, expected in zip(ours, truth, strict=True):
+            torch.testing.assert_close(value.double(), expected, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_gradcheck_of_the_statistics(name: str) -> None:
+    hidden, weight, target = problem(3, 5, width=2)
+    bias = torch.linspace(-1, 1, 5, dtype=torch.float64)
+
+    def value(h: Tensor, w: Tensor) -> Tensor:
+        stats = linear_logprob(h, w, target, bias=bias, temperature=0.8, softcap=3.0)
+        assert isinstance(stats, TokenStats)
+        return getattr(stats, name)
+
+    assert torch.autograd.gradcheck(value, (hidden.double().requires_grad_(), weight.double().requires_grad_()))
+
+
+def test_logprob_and_cross_entropy_agree() -> None:
+    hidden, weight, target = problem(9, 65)
+
+    def negative(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        losses = -linear_logprob(h, w, target, temperature=0.7, softcap=6.0).logprob
+        return losses.sum(), losses
+
+    other = evaluate(linear_cross_entropy, hidden, weight, target, temperature=0.7, softcap=6.0)
+    assert_close(evaluate(negative, hidden, weight), other, 5e-6)
+
+
+def test_chunks_do_not_change_the_gradients_of_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem_and_bias = (*problem(23, 65), torch.linspace(-2, 2, 65))
+    whole, _ = ours_and_exact(STATISTICS, *problem_and_bias)
+    for rows in (1, 2, 7, 22):
+        monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 65 * rows)
+        monkeypatch.setattr(head, "SLICE", 65 * rows // 2)
+        ours, _ = ours_and_exact(STATISTICS, *problem_and_bias)
+        for value, expected in zip(ours, whole, strict=True):
+            torch.testing.assert_close(value, expected, atol=5e-6, rtol=5e-6)
+
+
+def test_banned_tokens_have_no_gradient() -> None:
+    hidden, weight, target = problem(5, 30)
+    bias = torch.zeros(30)
+    bias[::3] = -torch.inf
+    target = torch.tensor([1, 2, 4, 5, 7])
+    ours, truth = ours_and_exact(STATISTICS, hidden, weight, target, bias)
+    assert bool((ours[1][::3] == 0).all())
+    allowed = bias == 0
+    compact, _ = ours_and_exact(STATISTICS, hidden, weight[allowed], torch.tensor([0, 1, 2, 3, 4]), None)
+    torch.testing.assert_close(ours[0], compact[0], atol=5e-6, rtol=5e-6)
+    torch.testing.assert_close(ours[1][allowed], compact[1], atol=5e-6, rtol=5e-6)
+    torch.testing.assert_close(ours[0].double(), truth[0], atol=3e-5, rtol=3e-5)
+
+
+def test_the_gradient_of_a_nearly_certain_tokens_logprob() -> None:
+    weight = torch.tensor([[18.0], [0.1], [0.0]], requires_grad=True)
+    linear_logprob(torch.ones(1, 1), weight, torch.tensor([0])).logprob.sum().backward()
+    truth = exact(torch.ones(1, 1), weight.detach(), torch.tensor([0]))[3]
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[1:].double(), -truth[1:], atol=0, rtol=1e-5)
+    assert abs(float(weight.grad.sum())) < 1e-7
+
+
+def test_a_frozen_head_gets_no_gradient_of_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "add_product", None)
+    hidden, weight, target = problem(5, 33)
+    linear_logprob(hidden.requires_grad_(), weight, target).entropy.sum().backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_probabilities_in_a_gradient_sum_to_one_in_halves(dtype: torch.dtype) -> None:
+    """What the forward pass rounds, the backward pass rounds alike: it takes p from x and the forward's logsumexp."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(30, 16, generator=generator).to(dtype)
+    hidden[:, -1] = 1.0
+    weight = torch.randn(500, 16, generator=generator).to(dtype).float().requires_grad_()
+    for bias in (None, 8 * torch.randn(500, generator=generator)):
+        for n in range(30):
+            stats = linear_logprob(hidden[n : n + 1], weight, torch.tensor([0]), bias=bias)
+            (d_weight,) = torch.autograd.grad(stats.logsumexp.sum(), weight)
+            assert abs(float(d_weight[:, -1].sum()) - 1.0) < 0.02
+
+
+def test_statistics_of_half_inputs_have_gradients_of_their_dtypes() -> None:
+    hidden, weight, target = problem(9, 65)
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.requires_grad_()
+    linear_logprob(hidden, weight, target).logprob.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        stats = linear_logprob(hidden.detach().float(), weight, target)
+    assert torch.equal(stats.logprob, linear_logprob(hidden, weight, target).logprob)
+
+
+def test_an_unsound_bias_or_topk_is_named() -> None:
+    with pytest.raises(ValueError, match=r"bias is not differentiated"):
+        linear_logprob(HIDDEN, WEIGHT, TARGET, bias=torch.zeros(5, requires_grad=True))
+    for topk in (-1, 6):
+        with pytest.raises(ValueError, match=r"topk must be in 0\.\.5"):
+            linear_logprob(HIDDEN, WEIGHT, TARGET, topk=topk)
+
+
+@pytest.mark.parametrize("k", [1, 3, 64, 65])
+def test_topk_is_the_start_of_the_sorted_vocabulary(k: int) -> None:
+    hidden, weight, target = problem(9, 65)
+    stats = linear_logprob(hidden.double(), weight.double(), target, topk=k, temperature=0.7, softcap=9.0)
+    assert stats.topk is not None
+    values, ids = log_softmax(hidden.double() @ weight.double().T, 0.7, 9.0).sort(dim=1, descending=True)
+    assert torch.equal(stats.topk.ids, ids[:, :k])
+    torch.testing.assert_close(stats.topk.logprob, values[:, :k], atol=1e-12, rtol=1e-12)
+    assert stats.topk.ids.dtype == torch.int64
+    narrow = linear_logprob(hidden, weight, target, topk=k).topk
+    assert narrow is not None
+    assert narrow.logprob.dtype == torch.float32
+    assert linear_logprob(hidden, weight, target).topk is None
+
+
+def test_of_equal_tokens_the_topk_has_the_lower_ids_first() -> None:
+    logits = [[1.0, 3.0, 3.0, 2.0, 3.0, 1.0], [0.0] * 6, [5.0, 4.0, 3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 2.0, 2.0, 1.0, 2.0]]
+    hidden, weight = torch.eye(4), torch.tensor(logits).T
+    order = [sorted(range(6), key=lambda v, row=row: (-row[v], v)) for row in logits]
+    assert order[0] == [1, 2, 4, 3, 0, 5]
+    for k in range(1, 7):
+        topk = linear_logprob(hidden, weight, torch.zeros(4, dtype=torch.int64), topk=k).topk
+        assert topk is not None
+        assert topk.ids.tolist() == [row[:k] for row in order]
+        assert bool((topk.logprob.diff(dim=1) <= 0).all())
+
+
+def test_ties_in_a_large_vocabulary_at_the_edge_of_the_topk() -> None:
+    weight = (torch.arange(3000) % 7).float()[:, None]
+    topk = linear_logprob(torch.ones(3, 1), weight, torch.zeros(3, dtype=torch.int64), topk=500).topk
+    assert topk is not None
+    expected = sorted(range(3000), key=lambda v: (-(v % 7), v))[:500]
+    assert topk.ids.tolist() == [expected] * 3
+
+
+def test_banned_tokens_come_last_in_the_topk() -> None:
+    bias = torch.full((9,), -torch.inf)
+    bias[[2, 6]] = torch.tensor([0.0, 1.0])
+    topk = linear_logprob(torch.zeros(1, 4), torch.ones(9, 4), torch.tensor([2]), bias=bias, topk=4).topk
+    assert topk is not None
+    assert topk.ids.tolist() == [[6, 2, 0, 1]]
+    assert topk.logprob[0, 2:].tolist() == [-math.inf, -math.inf]
+
+
+def test_the_first_of_the_topk_has_rank_one() -> None:
+    """The two logits differ by less than their log-probabilities can tell."""
+    weight = torch.zeros(3000, 1)
+    weight[5], weight[9] = 0.1, 0.1 + 3e-8
+    stats = linear_logprob(torch.ones(2, 1), weight, torch.tensor([5, 9]), topk=2)
+    assert stats.rank.tolist() == [2, 1]
+    assert stats.topk is not None
+    assert stats.topk.ids[0].tolist() == [9, 5]
+
+
+def test_topk_has_no_gradient_and_changes_no_other() -> None:
+    hidden, weight, target = problem(9, 65)
+    hidden.requires_grad_(), weight.requires_grad_()
+    stats, plain = (linear_logprob(hidden, weight, target, topk=k) for k in (4, 0))
+    assert stats.topk is not None
+    assert not stats.topk.logprob.requires_grad
+    assert not stats.rank.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        stats.topk.logprob.sum().backward()
+    ours, without = (torch.autograd.grad(s.logprob.sum(), (hidden, weight)) for s in (stats, plain))
+    for value, expected in zip(ours, without, strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_a_row_that_is_no_number_is_named_whatever_the_topk() -> None:
+    hidden, weight = torch.tensor([[0.0], [math.inf], [0.0]]), torch.tensor([[0.0], [0.0], [1.0], [-1.0]])
+    for k in range(5):
+        with pytest.raises(NonFiniteLogits, match="row 1"):
+            linear_logprob(hidden, weight, torch.zeros(3, dtype=torch.int64), topk=k)
+
+
+def test_topk_and_gradients_of_no_rows() -> None:
+    hidden, weight = torch.empty(0, 6, requires_grad=True), torch.ones(9, 6, requires_grad=True)
+    stats = linear_logprob(hidden, weight, torch.empty(0, dtype=torch.int64), topk=3)
+    assert stats.topk is not None
+    assert stats.topk.ids.shape == stats.topk.logprob.shape == (0, 3)
+    d_hidden, d_weight = torch.autograd.grad(stats.logprob.sum(), (hidden, weight))
+    assert d_hidden.shape == (0, 6)
+    assert torch.equal(d_weight, torch.zeros(9, 6))
+
+
+def test_topk_is_sliced_and_joined_with_the_rest() -> None:
+    stats = linear_logprob(*problem(13, 31), topk=4)
+    joined = TokenStats.concatenate([stats[0:1], stats[1:9], stats[9:13]])
+    assert stats.topk is not None
+    assert joined.topk is not None
+    assert torch.equal(joined.topk.ids, stats.topk.ids)
+    assert torch.equal(joined.topk.logprob, stats.topk.logprob)
+    assert TokenStats.concatenate([stats, linear_logprob(*problem(2, 31))]).topk is None
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(7)], ids=["plain", "bias"])
+def test_torch_sees_the_operators_of_the_statistics(bias: Tensor | None) -> None:
+    hidden, weight, target = problem(5, 7)
+    forward = (hidden.requires_grad_(), weight.requires_grad_(), target, bias, 0.9, 8.0, 2)
+    torch.library.opcheck(torch.ops.genssd.linear_logprob.default, forward)
+    stats, upstream = torch.randn(4, 5), torch.randn(4, 5)
+    backward = (hidden.detach(), weight.detach(), target, bias, stats, upstream, 0.9, 8.0, True, True)
+    torch.library.opcheck(torch.ops.genssd.linear_logprob_backward.default, backward)
+
+
+def test_statistics_compile_as_a_whole() -> None:
+    hidden, weight, target = problem(5, 33)
+
+    def loss(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        stats = linear_logprob(h * 1.5, w, target, temperature=0.9, softcap=9.0, topk=2)
+        return stats.logprob.sum() + 0.3 * stats.entropy.sum(), stats.sum_p2
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_close(evaluate(compiled, hidden, weight), evaluate(loss, hidden, weight), 1e-6)
