@@ -24,7 +24,7 @@ from genssd.distill.outcome_rows import Origin, decision_row, selection_row
 from genssd.distill.rows import ProblemRow, read_problems
 from genssd.distill.run_directory import claim
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import resolve
+from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from genssd.engine.candidate import Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.tree import Path
@@ -34,6 +36,10 @@ class Brancher(Protocol):
     def drop_paths(self, branch: Branch) -> None: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
+
+    def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]: ...
 
 
 class Branch:
@@ -79,6 +85,38 @@ class Branch:
     def teacher_logprob(self) -> Tensor:
         """Of the chunk's tokens, float32 [tokens], at temperature 1."""
         return torch.tensor(self.chunk_teacher_logprob)
+
+    def candidate(self) -> Candidate:
+        """What criteria see of the chunk."""
+        return Candidate(
+            token_ids=tuple(self.chunk),
+            stats=self.stats,
+            history_ids=tuple(self.history),
+            history=self._committed_stats(),
+            teacher_logprob=self.teacher_logprob,
+            final=self.ended != "chunk",
+            finished=self.ended == "finished",
+            stream=self.stream,
+            pieces_of=self._owner.pieces,
+            local_logprob=partial(self._owner.local_logprob, self.prompt),
+        )
+
+    def response(self) -> Candidate:
+        """What criteria see of the committed response as a whole."""
+        teacher = torch.cat(self.history_teacher_logprob) if self.history else torch.empty(0)
+        return Candidate(
+            token_ids=tuple(self.history),
+            stats=self._committed_stats(),
+            teacher_logprob=teacher,
+            final=True,
+            finished=self.ended == "finished",
+            stream=self.stream,
+            pieces_of=self._owner.pieces,
+            local_logprob=partial(self._owner.local_logprob, self.prompt),
+        )
+
+    def _committed_stats(self) -> TokenStats:
+        return TokenStats.concatenate(self.history_stats) if self.history_stats else TokenStats.empty()
 
     def expand(self, n: int, chunk: Chunk) -> list[Branch]:
         """Sample n candidate chunks and have the student score them. The branch itself stays as it is.

@@ -1,79 +1,338 @@
-"""Selection criteria: how well a candidate suits the student.
+"""The registered selection criteria: how well a candidate suits the student.
 
-A criterion is an object with two methods; anything with them can be passed as `criterion=`. The same objects score
-online, in the search, and afterwards, over finished traces.
+Sources are named at each; defaults marked as ours are not a paper's. All read the student's log-probabilities at
+temperature 1 on the raw logits, however the teacher samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from genssd.engine.candidate import Candidate, Window
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import uniform
-from genssd.kernels.logprob import TokenStats
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """What a criterion may look at. Tokens are those of the chunk, its end-of-sequence token included."""
-
-    token_ids: tuple[int, ...]
-    stats: TokenStats
-    """The student's statistics of the chunk's tokens."""
-    history: TokenStats
-    """The student's statistics of the response before the chunk."""
-    teacher_logprob: Tensor
-    """float32 [tokens], at temperature 1 over the whole vocabulary."""
-    final: bool
-    """Whether the response ends with this chunk."""
-    stream: int
-    """The candidate's random stream."""
-
-
-@runtime_checkable
-class Criterion(Protocol):
-    """Turns a candidate into a number and says which direction is better."""
-
-    def score(self, candidate: Candidate) -> float:
-        """The candidate's value; never NaN."""
-        ...
-
-    def higher_is_better(self) -> bool:
-        """Whether a larger value suits the student better."""
-        ...
+Scope = Literal["chunk", "trajectory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
     """exp of the student's mean negative log-probability, end of sequence included; lower is better (Gen-SSD).
 
-    Always at temperature 1 on the raw logits, however the teacher samples.
+    Over whole responses this picks what GRAPE picks (2502.04194).
     """
 
-    scope: Literal["chunk", "trajectory"] = "chunk"
-    """What the mean runs over. Use "trajectory" with beam > 1, where candidates of different branches compete."""
+    scope: Literal["chunk", "trajectory", "window"] = "chunk"
+    """What the mean runs over: the chunk, the response so far, or its last `window` tokens. With beam > 1, where
+    candidates of different branches compete, use "trajectory"."""
+    window: int = 256
+    norm: Literal["token", "byte", "sum"] = "token"
+    """Mean over tokens, mean over bytes of text (comparable between tokenizers), or the sum itself, without exp."""
+    reduce: Literal["mean", "max", "drop_first"] = "mean"
+    """All tokens, the least likely one alone, or all but the first: a first token is often the least likely."""
     min_tokens: int = 8
     """A last chunk shorter than this is scored together with the end of its history: otherwise a two-token ending
     always wins over chunks that go on. Ours."""
 
+    def __post_init__(self) -> None:
+        if self.norm != "token" and self.reduce == "max":
+            raise InputError(f"ppl: reduce='max' is one token's; it has no norm={self.norm!r}")
+        if self.window < 1 or self.min_tokens < 0:
+            raise InputError("ppl: window must be at least 1 and min_tokens at least 0")
+
     def score(self, candidate: Candidate) -> float:
-        history = candidate.history.logprob
-        if self.scope == "chunk":
-            missing = self.min_tokens - len(candidate.stats) if candidate.final else 0
-            borrowed = min(len(history), max(0, missing))
-            history = history[len(history) - borrowed :]
-        logprob = torch.cat((history, candidate.stats.logprob)).double()
-        nll = -float(logprob.mean())
-        return math.exp(nll) if nll < 700.0 else math.inf
+        logprob = candidate.whole_logprob()
+        first = len(logprob) - self._tokens(candidate)
+        if self.reduce == "drop_first" and first < len(logprob) - 1:
+            first += 1
+        nll = -logprob[first:]
+        if self.reduce == "max":
+            return _exp(float(nll.max()))
+        if self.norm == "sum":
+            return float(nll.sum())
+        if self.norm == "byte":
+            num_bytes = sum(len(piece.encode()) for piece in candidate.pieces()[first:])
+            return _exp(float(nll.sum()) / max(1, num_bytes))
+        return _exp(float(nll.mean()))
 
     def higher_is_better(self) -> bool:
         return False
+
+    def _tokens(self, candidate: Candidate) -> int:
+        """How many of the last tokens count."""
+        everything = len(candidate.history) + len(candidate.stats)
+        if self.scope == "trajectory":
+            return everything
+        if self.scope == "window":
+            return min(everything, max(self.window, len(candidate.stats)))
+        shortest = self.min_tokens if candidate.final else 0
+        return min(everything, max(shortest, len(candidate.stats)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSurprisal:
+    """sum of min(rank, r_max) / sum of negative log-probabilities; lower is better (RSR, 2601.14249, App. B.4).
+
+    Low where the student is surprised by tokens that it ranks high. The end of sequence does not count.
+    """
+
+    r_max: int = 100
+    scope: Scope = "chunk"
+    eps: float = 1e-12
+    """Least sum of surprisals: what the student knows by heart has next to none."""
+
+    def score(self, candidate: Candidate) -> float:
+        rank, logprob = candidate.stats.rank[: candidate.num_content], candidate.logprob[: candidate.num_content]
+        if self.scope == "trajectory":
+            rank = torch.cat((candidate.history.rank, rank))
+            logprob = torch.cat((candidate.history.logprob.double().cpu(), logprob))
+        if not len(rank):
+            return math.inf
+        return float(rank.clamp(max=self.r_max).sum()) / max(self.eps, -float(logprob.sum()))
+
+    def higher_is_better(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalNaturalness:
+    """Mean over steps of the step's mean log-probability given the prompt and a few steps before it alone; higher is
+    better (LALP, 2510.03988).
+
+    Every window is a sequence of its own: positions go on from the prompt's as if nothing else had been written.
+    """
+
+    steps: int = 4
+    """Preceding steps in view."""
+    share: float | None = None
+    """The same as a share of the steps that precede, rounded up (the paper's second version)."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or not (self.share is None or 0.0 <= self.share <= 1.0):
+            raise InputError("lalp: steps must be at least 0, and share None or in [0, 1]")
+
+    def score(self, candidate: Candidate) -> float:
+        if candidate.local_logprob is None:
+            raise InputError("lalp scores windows of its own, and this candidate came without a model to do it")
+        windows = self.windows(candidate)
+        ids = (*candidate.history_ids, *candidate.token_ids)
+        if not windows:
+            return -math.inf
+        means = [float(part.double().mean()) for part in candidate.local_logprob(ids, windows)]
+        return sum(means) / len(means)
+
+    def windows(self, candidate: Candidate) -> list[Window]:
+        """What is scored: every step of the chunk, or the part of it that lies there."""
+        begin = len(candidate.history_ids)
+        spans = candidate.steps()
+        windows = []
+        for i, (start, end) in enumerate(spans):
+            if end > begin:
+                seen = self.steps if self.share is None else math.ceil(self.share * i)
+                windows.append((spans[max(0, i - seen)][0], max(start, begin), end))
+        return windows
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AslecDrop:
+    """Mean log-probability without the first tokens of every step; higher is better (ASLEC, 2604.06834).
+
+    A step's first token is unlikely whatever the step says, so a plain mean prefers long steps.
+    """
+
+    skip_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if self.skip_tokens < 0:
+            raise InputError("aslec_drop: skip_tokens must be at least 0")
+
+    def score(self, candidate: Candidate) -> float:
+        kept, first = _heads(candidate, self.skip_tokens)
+        logprob = kept if len(kept) else first  # steps so short that nothing is left; ours
+        return float(logprob.mean()) if len(logprob) else -math.inf
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AslecCasl:
+    """Mean log-probability less what the share of step heads explains of it; higher is better (ASLEC, 2604.06834).
+
+    Over the pool, M ~ b1 M_rest + b2 M_heads + gamma F + c by least squares, where F is the share of tokens that head a
+    step; the value is M - gamma F. With gamma given nothing is fitted, and the search can use it.
+    """
+
+    gamma: float | None = None
+
+    @property
+    def pool(self) -> Literal["prompt", "data"]:
+        return "data" if self.gamma is None else "prompt"
+
+    @property
+    def num_features(self) -> int:
+        return 4
+
+    def features(self, candidate: Candidate) -> tuple[float, ...]:
+        rest, heads = _heads(candidate, 1)
+        count = len(rest) + len(heads)
+        if not count:
+            return (-math.inf, 0.0, 0.0, 0.0)
+        mean = float(torch.cat((rest, heads)).mean())
+        return (
+            mean,
+            float(rest.mean()) if len(rest) else mean,
+            float(heads.mean()) if len(heads) else mean,
+            len(heads) / count,
+        )
+
+    def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
+        gamma = self.fit(features) if self.gamma is None else self.gamma
+        return [mean - gamma * share for mean, _, _, share in features]
+
+    def fit(self, features: Sequence[tuple[float, ...]]) -> float:
+        """gamma of a pool; of a pool too small or too uniform to tell, the least-norm solution's."""
+        table = np.array([row for row in features if math.isfinite(row[0])], dtype=np.float64)
+        if not len(table):
+            return 0.0
+        design = np.column_stack((table[:, 1:], np.ones(len(table))))
+        solution, *_ = np.linalg.lstsq(design, table[:, 0], rcond=None)
+        return float(solution[2])
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lark:
+    """The student's learning gain relative to the prompt's other candidates; higher is better (LARK, 2605.30651).
+
+    With L the mean negative log-probability, B = mean of 1 - 2 p(y) + sum p^2 (Brier's score) and r = B / L, the gain
+    is (L_k / sum L) (2 r_k - sum r_i L_i / sum L). Values of different prompts do not compare.
+    """
+
+    @property
+    def pool(self) -> Literal["prompt", "data"]:
+        return "prompt"
+
+    @property
+    def num_features(self) -> int:
+        return 2
+
+    def features(self, candidate: Candidate) -> tuple[float, ...]:
+        logprob = candidate.logprob
+        loss = max(-float(logprob.mean()), 1e-12)
+        brier = float((1.0 - 2.0 * logprob.exp() + candidate.stats.sum_p2.double().cpu()).mean())
+        return loss, brier / loss
+
+    def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
+        total = sum(loss for loss, _ in features)
+        mean_ratio = sum(loss * ratio for loss, ratio in features) / total
+        return [loss / total * (2.0 * ratio - mean_ratio) for loss, ratio in features]
+
+    @staticmethod
+    def weights(scores: Sequence[float], budget: int) -> list[float]:
+        """Training weights of the best `budget` candidates of a pool, 0 for the others; they sum to 1.
+
+        q_k = (g_k - g_next) / (budget (mean g - g_next)), g_next being the best score left out. Uniform when all are
+        kept or all are equal (there is no threshold then).
+        """
+        if not 1 <= budget <= len(scores):
+            raise InputError(f"lark: the budget must be in 1..{len(scores)}, not {budget}")
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        kept = order[:budget]
+        least = scores[order[budget]] if budget < len(scores) else math.nan
+        spread = sum(scores[i] for i in kept) - budget * least
+        weights = [0.0] * len(scores)
+        for i in kept:
+            weights[i] = (scores[i] - least) / spread if spread > 0 else 1.0 / budget
+        return weights
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Mean of log p(teacher) - log p(student); higher is better: the teacher is sure, the student is not (DASD,
+    2601.09088)."""
+
+    def score(self, candidate: Candidate) -> float:
+        return float((_teacher_logprob(candidate, "divergence") - candidate.logprob).mean())
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RsdAccept:
+    """Share of tokens that the student gives at least `probability` and ranks within its `top` (RSD, 2509.22230);
+    higher is better."""
+
+    probability: float = 0.01
+    top: int = 20
+
+    def score(self, candidate: Candidate) -> float:
+        likely = candidate.logprob >= math.log(self.probability)
+        return float((likely & (candidate.stats.rank.cpu() <= self.top)).double().mean())
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurprisalBand:
+    """Share of tokens whose surprisal, in nats, lies in [low, high]; higher is better. Ours: neither known by heart nor
+    out of reach."""
+
+    low: float = 0.5
+    high: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise InputError(f"surprisal_band: low must lie below high, not {self.low} and {self.high}")
+
+    def score(self, candidate: Candidate) -> float:
+        nll = -candidate.logprob
+        return float(((nll >= self.low) & (nll <= self.high)).double().mean())
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Length:
+    """Number of tokens. A control: many criteria come down to it."""
+
+    scope: Scope = "chunk"
+    longest: bool = False
+
+    def score(self, candidate: Candidate) -> float:
+        return float(len(candidate.token_ids) + (len(candidate.history_ids) if self.scope == "trajectory" else 0))
+
+    def higher_is_better(self) -> bool:
+        return self.longest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherLogprob:
+    """The teacher's own mean log-probability; higher is better. A control that does not ask the student."""
+
+    def score(self, candidate: Candidate) -> float:
+        return float(_teacher_logprob(candidate, "teacher_logprob").mean())
+
+    def higher_is_better(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,29 +340,27 @@ class Random:
     """A number from the candidate's own random stream: the control that any criterion has to beat."""
 
     def score(self, candidate: Candidate) -> float:
-        return uniform(candidate.stream, len(candidate.history))
+        return uniform(candidate.stream, len(candidate.history_ids))
 
     def higher_is_better(self) -> bool:
         return True
 
 
-_MAKERS: dict[str, Callable[[], Criterion]] = {"ppl": Perplexity, "random": Random}
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700.0 else math.inf
 
 
-def register_criterion(name: str, maker: Callable[[], Criterion]) -> None:
-    """Make a criterion available by name. Raises InputError when the name is taken."""
-    if name in _MAKERS:
-        raise InputError(f"a criterion named {name!r} is already registered")
-    _MAKERS[name] = maker
+def _teacher_logprob(candidate: Candidate, name: str) -> Tensor:
+    if candidate.teacher_logprob is None:
+        raise InputError(f"{name} needs the teacher's log-probabilities, and these responses came without them")
+    return candidate.teacher_logprob.double().cpu()
 
 
-def resolve(criterion: str | Criterion) -> Criterion:
-    """A criterion from its registered name, or the object itself."""
-    if isinstance(criterion, str):
-        maker = _MAKERS.get(criterion)
-        if maker is None:
-            raise InputError(f"unknown criterion {criterion!r}; registered: {', '.join(sorted(_MAKERS))}")
-        return maker()
-    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
-        raise InputError(f"{criterion!r} is no criterion: it needs score(candidate) and higher_is_better()")
-    return criterion
+def _heads(candidate: Candidate, count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the chunk's tokens (without the end of sequence): all others, and the first of each step."""
+    begin = len(candidate.history_ids)
+    head = torch.zeros(begin + candidate.num_content, dtype=torch.bool)
+    for start, end in candidate.steps():
+        head[start : min(end, start + count)] = True
+    head, logprob = head[begin:], candidate.logprob[: candidate.num_content]
+    return logprob[~head], logprob[head]

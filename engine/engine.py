@@ -8,10 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from genssd.engine.branch import Branch, PromptIds
+from genssd.engine.candidate import AnyCriterion, Window
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import Criterion, resolve
+from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import CapacityError, CheckpointError, InputError
 from genssd.engine.expander import Expander, Expansion, Promises, Usage
 from genssd.engine.generation import Completion, generate
@@ -25,6 +28,7 @@ from genssd.engine.scoring import score
 from genssd.engine.search import PromptSearch, SearchOptions, search
 from genssd.engine.selection import Selection
 from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.windows import local_logprob
 from genssd.kernels.logprob import TokenStats
 
 Role = Literal["teacher", "student"]
@@ -98,7 +102,7 @@ class Engine:
         candidates: int = 4,
         chunk: Chunk = Chunk(),
         beam: int = 1,
-        criterion: str | Criterion = "ppl",
+        criterion: str | AnyCriterion = "ppl",
         threshold: float | None = None,
         max_tokens: int = 4096,
         sampling: Sampling = Sampling(top_p=0.95),
@@ -134,7 +138,7 @@ class Engine:
         candidates: int = 4,
         chunk: Chunk = Chunk(),
         beam: int = 1,
-        criterion: str | Criterion = "ppl",
+        criterion: str | AnyCriterion = "ppl",
         threshold: float | None = None,
         max_tokens: int = 4096,
         sampling: Sampling = Sampling(top_p=0.95),
@@ -228,6 +232,20 @@ class Engine:
             self._check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
             pairs.append((prompt_ids, ids))
         return score(runner, pairs)
+
+    def local_logprob(
+        self, prompt: Prompt, response: Sequence[int], windows: Sequence[Window], *, model: Role = "student"
+    ) -> list[Tensor]:
+        """log p(response[start:end] | prompt, response[context:start]) for windows (context, start, end).
+
+        Every window is a sequence of its own behind the prompt, positions included; the prompt is computed once.
+        """
+        runner = self._runner(model)
+        prompt_ids = self._encode(prompt, model, "the prompt")
+        _check_ids(response, runner, "the response")
+        longest = max((end - context for context, _, end in windows), default=0)
+        self._check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
+        return local_logprob(runner, prompt_ids, response, windows)
 
     def branch(self, prompt: Prompt, *, sampling: Sampling = Sampling(top_p=0.95), seed: int = 0) -> Branch:
         """The root of a tree for searches of your own; see `Branch`."""
@@ -379,6 +397,12 @@ class _Brancher:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        return self._tokenizer.pieces(token_ids)
+
+    def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]:
+        return local_logprob(self._engine._runner("student"), prompt.student, ids, windows)
 
 
 def _labels(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:

@@ -17,16 +17,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from genssd.engine.branch import Branch
+from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import Candidate, Criterion
 from genssd.engine.errors import InputError
 from genssd.engine.expander import Expander, Expansion
 from genssd.engine.loops import LoopGuard
 from genssd.engine.selection import STATUSES, CandidateRecord, ChunkScore, Selection, Status, Trajectory, Verdict
-from genssd.kernels.logprob import TokenStats
 
 NO_ROOM = (
     "the prompt's next round does not fit into the key-value cache beside the branches that others hold; "
@@ -41,7 +38,7 @@ class SearchOptions:
     candidates: int
     chunk: Chunk
     beam: int
-    criterion: Criterion
+    criterion: AnyCriterion
     threshold: float | None
     max_tokens: int
     loop_guard: LoopGuard | None
@@ -53,6 +50,11 @@ class SearchOptions:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.threshold is not None and math.isnan(self.threshold):
             raise InputError("threshold must be a number or None, not NaN")
+        if isinstance(self.criterion, PoolCriterion) and self.criterion.pool == "data":
+            raise InputError(
+                f"{self.criterion!r} is fitted over all of the data, which the search does not have yet; fix what it "
+                "fits (aslec_casl(gamma=...)), or use it on finished traces with `genssd score`"
+            )
 
     def acceptable(self, score: float) -> bool:
         """Whether a value is no worse than the threshold."""
@@ -94,7 +96,7 @@ class PromptSearch:
     def select(self, options: SearchOptions) -> None:
         """Judge the candidates of the finished round; commit the kept, drop the others."""
         parents = [expansion.parent for expansion in self.in_flight]
-        scored = [_Scored(kid, _evaluate(kid, options, self.label)) for e in self.in_flight for kid in e.kids]
+        scored = _judge([kid for expansion in self.in_flight for kid in expansion.kids], options, self.label)
         for expansion in self.in_flight:
             _reject(expansion, scored, options)
         slots = options.beam - sum(status != "pruned" for _, status in self.final)
@@ -115,7 +117,9 @@ class PromptSearch:
 
     def result(self, options: SearchOptions, error: str | None = None) -> Selection:
         """The prompt's outcome."""
-        trajectories = [self._trajectory(branch, status, options) for branch, status in self.final]
+        written = [branch for branch, _ in self.final if branch.history]
+        scores = dict(zip(written, evaluate(options.criterion, [b.response() for b in written]), strict=True))
+        trajectories = [self._trajectory(b, status, scores.get(b, math.nan)) for b, status in self.final]
         trajectories.sort(key=lambda t: (STATUSES.index(t.status), options.rank(t.score)))
         return Selection(
             index=self.index,
@@ -146,24 +150,15 @@ class PromptSearch:
         self.final.append((kid, "finished" if kid.ended == "finished" else "length"))
         kid.drop()
 
-    def _trajectory(self, branch: Branch, status: Status, options: SearchOptions) -> Trajectory:
-        stats = TokenStats.concatenate(branch.history_stats) if branch.history_stats else TokenStats.empty()
-        whole = Candidate(
-            token_ids=tuple(branch.history),
-            stats=stats,
-            history=TokenStats.empty(),
-            teacher_logprob=torch.cat(branch.history_teacher_logprob) if branch.history else torch.empty(0),
-            final=True,
-            stream=branch.stream,
-        )
+    def _trajectory(self, branch: Branch, status: Status, score: float) -> Trajectory:
         return Trajectory(
-            token_ids=whole.token_ids,
+            token_ids=tuple(branch.history),
             text=branch.text,
-            score=options.criterion.score(whole) if branch.history else math.nan,
+            score=score,
             status=status,
             trace=branch.trace,
             chunks=self.chunk_scores.get(branch.trace, ()),
-            stats=stats,
+            stats=branch.response().stats,
         )
 
 
@@ -193,20 +188,12 @@ def abs_rank(rank: float, options: SearchOptions) -> float:
     return -rank if options.criterion.higher_is_better() else rank
 
 
-def _evaluate(kid: Branch, options: SearchOptions, label: str) -> float:
-    history = TokenStats.concatenate(kid.history_stats) if kid.history_stats else TokenStats.empty()
-    candidate = Candidate(
-        token_ids=tuple(kid.chunk),
-        stats=kid.stats,
-        history=history,
-        teacher_logprob=kid.teacher_logprob,
-        final=kid.ended != "chunk",
-        stream=kid.stream,
-    )
-    score = options.criterion.score(candidate)
-    if math.isnan(score):
+def _judge(kids: Sequence[Branch], options: SearchOptions, label: str) -> list[_Scored]:
+    """Every candidate of a round with its value: they compete with each other."""
+    scores = evaluate(options.criterion, [kid.candidate() for kid in kids])
+    if any(math.isnan(score) for score in scores):
         raise InputError(f"the criterion {options.criterion!r} returned NaN for a candidate of {label}")
-    return score
+    return [_Scored(kid, score) for kid, score in zip(kids, scores, strict=True)]
 
 
 def _reject(expansion: Expansion, scored: Sequence[_Scored], options: SearchOptions) -> None:

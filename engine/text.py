@@ -102,6 +102,14 @@ class Tokenizer:
             text = self._token_text[token_id] = str(self.hf.decode([token_id]))
         return text
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The text that each token completes; joined, they are the text of all. Special tokens have their names."""
+        stream = TextStream(self)
+        pieces = [stream.push(token) for token in token_ids]
+        if pieces:
+            pieces[-1] += stream.rest()
+        return pieces
+
     def _check_ids(self, parts: Sequence[Any]) -> list[int]:
         try:
             ids = [operator.index(part) for part in parts]
@@ -139,5 +147,11 @@ class TextStream:
         text = str(self._tokenizer.hf.decode(self._waiting))
         if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_CHARACTER:
             return ""
+        self._waiting = []
+        return text
+
+    def rest(self) -> str:
+        """The text of what still waits: bytes that make no character."""
+        text = str(self._tokenizer.hf.decode(self._waiting)) if self._waiting else ""
         self._waiting = []
         return text

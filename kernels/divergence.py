@@ -216,11 +216,6 @@ def _terms(log_p: Tensor, log_q: Tensor, kind: str, mix: float) -> tuple[Tensor,
     return share, share - (1.0 - mix) * torch.where(p > 0, p * (log_p - log_m).exp(), 0.0)
 
 
-def constant_of(kind: str) -> float:
-    """What `_terms` leaves out of f. It matters only where the sum does not run over the whole softmax."""
-    return 1.0 if kind in ("reverse_kl", "skew_reverse_kl") else 0.0
-
-
 def divergence_rows(
     student_x_CV: Tensor,
     teacher_x_CU: Tensor,
@@ -242,8 +237,9 @@ def divergence_rows(
         log_q = squash(teacher_x_CU[part], temperature, teacher_softcap).log_softmax(1)[:, :shared]
         share, g = _terms(log_p[:, :shared], log_q, kind, mix)
         p = log_p.exp_()
-        if shared < V:
-            g = g + constant_of(kind) * p[:, :shared]
+        if shared < V and kind in ("reverse_kl", "skew_reverse_kl"):
+            # the constant in f, which matters where the sum does not run over all of the student's softmax
+            g = g + p[:, :shared]
         # the teacher's probabilities are all there and sum to 1; saying so makes the gradient p - q
         mean = -torch.ones_like(row_weight_C[part]) if kind == "forward_kl" and shared == U else g.sum(1)
         dz = p.mul_(-mean[:, None])

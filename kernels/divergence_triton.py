@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels.divergence import constant_of
 from genssd.kernels.head_triton import row_normalizer, squash, unsquash_gradient
 
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4}
@@ -49,7 +48,7 @@ def _terms(log_p, log_q, mix, KIND: tl.constexpr):
 @triton.jit
 def _divergence_kernel(
     student, teacher, row_weight, loss, dx,  # [C, V] [C, U] [C] [C] [C, V]
-    V, U, stride_student, stride_teacher, stride_dx, mix, constant, temperature, student_softcap, teacher_softcap,
+    V, U, stride_student, stride_teacher, stride_dx, mix, temperature, student_softcap, teacher_softcap,
     KIND: tl.constexpr, BLOCK: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -60,7 +59,8 @@ def _divergence_kernel(
     peak_p, sum_p = row_normalizer(student, V, temperature, student_softcap, BLOCK, STUDENT_SOFTCAP)
     peak_q, sum_q = row_normalizer(teacher, U, temperature, teacher_softcap, BLOCK, TEACHER_SOFTCAP)
     shared = tl.minimum(V, U)
-    constant = tl.where(shared < V, constant, 0.0)
+    # a constant in f matters where the sum does not run over all of the student's softmax
+    constant = tl.where((shared < V) & (KIND == 1 or KIND == 4), 1.0, 0.0)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     mean = tl.zeros([BLOCK], tl.float32)
@@ -110,7 +110,7 @@ def divergence_rows(
     _divergence_kernel[(C,)](
         student_x_CV, teacher_x_CU, row_weight_C, loss_C, dx_CV, V, teacher_x_CU.shape[1],
         student_x_CV.stride(0), teacher_x_CU.stride(0), dx_CV.stride(0),
-        mix, constant_of(kind), temperature, student_softcap or 1.0, teacher_softcap or 1.0,
+        mix, temperature, student_softcap or 1.0, teacher_softcap or 1.0,
         KIND=KINDS[kind], BLOCK=block,
         STUDENT_SOFTCAP=student_softcap is not None, TEACHER_SOFTCAP=teacher_softcap is not None, num_warps=8,
     )  # fmt: skip

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from genssd.engine.branch import Branch as Branch
+    from genssd.engine.candidate import Candidate as Candidate
+    from genssd.engine.candidate import Criterion as Criterion
     from genssd.engine.chunk import Chunk as Chunk
-    from genssd.engine.criteria import Criterion as Criterion
     from genssd.engine.criteria import Perplexity as Perplexity
-    from genssd.engine.criteria import register_criterion as register_criterion
+    from genssd.engine.criterion_names import register_criterion as register_criterion
     from genssd.engine.engine import Engine as Engine
     from genssd.engine.errors import GenssdError as GenssdError
     from genssd.engine.loops import LoopGuard as LoopGuard
@@ -29,7 +30,8 @@ __version__ = version("genssd")
 _HOME = {
     "Branch": "genssd.engine.branch",
     "Chunk": "genssd.engine.chunk",
-    "Criterion": "genssd.engine.criteria",
+    "Candidate": "genssd.engine.candidate",
+    "Criterion": "genssd.engine.candidate",
     "Engine": "genssd.engine.engine",
     "GenssdError": "genssd.engine.errors",
     "LoopGuard": "genssd.engine.loops",
@@ -37,7 +39,7 @@ _HOME = {
     "Sampling": "genssd.engine.sampling",
     "Selection": "genssd.engine.selection",
     "TokenStats": "genssd.kernels.logprob",
-    "register_criterion": "genssd.engine.criteria",
+    "register_criterion": "genssd.engine.criterion_names",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 

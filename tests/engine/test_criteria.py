@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genssd.engine import criteria
-from genssd.engine.criteria import Candidate, Criterion, Perplexity, Random, register_criterion, resolve
+from genssd.engine import criterion_names
+from genssd.engine.candidate import Candidate, Criterion
+from genssd.engine.criteria import Perplexity, Random
+from genssd.engine.criterion_names import register_criterion, resolve
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TokenStats
 
@@ -30,9 +32,11 @@ def candidate(chunk: list[float], history: list[float], stream: int = 0, final: 
     return Candidate(
         token_ids=tuple(range(len(chunk))),
         stats=stats(chunk),
+        history_ids=tuple(range(len(history))),
         history=stats(history),
         teacher_logprob=torch.zeros(len(chunk)),
         final=final,
+        finished=False,
         stream=stream,
     )
 
@@ -87,7 +91,7 @@ def test_a_class_in_place_of_an_object_is_refused() -> None:
 
 
 def test_registered_criteria_are_made_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(criteria, "_MAKERS", dict(criteria._MAKERS))
+    monkeypatch.setattr(criterion_names, "_MAKERS", dict(criterion_names._MAKERS))
 
     class Shortest:
         def score(self, candidate: Candidate) -> float:

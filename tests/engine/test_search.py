@@ -11,8 +11,9 @@ import pytest
 import torch
 from toys import ENDINGS, Pair
 
+from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import Candidate, Perplexity
+from genssd.engine.criteria import Perplexity
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard

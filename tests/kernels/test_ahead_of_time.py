@@ -82,7 +82,7 @@ def machine_code(compiled: Any, target: Target, directory: Path) -> str:
 
 SIZES = ("N", "B", "C", "S", "V", "U", "D", "vocabulary", "tiles_per_split", "top_k", "stride", "stride_n", "stride_v",
          "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher")  # fmt: skip
-FACTORS = ("temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "constant", "top_p", "log_min_p")
+FACTORS = ("temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p")
 
 
 def types_of(**pointers: str) -> dict[str, str]:

@@ -1,0 +1,170 @@
+"""Criteria by name: registered, with options, combined, or imported from a user's own module."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from genssd.engine import criteria
+from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion
+from genssd.engine.errors import InputError
+
+_MAKERS: dict[str, Callable[..., AnyCriterion]] = {
+    "ppl": criteria.Perplexity,
+    "lalp": criteria.LocalNaturalness,
+    "rsr": criteria.RankSurprisal,
+    "aslec_drop": criteria.AslecDrop,
+    "aslec_casl": criteria.AslecCasl,
+    "lark": criteria.Lark,
+    "divergence": criteria.Divergence,
+    "rsd_accept": criteria.RsdAccept,
+    "surprisal_band": criteria.SurprisalBand,
+    "length": criteria.Length,
+    "teacher_logprob": criteria.TeacherLogprob,
+    "random": criteria.Random,
+}
+
+
+def register_criterion(name: str, maker: Callable[..., AnyCriterion]) -> None:
+    """Make a criterion available by name. Raises InputError when the name is taken."""
+    if name in _MAKERS:
+        raise InputError(f"a criterion named {name!r} is already registered")
+    _MAKERS[name] = maker
+
+
+def registered_criteria() -> list[str]:
+    """The names, sorted."""
+    return sorted(_MAKERS)
+
+
+def resolve(criterion: str | AnyCriterion) -> AnyCriterion:
+    """A criterion from its name, or the object itself.
+
+    A name is a registered one ("rsr"), one with options ("ppl(scope='trajectory', norm='byte')"), an import path
+    ("package.module:Name", with or without options), or a weighted sum of these ("0.7*rsr + 0.3*lalp"), which adds the
+    candidates' ranks under each. Raises InputError on anything else, saying what it is.
+    """
+    if not isinstance(criterion, str):
+        if isinstance(criterion, type) or not isinstance(criterion, Criterion | PoolCriterion):
+            raise InputError(f"{criterion!r} is no criterion: it needs score(candidate) and higher_is_better()")
+        return criterion
+    terms = [_term(term.strip(), criterion) for term in _split(criterion, "+")]
+    if len(terms) == 1 and terms[0][0] is None:
+        return terms[0][1]
+    return WeightedRank(parts=tuple((1.0 if weight is None else weight, part) for weight, part in terms))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedRank:
+    """Weighted sum of the candidates' ranks under several criteria; lower is better.
+
+    0 is the rank of a prompt's best candidate; equal ones share the mean of their places.
+    """
+
+    parts: tuple[tuple[float, AnyCriterion], ...]
+
+    def __post_init__(self) -> None:
+        if any(isinstance(part, PoolCriterion) and part.pool == "data" for _, part in self.parts):
+            raise InputError("a criterion that is fitted over all of the data cannot be ranked within a prompt")
+
+    @property
+    def pool(self) -> Literal["prompt", "data"]:
+        return "prompt"
+
+    @property
+    def num_features(self) -> int:
+        return sum(_width(part) for _, part in self.parts)
+
+    def features(self, candidate: Candidate) -> tuple[float, ...]:
+        values: list[float] = []
+        for _, part in self.parts:
+            values += part.features(candidate) if isinstance(part, PoolCriterion) else (part.score(candidate),)
+        return tuple(values)
+
+    def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
+        totals = [0.0] * len(features)
+        rest = list(features)
+        for weight, part in self.parts:
+            mine, rest = [row[: _width(part)] for row in rest], [row[_width(part) :] for row in rest]
+            values = part.score_pool(mine) if isinstance(part, PoolCriterion) else [row[0] for row in mine]
+            sign = -1.0 if part.higher_is_better() else 1.0
+            for i, rank in enumerate(_mean_ranks([sign * value for value in values])):
+                totals[i] += weight * rank
+        return totals
+
+    def higher_is_better(self) -> bool:
+        return False
+
+
+def _width(part: AnyCriterion) -> int:
+    return part.num_features if isinstance(part, PoolCriterion) else 1
+
+
+def _mean_ranks(keys: Sequence[float]) -> list[float]:
+    """0 for the smallest; equal keys share the mean of their places."""
+    return [sum(k < key for k in keys) + (sum(k == key for k in keys) - 1) / 2 for key in keys]
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """At separators outside of parentheses and quotes."""
+    parts, depth, quote, current = [], 0, "", ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == separator and depth == 0:
+            parts.append(current)
+            current = ""
+            continue
+        current += character
+    return [*parts, current]
+
+
+def _term(term: str, whole: str) -> tuple[float | None, AnyCriterion]:
+    weight, star, name = term.partition("*")
+    if star and "(" not in weight:
+        try:
+            return float(weight), _named(name.strip(), whole)
+        except ValueError:
+            raise InputError(f"criterion {whole!r}: {weight.strip()!r} is no weight") from None
+    return None, _named(term, whole)
+
+
+def _named(text: str, whole: str) -> AnyCriterion:
+    name, bracket, _ = text.partition("(")
+    options = _options(text, whole) if bracket else {}
+    maker: Any = _imported(name, whole) if ":" in name else _MAKERS.get(name)
+    if maker is None:
+        raise InputError(f"unknown criterion {name!r}; registered: {', '.join(registered_criteria())}")
+    try:
+        made = maker(**options) if callable(maker) else maker
+    except TypeError as error:
+        raise InputError(f"criterion {whole!r}: {error}") from None
+    return resolve(made) if not isinstance(made, str) else _named(made, whole)
+
+
+def _options(text: str, whole: str) -> dict[str, Any]:
+    """The keyword arguments of a call written as text; values are literals."""
+    try:
+        call = ast.parse("f" + text[text.index("(") :], mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise SyntaxError
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise InputError(f"criterion {whole!r}: options are written as name(option=value, other='text')") from None
+
+
+def _imported(path: str, whole: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"criterion {whole!r}: {error}") from None
