@@ -62,7 +62,7 @@ def read_examples(
             if status is not None and fields.get("completion_ids") == []:
                 left_out["without a token: pruned at once"] += 1
                 continue
-            example = _example(fields, tokenizer, f"{path}, line {number}")
+            example = encode_example(fields, tokenizer, f"{path}, line {number}")
             if len(example.input_ids) > max_length:
                 left_out[f"longer than {max_length} tokens"] += 1
                 continue
@@ -73,7 +73,8 @@ def read_examples(
     return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
 
 
-def _example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Example:
+def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Example:
+    """A row's token ids: its own where the tokenizer is the one that made them. Raises InputError naming where."""
     try:
         if fields.get("tokenizer") == tokenizer.fingerprint and fields.get("completion_ids"):
             prompt = _ids(fields.get("student_prompt_ids"), tokenizer, f"{where}: student_prompt_ids")

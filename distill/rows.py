@@ -32,18 +32,21 @@ class ProblemRow:
     line: int
 
 
-def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file with their line numbers; blank lines are passed over.
-
-    Raises InputError naming file and line on anything else.
-    """
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, from 1; blank ones are passed over. Raises InputError naming the file."""
     try:
         with Path(path).open("rb") as stream:
             for number, raw in enumerate(stream, start=1):
                 if raw.strip():
-                    yield number, _parse(raw, f"{path}, line {number}")
+                    yield number, raw
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a JSONL file with their line numbers. Raises InputError naming the line that is none."""
+    for number, raw in read_lines(path):
+        yield number, parse_object(raw, f"{path}, line {number}")
 
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow]:
@@ -53,13 +56,14 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow
     rows: list[ProblemRow] = []
     for number, fields in islice(read_objects(path), limit):
         where = f"{path}, line {number}"
-        rows.append(ProblemRow(prompt=_prompt(fields, where), answer=_answer(fields, where), line=number))
+        rows.append(ProblemRow(prompt=_prompt(fields, where), answer=reference_answer(fields, where), line=number))
     if not rows:
         raise InputError(f"{path} has no rows")
     return rows
 
 
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
+def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in one line of a file. Raises InputError naming where."""
     try:
         fields = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -128,7 +132,8 @@ def check_messages(value: object, name: str, where: str) -> list[dict[str, str]]
     return messages
 
 
-def _answer(fields: Mapping[str, Any], where: str) -> str | None:
+def reference_answer(fields: Mapping[str, Any], where: str) -> str | None:
+    """The row's known answer, None where it has none. Raises InputError naming where when it is no text or number."""
     for name in ANSWER_FIELDS:
         value = fields.get(name)
         if value is None or (isinstance(value, str) and not value.strip()):

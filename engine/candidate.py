@@ -114,6 +114,15 @@ class PoolCriterion(Protocol):
         ...
 
 
+@runtime_checkable
+class RatioCriterion(Protocol):
+    """A criterion whose value over many responses is a ratio of sums, not the mean of theirs."""
+
+    def ratio(self, candidate: Candidate) -> tuple[float, float]:
+        """A response's share of the numerator and of the denominator."""
+        ...
+
+
 AnyCriterion = Criterion | PoolCriterion
 
 

@@ -89,13 +89,22 @@ class RankSurprisal:
     """Least sum of surprisals: what the student knows by heart has next to none."""
 
     def score(self, candidate: Candidate) -> float:
-        rank, logprob = candidate.stats.rank[: candidate.num_content], candidate.logprob[: candidate.num_content]
+        rank, surprisal = self._sums(candidate)
+        return rank / max(self.eps, surprisal) if rank else math.inf
+
+    def ratio(self, candidate: Candidate) -> tuple[float, float]:
+        """Mean clipped rank and mean surprisal: of a data set, RSR is the ratio of their sums over responses."""
+        rank, surprisal = self._sums(candidate)
+        count = max(1, candidate.num_content)
+        return rank / count, surprisal / count
+
+    def _sums(self, candidate: Candidate) -> tuple[float, float]:
+        """0 and 0 where there is no token; a rank is at least 1."""
+        rank, logprob = candidate.stats.rank[: candidate.num_content].cpu(), candidate.logprob[: candidate.num_content]
         if self.scope == "trajectory":
-            rank = torch.cat((candidate.history.rank, rank))
+            rank = torch.cat((candidate.history.rank.cpu(), rank))
             logprob = torch.cat((candidate.history.logprob.double().cpu(), logprob))
-        if not len(rank):
-            return math.inf
-        return float(rank.clamp(max=self.r_max).sum()) / max(self.eps, -float(logprob.sum()))
+        return float(rank.clamp(max=self.r_max).sum()), -float(logprob.sum())
 
     def higher_is_better(self) -> bool:
         return False

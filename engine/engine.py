@@ -265,6 +265,12 @@ class Engine:
         """Identifies each loaded checkpoint: 16 hex digits."""
         return {role: fingerprint(runner.directory) for role, runner in self._runners.items()}
 
+    def longest(self, model: Role) -> int:
+        """Tokens of prompt and response that a model takes: its positions, or what its cache holds."""
+        runner = self._runner(model)
+        pool = runner.tree.pool
+        return min(runner.decoder.config.max_position_embeddings, (pool.num_pages - 2) * pool.page_size)
+
     def tokenizer(self, model: Role) -> Tokenizer:
         """The tokenizer of a loaded model."""
         self._runner(model)

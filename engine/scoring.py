@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
 from genssd.engine.errors import NumericsError
 from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.tree import Path
 from genssd.kernels.logprob import NonFiniteLogits, TokenStats, linear_logprob
 
 Pair = tuple[list[int], list[int]]
@@ -27,7 +29,8 @@ def _first_batch(runner: ModelRunner, pairs: Sequence[Pair]) -> Sequence[Pair]:
     pool, rows, pages = runner.tree.pool, 0, 0
     for count, (prompt_ids, ids) in enumerate(pairs):
         tokens = len(prompt_ids) + len(ids) - 1
-        rows, pages = rows + tokens, pages - (-tokens // pool.page_size)
+        # one more page each: a half-filled page of a shared prompt is copied on the first write
+        rows, pages = rows + tokens, pages - (-tokens // pool.page_size) + 1
         if count and (rows > MAX_ROWS or pages > pool.num_free):
             return pairs[:count]
     return pairs
@@ -35,11 +38,25 @@ def _first_batch(runner: ModelRunner, pairs: Sequence[Pair]) -> Sequence[Pair]:
 
 @torch.inference_mode()
 def _score_batch(runner: ModelRunner, pairs: Sequence[Pair], first: int) -> list[TokenStats]:
-    """first: the index of the first pair, for messages."""
-    paths = [runner.tree.root() for _ in pairs]
+    """first: the index of the first pair, for messages. A prompt that several pairs share is computed once."""
+    counts = Counter(tuple(prompt_ids) for prompt_ids, _ in pairs)
+    shared = {prompt: runner.tree.root() for prompt, count in counts.items() if count > 1}
+    paths: list[Path] = []
     try:
-        hidden = runner.extend(paths, [prompt_ids + ids[:-1] for prompt_ids, ids in pairs])
-        predicting = [states[-len(ids) :] for states, (_, ids) in zip(hidden, pairs, strict=True)]
+        states = runner.extend(list(shared.values()), list(shared))
+        before = {prompt: part[-1:] for prompt, part in zip(shared, states, strict=True)}
+        unread = []
+        for prompt_ids, ids in pairs:
+            root = shared.get(tuple(prompt_ids))
+            paths.append(runner.tree.root() if root is None else runner.tree.fork(root))
+            unread.append(ids[:-1] if root is not None else prompt_ids + ids[:-1])
+        reading = [i for i, tokens in enumerate(unread) if tokens]
+        hidden = runner.extend([paths[i] for i in reading], [unread[i] for i in reading])
+        read = dict(zip(reading, hidden, strict=True))
+        predicting = []
+        for i, (prompt_ids, ids) in enumerate(pairs):
+            parts = [before[tuple(prompt_ids)]] if tuple(prompt_ids) in before else []
+            predicting.append(torch.cat([*parts, *([read[i]] if i in read else [])])[-len(ids) :])
         head = runner.decoder.head
         targets = torch.tensor([token for _, ids in pairs for token in ids], device=head.device)
         stats = linear_logprob(torch.cat(predicting), head, targets)
@@ -50,7 +67,7 @@ def _score_batch(runner: ModelRunner, pairs: Sequence[Pair], first: int) -> list
             f"position {position}; check the weights, or run it in float32"
         ) from None
     finally:
-        for path in paths:
+        for path in (*paths, *shared.values()):
             runner.tree.drop(path)
     ends = torch.tensor([len(ids) for _, ids in pairs]).cumsum(0).tolist()
     return [stats[end - len(ids) : end] for end, (_, ids) in zip(ends, pairs, strict=True)]

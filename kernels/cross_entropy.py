@@ -46,9 +46,10 @@ def linear_cross_entropy(
     total is a float32 scalar (float64 for float64 inputs), differentiable in hidden and weight, each only when it
     requires a gradient: a frozen head costs no product. row_weight: float [N]. Rows whose target is ignore_index or
     whose weight is 0 count nothing: loss 0, gradient exactly 0, whatever they hold. The product is taken in the dtype
-    of hidden (or autocast's), everything after it in float32. Raises ValueError on shapes that do not agree and on an
-    option out of range; a target outside the vocabulary is a ValueError on CPU and a NaN loss on CUDA, where looking
-    would make the host wait.
+    of hidden (or autocast's), everything after it in float32. Gradients are formed at the scale of row_weight in the
+    dtype of the product: with float16 keep the weights near 1 and divide the total. Raises ValueError on shapes that
+    do not agree and on an option out of range; a target outside the vocabulary is a ValueError on CPU and a NaN loss
+    on CUDA, where looking would make the host wait.
     """
     check_head("linear_cross_entropy", hidden_ND, weight_VD)
     check_positive("linear_cross_entropy", temperature=temperature, softcap=softcap)
@@ -100,7 +101,7 @@ def _linear_cross_entropy(
         loss = (logsumexp - squash(x_target, temperature, softcap)[:, 0]).masked_fill(scale_C == 0, 0.0)
         if not (want_hidden or want_weight):
             return loss, x_CV
-        # p everywhere, p - 1 at the target: not as a difference of rounded numbers
+        # p everywhere, p - 1 at the target
         dx = softmax_gradient(x_CV, logsumexp, scale_C[None], temperature, softcap, hidden_ND.dtype)
         dz_target = scale_C[:, None] * torch.expm1(-loss[:, None])
         return loss, dx.scatter_(1, at, unsquash_gradient(dz_target, x_target, temperature, softcap).to(dx.dtype))

@@ -128,11 +128,11 @@ def topk_divergence(
     teacher_ids: int64, distinct in a row, a negative id marks an unused place; teacher_logprob: as the teacher said
     them, at the same temperature. An id that the student's head does not have is left out, and the teacher's other
     probabilities (and its tail) grow to a sum of 1; a row with no id that it has counts nothing. tail "bucket": all
-    other tokens are one outcome, in both distributions (of the teacher's it is 1 - sum, at least the rounding of
-    teacher_logprob's dtype); "renormalize": both are renormalised over the K tokens. With K = V both equal the full
-    divergence.
+    other tokens are one outcome, in both distributions (the teacher's share is 1 - sum, and where that is less than
+    teacher_logprob's dtype can tell from 0, what it can tell); "renormalize": both are renormalised over the K tokens.
+    With K = V both equal the full divergence.
     Raises ValueError on shapes that do not agree and on an option out of range, and on CPU on a row of
-    log-probabilities whose sum of probabilities exceeds 1.
+    log-probabilities whose probabilities sum to more than 1.001.
     """
     check_head("topk_divergence", student_hidden_ND, student_weight_VD, "student ")
     check_positive("topk_divergence", temperature=temperature, student_softcap=student_softcap)
@@ -181,7 +181,7 @@ def _mixture(function: str, kind: str, beta: float, alpha: float) -> tuple[str, 
         )
     if kind.startswith("skew") and not 0.0 <= alpha < 1.0:
         raise ValueError(f"{function}: alpha must lie in [0, 1), not {alpha}")
-    if alpha == 0.0:
+    if 1.0 - alpha == 1.0:
         kind = kind.removeprefix("skew_")
     return kind, {"jsd": beta, "skew_forward_kl": alpha, "skew_reverse_kl": 1.0 - alpha}.get(kind, 0.0)
 
@@ -333,7 +333,10 @@ def _topk_divergence(
     V = student_weight_VD.shape[0]
     used_NK = (teacher_ids_NK >= 0) & (teacher_ids_NK < V)
     rounding = torch.finfo(teacher_logprob_NK.dtype).eps
-    log_q_NO = _teacher_outcomes(teacher_ids_NK, teacher_logprob_NK.to(row_weight_N.dtype), used_NK, V, tail, rounding)
+    # 1 - sum in the wider of the dtypes: it is all that is known of the tail
+    wide = torch.promote_types(teacher_logprob_NK.dtype, row_weight_N.dtype)
+    log_q_NO = _teacher_outcomes(teacher_ids_NK, teacher_logprob_NK.to(wide), used_NK, V, tail, rounding)
+    log_q_NO = log_q_NO.to(row_weight_N.dtype)
 
     def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
         row_weight_C1, used = row_weight_N[span, None], used_NK[span]
@@ -359,7 +362,8 @@ def _topk_divergence(
             rest_C = rest_C.masked_fill(rest_C == -torch.inf, 0.0)
             # z is another tensor than x wherever unsquash_gradient looks at x
             dx = softmax_gradient(z_CV, rest_C, dz[None, :, -1], 1.0, None, student_hidden_ND.dtype)
-            dx = unsquash_gradient(dx, x_CV, temperature, student_softcap).to(dx.dtype)
+            for part in slices(*dx.shape):
+                dx[part] = unsquash_gradient(dx[part], x_CV[part], temperature, student_softcap)
         dx_top = unsquash_gradient(dz[:, : ids.shape[1]], x_top, temperature, student_softcap)
         return share.sum(1).masked_fill(row_weight_C1[:, 0] == 0, 0.0), _put(dx, ids, used, dx_top.to(dx.dtype))
 
@@ -384,8 +388,9 @@ def _teacher_outcomes(
     """
     q_NK = logprob_NK.masked_fill(ids_NK < 0, -torch.inf).exp()
     sum_N = q_NK.sum(1)
-    if q_NK.device.type == "cpu" and bool((sum_N > 1.001).any()):
-        row = int((sum_N > 1.001).nonzero()[0])
+    most = 1.001 + 2.0 * rounding
+    if q_NK.device.type == "cpu" and bool((sum_N > most).any()):
+        row = int((sum_N > most).nonzero()[0])
         raise ValueError(
             f"topk_divergence: the teacher's probabilities in row {row} sum to {float(sum_N[row]):.4g}; "
             "teacher_logprob must hold log-probabilities of distinct tokens"
@@ -400,13 +405,14 @@ def _teacher_outcomes(
 
 
 def _put(out_CV: Tensor, ids_CK: Tensor, used_CK: Tensor, values_CK: Tensor) -> Tensor:
-    """Write the used values at their ids, in place. An unused place repeats the row's first used one."""
+    """Write the used values at their ids, in place. An unused place repeats the row's first used one.
+
+    A row that uses none is written to at id 0; its weight is 0.
+    """
     place = torch.arange(ids_CK.shape[1], device=ids_CK.device)
     place_CK = torch.where(used_CK, place, used_CK.int().argmax(1, keepdim=True))
     at = ids_CK.gather(1, place_CK)
-    values = values_CK.gather(1, place_CK)
-    values = torch.where(used_CK.any(1, keepdim=True), values, out_CV.gather(1, at))
-    return out_CV.scatter_(1, at, values)
+    return out_CV.scatter_(1, at, values_CK.gather(1, place_CK))
 
 
 @_topk_divergence.register_fake

@@ -28,6 +28,7 @@ from genssd.kernels.head import (
     check_positive,
     chunk_rows,
     losses_and_gradients,
+    product,
     product_dtype,
     require_in_vocabulary,
     slices,
@@ -203,7 +204,9 @@ def _blockwise(
     x_CV = values[0].new_empty(min(rows, N), V)
     for start in range(0, N, rows):
         block = slice(start, min(start + rows, N))
-        x = linear(hidden_ND[block], weight_VD, out=x_CV[: block.stop - start])
+        h, x = hidden_ND[block], x_CV[: block.stop - start]
+        # on a GPU logits of halves are not rounded to halves; on a CPU few rows are padded
+        x = product(h, weight_VD.T, out=x) if h.is_cuda else linear(h, weight_VD, out=x)
         if bias is not None:
             x += bias
         for part in slices(len(x), V):

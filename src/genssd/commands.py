@@ -10,9 +10,10 @@ from rich.console import Console
 from genssd.distill.console import ProgressLine, counting, selecting, training
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.distill.post_hoc import ScoreConfig, run_score
 from genssd.distill.selecting import SelectConfig, run_select
 from genssd.distill.training import TrainConfig, run_train
-from genssd.engine.errors import CapacityError
+from genssd.engine.errors import CapacityError, InputError
 
 SHOWN = 10  # failures listed
 
@@ -55,9 +56,28 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     print(f"written to {config.output_dir}")
 
 
+def score(config: ScoreConfig, console: Console) -> None:
+    with ProgressLine("score", console) as line:
+        summary = run_score(config, report=counting(line, "traces"))
+    print(f"{summary.traces} traces of {summary.prompts} prompts scored, {summary.selected} responses picked")
+    for name, ranks in summary.teachers.items():
+        print(f"teachers by {name} (95 % interval over {ranks[0].prompts} prompts; share of draws in front):")
+        for rank in ranks:
+            print(f"  {rank.teacher:<30} {rank.value:9.4f} [{rank.low:.4f}, {rank.high:.4f}]  {rank.first:4.0%}")
+    if summary.teachers and summary.incomplete:
+        print(f"{summary.incomplete} prompts that some teacher did not answer are left out of the ranking")
+    print(f"written to {summary.output_dir}")
+    if summary.bad_rows:
+        listed = "".join(f"\n  {message}" for message in summary.bad_rows[:SHOWN])
+        more = len(summary.bad_rows) - SHOWN
+        tail = f"\n  and {more} more in {summary.output_dir / 'bad_rows.txt'}" if more > 0 else ""
+        raise InputError(f"{len(summary.bad_rows)} rows could not be scored; all others were:{listed}{tail}")
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "demo": (DemoConfig, demo),
     "select": (SelectConfig, select),
+    "score": (ScoreConfig, score),
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate),
 }

@@ -1,0 +1,284 @@
+"""`genssd score`: criteria over finished traces; the best response of every prompt; a ranking of their teachers.
+
+OUTPUT_DIR/features.jsonl   journal: one line per trace with what the criteria are computed from
+OUTPUT_DIR/scores.jsonl     the same with one column per criterion
+OUTPUT_DIR/selected.jsonl   the best response of every prompt under --select-by: what training reads
+OUTPUT_DIR/teachers.json    per criterion, the teachers ranked for this student, with bootstrap intervals
+OUTPUT_DIR/bad_rows.txt     what could not be scored, by file and line
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from genssd.distill.choosing import TeacherRank, column_of, pick, rank_teachers
+from genssd.distill.engine_options import EngineOptions
+from genssd.distill.evaluating import is_correct
+from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
+from genssd.distill.run_directory import claim
+from genssd.distill.traces import Trace, read_traces
+from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion
+from genssd.engine.criterion_names import resolve
+from genssd.engine.engine import Engine
+from genssd.engine.errors import InputError
+from genssd.engine.loops import LoopGuard
+from genssd.engine.steps import step_spans
+
+BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreConfig(EngineOptions):
+    """Score finished traces as a student sees them; pick responses and teachers by it."""
+
+    student: str
+    """Hub id or local directory of the model that scores."""
+    data: tuple[str, ...]
+    """JSONL files of traces: selections, generations, messages, or prompt and completion."""
+    criteria: tuple[str, ...] = ("ppl",)
+    """Names, with options: ppl rsr "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp"."""
+    select_by: str | None = None
+    """Which of the criteria picks the responses; None: the first."""
+    output_dir: str = "runs/score"
+    resume: bool = False
+    """Go on with an interrupted run."""
+    limit: int | None = None
+    """Take only the first rows of each file."""
+    verify: bool = True
+    """Check answers by math-verify where a reference answer is known and the row has no verdict."""
+    require_correct: bool = False
+    """Pick only among responses that are known to be correct."""
+    require_finished: bool = True
+    """Pick only among responses that end by themselves."""
+    allow_loops: bool = False
+    """Pick responses that end in a repetition, too."""
+    min_steps: int = 0
+    """Pick only among responses of at least so many steps."""
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.data or not self.criteria:
+            raise InputError("score needs at least one data file and one criterion")
+        if len(set(self.criteria)) < len(self.criteria):
+            raise InputError(f"a criterion is listed twice: {', '.join(self.criteria)}")
+        if self.select_by is not None and self.select_by not in self.criteria:
+            raise InputError(f"select_by {self.select_by!r} is not among the criteria: {', '.join(self.criteria)}")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit must be at least 1, not {self.limit}")
+        if self.min_steps < 0 or (self.max_steps is not None and self.max_steps < max(1, self.min_steps)):
+            raise InputError(f"min_steps and max_steps are no range: {self.min_steps} to {self.max_steps}")
+
+
+SETTINGS_OF_THE_RESULT = ("student", "data", "criteria", "limit", "verify", "dtype")
+"""What must not change between the parts of one run; picking may."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSummary:
+    """What a run left behind."""
+
+    output_dir: Path
+    traces: int
+    prompts: int
+    selected: int
+    bad_rows: tuple[str, ...]
+    teachers: Mapping[str, tuple[TeacherRank, ...]]
+    """Per criterion, best first. Empty with fewer than two teachers."""
+    incomplete: int
+    """Prompts left out of the ranking because a teacher has no response to them."""
+
+
+def run_score(
+    config: ScoreConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
+) -> ScoreSummary:
+    """Score, pick and rank. Raises GenssdError on bad input; traces that were scored before are in the journal."""
+    criteria = {name: resolve(name) for name in config.criteria}
+    with claim(Path(config.output_dir), "score"):
+        return _run(config, criteria, engine, report)
+
+
+def _run(
+    config: ScoreConfig,
+    criteria: Mapping[str, AnyCriterion],
+    engine: Engine | None,
+    report: Callable[[int, int], None],
+) -> ScoreSummary:
+    output_dir = Path(config.output_dir)
+    journal = output_dir / "features.jsonl"
+    before = sum(1 for _ in complete_rows(journal))
+    if before and not config.resume:
+        raise InputError(f"{journal} holds scored traces already; pass --resume, or choose another output_dir")
+    engine = engine or config.load(student=config.student)
+    tokenizer = engine.tokenizer("student")
+    traces: list[Trace] = []
+    bad_rows: list[str] = []
+    for item in read_traces(config.data, tokenizer, max_length=engine.longest("student"), limit=config.limit):
+        (bad_rows if isinstance(item, str) else traces).append(item)  # type: ignore[arg-type]
+    if not traces:
+        listed = "".join(f"\n  {message}" for message in bad_rows[:10])
+        raise InputError(f"{', '.join(config.data)}: no trace that can be scored{listed}")
+    _record_run(config, engine, resumed=before > 0)
+    done = _resume(journal, traces)
+    with Journal(journal) as log:
+        for batch in _batches(traces[done:]):
+            for row in _score_batch(engine, criteria, batch, config):
+                log.append(row)
+                done += 1
+            report(done, len(traces))
+    rows = [row for row, _ in complete_rows(journal)]
+    columns = {name: column_of(criterion, name, rows) for name, criterion in criteria.items()}
+    write_jsonl(output_dir / "scores.jsonl", _score_rows(rows, columns))
+    name = config.select_by or config.criteria[0]
+    chosen = pick(rows, columns[name], criteria[name].higher_is_better(), partial(_eligible, config))
+    picked = (_training_row(engine, traces[i], name, columns[name][i]) for i in chosen)
+    write_jsonl(output_dir / "selected.jsonl", picked)
+    ranks, incomplete = rank_teachers(rows, criteria, columns)
+    write_json(
+        output_dir / "teachers.json",
+        {"incomplete_prompts": incomplete, **{n: [dataclasses.asdict(r) for r in of] for n, of in ranks.items()}},
+    )
+    (output_dir / "bad_rows.txt").write_text("".join(f"{message}\n" for message in bad_rows))
+    return ScoreSummary(
+        output_dir=output_dir,
+        traces=len(rows),
+        prompts=len({row["prompt"] for row in rows}),
+        selected=len(chosen),
+        bad_rows=tuple(bad_rows),
+        teachers=ranks,
+        incomplete=incomplete,
+    )
+
+
+def candidate_of(trace: Trace, engine: Engine, stats: Any) -> Candidate:
+    """A trace as criteria see it: a whole response."""
+    return Candidate(
+        token_ids=trace.response_ids,
+        stats=stats,
+        final=True,
+        finished=trace.finished,
+        stream=int.from_bytes(blake2b(trace.where.encode(), digest_size=8).digest(), "little"),
+        pieces_of=engine.tokenizer("student").pieces,
+        local_logprob=partial(engine.local_logprob, trace.prompt_ids),
+    )
+
+
+def _batches(traces: Sequence[Trace]) -> Iterator[Sequence[Trace]]:
+    start = tokens = 0
+    for i, trace in enumerate(traces):
+        size = len(trace.prompt_ids) + len(trace.response_ids)
+        if i > start and tokens + size > BATCH_TOKENS:
+            yield traces[start:i]
+            start, tokens = i, 0
+        tokens += size
+    if start < len(traces):
+        yield traces[start:]
+
+
+def _score_batch(
+    engine: Engine, criteria: Mapping[str, AnyCriterion], batch: Sequence[Trace], config: ScoreConfig
+) -> Iterator[dict[str, Any]]:
+    stats = engine.score([trace.prompt_ids for trace in batch], [trace.response_ids for trace in batch])
+    tokenizer, guard = engine.tokenizer("student"), LoopGuard()
+    for trace, of_trace in zip(batch, stats, strict=True):
+        candidate = candidate_of(trace, engine, of_trace)
+        features = {
+            name: list(criterion.features(candidate))
+            if isinstance(criterion, PoolCriterion)
+            else [criterion.score(candidate)]
+            for name, criterion in criteria.items()
+        }
+        correct = trace.correct
+        if correct is None and config.verify and trace.answer is not None:
+            correct = is_correct(tokenizer.decode(trace.response_ids), trace.answer)
+        content = trace.response_ids[: len(trace.response_ids) - trace.finished]
+        yield {
+            "source": _source(trace),
+            "prompt": trace.prompt_key,
+            "teacher": trace.teacher,
+            "tokens": len(trace.response_ids),
+            "steps": len(step_spans(tokenizer.pieces(content))),
+            "finished": trace.finished,
+            "loop": bool(guard.period(trace.response_ids)),
+            "correct": correct,
+            "ratios": {name: c.ratio(candidate) for name, c in criteria.items() if isinstance(c, RatioCriterion)},
+            "features": {name: [_jsonable(value) for value in values] for name, values in features.items()},
+        }
+
+
+def _jsonable(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _resume(journal: Path, traces: Sequence[Trace]) -> int:
+    """How many of the first traces are in the journal, which is cut to whole lines."""
+    done = end = 0
+    for row, line_end in complete_rows(journal):
+        if done == len(traces) or row["source"] != _source(traces[done]):
+            raise InputError(f"{journal} was begun with other data; choose another output_dir")
+        done, end = done + 1, line_end
+    truncate(journal, end)
+    return done
+
+
+def _source(trace: Trace) -> dict[str, Any]:
+    return {"file": trace.file, "line": trace.line, "response": trace.response}
+
+
+def _record_run(config: ScoreConfig, engine: Engine, resumed: bool) -> None:
+    path = Path(config.output_dir) / "run.json"
+    settings = {name: getattr(config, name) for name in SETTINGS_OF_THE_RESULT}
+    settings = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
+    run = {"command": "score", "config": settings, "fingerprints": dict(engine.fingerprints)}
+    if not resumed:
+        write_json(path, run)
+        return
+    old = read_json(path)
+    if old["fingerprints"] != run["fingerprints"]:
+        raise InputError(f"{config.output_dir} was begun with other weights; choose another output_dir")
+    for name, value in settings.items():
+        if old["config"].get(name) != value:
+            raise InputError(
+                f"{config.output_dir} was begun with {name}={old['config'].get(name)!r}, not {value!r}; resume with "
+                "the same settings, or choose another output_dir"
+            )
+
+
+def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
+    for i, row in enumerate(rows):
+        described = {key: value for key, value in row.items() if key not in ("features", "ratios")}
+        yield {**described, **{name: _jsonable(column[i]) for name, column in columns.items()}}
+
+
+def _eligible(config: ScoreConfig, row: Mapping[str, Any]) -> bool:
+    return (
+        (row["finished"] or not config.require_finished)
+        and (row["correct"] is True or not config.require_correct)
+        and (not row["loop"] or config.allow_loops)
+        and row["steps"] >= config.min_steps
+        and (config.max_steps is None or row["steps"] <= config.max_steps)
+    )
+
+
+def _training_row(engine: Engine, trace: Trace, criterion: str, score: float) -> dict[str, Any]:
+    """A row that training reads by its ids, and others by its text."""
+    tokenizer = engine.tokenizer("student")
+    return {
+        "prompt": str(tokenizer.hf.decode(list(trace.prompt_ids))),
+        "completion": tokenizer.decode(trace.response_ids),
+        "answer": trace.answer,
+        "criterion": criterion,
+        "score": _jsonable(score),
+        "teacher": trace.teacher,
+        "student_prompt_ids": list(trace.prompt_ids),
+        "completion_ids": list(trace.response_ids),
+        "tokenizer": tokenizer.fingerprint,
+        "source": _source(trace),
+    }
