@@ -29,6 +29,7 @@ COMMANDS = {
     "demo": "the whole job on the small pair that ships with genssd: select, train, evaluate, compare",
     "select": "let the student choose what the teacher writes: problems in, selected trajectories out",
     "score": "criteria over finished traces: columns, the best response per prompt, a ranking of teachers",
+    "reselect": "another criterion over the decisions of a finished search; preference pairs, stepwise rows",
     "train": "fine-tune the student on selected trajectories",
     "evaluate": "measure a model's accuracy on problems with known answers",
 }

@@ -11,6 +11,7 @@ from genssd.distill.console import ProgressLine, counting, selecting, training
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.post_hoc import ScoreConfig, run_score
+from genssd.distill.reselecting import ReselectConfig, run_reselect
 from genssd.distill.selecting import SelectConfig, run_select
 from genssd.distill.training import TrainConfig, run_train
 from genssd.engine.errors import CapacityError, InputError
@@ -74,10 +75,21 @@ def score(config: ScoreConfig, console: Console) -> None:
         raise InputError(f"{len(summary.bad_rows)} rows could not be scored; all others were:{listed}{tail}")
 
 
+def reselect(config: ReselectConfig, console: Console) -> None:
+    summary = run_reselect(config)
+    print(f"{summary.rounds} rounds of {summary.prompts} prompts judged again by {config.criterion}")
+    share = summary.differing / max(1, summary.contested)
+    print(f"{summary.differing} of {summary.contested} contested rounds come out differently ({share:.0%})")
+    if summary.largest_change == summary.largest_change:
+        print(f"the run's own criterion: no value moved by more than {summary.largest_change:.2g}")
+    print(f"{summary.pairs} preference pairs; written to {summary.output_dir}")
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "demo": (DemoConfig, demo),
     "select": (SelectConfig, select),
     "score": (ScoreConfig, score),
+    "reselect": (ReselectConfig, reselect),
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate),
 }

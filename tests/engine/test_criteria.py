@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from genssd.engine.candidate import Candidate, Criterion, PoolCriterion, Window,
 from genssd.engine.criteria import AslecCasl, AslecDrop, Lark, LocalNaturalness, Perplexity, Random, RankSurprisal
 from genssd.engine.criterion_names import WeightedRank, register_criterion, resolve
 from genssd.engine.errors import InputError
-from genssd.kernels.logprob import TokenStats
+from genssd.kernels.logprob import STATISTICS, TokenStats
 
 
 def stats(
@@ -731,3 +732,13 @@ def test_a_token_that_the_student_cannot_write_never_wins(name: str) -> None:
     criterion = resolve(name)
     impossible, ordinary = evaluate(criterion, [odd([-1.0, -math.inf, -1.0]), odd([-1.0, -1.5, -1.0])])
     assert impossible < ordinary if criterion.higher_is_better() else impossible > ordinary
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", EVERY)
+def test_statistics_may_lie_on_the_device(name: str) -> None:
+    """The first chunk's do; the empty history before it lies in main memory."""
+    here = odd([-1.0, -2.0, -1.0])
+    there = dataclasses.replace(here, stats=TokenStats.of([getattr(here.stats, field).cuda() for field in STATISTICS]))
+    assert evaluate(resolve(name), [there]) == evaluate(resolve(name), [here])

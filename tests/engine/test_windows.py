@@ -362,7 +362,7 @@ def test_local_naturalness_online_against_transformers(engine: Engine, pair: Pai
         loop_guard=None,
     )
     several = 0
-    for selection, record in [(selection, record) for selection in selections for record in selection.tree]:
+    for selection, record in ((one, record) for one in selections for record in one.tree):
         prompt = list(selection.student_prompt_ids)
         made = recorded(engine, selection, record)
         ids, begin = [*made.history_ids, *made.token_ids], len(made.history_ids)
