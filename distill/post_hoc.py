@@ -4,6 +4,7 @@ OUTPUT_DIR/features.jsonl   journal: one line per trace with what the criteria a
 OUTPUT_DIR/scores.jsonl     the same with one column per criterion
 OUTPUT_DIR/selected.jsonl   the best response of every prompt under --select-by: what training reads
 OUTPUT_DIR/teachers.json    per criterion, the teachers ranked for this student, with bootstrap intervals
+OUTPUT_DIR/report.html      what the criteria pick, how they relate: tables and plots
 OUTPUT_DIR/bad_rows.txt     what could not be scored, by file and line
 """
 
@@ -18,11 +19,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.choosing import TeacherRank, column_of, pick, rank_teachers
+from genssd.distill.choosing import TeacherRank, by_prompt, column_of, pick, rank_teachers
+from genssd.distill.comparing import compare
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import is_correct
 from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
 from genssd.distill.run_directory import claim
+from genssd.distill.score_page import render
 from genssd.distill.traces import Trace, read_traces
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion
 from genssd.engine.criterion_names import resolve
@@ -136,7 +139,10 @@ def _run(
     columns = {name: column_of(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(output_dir / "scores.jsonl", _score_rows(rows, columns))
     name = config.select_by or config.criteria[0]
-    chosen = pick(rows, columns[name], criteria[name].higher_is_better(), partial(_eligible, config))
+    better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
+    allowed = partial(_eligible, config)
+    picks = {name: pick(rows, column, better[name], allowed) for name, column in columns.items()}
+    chosen = picks[name]
     picked = (_training_row(engine, traces[i], name, columns[name][i]) for i in chosen)
     write_jsonl(output_dir / "selected.jsonl", picked)
     ranks, incomplete = rank_teachers(rows, criteria, columns)
@@ -144,6 +150,9 @@ def _run(
         output_dir / "teachers.json",
         {"incomplete_prompts": incomplete, **{n: [dataclasses.asdict(r) for r in of] for n, of in ranks.items()}},
     )
+    contested = [p for p, members in by_prompt(rows).items() if sum(allowed(rows[i]) for i in members) > 1]
+    page = render(compare(rows, columns, better, picks, contested), rows, picks, ranks, config.student)
+    (output_dir / "report.html").write_text(page, encoding="utf-8")
     (output_dir / "bad_rows.txt").write_text("".join(f"{message}\n" for message in bad_rows))
     return ScoreSummary(
         output_dir=output_dir,

@@ -742,3 +742,16 @@ def test_statistics_may_lie_on_the_device(name: str) -> None:
     here = odd([-1.0, -2.0, -1.0])
     there = dataclasses.replace(here, stats=TokenStats.of([getattr(here.stats, field).cuda() for field in STATISTICS]))
     assert evaluate(resolve(name), [there]) == evaluate(resolve(name), [here])
+
+
+@given(pool=st.lists(st.tuples(TOKENS.filter(bool), st.booleans()), min_size=1, max_size=4))
+def test_rank_surprisal_of_many_responses_is_a_ratio_of_sums_of_means(
+    pool: list[tuple[list[tuple[float, int, str]], bool]],
+) -> None:
+    """Section 5.1: neither pooled tokens nor the mean of ratios."""
+    for tokens, finished in pool:
+        counted = tokens[:-1] if finished else tokens
+        rank, surprisal = RankSurprisal(r_max=50).ratio(build([], tokens, finished))
+        count = max(1, len(counted))
+        assert rank == pytest.approx(sum(min(r, 50) for _, r, _ in counted) / count)
+        assert surprisal == pytest.approx(-math.fsum(p for p, _, _ in counted) / count)
