@@ -41,7 +41,7 @@ def render(
 
 def _matrices(comparison: Comparison) -> Figure:
     names, count = comparison.names, len(comparison.names)
-    figure = Figure(figsize=(3.4 * 3 + 0.4, 1.6 + 0.5 * count), layout="constrained")
+    figure = Figure(figsize=(10.6, 4.3), layout="constrained")
     panels: list[tuple[str, Floats, float]] = [
         ("over the pool", comparison.correlation, -1.0),
         ("within prompts", comparison.within, -1.0),

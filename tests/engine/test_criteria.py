@@ -546,7 +546,8 @@ def test_an_import_path_names_a_class_or_an_object(own_module: str) -> None:
     assert evaluate(resolve(f"{own_module}:Words"), [made]) == [5.0]
     assert evaluate(resolve(f"{own_module}:ready"), [made]) == [5.0]
     assert evaluate(resolve(f"{own_module}:Words(sign='a+b*(')"), [made]) == [7.0]
-    assert evaluate(resolve(f"2*{own_module}:Words(sign=')') + rsr"), [made, made]) == [1.5, 1.5]
+    for quoted in ("')'", '")"', "'\"('", '"\'("'):  # brackets and the other quote
+        assert evaluate(resolve(f"2*{own_module}:Words(sign={quoted}) + rsr"), [made, made]) == [1.5, 1.5]
     with pytest.raises(InputError, match="3 is no criterion"):
         resolve(f"{own_module}:number")
     with pytest.raises(InputError, match="no attribute 'Absent'"):

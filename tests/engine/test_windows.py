@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path as FilePath
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError, NumericsError
 from genssd.engine.selection import CandidateRecord, Selection
 from genssd.engine.steps import step_spans
+from genssd.engine.tree import Path
 from genssd.kernels.logprob import TokenStats
 
 Prompts = Callable[[int, int], list[list[int]]]
@@ -98,9 +99,20 @@ def test_many_windows_go_in_groups(pair: Pair, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("genssd.engine.windows.MAX_ROWS", rows)
     monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", min(rows, 24))
     tight = pair.engine(memory_bytes=pages * PAGE_BYTES)
+    runner = tight._runners["student"]
+    extend, sizes = runner.extend, []
+
+    def counted(paths: Sequence[Path], tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        sizes.append(sum(map(len, tokens)))
+        return extend(paths, tokens)
+
+    monkeypatch.setattr(runner, "extend", counted)
     prompt, ids = random_ids(19, 9), random_ids(40, 10)
     assert_windows(pair, tight, prompt, ids, [*random_windows(40, 25, 11), (0, 10, 40)])
     assert tight.pages_in_use == (0, 2 * pages)
+    assert sizes[0] == len(prompt)
+    assert len(sizes) > 2 or pages == 256
+    assert max(sizes) <= max(rows, 39)
 
 
 def test_windows_beside_a_branch_that_holds_pages(pair: Pair) -> None:
@@ -242,7 +254,7 @@ def test_local_naturalness_against_transformers_step_by_step(engine: Engine, pai
     assert abs(value - float(made.logprob.mean())) > 0.01
 
 
-def test_without_context_a_markov_student_differs_at_the_first_tokens_alone(tmp_path: Path) -> None:
+def test_without_context_a_markov_student_differs_at_the_first_tokens_alone(tmp_path: FilePath) -> None:
     letters = [token_of(c) for c in "ab. \n"]
     generator = torch.Generator().manual_seed(27)
     save_markov(tmp_path / "student", letters, torch.randn(5, 5, generator=generator) * 2)
@@ -294,7 +306,16 @@ def recorded(engine: Engine, selection: Selection, record: CandidateRecord) -> C
 
 
 ONLINE = [
-    *("ppl(scope='window', window=30)", "ppl(norm='byte')", "lalp", "lalp(steps=1)", "lalp(share=0.5)", "lark", "rsr"),
+    *(
+        "ppl(scope='window', window=30)",
+        "ppl(min_tokens=20)",
+        "ppl(norm='byte')",
+        "lalp",
+        "lalp(steps=1)",
+        "lalp(share=0.5)",
+        "lark",
+        "rsr",
+    ),
     *("rsr(scope='trajectory')", "aslec_drop", "aslec_casl(gamma=-1.0)", "divergence", "rsd_accept", "surprisal_band"),
     *("0.7*rsr + 0.3*length(longest=True)", "0.5*lark + 0.5*lalp + aslec_drop"),
 ]
@@ -492,3 +513,29 @@ def test_every_pair_of_steps_meets(engine: Engine) -> None:
     windows = LocalNaturalness(steps=1).windows(made)
     for (_, start, end), (context, following, _) in pairwise(windows):
         assert (context, following) == (start, end)
+
+
+def test_a_response_as_criteria_see_it(engine: Engine, pair: Pair) -> None:
+    """Three committed chunks: everything in the order of the tokens, nothing left in the history."""
+    prompt = random_ids(9, 70)
+    branch = engine.branch(prompt, seed=3)
+    for _ in range(3):
+        kids = branch.expand(4, Chunk(tokens=4, until=None))
+        branch.drop()
+        branch = next(kid for kid in kids if kid.ended == "chunk")
+        for kid in kids:
+            if kid is not branch:
+                kid.drop()
+        branch.commit()
+    whole = branch.response()
+    branch.drop()
+    assert (len(whole.token_ids), whole.history_ids, len(whole.history)) == (12, (), 0)
+    assert (whole.final, whole.finished, whole.num_content) == (True, False, 12)
+    ids = list(whole.token_ids)
+    torch.testing.assert_close(whole.logprob, pair.logprobs("student", prompt, ids), atol=TOLERANCE, rtol=0)
+    assert whole.teacher_logprob is not None
+    expected = pair.logprobs("teacher", prompt, ids)
+    torch.testing.assert_close(whole.teacher_logprob.double(), expected, atol=TOLERANCE, rtol=0)
+    assert whole.local_logprob is not None
+    (part,) = whole.local_logprob(ids, [(2, 5, 12)])
+    torch.testing.assert_close(part.double(), alone(pair, prompt, ids, (2, 5, 12)), atol=TOLERANCE, rtol=0)
