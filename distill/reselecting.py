@@ -25,7 +25,7 @@ from genssd.distill.decisions import Decided, Decisions, read_decisions
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.journal import read_json, write_json, write_jsonl
 from genssd.distill.run_directory import claim
-from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate
+from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate_distinct
 from genssd.engine.checkpoint import locate
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -91,7 +91,7 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
     with claim(Path(config.output_dir), "reselect"):
         for decisions in read_decisions(run, tokenizer, local_logprob):
             for number, decided in enumerate(decisions.rounds):
-                scores = evaluate(criterion, [d.candidate for d in decided])
+                scores = evaluate_distinct(criterion, [d.candidate for d in decided])
                 rows.append(_round_row(decisions, number, decided, scores, criterion))
                 changes += [abs(d.score - s) for d, s in zip(decided, scores, strict=True) if d.score is not None]
                 pairs += _pairs(decisions, decided, tokenizer)

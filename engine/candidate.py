@@ -131,3 +131,12 @@ def evaluate(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[f
     if isinstance(criterion, PoolCriterion):
         return criterion.score_pool([criterion.features(candidate) for candidate in candidates])
     return [criterion.score(candidate) for candidate in candidates]
+
+
+def evaluate_distinct(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
+    """The same for candidates of one prompt's round, of which some may be equal: in a pool these count once."""
+    if not isinstance(criterion, PoolCriterion):
+        return evaluate(criterion, candidates)
+    distinct = {(candidate.history_ids, candidate.token_ids): candidate for candidate in reversed(candidates)}
+    value_of = dict(zip(distinct, evaluate(criterion, list(distinct.values())), strict=True))
+    return [value_of[candidate.history_ids, candidate.token_ids] for candidate in candidates]

@@ -6,10 +6,11 @@ temperature 1 on the raw logits, however the teacher samples.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -22,8 +23,39 @@ from genssd.engine.sampling import uniform
 Scope = Literal["chunk", "trajectory"]
 
 
+def check_options(criterion: Any) -> None:
+    """Raise InputError on an option that is not of its type: they come from the command line, too."""
+    hints = get_type_hints(type(criterion))
+    for option in dataclasses.fields(criterion):
+        value, hint = getattr(criterion, option.name), hints[option.name]
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        if choices and value not in choices:
+            raise InputError(f"{option.name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+        if not choices and not _has_type(value, hint):
+            wanted = getattr(hint, "__name__", str(hint))
+            raise InputError(f"{option.name} must be of type {wanted}, not {value!r}")
+
+
+def _has_type(value: object, hint: Any) -> bool:
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is bool:
+        return isinstance(value, bool)
+    return any(_has_type(value, part) for part in get_args(hint)) or (value is None and type(None) in get_args(hint))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Perplexity:
+class _Checked:
+    """A criterion whose options are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Perplexity(_Checked):
     """exp of the student's mean negative log-probability, end of sequence included; lower is better (Gen-SSD).
 
     Over whole responses this picks what GRAPE picks (2502.04194).
@@ -42,6 +74,7 @@ class Perplexity:
     always wins over chunks that go on. Ours."""
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.norm != "token" and self.reduce == "max":
             raise InputError(f"ppl: reduce='max' is one token's; it has no norm={self.norm!r}")
         if self.window < 1 or self.min_tokens < 0:
@@ -71,13 +104,13 @@ class Perplexity:
         if self.scope == "trajectory":
             return everything
         if self.scope == "window":
-            return min(everything, max(self.window, len(candidate.stats)))
+            return min(everything, self.window)
         shortest = self.min_tokens if candidate.final else 0
         return min(everything, max(shortest, len(candidate.stats)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankSurprisal:
+class RankSurprisal(_Checked):
     """sum of min(rank, r_max) / sum of negative log-probabilities; lower is better (RSR, 2601.14249, App. B.4).
 
     Low where the student is surprised by tokens that it ranks high. The end of sequence does not count.
@@ -88,30 +121,35 @@ class RankSurprisal:
     eps: float = 1e-12
     """Least sum of surprisals: what the student knows by heart has next to none."""
 
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.r_max < 1 or self.eps <= 0.0:
+            raise InputError(f"rsr: r_max must be at least 1 and eps positive, not {self.r_max} and {self.eps}")
+
     def score(self, candidate: Candidate) -> float:
-        rank, surprisal = self._sums(candidate)
-        return rank / max(self.eps, surprisal) if rank else math.inf
+        rank, surprisal, _ = self._sums(candidate)
+        # a token that the student cannot write is no reason to choose it
+        return rank / max(self.eps, surprisal) if rank and surprisal < math.inf else math.inf
 
     def ratio(self, candidate: Candidate) -> tuple[float, float]:
         """Mean clipped rank and mean surprisal: of a data set, RSR is the ratio of their sums over responses."""
-        rank, surprisal = self._sums(candidate)
-        count = max(1, candidate.num_content)
-        return rank / count, surprisal / count
+        rank, surprisal, count = self._sums(candidate)
+        return rank / max(1, count), surprisal / max(1, count)
 
-    def _sums(self, candidate: Candidate) -> tuple[float, float]:
-        """0 and 0 where there is no token; a rank is at least 1."""
+    def _sums(self, candidate: Candidate) -> tuple[float, float, int]:
+        """Of ranks, of surprisals, and the number of tokens. A rank is at least 1."""
         rank, logprob = candidate.stats.rank[: candidate.num_content].cpu(), candidate.logprob[: candidate.num_content]
         if self.scope == "trajectory":
             rank = torch.cat((candidate.history.rank.cpu(), rank))
             logprob = torch.cat((candidate.history.logprob.double().cpu(), logprob))
-        return float(rank.clamp(max=self.r_max).sum()), -float(logprob.sum())
+        return float(rank.clamp(max=self.r_max).sum()), -float(logprob.sum()), len(rank)
 
     def higher_is_better(self) -> bool:
         return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalNaturalness:
+class LocalNaturalness(_Checked):
     """Mean over steps of the step's mean log-probability given the prompt and a few steps before it alone; higher is
     better (LALP, 2510.03988).
 
@@ -124,6 +162,7 @@ class LocalNaturalness:
     """The same as a share of the steps that precede, rounded up (the paper's second version)."""
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.steps < 0 or not (self.share is None or 0.0 <= self.share <= 1.0):
             raise InputError("lalp: steps must be at least 0, and share None or in [0, 1]")
 
@@ -144,7 +183,7 @@ class LocalNaturalness:
         windows = []
         for i, (start, end) in enumerate(spans):
             if end > begin:
-                seen = self.steps if self.share is None else math.ceil(self.share * i)
+                seen = self.steps if self.share is None else math.ceil(self.share * i - 1e-9)
                 windows.append((spans[max(0, i - seen)][0], max(start, begin), end))
         return windows
 
@@ -153,7 +192,7 @@ class LocalNaturalness:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AslecDrop:
+class AslecDrop(_Checked):
     """Mean log-probability without the first tokens of every step; higher is better (ASLEC, 2604.06834).
 
     A step's first token is unlikely whatever the step says, so a plain mean prefers long steps.
@@ -162,6 +201,7 @@ class AslecDrop:
     skip_tokens: int = 1
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.skip_tokens < 0:
             raise InputError("aslec_drop: skip_tokens must be at least 0")
 
@@ -175,7 +215,7 @@ class AslecDrop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AslecCasl:
+class AslecCasl(_Checked):
     """Mean log-probability less what the share of step heads explains of it; higher is better (ASLEC, 2604.06834).
 
     Over the pool, M ~ b1 M_rest + b2 M_heads + gamma F + c by least squares, where F is the share of tokens that head a
@@ -223,7 +263,7 @@ class AslecCasl:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lark:
+class Lark(_Checked):
     """The student's learning gain relative to the prompt's other candidates; higher is better (LARK, 2605.30651).
 
     With L the mean negative log-probability, B = mean of 1 - 2 p(y) + sum p^2 (Brier's score) and r = B / L, the gain
@@ -245,9 +285,11 @@ class Lark:
         return loss, brier / loss
 
     def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
-        total = sum(loss for loss, _ in features)
-        mean_ratio = sum(loss * ratio for loss, ratio in features) / total
-        return [loss / total * (2.0 * ratio - mean_ratio) for loss, ratio in features]
+        # what the student cannot write at all is no part of the pool
+        possible = [(loss, ratio) for loss, ratio in features if loss < math.inf]
+        total = sum(loss for loss, _ in possible)
+        mean_ratio = sum(loss * ratio for loss, ratio in possible) / total if possible else 0.0
+        return [loss / total * (2.0 * ratio - mean_ratio) if loss < math.inf else -math.inf for loss, ratio in features]
 
     @staticmethod
     def weights(scores: Sequence[float], budget: int) -> list[float]:
@@ -272,7 +314,7 @@ class Lark:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Divergence:
+class Divergence(_Checked):
     """Mean of log p(teacher) - log p(student); higher is better: the teacher is sure, the student is not (DASD,
     2601.09088)."""
 
@@ -284,12 +326,17 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RsdAccept:
+class RsdAccept(_Checked):
     """Share of tokens that the student gives at least `probability` and ranks within its `top` (RSD, 2509.22230);
     higher is better."""
 
     probability: float = 0.01
     top: int = 20
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not 0.0 < self.probability <= 1.0 or self.top < 1:
+            raise InputError("rsd_accept: probability must lie in (0, 1] and top be at least 1")
 
     def score(self, candidate: Candidate) -> float:
         likely = candidate.logprob >= math.log(self.probability)
@@ -300,7 +347,7 @@ class RsdAccept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SurprisalBand:
+class SurprisalBand(_Checked):
     """Share of tokens whose surprisal, in nats, lies in [low, high]; higher is better. Ours: neither known by heart nor
     out of reach."""
 
@@ -308,6 +355,7 @@ class SurprisalBand:
     high: float = 4.0
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not self.low < self.high:
             raise InputError(f"surprisal_band: low must lie below high, not {self.low} and {self.high}")
 
@@ -320,7 +368,7 @@ class SurprisalBand:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Length:
+class Length(_Checked):
     """Number of tokens. A control: many criteria come down to it."""
 
     scope: Scope = "chunk"
@@ -334,7 +382,7 @@ class Length:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherLogprob:
+class TeacherLogprob(_Checked):
     """The teacher's own mean log-probability; higher is better. A control that does not ask the student."""
 
     def score(self, candidate: Candidate) -> float:
@@ -345,7 +393,7 @@ class TeacherLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Random:
+class Random(_Checked):
     """A number from the candidate's own random stream: the control that any criterion has to beat."""
 
     def score(self, candidate: Candidate) -> float:
@@ -356,7 +404,7 @@ class Random:
 
 
 def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700.0 else math.inf
+    return math.inf if nll >= 700.0 else math.exp(nll)
 
 
 def _teacher_logprob(candidate: Candidate, name: str) -> Tensor:

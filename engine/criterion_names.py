@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,7 +50,10 @@ def resolve(criterion: str | AnyCriterion) -> AnyCriterion:
     """
     if not isinstance(criterion, str):
         if isinstance(criterion, type) or not isinstance(criterion, Criterion | PoolCriterion):
-            raise InputError(f"{criterion!r} is no criterion: it needs score(candidate) and higher_is_better()")
+            raise InputError(
+                f"{criterion!r} is no criterion: it needs score(candidate) and higher_is_better(), or the methods of a "
+                "PoolCriterion"
+            )
         return criterion
     terms = [_term(term.strip(), criterion) for term in _split(criterion, "+")]
     if len(terms) == 1 and terms[0][0] is None:
@@ -92,7 +96,7 @@ class WeightedRank:
             values = part.score_pool(mine) if isinstance(part, PoolCriterion) else [row[0] for row in mine]
             sign = -1.0 if part.higher_is_better() else 1.0
             for i, rank in enumerate(_mean_ranks([sign * value for value in values])):
-                totals[i] += weight * rank
+                totals[i] += weight * rank if values[i] == values[i] else math.nan  # NaN is for the caller to see
         return totals
 
     def higher_is_better(self) -> bool:
@@ -132,9 +136,12 @@ def _term(term: str, whole: str) -> tuple[float | None, AnyCriterion]:
     weight, star, name = term.partition("*")
     if star and "(" not in weight:
         try:
-            return float(weight), _named(name.strip(), whole)
+            factor = float(weight)
         except ValueError:
-            raise InputError(f"criterion {whole!r}: {weight.strip()!r} is no weight") from None
+            factor = math.nan
+        if not math.isfinite(factor):
+            raise InputError(f"criterion {whole!r}: {weight.strip()!r} is no weight")
+        return factor, _named(name.strip(), whole)
     return None, _named(term, whole)
 
 
@@ -144,9 +151,11 @@ def _named(text: str, whole: str) -> AnyCriterion:
     maker: Any = _imported(name, whole) if ":" in name else _MAKERS.get(name)
     if maker is None:
         raise InputError(f"unknown criterion {name!r}; registered: {', '.join(registered_criteria())}")
+    if options and not callable(maker):
+        raise InputError(f"criterion {whole!r}: {name} is an object already and takes no options")
     try:
         made = maker(**options) if callable(maker) else maker
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"criterion {whole!r}: {error}") from None
     return resolve(made) if not isinstance(made, str) else _named(made, whole)
 
@@ -155,10 +164,13 @@ def _options(text: str, whole: str) -> dict[str, Any]:
     """The keyword arguments of a call written as text; values are literals."""
     try:
         call = ast.parse("f" + text[text.index("(") :], mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise SyntaxError
+        names = [keyword.arg for keyword in call.keywords]
+        if None in names or len(set(names)) < len(names):
             raise SyntaxError
         return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise InputError(f"criterion {whole!r}: options are written as name(option=value, other='text')") from None
 
 
@@ -166,5 +178,5 @@ def _imported(path: str, whole: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"criterion {whole!r}: {error}") from None

@@ -112,7 +112,8 @@ class Engine:
         """Let the student choose what the teacher writes; one Selection per prompt, in order.
 
         prompts: raw text, chat messages, or token ids each. candidates: sampled per live branch and round. beam:
-        branches kept per prompt after each round. criterion: a registered name or an object. threshold: prune a branch
+        branches kept per prompt after each round. criterion: a name ("rsr", "ppl(norm='byte')", "0.7*rsr + 0.3*lalp",
+        "package.module:Name") or an object. threshold: prune a branch
         whose best candidate is worse than this value of the criterion; None never prunes. max_tokens: of the response.
         Raises InputError on an unusable prompt or option (naming the prompt's index), CapacityError on a prompt that is
         longer than the models' positions or the cache, NumericsError on NaN or infinite logits.
@@ -243,8 +244,14 @@ class Engine:
         runner = self._runner(model)
         prompt_ids = self._encode(prompt, model, "the prompt")
         _check_ids(response, runner, "the response")
-        longest = max((end - context for context, _, end in windows), default=0)
-        self._check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
+        for window in windows:
+            if len(window) != 3 or not 0 <= window[0] <= window[1] < window[2] <= len(response):
+                raise InputError(
+                    f"{tuple(window)} is no window (context, start, end) of a response of {len(response)} tokens"
+                )
+        longest = max((end - context for context, _, end in windows), default=1)
+        # the last token is predicted, not read
+        self._check_positions(len(prompt_ids) + longest - 1, runner, "the prompt with a window")
         return local_logprob(runner, prompt_ids, response, windows)
 
     def branch(self, prompt: Prompt, *, sampling: Sampling = Sampling(top_p=0.95), seed: int = 0) -> Branch:

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from genssd.engine.branch import Branch
-from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate
+from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate, evaluate_distinct
 from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError
+from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expander import Expander, Expansion
 from genssd.engine.loops import LoopGuard
 from genssd.engine.selection import STATUSES, CandidateRecord, ChunkScore, Selection, Status, Trajectory, Verdict
@@ -115,10 +115,19 @@ class PromptSearch:
             parent.drop()
         self.in_flight = []
 
+    def judge(self, options: SearchOptions) -> Selection | None:
+        """Judge the finished round; the outcome, if it was the last. Raises CapacityError, changing nothing, when the
+        criterion needs room that is not there."""
+        if self.in_flight:
+            self.select(options)
+        return None if self.live else self.result(options)
+
     def result(self, options: SearchOptions, error: str | None = None) -> Selection:
         """The prompt's outcome."""
-        written = [branch for branch, _ in self.final if branch.history]
+        written = [branch for branch, _ in self.final if branch.history and error is None]
         scores = dict(zip(written, evaluate(options.criterion, [b.response() for b in written]), strict=True))
+        if any(math.isnan(score) for score in scores.values()):
+            raise InputError(f"the criterion {options.criterion!r} returned NaN for a response to {self.label}")
         trajectories = [self._trajectory(b, status, scores.get(b, math.nan)) for b, status in self.final]
         trajectories.sort(key=lambda t: (STATUSES.index(t.status), options.rank(t.score)))
         return Selection(
@@ -190,7 +199,7 @@ def abs_rank(rank: float, options: SearchOptions) -> float:
 
 def _judge(kids: Sequence[Branch], options: SearchOptions, label: str) -> list[_Scored]:
     """Every candidate of a round with its value: they compete with each other."""
-    scores = evaluate(options.criterion, [kid.candidate() for kid in kids])
+    scores = evaluate_distinct(options.criterion, [kid.candidate() for kid in kids])
     if any(math.isnan(score) for score in scores):
         raise InputError(f"the criterion {options.criterion!r} returned NaN for a candidate of {label}")
     return [_Scored(kid, score) for kid, score in zip(kids, scores, strict=True)]
@@ -217,23 +226,31 @@ def search(prompts: Sequence[PromptSearch], expander: Expander, options: SearchO
     """Run the prompts and yield each as it ends. Closing the iterator early returns all pages."""
     waiting = deque(prompts)  # not started, or suspended, oldest first
     active: list[PromptSearch] = []  # hold pages
+    judging: list[PromptSearch] = []  # of these, those whose round is decoded
     owner: dict[Expansion, PromptSearch] = {}
     try:
         while waiting or active:
-            _start_rounds(active, waiting, expander, options, owner)
-            if not owner:
-                stuck = _make_room(active, waiting, expander)
+            if not judging:  # a new round would take the room that the criterion waits for
+                _start_rounds(active, waiting, expander, options, owner)
+            if owner:
+                for expansion in expander.step():
+                    prompt = owner.pop(expansion)
+                    prompt.unfinished -= 1
+                    if prompt.unfinished == 0:
+                        judging.append(prompt)
+            else:
+                stuck = _make_room(active, judging, waiting, expander)
                 if stuck is not None:
                     yield stuck.result(options, error=NO_ROOM)
-                continue
-            for expansion in expander.step():
-                prompt = owner.pop(expansion)
-                prompt.unfinished -= 1
-                if prompt.unfinished == 0:
-                    prompt.select(options)
-                    if not prompt.live:
-                        active.remove(prompt)
-                        yield prompt.result(options)
+            for prompt in list(judging):
+                try:
+                    selection = prompt.judge(options)
+                except CapacityError:  # the criterion runs the student on windows of its own, and they do not fit now
+                    continue
+                judging.remove(prompt)
+                if selection is not None:
+                    active.remove(prompt)
+                    yield selection
     finally:
         for prompt in active:
             _release(prompt, expander)
@@ -261,14 +278,26 @@ def _start_rounds(
         prompt.in_flight, prompt.unfinished = expansions, len(expansions)
 
 
-def _make_room(active: list[PromptSearch], waiting: deque[PromptSearch], expander: Expander) -> PromptSearch | None:
-    """Nothing is in flight, nothing fits: suspend the youngest prompt, or return the one that does not fit alone."""
+def _make_room(
+    active: list[PromptSearch], judging: list[PromptSearch], waiting: deque[PromptSearch], expander: Expander
+) -> PromptSearch | None:
+    """Nothing is in flight, nothing fits: suspend the youngest prompt, or return the one that does not fit alone.
+
+    Prompts that hold a decoded round are suspended last: it has to be decoded again.
+    """
     if not active:
         return waiting.popleft()
-    youngest = active.pop()
-    if not active:
+    idle = [prompt for prompt in active if prompt not in judging]
+    youngest = (idle or active)[-1]
+    active.remove(youngest)
+    if youngest in judging:
+        judging.remove(youngest)
+    if not active or (not youngest.live and not youngest.in_flight):
         _release(youngest, expander)
         return youngest
+    for expansion in youngest.in_flight:
+        expander.cancel(expansion)
+    youngest.in_flight = []
     for branch in youngest.live:
         branch.suspend()
     waiting.appendleft(youngest)

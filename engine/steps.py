@@ -15,7 +15,8 @@ def step_spans(pieces: Sequence[str]) -> list[tuple[int, int]]:
     """The steps of a response as [start, end) spans of its tokens, in order; together they cover every token.
 
     pieces: the text of each token (see `Tokenizer.pieces`). A token belongs to the step that holds its first
-    character. Fragments of fewer than four characters join the step after them, at the end of the text the one before.
+    character. A full stop ends a step wherever white space follows, "Mr. Smith" included. Fragments of fewer than four
+    characters join the step after them, at the end of the text the one before.
     """
     if not pieces:
         return []

@@ -104,11 +104,29 @@ class Tokenizer:
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text that each token completes; joined, they are the text of all. Special tokens have their names."""
-        stream = TextStream(self)
-        pieces = [stream.push(token) for token in token_ids]
-        if pieces:
-            pieces[-1] += stream.rest()
+        if self._joins:
+            stream = TextStream(self)
+            pieces = [stream.push(token) for token in token_ids]
+            if pieces:
+                pieces[-1] += stream.rest()
+            return pieces
+        # a token's text depends on what stands before it: the difference that it makes to a few tokens' text
+        ids, pieces = list(token_ids), []
+        start = done = 0
+        for end in range(1, len(ids) + 1):
+            before, text = str(self.hf.decode(ids[start:done])), str(self.hf.decode(ids[start:end]))
+            if text.endswith(REPLACEMENT) and end - done < LONGEST_CHARACTER and end < len(ids):
+                pieces.append("")
+                continue
+            pieces.append(text[len(before) :])
+            start, done = done, end
         return pieces
+
+    @cached_property
+    def _joins(self) -> bool:
+        """Whether a text is its tokens' texts, joined. SentencePiece drops the space in front of the first token."""
+        spaced = next((i for piece, i in self.hf.get_vocab().items() if piece[:1] == "\u2581" and len(piece) > 1), None)
+        return spaced is None or str(self.hf.decode([spaced, spaced])) == 2 * self.token_text(spaced)
 
     def _check_ids(self, parts: Sequence[Any]) -> list[int]:
         try:
@@ -145,8 +163,18 @@ class TextStream:
             return text
         self._waiting.append(token_id)
         text = str(self._tokenizer.hf.decode(self._waiting))
-        if text.endswith(REPLACEMENT) and len(self._waiting) < LONGEST_CHARACTER:
+        if not text.endswith(REPLACEMENT):
+            self._waiting = []
+            return text
+        if len(self._waiting) < LONGEST_CHARACTER:
             return ""
+        # bytes that make no character came first: they are let go, and what may still become one waits on
+        for kept in range(LONGEST_CHARACTER - 1, 0, -1):
+            gone, waiting = self._waiting[:-kept], self._waiting[-kept:]
+            head = str(self._tokenizer.hf.decode(gone))
+            if head + str(self._tokenizer.hf.decode(waiting)) == text:
+                self._waiting = waiting
+                return head
         self._waiting = []
         return text
 

@@ -27,9 +27,9 @@ def local_logprob(
     paths: list[Path] = []
     results: list[Tensor] = []
     try:
-        _require_room(runner, len(prompt_ids) + 1)
+        _require_room(runner, root, len(prompt_ids))
         before = runner.extend([root], [prompt_ids])[0][-1]
-        for group in _groups(runner, windows):
+        for group in _groups(runner, root, windows):
             paths = [runner.tree.fork(root) for _ in group]
             # the last token of a window is predicted, not read; a window of one token reads nothing
             read = [(path, ids[context : end - 1]) for path, (context, _, end) in zip(paths, group, strict=True)]
@@ -56,28 +56,33 @@ def local_logprob(
     return results
 
 
-def _groups(runner: ModelRunner, windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
+def _groups(runner: ModelRunner, root: Path, windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
     """As many windows at a time as one forward pass and the free pages take."""
     pool = runner.tree.pool
     group: list[Window] = []
     rows = pages = 0
     for window in windows:
-        tokens = window[2] - window[0]
-        need = tokens // pool.page_size + 2  # a half-filled page is copied on the first write
+        tokens = window[2] - window[0] - 1
+        need = _pages(runner, root, tokens)
         if group and (rows + tokens > MAX_ROWS or pages + need > pool.num_free):
             yield group
             group, rows, pages = [], 0, 0
-        _require_room(runner, tokens)
+        _require_room(runner, root, tokens)
         group.append(window)
         rows, pages = rows + tokens, pages + need
     if group:
         yield group
 
 
-def _require_room(runner: ModelRunner, tokens: int) -> None:
-    pool = runner.tree.pool
-    if tokens // pool.page_size + 2 > pool.num_free:
+def _pages(runner: ModelRunner, path: Path, tokens: int) -> int:
+    """What a fork of the path takes for some tokens: a half-filled page is copied on the first write."""
+    copied = path.leaf.length > 0 and path.length % runner.tree.pool.page_size > 0
+    return (runner.tree.pages_to_append(path, tokens) + copied) if tokens else 0
+
+
+def _require_room(runner: ModelRunner, path: Path, tokens: int) -> None:
+    if _pages(runner, path, tokens) > runner.tree.pool.num_free:
         raise CapacityError(
-            f"a prompt or window of {tokens} tokens does not fit into the {pool.num_free} free pages of the "
-            f"{runner.role}'s cache; raise memory_bytes or memory_utilization"
+            f"a prompt or window of {tokens} tokens does not fit into the {runner.tree.pool.num_free} free pages of "
+            f"the {runner.role}'s cache; raise memory_bytes or memory_utilization"
         )

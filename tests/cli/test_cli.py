@@ -119,7 +119,7 @@ def test_options_out_of_range(
     flags = select_flags(tiny_pair, write_rows([{"prompt": "a"}]), tmp_path / "run")
     assert "candidates must be at least 1, not 0" in fails(capsys, *flags, "--candidates", "0")
     assert "beam must be at least 1, not 0" in fails(capsys, *flags, "--beam", "0")
-    assert "unknown criterion 'pp'; registered: ppl, random" in fails(capsys, *flags, "--criterion", "pp")
+    assert "unknown criterion 'pp'; registered: aslec_casl, aslec_drop" in fails(capsys, *flags, "--criterion", "pp")
     assert "top_p must be in (0, 1], not 0.0" in fails(capsys, *flags, "--sampling.top-p", "0")
     assert "chunk tokens must be at least 1" in fails(capsys, *flags, "--chunk.tokens", "0")
 

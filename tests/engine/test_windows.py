@@ -162,7 +162,7 @@ def test_a_window_may_reach_the_last_position(engine: Engine) -> None:
 
 
 def test_beyond_the_last_position_is_named(engine: Engine) -> None:
-    with pytest.raises(CapacityError, match=r"the prompt with a window has 513 tokens.*512 positions"):
+    with pytest.raises(CapacityError, match=r"the prompt with a window has 512 tokens.*512 positions"):
         engine.local_logprob(random_ids(500, 19), random_ids(13, 20), [(0, 0, 13)])
 
 
