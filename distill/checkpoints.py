@@ -42,7 +42,7 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
     """Changes when an example or their order does."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f";{example.num_prompt}:{','.join(map(str, example.input_ids))}".encode())
+        digest.update(f";{example.weight}:{example.num_prompt}:{','.join(map(str, example.input_ids))}".encode())
     return digest.hexdigest()[:16]
 
 

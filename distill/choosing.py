@@ -57,14 +57,14 @@ def pick(
     column: Sequence[float],
     higher_is_better: bool,
     eligible: Callable[[Row], bool] = lambda row: True,
+    keep: int = 1,
 ) -> list[int]:
-    """The row of every prompt's best eligible response, in the order of the prompts; of equal ones the first."""
+    """The rows of every prompt's best eligible responses, best first, prompts in order; of equal ones the first."""
     sign = -1.0 if higher_is_better else 1.0
     chosen = []
     for members in by_prompt(rows).values():
         allowed = [i for i in members if eligible(rows[i])]
-        if allowed:
-            chosen.append(min(allowed, key=lambda i: sign * column[i]))
+        chosen += sorted(allowed, key=lambda i: sign * column[i])[:keep]
     return chosen
 
 

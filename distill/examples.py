@@ -6,10 +6,13 @@ other origin go through the tokenizer and its chat template:
     {"messages": [..., {"role": "assistant", ...}]}     the last turn is trained
     {"prompt": text or messages, "completion": text or messages}
     {"question" | "problem" | ...: text, "completion" | "response" | "output" | "solution" | "answer": text}
+
+A number in `weight` multiplies the loss of a row's tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +32,8 @@ class Example:
 
     input_ids: tuple[int, ...]
     num_prompt: int
+    weight: float = 1.0
+    """Of the loss of its tokens, from the row's field `weight`."""
 
     @property
     def num_completion(self) -> int:
@@ -87,7 +92,14 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) 
         raise InputError(f"{where}: the completion has no token to train on")
     if not prompt:
         raise InputError(f"{where}: the prompt is empty")
-    return Example(input_ids=(*prompt, *completion), num_prompt=len(prompt))
+    return Example(input_ids=(*prompt, *completion), num_prompt=len(prompt), weight=_weight(fields, where))
+
+
+def _weight(fields: Mapping[str, Any], where: str) -> float:
+    weight = fields.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight < math.inf:
+        raise InputError(f"{where}: weight must be a number of at least 0, not {weight!r}")
+    return float(weight)
 
 
 def _ids(value: object, tokenizer: Tokenizer, where: str) -> list[int]:

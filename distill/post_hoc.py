@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/features.jsonl   journal: one line per trace with what the criteria are computed from
 OUTPUT_DIR/scores.jsonl     the same with one column per criterion
-OUTPUT_DIR/selected.jsonl   the best response of every prompt under --select-by: what training reads
+OUTPUT_DIR/selected.jsonl   the best responses of every prompt under --select-by: what training reads
 OUTPUT_DIR/teachers.json    per criterion, the teachers ranked for this student, with bootstrap intervals
 OUTPUT_DIR/report.html      what the criteria pick, how they relate: tables and plots
 OUTPUT_DIR/bad_rows.txt     what could not be scored, by file and line
@@ -19,7 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.choosing import TeacherRank, by_prompt, column_of, pick, rank_teachers
+from genssd.distill.choosing import Row, TeacherRank, by_prompt, column_of, pick, rank_teachers
 from genssd.distill.comparing import compare
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import is_correct
@@ -28,6 +28,7 @@ from genssd.distill.run_directory import claim
 from genssd.distill.score_page import render
 from genssd.distill.traces import Trace, read_traces
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion
+from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -56,6 +57,10 @@ class ScoreConfig(EngineOptions):
     """Take only the first rows of each file."""
     verify: bool = True
     """Check answers by math-verify where a reference answer is known and the row has no verdict."""
+    keep: int = 1
+    """Responses picked per prompt."""
+    weigh: bool = False
+    """Give the picked responses LARK's training weights (mean 1 per prompt); lark has to be what picks."""
     require_correct: bool = False
     """Pick only among responses that are known to be correct."""
     require_finished: bool = True
@@ -73,6 +78,10 @@ class ScoreConfig(EngineOptions):
             raise InputError(f"a criterion is listed twice: {', '.join(self.criteria)}")
         if self.select_by is not None and self.select_by not in self.criteria:
             raise InputError(f"select_by {self.select_by!r} is not among the criteria: {', '.join(self.criteria)}")
+        if self.keep < 1:
+            raise InputError(f"keep must be at least 1, not {self.keep}")
+        if self.weigh and not isinstance(resolve(self.select_by or self.criteria[0]), Lark):
+            raise InputError("weigh gives the weights of lark: list it first among the criteria, or select_by it")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit must be at least 1, not {self.limit}")
         if self.min_steps < 0 or (self.max_steps is not None and self.max_steps < max(1, self.min_steps)):
@@ -141,9 +150,10 @@ def _run(
     name = config.select_by or config.criteria[0]
     better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
     allowed = partial(_eligible, config)
-    picks = {name: pick(rows, column, better[name], allowed) for name, column in columns.items()}
+    picks = {name: pick(rows, column, better[name], allowed, config.keep) for name, column in columns.items()}
     chosen = picks[name]
-    picked = (_training_row(engine, traces[i], name, columns[name][i]) for i in chosen)
+    weights = _weights(rows, columns[name], allowed, config.keep) if config.weigh else dict.fromkeys(chosen, 1.0)
+    picked = (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in chosen)
     write_jsonl(output_dir / "selected.jsonl", picked)
     ranks, incomplete = rank_teachers(rows, criteria, columns)
     write_json(
@@ -276,7 +286,21 @@ def _eligible(config: ScoreConfig, row: Mapping[str, Any]) -> bool:
     )
 
 
-def _training_row(engine: Engine, trace: Trace, criterion: str, score: float) -> dict[str, Any]:
+def _weights(
+    rows: Sequence[Row], column: Sequence[float], allowed: Callable[[Row], bool], keep: int
+) -> dict[int, float]:
+    """LARK's weights of every prompt's eligible responses, times how many of them are kept."""
+    weights: dict[int, float] = {}
+    for members in by_prompt(rows).values():
+        able = [i for i in members if allowed(rows[i])]
+        if able:
+            budget = min(keep, len(able))
+            of_pool = Lark.weights([column[i] for i in able], budget)
+            weights |= {i: budget * weight for i, weight in zip(able, of_pool, strict=True)}
+    return weights
+
+
+def _training_row(engine: Engine, trace: Trace, criterion: str, score: float, weight: float) -> dict[str, Any]:
     """A row that training reads by its ids, and others by its text."""
     tokenizer = engine.tokenizer("student")
     return {
@@ -285,6 +309,7 @@ def _training_row(engine: Engine, trace: Trace, criterion: str, score: float) ->
         "answer": trace.answer,
         "criterion": criterion,
         "score": _jsonable(score),
+        "weight": weight,
         "teacher": trace.teacher,
         "student_prompt_ids": list(trace.prompt_ids),
         "completion_ids": list(trace.response_ids),

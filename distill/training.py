@@ -1,6 +1,8 @@
 """`genssd train`: supervised fine-tuning of a transformers model on selected trajectories.
 
-    loss = sum over completion tokens of -log p(token) / number of completion tokens, over one optimizer step
+    loss = sum over completion tokens of -weight log p(token) / sum of their weights, over one optimizer step
+
+A row's weight is its field `weight`, 1 where it has none.
 
 OUTPUT_DIR/                   a save_pretrained directory: weights, config, tokenizer, chat template
 OUTPUT_DIR/metrics.jsonl      one line per logged step
@@ -284,10 +286,11 @@ class _Trainer:
     def _step(self, batch: Sequence[Example], learning_rate: float) -> tuple[float, float, int]:
         """One optimizer step; returns its loss, gradient norm and completion tokens."""
         tokens = sum(example.num_completion for example in batch)
+        weight = sum(example.weight * example.num_completion for example in batch)
         size = self._config.per_device_train_batch_size
         total = 0.0
         for start in range(0, len(batch), size):
-            loss = self._loss(batch[start : start + size]) / tokens
+            loss = self._loss(batch[start : start + size]) / (weight or 1.0)  # all 0: nothing to learn
             total += float(loss.detach())
             loss.backward()  # type: ignore[no-untyped-call]
         norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
@@ -304,22 +307,27 @@ class _Trainer:
         return total, norm, tokens
 
     def _loss(self, batch: Sequence[Example]) -> Tensor:
-        """Summed over the completion tokens of a padded batch."""
+        """The weighted sum over the completion tokens of a padded batch."""
         width = max(len(example.input_ids) for example in batch)
         ids = torch.full((len(batch), width), self._pad)
         seen = torch.zeros(len(batch), width, dtype=torch.long)
         trained = torch.zeros(len(batch), width, dtype=torch.bool)
+        weight = torch.zeros(len(batch), width)
         for row, example in enumerate(batch):
             length = len(example.input_ids)
             ids[row, :length] = torch.tensor(example.input_ids)
             seen[row, :length] = 1
             trained[row, example.num_prompt : length] = True
+            weight[row] = example.weight
         ids, seen, trained = ids.to(self._device), seen.to(self._device), trained.to(self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             hidden = self._model.base_model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
             # the token at t is predicted from t - 1; rows that are not trained never meet the head
             return linear_cross_entropy(
-                hidden[:, :-1][trained[:, 1:]], self._model.get_output_embeddings().weight, ids[:, 1:][trained[:, 1:]]
+                hidden[:, :-1][trained[:, 1:]],
+                self._model.get_output_embeddings().weight,
+                ids[:, 1:][trained[:, 1:]],
+                row_weight=weight.to(self._device)[:, 1:][trained[:, 1:]],
             ).total
 
     @property

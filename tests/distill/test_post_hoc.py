@@ -92,6 +92,19 @@ def test_filters_choose_among_what_is_left(tiny_pair: TinyPair, write_rows: Writ
     assert "Three" in lines(tmp_path / "c" / "selected.jsonl")[0]["completion"], "the row's verdict counts"
 
 
+def test_several_responses_are_kept_with_larks_weights(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    summary = score(tiny_pair, data, tmp_path / "out", criteria=("lark",), keep=2, weigh=True)
+    assert summary.selected == 5  # 2 of 3, 2 of 2, 1 of 1
+    rows = lines(tmp_path / "out" / "selected.jsonl")
+    assert rows[0]["score"] >= rows[1]["score"]
+    assert [row["weight"] for row in rows[2:]] == [1.0, 1.0, 1.0]  # all are kept: no threshold
+    assert rows[0]["weight"] + rows[1]["weight"] == pytest.approx(2.0)
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    examples = read_examples([tmp_path / "out" / "selected.jsonl"], tokenizer, max_length=512, statuses=())
+    assert [example.weight for example in examples.examples] == [row["weight"] for row in rows]
+
+
 def test_bad_rows_are_named_and_the_rest_is_scored(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
     with data.open("ab") as stream:
@@ -198,6 +211,8 @@ def test_a_ratio_criterion_ranks_by_the_ratio_of_sums() -> None:
         ({"select_by": "rsr"}, "not among"),
         ({"limit": 0}, "limit"),
         ({"min_steps": 3, "max_steps": 2}, "no range"),
+        ({"keep": 0}, "keep"),
+        ({"weigh": True}, "weights of lark"),
         ({"criteria": ("divergence",)}, "teacher's log-probabilities"),
     ],
 )

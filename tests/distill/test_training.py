@@ -79,6 +79,22 @@ def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tm
         assert close.float().mean() > 0.999, name
 
 
+def test_a_weight_counts_a_row_so_many_times(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """A row of weight 2 trains like two rows, one of weight 0 like none."""
+    first, second, third = ({**row} for row in ROWS[:3])
+    weighted = write_rows([{**first, "weight": 2}, second, {**third, "weight": 0.0}], "weighted.jsonl")
+    repeated = write_rows([first, first, second], "repeated.jsonl")
+    for name, data in (("a", weighted), ("b", repeated)):
+        config = config_for(tiny_pair, data, tmp_path / name, max_steps=1, lr_scheduler_type="constant")
+        run_train(dataclasses.replace(config, warmup_ratio=0.0, per_device_train_batch_size=3))
+    ours, theirs = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    for weight in ("2", -1, True, float("nan")):
+        with pytest.raises(InputError, match=r"line 1: weight must be a number"):
+            run_train(config_for(tiny_pair, write_rows([{**first, "weight": weight}]), tmp_path / "c", max_steps=1))
+
+
 def test_accumulation_equals_the_unsplit_batch(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
     split = config_for(
