@@ -38,7 +38,7 @@ class Tokenizer:
         vocabulary = json.dumps(sorted(self.hf.get_vocab().items()))
         self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
-    @property
+    @cached_property
     def largest_id(self) -> int:
         return int(max(self.hf.get_vocab().values()))
 

@@ -57,6 +57,26 @@ def test_select_train_evaluate_in_a_row(
     assert "avg@2" in out
 
 
+def test_score_and_reselect_after_a_selection(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(select_flags(tiny_pair, write_rows([{"question": f"{i}+{i}?"} for i in range(3)]), tmp_path / "select"))
+    main(f"reselect --run {tmp_path / 'select'} --criterion rsr --output-dir {tmp_path / 'again'}".split())
+    out = capsys.readouterr().out
+    assert "of 3 prompts judged again by rsr" in out
+    selections = tmp_path / "select" / "selections.jsonl"
+    score = ["score", "--student", str(tiny_pair.student), "--memory-bytes", str(1 << 22), "--data"]
+    more = ["--criteria", "ppl", "rsr(r_max=50)", "0.5*ppl + 0.5*length", "--no-require-finished"]
+    main([*score, str(selections), *more, "--output-dir", str(tmp_path / "score")])
+    assert "3 traces of 3 prompts scored, 3 responses picked" in capsys.readouterr().out
+    assert "<h1>" in (tmp_path / "score" / "report.html").read_text()
+    spoilt = write_rows([{"prompt": "a", "completion": "b"}, {"prompt": "c"}], "spoilt.jsonl")
+    message = fails(capsys, *score, str(spoilt), "--output-dir", str(tmp_path / "spoilt"))
+    assert "1 rows could not be scored; all others were" in message
+    assert f"{spoilt}, line 2: " in message
+    assert len((tmp_path / "spoilt" / "scores.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_config_file_and_flags_over_it(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows([{"prompt": "a"}])
     config = tmp_path / "c.yaml"
