@@ -9,6 +9,8 @@ Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -120,17 +122,8 @@ def _linear_cross_entropy(
 
 
 @_linear_cross_entropy.register_fake
-def _(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    row_weight_N: Tensor,
-    temperature: float,
-    softcap: float | None,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_outputs(hidden_ND, weight_VD, want_hidden, want_weight)
+def _(hidden_ND: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_outputs(hidden_ND, weight_VD, *rest[-2:])
 
 
 _linear_cross_entropy.register_autograd(scaled_gradients, setup_context=save_gradients)

@@ -27,6 +27,7 @@ from genssd.kernels.head import (
     check_head,
     check_positive,
     chunk_rows,
+    fake_outputs,
     losses_and_gradients,
     product,
     product_dtype,
@@ -200,7 +201,7 @@ def _blockwise(
     in_range_N = target_N.clamp(0, weight_VD.shape[0] - 1)
     N, V = len(hidden_ND), len(weight_VD)
     rows = max(1, LOGITS_BYTES // (4 * V))
-    values: Values = _linear_logprob_fake(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk)
+    values = _outputs(hidden_ND, target_N, topk)
     x_CV = values[0].new_empty(min(rows, N), V)
     for start in range(0, N, rows):
         block = slice(start, min(start + rows, N))
@@ -215,6 +216,15 @@ def _blockwise(
                 value[block][part] = of_part
     _require_sound(target_N, values[1], V)
     return values
+
+
+def _outputs(hidden_ND: Tensor, target_N: Tensor, topk: int) -> Values:
+    """Room for what the operator returns."""
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    a, b, c, d = (target_N.new_empty(target_N.shape, dtype=wide) for _ in range(4))
+    rank = target_N.new_empty(target_N.shape, dtype=torch.int32)
+    shape = (target_N.shape[0], topk)
+    return a, b, c, d, rank, target_N.new_empty(shape), target_N.new_empty(shape, dtype=wide)
 
 
 def _require_sound(target_N: Tensor, logsumexp_N: Tensor, vocabulary: int) -> None:
@@ -259,20 +269,8 @@ def _linear_logprob_triton(
 
 
 @_linear_logprob.register_fake
-def _linear_logprob_fake(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    topk: int,
-) -> Values:
-    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-    a, b, c, d = (target_N.new_empty(target_N.shape, dtype=wide) for _ in range(4))
-    rank = target_N.new_empty(target_N.shape, dtype=torch.int32)
-    shape = (target_N.shape[0], topk)
-    return a, b, c, d, rank, target_N.new_empty(shape), target_N.new_empty(shape, dtype=wide)
+def _(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *rest: Any) -> Values:
+    return _outputs(hidden_ND, target_N, rest[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Values) -> None:
@@ -344,22 +342,8 @@ def _logprob_gradients(
 
 
 @_logprob_gradients.register_fake
-def _(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    bias: Tensor | None,
-    stats_4N: Tensor,
-    upstream_4N: Tensor,
-    temperature: float,
-    softcap: float | None,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        hidden_ND.new_empty(hidden_ND.shape if want_hidden else 0),
-        weight_VD.new_empty(weight_VD.shape if want_weight else 0),
-    )
+def _(hidden_ND: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return fake_outputs(hidden_ND, weight_VD, *rest[-2:])[2:]
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)

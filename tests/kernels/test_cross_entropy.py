@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from operations import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from genssd.kernels import head
 from genssd.kernels.cross_entropy import _linear_cross_entropy, linear_cross_entropy
@@ -283,25 +283,6 @@ def test_autocast_leaves_float64_alone() -> None:
     assert loss.total.dtype == loss.rows.dtype == torch.float64
 
 
-class Products(TorchDispatchMode):
-    """Counts the matrix products, and the largest number of elements that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = 0
-        self.elements = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.products += str(func).split(".")[1] in ("mm", "addmm", "addmm_", "matmul")
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
-
-
 inside: Callable[..., tuple[Tensor, ...]] = _linear_cross_entropy._init_fn
 """The function behind the operator: a mode sees operators from outside."""
 
@@ -325,7 +306,7 @@ def test_products_are_taken_only_for_gradients_that_are_wanted() -> None:
     hidden, weight, target = problem(5, 33)
     ones = torch.ones(5)
     for want_hidden, want_weight in itertools.product([False, True], repeat=2):
-        with Products() as seen:
+        with Operations() as seen:
             _, _, d_hidden, d_weight = inside(hidden, weight, target, ones, 1.0, None, want_hidden, want_weight)
         assert seen.products == 1 + want_hidden + want_weight
         assert d_hidden.numel() == 5 * 6 * want_hidden
@@ -390,7 +371,7 @@ def test_a_batch_is_the_sum_of_its_parts() -> None:
 def test_no_tensor_of_tokens_times_vocabulary_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 1025 * 8)
     hidden, weight, target = problem(200, 1025, width=3)
-    with Products() as seen:
+    with Operations() as seen:
         _, losses, _, _ = inside(hidden, weight, target, torch.ones(200), 0.9, 20.0, True, True)
     assert len(losses) == 200
     assert 3 * 1025 <= seen.elements <= 8 * 1025

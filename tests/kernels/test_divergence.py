@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from operations import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from genssd.kernels import head
 from genssd.kernels.divergence import (
@@ -462,25 +462,6 @@ def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
                 assert_close(ours, expected, 5e-6)
 
 
-class Products(TorchDispatchMode):
-    """Counts the matrix products, and the largest number of elements that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = 0
-        self.elements = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.products += str(func).split(".")[1] in ("mm", "addmm", "addmm_", "matmul")
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
-
-
 inside: Callable[..., tuple[Tensor, ...]] = _linear_divergence._init_fn
 inside_topk: Callable[..., tuple[Tensor, ...]] = _topk_divergence._init_fn
 """The functions behind the operators: a mode sees operators from outside."""
@@ -491,12 +472,12 @@ def test_no_tensor_of_tokens_times_vocabulary_is_built(kind: Kind, monkeypatch: 
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 1025 * 16)
     hidden, weight, teacher_hidden, teacher_weight = problem(200, 1025, width=3, teacher_width=3)
     ones = torch.ones(200)
-    with Products() as seen:
+    with Operations() as seen:
         inside(hidden, weight, teacher_hidden, teacher_weight, ones, kind, 0.1, 0.9, 20.0, None, True, True)
     assert 3 * 1025 <= seen.elements <= 16 * 1025
     _, _, ids, logprob = topk_problem(200, 1025, 7)
     for tail in TAILS:
-        with Products() as seen:
+        with Operations() as seen:
             inside_topk(hidden, weight, ids, logprob, ones, kind, 0.1, tail, 0.9, 20.0, True, True)
         assert 3 * 1025 <= seen.elements <= 16 * 1025
 
@@ -507,14 +488,14 @@ def test_products_are_taken_only_for_gradients_that_are_wanted() -> None:
     ones = torch.ones(5)
     for want_hidden, want_weight in itertools.product([False, True], repeat=2):
         wanted = (want_hidden, want_weight)
-        with Products() as seen:
+        with Operations() as seen:
             _, _, d_hidden, d_weight = inside(
                 hidden, weight, teacher_hidden, teacher_weight, ones, "jsd", 0.5, 1.0, None, None, *wanted
             )
         assert seen.products == 2 + sum(wanted)
         assert (d_hidden.numel(), d_weight.numel()) == (5 * 6 * want_hidden, 33 * 6 * want_weight)
         for tail in TAILS:
-            with Products() as seen:
+            with Operations() as seen:
                 inside_topk(hidden, weight, ids, logprob, ones, "jsd", 0.5, tail, 1.0, None, *wanted)
             assert seen.products == 1 + sum(wanted)
 

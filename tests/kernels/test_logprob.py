@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from operations import Operations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from genssd.kernels.logprob import TokenStats, _blockwise, linear_logprob
 
@@ -172,27 +171,10 @@ def test_bfloat16_is_no_worse_than_its_rounded_product() -> None:
     assert (stats.logprob - truth).abs().max() <= 2 * budget + 1e-5
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
-
-
 def test_no_tensor_of_tokens_times_vocabulary_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("genssd.kernels.logprob.LOGITS_BYTES", 4 * 4099 * 8)
     hidden, weight, target = problem(200, 4099, width=16)
-    with LargestTensor() as seen:
+    with Operations() as seen:
         # the function behind the operator: a mode sees operators from outside
         logprob, *_ = _blockwise(hidden, weight, target, None, 0.9, 20.0, 0)
     assert len(logprob) == 200
