@@ -139,8 +139,8 @@ def _turns(fields: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     answer = next((fields[name] for name in COMPLETION_FIELDS if isinstance(fields.get(name), str)), None)
     if question is None or answer is None:
         raise InputError(
-            f"{where}: nothing to train on; a row needs messages, or prompt and completion, or a question with one of "
-            f"{', '.join(COMPLETION_FIELDS)}; this one has {', '.join(fields) or 'nothing'}"
+            f"{where}: no prompt with a completion; a row needs messages, or prompt and completion, or a question with "
+            f"one of {', '.join(COMPLETION_FIELDS)}; this one has {', '.join(fields) or 'nothing'}"
         )
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 

@@ -103,7 +103,7 @@ def test_statuses_and_lengths_are_left_out_and_counted(tokenizer: Tokenizer, wri
             {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]},
             "line 2: the completion has no token",
         ),
-        ({"prompt": "a"}, "line 2: nothing to train on; a row needs"),
+        ({"prompt": "a"}, "line 2: no prompt with a completion; a row needs"),
     ],
 )
 def test_an_empty_mask_is_an_error(tokenizer: Tokenizer, write_rows: Write, row: dict[str, Any], message: str) -> None:
