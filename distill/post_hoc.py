@@ -213,6 +213,9 @@ def _score_batch(
             else [criterion.score(candidate)]
             for name, criterion in criteria.items()
         }
+        for name, values in features.items():
+            if any(math.isnan(value) for value in values):
+                raise InputError(f"the criterion {name} gave NaN for {trace.where}")
         correct = trace.correct
         if correct is None and config.verify and trace.answer is not None:
             correct = is_correct(tokenizer.decode(trace.response_ids), trace.answer)
@@ -226,7 +229,11 @@ def _score_batch(
             "finished": trace.finished,
             "loop": bool(guard.period(trace.response_ids)),
             "correct": correct,
-            "ratios": {name: c.ratio(candidate) for name, c in criteria.items() if isinstance(c, RatioCriterion)},
+            "ratios": {
+                name: [_jsonable(part) for part in criterion.ratio(candidate)]
+                for name, criterion in criteria.items()
+                if isinstance(criterion, RatioCriterion)
+            },
             "features": {name: [_jsonable(value) for value in values] for name, values in features.items()},
         }
 

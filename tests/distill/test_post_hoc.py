@@ -18,6 +18,7 @@ from genssd.distill.examples import read_examples
 from genssd.distill.journal import complete_rows
 from genssd.distill.post_hoc import ScoreConfig, ScoreSummary, run_score
 from genssd.distill.selecting import SelectConfig, run_select
+from genssd.engine import criterion_names
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 
@@ -174,6 +175,22 @@ def test_online_equals_post_hoc(tiny_pair: TinyPair, write_rows: Write, tmp_path
             online += [row["score"], *(other["score"] for other in row["others"])]
         column = [row[name] for row in lines(out / "score" / "scores.jsonl")]
         assert column == pytest.approx(online, rel=1e-5)
+
+
+class Undefined:
+    def score(self, candidate: Any) -> float:
+        return math.nan
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+def test_a_criterion_that_gives_nan_is_named(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(criterion_names._MAKERS, "undefined", Undefined)
+    with pytest.raises(InputError, match=r"criterion undefined gave NaN for .*line 1"):
+        score(tiny_pair, write_rows(ROWS), tmp_path / "out", criteria=("undefined",))
 
 
 def test_teachers_are_ranked_over_the_prompts_that_all_answered() -> None:
