@@ -2,10 +2,10 @@
 
     python bench/pool.py [--traces 5000] [--tokens 2048] [--json bench/results/pool.json]
 
-A random Llama-class model (4 layers, width 256, vocabulary 32000, float32 on a CPU, bf16 on a GPU), prompts of 64 ids
-with several responses each. Both give mean log-probability and rank of every token; both run in processes of their own,
-so that the peak of resident memory is theirs. transformers gets batches of `--batch` traces of equal length: nothing is
-padded. The values are compared before the times are.
+A random Llama-class model (by default 4 layers, width 256, vocabulary 32000; float32 on a CPU, bf16 on a GPU), prompts
+of 64 ids with several responses each. Both give mean log-probability and rank of every token; both run in processes of
+their own, so that the peak of resident memory is theirs. transformers gets batches of `--batch` traces of equal length:
+nothing is padded. The values are compared before the times are.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ DEVICE = "cuda" if GPU else "cpu"
 PROMPT, PER_PROMPT = 64, 4
 
 
-def traces(count: int, tokens: int) -> list[tuple[list[int], list[int]]]:
+def traces(count: int, tokens: int, vocabulary: int) -> list[tuple[list[int], list[int]]]:
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, 32000, (-(-count // PER_PROMPT), PROMPT), generator=generator)
-    responses = torch.randint(0, 32000, (count, tokens), generator=generator)
+    prompts = torch.randint(0, vocabulary, (-(-count // PER_PROMPT), PROMPT), generator=generator)
+    responses = torch.randint(0, vocabulary, (count, tokens), generator=generator)
     return [(prompts[i // PER_PROMPT].tolist(), responses[i].tolist()) for i in range(count)]
 
 
-def save_model(directory: Path) -> None:
+def save_model(directory: Path, layers: int, width: int, vocabulary: int) -> None:
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=8192, tie_word_embeddings=True,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=width // 64, max_position_embeddings=8192,
+        tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16 if GPU else torch.float32).save_pretrained(directory)
-    vocabulary = {f"t{i}": i for i in range(32000)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1").save_pretrained(directory)
 
 
@@ -54,11 +54,11 @@ def peak() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
-def ours(directory: str, count: int, tokens: int, batch: int) -> dict[str, Any]:
+def ours(directory: str, count: int, tokens: int, vocabulary: int, batch: int) -> dict[str, Any]:
     from genssd import Engine
 
     engine = Engine.from_pretrained(student=directory, memory_bytes=256 << 20)
-    pool = traces(count, tokens)
+    pool = traces(count, tokens, vocabulary)
     engine.score([pool[0][0]], [pool[0][1][:64]])
     started, values = time.perf_counter(), []
     for start in range(0, count, batch):
@@ -69,11 +69,11 @@ def ours(directory: str, count: int, tokens: int, batch: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def theirs(directory: str, count: int, tokens: int, batch: int) -> dict[str, Any]:
+def theirs(directory: str, count: int, tokens: int, vocabulary: int, batch: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map=DEVICE)
-    pool = traces(count, tokens)
+    pool = traces(count, tokens, vocabulary)
     model(torch.tensor([pool[0][0]], device=DEVICE))
     started, values = time.perf_counter(), []
     for start in range(0, count, batch):
@@ -90,16 +90,19 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=5000)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4, help="traces at a time")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with TemporaryDirectory() as directory:
-        save_model(Path(directory))
+        save_model(Path(directory), options.layers, options.width, options.vocabulary)
         results: dict[str, list[dict[str, Any]]] = {"genssd": [], "transformers": []}
         for _ in range(options.rounds):
             for name, run in (("genssd", ours), ("transformers", theirs)):
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    arguments = (directory, options.traces, options.tokens, options.batch)
+                    arguments = (directory, options.traces, options.tokens, options.vocabulary, options.batch)
                     results[name].append(pool.apply(run, arguments))
     first, second = (torch.tensor(results[name][0].pop("values")) for name in results)
     torch.testing.assert_close(first, second, atol=1e-2 if GPU else 1e-3, rtol=2e-2 if GPU else 1e-3)
@@ -112,6 +115,7 @@ def main() -> None:
     print(f"ratio {rows['transformers']['seconds'] / rows['genssd']['seconds']:.2f}x")
     if options.json:
         shape = {"traces": options.traces, "tokens": options.tokens, "batch": options.batch, "device": DEVICE}
+        shape |= {"layers": options.layers, "width": options.width, "vocabulary": options.vocabulary}
         machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         options.json.write_text(json.dumps({**shape, **machine, **rows}, indent=2) + "\n")
 

@@ -79,12 +79,15 @@ def _read(
             stats=stats[trace],
             history_ids=history_ids,
             history=TokenStats.concatenate([stats[a] for a in before]) if before else TokenStats.empty(),
-            teacher_logprob=torch.tensor(fields["teacher_logprob"], dtype=torch.float32),
+            teacher_logprob=_teacher_logprob([fields]),
+            history_teacher_logprob=_teacher_logprob([logged[ancestor] for ancestor in before]),
             final=fields["ended"] != "chunk",
             finished=fields["ended"] == "finished",
             stream=_stream(root, trace, logged),
             pieces_of=tokenizer.pieces,
             local_logprob=local_logprob and partial(local_logprob, selection["student_prompt_ids"]),
+            encode=tokenizer.encode_plain,
+            answer=selection["answer"],
         )
         while len(rounds) < len(trace):
             rounds.append([])
@@ -98,6 +101,10 @@ def _stats(fields: Mapping[str, Any]) -> TokenStats:
     return TokenStats.of(
         [torch.tensor(fields[name], dtype=torch.int32 if name == "rank" else torch.float32) for name in STATISTICS]
     )
+
+
+def _teacher_logprob(chunks: Sequence[Mapping[str, Any]]) -> Tensor:
+    return torch.tensor([value for fields in chunks for value in fields["teacher_logprob"]], dtype=torch.float32)
 
 
 def _stream(root: int, trace: Sequence[int], logged: Mapping[tuple[int, ...], Mapping[str, Any]]) -> int:

@@ -75,6 +75,7 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
     if recorded.get("command") != "select":
         raise InputError(f"{run} is no output directory of `genssd select`")
     student = config.student or recorded["config"]["student"]
+    shortest = recorded["config"]["chunk"]["shortest"]
 
     @cache
     def engine() -> Engine:
@@ -91,7 +92,7 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
     with claim(Path(config.output_dir), "reselect"):
         for decisions in read_decisions(run, tokenizer, local_logprob):
             for number, decided in enumerate(decisions.rounds):
-                scores = evaluate_distinct(criterion, [d.candidate for d in decided])
+                scores = evaluate_distinct(criterion, [d.candidate.lengthened(shortest) for d in decided])
                 rows.append(_round_row(decisions, number, decided, scores, criterion))
                 changes += [abs(d.score - s) for d, s in zip(decided, scores, strict=True) if d.score is not None]
                 pairs += _pairs(decisions, decided, tokenizer)

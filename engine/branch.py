@@ -26,6 +26,8 @@ class PromptIds:
 
     teacher: tuple[int, ...]
     student: tuple[int, ...] = ()
+    answer: str | None = None
+    """The reference answer, for criteria that read it."""
 
 
 class Brancher(Protocol):
@@ -36,6 +38,8 @@ class Brancher(Protocol):
     def drop_paths(self, branch: Branch) -> None: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
 
@@ -61,6 +65,8 @@ class Branch:
         self.stats = TokenStats.empty()
         """The student's statistics of the chunk."""
         self.chunk_teacher_logprob: list[float] = []
+        self.substituted = 0
+        """Tokens of the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
         self.ended: Ending | None = None
         self.num_children = 0
         self.dropped = False
@@ -94,29 +100,36 @@ class Branch:
             history_ids=tuple(self.history),
             history=self._committed_stats(),
             teacher_logprob=self.teacher_logprob,
+            history_teacher_logprob=self._committed_teacher_logprob(),
             final=self.ended != "chunk",
             finished=self.ended == "finished",
             stream=self.stream,
             pieces_of=self._owner.pieces,
             local_logprob=partial(self._owner.local_logprob, self.prompt),
+            encode=self._owner.encode,
+            answer=self.prompt.answer,
         )
 
     def response(self) -> Candidate:
         """What criteria see of the committed response as a whole."""
-        teacher = torch.cat(self.history_teacher_logprob) if self.history else torch.empty(0)
         return Candidate(
             token_ids=tuple(self.history),
             stats=self._committed_stats(),
-            teacher_logprob=teacher,
+            teacher_logprob=self._committed_teacher_logprob(),
             final=True,
             finished=self.ended == "finished",
             stream=self.stream,
             pieces_of=self._owner.pieces,
             local_logprob=partial(self._owner.local_logprob, self.prompt),
+            encode=self._owner.encode,
+            answer=self.prompt.answer,
         )
 
     def _committed_stats(self) -> TokenStats:
         return TokenStats.concatenate(self.history_stats) if self.history_stats else TokenStats.empty()
+
+    def _committed_teacher_logprob(self) -> Tensor:
+        return torch.cat(self.history_teacher_logprob) if self.history else torch.empty(0)
 
     def expand(self, n: int, chunk: Chunk) -> list[Branch]:
         """Sample n candidate chunks and have the student score them. The branch itself stays as it is.

@@ -7,7 +7,7 @@ objects score online, in the search, and afterwards, over finished traces.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -35,6 +35,8 @@ class Candidate:
     """The student's statistics of the response before the chunk."""
     teacher_logprob: Tensor | None = None
     """float32 [tokens], at temperature 1 over the whole vocabulary; None where nobody recorded it."""
+    history_teacher_logprob: Tensor | None = None
+    """The same of the response before the chunk."""
     final: bool
     """Whether the response ends with this chunk."""
     finished: bool
@@ -45,6 +47,10 @@ class Candidate:
     """The text of each of some tokens."""
     local_logprob: Callable[[Sequence[int], Sequence[Window]], list[Tensor]] | None = None
     """The student's log-probabilities of parts of a response that sees the prompt and a window of itself alone."""
+    encode: Callable[[str], list[int]] | None = None
+    """Token ids of a text, nothing added."""
+    answer: str | None = None
+    """The prompt's reference answer, where it is known."""
 
     @property
     def num_content(self) -> int:
@@ -55,6 +61,31 @@ class Candidate:
     def logprob(self) -> Tensor:
         """The student's, of the chunk, float64 [tokens]."""
         return self.stats.logprob.double().cpu()
+
+    def lengthened(self, min_tokens: int) -> Candidate:
+        """The candidate as the search judges it: a last chunk of fewer tokens takes the end of its history along.
+
+        Otherwise an ending of two tokens would nearly always win over chunks that go on, and under criteria that leave
+        the end of sequence out a lone one would always lose. Ours.
+        """
+        borrowed = min(len(self.history_ids), min_tokens - len(self.token_ids))
+        if not self.final or borrowed < 1:
+            return self
+        cut = len(self.history_ids) - borrowed
+        teacher, before = self.teacher_logprob, self.history_teacher_logprob
+        if teacher is not None and before is not None:
+            teacher, before = torch.cat((before[cut:], teacher)), before[:cut]
+        else:
+            teacher = before = None
+        return replace(
+            self,
+            token_ids=(*self.history_ids[cut:], *self.token_ids),
+            stats=TokenStats.concatenate([self.history[cut:], self.stats]),
+            history_ids=self.history_ids[:cut],
+            history=self.history[:cut],
+            teacher_logprob=teacher,
+            history_teacher_logprob=before,
+        )
 
     def pieces(self) -> list[str]:
         """The text of each token of history and chunk; the end of sequence has none."""
@@ -124,6 +155,11 @@ class RatioCriterion(Protocol):
 
 
 AnyCriterion = Criterion | PoolCriterion
+
+
+def needs_answer(criterion: AnyCriterion) -> bool:
+    """Whether a criterion says, by an attribute of this name, that it reads `Candidate.answer`."""
+    return bool(getattr(criterion, "needs_answer", False))
 
 
 def evaluate(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:

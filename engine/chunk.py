@@ -16,12 +16,16 @@ class Chunk:
     until: str | None = "\n"
     limit: int | None = None
     """None: twice `tokens`."""
+    shortest: int = 8
+    """A response's last chunk with fewer tokens is judged together with the end of its history. Ours."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise InputError(f"chunk tokens must be at least 1, not {self.tokens}")
         if self.until == "":
             raise InputError("chunk until must be None or a non-empty string")
+        if self.shortest < 0:
+            raise InputError(f"chunk shortest must be at least 0, not {self.shortest}")
         if self.limit is not None and self.limit < self.tokens:
             raise InputError(f"chunk limit {self.limit} is smaller than chunk tokens {self.tokens}")
 

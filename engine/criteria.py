@@ -41,8 +41,8 @@ def _has_type(value: object, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if hint is bool:
-        return isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
     return any(_has_type(value, part) for part in get_args(hint)) or (value is None and type(None) in get_args(hint))
 
 
@@ -69,16 +69,13 @@ class Perplexity(_Checked):
     """Mean over tokens, mean over bytes of text (comparable between tokenizers), or the sum itself, without exp."""
     reduce: Literal["mean", "max", "drop_first"] = "mean"
     """All tokens, the least likely one alone, or all but the first: a first token is often the least likely."""
-    min_tokens: int = 8
-    """A last chunk shorter than this is scored together with the end of its history: otherwise a two-token ending
-    always wins over chunks that go on. Ours."""
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.norm != "token" and self.reduce == "max":
             raise InputError(f"ppl: reduce='max' is one token's; it has no norm={self.norm!r}")
-        if self.window < 1 or self.min_tokens < 0:
-            raise InputError("ppl: window must be at least 1 and min_tokens at least 0")
+        if self.window < 1:
+            raise InputError(f"ppl: window must be at least 1, not {self.window}")
 
     def score(self, candidate: Candidate) -> float:
         logprob = candidate.whole_logprob()
@@ -103,10 +100,7 @@ class Perplexity(_Checked):
         everything = len(candidate.history) + len(candidate.stats)
         if self.scope == "trajectory":
             return everything
-        if self.scope == "window":
-            return min(everything, self.window)
-        shortest = self.min_tokens if candidate.final else 0
-        return min(everything, max(shortest, len(candidate.stats)))
+        return min(everything, self.window) if self.scope == "window" else len(candidate.stats)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,6 +341,55 @@ class RsdAccept(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RationaleDifficulty(_Checked):
+    """PPL(answer | prompt, reasoning) / PPL(answer | prompt); lower is better: the reasoning makes the answer easier
+    (MoRSD, 2509.23574; the paper's formula is not public, this reading is ours).
+
+    The reference answer is put behind `before_answer`, once after the reasoning and once after the prompt alone.
+    """
+
+    before_answer: str = "\nThe answer is"
+    last_steps: int = 1
+    """Steps at the end of a response that ends with them and are left out, for they state the answer."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.last_steps < 0:
+            raise InputError(f"rationale_difficulty: last_steps must be at least 0, not {self.last_steps}")
+
+    @property
+    def needs_answer(self) -> bool:
+        return True
+
+    def score(self, candidate: Candidate) -> float:
+        if candidate.answer is None:
+            raise InputError("rationale_difficulty needs the reference answer, and this prompt came without one")
+        if candidate.local_logprob is None or candidate.encode is None:
+            raise InputError("rationale_difficulty runs the student, and this candidate came without a model to do it")
+        reasoning = self.reasoning(candidate)
+        ending = candidate.encode(f"{self.before_answer} {candidate.answer}")
+        # what the text before the answer and the whole have in common: a tokenizer may join across the border
+        border = _common(candidate.encode(self.before_answer), ending)
+        if border == len(ending):
+            raise InputError(f"rationale_difficulty: the answer {candidate.answer!r} has no token of its own")
+        start, end = len(reasoning) + border, len(reasoning) + len(ending)
+        windows = [(0, start, end), (len(reasoning), start, end)]
+        led, alone = (float(p.double().mean()) for p in candidate.local_logprob((*reasoning, *ending), windows))
+        return _exp(alone - led) if led > -math.inf else math.inf
+
+    def reasoning(self, candidate: Candidate) -> tuple[int, ...]:
+        """The response so far, without its end of sequence and the steps that state the answer."""
+        ids = (*candidate.history_ids, *candidate.token_ids)
+        if not candidate.final or not self.last_steps:
+            return ids[: len(ids) - candidate.finished]
+        starts = [start for start, _ in candidate.steps()]
+        return ids[: starts[-self.last_steps]] if len(starts) > self.last_steps else ()
+
+    def higher_is_better(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SurprisalBand(_Checked):
     """Share of tokens whose surprisal, in nats, lies in [low, high]; higher is better. Ours: neither known by heart nor
     out of reach."""
@@ -405,6 +448,14 @@ class Random(_Checked):
 
 def _exp(nll: float) -> float:
     return math.inf if nll >= 700.0 else math.exp(nll)
+
+
+def _common(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    for i, (one, other) in enumerate(zip(some, others, strict=False)):
+        if one != other:
+            return i
+    return min(len(some), len(others))
 
 
 def _teacher_logprob(candidate: Candidate, name: str) -> Tensor:

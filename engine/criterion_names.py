@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from genssd.engine import criteria
-from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion
+from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion, needs_answer
 from genssd.engine.errors import InputError
 
 _MAKERS: dict[str, Callable[..., AnyCriterion]] = {
@@ -22,6 +22,7 @@ _MAKERS: dict[str, Callable[..., AnyCriterion]] = {
     "lark": criteria.Lark,
     "divergence": criteria.Divergence,
     "rsd_accept": criteria.RsdAccept,
+    "rationale_difficulty": criteria.RationaleDifficulty,
     "surprisal_band": criteria.SurprisalBand,
     "length": criteria.Length,
     "teacher_logprob": criteria.TeacherLogprob,
@@ -77,6 +78,10 @@ class WeightedRank:
     @property
     def pool(self) -> Literal["prompt", "data"]:
         return "prompt"
+
+    @property
+    def needs_answer(self) -> bool:
+        return any(needs_answer(part) for _, part in self.parts)
 
     @property
     def num_features(self) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from genssd.engine.branch import Branch, PromptIds
-from genssd.engine.candidate import AnyCriterion, Window
+from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
@@ -22,6 +22,7 @@ from genssd.engine.loops import LoopGuard
 from genssd.engine.memory import available_bytes, choose_device, choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
+from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpeculator
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, prompt_stream
 from genssd.engine.scoring import score
@@ -108,6 +109,7 @@ class Engine:
         sampling: Sampling = Sampling(top_p=0.95),
         loop_guard: LoopGuard | None = LoopGuard(),
         seed: int = 0,
+        answers: Sequence[str | None] | None = None,
     ) -> list[Selection]:
         """Let the student choose what the teacher writes; one Selection per prompt, in order.
 
@@ -115,6 +117,7 @@ class Engine:
         branches kept per prompt after each round. criterion: a name ("rsr", "ppl(norm='byte')", "0.7*rsr + 0.3*lalp",
         "package.module:Name") or an object. threshold: prune a branch
         whose best candidate is worse than this value of the criterion; None never prunes. max_tokens: of the response.
+        answers: the prompts' reference answers, for criteria that read them.
         Raises InputError on an unusable prompt or option (naming the prompt's index), CapacityError on a prompt that is
         longer than the models' positions or the cache, NumericsError on NaN or infinite logits.
         """
@@ -129,6 +132,7 @@ class Engine:
             sampling=sampling,
             loop_guard=loop_guard,
             seed=seed,
+            answers=answers,
         )
         return sorted(done, key=lambda selection: selection.index)
 
@@ -145,6 +149,7 @@ class Engine:
         sampling: Sampling = Sampling(top_p=0.95),
         loop_guard: LoopGuard | None = LoopGuard(),
         seed: int = 0,
+        answers: Sequence[str | None] | None = None,
         skip: frozenset[int] = frozenset(),
         labels: Sequence[str] | None = None,
     ) -> Iterator[Selection]:
@@ -165,7 +170,9 @@ class Engine:
         )
         self._runner("teacher"), self._runner("student")  # both are needed: say so before anything starts
         brancher = _Brancher(self, sampling, "teacher")
-        starts = self._prompt_searches(prompts, _labels(prompts, labels), options, brancher, skip)
+        names = _labels(prompts, labels)
+        _check_answers(answers, options.criterion, names)
+        starts = self._prompt_searches(prompts, names, options, brancher, skip, answers)
         return search(starts, brancher.expander, options)
 
     def generate(
@@ -177,11 +184,15 @@ class Engine:
         sampling: Sampling = Sampling(top_p=0.95),
         max_tokens: int = 4096,
         seed: int = 0,
+        rsd: ReverseSpeculation | None = None,
     ) -> list[list[Completion]]:
-        """Sample n responses per prompt from one model, without scoring. Errors as in `select_expand`."""
+        """Sample n responses per prompt from one model, without scoring. Errors as in `select_expand`.
+
+        rsd: the student judges every token of the teacher, and writes itself what it refuses.
+        """
         results: dict[int, list[Completion]] = {}
         for index, completions in self.iter_generate(
-            prompts, model=model, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed
+            prompts, model=model, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed, rsd=rsd
         ):
             results[index] = completions
         return [results[i] for i in range(len(prompts))]
@@ -195,19 +206,25 @@ class Engine:
         sampling: Sampling = Sampling(top_p=0.95),
         max_tokens: int = 4096,
         seed: int = 0,
+        rsd: ReverseSpeculation | None = None,
+        skip: frozenset[int] = frozenset(),
         labels: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """The same, each prompt's index and responses as it ends. labels: what messages call each prompt."""
+        """The same, each prompt's index and responses as it ends. skip and labels: see `iter_select_expand`."""
         if n < 1 or max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
-        brancher = _Brancher(self, sampling, model, scored=False)
+        if rsd is not None and model != "teacher":
+            raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
+        roles: list[Role] = [model] if rsd is None else ["teacher", "student"]
+        brancher = _Brancher(self, sampling, model, scored=rsd is not None, rsd=rsd)
         whole = Chunk(tokens=max_tokens, until=None)
         names = _labels(prompts, labels)
-        queue = [
-            Expansion(root, n, whole, self._response_limit(root.prompt, max_tokens, [model]), names[index])
-            for index, root, _ in self._roots(prompts, names, brancher, seed, [model])
-        ]
-        for expansion in queue:
+        queue = {
+            index: Expansion(root, n, whole, self._response_limit(root.prompt, max_tokens, roles), names[index])
+            for index, root, _ in self._roots(prompts, names, brancher, seed, roles)
+            if index not in skip
+        }
+        for expansion in queue.values():
             self._check_fits(brancher.expander, expansion)
         return generate(queue, brancher.expander)
 
@@ -249,16 +266,15 @@ class Engine:
                 raise InputError(
                     f"{tuple(window)} is no window (context, start, end) of a response of {len(response)} tokens"
                 )
-        longest = max((end - context for context, _, end in windows), default=1)
-        # the last token is predicted, not read
-        self._check_positions(len(prompt_ids) + longest - 1, runner, "the prompt with a window")
-        return local_logprob(runner, prompt_ids, response, windows)
+        return self._local_logprob(model, prompt_ids, response, windows)
 
-    def branch(self, prompt: Prompt, *, sampling: Sampling = Sampling(top_p=0.95), seed: int = 0) -> Branch:
-        """The root of a tree for searches of your own; see `Branch`."""
+    def branch(
+        self, prompt: Prompt, *, sampling: Sampling = Sampling(top_p=0.95), seed: int = 0, answer: str | None = None
+    ) -> Branch:
+        """The root of a tree for searches of your own; see `Branch`. answer: for criteria that read it."""
         brancher = _Brancher(self, sampling, "teacher", scored="student" in self._runners)
         roles: list[Role] = ["teacher", "student"] if "student" in self._runners else ["teacher"]
-        ((_, root, _),) = self._roots([prompt], ["the prompt"], brancher, seed, roles)
+        ((_, root, _),) = self._roots([prompt], ["the prompt"], brancher, seed, roles, [answer])
         return root
 
     @property
@@ -289,6 +305,17 @@ class Engine:
             raise InputError(f"this engine has no {role}; give {role}= to Engine.from_pretrained")
         return runner
 
+    def _local_logprob(
+        self, model: Role, prompt_ids: Sequence[int], response: Sequence[int], windows: Sequence[Window]
+    ) -> list[Tensor]:
+        runner = self._runner(model)
+        # the last token is predicted, not read
+        read = [end - context - 1 for context, _, end in windows]
+        self._check_positions(len(prompt_ids) + max(read, default=0), runner, "the prompt with a window")
+        found = local_logprob(runner, prompt_ids, response, windows)
+        self.usage.window_tokens += len(prompt_ids) + sum(read)
+        return found
+
     def _encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         runner = self._runner(role)
         try:
@@ -314,13 +341,20 @@ class Engine:
             )
 
     def _roots(
-        self, prompts: Sequence[Prompt], labels: Sequence[str], owner: _Brancher, seed: int, roles: list[Role]
+        self,
+        prompts: Sequence[Prompt],
+        labels: Sequence[str],
+        owner: _Brancher,
+        seed: int,
+        roles: list[Role],
+        answers: Sequence[str | None] | None = None,
     ) -> Iterator[tuple[int, Branch, int]]:
         """Index, root branch and occurrence (how many equal prompts came before) of each prompt."""
         seen: Counter[tuple[int, ...]] = Counter()
         for index, prompt in enumerate(prompts):
             ids = {role: tuple(self._encode(prompt, role, labels[index])) for role in roles}
-            rendered = PromptIds(teacher=ids.get("teacher", ()), student=ids.get("student", ()))
+            answer = None if answers is None else answers[index]
+            rendered = PromptIds(teacher=ids.get("teacher", ()), student=ids.get("student", ()), answer=answer)
             key = ids[roles[0]]
             yield index, Branch(owner, rendered, prompt_stream(seed, key, seen[key])), seen[key]
             seen[key] += 1
@@ -338,10 +372,11 @@ class Engine:
         options: SearchOptions,
         owner: _Brancher,
         skip: frozenset[int],
+        answers: Sequence[str | None] | None,
     ) -> list[PromptSearch]:
         roles: list[Role] = ["teacher", "student"]
         searches = []
-        for index, root, occurrence in self._roots(prompts, labels, owner, options.seed, roles):
+        for index, root, occurrence in self._roots(prompts, labels, owner, options.seed, roles, answers):
             limit = self._response_limit(root.prompt, options.max_tokens, roles)
             start = PromptSearch(index, labels[index], occurrence, root, limit)
             if index not in skip:
@@ -364,12 +399,19 @@ class Engine:
 class _Brancher:
     """Gives branches what they need of the engine; holds the expander of one call."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, writer: Role, scored: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        writer: Role,
+        scored: bool = True,
+        rsd: ReverseSpeculation | None = None,
+    ) -> None:
         self._engine = engine
         self._tokenizer = engine.tokenizer(writer)
         runner = engine._runner(writer)
         scorer = engine._runner("student") if scored else None
-        self.expander = Expander(
+        self.expander = (Expander if rsd is None else partial(ReverseSpeculator, rsd))(
             runner,
             scorer,
             self._tokenizer,
@@ -411,11 +453,14 @@ class _Brancher:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode_plain(text)
+
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         return self._tokenizer.pieces(token_ids)
 
     def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]:
-        return local_logprob(self._engine._runner("student"), prompt.student, ids, windows)
+        return self._engine._local_logprob("student", prompt.student, ids, windows)
 
 
 def _labels(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:
@@ -424,6 +469,15 @@ def _labels(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence
     if labels is not None and len(labels) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(labels)} labels")
     return [f"prompt {i}" for i in range(len(prompts))] if labels is None else labels
+
+
+def _check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion, labels: Sequence[str]) -> None:
+    if answers is not None and len(answers) != len(labels):
+        raise InputError(f"{len(labels)} prompts but {len(answers)} answers")
+    if needs_answer(criterion):
+        missing = next((label for i, label in enumerate(labels) if answers is None or answers[i] is None), None)
+        if missing is not None:
+            raise InputError(f"{missing}: no reference answer, which the criterion {criterion!r} reads")
 
 
 def _check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:

@@ -32,6 +32,8 @@ class Usage:
     """Candidate tokens scored."""
     prefill_tokens: int = 0
     """Prompt tokens computed, over both models; computed again after a preemption counts again."""
+    window_tokens: int = 0
+    """Computed by the student for criteria that read responses in windows of their own, prompts included."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +55,7 @@ class Expansion:
 
 
 @dataclass(slots=True, eq=False)
-class _Lane:
+class Lane:
     """A row of the decoding batch: an expansion that has not branched yet (kid None), or one candidate."""
 
     expansion: Expansion
@@ -108,7 +110,7 @@ class Expander:
         self._sampling = sampling
         self._max_batch = max_batch
         self._usage = usage
-        self._lanes: list[_Lane] = []
+        self._lanes: list[Lane] = []
         self._promises = promises
 
     @property
@@ -141,7 +143,7 @@ class Expander:
             if state.path is None:
                 state.path = runner.tree.root()
         self._promises[expansion] = [self._promise(runner, expansion) for runner in self._runners]
-        self._lanes.append(_Lane(expansion))
+        self._lanes.append(Lane(expansion))
 
     def cancel(self, expansion: Expansion) -> None:
         """Stop an expansion and drop its candidates; its parent is as if it had not been asked for."""
@@ -156,13 +158,12 @@ class Expander:
     def step(self) -> list[Expansion]:
         """Decode one token of every candidate in the batch; return the expansions that are complete and scored."""
         batch, waiting = self._take_batch()
-        if self._scorer is not None:
-            self._advance(self._scorer, [lane.expansion.parent for lane in batch if lane.kid is None])
-        self._advance(self._writer, [lane.branch for lane in batch])
+        for runner in self._runners:
+            self._advance(runner, [lane.branch for lane in batch])
         # a lane that branches off now is sampled once for each of its candidates
         kids = [self._open_kid(lane) for lane in batch for _ in range(lane.rows)]
         source = torch.tensor([i for i, lane in enumerate(batch) for _ in range(lane.rows)])
-        running: list[_Lane] = []
+        running: list[Lane] = []
         complete: list[Expansion] = []
         for lane, token, logprob in zip(kids, *self._sample(batch, source, kids), strict=True):
             self._take_token(lane, token, logprob)
@@ -177,7 +178,7 @@ class Expander:
             del self._promises[expansion]
         return complete
 
-    def _take_batch(self) -> tuple[list[_Lane], list[_Lane]]:
+    def _take_batch(self) -> tuple[list[Lane], list[Lane]]:
         """The lanes of this step, first come first served, and those that wait. At least one lane runs."""
         rows = 0
         for i, lane in enumerate(self._lanes):
@@ -195,7 +196,7 @@ class Expander:
             state.hidden = hidden[-1]
             state.pending = []
 
-    def _open_kid(self, lane: _Lane) -> _Lane:
+    def _open_kid(self, lane: Lane) -> Lane:
         if lane.kid is not None:
             return lane
         expansion, parent = lane.expansion, lane.expansion.parent
@@ -213,11 +214,11 @@ class Expander:
         self._state(self._writer, kid).path = self._writer.tree.fork(path)
         expansion.kids.append(kid)
         expansion.open_kids += 1
-        return _Lane(expansion, kid, ChunkEnd(expansion.chunk), TextStream(self._tokenizer))
+        return Lane(expansion, kid, ChunkEnd(expansion.chunk), TextStream(self._tokenizer))
 
-    def _sample(self, batch: list[_Lane], source: Tensor, kids: list[_Lane]) -> tuple[list[int], list[float]]:
+    def _sample(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> tuple[list[int], list[float]]:
         """One token for each of the kids and its log-probability at temperature 1."""
-        hidden = torch.stack([self._hidden(lane.branch) for lane in batch])
+        hidden = torch.stack([self._hidden(self._writer, lane) for lane in batch])
         keys = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in kids]).to(hidden.device)
         source = source.to(hidden.device)
         options = self._sampling
@@ -242,10 +243,10 @@ class Expander:
             )
         except NonFiniteLogits as error:
             lane = kids[error.row]
-            raise _nonfinite(self._writer, lane.expansion.label, lane.branch.length) from None
+            raise nonfinite(self._writer, lane.expansion.label, lane.branch.length) from None
         return tokens.tolist(), (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()
 
-    def _take_token(self, lane: _Lane, token: int, logprob: float) -> None:
+    def _take_token(self, lane: Lane, token: int, logprob: float) -> None:
         kid = lane.branch
         assert lane.end is not None
         assert lane.text is not None
@@ -285,15 +286,15 @@ class Expander:
         try:
             stats = linear_logprob(torch.cat(predicting), head, targets.to(head.device))
         except NonFiniteLogits as error:
-            raise _nonfinite(scorer, *rows[error.row]) from None
+            raise nonfinite(scorer, *rows[error.row]) from None
         self._usage.student_tokens += len(targets)
         start = 0
         for _, kid in kids:
             kid.stats = stats[start : start + len(kid.chunk)]
             start += len(kid.chunk)
 
-    def _hidden(self, branch: Branch) -> Tensor:
-        hidden = self._state(self._writer, branch).hidden
+    def _hidden(self, runner: ModelRunner, lane: Lane) -> Tensor:
+        hidden = self._state(runner, lane.branch).hidden
         assert hidden is not None
         return hidden
 
@@ -328,7 +329,8 @@ class Expander:
         return open_promises
 
 
-def _nonfinite(runner: ModelRunner, label: str, position: int) -> NumericsError:
+def nonfinite(runner: ModelRunner, label: str, position: int) -> NumericsError:
+    """The error that names the model, the prompt and the position."""
     return NumericsError(
         f"the {runner.role} {runner.directory} produced NaN or infinite logits for {label}, response position "
         f"{position}; check the weights, or run it in float32"

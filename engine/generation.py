@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,21 +13,23 @@ from genssd.engine.expander import Expander, Expansion
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled response. logprob: of each token at temperature 1."""
+    """One sampled response. logprob: of each token at temperature 1, under the model that was asked."""
 
     token_ids: tuple[int, ...]
     text: str
     status: Literal["finished", "length"]
     logprob: tuple[float, ...]
+    substituted: int = 0
+    """Tokens that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
 
 
-def generate(queue: Sequence[Expansion], expander: Expander) -> Iterator[tuple[int, list[Completion]]]:
-    """Run the expansions, first come first served; yield the index and responses of each as it ends.
+def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[tuple[int, list[Completion]]]:
+    """Run the expansions, first come first served; yield the key and responses of each as it ends.
 
     Closing the iterator early returns all pages. Raises CapacityError when the cache is full of others' branches.
     """
-    index = {expansion: i for i, expansion in enumerate(queue)}
-    waiting, in_flight = list(reversed(queue)), 0
+    index = {expansion: i for i, expansion in queue.items()}
+    waiting, in_flight = list(queue.values())[::-1], 0
     try:
         while waiting or in_flight:
             while waiting and expander.has_room and expander.fits([waiting[-1]]):
@@ -44,7 +46,7 @@ def generate(queue: Sequence[Expansion], expander: Expander) -> Iterator[tuple[i
                 for branch in (expansion.parent, *expansion.kids):
                     branch.drop()
     finally:
-        for expansion in queue:
+        for expansion in queue.values():
             expander.cancel(expansion)
             expansion.parent.drop()
 
@@ -55,4 +57,5 @@ def _completion(kid: Branch) -> Completion:
         text=kid.text,
         status="finished" if kid.ended == "finished" else "length",
         logprob=tuple(kid.chunk_teacher_logprob),
+        substituted=kid.substituted,
     )

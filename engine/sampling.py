@@ -57,6 +57,15 @@ def noise_key(stream: int, position: int) -> int:
     return key - (1 << 64) if key >> 63 else key
 
 
+def attempt_key(stream: int, position: int, attempt: int) -> int:
+    """The key of a token's further draws at one position; the first attempt (0) is `noise_key`'s."""
+    key = noise_key(stream, position)
+    if attempt == 0:
+        return key
+    key = _mix(_mix(key & _WORD) + attempt)
+    return key - (1 << 64) if key >> 63 else key
+
+
 def uniform(stream: int, position: int) -> float:
     """A number in [0, 1) from the same stream, apart from the tokens' noise."""
     return (_mix(_mix(stream) ^ _mix(~position & _WORD)) >> 11) * 2.0**-53

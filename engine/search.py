@@ -199,7 +199,8 @@ def abs_rank(rank: float, options: SearchOptions) -> float:
 
 def _judge(kids: Sequence[Branch], options: SearchOptions, label: str) -> list[_Scored]:
     """Every candidate of a round with its value: they compete with each other."""
-    scores = evaluate_distinct(options.criterion, [kid.candidate() for kid in kids])
+    candidates = [kid.candidate().lengthened(options.chunk.shortest) for kid in kids]
+    scores = evaluate_distinct(options.criterion, candidates)
     if any(math.isnan(score) for score in scores):
         raise InputError(f"the criterion {options.criterion!r} returned NaN for a candidate of {label}")
     return [_Scored(kid, score) for kid, score in zip(kids, scores, strict=True)]

@@ -72,16 +72,19 @@ LOGPROBS = st.lists(st.floats(-20, 0, width=32), max_size=12)
 def test_perplexity_is_the_exponential_of_the_mean(chunk: list[float], history: list[float], min_tokens: int) -> None:
     borrowed = history[max(0, len(history) - max(0, min_tokens - len(chunk))) :]
     expected = math.exp(-math.fsum(borrowed + chunk) / len(borrowed + chunk))
-    assert Perplexity(min_tokens=min_tokens).score(candidate(chunk, history)) == pytest.approx(expected, rel=1e-6)
+    assert Perplexity().score(candidate(chunk, history).lengthened(min_tokens)) == pytest.approx(expected, rel=1e-6)
     whole = math.exp(-math.fsum(history + chunk) / len(history + chunk))
-    trajectory = Perplexity(scope="trajectory", min_tokens=min_tokens)
-    assert trajectory.score(candidate(chunk, history)) == pytest.approx(whole, rel=1e-6)
+    trajectory = Perplexity(scope="trajectory")
+    assert trajectory.score(candidate(chunk, history).lengthened(min_tokens)) == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_short_ending_is_scored_with_the_end_of_its_history() -> None:
-    assert Perplexity(min_tokens=4).score(candidate([-1.0], [-9.0, -2.0, -2.0, -3.0])) == pytest.approx(math.exp(2.0))
-    assert Perplexity(min_tokens=1).score(candidate([-1.0], [-9.0])) == pytest.approx(math.e)
-    assert Perplexity(min_tokens=4).score(candidate([-1.0], [-9.0], final=False)) == pytest.approx(math.e)
+    def score(made: Candidate, shortest: int) -> float:
+        return Perplexity().score(made.lengthened(shortest))
+
+    assert score(candidate([-1.0], [-9.0, -2.0, -2.0, -3.0]), 4) == pytest.approx(math.exp(2.0))
+    assert score(candidate([-1.0], [-9.0]), 1) == pytest.approx(math.e)
+    assert score(candidate([-1.0], [-9.0], final=False), 4) == pytest.approx(math.e)
 
 
 def test_perplexity_without_a_finite_value_is_infinite_not_nan() -> None:
@@ -101,7 +104,7 @@ def test_random_depends_on_the_stream_and_the_position_alone() -> None:
 def test_names_resolve_and_objects_pass_through() -> None:
     assert resolve("ppl") == Perplexity()
     assert resolve("random") == Random()
-    own = Perplexity(min_tokens=3)
+    own = Perplexity(window=3)
     assert resolve(own) is own
     with pytest.raises(InputError, match=r"unknown criterion 'pll'; registered: .*ppl"):
         resolve("pll")
@@ -169,7 +172,7 @@ def test_perplexity_in_every_scope_norm_and_reduction(
     for scope, norm, reduce in product(
         ("chunk", "trajectory", "window"), ("token", "byte", "sum"), ("mean", "max", "drop_first")
     ):
-        options: dict[str, Any] = {"scope": scope, "norm": norm, "reduce": reduce, "window": window, "min_tokens": 4}
+        options: dict[str, Any] = {"scope": scope, "norm": norm, "reduce": reduce, "window": window}
         if norm != "token" and reduce == "max":
             with pytest.raises(InputError, match="reduce='max'"):
                 Perplexity(**options)
@@ -186,7 +189,7 @@ def test_perplexity_in_every_scope_norm_and_reduction(
         }[norm]
         if reduce == "max":
             expected = math.exp(max(nll for nll, _ in kept))
-        assert Perplexity(**options).score(made) == pytest.approx(expected, rel=1e-9), options
+        assert Perplexity(**options).score(made.lengthened(4)) == pytest.approx(expected, rel=1e-9), options
 
 
 def test_a_window_is_the_last_tokens_even_of_a_longer_chunk() -> None:
@@ -683,6 +686,7 @@ EVERY = [
 def odd(chunk: Sequence[float], history: Sequence[float] = (), finished: bool = True) -> Candidate:
     """Tokens of one character each, at the model's mercy: -inf in the windows too."""
     content = len(history) + len(chunk) - finished
+    every = torch.tensor([*history, *chunk] * 9)  # as many as a longer sequence needs
     return Candidate(
         token_ids=tuple(range(len(chunk))),
         stats=stats(chunk),
@@ -692,7 +696,11 @@ def odd(chunk: Sequence[float], history: Sequence[float] = (), finished: bool = 
         final=True,
         finished=finished,
         pieces_of=lambda ids: ["x"] * content,
-        local_logprob=lambda ids, windows: [torch.tensor([*history, *chunk])[start:end] for _, start, end in windows],
+        local_logprob=lambda ids, windows: [
+            torch.tensor([*history, *chunk] * 9)[start:end] for _, start, end in windows
+        ],
+        encode=lambda text: list(range(len(text) // 8)),
+        answer="twelve",
     )
 
 

@@ -49,7 +49,7 @@ class Rules:
     beam: int = 1
     threshold: float = math.inf
     trajectory: bool = False
-    min_tokens: int = 8
+    shortest: int = 8
     guard: LoopGuard | None = None
 
 
@@ -84,7 +84,7 @@ def replay(pair: Pair, selection: Selection, rules: Rules) -> None:
                 history[record.trace] = whole
                 logprobs[record.trace] = pair.logprobs("student", prompt, whole).tolist()
                 chunk = len(record.token_ids)
-                borrowing = rules.min_tokens if record.ended != "chunk" else 0
+                borrowing = rules.shortest if record.ended != "chunk" else 0
                 span = len(whole) if rules.trajectory else min(len(whole), max(chunk, borrowing))
                 score = math.exp(-sum(logprobs[record.trace][-span:]) / span)
                 assert record.score == pytest.approx(score, rel=1e-3)
@@ -170,7 +170,9 @@ GUARD = LoopGuard(max_period=3, min_repeats=2, min_tokens=2)
     ("rules", "sampling", "chunk"),
     [
         pytest.param(Rules(candidates=3), Sampling(), Chunk(tokens=7, until=None), id="greedy"),
-        pytest.param(Rules(candidates=4, min_tokens=1), Sampling(), Chunk(tokens=2, until=None), id="short-chunks"),
+        pytest.param(
+            Rules(candidates=4, shortest=1), Sampling(), Chunk(tokens=2, until=None, shortest=1), id="short-chunks"
+        ),
         pytest.param(Rules(candidates=3, beam=2, trajectory=True), Sampling(), EIGHT, id="beam-2"),
         pytest.param(
             Rules(candidates=2, beam=5, trajectory=True), Sampling(), Chunk(tokens=4, until=None), id="beam-5"
@@ -197,7 +199,7 @@ def test_every_verdict_can_be_derived_again(
         candidates=rules.candidates,
         chunk=chunk,
         beam=rules.beam,
-        criterion=Perplexity(scope="trajectory" if rules.trajectory else "chunk", min_tokens=rules.min_tokens),
+        criterion=Perplexity(scope="trajectory" if rules.trajectory else "chunk"),
         threshold=None if math.isinf(rules.threshold) else rules.threshold,
         max_tokens=14,
         sampling=sampling,
@@ -288,9 +290,7 @@ def test_more_candidates_never_worsen_the_first_chunk(engine: Engine, random_pro
 def test_a_student_equal_to_the_teacher_picks_the_likeliest_candidate(pair: Pair, random_prompts: Prompts) -> None:
     twin = replace(pair, student=pair.teacher).engine()
     picks = set()
-    for selection in twin.select_expand(
-        random_prompts(5, 9), candidates=4, chunk=EIGHT, max_tokens=24, criterion=Perplexity(min_tokens=1)
-    ):
+    for selection in twin.select_expand(random_prompts(5, 9), candidates=4, chunk=EIGHT, max_tokens=24):
         for r in range(max(record.round for record in selection.tree) + 1):
             candidates = [record for record in selection.tree if record.round == r]
             for record in candidates:

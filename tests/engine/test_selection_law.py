@@ -16,7 +16,6 @@ from torch import Tensor
 from toys import EOS, edit_json, save_markov, token_of
 
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import Perplexity
 from genssd.engine.engine import Engine
 from genssd.engine.loops import LoopGuard
 
@@ -85,8 +84,7 @@ def test_picks_follow_the_law_of_the_best_of_n(chain: Chain, n: int, length: int
     selections = engine.select_expand(
         [[LETTERS[0]]] * prompts,
         candidates=n,
-        chunk=Chunk(tokens=length, until=None),
-        criterion=Perplexity(min_tokens=1),
+        chunk=Chunk(tokens=length, until=None, shortest=1),
         max_tokens=2 * length,
         seed=1,
     )

@@ -292,12 +292,14 @@ def recorded(engine: Engine, selection: Selection, record: CandidateRecord) -> C
     by_trace = {r.trace: r for r in selection.tree}
     above = [by_trace[record.trace[:k]] for k in range(1, len(record.trace))]
     history = TokenStats.concatenate([r.stats for r in above]) if above else TokenStats.empty()
+    before = [r.teacher_logprob for r in above]
     return Candidate(
         token_ids=record.token_ids,
         stats=record.stats,
         history_ids=tuple(t for r in above for t in r.token_ids),
         history=history,
         teacher_logprob=record.teacher_logprob,
+        history_teacher_logprob=torch.cat(before) if before else torch.empty(0),
         final=record.ended != "chunk",
         finished=record.ended == "finished",
         pieces_of=engine.tokenizer("teacher").pieces,
@@ -308,7 +310,6 @@ def recorded(engine: Engine, selection: Selection, record: CandidateRecord) -> C
 ONLINE = [
     *(
         "ppl(scope='window', window=30)",
-        "ppl(min_tokens=20)",
         "ppl(norm='byte')",
         "lalp",
         "lalp(steps=1)",
@@ -342,7 +343,7 @@ def test_recorded_scores_are_the_criterion_of_what_was_recorded(
     for selection in selections:
         for depth in range(1 + max(record.round for record in selection.tree)):
             pool = [record for record in selection.tree if record.round == depth]
-            made = [recorded(used, selection, record) for record in pool]
+            made = [recorded(used, selection, record).lengthened(8) for record in pool]
             with_steps += sum(len(one.steps()) > 1 for one in made)
             values = evaluate(criterion, made)
             assert [r.score for r in pool] == pytest.approx(values, abs=TOLERANCE)
@@ -385,7 +386,7 @@ def test_local_naturalness_online_against_transformers(engine: Engine, pair: Pai
     several = 0
     for selection, record in ((one, record) for one in selections for record in one.tree):
         prompt = list(selection.student_prompt_ids)
-        made = recorded(engine, selection, record)
+        made = recorded(engine, selection, record).lengthened(8)
         ids, begin = [*made.history_ids, *made.token_ids], len(made.history_ids)
         spans = made.steps()
         means = []
