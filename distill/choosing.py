@@ -1,9 +1,9 @@
-"""From scored traces to choices: a column per criterion, the best response of every prompt, a ranking of teachers."""
+"""From scored traces to values: a column per criterion, and a ranking of teachers."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,22 +50,6 @@ def by_prompt(rows: Sequence[Row]) -> dict[str, list[int]]:
     for i, row in enumerate(rows):
         groups[row["prompt"]].append(i)
     return groups
-
-
-def pick(
-    rows: Sequence[Row],
-    column: Sequence[float],
-    higher_is_better: bool,
-    eligible: Callable[[Row], bool] = lambda row: True,
-    keep: int = 1,
-) -> list[int]:
-    """The rows of every prompt's best eligible responses, best first, prompts in order; of equal ones the first."""
-    sign = -1.0 if higher_is_better else 1.0
-    chosen = []
-    for members in by_prompt(rows).values():
-        allowed = [i for i in members if eligible(rows[i])]
-        chosen += sorted(allowed, key=lambda i: sign * column[i])[:keep]
-    return chosen
 
 
 def rank_teachers(

@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/features.jsonl   journal: one line per trace with what the criteria are computed from
 OUTPUT_DIR/scores.jsonl     the same with one column per criterion
-OUTPUT_DIR/selected.jsonl   the best responses of every prompt under --select-by: what training reads
+OUTPUT_DIR/selected.jsonl   the best responses of every prompt under --pick.by: what training reads
 OUTPUT_DIR/teachers.json    per criterion, the teachers ranked for this student, with bootstrap intervals
 OUTPUT_DIR/report.html      what the criteria pick, how they relate: tables and plots
 OUTPUT_DIR/bad_rows.txt     what could not be scored, by file and line
@@ -13,21 +13,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.choosing import Row, TeacherRank, by_prompt, column_of, pick, rank_teachers
+from genssd.distill.choosing import TeacherRank, by_prompt, column_of, rank_teachers
 from genssd.distill.comparing import compare
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import is_correct
 from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
+from genssd.distill.picking import Pick, lark_weights, pick
 from genssd.distill.run_directory import claim
 from genssd.distill.score_page import render
 from genssd.distill.traces import Trace, read_traces
-from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion
+from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
 from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -48,8 +49,6 @@ class ScoreConfig(EngineOptions):
     """JSONL files of traces: selections, generations, messages, or prompt and completion."""
     criteria: tuple[str, ...] = ("ppl",)
     """Names, with options: ppl rsr "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp"."""
-    select_by: str | None = None
-    """Which of the criteria picks the responses; None: the first."""
     output_dir: str = "runs/score"
     resume: bool = False
     """Go on with an interrupted run."""
@@ -57,39 +56,30 @@ class ScoreConfig(EngineOptions):
     """Take only the first rows of each file."""
     verify: bool = True
     """Check answers by math-verify where a reference answer is known and the row has no verdict."""
-    keep: int = 1
-    """Responses picked per prompt."""
-    weigh: bool = False
-    """Give the picked responses LARK's training weights (mean 1 per prompt); lark has to be what picks."""
-    require_correct: bool = False
-    """Pick only among responses that are known to be correct."""
-    require_finished: bool = True
-    """Pick only among responses that end by themselves."""
-    allow_loops: bool = False
-    """Pick responses that end in a repetition, too."""
-    min_steps: int = 0
-    """Pick only among responses of at least so many steps."""
-    max_steps: int | None = None
+    pick: Pick = field(default_factory=Pick)
+    """Which responses go to selected.jsonl."""
 
     def __post_init__(self) -> None:
         if not self.data or not self.criteria:
             raise InputError("score needs at least one data file and one criterion")
         if len(set(self.criteria)) < len(self.criteria):
             raise InputError(f"a criterion is listed twice: {', '.join(self.criteria)}")
-        if self.select_by is not None and self.select_by not in self.criteria:
-            raise InputError(f"select_by {self.select_by!r} is not among the criteria: {', '.join(self.criteria)}")
-        if self.keep < 1:
-            raise InputError(f"keep must be at least 1, not {self.keep}")
-        if self.weigh and not isinstance(resolve(self.select_by or self.criteria[0]), Lark):
-            raise InputError("weigh gives the weights of lark: list it first among the criteria, or select_by it")
+        if self.pick.by is not None and self.pick.by not in self.criteria:
+            raise InputError(f"pick.by {self.pick.by!r} is not among the criteria: {', '.join(self.criteria)}")
+        if self.pick.weigh and not isinstance(resolve(self.pick.by or self.criteria[0]), Lark):
+            raise InputError("pick.weigh gives the weights of lark: list it first among the criteria, or pick by it")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit must be at least 1, not {self.limit}")
-        if self.min_steps < 0 or (self.max_steps is not None and self.max_steps < max(1, self.min_steps)):
-            raise InputError(f"min_steps and max_steps are no range: {self.min_steps} to {self.max_steps}")
 
 
 SETTINGS_OF_THE_RESULT = ("student", "data", "criteria", "limit", "verify", "dtype")
 """What must not change between the parts of one run; picking may."""
+
+PICKED_ALIKE = ("keep", "correct", "finished", "loops", "min_steps", "max_steps")
+"""Of the options of picking, those that the report applies to every criterion."""
+
+ANSWER_ROOM = 128
+"""Positions left free behind a trace where a criterion reads the reference answer there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +121,15 @@ def _run(
     tokenizer = engine.tokenizer("student")
     traces: list[Trace] = []
     bad_rows: list[str] = []
-    for item in read_traces(config.data, tokenizer, max_length=engine.longest("student"), limit=config.limit):
-        (bad_rows if isinstance(item, str) else traces).append(item)  # type: ignore[arg-type]
+    reading = [name for name, criterion in criteria.items() if needs_answer(criterion)]
+    longest = engine.longest("student") - (ANSWER_ROOM if reading else 0)
+    for item in read_traces(config.data, tokenizer, max_length=longest, limit=config.limit):
+        if isinstance(item, str):
+            bad_rows.append(item)
+        elif reading and item.answer is None:
+            bad_rows.append(f"{item.where}: no reference answer, which {reading[0]} reads")
+        else:
+            traces.append(item)
     if not traces:
         listed = "".join(f"\n  {message}" for message in bad_rows[:10])
         raise InputError(f"{', '.join(config.data)}: no trace that can be scored{listed}")
@@ -147,12 +144,13 @@ def _run(
     rows = [row for row, _ in complete_rows(journal)]
     columns = {name: column_of(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(output_dir / "scores.jsonl", _score_rows(rows, columns))
-    name = config.select_by or config.criteria[0]
+    name = config.pick.by or config.criteria[0]
     better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
-    allowed = partial(_eligible, config)
-    picks = {name: pick(rows, column, better[name], allowed, config.keep) for name, column in columns.items()}
-    chosen = picks[name]
-    weights = _weights(rows, columns[name], allowed, config.keep) if config.weigh else dict.fromkeys(chosen, 1.0)
+    alike = Pick(**{name: getattr(config.pick, name) for name in PICKED_ALIKE})
+    picks = {other: pick(rows, column, better[other], alike) for other, column in columns.items()}
+    chosen = pick(rows, columns[name], better[name], config.pick, lambda i: tokenizer.decode(traces[i].response_ids))
+    picks[name] = chosen
+    weights = lark_weights(rows, columns[name], config.pick) if config.pick.weigh else dict.fromkeys(chosen, 1.0)
     picked = (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in chosen)
     write_jsonl(output_dir / "selected.jsonl", picked)
     ranks, incomplete = rank_teachers(rows, criteria, columns)
@@ -160,7 +158,9 @@ def _run(
         output_dir / "teachers.json",
         {"incomplete_prompts": incomplete, **{n: [dataclasses.asdict(r) for r in of] for n, of in ranks.items()}},
     )
-    contested = [p for p, members in by_prompt(rows).items() if sum(allowed(rows[i]) for i in members) > 1]
+    contested = [
+        p for p, members in by_prompt(rows).items() if sum(map(config.pick.eligible, (rows[i] for i in members))) > 1
+    ]
     page = render(compare(rows, columns, better, picks, contested), rows, picks, ranks, config.student)
     (output_dir / "report.html").write_text(page, encoding="utf-8")
     (output_dir / "bad_rows.txt").write_text("".join(f"{message}\n" for message in bad_rows))
@@ -185,6 +185,8 @@ def candidate_of(trace: Trace, engine: Engine, stats: Any) -> Candidate:
         stream=int.from_bytes(blake2b(trace.where.encode(), digest_size=8).digest(), "little"),
         pieces_of=engine.tokenizer("student").pieces,
         local_logprob=partial(engine.local_logprob, trace.prompt_ids),
+        encode=engine.tokenizer("student").encode_plain,
+        answer=trace.answer,
     )
 
 
@@ -281,30 +283,6 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequenc
     for i, row in enumerate(rows):
         described = {key: value for key, value in row.items() if key not in ("features", "ratios")}
         yield {**described, **{name: _jsonable(column[i]) for name, column in columns.items()}}
-
-
-def _eligible(config: ScoreConfig, row: Mapping[str, Any]) -> bool:
-    return (
-        (row["finished"] or not config.require_finished)
-        and (row["correct"] is True or not config.require_correct)
-        and (not row["loop"] or config.allow_loops)
-        and row["steps"] >= config.min_steps
-        and (config.max_steps is None or row["steps"] <= config.max_steps)
-    )
-
-
-def _weights(
-    rows: Sequence[Row], column: Sequence[float], allowed: Callable[[Row], bool], keep: int
-) -> dict[int, float]:
-    """LARK's weights of every prompt's eligible responses, times how many of them are kept."""
-    weights: dict[int, float] = {}
-    for members in by_prompt(rows).values():
-        able = [i for i in members if allowed(rows[i])]
-        if able:
-            budget = min(keep, len(able))
-            of_pool = Lark.weights([column[i] for i in able], budget)
-            weights |= {i: budget * weight for i, weight in zip(able, of_pool, strict=True)}
-    return weights
 
 
 def _training_row(engine: Engine, trace: Trace, criterion: str, score: float, weight: float) -> dict[str, Any]:

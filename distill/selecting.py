@@ -1,6 +1,7 @@
 """`genssd select`: problems in, a crash-safe journal of selected trajectories out.
 
 OUTPUT_DIR/run.json           the settings, model fingerprints and versions
+OUTPUT_DIR/calibration.json   the threshold that was taken from data, if it was
 OUTPUT_DIR/selections.jsonl   one line per finished prompt: what training reads
 OUTPUT_DIR/decisions.jsonl    the same prompts in the same order: every candidate, its scores and its verdict
 
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.calibrating import calibrate, check_calibration
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.outcome_rows import Origin, decision_row, selection_row
@@ -30,6 +32,21 @@ from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import Selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrate:
+    """A threshold that a share of the teacher's plain chunks passes."""
+
+    data: str | None = None
+    """JSONL file of problems that are not selected from."""
+    share: float = 0.95
+    limit: int = 64
+    """Problems taken."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise InputError(f"calibrate.limit must be at least 1, not {self.limit}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +75,8 @@ class SelectConfig(EngineOptions):
     """Registered name of the selection criterion."""
     threshold: float | None = None
     """Prune a branch whose best candidate is worse than this criterion value."""
+    calibrate: Calibrate = field(default_factory=lambda: Calibrate())
+    """Or take the threshold from plain samples of the teacher."""
     max_tokens: int = 4096
     """Of the response."""
     loop_guard: bool = True
@@ -66,6 +85,12 @@ class SelectConfig(EngineOptions):
     """How the teacher samples."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.calibrate.data is not None:
+            if self.threshold is not None:
+                raise InputError("give a threshold or calibrate.data, not both")
+            check_calibration(self.criterion, self.calibrate.share)
+
 
 SETTINGS_OF_THE_RESULT = (
     "candidates",
@@ -73,6 +98,7 @@ SETTINGS_OF_THE_RESULT = (
     "beam",
     "criterion",
     "threshold",
+    "calibrate",
     "max_tokens",
     "loop_guard",
     "sampling",
@@ -132,6 +158,7 @@ def _run(
     done = open_run(config, problems)
     engine = engine or config.load(teacher=config.teacher, student=config.student)
     _record_run(output_dir, config, engine, resumed=bool(done))
+    threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, bool(done))
     origin = Origin(
         data=config.data,
         criterion=config.criterion,
@@ -143,7 +170,7 @@ def _run(
     failures: list[str] = []
     kept, sampled_before = 0, engine.usage.teacher_tokens
     with Journal(journal) as selections_log, Journal(decisions) as decisions_log:
-        for finished, selection in enumerate(_select(engine, config, problems, done), start=1):
+        for finished, selection in enumerate(_select(engine, config, threshold, problems, done), start=1):
             problem = problems[selection.index]
             if selection.error is None:
                 decisions_log.append(decision_row(selection))
@@ -164,8 +191,35 @@ def _run(
     return _summary(journal, failures)
 
 
+def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
+    """The threshold of this run: measured once, read again when it is resumed."""
+    path = Path(config.output_dir) / "calibration.json"
+    if resumed:
+        return float(read_json(path)["threshold"])
+    assert config.calibrate.data is not None
+    problems = read_problems(config.calibrate.data, config.calibrate.limit)
+    found = calibrate(
+        engine,
+        [problem.prompt for problem in problems],
+        criterion=config.criterion,
+        share=config.calibrate.share,
+        chunk=config.chunk,
+        max_tokens=config.max_tokens,
+        sampling=config.sampling,
+        seed=config.seed,
+        labels=[f"{config.calibrate.data}, line {problem.line}" for problem in problems],
+        answers=[problem.answer for problem in problems],
+    )
+    write_json(path, dataclasses.asdict(found))
+    return found.threshold
+
+
 def _select(
-    engine: Engine, config: SelectConfig, problems: Sequence[ProblemRow], done: frozenset[int]
+    engine: Engine,
+    config: SelectConfig,
+    threshold: float | None,
+    problems: Sequence[ProblemRow],
+    done: frozenset[int],
 ) -> Iterator[Selection]:
     return engine.iter_select_expand(
         [problem.prompt for problem in problems],
@@ -173,11 +227,12 @@ def _select(
         chunk=config.chunk,
         beam=config.beam,
         criterion=config.criterion,
-        threshold=config.threshold,
+        threshold=threshold,
         max_tokens=config.max_tokens,
         sampling=config.sampling,
         loop_guard=LoopGuard() if config.loop_guard else None,
         seed=config.seed,
+        answers=[problem.answer for problem in problems],
         skip=done,
         labels=[f"{config.data}, line {problem.line}" for problem in problems],
     )

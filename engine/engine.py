@@ -110,6 +110,7 @@ class Engine:
         loop_guard: LoopGuard | None = LoopGuard(),
         seed: int = 0,
         answers: Sequence[str | None] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> list[Selection]:
         """Let the student choose what the teacher writes; one Selection per prompt, in order.
 
@@ -117,7 +118,8 @@ class Engine:
         branches kept per prompt after each round. criterion: a name ("rsr", "ppl(norm='byte')", "0.7*rsr + 0.3*lalp",
         "package.module:Name") or an object. threshold: prune a branch
         whose best candidate is worse than this value of the criterion; None never prunes. max_tokens: of the response.
-        answers: the prompts' reference answers, for criteria that read them.
+        answers: the prompts' reference answers, for criteria that read them. labels: what messages call each prompt;
+        None: "prompt" and its index.
         Raises InputError on an unusable prompt or option (naming the prompt's index), CapacityError on a prompt that is
         longer than the models' positions or the cache, NumericsError on NaN or infinite logits.
         """
@@ -133,6 +135,7 @@ class Engine:
             loop_guard=loop_guard,
             seed=seed,
             answers=answers,
+            labels=labels,
         )
         return sorted(done, key=lambda selection: selection.index)
 
@@ -156,7 +159,6 @@ class Engine:
         """The same, each Selection as its prompt ends.
 
         skip: indices of prompts that are not run (done before); the others get what they would have got without it.
-        labels: what messages call each prompt; None: "prompt" and its index.
         """
         options = SearchOptions(
             candidates=candidates,

@@ -66,7 +66,7 @@ def test_score_and_reselect_after_a_selection(
     assert "of 3 prompts judged again by rsr" in out
     selections = tmp_path / "select" / "selections.jsonl"
     score = ["score", "--student", str(tiny_pair.student), "--memory-bytes", str(1 << 22), "--data"]
-    more = ["--criteria", "ppl", "rsr(r_max=50)", "0.5*ppl + 0.5*length", "--no-require-finished"]
+    more = ["--criteria", "ppl", "rsr(r_max=50)", "0.5*ppl + 0.5*length", "--pick.no-finished"]
     main([*score, str(selections), *more, "--output-dir", str(tmp_path / "score")])
     assert "3 traces of 3 prompts scored, 3 responses picked" in capsys.readouterr().out
     assert "<h1>" in (tmp_path / "score" / "report.html").read_text()
@@ -88,7 +88,7 @@ def test_a_config_file_and_flags_over_it(tiny_pair: TinyPair, write_rows: Write,
     main(["select", "--config", str(config), "--candidates", "2", "--sampling.top-p", "0.5"])
     written = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert (written["candidates"], written["threshold"], written["resume"]) == (2, 1.5e10, False)
-    assert written["chunk"] == {"tokens": 2, "until": None, "limit": None}
+    assert written["chunk"] == {"tokens": 2, "until": None, "limit": None, "shortest": 8}
     assert (written["sampling"]["temperature"], written["sampling"]["top_p"]) == (0.5, 0.5)
 
 

@@ -13,9 +13,10 @@ import torch
 from conftest import TinyPair
 from transformers import AutoModelForCausalLM
 
-from genssd.distill.choosing import pick, rank_teachers
+from genssd.distill.choosing import rank_teachers
 from genssd.distill.examples import read_examples
 from genssd.distill.journal import complete_rows
+from genssd.distill.picking import Pick
 from genssd.distill.post_hoc import ScoreConfig, ScoreSummary, run_score
 from genssd.distill.selecting import SelectConfig, run_select
 from genssd.engine import criterion_names
@@ -83,19 +84,19 @@ def test_what_was_picked_trains(tiny_pair: TinyPair, write_rows: Write, tmp_path
 
 def test_filters_choose_among_what_is_left(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
-    summary = score(tiny_pair, data, tmp_path / "a", criteria=("ppl",), require_correct=True)
+    summary = score(tiny_pair, data, tmp_path / "a", criteria=("ppl",), pick=Pick(correct=True))
     assert summary.selected == 1
     (row,) = lines(tmp_path / "a" / "selected.jsonl")
     assert "\\boxed{2}" in row["completion"]
-    assert score(tiny_pair, data, tmp_path / "b", criteria=("ppl",), min_steps=3).selected == 1
+    assert score(tiny_pair, data, tmp_path / "b", criteria=("ppl",), pick=Pick(min_steps=3)).selected == 1
     verdicts = [{**ROWS[0], "correctness_math_verify": [False, True]}]
-    score(tiny_pair, write_rows(verdicts, "v.jsonl"), tmp_path / "c", criteria=("ppl",), require_correct=True)
+    score(tiny_pair, write_rows(verdicts, "v.jsonl"), tmp_path / "c", criteria=("ppl",), pick=Pick(correct=True))
     assert "Three" in lines(tmp_path / "c" / "selected.jsonl")[0]["completion"], "the row's verdict counts"
 
 
 def test_several_responses_are_kept_with_larks_weights(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
-    summary = score(tiny_pair, data, tmp_path / "out", criteria=("lark",), keep=2, weigh=True)
+    summary = score(tiny_pair, data, tmp_path / "out", criteria=("lark",), pick=Pick(keep=2, weigh=True))
     assert summary.selected == 5  # 2 of 3, 2 of 2, 1 of 1
     rows = lines(tmp_path / "out" / "selected.jsonl")
     assert rows[0]["score"] >= rows[1]["score"]
@@ -169,7 +170,7 @@ def test_online_equals_post_hoc(tiny_pair: TinyPair, write_rows: Write, tmp_path
             criterion=name, max_tokens=24, candidates=2, beam=2,
         )  # fmt: skip
         run_select(config, tiny_pair.engine)
-        score(tiny_pair, out / "selections.jsonl", out / "score", criteria=(name,), require_finished=False)
+        score(tiny_pair, out / "selections.jsonl", out / "score", criteria=(name,), pick=Pick(finished=False))
         online = []
         for row, _ in complete_rows(out / "selections.jsonl"):
             online += [row["score"], *(other["score"] for other in row["others"])]
@@ -206,7 +207,6 @@ def test_teachers_are_ranked_over_the_prompts_that_all_answered() -> None:
     assert (second.teacher, second.value, second.first) == ("bad", pytest.approx(3.0), 0.0)
     assert 1.6 < first.low < 2.0 < first.high < 2.4
     assert incomplete == 1
-    assert pick(rows, columns["ppl"], False)[:2] == [0, 2]
 
 
 def test_a_ratio_criterion_ranks_by_the_ratio_of_sums() -> None:
@@ -225,16 +225,27 @@ def test_a_ratio_criterion_ranks_by_the_ratio_of_sums() -> None:
         ({"criteria": ()}, "at least one"),
         ({"criteria": ("ppl", "ppl")}, "twice"),
         ({"criteria": ("nope",)}, "unknown criterion 'nope'"),
-        ({"select_by": "rsr"}, "not among"),
+        ({"pick": {"by": "rsr"}}, "not among"),
         ({"limit": 0}, "limit"),
-        ({"min_steps": 3, "max_steps": 2}, "no range"),
-        ({"keep": 0}, "keep"),
-        ({"weigh": True}, "weights of lark"),
+        ({"pick": {"min_steps": 3, "max_steps": 2}}, "no range"),
+        ({"pick": {"keep": 0}}, "keep"),
+        ({"pick": {"weigh": True}}, "weights of lark"),
+        ({"pick": {"weigh": True, "threshold": 1.0}}, "no mix, similarity"),
+        ({"pick": {"mix": ("long=1",), "keep": 2}}, "one response per prompt"),
+        ({"pick": {"mix": ("long",)}}, "'long' is not one kind"),
+        ({"pick": {"mix": ("long=0",)}}, "'long=0' is not one kind"),
+        ({"pick": {"mix": ("Z=1", "long=1")}}, "no teacher is called 'Z'; there are A, B"),
+        ({"pick": {"best_share": 0.0}}, "best_share"),
+        ({"pick": {"similarity": 1.5}}, "similarity"),
         ({"criteria": ("divergence",)}, "teacher's log-probabilities"),
     ],
 )
 def test_wrong_options_are_named(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
+    def run() -> None:
+        made = {**options, "pick": Pick(**options["pick"])} if "pick" in options else options
+        score(tiny_pair, write_rows(ROWS), tmp_path / "out", **made)
+
     with pytest.raises(InputError, match=message):
-        score(tiny_pair, write_rows(ROWS), tmp_path / "out", **options)
+        run()

@@ -696,9 +696,7 @@ def odd(chunk: Sequence[float], history: Sequence[float] = (), finished: bool = 
         final=True,
         finished=finished,
         pieces_of=lambda ids: ["x"] * content,
-        local_logprob=lambda ids, windows: [
-            torch.tensor([*history, *chunk] * 9)[start:end] for _, start, end in windows
-        ],
+        local_logprob=lambda ids, windows: [every[start:end] for _, start, end in windows],
         encode=lambda text: list(range(len(text) // 8)),
         answer="twelve",
     )
