@@ -1,8 +1,8 @@
-"""The lines of selections.jsonl and decisions.jsonl."""
+"""The lines of selections.jsonl, decisions.jsonl and responses.jsonl."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from genssd.distill.rows import ProblemRow
+from genssd.engine.generation import Completion
 from genssd.engine.selection import CandidateRecord, Selection, Trajectory
 from genssd.engine.text import Messages
 from genssd.kernels.logprob import TokenStats
@@ -30,17 +31,8 @@ class Origin:
 def selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> dict[str, Any]:
     """A line of selections.jsonl. Loads with `datasets` and trains in TRL as it is; training here uses the ids."""
     best = selection.best
-    text = best.text
-    answer_turn = [{"role": "assistant", "content": text}]
-    plain = isinstance(problem.prompt, str)
-    asked: Messages = (
-        [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
-    )
     return {
-        "messages": [*asked, *answer_turn],
-        "prompt": problem.prompt,
-        "completion": text if plain else answer_turn,
-        "answer": problem.answer,
+        **_conversation(problem, best.text),
         "status": best.status,
         "score": _number(best.score),
         "criterion": origin.criterion,
@@ -59,6 +51,52 @@ def selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> 
         "tokenizer": origin.tokenizer,
         "teacher": {"name": origin.teacher, "fingerprint": origin.fingerprints["teacher"]},
         "student": {"name": origin.student, "fingerprint": origin.fingerprints["student"]},
+    }
+
+
+def response_row(
+    index: int,
+    problem: ProblemRow,
+    prompt_ids: Sequence[int],
+    student_prompt_ids: Sequence[int],
+    completions: Sequence[Completion],
+    origin: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A line of responses.jsonl: the first response as a selection's best one, the others beside it."""
+    first, *others = completions
+    return {
+        **_conversation(problem, first.text),
+        "status": first.status,
+        "substituted": first.substituted,
+        "prompt_ids": list(prompt_ids),
+        "student_prompt_ids": list(student_prompt_ids),
+        "completion_ids": list(first.token_ids),
+        "others": [
+            {
+                "completion": c.text,
+                "completion_ids": list(c.token_ids),
+                "status": c.status,
+                "substituted": c.substituted,
+            }
+            for c in others
+        ],
+        "index": index,
+        **origin,
+    }
+
+
+def _conversation(problem: ProblemRow, text: str) -> dict[str, Any]:
+    """Prompt and response in the forms that trainers read."""
+    answer_turn = [{"role": "assistant", "content": text}]
+    plain = isinstance(problem.prompt, str)
+    asked: Messages = (
+        [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
+    )
+    return {
+        "messages": [*asked, *answer_turn],
+        "prompt": problem.prompt,
+        "completion": text if plain else answer_turn,
+        "answer": problem.answer,
     }
 
 

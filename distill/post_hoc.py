@@ -23,11 +23,11 @@ from genssd.distill.choosing import TeacherRank, by_prompt, column_of, rank_teac
 from genssd.distill.comparing import compare
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import is_correct
-from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
+from genssd.distill.journal import Journal, complete_rows, truncate, write_json, write_jsonl
 from genssd.distill.picking import Pick, lark_weights, pick
-from genssd.distill.run_directory import claim
+from genssd.distill.run_directory import claim, record_run
 from genssd.distill.score_page import render
-from genssd.distill.traces import Trace, read_traces
+from genssd.distill.traces import Trace, read_traces, source_of, training_row
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
 from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
@@ -133,7 +133,8 @@ def _run(
     if not traces:
         listed = "".join(f"\n  {message}" for message in bad_rows[:10])
         raise InputError(f"{', '.join(config.data)}: no trace that can be scored{listed}")
-    _record_run(config, engine, resumed=before > 0)
+    settings = dataclasses.asdict(config)
+    record_run(output_dir, "score", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=before > 0)
     done = _resume(journal, traces)
     with Journal(journal) as log:
         for batch in _batches(traces[done:]):
@@ -223,7 +224,7 @@ def _score_batch(
             correct = is_correct(tokenizer.decode(trace.response_ids), trace.answer)
         content = trace.response_ids[: len(trace.response_ids) - trace.finished]
         yield {
-            "source": _source(trace),
+            "source": source_of(trace),
             "prompt": trace.prompt_key,
             "teacher": trace.teacher,
             "tokens": len(trace.response_ids),
@@ -249,34 +250,11 @@ def _resume(journal: Path, traces: Sequence[Trace]) -> int:
     """How many of the first traces are in the journal, which is cut to whole lines."""
     done = end = 0
     for row, line_end in complete_rows(journal):
-        if done == len(traces) or row["source"] != _source(traces[done]):
+        if done == len(traces) or row["source"] != source_of(traces[done]):
             raise InputError(f"{journal} was begun with other data; choose another output_dir")
         done, end = done + 1, line_end
     truncate(journal, end)
     return done
-
-
-def _source(trace: Trace) -> dict[str, Any]:
-    return {"file": trace.file, "line": trace.line, "response": trace.response}
-
-
-def _record_run(config: ScoreConfig, engine: Engine, resumed: bool) -> None:
-    path = Path(config.output_dir) / "run.json"
-    settings = {name: getattr(config, name) for name in SETTINGS_OF_THE_RESULT}
-    settings = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
-    run = {"command": "score", "config": settings, "fingerprints": dict(engine.fingerprints)}
-    if not resumed:
-        write_json(path, run)
-        return
-    old = read_json(path)
-    if old["fingerprints"] != run["fingerprints"]:
-        raise InputError(f"{config.output_dir} was begun with other weights; choose another output_dir")
-    for name, value in settings.items():
-        if old["config"].get(name) != value:
-            raise InputError(
-                f"{config.output_dir} was begun with {name}={old['config'].get(name)!r}, not {value!r}; resume with "
-                "the same settings, or choose another output_dir"
-            )
 
 
 def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
@@ -286,18 +264,5 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequenc
 
 
 def _training_row(engine: Engine, trace: Trace, criterion: str, score: float, weight: float) -> dict[str, Any]:
-    """A row that training reads by its ids, and others by its text."""
-    tokenizer = engine.tokenizer("student")
-    return {
-        "prompt": str(tokenizer.hf.decode(list(trace.prompt_ids))),
-        "completion": tokenizer.decode(trace.response_ids),
-        "answer": trace.answer,
-        "criterion": criterion,
-        "score": _jsonable(score),
-        "weight": weight,
-        "teacher": trace.teacher,
-        "student_prompt_ids": list(trace.prompt_ids),
-        "completion_ids": list(trace.response_ids),
-        "tokenizer": tokenizer.fingerprint,
-        "source": _source(trace),
-    }
+    fields = training_row(trace, trace.response_ids, engine.tokenizer("student"))
+    return {**fields, "criterion": criterion, "score": _jsonable(score), "weight": weight}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -60,6 +60,17 @@ def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow
     if not rows:
         raise InputError(f"{path} has no rows")
     return rows
+
+
+def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], data: str | Path, journal: Path) -> None:
+    """Raise InputError when a journal's line (index, prompt, answer) is not of these problems."""
+    index = row.get("index")
+    if not isinstance(index, int) or not 0 <= index < len(problems):
+        raise InputError(f"{journal} was begun with more rows than {data} has, or a larger limit")
+    if (problems[index].prompt, problems[index].answer) != (row.get("prompt"), row.get("answer")):
+        raise InputError(
+            f"{data} is not the file that {journal} was begun with: row {index} differs; choose another output_dir"
+        )
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

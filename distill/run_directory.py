@@ -1,13 +1,18 @@
-"""The directory of one run: claimed by one process at a time, and by one kind of run for good."""
+"""The directory of one run: claimed by one process at a time, by one kind of run for good, with one set of settings."""
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from genssd.distill.journal import read_json
+from genssd.distill.journal import read_json, write_json
+from genssd.engine.engine import Role
 from genssd.engine.errors import InputError
 
 
@@ -34,3 +39,39 @@ def claim(output_dir: Path, command: str) -> Iterator[None]:
         if owner != command:
             raise InputError(f"{output_dir} belongs to a run of `genssd {owner}`; choose another output_dir")
         yield
+
+
+def record_run(
+    output_dir: Path,
+    command: str,
+    config: Mapping[str, Any],
+    settings: Sequence[str],
+    fingerprints: Mapping[Role, str],
+    *,
+    resumed: bool,
+) -> None:
+    """Write run.json: config, fingerprints of the models, versions; or check that a resumed run goes on as it began.
+
+    settings: the names in config that must not change. Raises InputError naming the first that did.
+    """
+    run = {
+        "command": command,
+        "config": json.loads(json.dumps(config)),  # as it reads back: tuples are lists
+        "fingerprints": dict(fingerprints),
+        "versions": {name: version(name) for name in ("genssd", "torch", "transformers")},
+        "python": platform.python_version(),
+    }
+    path = output_dir / "run.json"
+    if not resumed:
+        write_json(path, run)
+        return
+    before = read_json(path)
+    for name in settings:
+        old, new = before["config"].get(name), run["config"][name]
+        if old != new:
+            raise InputError(
+                f"{output_dir} was begun with {name}={old!r}, not {new!r}; resume with the same settings, or choose "
+                "another output_dir"
+            )
+    if before["fingerprints"] != run["fingerprints"]:
+        raise InputError(f"{output_dir} was begun with other models or other weights; choose another output_dir")

@@ -11,20 +11,17 @@ A prompt's decisions are on disk before its selection: where there is a selectio
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from genssd.distill.calibrating import calibrate, check_calibration
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.outcome_rows import Origin, decision_row, selection_row
-from genssd.distill.rows import ProblemRow, read_problems
-from genssd.distill.run_directory import claim
+from genssd.distill.rows import ProblemRow, check_same_problem, read_problems
+from genssd.distill.run_directory import claim, record_run
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -157,7 +154,8 @@ def _run(
     journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
     done = open_run(config, problems)
     engine = engine or config.load(teacher=config.teacher, student=config.student)
-    _record_run(output_dir, config, engine, resumed=bool(done))
+    settings = dataclasses.asdict(config)
+    record_run(output_dir, "select", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=bool(done))
     threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, bool(done))
     origin = Origin(
         data=config.data,
@@ -257,7 +255,7 @@ def open_run(config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[
     decided = complete_rows(decisions)
     selected = complete_rows(journal)
     for row, end in selected:
-        _check_same_problem(row, config, problems, journal)
+        check_same_problem(row, problems, config.data, journal)
         decision, decision_end = next(decided, ({}, 0))
         if decision.get("index") != row["index"]:
             # a torn last line is done again; more than that was not lost in a crash
@@ -272,44 +270,6 @@ def open_run(config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[
     truncate(journal, ends[0])
     truncate(decisions, ends[1])
     return frozenset(done)
-
-
-def _check_same_problem(
-    row: Mapping[str, Any], config: SelectConfig, problems: Sequence[ProblemRow], journal: Path
-) -> None:
-    index = row.get("index")
-    if not isinstance(index, int) or not 0 <= index < len(problems):
-        raise InputError(f"{journal} was begun with more rows than {config.data} has, or a larger limit")
-    if (problems[index].prompt, problems[index].answer) != (row.get("prompt"), row.get("answer")):
-        raise InputError(
-            f"{config.data} is not the file that {journal} was begun with: row {index} differs; "
-            "choose another output_dir"
-        )
-
-
-def _record_run(output_dir: Path, config: SelectConfig, engine: Engine, resumed: bool) -> None:
-    """Write run.json, or check that a resumed run goes on with the same settings and models."""
-    run = {
-        "command": "select",
-        "config": dataclasses.asdict(config),
-        "fingerprints": dict(engine.fingerprints),
-        "versions": {name: version(name) for name in ("genssd", "torch", "transformers")},
-        "python": platform.python_version(),
-    }
-    path = output_dir / "run.json"
-    if not resumed:
-        write_json(path, run)
-        return
-    before = read_json(path)
-    for name in SETTINGS_OF_THE_RESULT:
-        old, new = before["config"][name], dataclasses.asdict(config)[name]
-        if old != new:
-            raise InputError(
-                f"{output_dir} was begun with {name}={old!r}, not {new!r}; resume with the same settings, or choose "
-                "another output_dir"
-            )
-    if before["fingerprints"] != run["fingerprints"]:
-        raise InputError(f"{output_dir} was begun with other models or other weights; choose another output_dir")
 
 
 def _summary(journal: Path, failures: Sequence[str]) -> SelectSummary:

@@ -93,6 +93,25 @@ def read_traces(
                 )
 
 
+def source_of(trace: Trace) -> dict[str, Any]:
+    """Where a trace stands, as rows say it."""
+    return {"file": trace.file, "line": trace.line, "response": trace.response}
+
+
+def training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
+    """A response to a trace's prompt as a row that training reads by its ids, and others by its text."""
+    return {
+        "prompt": str(tokenizer.hf.decode(list(trace.prompt_ids))),
+        "completion": tokenizer.decode(response_ids),
+        "answer": trace.answer,
+        "teacher": trace.teacher,
+        "student_prompt_ids": list(trace.prompt_ids),
+        "completion_ids": list(response_ids),
+        "tokenizer": tokenizer.fingerprint,
+        "source": source_of(trace),
+    }
+
+
 def _responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mapping[str, Any], bool | None]]:
     """One row for every response, as training would read it, and the verdict the row has on it."""
     if "generations" in fields:

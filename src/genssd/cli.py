@@ -30,6 +30,8 @@ COMMANDS = {
     "select": "let the student choose what the teacher writes: problems in, selected trajectories out",
     "score": "criteria over finished traces: columns, the best response per prompt, a ranking of teachers",
     "reselect": "another criterion over the decisions of a finished search; preference pairs, stepwise rows",
+    "generate": "responses without selection: standard distillation, pools for score; or token by token (RSD)",
+    "prefix": "the shortest beginning of a trace from which the student goes on by itself (P-ALIGN)",
     "train": "fine-tune the student on selected trajectories",
     "evaluate": "measure a model's accuracy on problems with known answers",
 }

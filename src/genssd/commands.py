@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,9 @@ from rich.console import Console
 from genssd.distill.console import ProgressLine, counting, selecting, training
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.distill.generating import GenerateConfig, run_generate
 from genssd.distill.post_hoc import ScoreConfig, run_score
+from genssd.distill.prefixes import PrefixConfig, run_prefix
 from genssd.distill.reselecting import ReselectConfig, run_reselect
 from genssd.distill.selecting import SelectConfig, run_select
 from genssd.distill.training import TrainConfig, run_train
@@ -33,6 +36,27 @@ def select(config: SelectConfig, console: Console) -> None:
     if summary.failures:
         listed = "".join(f"\n  {failure}" for failure in summary.failures[:SHOWN])
         raise CapacityError(f"{len(summary.failures)} prompts are missing; --resume tries them again:{listed}")
+
+
+def generate(config: GenerateConfig, console: Console) -> None:
+    with ProgressLine("generate", console) as line:
+        summary = run_generate(config, report=counting(line, "prompts"))
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(summary.statuses.items()))
+    print(f"{summary.prompts} prompts, {summary.tokens:,} tokens in responses: {counts}")
+    if config.method == "rsd":
+        print(f"{summary.substituted:,} tokens by the student ({summary.substituted / max(1, summary.tokens):.1%})")
+    print(f"written to {summary.path}")
+
+
+def prefix(config: PrefixConfig, console: Console) -> None:
+    with ProgressLine("prefix", console) as line:
+        summary = run_prefix(config, report=counting(line, "traces"))
+    print(
+        f"{summary.traces} traces: {summary.mean_share:.0%} of the steps kept on average, {summary.whole} left whole; "
+        f"{summary.kept} are finished and not known to be wrong"
+    )
+    print(f"written to {summary.output_dir}")
+    _complain("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
 def train(config: TrainConfig, console: Console) -> None:
@@ -68,11 +92,16 @@ def score(config: ScoreConfig, console: Console) -> None:
     if summary.teachers and summary.incomplete:
         print(f"{summary.incomplete} prompts that some teacher did not answer are left out of the ranking")
     print(f"written to {summary.output_dir}")
-    if summary.bad_rows:
-        listed = "".join(f"\n  {message}" for message in summary.bad_rows[:SHOWN])
-        more = len(summary.bad_rows) - SHOWN
-        tail = f"\n  and {more} more in {summary.output_dir / 'bad_rows.txt'}" if more > 0 else ""
-        raise InputError(f"{len(summary.bad_rows)} rows could not be scored; all others were:{listed}{tail}")
+    _complain("could not be scored; all others were", summary.bad_rows, summary.output_dir)
+
+
+def _complain(what: str, bad_rows: Sequence[str], output_dir: Path) -> None:
+    """Raise InputError with the first of the bad rows, if there are any."""
+    if bad_rows:
+        listed = "".join(f"\n  {message}" for message in bad_rows[:SHOWN])
+        more = len(bad_rows) - SHOWN
+        tail = f"\n  and {more} more in {output_dir / 'bad_rows.txt'}" if more > 0 else ""
+        raise InputError(f"{len(bad_rows)} rows {what}:{listed}{tail}")
 
 
 def reselect(config: ReselectConfig, console: Console) -> None:
@@ -90,6 +119,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "select": (SelectConfig, select),
     "score": (ScoreConfig, score),
     "reselect": (ReselectConfig, reselect),
+    "generate": (GenerateConfig, generate),
+    "prefix": (PrefixConfig, prefix),
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate),
 }

@@ -14,7 +14,7 @@ from toys import ENDINGS, Pair, save_markov, token_of
 
 from genssd.engine.candidate import Candidate, PoolCriterion, Window, evaluate
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import LocalNaturalness, Perplexity
+from genssd.engine.criteria import LocalNaturalness, Perplexity, RationaleDifficulty
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError, NumericsError
@@ -540,3 +540,52 @@ def test_a_response_as_criteria_see_it(engine: Engine, pair: Pair) -> None:
     assert whole.local_logprob is not None
     (part,) = whole.local_logprob(ids, [(2, 5, 12)])
     torch.testing.assert_close(part.double(), alone(pair, prompt, ids, (2, 5, 12)), atol=TOLERANCE, rtol=0)
+
+
+def test_rationale_difficulty_is_the_ratio_of_transformers_perplexities(pair: Pair, engine: Engine) -> None:
+    """Online, with answers; the last step of an ended response is left out."""
+    criterion = RationaleDifficulty(before_answer="=")
+    prompts = [random_ids(9, seed) for seed in range(41, 45)]
+    answers = ["7", "12", "a b", "0"]
+    selections = engine.select_expand(
+        prompts,
+        candidates=2,
+        chunk=Chunk(tokens=12, until=None),
+        max_tokens=30,
+        criterion=criterion,
+        loop_guard=None,
+        answers=answers,
+    )
+    encode = engine.tokenizer("student").encode_plain
+    ended = 0
+    for selection, answer in zip(selections, answers, strict=True):
+        prompt, asked = list(selection.student_prompt_ids), encode(f"= {answer}")
+        for record in selection.tree:
+            made = recorded(engine, selection, record)
+            ids = [*made.history_ids, *made.token_ids][: len(made.history_ids) + made.num_content]
+            if made.final:
+                ended += 1
+                ids = ids[: made.steps()[-1][0]] if len(made.steps()) > 1 else []
+            led = pair.logprobs("student", prompt, [*ids, *asked])[len(ids) + 1 :].mean()
+            alone_ = pair.logprobs("student", prompt, asked)[1:].mean()
+            assert record.score == pytest.approx(math.exp(alone_ - led), rel=1e-3)
+    assert ended
+
+
+def test_rationale_difficulty_needs_answers(engine: Engine) -> None:
+    with pytest.raises(InputError, match="prompt 1: no reference answer"):
+        engine.select_expand([[1, 2], [3, 4]], criterion="rationale_difficulty", answers=["1", None])
+    with pytest.raises(InputError, match="prompt 0: no reference answer"):
+        engine.select_expand([[1, 2]], criterion="0.5*ppl + 0.5*rationale_difficulty")
+    with pytest.raises(InputError, match="2 prompts but 1 answers"):
+        engine.select_expand([[1, 2], [3, 4]], answers=["1"])
+
+
+def test_windows_of_a_criterion_are_counted(pair: Pair) -> None:
+    engine = pair.engine()
+    engine.select_expand(
+        [[1, 2, 3]], candidates=1, chunk=Chunk(tokens=8, until=None), max_tokens=8, criterion="ppl", loop_guard=None
+    )
+    assert engine.usage.window_tokens == 0
+    engine.local_logprob([1, 2, 3], [4, 5, 6, 7], [(0, 1, 3), (2, 2, 4)])
+    assert engine.usage.window_tokens == 3 + 2 + 1
