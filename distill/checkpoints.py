@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from genssd.distill.examples import Example
 from genssd.distill.journal import read_json, write_json
-from genssd.distill.student_model import save_model
+from genssd.distill.student_model import has_adapters, load_adapters, save_model
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.text import Tokenizer
 
@@ -36,13 +36,16 @@ class Position:
     """Optimizer steps taken in this epoch."""
     tokens: int = 0
     """Completion tokens trained so far."""
+    best_eval_loss: float | None = None
+    """Of the model in best/."""
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:
     """Changes when an example or their order does."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f";{example.weight}:{example.num_prompt}:{','.join(map(str, example.input_ids))}".encode())
+        beside = (example.weight, example.chunk_weights, example.teacher_prompt_ids, example.num_prompt)
+        digest.update(f";{beside}:{','.join(map(str, example.input_ids))}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -83,6 +86,8 @@ def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, sett
                 "same settings, or choose another output_dir"
             )
     torch.set_rng_state(tensors.pop("rng"))
+    if has_adapters(model):
+        load_adapters(model, checkpoint / "adapter")
     for name, parameter in model.named_parameters():
         keys = [key for key in tensors if key.startswith(f"{name}/")]
         # Adam counts its steps on the CPU

@@ -27,7 +27,8 @@ from genssd.distill.journal import complete_rows, read_json, write_json, write_j
 from genssd.distill.selecting import SelectConfig, SelectSummary, run_select
 from genssd.distill.small_pair.problems import STYLES, Problem, make_problems, style_of
 from genssd.distill.small_pair.problems import is_correct as is_right
-from genssd.distill.training import TrainConfig, run_train
+from genssd.distill.train_config import TrainConfig
+from genssd.distill.training import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError

@@ -7,7 +7,9 @@ other origin go through the tokenizer and its chat template:
     {"prompt": text or messages, "completion": text or messages}
     {"question" | "problem" | ...: text, "completion" | "response" | "output" | "solution" | "answer": text}
 
-A number in `weight` multiplies the loss of a row's tokens.
+A number in `weight` multiplies the loss of a row's tokens, one in `weight` of an element of `chunks` (which says how
+many `tokens` the chunk has) that of the chunk's. Rows with ids may also say how the teacher read the prompt
+(`prompt_ids`) and where its most likely tokens are (`teacher_topk`, see topk_store.py).
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from genssd.distill.rows import QUESTION_FIELDS, check_messages, read_objects
+from genssd.distill.topk_store import TopkPlace, place_of
 from genssd.engine.errors import InputError
 from genssd.engine.text import Messages, Tokenizer
 
@@ -34,10 +37,27 @@ class Example:
     num_prompt: int
     weight: float = 1.0
     """Of the loss of its tokens, from the row's field `weight`."""
+    chunk_weights: tuple[tuple[int, float], ...] = ()
+    """Tokens and weight of every chunk, which multiplies the row's; empty where they all have 1."""
+    teacher_prompt_ids: tuple[int, ...] = ()
+    """The prompt as the teacher reads it, where that differs."""
+    topk: TopkPlace | None = None
+    """The teacher's most likely tokens along the completion."""
+    where: str = ""
+    """File and line, for messages."""
 
     @property
     def num_completion(self) -> int:
         return len(self.input_ids) - self.num_prompt
+
+    @property
+    def completion_ids(self) -> tuple[int, ...]:
+        return self.input_ids[self.num_prompt :]
+
+    def token_weights(self) -> list[float]:
+        """Of the loss of every completion token."""
+        chunks = self.chunk_weights or ((self.num_completion, 1.0),)
+        return [self.weight * weight for tokens, weight in chunks for _ in range(tokens)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +87,7 @@ def read_examples(
             if status is not None and fields.get("completion_ids") == []:
                 left_out["without a token: pruned at once"] += 1
                 continue
-            example = encode_example(fields, tokenizer, f"{path}, line {number}")
+            example = encode_example(fields, tokenizer, f"{path}, line {number}", Path(path).parent)
             if len(example.input_ids) > max_length:
                 left_out[f"longer than {max_length} tokens"] += 1
                 continue
@@ -78,10 +98,14 @@ def read_examples(
     return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
 
 
-def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Example:
-    """A row's token ids: its own where the tokenizer is the one that made them. Raises InputError naming where."""
+def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path = Path()) -> Example:
+    """A row's token ids: its own where the tokenizer is the one that made them. Raises InputError naming where.
+
+    directory: of the row's file, which the names of other files in it start from.
+    """
+    own_ids = fields.get("tokenizer") == tokenizer.fingerprint and bool(fields.get("completion_ids"))
     try:
-        if fields.get("tokenizer") == tokenizer.fingerprint and fields.get("completion_ids"):
+        if own_ids:
             prompt = _ids(fields.get("student_prompt_ids"), tokenizer, f"{where}: student_prompt_ids")
             completion = _ids(fields["completion_ids"], tokenizer, f"{where}: completion_ids")
         else:
@@ -92,7 +116,39 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) 
         raise InputError(f"{where}: the completion has no token to train on")
     if not prompt:
         raise InputError(f"{where}: the prompt is empty")
-    return Example(input_ids=(*prompt, *completion), num_prompt=len(prompt), weight=_weight(fields, where))
+    example = Example(
+        input_ids=(*prompt, *completion), num_prompt=len(prompt), weight=_weight(fields, where), where=where
+    )
+    return _with_teacher(example, fields, tokenizer, where, directory) if own_ids else example
+
+
+def _with_teacher(
+    example: Example, fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path
+) -> Example:
+    """With what a row says of its tokens beside their ids."""
+    asked: list[int] = []
+    if fields.get("prompt_ids"):
+        asked = _ids(fields["prompt_ids"], tokenizer, f"{where}: prompt_ids")
+    return replace(
+        example,
+        chunk_weights=_chunk_weights(fields.get("chunks"), example.num_completion, where),
+        teacher_prompt_ids=() if tuple(asked) == example.input_ids[: example.num_prompt] else tuple(asked),
+        topk=place_of(fields.get("teacher_topk"), directory, example.num_completion, where),
+    )
+
+
+def _chunk_weights(chunks: object, tokens: int, where: str) -> tuple[tuple[int, float], ...]:
+    if not isinstance(chunks, list) or not any(isinstance(chunk, dict) and "weight" in chunk for chunk in chunks):
+        return ()
+    found = []
+    for number, chunk in enumerate(chunks):
+        count = chunk.get("tokens") if isinstance(chunk, dict) else None
+        if type(count) is not int or count < 1:
+            raise InputError(f"{where}: chunk {number} does not say how many tokens it has")
+        found.append((count, _weight(chunk, f"{where}, chunk {number}")))
+    if sum(count for count, _ in found) != tokens:
+        raise InputError(f"{where}: chunks have {sum(count for count, _ in found)} tokens, the completion {tokens}")
+    return tuple(found)
 
 
 def _weight(fields: Mapping[str, Any], where: str) -> float:

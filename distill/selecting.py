@@ -4,8 +4,9 @@ OUTPUT_DIR/run.json           the settings, model fingerprints and versions
 OUTPUT_DIR/calibration.json   the threshold that was taken from data, if it was
 OUTPUT_DIR/selections.jsonl   one line per finished prompt: what training reads
 OUTPUT_DIR/decisions.jsonl    the same prompts in the same order: every candidate, its scores and its verdict
+OUTPUT_DIR/teacher_topk.bin   the teacher's most likely tokens along each best trajectory, with --teacher-topk
 
-A prompt's decisions are on disk before its selection: where there is a selection line, nothing is missing.
+A prompt's decisions and top k are on disk before its selection: where there is a selection line, nothing is missing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from genssd.distill.journal import Journal, complete_rows, read_json, truncate, 
 from genssd.distill.outcome_rows import Origin, decision_row, selection_row
 from genssd.distill.rows import ProblemRow, check_same_problem, read_problems
 from genssd.distill.run_directory import claim, record_run
+from genssd.distill.topk_store import TopkStore, end_of
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -76,6 +79,9 @@ class SelectConfig(EngineOptions):
     """Or take the threshold from plain samples of the teacher."""
     max_tokens: int = 4096
     """Of the response."""
+    teacher_topk: int = 0
+    """Write down so many of the teacher's most likely tokens along the best trajectory, for `genssd train --kd-ratio`:
+    8 bytes each per token."""
     loop_guard: bool = True
     """Reject candidates that end in a repetition."""
     sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
@@ -97,6 +103,7 @@ SETTINGS_OF_THE_RESULT = (
     "threshold",
     "calibrate",
     "max_tokens",
+    "teacher_topk",
     "loop_guard",
     "sampling",
     "seed",
@@ -167,12 +174,19 @@ def _run(
     )
     failures: list[str] = []
     kept, sampled_before = 0, engine.usage.teacher_tokens
-    with Journal(journal) as selections_log, Journal(decisions) as decisions_log:
+    end = max((end_of(row) for row, _ in complete_rows(journal)), default=0)
+    with (
+        Journal(journal) as selections_log,
+        Journal(decisions) as decisions_log,
+        TopkStore(output_dir / "teacher_topk.bin", end) if config.teacher_topk else nullcontext() as topk_store,
+    ):
         for finished, selection in enumerate(_select(engine, config, threshold, problems, done), start=1):
             problem = problems[selection.index]
             if selection.error is None:
                 decisions_log.append(decision_row(selection))
-                selections_log.append(selection_row(selection, problem, origin))
+                topk = selection.best.teacher_topk
+                place = topk_store.append(topk) if topk_store is not None and topk is not None else None
+                selections_log.append({**selection_row(selection, problem, origin), "teacher_topk": place})
                 kept += len(selection.best.token_ids)
             else:
                 failures.append(f"{config.data}, line {problem.line}: {selection.error}")
@@ -227,6 +241,7 @@ def _select(
         criterion=config.criterion,
         threshold=threshold,
         max_tokens=config.max_tokens,
+        teacher_topk=config.teacher_topk,
         sampling=config.sampling,
         loop_guard=LoopGuard() if config.loop_guard else None,
         seed=config.seed,

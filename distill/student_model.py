@@ -1,4 +1,4 @@
-"""The model under training: transformers' own, with gradients."""
+"""The models of a training: transformers' own. The student has gradients, on all weights or on low-rank adapters."""
 
 from __future__ import annotations
 
@@ -7,22 +7,35 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from genssd.distill.batches import Batch
 from genssd.engine.checkpoint import weight_files
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.text import Tokenizer
 
 
-def load_model(directory: Path, tokenizer: Tokenizer, device: torch.device) -> Any:
-    """A transformers model with float32 weights. Raises CheckpointError when a weight is missing or misshapen, the
-    tokenizer does not fit, or the head is more than a matrix product."""
+def load_model(
+    directory: Path,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> Any:
+    """A transformers model. Raises CheckpointError when a weight is missing or misshapen, the tokenizer does not fit,
+    or the head is more than a matrix product."""
     weight_files(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            str(directory),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation=attn_implementation,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
     absent = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind])
     if absent:
@@ -49,10 +62,108 @@ def _check_head(model: Any, directory: Path) -> None:
         )
 
 
+def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model to distil from: frozen. Raises InputError when its tokenizer is another than the student's."""
+    tokenizer = Tokenizer(directory)
+    if tokenizer.fingerprint != student.fingerprint:
+        raise InputError(
+            f"teacher {directory} and student {student.directory} have different vocabularies: their distributions do "
+            "not compare token by token. Train on the teacher's text instead: kd_ratio 0"
+        )
+    return load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
+
+
+def check_layout(model: Any, layout: str) -> None:
+    """Raise InputError when a model's attention cannot take the mask of a packed layout."""
+    if layout == "pad":
+        return
+    config, attention = model.config, model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise InputError(f"layout {layout} needs a mask of its own, which {attention} does not take: use sdpa or eager")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise InputError(f"layout {layout} cannot mask the sliding windows of {config.model_type}: use layout pad")
+
+
+def completion_states(model: Any, batch: Batch) -> Tensor:
+    """The hidden states that predict the completion tokens, [M, D]."""
+    mask = batch.attention_mask
+    if mask.ndim == 4 and model.config._attn_implementation == "eager":
+        dtype = model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    out = model.base_model(
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+    )
+    # positions that are not trained never meet the head
+    hidden: Tensor = out.last_hidden_state.flatten(0, 1)[batch.source]
+    return hidden
+
+
 def save_model(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
-    """A save_pretrained directory with tokenizer and chat template. Raises InputError when it cannot be written."""
+    """A save_pretrained directory with tokenizer and chat template; adapters are merged into the weights, and stand
+    beside them in adapter/. Raises InputError when it cannot be written."""
     try:
-        model.save_pretrained(directory)
+        if has_adapters(model):
+            save_adapters(model, directory / "adapter")
+            model.save_pretrained(directory, state_dict=_merged(model))
+        else:
+            model.save_pretrained(directory)
         tokenizer.hf.save_pretrained(directory)
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from None
+
+
+def add_adapters(model: Any, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> None:
+    """Put trainable low-rank adapters into a model and freeze the rest. Raises InputError without peft, or when no
+    module has one of the names."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError("use_peft needs the package peft: pip install peft") from None
+    named: Any = targets[0] if targets == ("all-linear",) else list(targets)
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=named, task_type="CAUSAL_LM")
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise InputError(f"lora_target_modules: {error}") from None
+    model.peft_config = {"default": config}
+
+
+def has_adapters(model: Any) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def save_adapters(model: Any, directory: Path) -> None:
+    """The adapters alone, as peft writes them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model)
+    save_file(
+        {f"base_model.model.{name}": value.contiguous() for name, value in state.items()},
+        directory / "adapter_model.safetensors",
+    )
+    model.peft_config["default"].save_pretrained(directory)
+
+
+def load_adapters(model: Any, directory: Path) -> None:
+    """Into adapters of the same shapes."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state = load_file(directory / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, {name.removeprefix("base_model.model."): value for name, value in state.items()})
+
+
+def _merged(model: Any) -> dict[str, Tensor]:
+    """The weights with what the adapters add to them, under their own names; the model stays as it is."""
+    from peft.tuners.lora import LoraLayer
+
+    state = {
+        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            state[f"{name}.weight"] = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach()
+    return state

@@ -1,11 +1,12 @@
-"""`genssd train`: supervised fine-tuning of a transformers model on selected trajectories.
+"""`genssd train`: fine-tuning and distillation of a transformers model on selected trajectories.
 
-    loss = sum over completion tokens of -weight log p(token) / sum of their weights, over one optimizer step
+    loss = sum over completion tokens of weight * loss of the token / sum of their weights, over one optimizer step
 
-A row's weight is its field `weight`, 1 where it has none.
+objectives.py says what a token's loss is. A row's weight is its field `weight`, 1 where it has none.
 
 OUTPUT_DIR/                   a save_pretrained directory: weights, config, tokenizer, chat template
-OUTPUT_DIR/metrics.jsonl      one line per logged step
+OUTPUT_DIR/metrics.jsonl      one line per logged step, and one per evaluation
+OUTPUT_DIR/best/              the model with the least loss on eval_data
 OUTPUT_DIR/checkpoint-N/      the same plus optimizer.safetensors and trainer_state.json: training resumes exactly
 """
 
@@ -14,15 +15,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
+from genssd.distill.batches import Batch, TokenRow, lay_out
 from genssd.distill.checkpoints import (
     Position,
     data_fingerprint,
@@ -33,98 +35,25 @@ from genssd.distill.checkpoints import (
     save_checkpoint,
 )
 from genssd.distill.examples import Example, ExampleSet, read_examples
-from genssd.distill.journal import Journal, complete_rows, truncate, write_json
+from genssd.distill.journal import complete_rows, read_json, truncate, write_json, write_jsonl
+from genssd.distill.monitoring import Metrics
+from genssd.distill.objectives import Head, Loss, loss_of, topk_of
 from genssd.distill.run_directory import claim
-from genssd.distill.student_model import load_model, save_model
+from genssd.distill.student_model import (
+    add_adapters,
+    check_layout,
+    completion_states,
+    load_model,
+    load_teacher,
+    save_model,
+)
+from genssd.distill.train_config import SETTINGS_OF_THE_RESULT, TrainConfig, schedule
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.config import ModelConfig
-from genssd.engine.errors import InputError, NumericsError
-from genssd.engine.memory import choose_device, cpu_has_bf16
+from genssd.engine.errors import CapacityError, InputError, NumericsError
+from genssd.engine.memory import choose_device, choose_dtype, cpu_has_bf16
 from genssd.engine.text import Tokenizer
-from genssd.kernels.cross_entropy import linear_cross_entropy
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """Supervised fine-tuning on the completions of JSONL rows; the names are those of TrainingArguments."""
-
-    model_name_or_path: str
-    """The student to start from: hub id or local directory."""
-    data: tuple[str, ...]
-    """JSONL files: selections of `genssd select`, or messages, or prompt and completion."""
-    output_dir: str = "runs/train"
-    statuses: tuple[str, ...] = ("finished",)
-    """Which rows of a selection to train on: finished, length, pruned."""
-    max_length: int = 4096
-    """Longer rows are left out, and counted."""
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: float = 1.0
-    max_steps: int | None = None
-    """Optimizer steps instead of epochs."""
-    max_train_tokens: int | None = None
-    """Completion tokens instead of epochs: training ends with the step that reaches them."""
-    learning_rate: float = 1e-5
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.03
-    """Share of the training during which the learning rate rises."""
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    bf16: bool | None = None
-    """Compute in bf16 over float32 weights. None: on a GPU that has it."""
-    gradient_checkpointing: bool = False
-    logging_steps: int = 10
-    save_steps: int | None = None
-    """Write a checkpoint every so many steps."""
-    save_total_limit: int | None = 2
-    """Keep only the newest checkpoints."""
-    resume_from_checkpoint: str | None = None
-    """A checkpoint directory, or "last"."""
-    device: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "max_train_tokens", "save_steps", "save_total_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_steps is not None and self.max_train_tokens is not None:
-            raise InputError("give max_steps or max_train_tokens, not both")
-        for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "adam_epsilon"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        if not 0.0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
-        if not self.data:
-            raise InputError("data must name at least one file")
-
-
-SETTINGS_OF_THE_RESULT = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "max_train_tokens",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "bf16",
-    "seed",
-)
-"""What must not change between the parts of one training."""
+from genssd.kernels.logprob import TopK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +64,10 @@ class TrainProgress:
     share: float
     epoch: float
     loss: float
+    cross_entropy: float | None
+    """A part of the loss: per token, nats. None where kd_ratio is 1."""
+    divergence: float | None
+    """The other part. None where kd_ratio is 0."""
     learning_rate: float
     tokens: int
     tokens_per_second: float
@@ -152,6 +85,8 @@ class TrainSummary:
     examples: int
     left_out: dict[str, int]
     seconds: float
+    best_eval_loss: float | None
+    """On eval_data."""
 
 
 def run_train(config: TrainConfig, report: Callable[[TrainProgress], None] = lambda progress: None) -> TrainSummary:
@@ -162,20 +97,31 @@ def run_train(config: TrainConfig, report: Callable[[TrainProgress], None] = lam
     tokenizer = Tokenizer(source)
     longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
     data = read_examples(config.data, tokenizer, max_length=longest, statuses=config.statuses)
+    held_out: tuple[Example, ...] = ()
+    if config.eval_data:
+        held_out = read_examples(config.eval_data, tokenizer, max_length=longest, statuses=config.statuses).examples
+    if config.uses_rows:
+        for example in (*data.examples, *held_out):
+            if example.topk is None:
+                raise InputError(
+                    f"{example.where}: no teacher_topk, which kd_ratio needs; select with --teacher-topk, or name a "
+                    "teacher_model_name_or_path"
+                )
     with claim(output_dir, "train"):
-        return _train(config, tokenizer, data, source, output_dir, report, started)
+        return _train(config, tokenizer, data, held_out, source, output_dir, report, started)
 
 
 def _train(
     config: TrainConfig,
     tokenizer: Tokenizer,
     data: ExampleSet,
+    held_out: Sequence[Example],
     source: Path,
     output_dir: Path,
     report: Callable[[TrainProgress], None],
     started: float,
 ) -> TrainSummary:
-    trainer = _Trainer(config, tokenizer, data.examples, source, output_dir)
+    trainer = _Trainer(config, tokenizer, data.examples, held_out, source, output_dir)
     write_json(output_dir / "run.json", {"command": "train", "config": dataclasses.asdict(config)})
     loss = trainer.train(report)
     return TrainSummary(
@@ -186,27 +132,54 @@ def _train(
         examples=len(data.examples),
         left_out=dict(data.left_out),
         seconds=time.monotonic() - started,
+        best_eval_loss=trainer.position.best_eval_loss,
     )
 
 
 class _Trainer:
     def __init__(
-        self, config: TrainConfig, tokenizer: Tokenizer, examples: Sequence[Example], source: Path, output_dir: Path
+        self,
+        config: TrainConfig,
+        tokenizer: Tokenizer,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        source: Path,
+        output_dir: Path,
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._examples = examples
+        self._held_out = held_out
         self._output_dir = output_dir
         self._device = choose_device(config.device)
         self._bf16 = _use_bf16(config.bf16, self._device)
         settings = {name: getattr(config, name) for name in SETTINGS_OF_THE_RESULT}
+        settings |= {"lora_target_modules": list(config.lora_target_modules)}
         settings |= {"model": fingerprint(source), "data": data_fingerprint(examples)}
         self.position = Position(settings)
         resume = find_checkpoint(config.resume_from_checkpoint, output_dir)
         torch.manual_seed(config.seed)
-        self._model = load_model(resume or source, tokenizer, self._device)
+        # adapters are restored by the checkpoint, over the model that they were trained on
+        start = source if resume is None or config.use_peft else resume
+        self._model = load_model(start, tokenizer, self._device, attn_implementation=config.attn_implementation)
+        check_layout(self._model, config.layout)
+        if config.use_peft:
+            add_adapters(
+                self._model,
+                r=config.lora_r,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                targets=config.lora_target_modules,
+            )
         if config.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable()
+            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._teacher: Any = None
+        if config.teacher_model_name_or_path is not None:
+            directory = locate(config.teacher_model_name_or_path)
+            self._teacher = load_teacher(
+                directory, tokenizer, self._device, choose_dtype(directory, "auto", self._device)
+            )
+            check_layout(self._teacher, config.layout)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self._model, config.weight_decay),
             lr=config.learning_rate,
@@ -216,6 +189,9 @@ class _Trainer:
         if resume is not None:
             self.position = restore(resume, self._model, self._optimizer, settings)
             remove_later_checkpoints(output_dir, self.position.step)
+            best = output_dir / "best"
+            if best.exists() and read_json(best / "best.json")["step"] > self.position.step:
+                shutil.rmtree(best)  # of a future that is run again
 
     def train(self, report: Callable[[TrainProgress], None]) -> float:
         """Run to the end and save the model; return the last step's loss."""
@@ -224,33 +200,60 @@ class _Trainer:
         logged = [(row, end) for row, end in complete_rows(metrics) if row.get("step", 0) <= self.position.step]
         truncate(metrics, logged[-1][1] if logged else 0)
         self._model.train()
-        loss = float(logged[-1][0]["loss"]) if logged else math.nan
+        loss = next((float(row["loss"]) for row, _ in reversed(logged) if "loss" in row), math.nan)
         started, tokens_before = time.monotonic(), position.tokens
-        with Journal(metrics) as log:
+        with Metrics(metrics, config.report_to) as log:
             for batch in self._steps():
                 after = self._share(steps=1, tokens=sum(example.num_completion for example in batch))
                 learning_rate = config.learning_rate * schedule(self._share(), after, config)
-                loss, grad_norm, tokens = self._step(batch, learning_rate)
+                taken = self._step(batch, learning_rate)
+                loss = taken.loss
                 position.step += 1
-                position.tokens += tokens
+                position.tokens += taken.tokens
                 progress = TrainProgress(
                     step=position.step,
                     share=min(1.0, self._share()),
                     epoch=position.epoch + position.batch / self._steps_per_epoch,
                     loss=loss,
+                    cross_entropy=taken.cross_entropy,
+                    divergence=taken.divergence,
                     learning_rate=learning_rate,
                     tokens=position.tokens,
                     tokens_per_second=(position.tokens - tokens_before) / (time.monotonic() - started),
                 )
                 report(progress)
                 if position.step % config.logging_steps == 0 or self._share() >= 1.0:
-                    log.append({**dataclasses.asdict(progress), "grad_norm": grad_norm})
+                    known = {name: v for name, v in dataclasses.asdict(progress).items() if v is not None}
+                    log.log({**known, "grad_norm": taken.grad_norm})
+                if self._held_out and self._evaluation_is_due():
+                    log.log(self._evaluate())
                 if config.save_steps and position.step % config.save_steps == 0:
                     save_checkpoint(self._output_dir, self._model, self._tokenizer, self._optimizer, position)
                     if config.save_total_limit is not None:
                         remove_old_checkpoints(self._output_dir, config.save_total_limit)
         save_model(self._model, self._tokenizer, self._output_dir)
         return loss
+
+    def _evaluation_is_due(self) -> bool:
+        every = self._config.eval_steps
+        due = self.position.batch == self._steps_per_epoch if every is None else self.position.step % every == 0
+        return due or self._share() >= 1.0
+
+    def _evaluate(self) -> dict[str, float]:
+        """The loss on the held-out examples; the model is kept if there was no smaller one."""
+        self._model.eval()
+        total, size = _Sums(), self._config.per_device_train_batch_size
+        with torch.no_grad():
+            for start in range(0, len(self._held_out), size):
+                total.add(self._loss(self._held_out[start : start + size]))
+        self._model.train()
+        means = total.means(sum(sum(example.token_weights()) for example in self._held_out))
+        best = self.position.best_eval_loss
+        if math.isfinite(means["loss"]) and (best is None or means["loss"] < best):
+            self.position.best_eval_loss = means["loss"]
+            save_model(self._model, self._tokenizer, self._output_dir / "best")
+            write_json(self._output_dir / "best" / "best.json", {"step": self.position.step, **means})
+        return {"step": self.position.step, **{f"eval_{name}": value for name, value in means.items()}}
 
     @property
     def _step_size(self) -> int:
@@ -273,8 +276,7 @@ class _Trainer:
         """The examples of each optimizer step: a new order every epoch, a function of (seed, epoch) alone."""
         position, size = self.position, self._step_size
         while True:
-            order = list(range(len(self._examples)))
-            random.Random(f"{self._config.seed}:{position.epoch}").shuffle(order)
+            order = self._order(random.Random(f"{self._config.seed}:{position.epoch}"))
             while position.batch < self._steps_per_epoch:
                 if self._share() >= 1.0:
                     return
@@ -283,70 +285,127 @@ class _Trainer:
                 yield [self._examples[i] for i in chosen]
             position.epoch, position.batch = position.epoch + 1, 0
 
-    def _step(self, batch: Sequence[Example], learning_rate: float) -> tuple[float, float, int]:
-        """One optimizer step; returns its loss, gradient norm and completion tokens."""
-        tokens = sum(example.num_completion for example in batch)
-        weight = sum(example.weight * example.num_completion for example in batch)
+    def _order(self, dice: random.Random) -> list[int]:
+        """A new order of the examples; as a tree, those of one prompt stay together."""
+        if self._config.layout != "tree":
+            order = list(range(len(self._examples)))
+            dice.shuffle(order)
+            return order
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, example in enumerate(self._examples):
+            groups.setdefault(example.input_ids[: example.num_prompt], []).append(i)
+        shuffled = list(groups.values())
+        dice.shuffle(shuffled)
+        return [i for group in shuffled for i in group]
+
+    def _step(self, batch: Sequence[Example], learning_rate: float) -> _Taken:
+        """One optimizer step."""
+        weight = sum(sum(example.token_weights()) for example in batch)
         size = self._config.per_device_train_batch_size
-        total = 0.0
+        total = _Sums()
         for start in range(0, len(batch), size):
-            loss = self._loss(batch[start : start + size]) / (weight or 1.0)  # all 0: nothing to learn
-            total += float(loss.detach())
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._loss(batch[start : start + size])
+            total.add(loss)
+            (loss.total / (weight or 1.0)).backward()  # type: ignore[no-untyped-call]  # weight 0: nothing to learn
         norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise NumericsError(
-                f"the loss is {total} and its gradient {norm} at step {self.position.step + 1} (epoch "
-                f"{self.position.epoch}, batch {self.position.batch}); lower learning_rate, or look for broken rows. "
-                f"Checkpoints in {self._output_dir} are kept"
-            )
+        means = total.means(weight)
+        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+            self._stop_at(batch, means["loss"], norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return total, norm, tokens
+        return _Taken(
+            loss=means["loss"],
+            cross_entropy=means.get("cross_entropy"),
+            divergence=means.get("divergence"),
+            grad_norm=norm,
+            tokens=sum(example.num_completion for example in batch),
+        )
 
-    def _loss(self, batch: Sequence[Example]) -> Tensor:
-        """The weighted sum over the completion tokens of a padded batch."""
-        width = max(len(example.input_ids) for example in batch)
-        ids = torch.full((len(batch), width), self._pad)
-        seen = torch.zeros(len(batch), width, dtype=torch.long)
-        trained = torch.zeros(len(batch), width, dtype=torch.bool)
-        weight = torch.zeros(len(batch), width)
-        for row, example in enumerate(batch):
-            length = len(example.input_ids)
-            ids[row, :length] = torch.tensor(example.input_ids)
-            seen[row, :length] = 1
-            trained[row, example.num_prompt : length] = True
-            weight[row] = example.weight
-        ids, seen, trained = ids.to(self._device), seen.to(self._device), trained.to(self._device)
+    def _stop_at(self, batch: Sequence[Example], loss: float, norm: float) -> NoReturn:
+        path = self._output_dir / "bad_batch.jsonl"
+        rows = [
+            {"where": e.where, "prompt_ids": e.input_ids[: e.num_prompt], "completion_ids": e.completion_ids}
+            for e in batch
+        ]
+        write_jsonl(path, rows)
+        raise NumericsError(
+            f"the loss is {loss} and its gradient {norm} at step {self.position.step + 1} (epoch "
+            f"{self.position.epoch}, batch {self.position.batch}); lower learning_rate, or look for broken rows: the "
+            f"batch is in {path}. Checkpoints in {self._output_dir} are kept"
+        )
+
+    def _loss(self, examples: Sequence[Example]) -> Loss:
+        """Sums over the completion tokens of one forward pass. Raises CapacityError when it does not fit."""
+        try:
+            return self._forward(examples)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, on a CPU it is an allocator's message
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            longest = max(len(example.input_ids) for example in examples)
+            raise CapacityError(
+                f"{len(examples)} examples of up to {longest} tokens do not fit into memory at step "
+                f"{self.position.step + 1}: lower per_device_train_batch_size (and raise gradient_accumulation_steps "
+                "as much), lower max_length, or use gradient_checkpointing"
+            ) from None
+
+    def _forward(self, examples: Sequence[Example]) -> Loss:
+        batch = self._lay_out([TokenRow(example.input_ids, example.num_prompt) for example in examples])
+        weight = torch.tensor([w for example in examples for w in example.token_weights()], device=self._device)
+        teacher: Head | TopK | None = None
+        if self._config.uses_rows:
+            top = topk_of(examples)
+            teacher = TopK(top.ids.to(self._device), top.logprob.to(self._device))
+        elif self._config.uses_teacher:
+            teacher = self._ask_teacher(examples, batch)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            hidden = self._model.base_model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
-            # the token at t is predicted from t - 1; rows that are not trained never meet the head
-            return linear_cross_entropy(
-                hidden[:, :-1][trained[:, 1:]],
-                self._model.get_output_embeddings().weight,
-                ids[:, 1:][trained[:, 1:]],
-                row_weight=weight.to(self._device)[:, 1:][trained[:, 1:]],
-            ).total
+            student = Head(completion_states(self._model, batch), self._model.get_output_embeddings().weight)
+            return loss_of(self._config, student, batch.target, weight, teacher)
+
+    @torch.no_grad()
+    def _ask_teacher(self, examples: Sequence[Example], batch: Batch) -> Head:
+        """The teacher's states, behind the prompts as it reads them."""
+        if any(example.teacher_prompt_ids for example in examples):
+            prompts = [e.teacher_prompt_ids or e.input_ids[: e.num_prompt] for e in examples]
+            batch = self._lay_out(
+                [TokenRow((*p, *e.completion_ids), len(p)) for p, e in zip(prompts, examples, strict=True)]
+            )
+        return Head(completion_states(self._teacher, batch), self._teacher.get_output_embeddings().weight)
+
+    def _lay_out(self, rows: Sequence[TokenRow]) -> Batch:
+        return lay_out(rows, self._config.layout, self._pad).to(self._device)
 
     @property
     def _pad(self) -> int:
         return self._tokenizer.hf.pad_token_id or 0
 
 
-def schedule(before: float, after: float, config: TrainConfig) -> float:
-    """The learning rate's factor for a step that takes the training from one share to another, both in [0, 1].
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Taken:
+    """An optimizer step: means over its tokens."""
 
-    A linear rise to 1 over warmup_ratio, then the scheduler's way down. The rise looks at the end of the step and the
-    way down at its beginning, so that neither the first step nor the last is wasted on a rate of zero.
-    """
-    if before < config.warmup_ratio:
-        return min(1.0, after / config.warmup_ratio)
-    rest = (before - config.warmup_ratio) / (1.0 - config.warmup_ratio)
-    if config.lr_scheduler_type == "constant":
-        return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * rest)) if config.lr_scheduler_type == "cosine" else 1.0 - rest
+    loss: float
+    cross_entropy: float | None
+    divergence: float | None
+    grad_norm: float
+    tokens: int
+
+
+class _Sums:
+    """Losses of several forward passes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+
+    def add(self, loss: Loss) -> None:
+        parts = {"loss": loss.total.detach(), "cross_entropy": loss.cross_entropy, "divergence": loss.divergence}
+        for name, value in parts.items():
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def means(self, weight: float) -> dict[str, float]:
+        return {name: value / (weight or 1.0) for name, value in self._sums.items()}
 
 
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from genssd.engine.candidate import Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.tree import Path
-from genssd.kernels.logprob import TokenStats
+from genssd.kernels.logprob import TokenStats, TopK
 
 Ending = Literal["chunk", "finished", "length"]
 """Why a candidate ends: its chunk is complete | end of sequence | no more tokens allowed."""
@@ -41,6 +41,8 @@ class Brancher(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def teacher_topk(self, branch: Branch) -> TopK | None: ...
+
     def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
 
     def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]: ...
@@ -65,6 +67,10 @@ class Branch:
         self.stats = TokenStats.empty()
         """The student's statistics of the chunk."""
         self.chunk_teacher_logprob: list[float] = []
+        self.chunk_states: list[tuple[Tensor, int]] = []
+        """The teacher's hidden states that the chunk's tokens were drawn from, as tensor and row; only where the
+        teacher's most likely tokens are wanted."""
+        self.history_topk: tuple[TopK, ...] = ()
         self.substituted = 0
         """Tokens of the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
         self.ended: Ending | None = None
@@ -152,13 +158,17 @@ class Branch:
         self.history = self.history + self.chunk
         self.history_stats = (*self.history_stats, self.stats)
         self.history_teacher_logprob = (*self.history_teacher_logprob, self.teacher_logprob)
-        self.chunk, self.stats, self.chunk_teacher_logprob = [], TokenStats.empty(), []
+        topk = self._owner.teacher_topk(self)
+        if topk is not None:
+            self.history_topk = (*self.history_topk, topk)
+        self.chunk, self.stats, self.chunk_teacher_logprob, self.chunk_states = [], TokenStats.empty(), [], []
         if self.ended == "chunk":
             self.ended = None
 
     def drop(self) -> None:
         """Return the branch's cache pages. What it generated stays readable; it cannot be expanded any more."""
         self.dropped = True
+        self.chunk_states = []
         self._owner.drop_paths(self)
 
     def suspend(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from genssd.engine.candidate import Candidate, Window
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import uniform
+from genssd.engine.text import common_prefix
 
 Scope = Literal["chunk", "trajectory"]
 
@@ -369,7 +370,7 @@ class RationaleDifficulty(_Checked):
         reasoning = self.reasoning(candidate)
         ending = candidate.encode(f"{self.before_answer} {candidate.answer}")
         # what the text before the answer and the whole have in common: a tokenizer may join across the border
-        border = _common(candidate.encode(self.before_answer), ending)
+        border = common_prefix(candidate.encode(self.before_answer), ending)
         if border == len(ending):
             raise InputError(f"rationale_difficulty: the answer {candidate.answer!r} has no token of its own")
         start, end = len(reasoning) + border, len(reasoning) + len(ending)
@@ -448,14 +449,6 @@ class Random(_Checked):
 
 def _exp(nll: float) -> float:
     return math.inf if nll >= 700.0 else math.exp(nll)
-
-
-def _common(some: Sequence[int], others: Sequence[int]) -> int:
-    """How many first tokens are the same."""
-    for i, (one, other) in enumerate(zip(some, others, strict=False)):
-        if one != other:
-            return i
-    return min(len(some), len(others))
 
 
 def _teacher_logprob(candidate: Candidate, name: str) -> Tensor:

@@ -30,7 +30,7 @@ from genssd.engine.search import PromptSearch, SearchOptions, search
 from genssd.engine.selection import Selection
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.windows import local_logprob
-from genssd.kernels.logprob import TokenStats
+from genssd.kernels.logprob import TokenStats, TopK
 
 Role = Literal["teacher", "student"]
 
@@ -110,6 +110,7 @@ class Engine:
         loop_guard: LoopGuard | None = LoopGuard(),
         seed: int = 0,
         answers: Sequence[str | None] | None = None,
+        teacher_topk: int = 0,
         labels: Sequence[str] | None = None,
     ) -> list[Selection]:
         """Let the student choose what the teacher writes; one Selection per prompt, in order.
@@ -118,8 +119,10 @@ class Engine:
         branches kept per prompt after each round. criterion: a name ("rsr", "ppl(norm='byte')", "0.7*rsr + 0.3*lalp",
         "package.module:Name") or an object. threshold: prune a branch
         whose best candidate is worse than this value of the criterion; None never prunes. max_tokens: of the response.
-        answers: the prompts' reference answers, for criteria that read them. labels: what messages call each prompt;
-        None: "prompt" and its index.
+        answers: the prompts' reference answers, for criteria that read them. teacher_topk: keep so many of the
+        teacher's most likely tokens at every position of the trajectories, for distillation; the teacher's last hidden
+        states of all live candidates are held meanwhile. labels: what messages call each prompt; None: "prompt" and
+        its index.
         Raises InputError on an unusable prompt or option (naming the prompt's index), CapacityError on a prompt that is
         longer than the models' positions or the cache, NumericsError on NaN or infinite logits.
         """
@@ -135,6 +138,7 @@ class Engine:
             loop_guard=loop_guard,
             seed=seed,
             answers=answers,
+            teacher_topk=teacher_topk,
             labels=labels,
         )
         return sorted(done, key=lambda selection: selection.index)
@@ -153,6 +157,7 @@ class Engine:
         loop_guard: LoopGuard | None = LoopGuard(),
         seed: int = 0,
         answers: Sequence[str | None] | None = None,
+        teacher_topk: int = 0,
         skip: frozenset[int] = frozenset(),
         labels: Sequence[str] | None = None,
     ) -> Iterator[Selection]:
@@ -170,8 +175,10 @@ class Engine:
             loop_guard=loop_guard,
             seed=seed,
         )
-        self._runner("teacher"), self._runner("student")  # both are needed: say so before anything starts
-        brancher = _Brancher(self, sampling, "teacher")
+        teacher, _ = self._runner("teacher"), self._runner("student")  # say so before anything starts
+        if not 0 <= teacher_topk <= teacher.decoder.config.vocab_size:
+            raise InputError(f"teacher_topk must be in 0..{teacher.decoder.config.vocab_size}, not {teacher_topk}")
+        brancher = _Brancher(self, sampling, "teacher", topk=teacher_topk)
         names = _labels(prompts, labels)
         _check_answers(answers, options.criterion, names)
         starts = self._prompt_searches(prompts, names, options, brancher, skip, answers)
@@ -408,6 +415,7 @@ class _Brancher:
         writer: Role,
         scored: bool = True,
         rsd: ReverseSpeculation | None = None,
+        topk: int = 0,
     ) -> None:
         self._engine = engine
         self._tokenizer = engine.tokenizer(writer)
@@ -424,6 +432,7 @@ class _Brancher:
             max_batch=engine._max_batch,
             usage=engine.usage,
             promises=engine._promises,
+            topk=topk,
         )
 
     def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]:
@@ -457,6 +466,9 @@ class _Brancher:
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode_plain(text)
+
+    def teacher_topk(self, branch: Branch) -> TopK | None:
+        return self.expander.teacher_topk(branch)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         return self._tokenizer.pieces(token_ids)

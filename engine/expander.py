@@ -18,7 +18,7 @@ from genssd.engine.errors import NumericsError
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, child_stream, noise_key
 from genssd.engine.text import TextStream, Tokenizer
-from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
+from genssd.kernels.logprob import NonFiniteLogits, TopK, linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
 
 
@@ -101,6 +101,7 @@ class Expander:
         max_batch: int,
         usage: Usage,
         promises: Promises,
+        topk: int = 0,
     ) -> None:
         self._writer = writer
         self._scorer = scorer
@@ -112,6 +113,7 @@ class Expander:
         self._usage = usage
         self._lanes: list[Lane] = []
         self._promises = promises
+        self._topk = topk
 
     @property
     def num_rows(self) -> int:
@@ -207,6 +209,7 @@ class Expander:
         kid.history = parent.history
         kid.history_stats = parent.history_stats
         kid.history_teacher_logprob = parent.history_teacher_logprob
+        kid.history_topk = parent.history_topk
         parent.num_children += 1
         path = self._state(self._writer, parent).path
         assert path is not None
@@ -219,6 +222,9 @@ class Expander:
     def _sample(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> tuple[list[int], list[float]]:
         """One token for each of the kids and its log-probability at temperature 1."""
         hidden = torch.stack([self._hidden(self._writer, lane) for lane in batch])
+        if self._topk:
+            for lane, row in zip(kids, source.tolist(), strict=True):
+                lane.branch.chunk_states.append((hidden, row))
         keys = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in kids]).to(hidden.device)
         source = source.to(hidden.device)
         options = self._sampling
@@ -292,6 +298,15 @@ class Expander:
         for _, kid in kids:
             kid.stats = stats[start : start + len(kid.chunk)]
             start += len(kid.chunk)
+
+    @torch.inference_mode()
+    def teacher_topk(self, branch: Branch) -> TopK | None:
+        """The writer's most likely tokens at every position of a branch's chunk; None where they are not wanted."""
+        if not self._topk or not branch.chunk:
+            return None
+        hidden = torch.stack([states[row] for states, row in branch.chunk_states])
+        head = self._writer.decoder.head
+        return linear_logprob(hidden, head, torch.tensor(branch.chunk, device=head.device), topk=self._topk).topk
 
     def _hidden(self, runner: ModelRunner, lane: Lane) -> Tensor:
         hidden = self._state(runner, lane.branch).hidden

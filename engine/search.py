@@ -24,6 +24,7 @@ from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expander import Expander, Expansion
 from genssd.engine.loops import LoopGuard
 from genssd.engine.selection import STATUSES, CandidateRecord, ChunkScore, Selection, Status, Trajectory, Verdict
+from genssd.kernels.logprob import TopK
 
 NO_ROOM = (
     "the prompt's next round does not fit into the key-value cache beside the branches that others hold; "
@@ -168,6 +169,7 @@ class PromptSearch:
             trace=branch.trace,
             chunks=self.chunk_scores.get(branch.trace, ()),
             stats=branch.response().stats,
+            teacher_topk=TopK.concatenate(branch.history_topk) if branch.history_topk else None,
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genssd.engine.branch import Ending
 from genssd.engine.errors import InputError
-from genssd.kernels.logprob import TokenStats
+from genssd.kernels.logprob import TokenStats, TopK
 
 Verdict = Literal["kept", "beaten", "threshold", "duplicate", "loop"]
 """Of a candidate: expanded further or final | ranked below the beam | worse than the threshold | same tokens as an
@@ -61,6 +61,8 @@ class Trajectory:
     trace: tuple[int, ...]
     chunks: tuple[ChunkScore, ...]
     stats: TokenStats
+    teacher_topk: TopK | None = None
+    """The teacher's most likely tokens at every position, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -139,6 +139,14 @@ class Tokenizer:
         return ids
 
 
+def common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    for count, (one, other) in enumerate(zip(some, others, strict=False)):
+        if one != other:
+            return count
+    return min(len(some), len(others))
+
+
 def _parts(prompt: Any) -> list[Any]:
     """The elements of a prompt that is no string: a list, a tuple, an array."""
     try:

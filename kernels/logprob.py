@@ -60,6 +60,11 @@ class TopK:
     ids: Tensor
     logprob: Tensor
 
+    @staticmethod
+    def concatenate(parts: Sequence[TopK]) -> TopK:
+        """Join the rows of several, in order; all have the same K."""
+        return TopK(torch.cat([part.ids for part in parts]), torch.cat([part.logprob for part in parts]))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
@@ -84,9 +89,7 @@ class TokenStats:
     def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
         """Join statistics of consecutive spans, in order. The top k are kept if every part has them."""
         tops = [part.topk for part in parts if part.topk is not None]
-        topk = None
-        if len(tops) == len(parts) > 0:
-            topk = TopK(torch.cat([top.ids for top in tops]), torch.cat([top.logprob for top in tops]))
+        topk = TopK.concatenate(tops) if len(tops) == len(parts) > 0 else None
         joined = TokenStats.of([torch.cat([getattr(part, name) for part in parts]) for name in STATISTICS])
         return dataclasses.replace(joined, topk=topk)
 

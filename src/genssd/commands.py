@@ -16,7 +16,8 @@ from genssd.distill.post_hoc import ScoreConfig, run_score
 from genssd.distill.prefixes import PrefixConfig, run_prefix
 from genssd.distill.reselecting import ReselectConfig, run_reselect
 from genssd.distill.selecting import SelectConfig, run_select
-from genssd.distill.training import TrainConfig, run_train
+from genssd.distill.train_config import TrainConfig
+from genssd.distill.training import run_train
 from genssd.engine.errors import CapacityError, InputError
 
 SHOWN = 10  # failures listed

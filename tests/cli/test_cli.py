@@ -14,7 +14,7 @@ from toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
 from genssd.cli import flags_of_file, main
 from genssd.distill.selecting import SelectConfig
-from genssd.distill.training import TrainConfig
+from genssd.distill.train_config import TrainConfig
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]

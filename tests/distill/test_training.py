@@ -14,39 +14,17 @@ import torch
 from conftest import TinyPair
 from safetensors.torch import load_file, save_file
 from toys import VOCAB, save_tokenizer
+from training_runs import ROWS, config_for, metrics, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 from genssd import Engine
 from genssd.distill.student_model import load_model
-from genssd.distill.training import TrainConfig, run_train, schedule
+from genssd.distill.train_config import TrainConfig, schedule
+from genssd.distill.training import run_train
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
 from genssd.engine.text import Tokenizer
 
 Write = Callable[..., Path]
-ROWS = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}" * (1 + i % 3)} for i in range(11)]
-
-
-def config_for(pair: TinyPair, data: Path, output_dir: Path, **changes: Any) -> TrainConfig:
-    base = TrainConfig(
-        model_name_or_path=str(pair.student),
-        data=(str(data),),
-        output_dir=str(output_dir),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        num_train_epochs=2,
-        logging_steps=1,
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return dict(model.state_dict())
-
-
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""What training minimises, over the completion tokens of a batch; never a [tokens, vocabulary] tensor.
+
+    (1 - kd_ratio) * cross-entropy of the data's tokens + kd_ratio * divergence from the teacher's distributions
+
+The teacher is in memory (its hidden states and head), or the top k that it said while the data was written. Directions,
+with q the teacher and p the student: forward_kl KL(q|p), reverse_kl KL(p|q), jsd beta KL(q|m) + (1 - beta) KL(p|m) with
+m = beta q + (1 - beta) p, skew_forward_kl KL(q | alpha q + (1 - alpha) p), skew_reverse_kl KL(p | (1 - alpha) q +
+alpha p). `temperature` divides both models' logits; nothing is multiplied by its square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genssd.distill.examples import Example
+from genssd.engine.errors import InputError
+from genssd.kernels.cross_entropy import linear_cross_entropy
+from genssd.kernels.divergence import Kind, Tail, Vocabulary, linear_divergence, topk_divergence
+from genssd.kernels.logprob import TopK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOptions:
+    """What is minimised."""
+
+    teacher_model_name_or_path: str | None = None
+    """A teacher to load beside the student, for kd_ratio > 0. None: the top k in the rows (`select --teacher-topk`)."""
+    kd_ratio: float = 0.0
+    """Share of the loss that is the divergence from the teacher; the rest is cross-entropy."""
+    kd_loss: Kind = "forward_kl"
+    beta: float = 0.5
+    """Of jsd: 0 towards forward KL, 1 towards reverse KL."""
+    alpha: float = 0.1
+    """Of the skew divergences."""
+    temperature: float = 1.0
+    """Of the divergence."""
+    kd_tail: Tail = "bucket"
+    """What becomes of the tokens outside the top k: one outcome, or both sides renormalised without them."""
+    kd_vocabulary: Vocabulary = "restrict"
+    """Heads padded to different widths: both over the ids they share, or each over its own."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.kd_ratio <= 1.0:
+            raise InputError(f"kd_ratio must lie in [0, 1], not {self.kd_ratio}")
+        if self.kd_loss == "jsd" and not 0.0 < self.beta < 1.0:
+            raise InputError(f"beta must lie in (0, 1), not {self.beta}; its limits are forward_kl and reverse_kl")
+        if not 0.0 <= self.alpha < 1.0:
+            raise InputError(f"alpha must lie in [0, 1), not {self.alpha}")
+        if not 0.0 < self.temperature < math.inf:
+            raise InputError(f"temperature must be positive, not {self.temperature}")
+        if self.teacher_model_name_or_path is not None and not self.kd_ratio:
+            raise InputError("a teacher was given, but kd_ratio is 0: give --kd-ratio, up to 1")
+        from_rows = self.kd_ratio > 0.0 and self.teacher_model_name_or_path is None
+        if from_rows and self.temperature != 1.0 and self.kd_tail == "bucket":
+            raise InputError(
+                "the rows' top k were taken at temperature 1 and say nothing of the tail at another: use "
+                "--kd-tail renormalize, temperature 1, or a teacher in memory"
+            )
+
+    @property
+    def uses_rows(self) -> bool:
+        """Whether the teacher's top k come with the data."""
+        return self.kd_ratio > 0.0 and self.teacher_model_name_or_path is None
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a teacher runs beside the student."""
+        return self.kd_ratio > 0.0 and self.teacher_model_name_or_path is not None
+
+
+class Head(NamedTuple):
+    """A model's states in front of the completion tokens, and the weight that turns them into logits."""
+
+    hidden_MD: Tensor
+    weight_VD: Tensor
+
+
+class Loss(NamedTuple):
+    """total: the weighted sum over the tokens, differentiable. cross_entropy, divergence: its parts, without ratio;
+    None where they are not computed."""
+
+    total: Tensor
+    cross_entropy: float | Tensor | None
+    divergence: float | Tensor | None
+
+
+def loss_of(
+    options: LossOptions,
+    student: Head,
+    target_M: Tensor,
+    weight_M: Tensor,
+    teacher: Head | TopK | None = None,
+) -> Loss:
+    """The loss of M completion tokens. teacher: its head and states, or its top k, for the same tokens."""
+    total = student.hidden_MD.new_zeros((), dtype=torch.float32)
+    cross_entropy = divergence = None
+    if options.kd_ratio < 1.0:
+        of_data = linear_cross_entropy(student.hidden_MD, student.weight_VD, target_M, row_weight=weight_M).total
+        total = total + (1.0 - options.kd_ratio) * of_data
+        cross_entropy = of_data.detach()
+    if options.kd_ratio > 0.0:
+        assert teacher is not None
+        shared: dict[str, Any] = {
+            "kind": options.kd_loss,
+            "beta": options.beta,
+            "alpha": options.alpha,
+            "temperature": options.temperature,
+            "row_weight": weight_M,
+        }
+        if isinstance(teacher, TopK):
+            top = _at_temperature(teacher, options)
+            found = topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **shared)
+        else:
+            found = linear_divergence(*student, *teacher, vocabulary=options.kd_vocabulary, **shared)
+        total = total + options.kd_ratio * found.total
+        divergence = found.total.detach()
+    return Loss(total, cross_entropy, divergence)
+
+
+def _at_temperature(top: TopK, options: LossOptions) -> TopK:
+    """The top k as the teacher would have said them at this temperature, among themselves."""
+    if options.temperature == 1.0:
+        return top
+    return TopK(top.ids, (top.logprob / options.temperature).log_softmax(1))
+
+
+def topk_of(examples: Sequence[Example]) -> TopK:
+    """The rows' top k, behind each other; rows with fewer are filled with places that count nothing."""
+    parts = [example.topk.read() for example in examples if example.topk is not None]
+    most = max(part.ids.shape[1] for part in parts)
+    wide = [
+        TopK(
+            torch.nn.functional.pad(part.ids, (0, most - part.ids.shape[1]), value=-1),
+            torch.nn.functional.pad(part.logprob, (0, most - part.logprob.shape[1]), value=-math.inf),
+        )
+        for part in parts
+    ]
+    return TopK.concatenate(wide)

@@ -1,0 +1,106 @@
+"""The teacher's most likely tokens, beside the rows that they belong to.
+
+FILE.bin    of each trajectory: ids, int32 [T, K], then log-probabilities, float32 [T, K], in the machine's byte order
+
+A row says where its own begin: {"file": name, "offset": bytes, "tokens": T, "k": K}. The file only ever grows, and what
+a row points at is on disk before the row is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from genssd.engine.errors import InputError
+from genssd.kernels.logprob import TopK
+
+BYTES = 8  # of one token's id and log-probability
+
+
+@dataclass(frozen=True, slots=True)
+class TopkPlace:
+    """Where a trajectory's top k are."""
+
+    path: Path
+    offset: int
+    tokens: int
+    k: int
+
+    def read(self) -> TopK:
+        """ids int64 and log-probabilities float32, [tokens, k]. Raises InputError when the file has lost them."""
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self.offset)
+                raw = stream.read(BYTES * self.tokens * self.k)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror}") from None
+        if len(raw) < BYTES * self.tokens * self.k:
+            raise InputError(f"{self.path} has nothing at byte {self.offset}: it is not the file of these rows")
+        half = len(raw) // 2
+        ids = np.frombuffer(raw[:half], dtype=np.int32).reshape(self.tokens, self.k)
+        logprob = np.frombuffer(raw[half:], dtype=np.float32).reshape(self.tokens, self.k)
+        return TopK(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(logprob.copy()))
+
+
+class TopkStore:
+    """Appends to a file. Use as a context manager. end: where what is known to be good ends; the rest is cut off."""
+
+    def __init__(self, path: Path, end: int) -> None:
+        self._path = path
+        try:
+            self._stream = path.open("ab")
+            if self._stream.tell() < end:
+                raise InputError(f"{path} is shorter than its rows say: restore it, or choose another output_dir")
+            self._stream.truncate(end)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+    def append(self, topk: TopK) -> dict[str, Any]:
+        """Write one trajectory's and wait until it is on disk; returns what its row says."""
+        ids, logprob = topk.ids.cpu().numpy().astype(np.int32), topk.logprob.float().cpu().numpy()
+        try:
+            offset = self._stream.seek(0, os.SEEK_END)
+            self._stream.write(ids.tobytes() + logprob.tobytes())
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be written: {error.strerror}; what it holds is kept") from None
+        return {"file": self._path.name, "offset": offset, "tokens": len(ids), "k": ids.shape[1]}
+
+    def __enter__(self) -> TopkStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+
+def place_of(field: object, directory: Path, tokens: int, where: str) -> TopkPlace | None:
+    """What a row's field `teacher_topk` says of its `tokens` tokens; None where it says nothing.
+
+    Raises InputError naming where.
+    """
+    if field is None:
+        return None
+    if not isinstance(field, Mapping) or not isinstance(field.get("file"), str):
+        raise InputError(f"{where}: teacher_topk must name file, offset, tokens and k")
+    offset, count, k = (field.get(name) for name in ("offset", "tokens", "k"))
+    if type(offset) is not int or type(count) is not int or type(k) is not int or min(offset, count, k - 1) < 0:
+        raise InputError(f"{where}: teacher_topk must name file, offset, tokens and k")
+    if count != tokens:
+        raise InputError(f"{where}: teacher_topk has {count} tokens, the completion {tokens}")
+    return TopkPlace(directory / field["file"], offset, count, k)
+
+
+def end_of(row: Mapping[str, Any]) -> int:
+    """Where a row's top k end in their file; 0 if it has none."""
+    field = row.get("teacher_topk")
+    return 0 if field is None else int(field["offset"]) + BYTES * int(field["tokens"]) * int(field["k"])
