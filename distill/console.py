@@ -79,6 +79,46 @@ def training(line: ProgressLine) -> Callable[[TrainProgress], None]:
     return report
 
 
+class Phases:
+    """A line for each of several tasks that follow each other. Use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._what = ""
+        self._line: ProgressLine | None = None
+        self._show: Callable[..., None] = lambda progress: None
+
+    def report(self, what: str, progress: SelectProgress | TrainProgress | tuple[int, int]) -> None:
+        """How far the task `what` is; another one begins with another name."""
+        if what != self._what or self._line is None:
+            self.close()
+            self._what, self._line = what, ProgressLine(what, self._console)
+            self._line.__enter__()
+            if isinstance(progress, SelectProgress):
+                self._show = selecting(self._line)
+            else:
+                self._show = training(self._line) if isinstance(progress, TrainProgress) else self._count
+        self._show(progress)
+
+    def _count(self, progress: tuple[int, int]) -> None:
+        assert self._line is not None
+        self._line.update(*progress, "responses")
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._line is not None:
+            self._line.__exit__(None, None, None)
+            self._line = None
+
+    def __enter__(self) -> Phases:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def counting(line: ProgressLine, note: str) -> Callable[[int, int], None]:
     """Things done of a total."""
     return lambda done, total: line.update(done, total, note)

@@ -50,21 +50,9 @@ class Calibrate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectConfig(EngineOptions):
-    """Let the student choose what the teacher writes, prompt by prompt."""
+class SelectSettings(EngineOptions):
+    """How to search."""
 
-    teacher: str
-    """Hub id or local directory of the model that writes."""
-    student: str
-    """Hub id or local directory of the model that scores."""
-    data: str
-    """JSONL file of problems: prompt (text or messages), messages, or question | problem | instruction."""
-    output_dir: str = "runs/select"
-    """Where the journal goes."""
-    resume: bool = False
-    """Go on with an interrupted run: prompts in the journal are not run again."""
-    limit: int | None = None
-    """Take only the first rows of the data."""
     candidates: int = 4
     """Continuations sampled per live branch and round."""
     chunk: Chunk = field(default_factory=Chunk)
@@ -75,7 +63,7 @@ class SelectConfig(EngineOptions):
     """Registered name of the selection criterion."""
     threshold: float | None = None
     """Prune a branch whose best candidate is worse than this criterion value."""
-    calibrate: Calibrate = field(default_factory=lambda: Calibrate())
+    calibrate: Calibrate = field(default_factory=Calibrate)
     """Or take the threshold from plain samples of the teacher."""
     max_tokens: int = 4096
     """Of the response."""
@@ -93,6 +81,24 @@ class SelectConfig(EngineOptions):
             if self.threshold is not None:
                 raise InputError("give a threshold or calibrate.data, not both")
             check_calibration(self.criterion, self.calibrate.share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectConfig(SelectSettings):
+    """Let the student choose what the teacher writes, prompt by prompt."""
+
+    teacher: str
+    """Hub id or local directory of the model that writes."""
+    student: str
+    """Hub id or local directory of the model that scores."""
+    data: str
+    """JSONL file of problems: prompt (text or messages), messages, or question | problem | instruction."""
+    output_dir: str = "runs/select"
+    """Where the journal goes."""
+    resume: bool = False
+    """Go on with an interrupted run: prompts in the journal are not run again."""
+    limit: int | None = None
+    """Take only the first rows of the data."""
 
 
 SETTINGS_OF_THE_RESULT = (

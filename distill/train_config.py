@@ -13,14 +13,9 @@ from genssd.engine.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(LossOptions):
-    """Fine-tuning and distillation on the completions of JSONL rows; names are those of TrainingArguments and TRL."""
+class TrainSettings(LossOptions):
+    """How to train; names are those of TrainingArguments and TRL."""
 
-    model_name_or_path: str
-    """The student to start from: hub id or local directory."""
-    data: tuple[str, ...]
-    """JSONL files: selections of `genssd select`, or messages, or prompt and completion."""
-    output_dir: str = "runs/train"
     statuses: tuple[str, ...] = ("finished",)
     """Which rows of a selection to train on: finished, length, pruned."""
     max_length: int = 4096
@@ -67,8 +62,6 @@ class TrainConfig(LossOptions):
     """Write a checkpoint every so many steps."""
     save_total_limit: int | None = 2
     """Keep only the newest checkpoints."""
-    resume_from_checkpoint: str | None = None
-    """A checkpoint directory, or "last"."""
     device: str | None = None
     seed: int = 0
 
@@ -96,10 +89,26 @@ class TrainConfig(LossOptions):
                 raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if not 0.0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
-        if not self.data:
-            raise InputError("data must name at least one file")
         if self.eval_steps is not None and not self.eval_data:
             raise InputError("eval_steps needs eval_data")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(TrainSettings):
+    """Fine-tuning and distillation on the completions of JSONL rows."""
+
+    model_name_or_path: str
+    """The student to start from: hub id or local directory."""
+    data: tuple[str, ...]
+    """JSONL files: selections of `genssd select`, or messages, or prompt and completion."""
+    output_dir: str = "runs/train"
+    resume_from_checkpoint: str | None = None
+    """A checkpoint directory, or "last"."""
+
+    def __post_init__(self) -> None:
+        TrainSettings.__post_init__(self)
+        if not self.data:
+            raise InputError("data must name at least one file")
 
 
 SETTINGS_OF_THE_RESULT = (

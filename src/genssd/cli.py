@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": "responses without selection: standard distillation, pools for score; or token by token (RSD)",
     "prefix": "the shortest beginning of a trace from which the student goes on by itself (P-ALIGN)",
     "train": "fine-tune the student on selected trajectories",
+    "distill": "rounds of select and train: the trained student chooses in the next round",
     "evaluate": "measure a model's accuracy on problems with known answers",
 }
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from rich.console import Console
 
-from genssd.distill.console import ProgressLine, counting, selecting, training
+from genssd.distill.console import Phases, ProgressLine, counting, selecting, training
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.generating import GenerateConfig, run_generate
 from genssd.distill.post_hoc import ScoreConfig, run_score
 from genssd.distill.prefixes import PrefixConfig, run_prefix
 from genssd.distill.reselecting import ReselectConfig, run_reselect
+from genssd.distill.rounds import DistillConfig, run_distill
 from genssd.distill.selecting import SelectConfig, run_select
 from genssd.distill.train_config import TrainConfig
 from genssd.distill.training import run_train
@@ -72,6 +73,19 @@ def train(config: TrainConfig, console: Console) -> None:
     print(f"written to {summary.output_dir}")
 
 
+def distill(config: DistillConfig, console: Console) -> None:
+    with Phases(console) as phases:
+        for summary in run_distill(config, report=phases.report):
+            phases.close()
+            score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
+            accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
+            print(
+                f"round {summary.round}: {summary.kept} of {summary.prompts} kept, {summary.mean_tokens:.0f} tokens on "
+                f"average{score}; last loss {summary.loss:.4f}{accuracy}"
+            )
+    print(f"written to {config.output_dir}; the student is {summary.student}")
+
+
 def evaluate(config: EvaluateConfig, console: Console) -> None:
     with ProgressLine("evaluate", console) as line:
         result = run_evaluate(config, report=counting(line, "responses"))
@@ -124,4 +138,5 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "prefix": (PrefixConfig, prefix),
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate),
+    "distill": (DistillConfig, distill),
 }

@@ -1,0 +1,147 @@
+"""`genssd distill`: rounds of selecting and training, interrupted anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyPair
+from training_runs import weights
+
+from genssd.distill import rounds
+from genssd.distill.rounds import DistillConfig, RoundSummary, run_distill
+from genssd.distill.selecting import SelectSettings
+from genssd.distill.train_config import TrainSettings
+from genssd.engine.checkpoint import fingerprint
+from genssd.engine.chunk import Chunk
+from genssd.engine.errors import InputError
+
+Write = Callable[..., Path]
+SELECT = SelectSettings(candidates=2, chunk=Chunk(tokens=3, until=None), max_tokens=6, memory_bytes=1 << 22)
+TRAIN = TrainSettings(
+    per_device_train_batch_size=2, learning_rate=1e-3, statuses=("finished", "length"), save_steps=1, logging_steps=1
+)
+
+
+def config_for(pair: TinyPair, data: Path, out: Path, **options: Any) -> DistillConfig:
+    base = DistillConfig(
+        teacher=str(pair.teacher), student=str(pair.student), data=str(data), output_dir=str(out), select=SELECT,
+        train=TRAIN, require_correct=False,
+    )  # fmt: skip
+    return dataclasses.replace(base, **options)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def data(write_rows: Write) -> Path:
+    return write_rows([{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(5)])
+
+
+def test_the_trained_student_chooses_in_the_next_round(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, second = run_distill(config_for(tiny_pair, data, out, eval_data=str(data), eval_limit=2))
+    assert (first.round, second.round) == (1, 2)
+    assert first.student == str(out / "round-1" / "train")
+    for number, student in ((1, tiny_pair.student), (2, Path(first.student))):
+        rows = lines(out / f"round-{number}" / "select" / "selections.jsonl")
+        assert {row["student"]["fingerprint"] for row in rows} == {fingerprint(student)}
+        assert {row["seed"] for row in rows} == {number - 1}
+    assert (out / "round-0" / "evaluate" / "summary.json").exists()
+    assert first.accuracy is not None
+    assert [row["round"] for row in lines(out / "rounds.jsonl")] == [1, 2]
+    kept = lines(out / "round-2" / "kept.jsonl")
+    assert second.kept == len(kept) == 5
+    assert second.mean_score == pytest.approx(sum(row["score"] for row in kept) / 5)
+
+
+@pytest.mark.parametrize("torn", ["select", "train", "after training", "between rounds"])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    tiny_pair: TinyPair, data: Path, tmp_path: Path, torn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = config_for(tiny_pair, data, tmp_path / "whole")
+    expected = list(run_distill(whole))
+    out = tmp_path / "torn"
+    config = dataclasses.replace(whole, output_dir=str(out))
+    run = run_distill(config)
+    next(run)
+    if torn == "between rounds":
+        run.close()
+    else:
+        name = "run_select" if torn == "select" else "run_train"
+        real = getattr(rounds, name)
+
+        def dies(*arguments: Any, **options: Any) -> None:
+            real(*arguments, **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(rounds, name, dies)
+        with pytest.raises(KeyboardInterrupt):
+            next(run)
+        monkeypatch.undo()
+    second = out / "round-2"
+    if torn == "select":
+        path = second / "select" / "selections.jsonl"
+        path.write_bytes(path.read_bytes()[:-100])
+    if torn == "train":
+        (second / "train" / "model.safetensors").unlink()
+        shutil.rmtree(second / "train" / "checkpoint-3")
+    with pytest.raises(InputError, match="pass --resume"):
+        list(run_distill(config))
+    resumed = list(run_distill(dataclasses.replace(config, resume=True)))
+    assert [strip(summary) for summary in resumed] == [strip(summary) for summary in expected]
+    one, other = weights(tmp_path / "whole" / "round-2" / "train"), weights(second / "train")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def strip(summary: RoundSummary) -> RoundSummary:
+    return dataclasses.replace(summary, student="")
+
+
+def test_more_rounds_may_be_added_but_nothing_else_changes(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
+    config = config_for(tiny_pair, data, tmp_path / "run", rounds=1, resume=True)
+    (first,) = run_distill(config)
+    again = list(run_distill(dataclasses.replace(config, rounds=2)))
+    assert len(again) == 2
+    assert again[0] == first
+    changed = dataclasses.replace(config, train=dataclasses.replace(TRAIN, learning_rate=2e-3))
+    with pytest.raises(InputError, match="begun with train="):
+        list(run_distill(changed))
+    data.write_text(data.read_text() + '{"question": "more?"}\n')
+    with pytest.raises(InputError, match="begun with data_fingerprint="):
+        list(run_distill(config))
+
+
+def test_restarting_trains_the_first_student_on_everything(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    list(run_distill(config_for(tiny_pair, data, out, restart=True, prompts_per_round=2)))
+    problems = [[row["question"] for row in lines(out / f"round-{n}" / "problems.jsonl")] for n in (1, 2)]
+    assert problems == [["0+0?", "1+1?"], ["2+2?", "3+3?"]]
+    run = json.loads((out / "round-2" / "train" / "run.json").read_text())["config"]
+    assert run["model_name_or_path"] == str(tiny_pair.student)
+    assert [Path(path).parent.name for path in run["data"]] == ["round-1", "round-2"]
+    assert {row["student"]["fingerprint"] for row in lines(out / "round-2" / "select" / "selections.jsonl")} == {
+        fingerprint(out / "round-1" / "train")
+    }
+
+
+def test_the_top_k_of_the_selection_are_learnt_from(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
+    select, train = dataclasses.replace(SELECT, teacher_topk=4), dataclasses.replace(TRAIN, kd_ratio=0.5)
+    (only,) = run_distill(config_for(tiny_pair, data, tmp_path / "run", rounds=1, select=select, train=train))
+    logged = lines(Path(only.student) / "metrics.jsonl")
+    assert all(row["divergence"] > 0 for row in logged)
+    with pytest.raises(InputError, match=r"give --select\.teacher-topk"):
+        config_for(tiny_pair, data, tmp_path / "no", train=train)
+
+
+def test_wrong_answers_are_left_out(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"round 1: no trajectory is left to train on .*--no-require-correct"):
+        list(run_distill(config_for(tiny_pair, data, tmp_path / "run", require_correct=True)))
