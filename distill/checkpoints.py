@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from genssd.distill.distributed import like, whole
 from genssd.distill.examples import Example
 from genssd.distill.journal import read_json, write_json
 from genssd.distill.student_model import has_adapters, load_adapters, save_model
@@ -50,18 +51,30 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
 
 
 def save_checkpoint(
-    output_dir: Path, model: Any, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, position: Position
+    output_dir: Path,
+    model: Any,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    *,
+    write: bool = True,
 ) -> None:
-    """Written beside and renamed, so a crash never leaves half a checkpoint under the final name."""
+    """Written beside and renamed, so a crash never leaves half a checkpoint under the final name.
+
+    Of a model that is split over processes all have to call this, one with write.
+    """
     final = output_dir / f"checkpoint-{position.step}"
     building = final.with_suffix(".tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)
-    save_model(model, tokenizer, building)
+    if write:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+    save_model(model, tokenizer, building, write=write)
     tensors = {"rng": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}/{key}"] = value.contiguous()
+            tensors[f"{name}/{key}"] = whole(value).cpu().contiguous()
+    if not write:
+        return
     save_file(tensors, building / "optimizer.safetensors")
     write_json(building / "trainer_state.json", dataclasses.asdict(position))
     building.rename(final)
@@ -92,7 +105,9 @@ def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, sett
         keys = [key for key in tensors if key.startswith(f"{name}/")]
         # Adam counts its steps on the CPU
         optimizer.state[parameter] = {
-            key.rsplit("/", 1)[1]: tensors[key] if key.endswith("/step") else tensors[key].to(parameter.device)
+            key.rsplit("/", 1)[1]: tensors[key]
+            if key.endswith("/step")
+            else like(tensors[key].to(parameter.device), parameter)
             for key in keys
         }
     return position

@@ -41,6 +41,19 @@ class Metrics:
             self._monitor.close()
 
 
+class Silence:
+    """In place of Metrics, for the processes that do not write."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
 def open_monitor(report_to: str, output_dir: Path) -> Monitor | None:
     """The named monitor; None for "none". Raises InputError when it is not installed."""
     makers: dict[str, Callable[[Path], Monitor]] = {"tensorboard": _TensorBoard, "wandb": _WandB}

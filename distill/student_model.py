@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from genssd.distill.batches import Batch
+from genssd.distill.distributed import whole
 from genssd.engine.checkpoint import weight_files
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.text import Tokenizer
@@ -98,15 +99,19 @@ def completion_states(model: Any, batch: Batch) -> Tensor:
     return hidden
 
 
-def save_model(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
+def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool = True) -> None:
     """A save_pretrained directory with tokenizer and chat template; adapters are merged into the weights, and stand
-    beside them in adapter/. Raises InputError when it cannot be written."""
+    beside them in adapter/. Raises InputError when it cannot be written.
+
+    Of a model that is split over processes all have to call this, one with write.
+    """
+    state = _merged(model) if has_adapters(model) else {k: whole(v).cpu() for k, v in model.state_dict().items()}
+    if not write:
+        return
     try:
         if has_adapters(model):
             save_adapters(model, directory / "adapter")
-            model.save_pretrained(directory, state_dict=_merged(model))
-        else:
-            model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=state)
         tokenizer.hf.save_pretrained(directory)
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from None

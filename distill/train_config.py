@@ -24,7 +24,7 @@ class TrainSettings(LossOptions):
     """How examples share a forward pass: padded rows; packed into one row, which wastes nothing; or packed as a tree,
     where trajectories of one prompt share its computation."""
     per_device_train_batch_size: int = 8
-    """Examples of one forward pass."""
+    """Examples of one forward pass of one process."""
     gradient_accumulation_steps: int = 1
     num_train_epochs: float = 1.0
     max_steps: int | None = None
@@ -51,6 +51,8 @@ class TrainSettings(LossOptions):
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = ("all-linear",)
+    fsdp: bool = False
+    """Under torchrun: split weights, gradients and optimizer states over the processes (FSDP2). Else each has all."""
     eval_data: tuple[str, ...] = ()
     """JSONL files whose loss is measured on the way; the model with the least is kept in OUTPUT_DIR/best."""
     eval_steps: int | None = None
@@ -89,6 +91,8 @@ class TrainSettings(LossOptions):
                 raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if not 0.0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
+        if self.fsdp and self.use_peft:
+            raise InputError("fsdp splits all weights; adapters go with use_peft alone, on several devices too")
         if self.eval_steps is not None and not self.eval_data:
             raise InputError("eval_steps needs eval_data")
 

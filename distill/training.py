@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from genssd.distill.batches import Batch, TokenRow, lay_out
 from genssd.distill.checkpoints import (
@@ -34,11 +35,11 @@ from genssd.distill.checkpoints import (
     restore,
     save_checkpoint,
 )
+from genssd.distill.distributed import World, whole
 from genssd.distill.examples import Example, ExampleSet, read_examples
 from genssd.distill.journal import complete_rows, read_json, truncate, write_json, write_jsonl
-from genssd.distill.monitoring import Metrics
-from genssd.distill.objectives import Head, Loss, loss_of, topk_of
-from genssd.distill.run_directory import claim
+from genssd.distill.monitoring import Metrics, Silence
+from genssd.distill.objectives import Head, Loss, LossOptions, loss_of, topk_of
 from genssd.distill.student_model import (
     add_adapters,
     check_layout,
@@ -107,12 +108,14 @@ def run_train(config: TrainConfig, report: Callable[[TrainProgress], None] = lam
                     f"{example.where}: no teacher_topk, which kd_ratio needs; select with --teacher-topk, or name a "
                     "teacher_model_name_or_path"
                 )
-    with claim(output_dir, "train"):
-        return _train(config, tokenizer, data, held_out, source, output_dir, report, started)
+    world = World.join(choose_device(config.device), shard=config.fsdp)
+    with world.claim(output_dir, "train"):
+        return _train(config, world, tokenizer, data, held_out, source, output_dir, report, started)
 
 
 def _train(
     config: TrainConfig,
+    world: World,
     tokenizer: Tokenizer,
     data: ExampleSet,
     held_out: Sequence[Example],
@@ -121,9 +124,12 @@ def _train(
     report: Callable[[TrainProgress], None],
     started: float,
 ) -> TrainSummary:
-    trainer = _Trainer(config, tokenizer, data.examples, held_out, source, output_dir)
-    write_json(output_dir / "run.json", {"command": "train", "config": dataclasses.asdict(config)})
-    loss = trainer.train(report)
+    trainer = _Trainer(config, world, tokenizer, data.examples, held_out, source, output_dir)
+    world.wait()  # until all have seen what the directory holds
+    if world.is_main:
+        write_json(output_dir / "run.json", {"command": "train", "config": dataclasses.asdict(config)})
+    loss = trainer.train(report if world.is_main else lambda progress: None)
+    world.wait()
     return TrainSummary(
         output_dir=output_dir,
         steps=trainer.position.step,
@@ -140,6 +146,7 @@ class _Trainer:
     def __init__(
         self,
         config: TrainConfig,
+        world: World,
         tokenizer: Tokenizer,
         examples: Sequence[Example],
         held_out: Sequence[Example],
@@ -147,6 +154,7 @@ class _Trainer:
         output_dir: Path,
     ) -> None:
         self._config = config
+        self._world = world
         self._tokenizer = tokenizer
         self._examples = examples
         self._held_out = held_out
@@ -155,7 +163,7 @@ class _Trainer:
         self._bf16 = _use_bf16(config.bf16, self._device)
         settings = {name: getattr(config, name) for name in SETTINGS_OF_THE_RESULT}
         settings |= {"lora_target_modules": list(config.lora_target_modules)}
-        settings |= {"model": fingerprint(source), "data": data_fingerprint(examples)}
+        settings |= {"model": fingerprint(source), "data": data_fingerprint(examples), "processes": world.size}
         self.position = Position(settings)
         resume = find_checkpoint(config.resume_from_checkpoint, output_dir)
         torch.manual_seed(config.seed)
@@ -180,6 +188,8 @@ class _Trainer:
                 directory, tokenizer, self._device, choose_dtype(directory, "auto", self._device)
             )
             check_layout(self._teacher, config.layout)
+        self._loss_of = _CompletionLoss(self._model, config)
+        world.split(self._model, self._loss_of)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self._model, config.weight_decay),
             lr=config.learning_rate,
@@ -188,9 +198,11 @@ class _Trainer:
         )
         if resume is not None:
             self.position = restore(resume, self._model, self._optimizer, settings)
-            remove_later_checkpoints(output_dir, self.position.step)
+            world.wait()
+            if world.is_main:
+                remove_later_checkpoints(output_dir, self.position.step)
             best = output_dir / "best"
-            if best.exists() and read_json(best / "best.json")["step"] > self.position.step:
+            if world.is_main and best.exists() and read_json(best / "best.json")["step"] > self.position.step:
                 shutil.rmtree(best)  # of a future that is run again
 
     def train(self, report: Callable[[TrainProgress], None]) -> float:
@@ -198,11 +210,13 @@ class _Trainer:
         config, position = self._config, self.position
         metrics = self._output_dir / "metrics.jsonl"
         logged = [(row, end) for row, end in complete_rows(metrics) if row.get("step", 0) <= self.position.step]
-        truncate(metrics, logged[-1][1] if logged else 0)
+        main = self._world.is_main
+        if main:
+            truncate(metrics, logged[-1][1] if logged else 0)
         self._model.train()
         loss = next((float(row["loss"]) for row, _ in reversed(logged) if "loss" in row), math.nan)
         started, tokens_before = time.monotonic(), position.tokens
-        with Metrics(metrics, config.report_to) as log:
+        with Metrics(metrics, config.report_to) if main else Silence() as log:
             for batch in self._steps():
                 after = self._share(steps=1, tokens=sum(example.num_completion for example in batch))
                 learning_rate = config.learning_rate * schedule(self._share(), after, config)
@@ -228,10 +242,12 @@ class _Trainer:
                 if self._held_out and self._evaluation_is_due():
                     log.log(self._evaluate())
                 if config.save_steps and position.step % config.save_steps == 0:
-                    save_checkpoint(self._output_dir, self._model, self._tokenizer, self._optimizer, position)
-                    if config.save_total_limit is not None:
+                    save_checkpoint(
+                        self._output_dir, self._model, self._tokenizer, self._optimizer, position, write=main
+                    )
+                    if config.save_total_limit is not None and main:
                         remove_old_checkpoints(self._output_dir, config.save_total_limit)
-        save_model(self._model, self._tokenizer, self._output_dir)
+        save_model(self._model, self._tokenizer, self._output_dir, write=main)
         return loss
 
     def _evaluation_is_due(self) -> bool:
@@ -242,23 +258,25 @@ class _Trainer:
     def _evaluate(self) -> dict[str, float]:
         """The loss on the held-out examples; the model is kept if there was no smaller one."""
         self._model.eval()
-        total, size = _Sums(), self._config.per_device_train_batch_size
+        total = _Sums()
         with torch.no_grad():
-            for start in range(0, len(self._held_out), size):
-                total.add(self._loss(self._held_out[start : start + size]))
+            for part, counts in self._world.share(self._parts(self._held_out)):
+                total.add(self._loss(part, counts))
         self._model.train()
-        means = total.means(sum(sum(example.token_weights()) for example in self._held_out))
+        means = self._means(total, self._held_out)
         best = self.position.best_eval_loss
         if math.isfinite(means["loss"]) and (best is None or means["loss"] < best):
             self.position.best_eval_loss = means["loss"]
-            save_model(self._model, self._tokenizer, self._output_dir / "best")
-            write_json(self._output_dir / "best" / "best.json", {"step": self.position.step, **means})
+            save_model(self._model, self._tokenizer, self._output_dir / "best", write=self._world.is_main)
+            if self._world.is_main:
+                write_json(self._output_dir / "best" / "best.json", {"step": self.position.step, **means})
         return {"step": self.position.step, **{f"eval_{name}": value for name, value in means.items()}}
 
     @property
     def _step_size(self) -> int:
         """Examples of one optimizer step."""
-        return self._config.per_device_train_batch_size * self._config.gradient_accumulation_steps
+        config = self._config
+        return config.per_device_train_batch_size * config.gradient_accumulation_steps * self._world.size
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -300,15 +318,16 @@ class _Trainer:
 
     def _step(self, batch: Sequence[Example], learning_rate: float) -> _Taken:
         """One optimizer step."""
-        weight = sum(sum(example.token_weights()) for example in batch)
-        size = self._config.per_device_train_batch_size
+        scale = self._world.loss_factor / (_weight(batch) or 1.0)  # weight 0: nothing to learn
         total = _Sums()
-        for start in range(0, len(batch), size):
-            loss = self._loss(batch[start : start + size])
+        for part, counts in self._world.share(self._parts(batch)):
+            loss = self._loss(part, counts)
             total.add(loss)
-            (loss.total / (weight or 1.0)).backward()  # type: ignore[no-untyped-call]  # weight 0: nothing to learn
-        norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm))
-        means = total.means(weight)
+            (loss.total * scale).backward()  # type: ignore[no-untyped-call]
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._world.sum_gradients(trained)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, self._config.max_grad_norm)))
+        means = self._means(total, batch)
         if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
             self._stop_at(batch, means["loss"], norm)
         for group in self._optimizer.param_groups:
@@ -323,23 +342,39 @@ class _Trainer:
             tokens=sum(example.num_completion for example in batch),
         )
 
+    def _parts(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        """What one forward pass takes."""
+        size = self._config.per_device_train_batch_size
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+    def _means(self, total: _Sums, examples: Sequence[Example]) -> dict[str, float]:
+        """Over the completion tokens of all processes."""
+        return {
+            name: value / (_weight(examples) or 1.0)
+            for name, value in self._world.sum(total.sums, self._device).items()
+        }
+
     def _stop_at(self, batch: Sequence[Example], loss: float, norm: float) -> NoReturn:
         path = self._output_dir / "bad_batch.jsonl"
         rows = [
             {"where": e.where, "prompt_ids": e.input_ids[: e.num_prompt], "completion_ids": e.completion_ids}
             for e in batch
         ]
-        write_jsonl(path, rows)
+        if self._world.is_main:
+            write_jsonl(path, rows)
         raise NumericsError(
             f"the loss is {loss} and its gradient {norm} at step {self.position.step + 1} (epoch "
             f"{self.position.epoch}, batch {self.position.batch}); lower learning_rate, or look for broken rows: the "
             f"batch is in {path}. Checkpoints in {self._output_dir} are kept"
         )
 
-    def _loss(self, examples: Sequence[Example]) -> Loss:
-        """Sums over the completion tokens of one forward pass. Raises CapacityError when it does not fit."""
+    def _loss(self, examples: Sequence[Example], counts: bool) -> Loss:
+        """Sums over the completion tokens of one forward pass; all 0 if they do not count.
+
+        Raises CapacityError when it does not fit.
+        """
         try:
-            return self._forward(examples)
+            return self._forward(examples, counts)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, on a CPU it is an allocator's message
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -350,9 +385,9 @@ class _Trainer:
                 "as much), lower max_length, or use gradient_checkpointing"
             ) from None
 
-    def _forward(self, examples: Sequence[Example]) -> Loss:
+    def _forward(self, examples: Sequence[Example], counts: bool) -> Loss:
         batch = self._lay_out([TokenRow(example.input_ids, example.num_prompt) for example in examples])
-        weight = torch.tensor([w for example in examples for w in example.token_weights()], device=self._device)
+        weight = torch.tensor([w * counts for e in examples for w in e.token_weights()], device=self._device)
         teacher: Head | TopK | None = None
         if self._config.uses_rows:
             top = topk_of(examples)
@@ -360,8 +395,7 @@ class _Trainer:
         elif self._config.uses_teacher:
             teacher = self._ask_teacher(examples, batch)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            student = Head(completion_states(self._model, batch), self._model.get_output_embeddings().weight)
-            return loss_of(self._config, student, batch.target, weight, teacher)
+            return self._loss_of(batch, weight, teacher)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _ask_teacher(self, examples: Sequence[Example], batch: Batch) -> Head:
@@ -396,16 +430,31 @@ class _Sums:
     """Losses of several forward passes."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
+        self.sums: dict[str, float] = {}
 
     def add(self, loss: Loss) -> None:
         parts = {"loss": loss.total.detach(), "cross_entropy": loss.cross_entropy, "divergence": loss.divergence}
         for name, value in parts.items():
             if value is not None:
-                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+                self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
-    def means(self, weight: float) -> dict[str, float]:
-        return {name: value / (weight or 1.0) for name, value in self._sums.items()}
+
+class _CompletionLoss(torch.nn.Module):
+    """Model and loss as one module: what is split over processes is put together for both."""
+
+    def __init__(self, model: Any, options: LossOptions) -> None:
+        super().__init__()
+        self.model = model
+        self._options = options
+
+    def forward(self, batch: Batch, weight: Tensor, teacher: Head | TopK | None) -> Loss:
+        student = Head(completion_states(self.model, batch), self.model.get_output_embeddings().weight)
+        return loss_of(self._options, student, batch.target, weight, teacher)
+
+
+def _weight(examples: Sequence[Example]) -> float:
+    """Of all completion tokens."""
+    return sum(sum(example.token_weights()) for example in examples)
 
 
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

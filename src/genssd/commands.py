@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def prefix(config: PrefixConfig, console: Console) -> None:
 
 
 def train(config: TrainConfig, console: Console) -> None:
+    main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun one speaks
+    console = console if main else Console(quiet=True)
     with ProgressLine("train", console) as line:
         summary = run_train(config, report=training(line))
+    if not main:
+        return
     for reason, count in summary.left_out.items():
         print(f"left out: {count} rows ({reason})")
     print(
