@@ -78,6 +78,15 @@ class World:
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        """The objects of all processes, dealt round: the first of each, then the second of each, and so on."""
+        if self.size == 1:
+            return list(mine)
+        lists: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(lists, list(mine))
+        longest = max(map(len, lists))
+        return [found[i] for i in range(longest) for found in lists if i < len(found)]
+
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Of whole models; what is split is summed while it is computed."""
         if self.size == 1 or self.mesh is not None:

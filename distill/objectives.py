@@ -6,6 +6,10 @@ The teacher is in memory (its hidden states and head), or the top k that it said
 with q the teacher and p the student: forward_kl KL(q|p), reverse_kl KL(p|q), jsd beta KL(q|m) + (1 - beta) KL(p|m) with
 m = beta q + (1 - beta) p, skew_forward_kl KL(q | alpha q + (1 - alpha) p), skew_reverse_kl KL(p | (1 - alpha) q +
 alpha p). `temperature` divides both models' logits; nothing is multiplied by its square.
+
+On completions that the student wrote itself the loss is the divergence alone. There reverse KL can also be estimated
+from the drawn tokens: sampled_reverse_kl has the value log p - log q and the gradient (log p - log q) grad log p, whose
+mean over draws is that of KL(p|q) (on-policy distillation).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +25,10 @@ from torch import Tensor
 from genssd.distill.examples import Example
 from genssd.engine.errors import InputError
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import Kind, Tail, Vocabulary, linear_divergence, topk_divergence
-from genssd.kernels.logprob import TopK
+from genssd.kernels.divergence import Tail, Vocabulary, linear_divergence, topk_divergence
+from genssd.kernels.logprob import TopK, linear_logprob
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "sampled_reverse_kl"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +39,14 @@ class LossOptions:
     """A teacher to load beside the student, for kd_ratio > 0. None: the top k in the rows (`select --teacher-topk`)."""
     kd_ratio: float = 0.0
     """Share of the loss that is the divergence from the teacher; the rest is cross-entropy."""
-    kd_loss: Kind = "forward_kl"
+    kd_loss: Divergence = "forward_kl"
+    kd_topk: int = 0
+    """Compare over so many of the most likely tokens of the teacher in memory; 0: over the vocabulary. With kd_loss
+    reverse_kl and kd_tail renormalize this is the local support matching of 2603.25562."""
+    mask_special_tokens: bool = False
+    """The divergence leaves out the positions of special tokens, which the two models may use differently."""
+    lmbda: float = 0.0
+    """Share of the optimizer steps whose completions the student writes itself (GKD)."""
     beta: float = 0.5
     """Of jsd: 0 towards forward KL, 1 towards reverse KL."""
     alpha: float = 0.1
@@ -46,8 +59,17 @@ class LossOptions:
     """Heads padded to different widths: both over the ids they share, or each over its own."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.kd_ratio <= 1.0:
-            raise InputError(f"kd_ratio must lie in [0, 1], not {self.kd_ratio}")
+        for name in ("kd_ratio", "lmbda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        if self.lmbda and not self.uses_teacher:
+            raise InputError("lmbda: what the student writes is judged by a teacher; give a teacher and a kd_ratio")
+        if self.kd_topk < 0 or (self.kd_topk and not self.uses_teacher):
+            raise InputError("kd_topk is at least 0, and of a teacher in memory: give --teacher-model-name-or-path")
+        if self.kd_loss == "sampled_reverse_kl" and (self.kd_topk or self.lmbda < 1.0):
+            raise InputError(
+                "sampled_reverse_kl is an estimate over the student's own draws: it needs lmbda 1, no kd_topk"
+            )
         if self.kd_loss == "jsd" and not 0.0 < self.beta < 1.0:
             raise InputError(f"beta must lie in (0, 1), not {self.beta}; its limits are forward_kl and reverse_kl")
         if not 0.0 <= self.alpha < 1.0:
@@ -96,31 +118,71 @@ def loss_of(
     target_M: Tensor,
     weight_M: Tensor,
     teacher: Head | TopK | None = None,
+    *,
+    special_ids: Sequence[int] = (),
+    own: bool = False,
 ) -> Loss:
-    """The loss of M completion tokens. teacher: its head and states, or its top k, for the same tokens."""
+    """The loss of M completion tokens. teacher: its head and states, or its top k, for the same tokens. special_ids:
+    see `mask_special_tokens`. own: whether the student wrote the completions."""
     total = student.hidden_MD.new_zeros((), dtype=torch.float32)
     cross_entropy = divergence = None
-    if options.kd_ratio < 1.0:
+    kd_ratio = 1.0 if own else options.kd_ratio
+    if kd_ratio < 1.0:
         of_data = linear_cross_entropy(student.hidden_MD, student.weight_VD, target_M, row_weight=weight_M).total
-        total = total + (1.0 - options.kd_ratio) * of_data
+        total = total + (1.0 - kd_ratio) * of_data
         cross_entropy = of_data.detach()
-    if options.kd_ratio > 0.0:
+    if kd_ratio > 0.0:
         assert teacher is not None
-        shared: dict[str, Any] = {
-            "kind": options.kd_loss,
-            "beta": options.beta,
-            "alpha": options.alpha,
-            "temperature": options.temperature,
-            "row_weight": weight_M,
-        }
-        if isinstance(teacher, TopK):
-            top = _at_temperature(teacher, options)
-            found = topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **shared)
-        else:
-            found = linear_divergence(*student, *teacher, vocabulary=options.kd_vocabulary, **shared)
-        total = total + options.kd_ratio * found.total
-        divergence = found.total.detach()
+        if options.mask_special_tokens and special_ids:
+            special = torch.isin(target_M, torch.tensor(list(special_ids), device=target_M.device))
+            weight_M = weight_M.masked_fill(special, 0.0)
+        found = _divergence(options, student, target_M, weight_M, teacher, own)
+        total = total + kd_ratio * found
+        divergence = found.detach()
     return Loss(total, cross_entropy, divergence)
+
+
+def _divergence(
+    options: LossOptions, student: Head, target_M: Tensor, weight_M: Tensor, teacher: Head | TopK, own: bool
+) -> Tensor:
+    """The weighted sum over the tokens."""
+    kind = options.kd_loss
+    if kind == "sampled_reverse_kl":
+        if own:
+            assert isinstance(teacher, Head)
+            return _sampled(student, target_M, weight_M, teacher, options.temperature)
+        kind = "reverse_kl"  # held-out data are no draws: what the estimate stands for
+    shared: dict[str, Any] = {
+        "kind": kind,
+        "beta": options.beta,
+        "alpha": options.alpha,
+        "temperature": options.temperature,
+        "row_weight": weight_M,
+    }
+    if isinstance(teacher, Head) and options.kd_topk:
+        # the targets are not asked about: any valid ones will do
+        asked = torch.zeros_like(target_M)
+        with torch.no_grad():
+            most = min(options.kd_topk, len(teacher.weight_VD))
+            top = linear_logprob(*teacher, asked, temperature=options.temperature, topk=most).topk
+        assert top is not None
+        return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **shared).total
+    if isinstance(teacher, TopK):
+        top = _at_temperature(teacher, options)
+        return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **shared).total
+    return linear_divergence(*student, *teacher, vocabulary=options.kd_vocabulary, **shared).total
+
+
+def _sampled(student: Head, target_M: Tensor, weight_M: Tensor, teacher: Head, temperature: float) -> Tensor:
+    """Of every token w (log p - log q); its gradient is that of w stop(log p - log q) log p."""
+    log_p = linear_logprob(*student, target_M, temperature=temperature).logprob
+    with torch.no_grad():
+        advantage = log_p - linear_logprob(*teacher, target_M, temperature=temperature).logprob
+    # where the weight is 0 nothing counts, whatever the value
+    used = weight_M != 0.0
+    surrogate = torch.where(used, weight_M * advantage * log_p, 0.0).sum()
+    value = torch.where(used, weight_M * advantage, 0.0).sum()
+    return value + surrogate - surrogate.detach()
 
 
 def _at_temperature(top: TopK, options: LossOptions) -> TopK:

@@ -105,7 +105,7 @@ def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool
 
     Of a model that is split over processes all have to call this, one with write.
     """
-    state = _merged(model) if has_adapters(model) else {k: whole(v).cpu() for k, v in model.state_dict().items()}
+    state = _merged(model) if has_adapters(model) else {k: _own(v) for k, v in model.state_dict().items()}
     if not write:
         return
     try:
@@ -115,6 +115,12 @@ def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool
         tokenizer.hf.save_pretrained(directory)
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from None
+
+
+def _own(value: Tensor) -> Tensor:
+    """A whole tensor on the CPU that shares its memory with no neighbour."""
+    value = whole(value).detach().cpu()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def add_adapters(model: Any, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> None:

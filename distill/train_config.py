@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from genssd.distill.batches import Layout
 from genssd.distill.objectives import LossOptions
+from genssd.distill.rollouts import RolloutOptions
 from genssd.engine.errors import InputError
 
 
@@ -16,6 +17,8 @@ from genssd.engine.errors import InputError
 class TrainSettings(LossOptions):
     """How to train; names are those of TrainingArguments and TRL."""
 
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    """How the student writes where lmbda asks for it."""
     statuses: tuple[str, ...] = ("finished",)
     """Which rows of a selection to train on: finished, length, pruned."""
     max_length: int = 4096
@@ -93,6 +96,8 @@ class TrainSettings(LossOptions):
             raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
         if self.fsdp and self.use_peft:
             raise InputError("fsdp splits all weights; adapters go with use_peft alone, on several devices too")
+        if self.lmbda and (self.fsdp or self.use_peft):
+            raise InputError("lmbda runs the engine on the whole weights: not with fsdp or use_peft")
         if self.eval_steps is not None and not self.eval_data:
             raise InputError("eval_steps needs eval_data")
 
@@ -118,6 +123,7 @@ class TrainConfig(TrainSettings):
 SETTINGS_OF_THE_RESULT = (
     *(option.name for option in dataclasses.fields(LossOptions)),
     "layout",
+    "rollout",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",

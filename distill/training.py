@@ -13,6 +13,7 @@ OUTPUT_DIR/checkpoint-N/      the same plus optimizer.safetensors and trainer_st
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 import shutil
@@ -40,6 +41,7 @@ from genssd.distill.examples import Example, ExampleSet, read_examples
 from genssd.distill.journal import complete_rows, read_json, truncate, write_json, write_jsonl
 from genssd.distill.monitoring import Metrics, Silence
 from genssd.distill.objectives import Head, Loss, LossOptions, loss_of, topk_of
+from genssd.distill.rollouts import Rollouts
 from genssd.distill.student_model import (
     add_adapters,
     check_layout,
@@ -161,8 +163,8 @@ class _Trainer:
         self._output_dir = output_dir
         self._device = choose_device(config.device)
         self._bf16 = _use_bf16(config.bf16, self._device)
-        settings = {name: getattr(config, name) for name in SETTINGS_OF_THE_RESULT}
-        settings |= {"lora_target_modules": list(config.lora_target_modules)}
+        values = json.loads(json.dumps(dataclasses.asdict(config)))  # as they read back
+        settings = {name: values[name] for name in SETTINGS_OF_THE_RESULT}
         settings |= {"model": fingerprint(source), "data": data_fingerprint(examples), "processes": world.size}
         self.position = Position(settings)
         resume = find_checkpoint(config.resume_from_checkpoint, output_dir)
@@ -179,6 +181,10 @@ class _Trainer:
                 dropout=config.lora_dropout,
                 targets=config.lora_target_modules,
             )
+        self._rollouts: Rollouts | None = None
+        if config.lmbda:
+            options = config.rollout
+            self._rollouts = Rollouts(self._model, source, tokenizer, options, share=config.lmbda, seed=config.seed)
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._teacher: Any = None
@@ -188,7 +194,7 @@ class _Trainer:
                 directory, tokenizer, self._device, choose_dtype(directory, "auto", self._device)
             )
             check_layout(self._teacher, config.layout)
-        self._loss_of = _CompletionLoss(self._model, config)
+        self._loss_of = _CompletionLoss(self._model, config, tokenizer.hf.all_special_ids)
         world.split(self._model, self._loss_of)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self._model, config.weight_decay),
@@ -220,7 +226,7 @@ class _Trainer:
             for batch in self._steps():
                 after = self._share(steps=1, tokens=sum(example.num_completion for example in batch))
                 learning_rate = config.learning_rate * schedule(self._share(), after, config)
-                taken = self._step(batch, learning_rate)
+                taken = self._step(*self._on_policy(batch), learning_rate)
                 loss = taken.loss
                 position.step += 1
                 position.tokens += taken.tokens
@@ -261,7 +267,7 @@ class _Trainer:
         total = _Sums()
         with torch.no_grad():
             for part, counts in self._world.share(self._parts(self._held_out)):
-                total.add(self._loss(part, counts))
+                total.add(self._loss(part, counts, own=False))
         self._model.train()
         means = self._means(total, self._held_out)
         best = self.position.best_eval_loss
@@ -316,12 +322,19 @@ class _Trainer:
         dice.shuffle(shuffled)
         return [i for group in shuffled for i in group]
 
-    def _step(self, batch: Sequence[Example], learning_rate: float) -> _Taken:
-        """One optimizer step."""
+    def _on_policy(self, batch: Sequence[Example]) -> tuple[Sequence[Example], bool]:
+        """The step's examples, and whether the student has written them."""
+        step, world = self.position.step + 1, self._world
+        if self._rollouts is None or not self._rollouts.due(step):
+            return batch, False
+        return world.gather(self._rollouts.write(batch[world.rank :: world.size], step)), True
+
+    def _step(self, batch: Sequence[Example], own: bool, learning_rate: float) -> _Taken:
+        """One optimizer step. own: whether the student wrote the completions."""
         scale = self._world.loss_factor / (_weight(batch) or 1.0)  # weight 0: nothing to learn
         total = _Sums()
         for part, counts in self._world.share(self._parts(batch)):
-            loss = self._loss(part, counts)
+            loss = self._loss(part, counts, own)
             total.add(loss)
             (loss.total * scale).backward()  # type: ignore[no-untyped-call]
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
@@ -368,13 +381,13 @@ class _Trainer:
             f"batch is in {path}. Checkpoints in {self._output_dir} are kept"
         )
 
-    def _loss(self, examples: Sequence[Example], counts: bool) -> Loss:
+    def _loss(self, examples: Sequence[Example], counts: bool, own: bool) -> Loss:
         """Sums over the completion tokens of one forward pass; all 0 if they do not count.
 
         Raises CapacityError when it does not fit.
         """
         try:
-            return self._forward(examples, counts)
+            return self._forward(examples, counts, own)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, on a CPU it is an allocator's message
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -385,7 +398,7 @@ class _Trainer:
                 "as much), lower max_length, or use gradient_checkpointing"
             ) from None
 
-    def _forward(self, examples: Sequence[Example], counts: bool) -> Loss:
+    def _forward(self, examples: Sequence[Example], counts: bool, own: bool) -> Loss:
         batch = self._lay_out([TokenRow(example.input_ids, example.num_prompt) for example in examples])
         weight = torch.tensor([w * counts for e in examples for w in e.token_weights()], device=self._device)
         teacher: Head | TopK | None = None
@@ -395,7 +408,7 @@ class _Trainer:
         elif self._config.uses_teacher:
             teacher = self._ask_teacher(examples, batch)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return self._loss_of(batch, weight, teacher)  # type: ignore[no-any-return]
+            return self._loss_of(batch, weight, teacher, own)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _ask_teacher(self, examples: Sequence[Example], batch: Batch) -> Head:
@@ -442,14 +455,15 @@ class _Sums:
 class _CompletionLoss(torch.nn.Module):
     """Model and loss as one module: what is split over processes is put together for both."""
 
-    def __init__(self, model: Any, options: LossOptions) -> None:
+    def __init__(self, model: Any, options: LossOptions, special_ids: Sequence[int]) -> None:
         super().__init__()
         self.model = model
         self._options = options
+        self._special_ids = special_ids
 
-    def forward(self, batch: Batch, weight: Tensor, teacher: Head | TopK | None) -> Loss:
+    def forward(self, batch: Batch, weight: Tensor, teacher: Head | TopK | None, own: bool) -> Loss:
         student = Head(completion_states(self.model, batch), self.model.get_output_embeddings().weight)
-        return loss_of(self._options, student, batch.target, weight, teacher)
+        return loss_of(self._options, student, batch.target, weight, teacher, special_ids=self._special_ids, own=own)
 
 
 def _weight(examples: Sequence[Example]) -> float:

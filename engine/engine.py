@@ -96,6 +96,17 @@ class Engine:
         }
         return Engine(runners, tokenizers, max_batch)
 
+    @staticmethod
+    def over(
+        role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None, max_batch: int = 256
+    ) -> Engine:
+        """An engine over one decoder that is in memory already. memory_bytes: of its cache; None: a third of what is
+        free."""
+        device = decoder.embedding.device
+        budget = available_bytes(device) // 3 if memory_bytes is None else memory_bytes
+        pool = PagePool.for_model(decoder, pages_within(budget, [decoder]))
+        return Engine({role: ModelRunner(role, tokenizer.directory, decoder, pool)}, {role: tokenizer}, max_batch)
+
     def select_expand(
         self,
         prompts: Sequence[Prompt],

@@ -5,6 +5,7 @@ Shapes:  N packed tokens   D model width   V vocabulary   H query heads   G kv h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,11 @@ class Decoder:
     @torch.inference_mode()
     def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
         """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported."""
-        config = ModelConfig.load(directory)
-        tensors = read_tensors(directory, dtype, device)
+        return Decoder.of(ModelConfig.load(directory), read_tensors(directory, dtype, device), directory)
+
+    @staticmethod
+    def of(config: ModelConfig, tensors: Mapping[str, Tensor], directory: Path) -> Decoder:
+        """Build from tensors by the names of a checkpoint; all but the stacked ones are used as they are."""
         width = (config.vocab_size, config.hidden_size)
         embedding = take(tensors, "model.embed_tokens.weight", width, directory)
         try:
@@ -72,9 +76,30 @@ class Decoder:
             head=embedding if config.tie_word_embeddings else take(tensors, "lm_head.weight", width, directory),
             norm=take(tensors, "model.norm.weight", (config.hidden_size,), directory),
             layers=tuple(_layer(tensors, config, i, directory) for i in range(config.num_hidden_layers)),
-            frequency=frequency.to(device),
+            frequency=frequency.to(embedding.device),
             rope_factor=factor,
         )
+
+    def stacked(self) -> dict[str, Tensor]:
+        """The parts of the stacked matrices by the names of a checkpoint, as views.
+
+        A model under training that takes them for its parameters has its updates seen here, without a copy.
+        """
+        c, found = self.config, {}
+        q, kv, f = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+        parts = {"self_attn": (("q", "k", "v"), [q, kv, kv]), "mlp": (("gate", "up"), [f, f])}
+        for i, layer in enumerate(self.layers):
+            for kind, suffix, whole in (
+                ("self_attn", "weight", layer.qkv),
+                ("self_attn", "bias", layer.qkv_bias),
+                ("mlp", "weight", layer.gate_up),
+                ("mlp", "bias", layer.gate_up_bias),
+            ):
+                names, rows = parts[kind]
+                if whole is not None:
+                    for name, part in zip(names, torch.split(whole, rows), strict=True):
+                        found[f"model.layers.{i}.{kind}.{name}_proj.{suffix}"] = part
+        return found
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -124,7 +149,12 @@ class Decoder:
         return linear(out.flatten(1), layer.output, layer.output_bias)
 
 
-def _layer(tensors: dict[str, Tensor], c: ModelConfig, index: int, directory: Path) -> LayerWeights:
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One below the other; a single one as it is."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _layer(tensors: Mapping[str, Tensor], c: ModelConfig, index: int, directory: Path) -> LayerWeights:
     prefix = f"model.layers.{index}."
     q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
@@ -132,9 +162,9 @@ def _layer(tensors: dict[str, Tensor], c: ModelConfig, index: int, directory: Pa
         return take(tensors, prefix + name, shape, directory)
 
     def stack(names: dict[str, int], inputs: int, biased: bool) -> tuple[Tensor, Tensor | None]:
-        weight = torch.cat([get(f"{name}.weight", rows, inputs) for name, rows in names.items()])
-        bias = torch.cat([get(f"{name}.bias", rows) for name, rows in names.items()]) if biased else None
-        return weight, bias
+        weights = [get(f"{name}.weight", rows, inputs) for name, rows in names.items()]
+        biases = [get(f"{name}.bias", rows) for name, rows in names.items()] if biased else []
+        return _joined(weights), _joined(biases) if biased else None
 
     attention = {"self_attn.q_proj": q_width, "self_attn.k_proj": kv_width, "self_attn.v_proj": kv_width}
     qkv, qkv_bias = stack(attention, c.hidden_size, c.qkv_bias)
