@@ -80,7 +80,7 @@ def calibrate(
         criterion=criterion,
         share=share,
         threshold=threshold,
-        prompts=len(selections),
+        prompts=sum(selection.error is None for selection in selections),
         chunks=len(values),
         shares={of: value if math.isfinite(value) else None for of, value in others.items()},
     )

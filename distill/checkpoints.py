@@ -45,7 +45,13 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
     """Changes when an example or their order does."""
     digest = hashlib.sha256()
     for example in examples:
-        beside = (example.weight, example.chunk_weights, example.teacher_prompt_ids, example.num_prompt)
+        beside = (
+            example.weight,
+            example.chunk_weights,
+            example.teacher_prompt_ids,
+            example.num_prompt,
+            example.rejected,
+        )
         digest.update(f";{beside}:{','.join(map(str, example.input_ids))}".encode())
     return digest.hexdigest()[:16]
 

@@ -48,6 +48,7 @@ class Comparison:
     """Prompts with more than one eligible response."""
     pool: Picked
     picked: tuple[Picked, ...]
+    selected: Picked
 
 
 def compare(
@@ -56,8 +57,10 @@ def compare(
     higher_is_better: Mapping[str, bool],
     picks: Mapping[str, Sequence[int]],
     contested: Sequence[str],
+    selected: Sequence[int],
 ) -> Comparison:
-    """picks: of each criterion the rows it picks. contested: the prompts at which there was a choice."""
+    """picks: of each criterion the rows it picks, the best of a prompt first. contested: the prompts at which there was
+    a choice. selected: the rows that are written out."""
     names = tuple(columns)
     better = tuple(higher_is_better[name] for name in names)
     values = np.array([columns[name] for name in names], dtype=np.float64)
@@ -67,7 +70,7 @@ def compare(
     stacked = np.array(inside) if inside else np.full((1, len(names), len(names)), np.nan)
     known = ~np.isnan(stacked)
     within = np.where(known.any(0), np.where(known, stacked, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
-    at = {name: {rows[i]["prompt"]: i for i in picks[name]} for name in names}
+    at = {name: {rows[i]["prompt"]: i for i in reversed(picks[name])} for name in names}
     same = [
         [np.mean([float(at[a].get(p) == at[b].get(p)) for p in contested] or [np.nan]) for b in names] for a in names
     ]
@@ -80,6 +83,7 @@ def compare(
         contested=len(contested),
         pool=describe("all responses", rows),
         picked=tuple(describe(name, [rows[i] for i in picks[name]]) for name in names),
+        selected=describe("selected.jsonl", [rows[i] for i in selected]),
     )
 
 

@@ -7,6 +7,8 @@ other origin go through the tokenizer and its chat template:
     {"prompt": text or messages, "completion": text or messages}
     {"question" | "problem" | ...: text, "completion" | "response" | "output" | "solution" | "answer": text}
 
+    {"prompt": text, "chosen": text, "rejected": text}  a preference pair: two examples; ours say their token ids, too
+
 A number in `weight` multiplies the loss of a row's tokens, one in `weight` of an element of `chunks` (which says how
 many `tokens` the chunk has) that of the chunk's. Rows with ids may also say how the teacher read the prompt
 (`prompt_ids`) and where its most likely tokens are (`teacher_topk`, see topk_store.py).
@@ -43,6 +45,8 @@ class Example:
     """The prompt as the teacher reads it, where that differs."""
     topk: TopkPlace | None = None
     """The teacher's most likely tokens along the completion."""
+    rejected: bool = False
+    """The worse completion of a pair."""
     where: str = ""
     """File and line, for messages."""
 
@@ -87,15 +91,35 @@ def read_examples(
             if status is not None and fields.get("completion_ids") == []:
                 left_out["without a token: pruned at once"] += 1
                 continue
-            example = encode_example(fields, tokenizer, f"{path}, line {number}", Path(path).parent)
-            if len(example.input_ids) > max_length:
+            here = f"{path}, line {number}"
+            found = _encode_pair(fields, tokenizer, here) if "rejected" in fields else ()
+            found = found or (encode_example(fields, tokenizer, here, Path(path).parent),)
+            if max(len(example.input_ids) for example in found) > max_length:
                 left_out[f"longer than {max_length} tokens"] += 1
                 continue
-            examples.append(example)
+            examples += found
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the files are empty"
         raise InputError(f"{', '.join(map(str, paths))}: nothing to train on ({reasons})")
     return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
+
+
+def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[Example, ...]:
+    """The chosen and the rejected completion of a preference pair."""
+    own_ids = fields.get("tokenizer") == tokenizer.fingerprint
+    pair = []
+    for name in ("chosen", "rejected"):
+        row = {key: fields[key] for key in ("prompt", "weight") if key in fields} | {"completion": fields.get(name)}
+        if own_ids:
+            row |= {
+                "tokenizer": fields["tokenizer"],
+                "student_prompt_ids": fields.get("student_prompt_ids"),
+                "prompt_ids": fields.get("teacher_prompt_ids"),
+                "completion_ids": fields.get(f"{name}_token_ids"),
+            }
+        example = encode_example(row, tokenizer, f"{where}, {name}")
+        pair.append(replace(example, rejected=name == "rejected"))
+    return tuple(pair)
 
 
 def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path = Path()) -> Example:

@@ -21,7 +21,7 @@ from genssd.distill.journal import Journal, complete_rows, truncate
 from genssd.distill.outcome_rows import response_row
 from genssd.distill.rows import ProblemRow, check_same_problem, read_problems
 from genssd.distill.run_directory import claim, record_run
-from genssd.engine.engine import Engine
+from genssd.engine.engine import Engine, Role
 from genssd.engine.errors import InputError
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.sampling import Sampling
@@ -97,7 +97,8 @@ def _run(
     engine = engine or config.load(teacher=config.teacher, student=config.student)
     settings = dataclasses.asdict(config)
     record_run(output_dir, "generate", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=bool(done))
-    asked, read = engine.tokenizer("teacher"), engine.tokenizer("student" if config.student else "teacher")
+    read = engine.tokenizer("student" if config.student else "teacher")
+    prompts = [_both_read(config, engine, problem) for problem in problems]
     origin = {
         "seed": config.seed,
         "method": config.method,
@@ -117,11 +118,20 @@ def _run(
     with Journal(journal) as log:
         for finished, (index, completions) in enumerate(responses, start=1):
             problem = problems[index]
-            ids, student_ids = (tokenizer.encode_prompt(problem.prompt) for tokenizer in (asked, read))
             source = {"file": config.data, "line": problem.line}
-            log.append(response_row(index, problem, ids, student_ids, completions, {"source": source, **origin}))
+            log.append(response_row(index, problem, *prompts[index], completions, {"source": source, **origin}))
             report(len(done) + finished, len(problems))
     return _summary(journal)
+
+
+def _both_read(config: GenerateConfig, engine: Engine, problem: ProblemRow) -> tuple[list[int], list[int]]:
+    """A prompt's ids for the teacher and for whom the rows are for. Raises InputError naming the line."""
+    roles: tuple[Role, Role] = ("teacher", "student" if config.student else "teacher")
+    try:
+        asked, read = (engine.tokenizer(role).encode_prompt(problem.prompt) for role in roles)
+    except InputError as error:
+        raise InputError(f"{config.data}, line {problem.line}: {error}") from None
+    return asked, read
 
 
 def _finished(config: GenerateConfig, problems: Sequence[ProblemRow], journal: Path) -> frozenset[int]:
@@ -132,6 +142,8 @@ def _finished(config: GenerateConfig, problems: Sequence[ProblemRow], journal: P
         if not config.resume:
             raise InputError(f"{journal} holds finished prompts already; pass --resume, or choose another output_dir")
         check_same_problem(row, problems, config.data, journal)
+        if row["index"] in done or not isinstance(row.get("others"), list):
+            raise InputError(f"{journal}, line {len(done) + 1} is damaged; restore it or remove it before resuming")
         done.append(row["index"])
         end = line_end
     truncate(journal, end)

@@ -7,6 +7,12 @@ with q the teacher and p the student: forward_kl KL(q|p), reverse_kl KL(p|q), js
 m = beta q + (1 - beta) p, skew_forward_kl KL(q | alpha q + (1 - alpha) p), skew_reverse_kl KL(p | (1 - alpha) q +
 alpha p). `temperature` divides both models' logits; nothing is multiplied by its square.
 
+With `kd_standardize` forward KL is taken between standardised logits and multiplied by the square of `temperature`
+(2403.01427).
+
+distillm2 is for pairs (rows with `chosen` and `rejected`): (2 - beta) skew_forward_kl on what is chosen, beta
+skew_reverse_kl on what is rejected (DistiLLM-2; its alpha per sample is not built). Other rows count as chosen.
+
 On completions that the student wrote itself the loss is the divergence alone. There reverse KL can also be estimated
 from the drawn tokens: sampled_reverse_kl has the value log p - log q and the gradient (log p - log q) grad log p, whose
 mean over draws is that of KL(p|q) (on-policy distillation).
@@ -27,8 +33,11 @@ from genssd.engine.errors import InputError
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import Tail, Vocabulary, linear_divergence, topk_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
+from genssd.kernels.standardized import linear_standardized_kl
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "sampled_reverse_kl"]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "sampled_reverse_kl", "distillm2"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +49,8 @@ class LossOptions:
     kd_ratio: float = 0.0
     """Share of the loss that is the divergence from the teacher; the rest is cross-entropy."""
     kd_loss: Divergence = "forward_kl"
+    kd_standardize: bool = False
+    """Compare standardised logits; with kd_loss forward_kl and a teacher in memory."""
     kd_topk: int = 0
     """Compare over so many of the most likely tokens of the teacher in memory; 0: over the vocabulary. With kd_loss
     reverse_kl and kd_tail renormalize this is the local support matching of 2603.25562."""
@@ -48,7 +59,7 @@ class LossOptions:
     lmbda: float = 0.0
     """Share of the optimizer steps whose completions the student writes itself (GKD)."""
     beta: float = 0.5
-    """Of jsd: 0 towards forward KL, 1 towards reverse KL."""
+    """Of jsd: 0 towards forward KL, 1 towards reverse KL. Of distillm2: the weight of what is rejected, in [0, 2]."""
     alpha: float = 0.1
     """Of the skew divergences."""
     temperature: float = 1.0
@@ -70,6 +81,10 @@ class LossOptions:
             raise InputError(
                 "sampled_reverse_kl is an estimate over the student's own draws: it needs lmbda 1, no kd_topk"
             )
+        if self.kd_standardize and (self.kd_loss != "forward_kl" or self.kd_topk or not self.uses_teacher):
+            raise InputError("kd_standardize is forward_kl against a teacher in memory, over the whole vocabulary")
+        if self.kd_loss == "distillm2" and (not 0.0 <= self.beta <= 2.0 or self.kd_topk or not self.uses_teacher):
+            raise InputError("distillm2 needs a teacher in memory, beta in [0, 2] and no kd_topk")
         if self.kd_loss == "jsd" and not 0.0 < self.beta < 1.0:
             raise InputError(f"beta must lie in (0, 1), not {self.beta}; its limits are forward_kl and reverse_kl")
         if not 0.0 <= self.alpha < 1.0:
@@ -119,16 +134,19 @@ def loss_of(
     weight_M: Tensor,
     teacher: Head | TopK | None = None,
     *,
+    rejected_M: Tensor | None = None,
     special_ids: Sequence[int] = (),
     own: bool = False,
 ) -> Loss:
-    """The loss of M completion tokens. teacher: its head and states, or its top k, for the same tokens. special_ids:
-    see `mask_special_tokens`. own: whether the student wrote the completions."""
+    """The loss of M completion tokens. teacher: its head and states, or its top k, for the same tokens. rejected: bool,
+    of the tokens of rejected completions; their cross-entropy does not count. special_ids: see `mask_special_tokens`.
+    own: whether the student wrote the completions."""
     total = student.hidden_MD.new_zeros((), dtype=torch.float32)
     cross_entropy = divergence = None
     kd_ratio = 1.0 if own else options.kd_ratio
     if kd_ratio < 1.0:
-        of_data = linear_cross_entropy(student.hidden_MD, student.weight_VD, target_M, row_weight=weight_M).total
+        learnt = weight_M if rejected_M is None else weight_M.masked_fill(rejected_M, 0.0)
+        of_data = linear_cross_entropy(student.hidden_MD, student.weight_VD, target_M, row_weight=learnt).total
         total = total + (1.0 - kd_ratio) * of_data
         cross_entropy = of_data.detach()
     if kd_ratio > 0.0:
@@ -136,17 +154,29 @@ def loss_of(
         if options.mask_special_tokens and special_ids:
             special = torch.isin(target_M, torch.tensor(list(special_ids), device=target_M.device))
             weight_M = weight_M.masked_fill(special, 0.0)
-        found = _divergence(options, student, target_M, weight_M, teacher, own)
+        found = _divergence(options, student, target_M, weight_M, teacher, rejected_M, own)
         total = total + kd_ratio * found
         divergence = found.detach()
     return Loss(total, cross_entropy, divergence)
 
 
 def _divergence(
-    options: LossOptions, student: Head, target_M: Tensor, weight_M: Tensor, teacher: Head | TopK, own: bool
+    options: LossOptions,
+    student: Head,
+    target_M: Tensor,
+    weight_M: Tensor,
+    teacher: Head | TopK,
+    rejected_M: Tensor | None,
+    own: bool,
 ) -> Tensor:
     """The weighted sum over the tokens."""
     kind = options.kd_loss
+    if isinstance(teacher, Head) and options.kd_standardize:
+        found = linear_standardized_kl(*student, *teacher, temperature=options.temperature, row_weight=weight_M)
+        return found.total
+    if kind == "distillm2":
+        assert isinstance(teacher, Head)
+        return _pairs(options, student, weight_M, teacher, rejected_M)
     if kind == "sampled_reverse_kl":
         if own:
             assert isinstance(teacher, Head)
@@ -171,6 +201,30 @@ def _divergence(
         top = _at_temperature(teacher, options)
         return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **shared).total
     return linear_divergence(*student, *teacher, vocabulary=options.kd_vocabulary, **shared).total
+
+
+def _pairs(options: LossOptions, student: Head, weight_M: Tensor, teacher: Head, rejected_M: Tensor | None) -> Tensor:
+    """Towards the teacher on what is chosen, away from what the student overrates on what is rejected."""
+    rejected = torch.zeros_like(weight_M, dtype=torch.bool) if rejected_M is None else rejected_M
+    total = weight_M.new_zeros(())
+    for kind, share, part in (
+        ("skew_forward_kl", 2.0 - options.beta, ~rejected),
+        ("skew_reverse_kl", options.beta, rejected),
+    ):
+        if bool(part.any()) and share:
+            total = (
+                total
+                + linear_divergence(
+                    *student,
+                    *teacher,
+                    kind=kind,  # type: ignore[arg-type]
+                    alpha=options.alpha,
+                    temperature=options.temperature,
+                    row_weight=(share * weight_M).masked_fill(~part, 0.0),
+                    vocabulary=options.kd_vocabulary,
+                ).total
+            )
+    return total
 
 
 def _sampled(student: Head, target_M: Tensor, weight_M: Tensor, teacher: Head, temperature: float) -> Tensor:

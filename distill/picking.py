@@ -149,10 +149,11 @@ def _mixed(groups: Sequence[Sequence[int]], rows: Sequence[Row], shares: Mapping
     dealt = sorted(range(len(groups)), key=lambda g: blake2b(rows[groups[g][0]]["prompt"].encode()).digest())
     counts = dict.fromkeys(shares, 0)
     chosen: dict[int, int] = {}
-    for done, g in enumerate(dealt, start=1):
+    for g in dealt:
         found = {kind: row for kind in shares if (row := _of_kind(kind, groups[g], rows)) is not None}
         if found:
-            kind = max(found, key=lambda kind: shares[kind] * done - counts[kind])
+            dealt_so_far = sum(counts.values()) + 1
+            kind = max(found, key=lambda kind: shares[kind] * dealt_so_far - counts[kind])
             chosen[g], counts[kind] = found[kind], counts[kind] + 1
     return [chosen[g] for g in sorted(chosen)]
 

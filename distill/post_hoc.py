@@ -31,7 +31,7 @@ from genssd.distill.traces import Trace, read_traces, source_of, training_row
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
 from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
-from genssd.engine.engine import Engine
+from genssd.engine.engine import ANSWER_ROOM, Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
 from genssd.engine.steps import step_spans
@@ -68,6 +68,13 @@ class ScoreConfig(EngineOptions):
             raise InputError(f"pick.by {self.pick.by!r} is not among the criteria: {', '.join(self.criteria)}")
         if self.pick.weigh and not isinstance(resolve(self.pick.by or self.criteria[0]), Lark):
             raise InputError("pick.weigh gives the weights of lark: list it first among the criteria, or pick by it")
+        judge = resolve(self.pick.by or self.criteria[0])
+        relative = isinstance(judge, PoolCriterion) and judge.pool == "prompt"
+        if relative and (self.pick.threshold is not None or self.pick.best_share < 1.0):
+            raise InputError(
+                "pick.threshold and pick.best_share compare values of different prompts, and this criterion judges "
+                "the responses to one prompt against each other"
+            )
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit must be at least 1, not {self.limit}")
 
@@ -77,9 +84,6 @@ SETTINGS_OF_THE_RESULT = ("student", "data", "criteria", "limit", "verify", "dty
 
 PICKED_ALIKE = ("keep", "correct", "finished", "loops", "min_steps", "max_steps")
 """Of the options of picking, those that the report applies to every criterion."""
-
-ANSWER_ROOM = 128
-"""Positions left free behind a trace where a criterion reads the reference answer there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,12 +126,14 @@ def _run(
     traces: list[Trace] = []
     bad_rows: list[str] = []
     reading = [name for name, criterion in criteria.items() if needs_answer(criterion)]
-    longest = engine.longest("student") - (ANSWER_ROOM if reading else 0)
+    longest = engine.longest("student")
     for item in read_traces(config.data, tokenizer, max_length=longest, limit=config.limit):
         if isinstance(item, str):
             bad_rows.append(item)
         elif reading and item.answer is None:
             bad_rows.append(f"{item.where}: no reference answer, which {reading[0]} reads")
+        elif reading and item.num_tokens + len(tokenizer.encode_plain(item.answer or "")) + ANSWER_ROOM > longest:
+            bad_rows.append(f"{item.where}: with its reference answer longer than the {longest} that the student takes")
         else:
             traces.append(item)
     if not traces:
@@ -150,7 +156,6 @@ def _run(
     alike = Pick(**{name: getattr(config.pick, name) for name in PICKED_ALIKE})
     picks = {other: pick(rows, column, better[other], alike) for other, column in columns.items()}
     chosen = pick(rows, columns[name], better[name], config.pick, lambda i: tokenizer.decode(traces[i].response_ids))
-    picks[name] = chosen
     weights = lark_weights(rows, columns[name], config.pick) if config.pick.weigh else dict.fromkeys(chosen, 1.0)
     picked = (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in chosen)
     write_jsonl(output_dir / "selected.jsonl", picked)
@@ -162,7 +167,7 @@ def _run(
     contested = [
         p for p, members in by_prompt(rows).items() if sum(map(config.pick.eligible, (rows[i] for i in members))) > 1
     ]
-    page = render(compare(rows, columns, better, picks, contested), rows, picks, ranks, config.student)
+    page = render(compare(rows, columns, better, picks, contested, chosen), rows, picks, ranks, config.student)
     (output_dir / "report.html").write_text(page, encoding="utf-8")
     (output_dir / "bad_rows.txt").write_text("".join(f"{message}\n" for message in bad_rows))
     return ScoreSummary(

@@ -73,11 +73,13 @@ class PrefixConfig(EngineOptions):
         for name in ("judge_tokens", "max_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit must be at least 1, not {self.limit}")
         if not self.data:
             raise InputError("prefix needs at least one data file")
 
 
-SETTINGS_OF_THE_RESULT = ("data", "limit", "judge", "judge_tokens", "max_tokens", "sampling", "seed", "dtype")
+SETTINGS_OF_THE_RESULT = ("data", "limit", "judge", "judge_tokens", "max_tokens", "sampling", "batch", "seed", "dtype")
 """What must not change between the parts of one run."""
 
 
@@ -113,7 +115,7 @@ def _run(config: PrefixConfig, engine: Engine | None, report: Callable[[int, int
     traces, bad_rows = _read(config, engine)
     settings = dataclasses.asdict(config)
     record_run(output_dir, "prefix", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=before > 0)
-    done = _resume(journal, traces)
+    done = _resume(journal, traces, config.batch)
     judge = _says(engine, config) if config.judge == "says" else _solves(engine, config)
     with Journal(journal) as log:
         while done < len(traces):
@@ -155,14 +157,17 @@ def _read(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]
     return traces, bad_rows
 
 
-def _resume(journal: Path, traces: Sequence[Trace]) -> int:
-    """How many of the first traces are in the journal, which is cut to whole lines."""
-    done = end = 0
-    for row, line_end in complete_rows(journal):
-        if done == len(traces) or row["source"] != source_of(traces[done]):
+def _resume(journal: Path, traces: Sequence[Trace], batch: int) -> int:
+    """How many of the first traces are in the journal, which is cut to whole batches: equal prompts of one batch draw
+    different continuations, so a batch is done again as a whole."""
+    ends = [0]
+    for row, end in complete_rows(journal):
+        if len(ends) > len(traces) or row.get("source") != source_of(traces[len(ends) - 1]):
             raise InputError(f"{journal} was begun with other data; choose another output_dir")
-        done, end = done + 1, line_end
-    truncate(journal, end)
+        ends.append(end)
+    done = len(ends) - 1
+    done -= 0 if done == len(traces) else done % batch
+    truncate(journal, ends[done])
     return done
 
 
@@ -204,7 +209,9 @@ def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge:
         if i in written:
             ids, finished = (*prefix(i, kept[i]), *written[i].token_ids), written[i].status == "finished"
         fields = training_row(trace, ids, tokenizer)
-        correct = is_correct(fields["completion"], trace.answer) if trace.answer is not None else None
+        correct = trace.correct if i not in written else None
+        if trace.answer is not None:
+            correct = is_correct(fields["completion"], trace.answer)
         rows.append(
             {
                 **fields,
@@ -241,19 +248,20 @@ def _says(engine: Engine, config: PrefixConfig) -> Judge:
     def judge(prefixes: Sequence[tuple[Trace, tuple[int, ...]]]) -> list[bool]:
         prompts = []
         for trace, ids in prefixes:
-            problem = tokenizer.decode(trace.prompt_ids)
-            text = QUESTION.format(problem=problem.strip(), prefix=tokenizer.decode(ids).strip())
+            text = QUESTION.format(problem=trace.question.strip(), prefix=tokenizer.decode(ids).strip())
             prompt = [{"role": "user", "content": text}] if tokenizer.hf.chat_template else f"{text}\n"
             prompts.append(tokenizer.encode_prompt(prompt))
-        short = [i for i, ids in enumerate(prompts) if len(ids) < engine.longest("student")]
-        replies = engine.generate(
+        longest = engine.longest("student") - config.judge_tokens
+        short = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
+        replies = engine.iter_generate(
             [prompts[i] for i in short],
             model="student",
             sampling=Sampling(temperature=0.0),
             max_tokens=config.judge_tokens,
+            labels=[prefixes[i][0].where for i in short],
         )
         # "[NOT_ENOUGH]" does not contain "[ENOUGH]"
-        yes = {i for i, (reply,) in zip(short, replies, strict=True) if "[ENOUGH]" in reply.text}
+        yes = {short[index] for index, (reply,) in replies if "[ENOUGH]" in reply.text}
         return [i in yes for i in range(len(prompts))]
 
     return judge

@@ -25,7 +25,7 @@ from genssd.distill.decisions import Decided, Decisions, read_decisions
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.journal import read_json, write_json, write_jsonl
 from genssd.distill.run_directory import claim
-from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate_distinct
+from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate_distinct, needs_answer
 from genssd.engine.checkpoint import locate
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -75,6 +75,8 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
     if recorded.get("command") != "select":
         raise InputError(f"{run} is no output directory of `genssd select`")
     student = config.student or recorded["config"]["student"]
+    if "shortest" not in recorded["config"]["chunk"]:
+        raise InputError(f"{run} was written by another version of genssd: its run.json has no chunk.shortest")
     shortest = recorded["config"]["chunk"]["shortest"]
 
     @cache
@@ -91,6 +93,10 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
     changes: list[float] = []
     with claim(Path(config.output_dir), "reselect"):
         for decisions in read_decisions(run, tokenizer, local_logprob):
+            if needs_answer(criterion) and decisions.selection["answer"] is None:
+                source = decisions.selection["source"]
+                where = f"{source['file']}, line {source['line']}"
+                raise InputError(f"{where}: no reference answer, which the criterion {config.criterion} reads")
             for number, decided in enumerate(decisions.rounds):
                 scores = evaluate_distinct(criterion, [d.candidate.lengthened(shortest) for d in decided])
                 rows.append(_round_row(decisions, number, decided, scores, criterion))
@@ -154,6 +160,11 @@ def _pairs(decisions: Decisions, decided: Sequence[Decided], tokenizer: Tokenize
                 "prompt": _before(decisions.selection, d, tokenizer),
                 "chosen": tokenizer.decode(d.candidate.token_ids),
                 "rejected": tokenizer.decode(last.candidate.token_ids),
+                "student_prompt_ids": [*decisions.selection["student_prompt_ids"], *d.candidate.history_ids],
+                "teacher_prompt_ids": [*decisions.selection["prompt_ids"], *d.candidate.history_ids],
+                "chosen_token_ids": list(d.candidate.token_ids),
+                "rejected_token_ids": list(last.candidate.token_ids),
+                "tokenizer": decisions.selection["tokenizer"],
                 "chosen_score": d.score,
                 "rejected_score": last.score,
                 "index": decisions.selection["index"],

@@ -29,7 +29,7 @@ def render(
     return page.render(
         title="Finished traces, scored",
         c=comparison,
-        sets=[comparison.pool, *comparison.picked],
+        sets=[comparison.pool, *comparison.picked, comparison.selected],
         prompts=len({row["prompt"] for row in rows}),
         student=student,
         teachers=teachers if len(teachers) > 1 else [],

@@ -152,6 +152,8 @@ def run_select(
     """
     resolve(config.criterion)
     problems = read_problems(config.data, config.limit)
+    if config.calibrate.data is not None and not config.resume:
+        read_problems(config.calibrate.data, config.calibrate.limit)  # before any model is loaded
     output_dir = Path(config.output_dir)
     with claim(output_dir, "select"):
         return _run(config, problems, output_dir, engine, report)

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.examples import encode_example
+from genssd.distill.examples import Example, encode_example
 from genssd.distill.rows import QUESTION_FIELDS, parse_object, read_lines, reference_answer
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
@@ -38,6 +38,8 @@ class Trace:
     """The prompt's reference answer."""
     correct: bool | None
     """As the row says; None where it does not."""
+    question: str
+    """The prompt's last turn that is not the assistant's, as text."""
     file: str
     line: int
     response: int
@@ -46,6 +48,10 @@ class Trace:
     def prompt_key(self) -> str:
         """Equal for equal prompts."""
         return blake2b(",".join(map(str, self.prompt_ids)).encode(), digest_size=8).hexdigest()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
 
     @property
     def where(self) -> str:
@@ -87,6 +93,7 @@ def read_traces(
                     teacher=teacher,
                     answer=answer,
                     correct=correct,
+                    question=_question(row, example, tokenizer),
                     file=str(path),
                     line=number,
                     response=index,
@@ -94,8 +101,10 @@ def read_traces(
 
 
 def source_of(trace: Trace) -> dict[str, Any]:
-    """Where a trace stands, as rows say it."""
-    return {"file": trace.file, "line": trace.line, "response": trace.response}
+    """Where a trace stands and what it says, as rows have it."""
+    said = f"{trace.prompt_key}:{','.join(map(str, trace.response_ids))}"
+    fingerprint = blake2b(said.encode(), digest_size=8).hexdigest()
+    return {"file": trace.file, "line": trace.line, "response": trace.response, "fingerprint": fingerprint}
 
 
 def training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -135,6 +144,17 @@ def _responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mapping[str,
     if isinstance(others, list) and "completion_ids" in fields:
         rows += [{**fields, **other} for other in others if isinstance(other, dict) and other.get("completion_ids")]
     return [(row, verdict if row is fields else None) for row in rows]
+
+
+def _question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> str:
+    """Without the chat template where the row tells them apart."""
+    turns = row.get("messages") or row.get("prompt")
+    asked = next((row[name] for name in QUESTION_FIELDS if isinstance(row.get(name), str)), None)
+    if isinstance(turns, list):
+        asked = next((t["content"] for t in reversed(turns) if t.get("role") != "assistant"), asked)
+    elif isinstance(turns, str):
+        asked = turns
+    return str(asked) if asked else tokenizer.decode(example.input_ids[: example.num_prompt])
 
 
 def _reference(fields: Mapping[str, Any], where: str) -> str | None:

@@ -103,6 +103,10 @@ def run_train(config: TrainConfig, report: Callable[[TrainProgress], None] = lam
     held_out: tuple[Example, ...] = ()
     if config.eval_data:
         held_out = read_examples(config.eval_data, tokenizer, max_length=longest, statuses=config.statuses).examples
+    if config.kd_loss != "distillm2" and any(example.rejected for example in (*data.examples, *held_out)):
+        raise InputError(
+            "the data hold preference pairs, which kd_loss distillm2 alone learns from (or TRL's trainers)"
+        )
     if config.uses_rows:
         for example in (*data.examples, *held_out):
             if example.topk is None:
@@ -401,6 +405,7 @@ class _Trainer:
     def _forward(self, examples: Sequence[Example], counts: bool, own: bool) -> Loss:
         batch = self._lay_out([TokenRow(example.input_ids, example.num_prompt) for example in examples])
         weight = torch.tensor([w * counts for e in examples for w in e.token_weights()], device=self._device)
+        rejected = torch.tensor([e.rejected for e in examples for _ in range(e.num_completion)], device=self._device)
         teacher: Head | TopK | None = None
         if self._config.uses_rows:
             top = topk_of(examples)
@@ -408,7 +413,7 @@ class _Trainer:
         elif self._config.uses_teacher:
             teacher = self._ask_teacher(examples, batch)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return self._loss_of(batch, weight, teacher, own)  # type: ignore[no-any-return]
+            return self._loss_of(batch, weight, teacher, rejected, own)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _ask_teacher(self, examples: Sequence[Example], batch: Batch) -> Head:
@@ -461,9 +466,18 @@ class _CompletionLoss(torch.nn.Module):
         self._options = options
         self._special_ids = special_ids
 
-    def forward(self, batch: Batch, weight: Tensor, teacher: Head | TopK | None, own: bool) -> Loss:
+    def forward(self, batch: Batch, weight: Tensor, teacher: Head | TopK | None, rejected: Tensor, own: bool) -> Loss:
         student = Head(completion_states(self.model, batch), self.model.get_output_embeddings().weight)
-        return loss_of(self._options, student, batch.target, weight, teacher, special_ids=self._special_ids, own=own)
+        return loss_of(
+            self._options,
+            student,
+            batch.target,
+            weight,
+            teacher,
+            rejected_M=rejected,
+            special_ids=self._special_ids,
+            own=own,
+        )
 
 
 def _weight(examples: Sequence[Example]) -> float:

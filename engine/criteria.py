@@ -301,7 +301,7 @@ class Lark(_Checked):
         spread = sum(scores[i] for i in kept) - budget * least
         weights = [0.0] * len(scores)
         for i in kept:
-            weights[i] = (scores[i] - least) / spread if spread > 0 else 1.0 / budget
+            weights[i] = (scores[i] - least) / spread if 0 < spread < math.inf else 1.0 / budget
         return weights
 
     def higher_is_better(self) -> bool:
@@ -441,7 +441,8 @@ class Random(_Checked):
     """A number from the candidate's own random stream: the control that any criterion has to beat."""
 
     def score(self, candidate: Candidate) -> float:
-        return uniform(candidate.stream, len(candidate.history_ids))
+        # where it ends: the first child has its parent's stream, and a short ending borrows from its history
+        return uniform(candidate.stream, len(candidate.history_ids) + len(candidate.token_ids))
 
     def higher_is_better(self) -> bool:
         return True

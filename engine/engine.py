@@ -34,6 +34,10 @@ from genssd.kernels.logprob import TokenStats, TopK
 
 Role = Literal["teacher", "student"]
 
+ANSWER_ROOM = 32
+"""Positions kept free, beside those of the answer itself, where a criterion reads the reference answer: for what it
+writes in front of it."""
+
 
 class Engine:
     """Build with `Engine.from_pretrained`. Not thread-safe."""
@@ -385,6 +389,14 @@ class Engine:
         room = [self._runner(role).decoder.config.max_position_embeddings - used[role] for role in roles]
         return min(max_tokens, *room)
 
+    def _room_before_answer(self, prompt: PromptIds, label: str) -> int:
+        """What the student's positions leave for a response behind which a criterion reads the reference answer."""
+        answer = len(self._tokenizers["student"].encode_plain(prompt.answer or "")) + ANSWER_ROOM
+        room = self._runner("student").decoder.config.max_position_embeddings - len(prompt.student) - answer
+        if room < 1:
+            raise CapacityError(f"{label}: prompt and reference answer leave no position for a response")
+        return room
+
     def _prompt_searches(
         self,
         prompts: Sequence[Prompt],
@@ -398,6 +410,9 @@ class Engine:
         searches = []
         for index, root, occurrence in self._roots(prompts, labels, owner, options.seed, roles, answers):
             limit = self._response_limit(root.prompt, options.max_tokens, roles)
+            if needs_answer(options.criterion):
+                assert root.prompt.answer is not None
+                limit = min(limit, self._room_before_answer(root.prompt, labels[index]))
             start = PromptSearch(index, labels[index], occurrence, root, limit)
             if index not in skip:
                 for expansion in start.next_round(options):
@@ -411,8 +426,8 @@ class Engine:
         if missing:
             raise CapacityError(
                 f"{expansion.label}: {expansion.n} candidates of up to {expansion.longest} tokens need {missing} "
-                "pages more than the key-value cache has; raise memory_bytes or memory_utilization, or lower the "
-                "candidates or the chunk limit"
+                "pages more than the key-value cache has; raise memory_bytes or memory_utilization, or ask for fewer "
+                "or shorter ones"
             )
 
 
@@ -431,12 +446,14 @@ class _Brancher:
         self._engine = engine
         self._tokenizer = engine.tokenizer(writer)
         runner = engine._runner(writer)
+        writers: list[Role] = [writer] if rsd is None else [writer, "student"]
         scorer = engine._runner("student") if scored else None
         self.expander = (Expander if rsd is None else partial(ReverseSpeculator, rsd))(
             runner,
             scorer,
             self._tokenizer,
-            eos_token_ids=self._tokenizer.end_token_ids,
+            # a student that writes, too, may end as its own config says
+            eos_token_ids=frozenset().union(*(engine.tokenizer(role).end_token_ids for role in writers)),
             # embeddings are often padded: what the tokenizer does not know is never drawn
             vocabulary=self._tokenizer.largest_id + 1,
             sampling=sampling,
@@ -485,6 +502,10 @@ class _Brancher:
         return self._tokenizer.pieces(token_ids)
 
     def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]:
+        positions = self._engine._runner("student").decoder.config.max_position_embeddings
+        longest = len(prompt.student) + max((end - context for context, _, end in windows), default=0) - 1
+        if longest >= positions:  # no lack of cache, which would be waited for
+            raise InputError(f"the criterion reads {longest} tokens at once; the student has {positions} positions")
         return self._engine._local_logprob("student", prompt.student, ids, windows)
 
 

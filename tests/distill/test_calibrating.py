@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from genssd.distill.calibrating import share_passes
 from genssd.distill.selecting import Calibrate, SelectConfig, run_select
+from genssd.engine import criteria
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 
@@ -68,6 +69,26 @@ def test_the_threshold_is_the_quantile_of_plain_chunks_and_prunes(
     sign = 1 if criterion == "ppl" else -1
     assert all(sign * score <= sign * found["threshold"] for verdict, score in verdicts if verdict == "kept")
     assert any(verdict == "threshold" for verdict, _ in verdicts)
+
+
+def test_seed_and_answers_reach_the_plain_samples(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    held_out = write_rows([{"question": f"{i}-{i}?", "answer": "0"} for i in range(3)], "held.jsonl")
+    data = write_rows([{"question": "1+1?", "answer": "2"}])
+    found = []
+    for seed in (0, 1):
+        options = {"criterion": "rationale_difficulty", "calibrate": Calibrate(data=str(held_out)), "seed": seed}
+        select(tiny_pair, data, tmp_path / str(seed), **options)
+        found.append(json.loads((tmp_path / str(seed) / "calibration.json").read_text())["threshold"])
+    assert found[0] != found[1]
+
+
+def test_an_infinite_threshold_is_none(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(criteria.Perplexity, "score", lambda self, candidate: math.inf)
+    data = write_rows([{"question": "1+1?"}])
+    with pytest.raises(InputError, match=r"ppl is infinite at the share 0\.95"):
+        select(tiny_pair, data, tmp_path / "run", calibrate=Calibrate(data=str(data)))
 
 
 def test_a_resumed_run_keeps_its_threshold(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

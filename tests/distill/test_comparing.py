@@ -46,7 +46,7 @@ def test_criteria_are_compared_and_drawn() -> None:
     rows = [row("p", 5), row("p", 9, "B"), row("p", 7), row("q", 3), row("q", 4, "<b>"), row("r", 8)]
     columns = {"short": [5.0, 9.0, 7.0, 3.0, 4.0, 8.0], "long": [5.0, 9.0, 7.0, 3.0, 4.0, 8.0]}
     picks = {"short": [0, 3, 5], "long": [1, 4, 5]}
-    comparison = compare(rows, columns, {"short": False, "long": True}, picks, ["p", "q"])
+    comparison = compare(rows, columns, {"short": False, "long": True}, picks, ["p", "q"], picks["short"])
     assert comparison.correlation[0, 1] == pytest.approx(-1.0)
     assert comparison.within[0, 1] == pytest.approx(-1.0)
     assert comparison.agreement.tolist() == [[1.0, 0.0], [0.0, 1.0]]
@@ -59,6 +59,6 @@ def test_criteria_are_compared_and_drawn() -> None:
 
 def test_no_choice_at_all_is_drawn_too() -> None:
     rows = [row("p", 5)]
-    comparison = compare(rows, {"ppl": [1.0]}, {"ppl": False}, {"ppl": []}, [])
+    comparison = compare(rows, {"ppl": [1.0]}, {"ppl": False}, {"ppl": []}, [], [])
     assert np.isnan(comparison.agreement).all()
     assert "ppl" in render(comparison, rows, {"ppl": []}, {}, "s")

@@ -378,3 +378,64 @@ def test_too_little_memory_says_what_to_lower(
 def test_a_config_is_its_losses_too(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="kd_ratio"):
         TrainConfig(model_name_or_path="m", data=("d",), kd_ratio=2.0)
+
+
+def test_standardised_logits_are_learnt_from(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    shared = {"teacher_model_name_or_path": str(tiny_pair.teacher), "kd_ratio": 1.0, "kd_standardize": True}
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", num_train_epochs=10, **shared)
+    run_train(config)
+    losses = [row["loss"] for row in metrics(tmp_path / "run")]
+    assert losses[-1] < 0.9 * losses[0]
+    with pytest.raises(InputError, match="kd_standardize is forward_kl"):
+        dataclasses.replace(config, kd_loss="reverse_kl")
+
+
+def test_pairs_are_learnt_towards_and_away(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """(2 - beta) skew forward KL on the chosen, beta skew reverse KL on the rejected; cross-entropy on the chosen."""
+    rows = [{"prompt": f"{i}+{i}=", "chosen": f"{2 * i}", "rejected": f"{3 * i}!"} for i in range(2)]
+    config = config_for(
+        tiny_pair, write_rows(rows), tmp_path / "run", max_steps=1, per_device_train_batch_size=4, kd_ratio=0.6,
+        teacher_model_name_or_path=str(tiny_pair.teacher), kd_loss="distillm2", beta=0.7, alpha=0.2,
+    )  # fmt: skip
+    run_train(config)
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    kd = ce = tokens = 0.0
+    for row in rows:
+        for name, kind, share in (("chosen", "skew_forward_kl", 1.3), ("rejected", "skew_reverse_kl", 0.7)):
+            prompt = tokenizer.encode(row["prompt"], special=True)
+            ids = [*prompt, *tokenizer.encode(row[name], special=False), tokenizer.eos_token_id]
+            q, p = (logits_of(path, ids)[len(prompt) - 1 : -1] for path in (tiny_pair.teacher, tiny_pair.student))
+            kd += share * float(divergence(kind, q, p, 0.2).sum())
+            tokens += len(ids) - len(prompt)
+            if name == "chosen":
+                ce -= float(p.log_softmax(-1).gather(1, torch.tensor(ids[len(prompt) :])[:, None]).sum())
+    (logged,) = metrics(tmp_path / "run")
+    assert logged["divergence"] == pytest.approx(kd / tokens, rel=1e-4)
+    assert logged["loss"] == pytest.approx((0.6 * kd + 0.4 * ce) / tokens, rel=1e-4)
+    with pytest.raises(InputError, match="which kd_loss distillm2 alone learns from"):
+        run_train(dataclasses.replace(config, kd_loss="forward_kl", output_dir=str(tmp_path / "no")))
+    with pytest.raises(InputError, match=r"line 1, rejected: "):
+        run_train(
+            dataclasses.replace(
+                config, data=(str(write_rows([{"prompt": "a", "chosen": "b", "rejected": ""}])),),
+                output_dir=str(tmp_path / "bad"),
+            )
+        )  # fmt: skip
+
+
+def test_our_own_pairs_come_with_their_ids(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    from genssd.distill.reselecting import ReselectConfig, run_reselect
+
+    path = selected(tiny_pair, write_rows, tmp_path / "run", 0)
+    run_reselect(ReselectConfig(run=str(path.parent), output_dir=str(tmp_path / "again"), memory_bytes=1 << 22))
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    pairs = tmp_path / "again" / "pairs.jsonl"
+    examples = read_examples([pairs], tokenizer, max_length=512, statuses=()).examples
+    rows = lines(pairs)
+    assert len(examples) == 2 * len(rows)
+    for row, kept, dropped in zip(rows, examples[::2], examples[1::2], strict=True):
+        assert (kept.rejected, dropped.rejected) == (False, True)
+        assert list(kept.completion_ids) == row["chosen_token_ids"]
+        assert list(dropped.completion_ids) == row["rejected_token_ids"]
+        assert kept.input_ids[: kept.num_prompt] == dropped.input_ids[: dropped.num_prompt]
+        assert tokenizer.decode(kept.completion_ids) == row["chosen"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import TinyPair
 
+from genssd import Engine
 from genssd.distill.examples import read_examples
 from genssd.distill.generating import GenerateConfig, GenerateSummary, run_generate
 from genssd.distill.post_hoc import ScoreConfig, run_score
@@ -69,6 +72,43 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_writes(
     assert one == other
     with pytest.raises(InputError, match="is not the file"):
         run(tiny_pair, write_rows(PROBLEMS[::-1], "other.jsonl"), tmp_path / "torn", n=2, resume=True)
+
+
+def test_settings_of_a_run_do_not_change(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(PROBLEMS)
+    run(tiny_pair, data, tmp_path / "run")
+    for change, message in (
+        ({"method": "rsd"}, "begun with method='sample', not 'rsd'"),
+        ({"student": None}, "begun with student="),
+        ({"sampling": Sampling(temperature=0.5)}, "begun with sampling="),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tiny_pair, data, tmp_path / "run", resume=True, **change)
+    path = tmp_path / "run" / "responses.jsonl"
+    first = path.read_text().splitlines(keepends=True)[0]
+    path.write_text(path.read_text() + first)
+    with pytest.raises(InputError, match="line 6 is damaged"):
+        run(tiny_pair, data, tmp_path / "run", resume=True)
+
+
+def test_rows_are_for_the_students_template(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(tiny_pair.student, student)
+    (student / "chat_template.jinja").write_text("{% for m in messages %}Q {{ m.content }} {% endfor %}A ")
+    engine = Engine.from_pretrained(tiny_pair.teacher, student, memory_bytes=1 << 24)
+    data = write_rows(PROBLEMS[:1])
+    config = GenerateConfig(
+        teacher=str(tiny_pair.teacher), student=str(student), data=str(data), output_dir=str(tmp_path / "run"),
+        max_tokens=4,
+    )  # fmt: skip
+    (row,) = lines(run_generate(config, engine).path)
+    assert engine.tokenizer("student").decode(row["student_prompt_ids"]) == "Q 0+0? A "
+    assert row["prompt_ids"] != row["student_prompt_ids"]
+    (student / "chat_template.jinja").unlink()
+    engine = Engine.from_pretrained(tiny_pair.teacher, student, memory_bytes=1 << 24)
+    with pytest.raises(InputError, match=r"line 1: .*has no chat template"):
+        run_generate(dataclasses.replace(config, output_dir=str(tmp_path / "none")), engine)
+    assert engine.usage.teacher_tokens == 0
 
 
 def test_the_students_share_is_counted(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

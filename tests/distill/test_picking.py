@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -78,6 +79,20 @@ def test_a_mixture_of_teachers_takes_the_best_of_each_and_copes_with_gaps() -> N
         assert column[i] == max(column[j] for j in same)
 
 
+def test_prompts_without_any_of_the_kinds_do_not_upset_a_mixture() -> None:
+    rows = [row(str(p), teacher="third") for p in range(900)]
+    rows += [row(f"x{p}", teacher=t) for p in range(100) for t in ("big", "small")]
+    chosen = pick(rows, [0.0] * len(rows), True, Pick(mix=("big=1", "small=4")))
+    teachers = [rows[i]["teacher"] for i in chosen]
+    assert (teachers.count("big"), teachers.count("small")) == (20, 80)
+
+
+def test_of_equally_long_responses_the_better_is_the_long_one() -> None:
+    rows = [row("p", tokens=9), row("p", tokens=9), row("p", tokens=3), row("p", tokens=3)]
+    assert pick(rows, [1.0, 2.0, 3.0, 4.0], True, Pick(mix=("long=1",))) == [1]
+    assert pick(rows, [1.0, 2.0, 3.0, 4.0], True, Pick(mix=("short=1",))) == [3]
+
+
 def test_a_mixture_does_not_depend_on_the_order_of_the_rows() -> None:
     rows = [row(str(p), tokens=t) for p in range(30) for t in (30, 10)]
     options = Pick(mix=("long=1", "short=1"))
@@ -93,3 +108,4 @@ def test_larks_weights_are_untouched_by_what_is_not_eligible() -> None:
     weights = lark_weights(rows, [1.0, 9.0, 3.0, 2.0], Pick(keep=1))
     assert weights == {0: 0.0, 2: 1.0, 3: 1.0}
     assert Lark.weights([1.0, 3.0], 1) == [0.0, 1.0]
+    assert Lark.weights([1.0, -math.inf], 1) == [1.0, 0.0]

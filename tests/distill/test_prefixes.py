@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from genssd.distill import prefixes
 from genssd.distill.prefixes import PrefixConfig, PrefixSummary, run_prefix, shortest_prefixes
 from genssd.engine.errors import InputError
+from genssd.engine.sampling import Sampling
 
 Write = Callable[..., Path]
 SAID = "First we add.\nThen we carry.\nNow we write it down.\nSo \\boxed{7}"
@@ -97,27 +99,81 @@ def test_the_student_is_asked_and_the_answer_is_read(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The questions go through the chat template; only the word in brackets counts."""
-    real, asked = tiny_pair.engine.generate, []
+    real, asked = tiny_pair.engine.iter_generate, []
 
     def generate(prompts: Any, **options: Any) -> Any:
-        replies = real(prompts, **options)
-        if options["max_tokens"] != 4:
-            return replies
-        texts = [tiny_pair.engine.tokenizer("student").decode(ids) for ids in prompts]
-        asked.extend(texts)
-        word = ["[ENOUGH]" if "carry" in text else "[NOT_ENOUGH] ENOUGH" for text in texts]
-        return [[type(r[0])(**{**vars_of(r[0]), "text": f"I say {w}."})] for r, w in zip(replies, word, strict=True)]
+        for index, (reply,) in real(prompts, **options):
+            if options["max_tokens"] == 4:
+                assert options["sampling"].temperature == 0.0
+                text = tiny_pair.engine.tokenizer("student").decode(prompts[index])
+                asked.append(text)
+                word = "[ENOUGH]" if "carry" in text else "[NOT_ENOUGH] ENOUGH"
+                reply = dataclasses.replace(reply, text=f"I say {word}.")
+            yield index, [reply]
 
-    monkeypatch.setattr(tiny_pair.engine, "generate", generate)
+    monkeypatch.setattr(tiny_pair.engine, "iter_generate", generate)
     run(tiny_pair, write_rows(ROWS[:1]), tmp_path / "out")
     (row, _) = lines(tmp_path / "out" / "prefixes.jsonl")
     assert row["kept_steps"] == 2
     assert len(asked) == 2
-    assert all("0+7?" in text and "First we add." in text for text in asked)
+    assert all("Problem:\n0+7?\n" in text and "First we add." in text for text in asked)
 
 
-def vars_of(completion: Any) -> dict[str, Any]:
-    return {name: getattr(completion, name) for name in completion.__slots__}
+def test_what_is_too_long_to_ask_about_is_not_enough(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """A model of 512 positions is asked about 400 tokens with 120 to answer in."""
+    long = ". ".join(["word " * 12] * 4)
+    data = write_rows([{"question": "q?", "answer": "1", "generations": [long]}])
+    summary = run(tiny_pair, data, tmp_path / "out", judge_tokens=400)
+    assert (summary.whole, summary.mean_share) == (1, 1.0)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"sampling": Sampling(temperature=2.0)}, {"batch": 1}])
+def test_continuations_depend_on_what_they_should(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(prefixes, "_says", lambda engine, config: lambda asked: [True] * len(asked))
+    rows = [{**ROWS[0], "generations": [SAID]}] * 2
+    data = write_rows(rows)
+    run(tiny_pair, data, tmp_path / "a")
+    run(tiny_pair, data, tmp_path / "b", **change)
+    one, other = ([row["completion_ids"] for row in lines(tmp_path / x / "prefixes.jsonl")] for x in "ab")
+    assert one[0] != one[1], "equal prompts draw different continuations"
+    assert one != other
+    for row in lines(tmp_path / "a" / "prefixes.jsonl"):
+        ended = row["completion_ids"][-1] in tiny_pair.engine.tokenizer("student").end_token_ids
+        assert row["status"] == ("finished" if ended else "length")
+    kept = lines(tmp_path / "a" / "aligned.jsonl")
+    assert all(row["status"] == "finished" for row in kept)
+
+
+def test_solving_is_greedy(tiny_pair: TinyPair, write_rows: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = prefixes._continue
+    monkeypatch.setattr(
+        prefixes, "_continue", lambda *a, sampling: asked.append(sampling) or real(*a, sampling=sampling)
+    )
+    data = write_rows(ROWS[:1])
+    run(tiny_pair, data, data.parent / "out", judge="solves")
+    assert [sampling.temperature for sampling in asked] == [0.0, 0.0, 0.6]
+
+
+def test_a_rows_own_verdict_counts_where_nothing_was_written(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    data = write_rows([{"question": "q", "generations": ["It is 7", "It is 8"], "correctness": [False, True]}])
+    run(tiny_pair, data, tmp_path / "out")
+    assert [row["correct"] for row in lines(tmp_path / "out" / "prefixes.jsonl")] == [False, True]
+    assert [row["completion"] for row in lines(tmp_path / "out" / "aligned.jsonl")] == ["It is 8"]
+
+
+def test_changed_data_are_not_gone_on_with(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    run(tiny_pair, data, tmp_path / "out")
+    changed = [{**ROWS[0], "generations": [SAID, "It is \\boxed{8}"]}, *ROWS[1:]]
+    with pytest.raises(InputError, match="begun with other data"):
+        run(tiny_pair, write_rows(changed), tmp_path / "out", resume=True)
+    with pytest.raises(InputError, match="limit must be"):
+        run(tiny_pair, data, tmp_path / "none", limit=-1)
 
 
 def test_interrupted_runs_go_on(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

@@ -87,6 +87,24 @@ def test_a_short_ending_is_scored_with_the_end_of_its_history() -> None:
     assert score(candidate([-1.0], [-9.0], final=False), 4) == pytest.approx(math.e)
 
 
+def test_a_lengthened_candidate_takes_everything_along() -> None:
+    made = dataclasses.replace(
+        candidate([-1.0, -2.0], [-3.0, -4.0, -5.0], teacher=[-0.1, -0.2], finished=True),
+        token_ids=(8, 9), history_ids=(5, 6, 7), history_teacher_logprob=torch.tensor([-0.3, -0.4, -0.5]),
+    )  # fmt: skip
+    longer = made.lengthened(4)
+    assert (longer.history_ids, longer.token_ids) == ((5,), (6, 7, 8, 9))
+    assert longer.stats.logprob.tolist() == [-4.0, -5.0, -1.0, -2.0]
+    assert longer.history.logprob.tolist() == [-3.0]
+    assert longer.teacher_logprob is not None
+    assert longer.history_teacher_logprob is not None
+    assert longer.teacher_logprob.tolist() == pytest.approx([-0.4, -0.5, -0.1, -0.2])
+    assert longer.history_teacher_logprob.tolist() == pytest.approx([-0.3])
+    assert longer.finished
+    assert made.lengthened(9).history_ids == ()
+    assert made.lengthened(2) is made
+
+
 def test_perplexity_without_a_finite_value_is_infinite_not_nan() -> None:
     assert Perplexity().score(candidate([-math.inf, -1.0], [])) == math.inf
     assert Perplexity().score(candidate([-1e5], [])) == math.inf
@@ -95,7 +113,9 @@ def test_perplexity_without_a_finite_value_is_infinite_not_nan() -> None:
 
 def test_random_depends_on_the_stream_and_the_position_alone() -> None:
     one = Random().score(candidate([-1.0], [-1.0], stream=5))
-    assert Random().score(candidate([-7.0, -1.0], [-3.0], stream=5)) == one
+    assert Random().score(candidate([-7.0], [-3.0], stream=5)) == one
+    assert Random().score(candidate([-7.0, -3.0], [], stream=5)) == one
+    assert Random().score(candidate([-1.0], [-1.0, -2.0], stream=5).lengthened(3)) != one
     assert Random().score(candidate([-1.0], [-1.0], stream=6)) != one
     assert Random().score(candidate([-1.0], [], stream=5)) != one
     assert 0 <= one < 1

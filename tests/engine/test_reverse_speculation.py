@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from toys import Pair
+from toys import Pair, edit_json, save_markov, token_of
 
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError, NumericsError
@@ -60,6 +62,44 @@ def test_every_token_is_accepted_or_the_students_own(engine: Engine, pair: Pair,
         teacher = pair.logprobs("teacher", prompt, list(completion.token_ids))
         torch.testing.assert_close(torch.tensor(completion.logprob), teacher.float(), atol=1e-3, rtol=1e-3)
     assert refused
+
+
+def test_the_law_of_a_token(tmp_path: Path) -> None:
+    """Two states that do not remember: the exact law is that of independent tries, then the student's own draw."""
+    letters = [token_of(letter) for letter in "abc"]
+    teacher = torch.tensor([[1.0, 0.2, -0.5]]).expand(3, 3)
+    student = torch.tensor([[-1.5, 0.6, 0.9]]).expand(3, 3)
+    save_markov(tmp_path / "teacher", letters, teacher)
+    save_markov(tmp_path / "student", letters, student)
+    engine = Engine.from_pretrained(tmp_path / "teacher", tmp_path / "student", dtype="float32", memory_bytes=1 << 22)
+    rules = ReverseSpeculation(probability=0.3, top=2, tries=2, student=Sampling())
+    q, p = teacher[0].softmax(0), student[0].softmax(0)
+    refused = float(q[0])  # rank 3 for the student
+    law = [refused**2 * float(p[0])] + [float(q[i]) * (1 + refused) + refused**2 * float(p[i]) for i in (1, 2)]
+    assert sum(law) == pytest.approx(1.0)
+    draws = 4000
+    completions = engine.generate([[letters[0]]] * draws, max_tokens=1, sampling=Sampling(), rsd=rules)
+    counts = [sum(c.token_ids[0] == letter for (c,) in completions) for letter in letters]
+    for count, share in zip(counts, law, strict=True):
+        assert abs(count - draws * share) < 4.0 * math.sqrt(draws * share * (1 - share))
+    substituted = sum(c.substituted for (c,) in completions)
+    assert abs(substituted - draws * refused**2) < 4.0 * math.sqrt(draws * refused**2)
+    strict = ReverseSpeculation(probability=0.0, top=1, tries=50, student=Sampling())
+    (only,) = engine.generate([[letters[0]]], max_tokens=30, sampling=Sampling(), rsd=strict)[0]
+    assert set(only.token_ids) == {letters[2]}, "the likeliest is rank 1"
+
+
+def test_a_response_ends_as_either_model_ends(pair: Pair, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(pair.student, student)
+    written = 67
+    edit_json(student / "generation_config.json", eos_token_id=[written])
+    engine = Engine.from_pretrained(pair.teacher, student, dtype="float32", memory_bytes=1 << 22)
+    assert written not in engine.tokenizer("teacher").end_token_ids
+    everything = ReverseSpeculation(probability=0.0, top=1 << 30)
+    completions = engine.generate([[1, 2, 3]] * 200, max_tokens=8, rsd=everything)
+    assert any(c.token_ids[-1] == written and c.status == "finished" for (c,) in completions)
+    assert not any(written in c.token_ids[:-1] for (c,) in completions)
 
 
 def test_batches_and_order_change_nothing(engine: Engine, random_prompts: Prompts) -> None:

@@ -572,6 +572,19 @@ def test_rationale_difficulty_is_the_ratio_of_transformers_perplexities(pair: Pa
     assert ended
 
 
+def test_rationale_difficulty_leaves_room_for_the_answer(pair: Pair) -> None:
+    engine = pair.engine(memory_bytes=1 << 24)
+    positions = engine.longest("student")
+    prompt = random_ids(positions - 60, 3)
+    (selection,) = engine.select_expand(
+        [prompt], criterion="rationale_difficulty", answers=["12345"], candidates=2, chunk=Chunk(tokens=4, until=None)
+    )
+    assert selection.error is None
+    assert len(selection.best.token_ids) <= 60 - 32 - 5
+    with pytest.raises(CapacityError, match="prompt 0: prompt and reference answer leave no position"):
+        engine.select_expand([prompt], criterion="rationale_difficulty", answers=["5" * 40])
+
+
 def test_rationale_difficulty_needs_answers(engine: Engine) -> None:
     with pytest.raises(InputError, match="prompt 1: no reference answer"):
         engine.select_expand([[1, 2], [3, 4]], criterion="rationale_difficulty", answers=["1", None])
