@@ -63,9 +63,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     position: Position,
     *,
+    extra: Mapping[str, torch.nn.Parameter],
     write: bool = True,
 ) -> None:
     """Written beside and renamed, so a crash never leaves half a checkpoint under the final name.
+
+    extra: parameters that are trained beside the model's.
 
     Of a model that is split over processes all have to call this, one with write.
     """
@@ -75,8 +78,8 @@ def save_checkpoint(
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
     save_model(model, tokenizer, building, write=write)
-    tensors = {"rng": torch.get_rng_state()}
-    for name, parameter in model.named_parameters():
+    tensors = {"rng": torch.get_rng_state(), **{f"extra/{name}": p.detach().cpu() for name, p in extra.items()}}
+    for name, parameter in (*model.named_parameters(), *extra.items()):
         for key, value in optimizer.state[parameter].items():
             tensors[f"{name}/{key}"] = whole(value).cpu().contiguous()
     if not write:
@@ -86,7 +89,14 @@ def save_checkpoint(
     building.rename(final)
 
 
-def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]) -> Position:
+@torch.no_grad()
+def restore(
+    checkpoint: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, object],
+    extra: Mapping[str, torch.nn.Parameter],
+) -> Position:
     """Load the optimizer's and the generator's state; return the position.
 
     Raises InputError naming the setting in which the checkpoint's training differs, CheckpointError when its files are
@@ -107,7 +117,9 @@ def restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, sett
     torch.set_rng_state(tensors.pop("rng"))
     if has_adapters(model):
         load_adapters(model, checkpoint / "adapter")
-    for name, parameter in model.named_parameters():
+    for name, parameter in extra.items():
+        parameter.copy_(tensors[f"extra/{name}"])
+    for name, parameter in (*model.named_parameters(), *extra.items()):
         keys = [key for key in tensors if key.startswith(f"{name}/")]
         # Adam counts its steps on the CPU
         optimizer.state[parameter] = {

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genssd.distill.examples import Example
+from genssd.distill.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import Tail, Vocabulary, linear_divergence, topk_divergence
@@ -56,6 +57,8 @@ class LossOptions:
     reverse_kl and kd_tail renormalize this is the local support matching of 2603.25562."""
     mask_special_tokens: bool = False
     """The divergence leaves out the positions of special tokens, which the two models may use differently."""
+    key_attention: KeyAttentionOptions = field(default_factory=KeyAttentionOptions)
+    """Learn where the teacher in memory looks, beside everything else (MoLSAKI)."""
     lmbda: float = 0.0
     """Share of the optimizer steps whose completions the student writes itself (GKD)."""
     beta: float = 0.5
@@ -91,8 +94,10 @@ class LossOptions:
             raise InputError(f"alpha must lie in [0, 1), not {self.alpha}")
         if not 0.0 < self.temperature < math.inf:
             raise InputError(f"temperature must be positive, not {self.temperature}")
-        if self.teacher_model_name_or_path is not None and not self.kd_ratio:
+        if self.teacher_model_name_or_path is not None and not self.uses_teacher:
             raise InputError("a teacher was given, but kd_ratio is 0: give --kd-ratio, up to 1")
+        if self.key_attention.weight and not self.uses_teacher:
+            raise InputError("key_attention needs a teacher in memory: give --teacher-model-name-or-path")
         from_rows = self.kd_ratio > 0.0 and self.teacher_model_name_or_path is None
         if from_rows and self.temperature != 1.0 and self.kd_tail == "bucket":
             raise InputError(
@@ -108,7 +113,8 @@ class LossOptions:
     @property
     def uses_teacher(self) -> bool:
         """Whether a teacher runs beside the student."""
-        return self.kd_ratio > 0.0 and self.teacher_model_name_or_path is not None
+        wanted = self.kd_ratio > 0.0 or self.key_attention.weight > 0.0
+        return wanted and self.teacher_model_name_or_path is not None
 
 
 class Head(NamedTuple):
@@ -120,11 +126,12 @@ class Head(NamedTuple):
 
 class Loss(NamedTuple):
     """total: the weighted sum over the tokens, differentiable. cross_entropy, divergence: its parts, without ratio;
-    None where they are not computed."""
+    None where they are not computed. attention: beside it, the sum over the examples, differentiable, unweighted."""
 
     total: Tensor
-    cross_entropy: float | Tensor | None
-    divergence: float | Tensor | None
+    cross_entropy: Tensor | None
+    divergence: Tensor | None
+    attention: Tensor | None = None
 
 
 def loss_of(

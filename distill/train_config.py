@@ -96,6 +96,10 @@ class TrainSettings(LossOptions):
             raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
         if self.fsdp and self.use_peft:
             raise InputError("fsdp splits all weights; adapters go with use_peft alone, on several devices too")
+        if self.key_attention.weight and (self.layout != "pad" or self.gradient_checkpointing or self.fsdp):
+            raise InputError("key_attention reads every layer once, row by row: layout pad, no checkpointing, no fsdp")
+        if self.key_attention.weight and self.attn_implementation is not None:
+            raise InputError("key_attention brings its own attn_implementation")
         if self.lmbda and (self.fsdp or self.use_peft):
             raise InputError("lmbda runs the engine on the whole weights: not with fsdp or use_peft")
         if self.eval_steps is not None and not self.eval_data:

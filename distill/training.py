@@ -18,15 +18,13 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
-from genssd.distill.batches import Batch, TokenRow, lay_out
 from genssd.distill.checkpoints import (
     Position,
     data_fingerprint,
@@ -38,25 +36,18 @@ from genssd.distill.checkpoints import (
 )
 from genssd.distill.distributed import World, whole
 from genssd.distill.examples import Example, ExampleSet, read_examples
+from genssd.distill.forward import ForwardPass
 from genssd.distill.journal import complete_rows, read_json, truncate, write_json, write_jsonl
 from genssd.distill.monitoring import Metrics, Silence
-from genssd.distill.objectives import Head, Loss, LossOptions, loss_of, topk_of
+from genssd.distill.objectives import Loss
 from genssd.distill.rollouts import Rollouts
-from genssd.distill.student_model import (
-    add_adapters,
-    check_layout,
-    completion_states,
-    load_model,
-    load_teacher,
-    save_model,
-)
+from genssd.distill.student_model import add_adapters, check_layout, load_model, load_teacher, save_model
 from genssd.distill.train_config import SETTINGS_OF_THE_RESULT, TrainConfig, schedule
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.config import ModelConfig
-from genssd.engine.errors import CapacityError, InputError, NumericsError
+from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, choose_dtype, cpu_has_bf16
 from genssd.engine.text import Tokenizer
-from genssd.kernels.logprob import TopK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +62,8 @@ class TrainProgress:
     """A part of the loss: per token, nats. None where kd_ratio is 1."""
     divergence: float | None
     """The other part. None where kd_ratio is 0."""
+    attention: float | None
+    """The part from attention on key words: per example. None without it."""
     learning_rate: float
     tokens: int
     tokens_per_second: float
@@ -166,7 +159,6 @@ class _Trainer:
         self._held_out = held_out
         self._output_dir = output_dir
         self._device = choose_device(config.device)
-        self._bf16 = _use_bf16(config.bf16, self._device)
         values = json.loads(json.dumps(dataclasses.asdict(config)))  # as they read back
         settings = {name: values[name] for name in SETTINGS_OF_THE_RESULT}
         settings |= {"model": fingerprint(source), "data": data_fingerprint(examples), "processes": world.size}
@@ -191,23 +183,23 @@ class _Trainer:
             self._rollouts = Rollouts(self._model, source, tokenizer, options, share=config.lmbda, seed=config.seed)
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._teacher: Any = None
+        teacher: Any = None
         if config.teacher_model_name_or_path is not None:
             directory = locate(config.teacher_model_name_or_path)
-            self._teacher = load_teacher(
-                directory, tokenizer, self._device, choose_dtype(directory, "auto", self._device)
-            )
-            check_layout(self._teacher, config.layout)
-        self._loss_of = _CompletionLoss(self._model, config, tokenizer.hf.all_special_ids)
-        world.split(self._model, self._loss_of)
+            teacher = load_teacher(directory, tokenizer, self._device, choose_dtype(directory, "auto", self._device))
+            check_layout(teacher, config.layout)
+        bf16 = _use_bf16(config.bf16, self._device)
+        self._forward = ForwardPass(self._model, teacher, tokenizer, config, layout=config.layout, bf16=bf16)
+        world.split(self._model, self._forward.module)
+        self._extra = self._forward.extra_parameters()
         self._optimizer = torch.optim.AdamW(
-            _parameter_groups(self._model, config.weight_decay),
+            _parameter_groups(self._model, self._extra, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
         )
         if resume is not None:
-            self.position = restore(resume, self._model, self._optimizer, settings)
+            self.position = restore(resume, self._model, self._optimizer, settings, self._extra)
             world.wait()
             if world.is_main:
                 remove_later_checkpoints(output_dir, self.position.step)
@@ -241,6 +233,7 @@ class _Trainer:
                     loss=loss,
                     cross_entropy=taken.cross_entropy,
                     divergence=taken.divergence,
+                    attention=taken.attention,
                     learning_rate=learning_rate,
                     tokens=position.tokens,
                     tokens_per_second=(position.tokens - tokens_before) / (time.monotonic() - started),
@@ -253,7 +246,13 @@ class _Trainer:
                     log.log(self._evaluate())
                 if config.save_steps and position.step % config.save_steps == 0:
                     save_checkpoint(
-                        self._output_dir, self._model, self._tokenizer, self._optimizer, position, write=main
+                        self._output_dir,
+                        self._model,
+                        self._tokenizer,
+                        self._optimizer,
+                        position,
+                        extra=self._extra,
+                        write=main,
                     )
                     if config.save_total_limit is not None and main:
                         remove_old_checkpoints(self._output_dir, config.save_total_limit)
@@ -271,7 +270,7 @@ class _Trainer:
         total = _Sums()
         with torch.no_grad():
             for part, counts in self._world.share(self._parts(self._held_out)):
-                total.add(self._loss(part, counts, own=False))
+                total.add(self._forward.loss(part, counts=counts, own=False, when=f"step {self.position.step}"))
         self._model.train()
         means = self._means(total, self._held_out)
         best = self.position.best_eval_loss
@@ -338,10 +337,13 @@ class _Trainer:
         scale = self._world.loss_factor / (_weight(batch) or 1.0)  # weight 0: nothing to learn
         total = _Sums()
         for part, counts in self._world.share(self._parts(batch)):
-            loss = self._loss(part, counts, own)
+            loss = self._forward.loss(part, counts=counts, own=own, when=f"step {self.position.step + 1}")
             total.add(loss)
-            (loss.total * scale).backward()  # type: ignore[no-untyped-call]
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+            step_loss = loss.total * scale
+            if loss.attention is not None:
+                step_loss = step_loss + loss.attention * (self._config.key_attention.weight / len(batch))
+            step_loss.backward()  # type: ignore[no-untyped-call]
+        trained = [p for p in (*self._model.parameters(), *self._extra.values()) if p.requires_grad]
         self._world.sum_gradients(trained)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(trained, self._config.max_grad_norm)))
         means = self._means(total, batch)
@@ -355,6 +357,7 @@ class _Trainer:
             loss=means["loss"],
             cross_entropy=means.get("cross_entropy"),
             divergence=means.get("divergence"),
+            attention=means.get("attention"),
             grad_norm=norm,
             tokens=sum(example.num_completion for example in batch),
         )
@@ -365,11 +368,14 @@ class _Trainer:
         return [examples[start : start + size] for start in range(0, len(examples), size)]
 
     def _means(self, total: _Sums, examples: Sequence[Example]) -> dict[str, float]:
-        """Over the completion tokens of all processes."""
-        return {
-            name: value / (_weight(examples) or 1.0)
-            for name, value in self._world.sum(total.sums, self._device).items()
-        }
+        """Over the completion tokens of all processes; of attention over the examples."""
+        weight, sums = _weight(examples) or 1.0, self._world.sum(total.sums, self._device)
+        attention = sums.pop("attention", None)
+        means = {name: value / weight for name, value in sums.items()}
+        if attention is not None:
+            means["attention"] = attention / len(examples)
+            means["loss"] += self._config.key_attention.weight * means["attention"]
+        return means
 
     def _stop_at(self, batch: Sequence[Example], loss: float, norm: float) -> NoReturn:
         path = self._output_dir / "bad_batch.jsonl"
@@ -385,53 +391,6 @@ class _Trainer:
             f"batch is in {path}. Checkpoints in {self._output_dir} are kept"
         )
 
-    def _loss(self, examples: Sequence[Example], counts: bool, own: bool) -> Loss:
-        """Sums over the completion tokens of one forward pass; all 0 if they do not count.
-
-        Raises CapacityError when it does not fit.
-        """
-        try:
-            return self._forward(examples, counts, own)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, on a CPU it is an allocator's message
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            longest = max(len(example.input_ids) for example in examples)
-            raise CapacityError(
-                f"{len(examples)} examples of up to {longest} tokens do not fit into memory at step "
-                f"{self.position.step + 1}: lower per_device_train_batch_size (and raise gradient_accumulation_steps "
-                "as much), lower max_length, or use gradient_checkpointing"
-            ) from None
-
-    def _forward(self, examples: Sequence[Example], counts: bool, own: bool) -> Loss:
-        batch = self._lay_out([TokenRow(example.input_ids, example.num_prompt) for example in examples])
-        weight = torch.tensor([w * counts for e in examples for w in e.token_weights()], device=self._device)
-        rejected = torch.tensor([e.rejected for e in examples for _ in range(e.num_completion)], device=self._device)
-        teacher: Head | TopK | None = None
-        if self._config.uses_rows:
-            top = topk_of(examples)
-            teacher = TopK(top.ids.to(self._device), top.logprob.to(self._device))
-        elif self._config.uses_teacher:
-            teacher = self._ask_teacher(examples, batch)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return self._loss_of(batch, weight, teacher, rejected, own)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def _ask_teacher(self, examples: Sequence[Example], batch: Batch) -> Head:
-        """The teacher's states, behind the prompts as it reads them."""
-        if any(example.teacher_prompt_ids for example in examples):
-            prompts = [e.teacher_prompt_ids or e.input_ids[: e.num_prompt] for e in examples]
-            batch = self._lay_out(
-                [TokenRow((*p, *e.completion_ids), len(p)) for p, e in zip(prompts, examples, strict=True)]
-            )
-        return Head(completion_states(self._teacher, batch), self._teacher.get_output_embeddings().weight)
-
-    def _lay_out(self, rows: Sequence[TokenRow]) -> Batch:
-        return lay_out(rows, self._config.layout, self._pad).to(self._device)
-
-    @property
-    def _pad(self) -> int:
-        return self._tokenizer.hf.pad_token_id or 0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Taken:
@@ -440,6 +399,7 @@ class _Taken:
     loss: float
     cross_entropy: float | None
     divergence: float | None
+    attention: float | None
     grad_norm: float
     tokens: int
 
@@ -451,33 +411,11 @@ class _Sums:
         self.sums: dict[str, float] = {}
 
     def add(self, loss: Loss) -> None:
-        parts = {"loss": loss.total.detach(), "cross_entropy": loss.cross_entropy, "divergence": loss.divergence}
+        parts = {"loss": loss.total, **loss._asdict()}
+        del parts["total"]
         for name, value in parts.items():
             if value is not None:
-                self.sums[name] = self.sums.get(name, 0.0) + float(value)
-
-
-class _CompletionLoss(torch.nn.Module):
-    """Model and loss as one module: what is split over processes is put together for both."""
-
-    def __init__(self, model: Any, options: LossOptions, special_ids: Sequence[int]) -> None:
-        super().__init__()
-        self.model = model
-        self._options = options
-        self._special_ids = special_ids
-
-    def forward(self, batch: Batch, weight: Tensor, teacher: Head | TopK | None, rejected: Tensor, own: bool) -> Loss:
-        student = Head(completion_states(self.model, batch), self.model.get_output_embeddings().weight)
-        return loss_of(
-            self._options,
-            student,
-            batch.target,
-            weight,
-            teacher,
-            rejected_M=rejected,
-            special_ids=self._special_ids,
-            own=own,
-        )
+                self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
 
 
 def _weight(examples: Sequence[Example]) -> float:
@@ -485,12 +423,12 @@ def _weight(examples: Sequence[Example]) -> float:
     return sum(sum(example.token_weights()) for example in examples)
 
 
-def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(model: Any, extra: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Norms and biases do not decay."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [p for p in (*model.parameters(), *extra.values()) if p.requires_grad]
     return [
-        {"params": [p for _, p in named if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
 
 

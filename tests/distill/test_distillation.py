@@ -185,12 +185,12 @@ def test_layouts_train_the_same(tiny_pair: TinyPair, write_rows: Write, tmp_path
 def test_a_tree_keeps_the_trajectories_of_a_prompt_together(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genssd.distill import training
+    from genssd.distill import forward
 
     rows = [{**row, "completion": f"{row['completion']}{k}"} for k in range(2) for row in ROWS[:6]]
     batches = []
-    real = training.lay_out
-    monkeypatch.setattr(training, "lay_out", lambda rows, *rest: batches.append(list(rows)) or real(rows, *rest))
+    real = forward.lay_out
+    monkeypatch.setattr(forward, "lay_out", lambda rows, *rest: batches.append(list(rows)) or real(rows, *rest))
     run_train(config_for(tiny_pair, write_rows(rows), tmp_path / "run", layout="tree", num_train_epochs=2))
     assert len(batches) == 12
     assert all(len({row.ids[: row.num_prompt] for row in batch}) == 1 for batch in batches)
@@ -364,13 +364,13 @@ def test_a_bad_batch_is_saved(tiny_pair: TinyPair, write_rows: Write, tmp_path: 
 def test_too_little_memory_says_what_to_lower(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genssd.distill import training
+    from genssd.distill import forward
     from genssd.engine.errors import CapacityError
 
     def fail(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "completion_states", fail)
+    monkeypatch.setattr(forward, "completion_states", fail)
     with pytest.raises(CapacityError, match="lower per_device_train_batch_size"):
         run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run"))
 
