@@ -27,7 +27,7 @@ from genssd.distill.journal import Journal, complete_rows, truncate, write_json,
 from genssd.distill.picking import Pick, lark_weights, pick
 from genssd.distill.run_directory import claim, record_run
 from genssd.distill.score_page import render
-from genssd.distill.traces import Trace, read_traces, source_of, training_row
+from genssd.distill.traces import Trace, journalled, read_traces, source_of, training_row
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
 from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
@@ -141,7 +141,9 @@ def _run(
         raise InputError(f"{', '.join(config.data)}: no trace that can be scored{listed}")
     settings = dataclasses.asdict(config)
     record_run(output_dir, "score", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=before > 0)
-    done = _resume(journal, traces)
+    ends = journalled(journal, traces)
+    done = len(ends) - 1
+    truncate(journal, ends[done])
     with Journal(journal) as log:
         for batch in _batches(traces[done:]):
             for row in _score_batch(engine, criteria, batch, config):
@@ -249,17 +251,6 @@ def _score_batch(
 def _jsonable(value: float) -> float | str:
     """JSON has no infinity."""
     return value if math.isfinite(value) else str(value)
-
-
-def _resume(journal: Path, traces: Sequence[Trace]) -> int:
-    """How many of the first traces are in the journal, which is cut to whole lines."""
-    done = end = 0
-    for row, line_end in complete_rows(journal):
-        if done == len(traces) or row["source"] != source_of(traces[done]):
-            raise InputError(f"{journal} was begun with other data; choose another output_dir")
-        done, end = done + 1, line_end
-    truncate(journal, end)
-    return done
 
 
 def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:

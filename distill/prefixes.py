@@ -21,7 +21,7 @@ from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import is_correct
 from genssd.distill.journal import Journal, complete_rows, truncate, write_jsonl
 from genssd.distill.run_directory import claim, record_run
-from genssd.distill.traces import Trace, read_traces, source_of, training_row
+from genssd.distill.traces import Trace, journalled, read_traces, training_row
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -160,11 +160,7 @@ def _read(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]
 def _resume(journal: Path, traces: Sequence[Trace], batch: int) -> int:
     """How many of the first traces are in the journal, which is cut to whole batches: equal prompts of one batch draw
     different continuations, so a batch is done again as a whole."""
-    ends = [0]
-    for row, end in complete_rows(journal):
-        if len(ends) > len(traces) or row.get("source") != source_of(traces[len(ends) - 1]):
-            raise InputError(f"{journal} was begun with other data; choose another output_dir")
-        ends.append(end)
+    ends = journalled(journal, traces)
     done = len(ends) - 1
     done -= 0 if done == len(traces) else done % batch
     truncate(journal, ends[done])

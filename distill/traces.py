@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.examples import Example, encode_example
+from genssd.distill.journal import complete_rows
 from genssd.distill.rows import QUESTION_FIELDS, parse_object, read_lines, reference_answer
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
@@ -105,6 +106,19 @@ def source_of(trace: Trace) -> dict[str, Any]:
     said = f"{trace.prompt_key}:{','.join(map(str, trace.response_ids))}"
     fingerprint = blake2b(said.encode(), digest_size=8).hexdigest()
     return {"file": trace.file, "line": trace.line, "response": trace.response, "fingerprint": fingerprint}
+
+
+def journalled(journal: Path, traces: Sequence[Trace]) -> list[int]:
+    """Where the lines of a journal with one line per trace end, 0 in front.
+
+    Raises InputError when they are not those of the first traces.
+    """
+    ends = [0]
+    for row, end in complete_rows(journal):
+        if len(ends) > len(traces) or row.get("source") != source_of(traces[len(ends) - 1]):
+            raise InputError(f"{journal} was begun with other data; choose another output_dir")
+        ends.append(end)
+    return ends
 
 
 def training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -32,6 +32,7 @@ COMMANDS = {
     "reselect": "another criterion over the decisions of a finished search; preference pairs, stepwise rows",
     "generate": "responses without selection: standard distillation, pools for score; or token by token (RSD)",
     "prefix": "the shortest beginning of a trace from which the student goes on by itself (P-ALIGN)",
+    "leaf": "training rows without the words that distract the student (LeaF)",
     "train": "fine-tune the student on selected trajectories",
     "distill": "rounds of select and train: the trained student chooses in the next round",
     "evaluate": "measure a model's accuracy on problems with known answers",

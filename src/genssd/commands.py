@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from genssd.distill.console import Phases, ProgressLine, counting, selecting, training
+from genssd.distill.counterfactuals import LeafConfig, run_leaf
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.generating import GenerateConfig, run_generate
@@ -58,6 +59,14 @@ def prefix(config: PrefixConfig, console: Console) -> None:
         f"{summary.traces} traces: {summary.mean_share:.0%} of the steps kept on average, {summary.whole} left whole; "
         f"{summary.kept} are finished and not known to be wrong"
     )
+    print(f"written to {summary.output_dir}")
+    _complain("could not be used; all others were", summary.bad_rows, summary.output_dir)
+
+
+def leaf(config: LeafConfig, console: Console) -> None:
+    with ProgressLine("leaf", console) as line:
+        summary = run_leaf(config, report=counting(line, "traces"))
+    print(f"{summary.traces} traces, {summary.counterfactuals} counterfactuals beside them")
     print(f"written to {summary.output_dir}")
     _complain("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
@@ -141,6 +150,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "reselect": (ReselectConfig, reselect),
     "generate": (GenerateConfig, generate),
     "prefix": (PrefixConfig, prefix),
+    "leaf": (LeafConfig, leaf),
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate),
     "distill": (DistillConfig, distill),
