@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -60,7 +61,7 @@ def peak() -> int:
 
 
 def result(ends: list[float], losses: list[float], base: int) -> dict[str, Any]:
-    steps = [b - a for a, b in zip(ends, ends[1:], strict=False)][1:]
+    steps = [b - a for a, b in pairwise(ends)][1:]
     return {"seconds": median(steps), "peak_bytes": peak(), "loaded_bytes": base, "first_loss": losses[0]}
 
 

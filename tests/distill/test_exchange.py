@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from conftest import TinyPair
+from training_runs import config_for, metrics
 
 from genssd import Chunk
 from genssd.distill.reselecting import ReselectConfig, run_reselect
 from genssd.distill.selecting import SelectConfig, run_select
+from genssd.distill.training import run_train
 
 Write = Callable[..., Path]
 
@@ -101,3 +106,55 @@ def test_datasets_loads_steps_in_the_stepwise_format(exports: Path, tmp_path: Pa
     assert rows.features["completions"].feature.dtype == "string"
     assert rows.features["labels"].feature.dtype == "bool"
     assert all(len(row["completions"]) == len(row["labels"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "gkd"])
+def test_losses_equal_trls_on_the_same_batch(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Cross-entropy of SFTTrainer and GKDTrainer's generalized JSD, over rows of unequal length.
+
+    With a chat template that ends in the end of sequence: TRL trains what a template writes behind it, too.
+    """
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    student = tmp_path / "student"
+    shutil.copytree(tiny_pair.student, student)
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (student / "chat_template.jinja").write_text("{% for m in messages %}" + turn + "{% endfor %}" + opening)
+    rows = []
+    for i in range(3):
+        answer = {"role": "assistant", "content": "2" * (i + 1)}
+        rows.append({"messages": [{"role": "user", "content": f"{i}+{i}?"}, answer]})
+    options: dict[str, Any] = {}
+    if kind == "gkd":
+        options = {"teacher_model_name_or_path": str(tiny_pair.teacher), "kd_ratio": 1.0, "kd_loss": "jsd", "beta": 0.3}
+    config = config_for(
+        tiny_pair, write_rows(rows), tmp_path / "ours", max_steps=1, per_device_train_batch_size=3,
+        model_name_or_path=str(student), **options,
+    )  # fmt: skip
+    run_train(config)
+    settings = {
+        "output_dir": str(tmp_path / "trl"), "max_steps": 1, "per_device_train_batch_size": 3, "report_to": "none",
+        "use_cpu": True, "bf16": False, "save_strategy": "no", "logging_steps": 1,
+    }  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student)
+    tokenizer.pad_token = tokenizer.decode([0])
+    model = transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    shared = {"model": model, "processing_class": tokenizer}
+    if kind == "sft":
+        asked = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
+        data, arguments = datasets.Dataset.from_list(asked), trl.SFTConfig(**settings, eos_token="<|im_end|>")
+        trainer = trl.SFTTrainer(args=arguments, train_dataset=data, **shared)
+    else:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        teacher = transformers.AutoModelForCausalLM.from_pretrained(tiny_pair.teacher, dtype=torch.float32)
+        data, arguments = datasets.Dataset.from_list(rows), GKDConfig(**settings, lmbda=0.0, beta=0.3, temperature=1.0)
+        trainer = GKDTrainer(args=arguments, teacher_model=teacher, train_dataset=data, **shared)
+    trainer.train()
+    theirs = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
+    assert metrics(tmp_path / "ours")[0]["loss"] == pytest.approx(theirs, rel=1e-4)
