@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from genssd.distill.distributed import like, whole
 from genssd.distill.examples import Example
@@ -64,11 +66,12 @@ def save_checkpoint(
     position: Position,
     *,
     extra: Mapping[str, torch.nn.Parameter],
+    rng: Sequence[Tensor],
     write: bool = True,
 ) -> None:
     """Written beside and renamed, so a crash never leaves half a checkpoint under the final name.
 
-    extra: parameters that are trained beside the model's.
+    extra: parameters that are trained beside the model's. rng: of every process, its generators' state.
 
     Of a model that is split over processes all have to call this, one with write.
     """
@@ -78,13 +81,17 @@ def save_checkpoint(
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
     save_model(model, tokenizer, building, write=write)
-    tensors = {"rng": torch.get_rng_state(), **{f"extra/{name}": p.detach().cpu() for name, p in extra.items()}}
+    tensors = {f"rng/{rank}": state for rank, state in enumerate(rng)}
+    tensors |= {f"extra/{name}": p.detach().cpu() for name, p in extra.items()}
     for name, parameter in (*model.named_parameters(), *extra.items()):
         for key, value in optimizer.state[parameter].items():
             tensors[f"{name}/{key}"] = whole(value).cpu().contiguous()
     if not write:
         return
-    save_file(tensors, building / "optimizer.safetensors")
+    try:
+        save_file(tensors, building / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{building} cannot be written: {error}; earlier checkpoints are kept") from None
     write_json(building / "trainer_state.json", dataclasses.asdict(position))
     building.rename(final)
 
@@ -96,6 +103,9 @@ def restore(
     optimizer: torch.optim.Optimizer,
     settings: Mapping[str, object],
     extra: Mapping[str, torch.nn.Parameter],
+    *,
+    rank: int,
+    device: torch.device,
 ) -> Position:
     """Load the optimizer's and the generator's state; return the position.
 
@@ -106,6 +116,9 @@ def restore(
     try:
         position = Position(**state)
         tensors = load_file(checkpoint / "optimizer.safetensors")
+        states = [tensors.pop(name) for name in sorted(n for n in tensors if n.startswith("rng/"))]
+        if not states:
+            raise KeyError("rng")
     except Exception as error:
         raise CheckpointError(f"{checkpoint} is damaged: {error}; resume from an earlier checkpoint") from None
     for name, value in settings.items():
@@ -114,7 +127,7 @@ def restore(
                 f"{checkpoint} was trained with {name} {position.settings.get(name)!r}, not {value!r}; resume with the "
                 "same settings, or choose another output_dir"
             )
-    torch.set_rng_state(tensors.pop("rng"))
+    set_rng_state(states[rank], device)
     if has_adapters(model):
         load_adapters(model, checkpoint / "adapter")
     for name, parameter in extra.items():
@@ -131,6 +144,22 @@ def restore(
     return position
 
 
+def rng_state(device: torch.device) -> Tensor:
+    """Of the generators that a training on a device draws from, uint8."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """What `rng_state` gave."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].clone(), device)
+
+
 def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
     """The checkpoint to resume from: "last" of the directory, or a path. Raises InputError when there is none."""
     found = complete_checkpoints(output_dir)
@@ -140,7 +169,7 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> Path | None:
                 f"{output_dir} holds {found[-1].name} of an earlier training; pass --resume-from-checkpoint last, "
                 "or choose another output_dir"
             )
-        if any(output_dir.glob("*.safetensors")):
+        if any(output_dir.glob("*.safetensors")) or (output_dir / "best").exists():
             raise InputError(f"{output_dir} holds a model already; choose another output_dir")
         return None
     if wanted == "last":
@@ -163,11 +192,19 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
     """Keep only the newest."""
     for old in complete_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
 
 
 def remove_later_checkpoints(output_dir: Path, step: int) -> None:
     """Training goes on from an earlier step: what came after it is no longer its future."""
     for path in complete_checkpoints(output_dir):
         if int(path.name.removeprefix("checkpoint-")) > step:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: a crash never leaves half a checkpoint under its own."""
+    leaving = checkpoint.with_suffix(".old")
+    shutil.rmtree(leaving, ignore_errors=True)
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving)

@@ -43,6 +43,8 @@ class World:
             if shard:
                 raise InputError("fsdp splits a model over processes, and this is the only one: start it with torchrun")
             return World(0, 1, None)
+        if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise InputError(f"WORLD_SIZE is {size}, but torchrun has not started this process: unset it")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():

@@ -16,7 +16,7 @@ many `tokens` the chunk has) that of the chunk's. Rows with ids may also say how
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -177,7 +177,7 @@ def _chunk_weights(chunks: object, tokens: int, where: str) -> tuple[tuple[int, 
 
 def _weight(fields: Mapping[str, Any], where: str) -> float:
     weight = fields.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight < math.inf:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight <= sys.float_info.max:
         raise InputError(f"{where}: weight must be a number of at least 0, not {weight!r}")
     return float(weight)
 

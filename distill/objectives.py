@@ -11,7 +11,8 @@ With `kd_standardize` forward KL is taken between standardised logits and multip
 (2403.01427).
 
 distillm2 is for pairs (rows with `chosen` and `rejected`): (2 - beta) skew_forward_kl on what is chosen, beta
-skew_reverse_kl on what is rejected (DistiLLM-2; its alpha per sample is not built). Other rows count as chosen.
+skew_reverse_kl on what is rejected (DistiLLM-2; its alpha per sample is not built). Other rows count as chosen. The
+cross-entropy is of the chosen; like everything it is divided by the weight of all tokens, those of the rejected, too.
 
 On completions that the student wrote itself the loss is the divergence alone. There reverse KL can also be estimated
 from the drawn tokens: sampled_reverse_kl has the value log p - log q and the gradient (log p - log q) grad log p, whose
@@ -86,8 +87,9 @@ class LossOptions:
             )
         if self.kd_standardize and (self.kd_loss != "forward_kl" or self.kd_topk or not self.uses_teacher):
             raise InputError("kd_standardize is forward_kl against a teacher in memory, over the whole vocabulary")
-        if self.kd_loss == "distillm2" and (not 0.0 <= self.beta <= 2.0 or self.kd_topk or not self.uses_teacher):
-            raise InputError("distillm2 needs a teacher in memory, beta in [0, 2] and no kd_topk")
+        pairs = self.kd_loss == "distillm2"
+        if pairs and (not 0.0 <= self.beta <= 2.0 or self.kd_topk or self.lmbda or not self.uses_teacher):
+            raise InputError("distillm2 needs a teacher in memory, beta in [0, 2], no kd_topk and no lmbda")
         if self.kd_loss == "jsd" and not 0.0 < self.beta < 1.0:
             raise InputError(f"beta must lie in (0, 1), not {self.beta}; its limits are forward_kl and reverse_kl")
         if not 0.0 <= self.alpha < 1.0:

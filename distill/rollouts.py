@@ -42,37 +42,50 @@ class Rollouts:
     """Replaces the completions of some optimizer steps by the student's own."""
 
     def __init__(
-        self, model: Any, source: Path, tokenizer: Tokenizer, options: RolloutOptions, *, share: float, seed: int
+        self,
+        model: Any,
+        source: Path,
+        tokenizer: Tokenizer,
+        options: RolloutOptions,
+        *,
+        share: float,
+        seed: int,
+        max_length: int,
     ) -> None:
-        """share: the probability with which a step is on-policy. The model's parameters become views."""
+        """share: the probability with which a step is on-policy. max_length: of prompt and completion. The model's
+        parameters become views."""
         self._options = options
         self._share = share
         self._seed = seed
+        self._max_length = max_length
         tensors: dict[str, Tensor] = {name: p.data for name, p in model.state_dict(keep_vars=True).items()}
         decoder = Decoder.of(ModelConfig.load(source), tensors, source)
         for name, view in decoder.stacked().items():
             model.get_parameter(name).data = view
+        # messages about its cache name memory_bytes: it is rollout.memory_bytes here
         self._engine = Engine.over("student", decoder, tokenizer, memory_bytes=options.memory_bytes)
 
     def due(self, step: int) -> bool:
         """Whether a step is on-policy."""
         return random.Random(f"{self._seed}:{step}:rollout").random() < self._share
 
-    def write(self, examples: Sequence[Example], step: int) -> list[Example]:
-        """The examples with completions that the student writes now."""
-        written = self._engine.generate(
+    def write(self, examples: Sequence[Example], step: int, mine: Sequence[int]) -> list[Example]:
+        """Some of a step's examples, by index, with completions that the student writes now.
+
+        Equal prompts draw different completions, whoever writes them.
+        """
+        written = self._engine.iter_generate(
             [example.input_ids[: example.num_prompt] for example in examples],
             model="student",
             sampling=self._options.sampling,
             max_tokens=self._options.max_tokens,
             seed=self._seed + step,
+            skip=frozenset(range(len(examples))) - frozenset(mine),
+            labels=[example.where for example in examples],
         )
-        return [
-            replace(
-                example,
-                input_ids=(*example.input_ids[: example.num_prompt], *completion.token_ids),
-                chunk_weights=(),
-                topk=None,
-            )
-            for example, (completion,) in zip(examples, written, strict=True)
-        ]
+        found = {index: completion.token_ids for index, (completion,) in written}
+        return [self._with(examples[i], found[i]) for i in mine]
+
+    def _with(self, example: Example, token_ids: Sequence[int]) -> Example:
+        ids = (*example.input_ids[: example.num_prompt], *token_ids)[: self._max_length]
+        return replace(example, input_ids=ids, chunk_weights=(), topk=None)

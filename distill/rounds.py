@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,12 @@ from typing import Any
 from genssd.distill.checkpoints import complete_checkpoints
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import EvaluateConfig, is_correct, run_evaluate
-from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_jsonl
+from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
 from genssd.distill.rows import read_lines, read_problems
 from genssd.distill.run_directory import claim, record_run
+from genssd.distill.selecting import SETTINGS_OF_THE_RESULT as OF_SELECTION
 from genssd.distill.selecting import SelectConfig, SelectProgress, SelectSettings, run_select
+from genssd.distill.train_config import SETTINGS_OF_THE_RESULT as OF_TRAINING
 from genssd.distill.train_config import TrainConfig, TrainSettings
 from genssd.distill.training import TrainProgress, run_train
 from genssd.engine.checkpoint import fingerprint, locate
@@ -65,6 +68,8 @@ class DistillConfig:
         for name in ("rounds", "prompts_per_round", "eval_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.train.fsdp:
+            raise InputError("distill runs in one process: train.fsdp is for `genssd train` under torchrun")
         if self.train.uses_rows and not self.select.teacher_topk:
             raise InputError(
                 "train.kd_ratio needs the teacher's top k: give --select.teacher-topk, or a "
@@ -78,12 +83,12 @@ SETTINGS_OF_THE_RESULT = (
     "prompts_per_round",
     "restart",
     "require_correct",
-    "eval_data",
     "eval_limit",
+    "data_fingerprint",
+    "eval_fingerprint",
     "select",
-    "train",
 )
-"""What must not change between the parts of one run; more rounds may be added."""
+"""What must not change between the parts of one run; more rounds may be added. `train` may change until it is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +121,12 @@ def run_distill(config: DistillConfig, report: Report = lambda what, progress: N
     Raises GenssdError on bad input; what was finished is on disk.
     """
     read_problems(config.data)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("distill runs in one process, not under torchrun")
+    if config.train.teacher_model_name_or_path is not None:
+        locate(config.train.teacher_model_name_or_path)
+    for path in (*config.train.eval_data, *((config.eval_data,) if config.eval_data else ())):
+        next(read_lines(path), None)  # before hours of selecting
     with claim(Path(config.output_dir), "distill"):
         yield from _run(config, report)
 
@@ -128,12 +139,21 @@ def _run(config: DistillConfig, report: Report) -> Iterator[RoundSummary]:
         "teacher": fingerprint(locate(config.teacher)),
         "student": fingerprint(locate(config.student)),
     }
-    digest = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()[:16]
-    settings = {**dataclasses.asdict(config), "data_fingerprint": digest}
+    settings = {
+        **dataclasses.asdict(config),
+        "data_fingerprint": _digest(config.data),
+        "eval_fingerprint": None if config.eval_data is None else _digest(config.eval_data),
+        "select": {name: value for name, value in dataclasses.asdict(config.select).items() if name in OF_SELECTION},
+        "train": {name: value for name, value in dataclasses.asdict(config.train).items() if name in OF_TRAINING},
+    }
     resumed = (output_dir / "run.json").exists()
     if resumed and not config.resume:
         raise InputError(f"{output_dir} holds a run already; pass --resume, or choose another output_dir")
-    record_run(output_dir, "distill", settings, (*SETTINGS_OF_THE_RESULT, "data_fingerprint"), models, resumed=resumed)
+    begun = any(output_dir.glob("round-*/train/metrics.jsonl"))
+    names = (*SETTINGS_OF_THE_RESULT, *(("train",) if begun else ()))
+    record_run(output_dir, "distill", settings, names, models, resumed=resumed)
+    if resumed:  # with what may have changed
+        record_run(output_dir, "distill", settings, names, models, resumed=False)
     yield from finished
     student = finished[-1].student if finished else config.student
     if config.eval_data is not None and not finished:
@@ -146,11 +166,18 @@ def _run(config: DistillConfig, report: Report) -> Iterator[RoundSummary]:
             yield summary
 
 
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def _finished(config: DistillConfig, journal: Path) -> list[RoundSummary]:
     """The rounds in the journal, which is cut to whole lines."""
     found, end = [], 0
     for row, line_end in complete_rows(journal):
-        found.append(RoundSummary(**row))
+        try:
+            found.append(RoundSummary(**row))
+        except TypeError:
+            raise InputError(f"{journal}, line {len(found) + 1} is damaged; restore it or remove it") from None
         end = line_end
     truncate(journal, end)
     return found
@@ -221,9 +248,12 @@ def _keep(config: DistillConfig, selections: Path, path: Path) -> Sequence[Mappi
 
 def _train(config: DistillConfig, number: int, student: str, report: Report) -> float:
     directory = Path(config.output_dir) / f"round-{number}" / "train"
+    finished = directory / "finished.json"
+    if finished.exists():
+        return float(read_json(finished)["loss"])
     begun = bool(complete_checkpoints(directory))
     if directory.exists() and not begun:
-        shutil.rmtree(directory)  # it ended before its first checkpoint, or before the round was written down
+        shutil.rmtree(directory)  # it ended before its first checkpoint
     rounds = range(1, number + 1) if config.restart else (number,)
     settings = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(config.train)}
     training = TrainConfig(
@@ -233,7 +263,9 @@ def _train(config: DistillConfig, number: int, student: str, report: Report) -> 
         output_dir=str(directory),
         resume_from_checkpoint="last" if begun else None,
     )
-    return run_train(training, report=lambda p: report(f"round {number} train", p)).loss
+    loss = run_train(training, report=lambda p: report(f"round {number} train", p)).loss
+    write_json(finished, {"loss": loss})
+    return loss
 
 
 def _evaluate(config: DistillConfig, number: int, model: str, report: Report) -> float:

@@ -68,6 +68,9 @@ def record_run(
     before = read_json(path)
     for name in settings:
         old, new = before["config"].get(name), run["config"][name]
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            inner = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+            name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
         if old != new:
             raise InputError(
                 f"{output_dir} was begun with {name}={old!r}, not {new!r}; resume with the same settings, or choose "

@@ -106,6 +106,8 @@ def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool
     Of a model that is split over processes all have to call this, one with write.
     """
     state = _merged(model) if has_adapters(model) else {k: _own(v) for k, v in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
     if not write:
         return
     try:
@@ -113,8 +115,8 @@ def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool
             save_adapters(model, directory / "adapter")
         model.save_pretrained(directory, state_dict=state)
         tokenizer.hf.save_pretrained(directory)
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{directory} cannot be written: {error}") from None
 
 
 def _own(value: Tensor) -> Tensor:
@@ -124,19 +126,47 @@ def _own(value: Tensor) -> Tensor:
 
 
 def add_adapters(model: Any, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> None:
-    """Put trainable low-rank adapters into a model and freeze the rest. Raises InputError without peft, or when no
-    module has one of the names."""
+    """Put trainable low-rank adapters into the layers of a model and freeze the rest.
+
+    targets: module names, or "all-linear" alone. Raises InputError without peft, when no module has one of the names,
+    and for the embedding and the head, whose weights are used as they are.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise InputError("use_peft needs the package peft: pip install peft") from None
-    named: Any = targets[0] if targets == ("all-linear",) else list(targets)
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=named, task_type="CAUSAL_LM")
+    if targets != ("all-linear",):
+        _check_targets(model, targets)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets[0] if targets == ("all-linear",) else list(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         raise InputError(f"lora_target_modules: {error}") from None
     model.peft_config = {"default": config}
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    """Every name is that of a module inside of the layers."""
+    names = [name for name, _ in model.named_modules()]
+    outside = [name for name, module in model.named_modules() if module in _ends(model)]
+    for target in targets:
+        found = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not found:
+            known = sorted({name.rsplit(".", 1)[-1] for name in names if name.endswith("_proj")})
+            raise InputError(f"lora_target_modules: no module is called {target!r}; there are {', '.join(known)}")
+        if set(found) & set(outside):
+            raise InputError(f"lora_target_modules: {target} is no part of a layer; adapters go to projections")
+
+
+def _ends(model: Any) -> list[Any]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
 
 
 def has_adapters(model: Any) -> bool:

@@ -26,27 +26,41 @@ BYTES = 8  # of one token's id and log-probability
 
 @dataclass(frozen=True, slots=True)
 class TopkPlace:
-    """Where a trajectory's top k are."""
+    """Where a trajectory's top k are. where: the row, for messages."""
 
     path: Path
     offset: int
     tokens: int
     k: int
+    where: str
+
+    @property
+    def num_bytes(self) -> int:
+        return BYTES * self.tokens * self.k
 
     def read(self) -> TopK:
-        """ids int64 and log-probabilities float32, [tokens, k]. Raises InputError when the file has lost them."""
+        """ids int64 and log-probabilities float32, [tokens, k]. Raises InputError when these are no top k."""
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self.offset)
-                raw = stream.read(BYTES * self.tokens * self.k)
+                raw = stream.read(self.num_bytes)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be read: {error.strerror}") from None
-        if len(raw) < BYTES * self.tokens * self.k:
-            raise InputError(f"{self.path} has nothing at byte {self.offset}: it is not the file of these rows")
-        half = len(raw) // 2
-        ids = np.frombuffer(raw[:half], dtype=np.int32).reshape(self.tokens, self.k)
-        logprob = np.frombuffer(raw[half:], dtype=np.float32).reshape(self.tokens, self.k)
-        return TopK(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(logprob.copy()))
+            raise InputError(f"{self.where}: {self.path} cannot be read: {error.strerror}") from None
+        half = self.num_bytes // 2
+        ids = np.frombuffer(raw[:half], dtype=np.int32)
+        logprob = np.frombuffer(raw[half:], dtype=np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            shape = (self.tokens, self.k)
+            real = ids.size == logprob.size == self.tokens * self.k and bool(
+                (ids >= 0).all() and (logprob <= 1e-3).all()
+            )
+            if not real or float(np.exp(logprob.astype(np.float64)).reshape(shape).sum(1).max(initial=0.0)) > 1.001:
+                raise InputError(
+                    f"{self.where}: {self.path} holds no top k at byte {self.offset}: it is not the file of this row"
+                )
+        return TopK(
+            torch.from_numpy(ids.astype(np.int64).reshape(shape)), torch.from_numpy(logprob.copy().reshape(shape))
+        )
 
 
 class TopkStore:
@@ -97,7 +111,14 @@ def place_of(field: object, directory: Path, tokens: int, where: str) -> TopkPla
         raise InputError(f"{where}: teacher_topk must name file, offset, tokens and k")
     if count != tokens:
         raise InputError(f"{where}: teacher_topk has {count} tokens, the completion {tokens}")
-    return TopkPlace(directory / field["file"], offset, count, k)
+    place = TopkPlace(directory / field["file"], offset, count, k, where)
+    try:
+        size = place.path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: teacher_topk: {field['file']!r} cannot be read: {error}") from None
+    if offset + place.num_bytes > size:
+        raise InputError(f"{where}: teacher_topk: {place.path} has {size} bytes, too few for byte {offset} and on")
+    return place
 
 
 def end_of(row: Mapping[str, Any]) -> int:

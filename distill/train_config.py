@@ -11,6 +11,7 @@ from genssd.distill.batches import Layout
 from genssd.distill.objectives import LossOptions
 from genssd.distill.rollouts import RolloutOptions
 from genssd.engine.errors import InputError
+from genssd.engine.selection import STATUSES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,7 @@ class TrainSettings(LossOptions):
             "max_length",
             "logging_steps",
             "lora_r",
+            "lora_alpha",
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -94,6 +96,11 @@ class TrainSettings(LossOptions):
                 raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if not 0.0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"seed must be at least 0 and less than 2**63, not {self.seed}")
+        unknown = set(self.statuses) - set(STATUSES)
+        if unknown:
+            raise InputError(f"statuses: there is no {', '.join(sorted(unknown))}; known: {', '.join(STATUSES)}")
         if self.fsdp and self.use_peft:
             raise InputError("fsdp splits all weights; adapters go with use_peft alone, on several devices too")
         if self.key_attention.weight and (self.layout != "pad" or self.gradient_checkpointing or self.fsdp):
@@ -127,6 +134,8 @@ class TrainConfig(TrainSettings):
 SETTINGS_OF_THE_RESULT = (
     *(option.name for option in dataclasses.fields(LossOptions)),
     "layout",
+    "eval_data",
+    "eval_steps",
     "rollout",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

@@ -32,6 +32,7 @@ from genssd.distill.checkpoints import (
     remove_later_checkpoints,
     remove_old_checkpoints,
     restore,
+    rng_state,
     save_checkpoint,
 )
 from genssd.distill.distributed import World, whole
@@ -92,6 +93,9 @@ def run_train(config: TrainConfig, report: Callable[[TrainProgress], None] = lam
     output_dir = Path(config.output_dir)
     tokenizer = Tokenizer(source)
     longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
+    if config.teacher_model_name_or_path is not None:
+        teacher = ModelConfig.load(locate(config.teacher_model_name_or_path))
+        longest = min(longest, teacher.max_position_embeddings)
     data = read_examples(config.data, tokenizer, max_length=longest, statuses=config.statuses)
     held_out: tuple[Example, ...] = ()
     if config.eval_data:
@@ -164,7 +168,7 @@ class _Trainer:
         settings |= {"model": fingerprint(source), "data": data_fingerprint(examples), "processes": world.size}
         self.position = Position(settings)
         resume = find_checkpoint(config.resume_from_checkpoint, output_dir)
-        torch.manual_seed(config.seed)
+        torch.manual_seed((config.seed + world.rank) % (1 << 63))  # what is dropped out differs between processes
         # adapters are restored by the checkpoint, over the model that they were trained on
         start = source if resume is None or config.use_peft else resume
         self._model = load_model(start, tokenizer, self._device, attn_implementation=config.attn_implementation)
@@ -180,7 +184,15 @@ class _Trainer:
         self._rollouts: Rollouts | None = None
         if config.lmbda:
             options = config.rollout
-            self._rollouts = Rollouts(self._model, source, tokenizer, options, share=config.lmbda, seed=config.seed)
+            self._rollouts = Rollouts(
+                self._model,
+                source,
+                tokenizer,
+                options,
+                share=config.lmbda,
+                seed=config.seed,
+                max_length=config.max_length,
+            )
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         teacher: Any = None
@@ -199,12 +211,16 @@ class _Trainer:
             eps=config.adam_epsilon,
         )
         if resume is not None:
-            self.position = restore(resume, self._model, self._optimizer, settings, self._extra)
+            self.position = restore(
+                resume, self._model, self._optimizer, settings, self._extra, rank=world.rank, device=self._device
+            )
             world.wait()
             if world.is_main:
                 remove_later_checkpoints(output_dir, self.position.step)
             best = output_dir / "best"
-            if world.is_main and best.exists() and read_json(best / "best.json")["step"] > self.position.step:
+            if not (best / "best.json").exists():
+                self.position.best_eval_loss = None  # a crash came between the old and the new one
+            elif world.is_main and read_json(best / "best.json")["step"] > self.position.step:
                 shutil.rmtree(best)  # of a future that is run again
 
     def train(self, report: Callable[[TrainProgress], None]) -> float:
@@ -252,6 +268,7 @@ class _Trainer:
                         self._optimizer,
                         position,
                         extra=self._extra,
+                        rng=self._world.gather([rng_state(self._device)]),
                         write=main,
                     )
                     if config.save_total_limit is not None and main:
@@ -274,11 +291,21 @@ class _Trainer:
         self._model.train()
         means = self._means(total, self._held_out)
         best = self.position.best_eval_loss
-        if math.isfinite(means["loss"]) and (best is None or means["loss"] < best):
+        if not math.isfinite(means["loss"]):
+            raise NumericsError(
+                f"the loss on eval_data is {means['loss']} after step {self.position.step}; lower learning_rate, or "
+                f"look for broken rows. Checkpoints in {self._output_dir} are kept"
+            )
+        if best is None or means["loss"] < best:
             self.position.best_eval_loss = means["loss"]
-            save_model(self._model, self._tokenizer, self._output_dir / "best", write=self._world.is_main)
+            building, final = self._output_dir / "best.tmp", self._output_dir / "best"
             if self._world.is_main:
-                write_json(self._output_dir / "best" / "best.json", {"step": self.position.step, **means})
+                shutil.rmtree(building, ignore_errors=True)
+            save_model(self._model, self._tokenizer, building, write=self._world.is_main)
+            if self._world.is_main:  # a crash never leaves half a model under the final name
+                write_json(building / "best.json", {"step": self.position.step, **means})
+                shutil.rmtree(final, ignore_errors=True)
+                building.rename(final)
         return {"step": self.position.step, **{f"eval_{name}": value for name, value in means.items()}}
 
     @property
@@ -330,7 +357,7 @@ class _Trainer:
         step, world = self.position.step + 1, self._world
         if self._rollouts is None or not self._rollouts.due(step):
             return batch, False
-        return world.gather(self._rollouts.write(batch[world.rank :: world.size], step)), True
+        return world.gather(self._rollouts.write(batch, step, range(world.rank, len(batch), world.size))), True
 
     def _step(self, batch: Sequence[Example], own: bool, learning_rate: float) -> _Taken:
         """One optimizer step. own: whether the student wrote the completions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,8 +254,20 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     assert torch.equal(places[1].read().ids, top.ids + 7)
     assert torch.equal(places[0].read().logprob, top.logprob)
     (tmp_path / "t.bin").write_bytes((tmp_path / "t.bin").read_bytes()[:60])
-    with pytest.raises(InputError, match="has nothing at byte 48"):
+    with pytest.raises(InputError, match=r"here: .* holds no top k at byte 48"):
         places[1].read()
+    with pytest.raises(InputError, match="too few for byte 48"):
+        place_of(fields[1], tmp_path, 3, "here")
+    for content in (bytes(48), b"\xff" * 48):
+        (tmp_path / "t.bin").write_bytes(content)
+        with pytest.raises(InputError, match="holds no top k at byte 0"):
+            places[0].read()
+    with pytest.raises(InputError, match="cannot be read"):
+        place_of({**fields[0], "file": "none.bin"}, tmp_path, 3, "here")
+    with pytest.raises(InputError, match="cannot be read"):
+        place_of({**fields[0], "file": "n\0.bin"}, tmp_path, 3, "here")
+    with pytest.raises(InputError, match="too few"):
+        place_of({**fields[0], "offset": 1 << 70}, tmp_path, 3, "here")
     with pytest.raises(InputError, match="shorter than its rows say"):
         TopkStore(tmp_path / "t.bin", 96)
     with pytest.raises(InputError, match="teacher_topk has 3 tokens, the completion 4"):
@@ -277,6 +290,76 @@ def test_a_resumed_selection_has_the_same_top_k(tiny_pair: TinyPair, write_rows:
     run_select(config, tiny_pair.engine)
     assert path.read_text() == whole
     assert (tmp_path / "run" / "teacher_topk.bin").read_bytes() == store
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q_proj", "nope"), r"no module is called 'nope'; there are .*q_proj"),
+        (("lm_head",), "lm_head is no part of a layer"),
+        (("q_proj", "embed_tokens"), "embed_tokens is no part of a layer"),
+        (("all-linear", "q_proj"), "no module is called 'all-linear'"),
+    ],
+)
+def test_adapters_go_to_the_layers(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, targets: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("peft")
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", use_peft=True, lora_target_modules=targets)
+    with pytest.raises(InputError, match=message):
+        run_train(config)
+
+
+def test_a_crash_while_the_best_is_written_is_survived(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genssd.distill import training
+
+    data = write_rows(ROWS)
+    whole = config_for(tiny_pair, data, tmp_path / "whole", eval_data=(str(data),), eval_steps=2, save_steps=1)
+    expected = run_train(whole)
+    real = training.write_json
+
+    def dies(path: Path, value: Any) -> None:
+        if path.name == "best.json" and value["step"] == 4:
+            raise KeyboardInterrupt
+        real(path, value)
+
+    monkeypatch.setattr(training, "write_json", dies)
+    config = dataclasses.replace(whole, output_dir=str(tmp_path / "torn"))
+    with pytest.raises(KeyboardInterrupt):
+        run_train(config)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "torn" / "best" / "best.json").read_text())["step"] == 2
+    shutil.rmtree(tmp_path / "torn" / "best")
+    found = run_train(dataclasses.replace(config, resume_from_checkpoint="last"))
+    assert found.best_eval_loss == expected.best_eval_loss
+    one, other = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("whole", "torn"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    (tmp_path / "stale" / "best").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds a model already"):
+        run_train(dataclasses.replace(whole, output_dir=str(tmp_path / "stale")))
+
+
+def test_a_loss_on_held_out_rows_that_is_not_finite_stops(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    data = write_rows(ROWS)
+    config = config_for(
+        tiny_pair, data, tmp_path / "run", eval_data=(str(data),), learning_rate=1e30, warmup_ratio=0.0, max_steps=1
+    )
+    with pytest.raises(NumericsError, match="the loss on eval_data is nan after step 1"):
+        run_train(config)
+
+
+def test_a_teacher_with_fewer_positions_limits_the_rows(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "teacher", "llama", seed=5, max_position_embeddings=16)
+    rows = [*ROWS[:2], {"prompt": "long", "completion": "x" * 20}]
+    config = config_for(
+        tiny_pair, write_rows(rows), tmp_path / "run", kd_ratio=1.0, max_steps=1,
+        teacher_model_name_or_path=str(tmp_path / "teacher"),
+    )  # fmt: skip
+    assert run_train(config).left_out == {"longer than 16 tokens": 1}
 
 
 def test_adapters_alone_are_trained_and_merged(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

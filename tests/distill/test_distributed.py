@@ -17,6 +17,8 @@ from conftest import TinyPair
 from training_runs import ROWS, config_for, metrics, weights
 
 from genssd.distill.distributed import World
+from genssd.distill.rollouts import RolloutOptions
+from genssd.distill.train_config import TrainConfig
 from genssd.distill.training import run_train
 from genssd.engine.errors import InputError
 
@@ -75,6 +77,24 @@ def test_two_processes_train_what_one_trains(
     assert all(torch.equal(resumed[name], found[name]) for name in found)
     state = json.loads((tmp_path / "two" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["settings"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """On-policy, with prompts that are there twice."""
+    shared = {
+        "model_name_or_path": str(tiny_pair.student), "data": (str(write_rows([*ROWS[:3], *ROWS[:3]])),),
+        "teacher_model_name_or_path": str(tiny_pair.teacher), "kd_ratio": 1.0, "lmbda": 1.0, "save_steps": 1,
+        "per_device_train_batch_size": 3, "logging_steps": 1, "num_train_epochs": 2,
+    }  # fmt: skip
+    memory = {"rollout.memory_bytes": 1 << 22, "rollout.max_tokens": 5}
+    run_two({**shared, **memory, "output_dir": str(tmp_path / "two")})
+    rollout = RolloutOptions(memory_bytes=1 << 22, max_tokens=5)
+    options: Any = {**shared, "rollout": rollout, "output_dir": str(tmp_path / "one")}
+    run_train(TrainConfig(**{**options, "gradient_accumulation_steps": 2}))
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 def test_parts_are_shared_out_and_nobody_is_left_waiting() -> None:

@@ -80,7 +80,7 @@ def test_settings_of_a_run_do_not_change(tiny_pair: TinyPair, write_rows: Write,
     for change, message in (
         ({"method": "rsd"}, "begun with method='sample', not 'rsd'"),
         ({"student": None}, "begun with student="),
-        ({"sampling": Sampling(temperature=0.5)}, "begun with sampling="),
+        ({"sampling": Sampling(temperature=0.5)}, "begun with sampling.temperature=1.0, not 0.5"),
     ):
         with pytest.raises(InputError, match=message):
             run(tiny_pair, data, tmp_path / "run", resume=True, **change)

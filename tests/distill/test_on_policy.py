@@ -14,6 +14,7 @@ from training_runs import ROWS, config_for, metrics, weights
 
 from genssd import Engine
 from genssd.distill import training
+from genssd.distill.examples import Example
 from genssd.distill.objectives import Head, LossOptions, loss_of
 from genssd.distill.rollouts import RolloutOptions, Rollouts
 from genssd.distill.student_model import load_model
@@ -43,8 +44,8 @@ def test_every_step_writes_with_the_weights_that_the_last_one_left(
     asked: list[list[tuple[int, ...]]] = []
     real = training.Rollouts.write
 
-    def write(self: Any, examples: Any, step: int) -> Any:
-        written = real(self, examples, step)
+    def write(self: Any, examples: Any, step: int, mine: Any) -> Any:
+        written = real(self, examples, step, mine)
         asked.append([e.input_ids[: e.num_prompt] for e in examples])
         steps.append([e.completion_ids for e in written])
         assert all(e.input_ids[: e.num_prompt] == prompt for e, prompt in zip(written, asked[-1], strict=True))
@@ -73,7 +74,7 @@ def test_the_engine_runs_on_the_trainers_own_memory(tiny_pair: TinyPair, student
     tokenizer = tiny_pair.engine.tokenizer("student")
     model = load_model(directory, tokenizer, torch.device("cpu"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rollouts = Rollouts(model, directory, tokenizer, ROLLOUT, share=1.0, seed=0)
+    rollouts = Rollouts(model, directory, tokenizer, ROLLOUT, share=1.0, seed=0, max_length=64)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,13 +87,30 @@ def test_the_engine_runs_on_the_trainers_own_memory(tiny_pair: TinyPair, student
     assert total == pytest.approx(theirs, rel=1e-6)
 
 
+def test_equal_prompts_draw_different_completions_whoever_writes_them(tiny_pair: TinyPair) -> None:
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    model = load_model(tiny_pair.student, tokenizer, torch.device("cpu"))
+    rollouts = Rollouts(model, tiny_pair.student, tokenizer, ROLLOUT, share=1.0, seed=0, max_length=7)
+    examples = [Example(input_ids=(1, 2, 3, 9), num_prompt=3, chunk_weights=((1, 2.0),), where="row")] * 4
+    together = rollouts.write(examples, 5, range(4))
+    assert len({e.completion_ids for e in together}) == 4
+    shared = [rollouts.write(examples, 5, range(rank, 4, 2)) for rank in (0, 1)]
+    assert [shared[i % 2][i // 2] for i in range(4)] == together
+    assert all(e.chunk_weights == () and len(e.input_ids) <= 7 for e in together)
+    assert rollouts.write(examples, 6, range(4)) != together
+    longer = Rollouts(model, tiny_pair.student, tokenizer, ROLLOUT, share=1.0, seed=0, max_length=64)
+    assert {len(e.completion_ids) for e in longer.write(examples, 5, range(4))} == {ROLLOUT.max_tokens}
+
+
 def test_a_share_of_the_steps_is_on_policy(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the others the data are trained on, with their cross-entropy."""
     count = []
     real = training.Rollouts.write
-    monkeypatch.setattr(training.Rollouts, "write", lambda self, e, step: count.append(step) or real(self, e, step))
+    monkeypatch.setattr(
+        training.Rollouts, "write", lambda self, e, step, mine: count.append(step) or real(self, e, step, mine)
+    )
     config = on_policy(tiny_pair, write_rows(ROWS), tmp_path / "run", lmbda=0.5, kd_ratio=0.5, num_train_epochs=6)
     run_train(config)
     logged = metrics(tmp_path / "run")

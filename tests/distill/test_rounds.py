@@ -20,7 +20,7 @@ from genssd.distill.selecting import SelectSettings
 from genssd.distill.train_config import TrainSettings
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError
+from genssd.engine.errors import CapacityError, CheckpointError, InputError
 
 Write = Callable[..., Path]
 SELECT = SelectSettings(candidates=2, chunk=Chunk(tokens=3, until=None), max_tokens=6, memory_bytes=1 << 22)
@@ -113,11 +113,75 @@ def test_more_rounds_may_be_added_but_nothing_else_changes(tiny_pair: TinyPair, 
     assert len(again) == 2
     assert again[0] == first
     changed = dataclasses.replace(config, train=dataclasses.replace(TRAIN, learning_rate=2e-3))
-    with pytest.raises(InputError, match="begun with train="):
+    with pytest.raises(InputError, match=r"begun with train\.learning_rate=0\.001, not 0\.002"):
         list(run_distill(changed))
     data.write_text(data.read_text() + '{"question": "more?"}\n')
     with pytest.raises(InputError, match="begun with data_fingerprint="):
         list(run_distill(config))
+
+
+def test_what_was_wrong_may_be_put_right(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
+    """Memory at any time, the training's options until there is a training."""
+    config = config_for(tiny_pair, data, tmp_path / "run", rounds=1)
+    small = dataclasses.replace(SELECT, memory_bytes=1 << 15)
+    with pytest.raises(CapacityError, match="raise memory_bytes"):
+        list(run_distill(dataclasses.replace(config, select=small)))
+    wrong = dataclasses.replace(TRAIN, use_peft=True, lora_target_modules=("nope",))
+    with pytest.raises(InputError, match="no module is called 'nope'"):
+        list(run_distill(dataclasses.replace(config, train=wrong, resume=True)))
+    logging = dataclasses.replace(TRAIN, logging_steps=3)
+    (summary,) = run_distill(dataclasses.replace(config, train=logging, resume=True))
+    assert summary.kept == 5
+    for train, message in (
+        ({"teacher_model_name_or_path": "/nope", "kd_ratio": 0.5}, "/nope does not exist"),
+        ({"eval_data": ("/nope.jsonl",)}, r"/nope\.jsonl cannot be read"),
+    ):
+        early = dataclasses.replace(config, train=dataclasses.replace(TRAIN, **train), output_dir=str(tmp_path / "no"))  # type: ignore[arg-type]
+        with pytest.raises((InputError, CheckpointError), match=message):
+            list(run_distill(early))
+        assert not (tmp_path / "no").exists()
+    with pytest.raises(InputError, match=r"train\.fsdp is for"):
+        dataclasses.replace(config, train=dataclasses.replace(TRAIN, fsdp=True))
+    with pytest.raises(InputError, match="there is no finishd"):
+        dataclasses.replace(TRAIN, statuses=("finishd",))
+
+
+def test_a_finished_training_is_not_done_again(
+    tiny_pair: TinyPair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = dataclasses.replace(TRAIN, save_steps=None)
+    config = config_for(tiny_pair, data, tmp_path / "run", rounds=1, eval_data=str(data), eval_limit=2, train=train)
+    real = rounds.run_evaluate
+    monkeypatch.setattr(
+        rounds, "run_evaluate", lambda c, report: real(c, report=report) if "round-0" in c.output_dir else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        list(run_distill(config))
+    monkeypatch.undo()
+    monkeypatch.setattr(rounds, "run_train", None)
+    (summary,) = run_distill(dataclasses.replace(config, resume=True))
+    assert summary.accuracy is not None
+    run = json.loads((tmp_path / "run" / "round-1" / "evaluate" / "summary.json").read_text())
+    assert run["config"]["max_tokens"] == SELECT.max_tokens
+
+
+def test_problems_start_again_at_the_end_and_statuses_count(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    list(run_distill(config_for(tiny_pair, data, out, prompts_per_round=3)))
+    assert [r["question"] for r in lines(out / "round-2" / "problems.jsonl")] == ["3+3?", "4+4?", "0+0?"]
+    only = dataclasses.replace(TRAIN, statuses=("finished",))
+    with pytest.raises(InputError, match="no trajectory is left"):
+        list(run_distill(config_for(tiny_pair, data, tmp_path / "other", train=only)))
+
+
+def test_right_answers_are_kept(
+    tiny_pair: TinyPair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "is_correct", lambda text, answer: answer in ("2", "4"))
+    out = tmp_path / "run"
+    (summary,) = run_distill(config_for(tiny_pair, data, out, rounds=1, require_correct=True))
+    assert summary.kept == 2
+    assert {row["answer"] for row in lines(out / "round-1" / "kept.jsonl")} == {"2", "4"}
 
 
 def test_restarting_trains_the_first_student_on_everything(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
