@@ -37,9 +37,11 @@ def save_model(directory: Path, layers: int, width: int) -> None:
     )  # fmt: skip
     torch.manual_seed(layers)
     Qwen3ForCausalLM(config).save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    named = ["<unk>", "<eos>", "<pad>"]  # no part of another token, or tokenizers would split that
+    vocabulary = {word: i for i, word in enumerate([*named, *(f"t{i}" for i in range(3, VOCABULARY))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t2")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer.save_pretrained(directory)
 
@@ -98,7 +100,7 @@ def theirs(directory: str, kind: str) -> dict[str, Any]:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **options: Any) -> None:
             if "loss" in logs:
-                losses.append(logs["loss"])
+                losses.append(float(logs["loss"]))
 
     settings: dict[str, Any] = {
         "output_dir": str(root / f"trl-{kind}-{os.getpid()}"), "per_device_train_batch_size": BATCH, "max_steps": STEPS,
