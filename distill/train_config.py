@@ -47,6 +47,8 @@ class TrainSettings(LossOptions):
     bf16: bool | None = None
     """Compute in bf16 over float32 weights. None: on a GPU that has it."""
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    """Compile the layers (torch.compile, for any length); pays off in long runs."""
     attn_implementation: str | None = None
     """Of transformers: sdpa, eager, flash_attention_2 (with layout pad)."""
     use_peft: bool = False

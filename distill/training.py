@@ -108,8 +108,8 @@ def run_train(config: TrainConfig, report: Callable[[TrainProgress], None] = lam
         for example in (*data.examples, *held_out):
             if example.topk is None:
                 raise InputError(
-                    f"{example.where}: no teacher_topk, which kd_ratio needs; select with --teacher-topk, or name a "
-                    "teacher_model_name_or_path"
+                    f"{example.where}: no teacher_topk of this student's tokenizer, which kd_ratio needs; select with "
+                    "--teacher-topk, or name a teacher_model_name_or_path"
                 )
     world = World.join(choose_device(config.device), shard=config.fsdp)
     with world.claim(output_dir, "train"):
@@ -195,6 +195,9 @@ class _Trainer:
             )
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.torch_compile:
+            for layer in self._model.base_model.layers:
+                layer.compile(dynamic=True)
         teacher: Any = None
         if config.teacher_model_name_or_path is not None:
             directory = locate(config.teacher_model_name_or_path)

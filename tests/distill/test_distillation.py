@@ -222,7 +222,7 @@ def test_chunk_weights_multiply_the_chunks_tokens(tiny_pair: TinyPair, write_row
 
 def test_what_it_refuses(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
-    with pytest.raises(InputError, match=r"line 1: no teacher_topk, which kd_ratio needs"):
+    with pytest.raises(InputError, match=r"line 1: no teacher_topk of this student.s tokenizer, which"):
         run_train(config_for(tiny_pair, data, tmp_path / "a", kd_ratio=0.5))
     other = tmp_path / "other"
     save_checkpoint(other, "llama", seed=9)

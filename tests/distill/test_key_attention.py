@@ -180,9 +180,9 @@ def test_the_order_of_the_words_counts_in_the_mixture_alone() -> None:
     theirs, order = random_masses(3, 4), [2, 0, 1]
     assert not torch.allclose(teacher_shares(theirs, 0.1), teacher_shares(theirs[:, :, order], 0.1))
     everywhere = Keys(torch.tensor([-1, -1, -1, -1, 0, 1]), torch.tensor([-1, 0, 1, 2, -1, -1]), 2, 3)
-    one, other = random_masses(1, 5), random_masses(1, 6)
+    one, other, router = random_masses(1, 5), random_masses(1, 6), Router(3, 1).double()
     losses = [
-        float(key_attention_loss(looked(a, everywhere), looked(b, everywhere), Router(3, 1).double(), NUMBERS))
+        float(key_attention_loss(looked(a, everywhere), looked(b, everywhere), router, NUMBERS).detach())
         for a, b in ((one, other), (one[:, :, order], other[:, :, order]))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)

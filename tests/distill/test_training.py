@@ -166,6 +166,17 @@ def test_gradient_checkpointing_changes_no_loss(tiny_pair: TinyPair, write_rows:
     assert [m["loss"] for m in off] == pytest.approx([m["loss"] for m in on_], rel=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_the_same(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    for name, on in (("off", False), ("on", True)):
+        run_train(config_for(tiny_pair, data, tmp_path / name, torch_compile=on, layout="tree", max_steps=3))
+    off, on_ = metrics(tmp_path / "off"), metrics(tmp_path / "on")
+    assert [m["loss"] for m in off] == pytest.approx([m["loss"] for m in on_], rel=1e-4)
+    one, other = weights(tmp_path / "off"), weights(tmp_path / "on")
+    assert one.keys() == other.keys()
+
+
 def test_a_loss_that_is_not_finite_stops(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_ratio=0.0)
     with pytest.raises(
