@@ -27,7 +27,7 @@ from torch import Tensor
 from genssd.distill.journal import Journal, complete_rows, truncate, write_jsonl
 from genssd.distill.run_directory import claim, record_run
 from genssd.distill.student_model import load_model, load_teacher
-from genssd.distill.traces import Trace, journalled, read_traces, source_of, training_row
+from genssd.distill.traces import Trace, journalled, source_of, training_row, usable_traces
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.engine import Role
@@ -94,12 +94,7 @@ def _run(config: LeafConfig, report: Callable[[int, int], None]) -> LeafSummary:
         raise InputError(f"{journal} holds finished traces already; pass --resume, or choose another output_dir")
     tokenizer = Tokenizer(source)
     longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
-    found = list(read_traces(config.data, tokenizer, max_length=longest, limit=config.limit))
-    traces = [item for item in found if not isinstance(item, str)]
-    bad_rows = [item for item in found if isinstance(item, str)]
-    if not traces:
-        listed = "".join(f"\n  {message}" for message in bad_rows[:10])
-        raise InputError(f"{', '.join(config.data)}: no trace that can be used{listed}")
+    traces, bad_rows = usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
     ends = journalled(journal, traces)
     done, device = len(ends) - 1, choose_device(config.device)
     teacher_source = locate(config.teacher)

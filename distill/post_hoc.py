@@ -27,7 +27,7 @@ from genssd.distill.journal import Journal, complete_rows, truncate, write_json,
 from genssd.distill.picking import Pick, lark_weights, pick
 from genssd.distill.run_directory import claim, record_run
 from genssd.distill.score_page import render
-from genssd.distill.traces import Trace, journalled, read_traces, source_of, training_row
+from genssd.distill.traces import Trace, journalled, source_of, training_row, usable_traces
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
 from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
@@ -123,22 +123,7 @@ def _run(
         raise InputError(f"{journal} holds scored traces already; pass --resume, or choose another output_dir")
     engine = engine or config.load(student=config.student)
     tokenizer = engine.tokenizer("student")
-    traces: list[Trace] = []
-    bad_rows: list[str] = []
-    reading = [name for name, criterion in criteria.items() if needs_answer(criterion)]
-    longest = engine.longest("student")
-    for item in read_traces(config.data, tokenizer, max_length=longest, limit=config.limit):
-        if isinstance(item, str):
-            bad_rows.append(item)
-        elif reading and item.answer is None:
-            bad_rows.append(f"{item.where}: no reference answer, which {reading[0]} reads")
-        elif reading and item.num_tokens + len(tokenizer.encode_plain(item.answer or "")) + ANSWER_ROOM > longest:
-            bad_rows.append(f"{item.where}: with its reference answer longer than the {longest} that the student takes")
-        else:
-            traces.append(item)
-    if not traces:
-        listed = "".join(f"\n  {message}" for message in bad_rows[:10])
-        raise InputError(f"{', '.join(config.data)}: no trace that can be scored{listed}")
+    traces, bad_rows = _read(config, criteria, engine)
     settings = dataclasses.asdict(config)
     record_run(output_dir, "score", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=before > 0)
     ends = journalled(journal, traces)
@@ -181,6 +166,24 @@ def _run(
         teachers=ranks,
         incomplete=incomplete,
     )
+
+
+def _read(config: ScoreConfig, criteria: Mapping[str, AnyCriterion], engine: Engine) -> tuple[list[Trace], list[str]]:
+    """The traces that the criteria can judge, and what is wrong with the others."""
+    tokenizer, longest = engine.tokenizer("student"), engine.longest("student")
+    reading = next((name for name, criterion in criteria.items() if needs_answer(criterion)), None)
+
+    def unfit(trace: Trace) -> str | None:
+        if reading is not None and trace.answer is None:
+            return f"no reference answer, which {reading} reads"
+        if (
+            reading is not None
+            and trace.num_tokens + len(tokenizer.encode_plain(trace.answer or "")) > longest - ANSWER_ROOM
+        ):
+            return f"with its reference answer longer than the {longest} tokens that the student takes"
+        return None
+
+    return usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit, unfit=unfit)
 
 
 def candidate_of(trace: Trace, engine: Engine, stats: Any) -> Candidate:

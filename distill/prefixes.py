@@ -21,7 +21,7 @@ from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import is_correct
 from genssd.distill.journal import Journal, complete_rows, truncate, write_jsonl
 from genssd.distill.run_directory import claim, record_run
-from genssd.distill.traces import Trace, journalled, read_traces, training_row
+from genssd.distill.traces import Trace, journalled, training_row, usable_traces
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -139,22 +139,13 @@ def _run(config: PrefixConfig, engine: Engine | None, report: Callable[[int, int
 
 
 def _read(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]:
-    traces: list[Trace] = []
-    bad_rows: list[str] = []
-    tokenizer = engine.tokenizer("student")
-    for item in read_traces(config.data, tokenizer, max_length=engine.longest("student"), limit=config.limit):
-        if isinstance(item, str):
-            bad_rows.append(item)
-        elif config.judge == "solves" and item.answer is None:
-            bad_rows.append(f"{item.where}: no reference answer, which judge=solves needs")
-        elif len(item.response_ids) == item.finished:
-            bad_rows.append(f"{item.where}: the response is empty")
-        else:
-            traces.append(item)
-    if not traces:
-        listed = "".join(f"\n  {message}" for message in bad_rows[:10])
-        raise InputError(f"{', '.join(config.data)}: no trace that can be used{listed}")
-    return traces, bad_rows
+    def unfit(trace: Trace) -> str | None:
+        if config.judge == "solves" and trace.answer is None:
+            return "no reference answer, which judge=solves needs"
+        return "the response is empty" if len(trace.response_ids) == trace.finished else None
+
+    longest = engine.longest("student")
+    return usable_traces(config.data, engine.tokenizer("student"), max_length=longest, limit=config.limit, unfit=unfit)
 
 
 def _resume(journal: Path, traces: Sequence[Trace], batch: int) -> int:

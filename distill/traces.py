@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -99,6 +99,34 @@ def read_traces(
                     line=number,
                     response=index,
                 )
+
+
+def usable_traces(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    limit: int | None,
+    unfit: Callable[[Trace], str | None] = lambda trace: None,
+) -> tuple[list[Trace], list[str]]:
+    """All traces of JSONL files, and messages naming file and line for what cannot be used.
+
+    unfit: why the caller has no use for a trace, None if it has. Raises InputError when nothing is left.
+    """
+    traces: list[Trace] = []
+    bad_rows: list[str] = []
+    for item in read_traces(paths, tokenizer, max_length=max_length, limit=limit):
+        reason = None if isinstance(item, str) else unfit(item)
+        if isinstance(item, str):
+            bad_rows.append(item)
+        elif reason is not None:
+            bad_rows.append(f"{item.where}: {reason}")
+        else:
+            traces.append(item)
+    if not traces:
+        listed = "".join(f"\n  {message}" for message in bad_rows[:10])
+        raise InputError(f"{', '.join(map(str, paths))}: no trace that can be used{listed}")
+    return traces, bad_rows
 
 
 def source_of(trace: Trace) -> dict[str, Any]:

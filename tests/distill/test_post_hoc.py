@@ -123,7 +123,7 @@ def test_bad_rows_are_named_and_the_rest_is_scored(tiny_pair: TinyPair, write_ro
     assert "line 11: 2 generations but 1 verdicts" in text
     assert "line 12, response 0" in text
     assert "line 13: 10" in text
-    with pytest.raises(InputError, match=r"no trace that can be scored\n.*line 1"):
+    with pytest.raises(InputError, match=r"no trace that can be used\n.*line 1"):
         score(tiny_pair, write_rows([{"x": 1}], "bad.jsonl"), tmp_path / "none")
 
 
