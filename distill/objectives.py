@@ -51,6 +51,7 @@ class LossOptions:
     kd_ratio: float = 0.0
     """Share of the loss that is the divergence from the teacher; the rest is cross-entropy."""
     kd_loss: Divergence = "forward_kl"
+    """Teacher q, student p: forward_kl is KL(q|p), reverse_kl is KL(p|q); distill/objectives.py has all of them."""
     kd_standardize: bool = False
     """Compare standardised logits; with kd_loss forward_kl and a teacher in memory."""
     kd_topk: int = 0

@@ -14,6 +14,9 @@ from toys import save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from genssd.distill.batches import TokenRow, lay_out
+from genssd.distill.examples import Example
+from genssd.distill.forward import ForwardPass
+from genssd.distill.objectives import LossOptions
 from genssd.distill.student_model import check_layout, completion_states
 from genssd.engine.errors import InputError
 
@@ -52,6 +55,45 @@ def test_a_tree_computes_what_is_shared_once() -> None:
     assert lay_out(rows, "pad", 0).input_ids.shape == (4, 6)
 
 
+def norm_in_float64(model: Any) -> None:
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x, norm=module: (
+                norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+            )
+
+
+@pytest.mark.parametrize("layout", ["pad", "pack", "tree"])
+@pytest.mark.parametrize("kd", [False, True])
+def test_a_split_batch_has_the_gradient_of_the_whole(tiny_pair: TinyPair, layout: Any, kd: bool) -> None:
+    """float64, over weights of rows and chunks, for every way of splitting six examples."""
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    models: list[Any] = []
+    for directory in (tiny_pair.student, tiny_pair.teacher):
+        models.append(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64))
+        norm_in_float64(models[-1])
+    model, teacher = models
+    options = LossOptions(kd_ratio=0.5, kd_loss="jsd", teacher_model_name_or_path="t") if kd else LossOptions()
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for i, length in enumerate((4, 9, 2, 7, 7, 3)):
+        ids = (1, 2, 3, *torch.randint(0, 4, (length,), generator=generator).tolist())
+        chunks = ((1, 2.0), (length - 1, 0.5)) if i % 2 else ()
+        examples.append(Example(input_ids=ids, num_prompt=3, weight=1.0 + i, chunk_weights=chunks))
+    weight = sum(sum(example.token_weights()) for example in examples)
+    forward = ForwardPass(model, teacher if kd else None, tokenizer, options, layout=layout, bf16=False)
+    found = []
+    for size in (6, 4, 3, 1):
+        model.zero_grad()
+        for start in range(0, 6, size):
+            loss = forward.loss(examples[start : start + size], counts=True, own=False, when="now")
+            (loss.total / weight).backward()  # type: ignore[no-untyped-call]
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for split in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(split[name], gradient, atol=1e-10, rtol=1e-9)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_all_layouts_give_the_states_and_gradients_of_single_sequences(
@@ -62,11 +104,7 @@ def test_all_layouts_give_the_states_and_gradients_of_single_sequences(
     model: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / family, dtype=torch.float64, attn_implementation=attention
     )
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, norm=module: (
-                norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-            )
+    norm_in_float64(model)
     close = 1e-10 if attention == "sdpa" else 1e-5
     generator = torch.Generator().manual_seed(0)
     prompt = tuple(torch.randint(0, 200, (7,), generator=generator).tolist())
