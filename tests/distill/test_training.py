@@ -18,6 +18,7 @@ from training_runs import ROWS, config_for, metrics, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 from genssd import Engine
+from genssd.distill import forward
 from genssd.distill.student_model import load_model
 from genssd.distill.train_config import TrainConfig, schedule
 from genssd.distill.training import run_train
@@ -55,6 +56,67 @@ def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tm
         # Adam's first step is lr * sign(gradient): where the gradient is nearly 0 rounding decides its sign
         close = (value - trained[name]).abs() < 1e-5
         assert close.float().mean() > 0.999, name
+
+
+def test_the_optimizer_is_adamw_with_decay_on_matrices_alone(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    """Three steps on one batch, with an epsilon that keeps rounding from deciding."""
+    options = {"adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-2, "weight_decay": 0.3, "learning_rate": 0.05}
+    config = config_for(
+        tiny_pair, write_rows(ROWS[:4]), tmp_path / "run", max_steps=3, num_train_epochs=3,
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, lr_scheduler_type="constant", warmup_ratio=0.0,
+        **options,
+    )  # fmt: skip
+    run_train(config)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_pair.student, dtype=torch.float32).train()
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.3},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=0.05,
+        betas=(0.7, 0.8),
+        eps=1e-2,
+    )
+    for _ in range(3):
+        total, count = torch.zeros(()), 0
+        for row in ROWS[:4]:
+            prompt = tokenizer.encode(row["prompt"], special=True)
+            ids = [*prompt, *tokenizer.encode(row["completion"], special=False), tokenizer.eos_token_id]
+            logp = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            total = total - logp.gather(1, torch.tensor(ids[len(prompt) :])[:, None]).sum()
+            count += len(ids) - len(prompt)
+        optimizer.zero_grad()
+        (total / count).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    trained = weights(tmp_path / "run")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained[name], value, atol=1e-4, rtol=1e-3)
+
+
+def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[tuple[int, ...]]] = []
+    real = forward.lay_out
+
+    def lay_out(rows: Any, *rest: Any) -> Any:
+        batches.append([row.ids for row in rows])
+        return real(rows, *rest)
+
+    monkeypatch.setattr(forward, "lay_out", lay_out)
+    orders = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        batches.clear()
+        run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / name, seed=seed, gradient_accumulation_steps=1))
+        orders.append([ids for batch in batches for ids in batch])
+    assert orders[0] == orders[1] != orders[2]
+    first, second = orders[0][:11], orders[0][11:]
+    assert sorted(first) == sorted(second)
+    assert first != second
 
 
 def test_a_weight_counts_a_row_so_many_times(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
