@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genssd.distill.journal import Journal, complete_rows, truncate, write_jsonl
+from genssd.distill.journal import Journal, complete_rows, is_begun, truncate, write_jsonl
 from genssd.distill.run_directory import claim, record_run
 from genssd.distill.student_model import load_model, load_teacher
 from genssd.distill.traces import Trace, journalled, source_of, training_row, usable_traces
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.config import ModelConfig
-from genssd.engine.engine import Role
 from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.runner import Role
 from genssd.engine.text import Tokenizer
 from genssd.kernels.cross_entropy import linear_cross_entropy
 
@@ -90,8 +90,7 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
 def _run(config: LeafConfig, report: Callable[[int, int], None]) -> LeafSummary:
     output_dir, source = Path(config.output_dir), locate(config.student)
     journal = output_dir / "journal.jsonl"
-    if any(complete_rows(journal)) and not config.resume:
-        raise InputError(f"{journal} holds finished traces already; pass --resume, or choose another output_dir")
+    begun = is_begun(journal, resume=config.resume)
     tokenizer = Tokenizer(source)
     longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
     traces, bad_rows = usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
@@ -100,7 +99,7 @@ def _run(config: LeafConfig, report: Callable[[int, int], None]) -> LeafSummary:
     teacher_source = locate(config.teacher)
     models: dict[Role, str] = {"student": fingerprint(source), "teacher": fingerprint(teacher_source)}
     settings = dataclasses.asdict(config)
-    record_run(output_dir, "leaf", settings, SETTINGS_OF_THE_RESULT, models, resumed=done > 0)
+    record_run(output_dir, "leaf", settings, SETTINGS_OF_THE_RESULT, models, resumed=begun)
     truncate(journal, ends[done])
     if done < len(traces):
         student = load_model(source, tokenizer, device, dtype=choose_dtype(source, "auto", device)).eval()

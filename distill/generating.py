@@ -21,9 +21,10 @@ from genssd.distill.journal import Journal, complete_rows, truncate
 from genssd.distill.outcome_rows import response_row
 from genssd.distill.rows import ProblemRow, check_same_problem, read_problems
 from genssd.distill.run_directory import claim, record_run
-from genssd.engine.engine import Engine, Role
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.reverse_speculation import ReverseSpeculation
+from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 
 

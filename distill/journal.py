@@ -68,6 +68,14 @@ def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             yield row, end
 
 
+def is_begun(journal: Path, *, resume: bool) -> bool:
+    """Whether a journal holds finished work. Raises InputError if it does and is not to be gone on with."""
+    begun = any(True for _ in complete_rows(journal))
+    if begun and not resume:
+        raise InputError(f"{journal} holds finished work already; pass --resume, or choose another output_dir")
+    return begun
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The row of a complete line, else None."""
     try:

@@ -23,7 +23,7 @@ from genssd.distill.choosing import TeacherRank, by_prompt, column_of, rank_teac
 from genssd.distill.comparing import compare
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import is_correct
-from genssd.distill.journal import Journal, complete_rows, truncate, write_json, write_jsonl
+from genssd.distill.journal import Journal, complete_rows, is_begun, truncate, write_json, write_jsonl
 from genssd.distill.picking import Pick, lark_weights, pick
 from genssd.distill.run_directory import claim, record_run
 from genssd.distill.score_page import render
@@ -118,14 +118,12 @@ def _run(
 ) -> ScoreSummary:
     output_dir = Path(config.output_dir)
     journal = output_dir / "features.jsonl"
-    before = sum(1 for _ in complete_rows(journal))
-    if before and not config.resume:
-        raise InputError(f"{journal} holds scored traces already; pass --resume, or choose another output_dir")
+    begun = is_begun(journal, resume=config.resume)
     engine = engine or config.load(student=config.student)
     tokenizer = engine.tokenizer("student")
     traces, bad_rows = _read(config, criteria, engine)
     settings = dataclasses.asdict(config)
-    record_run(output_dir, "score", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=before > 0)
+    record_run(output_dir, "score", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=begun)
     ends = journalled(journal, traces)
     done = len(ends) - 1
     truncate(journal, ends[done])

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from genssd.distill.engine_options import EngineOptions
 from genssd.distill.evaluating import is_correct
-from genssd.distill.journal import Journal, complete_rows, truncate, write_jsonl
+from genssd.distill.journal import Journal, complete_rows, is_begun, truncate, write_jsonl
 from genssd.distill.run_directory import claim, record_run
 from genssd.distill.traces import Trace, journalled, training_row, usable_traces
 from genssd.engine.engine import Engine
@@ -108,13 +108,11 @@ def run_prefix(
 def _run(config: PrefixConfig, engine: Engine | None, report: Callable[[int, int], None]) -> PrefixSummary:
     output_dir = Path(config.output_dir)
     journal = output_dir / "prefixes.jsonl"
-    before = sum(1 for _ in complete_rows(journal))
-    if before and not config.resume:
-        raise InputError(f"{journal} holds finished traces already; pass --resume, or choose another output_dir")
+    begun = is_begun(journal, resume=config.resume)
     engine = engine or config.load(student=config.student)
     traces, bad_rows = _read(config, engine)
     settings = dataclasses.asdict(config)
-    record_run(output_dir, "prefix", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=before > 0)
+    record_run(output_dir, "prefix", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=begun)
     done = _resume(journal, traces, config.batch)
     judge = _says(engine, config) if config.judge == "says" else _solves(engine, config)
     with Journal(journal) as log:

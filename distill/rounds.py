@@ -32,8 +32,8 @@ from genssd.distill.train_config import SETTINGS_OF_THE_RESULT as OF_TRAINING
 from genssd.distill.train_config import TrainConfig, TrainSettings
 from genssd.distill.training import TrainProgress, run_train
 from genssd.engine.checkpoint import fingerprint, locate
-from genssd.engine.engine import Role
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.runner import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

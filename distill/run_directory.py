@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.journal import read_json, write_json
-from genssd.engine.engine import Role
 from genssd.engine.errors import InputError
+from genssd.engine.runner import Role
 
 
 @contextmanager

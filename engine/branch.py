@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -118,17 +118,15 @@ class Branch:
 
     def response(self) -> Candidate:
         """What criteria see of the committed response as a whole."""
-        return Candidate(
+        return replace(
+            self.candidate(),
             token_ids=tuple(self.history),
             stats=self._committed_stats(),
+            history_ids=(),
+            history=TokenStats.empty(),
             teacher_logprob=self._committed_teacher_logprob(),
+            history_teacher_logprob=torch.empty(0),
             final=True,
-            finished=self.ended == "finished",
-            stream=self.stream,
-            pieces_of=self._owner.pieces,
-            local_logprob=partial(self._owner.local_logprob, self.prompt),
-            encode=self._owner.encode,
-            answer=self.prompt.answer,
         )
 
     def _committed_stats(self) -> TokenStats:

@@ -6,17 +6,17 @@ temperature 1 on the raw logits, however the teacher samples.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genssd.engine.candidate import Candidate, Window
+from genssd.engine.criterion_options import Checked, check_options
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import uniform
 from genssd.engine.text import common_prefix
@@ -24,39 +24,8 @@ from genssd.engine.text import common_prefix
 Scope = Literal["chunk", "trajectory"]
 
 
-def check_options(criterion: Any) -> None:
-    """Raise InputError on an option that is not of its type: they come from the command line, too."""
-    hints = get_type_hints(type(criterion))
-    for option in dataclasses.fields(criterion):
-        value, hint = getattr(criterion, option.name), hints[option.name]
-        choices = get_args(hint) if get_origin(hint) is Literal else ()
-        if choices and value not in choices:
-            raise InputError(f"{option.name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-        if not choices and not _has_type(value, hint):
-            wanted = getattr(hint, "__name__", str(hint))
-            raise InputError(f"{option.name} must be of type {wanted}, not {value!r}")
-
-
-def _has_type(value: object, hint: Any) -> bool:
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    return any(_has_type(value, part) for part in get_args(hint)) or (value is None and type(None) in get_args(hint))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Checked:
-    """A criterion whose options are checked when it is made."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Perplexity(_Checked):
+class Perplexity(Checked):
     """exp of the student's mean negative log-probability, end of sequence included; lower is better (Gen-SSD).
 
     Over whole responses this picks what GRAPE picks (2502.04194).
@@ -105,7 +74,7 @@ class Perplexity(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankSurprisal(_Checked):
+class RankSurprisal(Checked):
     """sum of min(rank, r_max) / sum of negative log-probabilities; lower is better (RSR, 2601.14249, App. B.4).
 
     Low where the student is surprised by tokens that it ranks high. The end of sequence does not count.
@@ -144,7 +113,7 @@ class RankSurprisal(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalNaturalness(_Checked):
+class LocalNaturalness(Checked):
     """Mean over steps of the step's mean log-probability given the prompt and a few steps before it alone; higher is
     better (LALP, 2510.03988).
 
@@ -187,7 +156,7 @@ class LocalNaturalness(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AslecDrop(_Checked):
+class AslecDrop(Checked):
     """Mean log-probability without the first tokens of every step; higher is better (ASLEC, 2604.06834).
 
     A step's first token is unlikely whatever the step says, so a plain mean prefers long steps.
@@ -210,7 +179,7 @@ class AslecDrop(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AslecCasl(_Checked):
+class AslecCasl(Checked):
     """Mean log-probability less what the share of step heads explains of it; higher is better (ASLEC, 2604.06834).
 
     Over the pool, M ~ b1 M_rest + b2 M_heads + gamma F + c by least squares, where F is the share of tokens that head a
@@ -258,7 +227,7 @@ class AslecCasl(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lark(_Checked):
+class Lark(Checked):
     """The student's learning gain relative to the prompt's other candidates; higher is better (LARK, 2605.30651).
 
     With L the mean negative log-probability, B = mean of 1 - 2 p(y) + sum p^2 (Brier's score) and r = B / L, the gain
@@ -309,7 +278,7 @@ class Lark(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Divergence(_Checked):
+class Divergence(Checked):
     """Mean of log p(teacher) - log p(student); higher is better: the teacher is sure, the student is not (DASD,
     2601.09088)."""
 
@@ -321,7 +290,7 @@ class Divergence(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RsdAccept(_Checked):
+class RsdAccept(Checked):
     """Share of tokens that the student gives at least `probability` and ranks within its `top` (RSD, 2509.22230);
     higher is better."""
 
@@ -342,7 +311,7 @@ class RsdAccept(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RationaleDifficulty(_Checked):
+class RationaleDifficulty(Checked):
     """PPL(answer | prompt, reasoning) / PPL(answer | prompt); lower is better: the reasoning makes the answer easier
     (MoRSD, 2509.23574; the paper's formula is not public, this reading is ours).
 
@@ -391,7 +360,7 @@ class RationaleDifficulty(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SurprisalBand(_Checked):
+class SurprisalBand(Checked):
     """Share of tokens whose surprisal, in nats, lies in [low, high]; higher is better. Ours: neither known by heart nor
     out of reach."""
 
@@ -412,7 +381,7 @@ class SurprisalBand(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Length(_Checked):
+class Length(Checked):
     """Number of tokens. A control: many criteria come down to it."""
 
     scope: Scope = "chunk"
@@ -426,7 +395,7 @@ class Length(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherLogprob(_Checked):
+class TeacherLogprob(Checked):
     """The teacher's own mean log-probability; higher is better. A control that does not ask the student."""
 
     def score(self, candidate: Candidate) -> float:
@@ -437,7 +406,7 @@ class TeacherLogprob(_Checked):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Random(_Checked):
+class Random(Checked):
     """A number from the candidate's own random stream: the control that any criterion has to beat."""
 
     def score(self, candidate: Candidate) -> float:

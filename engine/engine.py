@@ -4,35 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
 from genssd.engine.branch import Branch, PromptIds
+from genssd.engine.brancher import EngineBrancher, check_fits, counted_logprob, response_limit
 from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import CapacityError, CheckpointError, InputError
-from genssd.engine.expander import Expander, Expansion, Promises, Usage
+from genssd.engine.expander import Expansion, Promises, Usage
 from genssd.engine.generation import Completion, generate
 from genssd.engine.loops import LoopGuard
 from genssd.engine.memory import available_bytes, choose_device, choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
-from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpeculator
-from genssd.engine.runner import ModelRunner
+from genssd.engine.reverse_speculation import ReverseSpeculation
+from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import Sampling, prompt_stream
 from genssd.engine.scoring import score
 from genssd.engine.search import PromptSearch, SearchOptions, search
 from genssd.engine.selection import Selection
 from genssd.engine.text import Prompt, Tokenizer
-from genssd.engine.windows import local_logprob
-from genssd.kernels.logprob import TokenStats, TopK
-
-Role = Literal["teacher", "student"]
+from genssd.kernels.logprob import TokenStats
 
 ANSWER_ROOM = 32
 """Positions kept free, beside those of the answer itself, where a criterion reads the reference answer: for what it
@@ -193,7 +190,7 @@ class Engine:
         teacher, _ = self._runner("teacher"), self._runner("student")  # say so before anything starts
         if not 0 <= teacher_topk <= teacher.decoder.config.vocab_size:
             raise InputError(f"teacher_topk must be in 0..{teacher.decoder.config.vocab_size}, not {teacher_topk}")
-        brancher = _Brancher(self, sampling, "teacher", topk=teacher_topk)
+        brancher = self._brancher(sampling, "teacher", topk=teacher_topk)
         names = _labels(prompts, labels)
         _check_answers(answers, options.criterion, names)
         starts = self._prompt_searches(prompts, names, options, brancher, skip, answers)
@@ -240,16 +237,18 @@ class Engine:
         if rsd is not None and model != "teacher":
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
         roles: list[Role] = [model] if rsd is None else ["teacher", "student"]
-        brancher = _Brancher(self, sampling, model, scored=rsd is not None, rsd=rsd)
+        brancher = self._brancher(sampling, model, scored=rsd is not None, rsd=rsd)
         whole = Chunk(tokens=max_tokens, until=None)
         names = _labels(prompts, labels)
         queue = {
-            index: Expansion(root, n, whole, self._response_limit(root.prompt, max_tokens, roles), names[index])
+            index: Expansion(
+                root, n, whole, response_limit(self._runners, root.prompt, max_tokens, roles), names[index]
+            )
             for index, root, _ in self._roots(prompts, names, brancher, seed, roles)
             if index not in skip
         }
         for expansion in queue.values():
-            self._check_fits(brancher.expander, expansion)
+            check_fits(brancher.expander, expansion)
         return generate(queue, brancher.expander)
 
     def score(
@@ -290,13 +289,15 @@ class Engine:
                 raise InputError(
                     f"{tuple(window)} is no window (context, start, end) of a response of {len(response)} tokens"
                 )
-        return self._local_logprob(model, prompt_ids, response, windows)
+        longest = max((end - context - 1 for context, _, end in windows), default=0)
+        self._check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
+        return counted_logprob(runner, self.usage, prompt_ids, response, windows)
 
     def branch(
         self, prompt: Prompt, *, sampling: Sampling = Sampling(top_p=0.95), seed: int = 0, answer: str | None = None
     ) -> Branch:
         """The root of a tree for searches of your own; see `Branch`. answer: for criteria that read it."""
-        brancher = _Brancher(self, sampling, "teacher", scored="student" in self._runners)
+        brancher = self._brancher(sampling, "teacher", scored="student" in self._runners)
         roles: list[Role] = ["teacher", "student"] if "student" in self._runners else ["teacher"]
         ((_, root, _),) = self._roots([prompt], ["the prompt"], brancher, seed, roles, [answer])
         return root
@@ -323,22 +324,35 @@ class Engine:
         self._runner(model)
         return self._tokenizers[model]
 
+    def _brancher(
+        self,
+        sampling: Sampling,
+        writer: Role,
+        *,
+        scored: bool = True,
+        rsd: ReverseSpeculation | None = None,
+        topk: int = 0,
+    ) -> EngineBrancher:
+        for role in (writer, *(("student",) if scored else ())):
+            self._runner(role)  # says which is missing
+        return EngineBrancher(
+            self._runners,
+            self._tokenizers,
+            sampling,
+            writer,
+            scored=scored,
+            rsd=rsd,
+            topk=topk,
+            max_batch=self._max_batch,
+            usage=self.usage,
+            promises=self._promises,
+        )
+
     def _runner(self, role: Role) -> ModelRunner:
         runner = self._runners.get(role)
         if runner is None:
             raise InputError(f"this engine has no {role}; give {role}= to Engine.from_pretrained")
         return runner
-
-    def _local_logprob(
-        self, model: Role, prompt_ids: Sequence[int], response: Sequence[int], windows: Sequence[Window]
-    ) -> list[Tensor]:
-        runner = self._runner(model)
-        # the last token is predicted, not read
-        read = [end - context - 1 for context, _, end in windows]
-        self._check_positions(len(prompt_ids) + max(read, default=0), runner, "the prompt with a window")
-        found = local_logprob(runner, prompt_ids, response, windows)
-        self.usage.window_tokens += len(prompt_ids) + sum(read)
-        return found
 
     def _encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         runner = self._runner(role)
@@ -368,7 +382,7 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         labels: Sequence[str],
-        owner: _Brancher,
+        owner: EngineBrancher,
         seed: int,
         roles: list[Role],
         answers: Sequence[str | None] | None = None,
@@ -383,12 +397,6 @@ class Engine:
             yield index, Branch(owner, rendered, prompt_stream(seed, key, seen[key])), seen[key]
             seen[key] += 1
 
-    def _response_limit(self, prompt: PromptIds, max_tokens: int, roles: list[Role]) -> int:
-        """max_tokens, or what the positions of the models leave."""
-        used = {"teacher": len(prompt.teacher), "student": len(prompt.student)}
-        room = [self._runner(role).decoder.config.max_position_embeddings - used[role] for role in roles]
-        return min(max_tokens, *room)
-
     def _room_before_answer(self, prompt: PromptIds, label: str) -> int:
         """What the student's positions leave for a response behind which a criterion reads the reference answer."""
         answer = len(self._tokenizers["student"].encode_plain(prompt.answer or "")) + ANSWER_ROOM
@@ -402,111 +410,23 @@ class Engine:
         prompts: Sequence[Prompt],
         labels: Sequence[str],
         options: SearchOptions,
-        owner: _Brancher,
+        owner: EngineBrancher,
         skip: frozenset[int],
         answers: Sequence[str | None] | None,
     ) -> list[PromptSearch]:
         roles: list[Role] = ["teacher", "student"]
         searches = []
         for index, root, occurrence in self._roots(prompts, labels, owner, options.seed, roles, answers):
-            limit = self._response_limit(root.prompt, options.max_tokens, roles)
+            limit = response_limit(self._runners, root.prompt, options.max_tokens, roles)
             if needs_answer(options.criterion):
                 assert root.prompt.answer is not None
                 limit = min(limit, self._room_before_answer(root.prompt, labels[index]))
             start = PromptSearch(index, labels[index], occurrence, root, limit)
             if index not in skip:
                 for expansion in start.next_round(options):
-                    self._check_fits(owner.expander, expansion)
+                    check_fits(owner.expander, expansion)
                 searches.append(start)
         return searches
-
-    @staticmethod
-    def _check_fits(expander: Expander, expansion: Expansion) -> None:
-        missing = expander.missing_pages(expansion)
-        if missing:
-            raise CapacityError(
-                f"{expansion.label}: {expansion.n} candidates of up to {expansion.longest} tokens need {missing} "
-                "pages more than the key-value cache has; raise memory_bytes or memory_utilization, or ask for fewer "
-                "or shorter ones"
-            )
-
-
-class _Brancher:
-    """Gives branches what they need of the engine; holds the expander of one call."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        sampling: Sampling,
-        writer: Role,
-        scored: bool = True,
-        rsd: ReverseSpeculation | None = None,
-        topk: int = 0,
-    ) -> None:
-        self._engine = engine
-        self._tokenizer = engine.tokenizer(writer)
-        runner = engine._runner(writer)
-        writers: list[Role] = [writer] if rsd is None else [writer, "student"]
-        scorer = engine._runner("student") if scored else None
-        self.expander = (Expander if rsd is None else partial(ReverseSpeculator, rsd))(
-            runner,
-            scorer,
-            self._tokenizer,
-            # a student that writes, too, may end as its own config says
-            eos_token_ids=frozenset().union(*(engine.tokenizer(role).end_token_ids for role in writers)),
-            # embeddings are often padded: what the tokenizer does not know is never drawn
-            vocabulary=self._tokenizer.largest_id + 1,
-            sampling=sampling,
-            max_batch=engine._max_batch,
-            usage=engine.usage,
-            promises=engine._promises,
-            topk=topk,
-        )
-
-    def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]:
-        roles: list[Role] = ["teacher", "student"] if branch.prompt.student else ["teacher"]
-        room = self._engine._response_limit(branch.prompt, 1 << 62, roles) - branch.length
-        if room < 1:
-            raise CapacityError("the branch has reached the last position of a model")
-        expansion = Expansion(branch, n, chunk, room, "the branch")
-        self._engine._check_fits(self.expander, expansion)
-        if not self.expander.fits([expansion]):
-            raise CapacityError(
-                "the candidates do not fit into the key-value cache beside the branches that are held; drop some"
-            )
-        self.expander.submit(expansion)
-        try:
-            while not self.expander.step():
-                pass
-        except BaseException:
-            self.expander.cancel(expansion)
-            raise
-        return expansion.kids
-
-    def drop_paths(self, branch: Branch) -> None:
-        for role, state in (("teacher", branch.teacher), ("student", branch.student)):
-            if state.path is not None:
-                self._engine._runner(role).tree.drop(state.path)  # type: ignore[arg-type]
-                state.path = None
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode_plain(text)
-
-    def teacher_topk(self, branch: Branch) -> TopK | None:
-        return self.expander.teacher_topk(branch)
-
-    def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        return self._tokenizer.pieces(token_ids)
-
-    def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]:
-        positions = self._engine._runner("student").decoder.config.max_position_embeddings
-        longest = len(prompt.student) + max((end - context for context, _, end in windows), default=0) - 1
-        if longest >= positions:  # no lack of cache, which would be waited for
-            raise InputError(f"the criterion reads {longest} tokens at once; the student has {positions} positions")
-        return self._engine._local_logprob("student", prompt.student, ids, windows)
 
 
 def _labels(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:

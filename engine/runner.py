@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path as FilePath
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,13 +18,15 @@ from genssd.engine.pages import PagePool
 from genssd.engine.tree import BranchTree, Path
 from genssd.kernels.attention import AttentionPlan
 
+Role = Literal["teacher", "student"]
+
 MAX_ROWS = 2048  # tokens of one forward pass; longer inputs go in several, in order
 
 
 class ModelRunner:
-    """A decoder over a branch tree. `role` ("teacher" or "student") and `directory` are for messages."""
+    """A decoder over a branch tree. `directory` is for messages."""
 
-    def __init__(self, role: str, directory: FilePath, decoder: Decoder, pool: PagePool) -> None:
+    def __init__(self, role: Role, directory: FilePath, decoder: Decoder, pool: PagePool) -> None:
         self.role = role
         self.directory = directory
         self.decoder = decoder
