@@ -217,14 +217,15 @@ class _Trainer:
             self.position = restore(
                 resume, self._model, self._optimizer, settings, self._extra, rank=world.rank, device=self._device
             )
-            world.wait()
+            best = output_dir / "best"
+            best_step = read_json(best / "best.json")["step"] if (best / "best.json").exists() else None
+            world.wait()  # until all have looked
+            if best_step is None:
+                self.position.best_eval_loss = None  # a crash came between the old and the new one
             if world.is_main:
                 remove_later_checkpoints(output_dir, self.position.step)
-            best = output_dir / "best"
-            if not (best / "best.json").exists():
-                self.position.best_eval_loss = None  # a crash came between the old and the new one
-            elif world.is_main and read_json(best / "best.json")["step"] > self.position.step:
-                shutil.rmtree(best)  # of a future that is run again
+                if best_step is not None and best_step > self.position.step:
+                    shutil.rmtree(best)  # of a future that is run again
 
     def train(self, report: Callable[[TrainProgress], None]) -> float:
         """Run to the end and save the model; return the last step's loss."""
