@@ -1,0 +1,106 @@
+// One pool of threads for all native kernels.
+//
+// Work is cut into units that share no result, so neither the number of threads nor who runs a unit changes a bit.
+// Workers wait actively for a moment after a job, since the next one usually follows at once, and then sleep: torch's
+// own threads find the cores free.
+#pragma once
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+namespace genssd {
+
+class ThreadPool {
+ public:
+  // Calls body(unit) for every unit in 0..units - 1, on at most `threads` threads, this one included.
+  template <typename Body>
+  static void run(std::int64_t units, int threads, const Body& body) {
+    const auto wanted = std::min<std::int64_t>(threads, units);
+    if (wanted <= 1) {
+      for (std::int64_t unit = 0; unit < units; ++unit) body(unit);
+      return;
+    }
+    instance().share(Job{units, [](const void* b, std::int64_t unit) { (*static_cast<const Body*>(b))(unit); }, &body},
+                     static_cast<int>(wanted) - 1);
+  }
+
+ private:
+  struct Job {
+    std::int64_t units = 0;
+    void (*call)(const void*, std::int64_t) = nullptr;
+    const void* body = nullptr;
+  };
+
+  static constexpr int kSpins = 4000;  // some tens of microseconds
+
+  static ThreadPool& instance() {
+    static std::atomic<ThreadPool*> pool{nullptr};
+    static std::once_flag once;
+    std::call_once(once, [] {
+      pool = new ThreadPool;  // never destroyed: workers may outlive the interpreter's last moments
+      // a forked child has no workers: it starts with a pool of its own
+      pthread_atfork(nullptr, nullptr, [] { pool.store(new ThreadPool); });
+    });
+    return *pool.load();
+  }
+
+  void share(const Job& job, int helpers) {
+    const std::lock_guard<std::mutex> one_job(caller_);
+    while (workers_ < helpers) {
+      std::thread([this, index = workers_, seen = generation_.load()] { work(index, seen); }).detach();
+      ++workers_;
+    }
+    job_ = job;
+    next_.store(0, std::memory_order_relaxed);
+    helpers_ = helpers;
+    busy_.store(workers_, std::memory_order_relaxed);
+    {
+      const std::lock_guard<std::mutex> lock(wake_mutex_);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    take_units();
+    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins)
+      if (spins > kSpins) std::this_thread::yield();
+  }
+
+  void work(int index, std::uint64_t seen) {
+    for (;;) {
+      for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) pause();
+      if (generation_.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(wake_mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+      }
+      ++seen;
+      if (index < helpers_) take_units();
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void take_units() {
+    for (std::int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < job_.units;)
+      job_.call(job_.body, unit);
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  std::mutex caller_, wake_mutex_;
+  std::condition_variable wake_;
+  std::atomic<std::uint64_t> generation_{0};
+  std::atomic<std::int64_t> next_{0};
+  std::atomic<int> busy_{0};
+  Job job_;
+  int workers_ = 0, helpers_ = 0;
+};
+
+}  // namespace genssd
