@@ -14,7 +14,7 @@ part() {
     echo "== $*"
     timeout "$seconds" "$@" || { echo "== failed or out of time ($?): $*"; failed=1; }
 }
-part 150 python -m pytest -q -m gpu tests/kernels/test_gpu.py
+part 150 python -m pytest -q -m gpu tests/kernels
 part 45 python bench/memory.py --width 1024 --json "$results/gpu-memory.json"
 part 120 python bench/sweep.py --json "$results/gpu-sweep.json"
 part 240 python -m pytest -q bench -o python_files=bench_head.py --benchmark-columns=median,iqr,rounds \

@@ -19,8 +19,8 @@ from genssd.kernels.activation import swiglu
 from genssd.kernels.attention import AttentionPlan, paged_attention
 from genssd.kernels.cache import write_kv
 from genssd.kernels.linear import linear
-from genssd.kernels.norm import rms_norm
-from genssd.kernels.rotary import rope_frequencies, rotary, rotary_angles
+from genssd.kernels.norm import add_rms_norm, rms_norm
+from genssd.kernels.rotary import rope_frequencies, rotary_angles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +112,18 @@ class Decoder:
 
         ids_N, slot_N: int64; a token's cache slot. plan: each token's sequence and position. kv: [L, 2, P, S, G, E].
         """
+        eps = self.config.rms_norm_eps
+        cos, sin = rotary_angles(plan.row_position_N, self.frequency, self.rope_factor)
+        next_norms = (*(layer.attention_norm for layer in self.layers[1:]), self.norm)
         x = self.embedding[ids_N]
-        cos, sin = rotary_angles(plan.row_position_N, self.frequency, self.rope_factor, x.dtype)
-        for layer, cache, window in zip(self.layers, kv, self.config.windows, strict=True):
-            h = rms_norm(x, layer.attention_norm, self.config.rms_norm_eps)
-            x = x + self._attention(h, layer, cache, window, slot_N, plan, cos, sin)
-            h = rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
-            x = x + linear(swiglu(linear(h, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
-        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+        h = rms_norm(x, self.layers[0].attention_norm, eps)
+        for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
+            h, x = add_rms_norm(
+                self._attention(h, layer, cache, window, slot_N, plan, cos, sin), x, layer.mlp_norm, eps
+            )
+            feed = linear(swiglu(linear(h, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+            h, x = add_rms_norm(feed, x, next_norm, eps)
+        return h
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]."""
@@ -137,14 +141,20 @@ class Decoder:
         sin: Tensor,
     ) -> Tensor:
         c = self.config
-        sizes = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-        qkv = linear(h_ND, layer.qkv, layer.qkv_bias).view(len(h_ND), sum(sizes), c.head_dim)
-        q, k, v = torch.split(qkv, list(sizes), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, c.rms_norm_eps), rms_norm(k, layer.k_norm, c.rms_norm_eps)
-        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        qkv = linear(h_ND, layer.qkv, layer.qkv_bias).view(len(h_ND), layer.qkv.shape[0] // c.head_dim, c.head_dim)
         k_pages, v_pages = cache
-        write_kv(k, v, k_pages, v_pages, slot_N)
+        q = write_kv(
+            qkv,
+            cos,
+            sin,
+            k_pages,
+            v_pages,
+            slot_N,
+            heads=c.num_attention_heads,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=c.rms_norm_eps,
+        )
         out = paged_attention(q, k_pages, v_pages, plan, scale=c.head_dim**-0.5, window=window)
         return linear(out.flatten(1), layer.output, layer.output_bias)
 

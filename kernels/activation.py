@@ -1,12 +1,51 @@
-"""Gated linear units (Shazeer, 2020)."""
+"""Gated linear units (Shazeer, 2020).
+
+Shapes:  N rows   F feed-forward width
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from genssd.kernels.inference import refuse_gradients
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for gate_up [..., 2 F], gate first; returns [..., F]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+
+def swiglu(gate_up_N2F: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up [N, 2 F], gate first; returns [N, F].
+
+    In float32 and rounded once. Raises ValueError on a CUDA device where a gradient is asked for.
+    """
+    if gate_up_N2F.is_cuda and gate_up_N2F.dtype != torch.float64:
+        # imported here, because Triton need not be installed where there is no GPU
+        from genssd.kernels.activation_triton import gated_rows
+
+        refuse_gradients("swiglu", gate_up_N2F)
+        return gated_rows(gate_up_N2F, gelu=False)
+    return swiglu_reference(gate_up_N2F)
+
+
+def geglu(gate_up_N2F: Tensor) -> Tensor:
+    """The same with gelu in its tanh approximation (Hendrycks & Gimpel, 2016) in place of silu."""
+    if gate_up_N2F.is_cuda and gate_up_N2F.dtype != torch.float64:
+        from genssd.kernels.activation_triton import gated_rows
+
+        refuse_gradients("geglu", gate_up_N2F)
+        return gated_rows(gate_up_N2F, gelu=True)
+    return geglu_reference(gate_up_N2F)
+
+
+def swiglu_reference(gate_up_N2F: Tensor) -> Tensor:
+    """The same in plain torch."""
+    gate, up = _wide(gate_up_N2F).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up_N2F.dtype)
+
+
+def geglu_reference(gate_up_N2F: Tensor) -> Tensor:
+    """The same in plain torch."""
+    gate, up = _wide(gate_up_N2F).chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(gate_up_N2F.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,19 +1,119 @@
-"""Writes into a paged key-value cache.
+"""The paged key-value cache: what a layer writes into it, and copies of its pages.
 
-Shapes:  N rows   P pages   S page size   G kv heads   E head dim   L layers
+Shapes:  N rows   H query heads   G kv heads   K = H + 2 G   E head dim   P pages   S page size   L layers
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from genssd.kernels.inference import refuse_gradients
+from genssd.kernels.norm import rms_norm_reference
+from genssd.kernels.rotary import rotary
 
-def write_kv(k_NGE: Tensor, v_NGE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, slot_N: Tensor) -> None:
-    """Store each row's key and value at slot_N (int64; slot = page * page_size + offset). Slots must be distinct."""
-    k_pages_PSGE.flatten(0, 1).index_copy_(0, slot_N, k_NGE)
-    v_pages_PSGE.flatten(0, 1).index_copy_(0, slot_N, v_NGE)
+
+def write_kv(
+    qkv_NKE: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages_PSGE: Tensor,
+    v_pages_PSGE: Tensor,
+    slot_N: Tensor,
+    *,
+    heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Store each row's rotated key and its value at slot_N; return its rotated queries, [N, heads, E], contiguous.
+
+    qkv: query heads first, then those of the keys, then of the values; in the dtype of the pages. cos, sin: float32
+    [N, E / 2], see rotary.rotary_angles. q_norm, k_norm: both or neither, [E]; the weights of a root-mean-square norm
+    of every head before its rotation. slot: int64, page * S + offset; those that are not negative must be distinct and
+    inside the cache, which a CUDA device does not check. A row whose slot is negative writes nothing: it pads.
+    Raises ValueError on shapes or dtypes that do not agree, and on a CUDA device where a gradient is asked for.
+    """
+    _check(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm)
+    if qkv_NKE.is_cuda and qkv_NKE.dtype != torch.float64:
+        # imported here, because Triton need not be installed where there is no GPU
+        from genssd.kernels.cache_triton import write_kv_rows
+
+        refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
+        return write_kv_rows(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm, eps)
+    return write_kv_reference(
+        qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps
+    )
+
+
+def write_kv_reference(
+    qkv_NKE: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages_PSGE: Tensor,
+    v_pages_PSGE: Tensor,
+    slot_N: Tensor,
+    *,
+    heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The same in plain torch."""
+    page_size, kv_heads = k_pages_PSGE.shape[1:3]
+    q, k, v = torch.split(qkv_NKE, [heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
+    kept = slot_N >= 0
+    place = torch.div(slot_N[kept], page_size, rounding_mode="floor"), slot_N[kept] % page_size
+    k_pages_PSGE[place] = rotary(k, cos, sin)[kept]
+    v_pages_PSGE[place] = v[kept]
+    return rotary(q, cos, sin).contiguous()
 
 
 def copy_pages(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor) -> None:
     """Copy whole pages, keys and values of all layers; destinations (int64) must be distinct and not be sources."""
+    if kv_L2PSGE.is_cuda and kv_L2PSGE.is_contiguous():
+        from genssd.kernels.cache_triton import copy_page_rows
+
+        copy_page_rows(kv_L2PSGE, source_N, destination_N)
+    else:
+        copy_pages_reference(kv_L2PSGE, source_N, destination_N)
+
+
+def copy_pages_reference(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor) -> None:
+    """The same in plain torch."""
     kv_L2PSGE.index_copy_(2, destination_N, kv_L2PSGE.index_select(2, source_N))
+
+
+def _check(
+    qkv_NKE: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages_PSGE: Tensor,
+    v_pages_PSGE: Tensor,
+    slot_N: Tensor,
+    heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
+    kv_heads, width = k_pages_PSGE.shape[2:]
+    rows = qkv_NKE.shape[0]
+    same = k_pages_PSGE.shape == v_pages_PSGE.shape and k_pages_PSGE.stride() == v_pages_PSGE.stride()
+    if not same or not qkv_NKE.dtype == k_pages_PSGE.dtype == v_pages_PSGE.dtype:
+        raise ValueError("write_kv: pages of keys and values must agree in shape, strides and dtype, and qkv in dtype")
+    if qkv_NKE.shape[1:] != (heads + 2 * kv_heads, width) or width % 2:
+        raise ValueError(
+            f"write_kv: qkv must be [N, {heads} + 2 * {kv_heads}, {width}], of even width, not {tuple(qkv_NKE.shape)}"
+        )
+    if cos.shape != (rows, width // 2) or sin.shape != cos.shape or not cos.dtype == sin.dtype == torch.float32:
+        raise ValueError(f"write_kv: cos and sin must be float32 [{rows}, {width // 2}]")
+    if slot_N.shape != (rows,) or slot_N.dtype != torch.int64:
+        raise ValueError(f"write_kv: slot must be int64 [{rows}], not {slot_N.dtype} {tuple(slot_N.shape)}")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("write_kv: q_norm and k_norm must be given together")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None and (norm.shape != (width,) or norm.dtype != qkv_NKE.dtype):
+            raise ValueError(
+                f"write_kv: {name} must be {qkv_NKE.dtype} [{width}], not {norm.dtype} {tuple(norm.shape)}"
+            )

@@ -1,9 +1,11 @@
 """Rotary position embedding (Su et al., 2021), in the half-split layout of Hugging Face checkpoints.
 
-    out = x * cos(position * f) + rotate_half(x) * sin(position * f)
+    (a, b) -> (a cos - b sin, b cos + a sin),  a and b the halves of a head, cos and sin of position * f
 
 The types differ in the frequencies f and in a factor on cos and sin: `default`, `linear` (Chen et al., 2023), `llama3`
-(Llama 3.1 release) and `yarn` (Peng et al., 2023).
+(Llama 3.1 release), `yarn` (Peng et al., 2023) and `longrope` (Ding et al., 2024). A cached key keeps the angle it was
+written with. So `dynamic`, whose frequencies change as a sequence grows, is not supported, and `longrope` takes its
+long factors for all lengths of a model that is longer than its original, and the short ones for none.
 
 Shapes:  N rows   H heads   E head dim
 """
@@ -16,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def rope_frequencies(parameters: Mapping[str, object], head_dim: int, max_positions: int) -> tuple[Tensor, float]:
@@ -36,20 +38,22 @@ def rope_frequencies(parameters: Mapping[str, object], head_dim: int, max_positi
         return _llama3(plain, parameters, max_positions), 1.0
     if kind == "yarn":
         return _yarn(plain, parameters, theta, head_dim, max_positions)
+    if kind == "longrope":
+        return _longrope(plain, parameters, max_positions)
     raise ValueError(f"unknown rope_type {kind!r}; supported: {', '.join(ROPE_TYPES)}")
 
 
-def rotary(x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
-    """Rotate every head of x by its row's angles; cos and sin [N, E] in the dtype of x."""
-    first, second = x_NHE.chunk(2, dim=-1)
-    return x_NHE * cos_NE[:, None] + torch.cat((-second, first), dim=-1) * sin_NE[:, None]
-
-
-def rotary_angles(position_N: Tensor, frequency: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [N, E] of position * frequency, computed in float32, scaled by factor."""
+def rotary_angles(position_N: Tensor, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, times factor: float32 [N, E / 2] each."""
     angle = position_N.float()[:, None] * frequency
-    angle = torch.cat((angle, angle), dim=-1)
-    return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    return angle.cos() * factor, angle.sin() * factor
+
+
+def rotary(x_NHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate every head of x by its row's angles, see rotary_angles; in float32, rounded once to the dtype of x."""
+    first, second = x_NHE.to(torch.promote_types(x_NHE.dtype, torch.float32)).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_NHE.dtype)
 
 
 def _llama3(plain: Tensor, parameters: Mapping[str, object], max_positions: int) -> Tensor:
@@ -91,6 +95,26 @@ def _yarn_factor(parameters: Mapping[str, object], factor: float) -> float:
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
         return mscale(_number(parameters, "mscale")) / mscale(_number(parameters, "mscale_all_dim"))
     return mscale(1.0)
+
+
+def _longrope(plain: Tensor, parameters: Mapping[str, object], max_positions: int) -> tuple[Tensor, float]:
+    original = _number(parameters, "original_max_position_embeddings", max_positions)
+    name = "long_factor" if max_positions > original else "short_factor"
+    stretch = parameters.get(name)
+    if (
+        not isinstance(stretch, list)
+        or len(stretch) != len(plain)
+        or not all(isinstance(s, int | float) for s in stretch)
+    ):
+        raise ValueError(f"rope parameter {name!r} must be a list of {len(plain)} numbers, not {stretch!r}")
+    return plain / torch.tensor(stretch, dtype=torch.float32), _longrope_factor(parameters, original, max_positions)
+
+
+def _longrope_factor(parameters: Mapping[str, object], original: float, max_positions: int) -> float:
+    if parameters.get("attention_factor") is not None:
+        return _number(parameters, "attention_factor")
+    factor = _number(parameters, "factor", max_positions / original)
+    return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _number(parameters: Mapping[str, object], name: str, default: float | None = None) -> float:

@@ -20,12 +20,20 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from genssd.kernels import divergence_triton, head_triton, logprob_triton, sampling_triton  # noqa: E402
+from genssd.kernels import (  # noqa: E402
+    activation_triton,
+    cache_triton,
+    divergence_triton,
+    head_triton,
+    logprob_triton,
+    norm_triton,
+    sampling_triton,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A GPU: its shared memory per block, the instruction of its matrix unit, that of its asynchronous loads."""
+    """A GPU: its shared memory per block, the instruction of its matrix unit, of its asynchronous and wide loads."""
 
     backend: str
     arch: int | str
@@ -33,6 +41,7 @@ class Target:
     shared_bytes: int
     matrix: str
     asynchronous: str
+    wide: str
 
     @property
     def capability(self) -> int:
@@ -42,10 +51,15 @@ class Target:
 pytestmark = pytest.mark.slow
 
 TARGETS = [
-    pytest.param(Target("cuda", 80, 32, 163 << 10, r"\bHMMA", "LDGSTS"), id="sm_80"),
-    pytest.param(Target("cuda", 90, 32, 227 << 10, r"\bHGMMA", "LDGSTS|UTMALDG"), id="sm_90"),
-    pytest.param(Target("cuda", 100, 32, 227 << 10, r"\bUTC\w*MMA", "LDGSTS|UTMALDG"), id="sm_100"),
-    pytest.param(Target("hip", "gfx942", 64, 64 << 10, r"\bv_mfma", r"buffer_load|global_load"), id="gfx942"),
+    pytest.param(Target("cuda", 80, 32, 163 << 10, r"\bHMMA", "LDGSTS", r"\bLDG\.E\.128"), id="sm_80"),
+    pytest.param(Target("cuda", 90, 32, 227 << 10, r"\bHGMMA", "LDGSTS|UTMALDG", r"\bLDG\.E\.128"), id="sm_90"),
+    pytest.param(Target("cuda", 100, 32, 227 << 10, r"\bUTC\w*MMA", "LDGSTS|UTMALDG", r"\bLDG\.E\.128"), id="sm_100"),
+    pytest.param(
+        Target(
+            "hip", "gfx942", 64, 64 << 10, r"\bv_mfma", r"buffer_load|global_load", r"(?:global|buffer)_load_dwordx[24]"
+        ),
+        id="gfx942",
+    ),
 ]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -59,7 +73,8 @@ def compile_for(target: Target, kernel: Any, types: dict[str, str], constants: d
 
 
 ALIGNED = ("V", "U", "D", "stride", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student",
-           "stride_teacher")  # fmt: skip
+           "stride_teacher", "F", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page",
+           "stride_slot", "stride_group")  # fmt: skip
 
 
 def machine_code(compiled: Any, target: Target, directory: Path) -> str:
@@ -81,8 +96,10 @@ def machine_code(compiled: Any, target: Target, directory: Path) -> str:
 
 
 SIZES = ("N", "B", "C", "S", "V", "U", "D", "vocabulary", "tiles_per_split", "top_k", "stride", "stride_n", "stride_v",
-         "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher")  # fmt: skip
-FACTORS = ("temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p")
+         "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G", "P", "entries",
+         "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
+         "stride_group")  # fmt: skip
+FACTORS = ("temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps")
 
 
 def types_of(**pointers: str) -> dict[str, str]:
@@ -173,3 +190,39 @@ def test_rowwise_kernels(target: Target, name: str, tmp_path: Path) -> None:
     compiled = compile_for(target, kernel, types_of(**pointers), constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
     machine_code(compiled, target, tmp_path)
+
+
+def of_norm(width: int, add: bool) -> tuple[Any, dict[str, Any], int]:
+    rows, block, num_warps = norm_triton.tiling(width)
+    return norm_triton._rms_norm_kernel, {"ADD": add, "ROWS": rows, "BLOCK": block}, num_warps
+
+
+def of_write(width: int, norm: bool) -> tuple[Any, dict[str, Any], int]:
+    half, num_warps = cache_triton.tiling(width)
+    return cache_triton._write_kernel, {"E": width, "HALF": half, "HEADS": cache_triton.HEADS, "NORM": norm}, num_warps
+
+
+FORWARD = {
+    "norm-1024": of_norm(1024, add=False),
+    **{f"add-norm-{width}": of_norm(width, add=True) for width in (128, 4096, 16384)},
+    **{
+        name: (activation_triton._gated_kernel, {"GELU": name == "geglu", "BLOCK": activation_triton.BLOCK}, 4)
+        for name in ("swiglu", "geglu")
+    },
+    "write-kv-128": of_write(128, norm=False),
+    **{f"normed-write-kv-{width}": of_write(width, norm=True) for width in (64, 80, 256)},
+    "copy-pages": (cache_triton._copy_kernel, {"BLOCK": cache_triton.BLOCK}, 8),
+}
+POINTERS = ("x", "residual", "weight", "normed", "total", "gate_up", "out", "qkv", "q_norm", "k_norm", "q", "k_pages",
+            "v_pages", "kv")  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_kernels(target: Target, dtype: str, name: str, tmp_path: Path) -> None:
+    kernel, constants, num_warps = FORWARD[name]
+    pointers = dict.fromkeys(POINTERS, f"*{dtype}") | dict.fromkeys(("slot", "source", "destination"), "*i64")
+    types = types_of(**pointers, cos="*fp32", sin="*fp32")
+    code = machine_code(compile_for(target, kernel, types, constants, num_warps=num_warps), target, tmp_path)
+    assert re.search(target.wide, code), "memory is read in small pieces"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from genssd.kernels.activation import swiglu
-from genssd.kernels.norm import rms_norm
+from genssd.kernels.activation import geglu, swiglu
+from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import ROPE_TYPES, rope_frequencies, rotary, rotary_angles
 
 
@@ -33,13 +34,48 @@ def test_rms_norm_of_tiny_and_large_rows() -> None:
     torch.testing.assert_close(rms_norm(half, weight.half(), 1e-6), torch.ones(1, 8, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_add_rms_norm_is_a_sum_and_a_norm(dtype: torch.dtype) -> None:
+    x, residual = (3 * torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(4))).to(dtype)
+    before = residual.clone()
+    weight = torch.linspace(-1, 2, 64).to(dtype)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, residual + x)
+    assert torch.equal(normed, rms_norm(residual + x, weight, 1e-5))
+    assert torch.equal(residual, before)
+
+
+def gates(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gate_up = torch.randn(7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return gate_up, gate_up[:, :5].double(), gate_up[:, 5:].double()
+
+
 def test_swiglu_gates_with_the_first_half() -> None:
-    gate_up = torch.randn(4, 2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    gate, up = gate_up[..., :5], gate_up[..., 5:]
+    gate_up, gate, up = gates()
     torch.testing.assert_close(swiglu(gate_up), gate / (1 + (-gate).exp()) * up, atol=1e-14, rtol=1e-12)
 
 
+def test_geglu_is_gelu_by_tanh() -> None:
+    gate_up, gate, up = gates()
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    torch.testing.assert_close(geglu(gate_up), 0.5 * gate * (1 + inner.tanh()) * up, atol=1e-14, rtol=1e-12)
+
+
+@pytest.mark.parametrize("activation", [swiglu, geglu])
+def test_halves_are_rounded_once(activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    gate_up, _, _ = gates(torch.bfloat16)
+    exact = activation(gate_up.double())
+    ours = activation(gate_up)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), exact, atol=1e-6, rtol=2.0**-8)  # half a unit in the last place
+
+
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPES: dict[str, dict[str, Any]] = {
+    "longrope-long": {"factor": 8.0, "original_max_position_embeddings": 4096},
+    "longrope-of-lengths": {"original_max_position_embeddings": 4096},
+    "longrope-attention-factor": {"original_max_position_embeddings": 4096, "attention_factor": 1.25},
+}
 ROPES = [
     pytest.param({"rope_type": "default", "rope_theta": 1e4}, id="default"),
     pytest.param({"rope_type": "default", "rope_theta": 1e6}, id="default-wide"),
@@ -85,27 +121,51 @@ ROPES = [
         },
         id="yarn-attention-factor",
     ),
+    *(pytest.param({"rope_type": "longrope", "rope_theta": 1e4, **more}, id=name) for name, more in LONGROPES.items()),
 ]
+
+
+def stretched(parameters: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """longrope has a factor per frequency."""
+    if parameters["rope_type"] != "longrope":
+        return dict(parameters)
+    short, long = torch.linspace(1, 2, head_dim // 2), torch.linspace(1, 40, head_dim // 2)
+    return {**parameters, "short_factor": short.tolist(), "long_factor": long.tolist()}
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 @pytest.mark.parametrize("parameters", ROPES)
 def test_frequencies_equal_transformers(parameters: dict[str, Any], head_dim: int) -> None:
+    parameters = stretched(parameters, head_dim)
     original = parameters.get("original_max_position_embeddings", 512)
     config = LlamaConfig(
         hidden_size=2 * head_dim,
         num_attention_heads=2,
         head_dim=head_dim,
-        max_position_embeddings=int(original * parameters.get("factor", 1.0)),
+        max_position_embeddings=int(original * parameters.get("factor", 4.0)),
         rope_parameters=dict(parameters),
     )
     if parameters["rope_type"] == "default":
         expected, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     else:
-        expected, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+        longest = config.max_position_embeddings
+        expected, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), longest)
     ours, our_factor = rope_frequencies(parameters, head_dim, config.max_position_embeddings)
     torch.testing.assert_close(ours, expected.float(), atol=0, rtol=2e-6)
     assert our_factor == pytest.approx(factor, rel=1e-12)
+
+
+def test_longrope_of_a_model_that_is_not_longer_takes_the_short_factors() -> None:
+    parameters = stretched({"rope_type": "longrope", "original_max_position_embeddings": 512}, 16)
+    frequency, factor = rope_frequencies(parameters, 16, 512)
+    plain, _ = rope_frequencies({}, 16, 512)
+    torch.testing.assert_close(frequency * torch.tensor(parameters["short_factor"]), plain)
+    assert factor == 1.0
+
+
+def test_every_type_of_transformers_is_supported_or_refused() -> None:
+    """`dynamic` changes with the length of a sequence; `proportional` is Gemma's, of heads that turn in part."""
+    assert {"default", *ROPE_INIT_FUNCTIONS} - set(ROPE_TYPES) == {"dynamic", "proportional"}
 
 
 def test_rotation_equals_transformers() -> None:
@@ -115,7 +175,7 @@ def test_rotation_equals_transformers() -> None:
     cos, sin = LlamaRotaryEmbedding(config)(x, position[None].long())
     expected, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)
     frequency, factor = rope_frequencies(ROPES[1].values[0], 32, 131072)  # type: ignore[arg-type]
-    ours = rotary(x, *rotary_angles(position, frequency, factor, x.dtype))
+    ours = rotary(x, *rotary_angles(position, frequency, factor))
     # a frequency may differ in its last bit, which turns the angle by position * 2^-23
     budget = 1e-6 + 2.0**-23 * position.float()[:, None, None] * x.norm(dim=-1, keepdim=True)
     assert bool(((ours - expected[0].transpose(0, 1)).abs() <= budget).all())
@@ -127,7 +187,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 64, generator=torch.Generator().manual_seed(3))
 
     def at(x: torch.Tensor, position: int) -> torch.Tensor:
-        return rotary(x, *rotary_angles(torch.tensor([position]), frequency, factor, x.dtype)).flatten()
+        return rotary(x, *rotary_angles(torch.tensor([position]), frequency, factor)).flatten()
 
     assert float(at(q, 300).norm()) == pytest.approx(float(q.norm()), rel=1e-6)
     assert float(at(q, 40) @ at(k, 9)) == pytest.approx(float(at(q, 140) @ at(k, 109)), abs=1e-4)
@@ -135,10 +195,20 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
 
 
 def test_an_unknown_type_and_a_missing_number_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'dynamic'.*default, linear, llama3, yarn"):
+    with pytest.raises(ValueError, match=r"'dynamic'.*default, linear, llama3, yarn, longrope"):
         rope_frequencies({"rope_type": "dynamic"}, 16, 512)
     with pytest.raises(ValueError, match="'factor'"):
         rope_frequencies({"rope_type": "linear"}, 16, 512)
     with pytest.raises(ValueError, match="'low_freq_factor'"):
         rope_frequencies({"rope_type": "llama3", "factor": 2.0}, 16, 512)
-    assert set(ROPE_TYPES) <= {"default", *ROPE_INIT_FUNCTIONS}
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 128, "short_factor": [1.0] * 8}
+    for wrong in (None, [1.0] * 7, ["1.0"] * 8):
+        with pytest.raises(ValueError, match="'long_factor' must be a list of 8 numbers"):
+            rope_frequencies({**longrope, "long_factor": wrong}, 16, 512)
+
+
+def test_rotation_of_halves_is_rounded_once() -> None:
+    x = torch.randn(9, 2, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    angles = rotary_angles(torch.arange(9), *rope_frequencies({}, 64, 512))
+    exact = rotary(x.double(), *angles)
+    torch.testing.assert_close(rotary(x, *angles).double(), exact, atol=1e-6, rtol=2.0**-8)

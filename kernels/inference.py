@@ -1,0 +1,12 @@
+"""What the operators of the engine's forward pass have in common: their kernels record no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def refuse_gradients(function: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError where a gradient would be asked for and silently lost."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(f"{function} is not differentiated on this device; call it under torch.inference_mode()")
