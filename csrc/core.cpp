@@ -4,7 +4,6 @@
 #include <nanobind/stl/optional.h>
 
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "segments.hpp"
@@ -361,7 +360,7 @@ void paged_attention(Array q, Array k_pages, Array v_pages, const SegmentTable& 
   ThreadPool::run(table.num_rows(), threads, [&](std::int64_t row) { kernels.fold_attention(task, row); });
 }
 
-std::unique_ptr<SegmentTable> segment_table(Array tables, Array table, Array first, Array rows, std::int64_t page_size,
+SegmentTable* segment_table(Array tables, Array table, Array first, Array rows, std::int64_t page_size,
                                             std::int64_t segment, std::int64_t window, std::int64_t unit_rows) {
   const Arguments args("segment_table");
   args.shape(tables, "tables", {-1, -1});
@@ -375,7 +374,7 @@ std::unique_ptr<SegmentTable> segment_table(Array tables, Array table, Array fir
                             args.indices<std::int32_t>(first, "first", count),
                             args.indices<std::int32_t>(rows, "rows", count),
                             count};
-  return std::make_unique<SegmentTable>(sequences, page_size, segment, window, unit_rows);
+  return new SegmentTable(sequences, page_size, segment, window, unit_rows);
 }
 
 using Int32Vector = nb::ndarray<nb::numpy, const std::int32_t, nb::ndim<1>>;
@@ -431,7 +430,7 @@ NB_MODULE(_core, m) {
 #define TENSORS(names) nb::sig("def " names " -> None")
   m.def("instruction_set", [] { return kernels() ? kernels()->name : nullptr; },
         nb::sig("def instruction_set() -> str | None"), "The kernels that run on this processor; None: there are none.");
-  m.def("segment_table", &segment_table, nb::arg("tables"), nb::arg("table"), nb::arg("first"), nb::arg("rows"),
+  m.def("segment_table", &segment_table, nb::rv_policy::take_ownership, nb::arg("tables"), nb::arg("table"), nb::arg("first"), nb::arg("rows"),
         nb::arg("page_size"), nb::arg("segment"), nb::arg("window"), nb::arg("unit_rows"),
         nb::sig("def segment_table(tables: numpy.ndarray, table: numpy.ndarray, first: numpy.ndarray, rows: "
                 "numpy.ndarray, page_size: int, segment: int, window: int, unit_rows: int) -> SegmentTable"),

@@ -58,7 +58,7 @@ void gated_of(const Gated& t, std::int64_t row) {
     } else {
       y = div(x, add(fill(1.0f), exponential(sub(zero(), x))));
     }
-    store_at(out, mul(rounded<T>(y), load_at(up, i, t.width)), i, t.width);
+    store_at(out, mul(y, load_at(up, i, t.width)), i, t.width);
   }
 }
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genssd.engine.batch import Batch
 from genssd.engine.checkpoint import read_tensors, take
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
 from genssd.kernels.activation import swiglu
-from genssd.kernels.attention import AttentionPlan, paged_attention
+from genssd.kernels.attention import paged_attention
 from genssd.kernels.cache import write_kv
 from genssd.kernels.linear import linear
 from genssd.kernels.norm import add_rms_norm, rms_norm
@@ -107,19 +108,19 @@ class Decoder:
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.embedding.element_size()
 
-    def forward(self, ids_N: Tensor, slot_N: Tensor, plan: AttentionPlan, kv: Tensor) -> Tensor:
+    def forward(self, ids_N: Tensor, batch: Batch, kv: Tensor) -> Tensor:
         """Extend the cache by N tokens and return their hidden states after the last norm, [N, D].
 
-        ids_N, slot_N: int64; a token's cache slot. plan: each token's sequence and position. kv: [L, 2, P, S, G, E].
+        ids_N: int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E].
         """
         eps = self.config.rms_norm_eps
-        cos, sin = rotary_angles(plan.row_position_N, self.frequency, self.rope_factor)
+        cos, sin = rotary_angles(batch.position_N, self.frequency, self.rope_factor)
         next_norms = (*(layer.attention_norm for layer in self.layers[1:]), self.norm)
         x = self.embedding[ids_N]
         h = rms_norm(x, self.layers[0].attention_norm, eps)
         for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
             h, x = add_rms_norm(
-                self._attention(h, layer, cache, window, slot_N, plan, cos, sin), x, layer.mlp_norm, eps
+                self._attention(h, layer, cache, window, batch, cos, sin), x, layer.mlp_norm, eps
             )
             feed = linear(swiglu(linear(h, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
             h, x = add_rms_norm(feed, x, next_norm, eps)
@@ -127,7 +128,8 @@ class Decoder:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """float32 [N, V]."""
-        return linear(hidden_ND, self.head).float()
+        out = hidden_ND.new_empty(hidden_ND.shape[0], self.head.shape[0], dtype=torch.float32)
+        return linear(hidden_ND, self.head, out=out)
 
     def _attention(
         self,
@@ -135,8 +137,7 @@ class Decoder:
         layer: LayerWeights,
         cache: Tensor,
         window: int,
-        slot_N: Tensor,
-        plan: AttentionPlan,
+        batch: Batch,
         cos: Tensor,
         sin: Tensor,
     ) -> Tensor:
@@ -149,13 +150,13 @@ class Decoder:
             sin,
             k_pages,
             v_pages,
-            slot_N,
+            batch.slot_N,
             heads=c.num_attention_heads,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             eps=c.rms_norm_eps,
         )
-        out = paged_attention(q, k_pages, v_pages, plan, scale=c.head_dim**-0.5, window=window)
+        out = paged_attention(q, k_pages, v_pages, batch.tables[window], scale=c.head_dim**-0.5)
         return linear(out.flatten(1), layer.output, layer.output_bias)
 
 

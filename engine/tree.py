@@ -13,13 +13,15 @@ A path is one token sequence; it ends in a node of its own, and shares the nodes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from genssd.engine.page_tables import PageTables
 from genssd.engine.pages import PagePool
+
+NO_TABLE = -1
 
 
 class Node:
-    """A span of tokens. `table` lists the pages of all positions from 0 to its end; `pages` are those it owns."""
+    """A span of tokens. `pages` are those it owns; `table` is the row of the page tables that lists the pages of all
+    positions from 0 to its end, once it has a token."""
 
     __slots__ = ("children", "length", "pages", "parent", "start", "table")
 
@@ -28,7 +30,7 @@ class Node:
         self.start = 0 if parent is None else parent.end
         self.length = 0
         self.pages: list[int] = []
-        self.table: list[int] = []
+        self.table = NO_TABLE
         self.children: list[Node] = []
         if parent is not None:
             parent.children.append(self)
@@ -56,18 +58,13 @@ class Path:
         """Tokens in the cache."""
         return self.leaf.end
 
-    @property
-    def table(self) -> Sequence[int]:
-        """Pages of the sequence, in the order of positions."""
-        leaf = self.leaf
-        return leaf.table if leaf.length or leaf.parent is None else leaf.parent.table
-
 
 class BranchTree:
     """All paths of one model over one page pool."""
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
+        self.tables = PageTables()
         self.paths: set[Path] = set()
 
     def root(self) -> Path:
@@ -82,26 +79,32 @@ class BranchTree:
         path.node = Node(leaf)
         return self._open(Node(leaf))
 
-    def append(self, path: Path, count: int) -> list[int]:
-        """Make room for `count` more tokens and return their slots (page * page_size + offset).
+    def append(self, path: Path, count: int) -> None:
+        """Make room for `count` more tokens.
 
         Raises CapacityError, changing nothing, when the pool has too few free pages.
         """
         leaf, size = path.leaf, self.pool.page_size
-        first, last = leaf.end, leaf.end + count
-        # a half-filled page above a fresh leaf belongs to a sealed node: it is replaced by a copy
-        copied = 1 if leaf.length == 0 and first % size else 0
+        first = leaf.start + leaf.length
         held = -(-first // size)
-        pages = self.pool.allocate(-(-last // size) - held + copied if count else 0)
-        if count and leaf.length == 0 and leaf.parent is not None:
-            leaf.table = leaf.parent.table[:held]
-            if copied:
-                self.pool.copy(leaf.table[-1], pages[0])
-                leaf.table.pop()
-        leaf.pages += pages
-        leaf.table += pages
+        needed = -(-(first + count) // size) - held
+        if leaf.length:
+            if needed:
+                pages = self.pool.allocate(needed)
+                self.tables.write(leaf.table, held, pages)
+                leaf.pages += pages
+        elif count:
+            # a half-filled page above a fresh leaf belongs to a sealed node: it is replaced by a copy
+            copied = 1 if first % size else 0
+            pages = self.pool.allocate(needed + copied)
+            leaf.table = self.tables.take()
+            if leaf.parent is not None:
+                self.tables.copy(leaf.parent.table, leaf.table, held)
+                if copied:
+                    self.pool.copy(self.tables.page(leaf.table, held - 1), pages[0])
+            self.tables.write(leaf.table, held - copied, pages)
+            leaf.pages += pages
         leaf.length += count
-        return [leaf.table[p // size] * size + p % size for p in range(first, last)]
 
     def pages_to_append(self, path: Path, count: int) -> int:
         """How many pages `append(path, count)` would take at most (exactly, if no relative is dropped before)."""
@@ -116,12 +119,19 @@ class BranchTree:
         path.node = None
         while node is not None and not node.children:
             self.pool.release(node.pages)
+            self.tables.put(node.table)
             parent = node.parent
             if parent is not None:
                 parent.children.remove(node)
             node = parent
         if node is not None and len(node.children) == 1:
             self._melt(node, node.children[0])
+
+    def table(self, path: Path) -> list[int]:
+        """Pages of a path, in the order of positions."""
+        leaf = path.leaf
+        owner = leaf if leaf.length or leaf.parent is None else leaf.parent
+        return self._pages_of(owner)
 
     def check(self) -> None:
         """Assert the invariants: every page is free or owned by one reachable node; tables agree with ownership."""
@@ -137,8 +147,10 @@ class BranchTree:
         assert len(owned) + self.pool.num_free == self.pool.num_pages, "a page leaked"
         for node in nodes:
             assert node.length or not node.children, "an empty node has children"
-            assert node.length == 0 or len(node.table) == -(-node.end // self.pool.page_size)
-            assert node.pages == (node.table[len(node.table) - len(node.pages) :] if node.pages else [])
+            assert (node.table == NO_TABLE) == (node.length == 0), "a table is kept by a node without tokens"
+            table = self._pages_of(node)
+            assert node.pages == (table[len(table) - len(node.pages) :] if node.pages else [])
+        assert self.tables.num_taken == sum(node.length > 0 for node in nodes), "a table leaked"
 
     def _open(self, node: Node) -> Path:
         path = Path(node)
@@ -147,13 +159,19 @@ class BranchTree:
 
     def _melt(self, node: Node, child: Node) -> None:
         """Merge a sealed node into its only child."""
+        last = -(-node.end // self.pool.page_size) - 1
         if child.length == 0:
             child.table = node.table
-        elif node.table[-1] != child.table[len(node.table) - 1]:
-            self.pool.release([node.pages.pop()])  # the child wrote on in a copy of it
+        else:
+            if self.tables.page(node.table, last) != self.tables.page(child.table, last):
+                self.pool.release([node.pages.pop()])  # the child wrote on in a copy of it
+            self.tables.put(node.table)
         child.pages = node.pages + child.pages
         child.start = node.start
         child.length += node.length
         child.parent = node.parent
         if node.parent is not None:
             node.parent.children[node.parent.children.index(node)] = child
+
+    def _pages_of(self, node: Node) -> list[int]:
+        return self.tables.pages(node.table, -(-node.end // self.pool.page_size)) if node.length else []

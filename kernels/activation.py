@@ -8,13 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genssd import _core
 from genssd.kernels.inference import refuse_gradients
+from genssd.kernels.native import takes
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [N, 2 F], gate first; returns [N, F].
 
-    In float32 and rounded once. Raises ValueError on a CUDA device where a gradient is asked for.
+    In float32 and rounded once. Raises ValueError where a gradient is asked for and a kernel of ours runs.
     """
     if gate_up_N2F.is_cuda and gate_up_N2F.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
@@ -22,6 +24,8 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
 
         refuse_gradients("swiglu", gate_up_N2F)
         return gated_rows(gate_up_N2F, gelu=False)
+    if takes(gate_up_N2F):
+        return _native(gate_up_N2F, gelu=False)
     return swiglu_reference(gate_up_N2F)
 
 
@@ -32,7 +36,16 @@ def geglu(gate_up_N2F: Tensor) -> Tensor:
 
         refuse_gradients("geglu", gate_up_N2F)
         return gated_rows(gate_up_N2F, gelu=True)
+    if takes(gate_up_N2F):
+        return _native(gate_up_N2F, gelu=True)
     return geglu_reference(gate_up_N2F)
+
+
+def _native(gate_up_N2F: Tensor, *, gelu: bool) -> Tensor:
+    refuse_gradients("geglu" if gelu else "swiglu", gate_up_N2F)
+    out = gate_up_N2F.new_empty(gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2)
+    _core.gated(gate_up_N2F.contiguous(), gelu, out, torch.get_num_threads())
+    return out
 
 
 def swiglu_reference(gate_up_N2F: Tensor) -> Tensor:

@@ -1,75 +1,169 @@
-"""Attention of packed query rows over a paged key-value cache.
+"""Attention of packed query rows over a paged key-value cache that sequences share.
 
-Row n belongs to sequence row_sequence[n] and stands at row_position[n]; it attends to positions 0..row_position[n] of
-that sequence, whose p-th token lies in page page_table[sequence, p // page_size] at offset p % page_size. Sequences
-may share pages. Prefill, scoring and decoding are the same call with more or fewer rows per sequence.
+Row n stands at a position of its sequence and attends to the positions up to its own. Positions are cut into segments
+at absolute multiples of a constant, and a segment table says which rows read which: rows whose sequences hold the same
+pages through a whole segment read it together. For a row n, a head and a segment s with the scores z of its keys,
 
-Shapes:  N rows   B sequences   W pages per sequence   P pages   S page size   H query heads   G kv heads   E head dim
+    peak_s = max z      total_s = sum e^(z - peak_s)      values_s = sum e^(z - peak_s) v
+
+and these partial results are merged in the order of segments: with p = max(peak_a, peak_b),
+
+    total = total_a e^(peak_a - p) + total_b e^(peak_b - p)      values likewise      output = values / total
+
+So a row's bits depend on its own keys and values alone, not on who shares them, the batch or the page layout. Prefill,
+scoring and decoding are the same call with more or fewer rows per sequence.
+
+Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head dim   R rows of an item   T its tokens
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from genssd import _core
+from genssd.kernels.native import takes
+
+SegmentTable = _core.SegmentTable
+"""Who reads what. items: int32 [items, 6] (index into pages of the item's first page, position of its first token,
+tokens that its rows see at most, index into entries of its first row, its rows, its unit: items of different units share
+no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every row.
+row_partial: int32 [N + 1], a row's first partial slot; the others follow in the order of segments."""
+
+SEGMENT = {"cpu": 256, "cuda": 1024}
+"""Tokens of a segment. On a GPU a longer one keeps the traffic of partial results small beside that of the cache."""
+
+UNIT_ROWS = 64
+"""Query vectors (rows times query heads per kv head) that read a segment together."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionPlan:
-    """Where each query row finds its keys. int32 tensors; page_table is padded with any valid page."""
+def segment_table(
+    tables: NDArray[np.int32],
+    table_B: NDArray[np.int32],
+    first_B: NDArray[np.int32],
+    rows_B: NDArray[np.int32],
+    *,
+    page_size: int,
+    segment: int,
+    window: int = 0,
+    unit_rows: int = UNIT_ROWS,
+) -> SegmentTable:
+    """The table of a batch of sequences. Rows are numbered sequence by sequence.
 
-    page_table_BW: Tensor
-    row_sequence_N: Tensor
-    row_position_N: Tensor
+    tables: int32 [tables, width], pages in the order of positions (beyond a sequence's end anything); table_B: which of
+    them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up to the last row's
+    position are in the cache when the table is used. window: a row sees at most so many positions, its own included;
+    0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises ValueError on a sequence
+    whose pages are not in its table, and unless segment is a multiple of page_size.
+    """
+    return _core.segment_table(tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows)
 
 
 def paged_attention(
-    q_NHE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0
+    q_NHE: Tensor,
+    k_pages_PSGE: Tensor,
+    v_pages_PSGE: Tensor,
+    table: SegmentTable,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return the attention output [N, H, E] in the dtype of q.
 
-    window: a row sees at most this many positions, its own included; 0 sees all. On the CPU (float32, bfloat16) each
-    row is computed by the native kernel, alone and in the order of positions: its bits do not depend on the batch, the
-    number of threads or the page layout.
-    Raises ValueError on shapes or dtypes that do not agree and on a plan that points outside the cache.
+    A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is given. sinks_H: float32, a score per
+    head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros. On the CPU
+    (float32, bfloat16, float16) the native kernel computes in float32.
+    Raises ValueError on shapes or dtypes that do not agree and on a table that points outside the cache.
     """
-    if q_NHE.device.type == "cpu" and q_NHE.dtype in (torch.float32, torch.bfloat16):
+    if takes(q_NHE, k_pages_PSGE, v_pages_PSGE):
         out = torch.empty_like(q_NHE, memory_format=torch.contiguous_format)
         _core.paged_attention(
-            q_NHE.contiguous(),
-            k_pages_PSGE,
-            v_pages_PSGE,
-            plan.page_table_BW,
-            plan.row_sequence_N,
-            plan.row_position_N,
-            out,
-            scale,
-            window,
+            q_NHE.contiguous(), k_pages_PSGE, v_pages_PSGE, table, out, scale, softcap or 0.0, sinks_H,
             torch.get_num_threads(),
-        )
+        )  # fmt: skip
         return out
-    return paged_attention_reference(q_NHE, k_pages_PSGE, v_pages_PSGE, plan, scale=scale, window=window)
+    return paged_attention_reference(
+        q_NHE, k_pages_PSGE, v_pages_PSGE, table, scale=scale, softcap=softcap, sinks_H=sinks_H
+    )
 
 
 def paged_attention_reference(
-    q_NHE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0
+    q_NHE: Tensor,
+    k_pages_PSGE: Tensor,
+    v_pages_PSGE: Tensor,
+    table: SegmentTable,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """The same in plain torch: gathers every row's keys, so it is an oracle, not an engine."""
-    G, E = k_pages_PSGE.shape[2:]
-    table_NW = plan.page_table_BW[plan.row_sequence_N.long()].long()
-    k_NLGE = k_pages_PSGE[table_NW].reshape(len(table_NW), -1, G, E)
-    v_NLGE = v_pages_PSGE[table_NW].reshape(len(table_NW), -1, G, E)
-    position_L = torch.arange(k_NLGE.shape[1], device=q_NHE.device)
-    last_N1 = plan.row_position_N[:, None]
-    seen_NL = position_L <= last_N1
-    if window:
-        seen_NL &= position_L > last_N1 - window
-    q_NGRE = q_NHE.reshape(len(q_NHE), G, -1, E)
-    s_NGRL = torch.einsum("ngre,nlge->ngrl", q_NGRE, k_NLGE).to(torch.promote_types(q_NHE.dtype, torch.float32)) * scale
-    p_NGRL = s_NGRL.masked_fill(~seen_NL[:, None, None, :], -torch.inf).softmax(dim=-1).to(q_NHE.dtype)
-    # unseen slots may hold anything, NaN included, and 0 * NaN is NaN
-    v_NLGE = v_NLGE.masked_fill(~seen_NL[:, :, None, None], 0)
-    return torch.einsum("ngrl,nlge->ngre", p_NGRL, v_NLGE).reshape(q_NHE.shape)
+    """The same in plain torch, item by item; float64 stays float64."""
+    _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table)
+    N, H, E = q_NHE.shape
+    device, G = q_NHE.device, k_pages_PSGE.shape[2]
+    wide = torch.promote_types(q_NHE.dtype, torch.float32)
+    partials = int(table.row_partial[-1])
+    peak = torch.full((partials, H), -torch.inf, dtype=wide, device=device)
+    total = torch.zeros(partials, H, dtype=wide, device=device)
+    values = torch.zeros(partials, H, E, dtype=wide, device=device)
+    position_N = torch.tensor(table.position, device=device)
+    pages, entries = torch.tensor(table.pages, device=device), torch.tensor(table.entries, device=device)
+    for page, first, tokens, entry, count, _ in table.items.tolist():
+        held = pages[page : page - (-tokens // table.page_size)]
+        row, slot = entries[entry : entry + count].unbind(1)
+        k_TGE, v_TGE = (x[held].flatten(0, 1)[:tokens].to(wide) for x in (k_pages_PSGE, v_pages_PSGE))
+        at_T = first + torch.arange(tokens, device=device)
+        seen_RT = at_T <= position_N[row][:, None]
+        if table.window:
+            seen_RT &= at_T > position_N[row][:, None] - table.window
+        q_RGQE = q_NHE[row].to(wide).view(count, G, H // G, E)
+        z_RHT = torch.einsum("rgqe,tge->rgqt", q_RGQE, k_TGE).flatten(1, 2) * scale
+        if softcap is not None:
+            z_RHT = softcap * torch.tanh(z_RHT / softcap)
+        z_RHT = z_RHT.masked_fill(~seen_RT[:, None], -torch.inf)
+        peak[slot] = z_RHT.amax(2)
+        e_RHT = (z_RHT - peak[slot].clamp_min(torch.finfo(wide).min)[..., None]).exp()
+        total[slot] = e_RHT.sum(2)
+        # what no row sees may hold anything, NaN included, and 0 * NaN is NaN
+        v_TGE = v_TGE.masked_fill(~seen_RT.any(0)[:, None, None], 0)
+        e_RGQT = e_RHT.view(count, G, H // G, tokens)
+        values[slot] = torch.einsum("rgqt,tge->rgqe", e_RGQT, v_TGE).flatten(1, 2)
+    return _merge(peak, total, values, table, sinks_H).to(q_NHE.dtype)
+
+
+def _merge(peak: Tensor, total: Tensor, values: Tensor, table: SegmentTable, sinks_H: Tensor | None) -> Tensor:
+    """Fold the partial results of every row, in the order of segments."""
+    device, N = peak.device, table.num_rows
+    first_N, end_N = (torch.tensor(part, device=device) for part in (table.row_partial[:-1], table.row_partial[1:]))
+    start = peak.new_full((peak.shape[1],), -torch.inf) if sinks_H is None else sinks_H.to(peak.dtype)
+    p_NH, t_NH = start.repeat(N, 1), (start > -torch.inf).to(peak.dtype).repeat(N, 1)
+    o_NHE = values.new_zeros(N, *values.shape[1:])
+    for step in range(int((end_N - first_N).max()) if N else 0):
+        n = (first_N + step < end_N).nonzero()[:, 0]
+        at = first_N[n] + step
+        now = torch.maximum(p_NH[n], peak[at])
+        base = now.clamp_min(torch.finfo(peak.dtype).min)  # of two empty sets: -inf - -inf would be NaN
+        a, b = (p_NH[n] - base).exp(), (peak[at] - base).exp()
+        p_NH[n] = now
+        t_NH[n] = t_NH[n] * a + total[at] * b
+        o_NHE[n] = o_NHE[n] * a[..., None] + values[at] * b[..., None]
+    return torch.where(t_NH[..., None] == 0, 0, o_NHE / t_NH[..., None])
+
+
+def _check(q_NHE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, table: SegmentTable) -> None:
+    pages = k_pages_PSGE.shape
+    if q_NHE.shape[0] != table.num_rows or q_NHE.shape[2] != pages[3] or q_NHE.shape[1] % max(1, pages[2]):
+        raise ValueError(
+            f"paged_attention: q {tuple(q_NHE.shape)} does not fit a table of {table.num_rows} rows and pages "
+            f"{tuple(pages)}"
+        )
+    if v_pages_PSGE.shape != pages or pages[1] != table.page_size or table.largest_page >= pages[0]:
+        raise ValueError(
+            f"paged_attention: pages of keys {tuple(pages)} and values {tuple(v_pages_PSGE.shape)} must agree, have "
+            f"{table.page_size} tokens each and number more than {table.largest_page}"
+        )
+    if not q_NHE.dtype == k_pages_PSGE.dtype == v_pages_PSGE.dtype:
+        raise ValueError("paged_attention: q, k_pages and v_pages must have one dtype")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genssd import _core
 from genssd.kernels.inference import refuse_gradients
+from genssd.kernels.native import takes
 from genssd.kernels.norm import rms_norm_reference
 from genssd.kernels.rotary import rotary
 
@@ -32,7 +34,8 @@ def write_kv(
     [N, E / 2], see rotary.rotary_angles. q_norm, k_norm: both or neither, [E]; the weights of a root-mean-square norm
     of every head before its rotation. slot: int64, page * S + offset; those that are not negative must be distinct and
     inside the cache, which a CUDA device does not check. A row whose slot is negative writes nothing: it pads.
-    Raises ValueError on shapes or dtypes that do not agree, and on a CUDA device where a gradient is asked for.
+    Raises ValueError on shapes or dtypes that do not agree, and where a gradient is asked for and a kernel of ours
+    runs.
     """
     _check(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm)
     if qkv_NKE.is_cuda and qkv_NKE.dtype != torch.float64:
@@ -41,6 +44,14 @@ def write_kv(
 
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
         return write_kv_rows(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm, eps)
+    if takes(qkv_NKE, k_pages_PSGE, v_pages_PSGE) and k_pages_PSGE.is_contiguous() and slot_N.is_contiguous():
+        refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
+        q = qkv_NKE.new_empty(qkv_NKE.shape[0], heads, qkv_NKE.shape[2])
+        _core.write_kv(
+            qkv_NKE.contiguous(), cos.contiguous(), sin.contiguous(), k_pages_PSGE, v_pages_PSGE, slot_N,
+            None if q_norm is None else q_norm.detach(), None if k_norm is None else k_norm.detach(), eps, q, torch.get_num_threads(),
+        )  # fmt: skip
+        return q
     return write_kv_reference(
         qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps
     )

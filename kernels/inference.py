@@ -9,4 +9,4 @@ from torch import Tensor
 def refuse_gradients(function: str, *tensors: Tensor | None) -> None:
     """Raise ValueError where a gradient would be asked for and silently lost."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise ValueError(f"{function} is not differentiated on this device; call it under torch.inference_mode()")
+        raise ValueError(f"{function} is not differentiated; call it under torch.inference_mode()")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from genssd import _core
 from genssd.kernels.head import (
     check_head,
     check_positive,
@@ -36,7 +37,7 @@ from genssd.kernels.head import (
     softmax_gradient,
     unsquash_gradient,
 )
-from genssd.kernels.linear import linear
+from genssd.kernels.native import takes
 
 LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
 STATISTICS = ("logprob", "logsumexp", "entropy", "sum_p2", "rank")
@@ -199,18 +200,19 @@ def _blockwise(
     softcap: float | None,
     topk: int,
 ) -> Values:
-    """Where no kernel of ours runs: the reference, a block of rows at a time."""
+    """On the CPU the native kernel; where no kernel of ours runs, the reference, a block of rows at a time."""
+    values = _outputs(hidden_ND, target_N, topk)
     weight_VD = weight_VD.to(hidden_ND.dtype)
+    if takes(hidden_ND, weight_VD, bias):
+        return _native(hidden_ND, weight_VD, target_N, bias, temperature, softcap, values)
     in_range_N = target_N.clamp(0, weight_VD.shape[0] - 1)
     N, V = len(hidden_ND), len(weight_VD)
     rows = max(1, LOGITS_BYTES // (4 * V))
-    values = _outputs(hidden_ND, target_N, topk)
     x_CV = values[0].new_empty(min(rows, N), V)
     for start in range(0, N, rows):
         block = slice(start, min(start + rows, N))
         h, x = hidden_ND[block], x_CV[: block.stop - start]
-        # on a GPU logits of halves are not rounded to halves; on a CPU few rows are padded
-        x = product(h, weight_VD.T, out=x) if h.is_cuda else linear(h, weight_VD, out=x)
+        x = product(h, weight_VD.T, out=x)  # on a GPU logits of halves are not rounded to halves
         if bias is not None:
             x += bias
         for part in slices(len(x), V):
@@ -218,6 +220,27 @@ def _blockwise(
             for value, of_part in zip(values, parts, strict=True):
                 value[block][part] = of_part
     _require_sound(target_N, values[1], V)
+    return values
+
+
+def _native(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    values: Values,
+) -> Values:
+    V = weight_VD.shape[0]
+    stats_4N = torch.stack(values[:4])
+    _core.linear_logprob(
+        hidden_ND.detach(), weight_VD.detach(), target_N.clamp(0, V - 1), None if bias is None else bias.detach(),
+        temperature, softcap or 0.0, stats_4N, *values[4:], torch.get_num_threads(),
+    )  # fmt: skip
+    _require_sound(target_N, stats_4N[1], V)
+    for value, computed in zip(values, stats_4N, strict=False):
+        value.copy_(computed)
     return values
 
 

@@ -21,6 +21,7 @@ from genssd import _core
 from genssd.kernels.head import check_head, check_positive, row_logsumexp, slices, squash
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
+from genssd.kernels.native import available, takes
 
 
 class Draw(NamedTuple):
@@ -88,6 +89,14 @@ def linear_sample(
 
 @torch.library.custom_op("genssd::sample", mutates_args=())
 def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    if takes(logits_BV) and logits_BV.dtype == torch.float32:
+        tokens = torch.empty_like(key_B, memory_format=torch.contiguous_format)
+        # as keep_likely takes it, in float32
+        log_min_p = float(torch.log(torch.tensor(min_p))) if min_p > 0.0 else 0.0
+        _core.sample(
+            logits_BV, key_B.contiguous(), temperature, top_k, top_p, log_min_p, tokens, torch.get_num_threads()
+        )
+        return _require_drawn("sample", tokens)
     peak_B = logits_BV.amax(dim=1)
     if not bool(peak_B.isfinite().all()):
         raise NonFiniteLogits("sample", int((~peak_B.isfinite()).nonzero()[0]))
@@ -129,6 +138,12 @@ def _linear_sample(
 ) -> tuple[Tensor, Tensor]:
     B, V = len(hidden_BD), len(weight_VD)
     tokens, logprob = torch.empty_like(key_B), hidden_BD.new_empty(B, dtype=torch.float32)
+    if takes(hidden_BD, weight_VD, bias):
+        _core.linear_sample(
+            hidden_BD.detach(), weight_VD.detach(), key_B.contiguous(), None if bias is None else bias.detach(),
+            temperature, softcap or 0.0, vocabulary, tokens, logprob, torch.get_num_threads(),
+        )  # fmt: skip
+        return _require_drawn("linear_sample", tokens), logprob
     rows = max(1, LOGITS_BYTES // (4 * V))
     x_CV = hidden_BD.new_empty(min(rows, B), V, dtype=torch.float32)
     for start in range(0, B, rows):
@@ -217,7 +232,7 @@ def keep_likely(z_BV: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 def gumbel_noise(key_B: Tensor, vocabulary: int) -> Tensor:
     """Gumbel(0, 1) noise, float32 [B, vocabulary]: entry (b, v) depends on (key_B[b], v) alone."""
-    if key_B.device.type != "cpu":
+    if key_B.device.type != "cpu" or not available():
         return gumbel_reference(key_B, vocabulary)
     noise = torch.empty(key_B.shape[0], vocabulary)
     _core.gumbel_noise(key_B.contiguous(), noise, torch.get_num_threads())

@@ -67,7 +67,7 @@ class TreeMachine(RuleBasedStateMachine):
         path, free = self.pick(which), self.tree.pool.num_free
         bound = self.tree.pages_to_append(path, count)
         try:
-            slots = self.tree.append(path, count)
+            self.tree.append(path, count)
         except CapacityError:
             assert bound > free, "refused although it fits"
             assert self.tree.pool.num_free == free
