@@ -19,8 +19,7 @@ from genssd.engine.tree import BranchTree, Path
 
 Role = Literal["teacher", "student"]
 
-MAX_ROWS = 2048  # tokens of one forward pass
-PIECE = 1024  # a sequence's tokens are computed in pieces that end at multiples of this
+MAX_ROWS = 2048  # tokens of one forward pass; a sequence is cut at multiples of half of it
 
 
 class ModelRunner:
@@ -41,11 +40,11 @@ class ModelRunner:
         """
         hidden: list[list[Tensor]] = [[] for _ in paths]
         batch: list[tuple[int, Sequence[int]]] = []
-        rows = 0
+        rows, longest = 0, MAX_ROWS // 2
         for i, ids in enumerate(tokens):
             first, start = paths[i].length, 0
             while start < len(ids):
-                piece = ids[start : start + PIECE - (first + start) % PIECE]
+                piece = ids[start : start + longest - (first + start) % longest]
                 if rows + len(piece) > MAX_ROWS:
                     self._forward(paths, batch, hidden)
                     batch, rows = [], 0

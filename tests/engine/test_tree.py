@@ -19,18 +19,23 @@ def new_tree(page_size: int, num_pages: int = NUM_PAGES) -> BranchTree:
     return BranchTree(PagePool(torch.full((1, 2, num_pages, page_size, 1, 1), torch.nan)))
 
 
-def write(tree: BranchTree, slots: list[int], markers: list[int]) -> None:
-    """Store a marker per slot: as it is in the keys, negative in the values."""
+def append(tree: BranchTree, path: Path, markers: list[int]) -> list[int]:
+    """Append a token per marker and store it: as it is in the keys, negative in the values. Returns their slots."""
+    tree.append(path, len(markers))
+    size, table = tree.pool.page_size, tree.table(path)
+    slots = [table[p // size] * size + p % size for p in range(path.length - len(markers), path.length)]
     keys, values = (tree.pool.kv[0, i].view(-1) for i in (0, 1))
     keys[slots] = torch.tensor(markers, dtype=torch.float32)
     values[slots] = -torch.tensor(markers, dtype=torch.float32)
+    return slots
 
 
 def read(tree: BranchTree, path: Path) -> list[int]:
     """The markers of a path, through its page table."""
     size = tree.pool.page_size
-    assert len(path.table) == -(-path.length // size)
-    slots = [path.table[p // size] * size + p % size for p in range(path.length)]
+    table = tree.table(path)
+    assert len(table) == -(-path.length // size)
+    slots = [table[p // size] * size + p % size for p in range(path.length)]
     keys, values = (tree.pool.kv[0, i].view(-1)[slots].tolist() for i in (0, 1))
     assert [-v for v in values] == keys
     return [int(k) for k in keys]
@@ -66,20 +71,20 @@ class TreeMachine(RuleBasedStateMachine):
     def append(self, which: int, count: int) -> None:
         path, free = self.pick(which), self.tree.pool.num_free
         bound = self.tree.pages_to_append(path, count)
+        markers = list(range(self.next_marker, self.next_marker + count))
+        before = {other: self.tree.table(other) for other in self.tokens if other is not path}
         try:
-            self.tree.append(path, count)
+            slots = append(self.tree, path, markers)
         except CapacityError:
             assert bound > free, "refused although it fits"
             assert self.tree.pool.num_free == free
             return
         assert len(slots) == len(set(slots)) == count
         assert free - self.tree.pool.num_free <= bound
-        others = {page for other in self.tokens if other is not path for page in other.table}
+        others = {page for table in before.values() for page in table}
         written = {slot // self.tree.pool.page_size for slot in slots}
         assert not written & others, "a page with two holders is written"
-        markers = list(range(self.next_marker, self.next_marker + count))
         self.next_marker += count
-        write(self.tree, slots, markers)
         self.tokens[path] += markers
 
     @precondition(lambda self: self.tokens)
@@ -98,7 +103,7 @@ class TreeMachine(RuleBasedStateMachine):
         for path, tokens in self.tokens.items():
             assert path.length == len(tokens)
             assert read(self.tree, path) == tokens
-        held = {page for path in self.tokens for page in path.table}
+        held = {page for path in self.tokens for page in self.tree.table(path)}
         assert not any(self.tree.pool._is_free[page] for page in held)
         # a sealed node keeps its half-filled page while two relatives live below it, even if both wrote copies
         unread = NUM_PAGES - self.tree.pool.num_free - len(held)
@@ -121,13 +126,13 @@ TestTree = TreeMachine.TestCase
 def test_siblings_share_full_pages_and_copy_only_the_half_filled_one() -> None:
     tree = new_tree(page_size=4)
     first = tree.root()
-    write(tree, tree.append(first, 10), list(range(10)))  # pages of 4, 4 and 2 tokens
+    append(tree, first, list(range(10)))  # pages of 4, 4 and 2 tokens
     second, third = tree.fork(first), tree.fork(first)
     assert tree.pool.num_free == NUM_PAGES - 3
-    write(tree, tree.append(second, 1), [100])
+    append(tree, second, [100])
     assert tree.pool.num_free == NUM_PAGES - 4
-    assert list(second.table[:2]) == list(first.table[:2])
-    assert second.table[2] != first.table[2]
+    assert tree.table(second)[:2] == tree.table(first)[:2]
+    assert tree.table(second)[2] != tree.table(first)[2]
     assert read(tree, second) == [*range(10), 100]
     assert read(tree, third) == list(range(10))
     tree.drop(second)
@@ -137,11 +142,11 @@ def test_siblings_share_full_pages_and_copy_only_the_half_filled_one() -> None:
 def test_the_last_path_writes_on_in_its_page_without_a_copy() -> None:
     tree = new_tree(page_size=4)
     first = tree.root()
-    write(tree, tree.append(first, 6), list(range(6)))
+    append(tree, first, list(range(6)))
     second = tree.fork(first)
     tree.drop(first)
     assert tree.pages_to_append(second, 2) == 0
-    write(tree, tree.append(second, 2), [6, 7])
+    append(tree, second, [6, 7])
     assert tree.pool.num_free == NUM_PAGES - 2
     assert read(tree, second) == list(range(8))
 
@@ -151,8 +156,8 @@ def test_a_long_trajectory_of_forks_stays_one_node() -> None:
     path = tree.root()
     for step in range(20):
         child, loser = tree.fork(path), tree.fork(path)
-        write(tree, tree.append(loser, 2), [900, 901])
-        write(tree, tree.append(child, 2), [2 * step, 2 * step + 1])
+        append(tree, loser, [900, 901])
+        append(tree, child, [2 * step, 2 * step + 1])
         tree.drop(loser)
         tree.drop(path)
         path = child
@@ -164,13 +169,14 @@ def test_a_long_trajectory_of_forks_stays_one_node() -> None:
 def test_an_append_that_does_not_fit_changes_nothing_and_says_how_much_is_missing() -> None:
     tree = new_tree(page_size=4, num_pages=3)
     path = tree.root()
-    write(tree, tree.append(path, 6), list(range(6)))
+    append(tree, path, list(range(6)))
     fork = tree.fork(path)
     with pytest.raises(CapacityError, match=r"1 free pages of 3, 2 needed"):
         tree.append(fork, 4)
     tree.check()
     assert read(tree, fork) == read(tree, path) == list(range(6))
-    assert len(tree.append(fork, 2)) == 2
+    tree.append(fork, 2)
+    assert fork.length == 8
 
 
 def test_a_dropped_path_cannot_be_used() -> None:
