@@ -429,7 +429,20 @@ NB_MODULE(_core, m) {
 
 #define TENSORS(names) nb::sig("def " names " -> None")
   m.def("instruction_set", [] { return kernels() ? kernels()->name : nullptr; },
-        nb::sig("def instruction_set() -> str | None"), "The kernels that run on this processor; None: there are none.");
+        nb::sig("def instruction_set() -> str | None"), "The kernels in use, at first the best for this processor; None: there are none.");
+  m.def("instruction_sets",
+        [] {
+          nb::list names;
+          for (const Kernels* const* set = supported(); *set; ++set) names.append((*set)->name);
+          return names;
+        },
+        nb::sig("def instruction_sets() -> list[str]"), "All that run on this processor, the best first.");
+  m.def("use_instruction_set",
+        [](const char* name) {
+          if (!use(name)) throw std::invalid_argument(std::string("this processor has no kernels of the name ") + name);
+        },
+        nb::arg("name"), nb::sig("def use_instruction_set(name: str) -> None"),
+        "Change the kernels of this process, for tests and measurements. Results of other sets differ in their roundings.");
   m.def("segment_table", &segment_table, nb::rv_policy::take_ownership, nb::arg("tables"), nb::arg("table"), nb::arg("first"), nb::arg("rows"),
         nb::arg("page_size"), nb::arg("segment"), nb::arg("window"), nb::arg("unit_rows"),
         nb::sig("def segment_table(tables: numpy.ndarray, table: numpy.ndarray, first: numpy.ndarray, rows: "

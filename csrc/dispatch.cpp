@@ -1,22 +1,51 @@
 // Chooses the kernels for this processor. Compiled for the plainest one.
+#include <atomic>
+#include <cstring>
+
 #include "kernels.hpp"
 
 namespace genssd {
 
-const Kernels* kernels() {
+namespace {
+
+std::atomic<const Kernels*> active{nullptr};
+
+}  // namespace
+
+const Kernels* const* supported() {
+  static const Kernels* found[4] = {};  // the best first, then null
+  static const bool once = [] {
+    int count = 0;
 #if defined(GENSSD_X86)
-  static const Kernels* const best = []() -> const Kernels* {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return nullptr;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-      return &kAvx2;
-    return __builtin_cpu_supports("avx512bf16") ? &kAvx512Bf16 : &kAvx512;
-  }();
-  return best;
-#else
-  return nullptr;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (__builtin_cpu_supports("avx512bf16")) found[count++] = &kAvx512Bf16;
+        found[count++] = &kAvx512;
+      }
+      found[count++] = &kAvx2;
+    }
 #endif
+    active = found[0];
+    return count > 0;
+  }();
+  (void)once;
+  return found;
+}
+
+const Kernels* kernels() {
+  supported();
+  return active;
+}
+
+bool use(const char* name) {
+  for (const Kernels* const* set = supported(); *set; ++set)
+    if (!std::strcmp((*set)->name, name)) {
+      active = *set;
+      return true;
+    }
+  return false;
 }
 
 }  // namespace genssd

@@ -127,7 +127,13 @@ struct Kernels {
 
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 
-// The best set that this processor runs; null: none.
+// The sets that this processor runs, the best first, with a null behind the last.
+const Kernels* const* supported();
+
+// The set in use, at first the best; null: there is none.
 const Kernels* kernels();
+
+// Changes to the set of this name; false where this processor does not run it.
+bool use(const char* name);
 
 }  // namespace genssd

@@ -1,274 +1,330 @@
-"""Paged attention: the native kernel against the float64 reference, and the promise that a row's bits are its own."""
+"""Tree attention: against float64 over each row's own tokens, and the promise that a row's bits are its own."""
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from page_problems import Problem, build, random_tree
 from torch import Tensor
 
-from genssd.kernels.attention import AttentionPlan, paged_attention, paged_attention_reference
+from genssd import _core
+from genssd.kernels.attention import SegmentTable, paged_attention, paged_attention_reference, segment_table
+
+HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Inputs are exact: the result is rounded, to so much."""
 
 
-class Problem:
-    """Sequences of given lengths in a pool whose unwritten slots are NaN. Sequence 0's full pages are shared by all."""
-
-    def __init__(
-        self,
-        lengths: list[int],
-        rows: list[int],
-        *,
-        heads: int = 4,
-        kv_heads: int = 2,
-        head_dim: int = 16,
-        page_size: int = 4,
-        dtype: torch.dtype = torch.float32,
-        shared_pages: int = 0,
-        seed: int = 0,
-        page_order_seed: int = 0,
-    ) -> None:
-        """rows: how many of each sequence's last positions are queried."""
-        generator = torch.Generator().manual_seed(seed)
-        width = max(-(-length // page_size) for length in lengths)
-        num_pages = sum(-(-length // page_size) for length in lengths) + 3
-        keys = [torch.randn(2, length, kv_heads, head_dim, generator=generator) for length in lengths]
-        self.q = torch.randn(sum(rows), heads, head_dim, generator=generator).to(dtype)
-        self.kv = torch.full((2, num_pages, page_size, kv_heads, head_dim), torch.nan, dtype=dtype)
-        free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(page_order_seed)).tolist()
-        self.table = torch.zeros(len(lengths), width, dtype=torch.int32)
-        for i, (length, kv) in enumerate(zip(lengths, keys, strict=True)):
-            for w in range(-(-length // page_size)):
-                first, last = w * page_size, min((w + 1) * page_size, length)
-                if i and w < shared_pages:
-                    self.table[i, w] = self.table[0, w]
-                    continue
-                page = free.pop()
-                self.table[i, w] = page
-                self.kv[:, page, : last - first] = kv[:, first:last].to(dtype)
-            self.table[i, -(-length // page_size) :] = int(self.table[i, 0])  # padding: any valid page
-        self.sequence = torch.tensor([i for i, n in enumerate(rows) for _ in range(n)], dtype=torch.int32)
-        self.position = torch.tensor(
-            [length - n + j for length, n in zip(lengths, rows, strict=True) for j in range(n)], dtype=torch.int32
-        )
-        self.scale = head_dim**-0.5
-
-    @property
-    def plan(self) -> AttentionPlan:
-        return AttentionPlan(page_table_BW=self.table, row_sequence_N=self.sequence, row_position_N=self.position)
-
-    def native(self, window: int = 0) -> Tensor:
-        return paged_attention(self.q, self.kv[0], self.kv[1], self.plan, scale=self.scale, window=window)
-
-    def truth(self, window: int = 0) -> Tensor:
-        """float64 attention of each row over its own gathered keys, without the reference's masks."""
-        out = torch.empty(self.q.shape, dtype=torch.float64)
-        page_size, kv_heads = self.kv.shape[2], self.kv.shape[3]
-        for n, (sequence, last) in enumerate(zip(self.sequence.tolist(), self.position.tolist(), strict=True)):
-            positions = range(max(0, last + 1 - window) if window else 0, last + 1)
-            slots = [(int(self.table[sequence, p // page_size]), p % page_size) for p in positions]
-            k, v = (torch.stack([pages[page, offset] for page, offset in slots]).double() for pages in self.kv)
-            for head in range(self.q.shape[1]):
-                g = head // (self.q.shape[1] // kv_heads)
-                weight = (k[:, g] @ self.q[n, head].double() * self.scale).softmax(dim=0)
-                out[n, head] = weight @ v[:, g]
-        return out
+@pytest.fixture(params=_core.instruction_sets())
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    _core.use_instruction_set(request.param)
+    yield request.param
+    _core.use_instruction_set(_core.instruction_sets()[0])
 
 
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def ours(problem: Problem, table: SegmentTable | None = None, **options: Any) -> Tensor:
+    table = problem.table(window=options.pop("window", 0)) if table is None else table
+    return paged_attention(problem.q, problem.k_pages, problem.v_pages, table, scale=0.25, **options)
 
 
-SHAPES = [
-    pytest.param({"lengths": [1], "rows": [1], "heads": 1, "kv_heads": 1}, id="one-token"),
-    pytest.param({"lengths": [7, 1, 12, 4], "rows": [1, 1, 1, 1]}, id="decode-ragged"),
-    pytest.param({"lengths": [9, 14], "rows": [9, 14]}, id="prefill"),
-    pytest.param({"lengths": [17, 13, 30], "rows": [3, 1, 11], "shared_pages": 3}, id="extend-shared-pages"),
-    pytest.param({"lengths": [10, 9], "rows": [2, 9], "heads": 8, "kv_heads": 1}, id="multi-query"),
-    pytest.param({"lengths": [10, 9], "rows": [2, 9], "heads": 3, "kv_heads": 3}, id="ungrouped"),
-    pytest.param({"lengths": [21, 6], "rows": [5, 6], "heads": 6, "kv_heads": 2, "head_dim": 64}, id="head-64"),
-    pytest.param({"lengths": [21, 6], "rows": [5, 6], "head_dim": 80}, id="head-80"),
-    pytest.param({"lengths": [21, 6], "rows": [5, 6], "head_dim": 128, "page_size": 16}, id="head-128"),
-    pytest.param({"lengths": [5, 6], "rows": [5, 6], "head_dim": 2, "page_size": 1}, id="pages-of-one-token"),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("window", [0, 1, 5, 100])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_float64(shape: dict[str, object], window: int, dtype: torch.dtype) -> None:
-    problem = Problem(**shape, dtype=dtype)  # type: ignore[arg-type]
-    out, truth = problem.native(window), problem.truth(window)
-    assert out.dtype == dtype
-    assert out.shape == problem.q.shape
-    # bfloat16 inputs are exact here: only the result is rounded, to 8 bits
-    step = 2e-6 if dtype == torch.float32 else 2.0**-8
+def assert_near(out: Tensor, truth: Tensor) -> None:
+    step = HALVES.get(out.dtype, 2e-6)
     assert bool(((out.double() - truth).abs() <= step * truth.abs() + 4e-6).all())
 
 
-@pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_reference_equals_float64(shape: dict[str, object], window: int) -> None:
-    problem = Problem(**shape)  # type: ignore[arg-type]
-    # the reference multiplies keys that no row sees by zero weight: it masks their values, not their keys
-    out = paged_attention_reference(
-        problem.q.double(),
-        problem.kv[0].double(),
-        problem.kv[1].double(),
-        problem.plan,
-        scale=problem.scale,
-        window=window,
-    )
-    torch.testing.assert_close(out, problem.truth(window), atol=1e-12, rtol=0)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window-1": {"window": 1},
+    "window-5": {"window": 5},
+    "window-beyond": {"window": 1000},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks_H": torch.tensor([0.5, -3.0, 9.0, -torch.inf])},
+    "window-softcap-sinks": {"window": 7, "softcap": 1.5, "sinks_H": torch.tensor([0.0, 2.0, -1.0, 30.0])},
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_long_context(dtype: torch.dtype) -> None:
-    problem = Problem([2048, 2000], [1, 2], page_size=16, shared_pages=100, dtype=dtype)
-    truth = problem.truth()
-    step = 1e-5 if dtype == torch.float32 else 2.0**-8
-    assert bool(((problem.native().double() - truth).abs() <= step * truth.abs() + 1e-5).all())
+def truth_of(problem: Problem, options: dict[str, Any]) -> Tensor:
+    given = {"sinks" if name == "sinks_H" else name: value for name, value in options.items()}
+    return problem.truth(scale=0.25, **given)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("depth", "fan_out", "chunk"), [(0, 1, 40), (1, 16, 9), (3, 3, 7), (5, 2, 5)])
+def test_random_trees_equal_float64(
+    depth: int, fan_out: int, chunk: int, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    leaves = random_tree(depth, depth=depth, fan_out=fan_out, chunk=chunk)
+    chance = random.Random(depth)
+    rows = [chance.choice([1, 1, min(3, len(leaf)), len(leaf)]) for leaf in leaves]
+    problem = build(leaves, rows, page_size=4, dtype=dtype)
+    assert_near(ours(problem, **dict(options)), truth_of(problem, options))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_reference_equals_float64(depth: int, options: dict[str, Any]) -> None:
+    problem = build(leaves := random_tree(7, depth=depth, fan_out=4, chunk=9), [min(3, len(x)) for x in leaves])
+    given = dict(options)
+    table = problem.table(window=given.pop("window", 0))
+    wide = (x.double() for x in (problem.q, problem.k_pages, problem.v_pages))
+    out = paged_attention_reference(*wide, table, scale=0.25, **given)
+    torch.testing.assert_close(out, truth_of(problem, options), atol=1e-12, rtol=0)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "one-token": {"lengths": [1], "rows": [1], "heads": 1, "kv_heads": 1},
+    "multi-query": {"lengths": [10, 9], "rows": [2, 9], "heads": 8, "kv_heads": 1},
+    "ungrouped": {"lengths": [10, 9], "rows": [2, 9], "heads": 3, "kv_heads": 3},
+    "group-of-five": {"lengths": [10, 9], "rows": [2, 9], "heads": 10, "kv_heads": 2},
+    "head-1": {"lengths": [5, 6], "rows": [5, 6], "head_dim": 1},
+    "head-2-pages-of-one": {"lengths": [5, 6], "rows": [5, 6], "head_dim": 2, "page_size": 1},
+    "head-33": {"lengths": [21, 6], "rows": [5, 6], "head_dim": 33},
+    "head-64": {"lengths": [21, 6], "rows": [5, 6], "head_dim": 64},
+    "head-80": {"lengths": [21, 6], "rows": [5, 6], "head_dim": 80},
+    "head-96": {"lengths": [21, 6], "rows": [5, 6], "head_dim": 96, "page_size": 3},
+    "head-128": {"lengths": [21, 6], "rows": [5, 6], "head_dim": 128, "page_size": 16},
+    "head-256": {"lengths": [21, 6], "rows": [5, 6], "head_dim": 256},
+    "many-segments": {"lengths": [300], "rows": [70]},
+}
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes_equal_float64(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    sizes = {name: size for name, size in shape.items() if name not in ("lengths", "rows")}
+    stems = [[100_000 * i + t for t in range(length)] for i, length in enumerate(shape["lengths"])]
+    problem = build(stems, shape["rows"], **sizes, dtype=dtype)
+    assert_near(ours(problem), problem.truth(scale=0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_prefix_of_32k_tokens(dtype: torch.dtype) -> None:
+    """Against one softmax over all of it: brute force over 32768 named tokens would take minutes."""
+    pages, page = 2048, 16
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(4, 2, 16, generator=generator).to(dtype)
+    k, v = torch.randn(2, pages + 4, page, 1, 16, generator=generator).to(dtype)
+    tables = np.tile(np.arange(pages + 1, dtype=np.int32), (4, 1))
+    tables[:, pages] += np.arange(4, dtype=np.int32)  # the last page is each sequence's own
+    first = np.full(4, pages * page, dtype=np.int32) + np.array([0, 3, 7, 15], dtype=np.int32)
+    table = segment_table(tables, np.arange(4, dtype=np.int32), first, np.ones(4, np.int32), page_size=16, segment=256)
+    assert len(table.items) == pages * page // 256 + 4, "a shared segment is read once"
+    out = paged_attention(q, k, v, table, scale=0.25)
+    for n, last in enumerate(first.tolist()):
+        keys, values = (x[tables[n]].flatten(0, 1)[: last + 1, 0].double() for x in (k, v))
+        assert_near(out[n], (q[n].double() @ keys.T * 0.25).softmax(-1) @ values)
+
+
+def test_shared_segments_are_read_once() -> None:
+    stem = list(range(40))
+    leaves = [[*stem, 100 * i, 100 * i + 1] for i in range(1, 17)]
+    problem = build(leaves, [1] * 16, page_size=4)
+    table = problem.table(segment=8)
+    shared = [item for item in table.items.tolist() if item[4] > 1]
+    assert [(first, tokens, rows) for _, first, tokens, _, rows, _ in shared] == [(8 * k, 8, 16) for k in range(5)]
+    assert len(table.items) == 5 + 16
+    assert len(set(table.pages[: 5 * 2].tolist())) == 10
+
+
+def test_a_window_leaves_out_what_no_row_sees() -> None:
+    problem = build([list(range(64))], [2], page_size=4)
+    table = problem.table(window=9, segment=8)
+    assert [first for _, first, *_ in table.items.tolist()] == [48, 56]
+
+
+@pytest.fixture(params=[torch.float32, *HALVES], ids=str)
+def tree(request: pytest.FixtureRequest) -> Callable[..., Problem]:
+    leaves = random_tree(3, depth=3, fan_out=4, chunk=11, trees=4)
+    rows = [1 + i % 3 if len(leaf) > 3 else 1 for i, leaf in enumerate(leaves)]
+
+    def make(**options: Any) -> Problem:
+        return build(leaves, rows, head_dim=80, dtype=request.param, **options)
+
+    return make
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_sharing_pages_changes_no_bit(tree: Callable[..., Problem], options: dict[str, Any]) -> None:
+    assert torch.equal(ours(tree(), **dict(options)), ours(tree(private=True), **dict(options)))
+
+
+def test_the_page_layout_changes_no_bit(tree: Callable[..., Problem]) -> None:
+    one = ours(tree())
+    for other in ({"layout_seed": 5}, {"page_size": 1}, {"page_size": 2}, {"page_size": 8}):
+        assert torch.equal(ours(tree(**other)), one)
+
+
+def test_how_many_rows_read_together_changes_no_bit(tree: Callable[..., Problem]) -> None:
+    problem = tree()
+    one = ours(problem)
+    for unit_rows in (1, 2, 7, 1000):
+        assert torch.equal(ours(problem, problem.table(unit_rows=unit_rows)), one)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("window", [0, 6])
+def test_a_row_alone_has_the_same_bits(tree: Callable[..., Problem], window: int) -> None:
+    problem = tree()
+    assert len(problem.rows) >= 64
+    together, everything, first = ours(problem, window=window), problem.q, 0
+    for i, rows in enumerate(problem.rows):
+        problem.q = everything[first : first + rows]
+        alone = ours(problem, problem.table(window=window, keep=[i]))
+        assert torch.equal(alone, together[first : first + rows])
+        first += rows
+
+
+def test_the_order_of_the_batch_changes_no_bit(tree: Callable[..., Problem]) -> None:
+    problem = tree()
+    together = torch.split(ours(problem), problem.rows)
+    order = list(range(len(problem.rows)))
+    random.Random(0).shuffle(order)
+    queries = torch.split(problem.q, problem.rows)
+    problem.q = torch.cat([queries[i] for i in order])
+    shuffled = ours(problem, problem.table(keep=order))
+    assert torch.equal(shuffled, torch.cat([together[i] for i in order]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    """With few units the partial results of segments go through memory, with many they do not."""
+    problem = build([list(range(700))], [3], heads=2, kv_heads=1, head_dim=64, page_size=16, dtype=dtype)
+    torch.set_num_threads(1)
+    one = ours(problem)
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(ours(problem), one)
+    many = build([list(range(400)), list(range(500, 640))], [200, 140], head_dim=64, page_size=16, dtype=dtype)
+    torch.set_num_threads(1)
+    one = ours(many)
+    torch.set_num_threads(3)
+    assert torch.equal(ours(many), one)
 
 
 def test_large_scores_do_not_overflow() -> None:
-    problem = Problem([9, 30], [9, 3])
+    problem = build([list(range(9)), list(range(50, 80))], [9, 3])
     problem.q *= 1e4
-    torch.testing.assert_close(problem.native().double(), problem.truth(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(ours(problem).double(), problem.truth(scale=0.25), atol=1e-2, rtol=0)
     problem.q.zero_()
-    torch.testing.assert_close(problem.native().double(), problem.truth(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours(problem).double(), problem.truth(scale=0.25), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("window", [0, 6])
-def test_a_row_alone_has_the_same_bits(window: int, dtype: torch.dtype) -> None:
-    problem = Problem([33, 5, 18], [33, 2, 7], head_dim=80, shared_pages=1, dtype=dtype)
-    together, everything = problem.native(window), problem.q
-    sequence, position = problem.sequence, problem.position
-    for n in range(len(everything)):
-        problem.q = everything[n : n + 1]
-        problem.sequence, problem.position = sequence[n : n + 1], position[n : n + 1]
-        assert torch.equal(problem.native(window)[0], together[n])
+@pytest.mark.parametrize("attend", [paged_attention, paged_attention_reference], ids=["native", "reference"])
+def test_sets_without_anything_to_see_are_never_nan(attend: Callable[..., Tensor]) -> None:
+    """Scores of -inf: a segment of them beside others, all of them, and all of them with a sink or without."""
+    problem = build([list(range(20))], [1], heads=2, kv_heads=1, head_dim=4, page_size=4)
+    table = problem.table(segment=8)
+    problem.q.fill_(1.0)
+    finite = problem.k_pages[problem.tables[0, :5]].clone()
+    for banned in (range(2), range(2, 4), range(5)):
+        problem.k_pages[problem.tables[0, :5]] = finite
+        problem.k_pages[problem.tables[0, list(banned)]] = -torch.inf
+        for sinks in (None, torch.tensor([1.0, -torch.inf])):
+            out = attend(problem.q, problem.k_pages, problem.v_pages, table, scale=0.25, sinks_H=sinks)
+            assert bool(out.isfinite().all())
+            if len(banned) == 5:
+                assert torch.equal(out, torch.zeros_like(out))
 
 
-@pytest.mark.usefixtures("restored_threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
-    problem = Problem([300, 257, 40], [64, 64, 40], heads=4, head_dim=64, page_size=16, dtype=dtype)
-    torch.set_num_threads(1)
-    one = problem.native()
-    for threads in (2, 5):
-        torch.set_num_threads(threads)
-        assert torch.equal(problem.native(), one)
-
-
-def test_the_page_layout_changes_no_bit() -> None:
-    shape = {"lengths": [33, 29, 17], "rows": [3, 29, 2], "head_dim": 64}
-    one = Problem(**shape, page_order_seed=1).native()  # type: ignore[arg-type]
-    assert torch.equal(Problem(**shape, page_order_seed=2).native(), one)  # type: ignore[arg-type]
-    assert torch.equal(Problem(**shape, page_size=16).native(), one)  # type: ignore[arg-type]
-
-
-def test_sharing_pages_changes_no_bit() -> None:
-    shared = Problem([16, 19, 16], [2, 3, 1], shared_pages=4)
-    private = Problem([16, 19, 16], [2, 3, 1], shared_pages=0)
-    size = shared.kv.shape[2]
-    for sequence in range(3):
-        for position in range([16, 19, 16][sequence]):
-            source = int(shared.table[sequence, position // size]), position % size
-            target = int(private.table[sequence, position // size]), position % size
-            private.kv[:, target[0], target[1]] = shared.kv[:, source[0], source[1]]
-    assert torch.equal(private.native(), shared.native())
+@pytest.mark.parametrize("place", [0, 10, 19])
+def test_a_nan_that_is_seen_shows(place: int) -> None:
+    problem = build([list(range(20))], [1], heads=2, kv_heads=1, head_dim=4, page_size=4)
+    for pages in (problem.k_pages, problem.v_pages):
+        kept = pages.clone()
+        pages[problem.tables[0, place // 4], place % 4] = torch.nan
+        assert bool(ours(problem).isnan().all())
+        pages.copy_(kept)
 
 
 def test_queries_that_are_not_contiguous_are_read_right() -> None:
-    problem = Problem([9, 6], [4, 6])
-    expected = problem.native()
+    problem = build([list(range(9)), list(range(50, 56))], [4, 6])
+    expected = ours(problem)
     problem.q = torch.cat((problem.q, torch.full_like(problem.q, torch.nan)), dim=1)[:, : problem.q.shape[1]]
     assert not problem.q.is_contiguous()
-    assert torch.equal(problem.native(), expected)
+    assert torch.equal(ours(problem), expected)
 
 
 def test_no_rows_give_an_empty_result() -> None:
-    problem = Problem([4], [0])
-    assert problem.native().shape == (0, 4, 16)
-
-
-def wrong(problem: Problem, what: str) -> Problem:
-    plan_edits = {
-        "page too large": lambda p: p.table.__setitem__((0, 0), p.kv.shape[1]),
-        "page negative": lambda p: p.table.__setitem__((1, 0), -1),
-        "position beyond the table": lambda p: p.position.__setitem__(-1, p.table.shape[1] * p.kv.shape[2]),
-        "position negative": lambda p: p.position.__setitem__(0, -1),
-        "sequence too large": lambda p: p.sequence.__setitem__(0, 2),
-        "sequence negative": lambda p: p.sequence.__setitem__(0, -1),
-    }
-    if what in plan_edits:
-        plan_edits[what](problem)
-    elif what == "head dim":
-        problem.q = problem.q[..., :8]
-    elif what == "heads":
-        problem.q = problem.q[:, :3]
-    elif what == "dtype":
-        problem.kv = problem.kv.bfloat16()
-    elif what == "rows":
-        problem.sequence = problem.sequence[:-1]
-    return problem
+    none = np.zeros(0, dtype=np.int32)
+    table = segment_table(np.zeros((1, 1), np.int32), none, none, none, page_size=4, segment=8)
+    pages = torch.zeros(1, 4, 2, 16)
+    for attend in (paged_attention, paged_attention_reference):
+        assert attend(torch.empty(0, 4, 16), pages, pages, table, scale=1.0).shape == (0, 4, 16)
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("change", "message"),
     [
-        ("page too large", "page outside the pool"),
-        ("page negative", "page outside the pool"),
-        ("position beyond the table", "beyond its page_table"),
-        ("position negative", "beyond its page_table"),
-        ("sequence too large", "sequence outside page_table"),
-        ("sequence negative", "sequence outside page_table"),
-        ("head dim", "head_dim"),
-        ("heads", "multiple of the number of kv heads"),
-        ("dtype", "one dtype"),
-        ("rows", "one entry per query row"),
+        ({"table_B": [0, 2]}, "sequence 1 names no page table"),
+        ({"table_B": [-1, 0]}, "sequence 0 names no page table"),
+        ({"first_B": [0, -1]}, "sequence 1 has no row"),
+        ({"rows_B": [1, 0]}, "sequence 1 has no row"),
+        ({"rows_B": [1, 13]}, "the rows of sequence 1 lie beyond its page table"),
+        ({"rows_B": [1, 2**31 - 1]}, "the rows of sequence 1 lie beyond its page table"),
+        ({"tables": [[0, 1, 2], [-4, 1, 1]]}, "a negative page"),
+        ({"segment": 6}, "multiple of page_size"),
+        ({"segment": 0}, "multiple of page_size"),
+        ({"window": -1}, "window"),
+        ({"unit_rows": 0}, "unit_rows"),
     ],
 )
-def test_a_call_that_would_read_outside_is_refused(what: str, message: str) -> None:
-    problem = wrong(Problem([9, 6], [2, 6]), what)
+def test_a_table_that_would_point_outside_is_refused(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "tables": [[0, 1, 2], [3, 1, 1]], "table_B": [0, 1], "first_B": [0, 0], "rows_B": [3, 5],
+        "page_size": 4, "segment": 8, "window": 0, "unit_rows": 4, **change,
+    }  # fmt: skip
+    arrays = {name: np.array(given.pop(name), dtype=np.int32) for name in ("tables", "table_B", "first_B", "rows_B")}
     with pytest.raises(ValueError, match=message):
-        problem.native()
+        segment_table(*arrays.values(), **given)
 
 
-def test_keys_and_values_of_different_shapes_are_refused() -> None:
-    problem = Problem([9, 6], [2, 6])
-    with pytest.raises(ValueError, match="differ in shape"):
-        paged_attention(problem.q, problem.kv[0], problem.kv[1, :-1], problem.plan, scale=1.0)
+def test_a_table_of_wide_integers_is_refused() -> None:
+    wide = np.zeros(1, dtype=np.int64)
+    narrow = wide.astype(np.int32)
+    with pytest.raises(ValueError, match="first must be int32"):
+        segment_table(narrow[None], narrow, wide, narrow + 1, page_size=4, segment=8)  # type: ignore[arg-type]
 
 
-def test_a_plan_of_wide_integers_is_converted_or_refused() -> None:
-    problem = Problem([9, 6], [2, 6])
-    expected = problem.native()
-    plan = replace(problem.plan, row_position_N=problem.position.long())
-    try:
-        out = paged_attention(problem.q, problem.kv[0], problem.kv[1], plan, scale=problem.scale)
-    except (ValueError, TypeError):
-        return
-    assert torch.equal(out, expected)
+WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
+    "rows": (lambda p: {"q_NHE": p.q[:-1]}, r"q must be \[3, \*, \*\]|does not fit"),
+    "head dim": (lambda p: {"q_NHE": p.q[..., :8]}, "k_pages must be|does not fit"),
+    "heads": (lambda p: {"q_NHE": p.q[:, :3]}, "multiple of the number of kv heads|does not fit"),
+    "page size": (lambda p: {"k_pages_PSGE": p.k_pages[:, :2]}, "k_pages must be|must agree"),
+    "values": (lambda p: {"v_pages_PSGE": p.v_pages[:-1]}, "v_pages must be|must agree"),
+    "pool": (lambda p: {"k_pages_PSGE": p.k_pages[:1], "v_pages_PSGE": p.v_pages[:1]}, "outside the pool|more than"),
+    "dtype": (lambda p: {"k_pages_PSGE": p.k_pages.bfloat16()}, "one dtype"),
+    "sinks": (lambda p: {"sinks_H": torch.zeros(3)}, "sinks must be"),
+    "sinks dtype": (lambda p: {"sinks_H": torch.zeros(4, dtype=torch.float64)}, "sinks must be float32"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_call_that_would_read_outside_is_refused(case: str) -> None:
+    problem = build([list(range(9)), list(range(50, 56))], [1, 2])
+    change, message = WRONG[case]
+    given = {"q_NHE": problem.q, "k_pages_PSGE": problem.k_pages, "v_pages_PSGE": problem.v_pages, **change(problem)}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(table=problem.table(), scale=1.0, **given)
 
 
 def test_a_pool_with_empty_pages_does_not_crash() -> None:
     """In a process of its own: a division by zero in native code would end the test run."""
     script = (
-        "import torch\n"
-        "from genssd.kernels.attention import AttentionPlan, paged_attention\n"
-        "zero = torch.zeros(1, dtype=torch.int32)\n"
-        "plan = AttentionPlan(page_table_BW=zero[None], row_sequence_N=zero, row_position_N=zero)\n"
-        "kv = torch.empty(1, 0, 1, 4)\n"
+        "import numpy as np\n"
+        "from genssd.kernels.attention import segment_table\n"
+        "one = np.ones(1, dtype=np.int32)\n"
         "try:\n"
-        "    paged_attention(torch.zeros(1, 1, 4), kv, kv, plan, scale=1.0)\n"
+        "    segment_table(one[None], one - 1, one - 1, one, page_size=0, segment=8)\n"
         "except ValueError:\n"
         "    print('refused')\n"
     )
