@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -47,12 +48,15 @@ void linear(Array x, Array weight, MaybeArray bias, Array out, int threads) {
   args.contiguous(out, "out");
   const bool wide = out.dtype() == nb::dtype<float>();
   if (!wide) args.same_type(out, "out, unless it is float32,", x, "x");
+  threads = threads_for(rows * inputs * outputs / 8, threads);
+  // long runs of columns for each thread, but enough of them that no thread waits long for the last one
+  const std::int64_t run = blocks(outputs, kColumnBlock) / (8 * std::max(threads, 1));
+  const std::int64_t unit_columns = kColumnBlock * std::clamp<std::int64_t>(run, 1, 8);
   const Linear task{args.type(x, "x"), wide,    x.data(), weight.data(), args.vector(bias, "bias", outputs, x, "x"),
                     out.data(),        rows,    inputs,   outputs,       stride0(x),
-                    stride0(weight)};
+                    stride0(weight),   unit_columns};
   const nb::gil_scoped_release release;
-  ThreadPool::run(blocks(outputs, kColumnBlock) * blocks(rows, kRowBlock),
-                  threads_for(rows * inputs * outputs / 8, threads),
+  ThreadPool::run(blocks(outputs, unit_columns) * blocks(rows, kRowBlock), threads,
                   [&](std::int64_t unit) { kernels.linear(task, unit); });
 }
 

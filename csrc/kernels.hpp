@@ -15,6 +15,7 @@ struct Linear {  // out = x @ weight.T + bias
   const void *x, *weight, *bias;  // [rows, inputs] [outputs, inputs] [outputs] or null
   void* out;                      // [rows, outputs]
   std::int64_t rows, inputs, outputs, stride_x, stride_weight;
+  std::int64_t unit_columns;  // of a unit, a multiple of kColumnBlock
 };
 
 // One pass over a head's vocabulary, in parts whose ends depend on its size alone.
@@ -44,7 +45,7 @@ struct Part {
 };
 
 inline constexpr std::int64_t kPartSize = 2048;   // vocabulary entries of a part
-inline constexpr std::int64_t kColumnBlock = 64;  // outputs that a unit computes for all its rows
+inline constexpr std::int64_t kColumnBlock = 64;  // outputs that are computed together for all rows of a unit
 inline constexpr std::int64_t kRowBlock = 96;     // rows of a unit
 
 struct Item {

@@ -12,32 +12,44 @@ using namespace genssd;
 // tile[i][c] = row a_i with row b + c, for columns c in 0..columns - 1 (a few more are computed and mean nothing)
 template <typename T>
 INLINE void dot_block(const T* a, std::int64_t stride_a, std::int64_t rows, const T* b, std::int64_t stride_b,
-                      std::int64_t columns, std::int64_t n, float* tile) {
+                      std::int64_t columns, std::int64_t n, std::int64_t ahead, float* tile) {
   for (std::int64_t c = 0; c < columns; c += 4) {
     const T* four[4];
     for (std::int64_t j = 0; j < 4; ++j) four[j] = b + least(c + j, columns - 1) * stride_b;
-    dot_rows(a, stride_a, rows, four, n, tile + c, kColumnBlock);
+    dot_rows(a, stride_a, rows, four, n, ahead, tile + c, kColumnBlock);
   }
+}
+
+// With few rows the weight is read from memory at the speed of memory: while the last of the rows meet one block of
+// columns, the next block is fetched. With many rows there is time enough without.
+constexpr std::int64_t kFewRows = 48;
+
+INLINE std::int64_t ahead_of(std::int64_t row, std::int64_t rows, bool last_block, std::int64_t stride) {
+  return rows <= kFewRows && row + kTileRows >= rows && !last_block ? kColumnBlock * stride : 0;
 }
 
 template <typename T, typename Out>
 void linear_of(const Linear& t, std::int64_t unit) {
-  const std::int64_t row_blocks = (t.rows + kRowBlock - 1) / kRowBlock;
-  const std::int64_t column = unit / row_blocks * kColumnBlock, first = unit % row_blocks * kRowBlock;
-  const std::int64_t columns = least(kColumnBlock, t.outputs - column), end = least(t.rows, first + kRowBlock);
-  const T* x = static_cast<const T*>(t.x);
-  const T* weight = static_cast<const T*>(t.weight) + column * t.stride_weight;
-  const T* bias = t.bias ? static_cast<const T*>(t.bias) + column : nullptr;
+  const std::int64_t row_blocks = (t.rows + kRowBlock - 1) / kRowBlock, first = unit % row_blocks * kRowBlock;
+  const std::int64_t rows = least(kRowBlock, t.rows - first), begin = unit / row_blocks * t.unit_columns;
+  const std::int64_t end = least(t.outputs, begin + t.unit_columns);
+  const T* x = static_cast<const T*>(t.x) + first * t.stride_x;
+  const T* bias = static_cast<const T*>(t.bias);
   alignas(64) float tile[kTileRows * kColumnBlock];
-  for (std::int64_t row = first; row < end; row += kTileRows) {
-    const std::int64_t rows = least(kTileRows, end - row);
-    dot_block(x + row * t.stride_x, t.stride_x, rows, weight, t.stride_weight, columns, t.inputs, tile);
-    for (std::int64_t i = 0; i < rows; ++i) {
-      Out* out = static_cast<Out*>(t.out) + (row + i) * t.outputs + column;
-      for (std::int64_t c = 0; c < columns; c += kLanes) {
-        F y = load(tile + i * kColumnBlock + c);
-        if (bias) y = add(y, load_at(bias, c, columns));
-        store_at(out, y, c, columns);
+  for (std::int64_t column = begin; column < end; column += kColumnBlock) {
+    const std::int64_t columns = least(kColumnBlock, end - column);
+    const T* weight = static_cast<const T*>(t.weight) + column * t.stride_weight;
+    for (std::int64_t row = 0; row < rows; row += kTileRows) {
+      const std::int64_t some = least(kTileRows, rows - row);
+      const std::int64_t ahead = ahead_of(row, rows, column + 2 * kColumnBlock > end, t.stride_weight);
+      dot_block(x + row * t.stride_x, t.stride_x, some, weight, t.stride_weight, columns, t.inputs, ahead, tile);
+      for (std::int64_t i = 0; i < some; ++i) {
+        Out* out = static_cast<Out*>(t.out) + (first + row + i) * t.outputs + column;
+        for (std::int64_t c = 0; c < columns; c += kLanes) {
+          F y = load(tile + i * kColumnBlock + c);
+          if (bias) y = add(y, load_at(bias + column, c, columns));
+          store_at(out, y, c, columns);
+        }
       }
     }
   }
@@ -65,7 +77,7 @@ void target_of(const Head& t, std::int64_t row) {
   const T* weight = static_cast<const T*>(t.weight) + v * t.stride_weight;
   const T* four[4] = {weight, weight, weight, weight};
   alignas(64) float x[4];
-  dot_tile<1>(hidden, t.stride_hidden, four, t.inputs, x, 4);
+  dot_tile<1>(hidden, t.stride_hidden, four, t.inputs, 0, x, 4);
   const T* bias = t.bias ? static_cast<const T*>(t.bias) + v : nullptr;
   alignas(64) float z[kLanes];
   store(z, div(squashed(t, fill(x[0]), bias, 0, 1), fill(t.temperature)));
@@ -147,7 +159,8 @@ void head_of(const Head& t, std::int64_t unit) {
     const T* weight = static_cast<const T*>(t.weight) + column * t.stride_weight;
     for (std::int64_t row = 0; row < rows; row += kTileRows) {
       const std::int64_t some = least(kTileRows, rows - row);
-      dot_block(hidden + row * t.stride_hidden, t.stride_hidden, some, weight, t.stride_weight, columns, t.inputs,
+      const std::int64_t ahead = ahead_of(row, rows, column + 2 * kColumnBlock > end, t.stride_weight);
+      dot_block(hidden + row * t.stride_hidden, t.stride_hidden, some, weight, t.stride_weight, columns, t.inputs, ahead,
                 tile);
       for (std::int64_t i = 0; i < some; ++i) {
         float* z = tile + i * kColumnBlock;

@@ -2,7 +2,8 @@
 //
 // Work is cut into units that share no result, so neither the number of threads nor who runs a unit changes a bit.
 // Workers wait actively for a moment after a job, since the next one usually follows at once, and then sleep: torch's
-// own threads find the cores free.
+// own threads find the cores free. A job never waits for a worker that has not begun: on a busy machine the caller does
+// the work itself.
 #pragma once
 
 #include <pthread.h>
@@ -37,7 +38,8 @@ class ThreadPool {
     const void* body = nullptr;
   };
 
-  static constexpr int kSpins = 4000;  // some tens of microseconds
+  static constexpr int kSpins = 2000;  // some tens of microseconds
+  static constexpr std::uint32_t kClosed = 1u << 31;
 
   static ThreadPool& instance() {
     static std::atomic<ThreadPool*> pool{nullptr};
@@ -57,17 +59,18 @@ class ThreadPool {
       ++workers_;
     }
     job_ = job;
-    next_.store(0, std::memory_order_relaxed);
     helpers_ = helpers;
-    busy_.store(workers_, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_relaxed);
+    inside_.fetch_and(~kClosed, std::memory_order_release);
     {
       const std::lock_guard<std::mutex> lock(wake_mutex_);
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     take_units();
-    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins)
-      if (spins > kSpins) std::this_thread::yield();
+    inside_.fetch_or(kClosed, std::memory_order_acq_rel);
+    for (int spins = 0; inside_.load(std::memory_order_acquire) != kClosed; ++spins)
+      spins < kSpins ? pause() : std::this_thread::yield();
   }
 
   void work(int index, std::uint64_t seen) {
@@ -77,9 +80,10 @@ class ThreadPool {
         std::unique_lock<std::mutex> lock(wake_mutex_);
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
       }
-      ++seen;
-      if (index < helpers_) take_units();
-      busy_.fetch_sub(1, std::memory_order_release);
+      seen = generation_.load(std::memory_order_acquire);
+      // job_ is read only by those who came in while it was open; the caller waits until they are out
+      if (!(inside_.fetch_add(1, std::memory_order_acq_rel) & kClosed) && index < helpers_) take_units();
+      inside_.fetch_sub(1, std::memory_order_release);
     }
   }
 
@@ -98,7 +102,7 @@ class ThreadPool {
   std::condition_variable wake_;
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<std::int64_t> next_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<std::uint32_t> inside_{kClosed};  // workers at the job, and whether it takes no more
   Job job_;
   int workers_ = 0, helpers_ = 0;
 };

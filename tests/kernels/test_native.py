@@ -1,0 +1,311 @@
+"""The native kernels on every instruction set: random shapes against float64, bits, and calls that must be refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from genssd import _core
+from genssd.kernels.activation import geglu, swiglu
+from genssd.kernels.cache import write_kv, write_kv_reference
+from genssd.kernels.linear import linear
+from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
+from genssd.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from genssd.kernels.sampling import gumbel_noise, keep_likely, linear_sample, sample
+
+SETS = _core.instruction_sets()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+pytestmark = pytest.mark.skipif(not SETS, reason="there is no native kernel for this processor")
+
+
+@pytest.fixture(params=SETS, autouse=True)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    _core.use_instruction_set(request.param)
+    yield request.param
+    _core.use_instruction_set(SETS[0])
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_product(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
+    """float32 sums of exact products, rounded once to the dtype of out."""
+    exact = x.double() @ w.double().T
+    size = x.double().abs() @ w.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    budget = 2.0**-24 * (2 + math.ceil(x.shape[1] / 8)) * size + ROUNDING[out.dtype] * exact.abs()
+    if x.dtype == torch.bfloat16:  # vdpbf16ps takes subnormals for zeros
+        budget = budget + 1e-30
+    assert bool(((out.double() - exact).abs() <= budget + 1e-30).all())
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(0, 120),
+    inputs=st.integers(1, 200),
+    outputs=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    biased=st.booleans(),
+    wide=st.booleans(),
+    offset=st.integers(0, 3),
+)
+def test_linear_of_any_shape(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, biased: bool, wide: bool, offset: int
+) -> None:
+    """Odd widths, widths that no vector divides, rows further apart than they are long, unaligned starts."""
+    x = randn(rows, inputs + 5, seed=1, dtype=dtype)[:, offset : offset + inputs]
+    w = randn(outputs, inputs + 3, seed=2, dtype=dtype)[:, offset : offset + inputs]
+    bias = randn(outputs, seed=3, dtype=dtype) if biased else None
+    out = torch.full((rows, outputs), torch.nan) if wide else None
+    assert_product(linear(x, w, bias, out=out), x, w, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1024, 130), (2048, 70), (3072, 65), (8, 300)])
+def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    x, w = randn(131, inputs, seed=4, dtype=dtype), randn(outputs, inputs, seed=5, dtype=dtype)
+    torch.set_num_threads(1)
+    whole = linear(x, w)
+    assert_product(whole, x, w)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for rows in (1, 2, 5, 6, 7, 64, 131):
+            assert torch.equal(linear(x[:rows], w), whole[:rows])
+            assert torch.equal(linear(x[131 - rows :], w), whole[131 - rows :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 7, 64, 65, 2048, 2049, 5000])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 3.0}])
+def test_scores_equal_float64(vocabulary: int, dtype: torch.dtype, options: dict[str, float]) -> None:
+    hidden, weight = randn(9, 37, seed=1, dtype=dtype), randn(vocabulary, 37, seed=2, dtype=dtype) / 4
+    bias, target = randn(vocabulary, seed=3, dtype=dtype), torch.arange(9) * 577 % vocabulary
+    target[0] = vocabulary - 1
+    topk = min(5, vocabulary)
+    stats = linear_logprob(hidden, weight, target, bias=bias, topk=topk, **options)
+    z = hidden.double() @ weight.double().T + bias.double()
+    if options:
+        z = 3.0 * torch.tanh(z / 3.0) / 0.7
+    p, log_p = z.softmax(1), z.log_softmax(1)
+    close: dict[str, Any] = {"atol": 2e-5, "rtol": 2e-5}
+    torch.testing.assert_close(stats.logprob.double(), log_p.gather(1, target[:, None])[:, 0], **close)
+    torch.testing.assert_close(stats.logsumexp.double(), z.logsumexp(1), **close)
+    torch.testing.assert_close(stats.entropy.double(), -(p * log_p).sum(1), **close)
+    torch.testing.assert_close(stats.sum_p2.double(), p.square().sum(1), **close)
+    chosen = z.gather(1, target[:, None])
+    assert bool((stats.rank <= 1 + (z > chosen - 1e-5).sum(1)).all())
+    assert bool((stats.rank >= 1 + (z > chosen + 1e-5).sum(1)).all())
+    assert stats.topk is not None
+    torch.testing.assert_close(stats.topk.logprob.double(), log_p.topk(topk).values, **close)
+    torch.testing.assert_close(log_p.gather(1, stats.topk.ids), stats.topk.logprob.double(), **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_score_has_the_same_bits_in_any_batch_on_any_threads(dtype: torch.dtype) -> None:
+    hidden, weight = randn(130, 64, seed=1, dtype=dtype), randn(4500, 64, seed=2, dtype=dtype)
+    target, key = torch.arange(130) * 31, torch.arange(130)
+    torch.set_num_threads(1)
+    whole, drawn = linear_logprob(hidden, weight, target, topk=3), linear_sample(hidden, weight, key)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for span in (slice(0, 1), slice(3, 20), slice(90, 130)):
+            part = linear_logprob(hidden[span], weight, target[span], topk=3)
+            for name in ("logprob", "logsumexp", "entropy", "sum_p2", "rank"):
+                assert torch.equal(getattr(part, name), getattr(whole[span], name))
+            assert part.topk is not None
+            assert whole.topk is not None
+            assert torch.equal(part.topk.ids, whole.topk.ids[span])
+            again = linear_sample(hidden[span], weight, key[span])
+            assert torch.equal(again.tokens, drawn.tokens[span])
+            assert torch.equal(again.logprob, drawn.logprob[span])
+
+
+def test_ties_go_to_the_lower_id_and_equal_logits_do_not_raise_the_rank() -> None:
+    hidden, weight = torch.ones(2, 4), torch.zeros(5000, 4)
+    weight[[7, 2100, 4999]] = 1.0
+    stats = linear_logprob(hidden, weight, torch.tensor([4999, 0]), topk=5)
+    assert stats.rank.tolist() == [1, 4]
+    assert stats.topk is not None
+    assert stats.topk.ids.tolist() == [[7, 2100, 4999, 0, 1]] * 2
+    assert linear_sample(hidden, weight, torch.zeros(2, dtype=torch.int64), temperature=0.0).tokens.tolist() == [7, 7]
+
+
+@settings(max_examples=30)
+@given(
+    vocabulary=st.integers(1, 300),
+    top_k=st.integers(0, 310),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 0.99999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.5]),
+    temperature=st.sampled_from([0.3, 1.0, 4.0]),
+    distinct=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+def test_filters_keep_what_the_reference_keeps(
+    vocabulary: int, top_k: int, top_p: float, min_p: float, temperature: float, distinct: int, seed: int
+) -> None:
+    """With ties: logits take few values. The draw is the reference's, noise added to what it keeps."""
+    values = randn(distinct, seed=seed) * 3
+    logits = values[torch.randint(distinct, (6, vocabulary), generator=torch.Generator().manual_seed(seed))]
+    logits[0, : vocabulary // 2] = -torch.inf
+    key = torch.arange(6) + seed
+    kept = keep_likely(logits / temperature, top_k, top_p, min_p)
+    expected = (kept + gumbel_noise(key, vocabulary)).argmax(1)
+    ours = sample(logits, key, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 100, 1024])
+def test_norms_and_gates_equal_float64(width: int, dtype: torch.dtype) -> None:
+    x, residual = randn(7, width + 4, seed=1, dtype=dtype)[:, 2 : width + 2] * 3, randn(7, width, seed=2, dtype=dtype)
+    weight = randn(width, seed=3, dtype=dtype)
+    close = {"rtol": 4 * ROUNDING[dtype], "atol": 4 * ROUNDING[dtype]}
+    exact = rms_norm_reference(x.double(), weight.double(), 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), exact, **close)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, residual + x)
+    expected, _ = add_rms_norm_reference(total.double(), torch.zeros(7, width).double(), weight.double(), 1e-5)
+    torch.testing.assert_close(normed.double(), expected, **close)
+    both = randn(7, 2 * width, seed=4, dtype=dtype) * 4
+    gate, up = both.double().chunk(2, 1)
+    close = {"rtol": 2 * ROUNDING[dtype] + 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(swiglu(both).double(), torch.nn.functional.silu(gate) * up, **close)
+    gelu = torch.nn.functional.gelu(gate, approximate="tanh")
+    torch.testing.assert_close(geglu(both).double(), gelu * up, **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(1, 1, 2), (4, 2, 16), (6, 2, 80), (5, 5, 34), (8, 1, 128)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_cache_writes_equal_the_reference(
+    heads: int, kv_heads: int, width: int, normed: bool, dtype: torch.dtype
+) -> None:
+    qkv = randn(6, heads + 2 * kv_heads, width, seed=1, dtype=dtype)
+    angle = randn(6, width // 2, seed=2) * 50
+    norms = {"q_norm": randn(width, seed=3, dtype=dtype), "k_norm": randn(width, seed=4, dtype=dtype)} if normed else {}
+    slot = torch.tensor([5, -1, 0, 11, -3, 7])
+    pages = torch.full((2, 2, 3, 4, kv_heads, width), torch.nan, dtype=dtype)
+    q = write_kv(qkv, angle.cos(), angle.sin(), pages[0, 0], pages[0, 1], slot, heads=heads, **norms)
+    wide = pages[1].double()
+    norms = {name: norm.double() for name, norm in norms.items()}
+    exact = write_kv_reference(
+        qkv.double(), angle.cos(), angle.sin(), wide[0], wide[1], slot, heads=heads, **norms
+    )  # fmt: skip
+    close: dict[str, Any] = {"rtol": 6 * ROUNDING[dtype], "atol": 12 * ROUNDING[dtype], "equal_nan": True}
+    torch.testing.assert_close(q.double(), exact, **close)
+    torch.testing.assert_close(pages[0].double(), wide, **close)
+
+
+def test_special_values_keep_their_meaning() -> None:
+    huge = torch.tensor([[100.0, -100.0, 3e38, torch.nan, 0.0, -torch.inf]])
+    gate_up = torch.cat((huge, torch.ones_like(huge)), 1)
+    torch.testing.assert_close(swiglu(gate_up)[:, :5], torch.nn.functional.silu(huge)[:, :5], equal_nan=True)
+    with pytest.raises(NonFiniteLogits):
+        linear_logprob(torch.tensor([[torch.nan, 1.0]]), torch.ones(5, 2), torch.tensor([0]))
+    with pytest.raises(NonFiniteLogits):
+        linear_sample(torch.tensor([[torch.inf, 1.0]]), torch.ones(5, 2), torch.tensor([0]))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+LONG, INT, HALF, WIDE = torch.int64, torch.int32, torch.bfloat16, torch.float64
+CALLS: dict[str, tuple[Callable[..., None], list[Any]]] = {
+    "linear": (_core.linear, [empty(3, 8), empty(5, 8), empty(5), empty(3, 5), 1]),
+    "linear_logprob": (
+        _core.linear_logprob,
+        [empty(3, 8), empty(5, 8), empty(3, dtype=LONG), empty(5), 1.0, 0.0, empty(4, 3), empty(3, dtype=INT),
+         empty(3, 2, dtype=LONG), empty(3, 2), 1],
+    ),
+    "linear_sample": (
+        _core.linear_sample,
+        [empty(3, 8), empty(5, 8), empty(3, dtype=LONG), empty(5), 1.0, 0.0, 5, empty(3, dtype=LONG), empty(3), 1],
+    ),
+    "sample": (_core.sample, [empty(3, 8), empty(3, dtype=LONG), 1.0, 0, 1.0, 0.0, empty(3, dtype=LONG), 1]),
+    "rms_norm": (_core.rms_norm, [empty(3, 8), empty(3, 8), empty(8), 1e-6, empty(3, 8), empty(3, 8), 1]),
+    "gated": (_core.gated, [empty(3, 8), False, empty(3, 4), 1]),
+    "write_kv": (
+        _core.write_kv,
+        [empty(3, 4, 8), empty(3, 4), empty(3, 4), empty(2, 4, 1, 8), empty(2, 4, 1, 8), empty(3, dtype=LONG), empty(8),
+         empty(8), 1e-6, empty(3, 2, 8), 1],
+    ),
+    "gumbel_noise": (_core.gumbel_noise, [empty(3, dtype=LONG), empty(3, 8), 1]),
+}  # fmt: skip
+
+
+def spoilt(tensor: Tensor) -> dict[str, Tensor]:
+    """Versions of an argument that no call may take."""
+    other = LONG if tensor.dtype != LONG else INT
+    wrong = {
+        "dtype": tensor.to(other),
+        "float64": tensor.to(WIDE),
+        "rank": tensor[None],
+        "longer": torch.cat((tensor, tensor[:1])),
+        "shorter": tensor[:-1],
+    }
+    if tensor.shape[-1] > 1:
+        wrong["stride"] = torch.stack((tensor, tensor), -1)[..., 0]
+        wrong["width"] = tensor[..., :-1]
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "kind"),
+    [
+        (name, index, kind)
+        for name, (_, arguments) in CALLS.items()
+        for index, argument in enumerate(arguments)
+        if isinstance(argument, Tensor)
+        for kind in spoilt(argument)
+    ],
+)
+def test_wrong_tensors_are_refused_with_a_message(name: str, index: int, kind: str) -> None:
+    """Every tensor of every function, of a wrong dtype, shape or stride: one at a time."""
+    function, arguments = CALLS[name]
+    function(*arguments)
+    wrong = spoilt(arguments[index])[kind]
+    if (name, index, kind) in HARMLESS:
+        function(*arguments[:index], wrong, *arguments[index + 1 :])
+        return
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        function(*arguments[:index], wrong, *arguments[index + 1 :])
+
+
+HARMLESS = {("sample", 0, "width")}  # fewer columns are a smaller vocabulary
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("linear_logprob", 2, torch.tensor([0, 5, 0]), "target of row 1"),
+        ("linear_logprob", 2, torch.tensor([-1, 0, 0]), "target of row 0"),
+        ("linear_logprob", 4, 0.0, "temperature"),
+        ("linear_logprob", 4, -1.0, "temperature"),
+        ("linear_logprob", 5, -1.0, "softcap"),
+        ("linear_sample", 6, 6, "vocabulary"),
+        ("linear_sample", 6, 0, "vocabulary"),
+        ("rms_norm", 1, None, "come together"),
+        ("write_kv", 5, torch.tensor([0, 8, 1]), "slot of row 1"),
+    ],
+)
+def test_wrong_values_are_refused_with_a_message(name: str, index: int, value: object, message: str) -> None:
+    function, arguments = CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        function(*arguments[:index], value, *arguments[index + 1 :])
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="mmx"):
+        _core.use_instruction_set("mmx")
