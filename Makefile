@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+NATIVE_TESTS := $(foreach name,native attention linear logprob sampling cache layers,tests/kernels/test_$(name).py) tests/engine/test_model.py
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test check bench wheel clean
+.PHONY: demo test check bench wheel sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/genssd demo
@@ -30,6 +31,13 @@ wheel: $(VENV)/.installed-dev
 	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt "$$(ls build/dist/*.whl)[test]"
 	cp -r tests build/clean/tests && cp pyproject.toml build/clean/
 	cd build/clean && bin/pytest -q -m "not slow and not source"
+
+# the native kernels built with the address and undefined-behaviour sanitizers, under the tests that reach them
+sanitize: $(VENV)/.installed-dev
+	$(PYTHON) -m venv --clear build/sanitize
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(build/sanitize/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dev.pth"
+	build/sanitize/bin/pip --disable-pip-version-check install -q --no-deps --no-build-isolation -C build-dir=build/sanitize-core -C cmake.define.GENSSD_SANITIZE=address,undefined .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 build/sanitize/bin/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS)
 
 $(VENV)/.installed: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

@@ -25,12 +25,15 @@ def score(runner: ModelRunner, pairs: Sequence[Pair]) -> list[TokenStats]:
 
 
 def _first_batch(runner: ModelRunner, pairs: Sequence[Pair]) -> Sequence[Pair]:
-    """As many of the first pairs as one forward pass and the cache take; at least one."""
+    """As many of the first pairs as one forward pass and the cache take, equal prompts counted once; at least one."""
     pool, rows, pages = runner.tree.pool, 0, 0
+    prompts: set[tuple[int, ...]] = set()
     for count, (prompt_ids, ids) in enumerate(pairs):
-        tokens = len(prompt_ids) + len(ids) - 1
+        parts = [len(ids)] if tuple(prompt_ids) in prompts else [len(prompt_ids), len(ids)]
+        prompts.add(tuple(prompt_ids))
+        rows += sum(parts)
         # one more page each: a half-filled page of a shared prompt is copied on the first write
-        rows, pages = rows + tokens, pages - (-tokens // pool.page_size) + 1
+        pages += sum(-(-tokens // pool.page_size) + 1 for tokens in parts)
         if count and (rows > MAX_ROWS or pages > pool.num_free):
             return pairs[:count]
     return pairs
