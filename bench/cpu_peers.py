@@ -6,8 +6,8 @@
 A random Qwen3-class model (6 layers, width 1024, 16 heads, 8 of keys and values, vocabulary 151936, untied head, bf16);
 the workloads are described in peers/workloads.py. Every engine is a process that loads once and then runs one workload
 at a time, in turns, on the same number of threads; times are medians over the rounds after a first one, which warms
-up and is no part of them. The log-probabilities of that round are compared with float32 before anything is timed. Beside
-each time stands its share of what the machine can do (peers/limits.py).
+up and is no part of them. The log-probabilities of that round are compared with float32 before anything is timed.
+Beside each time stands its share of what the machine can do (peers/limits.py).
 
 Peers live in environments of their own; without one the report says so:
 
@@ -33,7 +33,7 @@ from peers.limits import Limits, limit_seconds, measure_limits, phases
 from peers.machine import machine
 from peers.model import ensure_model
 from peers.protocol import Measured, Peer, WorkerFailed
-from peers.workloads import SIZES, WORKLOADS, tokens
+from peers.workloads import SIZES, WORKLOADS, Sizes, tokens
 
 PAUSE = 0.3
 """Seconds between two engines: threads go on spinning for a moment after their work."""
@@ -124,7 +124,8 @@ def measure(peers: list[Peer], workloads: list[str], rounds: int) -> dict[tuple[
     return runs
 
 
-def row(peer: Peer, workload: str, runs: Runs, count: int, limit: float, far: Difference | None) -> dict[str, object]:
+def row(peer: Peer, workload: str, runs: Runs, sizes: Sizes, limit: float, far: Difference | None) -> dict[str, object]:
+    """A row of the results. limit: seconds that the machine needs at least."""
     notes = [note for note in (peer.description.notes.get(workload), runs.error) if note]
     found: dict[str, object] = {"workload": workload, "engine": peer.name, "version": peer.description.version}
     if runs.measured:
@@ -133,7 +134,7 @@ def row(peer: Peer, workload: str, runs: Runs, count: int, limit: float, far: Di
             "seconds": round(seconds, 4),
             "min": round(min(runs.seconds), 4),
             "max": round(max(runs.seconds), 4),
-            "tokens_per_second": round(count / seconds, 2),
+            "tokens_per_second": round(tokens(sizes, workload) / seconds, 2),
             "share_of_limit": round(limit / seconds, 4),
         }
         prefix = [run.prefix_seconds for run in runs.measured if run.prefix_seconds is not None]
@@ -198,6 +199,35 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def start(pythons: dict[str, str | None], directory: Path, sizes: str, threads: int, stack: ExitStack) -> list[Peer]:
+    """The engines that have an interpreter, one after another; the stack ends them."""
+    peers = []
+    for engine, python in pythons.items():
+        if python is None:
+            print(f"{engine} is left out: no --{engine}-python was given")
+            continue
+        peers.append(Peer(engine, python, directory, sizes, threads))
+        stack.callback(peers[-1].close)
+    return peers
+
+
+def need(sizes: Sizes, workload: str, limits: Limits) -> dict[str, float]:
+    parts = phases(sizes, workload)
+    return {
+        "flops": sum(part.flops for part in parts),
+        "bytes": sum(part.bytes for part in parts),
+        "seconds": limit_seconds(sizes, workload, limits),
+    }
+
+
+def command(options: argparse.Namespace, peers: list[Peer]) -> str:
+    """That gives the same report, but for where it finds interpreters."""
+    others = [f"--{peer.name}-python PYTHON" for peer in peers if peer.name in ("openvino", "vllm")]
+    words = ["python bench/cpu_peers.py", f"--rounds {options.rounds}", f"--threads {options.threads}", *others]
+    words += ["--workloads", *options.workloads] if options.workloads != list(WORKLOADS) else []
+    return " ".join([*words, *(["--small"] if options.small else [])])
+
+
 def main() -> None:
     options = parse()
     name = "small" if options.small else "full"
@@ -213,34 +243,19 @@ def main() -> None:
         directory = ensure_model(parent.resolve(), name)
         limits = measure_limits(options.threads)
         print_limits(limits)
-        peers = []
-        for engine, python in pythons.items():
-            if python is None:
-                print(f"{engine} is left out: no --{engine}-python was given")
-                continue
-            peers.append(Peer(engine, python, directory, name, options.threads))
-            stack.callback(peers[-1].close)
+        peers = start(pythons, directory, name, options.threads, stack)
         far = check(warm_up(peers, options.workloads))
         runs = measure(peers, options.workloads, options.rounds)
-    needed = {}
-    for workload in options.workloads:
-        parts = phases(sizes, workload)
-        needed[workload] = {
-            "flops": sum(part.flops for part in parts),
-            "bytes": sum(part.bytes for part in parts),
-            "seconds": limit_seconds(sizes, workload, limits),
-        }
+    needed = {workload: need(sizes, workload, limits) for workload in options.workloads}
     rows = [
-        row(peer, workload, runs[workload, peer.name], tokens(sizes, workload), needed[workload]["seconds"], far.get(peer.name))
+        row(peer, workload, runs[workload, peer.name], sizes, needed[workload]["seconds"], far.get(peer.name))
         for workload in options.workloads
         for peer in peers
-    ]  # fmt: skip
+    ]
     print_report(rows, needed)
     if options.json:
         report = {
-            "command": f"python bench/cpu_peers.py --rounds {options.rounds} --workloads {' '.join(options.workloads)}"
-            + "".join(f" --{engine}-python PYTHON" for engine in ("openvino", "vllm") if pythons[engine])
-            + (" --small" if options.small else ""),
+            "command": command(options, peers),
             "machine": machine(options.threads),
             "sizes": asdict(sizes),
             "rounds": options.rounds,

@@ -6,8 +6,8 @@ A phase is one pass over the weights: prefill, one decoding step, one scoring pa
 
 flops: two per weight and row, of the head only for the rows whose logits are needed; four per attended position, head
 and lane. bytes: weights once per phase, keys and values of every distinct position once. F and B are measured: F is the
-best rate of bf16 products through torch or, if that is more, of the multiplying instruction alone (peak.cpp); B of a sum
-over an array that no cache holds.
+best rate of bf16 products through torch or, if that is more, of the multiplying instruction alone (peak.cpp); B that of
+a sum over an array that no cache holds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""openvino-genai: ContinuousBatchingPipeline with prefix caching. The model is converted once, beside the checkpoint."""
+"""openvino-genai: ContinuousBatchingPipeline with prefix caching. It converts the model once."""
 
 from __future__ import annotations
 

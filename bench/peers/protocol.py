@@ -2,7 +2,8 @@
 
     {"workload": "score", "round": 2, "changes": {"candidates": 4}}  ->  {"seconds": 3.9, ...} | {"error": "..."}
 
-changes are to the sizes that the worker was started with. Its first line describes it. Whatever libraries print goes to standard error. Standard library only.
+changes are to the sizes that the worker was started with. Its first line describes it. Whatever libraries print goes to
+standard error. Standard library only.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ SIZES = {
     ),
     "small": Sizes(
         model=ModelShape(layers=2, width=64, inner=128, heads=4, kv_heads=2, head_dim=32, vocabulary=1024),
-        prefix=64, branches=4, decoded=8, candidates=4, scored=8, prompts=2, prompt=16, per_prompt=2, chunk=8, response=16,
+        prefix=64, branches=4, decoded=8, candidates=4, scored=8,
+        prompts=2, prompt=16, per_prompt=2, chunk=8, response=16,
     ),
 }  # fmt: skip
 
