@@ -75,17 +75,27 @@ def difference(values: Values, reference: Values) -> Difference:
 
 
 def warm_up(peers: Iterable[Peer], workloads: list[str]) -> dict[str, Values]:
-    """Run everything but the search once; log-probabilities by engine, "reference" for float32."""
+    """Run scoring, and a little of the others; log-probabilities by engine, "reference" for float32."""
     values: dict[str, Values] = {}
     for peer in peers:
-        for workload in ["score", *(w for w in workloads if w in ("prefill", "decode"))]:
-            measured = peer.run(workload, 0)
-            if measured.values is not None:
-                values[peer.name] = measured.values
+        print(f"{peer.name} warms up", file=sys.stderr)
+        try:
+            values[peer.name] = scored(peer, "score")
+            for workload in workloads:
+                if workload in ("prefill", "decode"):
+                    peer.run(workload, 0, decoded=2)
+        except WorkerFailed as error:
+            if peer.name in ("genssd", "transformers"):  # whose values decide whether anything is timed
+                raise
+            print(error, file=sys.stderr)
         if peer.name == "transformers":
-            reference = peer.run("reference", 0).values
-            assert reference is not None
-            values["reference"] = reference
+            values["reference"] = scored(peer, "reference")
+    return values
+
+
+def scored(peer: Peer, workload: str) -> Values:
+    values = peer.run(workload, 0).values
+    assert values is not None
     return values
 
 
@@ -190,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--top-p", type=float, default=1.0, help="of what is drawn, at temperature 1; 1: no filter")
     parser.add_argument("--small", action="store_true", help="a tiny model: a check of this program, not a measurement")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine")
     parser.add_argument("--model-dir", type=Path, help="where the model and logs are kept; default: a temporary one")
@@ -199,14 +210,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(pythons: dict[str, str | None], directory: Path, sizes: str, threads: int, stack: ExitStack) -> list[Peer]:
+def start(pythons: dict[str, str | None], directory: Path, options: argparse.Namespace, stack: ExitStack) -> list[Peer]:
     """The engines that have an interpreter, one after another; the stack ends them."""
     peers = []
     for engine, python in pythons.items():
         if python is None:
             print(f"{engine} is left out: no --{engine}-python was given")
             continue
-        peers.append(Peer(engine, python, directory, sizes, threads))
+        peers.append(Peer(engine, python, directory, size_name(options), options.threads, options.top_p))
         stack.callback(peers[-1].close)
     return peers
 
@@ -222,16 +233,20 @@ def need(sizes: Sizes, workload: str, limits: Limits) -> dict[str, float]:
 
 def command(options: argparse.Namespace, peers: list[Peer]) -> str:
     """That gives the same report, but for where it finds interpreters."""
+    given = [f"--rounds {options.rounds}", f"--threads {options.threads}", f"--top-p {options.top_p}"]
     others = [f"--{peer.name}-python PYTHON" for peer in peers if peer.name in ("openvino", "vllm")]
-    words = ["python bench/cpu_peers.py", f"--rounds {options.rounds}", f"--threads {options.threads}", *others]
+    words = ["python bench/cpu_peers.py", *given, *others]
     words += ["--workloads", *options.workloads] if options.workloads != list(WORKLOADS) else []
     return " ".join([*words, *(["--small"] if options.small else [])])
 
 
+def size_name(options: argparse.Namespace) -> str:
+    return "small" if options.small else "full"
+
+
 def main() -> None:
     options = parse()
-    name = "small" if options.small else "full"
-    sizes = SIZES[name]
+    sizes = SIZES[size_name(options)]
     pythons = {
         "genssd": sys.executable,
         "transformers": sys.executable,
@@ -240,10 +255,10 @@ def main() -> None:
     }
     with ExitStack() as stack:
         parent = options.model_dir or Path(stack.enter_context(TemporaryDirectory()))
-        directory = ensure_model(parent.resolve(), name)
+        directory = ensure_model(parent.resolve(), size_name(options))
         limits = measure_limits(options.threads)
         print_limits(limits)
-        peers = start(pythons, directory, name, options.threads, stack)
+        peers = start(pythons, directory, options, stack)
         far = check(warm_up(peers, options.workloads))
         runs = measure(peers, options.workloads, options.rounds)
     needed = {workload: need(sizes, workload, limits) for workload in options.workloads}
@@ -259,6 +274,7 @@ def main() -> None:
             "machine": machine(options.threads),
             "sizes": asdict(sizes),
             "rounds": options.rounds,
+            "sampling": {"temperature": 1.0, "top_p": options.top_p},
             "limits": asdict(limits),
             "needed": needed,
             "absent": [engine for engine, python in pythons.items() if python is None],
@@ -268,4 +284,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WorkerFailed as error:
+        sys.exit(str(error))

@@ -12,7 +12,6 @@ from peers.workloads import Sizes
 
 from genssd import Chunk, Engine, Sampling
 
-PLAIN = Sampling(temperature=1.0)
 CACHE_BYTES = 2 << 30  # of each engine
 
 
@@ -21,6 +20,7 @@ class Ours:
 
     def __init__(self, options: WorkerOptions) -> None:
         model = options.directory / "model"
+        self.sampling = Sampling(temperature=1.0, top_p=options.top_p)
         self.writer = Engine.from_pretrained(teacher=model, device="cpu", memory_bytes=CACHE_BYTES)
         self.pair = Engine.from_pretrained(teacher=model, student=model, device="cpu", memory_bytes=2 * CACHE_BYTES)
 
@@ -30,7 +30,7 @@ class Ours:
 
     def decode(self, sizes: Sizes, round_: int) -> Measured:
         started = time.perf_counter()
-        root = self.writer.branch(work.prefix_ids(sizes, "decode", round_), sampling=PLAIN)
+        root = self.writer.branch(work.prefix_ids(sizes, "decode", round_), sampling=self.sampling)
         root.expand(1, Chunk(tokens=1, until=None))[0].drop()  # the prefix is in the cache now
         warm = time.perf_counter()
         # the first token of each comes from the prefix's last state: `decoded` forward passes follow
@@ -59,7 +59,7 @@ class Ours:
             candidates=sizes.per_prompt,
             chunk=Chunk(tokens=sizes.chunk, until=None),
             max_tokens=sizes.response,
-            sampling=PLAIN,
+            sampling=self.sampling,
             loop_guard=None,
         )
         seconds = time.perf_counter() - started
@@ -68,7 +68,7 @@ class Ours:
 
     def _prefill_seconds(self, prompt: list[int]) -> float:
         started = time.perf_counter()
-        self.writer.generate([prompt], max_tokens=1, sampling=PLAIN)
+        self.writer.generate([prompt], max_tokens=1, sampling=self.sampling)
         return time.perf_counter() - started
 
 

@@ -23,6 +23,7 @@ class Theirs:
         self.end_id = options.sizes.model.vocabulary - 1
         self.directory = options.directory / "openvino"
         self.threads = options.threads
+        self.top_p = options.top_p
         if not self.directory.exists():
             convert(options.directory / "model", self.directory)
         self.teacher = self._pipeline()
@@ -88,6 +89,7 @@ class Theirs:
         config.max_new_tokens = tokens
         config.do_sample = True
         config.temperature = 1.0
+        config.top_p = self.top_p
         config.ignore_eos = True
         config.set_eos_token_id(self.end_id)  # it wants one
         return config

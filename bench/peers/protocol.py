@@ -50,6 +50,8 @@ class WorkerOptions:
     """Holds model/ and what a peer makes of it."""
     sizes: Sizes
     threads: int
+    top_p: float
+    """Of what `decode` and `select_expand` draw; 1 keeps every token."""
 
 
 def worker_options() -> WorkerOptions:
@@ -57,8 +59,11 @@ def worker_options() -> WorkerOptions:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--sizes", choices=SIZES, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--top-p", type=float, required=True)
     options = parser.parse_args()
-    return WorkerOptions(directory=options.directory, sizes=SIZES[options.sizes], threads=options.threads)
+    return WorkerOptions(
+        directory=options.directory, sizes=SIZES[options.sizes], threads=options.threads, top_p=options.top_p
+    )
 
 
 def private_stdout() -> IO[str]:
@@ -88,9 +93,9 @@ class WorkerFailed(RuntimeError):
 
 
 class Peer:
-    """The other end: a worker of its own process, loaded once."""
+    """The other end: a worker of its own process, loaded once. Arguments as in WorkerOptions."""
 
-    def __init__(self, name: str, python: str, directory: Path, sizes: str, threads: int) -> None:
+    def __init__(self, name: str, python: str, directory: Path, sizes: str, threads: int, top_p: float = 1.0) -> None:
         self.name = name
         self._log = directory / f"{name}.log"
         environment = {
@@ -99,7 +104,8 @@ class Peer:
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(Path(__file__).parent.parent),
         }
-        command = [python, "-m", f"peers.{name}_worker", str(directory), "--sizes", sizes, "--threads", str(threads)]
+        command = [python, "-m", f"peers.{name}_worker", str(directory), "--sizes", sizes]
+        command += ["--threads", str(threads), "--top-p", str(top_p)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
@@ -125,5 +131,6 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise WorkerFailed(f"{self.name} ended with {self._process.wait()}; its last words are in {self._log}")
+            words = "\n".join(self._log.read_text().splitlines()[-10:])
+            raise WorkerFailed(f"{self.name} ended with {self._process.wait()}; its last words:\n{words}")
         return json.loads(line)

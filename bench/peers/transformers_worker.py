@@ -21,6 +21,7 @@ class Theirs:
     def __init__(self, options: WorkerOptions) -> None:
         self.directory = options.directory / "model"
         self.model = self._load(torch.bfloat16)
+        self.top_p = options.top_p
 
     def _load(self, dtype: torch.dtype) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM.from_pretrained(self.directory, dtype=dtype, attn_implementation="sdpa").eval()
@@ -29,7 +30,7 @@ class Theirs:
         prompt = work.prefix_ids(sizes, "prefill", round_)
         started = time.perf_counter()
         _, logits = self._read(self.model, [prompt], None, keep=1)
-        draw(logits[:, -1])
+        draw(logits[:, -1], self.top_p)
         return Measured(seconds=time.perf_counter() - started)
 
     def decode(self, sizes: Sizes, round_: int) -> Measured:
@@ -39,7 +40,7 @@ class Theirs:
         tokens = torch.tensor(work.first_ids(sizes, round_))
         cache = repeated(cache, sizes.branches)
         for _ in range(sizes.decoded):
-            tokens = draw(self._step(tokens[:, None], cache, keep=1)[:, -1])
+            tokens = draw(self._step(tokens[:, None], cache, keep=1)[:, -1], self.top_p)
         return Measured(seconds=time.perf_counter() - warm, prefix_seconds=warm - started)
 
     def score(self, sizes: Sizes, round_: int) -> Measured:
@@ -70,12 +71,12 @@ class Theirs:
         last = torch.tensor([ids[-1] for ids in prompts])
         for _ in range(sizes.response // sizes.chunk):
             logits = self._step(last[:, None], teacher, keep=1)[:, -1]
-            tokens = draw(logits.repeat_interleave(n, 0))
+            tokens = draw(logits.repeat_interleave(n, 0), self.top_p)
             teacher.batch_repeat_interleave(n)
             student.batch_repeat_interleave(n)
             drawn = [tokens]
             for _ in range(sizes.chunk - 1):
-                tokens = draw(self._step(tokens[:, None], teacher, keep=1)[:, -1])
+                tokens = draw(self._step(tokens[:, None], teacher, keep=1)[:, -1], self.top_p)
                 drawn.append(tokens)
             chunk = torch.stack(drawn, 1)
             read = torch.cat([last.repeat_interleave(n)[:, None], chunk[:, :-1]], 1)
@@ -105,11 +106,19 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
     )
 
 
-def draw(logits_BV: Tensor) -> Tensor:
+def draw(logits_BV: Tensor, top_p: float) -> Tensor:
     """At temperature 1 by inversion: one random number per row; torch.multinomial draws one per entry."""
-    cumulative_BV = logits_BV.float().softmax(-1).cumsum(-1)
-    drawn = torch.searchsorted(cumulative_BV, torch.rand(len(logits_BV), 1) * cumulative_BV[:, -1:])[:, 0]
-    return drawn.clamp(max=logits_BV.shape[1] - 1)
+    p_BV = logits_BV.float().softmax(-1)
+    random_B1 = torch.rand(len(logits_BV), 1)
+    if top_p == 1.0:
+        cumulative_BV = p_BV.cumsum(-1)
+        drawn_B1 = torch.searchsorted(cumulative_BV, random_B1 * cumulative_BV[:, -1:])
+        return drawn_B1.clamp(max=logits_BV.shape[1] - 1)[:, 0]
+    p_BV, tokens_BV = p_BV.sort(-1, descending=True)
+    cumulative_BV = p_BV.cumsum(-1)
+    kept_B1 = (cumulative_BV - p_BV < top_p).sum(-1, keepdim=True)
+    drawn_B1 = torch.searchsorted(cumulative_BV, random_B1 * cumulative_BV.gather(1, kept_B1 - 1))
+    return tokens_BV.gather(1, drawn_B1.minimum(kept_B1 - 1))[:, 0]
 
 
 def chosen_logprob(logits: Tensor, targets: Tensor) -> Tensor:

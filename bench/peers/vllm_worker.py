@@ -20,6 +20,7 @@ class Theirs:
     def __init__(self, options: WorkerOptions) -> None:
         from vllm import LLM
 
+        self.top_p = options.top_p
         self.llm = LLM(
             model=str(options.directory / "model"),
             dtype="bfloat16",
@@ -66,7 +67,9 @@ class Theirs:
     def _generate(self, rows: Ids, tokens: int, n: int = 1) -> list[Ids]:
         from vllm import SamplingParams
 
-        sampling = SamplingParams(n=n, max_tokens=tokens, temperature=1.0, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(
+            n=n, max_tokens=tokens, temperature=1.0, top_p=self.top_p, ignore_eos=True, detokenize=False
+        )
         outputs = self.llm.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
         return [[list(written.token_ids) for written in output.outputs] for output in outputs]
 

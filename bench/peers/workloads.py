@@ -2,7 +2,7 @@
 
     prefill         one prompt of `prefix` ids that no cache has seen, up to its next token
     decode          `branches` continuations of one prefix that is in the cache, each of which has its first token:
-                    `decoded` further tokens each, drawn at temperature 1 from the whole vocabulary
+                    `decoded` further tokens each, drawn at temperature 1
     score           the log-probability of every token of `candidates` given responses of `scored` ids, behind one
                     prefix that is in the cache
     select_expand   `prompts` prompts; a teacher draws `width` chunks of `chunk` tokens for each, a student scores them,
