@@ -64,7 +64,7 @@ SERIES = (
         size="candidates",
         values=(1, 2, 4, 8, 16, 32, 64),
         beside=(1, 4, 16),
-        title="scoring {scored} tokens each behind a prefix of {prefix}",
+        title="scoring {scored} tokens each, and reading the {prefix} before",
         label="candidates",
     ),
 )
