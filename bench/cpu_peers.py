@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
@@ -115,28 +116,32 @@ def check(values: dict[str, Values]) -> dict[str, Difference]:
 
 
 def measure(peers: list[Peer], workloads: list[str], rounds: int) -> dict[tuple[str, str], Runs]:
-    """In turns: each round every workload, each workload every engine."""
+    """In turns: each round every workload, each workload every engine. Ctrl-C ends it with what there is."""
     runs = {(workload, peer.name): Runs() for workload in workloads for peer in peers}
-    for round_ in range(1, 1 + rounds):
-        for workload in workloads:
-            for peer in peers:
-                run = runs[workload, peer.name]
-                if run.error is not None:
-                    continue
-                time.sleep(PAUSE)
-                try:
-                    run.measured.append(peer.run(workload, round_))
-                except WorkerFailed as error:
-                    run.error = str(error)
-                    print(run.error, file=sys.stderr)
-                    continue
-                print(f"round {round_}  {workload:14} {peer.name:13} {run.seconds[-1]:8.3f} s", file=sys.stderr)
+    try:
+        for round_, workload, peer in product(range(1, 1 + rounds), workloads, peers):
+            time.sleep(PAUSE)
+            measure_once(runs[workload, peer.name], peer, workload, round_)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is reported", file=sys.stderr)
     return runs
+
+
+def measure_once(runs: Runs, peer: Peer, workload: str, round_: int) -> None:
+    """An engine that failed at a workload is not asked for it again."""
+    if runs.error is not None:
+        return
+    try:
+        runs.measured.append(peer.run(workload, round_))
+    except WorkerFailed as error:
+        runs.error = str(error)
+        print(runs.error, file=sys.stderr)
+        return
+    print(f"round {round_}  {workload:14} {peer.name:13} {runs.seconds[-1]:8.3f} s", file=sys.stderr)
 
 
 def row(peer: Peer, workload: str, runs: Runs, sizes: Sizes, limit: float, far: Difference | None) -> dict[str, object]:
     """A row of the results. limit: seconds that the machine needs at least."""
-    notes = [note for note in (peer.description.notes.get(workload), runs.error) if note]
     found: dict[str, object] = {"workload": workload, "engine": peer.name, "version": peer.description.version}
     if runs.measured:
         seconds = median(runs.seconds)
@@ -152,7 +157,12 @@ def row(peer: Peer, workload: str, runs: Runs, sizes: Sizes, limit: float, far: 
             found["prefix_seconds"] = round(median(prefix), 4)
     if far is not None and workload == "score":
         found["error_against_float32"] = {key: round(value, 5) for key, value in asdict(far).items()}
-    return {**found, "settings": peer.description.settings, "notes": notes}
+    return {
+        **found,
+        "settings": peer.description.settings,
+        "note": peer.description.notes.get(workload),
+        "error": runs.error,
+    }
 
 
 def print_limits(limits: Limits) -> None:
@@ -182,7 +192,7 @@ def print_report(rows: list[dict[str, object]], needed: dict[str, dict[str, floa
                     f"{found['tokens_per_second']:9.1f} tokens/s  {100 * float(str(found['share_of_limit'])):5.1f} %"
                 )
             else:
-                print(f"  {found['engine']:13} failed: {found['notes']}")
+                print(f"  {found['engine']:13} not measured: {found['error'] or 'interrupted'}")
         print_ratio(workload, times)
 
 

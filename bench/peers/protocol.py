@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -108,24 +110,32 @@ class Peer:
         command += ["--threads", str(threads), "--top-p", str(top_p)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the benchmark: it reports what there is, then ends its workers
             )
         self.description = Description(**self._read())
 
     def run(self, workload: str, round_: int, **changes: int) -> Measured:
         """changes: to the sizes. Raises WorkerFailed."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"workload": workload, "round": round_, "changes": changes}) + "\n")
-        self._process.stdin.flush()
+        request = json.dumps({"workload": workload, "round": round_, "changes": changes})
+        with suppress(BrokenPipeError):  # a worker that has ended is found out below
+            print(request, file=self._process.stdin, flush=True)
         answer = self._read()
         if "error" in answer:
             raise WorkerFailed(f"{self.name}, {workload}: {answer['error']}")
         return Measured(**answer)
 
     def close(self) -> None:
-        """End the worker; what it is in the middle of is not waited for."""
-        self._process.kill()
-        self._process.communicate()
+        """End the worker and what it has started; what they are in the middle of is not waited for."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _read(self) -> dict[str, object]:
         assert self._process.stdout is not None
