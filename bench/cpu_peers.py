@@ -146,6 +146,7 @@ def row(peer: Peer, workload: str, runs: Runs, sizes: Sizes, limit: float, far: 
     if runs.measured:
         seconds = median(runs.seconds)
         found |= {
+            "rounds": len(runs.measured),
             "seconds": round(seconds, 4),
             "min": round(min(runs.seconds), 4),
             "max": round(max(runs.seconds), 4),
