@@ -183,7 +183,7 @@ def _dq_kernel(
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
         p = tl.where(b[None, :] <= a[:, None], tl.exp(s - normalizer[:, None]), 0.0)
         ds = p * (_upstream(d_mass, step_a[:, None], word_b[None, :], W) - d_row[:, None])
-        total = tl.dot(ds.to(k_tile.dtype), k_tile, total, input_precision="ieee")
+        total = tl.dot(ds.to(k.dtype.element_ty).to(k_tile.dtype), k_tile, total, input_precision="ieee")
     e = tl.arange(0, BLOCK_E)[None, :]
     out = total * (scale / H * tl.load(unit))
     tl.store(dq + at[:, None] * E + e, out.to(dq.dtype.element_ty), mask=(a >= 0)[:, None] & (e < E))
@@ -216,7 +216,7 @@ def _dk_kernel(
             s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
             p = tl.where(b[:, None] <= a[None, :], tl.exp(s - normalizer[None, :]), 0.0)
             ds = p * (_upstream(d_mass, step_a[None, :], word_b[:, None], W) - d_row[None, :])
-            total = tl.dot(ds.to(q_tile.dtype), q_tile, total, input_precision="ieee")
+            total = tl.dot(ds.to(q.dtype.element_ty).to(q_tile.dtype), q_tile, total, input_precision="ieee")
     e = tl.arange(0, BLOCK_E)[None, :]
     out = total * (scale / H * tl.load(unit))
     to_k = dk + (b.to(tl.int64)[:, None] * G + group) * E + e
