@@ -74,8 +74,8 @@ def assert_agrees(given: Case, tolerance: float = 2e-6) -> None:
         torch.testing.assert_close(ours.double(), exact, atol=tolerance * scale, rtol=0)
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 50])
-@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 50])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1)])
 def test_tokens_and_heads(tokens: int, heads: int, groups: int) -> None:
     assert_agrees(case(tokens, heads, groups))
 
