@@ -239,7 +239,7 @@ INDEX = ("rows", "columns", "step", "word", "word_start", "first_row")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("dtype", "width"), [("bf16", 64), ("fp16", 128), ("bf16", 256)])
+@pytest.mark.parametrize(("dtype", "width"), [("bf16", 64), ("bf16", 128), ("fp16", 256)])
 @pytest.mark.parametrize("name", MASS)
 def test_attention_mass(target: Target, dtype: str, width: int, name: str, tmp_path: Path) -> None:
     tiles = attention_mass_triton.tiles_for(width, gradient=name in ("dq", "dk"))
