@@ -15,18 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import DEVICE, DTYPE, GPU, close, measure
 from pytest_benchmark.fixture import BenchmarkFixture
-from roofs import Roofs, flush_cache, synchronize
+from roofs import Roofs
 from torch import Tensor
 
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
-
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-DTYPE = torch.bfloat16 if GPU else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,31 +64,6 @@ def peer(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         pytest.skip(f"{module}: {error}")
-
-
-def measure(
-    benchmark: BenchmarkFixture, roofs: Roofs, run: Callable[[], object], *, group: str, flops: float, num_bytes: float
-) -> None:
-    """Time run() on a cold cache and set the share of what the device can do beside it."""
-
-    def timed() -> None:
-        run()
-        synchronize(DEVICE)
-
-    timed()
-    benchmark.group = group
-    benchmark.pedantic(timed, setup=lambda: flush_cache(DEVICE), rounds=20 if GPU else 5, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info |= {
-        "tflops": flops / seconds / 1e12,
-        "gbps": num_bytes / seconds / 1e9,
-        "share_of_matmul": flops / seconds / roofs.flops,
-        "share_of_copy": num_bytes / seconds / roofs.bytes,
-    }
-
-
-def close(ours: Tensor, exact: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(ours.double(), exact.double(), atol=tolerance, rtol=tolerance)
 
 
 def eager_scores(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

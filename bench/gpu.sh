@@ -19,4 +19,6 @@ part 45 python bench/memory.py --width 1024 --json "$results/gpu-memory.json"
 part 120 python bench/sweep.py --json "$results/gpu-sweep.json"
 part 240 python -m pytest -q bench -o python_files=bench_head.py --benchmark-columns=median,iqr,rounds \
     --benchmark-json="$results/gpu-kernels.json"
+part 45 python -m pytest -q bench -o python_files=bench_forward.py --benchmark-columns=median,iqr,rounds \
+    --benchmark-json="$results/gpu-forward.json"
 exit $failed

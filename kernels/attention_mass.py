@@ -3,18 +3,24 @@
     A[i, j] = mean over heads of the sum over tokens a of step i and tokens b of word j of I[a, b]
     I = softmax(scale q k^T), causal
 
-Rows are taken in chunks, and computed again in the backward pass (MoLSAKI, 2604.15701).
+Of halves on CUDA torch sees one operator, genssd::attention_mass, which keeps the log-sum-exp of every row for its
+backward pass (attention_mass_triton.py). Elsewhere, and in float32, which no matrix unit multiplies exactly, rows are
+taken in chunks, and computed again in the backward pass (MoLSAKI, 2604.15701).
 
 Shapes:  T tokens   H query heads   G kv heads   E head dim   S steps   W words   C rows of a chunk
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 64 << 20  # of scores alive at once
+MAX_WIDTH = 256  # of a head, for which the kernels keep a tile in registers
 
 
 def attention_mass(
@@ -28,16 +34,29 @@ def attention_mass(
     tokens, heads, width = q_THE.shape
     if k_TGE.shape[0] != tokens or k_TGE.shape[2] != width or heads % k_TGE.shape[1]:
         raise ValueError(f"attention_mass: q {tuple(q_THE.shape)} and k {tuple(k_TGE.shape)} do not agree")
+    if q_THE.dtype != k_TGE.dtype:
+        raise ValueError(f"attention_mass: q is {q_THE.dtype} and k is {k_TGE.dtype}; they must be the same")
     for name, index, count in (("step", step_T, steps), ("word", word_T, words)):
         if index.shape != (tokens,) or index.dtype != torch.int64:
             raise ValueError(f"attention_mass: {name} must be int64 [{tokens}], not {index.dtype} {tuple(index.shape)}")
         if tokens and not -1 <= int(index.min()) <= int(index.max()) < count:
             raise ValueError(f"attention_mass: {name} must lie in -1..{count - 1}")
+    if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16) and q_THE.shape[2] <= MAX_WIDTH:
+        step_T, word_T = step_T.to(q_THE.device), word_T.to(q_THE.device)
+        mass_SW: Tensor = _attention_mass(q_THE, k_TGE, step_T, word_T, steps, words, scale)[0]
+        return mass_SW
+    return attention_mass_reference(q_THE, k_TGE, step_T, word_T, steps=steps, words=words, scale=scale)
+
+
+def attention_mass_reference(
+    q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, *, steps: int, words: int, scale: float
+) -> Tensor:
+    """The same in plain torch."""
     wide = torch.promote_types(q_THE.dtype, torch.float32)
     # one column more, for tokens of no word, which is cut off at the end
     onto_TW = torch.nn.functional.one_hot(word_T.where(word_T >= 0, words), words + 1).to(wide)[:, :words]
     rows = (step_T >= 0).nonzero()[:, 0]
-    size = max(1, CHUNK_BYTES // (heads * max(1, tokens) * wide.itemsize))
+    size = max(1, CHUNK_BYTES // (q_THE.shape[1] * max(1, len(q_THE)) * wide.itemsize))
     mass = torch.zeros(steps, words, dtype=wide, device=q_THE.device)
     with torch.autocast(q_THE.device.type, enabled=False):
         for start in range(0, len(rows), size):
@@ -55,3 +74,58 @@ def _rows(q_THE: Tensor, k_TGE: Tensor, rows_C: Tensor, onto_TW: Tensor, scale: 
     later = torch.arange(len(k_TGE), device=rows_C.device) > rows_C[:, None]
     paid = scores.masked_fill(later[:, None, None], -torch.inf).softmax(-1)
     return paid.mean((1, 2)) @ onto_TW
+
+
+@torch.library.custom_op("genssd::attention_mass", mutates_args=(), device_types="cuda")
+def _attention_mass(
+    q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, steps: int, words: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """A, and every row's log-sum-exp, [T, H]."""
+    # imported here, because Triton need not be installed where there is no GPU
+    from genssd.kernels.attention_mass_triton import mass_of, tiles_for
+
+    q, k = _dense_heads(q_THE), _dense_heads(k_TGE)
+    return mass_of(q, k, step_T, word_T, steps, words, scale, tiles=tiles_for(q.shape[2], gradient=False))
+
+
+@_attention_mass.register_fake
+def _(q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, steps: int, words: int, *_: Any) -> Any:
+    return (
+        q_THE.new_empty(steps, words, dtype=torch.float32),
+        q_THE.new_empty(q_THE.shape[:2], dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("genssd::attention_mass_backward", mutates_args=(), device_types="cuda")
+def _mass_gradients(
+    d_mass_SW: Tensor, q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, lse_TH: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    from genssd.kernels.attention_mass_triton import gradients_of, tiles_for
+
+    q, k = _dense_heads(q_THE), _dense_heads(k_TGE)
+    return gradients_of(d_mass_SW, q, k, step_T, word_T, lse_TH, scale, tiles=tiles_for(q.shape[2], gradient=True))
+
+
+@_mass_gradients.register_fake
+def _(d_mass_SW: Tensor, q_THE: Tensor, k_TGE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q_THE.new_empty(q_THE.shape), k_TGE.new_empty(k_TGE.shape)
+
+
+def _dense_heads(x_THE: Tensor) -> Tensor:
+    """Entries of a head together; tokens and heads may lie apart."""
+    return x_THE if x_THE.stride(2) == 1 else x_THE.contiguous()
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, step, word, _, _, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, step, word, output[1])
+
+
+@once_differentiable
+def _backward(ctx: Any, d_mass: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, step, word, lse = ctx.saved_tensors
+    return *_mass_gradients(d_mass, q, k, step, word, lse, ctx.scale), None, None, None, None, None
+
+
+_attention_mass.register_autograd(_backward, setup_context=_setup_context)

@@ -20,6 +20,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_fac
 LLAMA3["original_max_position_embeddings"] = 32
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+LONGROPE |= {"short_factor": [1.0] * 8, "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0]}
 
 CONFIGS = [
     pytest.param("llama", {}, id="llama"),
@@ -30,6 +32,7 @@ CONFIGS = [
     pytest.param("qwen2", {}, id="qwen2"),
     pytest.param("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}, id="qwen2-tied-yarn"),
     pytest.param("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, id="qwen2-window"),
+    pytest.param("qwen2", {"rope_parameters": LONGROPE}, id="qwen2-longrope"),
     pytest.param("qwen3", {}, id="qwen3"),
     pytest.param("qwen3", {"tie_word_embeddings": True, "head_dim": 32, "attention_bias": True}, id="qwen3-wide-heads"),
 ]

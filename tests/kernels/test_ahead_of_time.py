@@ -22,6 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from genssd.kernels import (  # noqa: E402
     activation_triton,
+    attention_mass_triton,
     cache_triton,
     divergence_triton,
     head_triton,
@@ -74,7 +75,7 @@ def compile_for(target: Target, kernel: Any, types: dict[str, str], constants: d
 
 ALIGNED = ("V", "U", "D", "stride", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student",
            "stride_teacher", "F", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page",
-           "stride_slot", "stride_group")  # fmt: skip
+           "stride_slot", "stride_group", "stride_qt", "stride_qh", "stride_kt", "stride_kh")  # fmt: skip
 
 
 def machine_code(compiled: Any, target: Target, directory: Path) -> str:
@@ -98,8 +99,8 @@ def machine_code(compiled: Any, target: Target, directory: Path) -> str:
 SIZES = ("N", "B", "C", "S", "V", "U", "D", "vocabulary", "tiles_per_split", "top_k", "stride", "stride_n", "stride_v",
          "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G", "P", "entries",
          "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
-         "stride_group")  # fmt: skip
-FACTORS = ("temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps")
+         "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh")  # fmt: skip
+FACTORS = ("scale", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps")
 
 
 def types_of(**pointers: str) -> dict[str, str]:
@@ -226,3 +227,36 @@ def test_forward_kernels(target: Target, dtype: str, name: str, tmp_path: Path) 
     types = types_of(**pointers, cos="*fp32", sin="*fp32")
     code = machine_code(compile_for(target, kernel, types, constants, num_warps=num_warps), target, tmp_path)
     assert re.search(target.wide, code), "memory is read in small pieces"
+
+
+MASS = {
+    "lse": attention_mass_triton._lse_kernel,
+    "paid": attention_mass_triton._paid_kernel,
+    "dq": attention_mass_triton._dq_kernel,
+    "dk": attention_mass_triton._dk_kernel,
+}
+INDEX = ("rows", "columns", "step", "word", "word_start", "first_row")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "width"), [("bf16", 64), ("bf16", 128), ("fp16", 256)])
+@pytest.mark.parametrize("name", MASS)
+def test_attention_mass(target: Target, dtype: str, width: int, name: str, tmp_path: Path) -> None:
+    tiles = attention_mass_triton.tiles_for(width, gradient=name in ("dq", "dk"))
+    types = types_of(
+        **dict.fromkeys(("q", "k", "dq", "dk"), f"*{dtype}"), **dict.fromkeys(INDEX, "*i32"),
+        **dict.fromkeys(("lse", "paid", "d_mass", "unit", "delta"), "*fp32"),
+    )  # fmt: skip
+    options = attention_mass_triton.options_of(width, tiles)
+    num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages")
+    constants = {**options, "BLOCK_W": tiles.words} if name == "paid" else options
+    compiled = compile_for(target, MASS[name], types, constants, num_warps=num_warps, num_stages=num_stages)
+    assert compiled.metadata.shared <= target.shared_bytes
+    assert re.search(target.matrix, machine_code(compiled, target, tmp_path))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sums_over_steps(target: Target, tmp_path: Path) -> None:
+    types = types_of(paid="*fp32", order="*i32", step_start="*i32", mass="*fp32")
+    constants = {"BLOCK_R": 32, "BLOCK_W": 64}
+    machine_code(compile_for(target, attention_mass_triton._sum_steps_kernel, types, constants), target, tmp_path)

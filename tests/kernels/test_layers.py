@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from genssd.kernels.activation import geglu, swiglu
+from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import ROPE_TYPES, rope_frequencies, rotary, rotary_angles
 
@@ -214,3 +215,12 @@ def test_rotation_of_halves_is_rounded_once() -> None:
     angles = rotary_angles(torch.arange(9), *rope_frequencies({}, 64, 512))
     exact = rotary(x.double(), *angles)
     torch.testing.assert_close(rotary(x, *angles).double(), exact, atol=1e-6, rtol=2.0**-8)
+
+
+def test_a_gradient_that_would_be_lost_is_refused() -> None:
+    trained, frozen = torch.zeros(2, requires_grad=True), torch.zeros(2)
+    refuse_gradients("swiglu", frozen, None)
+    with torch.no_grad():
+        refuse_gradients("swiglu", frozen, trained)
+    with pytest.raises(ValueError, match=r"swiglu is not differentiated.*inference_mode"):
+        refuse_gradients("swiglu", frozen, trained)
