@@ -37,7 +37,7 @@ sanitize: $(VENV)/.installed-dev
 	$(PYTHON) -m venv --clear build/sanitize
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(build/sanitize/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dev.pth"
 	build/sanitize/bin/pip --disable-pip-version-check install -q --no-deps --no-build-isolation -C build-dir=build/sanitize-core -C cmake.define.GENSSD_SANITIZE=address,undefined .
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 build/sanitize/bin/python -m pytest -q -p no:cacheprovider $(NATIVE_TESTS)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 build/sanitize/bin/python -m pytest -q --capture=sys -p no:cacheprovider $(NATIVE_TESTS)
 
 $(VENV)/.installed: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

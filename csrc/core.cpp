@@ -384,8 +384,11 @@ SegmentTable* segment_table(Array tables, Array table, Array first, Array rows, 
 using Int32Vector = nb::ndarray<nb::numpy, const std::int32_t, nb::ndim<1>>;
 using Int32Matrix = nb::ndarray<nb::numpy, const std::int32_t, nb::ndim<2>>;
 
-Int32Matrix as_matrix(const std::int32_t* data, std::size_t rows, std::size_t columns) {
-  return Int32Matrix(data, {rows, columns}, nb::handle());
+// Structs of integers as the rows of a matrix.
+template <typename Struct>
+Int32Matrix as_matrix(const std::vector<Struct>& rows) {
+  static_assert(sizeof(Struct) % sizeof(std::int32_t) == 0);
+  return Int32Matrix(reinterpret_cast<const std::int32_t*>(rows.data()), {rows.size(), sizeof(Struct) / 4}, nb::handle());
 }
 
 }  // namespace
@@ -403,12 +406,12 @@ NB_MODULE(_core, m) {
               "The largest page that is read.")
       .def_prop_ro(
           "items",
-          [](const SegmentTable& t) { return as_matrix(&t.items.data()->page, t.items.size(), sizeof(Item) / 4); },
+          [](const SegmentTable& t) { return as_matrix(t.items); },
           internal, nb::sig("def items(self) -> numpy.ndarray"),
           "int32 [items, 6]: index into pages, first position, tokens, index into entries, entries, unit.")
       .def_prop_ro(
           "entries",
-          [](const SegmentTable& t) { return as_matrix(&t.entries.data()->row, t.entries.size(), sizeof(Entry) / 4); },
+          [](const SegmentTable& t) { return as_matrix(t.entries); },
           internal, nb::sig("def entries(self) -> numpy.ndarray"), "int32 [entries, 2]: row, partial slot.")
       .def_prop_ro(
           "pages", [](const SegmentTable& t) { return Int32Vector(t.pages.data(), {t.pages.size()}, nb::handle()); },
@@ -449,8 +452,8 @@ NB_MODULE(_core, m) {
         "Change the kernels of this process, for tests and measurements. Results of other sets differ in their roundings.");
   m.def("segment_table", &segment_table, nb::rv_policy::take_ownership, nb::arg("tables"), nb::arg("table"), nb::arg("first"), nb::arg("rows"),
         nb::arg("page_size"), nb::arg("segment"), nb::arg("window"), nb::arg("unit_rows"),
-        nb::sig("def segment_table(tables: numpy.ndarray, table: numpy.ndarray, first: numpy.ndarray, rows: "
-                "numpy.ndarray, page_size: int, segment: int, window: int, unit_rows: int) -> SegmentTable"),
+        nb::sig("def segment_table(tables: torch.Tensor, table: torch.Tensor, first: torch.Tensor, rows: "
+                "torch.Tensor, page_size: int, segment: int, window: int, unit_rows: int) -> SegmentTable"),
         "Build the table of a batch: sequence i has the pages tables[table[i]] and rows at first[i], first[i] + 1, ...");
   m.def("gumbel_noise", &gumbel_noise, nb::arg("keys"), nb::arg("out"), nb::arg("threads"),
         TENSORS("gumbel_noise(keys: torch.Tensor, out: torch.Tensor, threads: int)"),

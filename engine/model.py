@@ -119,9 +119,7 @@ class Decoder:
         x = self.embedding[ids_N]
         h = rms_norm(x, self.layers[0].attention_norm, eps)
         for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
-            h, x = add_rms_norm(
-                self._attention(h, layer, cache, window, batch, cos, sin), x, layer.mlp_norm, eps
-            )
+            h, x = add_rms_norm(self._attention(h, layer, cache, window, batch, cos, sin), x, layer.mlp_norm, eps)
             feed = linear(swiglu(linear(h, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
             h, x = add_rms_norm(feed, x, next_norm, eps)
         return h

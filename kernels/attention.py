@@ -18,9 +18,7 @@ Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head di
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from genssd import _core
@@ -28,8 +26,8 @@ from genssd.kernels.native import takes
 
 SegmentTable = _core.SegmentTable
 """Who reads what. items: int32 [items, 6] (index into pages of the item's first page, position of its first token,
-tokens that its rows see at most, index into entries of its first row, its rows, its unit: items of different units share
-no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every row.
+tokens that its rows see at most, index into entries of its first row, its rows, its unit: items of different units
+share no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every row.
 row_partial: int32 [N + 1], a row's first partial slot; the others follow in the order of segments."""
 
 SEGMENT = {"cpu": 256, "cuda": 1024}
@@ -40,10 +38,10 @@ UNIT_ROWS = 64
 
 
 def segment_table(
-    tables: NDArray[np.int32],
-    table_B: NDArray[np.int32],
-    first_B: NDArray[np.int32],
-    rows_B: NDArray[np.int32],
+    tables: Tensor,
+    table_B: Tensor,
+    first_B: Tensor,
+    rows_B: Tensor,
     *,
     page_size: int,
     segment: int,
@@ -52,8 +50,8 @@ def segment_table(
 ) -> SegmentTable:
     """The table of a batch of sequences. Rows are numbered sequence by sequence.
 
-    tables: int32 [tables, width], pages in the order of positions (beyond a sequence's end anything); table_B: which of
-    them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up to the last row's
+    All int32, on the CPU. tables: [tables, width], pages in the order of positions (beyond a sequence's end anything).
+    table_B: which of them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up to the last row's
     position are in the cache when the table is used. window: a row sees at most so many positions, its own included;
     0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises ValueError on a sequence
     whose pages are not in its table, and unless segment is a multiple of page_size.
@@ -102,7 +100,7 @@ def paged_attention_reference(
 ) -> Tensor:
     """The same in plain torch, item by item; float64 stays float64."""
     _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table)
-    N, H, E = q_NHE.shape
+    _, H, E = q_NHE.shape
     device, G = q_NHE.device, k_pages_PSGE.shape[2]
     wide = torch.promote_types(q_NHE.dtype, torch.float32)
     partials = int(table.row_partial[-1])

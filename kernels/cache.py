@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genssd import _core
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import takes
+from genssd.kernels.native import detached, takes
 from genssd.kernels.norm import rms_norm_reference
 from genssd.kernels.rotary import rotary
 
@@ -49,7 +49,7 @@ def write_kv(
         q = qkv_NKE.new_empty(qkv_NKE.shape[0], heads, qkv_NKE.shape[2])
         _core.write_kv(
             qkv_NKE.contiguous(), cos.contiguous(), sin.contiguous(), k_pages_PSGE, v_pages_PSGE, slot_N,
-            None if q_norm is None else q_norm.detach(), None if k_norm is None else k_norm.detach(), eps, q, torch.get_num_threads(),
+            detached(q_norm), detached(k_norm), eps, q, torch.get_num_threads(),
         )  # fmt: skip
         return q
     return write_kv_reference(

@@ -277,7 +277,7 @@ def _linear_divergence(
     def row_loss(student_x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
         row_weight_C = row_weight_N[span]
         teacher_h = teacher_hidden_NE[span].masked_fill(row_weight_C[:, None] == 0, 0)
-        teacher_x_CU = product(teacher_h, teacher_weight_UE.T, out=buffer_CU[: len(teacher_h)])
+        teacher_x_CU = product(teacher_h, teacher_weight_UE, out=buffer_CU[: len(teacher_h)])
         loss_rows = divergence_rows
         if student_x_CV.is_cuda and student_x_CV.dtype == teacher_x_CU.dtype == torch.float32:
             from genssd.kernels.divergence_triton import divergence_rows as loss_rows

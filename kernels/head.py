@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from genssd.kernels.linear import linear
+
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
 """Of float32 logits alive at once. More rows mean fewer passes over the weight's gradient."""
 
@@ -66,7 +68,7 @@ def losses_and_gradients(
     for start in range(0, hidden_ND.shape[0], rows):
         span = slice(start, start + rows)
         h = hidden_ND[span].masked_fill(row_weight_N[span, None] == 0, 0)
-        losses_N[span], dx = row_loss(product(h, w.T, out=x_CV[: len(h)]), span)
+        losses_N[span], dx = row_loss(product(h, w, out=x_CV[: len(h)]), span)
         if want_hidden:
             torch.mm(dx, w, out=d_hidden[span])
         if want_weight:
@@ -74,11 +76,13 @@ def losses_and_gradients(
     return losses_N, d_hidden, d_weight.to(weight_VD.dtype)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b into out, float32 or float64; the product of halves is not rounded where the device allows."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    return out.copy_(torch.mm(a, b, out_dtype=out.dtype) if a.is_cuda else a @ b)
+def product(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
+    """hidden @ weight.T into out, float32 or float64; the product of halves is not rounded to halves."""
+    if hidden_ND.is_cuda and hidden_ND.dtype != out.dtype:
+        return out.copy_(torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype))
+    if hidden_ND.dtype != out.dtype:
+        return linear(hidden_ND, weight_VD, out=out)
+    return torch.mm(hidden_ND, weight_VD.T, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

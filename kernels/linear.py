@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.native import takes
+from genssd.kernels.native import detached, takes
 
 
 def linear(x_ND: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -18,11 +18,10 @@ def linear(x_ND: Tensor, weight_MD: Tensor, bias_M: Tensor | None = None, *, out
     On the CPU (float32, bfloat16, float16) a row's bits depend on that row and the weight alone: not on how many rows
     there are or on the number of threads. The sum is taken in float32.
     """
-    wide = out is None or out.dtype in (x_ND.dtype, torch.float32) and out.is_contiguous()
-    if wide and takes(x_ND, weight_MD, bias_M):
+    fits = out is None or (out.dtype in (x_ND.dtype, torch.float32) and out.is_contiguous())
+    if fits and takes(x_ND, weight_MD, bias_M):
         y = x_ND.new_empty(x_ND.shape[0], weight_MD.shape[0]) if out is None else out
-        bias = None if bias_M is None else bias_M.detach()
-        _core.linear(x_ND.detach(), weight_MD.detach(), bias, y, torch.get_num_threads())
+        _core.linear(x_ND.detach(), weight_MD.detach(), detached(bias_M), y, torch.get_num_threads())
         return y
     y = torch.nn.functional.linear(x_ND, weight_MD, bias_M)
     return y if out is None else out.copy_(y)

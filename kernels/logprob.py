@@ -37,7 +37,7 @@ from genssd.kernels.head import (
     softmax_gradient,
     unsquash_gradient,
 )
-from genssd.kernels.native import takes
+from genssd.kernels.native import detached, takes
 
 LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
 STATISTICS = ("logprob", "logsumexp", "entropy", "sum_p2", "rank")
@@ -212,7 +212,7 @@ def _blockwise(
     for start in range(0, N, rows):
         block = slice(start, min(start + rows, N))
         h, x = hidden_ND[block], x_CV[: block.stop - start]
-        x = product(h, weight_VD.T, out=x)  # on a GPU logits of halves are not rounded to halves
+        x = product(h, weight_VD, out=x)
         if bias is not None:
             x += bias
         for part in slices(len(x), V):
@@ -235,7 +235,7 @@ def _native(
     V = weight_VD.shape[0]
     stats_4N = torch.stack(values[:4])
     _core.linear_logprob(
-        hidden_ND.detach(), weight_VD.detach(), target_N.clamp(0, V - 1), None if bias is None else bias.detach(),
+        hidden_ND.detach(), weight_VD.detach(), target_N.clamp(0, V - 1), detached(bias),
         temperature, softcap or 0.0, stats_4N, *values[4:], torch.get_num_threads(),
     )  # fmt: skip
     _require_sound(target_N, stats_4N[1], V)

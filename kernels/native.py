@@ -24,6 +24,11 @@ def takes(*tensors: Tensor | None) -> bool:
     )
 
 
+def detached(tensor: Tensor | None) -> Tensor | None:
+    """Without its history: a tensor that wants a gradient cannot be handed out of torch."""
+    return None if tensor is None else tensor.detach()
+
+
 @cache
 def available() -> bool:
     """Whether there are kernels for this processor. Warns once where there are none."""

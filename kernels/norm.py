@@ -16,7 +16,8 @@ from genssd.kernels.native import takes
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean in float32, the product in the dtype of x.
 
-    x: [..., D]. weight: [D], in the dtype of x. Raises ValueError where a gradient is asked for and a kernel of ours runs.
+    x: [..., D]. weight: [D], in the dtype of x. Raises ValueError where a gradient is asked for and a kernel of ours
+    runs.
     """
     if x.is_cuda and x.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU

@@ -21,7 +21,7 @@ from genssd import _core
 from genssd.kernels.head import check_head, check_positive, row_logsumexp, slices, squash
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
-from genssd.kernels.native import available, takes
+from genssd.kernels.native import available, detached, takes
 
 
 class Draw(NamedTuple):
@@ -140,7 +140,7 @@ def _linear_sample(
     tokens, logprob = torch.empty_like(key_B), hidden_BD.new_empty(B, dtype=torch.float32)
     if takes(hidden_BD, weight_VD, bias):
         _core.linear_sample(
-            hidden_BD.detach(), weight_VD.detach(), key_B.contiguous(), None if bias is None else bias.detach(),
+            hidden_BD.detach(), weight_VD.detach(), key_B.contiguous(), detached(bias),
             temperature, softcap or 0.0, vocabulary, tokens, logprob, torch.get_num_threads(),
         )  # fmt: skip
         return _require_drawn("linear_sample", tokens), logprob

@@ -30,7 +30,9 @@ class Problem:
     vectors: dict[int, Tensor]
     """[2, G, E] of every name, rounded to the dtype of the pages."""
 
-    def table(self, *, window: int = 0, segment: int = 8, unit_rows: int = 64, keep: Sequence[int] = ()) -> SegmentTable:
+    def table(
+        self, *, window: int = 0, segment: int = 8, unit_rows: int = 64, keep: Sequence[int] = ()
+    ) -> SegmentTable:
         """The segment table; keep: of these sequences alone."""
         kept = list(keep or range(len(self.sequences)))
         lengths = np.array([len(self.sequences[i]) for i in kept], dtype=np.int32)
@@ -41,7 +43,9 @@ class Problem:
             page_size=size, segment=-(-segment // size) * size, window=window, unit_rows=unit_rows,
         )  # fmt: skip
 
-    def truth(self, *, scale: float, window: int = 0, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    def truth(
+        self, *, scale: float, window: int = 0, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         """float64 attention of every row over its own tokens, one head at a time."""
         outs = []
         row = 0

@@ -72,7 +72,7 @@ def use_instruction_set(name: str) -> None:
     Change the kernels of this process, for tests and measurements. Results of other sets differ in their roundings.
     """
 
-def segment_table(tables: numpy.ndarray, table: numpy.ndarray, first: numpy.ndarray, rows: numpy.ndarray, page_size: int, segment: int, window: int, unit_rows: int) -> SegmentTable:
+def segment_table(tables: torch.Tensor, table: torch.Tensor, first: torch.Tensor, rows: torch.Tensor, page_size: int, segment: int, window: int, unit_rows: int) -> SegmentTable:
     """
     Build the table of a batch: sequence i has the pages tables[table[i]] and rows at first[i], first[i] + 1, ...
     """
