@@ -27,8 +27,8 @@ from genssd.kernels.native import takes
 SegmentTable = _core.SegmentTable
 """Who reads what. items: int32 [items, 6] (index into pages of the item's first page, position of its first token,
 tokens that its rows see at most, index into entries of its first row, its rows, its unit: items of different units
-share no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every row.
-row_partial: int32 [N + 1], a row's first partial slot; the others follow in the order of segments."""
+share no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every
+row. row_partial: int32 [N + 1], a row's first partial slot; the others follow in the order of segments."""
 
 SEGMENT = {"cpu": 256, "cuda": 1024}
 """Tokens of a segment. On a GPU a longer one keeps the traffic of partial results small beside that of the cache."""
@@ -51,10 +51,10 @@ def segment_table(
     """The table of a batch of sequences. Rows are numbered sequence by sequence.
 
     All int32, on the CPU. tables: [tables, width], pages in the order of positions (beyond a sequence's end anything).
-    table_B: which of them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up to the last row's
-    position are in the cache when the table is used. window: a row sees at most so many positions, its own included;
-    0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises ValueError on a sequence
-    whose pages are not in its table, and unless segment is a multiple of page_size.
+    table_B: which of them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up to
+    the last row's position are in the cache when the table is used. window: a row sees at most so many positions, its
+    own included; 0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises ValueError on
+    a sequence whose pages are not in its table, and unless segment is a multiple of page_size.
     """
     return _core.segment_table(tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows)
 

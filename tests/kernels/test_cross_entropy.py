@@ -440,7 +440,8 @@ def test_a_gradient_from_above_is_not_rounded(dtype: torch.dtype, scale: float) 
         expected = plain[value].float() * scale
         fits = (expected.abs() <= torch.finfo(dtype).max) & (expected != 0)
         torch.testing.assert_close(ours[value][fits], expected[fits].to(dtype), atol=0, rtol=torch.finfo(dtype).eps)
-        bias = (ours[value].double() / expected - 1)[fits].mean()
+        normal = fits & (expected.abs() >= torch.finfo(dtype).tiny)  # below, digits are fewer
+        bias = (ours[value].double() / expected - 1)[normal].mean()
         assert abs(float(bias)) < torch.finfo(dtype).eps / 8
 
 
