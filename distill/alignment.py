@@ -74,16 +74,16 @@ def weighted_terms(
     if loss == "forward_kl":
         return -q_C
     if loss == "reverse_kl":
-        return p_C * (log_p_C - log_q_C)
+        return _share(p_C, log_p_C, log_q_C)
     if loss == "jsd":
         mixture_C = np.logaddexp(log_q_C + math.log(beta), log_p_C + math.log1p(-beta))
-        return (1.0 - beta) * p_C * (log_p_C - mixture_C)
+        return (1.0 - beta) * _share(p_C, log_p_C, mixture_C)
     if loss == "skew_forward_kl":
         mixture_C = np.logaddexp(log_q_C + _log(alpha), log_p_C + math.log1p(-alpha))
         return -(1.0 - alpha) * np.exp(log_p_C + log_q_C - mixture_C)
     if loss == "skew_reverse_kl":
         mixture_C = np.logaddexp(log_q_C + math.log1p(-alpha), log_p_C + _log(alpha))
-        return p_C * (log_p_C - mixture_C) - alpha * np.exp(2.0 * log_p_C - mixture_C)
+        return _share(p_C, log_p_C, mixture_C) - alpha * np.exp(2.0 * log_p_C - mixture_C)
     if loss == "sampled":
         terms_C = np.zeros_like(p_C)
         terms_C[sampled] = log_p_C[sampled] - log_q_C[sampled]
@@ -142,6 +142,14 @@ def total_variation(log_p_C: Floats, log_q_C: Floats) -> float:
 def teacher_advantage(log_p_C: Floats, log_q_C: Floats, success_C: Floats) -> float:
     """sum_j (q_j - p_j) Q_j: how much more often the student would succeed if the teacher wrote this one token."""
     return float((np.exp(log_q_C) - np.exp(log_p_C)) @ success_C)
+
+
+def _share(p_C: Floats, log_p_C: Floats, log_other_C: Floats) -> Floats:
+    """p log(p / other), 0 where p is."""
+    possible_C = p_C > 0.0
+    share_C = np.zeros_like(p_C)
+    share_C[possible_C] = p_C[possible_C] * (log_p_C - log_other_C)[possible_C]
+    return share_C
 
 
 def _log(value: float) -> float:

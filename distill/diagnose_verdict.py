@@ -1,0 +1,107 @@
+"""What the tables of a diagnosis say, in sentences: which teacher, loss and context for which questions, how surely."""
+
+from __future__ import annotations
+
+import math
+
+from genssd.distill.diagnose_tables import Cell, Diagnosis, Group
+
+FEW_QUESTIONS = 10
+"""A percentile bootstrap over fewer questions is too narrow to rely on."""
+SURE = 0.95
+"""Share of the bootstrap's draws from which on a pair is called best."""
+
+
+def verdict(diagnosis: Diagnosis) -> list[str]:
+    """Sentences in the order in which they matter."""
+    said = [_coverage(diagnosis)]
+    said += [_group(group) for group in diagnosis.groups if group.nodes]
+    hurting = _hurting(diagnosis.groups[0])
+    if hurting:
+        said.append(hurting)
+    return [*said, *_cautions(diagnosis)]
+
+
+def _coverage(d: Diagnosis) -> str:
+    group = d.groups[0]
+    told = group.nodes - group.flat
+    text = (
+        f"The student gets {_share(d.correct_rollouts, d.rollouts)} of its rollouts right. At {told} of {group.nodes} "
+        f"nodes some token changes what comes of it; at the other {_share(group.flat, group.nodes)} no alignment is "
+        "defined."
+    )
+    return text if told else f"{text} Nothing can be said about any teacher or loss here."
+
+
+def _group(group: Group) -> str:
+    name = group.name[0].upper() + group.name[1:]
+    lead = group.lead
+    if lead is None:
+        return f"{name}: no verdict. None of {group.nodes} nodes has an alignment."
+    best = lead.best
+    text = f"{name}: {_name(best)}, alignment {best.alignment}: {_effect(best)}"
+    if math.isfinite(best.corrected.value):
+        text += f" (about {best.corrected.value:+.2f} without the sampling noise)"
+    text += f". It is in front in {best.ahead:.0%} of the bootstrap's draws"
+    if lead.other is None or lead.difference is None:
+        text += "; there is no other teacher to compare it with"
+    elif lead.difference.low > 0.0:
+        text += f", ahead of {_name(lead.other)} by {lead.difference}"
+    else:
+        text += f", not told apart from {_name(lead.other)} (difference {lead.difference})"
+    text += f". {best.nodes} nodes of {group.questions} questions."
+    if group.questions < FEW_QUESTIONS:
+        text += " Too few questions to rely on."
+    return text
+
+
+def _effect(cell: Cell) -> str:
+    if cell.alignment.low > 0.0:
+        return "its training step raises success there"
+    if cell.alignment.high < 0.0:
+        return "even the best of them lowers success there"
+    return "no effect that can be told from none"
+
+
+def _hurting(group: Group) -> str | None:
+    """What lowers success over all nodes."""
+    names = [f"{_name(cell)} ({cell.alignment})" for cell in group.cells if cell.alignment.high < 0.0]
+    return f"Pulls away from success over all nodes: {', '.join(names)}." if names else None
+
+
+def _cautions(d: Diagnosis) -> list[str]:
+    said = []
+    group, costs = d.groups[0], d.costs
+    if group.lead is not None and group.lead.best.ahead < SURE:
+        said.append(
+            f"The best of {len(group.cells)} pairs looks better than it is, being picked for its value; below "
+            f"{SURE:.0%} of the draws take it as a candidate, not as a winner."
+        )
+    if math.isfinite(group.reliability):
+        said.append(
+            f"Gradients from the two halves of the completions agree by {group.reliability:+.2f} (cosine). "
+            + ("More completions per candidate would make this sharper." if group.reliability < 0.5 else "")
+        )
+    if costs.truncated or d.truncated_rollouts:
+        said.append(
+            f"Cut off at max_tokens, and counted as failed: {_share(costs.truncated, costs.completions)} of the "
+            f"completions, {_share(d.truncated_rollouts, d.rollouts)} of the rollouts."
+        )
+    if costs.nodes < costs.planned_nodes:
+        said.append(f"The budget held {costs.nodes} of {costs.planned_nodes} planned nodes.")
+    for teacher, reasons in group.undefined.items():
+        for reason, count in reasons.items():
+            what = "says what the student says" if reason == "same" else "gives a candidate no probability"
+            said.append(f"{teacher} {what} at {count} of {group.nodes - group.flat} nodes, which have no alignment.")
+    return [text.strip() for text in said]
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.teacher} with {cell.loss}"
+
+
+def _share(part: int, whole: int) -> str:
+    if not whole:
+        return "none"
+    share = part / whole
+    return f"{share:.0%}" if 0.01 <= share <= 0.99 or part in (0, whole) else f"{share:.1%}"
