@@ -42,9 +42,9 @@ SAME = 1e-6
 FLAT = 1e-12
 """Success rates closer than this are equal; they are ratios of small integers."""
 
-Undefined = Literal["flat", "same", "infinite"]
-"""Why a node has no alignment: no candidate succeeds more often than another | the teacher says what the student says |
-the teacher gives a candidate no probability at all, and the loss has no finite gradient."""
+Undefined = Literal["forced", "flat", "same", "infinite"]
+"""Why a node has no alignment: there is one candidate only | no candidate succeeds more often than another | the
+teacher says what the student says | it gives a candidate no probability at all, and the loss has no finite gradient."""
 
 
 def renormalised(log_C: Floats) -> Floats:
@@ -115,6 +115,8 @@ def align(
     alpha: float = 0.1,
 ) -> float | Undefined:
     """The alignment of a loss at one node, or why it has none."""
+    if len(log_p_C) == 1:
+        return "forced"
     if is_flat(success_C):
         return "flat"
     if total_variation(log_p_C, log_q_C) < SAME:

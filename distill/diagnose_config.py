@@ -40,6 +40,9 @@ class DiagnoseConfig(EngineOptions):
     """The student's most likely tokens are tried at a node, beside the one that stands there."""
     teacher_top_k: int = 2
     """And each teacher's most likely ones."""
+    min_probability: float = 0.01
+    """That the student or the teacher gives a token at least to have it tried. Where only one token is left there is
+    nothing to choose, and no completion is spent."""
     completions: int = 8
     """Of the student behind every tried token; even, for the halves that reliability is taken from."""
     budget: int = 2048
@@ -63,6 +66,8 @@ class DiagnoseConfig(EngineOptions):
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.completions < 2 or self.completions % 2:
             raise InputError(f"completions must be even and at least 2, not {self.completions}")
+        if not 0.0 <= self.min_probability < 1.0:
+            raise InputError(f"min_probability must lie in [0, 1), not {self.min_probability}")
         if self.page_questions < 0:
             raise InputError(f"page_questions must be at least 0, not {self.page_questions}")
         if not self.teacher and not self.contexts:
@@ -79,6 +84,6 @@ class DiagnoseConfig(EngineOptions):
 
 SETTINGS_OF_THE_RESULT = (
     "student", "teacher", "contexts", "context_readers", "templates", "limit", "rollouts", "nodes_per_window", "top_k",
-    "teacher_top_k", "completions", "budget", "max_tokens", "sampling", "seed", "dtype",
+    "teacher_top_k", "min_probability", "completions", "budget", "max_tokens", "sampling", "seed", "dtype",
 )  # fmt: skip
 """What must not change between the parts of one run. Losses are computed from what is written down."""

@@ -15,18 +15,12 @@ from genssd.distill.diagnose_verdict import verdict
 from genssd.distill.node_rows import Row
 from genssd.distill.reliability import Interval
 
-REASONS = {
-    "flat": "no candidate succeeds more often than another",
-    "same": "the teacher says what the student says",
-    "infinite": "the teacher gives a candidate no probability",
-}
-
 
 def render(diagnosis: Diagnosis, rows: Sequence[Row], nodes: Sequence[Row], student: str, shown_questions: int) -> str:
     """The page's HTML. shown_questions: how many are shown with their text, those with the most to see first."""
     by_place = {(node["index"], node["rollout"], node["position"]): node for node in nodes}
     environment = Environment(autoescape=True)
-    environment.filters.update(colour=_colour, interval=_interval, number=_number)
+    environment.filters.update(colour=_colour, bounds=_bounds, number=_number)
     template = files("genssd.distill").joinpath("diagnose_page.html").read_text(encoding="utf-8")
     pairs = [f"{teacher} | {loss}" for teacher in diagnosis.teachers for loss in diagnosis.losses]
     lead = diagnosis.groups[0].lead
@@ -66,7 +60,7 @@ def _most_to_see(rows: Sequence[Row], nodes: Sequence[Row]) -> list[Row]:
     """Questions with the most nodes that are not flat first."""
     told: dict[int, int] = {}
     for node in nodes:
-        told[node["index"]] = told.get(node["index"], 0) + (len(set(node["success"])) > 1)
+        told[node["index"]] = told.get(node["index"], 0) + (len(set(node["success"] or ())) > 1)
     return sorted(rows, key=lambda row: (-told.get(row["index"], 0), row["index"]))
 
 
@@ -107,6 +101,8 @@ def _token(piece: str, node: Row | None, first: str) -> dict[str, Any]:
 def _tip(node: Row) -> str:
     """What stands beside a node: its candidates, most likely first."""
     order = sorted(range(len(node["p"])), key=lambda j: -node["p"][j])
+    if node["value"] is None:
+        return f"only {node['texts'][0]!r} to choose"
     lines = [f"V {node['value']:.2f}, halves agree {node['agreement']:+.2f}", "token: p, success, q of each teacher"]
     for j in order:
         said = ", ".join(f"{name} {q[j]:.2f}" for name, q in node["q"].items())
@@ -123,11 +119,11 @@ def _colour(value: float | str) -> str:
     if math.isnan(value):
         return ""
     hue, strength = (214, value) if value >= 0 else (8, -value)
-    return f"background: hsl({hue} 85% {97 - 42 * min(strength, 1.0):.0f}%)"
+    return f"background: hsl({hue} 85% {97 - 30 * min(strength, 1.0):.0f}%)"
 
 
-def _interval(value: Interval) -> str:
-    return "-" if math.isnan(value.value) else str(value)
+def _bounds(value: Interval) -> str:
+    return "" if math.isnan(value.low) else f"[{value.low:+.2f}, {value.high:+.2f}]"
 
 
 def _number(value: float) -> str:

@@ -54,13 +54,16 @@ class Group:
     name: str
     nodes: int
     questions: int
-    """With at least one node that is not flat."""
+    """With at least one node that is neither forced nor flat."""
+    forced: int
+    """Nodes with one candidate: there is nothing to choose, and no alignment."""
     flat: int
     """Nodes at which no candidate succeeds more often than another: nothing can be said there."""
     undefined: Mapping[str, Mapping[str, int]]
-    """By teacher and reason: nodes that are not flat and have no alignment all the same, under the first loss."""
+    """By teacher and reason: the other nodes that have no alignment, under any loss."""
     reliability: float
-    """Mean agreement of the gradients from the two halves of the completions, over nodes that are not flat."""
+    """Mean agreement of the gradients from the two halves of the completions, over nodes neither forced nor
+    flat."""
     advantage: Mapping[str, Interval]
     """By teacher: how much more often the student would succeed after one token of the teacher's, over all nodes."""
     cells: tuple[Cell, ...]
@@ -176,7 +179,8 @@ def _costs(rows: Sequence[Row]) -> Costs:
 
 def _group(name: str, nodes: Sequence[Row], teachers: Sequence[str], losses: Sequence[Loss], draws_DQ: Floats) -> Group:
     questions, pairs = draws_DQ.shape[1], [(teacher, loss) for teacher in teachers for loss in losses]
-    informative = [node for node in nodes if not _is_flat(node, teachers, losses)]
+    reasons = Counter(_without_signal(node, teachers, losses) for node in nodes)
+    informative = [node for node in nodes if _without_signal(node, teachers, losses) is None]
     sums_QM, counts_QM = _sums(informative, pairs, questions)
     means_M, resampled_DM = pooled_mean(sums_QM, counts_QM), resampled_means(draws_DQ, sums_QM, counts_QM)
     agreement_Q1, agreements_Q1 = _column([(node["index"], node["agreement"]) for node in informative], questions)
@@ -201,13 +205,9 @@ def _group(name: str, nodes: Sequence[Row], teachers: Sequence[str], losses: Seq
         name=name,
         nodes=len(nodes),
         questions=len({node["index"] for node in informative}),
-        flat=len(nodes) - len(informative),
-        undefined={
-            teacher: Counter(
-                reason for node in informative if isinstance(reason := node["alignment"][teacher][losses[0]], str)
-            )
-            for teacher in teachers
-        },
+        forced=reasons["forced"],
+        flat=reasons["flat"],
+        undefined={teacher: _reasons(informative, teacher) for teacher in teachers},
         reliability=float(half_1[0]),
         advantage={teacher: _advantage(nodes, teacher, draws_DQ) for teacher in teachers},
         cells=tuple(cells[m] for m in order),
@@ -215,8 +215,18 @@ def _group(name: str, nodes: Sequence[Row], teachers: Sequence[str], losses: Seq
     )
 
 
-def _is_flat(node: Row, teachers: Sequence[str], losses: Sequence[Loss]) -> bool:
-    return bool(node["alignment"][teachers[0]][losses[0]] == "flat")
+def _without_signal(node: Row, teachers: Sequence[str], losses: Sequence[Loss]) -> str | None:
+    """forced | flat: what makes a node say nothing about any teacher, else None."""
+    value = node["alignment"][teachers[0]][losses[0]]
+    return value if value in ("forced", "flat") else None
+
+
+def _reasons(nodes: Sequence[Row], teacher: str) -> dict[str, int]:
+    """Why nodes have no alignment under some loss, and how many; each node once per reason."""
+    found: Counter[str] = Counter()
+    for node in nodes:
+        found.update({value for value in node["alignment"][teacher].values() if isinstance(value, str)})
+    return dict(found)
 
 
 def _sums(nodes: Sequence[Row], pairs: Sequence[tuple[str, Loss]], questions: int) -> tuple[Floats, Floats]:

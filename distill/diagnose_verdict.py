@@ -24,13 +24,13 @@ def verdict(diagnosis: Diagnosis) -> list[str]:
 
 def _coverage(d: Diagnosis) -> str:
     group = d.groups[0]
-    told = group.nodes - group.flat
+    told = group.nodes - group.forced - group.flat
     text = (
         f"The student gets {_share(d.correct_rollouts, d.rollouts)} of its rollouts right. At {told} of {group.nodes} "
-        f"nodes some token changes what comes of it; at the other {_share(group.flat, group.nodes)} no alignment is "
-        "defined."
+        f"nodes the choice of a token was seen to change what comes of it. At {group.forced} there is only one token "
+        f"to choose, at {group.flat} all tokens succeed equally often: no alignment is defined there."
     )
-    return text if told else f"{text} Nothing can be said about any teacher or loss here."
+    return text if told else f"{text} Nothing can be said about any teacher or loss."
 
 
 def _group(group: Group) -> str:
@@ -39,6 +39,11 @@ def _group(group: Group) -> str:
     if lead is None:
         return f"{name}: no verdict. None of {group.nodes} nodes has an alignment."
     best = lead.best
+    if group.questions < FEW_QUESTIONS:
+        return (
+            f"{name}: no verdict on {best.nodes} nodes of {_count(group.questions, 'question')}, fewer than "
+            f"{FEW_QUESTIONS}; {_name(best)} has the largest mean, {best.alignment.value:+.2f}."
+        )
     text = f"{name}: {_name(best)}, alignment {best.alignment}: {_effect(best)}"
     if math.isfinite(best.corrected.value):
         text += f" (about {best.corrected.value:+.2f} without the sampling noise)"
@@ -49,10 +54,7 @@ def _group(group: Group) -> str:
         text += f", ahead of {_name(lead.other)} by {lead.difference}"
     else:
         text += f", not told apart from {_name(lead.other)} (difference {lead.difference})"
-    text += f". {best.nodes} nodes of {group.questions} questions."
-    if group.questions < FEW_QUESTIONS:
-        text += " Too few questions to rely on."
-    return text
+    return f"{text}. {best.nodes} nodes of {group.questions} questions."
 
 
 def _effect(cell: Cell) -> str:
@@ -65,6 +67,8 @@ def _effect(cell: Cell) -> str:
 
 def _hurting(group: Group) -> str | None:
     """What lowers success over all nodes."""
+    if group.questions < FEW_QUESTIONS:
+        return None
     names = [f"{_name(cell)} ({cell.alignment})" for cell in group.cells if cell.alignment.high < 0.0]
     return f"Pulls away from success over all nodes: {', '.join(names)}." if names else None
 
@@ -72,7 +76,7 @@ def _hurting(group: Group) -> str | None:
 def _cautions(d: Diagnosis) -> list[str]:
     said = []
     group, costs = d.groups[0], d.costs
-    if group.lead is not None and group.lead.best.ahead < SURE:
+    if group.lead is not None and group.questions >= FEW_QUESTIONS and group.lead.best.ahead < SURE:
         said.append(
             f"The best of {len(group.cells)} pairs looks better than it is, being picked for its value; below "
             f"{SURE:.0%} of the draws take it as a candidate, not as a winner."
@@ -92,8 +96,12 @@ def _cautions(d: Diagnosis) -> list[str]:
     for teacher, reasons in group.undefined.items():
         for reason, count in reasons.items():
             what = "says what the student says" if reason == "same" else "gives a candidate no probability"
-            said.append(f"{teacher} {what} at {count} of {group.nodes - group.flat} nodes, which have no alignment.")
+            said.append(f"{teacher} {what} at {_count(count, 'node')} that could say more.")
     return [text.strip() for text in said]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _name(cell: Cell) -> str:

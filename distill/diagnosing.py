@@ -219,6 +219,7 @@ def _work(
     options = Reading(
         top_k=config.top_k,
         teacher_top_k=config.teacher_top_k,
+        min_probability=config.min_probability,
         completions=config.completions,
         budget=config.budget,
         ends=ends,

@@ -29,6 +29,11 @@ class Node:
     position: int
     candidates: tuple[int, ...]
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether more than one token is tried. With one the ideal gradient is 0, whatever comes behind it."""
+        return len(self.candidates) > 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
@@ -45,8 +50,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of one node: of every candidate the successes among the first half of its completions and among the
-    second, and how many were cut off, which counts as failure."""
+    """What came of one node, nothing where there was no choice: of every candidate the successes among the first half
+    of its completions and among the second, and how many were cut off, which counts as failure."""
 
     node: Node
     successes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -75,8 +80,8 @@ def candidates_of(sampled: int, likeliest: Sequence[Sequence[int]]) -> tuple[int
 
 
 def within_budget(nodes: Sequence[Node], ends: frozenset[int], completions: int, budget: int) -> Sequence[Node]:
-    """The first nodes whose completions the budget holds."""
-    costs = [completions * sum(token not in ends for token in node.candidates) for node in nodes]
+    """The first nodes whose completions the budget holds. Where there is no choice nothing is written."""
+    costs = [completions * sum(token not in ends for token in node.candidates) * node.has_choice for node in nodes]
     return nodes[: affordable(costs, budget)]
 
 
@@ -92,11 +97,11 @@ def force_nodes(
     seed: int,
     report: Callable[[int], None] = lambda completions: None,
 ) -> tuple[list[Outcome], Spent]:
-    """Try every candidate of every node. report: completions written so far."""
+    """Try every candidate of every node at which there is a choice. report: completions written so far."""
     usage = engine.usage
     prefix_before, forced_before = usage.prefill_tokens, usage.forced_tokens
     forks: list[list[Fork]] = [[] for _ in question.rollouts]
-    for node in nodes:
+    for node in filter(lambda node: node.has_choice, nodes):
         forks[node.rollout] += [Fork(position=node.position, token=token) for token in node.candidates]
     found: dict[tuple[int, Fork], list[Completion]] = {}
     written = truncated = sampled_tokens = naive = 0
@@ -149,7 +154,7 @@ def _outcome(
 ) -> Outcome:
     halves: tuple[list[int], list[int]] = ([], [])
     cut = []
-    for token in node.candidates:
+    for token in node.candidates if node.has_choice else ():
         ends = found[node.rollout, Fork(position=node.position, token=token)]
         right = [succeeds(c, question.answer, verify, verdicts) for c in ends]
         middle = len(ends) // 2

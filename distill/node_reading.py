@@ -58,6 +58,8 @@ class Reading:
     """Tokens that the student finds most likely are candidates."""
     teacher_top_k: int
     """And those of every teacher."""
+    min_probability: float
+    """That a reader gives a token at least to make it a candidate."""
     completions: int
     """Of every candidate."""
     budget: int
@@ -96,7 +98,9 @@ def read_nodes(
             report(i * len(questions) + done, len(readers) * len(questions))
             responses = [rollout.token_ids for rollout in q.rollouts]
             states[key] = eyes.states(prompts[key], responses, places[q.index], q.label)
-            likeliest[key] = [eyes.likeliest(of_rollout, k, q.label) for of_rollout in states[key]]
+            likeliest[key] = [
+                eyes.likeliest(of_rollout, k, q.label, least=options.min_probability) for of_rollout in states[key]
+            ]
     nodes: dict[int, Sequence[Node]] = {}
     for q in questions:
         said = [likeliest[reader.name, q.index] for reader in readers]

@@ -76,9 +76,6 @@ def _node_row(row: Row, node: Row, losses: Sequence[Loss], beta: float, alpha: f
     mass = float(np.exp(log_p).sum())
     log_p_C = renormalised(log_p)
     log_q = {name: renormalised(values) for name, values in teachers}
-    half = node["completions"] // 2
-    first_C, second_C = (np.array(half_of, dtype=np.float64) / half for half_of in node["successes"])
-    success_C = (first_C + second_C) / 2.0
     rollout = row["rollouts"][node["rollout"]]
     return {
         "index": row["index"],
@@ -94,28 +91,35 @@ def _node_row(row: Row, node: Row, losses: Sequence[Loss], beta: float, alpha: f
         "mass": mass,
         "p": np.exp(log_p_C).tolist(),
         "q": {name: np.exp(values).tolist() for name, values in log_q.items()},
+        **_measured(log_p_C, log_q, node, losses, beta, alpha),
+    }
+
+
+def _measured(
+    log_p_C: Floats, log_q: Mapping[str, Floats], node: Row, losses: Sequence[Loss], beta: float, alpha: float
+) -> dict[str, Any]:
+    """What the completions tell; with one candidate there are none, and what does not depend on them is 0."""
+    count = len(log_p_C)
+    if count == 1:
+        forced = {name: dict.fromkeys(losses, "forced") for name in log_q}
+        nothing = {"success": None, "value": None, "ideal": [0.0], "variance": [0.0], "agreement": 0.0}
+        return {**nothing, "truncated": 0.0, "advantage": dict.fromkeys(log_q, 0.0), "alignment": forced}
+    half = node["completions"] // 2
+    first_C, second_C = (np.array(half_of, dtype=np.float64) / half for half_of in node["successes"])
+    success_C = (first_C + second_C) / 2.0
+    return {
         "success": success_C.tolist(),
         "value": float(np.exp(log_p_C) @ success_C),
         "ideal": ideal_gradient(log_p_C, success_C).tolist(),
         "variance": gradient_variance(log_p_C, success_C, node["completions"]).tolist(),
         "agreement": half_agreement(log_p_C, first_C, second_C),
-        "truncated": sum(node["truncated"]) / (node["completions"] * len(node["truncated"])),
+        "truncated": sum(node["truncated"]) / (node["completions"] * count),
         "advantage": {name: teacher_advantage(log_p_C, values, success_C) for name, values in log_q.items()},
         "alignment": {
-            name: _alignments(log_p_C, values, success_C, node["sampled"], losses, beta, alpha)
+            name: {
+                loss: align(loss, log_p_C, values, success_C, sampled=node["sampled"], beta=beta, alpha=alpha)
+                for loss in losses
+            }
             for name, values in log_q.items()
         },
     }
-
-
-def _alignments(
-    log_p_C: Floats,
-    log_q_C: Floats,
-    success_C: Floats,
-    sampled: int,
-    losses: Sequence[Loss],
-    beta: float,
-    alpha: float,
-) -> dict[str, float | str]:
-    """Of every loss, or why there is none."""
-    return {loss: align(loss, log_p_C, log_q_C, success_C, sampled=sampled, beta=beta, alpha=alpha) for loss in losses}

@@ -69,10 +69,15 @@ class NodeReader:
         return found
 
     @torch.inference_mode()
-    def likeliest(self, states_ND: Tensor, k: int, label: str) -> list[list[int]]:
-        """The k most likely tokens at every node, most likely first, of equal ones the lower id."""
-        k = min(k, self._vocabulary)
-        return [ids for logits_NV in self._logits(states_ND, label) for ids in top_k(logits_NV, k)[1].tolist()]
+    def likeliest(self, states_ND: Tensor, k: int, label: str, *, least: float = 0.0) -> list[list[int]]:
+        """The k most likely tokens at every node, most likely first, of equal ones the lower id; of them those of at
+        least the probability `least`."""
+        found: list[list[int]] = []
+        for logits_NV in self._logits(states_ND, label):
+            top_NK, ids_NK = top_k(logits_NV, min(k, self._vocabulary))
+            counts_N = ((top_NK - logits_NV.logsumexp(1, keepdim=True)).exp() >= least).sum(1)
+            found += [ids[:count] for ids, count in zip(ids_NK.tolist(), counts_N.tolist(), strict=True)]
+        return found
 
     @torch.inference_mode()
     def logprob(self, states_ND: Tensor, ids: Sequence[Sequence[int]], label: str) -> list[list[float]]:

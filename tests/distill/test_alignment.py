@@ -152,7 +152,7 @@ def test_constants_change_nothing(loss: Loss) -> None:
 def test_where_there_is_no_alignment_the_reason_is_told(loss: Loss) -> None:
     log_p, log_q, success = draw(6)
     assert align(loss, log_p, log_q, np.full(6, 0.3), sampled=0) == "flat"
-    assert align(loss, log_p[:1] * 0, log_q[:1] * 0, success[:1], sampled=0) == "flat"
+    assert align(loss, log_p[:1] * 0, log_q[:1] * 0, success[:1], sampled=0) == "forced"
     assert align(loss, log_p, log_p.copy(), success, sampled=0) == "same"
     assert align(loss, log_p, renormalised(log_p + 1e-8 * log_q), success, sampled=0) == "same"
     assert isinstance(align(loss, log_p, renormalised(log_p + 1e-4 * log_q), success, sampled=0), float)
