@@ -18,6 +18,8 @@ and Q_j the probability that the student succeeds once token j is put there and 
     skew_reverse_kl  log(p_j / m_j) - alpha p_j / m_j      KL(p | m), m = (1 - alpha) q + alpha p
     sampled          log(p_y / q_y) 1{j = y} / p_y         one token y, drawn from p
 
+With two candidates both gradients lie on one line, and the cosine is 1 or -1.
+
 `sampled` is on-policy distillation by the drawn token alone: its mean over y is the gradient of reverse_kl. All vectors
 run over the candidates of one node, float64 [C], and both distributions are renormalised over these; natural
 logarithms. What is computed is p f, which stays finite where p underflows.

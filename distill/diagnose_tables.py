@@ -31,7 +31,7 @@ class Cell:
     alignment: Interval
     """Mean cosine over the nodes that have one."""
     corrected: Interval
-    """Without the noise of finitely many completions; NaN where the halves of them do not agree."""
+    """Without the noise of finitely many completions; NaN where the halves of them may well not agree at all."""
     nodes: int
     """That have an alignment."""
     ahead: float
@@ -40,11 +40,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lead:
-    """The pair with the largest mean of a group, beside the best one of another teacher (None: there is no other)."""
+    """The pair with the largest mean of a group, beside the best one of another teacher, and beside the same teacher's
+    next loss; None where there is no other."""
 
     best: Cell
     other: Cell | None
     difference: Interval | None
+    other_loss: Cell | None
+    loss_difference: Interval | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +197,7 @@ def _group(name: str, nodes: Sequence[Row], teachers: Sequence[str], losses: Seq
             teacher=teacher,
             loss=loss,
             alignment=interval(means_M[m], resampled_DM[:, m]),
-            corrected=interval(corrected_M[m], corrected_DM[:, m]),
+            corrected=_where_reliable(corrected_M[m], corrected_DM[:, m], halves_D1[:, 0]),
             nodes=int(counts_QM[:, m].sum()),
             ahead=float(ahead_M[m]),
         )
@@ -254,6 +257,13 @@ def _column(values: Sequence[tuple[int, float]], questions: int) -> tuple[Floats
     return sums_Q[:, None], counts_Q[:, None]
 
 
+def _where_reliable(value: float, resampled_D: Floats, halves_D: Floats) -> Interval:
+    """The interval, if the halves agree in nearly all of the bootstrap's draws; in the others it would be infinite."""
+    known_D = halves_D[np.isfinite(halves_D)]
+    sure = len(known_D) > 0 and float((known_D > 0.0).mean()) >= 0.975
+    return interval(value, resampled_D) if sure else Interval(value=math.nan, low=math.nan, high=math.nan)
+
+
 def _ahead(resampled_DM: Floats) -> Floats:
     """How often each pair is in front; draws in which nothing has a value count for nobody."""
     known_DM = np.where(np.isfinite(resampled_DM), resampled_DM, -np.inf)
@@ -272,12 +282,20 @@ def _lead(cells: Sequence[Cell], order: Sequence[int], means_M: Floats, resample
     known = [m for m in order if np.isfinite(means_M[m])]
     if not known:
         return None
-    best = known[0]
-    other = next((m for m in known if cells[m].teacher != cells[best].teacher), None)
-    if other is None:
-        return Lead(best=cells[best], other=None, difference=None)
-    difference = interval(means_M[best] - means_M[other], resampled_DM[:, best] - resampled_DM[:, other])
-    return Lead(best=cells[best], other=cells[other], difference=difference)
+    best, *rest = known
+
+    def behind(m: int | None) -> Interval | None:
+        return None if m is None else interval(means_M[best] - means_M[m], resampled_DM[:, best] - resampled_DM[:, m])
+
+    other = next((m for m in rest if cells[m].teacher != cells[best].teacher), None)
+    loss = next((m for m in rest if cells[m].teacher == cells[best].teacher), None)
+    return Lead(
+        best=cells[best],
+        other=None if other is None else cells[other],
+        difference=behind(other),
+        other_loss=None if loss is None else cells[loss],
+        loss_difference=behind(loss),
+    )
 
 
 def _means(nodes: Sequence[Row], teachers: Sequence[str], losses: Sequence[Loss]) -> dict[str, float | None]:

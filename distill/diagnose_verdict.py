@@ -16,7 +16,7 @@ def verdict(diagnosis: Diagnosis) -> list[str]:
     """Sentences in the order in which they matter."""
     said = [_coverage(diagnosis)]
     said += [_group(group) for group in diagnosis.groups if group.nodes]
-    hurting = _hurting(diagnosis.groups[0])
+    hurting = _hurting(diagnosis.groups[0], diagnosis)
     if hurting:
         said.append(hurting)
     return [*said, *_cautions(diagnosis)]
@@ -46,7 +46,7 @@ def _group(group: Group) -> str:
         )
     text = f"{name}: {_name(best)}, alignment {best.alignment}: {_effect(best)}"
     if math.isfinite(best.corrected.value):
-        text += f" (about {best.corrected.value:+.2f} without the sampling noise)"
+        text += f" (without the sampling noise {best.corrected})"
     text += f". It is in front in {best.ahead:.0%} of the bootstrap's draws"
     if lead.other is None or lead.difference is None:
         text += "; there is no other teacher to compare it with"
@@ -54,6 +54,9 @@ def _group(group: Group) -> str:
         text += f", ahead of {_name(lead.other)} by {lead.difference}"
     else:
         text += f", not told apart from {_name(lead.other)} (difference {lead.difference})"
+    if lead.other_loss is not None and lead.loss_difference is not None:
+        apart = "does worse by" if lead.loss_difference.low > 0.0 else "cannot be told apart: difference"
+        text += f"; its next loss, {lead.other_loss.loss}, {apart} {lead.loss_difference}"
     return f"{text}. {best.nodes} nodes of {group.questions} questions."
 
 
@@ -65,12 +68,17 @@ def _effect(cell: Cell) -> str:
     return "no effect that can be told from none"
 
 
-def _hurting(group: Group) -> str | None:
-    """What lowers success over all nodes."""
+def _hurting(group: Group, d: Diagnosis) -> str | None:
+    """What lowers success over all nodes, teacher by teacher."""
     if group.questions < FEW_QUESTIONS:
         return None
-    names = [f"{_name(cell)} ({cell.alignment})" for cell in group.cells if cell.alignment.high < 0.0]
-    return f"Pulls away from success over all nodes: {', '.join(names)}." if names else None
+    said = []
+    for teacher in d.teachers:
+        cells = [cell for cell in group.cells if cell.teacher == teacher and cell.alignment.high < 0.0]
+        if cells:
+            losses = "any loss" if len(cells) == len(d.losses) else ", ".join(cell.loss for cell in cells)
+            said.append(f"{teacher} with {losses} (worst {cells[-1].loss}, {cells[-1].alignment})")
+    return f"Pulls away from success over all nodes: {'; '.join(said)}." if said else None
 
 
 def _cautions(d: Diagnosis) -> list[str]:
