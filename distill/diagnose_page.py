@@ -20,7 +20,7 @@ def render(diagnosis: Diagnosis, rows: Sequence[Row], nodes: Sequence[Row], stud
     """The page's HTML. shown_questions: how many are shown with their text, those with the most to see first."""
     by_place = {(node["index"], node["rollout"], node["position"]): node for node in nodes}
     environment = Environment(autoescape=True)
-    environment.filters.update(colour=_colour, bounds=_bounds, number=_number)
+    environment.filters.update(colour=_colour, bounds=_bounds, share=_share, number=_number)
     template = files("genssd.distill").joinpath("diagnose_page.html").read_text(encoding="utf-8")
     pairs = [f"{teacher} | {loss}" for teacher in diagnosis.teachers for loss in diagnosis.losses]
     lead = diagnosis.groups[0].lead
@@ -124,6 +124,13 @@ def _colour(value: float | str) -> str:
 
 def _bounds(value: Interval) -> str:
     return "" if math.isnan(value.low) else f"[{value.low:+.2f}, {value.high:+.2f}]"
+
+
+def _share(value: Interval) -> str:
+    """An advantage, in percent with its interval."""
+    if math.isnan(value.value):
+        return "-"
+    return f"{100 * value.value:+.1f} % [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
 
 
 def _number(value: float) -> str:

@@ -62,9 +62,9 @@ def _group(group: Group) -> str:
 
 def _effect(cell: Cell) -> str:
     if cell.alignment.low > 0.0:
-        return "its training step raises success there"
+        return "its step points towards success"
     if cell.alignment.high < 0.0:
-        return "even the best of them lowers success there"
+        return "even this one, the best, points away from success"
     return "no effect that can be told from none"
 
 
@@ -89,10 +89,11 @@ def _cautions(d: Diagnosis) -> list[str]:
             f"The best of {len(group.cells)} pairs looks better than it is, being picked for its value; below "
             f"{SURE:.0%} of the draws take it as a candidate, not as a winner."
         )
+    noisy = group.reliability < 0.5
     if math.isfinite(group.reliability):
         said.append(
             f"Gradients from the two halves of the completions agree by {group.reliability:+.2f} (cosine). "
-            + ("More completions per candidate would make this sharper." if group.reliability < 0.5 else "")
+            + ("Single nodes say little then, only means do; more completions sharpen them." if noisy else "")
         )
     if costs.truncated or d.truncated_rollouts:
         said.append(

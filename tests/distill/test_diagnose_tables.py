@@ -114,7 +114,8 @@ def test_the_verdict_names_teacher_loss_and_uncertainty() -> None:
     assert "gets 33% of its rollouts right. At 60 of 180 nodes" in sentences[0]
     assert "At 60 there is only one token to choose, at 60 all tokens succeed equally often" in sentences[0]
     assert re.search(
-        r"Incorrect rollouts: good with \w+, alignment \+1\.00 \[\+1\.00, \+1\.00\]: its training step raises", text
+        r"Incorrect rollouts: good with \w+, alignment \+1\.00 \[\+1\.00, \+1\.00\]: its step points towards success",
+        text,
     )
     assert re.search(r"Correct rollouts: bad with \w+, alignment \+1\.00", text)
     assert re.search(r"ahead of bad with \w+ by \+2\.00", text)
@@ -130,7 +131,7 @@ def test_few_questions_give_no_verdict() -> None:
     assert re.search(
         r"Incorrect rollouts: no verdict on 4 nodes of 4 questions, fewer than 10; good with \w+ has", text
     )
-    assert "raises success" not in text
+    assert "points towards" not in text
     assert "Pulls away" not in text
 
 
