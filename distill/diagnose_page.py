@@ -35,7 +35,7 @@ def render(diagnosis: Diagnosis, rows: Sequence[Row], nodes: Sequence[Row], stud
         pairs=pairs,
         chosen=first,
         questions=[_question(row, by_place, first) for row in _most_to_see(rows, nodes)[:shown_questions]],
-        ratio=diagnosis.costs.naive_tokens / max(1, diagnosis.costs.computed_tokens),
+        ratio=diagnosis.costs.naive_prefix_tokens / max(1, diagnosis.costs.prefix_tokens),
     )
 
 

@@ -82,9 +82,10 @@ class Costs:
     completions: int
     truncated: int
     sampled_tokens: int
-    computed_tokens: int
-    naive_tokens: int
-    """With a fresh generation per forced token."""
+    prefix_tokens: int
+    """Computed in front of the completions: prompts, rollouts, forced tokens."""
+    naive_prefix_tokens: int
+    """The same with a fresh generation per forced token."""
     planned_nodes: int
     nodes: int
     """That the budget held."""
@@ -168,13 +169,12 @@ def _costs(rows: Sequence[Row]) -> Costs:
     spent: Counter[str] = Counter()
     for row in rows:
         spent.update(row["spent"])
-    sampled = spent["sampled_tokens"]
     return Costs(
         completions=spent["completions"],
         truncated=spent["truncated"],
-        sampled_tokens=sampled,
-        computed_tokens=sampled + spent["forced_tokens"] + spent["prefix_tokens"],
-        naive_tokens=sampled + spent["naive_prefix_tokens"],
+        sampled_tokens=spent["sampled_tokens"],
+        prefix_tokens=spent["forced_tokens"] + spent["prefix_tokens"],
+        naive_prefix_tokens=spent["naive_prefix_tokens"],
         planned_nodes=sum(row["planned_nodes"] for row in rows),
         nodes=sum(len(row["nodes"]) for row in rows),
     )

@@ -52,6 +52,6 @@ def test_mawps_is_diagnosed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     nodes = [json.loads(line) for line in (tmp_path / "nodes.jsonl").read_text().splitlines()]
     undefined = [node for node in nodes if node["alignment"]["teacher"]["jsd"] in ("forced", "flat")]
-    assert len(undefined) >= 0.9 * len(nodes) > 0
+    assert len(undefined) >= 0.75 * len(nodes) > 0
     assert "The student gets 0% of its rollouts right." in out
     assert "no verdict" in out

@@ -134,8 +134,8 @@ def diagnose(config: DiagnoseConfig, console: Console) -> None:
         print(f"* {sentence}")
     costs = summary.diagnosis.costs
     print(
-        f"{costs.completions:,} completions; {costs.computed_tokens:,} tokens computed, {costs.naive_tokens:,} with a "
-        "fresh generation per forced token"
+        f"{costs.completions:,} completions, {costs.sampled_tokens:,} tokens in them; {costs.prefix_tokens:,} tokens "
+        f"computed in front of them, {costs.naive_prefix_tokens:,} with a fresh generation per forced token"
     )
     print(f"written to {summary.output_dir}; look at {summary.output_dir / 'diagnosis.html'}")
 

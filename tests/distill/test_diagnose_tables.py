@@ -101,7 +101,7 @@ def test_groups_and_counts() -> None:
     assert group["incorrect rollouts"].advantage["good"].value == pytest.approx((q - 0.5) / 3)
     assert found.by_question[0]["bad | reverse_kl"] == pytest.approx(1.0)
     costs = found.costs
-    assert (costs.computed_tokens, costs.naive_tokens) == (30 * 112, 30 * 130)
+    assert (costs.sampled_tokens, costs.prefix_tokens, costs.naive_prefix_tokens) == (3000, 360, 900)
     assert (costs.planned_nodes, costs.nodes) == (120, 90)
     assert found.signal == pytest.approx(1.0), "all of Q is 0 or 1: there is no noise"
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["groups"][3]["lead"]["best"]["teacher"] == "good"
@@ -172,6 +172,6 @@ def test_the_page_shows_verdict_tables_and_text() -> None:
     assert "(stands here)" in page
     assert "only &#39;y&#39; to choose" in page
     assert "[cut off]" in page
-    assert "1.2 times as many" in page
+    assert "2.5 times as many" in page
     assert "http" not in page, "the page is self-contained"
     assert "<select" not in render(found, rows, nodes, "the-student", 0)
