@@ -83,7 +83,7 @@ class DiagnoseConfig(EngineOptions):
 
 
 SETTINGS_OF_THE_RESULT = (
-    "student", "teacher", "contexts", "context_readers", "templates", "limit", "rollouts", "nodes_per_window", "top_k",
+    "student", "teacher", "contexts", "context_readers", "templates", "rollouts", "nodes_per_window", "top_k",
     "teacher_top_k", "min_probability", "completions", "budget", "max_tokens", "sampling", "seed", "dtype",
 )  # fmt: skip
 """What must not change between the parts of one run. Losses are computed from what is written down."""

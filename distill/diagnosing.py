@@ -98,10 +98,11 @@ def _run(
     journal = output_dir / "questions.jsonl"
     begun = is_begun(journal, resume=config.resume)
     tokenizers = _tokenizers(config)
-    prompts = _prompts(config, problems, tokenizers)
+    contexts = read_contexts(config.data, config.contexts, config.limit)
+    prompts = _prompts(config, problems, contexts, tokenizers)
     settings = dataclasses.asdict(config)
     record_run(output_dir, "diagnose", settings, SETTINGS_OF_THE_RESULT, _fingerprints(config), resumed=begun)
-    done = _resume(config, problems, journal)
+    done = _resume(config, problems, contexts, journal)
     questions = _questions(config, problems, tokenizers[config.student])
     if done < len(problems):
         with Journal(journal) as log:
@@ -111,6 +112,7 @@ def _run(
                     question_row(
                         q,
                         problem,
+                        contexts[q.index],
                         found.correct,
                         found.planned,
                         found.read,
@@ -151,10 +153,12 @@ def _fingerprints(config: DiagnoseConfig) -> dict[Role, str]:
 
 
 def _prompts(
-    config: DiagnoseConfig, problems: Sequence[ProblemRow], tokenizers: Mapping[str, Tokenizer]
+    config: DiagnoseConfig,
+    problems: Sequence[ProblemRow],
+    contexts: Sequence[Mapping[str, str]],
+    tokenizers: Mapping[str, Tokenizer],
 ) -> dict[tuple[str, int], list[int]]:
     """What every reader is asked, in its own template. Raises InputError, CapacityError naming the line."""
-    contexts = read_contexts(config.data, config.contexts, config.limit)
     positions = {model: ModelConfig.load(locate(model)).max_position_embeddings for model in tokenizers}
     prompts: dict[tuple[str, int], list[int]] = {}
     for reader in config.readers():
@@ -190,13 +194,17 @@ def _questions(config: DiagnoseConfig, problems: Sequence[ProblemRow], tokenizer
     return questions
 
 
-def _resume(config: DiagnoseConfig, problems: Sequence[ProblemRow], journal: Path) -> int:
+def _resume(
+    config: DiagnoseConfig, problems: Sequence[ProblemRow], contexts: Sequence[Mapping[str, str]], journal: Path
+) -> int:
     """How many of the first questions are in the journal, which is cut to whole lines."""
     done = end = 0
     for row, line_end in complete_rows(journal):
         check_same_problem(row, problems, config.data, journal)
         if row["index"] != done:
             raise InputError(f"{journal}, line {done + 1} is damaged; restore it or remove it before resuming")
+        if row["contexts"] != contexts[done]:
+            raise InputError(f"{config.data}: row {done} has other contexts than {journal} was begun with")
         done, end = done + 1, line_end
     truncate(journal, end)
     return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ Row = Mapping[str, Any]
 def question_row(
     question: Question,
     problem: ProblemRow,
+    contexts: Mapping[str, str],
     correct: Sequence[bool],
     planned: int,
     read: Sequence[ReadNode],
@@ -36,6 +38,7 @@ def question_row(
         "index": question.index,
         "prompt": problem.prompt,
         "answer": problem.answer,
+        "contexts": dict(contexts),
         "source": dict(source),
         "rollouts": [
             {
@@ -54,7 +57,11 @@ def question_row(
                 "sampled": node.candidates.index(question.rollouts[node.rollout].token_ids[node.position]),
                 "candidates": list(node.candidates),
                 "texts": [tokenizer.token_text(token) for token in node.candidates],
-                "logprob": {name: list(values) for name, values in of.logprob.items()},
+                # null: no probability at all, which JSON has no number for
+                "logprob": {
+                    name: [value if math.isfinite(value) else None for value in values]
+                    for name, values in of.logprob.items()
+                },
                 "completions": completions,
                 "successes": [list(half) for half in outcome.successes],
                 "truncated": list(outcome.truncated),
@@ -72,7 +79,10 @@ def node_rows(row: Row, losses: Sequence[Loss], beta: float, alpha: float) -> li
 
 
 def _node_row(row: Row, node: Row, losses: Sequence[Loss], beta: float, alpha: float) -> dict[str, Any]:
-    (_, log_p), *teachers = ((name, np.array(values, dtype=np.float64)) for name, values in node["logprob"].items())
+    (_, log_p), *teachers = (
+        (name, np.array([-math.inf if value is None else value for value in values]))
+        for name, values in node["logprob"].items()
+    )
     mass = float(np.exp(log_p).sum())
     log_p_C = renormalised(log_p)
     log_q = {name: renormalised(values) for name, values in teachers}

@@ -145,6 +145,18 @@ def test_noise_alone_is_called_no_effect() -> None:
     assert found.signal < 0.3
 
 
+def test_a_token_without_probability_is_written_as_null() -> None:
+    """The losses that have log q in them are undefined there, the others are not."""
+    banned = node(0, FIRST)
+    banned["logprob"] = {"itself": [Q(0.5), Q(0.5)], "good": [0.0, None], "bad": [Q(0.5), Q(0.4)]}
+    (row,) = node_rows(question(0, correct=False, nodes=[banned]), LOSSES, 0.5, 0.1)
+    assert row["alignment"]["good"] == {"forward_kl": pytest.approx(1.0), "reverse_kl": "infinite"}
+    assert row["q"]["good"] == [1.0, 0.0]
+    found = diagnose([question(0, correct=False, nodes=[banned])], [row], TEACHERS, LOSSES, seed=0)
+    assert found.groups[0].undefined["good"] == {"infinite": 1}
+    assert "good gives a candidate no probability at 1 node that could say more." in verdict(found)
+
+
 def test_nothing_defined_is_said_so() -> None:
     found, nodes = diagnosis_of([question(i, correct=False, nodes=[node(0, NONE), FORCED]) for i in range(20)])
     sentences = verdict(found)

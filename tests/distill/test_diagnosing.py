@@ -203,6 +203,8 @@ def test_results_do_not_depend_on_which_questions_are_asked_beside(world: World,
     world.run(data, tmp_path / "some", limit=3)
     rows = [lines(tmp_path / name / "questions.jsonl") for name in ("all", "some")]
     assert rows[0][:3] == rows[1]
+    world.run(data, tmp_path / "some", resume=True)  # with more of the data
+    assert all((tmp_path / "some" / name).read_bytes() == (tmp_path / "all" / name).read_bytes() for name in FILES)
     assert rows[0][0]["rollouts"] != rows[0][2]["rollouts"], "equal prompts are answered anew"
 
 
@@ -239,6 +241,13 @@ def test_a_context_that_says_nothing_is_the_student_itself(world: World, data: P
     assert (group.nodes, group.flat) == (len(nodes), len(flat))
     assert group.undefined["itself + answer"] == {"same": len(nodes) - len(flat)}
     assert "itself + answer says what the student says at" in (tmp_path / "run" / "diagnosis.html").read_text()
+
+
+def test_contexts_do_not_change_within_a_run(world: World, write_rows: Write, tmp_path: Path) -> None:
+    row = {"prompt": "7", "answer": "77"}
+    world.run(write_rows([{**row, "hint": "a"}]), tmp_path / "run", contexts=("hint",), teacher=())
+    with pytest.raises(InputError, match="row 0 has other contexts than"):
+        world.run(write_rows([{**row, "hint": "b"}]), tmp_path / "run", contexts=("hint",), teacher=(), resume=True)
 
 
 def test_tokens_without_probability_are_not_tried(world: World, data: Path, tmp_path: Path) -> None:
