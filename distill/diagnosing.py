@@ -203,7 +203,7 @@ def _resume(
         check_same_problem(row, problems, config.data, journal)
         if row["index"] != done:
             raise InputError(f"{journal}, line {done + 1} is damaged; restore it or remove it before resuming")
-        if row["contexts"] != contexts[done]:
+        if row.get("contexts") != contexts[done]:
             raise InputError(f"{config.data}: row {done} has other contexts than {journal} was begun with")
         done, end = done + 1, line_end
     truncate(journal, end)

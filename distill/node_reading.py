@@ -17,6 +17,7 @@ from genssd.distill.contexts import Reader
 from genssd.distill.forced_rollouts import Node, Question, candidates_of, within_budget
 from genssd.distill.node_placement import in_turns
 from genssd.engine.engine import Engine
+from genssd.engine.nodes import NodeReader
 from genssd.engine.runner import Role
 
 Load = Callable[[str, Role], Engine]
@@ -40,6 +41,10 @@ class Models:
                 torch.cuda.empty_cache()
             self._engine, self._held = self._load(model, role), (model, role)
         return self._engine
+
+    def reader(self, reader: Reader) -> NodeReader:
+        """A reader's eyes. Who keeps them keeps the model in memory, beside the one that is asked for next."""
+        return self.engine(reader.model, reader.role).node_reader(reader.role)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,16 +96,17 @@ def read_nodes(
     states: dict[tuple[str, int], list[Tensor]] = {}
     likeliest: dict[tuple[str, int], list[list[list[int]]]] = {}
     for i, reader in enumerate(readers):
-        eyes = models.engine(reader.model, reader.role).node_reader(reader.role)
         k = options.teacher_top_k if i else options.top_k
         for done, q in enumerate(questions):
-            key = reader.name, q.index
             report(i * len(questions) + done, len(readers) * len(questions))
+            key = reader.name, q.index
+            eyes = models.reader(reader)
             responses = [rollout.token_ids for rollout in q.rollouts]
             states[key] = eyes.states(prompts[key], responses, places[q.index], q.label)
             likeliest[key] = [
                 eyes.likeliest(of_rollout, k, q.label, least=options.min_probability) for of_rollout in states[key]
             ]
+            del eyes  # it would keep the model in memory beside the next one
     nodes: dict[int, Sequence[Node]] = {}
     for q in questions:
         said = [likeliest[reader.name, q.index] for reader in readers]
@@ -134,12 +140,11 @@ def _with_logprob(
     logprob: dict[tuple[str, int], list[list[float]]] = {}
     # the last reader's model is still in memory, and the student goes on writing after this
     for reader in reversed(readers):
-        eyes = models.engine(reader.model, reader.role).node_reader(reader.role)
         for q in questions:
             key = reader.name, q.index
             rows = [states[key][n.rollout][places[q.index][n.rollout].index(n.position)] for n in nodes[q.index]]
             ids = [node.candidates for node in nodes[q.index]]
-            logprob[key] = eyes.logprob(torch.stack(rows), ids, q.label) if rows else []
+            logprob[key] = models.reader(reader).logprob(torch.stack(rows), ids, q.label) if rows else []
     return {
         q.index: [
             ReadNode(node=node, logprob={reader.name: logprob[reader.name, q.index][i] for reader in readers})

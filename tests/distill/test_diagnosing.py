@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ from genssd.distill.diagnosing import DiagnoseProgress, DiagnoseSummary, run_dia
 from genssd.distill.node_reading import Load
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.runner import Role
+from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import Sampling
 
 Write = Callable[..., Path]
@@ -226,6 +227,25 @@ def test_models_are_in_memory_one_at_a_time(world: World, data: Path, tmp_path: 
         "forcing",
     ]
     assert all(p.completions <= p.budget for p in seen if p.phase == "forcing")
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(world: World, data: Path, tmp_path: Path) -> None:
+    seen: list[weakref.ref[ModelRunner]] = []
+
+    def load(model: str, role: Role) -> Engine:
+        assert all(runner() is None for runner in seen)
+        models = {"student": model} if role == "student" else {"teacher": model}
+        engine = Engine.from_pretrained(**models, memory_bytes=1 << 20)  # type: ignore[arg-type]
+        seen.append(weakref.ref(engine._runner(role)))
+        return engine
+
+    teachers = tuple(str(world.root / name) for name in TEACHERS)
+    config = DiagnoseConfig(
+        student=str(world.root / "student"), teacher=teachers, data=str(data), output_dir=str(tmp_path / "run"),
+        max_tokens=DEPTH, rollouts=1, limit=2,
+    )  # fmt: skip
+    run_diagnose(config, load)
+    assert len(seen) == 5
 
 
 def test_a_context_that_says_nothing_is_the_student_itself(world: World, data: Path, tmp_path: Path) -> None:
