@@ -57,7 +57,8 @@ def half_agreement(log_p_C: Floats, first_C: Floats, second_C: Floats) -> float:
 
 def full_reliability(half: Floats) -> Floats:
     """Of all completions, from that of half of them; NaN where the halves do not agree at all (half <= 0)."""
-    reliable: Floats = np.where(half > 0.0, 2.0 * half / (1.0 + half), np.nan)
+    agreeing = np.where(half > 0.0, half, np.nan)
+    reliable: Floats = 2.0 * agreeing / (1.0 + agreeing)
     return reliable
 
 

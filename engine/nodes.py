@@ -46,7 +46,6 @@ class NodeReader:
         self._vocabulary = vocabulary
         self._usage = usage
 
-    @torch.inference_mode()
     def states(
         self,
         prompt_ids: Sequence[int],
@@ -108,6 +107,7 @@ class Spine:
         self._label = label
         self._path = runner.tree.root() if path is None else path
 
+    @torch.inference_mode()
     def extend(self, ids: Sequence[int]) -> Tensor:
         """Compute further tokens; their hidden states, [len(ids), D]."""
         tree, config = self._runner.tree, self._runner.decoder.config
@@ -209,7 +209,6 @@ def _groups(request: Forcing, runner: ModelRunner) -> Iterator[list[int]]:
         yield group
 
 
-@torch.inference_mode()
 def _open(
     request: Forcing,
     asked: Sequence[tuple[int, Fork]],

@@ -40,7 +40,6 @@ def test_gsm8k_is_selected_trained_and_evaluated(tmp_path: Path, capsys: pytest.
     assert "over 64 problems" in out
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED_DATA / "mawps").exists(), reason="no real data beside the checkout")
 def test_mawps_is_diagnosed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The small student does not solve these: the run ends, and says what it could not see."""

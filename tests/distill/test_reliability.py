@@ -77,7 +77,7 @@ def test_halves_that_see_nothing_agree_on_nothing() -> None:
     assert half_agreement(LOG_P, other, other) == pytest.approx(1.0)
     assert half_agreement(LOG_P, other, 1.0 - other) == pytest.approx(-1.0)
     np.testing.assert_allclose(full_reliability(np.array([0.5, 1.0])), [2 / 3, 1.0])
-    assert np.isnan(full_reliability(np.array([0.0, -0.2]))).all()
+    assert np.isnan(full_reliability(np.array([0.0, -0.2, -1.0]))).all()
     assert np.isnan(disattenuated(np.array([0.3]), np.array([-0.1]))).all()
     np.testing.assert_allclose(disattenuated(np.array([0.3]), np.array([1.0])), [0.3])
 
