@@ -30,7 +30,7 @@ def render(diagnosis: Diagnosis, rows: Sequence[Row], nodes: Sequence[Row], stud
         d=diagnosis,
         student=student,
         verdict=verdict(diagnosis),
-        tables=[_table(group, diagnosis) for group in diagnosis.groups if group.nodes],
+        tables=[_table(group, diagnosis) for group in diagnosis.distinct_groups],
         windows=[_table(group, diagnosis) for group in diagnosis.windows],
         pairs=pairs,
         chosen=first,
@@ -90,7 +90,7 @@ def _token(piece: str, node: Row | None, first: str) -> dict[str, Any]:
         return {"text": piece, "node": False}
     flat = {f"{teacher} | {loss}": value for teacher, of in node["alignment"].items() for loss, value in of.items()}
     return {
-        "text": piece,
+        "text": piece.replace("\n", "\u21b5\n"),
         "node": True,
         "values": json.dumps({name: v if isinstance(v, str) else round(v, 3) for name, v in flat.items()}),
         "value": flat[first],

@@ -113,6 +113,12 @@ class Diagnosis:
     by_question: tuple[Mapping[str, float | None], ...]
     """The mean alignment of every "teacher | loss"."""
 
+    @property
+    def distinct_groups(self) -> list[Group]:
+        """All nodes, and the groups of some of them."""
+        whole, *parts = self.groups
+        return [whole, *(part for part in parts if 0 < part.nodes < whole.nodes)]
+
     def as_json(self) -> dict[str, Any]:
         """Plain values; NaN is null."""
         fields: dict[str, Any] = _plain(dataclasses.asdict(self))

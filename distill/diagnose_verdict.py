@@ -15,7 +15,7 @@ SURE = 0.95
 def verdict(diagnosis: Diagnosis) -> list[str]:
     """Sentences in the order in which they matter."""
     said = [_coverage(diagnosis)]
-    said += [_group(group) for group in diagnosis.groups if group.nodes]
+    said += [_group(group) for group in diagnosis.distinct_groups]
     hurting = _hurting(diagnosis.groups[0], diagnosis)
     if hurting:
         said.append(hurting)
@@ -121,4 +121,6 @@ def _share(part: int, whole: int) -> str:
     if not whole:
         return "none"
     share = part / whole
+    if 0.0 < share < 0.001:
+        return "less than 0.1%"
     return f"{share:.0%}" if 0.01 <= share <= 0.99 or part in (0, whole) else f"{share:.1%}"

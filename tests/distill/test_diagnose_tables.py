@@ -140,6 +140,7 @@ def test_noise_alone_is_called_no_effect() -> None:
     rows = [question(i, correct=False, nodes=[node(0, random.integers(0, 3, (2, 2)).tolist())]) for i in range(60)]
     found, _ = diagnosis_of(rows)
     text = "\n".join(verdict(found))
+    assert "Incorrect rollouts" not in text, "they are all there is"
     assert "no effect that can be told from none" in text
     assert "not told apart from" in text
     assert found.signal < 0.3
@@ -184,6 +185,7 @@ def test_the_page_shows_verdict_tables_and_text() -> None:
     assert "(stands here)" in page
     assert "only &#39;y&#39; to choose" in page
     assert "[cut off]" in page
+    assert "x\u21b5\n</span>" in page, "a node that is a line break can be seen"
     assert "2.5 times as many" in page
     assert "http" not in page, "the page is self-contained"
     assert "<select" not in render(found, rows, nodes, "the-student", 0)
