@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from genssd.distill.diagnosing import DiagnoseProgress
 from genssd.distill.selecting import SelectProgress
 from genssd.distill.training import TrainProgress
 
@@ -122,3 +123,13 @@ class Phases:
 def counting(line: ProgressLine, note: str) -> Callable[[int, int], None]:
     """Things done of a total."""
     return lambda done, total: line.update(done, total, note)
+
+
+def diagnosing(line: ProgressLine) -> Callable[[DiagnoseProgress], None]:
+    """The phase and, where completions are spent, how many of the question's budget."""
+
+    def report(p: DiagnoseProgress) -> None:
+        spent = f"  {p.completions}/{p.budget} completions" if p.phase == "forcing" else ""
+        line.update(p.done, p.total, f"{p.phase}{spent}")
+
+    return report

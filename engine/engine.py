@@ -21,6 +21,7 @@ from genssd.engine.generation import Completion, generate
 from genssd.engine.loops import LoopGuard
 from genssd.engine.memory import available_bytes, choose_device, choose_dtype
 from genssd.engine.model import Decoder
+from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
 from genssd.engine.pages import PagePool, pages_within
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import ModelRunner, Role
@@ -250,6 +251,56 @@ class Engine:
         for expansion in queue.values():
             check_fits(brancher.expander, expansion)
         return generate(queue, brancher.expander)
+
+    def iter_force(
+        self,
+        prompt: Prompt,
+        responses: Sequence[Sequence[int]],
+        forks: Sequence[Sequence[Fork]],
+        *,
+        model: Role = "student",
+        n: int = 1,
+        sampling: Sampling = Sampling(),
+        max_tokens: int = 4096,
+        seed: int = 0,
+        occurrence: int = 0,
+        label: str = "the prompt",
+    ) -> Iterator[tuple[int, Fork, list[Completion]]]:
+        """Put a token into a given response and let the model go on, n times: the response's index, the fork and its
+        completions, as each ends (see nodes.py).
+
+        forks: of each response, by position and token; what is in front of them is computed once. max_tokens: of the
+        whole response. occurrence: how many equal prompts come before, as for `generate`; the completions depend on
+        it, the seed, the prompt, the response's index, position and token alone. Errors as in `generate`.
+        """
+        if n < 1 or max_tokens < 1:
+            raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
+        if len(responses) != len(forks):
+            raise InputError(f"{len(responses)} responses but forks of {len(forks)}")
+        runner, tokenizer = self._runner(model), self._tokenizers[model]
+        ids = tuple(self._encode(prompt, model, label))
+        for response, wanted in zip(responses, forks, strict=True):
+            _check_ids([*response, *(fork.token for fork in wanted)], runner, label)
+            if not all(0 <= fork.position <= min(len(response), max_tokens - 1) for fork in wanted):
+                raise InputError(f"{label}: a fork lies outside its response of {len(response)} tokens or max_tokens")
+        rendered = PromptIds(teacher=ids) if model == "teacher" else PromptIds(teacher=(), student=ids)
+        request = Forcing(
+            prompt=rendered,
+            prompt_ids=ids,
+            responses=responses,
+            forks=forks,
+            stream=prompt_stream(seed, ids, occurrence),
+            n=n,
+            max_tokens=response_limit(self._runners, rendered, max_tokens, [model]),
+            ends=tokenizer.end_token_ids,
+            label=label,
+        )
+        brancher = self._brancher(sampling, model, scored=False)
+        return iter_force(request, brancher, brancher.expander, runner, self.usage)
+
+    def node_reader(self, model: Role = "student") -> NodeReader:
+        """Reads what a model says at single places of given responses."""
+        return NodeReader(self._runner(model), self.tokenizer(model).largest_id + 1, self.usage)
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]], *, model: Role = "student"

@@ -31,7 +31,10 @@ class Usage:
     student_tokens: int = 0
     """Candidate tokens scored."""
     prefill_tokens: int = 0
-    """Prompt tokens computed, over both models; computed again after a preemption counts again."""
+    """Prompt tokens computed, over both models; computed again after a preemption counts again. Given responses that
+    nodes are looked at in (see nodes.py) count as well."""
+    forced_tokens: int = 0
+    """Tokens put in place of sampled ones, each computed once (see nodes.py)."""
     window_tokens: int = 0
     """Computed by the student for criteria that read responses in windows of their own, prompts included."""
 

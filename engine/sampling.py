@@ -51,6 +51,12 @@ def child_stream(stream: int, position: int, index: int) -> int:
     return stream if index == 0 else _mix(_mix(stream ^ _mix(position)) + index)
 
 
+def forced_stream(stream: int, response: int, position: int, token: int) -> int:
+    """The stream of what is written behind a token that is forced into one of the responses to a prompt."""
+    key = f"forced:{stream}:{response}:{position}:{token}"
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
 def noise_key(stream: int, position: int) -> int:
     """The key of one token's noise, as a signed 64-bit integer."""
     key = _mix(stream + _mix(position + 1))

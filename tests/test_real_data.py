@@ -38,3 +38,19 @@ def test_gsm8k_is_selected_trained_and_evaluated(tmp_path: Path, capsys: pytest.
     assert "64 prompts: " in out
     assert "8 steps on 64 examples" in out
     assert "over 64 problems" in out
+
+
+@pytest.mark.skipif(not (SHARED_DATA / "mawps").exists(), reason="no real data beside the checkout")
+def test_mawps_is_diagnosed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The small student does not solve these: the run ends, and says what it could not see."""
+    main(
+        f"diagnose --student {PAIR / 'student'} --teacher {PAIR / 'teacher'} --contexts target --limit 3 "
+        f"--data {SHARED_DATA / 'mawps' / 'multiarith.jsonl'} --max-tokens 64 --rollouts 2 --budget 64 --completions 4 "
+        f"--memory-bytes {1 << 28} --output-dir {tmp_path}".split()
+    )
+    out = capsys.readouterr().out
+    nodes = [json.loads(line) for line in (tmp_path / "nodes.jsonl").read_text().splitlines()]
+    undefined = [node for node in nodes if node["alignment"]["teacher"]["jsd"] in ("forced", "flat")]
+    assert len(undefined) >= 0.75 * len(nodes) > 0
+    assert "The student gets 0% of its rollouts right." in out
+    assert "no verdict" in out

@@ -36,6 +36,7 @@ COMMANDS = {
     "train": "fine-tune the student on selected trajectories",
     "distill": "rounds of select and train: the trained student chooses in the next round",
     "evaluate": "measure a model's accuracy on problems with known answers",
+    "diagnose": "where which teacher, loss or context would help the student, before anything is trained",
 }
 
 USAGE = "\n".join(
@@ -81,7 +82,10 @@ def _run(command: str, words: list[str]) -> None:
     file, flags = _take_config(words)
     from_file = [] if file is None else flags_of_file(file, config_class)
     config = tyro.cli(
-        config_class, prog=f"genssd {command}", args=[*from_file, *flags], description=config_class.__doc__
+        config_class,
+        prog=f"genssd {command}",
+        args=[*from_file, *joined(flags, config_class)],
+        description=config_class.__doc__,
     )
     run(config, Console(stderr=True))
 
@@ -105,6 +109,25 @@ def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
         if word.startswith("--config="):
             return Path(word.removeprefix("--config=")), words[:i] + words[i + 1 :]
     return None, words
+
+
+def joined(flags: Sequence[str], config_class: type) -> list[str]:
+    """The same flags with those of a list, given several times, as one: `--data a --data b` is `--data a b`."""
+    hints = typing.get_type_hints(config_class)
+    lists = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
+    kept: list[str] = []
+    values: dict[str, list[str]] = {}
+    into = kept
+    for word in flags:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            field = name.removeprefix("--").replace("-", "_")
+            into = values.setdefault(field, []) if field in lists else kept
+            if field in lists:
+                into += [value] if equals else []
+                continue
+        into.append(word)
+    return [*kept, *(word for field, given in values.items() for word in (f"--{field}", *given))]
 
 
 def flags_of_file(path: Path, config_class: type) -> list[str]:

@@ -9,9 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from genssd.distill.console import Phases, ProgressLine, counting, selecting, training
+from genssd.distill.console import Phases, ProgressLine, counting, diagnosing, selecting, training
 from genssd.distill.counterfactuals import LeafConfig, run_leaf
 from genssd.distill.demo import DemoConfig, run_demo
+from genssd.distill.diagnose_config import DiagnoseConfig
+from genssd.distill.diagnose_verdict import verdict
+from genssd.distill.diagnosing import run_diagnose
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.generating import GenerateConfig, run_generate
 from genssd.distill.post_hoc import ScoreConfig, run_score
@@ -124,6 +127,19 @@ def score(config: ScoreConfig, console: Console) -> None:
     _complain("could not be scored; all others were", summary.bad_rows, summary.output_dir)
 
 
+def diagnose(config: DiagnoseConfig, console: Console) -> None:
+    with ProgressLine("diagnose", console) as line:
+        summary = run_diagnose(config, report=diagnosing(line))
+    for sentence in verdict(summary.diagnosis):
+        print(f"* {sentence}")
+    costs = summary.diagnosis.costs
+    print(
+        f"{costs.completions:,} completions, {costs.sampled_tokens:,} tokens in them; {costs.prefix_tokens:,} tokens "
+        f"computed in front of them, {costs.naive_prefix_tokens:,} with a fresh generation per forced token"
+    )
+    print(f"written to {summary.output_dir}; look at {summary.output_dir / 'diagnosis.html'}")
+
+
 def _complain(what: str, bad_rows: Sequence[str], output_dir: Path) -> None:
     """Raise InputError with the first of the bad rows, if there are any."""
     if bad_rows:
@@ -154,4 +170,5 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate),
     "distill": (DistillConfig, distill),
+    "diagnose": (DiagnoseConfig, diagnose),
 }

@@ -12,7 +12,9 @@ import pytest
 from conftest import TinyPair
 from toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
-from genssd.cli import flags_of_file, main
+from genssd.cli import flags_of_file, joined, main
+from genssd.distill.generating import GenerateConfig
+from genssd.distill.prefixes import PrefixConfig
 from genssd.distill.selecting import SelectConfig
 from genssd.distill.train_config import TrainConfig
 from genssd.engine.errors import InputError
@@ -75,6 +77,37 @@ def test_score_and_reselect_after_a_selection(
     assert "1 rows could not be scored; all others were" in message
     assert f"{spoilt}, line 2: " in message
     assert len((tmp_path / "spoilt" / "scores.jsonl").read_text().splitlines()) == 1
+
+
+def test_diagnose(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_rows([{"question": f"{i}+{i}?", "answer": str(2 * i), "hint": "add"} for i in range(2)])
+    flags = ["diagnose", "--student", tiny_pair.student, "--data", data, "--output-dir", tmp_path / "run"]
+    more = ["--max-tokens", "4", "--rollouts", "1", "--completions", "2", "--memory-bytes", 1 << 22, "--budget", "40"]
+    teachers = ["--teacher", tiny_pair.teacher, f"--teacher={tiny_pair.student}"]
+    main([*map(str, [*flags, *more, *teachers, "--contexts", "hint"])])
+    out = capsys.readouterr().out
+    assert "* The student gets 0% of its rollouts right." in out
+    assert "with a fresh generation per forced token" in out
+    assert "<h2>Verdict</h2>" in (tmp_path / "run" / "diagnosis.html").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["teachers"] == ["itself + hint", "teacher", "student"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "questions.jsonl").read_text().splitlines()]
+    assert all(0 < row["spent"]["completions"] <= 40 for row in rows)
+    assert "pass --resume" in fails(capsys, *flags, *more, *teachers, "--contexts", "hint")
+    assert "begun with teacher=" in fails(capsys, *flags, *more, "--contexts", "hint", "--resume")
+    config = tmp_path / "d.yaml"
+    config.write_text("completion: 4\n")
+    assert "unknown key 'completion'; did you mean 'completions'?" in fails(capsys, *flags, "--config", config)
+    assert "diagnose needs a teacher or a context" in fails(capsys, *flags)
+    assert "completions must be even" in fails(capsys, *flags, *teachers, "--completions", "3")
+    assert "--losses" in fails(capsys, *flags, *teachers, "--losses", "kl")
+
+
+def test_flags_of_lists_add_up() -> None:
+    flags = ["--limit", "3", "--data", "a", "--resume", "--data", "b", "c", "--data=d", "--no-resume"]
+    assert joined(flags, PrefixConfig) == ["--limit", "3", "--resume", "--no-resume", "--data", "a", "b", "c", "d"]
+    assert joined([], PrefixConfig) == []
+    assert joined(["--teacher", "t", "--teacher", "u"], GenerateConfig) == ["--teacher", "t", "--teacher", "u"]
 
 
 def test_a_config_file_and_flags_over_it(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
