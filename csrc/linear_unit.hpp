@@ -9,23 +9,29 @@ namespace {
 
 using namespace genssd;
 
-// tile[i][c] = row a_i with row b + c, for columns c in 0..columns - 1 (a few more are computed and mean nothing)
+// With few rows the weight comes from memory: every four of its rows meet all of x before the next four do. With many
+// rows a block of the weight stays in the cache, and a register tile of x meets all of it before the next does. What lies
+// some way ahead is fetched meanwhile.
+constexpr std::int64_t kFewRows = 48;
+constexpr std::int64_t kAheadBytes = 48 << 10;
+
+INLINE std::int64_t rows_together(std::int64_t rows) { return rows <= kFewRows ? rows : kTileRows; }
+
+// tile[i][c] = row a_i with row b + c, for columns c in 0..columns - 1 (a few more are computed and mean nothing).
+// rest: the columns from b on that the caller will want, these among them.
 template <typename T>
 INLINE void dot_block(const T* a, std::int64_t stride_a, std::int64_t rows, const T* b, std::int64_t stride_b,
-                      std::int64_t columns, std::int64_t n, std::int64_t ahead, float* tile) {
+                      std::int64_t columns, std::int64_t rest, std::int64_t n, float* tile) {
+  const std::int64_t bytes = most(1, stride_b) * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t distance = most(4, kAheadBytes / bytes / 4 * 4);
   for (std::int64_t c = 0; c < columns; c += 4) {
     const T* four[4];
     for (std::int64_t j = 0; j < 4; ++j) four[j] = b + least(c + j, columns - 1) * stride_b;
-    dot_rows(a, stride_a, rows, four, n, ahead, tile + c, kColumnBlock);
+    std::int64_t ahead = c + distance + 4 <= rest ? distance * stride_b : 0;
+    for (std::int64_t i = 0; i < rows; i += kTileRows, ahead = 0)
+      dot_rows(a + i * stride_a, stride_a, least(kTileRows, rows - i), four, n, ahead, tile + i * kColumnBlock + c,
+               kColumnBlock);
   }
-}
-
-// With few rows the weight is read from memory at the speed of memory: while the last of the rows meet one block of
-// columns, the next block is fetched. With many rows there is time enough without.
-constexpr std::int64_t kFewRows = 48;
-
-INLINE std::int64_t ahead_of(std::int64_t row, std::int64_t rows, bool last_block, std::int64_t stride) {
-  return rows <= kFewRows && row + kTileRows >= rows && !last_block ? kColumnBlock * stride : 0;
 }
 
 template <typename T, typename Out>
@@ -35,14 +41,13 @@ void linear_of(const Linear& t, std::int64_t unit) {
   const std::int64_t end = least(t.outputs, begin + t.unit_columns);
   const T* x = static_cast<const T*>(t.x) + first * t.stride_x;
   const T* bias = static_cast<const T*>(t.bias);
-  alignas(64) float tile[kTileRows * kColumnBlock];
+  alignas(64) float tile[kFewRows * kColumnBlock];
   for (std::int64_t column = begin; column < end; column += kColumnBlock) {
     const std::int64_t columns = least(kColumnBlock, end - column);
     const T* weight = static_cast<const T*>(t.weight) + column * t.stride_weight;
-    for (std::int64_t row = 0; row < rows; row += kTileRows) {
-      const std::int64_t some = least(kTileRows, rows - row);
-      const std::int64_t ahead = ahead_of(row, rows, column + 2 * kColumnBlock > end, t.stride_weight);
-      dot_block(x + row * t.stride_x, t.stride_x, some, weight, t.stride_weight, columns, t.inputs, ahead, tile);
+    for (std::int64_t row = 0; row < rows; row += rows_together(rows)) {
+      const std::int64_t some = least(rows_together(rows), rows - row);
+      dot_block(x + row * t.stride_x, t.stride_x, some, weight, t.stride_weight, columns, end - column, t.inputs, tile);
       for (std::int64_t i = 0; i < some; ++i) {
         Out* out = static_cast<Out*>(t.out) + (first + row + i) * t.outputs + column;
         for (std::int64_t c = 0; c < columns; c += kLanes) {
@@ -153,15 +158,14 @@ void head_of(const Head& t, std::int64_t unit) {
     running[i] = {zero(), zero(), zero(), {}};
     held[i] = 0;
   }
-  alignas(64) float tile[kTileRows * kColumnBlock];
+  alignas(64) float tile[kFewRows * kColumnBlock];
   for (std::int64_t column = part * kPartSize; column < end; column += kColumnBlock) {
     const std::int64_t columns = least(kColumnBlock, end - column);
     const T* weight = static_cast<const T*>(t.weight) + column * t.stride_weight;
-    for (std::int64_t row = 0; row < rows; row += kTileRows) {
-      const std::int64_t some = least(kTileRows, rows - row);
-      const std::int64_t ahead = ahead_of(row, rows, column + 2 * kColumnBlock > end, t.stride_weight);
-      dot_block(hidden + row * t.stride_hidden, t.stride_hidden, some, weight, t.stride_weight, columns, t.inputs, ahead,
-                tile);
+    for (std::int64_t row = 0; row < rows; row += rows_together(rows)) {
+      const std::int64_t some = least(rows_together(rows), rows - row);
+      dot_block(hidden + row * t.stride_hidden, t.stride_hidden, some, weight, t.stride_weight, columns, end - column,
+                t.inputs, tile);
       for (std::int64_t i = 0; i < some; ++i) {
         float* z = tile + i * kColumnBlock;
         Running& run = running[row + i];

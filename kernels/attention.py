@@ -51,10 +51,10 @@ def segment_table(
     """The table of a batch of sequences. Rows are numbered sequence by sequence.
 
     All int32, on the CPU. tables: [tables, width], pages in the order of positions (beyond a sequence's end anything).
-    table_B: which of them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up to
-    the last row's position are in the cache when the table is used. window: a row sees at most so many positions, its
-    own included; 0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises ValueError on
-    a sequence whose pages are not in its table, and unless segment is a multiple of page_size.
+    table_B: which of them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up
+    to the last row's position are in the cache when the table is used. window: a row sees at most so many positions,
+    its own included; 0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises
+    ValueError on a sequence whose pages are not in its table, and unless segment is a multiple of page_size.
     """
     return _core.segment_table(tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows)
 
