@@ -267,6 +267,26 @@ void gated(Array gate_up, bool gelu, Array out, int threads) {
   ThreadPool::run(rows, threads_for(8 * rows * width, threads), [&](std::int64_t row) { kernels.gated(task, row); });
 }
 
+// The same on every processor: the C library's functions, and no torch operator, whose threads would keep the cores busy
+// after it.
+void rotary_angles(Array position, Array frequency, float factor, Array cos, Array sin, int threads) {
+  const Arguments args("rotary_angles");
+  args.shape(frequency, "frequency", {-1});
+  args.shape(position, "position", {-1});
+  const auto rows = static_cast<std::int64_t>(position.shape(0)), half = static_cast<std::int64_t>(frequency.shape(0));
+  const std::int32_t* at = args.indices<std::int32_t>(position, "position", rows);
+  const float* turn = args.floats(frequency, "frequency", {half});
+  float *out_cos = args.floats(cos, "cos", {rows, half}), *out_sin = args.floats(sin, "sin", {rows, half});
+  const nb::gil_scoped_release release;
+  ThreadPool::run(rows, threads_for(64 * rows * half, threads), [&](std::int64_t row) {
+    for (std::int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(at[row]) * turn[i];
+      out_cos[row * half + i] = std::cos(angle) * factor;
+      out_sin[row * half + i] = std::sin(angle) * factor;
+    }
+  });
+}
+
 void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Array slot, MaybeArray q_norm,
               MaybeArray k_norm, float eps, Array q, int threads) {
   const Arguments args("write_kv");
@@ -489,6 +509,11 @@ NB_MODULE(_core, m) {
   m.def("gated", &gated, nb::arg("gate_up"), nb::arg("gelu"), nb::arg("out"), nb::arg("threads"),
         TENSORS("gated(gate_up: torch.Tensor, gelu: bool, out: torch.Tensor, threads: int)"),
         "out = silu(gate) * up, or gelu(gate) * up with gelu by tanh.");
+  m.def("rotary_angles", &rotary_angles, nb::arg("position"), nb::arg("frequency"), nb::arg("factor"), nb::arg("cos"),
+        nb::arg("sin"), nb::arg("threads"),
+        TENSORS("rotary_angles(position: torch.Tensor, frequency: torch.Tensor, factor: float, cos: torch.Tensor, sin: "
+                "torch.Tensor, threads: int)"),
+        "cos and sin [rows, frequencies] of position * frequency, times factor.");
   m.def("write_kv", &write_kv, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("k_pages"), nb::arg("v_pages"),
         nb::arg("slot"), nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("eps"), nb::arg("q"),
         nb::arg("threads"),

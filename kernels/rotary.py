@@ -18,6 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from genssd import _core
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -44,7 +46,11 @@ def rope_frequencies(parameters: Mapping[str, object], head_dim: int, max_positi
 
 
 def rotary_angles(position_N: Tensor, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, times factor: float32 [N, E / 2] each."""
+    """cos and sin of position (int32) * frequency, times factor: float32 [N, E / 2] each."""
+    if position_N.device.type == "cpu" and position_N.dtype == torch.int32:
+        cos, sin = (torch.empty(len(position_N), len(frequency)) for _ in range(2))
+        _core.rotary_angles(position_N, frequency, factor, cos, sin, torch.get_num_threads())
+        return cos, sin
     angle = position_N.float()[:, None] * frequency
     return angle.cos() * factor, angle.sin() * factor
 

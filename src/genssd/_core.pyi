@@ -106,6 +106,9 @@ def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tenso
 def gated(gate_up: torch.Tensor, gelu: bool, out: torch.Tensor, threads: int) -> None:
     """out = silu(gate) * up, or gelu(gate) * up with gelu by tanh."""
 
+def rotary_angles(position: torch.Tensor, frequency: torch.Tensor, factor: float, cos: torch.Tensor, sin: torch.Tensor, threads: int) -> None:
+    """cos and sin [rows, frequencies] of position * frequency, times factor."""
+
 def write_kv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, q: torch.Tensor, threads: int) -> None:
     """Rotate queries into q, and keys, with the values, into the cache."""
 
