@@ -71,7 +71,7 @@ struct Strip {
     for (std::int64_t k = 0; k < item.tokens; k += 4) {
       const T* four[4];
       for (std::int64_t j = 0; j < 4; ++j) four[j] = at(t.k_pages, least(k + j, item.tokens - 1));
-      dot_rows(queries, t.width, rows, four, t.width, 0, scores + k, kStride);
+      dot_rows(queries, t.width, rows, four, t.width, {}, scores + k, kStride);
     }
   }
 

@@ -41,9 +41,14 @@ struct Products<BFloat16> : PairsOfBFloat16 {};
 #endif
 
 // out[i * stride_out + 0..3] = rows a + i * stride_a with the four rows b[0..3], i in 0..ROWS - 1; all of length n.
-// ahead: so many values behind b lies what will be read next; it is fetched from memory meanwhile. 0: nothing is.
+// fetch: rows of memory that will be read soon, up to four; they are brought into the cache meanwhile.
+struct Fetch {
+  const char* rows[4] = {};
+  int count = 0;
+};
+
 template <int ROWS, typename T>
-void dot_tile(const T* a, std::int64_t stride_a, const T* const b[4], std::int64_t n, std::int64_t ahead, float* out,
+void dot_tile(const T* a, std::int64_t stride_a, const T* const b[4], std::int64_t n, const Fetch& fetch, float* out,
               std::int64_t stride_out) {
   using P = Products<T>;
   F total[ROWS][4];
@@ -53,8 +58,7 @@ void dot_tile(const T* a, std::int64_t stride_a, const T* const b[4], std::int64
   for (; k + P::kValues <= n; k += P::kValues) {
     typename P::Vector right[4];
     for (int j = 0; j < 4; ++j) right[j] = P::get(b[j] + k);
-    if (ahead)
-      for (int j = 0; j < 4; ++j) _mm_prefetch(reinterpret_cast<const char*>(b[j] + k + ahead), _MM_HINT_T1);
+    for (int j = 0; j < fetch.count; ++j) _mm_prefetch(fetch.rows[j] + k * sizeof(T), _MM_HINT_T1);
     for (int i = 0; i < ROWS; ++i) {
       const typename P::Vector left = P::get(a + i * stride_a + k);
       for (int j = 0; j < 4; ++j) total[i][j] = P::step(left, right[j], total[i][j]);
@@ -74,15 +78,15 @@ void dot_tile(const T* a, std::int64_t stride_a, const T* const b[4], std::int64
 
 template <typename T>
 INLINE void dot_rows(const T* a, std::int64_t stride_a, std::int64_t rows, const T* const b[4], std::int64_t n,
-                     std::int64_t ahead, float* out, std::int64_t stride_out) {
+                     const Fetch& fetch, float* out, std::int64_t stride_out) {
   switch (rows) {
-    case 1: return dot_tile<1>(a, stride_a, b, n, ahead, out, stride_out);
-    case 2: return dot_tile<2>(a, stride_a, b, n, ahead, out, stride_out);
+    case 1: return dot_tile<1>(a, stride_a, b, n, fetch, out, stride_out);
+    case 2: return dot_tile<2>(a, stride_a, b, n, fetch, out, stride_out);
 #if defined(__AVX512F__)
-    case 3: return dot_tile<3>(a, stride_a, b, n, ahead, out, stride_out);
-    case 4: return dot_tile<4>(a, stride_a, b, n, ahead, out, stride_out);
-    case 5: return dot_tile<5>(a, stride_a, b, n, ahead, out, stride_out);
-    case 6: return dot_tile<6>(a, stride_a, b, n, ahead, out, stride_out);
+    case 3: return dot_tile<3>(a, stride_a, b, n, fetch, out, stride_out);
+    case 4: return dot_tile<4>(a, stride_a, b, n, fetch, out, stride_out);
+    case 5: return dot_tile<5>(a, stride_a, b, n, fetch, out, stride_out);
+    case 6: return dot_tile<6>(a, stride_a, b, n, fetch, out, stride_out);
 #endif
     default: __builtin_unreachable();
   }

@@ -14,6 +14,38 @@ using namespace genssd;
 
 constexpr int kCounters = 32;  // consecutive counters computed together: simple loops, so that they vectorise
 
+#if defined(__AVX512F__)
+
+// First output words for the counters first..first + kCounters - 1. Words sit in the lower halves of 64-bit lanes, where
+// the products take them from; the upper halves mean nothing.
+INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint32_t out[kCounters]) {
+  const __m512i by_a = _mm512_set1_epi64(0xD2511F53), by_b = _mm512_set1_epi64(0xCD9E8D57);
+  const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i c0[4], c1[4], c2[4], c3[4];
+  for (int g = 0; g < 4; ++g) {
+    c0[g] = _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(first + 8 * g)), lanes);
+    c1[g] = _mm512_srli_epi64(c0[g], 32);
+    c2[g] = c3[g] = _mm512_setzero_si512();
+  }
+  auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+    for (int g = 0; g < 4; ++g) {
+      const __m512i a = _mm512_mul_epu32(c0[g], by_a), b = _mm512_mul_epu32(c2[g], by_b);
+      c0[g] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1[g], key0, 0x96);  // exclusive or of three
+      c2[g] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3[g], key1, 0x96);
+      c1[g] = b;
+      c3[g] = a;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int g = 0; g < 4; ++g)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * g), _mm512_cvtepi64_epi32(c0[g]));
+}
+
+#else
+
 // First output words for the counters first..first + kCounters - 1.
 INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint32_t out[kCounters]) {
   constexpr std::uint32_t kMultiplierA = 0xD2511F53u, kMultiplierB = 0xCD9E8D57u;
@@ -39,6 +71,8 @@ INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint32_t out[kCo
     k1 += kWeylB;
   }
 }
+
+#endif
 
 // Natural logarithm for positive normal floats (Cephes polynomial), branch-free so that loops over it vectorise.
 INLINE float log_positive(float x) {
@@ -74,19 +108,26 @@ INLINE float gumbel(std::uint32_t bits) {
   return -log_positive(u < 0x1p-11f ? by_series : by_log);
 }
 
-constexpr float kLargestNoise = 23.0f;  // of gumbel: 22.88, and room for rounding
-
-INLINE void noise_block(std::uint64_t key, std::uint64_t first, float* noise) {
-  std::uint32_t bits[kCounters];
-  philox(key, first, bits);
+INLINE void noise_of(const std::uint32_t* bits, float* noise) {
 #pragma omp simd
   for (int i = 0; i < kCounters; ++i) noise[i] = gumbel(bits[i]);
 }
 
+constexpr float kLargestNoise = 23.0f;  // of gumbel: 22.88, and room for rounding
+
+// Bits above this give noise below t: the smaller the bits, the larger the noise. With room for rounding.
+INLINE std::uint32_t bits_for(float t) {
+  const float u = 1.0f - exponential(-exponential(-t));
+  const float limit = (t > 8.0f ? exponential(-t) : u) * 4294967296.0f * 1.001f + 1024.0f;
+  return limit < 4294967040.0f ? static_cast<std::uint32_t>(limit) : 0xFFFFFFFFu;
+}
+
 void gumbel_row(std::int64_t key, float* out, std::int64_t count) {
   for (std::int64_t first = 0; first < count; first += kCounters) {
+    std::uint32_t bits[kCounters];
     float noise[kCounters];
-    noise_block(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(first), noise);
+    philox(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(first), bits);
+    noise_of(bits, noise);
     for (std::int64_t i = 0; i < least(kCounters, count - first); ++i) out[first + i] = noise[i];
   }
 }
@@ -103,13 +144,17 @@ INLINE void draw_from(const float* z, std::int64_t key, std::int64_t first, std:
   if (greedy) return best_of(z, first, n, best, token);
   for (std::int64_t start = 0; start < n; start += kCounters) {
     const std::int64_t some = least(kCounters, n - start);
+    std::uint32_t bits[kCounters], least_bits = 0xFFFFFFFFu;
     float y[kCounters], noise[kCounters], peak = -kInfinity;
     for (std::int64_t i = 0; i < some; ++i) {
       y[i] = z[start + i] / temperature;
       peak = y[i] > peak ? y[i] : peak;
     }
     if (peak + kLargestNoise <= best || peak == -kInfinity) continue;
-    noise_block(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(first + start), noise);
+    philox(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(first + start), bits);
+    for (std::int64_t i = 0; i < kCounters; ++i) least_bits = bits[i] < least_bits ? bits[i] : least_bits;
+    if (least_bits > bits_for(best - peak)) continue;
+    noise_of(bits, noise);
     for (std::int64_t i = 0; i < some; ++i) y[i] += noise[i];
     best_of(y, first + start, some, best, token);
   }

@@ -27,10 +27,16 @@ INLINE void dot_block(const T* a, std::int64_t stride_a, std::int64_t rows, cons
   for (std::int64_t c = 0; c < columns; c += 4) {
     const T* four[4];
     for (std::int64_t j = 0; j < 4; ++j) four[j] = b + least(c + j, columns - 1) * stride_b;
-    std::int64_t ahead = c + distance + 4 <= rest ? distance * stride_b : 0;
-    for (std::int64_t i = 0; i < rows; i += kTileRows, ahead = 0)
-      dot_rows(a + i * stride_a, stride_a, least(kTileRows, rows - i), four, n, ahead, tile + i * kColumnBlock + c,
+    // every register tile fetches its share of the four rows
+    const std::int64_t tiles = (rows + kTileRows - 1) / kTileRows, wanted = c + distance + 4 <= rest ? 4 : 0;
+    for (std::int64_t tile_of = 0, next = 0; tile_of < tiles; ++tile_of) {
+      Fetch fetch;
+      for (const std::int64_t end = wanted * (tile_of + 1) / tiles; next < end; ++next)
+        fetch.rows[fetch.count++] = reinterpret_cast<const char*>(b + (c + distance + next) * stride_b);
+      const std::int64_t i = tile_of * kTileRows;
+      dot_rows(a + i * stride_a, stride_a, least(kTileRows, rows - i), four, n, fetch, tile + i * kColumnBlock + c,
                kColumnBlock);
+    }
   }
 }
 
@@ -82,7 +88,7 @@ void target_of(const Head& t, std::int64_t row) {
   const T* weight = static_cast<const T*>(t.weight) + v * t.stride_weight;
   const T* four[4] = {weight, weight, weight, weight};
   alignas(64) float x[4];
-  dot_tile<1>(hidden, t.stride_hidden, four, t.inputs, 0, x, 4);
+  dot_tile<1>(hidden, t.stride_hidden, four, t.inputs, {}, x, 4);
   const T* bias = t.bias ? static_cast<const T*>(t.bias) + v : nullptr;
   alignas(64) float z[kLanes];
   store(z, div(squashed(t, fill(x[0]), bias, 0, 1), fill(t.temperature)));
