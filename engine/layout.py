@@ -1,21 +1,19 @@
-"""Lays tokens out in the cache: makes room for them on their paths and describes them to the forward pass."""
+"""Lays tokens out in the cache: makes room for them on their paths and finds what each of them reads."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import torch
 
-from genssd.engine.batch import Batch
 from genssd.engine.tree import BranchTree, Path
-from genssd.kernels.attention import SEGMENT, UNIT_ROWS, segment_table
+from genssd.kernels.attention import SEGMENT, UNIT_ROWS, SegmentTable, segment_table
 
 
 def lay_out(
     tree: BranchTree, paths: Sequence[Path], counts: Sequence[int], *, windows: Collection[int], group: int
-) -> Batch:
-    """Append so many tokens to each path, and describe them. group: query heads per kv head.
+) -> dict[int, SegmentTable]:
+    """Append so many tokens to each path; return their table for each window. group: query heads per kv head.
 
     A path may come twice: its tokens follow each other. Raises CapacityError when the pool has too few pages.
     """
@@ -24,7 +22,7 @@ def lay_out(
         first.append(path.length)
         tree.append(path, count)
     device, page_size = tree.pool.kv.device, tree.pool.page_size
-    tables = {
+    return {
         window: segment_table(
             tree.tables.rows,
             np.array([path.leaf.table for path in paths], dtype=np.int32),
@@ -37,9 +35,3 @@ def lay_out(
         )
         for window in windows
     }
-    rows = next(iter(tables.values()))  # where rows lie is the same in all
-    return Batch(
-        position_N=torch.tensor(rows.position, device=device),
-        slot_N=torch.tensor(rows.slot, device=device),
-        tables=tables,
-    )

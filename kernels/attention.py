@@ -30,9 +30,9 @@ from genssd.kernels.native import takes
 
 SegmentTable = _core.SegmentTable
 """Who reads what. items: int32 [items, 6] (index into pages of the item's first page, position of its first token,
-tokens that its rows see at most, index into entries of its first row, its rows, its unit: items of different units share
-no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every row.
-row_partial: int32 [N + 1], a row's first partial slot; the others follow in the order of segments."""
+tokens that its rows see at most, index into entries of its first row, its rows, its unit: items of different units
+share no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every
+row. row_partial: int32 [N + 1], a row's first partial slot; the others follow in the order of segments."""
 
 SEGMENT = {"cpu": 256, "cuda": 1024}
 """Tokens of a segment. On a GPU a longer one keeps the traffic of partial results small beside that of the cache."""
@@ -75,13 +75,13 @@ def paged_attention(
 ) -> Tensor:
     """Return the attention output [N, H, E] in the dtype of q.
 
-    A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is given. sinks_H: float32, a score per
-    head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros. On the CPU
-    (float32, bfloat16, float16) the native kernel computes in float32. A CUDA device is faster with a table that is there
-    already, so layers share one; there a value that is not finite makes all those rows of its item NaN, and these are
-    rows of sequences that hold it.
-    Raises ValueError on shapes or dtypes that do not agree, on a table that points outside the cache or lies where it is
-    not read, and where a gradient is asked for and a Triton kernel runs.
+    A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is given. sinks_H: float32, a score of
+    each head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros. On the
+    CPU (float32, bfloat16, float16) the native kernel computes in float32. On a CUDA device a table that is there
+    already saves its way; and there a value that is not finite makes every row of its item NaN, which are all rows of
+    sequences that hold it.
+    Raises ValueError on shapes or dtypes that do not agree, on a table that points outside the cache or lies where it
+    is not read, and where a gradient is asked for and a Triton kernel runs.
     """
     if q_NHE.is_cuda and q_NHE.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
@@ -121,7 +121,7 @@ def paged_attention_reference(
 ) -> Tensor:
     """The same in plain torch, item by item; float64 stays float64."""
     _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
-    N, H, E = q_NHE.shape
+    H, E = q_NHE.shape[1:]
     device, G = q_NHE.device, k_pages_PSGE.shape[2]
     wide = torch.promote_types(q_NHE.dtype, torch.float32)
     partials = int(table.row_partial[-1])

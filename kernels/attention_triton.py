@@ -10,8 +10,8 @@ Another kernel merges a row's partial results in the order of segments. Every ti
 packed into it, every sum the same order, and nothing is atomic; a tile of tokens that a vector does not see multiplies
 its sums by 1 and adds 0. So a vector's bits depend on its own keys and values alone.
 
-Where nothing is shared, an item holds the rows of one sequence, and this is plain split attention. There is no crossover
-between two paths to find, and none between their bits: a table that shares less only has more items.
+Where nothing is shared, an item holds the rows of one sequence, and this is plain split attention. So there are no two
+paths with a crossover between them, and no two kinds of bits: a table that shares less has more items, that is all.
 
 How many programs run does not depend on the table, and how many items there are is read from the device: a captured
 graph serves every table that is copied into the same buffer.
@@ -61,9 +61,10 @@ def tiles_for(dtype: torch.dtype, head_dim: int, *, amd: bool, capability: int) 
         return Tiles(block_m=16, block_t=16 if wide else 32, num_warps=4, num_stages=2)
     if amd:  # 64 KiB of local memory
         return Tiles(block_m=64, block_t=16 if wide else 32, num_warps=4, num_stages=2)
-    if capability >= 90:
-        return Tiles(block_m=64, block_t=64, num_warps=4, num_stages=2 if wide else 3)
-    return Tiles(block_m=64, block_t=32 if wide else 64, num_warps=8 if wide else 4, num_stages=2 if wide else 3)
+    if wide:
+        return Tiles(block_m=64, block_t=32, num_warps=8, num_stages=2 if capability < 90 else 3)
+    # with 4 warps, the addresses of the pages spill registers everywhere but on Hopper
+    return Tiles(block_m=64, block_t=64, num_warps=4 if 90 <= capability < 100 else 8, num_stages=3)
 
 
 def launch_on(q_NHE: Tensor) -> Launch:

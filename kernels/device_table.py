@@ -53,7 +53,9 @@ class Capacity:
 
     def grown(self, other: Capacity, rows: int) -> Capacity:
         """Room for both, every size but that of the rows a power of two: it is outgrown rarely."""
-        sizes = [1 << max(mine, theirs, 1).bit_length() for mine, theirs in zip(self._sizes(), other._sizes(), strict=True)]
+        sizes = [
+            1 << max(mine, theirs, 1).bit_length() for mine, theirs in zip(self._sizes(), other._sizes(), strict=True)
+        ]
         items, entries, pages, _, partials, item_rows = sizes
         return Capacity(items=items, entries=entries, pages=pages, rows=rows, partials=partials, item_rows=item_rows)
 
@@ -89,9 +91,9 @@ class DeviceTable:
     def of(table: _core.SegmentTable, device: torch.device) -> DeviceTable:
         """Put a table on a device, in a buffer of its own, without waiting."""
         capacity = Capacity.of(table)
-        packed = np.empty(capacity.length, dtype=np.int32)
-        pack(table, capacity, packed)
-        return DeviceTable.over(upload(packed, device), capacity, table)
+        host = host_buffer(capacity.length, torch.int32, device)
+        pack(table, capacity, host.numpy())
+        return DeviceTable.over(host.to(device, non_blocking=True), capacity, table)
 
     @staticmethod
     def over(buffer: Tensor, capacity: Capacity, table: _core.SegmentTable) -> DeviceTable:
@@ -153,7 +155,11 @@ def pack(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.int32])
 
 def upload(array: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
     """A copy of an array on a device; the host does not wait for it."""
-    host = torch.from_numpy(array)
-    if device.type == "cpu":
-        return host.clone()
-    return host.pin_memory().to(device, non_blocking=True)
+    host = host_buffer(len(array), torch.int32 if array.dtype == np.int32 else torch.int64, device)
+    host.numpy()[:] = array
+    return host.to(device, non_blocking=True)
+
+
+def host_buffer(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of the host that a copy to the device can start from while the host goes on."""
+    return torch.empty(length, dtype=dtype, pin_memory=device.type == "cuda")

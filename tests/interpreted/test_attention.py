@@ -154,7 +154,9 @@ def tokens_of(count: int, seed: int) -> list[int]:
     return torch.randint(0, 50, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def grow(seed: int, page_size: int, *, private: bool = False, order: int = 0, **options: Any) -> tuple[Cache, list[int]]:
+def grow(
+    seed: int, page_size: int, *, private: bool = False, order: int = 0, **options: Any
+) -> tuple[Cache, list[int]]:
     """A random tree of depth 1 to 5 with chunks of any length, forked mid-page or not; its leaves."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -186,7 +188,8 @@ def test_random_trees(seed: int, window: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width"), [(1, 1, 2), (7, 1, 64), (6, 2, 80), (3, 3, 96), (16, 2, 128), (2, 1, 256), (20, 1, 8)]
+    ("heads", "kv_heads", "width"),
+    [(1, 1, 2), (7, 1, 64), (6, 2, 80), (3, 3, 96), (16, 2, 128), (2, 1, 256), (20, 1, 8)],
 )
 def test_heads(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
     cache = Cache(4, kv_heads=kv_heads, width=width, dtype=dtype)
