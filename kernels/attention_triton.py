@@ -58,7 +58,7 @@ def tiles_for(dtype: torch.dtype, head_dim: int, *, amd: bool, capability: int) 
     """The configuration that ships. capability: NVIDIA's, 80 for sm_80; without meaning on AMD."""
     wide = head_dim > 128
     if dtype == torch.float32:  # no matrix unit takes exact products: small tiles, or they spill
-        return Tiles(block_m=16, block_t=16 if wide else 32, num_warps=4, num_stages=2)
+        return Tiles(block_m=16, block_t=16, num_warps=4, num_stages=2)
     if amd:  # 64 KiB of local memory
         return Tiles(block_m=64, block_t=16 if wide else 32, num_warps=4, num_stages=2)
     if wide:

