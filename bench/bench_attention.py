@@ -31,10 +31,11 @@ OWN = 64  # tokens of a branch behind the prefix
 LARGEST_COPY = 8 << 30  # bytes of keys and values that an implementation may gather for itself
 
 SHAPES = (
-    [(branches, prefix) for prefix in (128, 1024, 4096, 32768) for branches in (1, 8, 64, 256)]
+    [(branches, prefix) for prefix in (128, 1536, 4608, 32768) for branches in (1, 8, 64, 256)]
     if GPU
     else [(8, 128), (8, 1024), (64, 1024)]
 )
+"""(branches, tokens of the prefix). Most prefixes end within a segment: the rest of it every branch reads by itself."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,11 +77,11 @@ class Step:
         return torch.einsum("bht,bhte->bhe", z.softmax(-1), v)
 
 
-def ours(step: Step, unit_rows: int) -> Callable[[], Tensor]:
+def ours(step: Step, unit_rows: int, segment: int = SEGMENT[DEVICE.type]) -> Callable[[], Tensor]:
     one = np.ones(step.branches, dtype=np.int32)
     table = segment_table(
         step.pages.cpu().numpy(), np.arange(step.branches, dtype=np.int32), one * (step.length - 1), one,
-        page_size=PAGE, segment=SEGMENT[DEVICE.type], unit_rows=unit_rows,
+        page_size=PAGE, segment=segment, unit_rows=unit_rows,
     )  # fmt: skip
     there = DeviceTable.of(table, DEVICE) if GPU else table
     return lambda: paged_attention(step.q, step.kv[0], step.kv[1], there, scale=WIDTH**-0.5)
@@ -166,6 +167,8 @@ def flashinfer(step: Step, cascade: bool) -> Callable[[], Tensor]:
 
 IMPLEMENTATIONS: dict[str, Callable[[Step], Callable[[], Tensor]]] = {
     "genssd": lambda step: ours(step, UNIT_ROWS // (HEADS // KV_HEADS)),
+    "genssd-segments-of-256": lambda step: ours(step, UNIT_ROWS // (HEADS // KV_HEADS), 256),
+    "genssd-segments-of-512": lambda step: ours(step, UNIT_ROWS // (HEADS // KV_HEADS), 512),
     "genssd-unshared": lambda step: ours(step, 1),
     "eager": eager,
     "sdpa": sdpa,

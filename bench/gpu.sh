@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# For a machine with a GPU: the GPU tests and the benchmarks, in two sets of at most ten minutes each. Rows land in
+# For a machine with a GPU: the GPU tests and the benchmarks, in sets of at most ten minutes each. Rows land in
 # bench/results/gpu-*.json; a part that fails does not stop the others.
 #
-#   bash bench/gpu.sh [RESULTS_DIRECTORY] [head|attention]        both sets, unless one is named
+#   bash bench/gpu.sh [RESULTS_DIRECTORY] [head|attention|tuning]        head and attention, unless one is named
 set -u
 cd "$(dirname "$0")/.."
 results=${1:-bench/results}
@@ -31,6 +31,9 @@ for set in $sets; do
         part 180 python -m pytest -q -m gpu tests/kernels/test_gpu_attention.py tests/engine
         bench 260 bench_attention.py gpu-attention.json
         part 150 python bench/decode_step.py --json "$results/gpu-decode-step.json"
+        ;;
+    tuning)
+        part 590 python bench/sweep_attention.py --json "$results/gpu-sweep-attention.json"
         ;;
     *)
         echo "no set is called $set" >&2

@@ -66,7 +66,7 @@ def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
 def measure(problems: int, branches: int, prefix: int, segment: int, rounds: int) -> dict[str, Any]:
     tree, paths = grow(problems, branches, prefix)
     capacity = Capacity.of(build(tree, paths, segment))
-    capacity = capacity.grown(capacity, rows=len(paths))
+    capacity = capacity.grown(capacity, rows=len(paths), item_rows=UNIT_ROWS // GROUP)
     host = np.empty(4 * capacity.length, dtype=np.int32)
     seconds: dict[str, list[float]] = {"append": [], "table": [], "pack": []}
     for _ in range(rounds):
@@ -80,7 +80,7 @@ def measure(problems: int, branches: int, prefix: int, segment: int, rounds: int
         built = time.perf_counter()
         needed = Capacity.of(table)
         if not capacity.covers(needed):
-            capacity = needed.grown(capacity, rows=len(paths))
+            capacity = needed.grown(capacity, rows=len(paths), item_rows=UNIT_ROWS // GROUP)
         pack(table, capacity, host)
         packed = time.perf_counter()
         for name, took in zip(seconds, (appended - started, built - appended, packed - built), strict=True):

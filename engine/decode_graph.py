@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from genssd.engine.batch import Batch
+from genssd.engine.layout import unit_rows
 from genssd.engine.model import Decoder
 from genssd.kernels.attention import SegmentTable
 from genssd.kernels.device_table import ALIGNED, Capacity, DeviceTable, host_buffer, pack
@@ -43,12 +44,17 @@ class StepLayout:
     tables: Mapping[int, Capacity]
 
     @staticmethod
-    def of(rows: int, tables: Mapping[int, SegmentTable], before: StepLayout | None = None) -> StepLayout:
-        """Room for tables like these, and for all that there was room for before."""
+    def of(
+        rows: int, item_rows: int, tables: Mapping[int, SegmentTable], before: StepLayout | None = None
+    ) -> StepLayout:
+        """Room for tables like these, and for all that there was room for before. item_rows: of an item at most."""
         needed = {window: Capacity.of(table) for window, table in tables.items()}
         known = needed if before is None else before.tables
         return StepLayout(
-            rows=rows, tables={window: size.grown(known[window], rows=rows) for window, size in needed.items()}
+            rows=rows,
+            tables={
+                window: size.grown(known[window], rows=rows, item_rows=item_rows) for window, size in needed.items()
+            },
         )
 
     def covers(self, tables: Mapping[int, SegmentTable]) -> bool:
@@ -127,7 +133,9 @@ class DecodeGraphs:
         assert rows is not None, "more rows than the largest bucket"
         step = self._captured.get(rows)
         if step is None or not step.layout.covers(tables):
-            layout = StepLayout.of(rows, tables, None if step is None else step.layout)
+            c = self._decoder.config
+            item_rows = unit_rows(c.num_attention_heads // c.num_key_value_heads)
+            layout = StepLayout.of(rows, item_rows, tables, None if step is None else step.layout)
             step = self._captured[rows] = self._capture(layout, ids, tables)
         else:
             step.buffer.copy_(self._staged(step.layout, ids, tables), non_blocking=True)

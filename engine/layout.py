@@ -10,6 +10,11 @@ from genssd.engine.tree import BranchTree, Path
 from genssd.kernels.attention import SEGMENT, UNIT_ROWS, SegmentTable, segment_table
 
 
+def unit_rows(group: int) -> int:
+    """Rows that read a segment together at most. group: query heads per kv head."""
+    return max(1, UNIT_ROWS // group)
+
+
 def lay_out(
     tree: BranchTree, paths: Sequence[Path], counts: Sequence[int], *, windows: Collection[int], group: int
 ) -> dict[int, SegmentTable]:
@@ -31,7 +36,7 @@ def lay_out(
             page_size=page_size,
             segment=-(-SEGMENT[device.type] // page_size) * page_size,
             window=window,
-            unit_rows=max(1, UNIT_ROWS // group),
+            unit_rows=unit_rows(group),
         )
         for window in windows
     }

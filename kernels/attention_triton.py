@@ -76,7 +76,8 @@ def launch_on(q_NHE: Tensor) -> Launch:
         amd=torch.version.hip is not None,
         capability=10 * device.major + device.minor,
     )
-    return Launch(programs=2 * device.multi_processor_count, tiles=tiles)
+    # what fits the registers of a multiprocessor at once
+    return Launch(programs=8 // tiles.num_warps * device.multi_processor_count, tiles=tiles)
 
 
 @triton.jit

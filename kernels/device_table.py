@@ -49,14 +49,14 @@ class Capacity:
         )
 
     def covers(self, other: Capacity) -> bool:
-        return all(mine >= theirs for mine, theirs in zip(self._sizes(), other._sizes(), strict=True))
+        pairs = zip(self._growing(), other._growing(), strict=True)
+        fixed = self.rows >= other.rows and self.item_rows >= other.item_rows
+        return fixed and all(mine >= theirs for mine, theirs in pairs)
 
-    def grown(self, other: Capacity, rows: int) -> Capacity:
-        """Room for both, every size but that of the rows a power of two: it is outgrown rarely."""
-        sizes = [
-            1 << max(mine, theirs, 1).bit_length() for mine, theirs in zip(self._sizes(), other._sizes(), strict=True)
-        ]
-        items, entries, pages, _, partials, item_rows = sizes
+    def grown(self, other: Capacity, *, rows: int, item_rows: int) -> Capacity:
+        """Room for both and so many rows, in sizes that are powers of two: it is outgrown rarely."""
+        sizes = (1 << max(a, b, 1).bit_length() for a, b in zip(self._growing(), other._growing(), strict=True))
+        items, entries, pages, partials = sizes
         return Capacity(items=items, entries=entries, pages=pages, rows=rows, partials=partials, item_rows=item_rows)
 
     @property
@@ -72,8 +72,9 @@ class Capacity:
             found.append(found[-1] + -(-size // ALIGNED) * ALIGNED)
         return tuple(found)
 
-    def _sizes(self) -> tuple[int, ...]:
-        return self.items, self.entries, self.pages, self.rows, self.partials, self.item_rows
+    def _growing(self) -> tuple[int, ...]:
+        """What grows with the sequences."""
+        return self.items, self.entries, self.pages, self.partials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

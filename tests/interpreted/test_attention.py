@@ -205,12 +205,13 @@ def test_one_token() -> None:
     assert torch.equal(case.run(), cache.kv[1, cache.tables[0][0], 0].repeat_interleave(2, 0)[None])
 
 
-def test_a_long_prefix_in_long_segments() -> None:
-    cache = Cache(16, kv_heads=1, width=16, num_pages=100)
-    trunk = cache.add(tokens_of(1100, 0))
-    kids = [cache.add(cache.sequences[trunk] + tokens_of(n, n), trunk, 1100) for n in (1, 30)]
-    wide = Tiles(block_m=16, block_t=128, num_warps=4, num_stages=2)
-    case = Case(cache, kids, [1, 2], heads=2, segment=512, unit_rows=8)
+def test_a_prefix_of_32k() -> None:
+    cache = Cache(16, kv_heads=1, width=16, num_pages=2100)
+    trunk = cache.add(tokens_of(32768, 0))
+    kids = [cache.add(cache.sequences[trunk] + tokens_of(n, n), trunk, 32768) for n in (1, 30)]
+    wide = Tiles(block_m=16, block_t=512, num_warps=4, num_stages=2)
+    case = Case(cache, kids, [1, 2], heads=2, segment=1024, unit_rows=8)
+    assert len(case.host_table().items) == 32 + 2
     assert (case.run(tiles=wide).double() - case.attention(torch.float64)).abs().max() < 1e-6
 
 
@@ -339,7 +340,7 @@ def test_a_table_in_a_larger_buffer() -> None:
     cache, leaves = grow(3, 4)
     case = Case(cache, leaves[:3], [1] * 3)
     table, needed = case.host_table(), Capacity.of(case.host_table())
-    capacity = needed.grown(needed, rows=5)
+    capacity = needed.grown(needed, rows=5, item_rows=7)
     packed = np.full(capacity.length, -7, dtype=np.int32)
     pack(table, capacity, packed)
     there = DeviceTable.over(torch.from_numpy(packed), capacity, table)

@@ -114,7 +114,7 @@ def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkey
     tables = lay_out(runner.tree, paths, [1, 1, 1], windows=set(decoder.config.windows), group=2)
     expected = decoder.forward(torch.tensor([5, 6, 7]), Batch.of(tables, CPU), kv)
     written = kv.clone()
-    step = StepLayout.of(4, tables)
+    step = StepLayout.of(4, 64, tables)
     host = np.empty(step.length, dtype=np.int32)
     step.pack([5, 6, 7], tables, host)
     ids_N, batch = step.read(torch.from_numpy(host), tables)

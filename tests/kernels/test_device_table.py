@@ -46,7 +46,7 @@ def test_a_table_is_read_back(rows: int, window: int) -> None:
 
 
 def test_a_buffer_is_filled_again_with_other_tables() -> None:
-    capacity = Capacity.of(table_of(7)).grown(Capacity.of(table_of(3)), rows=8)
+    capacity = Capacity.of(table_of(7)).grown(Capacity.of(table_of(3)), rows=8, item_rows=4)
     host = np.full(capacity.length, -9, dtype=np.int32)
     for rows in (7, 3, 5):
         table = table_of(rows)
@@ -67,7 +67,7 @@ def test_a_table_that_does_not_fit_is_not_written() -> None:
 
 def test_growth_covers_both_and_is_rare() -> None:
     small = Capacity.of(table_of(3))
-    grown = small.grown(small, rows=4)
+    grown = small.grown(small, rows=4, item_rows=4)
     assert grown.covers(small)
     assert not small.covers(grown)
     assert all(not small.covers(dataclasses.replace(small, **{name: 10**6})) for name in small.__slots__)
@@ -75,7 +75,7 @@ def test_growth_covers_both_and_is_rare() -> None:
     for rows in range(3, 200):
         needed = Capacity.of(table_of(rows))
         if not capacity.covers(dataclasses.replace(needed, rows=0)):
-            capacity = needed.grown(capacity, rows=rows)
+            capacity = needed.grown(capacity, rows=rows, item_rows=4)
         assert capacity.covers(dataclasses.replace(needed, rows=0))
         sizes.add(capacity.partials)
     assert len(sizes) < 10

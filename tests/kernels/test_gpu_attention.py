@@ -172,7 +172,7 @@ def test_a_captured_graph_reads_the_next_table() -> None:
     tables = [branches.table(which) for which in ([0, 1, 2, 3], [7, 2, 5], [4])]
     capacity = Capacity.of(tables[0])
     for table in tables:
-        capacity = capacity.grown(Capacity.of(table), rows=4)
+        capacity = capacity.grown(Capacity.of(table), rows=4, item_rows=16)
     host = host_buffer(capacity.length, torch.int32, torch.device("cuda"))
     pack(tables[0], capacity, host.numpy())
     there = DeviceTable.over(host.cuda(), capacity, tables[0])
