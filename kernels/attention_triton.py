@@ -110,7 +110,7 @@ def _item_kernel(
         row = tl.load(entry, mask=taken, other=0)
         # of the segment's tokens the last that a vector sees, and the one before its first
         last = tl.where(taken, tl.load(position + row, mask=taken, other=0) - first, -1)
-        before = tl.where(taken, last - window, BLOCK_T * 65536) if WINDOW else tl.full([BLOCK_M], -1, tl.int32)
+        before = tl.where(taken, last - window, 1 << 30) if WINDOW else tl.full([BLOCK_M], -1, tl.int32)
         low, high = tl.maximum(tl.min(before, 0) + 1, 0), tl.minimum(tl.load(item + 2), tl.max(last, 0) + 1)
         head = kv_head * GROUP + vector % GROUP
         of_q = taken[:, None] if E == BLOCK_E else taken[:, None] & (e[None, :] < E)

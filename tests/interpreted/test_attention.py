@@ -26,9 +26,12 @@ CPU = torch.device("cpu")
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory is NaN, so that reading it shows."""
     empty = torch.empty
-    monkeypatch.setattr(
-        attention_triton.torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan)
-    )
+
+    def poisoned(*size: Any, **options: Any) -> Tensor:
+        tensor = empty(*size, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(-(1 << 30))
+
+    monkeypatch.setattr(attention_triton.torch, "empty", poisoned)
 
 
 @dataclass(slots=True)
@@ -257,6 +260,19 @@ def test_what_is_not_finite_is_seen_and_stays_with_its_sequence() -> None:
         cache.kv[part, own, offset] = kept
         assert bool(broken[2].isnan().all())
         assert torch.equal(broken[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+def test_what_no_row_sees_is_not_read() -> None:
+    """Neither before the window of all rows, in a tile of which they see a part, nor behind the last."""
+    cache = Cache(4)
+    cache.add(tokens_of(40, 0))
+    case = Case(cache, [0], [2], window=13)
+    clean = case.run()
+    for position in range(39 - 13):
+        cache.kv[:, cache.tables[0][position // 4], position % 4] = torch.nan
+    assert torch.equal(case.run(), clean)
+    cache.kv[:, cache.tables[0][(39 - 13) // 4], (39 - 13) % 4] = torch.nan
+    assert bool(case.run()[0].isnan().all())
 
 
 @pytest.mark.parametrize("window", [0, 30])
