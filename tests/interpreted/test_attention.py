@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genssd.kernels import attention_triton
-from genssd.kernels.attention import SegmentTable, segment_table
+from genssd.kernels.attention import SegmentTable, paged_attention_reference, segment_table
 from genssd.kernels.attention_triton import Launch, Tiles, attend_rows
 from genssd.kernels.device_table import Capacity, DeviceTable, pack
 
@@ -387,3 +387,11 @@ def test_no_rows() -> None:
     none = DeviceTable.of(cache.table([], [], segment=16, window=0, unit_rows=4), CPU)
     launch = Launch(programs=3, tiles=SMALL, interpret=True)
     assert attend_rows(torch.empty(0, 4, 16), *cache.kv, none, 1.0, None, None, launch=launch).shape == (0, 4, 16)
+
+
+def test_sinks_of_other_heads_are_refused() -> None:
+    cache = Cache(4)
+    cache.add([1])
+    case = Case(cache, [0], [1])
+    with pytest.raises(ValueError, match=r"sinks must be \[4\], not \[3\]"):
+        paged_attention_reference(case.queries(), *cache.kv, case.host_table(), scale=1.0, sinks_H=torch.zeros(3))

@@ -6,6 +6,7 @@ No GPU means no CUDA tensor: the kernels are put in the place of the operators t
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from toys import Pair, edit_json, save_checkpoint
 from genssd.engine import layout, model
 from genssd.engine.batch import Batch
 from genssd.engine.chunk import Chunk
-from genssd.engine.decode_graph import StepLayout
+from genssd.engine.decode_graph import DecodeGraphs, StepLayout, _Captured
 from genssd.engine.layout import lay_out
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
@@ -100,13 +101,19 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
     assert max(len(selection.best.token_ids) for selection in found["triton"]) > 4
 
 
+def load(directory: Path, decoder: Decoder) -> ModelRunner:
+    pool = PagePool.for_model(decoder, 80, 4)
+    pool.kv.fill_(torch.nan)  # whatever is read without having been written shows
+    return ModelRunner("teacher", directory, decoder, pool)
+
+
 @torch.inference_mode()
 def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a captured step computes, without the capture."""
     put_in_place("triton", monkeypatch)
     save_checkpoint(tmp_path, "qwen2", **WINDOWED)
     decoder = Decoder.load(tmp_path, torch.float32, CPU)
-    runner = ModelRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 60, 4))
+    runner = load(tmp_path, decoder)
     trunk = runner.tree.root()
     runner.extend([trunk], [list(range(30))])
     paths = [trunk, *(runner.tree.fork(trunk) for _ in range(2))]
@@ -120,5 +127,51 @@ def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkey
     ids_N, batch = step.read(torch.from_numpy(host), tables)
     found = decoder.forward(ids_N, batch, kv)
     torch.testing.assert_close(found[:3], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(kv, written, atol=1e-5, rtol=0)
+    torch.testing.assert_close(kv, written, atol=1e-5, rtol=0, equal_nan=True)
     assert bool(found[3].isfinite().all())
+
+
+class Replay:
+    """In the place of a captured graph: does again what it did."""
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self.replay = step
+
+
+@torch.inference_mode()
+def test_steps_that_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner over replayed steps, in changing numbers of branches and over growing tables, equals the eager one."""
+    put_in_place("triton", monkeypatch)
+    save_checkpoint(tmp_path, "qwen2", **WINDOWED)
+    decoder = Decoder.load(tmp_path, torch.float32, CPU)
+    captures: list[int] = []
+
+    def capture(
+        self: DecodeGraphs, layout: StepLayout, ids: Sequence[int], tables: Mapping[int, SegmentTable]
+    ) -> _Captured:
+        captures.append(layout.rows)
+        buffer = self._staged(layout, ids, tables)
+        ids_N, batch = layout.read(buffer, tables)
+        hidden_ND = torch.full((layout.rows, decoder.config.hidden_size), torch.nan)
+        replay: Any = Replay(lambda: hidden_ND.copy_(decoder.forward(ids_N, batch, self._kv)))
+        return _Captured(layout, buffer, replay, hidden_ND)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+
+    def decode(replayed: bool) -> list[Tensor]:
+        runner = load(tmp_path, decoder)
+        runner._graphs = DecodeGraphs(decoder, runner.tree.pool.kv) if replayed else None
+        trunk = runner.tree.root()
+        found = runner.extend([trunk], [list(range(14))])
+        paths = [trunk, *(runner.tree.fork(trunk) for _ in range(2))]
+        for step in range(8):
+            found += runner.extend(paths, [[7 * i + step] for i in range(3)])
+        found += runner.extend(paths[:2], [[1], [2, 3]])  # no step of single tokens
+        return found + runner.extend(paths[1:2], [[4]])
+
+    eager, replayed = decode(False), decode(True)
+    torch.testing.assert_close(replayed, eager, atol=1e-5, rtol=1e-5)
+    assert captures.count(1) == 1
+    assert 2 <= captures.count(4) <= 4  # the tables outgrew the first, and not at every step
+    assert len(captures) == captures.count(1) + captures.count(4)
