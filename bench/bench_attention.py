@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from bench_head import peer
@@ -78,9 +77,9 @@ class Step:
 
 
 def ours(step: Step, unit_rows: int, segment: int = SEGMENT[DEVICE.type]) -> Callable[[], Tensor]:
-    one = np.ones(step.branches, dtype=np.int32)
+    one = torch.ones(step.branches, dtype=torch.int32)
     table = segment_table(
-        step.pages.cpu().numpy(), np.arange(step.branches, dtype=np.int32), one * (step.length - 1), one,
+        step.pages.cpu(), torch.arange(step.branches, dtype=torch.int32), one * (step.length - 1), one,
         page_size=PAGE, segment=segment, unit_rows=unit_rows,
     )  # fmt: skip
     there = DeviceTable.of(table, DEVICE) if GPU else table

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from roofs import best_seconds, measure_roofs
 
@@ -33,11 +32,11 @@ BLOCKS_M, BLOCKS_T, WARPS, STAGES, PER_SM = (16, 32, 64, 128), (32, 64, 128), (4
 def table_of(branches: int, prefix: int, rows: int) -> tuple[DeviceTable, int]:
     """And how many pages it reads."""
     shared, own = prefix // PAGE, -(-max(OWN, rows) // PAGE)
-    private = shared + np.arange(branches * own, dtype=np.int32).reshape(branches, own)
-    pages = np.concatenate((np.tile(np.arange(shared, dtype=np.int32), (branches, 1)), private), 1)
-    one = np.ones(branches, dtype=np.int32)
+    common = torch.arange(shared, dtype=torch.int32).expand(branches, -1)
+    pages = torch.cat((common, shared + torch.arange(branches * own, dtype=torch.int32).view(branches, own)), 1)
+    one = torch.ones(branches, dtype=torch.int32)
     table = segment_table(
-        pages, np.arange(branches, dtype=np.int32), one * (prefix + own * PAGE - rows), one * rows,
+        pages, torch.arange(branches, dtype=torch.int32), one * (prefix + own * PAGE - rows), one * rows,
         page_size=PAGE, segment=SEGMENT["cuda"], unit_rows=UNIT_ROWS // (HEADS // KV_HEADS),
     )  # fmt: skip
     return DeviceTable.of(table, torch.device("cuda")), shared + branches * own

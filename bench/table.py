@@ -51,12 +51,10 @@ def grow(problems: int, branches: int, prefix: int) -> tuple[BranchTree, list[Pa
 
 def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
     """Of the last token of every path, as engine.layout builds it."""
-    count = len(paths)
+    numbers = [[path.leaf.table for path in paths], [path.length - 1 for path in paths], [1] * len(paths)]
     return segment_table(
-        tree.tables.rows,
-        np.array([path.leaf.table for path in paths], dtype=np.int32),
-        np.array([path.length - 1 for path in paths], dtype=np.int32),
-        np.ones(count, dtype=np.int32),
+        torch.from_numpy(tree.tables.rows),
+        *torch.tensor(numbers, dtype=torch.int32),
         page_size=PAGE,
         segment=segment,
         unit_rows=UNIT_ROWS // GROUP,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
+import torch
 
 from genssd.engine.tree import BranchTree, Path
 from genssd.kernels.attention import SEGMENT, UNIT_ROWS, SegmentTable, segment_table
@@ -27,12 +27,12 @@ def lay_out(
         first.append(path.length)
         tree.append(path, count)
     device, page_size = tree.pool.kv.device, tree.pool.page_size
+    held = torch.from_numpy(tree.tables.rows)
+    numbers = torch.tensor([[path.leaf.table for path in paths], first, counts], dtype=torch.int32)
     return {
         window: segment_table(
-            tree.tables.rows,
-            np.array([path.leaf.table for path in paths], dtype=np.int32),
-            np.array(first, dtype=np.int32),
-            np.array(counts, dtype=np.int32),
+            held,
+            *numbers,
             page_size=page_size,
             segment=-(-SEGMENT[device.type] // page_size) * page_size,
             window=window,

@@ -18,9 +18,7 @@ Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head di
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from genssd import _core
@@ -42,10 +40,10 @@ UNIT_ROWS = 64
 
 
 def segment_table(
-    tables: NDArray[np.int32],
-    table_B: NDArray[np.int32],
-    first_B: NDArray[np.int32],
-    rows_B: NDArray[np.int32],
+    tables: Tensor,
+    table_B: Tensor,
+    first_B: Tensor,
+    rows_B: Tensor,
     *,
     page_size: int,
     segment: int,
@@ -54,11 +52,11 @@ def segment_table(
 ) -> SegmentTable:
     """The table of a batch of sequences. Rows are numbered sequence by sequence.
 
-    tables: int32 [tables, width], pages in the order of positions (beyond a sequence's end anything); table_B: which of
-    them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up to the last row's
-    position are in the cache when the table is used. window: a row sees at most so many positions, its own included;
-    0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises ValueError on a sequence
-    whose pages are not in its table, and unless segment is a multiple of page_size.
+    All int32, on the CPU. tables: [tables, width], pages in the order of positions (beyond a sequence's end anything).
+    table_B: which of them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up
+    to the last row's position are in the cache when the table is used. window: a row sees at most so many positions,
+    its own included; 0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises
+    ValueError on a sequence whose pages are not in its table, and unless segment is a multiple of page_size.
     """
     return _core.segment_table(tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows)
 
@@ -121,7 +119,7 @@ def paged_attention_reference(
 ) -> Tensor:
     """The same in plain torch, item by item; float64 stays float64."""
     _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
-    H, E = q_NHE.shape[1:]
+    _, H, E = q_NHE.shape
     device, G = q_NHE.device, k_pages_PSGE.shape[2]
     wide = torch.promote_types(q_NHE.dtype, torch.float32)
     partials = int(table.row_partial[-1])

@@ -11,11 +11,11 @@ from genssd.kernels.attention import SegmentTable, segment_table
 
 
 def tables_of(rows: int, first: int = 20) -> dict[int, SegmentTable]:
-    pages = np.arange(rows * 16, dtype=np.int32).reshape(rows, 16)
-    one = np.ones(rows, dtype=np.int32)
+    pages = torch.arange(rows * 16, dtype=torch.int32).view(rows, 16)
+    one = torch.ones(rows, dtype=torch.int32)
     return {
         window: segment_table(
-            pages, np.arange(rows, dtype=np.int32), one * first, one, page_size=4, segment=8, window=window
+            pages, torch.arange(rows, dtype=torch.int32), one * first, one, page_size=4, segment=8, window=window
         )
         for window in (0, 9)
     }

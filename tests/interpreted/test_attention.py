@@ -86,8 +86,9 @@ class Cache:
         first = [len(self.sequences[i]) - n for i, n in zip(which, rows, strict=True)]
         order, starts, counts = (np.array(x, dtype=np.int32) for x in (which, first, rows))
         return segment_table(
-            pages, order, starts, counts, page_size=self.page_size, segment=segment, window=window, unit_rows=unit_rows
-        )
+            *map(torch.from_numpy, (pages, order, starts, counts)), page_size=self.page_size, segment=segment,
+            window=window, unit_rows=unit_rows,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ def table_of(rows: int, window: int = 0, first: int = 20) -> SegmentTable:
     pages[1::2, :4] = pages[::2, :4][: rows // 2]
     starts = np.arange(rows, dtype=np.int32) % 5 + first
     return segment_table(
-        pages, np.arange(rows, dtype=np.int32), starts, np.ones(rows, dtype=np.int32), page_size=4, segment=8,
-        window=window, unit_rows=4,
+        *map(torch.from_numpy, (pages, np.arange(rows, dtype=np.int32), starts, np.ones(rows, dtype=np.int32))),
+        page_size=4, segment=8, window=window, unit_rows=4,
     )  # fmt: skip
 
 

@@ -61,8 +61,8 @@ class Branches:
         chosen = np.arange(len(self.lengths), dtype=np.int32) if which is None else np.array(which, dtype=np.int32)
         last = np.array(self.lengths, dtype=np.int32)[chosen] - 1
         return segment_table(
-            self.tables, chosen, last, np.ones_like(last), page_size=PAGE, segment=SEGMENT["cuda"], window=window,
-            unit_rows=unit_rows,
+            *map(torch.from_numpy, (self.tables, chosen, last, np.ones_like(last))), page_size=PAGE,
+            segment=SEGMENT["cuda"], window=window, unit_rows=unit_rows,
         )  # fmt: skip
 
     def run(self, which: list[int] | None = None, *, unit_rows: int = 16, window: int = 0) -> Tensor:
@@ -119,11 +119,9 @@ def test_windows_caps_and_sinks(window: int, dtype: torch.dtype) -> None:
 def test_extending_equals_the_reference() -> None:
     """Many rows of few sequences, as in prefill."""
     q, kv = normal(700, 16, 128, dtype=torch.bfloat16), normal(2, 128, PAGE, 4, 128, dtype=torch.bfloat16)
-    tables = np.arange(128, dtype=np.int32).reshape(2, 64)
-    table = segment_table(
-        tables, np.array([0, 1], dtype=np.int32), np.array([324, 0], dtype=np.int32),
-        np.array([500, 200], dtype=np.int32), page_size=PAGE, segment=256, unit_rows=16,
-    )  # fmt: skip
+    tables = torch.arange(128, dtype=torch.int32).view(2, 64)
+    rows = torch.tensor([[0, 1], [324, 0], [500, 200]], dtype=torch.int32)
+    table = segment_table(tables, *rows, page_size=PAGE, segment=256, unit_rows=16)
     exact = paged_attention_reference(q.double(), *kv.double(), table, scale=128**-0.5)
     assert_close(paged_attention(q, *kv, table, scale=128**-0.5), exact)
 
@@ -157,7 +155,7 @@ def test_pages_beyond_two_to_the_31_entries() -> None:
     last = 65536 + 7
     kv[:, last] = normal(2, PAGE, 16, 128, dtype=torch.bfloat16)
     q = normal(1, 16, 128, dtype=torch.bfloat16)
-    one = np.ones(1, dtype=np.int32)
+    one = torch.ones(1, dtype=torch.int32)
     table = segment_table(one[None] * last, one * 0, one * (PAGE - 1), one, page_size=PAGE, segment=1024, unit_rows=64)
     z = torch.einsum("nhe,the->ht", q.double(), kv[0, last].double()) * 128**-0.5
     assert_close(
