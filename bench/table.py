@@ -54,7 +54,7 @@ def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
     numbers = [[path.leaf.table for path in paths], [path.length - 1 for path in paths], [1] * len(paths)]
     return segment_table(
         torch.from_numpy(tree.tables.rows),
-        *torch.tensor(numbers, dtype=torch.int32),
+        *torch.from_numpy(np.array(numbers, dtype=np.int32)),
         page_size=PAGE,
         segment=segment,
         unit_rows=UNIT_ROWS // GROUP,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 
 from genssd.engine.tree import BranchTree, Path
@@ -28,7 +29,8 @@ def lay_out(
         tree.append(path, count)
     device, page_size = tree.pool.kv.device, tree.pool.page_size
     held = torch.from_numpy(tree.tables.rows)
-    numbers = torch.tensor([[path.leaf.table for path in paths], first, counts], dtype=torch.int32)
+    # by way of numpy, which reads lists three times as fast
+    numbers = torch.from_numpy(np.array([[path.leaf.table for path in paths], first, counts], dtype=np.int32))
     return {
         window: segment_table(
             held,
