@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU, of at most ten minutes: the GPU tests, what memory the operators take, a sweep
-# of configurations, the benchmarks. Rows land in bench/results/gpu-*.json; a part that fails does not stop the others.
+# For a machine with a GPU: the GPU tests and the benchmarks, in sets of at most ten minutes each. Rows land in
+# bench/results/gpu-*.json; a part that fails does not stop the others.
 #
-#   bash bench/gpu.sh [RESULTS_DIRECTORY]
+#   bash bench/gpu.sh [RESULTS_DIRECTORY] [head|attention|tuning]        head and attention, unless one is named
 set -u
 cd "$(dirname "$0")/.."
 results=${1:-bench/results}
+sets=${2:-head attention}
 mkdir -p "$results"
 failed=0
 part() {
@@ -14,11 +15,31 @@ part() {
     echo "== $*"
     timeout "$seconds" "$@" || { echo "== failed or out of time ($?): $*"; failed=1; }
 }
-part 150 python -m pytest -q -m gpu tests/kernels
-part 45 python bench/memory.py --width 1024 --json "$results/gpu-memory.json"
-part 120 python bench/sweep.py --json "$results/gpu-sweep.json"
-part 240 python -m pytest -q bench -o python_files=bench_head.py --benchmark-columns=median,iqr,rounds \
-    --benchmark-json="$results/gpu-kernels.json"
-part 45 python -m pytest -q bench -o python_files=bench_forward.py --benchmark-columns=median,iqr,rounds \
-    --benchmark-json="$results/gpu-forward.json"
+bench() {
+    part "$1" python -m pytest -q bench -o python_files="$2" --benchmark-columns=median,iqr,rounds \
+        --benchmark-json="$results/$3"
+}
+for set in $sets; do
+    case $set in
+    head)
+        part 150 python -m pytest -q -m gpu tests/kernels --ignore=tests/kernels/test_gpu_attention.py
+        part 45 python bench/memory.py --width 1024 --json "$results/gpu-memory.json"
+        part 120 python bench/sweep.py --json "$results/gpu-sweep.json"
+        bench 240 bench_head.py gpu-kernels.json
+        bench 45 bench_forward.py gpu-forward.json
+        ;;
+    attention)
+        part 180 python -m pytest -q -m gpu tests/kernels/test_gpu_attention.py tests/engine
+        bench 260 bench_attention.py gpu-attention.json
+        part 150 python bench/decode_step.py --json "$results/gpu-decode-step.json"
+        ;;
+    tuning)
+        part 590 python bench/sweep_attention.py --json "$results/gpu-sweep-attention.json"
+        ;;
+    *)
+        echo "no set is called $set" >&2
+        failed=1
+        ;;
+    esac
+done
 exit $failed

@@ -8,15 +8,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from genssd.kernels.attention import SegmentTable
+from genssd.kernels.device_table import DeviceTable, upload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """position: int32 [N]. slot: int64 [N], page * page_size + offset. tables: by the window of a layer."""
+    """position: int32 [N]. slot: int64 [N], page * page_size + offset. tables: by the window of a layer; on a CUDA
+    device they are there already, once for all layers."""
 
     position_N: Tensor
     slot_N: Tensor
-    tables: Mapping[int, SegmentTable]
+    tables: Mapping[int, SegmentTable | DeviceTable]
+
+    @staticmethod
+    def of(tables: Mapping[int, SegmentTable], device: torch.device) -> Batch:
+        """Of the rows of one batch. Does not wait for the device."""
+        some = next(iter(tables.values()))  # where rows stand and lie is the same in all
+        if device.type != "cuda":
+            position, slot = upload(some.position, device), upload(some.slot, device)
+            return Batch(position_N=position, slot_N=slot, tables=tables)
+        there = {window: DeviceTable.of(table, device) for window, table in tables.items()}
+        position = next(iter(there.values())).position
+        return Batch(position_N=position, slot_N=upload(some.slot, device), tables=there)

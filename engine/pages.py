@@ -5,12 +5,14 @@ Shapes:  L layers   P pages   S page size   G kv heads   E head dim
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from genssd.engine.errors import CapacityError
 from genssd.engine.model import Decoder
 from genssd.kernels.cache import copy_pages
+from genssd.kernels.device_table import upload
 
 PAGE_SIZE = 16  # tokens
 
@@ -64,8 +66,8 @@ class PagePool:
 
     def copy(self, source: int, destination: int) -> None:
         """Copy one page, keys and values of all layers."""
-        device = self.kv.device
-        copy_pages(self.kv, torch.tensor([source], device=device), torch.tensor([destination], device=device))
+        pages = upload(np.array([source, destination]), self.kv.device)
+        copy_pages(self.kv, pages[:1], pages[1:])
 
 
 def pages_within(budget_bytes: int, decoders: list[Decoder], page_size: int = PAGE_SIZE) -> int:

@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from genssd.engine.batch import Batch
+from genssd.engine.decode_graph import DecodeGraphs, bucket_for
 from genssd.engine.layout import lay_out
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
 from genssd.engine.tree import BranchTree, Path
+from genssd.kernels.device_table import upload
 
 Role = Literal["teacher", "student"]
 
@@ -30,6 +34,7 @@ class ModelRunner:
         self.directory = directory
         self.decoder = decoder
         self.tree = BranchTree(pool)
+        self._graphs = DecodeGraphs(decoder, pool.kv) if pool.kv.is_cuda else None
 
     def extend(self, paths: Sequence[Path], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
         """Append tokens to each of the distinct paths; return their hidden states, [len(tokens[i]), D] each.
@@ -62,16 +67,19 @@ class ModelRunner:
     def _forward(
         self, paths: Sequence[Path], batch: list[tuple[int, Sequence[int]]], hidden: list[list[Tensor]]
     ) -> None:
-        c = self.decoder.config
+        c, kv = self.decoder.config, self.tree.pool.kv
         counts = [len(piece) for _, piece in batch]
-        where = lay_out(
+        tables = lay_out(
             self.tree,
             [paths[i] for i, _ in batch],
             counts,
             windows=set(c.windows),
             group=c.num_attention_heads // c.num_key_value_heads,
         )
-        ids = torch.tensor([token for _, piece in batch for token in piece], device=self.decoder.embedding.device)
-        out_ND = self.decoder.forward(ids, where, self.tree.pool.kv)
+        ids = [token for _, piece in batch for token in piece]
+        if self._graphs is not None and max(counts) == 1 and bucket_for(len(ids)) is not None:
+            out_ND = self._graphs.forward(ids, tables)
+        else:
+            out_ND = self.decoder.forward(upload(np.array(ids), kv.device), Batch.of(tables, kv.device), kv)
         for (i, _), part in zip(batch, torch.split(out_ND, counts), strict=True):
             hidden[i].append(part)

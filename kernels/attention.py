@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from genssd import _core
+from genssd.kernels.device_table import DeviceTable
+from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import takes
 
 SegmentTable = _core.SegmentTable
@@ -63,7 +65,7 @@ def paged_attention(
     q_NHE: Tensor,
     k_pages_PSGE: Tensor,
     v_pages_PSGE: Tensor,
-    table: SegmentTable,
+    table: SegmentTable | DeviceTable,
     *,
     scale: float,
     softcap: float | None = None,
@@ -71,11 +73,28 @@ def paged_attention(
 ) -> Tensor:
     """Return the attention output [N, H, E] in the dtype of q.
 
-    A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is given. sinks_H: float32, a score per
-    head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros. On the CPU
-    (float32, bfloat16, float16) the native kernel computes in float32.
-    Raises ValueError on shapes or dtypes that do not agree and on a table that points outside the cache.
+    A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is given. sinks_H: float32, a score of
+    each head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros. On the
+    CPU (float32, bfloat16, float16) the native kernel computes in float32. On a CUDA device a table that is there
+    already saves its way; and there a value that is not finite makes every row of its item NaN, which are all rows of
+    sequences that hold it.
+    Raises ValueError on shapes or dtypes that do not agree, on a table that points outside the cache or lies where it
+    is not read, and where a gradient is asked for and a Triton kernel runs.
     """
+    if q_NHE.is_cuda and q_NHE.dtype != torch.float64:
+        # imported here, because Triton need not be installed where there is no GPU
+        from genssd.kernels.attention_triton import attend_rows, launch_on
+
+        refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
+        _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
+        there = table if isinstance(table, DeviceTable) else DeviceTable.of(table, q_NHE.device)
+        launch = launch_on(q_NHE)
+        return attend_rows(q_NHE, k_pages_PSGE, v_pages_PSGE, there, scale, softcap, sinks_H, launch=launch)
+    if isinstance(table, DeviceTable):
+        raise ValueError(
+            f"paged_attention: a device table serves Triton's kernels alone; {q_NHE.dtype} on {q_NHE.device} takes the "
+            "segment table itself"
+        )
     if takes(q_NHE, k_pages_PSGE, v_pages_PSGE):
         out = torch.empty_like(q_NHE, memory_format=torch.contiguous_format)
         _core.paged_attention(
@@ -99,7 +118,7 @@ def paged_attention_reference(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch, item by item; float64 stays float64."""
-    _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table)
+    _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
     _, H, E = q_NHE.shape
     device, G = q_NHE.device, k_pages_PSGE.shape[2]
     wide = torch.promote_types(q_NHE.dtype, torch.float32)
@@ -151,7 +170,13 @@ def _merge(peak: Tensor, total: Tensor, values: Tensor, table: SegmentTable, sin
     return torch.where(t_NH[..., None] == 0, 0, o_NHE / t_NH[..., None])
 
 
-def _check(q_NHE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, table: SegmentTable) -> None:
+def _check(
+    q_NHE: Tensor,
+    k_pages_PSGE: Tensor,
+    v_pages_PSGE: Tensor,
+    table: SegmentTable | DeviceTable,
+    sinks_H: Tensor | None,
+) -> None:
     pages = k_pages_PSGE.shape
     if q_NHE.shape[0] != table.num_rows or q_NHE.shape[2] != pages[3] or q_NHE.shape[1] % max(1, pages[2]):
         raise ValueError(
@@ -165,3 +190,5 @@ def _check(q_NHE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, table: Seg
         )
     if not q_NHE.dtype == k_pages_PSGE.dtype == v_pages_PSGE.dtype:
         raise ValueError("paged_attention: q, k_pages and v_pages must have one dtype")
+    if sinks_H is not None and sinks_H.shape != (q_NHE.shape[1],):
+        raise ValueError(f"paged_attention: sinks must be [{q_NHE.shape[1]}], not {list(sinks_H.shape)}")

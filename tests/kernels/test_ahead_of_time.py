@@ -23,6 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from genssd.kernels import (  # noqa: E402
     activation_triton,
     attention_mass_triton,
+    attention_triton,
     cache_triton,
     divergence_triton,
     head_triton,
@@ -260,3 +261,55 @@ def test_sums_over_steps(target: Target, tmp_path: Path) -> None:
     types = types_of(paid="*fp32", order="*i32", step_start="*i32", mass="*fp32")
     constants = {"BLOCK_R": 32, "BLOCK_W": 64}
     machine_code(compile_for(target, attention_mass_triton._sum_steps_kernel, types, constants), target, tmp_path)
+
+
+def compile_attention(target: Target, dtype: str, width: int, extras: bool) -> Any:
+    """The kernel over items as it ships. extras: a window and a cap on the scores."""
+    tiles = attention_triton.tiles_for(DTYPES[dtype], width, amd=target.backend == "hip", capability=target.capability)
+    pointers = {
+        **dict.fromkeys(("q", "k_pages", "v_pages"), f"*{dtype}"),
+        **dict.fromkeys(("header", "items", "entries", "pages", "position"), "*i32"),
+        **dict.fromkeys(("peaks", "totals", "values"), "*fp32"),
+    }
+    constants = {
+        "S": 16, "E": width, "GROUP": 4, "BLOCK_M": tiles.block_m, "BLOCK_T": tiles.block_t,
+        "BLOCK_E": int(triton.next_power_of_2(width)), "WINDOW": extras, "SOFTCAP": extras, "INTERPRET": False,
+    }  # fmt: skip
+    types = {**types_of(**pointers), "strips": "i32", "window": "i32", "scale": "fp32"}
+    return compile_for(
+        target, attention_triton._item_kernel, types, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+    )
+
+
+ATTENTION = [
+    *((dtype, width, True) for dtype in ("bf16", "fp32") for width in (64, 128, 256)),
+    ("bf16", 128, False),
+    ("fp16", 128, True),
+]
+ON_HOPPER = [("bf16", 80, True), ("bf16", 96, True), ("fp16", 64, False), ("fp16", 256, False), ("fp32", 80, True)]
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "width", "extras"),
+    [pytest.param(*target.values, *case, id=f"{target.id}-{case[0]}-{case[1]}-{'extras' if case[2] else 'plain'}")
+     for target in TARGETS for case in (ATTENTION + ON_HOPPER if target.id == "sm_90" else ATTENTION)],
+)  # fmt: skip
+def test_attention_over_items(target: Target, dtype: str, width: int, extras: bool, tmp_path: Path) -> None:
+    compiled = compile_attention(target, dtype, width, extras)
+    assert compiled.metadata.shared <= target.shared_bytes
+    code = machine_code(compiled, target, tmp_path)
+    assert re.search(target.asynchronous, code)
+    assert re.search(target.wide, code)  # of queries
+    if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
+        assert re.search(target.matrix, code)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+def test_merging_attention(target: Target, width: int, tmp_path: Path) -> None:
+    block, num_warps = attention_triton.merge_tiling(width)
+    pointers = {**dict.fromkeys(("peaks", "totals", "values", "sinks"), "*fp32"), "row_partial": "*i32", "out": "*bf16"}
+    constants = {"E": width, "HEADS": attention_triton.HEADS, "BLOCK_E": block, "SINKS": True}
+    compiled = compile_for(target, attention_triton._merge_kernel, types_of(**pointers), constants, num_warps=num_warps)
+    assert compiled.metadata.shared <= target.shared_bytes
+    assert re.search(target.wide, machine_code(compiled, target, tmp_path))
