@@ -73,7 +73,7 @@ def test_a_trajectory_alone_has_the_bits_of_one_among_64(engine: Callable[[], En
 
 def test_a_score_alone_has_the_bits_of_one_among_64(engine: Callable[[], Engine]) -> None:
     given = prompts(64)
-    responses = [tail[::-1] + [3, 1, 4] for tail in given]
+    responses = [[*tail[::-1], 3, 1, 4] for tail in given]
     ours = engine()
     together = ours.score(given, responses)
     for index in (0, 5, 33, 63):
