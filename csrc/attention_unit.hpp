@@ -47,31 +47,101 @@ INLINE void finish(const Attention& t, State state, T* out) {
   }
 }
 
+// One segment of one kv head: where its tokens lie, and its keys with tokens side by side, so that a vector holds the
+// scores of several tokens.
+template <typename T>
+struct Keys {
+  std::int64_t* offset;  // [tokens]: of a token's key or value from the first page's
+  float* columns;        // [lanes of a key, stride]
+
+  INLINE static std::int64_t stride(const Attention& t) { return (t.segment + kLanes - 1) / kLanes * kLanes; }
+  INLINE static std::int64_t lanes(const Attention& t) {
+    return (t.width + Products<T>::kPerLane - 1) / Products<T>::kPerLane;
+  }
+  // Floats of memory: rows of whole vectors are written, and offsets are two floats each.
+  INLINE static std::int64_t size(const Attention& t) {
+    return stride(t) * ((lanes(t) + kLanes - 1) / kLanes * kLanes + 2);
+  }
+
+  Keys(const Attention& t, const Item& item, std::int64_t kv_head, float* memory)
+      : offset(reinterpret_cast<std::int64_t*>(memory)), columns(memory + 2 * stride(t)) {
+    std::int64_t token = 0;
+    for (std::int64_t page = item.page; token < item.tokens; ++page)
+      for (std::int64_t slot = t.pages[page] * t.page_size, i = 0; i < t.page_size && token < item.tokens; ++i)
+        offset[token++] = ((slot + i) * t.kv_heads + kv_head) * t.width;
+    const T* keys = static_cast<const T*>(t.k_pages);
+    for (std::int64_t first = 0; first < item.tokens; first += kLanes)
+      for (std::int64_t lane = 0; lane < lanes(t); lane += kLanes) {
+        F block[kLanes];
+        for (std::int64_t i = 0; i < kLanes; ++i)
+          block[i] = Products<T>::lanes(keys + offset[least(first + i, item.tokens - 1)], lane, t.width);
+        transpose(block);
+        for (std::int64_t i = 0; i < kLanes; ++i) store(columns + (lane + i) * stride(t) + first, block[i]);
+      }
+  }
+};
+
 // Up to kTileRows query vectors against one segment.
 template <typename T>
 struct Strip {
   const Attention& t;
   const Item& item;
-  std::int64_t kv_head;
+  const Keys<T>& keys;
   std::int64_t rows = 0;
   std::int64_t low[kTileRows], high[kTileRows];  // the tokens that each sees, counted from the segment's first
   float* values[kTileRows];
   T* queries;     // [kTileRows, width]
-  float* scores;  // [kTileRows, kLargestSegment + kLanes]
+  float* scores;  // [kTileRows, kStride]
 
   static constexpr std::int64_t kStride = kLargestSegment + kLanes;
 
-  INLINE const T* at(const void* pages, std::int64_t token) const {
-    const std::int64_t page = t.pages[item.page + token / t.page_size];
-    const std::int64_t slot = page * t.page_size + token % t.page_size;
-    return static_cast<const T*>(pages) + (slot * t.kv_heads + kv_head) * t.width;
+  INLINE const T* value(std::int64_t token) const { return static_cast<const T*>(t.v_pages) + keys.offset[token]; }
+
+  // The scores of VECTORS vectors of tokens, from `first` on. Long keys are summed in parts, for the sake of float.
+  template <int ROWS, int VECTORS>
+  INLINE void score_block(std::int64_t first) {
+    using P = Products<T>;
+    constexpr std::int64_t kSummed = 64;
+    const std::int64_t lanes = Keys<T>::lanes(t), stride = Keys<T>::stride(t);
+    for (std::int64_t begin = 0; begin < lanes; begin += kSummed) {
+      F total[ROWS][VECTORS];
+      for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < VECTORS; ++j) total[r][j] = zero();
+      for (std::int64_t lane = begin; lane < least(lanes, begin + kSummed); ++lane) {
+        const float* column = keys.columns + lane * stride + first;
+        F key[VECTORS];
+        for (int j = 0; j < VECTORS; ++j) key[j] = load(column + j * kLanes);
+        for (int r = 0; r < ROWS; ++r) {
+          const F query = P::everywhere(queries + r * t.width, lane, t.width);
+          for (int j = 0; j < VECTORS; ++j) total[r][j] = P::lane_step(key[j], query, total[r][j]);
+        }
+      }
+      for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < VECTORS; ++j) {
+          float* out = scores + r * kStride + first + j * kLanes;
+          store(out, begin ? add(load(out), total[r][j]) : total[r][j]);
+        }
+    }
   }
 
-  INLINE void score() {
-    for (std::int64_t k = 0; k < item.tokens; k += 4) {
-      const T* four[4];
-      for (std::int64_t j = 0; j < 4; ++j) four[j] = at(t.k_pages, least(k + j, item.tokens - 1));
-      dot_rows(queries, t.width, rows, four, t.width, {}, scores + k, kStride);
+  template <int ROWS>
+  void score() {
+    std::int64_t first = 0;
+    for (; first + 3 * kLanes < item.tokens; first += 4 * kLanes) score_block<ROWS, 4>(first);
+    for (; first < item.tokens; first += kLanes) score_block<ROWS, 1>(first);
+  }
+
+  void score_all() {
+    switch (rows) {
+      case 1: return score<1>();
+      case 2: return score<2>();
+#if defined(__AVX512F__)
+      case 3: return score<3>();
+      case 4: return score<4>();
+      case 5: return score<5>();
+      case 6: return score<6>();
+#endif
+      default: __builtin_unreachable();
     }
   }
 
@@ -110,7 +180,7 @@ struct Strip {
           total[r][j] = d + j * kLanes < t.width ? load_at(values[i + r], d + j * kLanes, t.width) : zero();
       if (d + kWide <= t.width) {
         for (std::int64_t k = from; k < to; ++k) {
-          const T* v = at(t.v_pages, k) + d;
+          const T* v = value(k) + d;
           const F part[4] = {load(v), load(v + kLanes), load(v + 2 * kLanes), load(v + 3 * kLanes)};
           for (int r = 0; r < ROWS; ++r) {
             const F weight = fill(scores[(i + r) * kStride + k]);
@@ -119,7 +189,7 @@ struct Strip {
         }
       } else {
         for (std::int64_t k = from; k < to; ++k) {
-          const T* v = at(t.v_pages, k);
+          const T* v = value(k);
           for (int j = 0; j < 4 && d + j * kLanes < t.width; ++j) {
             const F part = load_at(v, d + j * kLanes, t.width);
             for (int r = 0; r < ROWS; ++r) total[r][j] = fma(fill(scores[(i + r) * kStride + k]), part, total[r][j]);
@@ -148,7 +218,7 @@ struct Strip {
 
   // What a row does not see may hold anything, NaN included: it is never multiplied, not even by 0.
   void attend(float* const* state) {
-    score();
+    score_all();
     std::int64_t low_of_all = low[0], high_of_all = high[0];
     for (std::int64_t i = 0; i < rows; ++i) {
       const State row(state[i]);
@@ -172,11 +242,12 @@ struct Strip {
 template <typename T, typename Take>
 INLINE void attend_item(const Attention& t, const Item& item, std::int64_t kv_head, float* scratch, const Take& take) {
   const std::int64_t group = t.heads / t.kv_heads, vectors = item.entries * group, size = t.width + 2;
-  float* states = scratch;
+  const Keys<T> keys(t, item, kv_head, scratch);
+  float* states = scratch + Keys<T>::size(t);
   float* scores = states + kTileRows * size;
   T* queries = reinterpret_cast<T*>(scores + kTileRows * Strip<T>::kStride);
   for (std::int64_t vector = 0; vector < vectors; vector += kTileRows) {
-    Strip<T> strip{t, item, kv_head, least(kTileRows, vectors - vector), {}, {}, {}, queries, scores};
+    Strip<T> strip{t, item, keys, least(kTileRows, vectors - vector), {}, {}, {}, queries, scores};
     float* state[kTileRows];
     for (std::int64_t i = 0; i < strip.rows; ++i) {
       const std::int64_t row = t.entries[item.entry + (vector + i) / group].row;
@@ -195,18 +266,29 @@ INLINE void attend_item(const Attention& t, const Item& item, std::int64_t kv_he
   }
 }
 
-// Floats of scratch that a unit needs.
-INLINE std::int64_t strip_floats(const Attention& t) {
-  return kTileRows * (t.width + 2 + kLargestSegment + kLanes + t.width);
+// Floats of scratch that an item needs.
+template <typename T>
+INLINE std::int64_t item_floats(const Attention& t) {
+  return Keys<T>::size(t) + kTileRows * (t.width + 2 + Strip<T>::kStride + t.width) + 2;
 }
 
-struct Scratch {
-  explicit Scratch(std::int64_t floats) : memory(new float[static_cast<std::size_t>(floats)]) {}
-  ~Scratch() { delete[] memory; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* memory;
-};
+// Memory that a thread keeps from unit to unit.
+float* scratch_of(std::int64_t floats) {
+  struct Memory {
+    ~Memory() { delete[] held; }
+    float* held = nullptr;
+    std::int64_t size = 0;
+  };
+  static thread_local Memory memory;
+  if (memory.size < floats) {
+    delete[] memory.held;
+    memory.held = nullptr;
+    memory.size = 0;
+    memory.held = new float[static_cast<std::size_t>(floats)];
+    memory.size = floats;
+  }
+  return memory.held;
+}
 
 // Unit: (a unit of the table, a kv head). Rows of a unit follow each other in its items, in no particular order: their
 // states are found by the place of their row among the unit's rows.
@@ -214,8 +296,8 @@ template <typename T>
 void attention_of(const Attention& t, std::int64_t unit) {
   const std::int64_t kv_head = unit % t.kv_heads, which = unit / t.kv_heads, group = t.heads / t.kv_heads;
   const std::int64_t size = t.width + 2, begin = t.unit_item[which], end = t.unit_item[which + 1];
-  const Scratch scratch(strip_floats(t) + t.unit_rows * (group * size + 1));
-  float* states = scratch.memory + strip_floats(t);
+  float* scratch = scratch_of(item_floats<T>(t) + t.unit_rows * (group * size + 1));
+  float* states = scratch + item_floats<T>(t);
   std::int32_t* rows = reinterpret_cast<std::int32_t*>(states + t.unit_rows * group * size);
   std::int64_t known = 0, hint = 0;
   const auto place = [&](std::int32_t row) {
@@ -227,7 +309,7 @@ void attention_of(const Attention& t, std::int64_t unit) {
     return hint = known++;
   };
   for (std::int64_t i = begin; i < end; ++i)
-    attend_item<T>(t, t.items[i], kv_head, scratch.memory, [&](const Entry& entry, std::int64_t head, State more) {
+    attend_item<T>(t, t.items[i], kv_head, scratch, [&](const Entry& entry, std::int64_t head, State more) {
       fold_in(t, State(states + (place(entry.row) * group + head % group) * size), more);
     });
   for (std::int64_t i = 0; i < known; ++i)
@@ -240,8 +322,7 @@ void attention_of(const Attention& t, std::int64_t unit) {
 template <typename T>
 void partial_attention_of(const Attention& t, std::int64_t unit) {
   const std::int64_t size = t.width + 2;
-  const Scratch scratch(strip_floats(t));
-  attend_item<T>(t, t.items[unit / t.kv_heads], unit % t.kv_heads, scratch.memory,
+  attend_item<T>(t, t.items[unit / t.kv_heads], unit % t.kv_heads, scratch_of(item_floats<T>(t)),
                  [&](const Entry& entry, std::int64_t head, State more) {
                    float* to = t.partial + (entry.partial * t.heads + head) * size;
                    for (std::int64_t d = 0; d < size; ++d) to[d] = more.peak[d];
@@ -251,8 +332,7 @@ void partial_attention_of(const Attention& t, std::int64_t unit) {
 template <typename T>
 void fold_attention_of(const Attention& t, std::int64_t row) {
   const std::int64_t size = t.width + 2;
-  const Scratch scratch(size);
-  const State state(scratch.memory);
+  const State state(scratch_of(size));
   for (std::int64_t head = 0; head < t.heads; ++head) {
     start(t, head, state);
     for (std::int64_t i = t.row_partial[row]; i < t.row_partial[row + 1]; ++i)

@@ -20,6 +20,18 @@ struct PairsOfBFloat16 {
     return raw(_mm512_maskz_loadu_epi16((1u << n) - 1u, p));
   }
   INLINE static F step(Vector a, Vector b, F total) { return _mm512_dpbf16_ps(total, a, b); }
+  // As 32-bit lanes: pairs of values.
+  static constexpr std::int64_t kPerLane = 2;
+  INLINE static F lanes(const BFloat16* p, std::int64_t i, std::int64_t n) {
+    return std::bit_cast<F>(2 * i + kValues <= n ? get(p + 2 * i) : some(p + 2 * i, n - 2 * i));
+  }
+  INLINE static F everywhere(const BFloat16* p, std::int64_t i, std::int64_t n) {
+    const std::uint32_t second = 2 * i + 1 < n ? p[2 * i + 1].bits : 0;
+    return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(p[2 * i].bits | second << 16)));
+  }
+  INLINE static F lane_step(F a, F b, F total) {
+    return step(std::bit_cast<Vector>(a), std::bit_cast<Vector>(b), total);
+  }
 };
 
 #endif
@@ -31,6 +43,10 @@ struct Floats {
   INLINE static Vector get(const T* p) { return load(p); }
   INLINE static Vector some(const T* p, std::int64_t n) { return load_some(p, n); }
   INLINE static F step(Vector a, Vector b, F total) { return fma(a, b, total); }
+  static constexpr std::int64_t kPerLane = 1;
+  INLINE static F lanes(const T* p, std::int64_t i, std::int64_t n) { return load_at(p, i, n); }
+  INLINE static F everywhere(const T* p, std::int64_t i, std::int64_t) { return fill(widen(p[i])); }
+  INLINE static F lane_step(F a, F b, F total) { return fma(a, b, total); }
 };
 
 template <typename T>

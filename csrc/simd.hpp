@@ -89,6 +89,31 @@ INLINE __m128 sums(F a, F b, F c, F d) {  // of four vectors, in one
   return fold(add(low, high));
 }
 
+// Rows become columns.
+INLINE void transpose(F rows[kLanes]) {
+  F pairs[16], quads[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // quads[i + c]: column c of each 128-bit part, of rows i..i + 3
+    quads[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+    quads[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const F low_even = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0x88);
+    const F low_odd = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0xDD);
+    const F high_even = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0x88);
+    const F high_odd = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0xDD);
+    rows[c] = _mm512_shuffle_f32x4(low_even, high_even, 0x88);
+    rows[8 + c] = _mm512_shuffle_f32x4(low_even, high_even, 0xDD);
+    rows[4 + c] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+    rows[12 + c] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xDD);
+  }
+}
+
 #else  // AVX2 with FMA and F16C
 
 constexpr std::int64_t kLanes = 8;
@@ -141,6 +166,24 @@ INLINE __m128 sums(F a, F b, F c, F d) {
   const F ab = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
   const F cd = add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
   return fold(add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE)));
+}
+
+INLINE void transpose(F rows[kLanes]) {
+  F pairs[8], quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+  }
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
+    rows[4 + c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
+  }
 }
 
 #endif
