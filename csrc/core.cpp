@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "segments.hpp"
@@ -327,6 +328,28 @@ void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Arr
                   [&](std::int64_t row) { kernels.write_kv(task, row); });
 }
 
+void copy_pages(Array kv, Array source, Array destination, int threads) {
+  const Arguments args("copy_pages");
+  args.shape(kv, "kv", {-1, 2, -1, -1, -1, -1});
+  args.contiguous(kv, "kv");
+  args.require(source.ndim() == 1, "source must have one axis");
+  const auto count = static_cast<std::int64_t>(source.shape(0)), pages = static_cast<std::int64_t>(kv.shape(2));
+  const std::int64_t* from = args.indices<std::int64_t>(source, "source", count);
+  const std::int64_t* to = args.indices<std::int64_t>(destination, "destination", count);
+  for (std::int64_t i = 0; i < count; ++i)
+    args.require(0 <= from[i] && from[i] < pages && 0 <= to[i] && to[i] < pages,
+                 "copy " + std::to_string(i) + " names a page outside the pool");
+  const std::size_t bytes = kv.shape(3) * kv.shape(4) * kv.shape(5) * kv.itemsize();
+  auto* data = static_cast<char*>(kv.data());
+  const auto halves = static_cast<std::int64_t>(2 * kv.shape(0));  // keys and values of every layer
+  const nb::gil_scoped_release release;
+  ThreadPool::run(halves, threads_for(halves * count * static_cast<std::int64_t>(bytes), threads),
+                  [&](std::int64_t half) {
+                    for (std::int64_t i = 0; i < count; ++i)
+                      std::memmove(data + (half * pages + to[i]) * bytes, data + (half * pages + from[i]) * bytes, bytes);
+                  });
+}
+
 void paged_attention(Array q, Array k_pages, Array v_pages, const SegmentTable& table, Array out, float scale,
                      float softcap, std::optional<Array> sinks, int threads) {
   const Arguments args("paged_attention");
@@ -514,6 +537,9 @@ NB_MODULE(_core, m) {
         TENSORS("rotary_angles(position: torch.Tensor, frequency: torch.Tensor, factor: float, cos: torch.Tensor, sin: "
                 "torch.Tensor, threads: int)"),
         "cos and sin [rows, frequencies] of position * frequency, times factor.");
+  m.def("copy_pages", &copy_pages, nb::arg("kv"), nb::arg("source"), nb::arg("destination"), nb::arg("threads"),
+        TENSORS("copy_pages(kv: torch.Tensor, source: torch.Tensor, destination: torch.Tensor, threads: int)"),
+        "Copy pages of kv [layers, 2, pages, page_size, kv_heads, head_dim], of any dtype.");
   m.def("write_kv", &write_kv, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("k_pages"), nb::arg("v_pages"),
         nb::arg("slot"), nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("eps"), nb::arg("q"),
         nb::arg("threads"),

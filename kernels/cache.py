@@ -88,6 +88,8 @@ def copy_pages(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor) -> No
         from genssd.kernels.cache_triton import copy_page_rows
 
         copy_page_rows(kv_L2PSGE, source_N, destination_N)
+    elif takes(kv_L2PSGE) and kv_L2PSGE.is_contiguous():
+        _core.copy_pages(kv_L2PSGE, source_N.contiguous(), destination_N.contiguous(), torch.get_num_threads())
     else:
         copy_pages_reference(kv_L2PSGE, source_N, destination_N)
 

@@ -109,6 +109,11 @@ def gated(gate_up: torch.Tensor, gelu: bool, out: torch.Tensor, threads: int) ->
 def rotary_angles(position: torch.Tensor, frequency: torch.Tensor, factor: float, cos: torch.Tensor, sin: torch.Tensor, threads: int) -> None:
     """cos and sin [rows, frequencies] of position * frequency, times factor."""
 
+def copy_pages(kv: torch.Tensor, source: torch.Tensor, destination: torch.Tensor, threads: int) -> None:
+    """
+    Copy pages of kv [layers, 2, pages, page_size, kv_heads, head_dim], of any dtype.
+    """
+
 def write_kv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, q: torch.Tensor, threads: int) -> None:
     """Rotate queries into q, and keys, with the values, into the cache."""
 

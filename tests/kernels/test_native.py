@@ -241,6 +241,8 @@ CALLS: dict[str, tuple[Callable[..., None], list[Any]]] = {
         [empty(3, 4, 8), empty(3, 4), empty(3, 4), empty(2, 4, 1, 8), empty(2, 4, 1, 8), empty(3, dtype=LONG), empty(8),
          empty(8), 1e-6, empty(3, 2, 8), 1],
     ),
+    "copy_pages": (_core.copy_pages, [empty(2, 2, 5, 4, 1, 8), empty(3, dtype=LONG), torch.tensor([2, 3, 4]), 1]),
+    "rotary_angles": (_core.rotary_angles, [empty(3, dtype=INT), empty(4), 1.0, empty(3, 4), empty(3, 4), 1]),
     "gumbel_noise": (_core.gumbel_noise, [empty(3, dtype=LONG), empty(3, 8), 1]),
 }  # fmt: skip
 
@@ -283,7 +285,10 @@ def test_wrong_tensors_are_refused_with_a_message(name: str, index: int, kind: s
         function(*arguments[:index], wrong, *arguments[index + 1 :])
 
 
-HARMLESS = {("sample", 0, "width")}  # fewer columns are a smaller vocabulary
+HARMLESS = {
+    ("sample", 0, "width"),  # fewer columns are a smaller vocabulary
+    *(("copy_pages", 0, kind) for kind in ("dtype", "float64", "longer", "shorter")),  # bytes of any kind, any layers
+}
 
 
 @pytest.mark.parametrize(
@@ -298,6 +303,8 @@ HARMLESS = {("sample", 0, "width")}  # fewer columns are a smaller vocabulary
         ("linear_sample", 6, 0, "vocabulary"),
         ("rms_norm", 1, None, "come together"),
         ("write_kv", 5, torch.tensor([0, 8, 1]), "slot of row 1"),
+        ("copy_pages", 1, torch.tensor([0, 1, 5]), "copy 2 names a page"),
+        ("copy_pages", 2, torch.tensor([0, -1, 4]), "copy 1 names a page"),
     ],
 )
 def test_wrong_values_are_refused_with_a_message(name: str, index: int, value: object, message: str) -> None:
