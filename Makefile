@@ -11,9 +11,9 @@ SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 demo: $(VENV)/.installed
 	$(BIN)/genssd demo
 
-# a file's tests stay together on one core; torch's own threads would only be in each other's way
+# a half of the tests on each core, then what is left over; torch's own threads would only be in each other's way
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -31,7 +31,7 @@ wheel: $(VENV)/.installed-dev
 	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt torch
 	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt "$$(ls build/dist/*.whl)[test]"
 	cp -r tests build/clean/tests && cp pyproject.toml build/clean/
-	cd build/clean && OMP_NUM_THREADS=1 bin/pytest -q --numprocesses auto --dist loadfile -m "not slow and not source"
+	cd build/clean && OMP_NUM_THREADS=1 bin/pytest -q --numprocesses auto --dist worksteal -m "not slow and not source"
 
 # the native kernels built with the address and undefined-behaviour sanitizers, under the tests that reach them
 sanitize: $(VENV)/.installed-dev
