@@ -6,6 +6,7 @@ shard       weights, gradients and optimizer states are split over the processes
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,6 +50,8 @@ class World:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # the group's own threads must not be left for the end of the process, which would abort
+            atexit.register(dist.destroy_process_group)
         return World(dist.get_rank(), size, init_device_mesh(device.type, (size,)) if shard else None)
 
     @property
