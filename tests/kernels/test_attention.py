@@ -195,6 +195,12 @@ def test_the_order_of_the_batch_changes_no_bit(tree: Callable[..., Problem]) -> 
     assert torch.equal(shuffled, torch.cat([together[i] for i in order]))
 
 
+@pytest.mark.parametrize("limit", [{"window": sys.maxsize}, {"unit_rows": 2**32}, {"unit_rows": 2**62}], ids=str)
+def test_a_limit_beyond_any_batch_limits_nothing(limit: dict[str, int]) -> None:
+    problem = build([list(range(9)), list(range(50, 80))], [9, 3], heads=1, kv_heads=1, head_dim=1)
+    assert torch.equal(ours(problem, problem.table(**limit)), ours(problem))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     """With few units the partial results of segments go through memory, with many they do not."""
@@ -274,6 +280,8 @@ def test_no_rows_give_an_empty_result() -> None:
         ({"tables": [[0, 1, 2], [-4, 1, 1]]}, "a negative page"),
         ({"segment": 6}, "multiple of page_size"),
         ({"segment": 0}, "multiple of page_size"),
+        ({"page_size": 2**33, "segment": 2**33}, "segment must be less than"),
+        ({"page_size": 2**30, "segment": 2**30, "first_B": [2**31 - 1, 0]}, "sequence 0 lie beyond position"),
         ({"window": -1}, "window"),
         ({"unit_rows": 0}, "unit_rows"),
     ],
