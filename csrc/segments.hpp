@@ -108,11 +108,11 @@ class SegmentTable {
     const std::int64_t step = segment / page_size;
     std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
       const std::int32_t *ta = s.tables + s.table[a] * s.width, *tb = s.tables + s.table[b] * s.width;
-      const std::int64_t whole = std::min(s.first[a] + s.rows[a], s.first[b] + s.rows[b]) / segment;
+      const std::int64_t whole_a = (s.first[a] + s.rows[a]) / segment, whole_b = (s.first[b] + s.rows[b]) / segment;
       if (ta[0] != tb[0]) return ta[0] < tb[0];
-      for (std::int64_t k = 1; k <= whole; ++k)
+      for (std::int64_t k = 1; k <= std::min(whole_a, whole_b); ++k)
         if (ta[k * step - 1] != tb[k * step - 1]) return ta[k * step - 1] < tb[k * step - 1];
-      return false;
+      return whole_a < whole_b;  // or a short one would equal two that differ, and equals would not lie side by side
     });
     std::vector<Part> parts;
     for (const std::int32_t i : order)

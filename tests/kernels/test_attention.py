@@ -135,6 +135,17 @@ def test_shared_segments_are_read_once() -> None:
     assert len(set(table.pages[: 5 * 2].tolist())) == 10
 
 
+def test_relatives_are_read_together_whatever_lies_between_them() -> None:
+    """Two families that part in their second segment, and short relatives of both that have not come that far."""
+    families = [[*range(8), *range(100 * i, 100 * i + 8)] for i in (1, 2)]
+    leaves = [[*family, 1000 * i + n] for i, family in enumerate(families, 1) for n in range(10)]
+    leaves += [[*range(8), 5000 + n] for n in range(10)]
+    for seed in range(8):
+        random.Random(seed).shuffle(leaves)
+        table = build(leaves, [1] * 30, page_size=4).table(segment=8)
+        assert len(table.items) == 3 + 30, "the stem, one segment of each family, an end of every leaf"
+
+
 def test_a_window_leaves_out_what_no_row_sees() -> None:
     problem = build([list(range(64))], [2], page_size=4)
     table = problem.table(window=9, segment=8)
