@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from genssd import _core
+from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import takes
 
 SegmentTable = _core.SegmentTable
@@ -74,9 +75,11 @@ def paged_attention(
     A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is given. sinks_H: float32, a score per
     head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros. On the CPU
     (float32, bfloat16, float16) the native kernel computes in float32.
-    Raises ValueError on shapes or dtypes that do not agree and on a table that points outside the cache.
+    Raises ValueError on shapes or dtypes that do not agree, on a table that points outside the cache, and where a
+    gradient is asked for and a kernel of ours runs.
     """
     if takes(q_NHE, k_pages_PSGE, v_pages_PSGE):
+        refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
         out = torch.empty_like(q_NHE, memory_format=torch.contiguous_format)
         _core.paged_attention(
             q_NHE.contiguous(), k_pages_PSGE, v_pages_PSGE, table, out, scale, softcap or 0.0, sinks_H,

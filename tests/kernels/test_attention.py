@@ -146,6 +146,15 @@ def test_relatives_are_read_together_whatever_lies_between_them() -> None:
         assert len(table.items) == 3 + 30, "the stem, one segment of each family, an end of every leaf"
 
 
+def test_a_gradient_is_refused_not_lost() -> None:
+    problem = build([list(range(9))], [2])
+    problem.q.requires_grad_()
+    with pytest.raises(ValueError, match="not differentiated"):
+        ours(problem)
+    with torch.inference_mode():
+        ours(problem)
+
+
 def test_a_window_leaves_out_what_no_row_sees() -> None:
     problem = build([list(range(64))], [2], page_size=4)
     table = problem.table(window=9, segment=8)
