@@ -217,6 +217,15 @@ def test_special_values_keep_their_meaning() -> None:
         linear_sample(torch.tensor([[torch.inf, 1.0]]), torch.ones(5, 2), torch.tensor([0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gate_far_below_zero_is_shut(dtype: torch.dtype) -> None:
+    """Beyond the largest e^x, where a bounded one would let through a gate as large as itself."""
+    gate = torch.tensor([[-80.0, -100.0, -1e13, -1e30, -3e38]], dtype=dtype)
+    gate_up = torch.cat((gate, torch.ones_like(gate)), 1)
+    for gated in (swiglu, geglu):
+        assert bool((gated(gate_up).abs() < 1e-30).all())
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
