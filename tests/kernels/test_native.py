@@ -226,6 +226,20 @@ def test_a_gate_far_below_zero_is_shut(dtype: torch.dtype) -> None:
         assert bool((gated(gate_up).abs() < 1e-30).all())
 
 
+@pytest.mark.parametrize("banned", [slice(0, 64), slice(0, 2048), slice(2048, 4096), slice(4200, 5000)], ids=str)
+def test_an_entry_far_below_the_others_counts_as_banned(banned: slice) -> None:
+    """The lowest float is a usual mask: its distance to a peak, times a probability of 0, is no NaN."""
+    hidden, weight, bias = randn(3, 16), randn(5000, 16, seed=1), torch.zeros(5000)
+    target = torch.tensor([4100, 4101, 4102])
+    scores = {}
+    for low in (torch.finfo(torch.float32).min, -torch.inf):
+        bias[banned] = low
+        scores[low] = linear_logprob(hidden, weight, target, bias=bias)
+    a, b = scores.values()
+    for name in ("logprob", "logsumexp", "entropy", "sum_p2", "rank"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
