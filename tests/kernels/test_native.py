@@ -240,6 +240,16 @@ def test_an_entry_far_below_the_others_counts_as_banned(banned: slice) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 
+def test_a_long_tail_beside_a_likely_token_is_not_rounded_away() -> None:
+    vocabulary, peak = 151_936, 20.0
+    weight = torch.zeros(vocabulary, 1)
+    weight[7] = peak
+    stats = linear_logprob(torch.ones(1, 1), weight, torch.tensor([7]))
+    tail = (vocabulary - 1) * math.exp(-peak)
+    assert stats.logprob.item() == pytest.approx(-math.log1p(tail), rel=2e-3)
+    assert stats.entropy.item() == pytest.approx(math.log1p(tail) + peak * tail / (1 + tail), rel=2e-3)
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
