@@ -250,6 +250,11 @@ def test_a_long_tail_beside_a_likely_token_is_not_rounded_away() -> None:
     assert stats.entropy.item() == pytest.approx(math.log1p(tail) + peak * tail / (1 + tail), rel=2e-3)
 
 
+def test_a_min_p_that_rounds_to_one_keeps_the_largest() -> None:
+    logits = torch.tensor([[0.0, 0.5, -3.0, 0.4999]]).repeat(50, 1)
+    assert sample(logits, torch.arange(50), min_p=1.0 - 2.0**-30).tolist() == [1] * 50
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
