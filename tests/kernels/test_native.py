@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -253,6 +255,29 @@ def test_a_long_tail_beside_a_likely_token_is_not_rounded_away() -> None:
 def test_a_min_p_that_rounds_to_one_keeps_the_largest() -> None:
     logits = torch.tensor([[0.0, 0.5, -3.0, 0.4999]]).repeat(50, 1)
     assert sample(logits, torch.arange(50), min_p=1.0 - 2.0**-30).tolist() == [1] * 50
+
+
+def test_a_unit_that_runs_out_of_memory_is_an_error_on_any_threads() -> None:
+    """In a process of its own, whose memory is limited."""
+    script = (
+        "import resource, torch\n"
+        "from genssd import _core\n"
+        "logits, key, out = torch.zeros(8, 1_000_000), torch.arange(8), torch.zeros(8, dtype=torch.int64)\n"
+        "def draw(columns):\n"
+        "    _core.sample(logits[:, :columns], key, 1.0, 5, 1.0, 0.0, out, 4)\n"
+        "draw(10_000)\n"  # the threads begin here
+        "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (held + (3 << 20), -1))\n"
+        "for _ in range(10):\n"
+        "    try:\n"
+        "        draw(1_000_000)\n"
+        "    except MemoryError:\n"
+        "        print('refused')\n"
+        "draw(10_000)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-500:]}"
+    assert done.stdout == "refused\n" * 10
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
