@@ -102,7 +102,7 @@ def paged_attention_reference(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """The same in plain torch, item by item; float64 stays float64."""
-    _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table)
+    _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
     _, H, E = q_NHE.shape
     device, G = q_NHE.device, k_pages_PSGE.shape[2]
     wide = torch.promote_types(q_NHE.dtype, torch.float32)
@@ -154,7 +154,9 @@ def _merge(peak: Tensor, total: Tensor, values: Tensor, table: SegmentTable, sin
     return torch.where(t_NH[..., None] == 0, 0, o_NHE / t_NH[..., None])
 
 
-def _check(q_NHE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, table: SegmentTable) -> None:
+def _check(
+    q_NHE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, table: SegmentTable, sinks_H: Tensor | None
+) -> None:
     pages = k_pages_PSGE.shape
     if q_NHE.shape[0] != table.num_rows or q_NHE.shape[2] != pages[3] or q_NHE.shape[1] % max(1, pages[2]):
         raise ValueError(
@@ -168,3 +170,5 @@ def _check(q_NHE: Tensor, k_pages_PSGE: Tensor, v_pages_PSGE: Tensor, table: Seg
         )
     if not q_NHE.dtype == k_pages_PSGE.dtype == v_pages_PSGE.dtype:
         raise ValueError("paged_attention: q, k_pages and v_pages must have one dtype")
+    if sinks_H is not None and (sinks_H.shape != q_NHE.shape[1:2] or sinks_H.dtype != torch.float32):
+        raise ValueError(f"paged_attention: sinks must be float32 [{q_NHE.shape[1]}]")

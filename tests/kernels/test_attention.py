@@ -336,13 +336,14 @@ WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
 }
 
 
+@pytest.mark.parametrize("attend", [paged_attention, paged_attention_reference], ids=["native", "reference"])
 @pytest.mark.parametrize("case", WRONG)
-def test_a_call_that_would_read_outside_is_refused(case: str) -> None:
+def test_a_call_that_would_read_outside_is_refused(case: str, attend: Callable[..., Tensor]) -> None:
     problem = build([list(range(9)), list(range(50, 56))], [1, 2])
     change, message = WRONG[case]
     given = {"q_NHE": problem.q, "k_pages_PSGE": problem.k_pages, "v_pages_PSGE": problem.v_pages, **change(problem)}
     with pytest.raises(ValueError, match=message):
-        paged_attention(table=problem.table(), scale=1.0, **given)
+        attend(table=problem.table(), scale=1.0, **given)
 
 
 def test_a_pool_with_empty_pages_does_not_crash() -> None:
