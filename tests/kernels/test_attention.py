@@ -20,6 +20,9 @@ from genssd.kernels.attention import SegmentTable, paged_attention, paged_attent
 HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Inputs are exact: the result is rounded, to so much."""
 
+NATIVE = pytest.mark.skipif(not _core.instruction_sets(), reason="there is no native kernel for this processor")
+"""Plain torch makes no promise about bits, and records gradients."""
+
 
 @pytest.fixture(params=_core.instruction_sets())
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -146,6 +149,7 @@ def test_relatives_are_read_together_whatever_lies_between_them() -> None:
         assert len(table.items) == 3 + 30, "the stem, one segment of each family, an end of every leaf"
 
 
+@NATIVE
 def test_a_gradient_is_refused_not_lost() -> None:
     problem = build([list(range(9))], [2])
     problem.q.requires_grad_()
@@ -178,12 +182,14 @@ def test_sharing_pages_changes_no_bit(tree: Callable[..., Problem], options: dic
     assert torch.equal(ours(tree(), **dict(options)), ours(tree(private=True), **dict(options)))
 
 
+@NATIVE
 def test_the_page_layout_changes_no_bit(tree: Callable[..., Problem]) -> None:
     one = ours(tree())
     for other in ({"layout_seed": 5}, {"page_size": 1}, {"page_size": 2}, {"page_size": 8}):
         assert torch.equal(ours(tree(**other)), one)
 
 
+@NATIVE
 def test_how_many_rows_read_together_changes_no_bit(tree: Callable[..., Problem]) -> None:
     problem = tree()
     one = ours(problem)
@@ -204,6 +210,7 @@ def test_a_row_alone_has_the_same_bits(tree: Callable[..., Problem], window: int
         first += rows
 
 
+@NATIVE
 def test_the_order_of_the_batch_changes_no_bit(tree: Callable[..., Problem]) -> None:
     problem = tree()
     together = torch.split(ours(problem), problem.rows)
@@ -221,6 +228,7 @@ def test_a_limit_beyond_any_batch_limits_nothing(limit: dict[str, int]) -> None:
     assert torch.equal(ours(problem, problem.table(**limit)), ours(problem))
 
 
+@NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     """With few units the partial results of segments go through memory, with many they do not."""
