@@ -174,7 +174,7 @@ INLINE void store_at(T* p, F x, std::int64_t i, std::int64_t n) {
     store_some(p + i, x, n - i);
 }
 
-// e^x (Cephes polynomial); 0 below the smallest normal, infinity above 2^127.5; NaN stays NaN.
+// e^x (Cephes polynomial); 0 below the smallest normal, e^88.376 above that; NaN stays NaN.
 INLINE F exponential(F x) {
   const F clamped = smaller(fill(88.3762626f), larger(fill(-87.3365447f), x));  // NaN is handed through
   const F n = round_to_integer(mul(clamped, fill(1.44269504088896341f)));
@@ -188,11 +188,9 @@ INLINE F exponential(F x) {
   p = fma(p, r, fill(5.0000001201e-1f));
   const F y = times_power_of_two(add(fma(mul(p, r), r, r), fill(1.0f)), n);
 #if defined(__AVX512F__)
-  const F bounded = _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, fill(88.3762626f), _CMP_GT_OQ), fill(kInfinity));
-  return _mm512_mask_mov_ps(bounded, _mm512_cmp_ps_mask(x, fill(-87.3365447f), _CMP_LT_OQ), zero());
+  return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, fill(-87.3365447f), _CMP_LT_OQ), zero());
 #else
-  const F bounded = _mm256_blendv_ps(y, fill(kInfinity), _mm256_cmp_ps(x, fill(88.3762626f), _CMP_GT_OQ));
-  return _mm256_andnot_ps(_mm256_cmp_ps(x, fill(-87.3365447f), _CMP_LT_OQ), bounded);
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, fill(-87.3365447f), _CMP_LT_OQ), y);
 #endif
 }
 
