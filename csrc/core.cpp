@@ -94,9 +94,17 @@ void walk(const Kernels& kernels, const Head& head, int threads) {
                   [&](std::int64_t unit) { kernels.head(head, unit); });
 }
 
-// Adds a row's parts up, in the order of the vocabulary.
-Part merged(const Part* parts, std::int64_t count) {
-  Part all;
+// A row's parts, added up. In double: beside a peak of almost 1, part after part would round a tail away.
+struct Sums {
+  double peak = -INFINITY, total = 0, slope = 0, square = 0;
+  std::int64_t above = 0;
+  float best = -INFINITY;
+  std::int64_t token = -1;
+};
+
+// In the order of the vocabulary.
+Sums merged(const Part* parts, std::int64_t count) {
+  Sums all;
   for (const Part* part = parts; part != parts + count; ++part) {
     all.above += part->above;
     if (part->best > all.best) {
@@ -104,9 +112,9 @@ Part merged(const Part* parts, std::int64_t count) {
       all.token = part->token;
     }
     if (part->total == 0.0f) continue;  // all of it is banned
-    const float peak = std::max(all.peak, part->peak);
-    const float a = all.total == 0.0f ? 0.0f : std::exp(all.peak - peak), b = std::exp(part->peak - peak);
-    const float shift_a = all.total == 0.0f ? 0.0f : all.total * (all.peak - peak);
+    const double peak = std::max<double>(all.peak, part->peak);
+    const double a = all.total == 0.0 ? 0.0 : std::exp(all.peak - peak), b = std::exp(part->peak - peak);
+    const double shift_a = all.total == 0.0 ? 0.0 : all.total * (all.peak - peak);
     all.slope = a * (all.slope + shift_a) + b * (part->slope + part->total * (part->peak - peak));
     all.total = a * all.total + b * part->total;
     all.square = a * a * all.square + b * b * part->square;
@@ -147,12 +155,12 @@ void linear_logprob(Array hidden, Array weight, Array target, MaybeArray bias, f
                   [&](std::int64_t row) { kernels.target(head, row); });
   walk(kernels, head, threads);
   ThreadPool::run(head.rows, threads_for(head.rows * count * (8 + 4 * k), threads), [&](std::int64_t row) {
-    const Part all = merged(parts.data() + row * count, count);
-    const float log_total = std::log(all.total);
-    out[row] = chosen[row] - all.peak - log_total;
-    out[head.rows + row] = all.peak + log_total;
-    out[2 * head.rows + row] = log_total - all.slope / all.total;
-    out[3 * head.rows + row] = all.square / (all.total * all.total);
+    const Sums all = merged(parts.data() + row * count, count);
+    const double log_total = std::log(all.total);
+    out[row] = static_cast<float>(chosen[row] - all.peak - log_total);
+    out[head.rows + row] = static_cast<float>(all.peak + log_total);
+    out[2 * head.rows + row] = static_cast<float>(log_total - all.slope / all.total);
+    out[3 * head.rows + row] = static_cast<float>(all.square / (all.total * all.total));
     ranks[row] = static_cast<std::int32_t>(all.above) + 1;
     // the largest first; of equal ones the lower id, which comes first in its part and in an earlier part
     std::vector<std::int64_t> next(count, 0);
@@ -163,7 +171,7 @@ void linear_logprob(Array hidden, Array weight, Array target, MaybeArray bias, f
         if (next[part] < k && top_id[at] >= 0 && (best < 0 || top_value[at] > top_value[best])) best = at;
       }
       ids[row * k + place] = best < 0 ? 0 : top_id[best];
-      logprobs[row * k + place] = best < 0 ? NAN : top_value[best] - all.peak - log_total;
+      logprobs[row * k + place] = best < 0 ? NAN : static_cast<float>(top_value[best] - all.peak - log_total);
       if (best >= 0) ++next[best / k % count];
     }
   });
@@ -188,8 +196,8 @@ void linear_sample(Array hidden, Array weight, Array key, MaybeArray bias, float
   walk(kernels, head, threads);
   std::vector<float> logsumexp(head.rows);
   for (std::int64_t row = 0; row < head.rows; ++row) {
-    const Part all = merged(parts.data() + row * count, count);
-    logsumexp[row] = all.peak + std::log(all.total);
+    const Sums all = merged(parts.data() + row * count, count);
+    logsumexp[row] = static_cast<float>(all.peak + std::log(all.total));
     token[row] = std::isfinite(logsumexp[row]) ? all.token : -1;
   }
   // the drawn token's own logit once more: one row of the head

@@ -110,6 +110,7 @@ struct Running {
 };
 
 constexpr float kLowest = -3.4028234663852886e38f;
+constexpr float kVanished = -1e3f;  // e^ it is 0; a shift far below would make 0 times infinity of a slope
 
 INLINE void sum_up(Running& run, const float* z, std::int64_t columns) {
   unsigned rises = 0;
@@ -119,8 +120,8 @@ INLINE void sum_up(Running& run, const float* z, std::int64_t columns) {
     for (std::int64_t c = kLanes; c < columns; c += kLanes) peak = larger(peak, load(z + c));
     const float old = run.part.peak, now = largest(peak);
     if (old > -kInfinity) {
-      const F factor = exponential(fill(old - now));
-      run.slope = mul(factor, fma(run.total, fill(old - now), run.slope));
+      const F shift = larger(fill(kVanished), fill(old - now)), factor = exponential(shift);
+      run.slope = mul(factor, fma(run.total, shift, run.slope));
       run.total = mul(factor, run.total);
       run.square = mul(mul(factor, factor), run.square);
     }

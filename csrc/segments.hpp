@@ -29,9 +29,10 @@ class SegmentTable {
  public:
   SegmentTable(const Sequences& s, std::int64_t page_size, std::int64_t segment, std::int64_t window,
                std::int64_t unit_rows)
-      : page_size(page_size), segment(segment), window(window), unit_rows(unit_rows) {
+      : page_size(page_size), segment(segment), window(std::min<std::int64_t>(window, INT32_MAX)), unit_rows(unit_rows) {
     check(s);
     place_rows(s);
+    this->unit_rows = std::clamp<std::int64_t>(num_rows(), 1, unit_rows);  // what a unit keeps is allocated for so many
     std::int64_t first_part = 0, filled = 0;
     std::vector<Part> parts = split(s);
     for (std::int64_t i = 0; i <= static_cast<std::int64_t>(parts.size()); ++i) {
@@ -64,31 +65,36 @@ class SegmentTable {
     std::int32_t sequence, row, first, rows;
   };
 
+  [[noreturn]] static void fail(const std::string& why) { throw std::invalid_argument("segment_table: " + why); }
+
   void check(const Sequences& s) const {
-    const auto fail = [](const std::string& why) { throw std::invalid_argument("segment_table: " + why); };
     if (page_size < 1 || segment < page_size || segment % page_size)
       fail("segment must be a positive multiple of page_size");
+    if (segment > INT32_MAX) fail("segment must be less than 2^31");
     if (window < 0 || unit_rows < 1) fail("window must not be negative and unit_rows positive");
     for (std::int64_t i = 0; i < s.count; ++i) {
       if (s.table[i] < 0 || s.table[i] >= s.num_tables) fail("sequence " + std::to_string(i) + " names no page table");
       if (s.first[i] < 0 || s.rows[i] < 1) fail("sequence " + std::to_string(i) + " has no row");
       if ((std::int64_t{s.first[i]} + s.rows[i] - 1) / page_size >= s.width)
         fail("the rows of sequence " + std::to_string(i) + " lie beyond its page table");
+      if (std::int64_t{s.first[i]} + s.rows[i] > INT32_MAX)
+        fail("the rows of sequence " + std::to_string(i) + " lie beyond position 2^31");
     }
   }
 
   void place_rows(const Sequences& s) {
-    std::int32_t partial = 0;
+    std::int64_t partial = 0;
     for (std::int64_t i = 0; i < s.count; ++i) {
       const std::int32_t* pages_of = s.tables + s.table[i] * s.width;
       for (std::int32_t p = s.first[i]; p < s.first[i] + s.rows[i]; ++p) {
         position.push_back(p);
         slot.push_back(pages_of[p / page_size] * page_size + p % page_size);
-        row_partial.push_back(partial);
-        partial += static_cast<std::int32_t>(p / segment - first_segment(p) + 1);
+        row_partial.push_back(static_cast<std::int32_t>(partial));
+        partial += p / segment - first_segment(p) + 1;
+        if (partial > INT32_MAX) fail("its rows read more than 2^31 segments");
       }
     }
-    row_partial.push_back(partial);
+    row_partial.push_back(static_cast<std::int32_t>(partial));
   }
 
   std::int64_t first_segment(std::int64_t p) const {
@@ -102,11 +108,11 @@ class SegmentTable {
     const std::int64_t step = segment / page_size;
     std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
       const std::int32_t *ta = s.tables + s.table[a] * s.width, *tb = s.tables + s.table[b] * s.width;
-      const std::int64_t whole = std::min(s.first[a] + s.rows[a], s.first[b] + s.rows[b]) / segment;
+      const std::int64_t whole_a = (s.first[a] + s.rows[a]) / segment, whole_b = (s.first[b] + s.rows[b]) / segment;
       if (ta[0] != tb[0]) return ta[0] < tb[0];
-      for (std::int64_t k = 1; k <= whole; ++k)
+      for (std::int64_t k = 1; k <= std::min(whole_a, whole_b); ++k)
         if (ta[k * step - 1] != tb[k * step - 1]) return ta[k * step - 1] < tb[k * step - 1];
-      return false;
+      return whole_a < whole_b;  // or a short one would equal two that differ, and equals would not lie side by side
     });
     std::vector<Part> parts;
     for (const std::int32_t i : order)
@@ -145,7 +151,7 @@ class SegmentTable {
         Item& item = items.back();
         item.tokens = std::max(item.tokens, static_cast<std::int32_t>(std::min(stop, to) - start));
         for (std::int64_t i = static_cast<std::int64_t>(pages.size()) - item.page; i * page_size < item.tokens; ++i) {
-          if (held[i] < 0) throw std::invalid_argument("segment_table: a page table holds a negative page");
+          if (held[i] < 0) fail("a page table holds a negative page");
           largest_page = std::max(largest_page, held[i]);
           pages.push_back(held[i]);
         }

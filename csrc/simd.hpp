@@ -217,7 +217,7 @@ INLINE void store_at(T* p, F x, std::int64_t i, std::int64_t n) {
     store_some(p + i, x, n - i);
 }
 
-// e^x (Cephes polynomial); 0 below the smallest normal, infinity above the largest; NaN stays NaN.
+// e^x (Cephes polynomial); 0 below the smallest normal, e^88.376 above that; NaN stays NaN.
 INLINE F exponential(F x) {
   const F clamped = smaller(fill(88.3762626f), larger(fill(-87.3365447f), x));  // NaN is handed through
   const F n = round_to_integer(mul(clamped, fill(1.44269504088896341f)));

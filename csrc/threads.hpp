@@ -3,7 +3,7 @@
 // Work is cut into units that share no result, so neither the number of threads nor who runs a unit changes a bit.
 // Workers wait actively for a moment after a job, since the next one usually follows at once, and then sleep: torch's
 // own threads find the cores free. A job never waits for a worker that has not begun: on a busy machine the caller does
-// the work itself.
+// the work itself. The first exception that a unit throws ends the job and reaches its caller.
 #pragma once
 
 #include <pthread.h>
@@ -12,8 +12,10 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace genssd {
 
@@ -71,6 +73,7 @@ class ThreadPool {
     inside_.fetch_or(kClosed, std::memory_order_acq_rel);
     for (int spins = 0; inside_.load(std::memory_order_acquire) != kClosed; ++spins)
       spins < kSpins ? pause() : std::this_thread::yield();
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
   void work(int index, std::uint64_t seen) {
@@ -88,8 +91,14 @@ class ThreadPool {
   }
 
   void take_units() {
-    for (std::int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < job_.units;)
-      job_.call(job_.body, unit);
+    try {
+      for (std::int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < job_.units;)
+        job_.call(job_.body, unit);
+    } catch (...) {
+      next_.store(job_.units, std::memory_order_relaxed);
+      const std::lock_guard<std::mutex> lock(failure_mutex_);
+      if (!failure_) failure_ = std::current_exception();
+    }
   }
 
   static void pause() {
@@ -98,12 +107,13 @@ class ThreadPool {
 #endif
   }
 
-  std::mutex caller_, wake_mutex_;
+  std::mutex caller_, wake_mutex_, failure_mutex_;
   std::condition_variable wake_;
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<std::int64_t> next_{0};
   std::atomic<std::uint32_t> inside_{kClosed};  // workers at the job, and whether it takes no more
   Job job_;
+  std::exception_ptr failure_;
   int workers_ = 0, helpers_ = 0;
 };
 

@@ -79,7 +79,7 @@ def paged_attention(
     already saves its way; and there a value that is not finite makes every row of its item NaN, which are all rows of
     sequences that hold it.
     Raises ValueError on shapes or dtypes that do not agree, on a table that points outside the cache or lies where it
-    is not read, and where a gradient is asked for and a Triton kernel runs.
+    is not read, and where a gradient is asked for and a kernel of ours runs.
     """
     if q_NHE.is_cuda and q_NHE.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
@@ -96,6 +96,7 @@ def paged_attention(
             "segment table itself"
         )
     if takes(q_NHE, k_pages_PSGE, v_pages_PSGE):
+        refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
         out = torch.empty_like(q_NHE, memory_format=torch.contiguous_format)
         _core.paged_attention(
             q_NHE.contiguous(), k_pages_PSGE, v_pages_PSGE, table, out, scale, softcap or 0.0, sinks_H,

@@ -91,8 +91,8 @@ def linear_sample(
 def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     if takes(logits_BV) and logits_BV.dtype == torch.float32:
         tokens = torch.empty_like(key_B, memory_format=torch.contiguous_format)
-        # as keep_likely takes it, in float32
-        log_min_p = float(torch.log(torch.tensor(min_p))) if min_p > 0.0 else 0.0
+        # as keep_likely takes it, in float32; 0, which a min_p next to 1 gives, would be no filter
+        log_min_p = min(float(torch.log(torch.tensor(min_p))), -1e-30) if min_p > 0.0 else 0.0
         _core.sample(
             logits_BV, key_B.contiguous(), temperature, top_k, top_p, log_min_p, tokens, torch.get_num_threads()
         )

@@ -20,6 +20,9 @@ from genssd.kernels.attention import SegmentTable, paged_attention, paged_attent
 HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Inputs are exact: the result is rounded, to so much."""
 
+NATIVE = pytest.mark.skipif(not _core.instruction_sets(), reason="there is no native kernel for this processor")
+"""Plain torch makes no promise about bits, and records gradients."""
+
 
 @pytest.fixture(params=_core.instruction_sets())
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -135,6 +138,27 @@ def test_shared_segments_are_read_once() -> None:
     assert len(set(table.pages[: 5 * 2].tolist())) == 10
 
 
+def test_relatives_are_read_together_whatever_lies_between_them() -> None:
+    """Two families that part in their second segment, and short relatives of both that have not come that far."""
+    families = [[*range(8), *range(100 * i, 100 * i + 8)] for i in (1, 2)]
+    leaves = [[*family, 1000 * i + n] for i, family in enumerate(families, 1) for n in range(10)]
+    leaves += [[*range(8), 5000 + n] for n in range(10)]
+    for seed in range(8):
+        random.Random(seed).shuffle(leaves)
+        table = build(leaves, [1] * 30, page_size=4).table(segment=8)
+        assert len(table.items) == 3 + 30, "the stem, one segment of each family, an end of every leaf"
+
+
+@NATIVE
+def test_a_gradient_is_refused_not_lost() -> None:
+    problem = build([list(range(9))], [2])
+    problem.q.requires_grad_()
+    with pytest.raises(ValueError, match="not differentiated"):
+        ours(problem)
+    with torch.inference_mode():
+        ours(problem)
+
+
 def test_a_window_leaves_out_what_no_row_sees() -> None:
     problem = build([list(range(64))], [2], page_size=4)
     table = problem.table(window=9, segment=8)
@@ -158,12 +182,14 @@ def test_sharing_pages_changes_no_bit(tree: Callable[..., Problem], options: dic
     assert torch.equal(ours(tree(), **dict(options)), ours(tree(private=True), **dict(options)))
 
 
+@NATIVE
 def test_the_page_layout_changes_no_bit(tree: Callable[..., Problem]) -> None:
     one = ours(tree())
     for other in ({"layout_seed": 5}, {"page_size": 1}, {"page_size": 2}, {"page_size": 8}):
         assert torch.equal(ours(tree(**other)), one)
 
 
+@NATIVE
 def test_how_many_rows_read_together_changes_no_bit(tree: Callable[..., Problem]) -> None:
     problem = tree()
     one = ours(problem)
@@ -184,6 +210,7 @@ def test_a_row_alone_has_the_same_bits(tree: Callable[..., Problem], window: int
         first += rows
 
 
+@NATIVE
 def test_the_order_of_the_batch_changes_no_bit(tree: Callable[..., Problem]) -> None:
     problem = tree()
     together = torch.split(ours(problem), problem.rows)
@@ -195,6 +222,13 @@ def test_the_order_of_the_batch_changes_no_bit(tree: Callable[..., Problem]) -> 
     assert torch.equal(shuffled, torch.cat([together[i] for i in order]))
 
 
+@pytest.mark.parametrize("limit", [{"window": sys.maxsize}, {"unit_rows": 2**32}, {"unit_rows": 2**62}], ids=str)
+def test_a_limit_beyond_any_batch_limits_nothing(limit: dict[str, int]) -> None:
+    problem = build([list(range(9)), list(range(50, 80))], [9, 3], heads=1, kv_heads=1, head_dim=1)
+    assert torch.equal(ours(problem, problem.table(**limit)), ours(problem))
+
+
+@NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     """With few units the partial results of segments go through memory, with many they do not."""
@@ -274,6 +308,8 @@ def test_no_rows_give_an_empty_result() -> None:
         ({"tables": [[0, 1, 2], [-4, 1, 1]]}, "a negative page"),
         ({"segment": 6}, "multiple of page_size"),
         ({"segment": 0}, "multiple of page_size"),
+        ({"page_size": 2**33, "segment": 2**33}, "segment must be less than"),
+        ({"page_size": 2**30, "segment": 2**30, "first_B": [2**31 - 1, 0]}, "sequence 0 lie beyond position"),
         ({"window": -1}, "window"),
         ({"unit_rows": 0}, "unit_rows"),
     ],
@@ -308,13 +344,14 @@ WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
 }
 
 
+@pytest.mark.parametrize("attend", [paged_attention, paged_attention_reference], ids=["native", "reference"])
 @pytest.mark.parametrize("case", WRONG)
-def test_a_call_that_would_read_outside_is_refused(case: str) -> None:
+def test_a_call_that_would_read_outside_is_refused(case: str, attend: Callable[..., Tensor]) -> None:
     problem = build([list(range(9)), list(range(50, 56))], [1, 2])
     change, message = WRONG[case]
     given = {"q_NHE": problem.q, "k_pages_PSGE": problem.k_pages, "v_pages_PSGE": problem.v_pages, **change(problem)}
     with pytest.raises(ValueError, match=message):
-        paged_attention(table=problem.table(), scale=1.0, **given)
+        attend(table=problem.table(), scale=1.0, **given)
 
 
 def test_a_pool_with_empty_pages_does_not_crash() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from genssd import _core
 from genssd.kernels.linear import linear
 
 
@@ -16,6 +17,7 @@ def test_equals_float64(rows: int, bias: bool) -> None:
     torch.testing.assert_close(linear(x, w, b if bias else None).double(), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.skipif(not _core.instruction_sets(), reason="there is no native kernel for this processor")
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (128, 384), (96, 259)])
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(inputs: int, outputs: int) -> None:
     x, w = torch.randn(70, inputs), torch.randn(outputs, inputs)

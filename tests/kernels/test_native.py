@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -215,6 +217,67 @@ def test_special_values_keep_their_meaning() -> None:
         linear_logprob(torch.tensor([[torch.nan, 1.0]]), torch.ones(5, 2), torch.tensor([0]))
     with pytest.raises(NonFiniteLogits):
         linear_sample(torch.tensor([[torch.inf, 1.0]]), torch.ones(5, 2), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gate_far_below_zero_is_shut(dtype: torch.dtype) -> None:
+    """Beyond the largest e^x, where a bounded one would let through a gate as large as itself."""
+    gate = torch.tensor([[-80.0, -100.0, -1e13, -1e30, -3e38]], dtype=dtype)
+    gate_up = torch.cat((gate, torch.ones_like(gate)), 1)
+    for gated in (swiglu, geglu):
+        assert bool((gated(gate_up).abs() < 1e-30).all())
+
+
+@pytest.mark.parametrize("banned", [slice(0, 64), slice(0, 2048), slice(2048, 4096), slice(4200, 5000)], ids=str)
+def test_an_entry_far_below_the_others_counts_as_banned(banned: slice) -> None:
+    """The lowest float is a usual mask: its distance to a peak, times a probability of 0, is no NaN."""
+    hidden, weight, bias = randn(3, 16), randn(5000, 16, seed=1), torch.zeros(5000)
+    target = torch.tensor([4100, 4101, 4102])
+    scores = {}
+    for low in (torch.finfo(torch.float32).min, -torch.inf):
+        bias[banned] = low
+        scores[low] = linear_logprob(hidden, weight, target, bias=bias)
+    a, b = scores.values()
+    for name in ("logprob", "logsumexp", "entropy", "sum_p2", "rank"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+def test_a_long_tail_beside_a_likely_token_is_not_rounded_away() -> None:
+    vocabulary, peak = 151_936, 20.0
+    weight = torch.zeros(vocabulary, 1)
+    weight[7] = peak
+    stats = linear_logprob(torch.ones(1, 1), weight, torch.tensor([7]))
+    tail = (vocabulary - 1) * math.exp(-peak)
+    assert stats.logprob.item() == pytest.approx(-math.log1p(tail), rel=2e-3)
+    assert stats.entropy.item() == pytest.approx(math.log1p(tail) + peak * tail / (1 + tail), rel=2e-3)
+
+
+def test_a_min_p_that_rounds_to_one_keeps_the_largest() -> None:
+    logits = torch.tensor([[0.0, 0.5, -3.0, 0.4999]]).repeat(50, 1)
+    assert sample(logits, torch.arange(50), min_p=1.0 - 2.0**-30).tolist() == [1] * 50
+
+
+def test_a_unit_that_runs_out_of_memory_is_an_error_on_any_threads() -> None:
+    """In a process of its own, whose memory is limited."""
+    script = (
+        "import resource, torch\n"
+        "from genssd import _core\n"
+        "logits, key, out = torch.zeros(8, 1_000_000), torch.arange(8), torch.zeros(8, dtype=torch.int64)\n"
+        "def draw(columns):\n"
+        "    _core.sample(logits[:, :columns], key, 1.0, 5, 1.0, 0.0, out, 4)\n"
+        "draw(10_000)\n"  # the threads begin here
+        "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (held + (3 << 20), -1))\n"
+        "for _ in range(10):\n"
+        "    try:\n"
+        "        draw(1_000_000)\n"
+        "    except MemoryError:\n"
+        "        print('refused')\n"
+        "draw(10_000)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-500:]}"
+    assert done.stdout == "refused\n" * 10
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
