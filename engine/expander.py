@@ -234,14 +234,14 @@ class Expander:
         try:
             if not options.filters:
                 draw = linear_sample(
-                    hidden[source],
+                    hidden.index_select(0, source),
                     self._writer.decoder.head,
                     keys,
                     temperature=options.temperature,
                     vocabulary=self._vocabulary,
                 )
                 return draw.tokens.tolist(), draw.logprob.tolist()
-            logits = self._writer.logits(hidden)[source]
+            logits = self._writer.logits(hidden).index_select(0, source)
             tokens = sample(
                 logits[:, : self._vocabulary],
                 keys,

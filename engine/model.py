@@ -116,7 +116,7 @@ class Decoder:
         eps = self.config.rms_norm_eps
         cos, sin = rotary_angles(batch.position_N, self.frequency, self.rope_factor)
         next_norms = (*(layer.attention_norm for layer in self.layers[1:]), self.norm)
-        x = self.embedding[ids_N]
+        x = self.embedding.index_select(0, ids_N)  # indexing would wake torch's threads, which then hold the cores
         h = rms_norm(x, self.layers[0].attention_norm, eps)
         for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
             h, x = add_rms_norm(self._attention(h, layer, cache, window, batch, cos, sin), x, layer.mlp_norm, eps)

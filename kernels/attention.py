@@ -191,5 +191,7 @@ def _check(
         )
     if not q_NHE.dtype == k_pages_PSGE.dtype == v_pages_PSGE.dtype:
         raise ValueError("paged_attention: q, k_pages and v_pages must have one dtype")
-    if sinks_H is not None and sinks_H.shape != (q_NHE.shape[1],):
-        raise ValueError(f"paged_attention: sinks must be [{q_NHE.shape[1]}], not {list(sinks_H.shape)}")
+    if sinks_H is not None and (sinks_H.shape != q_NHE.shape[1:2] or sinks_H.dtype != torch.float32):
+        raise ValueError(
+            f"paged_attention: sinks must be float32 [{q_NHE.shape[1]}], not {sinks_H.dtype} {list(sinks_H.shape)}"
+        )
