@@ -15,7 +15,7 @@ from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
-from genssd.engine.errors import CapacityError, CheckpointError, InputError
+from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expander import Expansion, Promises, Usage
 from genssd.engine.generation import Completion, generate
 from genssd.engine.loops import LoopGuard
@@ -23,6 +23,7 @@ from genssd.engine.memory import available_bytes, choose_device, choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
 from genssd.engine.pages import PagePool, pages_within
+from genssd.engine.requests import check_answers, check_ids, check_positions, check_vocabulary, labels_of
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import Sampling, prompt_stream
@@ -84,7 +85,7 @@ class Engine:
         }
         tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
         for role, decoder in decoders.items():
-            _check_vocabulary(tokenizers[role], decoder)
+            check_vocabulary(tokenizers[role], decoder)
         if len({tokenizer.fingerprint for tokenizer in tokenizers.values()}) > 1:
             raise InputError(
                 f"teacher {names['teacher']} and student {names['student']} have different vocabularies; the student "
@@ -192,8 +193,8 @@ class Engine:
         if not 0 <= teacher_topk <= teacher.decoder.config.vocab_size:
             raise InputError(f"teacher_topk must be in 0..{teacher.decoder.config.vocab_size}, not {teacher_topk}")
         brancher = self._brancher(sampling, "teacher", topk=teacher_topk)
-        names = _labels(prompts, labels)
-        _check_answers(answers, options.criterion, names)
+        names = labels_of(prompts, labels)
+        check_answers(answers, options.criterion, names)
         starts = self._prompt_searches(prompts, names, options, brancher, skip, answers)
         return search(starts, brancher.expander, options)
 
@@ -240,7 +241,7 @@ class Engine:
         roles: list[Role] = [model] if rsd is None else ["teacher", "student"]
         brancher = self._brancher(sampling, model, scored=rsd is not None, rsd=rsd)
         whole = Chunk(tokens=max_tokens, until=None)
-        names = _labels(prompts, labels)
+        names = labels_of(prompts, labels)
         queue = {
             index: Expansion(
                 root, n, whole, response_limit(self._runners, root.prompt, max_tokens, roles), names[index]
@@ -280,7 +281,7 @@ class Engine:
         runner, tokenizer = self._runner(model), self._tokenizers[model]
         ids = tuple(self._encode(prompt, model, label))
         for response, wanted in zip(responses, forks, strict=True):
-            _check_ids([*response, *(fork.token for fork in wanted)], runner, label)
+            check_ids([*response, *(fork.token for fork in wanted)], runner, label)
             if not all(0 <= fork.position <= min(len(response), max_tokens - 1) for fork in wanted):
                 raise InputError(f"{label}: a fork lies outside its response of {len(response)} tokens or max_tokens")
         rendered = PromptIds(teacher=ids) if model == "teacher" else PromptIds(teacher=(), student=ids)
@@ -310,7 +311,7 @@ class Engine:
         responses: token ids, or text (encoded as it is, nothing added). No [tokens, vocabulary] tensor is built.
         Raises InputError on an empty response or unequal counts; else as `select_expand`.
         """
-        _labels(prompts, None)
+        labels_of(prompts, None)
         if len(prompts) != len(responses):
             raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
         runner, tokenizer = self._runner(model), self._tokenizers[model]
@@ -320,8 +321,8 @@ class Engine:
             ids = tokenizer.encode(response, special=False) if isinstance(response, str) else list(response)
             if not ids:
                 raise InputError(f"response {index} is empty")
-            _check_ids(ids, runner, f"response {index}")
-            self._check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
+            check_ids(ids, runner, f"response {index}")
+            check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
             pairs.append((prompt_ids, ids))
         return score(runner, pairs)
 
@@ -334,14 +335,14 @@ class Engine:
         """
         runner = self._runner(model)
         prompt_ids = self._encode(prompt, model, "the prompt")
-        _check_ids(response, runner, "the response")
+        check_ids(response, runner, "the response")
         for window in windows:
             if len(window) != 3 or not 0 <= window[0] <= window[1] < window[2] <= len(response):
                 raise InputError(
                     f"{tuple(window)} is no window (context, start, end) of a response of {len(response)} tokens"
                 )
         longest = max((end - context - 1 for context, _, end in windows), default=0)
-        self._check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
+        check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
         return counted_logprob(runner, self.usage, prompt_ids, response, windows)
 
     def branch(
@@ -411,23 +412,9 @@ class Engine:
             ids = self._tokenizers[role].encode_prompt(prompt)
         except InputError as error:
             raise InputError(f"{label}: {error}") from None
-        _check_ids(ids, runner, label)
-        self._check_positions(len(ids), runner, label)
+        check_ids(ids, runner, label)
+        check_positions(len(ids), runner, label)
         return ids
-
-    @staticmethod
-    def _check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
-        positions = runner.decoder.config.max_position_embeddings
-        pool = runner.tree.pool
-        if tokens >= positions:
-            raise CapacityError(
-                f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions"
-            )
-        if tokens > pool.num_pages * pool.page_size:
-            raise CapacityError(
-                f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds "
-                f"{pool.num_pages * pool.page_size}: raise memory_bytes or memory_utilization"
-            )
 
     def _roots(
         self,
@@ -478,36 +465,3 @@ class Engine:
                     check_fits(owner.expander, expansion)
                 searches.append(start)
         return searches
-
-
-def _labels(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:
-    if isinstance(prompts, str):
-        raise InputError("prompts is a list of prompts; put a single one into a list")
-    if labels is not None and len(labels) != len(prompts):
-        raise InputError(f"{len(prompts)} prompts but {len(labels)} labels")
-    return [f"prompt {i}" for i in range(len(prompts))] if labels is None else labels
-
-
-def _check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion, labels: Sequence[str]) -> None:
-    if answers is not None and len(answers) != len(labels):
-        raise InputError(f"{len(labels)} prompts but {len(answers)} answers")
-    if needs_answer(criterion):
-        missing = next((label for i, label in enumerate(labels) if answers is None or answers[i] is None), None)
-        if missing is not None:
-            raise InputError(f"{missing}: no reference answer, which the criterion {criterion!r} reads")
-
-
-def _check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
-    size = decoder.config.vocab_size
-    if tokenizer.largest_id >= size:
-        raise CheckpointError(
-            f"{tokenizer.directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
-            f"{size} rows; the tokenizer belongs to another model, or the embedding was not resized"
-        )
-
-
-def _check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> None:
-    size = runner.decoder.config.vocab_size
-    wrong = [i for i in ids if not 0 <= i < size]
-    if wrong:
-        raise InputError(f"{label}: token id {wrong[0]} is outside the {runner.role}'s vocabulary of {size}")

@@ -1,0 +1,41 @@
+// The operators as Python calls them: arguments are checked, work is shared out among threads.
+#pragma once
+
+#include <cstdint>
+
+#include "segments.hpp"
+#include "tensors.hpp"
+
+namespace genssd {
+
+inline constexpr std::int64_t kSmall = 1 << 17;  // operations that take less time than waking a thread
+
+inline int threads_for(std::int64_t operations, int threads) { return operations < kSmall ? 1 : threads; }
+
+inline std::int64_t blocks(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+
+// head_operators.cpp
+void gumbel_noise(Array keys, Array out, int threads);
+void linear_logprob(Array hidden, Array weight, Array target, MaybeArray bias, float temperature, float softcap,
+                    Array stats, Array rank, Array top_ids, Array top_logprob, int threads);
+void linear_sample(Array hidden, Array weight, Array key, MaybeArray bias, float temperature, float softcap,
+                   std::int64_t vocabulary, Array tokens, Array logprob, int threads);
+void sample(Array logits, Array key, float temperature, std::int64_t top_k, float top_p, float log_min_p, Array tokens,
+            int threads);
+
+// layer_operators.cpp
+void linear(Array x, Array weight, MaybeArray bias, Array out, int threads);
+void rms_norm(Array x, MaybeArray residual, Array weight, float eps, Array out, MaybeArray sum, int threads);
+void gated(Array gate_up, bool gelu, Array out, int threads);
+void rotary_angles(Array position, Array frequency, float factor, Array cos, Array sin, int threads);
+void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Array slot, MaybeArray q_norm,
+              MaybeArray k_norm, float eps, Array q, int threads);
+void copy_pages(Array kv, Array source, Array destination, int threads);
+
+// attention_operators.cpp
+SegmentTable* segment_table(Array tables, Array table, Array first, Array rows, std::int64_t page_size,
+                            std::int64_t segment, std::int64_t window, std::int64_t unit_rows);
+void paged_attention(Array q, Array k_pages, Array v_pages, const SegmentTable& table, Array out, float scale,
+                     float softcap, std::optional<Array> sinks, int threads);
+
+}  // namespace genssd

@@ -1,0 +1,63 @@
+"""What a caller asks for, looked at before anything runs: every mistake is named with the prompt it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from genssd.engine.candidate import AnyCriterion, needs_answer
+from genssd.engine.errors import CapacityError, CheckpointError, InputError
+from genssd.engine.model import Decoder
+from genssd.engine.runner import ModelRunner
+from genssd.engine.text import Prompt, Tokenizer
+
+
+def labels_of(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:
+    """What messages call each prompt."""
+    if isinstance(prompts, str):
+        raise InputError("prompts is a list of prompts; put a single one into a list")
+    if labels is not None and len(labels) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts but {len(labels)} labels")
+    return [f"prompt {i}" for i in range(len(prompts))] if labels is None else labels
+
+
+def check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion, labels: Sequence[str]) -> None:
+    """Every prompt has its answer, where the criterion reads them."""
+    if answers is not None and len(answers) != len(labels):
+        raise InputError(f"{len(labels)} prompts but {len(answers)} answers")
+    if needs_answer(criterion):
+        missing = next((label for i, label in enumerate(labels) if answers is None or answers[i] is None), None)
+        if missing is not None:
+            raise InputError(f"{missing}: no reference answer, which the criterion {criterion!r} reads")
+
+
+def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
+    """The embedding has a row for every token."""
+    size = decoder.config.vocab_size
+    if tokenizer.largest_id >= size:
+        raise CheckpointError(
+            f"{tokenizer.directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
+            f"{size} rows; the tokenizer belongs to another model, or the embedding was not resized"
+        )
+
+
+def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> None:
+    """All are in the model's vocabulary."""
+    size = runner.decoder.config.vocab_size
+    wrong = [i for i in ids if not 0 <= i < size]
+    if wrong:
+        raise InputError(f"{label}: token id {wrong[0]} is outside the {runner.role}'s vocabulary of {size}")
+
+
+def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
+    """So many tokens have positions in the model, and room in an empty cache."""
+    positions = runner.decoder.config.max_position_embeddings
+    pool = runner.tree.pool
+    if tokens >= positions:
+        raise CapacityError(
+            f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions"
+        )
+    if tokens > pool.num_pages * pool.page_size:
+        raise CapacityError(
+            f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds "
+            f"{pool.num_pages * pool.page_size}: raise memory_bytes or memory_utilization"
+        )
