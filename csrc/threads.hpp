@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -56,9 +57,11 @@ class ThreadPool {
 
   void share(const Job& job, int helpers) {
     const std::lock_guard<std::mutex> one_job(caller_);
-    while (workers_ < helpers) {
-      std::thread([this, index = workers_, seen = generation_.load()] { work(index, seen); }).detach();
-      ++workers_;
+    try {
+      for (; workers_ < helpers; ++workers_)
+        std::thread([this, index = workers_, seen = generation_.load()] { work(index, seen); }).detach();
+    } catch (const std::system_error&) {
+      // the system gives no more threads: those that are there, or the caller alone, do the work
     }
     job_ = job;
     helpers_ = helpers;
