@@ -394,5 +394,5 @@ def test_sinks_of_other_heads_are_refused() -> None:
     cache = Cache(4)
     cache.add([1])
     case = Case(cache, [0], [1])
-    with pytest.raises(ValueError, match=r"sinks must be \[4\], not \[3\]"):
+    with pytest.raises(ValueError, match=r"sinks must be float32 \[4\], not torch.float32 \[3\]"):
         paged_attention_reference(case.queries(), *cache.kv, case.host_table(), scale=1.0, sinks_H=torch.zeros(3))
