@@ -5,14 +5,13 @@
 // together, and whether partial results are kept in memory on the way, changes no bit.
 #pragma once
 
-#include "dot.hpp"
 #include "kernels.hpp"
+#include "panel.hpp"
+#include "scratch.hpp"
 
 namespace {
 
 using namespace genssd;
-
-constexpr std::int64_t kLargestSegment = 1024;
 
 // What a row has seen: the peak of its scores, the sum of their exponentials, and values weighted by them.
 struct State {
@@ -47,208 +46,169 @@ INLINE void finish(const Attention& t, State state, T* out) {
   }
 }
 
-// One segment of one kv head: where its tokens lie, and its keys with tokens side by side, so that a vector holds the
-// scores of several tokens.
+INLINE std::int64_t rounded_up(std::int64_t count, std::int64_t to) { return (count + to - 1) / to * to; }
+
+// What an item is computed in: its keys and values as panels, keys with tokens side by side, values with the width; and
+// its rows, kTileRows at a time. Weights are rounded to the type of the values, and those that are summed are the rounded
+// ones, so that they still make 1.
 template <typename T>
-struct Keys {
-  std::int64_t* offset;  // [tokens]: of a token's key or value from the first page's
-  float* columns;        // [lanes of a key, stride]
+struct Desk {
+  std::int64_t lanes, token_lanes, value_panels;  // of a key, in whole blocks; of all tokens; of a value
+  std::int64_t row, state;                        // numbers of a row of scores, and of a state
+  std::int64_t* offset;                           // [segment]: of a token's key or value from the first page's
+  Cell<T>*keys, *values, *half;  // [panels, lanes, kPanel] [value_panels, token_lanes, kPanel] [kPanel]
+  T *queries, *weights;          // [kTileRows, width] [kTileRows, row]
+  float *scores, *states;        // [kTileRows, row] [kTileRows, state]
+  float* row_states;             // [unit_rows, group, width + 2]: of the rows of a unit
+  std::int32_t* row_of;          // [unit_rows]
+  std::int64_t bytes;            // all of this
 
-  INLINE static std::int64_t stride(const Attention& t) { return (t.segment + kLanes - 1) / kLanes * kLanes; }
-  INLINE static std::int64_t lanes(const Attention& t) {
-    return (t.width + Products<T>::kPerLane - 1) / Products<T>::kPerLane;
-  }
-  // Floats of memory: rows of whole vectors are written, and offsets are two floats each.
-  INLINE static std::int64_t size(const Attention& t) {
-    return stride(t) * ((lanes(t) + kLanes - 1) / kLanes * kLanes + 2);
+  INLINE Desk(const Attention& t, Pieces memory)
+      : lanes(rounded_up(lanes_of<T>(t.width), kLanes)),
+        token_lanes(lanes_of<T>(t.segment)),
+        value_panels(rounded_up(t.width, kPanel) / kPanel),
+        row(rounded_up(t.segment, kPanel)),
+        state(2 + value_panels * kPanel),
+        offset(memory.take<std::int64_t>(t.segment)),
+        keys(memory.take<Cell<T>>(row * lanes)),
+        values(memory.take<Cell<T>>(value_panels * token_lanes * kPanel)),
+        half(memory.take<Cell<T>>(kPanel)),
+        queries(memory.take<T>(kTileRows * t.width)),
+        weights(memory.take<T>(kTileRows * row)),
+        scores(memory.take<float>(kTileRows * row)),
+        states(memory.take<float>(kTileRows * state)),
+        row_states(memory.take<float>(t.unit_rows * (t.heads / t.kv_heads) * (t.width + 2))),
+        row_of(memory.take<std::int32_t>(t.unit_rows)),
+        bytes(memory.bytes()) {}
+
+  INLINE static Desk of(const Attention& t) { return Desk(t, Pieces(scratch(Desk(t, Pieces()).bytes))); }
+
+  INLINE Cell<T>* value_cells(std::int64_t panel, std::int64_t lane) const {
+    return values + (panel * token_lanes + lane) * kPanel;
   }
 
-  Keys(const Attention& t, const Item& item, std::int64_t kv_head, float* memory)
-      : offset(reinterpret_cast<std::int64_t*>(memory)), columns(memory + 2 * stride(t)) {
+  INLINE void lay_out(const Attention& t, const Item& item, std::int64_t kv_head) const {
     std::int64_t token = 0;
     for (std::int64_t page = item.page; token < item.tokens; ++page)
       for (std::int64_t slot = t.pages[page] * t.page_size, i = 0; i < t.page_size && token < item.tokens; ++i)
         offset[token++] = ((slot + i) * t.kv_heads + kv_head) * t.width;
-    const T* keys = static_cast<const T*>(t.k_pages);
-    for (std::int64_t first = 0; first < item.tokens; first += kLanes)
-      for (std::int64_t lane = 0; lane < lanes(t); lane += kLanes) {
-        F block[kLanes];
-        for (std::int64_t i = 0; i < kLanes; ++i)
-          block[i] = Products<T>::lanes(keys + offset[least(first + i, item.tokens - 1)], lane, t.width);
-        transpose(block);
-        for (std::int64_t i = 0; i < kLanes; ++i) store(columns + (lane + i) * stride(t) + first, block[i]);
+    const T *k = static_cast<const T*>(t.k_pages), *v = static_cast<const T*>(t.v_pages);
+    for (std::int64_t first = 0; first < item.tokens; first += kPanel)
+      pack_columns<T>([&](std::int64_t c) { return k + offset[first + c]; }, least(kPanel, item.tokens - first), t.width,
+                      keys + first * lanes);
+    for (std::int64_t lane = 0; lane < lanes_of<T>(item.tokens); ++lane) {
+      const std::int64_t at = lane * Lanes<T>::kValues, last = at + Lanes<T>::kValues - 1;
+      for (std::int64_t d = 0; d < t.width; d += kLanes) {
+        const F first = load_at(v + offset[at], d, t.width);
+        const F second = last < item.tokens ? load_at(v + offset[last], d, t.width) : zero();
+        Lanes<T>::put(value_cells(d / kPanel, lane) + d % kPanel, Lanes<T>::join(first, second));
       }
+    }
   }
 };
 
-// Up to kTileRows query vectors against one segment.
+// Up to kTileRows query vectors against the segment on the desk.
 template <typename T>
 struct Strip {
   const Attention& t;
   const Item& item;
-  const Keys<T>& keys;
-  std::int64_t rows = 0;
+  const Desk<T>& desk;
+  std::int64_t rows;
   std::int64_t low[kTileRows], high[kTileRows];  // the tokens that each sees, counted from the segment's first
-  float* values[kTileRows];
-  T* queries;     // [kTileRows, width]
-  float* scores;  // [kTileRows, kStride]
 
-  static constexpr std::int64_t kStride = kLargestSegment + kLanes;
+  INLINE State state(std::int64_t i) const { return State(desk.states + i * desk.state); }
 
-  INLINE const T* value(std::int64_t token) const { return static_cast<const T*>(t.v_pages) + keys.offset[token]; }
-
-  // The scores of VECTORS vectors of tokens, from `first` on. Long keys are summed in parts, for the sake of float.
-  template <int ROWS, int VECTORS>
-  INLINE void score_block(std::int64_t first) {
-    using P = Products<T>;
-    constexpr std::int64_t kSummed = 64;
-    const std::int64_t lanes = Keys<T>::lanes(t), stride = Keys<T>::stride(t);
-    for (std::int64_t begin = 0; begin < lanes; begin += kSummed) {
-      F total[ROWS][VECTORS];
-      for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < VECTORS; ++j) total[r][j] = zero();
-      for (std::int64_t lane = begin; lane < least(lanes, begin + kSummed); ++lane) {
-        const float* column = keys.columns + lane * stride + first;
-        F key[VECTORS];
-        for (int j = 0; j < VECTORS; ++j) key[j] = load(column + j * kLanes);
-        for (int r = 0; r < ROWS; ++r) {
-          const F query = P::everywhere(queries + r * t.width, lane, t.width);
-          for (int j = 0; j < VECTORS; ++j) total[r][j] = P::lane_step(key[j], query, total[r][j]);
-        }
-      }
-      for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < VECTORS; ++j) {
-          float* out = scores + r * kStride + first + j * kLanes;
-          store(out, begin ? add(load(out), total[r][j]) : total[r][j]);
-        }
-    }
-  }
-
-  template <int ROWS>
   void score() {
-    std::int64_t first = 0;
-    for (; first + 3 * kLanes < item.tokens; first += 4 * kLanes) score_block<ROWS, 4>(first);
-    for (; first < item.tokens; first += kLanes) score_block<ROWS, 1>(first);
-  }
-
-  void score_all() {
-    switch (rows) {
-      case 1: return score<1>();
-      case 2: return score<2>();
-#if defined(__AVX512F__)
-      case 3: return score<3>();
-      case 4: return score<4>();
-      case 5: return score<5>();
-      case 6: return score<6>();
-#endif
-      default: __builtin_unreachable();
+    std::int64_t begin = item.tokens, end = 0;  // what any row sees
+    for (std::int64_t i = 0; i < rows; ++i) {
+      begin = least(begin, low[i]);
+      end = most(end, high[i]);
     }
+    for (std::int64_t first = begin / kPanel * kPanel; first < end; first += kPanel)
+      dot_panel(desk.queries, t.width, rows, desk.keys + first * desk.lanes, least(kPanel, end - first), t.width,
+                desk.scores + first, desk.row);
   }
 
-  INLINE void weigh(std::int64_t i, State state) {
-    float* s = scores + i * kStride;
+  // Scores become weights, 0 for what is not seen.
+  INLINE void weigh(std::int64_t i) {
+    float* s = desk.scores + i * desk.row;
+    T* w = desk.weights + i * desk.row;
     const std::int64_t first = low[i] / kLanes * kLanes;
+    F peaks = fill(-kInfinity);
     for (std::int64_t k = first; k < high[i]; k += kLanes) {
       F x = mul(load(s + k), fill(t.scale));
       if (t.softcap > 0.0f) x = mul(fill(t.softcap), hyperbolic_tangent(div(x, fill(t.softcap))));
       store(s + k, x);
+      if (k < low[i] || k + kLanes > high[i]) {
+        for (std::int64_t j = 0; j < kLanes; ++j)
+          if (k + j < low[i] || k + j >= high[i]) s[k + j] = -kInfinity;
+        x = load(s + k);
+      }
+      peaks = larger(peaks, x);
     }
-    for (std::int64_t k = first; k < low[i]; ++k) s[k] = -kInfinity;
-    for (std::int64_t k = high[i]; k % kLanes; ++k) s[k] = -kInfinity;
-    F peaks = fill(-kInfinity);
-    for (std::int64_t k = first; k < high[i]; k += kLanes) peaks = larger(peaks, load(s + k));
     const float peak = largest(peaks);
     const F base = fill(peak > -kInfinity ? peak : 0.0f);
     F total = zero();
     for (std::int64_t k = first; k < high[i]; k += kLanes) {
-      const F e = exponential(sub(load(s + k), base));
-      store(s + k, e);
-      total = add(total, e);
+      store_weights(w + k, exponential(sub(load(s + k), base)));
+      total = add(total, load(w + k));
     }
-    *state.peak = peak;
-    *state.total = sum(total);
+    *state(i).peak = peak;
+    *state(i).total = sum(total);
   }
 
-  // values[i..i + ROWS - 1] += weights of tokens from..to - 1 times their values
-  template <int ROWS>
-  INLINE void gather(std::int64_t i, std::int64_t from, std::int64_t to) {
-    constexpr std::int64_t kWide = 4 * kLanes;
-    for (std::int64_t d = 0; d < t.width; d += kWide) {
-      F total[ROWS][4];
-      for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < 4; ++j)
-          total[r][j] = d + j * kLanes < t.width ? load_at(values[i + r], d + j * kLanes, t.width) : zero();
-      if (d + kWide <= t.width) {
-        for (std::int64_t k = from; k < to; ++k) {
-          const T* v = value(k) + d;
-          const F part[4] = {load(v), load(v + kLanes), load(v + 2 * kLanes), load(v + 3 * kLanes)};
-          for (int r = 0; r < ROWS; ++r) {
-            const F weight = fill(scores[(i + r) * kStride + k]);
-            for (int j = 0; j < 4; ++j) total[r][j] = fma(weight, part[j], total[r][j]);
-          }
-        }
-      } else {
-        for (std::int64_t k = from; k < to; ++k) {
-          const T* v = value(k);
-          for (int j = 0; j < 4 && d + j * kLanes < t.width; ++j) {
-            const F part = load_at(v, d + j * kLanes, t.width);
-            for (int r = 0; r < ROWS; ++r) total[r][j] = fma(fill(scores[(i + r) * kStride + k]), part, total[r][j]);
-          }
-        }
-      }
-      for (int r = 0; r < ROWS; ++r)
-        for (int j = 0; j < 4 && d + j * kLanes < t.width; ++j)
-          store_at(values[i + r], total[r][j], d + j * kLanes, t.width);
-    }
+  // values[i..i + some - 1] += weights times values, lanes from..to - 1 of the tokens
+  INLINE void gather(std::int64_t i, std::int64_t some, std::int64_t from, std::int64_t to) {
+    if (from >= to) return;
+    for (std::int64_t panel = 0; panel < desk.value_panels; ++panel)
+      dot_lanes(desk.weights + i * desk.row + from * Lanes<T>::kValues, desk.row, some, desk.value_cells(panel, from),
+                least(kPanel, t.width - panel * kPanel), to - from, Sum::kContinued, nullptr,
+                state(i).values + panel * kPanel, desk.state);
   }
 
-  void gather_all(std::int64_t from, std::int64_t to) {
-    switch (rows) {
-      case 1: return gather<1>(0, from, to);
-      case 2: return gather<2>(0, from, to);
-#if defined(__AVX512F__)
-      case 3: return gather<3>(0, from, to);
-      case 4: return gather<4>(0, from, to);
-      case 5: return gather<5>(0, from, to);
-      case 6: return gather<6>(0, from, to);
-#endif
-      default: __builtin_unreachable();
+  // The same for a lane of which the row sees one half.
+  void gather_half(std::int64_t i, std::int64_t lane, bool second) {
+    for (std::int64_t panel = 0; panel < desk.value_panels; ++panel) {
+      const Cell<T>* whole = desk.value_cells(panel, lane);
+      for (std::int64_t d = 0; d < kPanel; ++d) desk.half[d] = Lanes<T>::half(whole[d], second);
+      dot_lanes(desk.weights + i * desk.row + lane * Lanes<T>::kValues, 0, 1, desk.half,
+                least(kPanel, t.width - panel * kPanel), 1, Sum::kContinued, nullptr, state(i).values + panel * kPanel, 0);
     }
   }
 
   // What a row does not see may hold anything, NaN included: it is never multiplied, not even by 0.
-  void attend(float* const* state) {
-    score_all();
-    std::int64_t low_of_all = low[0], high_of_all = high[0];
+  void attend() {
+    constexpr std::int64_t kValues = Lanes<T>::kValues;
+    score();
+    std::int64_t from[kTileRows], to[kTileRows];  // lanes that each sees whole; and that all do
+    std::int64_t begin = 0, end = desk.token_lanes;
     for (std::int64_t i = 0; i < rows; ++i) {
-      const State row(state[i]);
-      weigh(i, row);
-      values[i] = row.values;
-      for (std::int64_t d = 0; d < t.width; ++d) row.values[d] = 0.0f;
-      low_of_all = most(low_of_all, low[i]);
-      high_of_all = least(high_of_all, high[i]);
+      for (std::int64_t d = 0; d < t.width; ++d) state(i).values[d] = 0.0f;
+      weigh(i);
+      from[i] = (low[i] + kValues - 1) / kValues;
+      to[i] = low[i] < high[i] ? high[i] / kValues : 0;
+      begin = most(begin, from[i]);
+      end = least(end, to[i]);
     }
-    if (low_of_all >= high_of_all) {
-      for (std::int64_t i = 0; i < rows; ++i) gather<1>(i, low[i], high[i]);
-      return;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      if (low[i] < high[i] && low[i] % kValues) gather_half(i, low[i] / kValues, true);
+      gather(i, 1, from[i], begin < end ? begin : to[i]);
     }
-    for (std::int64_t i = 0; i < rows; ++i) gather<1>(i, low[i], low_of_all);
-    gather_all(low_of_all, high_of_all);
-    for (std::int64_t i = 0; i < rows; ++i) gather<1>(i, high_of_all, high[i]);
+    if (begin < end) gather(0, rows, begin, end);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      if (begin < end) gather(i, 1, end, to[i]);
+      if (low[i] < high[i] && high[i] % kValues) gather_half(i, high[i] / kValues, false);
+    }
   }
 };
 
 // Computes an item for one kv head, and hands every partial result to take(entry, head, state).
 template <typename T, typename Take>
-INLINE void attend_item(const Attention& t, const Item& item, std::int64_t kv_head, float* scratch, const Take& take) {
-  const std::int64_t group = t.heads / t.kv_heads, vectors = item.entries * group, size = t.width + 2;
-  const Keys<T> keys(t, item, kv_head, scratch);
-  float* states = scratch + Keys<T>::size(t);
-  float* scores = states + kTileRows * size;
-  T* queries = reinterpret_cast<T*>(scores + kTileRows * Strip<T>::kStride);
+INLINE void attend_item(const Attention& t, const Item& item, std::int64_t kv_head, const Desk<T>& desk, const Take& take) {
+  const std::int64_t group = t.heads / t.kv_heads, vectors = item.entries * group;
+  desk.lay_out(t, item, kv_head);
   for (std::int64_t vector = 0; vector < vectors; vector += kTileRows) {
-    Strip<T> strip{t, item, keys, least(kTileRows, vectors - vector), {}, {}, {}, queries, scores};
-    float* state[kTileRows];
+    Strip<T> strip{t, item, desk, least(kTileRows, vectors - vector), {}, {}};
     for (std::int64_t i = 0; i < strip.rows; ++i) {
       const std::int64_t row = t.entries[item.entry + (vector + i) / group].row;
       const std::int64_t head = kv_head * group + (vector + i) % group;
@@ -256,38 +216,12 @@ INLINE void attend_item(const Attention& t, const Item& item, std::int64_t kv_he
       strip.high[i] = least(item.tokens, position + 1 - item.first);
       strip.low[i] = t.window > 0 ? most(0, position - t.window + 1 - item.first) : 0;
       const T* q = static_cast<const T*>(t.q) + (row * t.heads + head) * t.width;
-      for (std::int64_t d = 0; d < t.width; ++d) queries[i * t.width + d] = q[d];
-      state[i] = states + i * size;
+      for (std::int64_t d = 0; d < t.width; ++d) desk.queries[i * t.width + d] = q[d];
     }
-    strip.attend(state);
+    strip.attend();
     for (std::int64_t i = 0; i < strip.rows; ++i)
-      take(t.entries[item.entry + (vector + i) / group], kv_head * group + (vector + i) % group,
-           State(state[i]));
+      take(t.entries[item.entry + (vector + i) / group], kv_head * group + (vector + i) % group, strip.state(i));
   }
-}
-
-// Floats of scratch that an item needs.
-template <typename T>
-INLINE std::int64_t item_floats(const Attention& t) {
-  return Keys<T>::size(t) + kTileRows * (t.width + 2 + Strip<T>::kStride + t.width) + 2;
-}
-
-// Memory that a thread keeps from unit to unit.
-float* scratch_of(std::int64_t floats) {
-  struct Memory {
-    ~Memory() { delete[] held; }
-    float* held = nullptr;
-    std::int64_t size = 0;
-  };
-  static thread_local Memory memory;
-  if (memory.size < floats) {
-    delete[] memory.held;
-    memory.held = nullptr;
-    memory.size = 0;
-    memory.held = new float[static_cast<std::size_t>(floats)];
-    memory.size = floats;
-  }
-  return memory.held;
 }
 
 // Unit: (a unit of the table, a kv head). Rows of a unit follow each other in its items, in no particular order: their
@@ -296,9 +230,9 @@ template <typename T>
 void attention_of(const Attention& t, std::int64_t unit) {
   const std::int64_t kv_head = unit % t.kv_heads, which = unit / t.kv_heads, group = t.heads / t.kv_heads;
   const std::int64_t size = t.width + 2, begin = t.unit_item[which], end = t.unit_item[which + 1];
-  float* scratch = scratch_of(item_floats<T>(t) + t.unit_rows * (group * size + 1));
-  float* states = scratch + item_floats<T>(t);
-  std::int32_t* rows = reinterpret_cast<std::int32_t*>(states + t.unit_rows * group * size);
+  const Desk<T> desk = Desk<T>::of(t);
+  float* states = desk.row_states;
+  std::int32_t* rows = desk.row_of;
   std::int64_t known = 0, hint = 0;
   const auto place = [&](std::int32_t row) {
     for (std::int64_t tried = 0; tried < known; ++tried, hint = hint + 1 < known ? hint + 1 : 0)
@@ -309,7 +243,7 @@ void attention_of(const Attention& t, std::int64_t unit) {
     return hint = known++;
   };
   for (std::int64_t i = begin; i < end; ++i)
-    attend_item<T>(t, t.items[i], kv_head, scratch, [&](const Entry& entry, std::int64_t head, State more) {
+    attend_item<T>(t, t.items[i], kv_head, desk, [&](const Entry& entry, std::int64_t head, State more) {
       fold_in(t, State(states + (place(entry.row) * group + head % group) * size), more);
     });
   for (std::int64_t i = 0; i < known; ++i)
@@ -322,7 +256,7 @@ void attention_of(const Attention& t, std::int64_t unit) {
 template <typename T>
 void partial_attention_of(const Attention& t, std::int64_t unit) {
   const std::int64_t size = t.width + 2;
-  attend_item<T>(t, t.items[unit / t.kv_heads], unit % t.kv_heads, scratch_of(item_floats<T>(t)),
+  attend_item<T>(t, t.items[unit / t.kv_heads], unit % t.kv_heads, Desk<T>::of(t),
                  [&](const Entry& entry, std::int64_t head, State more) {
                    float* to = t.partial + (entry.partial * t.heads + head) * size;
                    for (std::int64_t d = 0; d < size; ++d) to[d] = more.peak[d];
@@ -332,7 +266,7 @@ void partial_attention_of(const Attention& t, std::int64_t unit) {
 template <typename T>
 void fold_attention_of(const Attention& t, std::int64_t row) {
   const std::int64_t size = t.width + 2;
-  const State state(scratch_of(size));
+  const State state(reinterpret_cast<float*>(scratch(size * sizeof(float))));
   for (std::int64_t head = 0; head < t.heads; ++head) {
     start(t, head, state);
     for (std::int64_t i = t.row_partial[row]; i < t.row_partial[row + 1]; ++i)

@@ -93,18 +93,21 @@ NB_MODULE(_core, m) {
         TENSORS("linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, threads: "
                 "int)"),
         "out = x @ weight.T + bias, summed in float32; out in the dtype of x or float32.");
-  m.def("linear_logprob", &linear_logprob, nb::arg("hidden"), nb::arg("weight"), nb::arg("target"),
+  m.def("packed_rows", &packed_rows, nb::arg("weight"), nb::arg("rows"), nb::arg("index"), nb::arg("out"),
+        TENSORS("packed_rows(weight: torch.Tensor, rows: int, index: torch.Tensor, out: torch.Tensor)"),
+        "Rows of a packed weight of so many rows: out[i] = weight[index[i]].");
+  m.def("linear_logprob", &linear_logprob, nb::arg("hidden"), nb::arg("weight"), nb::arg("vocabulary"), nb::arg("target"),
         nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"), nb::arg("stats"), nb::arg("rank"),
         nb::arg("top_ids"), nb::arg("top_logprob"), nb::arg("threads"),
-        TENSORS("linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | "
+        TENSORS("linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, vocabulary: int, target: torch.Tensor, bias: torch.Tensor | "
                 "None, temperature: float, softcap: float, stats: torch.Tensor, rank: torch.Tensor, top_ids: "
                 "torch.Tensor, top_logprob: torch.Tensor, threads: int)"),
         "Score targets under a head: stats [4, rows] are logprob, logsumexp, entropy and sum_p2; softcap 0: none.");
-  m.def("linear_sample", &linear_sample, nb::arg("hidden"), nb::arg("weight"), nb::arg("key"), nb::arg("bias").none(),
-        nb::arg("temperature"), nb::arg("softcap"), nb::arg("vocabulary"), nb::arg("tokens"), nb::arg("logprob"),
+  m.def("linear_sample", &linear_sample, nb::arg("hidden"), nb::arg("weight"), nb::arg("vocabulary"), nb::arg("key"), nb::arg("bias").none(),
+        nb::arg("temperature"), nb::arg("softcap"), nb::arg("drawable"), nb::arg("tokens"), nb::arg("logprob"),
         nb::arg("threads"),
-        TENSORS("linear_sample(hidden: torch.Tensor, weight: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, "
-                "temperature: float, softcap: float, vocabulary: int, tokens: torch.Tensor, logprob: torch.Tensor, "
+        TENSORS("linear_sample(hidden: torch.Tensor, weight: torch.Tensor, vocabulary: int, key: torch.Tensor, bias: "
+                "torch.Tensor | None, temperature: float, softcap: float, drawable: int, tokens: torch.Tensor, logprob: torch.Tensor, "
                 "threads: int)"),
         "Draw a token per row from a head; -1 where its logits are not finite.");
   m.def("sample", &sample, nb::arg("logits"), nb::arg("key"), nb::arg("temperature"), nb::arg("top_k"),

@@ -11,27 +11,22 @@ namespace genssd {
 namespace {
 
 // What scoring and drawing have in common.
-Head head_of(const Arguments& args, const Array& hidden, const Array& weight, const MaybeArray& bias,
-             float temperature, float softcap) {
+Head head_of(const Arguments& args, const Array& hidden, const Array& weight, std::int64_t vocabulary,
+             const MaybeArray& bias, float temperature, float softcap) {
   args.shape(hidden, "hidden", {-1, -1});
   const auto rows = static_cast<std::int64_t>(hidden.shape(0)), inputs = static_cast<std::int64_t>(hidden.shape(1));
-  args.shape(weight, "weight", {-1, inputs});
-  const auto vocabulary = static_cast<std::int64_t>(weight.shape(0));
-  args.require(vocabulary > 0 && vocabulary < (std::int64_t{1} << 31), "weight must have between 1 and 2^31 rows");
+  args.require(0 < vocabulary && vocabulary < (std::int64_t{1} << 31), "weight must have between 1 and 2^31 rows");
   args.require(softcap >= 0.0f && temperature >= 0.0f, "temperature and softcap must not be negative");
-  args.same_type(weight, "weight", hidden, "hidden");
   args.contiguous(hidden, "hidden", 1);
-  args.contiguous(weight, "weight", 1);
   Head head{};
   head.type = args.type(hidden, "hidden");
   head.hidden = hidden.data();
-  head.weight = weight.data();
+  head.weight = args.weight(weight, vocabulary, inputs, hidden, "hidden");
   head.bias = args.vector(bias, "bias", vocabulary, hidden, "hidden");
   head.rows = rows;
   head.inputs = inputs;
   head.vocabulary = vocabulary;
   head.stride_hidden = stride0(hidden);
-  head.stride_weight = stride0(weight);
   head.temperature = temperature;
   head.softcap = softcap;
   return head;
@@ -86,11 +81,12 @@ void gumbel_noise(Array keys, Array out, int threads) {
                   [&](std::int64_t row) { kernels.gumbel(key[row], noise + row * width, width); });
 }
 
-void linear_logprob(Array hidden, Array weight, Array target, MaybeArray bias, float temperature, float softcap,
-                    Array stats, Array rank, Array top_ids, Array top_logprob, int threads) {
+void linear_logprob(Array hidden, Array weight, std::int64_t vocabulary, Array target, MaybeArray bias,
+                    float temperature, float softcap, Array stats, Array rank, Array top_ids, Array top_logprob,
+                    int threads) {
   const Arguments args("linear_logprob");
   const Kernels& kernels = args.kernels();
-  Head head = head_of(args, hidden, weight, bias, temperature, softcap);
+  Head head = head_of(args, hidden, weight, vocabulary, bias, temperature, softcap);
   args.require(temperature > 0.0f, "temperature must be positive");
   head.target = args.indices<std::int64_t>(target, "target", head.rows);
   float* out = args.floats(stats, "stats", {4, head.rows});
@@ -140,16 +136,16 @@ void linear_logprob(Array hidden, Array weight, Array target, MaybeArray bias, f
   });
 }
 
-void linear_sample(Array hidden, Array weight, Array key, MaybeArray bias, float temperature, float softcap,
-                   std::int64_t vocabulary, Array tokens, Array logprob, int threads) {
+void linear_sample(Array hidden, Array weight, std::int64_t vocabulary, Array key, MaybeArray bias, float temperature,
+                   float softcap, std::int64_t drawable, Array tokens, Array logprob, int threads) {
   const Arguments args("linear_sample");
   const Kernels& kernels = args.kernels();
-  Head head = head_of(args, hidden, weight, bias, temperature, softcap);
+  Head head = head_of(args, hidden, weight, vocabulary, bias, temperature, softcap);
   head.key = args.indices<std::int64_t>(key, "key", head.rows);
   auto* token = args.indices<std::int64_t>(tokens, "tokens", head.rows);
   float* out = args.floats(logprob, "logprob", {head.rows});
-  args.require(0 < vocabulary && vocabulary <= head.vocabulary, "vocabulary must lie within the head");
-  head.drawable = vocabulary;
+  args.require(0 < drawable && drawable <= vocabulary, "drawable must lie within the vocabulary");
+  head.drawable = drawable;
   head.greedy = temperature == 0.0f;
   const nb::gil_scoped_release release;
   const std::int64_t count = blocks(head.vocabulary, kPartSize);

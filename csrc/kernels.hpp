@@ -9,20 +9,32 @@ namespace genssd {
 
 enum class Type { kFloat, kBFloat16, kFloat16 };
 
+inline constexpr std::int64_t kPanel = 64;       // vectors of a panel
+inline constexpr std::int64_t kRowBlock = 256;   // rows of a unit
+inline constexpr std::int64_t kPartSize = 2048;  // vocabulary entries of a part, whole panels
+
+// [outputs, inputs], row by row; or packed: panel after panel, each kPanel rows side by side (see panel.hpp).
+struct Weight {
+  const void* data;
+  std::int64_t stride;  // from row to row; 0: packed
+};
+
 struct Linear {  // out = x @ weight.T + bias
   Type type;     // of x, weight and bias
   bool wide;     // out is float, not rounded to type
-  const void *x, *weight, *bias;  // [rows, inputs] [outputs, inputs] [outputs] or null
-  void* out;                      // [rows, outputs]
-  std::int64_t rows, inputs, outputs, stride_x, stride_weight;
-  std::int64_t unit_columns;  // of a unit, a multiple of kColumnBlock
+  const void *x, *bias;  // [rows, inputs] [outputs] or null
+  Weight weight;
+  void* out;  // [rows, outputs]
+  std::int64_t rows, inputs, outputs, stride_x;
+  std::int64_t unit_columns;  // of a unit, whole panels
 };
 
 // One pass over a head's vocabulary, in parts whose ends depend on its size alone.
 struct Head {
   Type type;
-  const void *hidden, *weight, *bias;  // [rows, inputs] [vocabulary, inputs] [vocabulary] or null
-  std::int64_t rows, inputs, vocabulary, stride_hidden, stride_weight;
+  const void *hidden, *bias;  // [rows, inputs] [vocabulary] or null
+  Weight weight;
+  std::int64_t rows, inputs, vocabulary, stride_hidden;
   float temperature, softcap;  // softcap 0: none
   // scoring
   const std::int64_t* target;  // [rows], or null: nothing is scored
@@ -43,10 +55,6 @@ struct Part {
   float best = -__builtin_inff();                                    // of z / temperature + noise
   std::int64_t token = -1;
 };
-
-inline constexpr std::int64_t kPartSize = 2048;   // vocabulary entries of a part
-inline constexpr std::int64_t kColumnBlock = 64;  // outputs that are computed together for all rows of a unit
-inline constexpr std::int64_t kRowBlock = 96;     // rows of a unit
 
 struct Item {
   std::int32_t page;     // index into pages of its first page

@@ -14,25 +14,54 @@ void linear(Array x, Array weight, MaybeArray bias, Array out, int threads) {
   const Kernels& kernels = args.kernels();
   args.shape(x, "x", {-1, -1});
   const auto rows = static_cast<std::int64_t>(x.shape(0)), inputs = static_cast<std::int64_t>(x.shape(1));
-  args.shape(weight, "weight", {-1, inputs});
-  const auto outputs = static_cast<std::int64_t>(weight.shape(0));
-  args.shape(out, "out", {rows, outputs});
-  args.same_type(weight, "weight", x, "x");
+  args.shape(out, "out", {rows, -1});
+  const auto outputs = static_cast<std::int64_t>(out.shape(1));
   args.contiguous(x, "x", 1);
-  args.contiguous(weight, "weight", 1);
   args.contiguous(out, "out");
+  const Weight matrix = args.weight(weight, outputs, inputs, x, "x");
   const bool wide = out.dtype() == nb::dtype<float>();
   if (!wide) args.same_type(out, "out, unless it is float32,", x, "x");
   threads = threads_for(rows * inputs * outputs / 8, threads);
   // long runs of columns for each thread, but enough of them that no thread waits long for the last one
-  const std::int64_t run = blocks(outputs, kColumnBlock) / (8 * std::max(threads, 1));
-  const std::int64_t unit_columns = kColumnBlock * std::clamp<std::int64_t>(run, 1, 8);
-  const Linear task{args.type(x, "x"), wide,    x.data(), weight.data(), args.vector(bias, "bias", outputs, x, "x"),
-                    out.data(),        rows,    inputs,   outputs,       stride0(x),
-                    stride0(weight),   unit_columns};
+  const std::int64_t run = blocks(outputs, kPanel) / (8 * std::max(threads, 1));
+  const std::int64_t unit_columns = kPanel * std::clamp<std::int64_t>(run, 1, 8);
+  const Linear task{args.type(x, "x"),
+                    wide,
+                    x.data(),
+                    args.vector(bias, "bias", outputs, x, "x"),
+                    matrix,
+                    out.data(),
+                    rows,
+                    inputs,
+                    outputs,
+                    stride0(x),
+                    unit_columns};
   const nb::gil_scoped_release release;
   ThreadPool::run(blocks(outputs, unit_columns) * blocks(rows, kRowBlock), threads,
                   [&](std::int64_t unit) { kernels.linear(task, unit); });
+}
+
+// Rows of a packed weight, as they were.
+void packed_rows(Array weight, std::int64_t rows, Array index, Array out) {
+  const Arguments args("packed_rows");
+  args.shape(out, "out", {-1, -1});
+  args.contiguous(out, "out");
+  const auto count = static_cast<std::int64_t>(out.shape(0)), width = static_cast<std::int64_t>(out.shape(1));
+  const Weight packed = args.weight(weight, rows, width, out, "out");
+  args.require(packed.stride == 0, "weight must be packed");
+  const std::int64_t* wanted = args.indices<std::int64_t>(index, "index", count);
+  const auto values = static_cast<std::int64_t>(weight.shape(3)), size = static_cast<std::int64_t>(out.itemsize());
+  const std::int64_t lanes = blocks(width, values);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t row = wanted[i];
+    args.require(0 <= row && row < rows, "index " + std::to_string(i) + " names a row outside the weight");
+    const char* cells = static_cast<const char*>(packed.data) +
+                        (row / kPanel * lanes * kPanel + row % kPanel) * values * size;
+    char* to = static_cast<char*>(out.data()) + i * width * size;
+    for (std::int64_t lane = 0; lane < lanes; ++lane)
+      std::memcpy(to + lane * values * size, cells + lane * kPanel * values * size,
+                  static_cast<std::size_t>(std::min(values, width - lane * values) * size));
+  }
 }
 
 void rms_norm(Array x, MaybeArray residual, Array weight, float eps, Array out, MaybeArray sum, int threads) {

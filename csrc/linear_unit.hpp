@@ -1,42 +1,45 @@
 // Matrix products, and the pass over a head that never keeps its logits. Only for isa_*.cpp.
 #pragma once
 
-#include "dot.hpp"
 #include "draw.hpp"
 #include "kernels.hpp"
+#include "panel.hpp"
+#include "scratch.hpp"
 
 namespace {
 
 using namespace genssd;
 
-// With few rows the weight comes from memory: every four of its rows meet all of x before the next four do. With many
-// rows a block of the weight stays in the cache, and a register tile of x meets all of it before the next does. What lies
-// some way ahead is fetched meanwhile.
-constexpr std::int64_t kFewRows = 48;
-constexpr std::int64_t kAheadBytes = 48 << 10;
-
-INLINE std::int64_t rows_together(std::int64_t rows) { return rows <= kFewRows ? rows : kTileRows; }
-
-// tile[i][c] = row a_i with row b + c, for columns c in 0..columns - 1 (a few more are computed and mean nothing).
-// rest: the columns from b on that the caller will want, these among them.
+// A run of a panel, and what the rows of a unit have with the panel.
 template <typename T>
-INLINE void dot_block(const T* a, std::int64_t stride_a, std::int64_t rows, const T* b, std::int64_t stride_b,
-                      std::int64_t columns, std::int64_t rest, std::int64_t n, float* tile) {
-  const std::int64_t bytes = most(1, stride_b) * static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t distance = most(4, kAheadBytes / bytes / 4 * 4);
-  for (std::int64_t c = 0; c < columns; c += 4) {
-    const T* four[4];
-    for (std::int64_t j = 0; j < 4; ++j) four[j] = b + least(c + j, columns - 1) * stride_b;
-    // every register tile fetches its share of the four rows
-    const std::int64_t tiles = (rows + kTileRows - 1) / kTileRows, wanted = c + distance + 4 <= rest ? 4 : 0;
-    for (std::int64_t tile_of = 0, next = 0; tile_of < tiles; ++tile_of) {
-      Fetch fetch;
-      for (const std::int64_t end = wanted * (tile_of + 1) / tiles; next < end; ++next)
-        fetch.rows[fetch.count++] = reinterpret_cast<const char*>(b + (c + distance + next) * stride_b);
-      const std::int64_t i = tile_of * kTileRows;
-      dot_rows(a + i * stride_a, stride_a, least(kTileRows, rows - i), four, n, fetch, tile + i * kColumnBlock + c,
-               kColumnBlock);
+struct Workspace {
+  alignas(64) Cell<T> cells[Lanes<T>::kRun * kPanel];
+  alignas(64) float out[kRowBlock * kPanel];
+};
+
+template <typename T>
+INLINE Workspace<T>& workspace() {
+  return *new (scratch(sizeof(Workspace<T>))) Workspace<T>;
+}
+
+// out[i][c] = row x_i with row `column` + c of the weight, for the columns of one panel; n: values of a row. A packed
+// panel is read where it lies, another is packed a run at a time. What lies behind it is fetched meanwhile.
+template <typename T>
+INLINE void dot_weight(const T* x, std::int64_t stride_x, std::int64_t rows, const Weight& weight, std::int64_t column,
+                       std::int64_t columns, std::int64_t n, Cell<T>* memory, float* out) {
+  constexpr std::int64_t kValues = Lanes<T>::kRun * Lanes<T>::kValues;
+  const T* from = static_cast<const T*>(weight.data) + column * weight.stride;
+  const Cell<T>* panel = static_cast<const Cell<T>*>(weight.data) + column * lanes_of<T>(n);
+  for (std::int64_t k = 0; k < n; k += kValues) {
+    const std::int64_t some = least(kValues, n - k);
+    const Cell<T>* cells = panel + k / Lanes<T>::kValues * kPanel;
+    const void* next = cells + lanes_of<T>(some) * kPanel;
+    if (weight.stride) {
+      pack_columns<T>([&](std::int64_t c) { return from + c * weight.stride + k; }, columns, some, memory);
+      cells = memory;
+      next = weight.stride == n && some == n ? from + kPanel * n : nullptr;  // the next rows follow in one piece
     }
+    dot_run(x + k, stride_x, rows, cells, columns, some, k == 0, next, out, kPanel);
   }
 }
 
@@ -47,20 +50,16 @@ void linear_of(const Linear& t, std::int64_t unit) {
   const std::int64_t end = least(t.outputs, begin + t.unit_columns);
   const T* x = static_cast<const T*>(t.x) + first * t.stride_x;
   const T* bias = static_cast<const T*>(t.bias);
-  alignas(64) float tile[kFewRows * kColumnBlock];
-  for (std::int64_t column = begin; column < end; column += kColumnBlock) {
-    const std::int64_t columns = least(kColumnBlock, end - column);
-    const T* weight = static_cast<const T*>(t.weight) + column * t.stride_weight;
-    for (std::int64_t row = 0; row < rows; row += rows_together(rows)) {
-      const std::int64_t some = least(rows_together(rows), rows - row);
-      dot_block(x + row * t.stride_x, t.stride_x, some, weight, t.stride_weight, columns, end - column, t.inputs, tile);
-      for (std::int64_t i = 0; i < some; ++i) {
-        Out* out = static_cast<Out*>(t.out) + (first + row + i) * t.outputs + column;
-        for (std::int64_t c = 0; c < columns; c += kLanes) {
-          F y = load(tile + i * kColumnBlock + c);
-          if (bias) y = add(y, load_at(bias + column, c, columns));
-          store_at(out, y, c, columns);
-        }
+  Workspace<T>& memory = workspace<T>();
+  for (std::int64_t column = begin; column < end; column += kPanel) {
+    const std::int64_t columns = least(kPanel, end - column);
+    dot_weight(x, t.stride_x, rows, t.weight, column, columns, t.inputs, memory.cells, memory.out);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      Out* out = static_cast<Out*>(t.out) + (first + i) * t.outputs + column;
+      for (std::int64_t c = 0; c < columns; c += kLanes) {
+        F y = load(memory.out + i * kPanel + c);
+        if (bias) y = add(y, load_at(bias + column, c, columns));
+        store_at(out, y, c, columns);
       }
     }
   }
@@ -81,17 +80,42 @@ INLINE F squashed(const Head& t, F x, const T* bias, std::int64_t i, std::int64_
   return x;
 }
 
+// The product of one row with one row of a weight, bit for bit as dot_weight has it.
+template <typename T>
+INLINE float dot_single(const T* x, const Weight& weight, std::int64_t column, std::int64_t n) {
+  using L = Lanes<T>;
+  const T* row = static_cast<const T*>(weight.data) + column * weight.stride;
+  const Cell<T>* panel =
+      static_cast<const Cell<T>*>(weight.data) + column / kPanel * kPanel * lanes_of<T>(n) + column % kPanel;
+  F all = zero();
+  for (std::int64_t begin = 0; begin < lanes_of<T>(n); begin += L::kRun) {
+    F total = zero();
+    for (std::int64_t lane = begin; lane < least(lanes_of<T>(n), begin + L::kRun); ++lane) {
+      T pair[2] = {x[lane * L::kValues], T{}};
+      if (lane * L::kValues + 1 < n) pair[1] = x[lane * L::kValues + 1];
+      alignas(64) Cell<T> cells[kLanes] = {};
+      if (weight.stride)
+        std::memcpy(cells, row + lane * L::kValues, least(L::kValues, n - lane * L::kValues) * sizeof(T));
+      else
+        cells[0] = panel[lane * kPanel];
+      for (int step = 0; step < L::kSteps; ++step)
+        total = L::add_product(L::cells(cells, step), L::factor(pair, step), total);
+    }
+    all = begin ? add(all, total) : total;
+  }
+  alignas(64) float out[kLanes];
+  store(out, all);
+  return out[0];
+}
+
 template <typename T>
 void target_of(const Head& t, std::int64_t row) {
   const std::int64_t v = t.target[row];
   const T* hidden = static_cast<const T*>(t.hidden) + row * t.stride_hidden;
-  const T* weight = static_cast<const T*>(t.weight) + v * t.stride_weight;
-  const T* four[4] = {weight, weight, weight, weight};
-  alignas(64) float x[4];
-  dot_tile<1>(hidden, t.stride_hidden, four, t.inputs, {}, x, 4);
   const T* bias = t.bias ? static_cast<const T*>(t.bias) + v : nullptr;
+  const F x = fill(dot_single(hidden, t.weight, v, t.inputs));
   alignas(64) float z[kLanes];
-  store(z, div(squashed(t, fill(x[0]), bias, 0, 1), fill(t.temperature)));
+  store(z, div(squashed(t, x, bias, 0, 1), fill(t.temperature)));
   t.chosen[row] = z[0];
 }
 
@@ -165,36 +189,31 @@ void head_of(const Head& t, std::int64_t unit) {
     running[i] = {zero(), zero(), zero(), {}};
     held[i] = 0;
   }
-  alignas(64) float tile[kFewRows * kColumnBlock];
-  for (std::int64_t column = part * kPartSize; column < end; column += kColumnBlock) {
-    const std::int64_t columns = least(kColumnBlock, end - column);
-    const T* weight = static_cast<const T*>(t.weight) + column * t.stride_weight;
-    for (std::int64_t row = 0; row < rows; row += rows_together(rows)) {
-      const std::int64_t some = least(rows_together(rows), rows - row);
-      dot_block(hidden + row * t.stride_hidden, t.stride_hidden, some, weight, t.stride_weight, columns, end - column,
-                t.inputs, tile);
-      for (std::int64_t i = 0; i < some; ++i) {
-        float* z = tile + i * kColumnBlock;
-        Running& run = running[row + i];
-        const bool plain = !bias && t.softcap == 0.0f;
-        for (std::int64_t c = 0; c < columns; c += kLanes) {
-          F x = load(z + c);
-          if (!plain) x = squashed(t, x, bias ? bias + column : nullptr, c, columns);
-          if (t.target && t.temperature != 1.0f) x = div(x, fill(t.temperature));
-          store(z + c, x);
-        }
-        for (std::int64_t c = columns; c < kColumnBlock; ++c) z[c] = -kInfinity;
-        sum_up(run, z, columns);
-        if (t.target) {
-          const F chosen = fill(t.chosen[first + row + i]);
-          for (std::int64_t c = 0; c < columns; c += kLanes)
-            run.part.above += __builtin_popcount(above(load(z + c), chosen));
-          if (t.topk) keep_top(t, (first + row + i) * parts + part, z, column, columns, held[row + i]);
-        }
-        if (t.key && column < t.drawable)
-          draw_from(z, t.key[first + row + i], column, least(columns, t.drawable - column), t.temperature, t.greedy,
-                    run.part.best, run.part.token);
+  Workspace<T>& memory = workspace<T>();
+  const bool plain = !bias && t.softcap == 0.0f;
+  for (std::int64_t column = part * kPartSize; column < end; column += kPanel) {
+    const std::int64_t columns = least(kPanel, end - column);
+    dot_weight(hidden, t.stride_hidden, rows, t.weight, column, columns, t.inputs, memory.cells, memory.out);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      float* z = memory.out + i * kPanel;
+      Running& run = running[i];
+      for (std::int64_t c = 0; c < columns; c += kLanes) {
+        F x = load(z + c);
+        if (!plain) x = squashed(t, x, bias ? bias + column : nullptr, c, columns);
+        if (t.target && t.temperature != 1.0f) x = div(x, fill(t.temperature));
+        store(z + c, x);
       }
+      for (std::int64_t c = columns; c < kPanel; ++c) z[c] = -kInfinity;
+      sum_up(run, z, columns);
+      if (t.target) {
+        const F chosen = fill(t.chosen[first + i]);
+        for (std::int64_t c = 0; c < columns; c += kLanes)
+          run.part.above += __builtin_popcount(above(load(z + c), chosen));
+        if (t.topk) keep_top(t, (first + i) * parts + part, z, column, columns, held[i]);
+      }
+      if (t.key && column < t.drawable)
+        draw_from(z, t.key[first + i], column, least(columns, t.drawable - column), t.temperature, t.greedy,
+                  run.part.best, run.part.token);
     }
   }
   for (std::int64_t i = 0; i < rows; ++i) {

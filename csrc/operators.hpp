@@ -12,18 +12,18 @@ inline constexpr std::int64_t kSmall = 1 << 17;  // operations that take less ti
 
 inline int threads_for(std::int64_t operations, int threads) { return operations < kSmall ? 1 : threads; }
 
-inline std::int64_t blocks(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
-
 // head_operators.cpp
 void gumbel_noise(Array keys, Array out, int threads);
-void linear_logprob(Array hidden, Array weight, Array target, MaybeArray bias, float temperature, float softcap,
-                    Array stats, Array rank, Array top_ids, Array top_logprob, int threads);
-void linear_sample(Array hidden, Array weight, Array key, MaybeArray bias, float temperature, float softcap,
-                   std::int64_t vocabulary, Array tokens, Array logprob, int threads);
+void linear_logprob(Array hidden, Array weight, std::int64_t vocabulary, Array target, MaybeArray bias,
+                    float temperature, float softcap, Array stats, Array rank, Array top_ids, Array top_logprob,
+                    int threads);
+void linear_sample(Array hidden, Array weight, std::int64_t vocabulary, Array key, MaybeArray bias, float temperature,
+                   float softcap, std::int64_t drawable, Array tokens, Array logprob, int threads);
 void sample(Array logits, Array key, float temperature, std::int64_t top_k, float top_p, float log_min_p, Array tokens,
             int threads);
 
 // layer_operators.cpp
+void packed_rows(Array weight, std::int64_t rows, Array index, Array out);
 void linear(Array x, Array weight, MaybeArray bias, Array out, int threads);
 void rms_norm(Array x, MaybeArray residual, Array weight, float eps, Array out, MaybeArray sum, int threads);
 void gated(Array gate_up, bool gelu, Array out, int threads);

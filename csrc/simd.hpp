@@ -39,7 +39,7 @@ INLINE void narrow(float x, Float16* out) {
 #if defined(__AVX512F__)
 
 constexpr std::int64_t kLanes = 16;
-constexpr int kTileRows = 6;  // of a register tile of dot products, which is four columns wide
+constexpr int kTileRows = 6;  // of a register tile of products, which is four vectors wide
 
 using F = __m512;
 INLINE F zero() { return _mm512_setzero_ps(); }
@@ -77,16 +77,14 @@ INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
 INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
 INLINE unsigned above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }  // one bit a lane
 
-INLINE __m128 fold(F x) {  // of the four 128-bit parts
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x),
-                                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+// Of pairs of bfloat16 the first, or the second, as floats; and of such floats the pairs.
+INLINE F first_of_pairs(F x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
+INLINE F second_of_pairs(F x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(~0xFFFF)));
 }
-INLINE __m128 sums(F a, F b, F c, F d) {  // of four vectors, in one
-  const F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const F low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xEE);
-  return fold(add(low, high));
+INLINE F pairs_of(F first, F second) {
+  return _mm512_castsi512_ps(
+      _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second)));
 }
 
 // Rows become columns.
@@ -149,9 +147,9 @@ INLINE F times_power_of_two(F x, F n) {  // n in -126..127
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return mul(x, _mm256_castsi256_ps(exponent));
 }
-INLINE __m128 fold(F x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); }
 INLINE float sum(F x) {
-  const __m128 four = fold(x), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 INLINE float largest(F x) {
@@ -162,10 +160,13 @@ INLINE float largest(F x) {
 INLINE unsigned above(F a, F b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
 }
-INLINE __m128 sums(F a, F b, F c, F d) {
-  const F ab = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-  const F cd = add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-  return fold(add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE)));
+INLINE F first_of_pairs(F x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16)); }
+INLINE F second_of_pairs(F x) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(~0xFFFF)));
+}
+INLINE F pairs_of(F first, F second) {
+  return _mm256_castsi256_ps(
+      _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(first), 16), _mm256_castps_si256(second)));
 }
 
 INLINE void transpose(F rows[kLanes]) {
@@ -186,6 +187,18 @@ INLINE void transpose(F rows[kLanes]) {
   }
 }
 
+#endif
+
+// The same as store for weights in 0..1, of which those below 2^-126 may become 0.
+template <typename T>
+INLINE void store_weights(T* p, F x) {
+  store(p, x);
+}
+#if defined(__AVX512BF16__)
+template <>
+INLINE void store_weights(BFloat16* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
 #endif
 
 // The first n < kLanes values, and zeros.

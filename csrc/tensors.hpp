@@ -24,6 +24,12 @@ inline std::string shape_of(const Array& a) {
   return text + "]";
 }
 
+inline std::int64_t blocks(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+
+inline std::int64_t stride0(const Array& a) {
+  return a.shape(0) > 1 ? a.stride(0) : static_cast<std::int64_t>(a.shape(1));
+}
+
 // One operator's arguments: every message names the operator and the argument.
 class Arguments {
  public:
@@ -99,6 +105,20 @@ class Arguments {
     return a->data();
   }
 
+  // [outputs, inputs] with free rows, or packed: [panels, lanes, kPanel, values of a lane].
+  Weight weight(const Array& a, std::int64_t outputs, std::int64_t inputs, const Array& x, const char* of) const {
+    same_type(a, "weight", x, of);
+    if (a.ndim() != 4) {
+      shape(a, "weight", {outputs, inputs});
+      contiguous(a, "weight", 1);
+      return {a.data(), stride0(a)};
+    }
+    const std::int64_t values = type(a, "weight") == Type::kBFloat16 ? 2 : 1;
+    shape(a, "weight", {blocks(outputs, kPanel), blocks(inputs, values), kPanel, values});
+    contiguous(a, "weight");
+    return {a.data(), 0};
+  }
+
   const Kernels& kernels() const {
     const Kernels* found = genssd::kernels();
     if (!found) fail("there is no native kernel for this processor");
@@ -109,8 +129,5 @@ class Arguments {
   const char* function_;
 };
 
-inline std::int64_t stride0(const Array& a) {
-  return a.shape(0) > 1 ? a.stride(0) : static_cast<std::int64_t>(a.shape(1));
-}
 
 }  // namespace genssd

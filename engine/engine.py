@@ -105,7 +105,7 @@ class Engine:
     ) -> Engine:
         """An engine over one decoder that is in memory already. memory_bytes: of its cache; None: a third of what is
         free."""
-        device = decoder.embedding.device
+        device = decoder.device
         budget = available_bytes(device) // 3 if memory_bytes is None else memory_bytes
         pool = PagePool.for_model(decoder, pages_within(budget, [decoder]))
         return Engine({role: ModelRunner(role, tokenizer.directory, decoder, pool)}, {role: tokenizer}, max_batch)

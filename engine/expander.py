@@ -291,9 +291,8 @@ class Expander:
         targets = torch.tensor([token for _, kid in kids for token in kid.chunk])
         # the label and the response position of every row, should one have to be named
         rows = [(expansion.label, len(kid.history) + i) for expansion, kid in kids for i in range(len(kid.chunk))]
-        head = scorer.decoder.head
         try:
-            stats = linear_logprob(torch.cat(predicting), head, targets.to(head.device))
+            stats = linear_logprob(torch.cat(predicting), scorer.decoder.head, targets.to(scorer.decoder.device))
         except NonFiniteLogits as error:
             raise nonfinite(scorer, *rows[error.row]) from None
         self._usage.student_tokens += len(targets)
@@ -308,8 +307,9 @@ class Expander:
         if not self._topk or not branch.chunk:
             return None
         hidden = torch.stack([states[row] for states, row in branch.chunk_states])
-        head = self._writer.decoder.head
-        return linear_logprob(hidden, head, torch.tensor(branch.chunk, device=head.device), topk=self._topk).topk
+        decoder = self._writer.decoder
+        targets = torch.tensor(branch.chunk, device=decoder.device)
+        return linear_logprob(hidden, decoder.head, targets, topk=self._topk).topk
 
     def _hidden(self, runner: ModelRunner, lane: Lane) -> Tensor:
         hidden = self._state(runner, lane.branch).hidden

@@ -5,7 +5,7 @@ Shapes:  N packed tokens   D model width   V vocabulary   H query heads   G kv h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from genssd.kernels.cache import write_kv
 from genssd.kernels.linear import linear
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import rope_frequencies, rotary_angles
+from genssd.kernels.weight import Weight, pack, rows_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +30,16 @@ class LayerWeights:
     """One transformer block; projections that read the same input are stacked into one matrix."""
 
     attention_norm: Tensor  # [D]
-    qkv: Tensor  # [(H + 2 G) E, D]
+    qkv: Weight  # [(H + 2 G) E, D]
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # [E]
     k_norm: Tensor | None
-    output: Tensor  # [D, H E]
+    output: Weight  # [D, H E]
     output_bias: Tensor | None
     mlp_norm: Tensor  # [D]
-    gate_up: Tensor  # [2 F, D]
+    gate_up: Weight  # [2 F, D]
     gate_up_bias: Tensor | None
-    down: Tensor  # [D, F]
+    down: Weight  # [D, F]
     down_bias: Tensor | None
 
 
@@ -47,8 +48,8 @@ class Decoder:
     """Weights and the forward pass. Holds no cache and no sequence."""
 
     config: ModelConfig
-    embedding: Tensor  # [V, D]
-    head: Tensor  # [V, D]
+    embedding: Weight  # [V, D]
+    head: Weight  # [V, D]; the embedding itself where they are tied
     norm: Tensor  # [D]
     layers: tuple[LayerWeights, ...]
     frequency: Tensor  # [E / 2]
@@ -58,13 +59,21 @@ class Decoder:
     @torch.inference_mode()
     def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
         """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported."""
-        return Decoder.of(ModelConfig.load(directory), read_tensors(directory, dtype, device), directory)
+        return Decoder.of(ModelConfig.load(directory), read_tensors(directory, dtype, device), directory, frozen=True)
 
     @staticmethod
-    def of(config: ModelConfig, tensors: Mapping[str, Tensor], directory: Path) -> Decoder:
-        """Build from tensors by the names of a checkpoint; all but the stacked ones are used as they are."""
+    def of(config: ModelConfig, tensors: Mapping[str, Tensor], directory: Path, *, frozen: bool = False) -> Decoder:
+        """Build from tensors by the names of a checkpoint; all but the stacked ones are used as they are.
+
+        frozen: they never change; on the CPU the matrices are then packed for the kernels, which is a copy.
+        """
         width = (config.vocab_size, config.hidden_size)
         embedding = take(tensors, "model.embed_tokens.weight", width, directory)
+        prepared = pack if frozen else _as_it_is
+        if config.tie_word_embeddings:
+            table = head = prepared(embedding)
+        else:
+            table, head = embedding, prepared(take(tensors, "lm_head.weight", width, directory))
         try:
             frequency, factor = rope_frequencies(
                 config.rope_parameters, config.head_dim, config.max_position_embeddings
@@ -73,10 +82,10 @@ class Decoder:
             raise CheckpointError(f"{directory / 'config.json'}: {error}") from None
         return Decoder(
             config=config,
-            embedding=embedding,
-            head=embedding if config.tie_word_embeddings else take(tensors, "lm_head.weight", width, directory),
+            embedding=table,
+            head=head,
             norm=take(tensors, "model.norm.weight", (config.hidden_size,), directory),
-            layers=tuple(_layer(tensors, config, i, directory) for i in range(config.num_hidden_layers)),
+            layers=tuple(_layer(tensors, config, i, directory, prepared) for i in range(config.num_hidden_layers)),
             frequency=frequency.to(embedding.device),
             rope_factor=factor,
         )
@@ -84,10 +93,12 @@ class Decoder:
     def stacked(self) -> dict[str, Tensor]:
         """The parts of the stacked matrices by the names of a checkpoint, as views.
 
-        A model under training that takes them for its parameters has its updates seen here, without a copy.
+        A model under training that takes them for its parameters has its updates seen here, without a copy. Not of a
+        frozen one.
         """
-        c, found = self.config, {}
+        c = self.config
         q, kv, f = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+        found: dict[str, Tensor] = {}
         parts = {"self_attn": (("q", "k", "v"), [q, kv, kv]), "mlp": (("gate", "up"), [f, f])}
         for i, layer in enumerate(self.layers):
             for kind, suffix, whole in (
@@ -97,16 +108,24 @@ class Decoder:
                 ("mlp", "bias", layer.gate_up_bias),
             ):
                 names, rows = parts[kind]
-                if whole is not None:
+                if isinstance(whole, Tensor):
                     for name, part in zip(names, torch.split(whole, rows), strict=True):
                         found[f"model.layers.{i}.{kind}.{name}_proj.{suffix}"] = part
         return found
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.device
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Of keys and values, all layers."""
         c = self.config
-        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.embedding.element_size()
+        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 
     def forward(self, ids_N: Tensor, batch: Batch, kv: Tensor) -> Tensor:
         """Extend the cache by N tokens and return their hidden states after the last norm, [N, D].
@@ -116,7 +135,7 @@ class Decoder:
         eps = self.config.rms_norm_eps
         cos, sin = rotary_angles(batch.position_N, self.frequency, self.rope_factor)
         next_norms = (*(layer.attention_norm for layer in self.layers[1:]), self.norm)
-        x = self.embedding.index_select(0, ids_N)  # indexing would wake torch's threads, which then hold the cores
+        x = rows_of(self.embedding, ids_N)
         h = rms_norm(x, self.layers[0].attention_norm, eps)
         for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
             h, x = add_rms_norm(self._attention(h, layer, cache, window, batch, cos, sin), x, layer.mlp_norm, eps)
@@ -158,22 +177,28 @@ class Decoder:
         return linear(out.flatten(1), layer.output, layer.output_bias)
 
 
+def _as_it_is(weight: Tensor) -> Weight:
+    return weight
+
+
 def _joined(parts: list[Tensor]) -> Tensor:
     """One below the other; a single one as it is."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _layer(tensors: Mapping[str, Tensor], c: ModelConfig, index: int, directory: Path) -> LayerWeights:
+def _layer(
+    tensors: Mapping[str, Tensor], c: ModelConfig, index: int, directory: Path, prepared: Callable[[Tensor], Weight]
+) -> LayerWeights:
     prefix = f"model.layers.{index}."
     q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
     def get(name: str, *shape: int) -> Tensor:
         return take(tensors, prefix + name, shape, directory)
 
-    def stack(names: dict[str, int], inputs: int, biased: bool) -> tuple[Tensor, Tensor | None]:
+    def stack(names: dict[str, int], inputs: int, biased: bool) -> tuple[Weight, Tensor | None]:
         weights = [get(f"{name}.weight", rows, inputs) for name, rows in names.items()]
         biases = [get(f"{name}.bias", rows) for name, rows in names.items()] if biased else []
-        return _joined(weights), _joined(biases) if biased else None
+        return prepared(_joined(weights)), _joined(biases) if biased else None
 
     attention = {"self_attn.q_proj": q_width, "self_attn.k_proj": kv_width, "self_attn.v_proj": kv_width}
     qkv, qkv_bias = stack(attention, c.hidden_size, c.qkv_bias)

@@ -87,7 +87,7 @@ class NodeReader:
     def _logits(self, states_ND: Tensor, label: str) -> Iterator[Tensor]:
         """float32, a few nodes at a time."""
         for part_ND in torch.split(states_ND, max(1, LOGITS_BYTES // (4 * self._vocabulary))):
-            logits_NV = self._runner.logits(part_ND.to(self._runner.decoder.head.device))[:, : self._vocabulary]
+            logits_NV = self._runner.logits(part_ND.to(self._runner.decoder.device))[:, : self._vocabulary]
             # a banned token has -inf; NaN and +inf are no logits, and something must be possible
             if not bool((logits_NV.amax(1).isfinite() & ~logits_NV.isnan().any(1)).all()):
                 raise NumericsError(
@@ -122,8 +122,9 @@ class Spine:
                 f"{self._runner.role}'s cache; raise memory_bytes or memory_utilization"
             )
         self._usage.prefill_tokens += len(ids)
-        head = self._runner.decoder.head
-        return self._runner.extend([self._path], [ids])[0] if ids else head.new_empty(0, head.shape[1])
+        if not ids:
+            return self._runner.decoder.norm.new_empty(0, config.hidden_size)
+        return self._runner.extend([self._path], [ids])[0]
 
     def fork(self) -> Spine:
         """Another one with the same tokens."""

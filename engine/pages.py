@@ -33,7 +33,7 @@ class PagePool:
         c = decoder.config
         shape = (c.num_hidden_layers, 2, num_pages, page_size, c.num_key_value_heads, c.head_dim)
         try:
-            return PagePool(torch.empty(shape, dtype=decoder.embedding.dtype, device=decoder.embedding.device))
+            return PagePool(torch.empty(shape, dtype=decoder.dtype, device=decoder.device))
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise CapacityError(f"a key-value cache of {num_pages} pages cannot be had: {reason}") from None

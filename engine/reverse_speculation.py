@@ -65,7 +65,7 @@ class ReverseSpeculator(Expander):
         lane.branch.student.pending = [token]
 
     def _sample(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> tuple[list[int], list[float]]:
-        device = self._writer.decoder.head.device
+        device = self._writer.decoder.device
         source = source.to(device)
         proposing = self._writer.logits(torch.stack([self._hidden(self._writer, lane) for lane in batch]))[source]
         judging = torch.stack([self._hidden(self._student, lane) for lane in batch])[source]

@@ -60,9 +60,8 @@ def _score_batch(runner: ModelRunner, pairs: Sequence[Pair], first: int) -> list
         for i, (prompt_ids, ids) in enumerate(pairs):
             parts = [before[tuple(prompt_ids)]] if tuple(prompt_ids) in before else []
             predicting.append(torch.cat([*parts, *([read[i]] if i in read else [])])[-len(ids) :])
-        head = runner.decoder.head
-        targets = torch.tensor([token for _, ids in pairs for token in ids], device=head.device)
-        stats = linear_logprob(torch.cat(predicting), head, targets)
+        targets = torch.tensor([token for _, ids in pairs for token in ids], device=runner.decoder.device)
+        stats = linear_logprob(torch.cat(predicting), runner.decoder.head, targets)
     except NonFiniteLogits as error:
         which, position = [(i, t) for i, (_, ids) in enumerate(pairs) for t in range(len(ids))][error.row]
         raise NumericsError(

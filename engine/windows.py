@@ -39,9 +39,10 @@ def local_logprob(
             for (_, tokens), (context, start, _) in zip(read, group, strict=True):
                 states = torch.cat((before[None], next(hidden))) if tokens else before[None]
                 predicting.append(states[start - context :])
-            head = runner.decoder.head
-            targets = torch.tensor([token for _, start, end in group for token in ids[start:end]], device=head.device)
-            stats = linear_logprob(torch.cat(predicting), head, targets)
+            targets = torch.tensor(
+                [token for _, start, end in group for token in ids[start:end]], device=runner.decoder.device
+            )
+            stats = linear_logprob(torch.cat(predicting), runner.decoder.head, targets)
             results += torch.split(stats.logprob, [end - start for _, start, end in group])
             while paths:
                 runner.tree.drop(paths.pop())

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from genssd.kernels.linear import linear
+from genssd.kernels.weight import Weight
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
 """Of float32 logits alive at once. More rows mean fewer passes over the weight's gradient."""
@@ -209,9 +210,9 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def check_head(function: str, hidden: Tensor, weight: Tensor, role: str = "") -> None:
+def check_head(function: str, hidden: Tensor, weight: Weight, role: str = "") -> None:
     """Raise ValueError unless hidden is [N, D] and weight [V, D]. role: "student " in messages, say."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
+    if hidden.ndim != 2 or len(weight.shape) != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
         raise ValueError(
             f"{function}: {role}hidden {tuple(hidden.shape)} must be [N, D] and {role}weight {tuple(weight.shape)} "
             "[V, D]"

@@ -37,7 +37,9 @@ from genssd.kernels.head import (
     softmax_gradient,
     unsquash_gradient,
 )
+from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import detached, takes
+from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
 STATISTICS = ("logprob", "logsumexp", "entropy", "sum_p2", "rank")
@@ -109,7 +111,7 @@ class TokenStats:
 
 def linear_logprob(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Weight,
     target_N: Tensor,
     *,
     bias: Tensor | None = None,
@@ -120,7 +122,8 @@ def linear_logprob(
     """Score target_N (int64, in [0, V)) under softmax(z).
 
     The product is taken in the dtype of hidden (or autocast's), everything after it in float32 (float64 stays
-    float64). All but rank and the top k are differentiable in hidden and weight. topk: also return so many of the most
+    float64). All but rank and the top k are differentiable in hidden and weight; with a packed weight, which has to be
+    of hidden's dtype, nothing is. topk: also return so many of the most
     likely tokens. Raises ValueError on shapes that do not agree, a target outside the vocabulary or an option out of
     range, and NonFiniteLogits on a row with NaN or +inf logits.
     """
@@ -136,11 +139,16 @@ def linear_logprob(
         raise ValueError("linear_logprob: bias is not differentiated; detach it")
     if not 0 <= topk <= weight_VD.shape[0]:
         raise ValueError(f"linear_logprob: topk must be in 0..{weight_VD.shape[0]}, not {topk}")
-    dtype = product_dtype(hidden_ND)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        *values, ids, logprob = _linear_logprob(
-            hidden_ND.to(dtype), weight_VD, target_N, bias, temperature, softcap, topk
-        )
+    if isinstance(weight_VD, PackedWeight):
+        refuse_gradients("linear_logprob with a packed weight", hidden_ND)
+        room, hidden_ND = _outputs(hidden_ND, target_N, topk), hidden_ND.contiguous()
+        *values, ids, logprob = _native(hidden_ND, weight_VD, target_N, bias, temperature, softcap, room)
+    else:
+        dtype = product_dtype(hidden_ND)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            *values, ids, logprob = _linear_logprob(
+                hidden_ND.to(dtype), weight_VD, target_N, bias, temperature, softcap, topk
+            )
     stats = TokenStats.of(values)
     return dataclasses.replace(stats, topk=TopK(ids, logprob)) if topk else stats
 
@@ -225,7 +233,7 @@ def _blockwise(
 
 def _native(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Weight,
     target_N: Tensor,
     bias: Tensor | None,
     temperature: float,
@@ -235,7 +243,7 @@ def _native(
     V = weight_VD.shape[0]
     stats_4N = torch.stack(values[:4])
     _core.linear_logprob(
-        hidden_ND.detach(), weight_VD.detach(), target_N.clamp(0, V - 1), detached(bias),
+        hidden_ND.detach(), cells_of(weight_VD), V, target_N.clamp(0, V - 1), detached(bias),
         temperature, softcap or 0.0, stats_4N, *values[4:], torch.get_num_threads(),
     )  # fmt: skip
     _require_sound(target_N, stats_4N[1], V)

@@ -22,6 +22,7 @@ from genssd.kernels.head import check_head, check_positive, row_logsumexp, slice
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
 from genssd.kernels.native import available, detached, takes
+from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 
 class Draw(NamedTuple):
@@ -58,7 +59,7 @@ def sample(
 
 def linear_sample(
     hidden_BD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Weight,
     key_B: Tensor,
     *,
     bias: Tensor | None = None,
@@ -84,7 +85,10 @@ def linear_sample(
         raise ValueError(f"linear_sample: bias must be [{V}], not {tuple(bias.shape)}")
     if vocabulary is not None and not 0 < vocabulary <= V:
         raise ValueError(f"linear_sample: vocabulary must be in 1..{V}, not {vocabulary}")
-    return Draw(*_linear_sample(hidden_BD, weight_VD, key_B, bias, temperature, softcap, vocabulary or V))
+    options = (key_B, bias, temperature, softcap, vocabulary or V)
+    if isinstance(weight_VD, PackedWeight):
+        return Draw(*_native(hidden_BD.contiguous(), weight_VD, *options))
+    return Draw(*_linear_sample(hidden_BD, weight_VD, *options))
 
 
 @torch.library.custom_op("genssd::sample", mutates_args=())
@@ -136,14 +140,10 @@ def _linear_sample(
     softcap: float | None,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
+    if takes(hidden_BD, weight_VD, bias):
+        return _native(hidden_BD, weight_VD, key_B, bias, temperature, softcap, vocabulary)
     B, V = len(hidden_BD), len(weight_VD)
     tokens, logprob = torch.empty_like(key_B), hidden_BD.new_empty(B, dtype=torch.float32)
-    if takes(hidden_BD, weight_VD, bias):
-        _core.linear_sample(
-            hidden_BD.detach(), weight_VD.detach(), key_B.contiguous(), detached(bias),
-            temperature, softcap or 0.0, vocabulary, tokens, logprob, torch.get_num_threads(),
-        )  # fmt: skip
-        return _require_drawn("linear_sample", tokens), logprob
     rows = max(1, LOGITS_BYTES // (4 * V))
     x_CV = hidden_BD.new_empty(min(rows, B), V, dtype=torch.float32)
     for start in range(0, B, rows):
@@ -160,6 +160,24 @@ def _linear_sample(
             tokens[block][part] = drawn
             logprob[block][part] = z[part].gather(1, drawn[:, None])[:, 0] - logsumexp[part]
     return tokens, logprob
+
+
+def _native(
+    hidden_BD: Tensor,
+    weight_VD: Weight,
+    key_B: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor]:
+    tokens = torch.empty_like(key_B, memory_format=torch.contiguous_format)
+    logprob = hidden_BD.new_empty(len(hidden_BD), dtype=torch.float32)
+    _core.linear_sample(
+        hidden_BD.detach(), cells_of(weight_VD), weight_VD.shape[0], key_B.contiguous(), detached(bias),
+        temperature, softcap or 0.0, vocabulary, tokens, logprob, torch.get_num_threads(),
+    )  # fmt: skip
+    return _require_drawn("linear_sample", tokens), logprob
 
 
 @_linear_sample.register_kernel("cuda")

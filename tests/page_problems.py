@@ -44,15 +44,22 @@ class Problem:
         )  # fmt: skip
 
     def truth(
-        self, *, scale: float, window: int = 0, softcap: float | None = None, sinks: Tensor | None = None
+        self,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        sizes: bool = False,
     ) -> Tensor:
-        """float64 attention of every row over its own tokens, one head at a time."""
+        """float64 attention of every row over its own tokens, one head at a time; sizes: of the values' magnitudes."""
         outs = []
         row = 0
         for sequence, count in zip(self.sequences, self.rows, strict=True):
             for last in range(len(sequence) - count, len(sequence)):
                 seen = sequence[max(0, last + 1 - window) if window else 0 : last + 1]
                 k, v = torch.stack([self.vectors[name].double() for name in seen]).unbind(1)
+                v = v.abs() if sizes else v
                 heads = self.q.shape[1]
                 out = []
                 for head in range(heads):

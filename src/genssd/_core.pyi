@@ -87,12 +87,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out
     out = x @ weight.T + bias, summed in float32; out in the dtype of x or float32.
     """
 
-def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float, stats: torch.Tensor, rank: torch.Tensor, top_ids: torch.Tensor, top_logprob: torch.Tensor, threads: int) -> None:
+def packed_rows(weight: torch.Tensor, rows: int, index: torch.Tensor, out: torch.Tensor) -> None:
+    """Rows of a packed weight of so many rows: out[i] = weight[index[i]]."""
+
+def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, vocabulary: int, target: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float, stats: torch.Tensor, rank: torch.Tensor, top_ids: torch.Tensor, top_logprob: torch.Tensor, threads: int) -> None:
     """
     Score targets under a head: stats [4, rows] are logprob, logsumexp, entropy and sum_p2; softcap 0: none.
     """
 
-def linear_sample(hidden: torch.Tensor, weight: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float, vocabulary: int, tokens: torch.Tensor, logprob: torch.Tensor, threads: int) -> None:
+def linear_sample(hidden: torch.Tensor, weight: torch.Tensor, vocabulary: int, key: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float, drawable: int, tokens: torch.Tensor, logprob: torch.Tensor, threads: int) -> None:
     """Draw a token per row from a head; -1 where its logits are not finite."""
 
 def sample(logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int, top_p: float, log_min_p: float, tokens: torch.Tensor, threads: int) -> None:

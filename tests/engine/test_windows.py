@@ -22,6 +22,7 @@ from genssd.engine.selection import CandidateRecord, Selection
 from genssd.engine.steps import step_spans
 from genssd.engine.tree import Path
 from genssd.kernels.logprob import TokenStats
+from genssd.kernels.weight import cells_of
 
 Prompts = Callable[[int, int], list[list[int]]]
 TOLERANCE = 1e-4  # as in test_score.py
@@ -182,16 +183,16 @@ def test_bad_ids_are_named(engine: Engine) -> None:
 
 def test_a_broken_student_gives_its_pages_back(pair: Pair) -> None:
     broken = pair.engine()
-    weight = broken._runners["student"].decoder.head
-    kept = weight[3].clone()
+    weight = cells_of(broken._runners["student"].decoder.head)
+    kept = weight[:1].clone()
     try:
         with torch.inference_mode():
-            weight[3] = math.nan
+            weight[:1] = math.nan
         with pytest.raises(NumericsError, match=r"student .* NaN or infinite logits"):
             broken.local_logprob([1, 2], random_ids(9, 23), [(0, 0, 5), (3, 5, 9)])
     finally:
         with torch.inference_mode():
-            weight[3] = kept
+            weight[:1] = kept
     assert broken.pages_in_use[0] == 0
 
 

@@ -21,6 +21,7 @@ from genssd.kernels.linear import linear
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
 from genssd.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from genssd.kernels.sampling import gumbel_noise, keep_likely, linear_sample, sample
+from genssd.kernels.weight import PackedWeight, pack, rows_of
 
 SETS = _core.instruction_sets()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -85,6 +86,53 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(inputs: int, output
         for rows in (1, 2, 5, 6, 7, 64, 131):
             assert torch.equal(linear(x[:rows], w), whole[:rows])
             assert torch.equal(linear(x[131 - rows :], w), whole[131 - rows :])
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.sampled_from([0, 1, 2, 5, 6, 7, 13, 255, 256, 257, 300]),
+    inputs=st.integers(1, 80) | st.sampled_from([1023, 1024, 1025, 2051]),
+    outputs=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    threads=st.integers(1, 3),
+)
+def test_packed_weights_give_the_same_bits(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, threads: int
+) -> None:
+    """On every path that takes them, for any shape and any number of blocks of rows."""
+    torch.set_num_threads(threads)
+    x, w, bias = (randn(*s, seed=i, dtype=dtype) for i, s in enumerate([(rows, inputs), (outputs, inputs), (outputs,)]))
+    packed = pack(w)
+    assert isinstance(packed, PackedWeight)
+    assert packed.shape == w.shape
+    assert torch.equal(linear(x, packed, bias), linear(x, w, bias))
+    strided = torch.stack((x, x), -1)[..., 0]
+    assert torch.equal(linear(strided, packed), linear(x, w))
+    index = torch.arange(rows) * 7 % outputs
+    assert torch.equal(rows_of(packed, index), w[index])
+    topk = min(2, outputs)
+    whole = linear_logprob(x, w, index, bias=bias, topk=topk)
+    stats = linear_logprob(strided, packed, index, bias=bias, topk=topk)
+    for name in ("logprob", "logsumexp", "entropy", "sum_p2", "rank"):
+        assert torch.equal(getattr(stats, name), getattr(whole, name))
+    assert stats.topk is not None
+    assert whole.topk is not None
+    assert torch.equal(stats.topk.ids, whole.topk.ids)
+    drawn, again = linear_sample(x, w, index, temperature=0.8), linear_sample(strided, packed, index, temperature=0.8)
+    assert torch.equal(again.tokens, drawn.tokens)
+    assert torch.equal(again.logprob, drawn.logprob)
+
+
+def test_a_packed_weight_takes_rows_of_its_dtype_and_no_gradient() -> None:
+    weight, index = pack(randn(5, 8)), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="one dtype"):
+        linear_logprob(randn(3, 8, dtype=torch.bfloat16), weight, index)
+    with pytest.raises(ValueError, match="one dtype"):
+        linear(randn(3, 8, dtype=torch.bfloat16), weight)
+    with pytest.raises(ValueError, match="not differentiated"):
+        linear_logprob(randn(3, 8).requires_grad_(), weight, index)
+    with pytest.raises(ValueError, match="must be"):
+        linear_logprob(randn(3, 7), weight, index)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -287,14 +335,21 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 LONG, INT, HALF, WIDE = torch.int64, torch.int32, torch.bfloat16, torch.float64
 CALLS: dict[str, tuple[Callable[..., None], list[Any]]] = {
     "linear": (_core.linear, [empty(3, 8), empty(5, 8), empty(5), empty(3, 5), 1]),
+    "linear, packed": (_core.linear, [empty(3, 8), empty(1, 8, 64, 1), empty(5), empty(3, 5), 1]),
+    "packed_rows": (_core.packed_rows, [empty(1, 8, 64, 1), 5, empty(3, dtype=LONG), empty(3, 8)]),
     "linear_logprob": (
         _core.linear_logprob,
-        [empty(3, 8), empty(5, 8), empty(3, dtype=LONG), empty(5), 1.0, 0.0, empty(4, 3), empty(3, dtype=INT),
+        [empty(3, 8), empty(5, 8), 5, empty(3, dtype=LONG), empty(5), 1.0, 0.0, empty(4, 3), empty(3, dtype=INT),
          empty(3, 2, dtype=LONG), empty(3, 2), 1],
+    ),
+    "linear_logprob, packed": (
+        _core.linear_logprob,
+        [empty(3, 8, dtype=HALF), empty(1, 4, 64, 2, dtype=HALF), 5, empty(3, dtype=LONG), empty(5, dtype=HALF), 1.0,
+         0.0, empty(4, 3), empty(3, dtype=INT), empty(3, 2, dtype=LONG), empty(3, 2), 1],
     ),
     "linear_sample": (
         _core.linear_sample,
-        [empty(3, 8), empty(5, 8), empty(3, dtype=LONG), empty(5), 1.0, 0.0, 5, empty(3, dtype=LONG), empty(3), 1],
+        [empty(3, 8), empty(5, 8), 5, empty(3, dtype=LONG), empty(5), 1.0, 0.0, 5, empty(3, dtype=LONG), empty(3), 1],
     ),
     "sample": (_core.sample, [empty(3, 8), empty(3, dtype=LONG), 1.0, 0, 1.0, 0.0, empty(3, dtype=LONG), 1]),
     "rms_norm": (_core.rms_norm, [empty(3, 8), empty(3, 8), empty(8), 1e-6, empty(3, 8), empty(3, 8), 1]),
@@ -344,12 +399,13 @@ def test_wrong_tensors_are_refused_with_a_message(name: str, index: int, kind: s
     if (name, index, kind) in HARMLESS:
         function(*arguments[:index], wrong, *arguments[index + 1 :])
         return
-    with pytest.raises(ValueError, match=f"^{name}: "):
+    with pytest.raises(ValueError, match=f"^{name.partition(',')[0]}: "):
         function(*arguments[:index], wrong, *arguments[index + 1 :])
 
 
 HARMLESS = {
     ("sample", 0, "width"),  # fewer columns are a smaller vocabulary
+    ("linear_logprob, packed", 0, "width"),  # of the last lane's two values one is multiplied
     *(("copy_pages", 0, kind) for kind in ("dtype", "float64", "longer", "shorter")),  # bytes of any kind, any layers
 }
 
@@ -357,13 +413,19 @@ HARMLESS = {
 @pytest.mark.parametrize(
     ("name", "index", "value", "message"),
     [
-        ("linear_logprob", 2, torch.tensor([0, 5, 0]), "target of row 1"),
-        ("linear_logprob", 2, torch.tensor([-1, 0, 0]), "target of row 0"),
-        ("linear_logprob", 4, 0.0, "temperature"),
-        ("linear_logprob", 4, -1.0, "temperature"),
-        ("linear_logprob", 5, -1.0, "softcap"),
-        ("linear_sample", 6, 6, "vocabulary"),
-        ("linear_sample", 6, 0, "vocabulary"),
+        ("linear_logprob", 2, 0, "between 1 and"),
+        ("linear_logprob", 2, 6, "weight must be"),
+        ("linear_logprob", 3, torch.tensor([0, 5, 0]), "target of row 1"),
+        ("linear_logprob", 3, torch.tensor([-1, 0, 0]), "target of row 0"),
+        ("linear_logprob", 5, 0.0, "temperature"),
+        ("linear_logprob", 5, -1.0, "temperature"),
+        ("linear_logprob", 6, -1.0, "softcap"),
+        ("linear_sample", 7, 6, "vocabulary"),
+        ("linear_sample", 7, 0, "vocabulary"),
+        ("packed_rows", 0, torch.zeros(5, 8), "must be packed"),
+        ("packed_rows", 1, 65, "weight must be"),
+        ("packed_rows", 2, torch.tensor([0, 5, 0]), "index 1 names a row"),
+        ("packed_rows", 2, torch.tensor([0, 1, -1]), "index 2 names a row"),
         ("rms_norm", 1, None, "come together"),
         ("write_kv", 5, torch.tensor([0, 8, 1]), "slot of row 1"),
         ("copy_pages", 1, torch.tensor([0, 1, 5]), "copy 2 names a page"),
