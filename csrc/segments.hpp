@@ -1,12 +1,14 @@
 // The segment table: which rows of a batch read which stretch of the cache, and where their partial results go.
 //
-// Positions are cut into segments at absolute multiples of a constant. Rows whose sequences hold the same pages through
+// Positions are cut into segments at absolute multiples of a constant, and below the first of these at halves, quarters
+// and so on, so that short prefixes have whole segments, too: at 128, 256, 512, 1024, 2048, 3072, say. Rows whose sequences hold the same pages through
 // a whole segment read it together, as one item; the last, unfinished segment of a sequence is an item of its own.
 // A row's partial results are merged in the order of its segments. What a row computes depends on its segments alone,
 // so it has the same bits whoever else reads them.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -29,8 +31,10 @@ class SegmentTable {
  public:
   SegmentTable(const Sequences& s, std::int64_t page_size, std::int64_t segment, std::int64_t window,
                std::int64_t unit_rows)
-      : page_size(page_size), segment(segment), window(std::min<std::int64_t>(window, INT32_MAX)), unit_rows(unit_rows) {
+      : page_size(page_size), segment(segment), window(std::min<std::int64_t>(window, INT32_MAX)), unit_rows(unit_rows),
+        finest_(segment) {
     check(s);
+    for (; finest_ % 2 == 0 && finest_ / 2 >= kFinest && finest_ / 2 % page_size == 0; finest_ /= 2) ++halvings_;
     place_rows(s);
     this->unit_rows = std::clamp<std::int64_t>(num_rows(), 1, unit_rows);  // what a unit keeps is allocated for so many
     std::int64_t first_part = 0, filled = 0;
@@ -61,11 +65,15 @@ class SegmentTable {
   std::vector<std::int32_t> unit_item;    // [units + 1]: the unit's first item
 
  private:
+  static constexpr std::int64_t kFinest = 128;  // a shorter segment is not worth a partial result
+
   struct Part {  // consecutive rows of one sequence
     std::int32_t sequence, row, first, rows;
   };
 
   [[noreturn]] static void fail(const std::string& why) { throw std::invalid_argument("segment_table: " + why); }
+
+  std::int64_t finest_, halvings_ = 0;  // the first segment; how many segments of doubling size follow it
 
   void check(const Sequences& s) const {
     if (page_size < 1 || segment < page_size || segment % page_size)
@@ -90,28 +98,36 @@ class SegmentTable {
         position.push_back(p);
         slot.push_back(pages_of[p / page_size] * page_size + p % page_size);
         row_partial.push_back(static_cast<std::int32_t>(partial));
-        partial += p / segment - first_segment(p) + 1;
+        partial += segment_of(p) - first_segment(p) + 1;
         if (partial > INT32_MAX) fail("its rows read more than 2^31 segments");
       }
     }
     row_partial.push_back(static_cast<std::int32_t>(partial));
   }
 
+  // The segment of a position, which is also how many whole segments are before it; and where a segment starts.
+  std::int64_t segment_of(std::int64_t p) const {
+    return p >= segment ? halvings_ + p / segment : std::bit_width(static_cast<std::uint64_t>(p / finest_));
+  }
+  std::int64_t start_of(std::int64_t k) const {
+    return k > halvings_ ? (k - halvings_) * segment : k > 0 ? finest_ << (k - 1) : 0;
+  }
   std::int64_t first_segment(std::int64_t p) const {
-    return window > 0 && p >= window ? (p - window + 1) / segment : 0;
+    return window > 0 && p >= window ? segment_of(p - window + 1) : 0;
   }
 
   // Relatives side by side, in the order of the batch otherwise; long sequences in several parts.
   std::vector<Part> split(const Sequences& s) const {
     std::vector<std::int32_t> order(s.count), row(s.count);
     for (std::int32_t i = 0, next = 0; i < s.count; next += s.rows[i++]) order[i] = i, row[i] = next;
-    const std::int64_t step = segment / page_size;
     std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
       const std::int32_t *ta = s.tables + s.table[a] * s.width, *tb = s.tables + s.table[b] * s.width;
-      const std::int64_t whole_a = (s.first[a] + s.rows[a]) / segment, whole_b = (s.first[b] + s.rows[b]) / segment;
+      const std::int64_t whole_a = segment_of(s.first[a] + s.rows[a]), whole_b = segment_of(s.first[b] + s.rows[b]);
       if (ta[0] != tb[0]) return ta[0] < tb[0];
-      for (std::int64_t k = 1; k <= std::min(whole_a, whole_b); ++k)
-        if (ta[k * step - 1] != tb[k * step - 1]) return ta[k * step - 1] < tb[k * step - 1];
+      for (std::int64_t k = 1; k <= std::min(whole_a, whole_b); ++k) {
+        const std::int64_t last = start_of(k) / page_size - 1;
+        if (ta[last] != tb[last]) return ta[last] < tb[last];
+      }
       return whole_a < whole_b;  // or a short one would equal two that differ, and equals would not lie side by side
     });
     std::vector<Part> parts;
@@ -129,12 +145,12 @@ class SegmentTable {
     std::int64_t low = INT64_MAX, high = 0;
     for (const Part* part = begin; part != end; ++part) {
       low = std::min(low, first_segment(part->first));
-      high = std::max<std::int64_t>(high, (part->first + part->rows - 1) / segment);
+      high = std::max(high, segment_of(part->first + part->rows - 1));
     }
     for (std::int64_t k = low; k <= high; ++k) {
       const std::int32_t* open = nullptr;  // the pages of the item before, if others may join it
       for (const Part* part = begin; part != end; ++part) {
-        const std::int64_t start = k * segment, stop = start + segment;
+        const std::int64_t start = start_of(k), stop = start_of(k + 1);
         const std::int64_t from = std::max<std::int64_t>(part->first, start);
         std::int64_t to = part->first + part->rows;  // rows at positions from..to - 1 see some of the segment
         if (window > 0) to = std::min(to, stop + window - 1);
@@ -142,7 +158,7 @@ class SegmentTable {
         const std::int32_t* table = s.tables + s.table[part->sequence] * s.width;
         const std::int32_t* held = table + start / page_size;
         const bool whole = s.first[part->sequence] + s.rows[part->sequence] >= stop;
-        if (!whole || !open || !std::equal(open, open + segment / page_size, held)) {
+        if (!whole || !open || !std::equal(open, open + (stop - start) / page_size, held)) {
           items.push_back({static_cast<std::int32_t>(pages.size()), static_cast<std::int32_t>(start), 0,
                            static_cast<std::int32_t>(entries.size()), 0,
                            static_cast<std::int32_t>(unit_item.size()) - 1});

@@ -65,14 +65,19 @@ class StepLayout:
         """int32 entries of the buffer."""
         return 2 * self._wide + sum(capacity.length for capacity in self.tables.values())
 
-    def pack(self, ids: Sequence[int], tables: Mapping[int, SegmentTable], into: NDArray[np.int32]) -> None:
-        """Write a step into a buffer of the host."""
-        ids_N, slot_N = (self._int64(into, part) for part in (0, 1))
-        ids_N[:], slot_N[:] = 0, -1
-        ids_N[: len(ids)] = ids
-        slot_N[: len(ids)] = next(iter(tables.values())).slot
+    def pack(self, tables: Mapping[int, SegmentTable], into: NDArray[np.int32]) -> None:
+        """Write a step, but for its ids, into a buffer of the host."""
+        slot_N, slots = self._int64(into, 1), next(iter(tables.values())).slot
+        slot_N[:] = -1
+        slot_N[: len(slots)] = slots
         for window, start in self._starts().items():
             pack(tables[window], self.tables[window], into[start : start + self.tables[window].length])
+
+    def pack_ids(self, ids: Sequence[int], into: NDArray[np.int32]) -> None:
+        """Write the ids of a step into a buffer of the host."""
+        ids_N = self._int64(into, 0)
+        ids_N[:] = 0
+        ids_N[: len(ids)] = ids
 
     def read(self, buffer: Tensor, tables: Mapping[int, SegmentTable]) -> tuple[Tensor, Batch]:
         """ids and what else the forward pass needs, as views of the buffer; tables: like those that will lie there."""
@@ -105,6 +110,15 @@ class StepLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class StagedStep:
+    """A step in memory of the host, but for its ids."""
+
+    layout: StepLayout
+    tables: Mapping[int, SegmentTable]
+    host: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Captured:
     layout: StepLayout
     buffer: Tensor
@@ -126,31 +140,38 @@ class DecodeGraphs:
         # graphs never run at once, so they share their memory
         self._pool = torch.cuda.graph_pool_handle()
 
-    @torch.inference_mode()
-    def forward(self, ids: Sequence[int], tables: Mapping[int, SegmentTable]) -> Tensor:
-        """As Decoder.forward, for one token of each of at most BUCKETS[-1] sequences: hidden states [N, D]."""
-        rows = bucket_for(len(ids))
+    def stage(self, tables: Mapping[int, SegmentTable]) -> StagedStep:
+        """Lay a step out, for one token of each of at most BUCKETS[-1] sequences. The device may be at another."""
+        count = next(iter(tables.values())).num_rows
+        rows = bucket_for(count)
         assert rows is not None, "more rows than the largest bucket"
         step = self._captured.get(rows)
-        if step is None or not step.layout.covers(tables):
+        layout = None if step is None else step.layout
+        if layout is None or not layout.covers(tables):
             c = self._decoder.config
             item_rows = unit_rows(c.num_attention_heads // c.num_key_value_heads)
-            layout = StepLayout.of(rows, item_rows, tables, None if step is None else step.layout)
-            step = self._captured[rows] = self._capture(layout, ids, tables)
+            layout = StepLayout.of(rows, item_rows, tables, layout)
+        host = host_buffer(layout.length, torch.int32, self._kv.device)
+        layout.pack(tables, host.numpy())
+        return StagedStep(layout, tables, host)
+
+    @torch.inference_mode()
+    def forward(self, staged: StagedStep, ids: Sequence[int]) -> Tensor:
+        """As Decoder.forward: hidden states [N, D]."""
+        layout = staged.layout
+        layout.pack_ids(ids, staged.host.numpy())
+        step = self._captured.get(layout.rows)
+        if step is None or step.layout is not layout:
+            step = self._captured[layout.rows] = self._capture(staged)
         else:
-            step.buffer.copy_(self._staged(step.layout, ids, tables), non_blocking=True)
+            step.buffer.copy_(staged.host, non_blocking=True)
         step.graph.replay()
         return step.hidden_ND[: len(ids)].clone()  # the next replay writes over it
 
-    def _staged(self, layout: StepLayout, ids: Sequence[int], tables: Mapping[int, SegmentTable]) -> Tensor:
-        host = host_buffer(layout.length, torch.int32, self._kv.device)
-        layout.pack(ids, tables, host.numpy())
-        return host
-
-    def _capture(self, layout: StepLayout, ids: Sequence[int], tables: Mapping[int, SegmentTable]) -> _Captured:
+    def _capture(self, staged: StagedStep) -> _Captured:
         """Waits for the device."""
-        buffer = self._staged(layout, ids, tables).to(self._kv.device)
-        ids_N, batch = layout.read(buffer, tables)
+        buffer = staged.host.to(self._kv.device)
+        ids_N, batch = staged.layout.read(buffer, staged.tables)
         # once without capture, which compiles the kernels; what it writes into the cache the graph writes again
         side = torch.cuda.Stream(self._kv.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._kv.device))
@@ -160,4 +181,4 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             hidden_ND = self._decoder.forward(ids_N, batch, self._kv)
-        return _Captured(layout, buffer, graph, hidden_ND)
+        return _Captured(staged.layout, buffer, graph, hidden_ND)

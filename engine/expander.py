@@ -8,6 +8,7 @@ chunk is scored from the last hidden state of the branch, so no prefix is ever c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,15 @@ class Lane:
     @property
     def rows(self) -> int:
         return self.expansion.n if self.kid is None else 1
+
+
+class Drawn(NamedTuple):
+    """One token for each of some candidates, and their log-probabilities at temperature 1."""
+
+    tokens: list[int]
+    logprob: list[float]
+    hidden: Tensor | None = None
+    """The writer's states after the tokens, [candidates, D], where it went on at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +180,10 @@ class Expander:
         source = torch.tensor([i for i, lane in enumerate(batch) for _ in range(lane.rows)])
         running: list[Lane] = []
         complete: list[Expansion] = []
-        for lane, token, logprob in zip(kids, *self._sample(batch, source, kids), strict=True):
-            self._take_token(lane, token, logprob)
+        drawn = self._sample(batch, source, kids)
+        # where the writer is at the drawn tokens already, the host reads them meanwhile
+        for i, lane in enumerate(kids):
+            self._take_token(lane, drawn.tokens[i], drawn.logprob[i], None if drawn.hidden is None else drawn.hidden[i])
             if lane.branch.ended is None:
                 running.append(lane)
             elif lane.expansion.open_kids == 0:
@@ -222,8 +234,27 @@ class Expander:
         expansion.open_kids += 1
         return Lane(expansion, kid, ChunkEnd(expansion.chunk), TextStream(self._tokenizer))
 
-    def _sample(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> tuple[list[int], list[float]]:
-        """One token for each of the kids and its log-probability at temperature 1."""
+    def _sample(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> Drawn:
+        """One token for each of the kids.
+
+        Where the device works by itself, the next step is laid out before the tokens of this one are known, and begins
+        as soon as they are, also for candidates that turn out to be complete: their last token is what they would have
+        pending.
+        """
+        writer = self._writer
+        tokens, logprob = self._draw(batch, source, kids)
+        following = None
+        if writer.runs_ahead:
+            paths = [path for lane in kids if (path := self._state(writer, lane.branch).path) is not None]
+            following = writer.prepare(paths, [1] * len(paths))
+        found, logprobs = tokens.tolist(), logprob.tolist()
+        for lane, token in zip(kids, found, strict=True):
+            if token < 0:
+                raise nonfinite(writer, lane.expansion.label, lane.branch.length)
+        return Drawn(found, logprobs, None if following is None else writer.run(following, found))
+
+    def _draw(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> tuple[Tensor, Tensor]:
+        """Tokens and their log-probabilities at temperature 1, on the device; -1 where the logits are not finite."""
         hidden = torch.stack([self._hidden(self._writer, lane) for lane in batch])
         if self._topk:
             for lane, row in zip(kids, source.tolist(), strict=True):
@@ -231,37 +262,39 @@ class Expander:
         keys = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in kids]).to(hidden.device)
         source = source.to(hidden.device)
         options = self._sampling
-        try:
-            if not options.filters:
-                draw = linear_sample(
-                    hidden.index_select(0, source),
-                    self._writer.decoder.head,
-                    keys,
-                    temperature=options.temperature,
-                    vocabulary=self._vocabulary,
-                )
-                return draw.tokens.tolist(), draw.logprob.tolist()
-            logits = self._writer.logits(hidden).index_select(0, source)
-            tokens = sample(
-                logits[:, : self._vocabulary],
+        if not options.filters:
+            return linear_sample(
+                hidden.index_select(0, source),
+                self._writer.decoder.head,
                 keys,
                 temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                min_p=options.min_p,
+                vocabulary=self._vocabulary,
+                checked=False,
             )
-        except NonFiniteLogits as error:
-            lane = kids[error.row]
-            raise nonfinite(self._writer, lane.expansion.label, lane.branch.length) from None
-        return tokens.tolist(), (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()
+        logits = self._writer.logits(hidden).index_select(0, source)
+        tokens = sample(
+            logits[:, : self._vocabulary],
+            keys,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            checked=False,
+        )
+        return tokens, logits.gather(1, tokens.clamp_min(0)[:, None])[:, 0] - logits.logsumexp(1)
 
-    def _take_token(self, lane: Lane, token: int, logprob: float) -> None:
+    def _take_token(self, lane: Lane, token: int, logprob: float, hidden: Tensor | None) -> None:
+        """hidden: the writer's state after the token, where it is there already."""
         kid = lane.branch
         assert lane.end is not None
         assert lane.text is not None
         kid.chunk.append(token)
         kid.chunk_teacher_logprob.append(logprob)
-        self._state(self._writer, kid).pending = [token]
+        state = self._state(self._writer, kid)
+        if hidden is None:
+            state.pending = [token]
+        else:
+            state.hidden = hidden
         self._usage.teacher_tokens += 1
         chunk_ends = lane.end.reached(lane.text.push(token))
         if token in self._eos_token_ids:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genssd.engine.errors import InputError
-from genssd.engine.expander import Expander, Expansion, Lane, nonfinite
+from genssd.engine.expander import Drawn, Expander, Expansion, Lane, nonfinite
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, attempt_key
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
@@ -60,11 +60,11 @@ class ReverseSpeculator(Expander):
             opened.branch.student.path = self._student.tree.fork(path)
         return opened
 
-    def _take_token(self, lane: Lane, token: int, logprob: float) -> None:
-        super()._take_token(lane, token, logprob)
+    def _take_token(self, lane: Lane, token: int, logprob: float, hidden: Tensor | None) -> None:
+        super()._take_token(lane, token, logprob, hidden)
         lane.branch.student.pending = [token]
 
-    def _sample(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> tuple[list[int], list[float]]:
+    def _sample(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> Drawn:
         device = self._writer.decoder.device
         source = source.to(device)
         proposing = self._writer.logits(torch.stack([self._hidden(self._writer, lane) for lane in batch]))[source]
@@ -72,20 +72,20 @@ class ReverseSpeculator(Expander):
         tokens = torch.empty(len(kids), dtype=torch.int64, device=device)
         refused = torch.arange(len(kids), device=device)
         for attempt in range(self._rules.tries):
-            drawn = self._draw(self._writer, proposing[refused], refused, kids, attempt, self._sampling)
+            drawn = self._propose(self._writer, proposing[refused], refused, kids, attempt, self._sampling)
             tokens[refused] = drawn
             refused = refused[~self._accepts(judging[refused], drawn, refused, kids)]
             if not len(refused):
                 break
         else:
             own = self._student.logits(judging[refused])
-            tokens[refused] = self._draw(self._student, own, refused, kids, self._rules.tries, self._rules.student)
+            tokens[refused] = self._propose(self._student, own, refused, kids, self._rules.tries, self._rules.student)
             for row in refused.tolist():
                 kids[row].branch.substituted += 1
         logprob = proposing.gather(1, tokens[:, None])[:, 0] - proposing.logsumexp(1)
-        return tokens.tolist(), logprob.tolist()
+        return Drawn(tokens.tolist(), logprob.tolist())
 
-    def _draw(
+    def _propose(
         self, runner: ModelRunner, logits: Tensor, rows: Tensor, kids: list[Lane], attempt: int, options: Sampling
     ) -> Tensor:
         lanes = [kids[row] for row in rows.tolist()]

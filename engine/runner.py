@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genssd.engine.batch import Batch
-from genssd.engine.decode_graph import DecodeGraphs, bucket_for
+from genssd.engine.decode_graph import DecodeGraphs, StagedStep, bucket_for
 from genssd.engine.layout import lay_out
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
@@ -22,6 +22,9 @@ from genssd.engine.tree import BranchTree, Path
 from genssd.kernels.device_table import upload
 
 Role = Literal["teacher", "student"]
+
+Prepared = Batch | StagedStep
+"""A forward pass, but for the ids of its tokens."""
 
 MAX_ROWS = 2048  # tokens of one forward pass; a sequence is cut at multiples of half of it
 
@@ -35,6 +38,8 @@ class ModelRunner:
         self.decoder = decoder
         self.tree = BranchTree(pool)
         self._graphs = DecodeGraphs(decoder, pool.kv) if pool.kv.is_cuda else None
+        self.runs_ahead = pool.kv.is_cuda
+        """Whether the host is free while the model computes, so that the next step is best prepared meanwhile."""
 
     def extend(self, paths: Sequence[Path], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
         """Append tokens to each of the distinct paths; return their hidden states, [len(tokens[i]), D] each.
@@ -64,22 +69,36 @@ class ModelRunner:
         """float32 [N, V]."""
         return self.decoder.logits(hidden_ND)
 
-    def _forward(
-        self, paths: Sequence[Path], batch: list[tuple[int, Sequence[int]]], hidden: list[list[Tensor]]
-    ) -> None:
+    def prepare(self, paths: Sequence[Path], counts: Sequence[int]) -> Prepared:
+        """Make room for so many tokens on each path, MAX_ROWS at most in all, and find what each of them reads.
+
+        What the tokens are need not be known yet. Raises CapacityError when the pool has too few pages.
+        """
         c, kv = self.decoder.config, self.tree.pool.kv
-        counts = [len(piece) for _, piece in batch]
         tables = lay_out(
             self.tree,
-            [paths[i] for i, _ in batch],
+            paths,
             counts,
             windows=set(c.windows),
             group=c.num_attention_heads // c.num_key_value_heads,
         )
-        ids = [token for _, piece in batch for token in piece]
-        if self._graphs is not None and max(counts) == 1 and bucket_for(len(ids)) is not None:
-            out_ND = self._graphs.forward(ids, tables)
-        else:
-            out_ND = self.decoder.forward(upload(np.array(ids), kv.device), Batch.of(tables, kv.device), kv)
+        if self._graphs is not None and max(counts) == 1 and bucket_for(len(counts)) is not None:
+            return self._graphs.stage(tables)
+        return Batch.of(tables, kv.device)
+
+    def run(self, prepared: Prepared, ids: Sequence[int]) -> Tensor:
+        """Compute the tokens that room was made for: hidden states [len(ids), D]."""
+        kv = self.tree.pool.kv
+        if isinstance(prepared, Batch):
+            return self.decoder.forward(upload(np.array(ids), kv.device), prepared, kv)
+        assert self._graphs is not None
+        return self._graphs.forward(prepared, ids)
+
+    def _forward(
+        self, paths: Sequence[Path], batch: list[tuple[int, Sequence[int]]], hidden: list[list[Tensor]]
+    ) -> None:
+        counts = [len(piece) for _, piece in batch]
+        prepared = self.prepare([paths[i] for i, _ in batch], counts)
+        out_ND = self.run(prepared, [token for _, piece in batch for token in piece])
         for (i, _), part in zip(batch, torch.split(out_ND, counts), strict=True):
             hidden[i].append(part)

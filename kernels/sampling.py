@@ -40,12 +40,14 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    checked: bool = True,
 ) -> Tensor:
     """Return one token id per row, int64 [B].
 
     logits_BV: float32 raw logits; -inf bans a token. key_B: int64, the 64 bits that the row's noise depends on.
     temperature 0 takes the largest logit (the lowest id of a tie); top_k 0, top_p 1 and min_p 0 filter nothing.
     Raises ValueError on an option outside its range, NonFiniteLogits on a row with a NaN, a +inf or no finite logit.
+    checked: False does not wait for the device; such a row then has the token -1.
     """
     check_options(temperature, top_k, top_p, min_p)
     if logits_BV.ndim != 2 or key_B.shape != logits_BV.shape[:1] or key_B.dtype != torch.int64:
@@ -54,6 +56,8 @@ def sample(
             f"{tuple(key_B.shape)}"
         )
     tokens: Tensor = _sample(logits_BV, key_B, temperature, top_k, top_p, min_p)
+    if checked:
+        _require_drawn("sample", tokens)
     return tokens
 
 
@@ -66,12 +70,14 @@ def linear_sample(
     temperature: float = 1.0,
     softcap: float | None = None,
     vocabulary: int | None = None,
+    checked: bool = True,
 ) -> Draw:
     """Draw from softmax(z / temperature), z being the head's logits (see head.py), without keeping them.
 
     The same tokens as `sample` on these logits. vocabulary: only ids below it are drawn (the rest of the head is
     padding); all of the head counts in logprob. Raises ValueError on shapes that do not agree and on an option out of
-    range, NonFiniteLogits on a row with a NaN, a +inf or no finite logit.
+    range, NonFiniteLogits on a row with a NaN, a +inf or no finite logit. checked: False does not wait for the device;
+    such a row then has the token -1 and the log-probability NaN.
     """
     check_head("linear_sample", hidden_BD, weight_VD)
     check_options(temperature, 0, 1.0, 0.0)
@@ -87,8 +93,12 @@ def linear_sample(
         raise ValueError(f"linear_sample: vocabulary must be in 1..{V}, not {vocabulary}")
     options = (key_B, bias, temperature, softcap, vocabulary or V)
     if isinstance(weight_VD, PackedWeight):
-        return Draw(*_native(hidden_BD.contiguous(), weight_VD, *options))
-    return Draw(*_linear_sample(hidden_BD, weight_VD, *options))
+        draw = Draw(*_native(hidden_BD.contiguous(), weight_VD, *options))
+    else:
+        draw = Draw(*_linear_sample(hidden_BD, weight_VD, *options))
+    if checked:
+        _require_drawn("linear_sample", draw.tokens)
+    return draw
 
 
 @torch.library.custom_op("genssd::sample", mutates_args=())
@@ -100,16 +110,15 @@ def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, to
         _core.sample(
             logits_BV, key_B.contiguous(), temperature, top_k, top_p, log_min_p, tokens, torch.get_num_threads()
         )
-        return _require_drawn("sample", tokens)
-    peak_B = logits_BV.amax(dim=1)
-    if not bool(peak_B.isfinite().all()):
-        raise NonFiniteLogits("sample", int((~peak_B.isfinite()).nonzero()[0]))
-    if temperature == 0.0:
-        return logits_BV.argmax(dim=1)
-    z = logits_BV / temperature
-    if top_k or top_p < 1.0 or min_p > 0.0:
-        z = keep_likely(z, top_k, top_p, min_p)
-    return (z + gumbel_noise(key_B, z.shape[1])).argmax(dim=1)
+        return tokens
+    sound_B = logits_BV.amax(dim=1).isfinite()
+    z = logits_BV
+    if temperature > 0.0:
+        z = logits_BV / temperature
+        if top_k or top_p < 1.0 or min_p > 0.0:
+            z = keep_likely(z, top_k, top_p, min_p)
+        z = z + gumbel_noise(key_B, z.shape[1])
+    return z.argmax(dim=1).masked_fill(~sound_B, -1)
 
 
 @_sample.register_kernel("cuda")
@@ -122,7 +131,7 @@ def _sample_triton(
     logits_BV = logits_BV.float()
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()
-    return _require_drawn("sample", sample_rows(logits_BV, key_B, temperature, top_k, top_p, min_p, log_min_p))
+    return sample_rows(logits_BV, key_B, temperature, top_k, top_p, min_p, log_min_p)
 
 
 @_sample.register_fake
@@ -153,12 +162,11 @@ def _linear_sample(
             z += bias
         z = squash(z, 1.0, softcap)
         logsumexp = row_logsumexp(z, 1.0, None)
-        if not bool(logsumexp.isfinite().all()):
-            raise NonFiniteLogits("linear_sample", start + int((~logsumexp.isfinite()).nonzero()[0]))
         for part in slices(len(z), V):
             drawn = _sample(z[part, :vocabulary], key_B[block][part], temperature, 0, 1.0, 0.0)
-            tokens[block][part] = drawn
-            logprob[block][part] = z[part].gather(1, drawn[:, None])[:, 0] - logsumexp[part]
+            tokens[block][part] = drawn.masked_fill(~logsumexp[part].isfinite(), -1)
+            chosen = z[part].gather(1, drawn.clamp_min(0)[:, None])[:, 0] - logsumexp[part]
+            logprob[block][part] = chosen.masked_fill(tokens[block][part] < 0, torch.nan)
     return tokens, logprob
 
 
@@ -177,7 +185,7 @@ def _native(
         hidden_BD.detach(), cells_of(weight_VD), weight_VD.shape[0], key_B.contiguous(), detached(bias),
         temperature, softcap or 0.0, vocabulary, tokens, logprob, torch.get_num_threads(),
     )  # fmt: skip
-    return _require_drawn("linear_sample", tokens), logprob
+    return tokens, logprob
 
 
 @_linear_sample.register_kernel("cuda")
@@ -193,7 +201,7 @@ def _linear_sample_triton(
     from genssd.kernels.head_triton import launch_on
     from genssd.kernels.sampling_triton import draw_rows
 
-    tokens, logprob = draw_rows(
+    return draw_rows(
         hidden_BD.contiguous(),
         weight_VD.contiguous(),
         key_B,
@@ -203,7 +211,6 @@ def _linear_sample_triton(
         vocabulary,
         launch=launch_on(hidden_BD, drawing=True),
     )
-    return _require_drawn("linear_sample", tokens), logprob
 
 
 @_linear_sample.register_fake
@@ -211,10 +218,10 @@ def _(hidden_BD: Tensor, weight_VD: Tensor, key_B: Tensor, *rest: object) -> tup
     return torch.empty_like(key_B), hidden_BD.new_empty(hidden_BD.shape[0], dtype=torch.float32)
 
 
-def _require_drawn(function: str, token_B: Tensor) -> Tensor:
+def _require_drawn(function: str, token_B: Tensor) -> None:
+    """The host waits for the device."""
     if bool((token_B < 0).any()):
         raise NonFiniteLogits(function, int((token_B < 0).nonzero()[0]))
-    return token_B
 
 
 def check_options(temperature: float, top_k: int, top_p: float, min_p: float) -> None:

@@ -32,7 +32,8 @@ def test_a_step_is_read_back(rows: int) -> None:
     assert bucket is not None
     layout = StepLayout.of(bucket, 64, tables)
     host = np.full(layout.length, -9, dtype=np.int32)
-    layout.pack(ids, tables, host)
+    layout.pack(tables, host)
+    layout.pack_ids(ids, host)
     ids_N, batch = layout.read(torch.from_numpy(host), tables)
     padding = bucket - rows
     assert ids_N.tolist() == ids + [0] * padding
@@ -54,7 +55,8 @@ def test_the_views_are_of_the_buffer() -> None:
     ids_N, batch = layout.read(buffer, tables_of(3))
     host = np.zeros(layout.length, dtype=np.int32)
     for first in (20, 13):
-        layout.pack([7, 8, first], tables_of(3, first), host)
+        layout.pack(tables_of(3, first), host)
+        layout.pack_ids([7, 8, first], host)
         buffer.copy_(torch.from_numpy(host))
         assert ids_N.tolist() == [7, 8, first, 0]
         assert batch.position_N.tolist() == [first] * 3 + [0]
