@@ -165,9 +165,9 @@ def flashinfer(step: Step, cascade: bool) -> Callable[[], Tensor]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Step], Callable[[], Tensor]]] = {
-    "genssd": lambda step: ours(step, UNIT_ROWS // (HEADS // KV_HEADS)),
-    "genssd-segments-of-256": lambda step: ours(step, UNIT_ROWS // (HEADS // KV_HEADS), 256),
-    "genssd-segments-of-512": lambda step: ours(step, UNIT_ROWS // (HEADS // KV_HEADS), 512),
+    "genssd": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS)),
+    "genssd-segments-of-256": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS), 256),
+    "genssd-segments-of-512": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS), 512),
     "genssd-unshared": lambda step: ours(step, 1),
     "eager": eager,
     "sdpa": sdpa,

@@ -37,7 +37,7 @@ def table_of(branches: int, prefix: int, rows: int) -> tuple[DeviceTable, int]:
     one = torch.ones(branches, dtype=torch.int32)
     table = segment_table(
         pages, torch.arange(branches, dtype=torch.int32), one * (prefix + own * PAGE - rows), one * rows,
-        page_size=PAGE, segment=SEGMENT["cuda"], unit_rows=UNIT_ROWS // (HEADS // KV_HEADS),
+        page_size=PAGE, segment=SEGMENT["cuda"], unit_rows=UNIT_ROWS["cuda"] // (HEADS // KV_HEADS),
     )  # fmt: skip
     return DeviceTable.of(table, torch.device("cuda")), shared + branches * own
 

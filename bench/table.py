@@ -57,14 +57,14 @@ def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
         *torch.from_numpy(np.array(numbers, dtype=np.int32)),
         page_size=PAGE,
         segment=segment,
-        unit_rows=UNIT_ROWS // GROUP,
+        unit_rows=UNIT_ROWS["cuda"] // GROUP,
     )
 
 
 def measure(problems: int, branches: int, prefix: int, segment: int, rounds: int) -> dict[str, Any]:
     tree, paths = grow(problems, branches, prefix)
     capacity = Capacity.of(build(tree, paths, segment))
-    capacity = capacity.grown(capacity, rows=len(paths), item_rows=UNIT_ROWS // GROUP)
+    capacity = capacity.grown(capacity, rows=len(paths), item_rows=UNIT_ROWS["cuda"] // GROUP)
     host = np.empty(4 * capacity.length, dtype=np.int32)
     seconds: dict[str, list[float]] = {"append": [], "table": [], "pack": []}
     for _ in range(rounds):
@@ -78,7 +78,7 @@ def measure(problems: int, branches: int, prefix: int, segment: int, rounds: int
         built = time.perf_counter()
         needed = Capacity.of(table)
         if not capacity.covers(needed):
-            capacity = needed.grown(capacity, rows=len(paths), item_rows=UNIT_ROWS // GROUP)
+            capacity = needed.grown(capacity, rows=len(paths), item_rows=UNIT_ROWS["cuda"] // GROUP)
         pack(table, capacity, host)
         packed = time.perf_counter()
         for name, took in zip(seconds, (appended - started, built - appended, packed - built), strict=True):
@@ -104,7 +104,7 @@ def main() -> None:
             print(rows[-1])
     if options.json:
         command = f"python bench/table.py --rounds {options.rounds} --json {options.json}"
-        settings = {"page_size": PAGE, "unit_rows": UNIT_ROWS // GROUP, "numpy": np.__version__}
+        settings = {"page_size": PAGE, "unit_rows": UNIT_ROWS["cuda"] // GROUP, "numpy": np.__version__}
         lines = ",\n".join("  " + json.dumps(row) for row in rows)
         head = json.dumps({"command": command, "rounds": options.rounds, **settings})[:-1]
         options.json.write_text(f'{head},\n "rows": [\n{lines}\n]}}\n')

@@ -215,8 +215,8 @@ INLINE void attend_item(const Attention& t, const Item& item, std::int64_t kv_he
       const std::int64_t position = t.position[row];
       strip.high[i] = least(item.tokens, position + 1 - item.first);
       strip.low[i] = t.window > 0 ? most(0, position - t.window + 1 - item.first) : 0;
-      const T* q = static_cast<const T*>(t.q) + (row * t.heads + head) * t.width;
-      for (std::int64_t d = 0; d < t.width; ++d) desk.queries[i * t.width + d] = q[d];
+      std::memcpy(desk.queries + i * t.width, static_cast<const T*>(t.q) + (row * t.heads + head) * t.width,
+                  t.width * sizeof(T));
     }
     strip.attend();
     for (std::int64_t i = 0; i < strip.rows; ++i)
@@ -259,7 +259,7 @@ void partial_attention_of(const Attention& t, std::int64_t unit) {
   attend_item<T>(t, t.items[unit / t.kv_heads], unit % t.kv_heads, Desk<T>::of(t),
                  [&](const Entry& entry, std::int64_t head, State more) {
                    float* to = t.partial + (entry.partial * t.heads + head) * size;
-                   for (std::int64_t d = 0; d < size; ++d) to[d] = more.peak[d];
+                   std::memcpy(to, more.peak, size * sizeof(float));
                  });
 }
 

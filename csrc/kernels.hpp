@@ -10,7 +10,7 @@ namespace genssd {
 enum class Type { kFloat, kBFloat16, kFloat16 };
 
 inline constexpr std::int64_t kPanel = 64;       // vectors of a panel
-inline constexpr std::int64_t kRowBlock = 256;   // rows of a unit
+inline constexpr std::int64_t kRowBlock = 128;   // rows of a unit
 inline constexpr std::int64_t kPartSize = 2048;  // vocabulary entries of a part, whole panels
 
 // [outputs, inputs], row by row; or packed: panel after panel, each kPanel rows side by side (see panel.hpp).
@@ -26,7 +26,6 @@ struct Linear {  // out = x @ weight.T + bias
   Weight weight;
   void* out;  // [rows, outputs]
   std::int64_t rows, inputs, outputs, stride_x;
-  std::int64_t unit_columns;  // of a unit, whole panels
 };
 
 // One pass over a head's vocabulary, in parts whose ends depend on its size alone.

@@ -22,9 +22,6 @@ void linear(Array x, Array weight, MaybeArray bias, Array out, int threads) {
   const bool wide = out.dtype() == nb::dtype<float>();
   if (!wide) args.same_type(out, "out, unless it is float32,", x, "x");
   threads = threads_for(rows * inputs * outputs / 8, threads);
-  // long runs of columns for each thread, but enough of them that no thread waits long for the last one
-  const std::int64_t run = blocks(outputs, kPanel) / (8 * std::max(threads, 1));
-  const std::int64_t unit_columns = kPanel * std::clamp<std::int64_t>(run, 1, 8);
   const Linear task{args.type(x, "x"),
                     wide,
                     x.data(),
@@ -34,10 +31,9 @@ void linear(Array x, Array weight, MaybeArray bias, Array out, int threads) {
                     rows,
                     inputs,
                     outputs,
-                    stride0(x),
-                    unit_columns};
+                    stride0(x)};
   const nb::gil_scoped_release release;
-  ThreadPool::run(blocks(outputs, unit_columns) * blocks(rows, kRowBlock), threads,
+  ThreadPool::run(blocks(outputs, kPanel) * blocks(rows, kRowBlock), threads,
                   [&](std::int64_t unit) { kernels.linear(task, unit); });
 }
 

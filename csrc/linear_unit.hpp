@@ -43,24 +43,22 @@ INLINE void dot_weight(const T* x, std::int64_t stride_x, std::int64_t rows, con
   }
 }
 
+// Unit: (a panel, a block of rows).
 template <typename T, typename Out>
 void linear_of(const Linear& t, std::int64_t unit) {
   const std::int64_t row_blocks = (t.rows + kRowBlock - 1) / kRowBlock, first = unit % row_blocks * kRowBlock;
-  const std::int64_t rows = least(kRowBlock, t.rows - first), begin = unit / row_blocks * t.unit_columns;
-  const std::int64_t end = least(t.outputs, begin + t.unit_columns);
+  const std::int64_t rows = least(kRowBlock, t.rows - first), column = unit / row_blocks * kPanel;
+  const std::int64_t columns = least(kPanel, t.outputs - column);
   const T* x = static_cast<const T*>(t.x) + first * t.stride_x;
   const T* bias = static_cast<const T*>(t.bias);
   Workspace<T>& memory = workspace<T>();
-  for (std::int64_t column = begin; column < end; column += kPanel) {
-    const std::int64_t columns = least(kPanel, end - column);
-    dot_weight(x, t.stride_x, rows, t.weight, column, columns, t.inputs, memory.cells, memory.out);
-    for (std::int64_t i = 0; i < rows; ++i) {
-      Out* out = static_cast<Out*>(t.out) + (first + i) * t.outputs + column;
-      for (std::int64_t c = 0; c < columns; c += kLanes) {
-        F y = load(memory.out + i * kPanel + c);
-        if (bias) y = add(y, load_at(bias + column, c, columns));
-        store_at(out, y, c, columns);
-      }
+  dot_weight(x, t.stride_x, rows, t.weight, column, columns, t.inputs, memory.cells, memory.out);
+  for (std::int64_t i = 0; i < rows; ++i) {
+    Out* out = static_cast<Out*>(t.out) + (first + i) * t.outputs + column;
+    for (std::int64_t c = 0; c < columns; c += kLanes) {
+      F y = load(memory.out + i * kPanel + c);
+      if (bias) y = add(y, load_at(bias + column, c, columns));
+      store_at(out, y, c, columns);
     }
   }
 }

@@ -1,6 +1,8 @@
 // Operations on one row at a time: norm, rotary and cache writes, gated activations. Only for isa_*.cpp.
 #pragma once
 
+#include <cstring>
+
 #include "kernels.hpp"
 #include "simd.hpp"
 
@@ -92,7 +94,7 @@ void write_kv_of(const WriteKv& t, std::int64_t row) {
   T* v = static_cast<T*>(t.v_pages) + slot * t.kv_heads * t.width;
   for (std::int64_t h = 0; h < t.kv_heads; ++h) place(x + (t.heads + h) * t.width, t.k_norm, k + h * t.width);
   const T* values = x + (t.heads + t.kv_heads) * t.width;
-  for (std::int64_t i = 0; i < t.kv_heads * t.width; ++i) v[i] = values[i];
+  std::memcpy(v, values, t.kv_heads * t.width * sizeof(T));
 }
 
 void rms_norm_row(const RmsNorm& t, std::int64_t row) {

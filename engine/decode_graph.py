@@ -149,7 +149,7 @@ class DecodeGraphs:
         layout = None if step is None else step.layout
         if layout is None or not layout.covers(tables):
             c = self._decoder.config
-            item_rows = unit_rows(c.num_attention_heads // c.num_key_value_heads)
+            item_rows = unit_rows(c.num_attention_heads // c.num_key_value_heads, self._kv.device)
             layout = StepLayout.of(rows, item_rows, tables, layout)
         host = host_buffer(layout.length, torch.int32, self._kv.device)
         layout.pack(tables, host.numpy())

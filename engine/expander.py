@@ -209,7 +209,8 @@ class Expander:
         states = [state for branch in branches if (state := self._state(runner, branch)).pending]
         paths = [state.path for state in states if state.path is not None]
         self._usage.prefill_tokens += sum(len(state.pending) for state in states if len(state.pending) > 1)
-        for state, hidden in zip(states, runner.extend(paths, [state.pending for state in states]), strict=True):
+        pending = [state.pending for state in states]
+        for state, hidden in zip(states, runner.extend(paths, pending, last=[1] * len(paths)), strict=True):
             state.hidden = hidden[-1]
             state.pending = []
 

@@ -11,9 +11,9 @@ from genssd.engine.tree import BranchTree, Path
 from genssd.kernels.attention import SEGMENT, UNIT_ROWS, SegmentTable, segment_table
 
 
-def unit_rows(group: int) -> int:
+def unit_rows(group: int, device: torch.device) -> int:
     """Rows that read a segment together at most. group: query heads per kv head."""
-    return max(1, UNIT_ROWS // group)
+    return max(1, UNIT_ROWS[device.type] // group)
 
 
 def lay_out(
@@ -38,7 +38,7 @@ def lay_out(
             page_size=page_size,
             segment=-(-SEGMENT[device.type] // page_size) * page_size,
             window=window,
-            unit_rows=unit_rows(group),
+            unit_rows=unit_rows(group, device),
         )
         for window in windows
     }

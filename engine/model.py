@@ -128,7 +128,8 @@ class Decoder:
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 
     def forward(self, ids_N: Tensor, batch: Batch, kv: Tensor) -> Tensor:
-        """Extend the cache by N tokens and return their hidden states after the last norm, [N, D].
+        """Extend the cache by N tokens and return their hidden states after the last norm, [N, D], or of those that the
+        batch wants: the others go no further than the keys and values of the last layer.
 
         ids_N: int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E].
         """
@@ -138,7 +139,12 @@ class Decoder:
         x = rows_of(self.embedding, ids_N)
         h = rms_norm(x, self.layers[0].attention_norm, eps)
         for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
-            h, x = add_rms_norm(self._attention(h, layer, cache, window, batch, cos, sin), x, layer.mlp_norm, eps)
+            attended = self._attention(h, layer, cache, window, batch, cos, sin)
+            if layer is self.layers[-1] and batch.wanted_M is not None:
+                attended, x = (rows.index_select(0, batch.wanted_M) for rows in (attended, x))
+                if not len(x):
+                    return x
+            h, x = add_rms_norm(linear(attended, layer.output, layer.output_bias), x, layer.mlp_norm, eps)
             feed = linear(swiglu(linear(h, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
             h, x = add_rms_norm(feed, x, next_norm, eps)
         return h
@@ -173,8 +179,7 @@ class Decoder:
             k_norm=layer.k_norm,
             eps=c.rms_norm_eps,
         )
-        out = paged_attention(q, k_pages, v_pages, batch.tables[window], scale=c.head_dim**-0.5)
-        return linear(out.flatten(1), layer.output, layer.output_bias)
+        return paged_attention(q, k_pages, v_pages, batch.tables[window], scale=c.head_dim**-0.5).flatten(1)
 
 
 def _as_it_is(weight: Tensor) -> Weight:

@@ -1,16 +1,17 @@
 """One model with its cache: extends any number of branches in one packed forward pass.
 
-Shapes:  N packed tokens   D model width   V vocabulary
+Shapes:  N packed tokens   M those whose states are wanted   D model width   V vocabulary
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path as FilePath
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from genssd.engine.batch import Batch
@@ -29,6 +30,14 @@ Prepared = Batch | StagedStep
 MAX_ROWS = 2048  # tokens of one forward pass; a sequence is cut at multiples of half of it
 
 
+class _Piece(NamedTuple):
+    """What one forward pass computes of one path. path: its index. wanted: so many of the last hidden states."""
+
+    path: int
+    ids: Sequence[int]
+    wanted: int
+
+
 class ModelRunner:
     """A decoder over a branch tree. `directory` is for messages."""
 
@@ -41,15 +50,18 @@ class ModelRunner:
         self.runs_ahead = pool.kv.is_cuda
         """Whether the host is free while the model computes, so that the next step is best prepared meanwhile."""
 
-    def extend(self, paths: Sequence[Path], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+    def extend(
+        self, paths: Sequence[Path], tokens: Sequence[Sequence[int]], *, last: Sequence[int] | None = None
+    ) -> list[Tensor]:
         """Append tokens to each of the distinct paths; return their hidden states, [len(tokens[i]), D] each.
 
+        last: of path i the last[i] last states are enough, [last[i], D]; the other tokens are not computed to the end.
         Long inputs are cut at absolute positions, so a prefix is computed in the same pieces whether what follows it is
         there or not. A branch's numbers do not depend on which others are in the call: on the CPU to the bit, elsewhere
         up to the rounding of matrix products.
         """
         hidden: list[list[Tensor]] = [[] for _ in paths]
-        batch: list[tuple[int, Sequence[int]]] = []
+        batch: list[_Piece] = []
         rows, longest = 0, MAX_ROWS // 2
         for i, ids in enumerate(tokens):
             first, start = paths[i].length, 0
@@ -58,8 +70,9 @@ class ModelRunner:
                 if rows + len(piece) > MAX_ROWS:
                     self._forward(paths, batch, hidden)
                     batch, rows = [], 0
-                batch.append((i, piece))
                 start += len(piece)
+                wanted = len(piece) if last is None else max(0, start - max(start - len(piece), len(ids) - last[i]))
+                batch.append(_Piece(i, piece, wanted))
                 rows += len(piece)
         if batch:
             self._forward(paths, batch, hidden)
@@ -69,10 +82,13 @@ class ModelRunner:
         """float32 [N, V]."""
         return self.decoder.logits(hidden_ND)
 
-    def prepare(self, paths: Sequence[Path], counts: Sequence[int]) -> Prepared:
+    def prepare(
+        self, paths: Sequence[Path], counts: Sequence[int], *, wanted: NDArray[np.int64] | None = None
+    ) -> Prepared:
         """Make room for so many tokens on each path, MAX_ROWS at most in all, and find what each of them reads.
 
-        What the tokens are need not be known yet. Raises CapacityError when the pool has too few pages.
+        What the tokens are need not be known yet. wanted: the rows whose hidden states are asked for; None: all. Raises
+        CapacityError when the pool has too few pages.
         """
         c, kv = self.decoder.config, self.tree.pool.kv
         tables = lay_out(
@@ -82,23 +98,26 @@ class ModelRunner:
             windows=set(c.windows),
             group=c.num_attention_heads // c.num_key_value_heads,
         )
-        if self._graphs is not None and max(counts) == 1 and bucket_for(len(counts)) is not None:
+        one_each = max(counts) == 1 and wanted is None
+        if self._graphs is not None and one_each and bucket_for(len(counts)) is not None:
             return self._graphs.stage(tables)
-        return Batch.of(tables, kv.device)
+        return Batch.of(tables, kv.device, wanted)
 
     def run(self, prepared: Prepared, ids: Sequence[int]) -> Tensor:
-        """Compute the tokens that room was made for: hidden states [len(ids), D]."""
+        """Compute the tokens that room was made for: the hidden states that are wanted, [M, D]."""
         kv = self.tree.pool.kv
         if isinstance(prepared, Batch):
             return self.decoder.forward(upload(np.array(ids), kv.device), prepared, kv)
         assert self._graphs is not None
         return self._graphs.forward(prepared, ids)
 
-    def _forward(
-        self, paths: Sequence[Path], batch: list[tuple[int, Sequence[int]]], hidden: list[list[Tensor]]
-    ) -> None:
-        counts = [len(piece) for _, piece in batch]
-        prepared = self.prepare([paths[i] for i, _ in batch], counts)
-        out_ND = self.run(prepared, [token for _, piece in batch for token in piece])
-        for (i, _), part in zip(batch, torch.split(out_ND, counts), strict=True):
-            hidden[i].append(part)
+    def _forward(self, paths: Sequence[Path], batch: Sequence[_Piece], hidden: list[list[Tensor]]) -> None:
+        counts = [len(piece.ids) for piece in batch]
+        wanted = None
+        if any(piece.wanted < len(piece.ids) for piece in batch):
+            ends = np.cumsum(counts)
+            wanted = np.concatenate([np.arange(end - p.wanted, end) for end, p in zip(ends, batch, strict=True)])
+        prepared = self.prepare([paths[piece.path] for piece in batch], counts, wanted=wanted)
+        out_MD = self.run(prepared, [token for piece in batch for token in piece.ids])
+        for piece, part in zip(batch, torch.split(out_MD, [piece.wanted for piece in batch]), strict=True):
+            hidden[piece.path].append(part)

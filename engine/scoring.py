@@ -78,14 +78,15 @@ def _score_batch(
     held.update((key, (runner.tree.root(), torch.empty(0))) for key in fresh)
     paths: list[Path] = []
     try:
-        states = runner.extend([held[key][0] for key in fresh], fresh)
+        states = runner.extend([held[key][0] for key in fresh], fresh, last=[1] * len(fresh))
         held.update((key, (held[key][0], part[-1:].clone())) for key, part in zip(fresh, states, strict=True))
         unread = []
         for key, (prompt_ids, ids) in zip(keys, pairs, strict=True):
             paths.append(runner.tree.fork(held[key][0]) if key in held else runner.tree.root())
             unread.append(ids[:-1] if key in held else prompt_ids + ids[:-1])
         reading = [i for i, tokens in enumerate(unread) if tokens]
-        hidden = runner.extend([paths[i] for i in reading], [unread[i] for i in reading])
+        last = [min(len(unread[i]), len(pairs[i][1])) for i in reading]
+        hidden = runner.extend([paths[i] for i in reading], [unread[i] for i in reading], last=last)
         read = dict(zip(reading, hidden, strict=True))
         predicting = []
         for i, (_, ids) in enumerate(pairs):

@@ -28,7 +28,7 @@ def local_logprob(
     results: list[Tensor] = []
     try:
         _require_room(runner, root, len(prompt_ids))
-        before = runner.extend([root], [prompt_ids])[0][-1]
+        before = runner.extend([root], [prompt_ids], last=[1])[0][-1]
         for group in _groups(runner, root, windows):
             paths = [runner.tree.fork(root) for _ in group]
             # the last token of a window is predicted, not read; a window of one token reads nothing

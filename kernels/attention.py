@@ -35,7 +35,7 @@ row. row_partial: int32 [N + 1], a row's first partial slot; the others follow i
 SEGMENT = {"cpu": 256, "cuda": 1024}
 """Tokens of a segment. On a GPU a longer one keeps the traffic of partial results small beside that of the cache."""
 
-UNIT_ROWS = 64
+UNIT_ROWS = {"cpu": 128, "cuda": 64}
 """Query vectors (rows times query heads per kv head) that read a segment together."""
 
 
@@ -48,7 +48,7 @@ def segment_table(
     page_size: int,
     segment: int,
     window: int = 0,
-    unit_rows: int = UNIT_ROWS,
+    unit_rows: int = 64,
 ) -> SegmentTable:
     """The table of a batch of sequences. Rows are numbered sequence by sequence.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from toys import VOCAB, save_checkpoint, save_model
 
+from genssd.engine import runner as runners
 from genssd.engine.checkpoint import read_tensors
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
@@ -85,6 +86,27 @@ def test_a_long_input_goes_in_several_passes(tmp_path: Path, monkeypatch: pytest
     hidden = runner.extend([runner.tree.root(), runner.tree.root()], [ids[0].tolist(), ids[1, :9].tolist()])
     torch.testing.assert_close(runner.logits(hidden[0]), model(ids[:1]).logits[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(runner.logits(hidden[1]), model(ids[1:, :9]).logits[0], atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_the_last_states_alone_have_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the input is cut into passes of which some give none, and what comes later reads the same cache."""
+    save_model(tmp_path, "qwen3")
+    monkeypatch.setattr(runners, "MAX_ROWS", 16)
+    decoder = Decoder.load(tmp_path, torch.float32, torch.device("cpu"))
+    ids = [[(7 * i + j) % VOCAB for j in range(count)] for i, count in enumerate((30, 1, 9))]
+
+    def states(last: list[int] | None) -> list[torch.Tensor]:
+        runner = ModelRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 20))
+        paths = [runner.tree.root() for _ in ids]
+        return [*runner.extend(paths, ids, last=last), *runner.extend(paths, [[5, 6]] * 3, last=[9] * 3)]
+
+    whole = states(None)
+    for last in ([1, 1, 1], [9, 1, 0], [30, 5, 8], [0, 0, 0]):
+        part = states(last)
+        for i, count in enumerate(last):
+            assert torch.equal(part[i], whole[i][max(0, len(ids[i]) - count) :])
+        assert all(torch.equal(one, other) for one, other in zip(part[3:], whole[3:], strict=True))
 
 
 @torch.inference_mode()

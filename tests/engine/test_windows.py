@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path as FilePath
+from typing import Any
 
 import pytest
 import torch
@@ -103,9 +104,9 @@ def test_many_windows_go_in_groups(pair: Pair, monkeypatch: pytest.MonkeyPatch, 
     runner = tight._runners["student"]
     extend, sizes = runner.extend, []
 
-    def counted(paths: Sequence[Path], tokens: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def counted(paths: Sequence[Path], tokens: Sequence[Sequence[int]], **options: Any) -> list[torch.Tensor]:
         sizes.append(sum(map(len, tokens)))
-        return extend(paths, tokens)
+        return extend(paths, tokens, **options)
 
     monkeypatch.setattr(runner, "extend", counted)
     prompt, ids = random_ids(19, 9), random_ids(40, 10)
