@@ -36,8 +36,8 @@ from peers.model import ensure_model
 from peers.protocol import Measured, Peer, WorkerFailed
 from peers.workloads import SIZES, WORKLOADS, Sizes, tokens
 
-PAUSE = 0.3
-"""Seconds between two engines: threads go on spinning for a moment after their work."""
+PAUSE = 2.0
+"""Seconds between two engines: what one leaves behind it, spinning threads and memory to give back, ends."""
 SLACK = 2.0
 """Our mean error, against float32, may be this many times that of transformers in bf16."""
 BARS = {"prefill": 1.0, "decode": 3.0, "score": 1.8}
@@ -116,12 +116,17 @@ def check(values: dict[str, Values]) -> dict[str, Difference]:
 
 
 def measure(peers: list[Peer], workloads: list[str], rounds: int) -> dict[tuple[str, str], Runs]:
-    """In turns: each round every workload, each workload every engine. Ctrl-C ends it with what there is."""
+    """In turns: each round every workload, each workload every engine, in each round another one first.
+
+    Ctrl-C ends it with what there is.
+    """
     runs = {(workload, peer.name): Runs() for workload in workloads for peer in peers}
     try:
-        for round_, workload, peer in product(range(1, 1 + rounds), workloads, peers):
-            time.sleep(PAUSE)
-            measure_once(runs[workload, peer.name], peer, workload, round_)
+        for round_, workload in product(range(1, 1 + rounds), workloads):
+            first = round_ % len(peers)
+            for peer in peers[first:] + peers[:first]:
+                time.sleep(PAUSE)
+                measure_once(runs[workload, peer.name], peer, workload, round_)
     except KeyboardInterrupt:
         print("interrupted: what was measured is reported", file=sys.stderr)
     return runs

@@ -150,7 +150,7 @@ struct Strip {
     const F base = fill(peak > -kInfinity ? peak : 0.0f);
     F total = zero();
     for (std::int64_t k = first; k < high[i]; k += kLanes) {
-      store_weights(w + k, exponential(sub(load(s + k), base)));
+      store(w + k, exponential(sub(load(s + k), base)));
       total = add(total, load(w + k));
     }
     *state(i).peak = peak;

@@ -145,11 +145,14 @@ INLINE void draw_from(const float* z, std::int64_t key, std::int64_t first, std:
   for (std::int64_t start = 0; start < n; start += kCounters) {
     const std::int64_t some = least(kCounters, n - start);
     std::uint32_t bits[kCounters], least_bits = 0xFFFFFFFFu;
-    float y[kCounters], noise[kCounters], peak = -kInfinity;
-    for (std::int64_t i = 0; i < some; ++i) {
-      y[i] = z[start + i] / temperature;
-      peak = y[i] > peak ? y[i] : peak;
+    alignas(64) float y[kCounters], noise[kCounters];
+    F peaks = fill(-kInfinity);
+    for (std::int64_t i = 0; i < some; i += kLanes) {
+      store(y + i, div(load_at(z + start, i, some), fill(temperature)));
+      for (std::int64_t j = some; j < i + kLanes; ++j) y[j] = -kInfinity;
+      peaks = larger(peaks, load(y + i));
     }
+    const float peak = largest(peaks);
     if (peak + kLargestNoise <= best || peak == -kInfinity) continue;
     philox(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(first + start), bits);
     for (std::int64_t i = 0; i < kCounters; ++i) least_bits = bits[i] < least_bits ? bits[i] : least_bits;

@@ -21,6 +21,13 @@ template <>
 INLINE F rounded<float>(F x) {
   return x;
 }
+#if defined(__AVX512BF16__)
+template <>
+INLINE F rounded<BFloat16>(F x) {
+  const __m512i bits = _mm512_cvtepu16_epi32(std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+#endif
 
 template <typename T>
 INLINE void normalize(const T* x, const T* weight, std::int64_t n, float eps, T* out) {

@@ -53,6 +53,11 @@ INLINE F load(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+#if defined(__AVX512BF16__)
+INLINE void store(BFloat16* p, F x) {  // what is below 2^-126 becomes 0, as it is in products, too
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+#else
 INLINE void store(BFloat16* p, F x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -61,6 +66,7 @@ INLINE void store(BFloat16* p, F x) {
   const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
 }
+#endif
 INLINE void store(Float16* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -187,18 +193,6 @@ INLINE void transpose(F rows[kLanes]) {
   }
 }
 
-#endif
-
-// The same as store for weights in 0..1, of which those below 2^-126 may become 0.
-template <typename T>
-INLINE void store_weights(T* p, F x) {
-  store(p, x);
-}
-#if defined(__AVX512BF16__)
-template <>
-INLINE void store_weights(BFloat16* p, F x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), std::bit_cast<__m256i>(_mm512_cvtneps_pbh(x)));
-}
 #endif
 
 // The first n < kLanes values, and zeros.

@@ -1,8 +1,9 @@
 """Attention of packed query rows over a paged key-value cache that sequences share.
 
 Row n stands at a position of its sequence and attends to the positions up to its own. Positions are cut into segments
-at absolute multiples of a constant, and a segment table says which rows read which: rows whose sequences hold the same
-pages through a whole segment read it together. For a row n, a head and a segment s with the scores z of its keys,
+at absolute multiples of a constant, and below it at its halves, down to 128 tokens. A segment table says which rows
+read which: rows whose sequences hold the same pages through a whole segment read it together. For a row n, a head and a
+segment s with the scores z of its keys,
 
     peak_s = max z      total_s = sum e^(z - peak_s)      values_s = sum e^(z - peak_s) v
 

@@ -123,14 +123,18 @@ def _scoring(model: ModelShape, prompts: int, candidates: int, prefix: int, toke
 
 
 def _pass(model: ModelShape, *, rows: int, logits: int, attended: int, cached: int) -> Phase:
-    """attended: pairs of a row and a position that it sees. cached: distinct positions read or written."""
-    projections = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
-    trunk = model.layers * (projections + 3 * model.width * model.inner)
-    head = model.width * model.vocabulary
-    attention = 4 * model.heads * model.head_dim * model.layers
+    """attended: pairs of a row and a position that it sees. cached: distinct positions read or written.
+
+    Rows without logits need no more of the last layer than their keys and values.
+    """
+    own = model.width * model.head_dim * 2 * model.heads + 3 * model.width * model.inner
+    layer = own + model.width * model.head_dim * 2 * model.kv_heads
+    trunk, head = model.layers * layer, model.width * model.vocabulary
+    unneeded = max(0, rows - logits)
+    attention = 4 * model.heads * model.head_dim * (model.layers - unneeded / rows)
     position_bytes = BF16 * 2 * model.kv_heads * model.head_dim * model.layers
     return Phase(
-        flops=2 * trunk * rows + 2 * head * logits + attention * attended,
+        flops=2 * (trunk * rows - own * unneeded + head * logits) + attention * attended,
         bytes=BF16 * (trunk + head) + position_bytes * cached,
     )
 

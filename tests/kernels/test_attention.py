@@ -153,6 +153,51 @@ def test_relatives_are_read_together_whatever_lies_between_them() -> None:
         assert len(table.items) == 3 + 30, "the stem, one segment of each family, an end of every leaf"
 
 
+def test_a_short_prefix_is_read_once_too() -> None:
+    """Below the first whole segment there are shorter ones."""
+    pages = torch.arange(19, dtype=torch.int32).repeat(8, 1)
+    pages[:, 18] += torch.arange(8, dtype=torch.int32)  # 288 tokens are shared
+    rows = torch.arange(8, dtype=torch.int32)
+    one, first = torch.ones(8, dtype=torch.int32), torch.full((8,), 300, dtype=torch.int32)
+    table = segment_table(pages, rows, first, one, page_size=16, segment=1024)
+    assert [item[1:3] + item[4:5] for item in table.items[:2].tolist()] == [[0, 128, 8], [128, 128, 8]]
+    assert [item[1:3] + item[4:5] for item in table.items[2:].tolist()] == [[256, 45, 1]] * 8
+
+
+BORDERS = {
+    1024: [0, 128, 256, 512, 1024, 2048],
+    384: [0, 192, *range(384, 2500, 384)],
+    240: list(range(0, 2500, 240)),
+    48: list(range(0, 2500, 48)),
+}
+
+
+@pytest.mark.parametrize("window", [0, 1, 130, 700])
+@pytest.mark.parametrize("segment", BORDERS)
+def test_segments_follow_each_other_without_a_gap(segment: int, window: int) -> None:
+    """What the items of a row cover is what it sees, in the order of its partial results. Borders are everybody's."""
+    length, rows = 2500, [0, 127, 128, 129, 255, 256, 511, 512, 900, 1023, 1024, 1500, 2047, 2048, 2499]
+    pages = torch.arange(-(-length // 16), dtype=torch.int32).repeat(len(rows), 1)
+    which = torch.arange(len(rows), dtype=torch.int32)
+    first = torch.tensor(rows, dtype=torch.int32)
+    table = segment_table(
+        pages, which, first, torch.ones_like(which), page_size=16, segment=segment, window=window, unit_rows=4
+    )
+    read: dict[int, list[tuple[int, int, int]]] = {}
+    for _, start, tokens, entry, count, _ in table.items.tolist():
+        for row, partial in table.entries[entry : entry + count].tolist():
+            read.setdefault(row, []).append((partial, start, tokens))
+    for row, position in enumerate(rows):
+        parts = sorted(read[row])
+        assert [part[0] for part in parts] == list(range(*table.row_partial[row : row + 2].tolist()))
+        starts = [start for _, start, _ in parts]
+        assert starts[0] <= max(0, position - window + 1 if window else 0)
+        for (_, start, tokens), following in zip(parts, starts[1:], strict=False):
+            assert start + tokens == following
+        assert starts[-1] <= position < sum(parts[-1][1:])
+        assert set(starts) <= set(BORDERS[segment])
+
+
 @NATIVE
 def test_a_gradient_is_refused_not_lost() -> None:
     problem = build([list(range(9))], [2])
