@@ -7,6 +7,7 @@
 
 #include "draw.hpp"
 #include "kernels.hpp"
+#include "scratch.hpp"
 #include "simd.hpp"
 
 namespace {
@@ -61,49 +62,108 @@ float threshold(Candidates c, double amount) {
   }
 }
 
-struct Gathered {
-  Candidates candidates;
-  double weight;
-};
-
 struct Memory {
-  explicit Memory(std::int64_t count)
-      : z(new float[static_cast<std::size_t>(count)]),
-        weight(new float[static_cast<std::size_t>(count)]),
-        bits(new std::uint32_t[static_cast<std::size_t>(count)]) {}
-  ~Memory() {
-    delete[] z;
-    delete[] weight;
-    delete[] bits;
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
+  INLINE Memory(std::int64_t count, Pieces pieces)
+      : z(pieces.take<float>(count)),
+        weight(pieces.take<float>(count)),
+        bits(pieces.take<std::uint32_t>(count)),
+        bytes(pieces.bytes()) {}
+  INLINE static Memory of(std::int64_t count) { return Memory(count, Pieces(scratch(Memory(count, Pieces()).bytes))); }
   float *z, *weight;
   std::uint32_t* bits;
+  std::int64_t bytes;
 };
+
+// The entry behind which `top_k` entries are at least as large.
+INLINE float kth(const float* z, std::int64_t n, std::int64_t top_k, Memory& memory) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    memory.bits[i] = ordered(z[i]);
+    memory.weight[i] = 1.0f;
+  }
+  return threshold({memory.bits, memory.weight, n}, static_cast<double>(top_k));
+}
+
+// The entry with `share` of the probability on it and above it, among the few that are not below the floor.
+INLINE float nucleus_of_few(const float* z, std::int64_t n, float peak, float floor, float share, Memory& memory) {
+  Candidates c{memory.bits, memory.weight, 0};
+  double total = 0.0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (z[i] < floor) continue;
+    c.bits[c.count] = ordered(z[i]);
+    total += c.weight[c.count++] = exponential(z[i] - peak);
+  }
+  return threshold(c, static_cast<double>(share) * total);
+}
+
+// Narrows the weights low..high among which the entry lies that has `amount` on it and above it: twice to an eighth, by
+// the logarithm. Sums are floats, so that a bound moves only where their roundings leave no doubt.
+INLINE void narrow_down(const float* weight, std::int64_t n, double amount, float& low, float& high) {
+  constexpr int kCuts = 7;
+  const double doubt = 0x1p-22 * static_cast<double>(n / kLanes + 1);
+  for (int round = 0; round < 2; ++round) {
+    F cut[kCuts], mass[kCuts];
+    float cuts[kCuts];
+    const double step = __builtin_pow(static_cast<double>(high) / low, 1.0 / (kCuts + 1));
+    for (int k = 0; k < kCuts; ++k) {
+      cuts[k] = static_cast<float>(low * __builtin_pow(step, k + 1));
+      cut[k] = fill(cuts[k]);
+      mass[k] = zero();
+    }
+    for (std::int64_t i = 0; i < n; i += kLanes) {
+      const F w = load_at(weight, i, n);
+      for (int k = 0; k < kCuts; ++k) mass[k] = add(mass[k], at_least(w, cut[k]));
+    }
+    for (int k = 0; k < kCuts; ++k) {  // cuts rise, masses fall
+      const double found = sum(mass[k]);
+      if (found >= amount * (1.0 + doubt)) low = cuts[k];
+      if (found < amount * (1.0 - doubt)) {
+        high = cuts[k];
+        break;
+      }
+    }
+  }
+}
+
+// The same among all.
+INLINE float nucleus(const float* z, std::int64_t n, float peak, float share, Memory& memory) {
+  double sums[kLanes] = {}, total = 0.0, above_all = 0.0;
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    alignas(64) float e[kLanes];
+    store(e, exponential(sub(load_at(z, i, n), fill(peak))));
+    for (std::int64_t j = n - i; j < kLanes; ++j) e[j] = 0.0f;
+    for (std::int64_t j = 0; j < kLanes; ++j) sums[j] += e[j];
+    store_at(memory.weight, load(e), i, n);
+  }
+  for (const double sum : sums) total += sum;
+  const double amount = static_cast<double>(share) * total;
+  // all entries below this weight together could not make up the rest
+  float low = static_cast<float>(0.999 * (total - amount) / static_cast<double>(n)), high = 2.0f;
+  narrow_down(memory.weight, n, amount, low, high);
+  Candidates c{memory.bits, memory.weight, 0};  // weights move up, never past what is yet to be read
+  double larger_ones[kLanes] = {};
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const F w = load_at(memory.weight, i, n);
+    alignas(64) float e[kLanes], weight[kLanes];
+    store(weight, w);
+    store(e, at_least(w, fill(high)));
+    for (std::int64_t j = 0; j < kLanes; ++j) larger_ones[j] += e[j];
+    for (unsigned held = above(fill(high), w) & ~above(fill(low), w); held; held &= held - 1) {
+      const int j = __builtin_ctz(held);
+      c.bits[c.count] = ordered(z[i + j]);
+      c.weight[c.count++] = weight[j];
+    }
+  }
+  for (const double sum : larger_ones) above_all += sum;
+  return threshold(c, amount - above_all);
+}
 
 INLINE float filters(const Sample& t, const float* z, float peak, Memory& memory) {
   const std::int64_t n = t.vocabulary;
-  const auto gather = [&](float floor, bool counting) {
-    Candidates c{memory.bits, memory.weight, 0};
-    double all = 0.0;
-    for (std::int64_t i = 0; i < n; i += kLanes) {
-      float e[kLanes];
-      if (!counting) store(e, exponential(sub(load_at(z, i, n), fill(peak))));
-      for (std::int64_t j = 0; j < least(kLanes, n - i); ++j) {
-        if (z[i + j] < floor) continue;
-        c.bits[c.count] = ordered(z[i + j]);
-        all += c.weight[c.count++] = counting ? 1.0f : e[j];
-      }
-    }
-    return Gathered{c, all};
-  };
   float floor = -kInfinity;
-  if (t.top_k > 0 && t.top_k < n) floor = threshold(gather(floor, true).candidates, static_cast<double>(t.top_k));
-  if (t.top_p < 1.0f) {
-    const Gathered kept = gather(floor, false);
-    floor = threshold(kept.candidates, static_cast<double>(t.top_p) * kept.weight);
-  }
+  if (t.top_k > 0 && t.top_k < n) floor = kth(z, n, t.top_k, memory);
+  if (t.top_p < 1.0f)
+    floor = floor > -kInfinity ? nucleus_of_few(z, n, peak, floor, t.top_p, memory)
+                               : nucleus(z, n, peak, t.top_p, memory);
   if (t.log_min_p < 0.0f) {
     const float least_likely = peak + t.log_min_p;
     floor = least_likely > floor ? least_likely : floor;
@@ -111,17 +171,30 @@ INLINE float filters(const Sample& t, const float* z, float peak, Memory& memory
   return floor;
 }
 
+// The largest entry; NaN unless all are below infinity and none is NaN.
+INLINE float sound_peak(const float* z, std::int64_t n) {
+  F peaks = fill(-kInfinity);
+  unsigned sound = ~0u;
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    peaks = larger(peaks, load(z + i));
+    sound &= above(fill(kInfinity), load(z + i));
+  }
+  float peak = largest(peaks);
+  bool finite = sound == ~0u || sound == (1u << kLanes) - 1u;
+  for (; i < n; ++i) {
+    peak = z[i] > peak ? z[i] : peak;
+    finite &= z[i] < kInfinity;
+  }
+  return finite ? peak : __builtin_nanf("");
+}
+
 void sample_row(const Sample& t, std::int64_t row) {
   const float* logits = t.logits + row * t.stride;
   const std::int64_t n = t.vocabulary;
   t.token[row] = -1;
-  float peak = -kInfinity;
-  bool sound = true;
-  for (std::int64_t i = 0; i < n; ++i) {
-    peak = logits[i] > peak ? logits[i] : peak;
-    sound &= logits[i] < kInfinity;  // neither NaN nor infinite
-  }
-  if (!sound || peak == -kInfinity) return;
+  const float peak = sound_peak(logits, n);
+  if (!(peak > -kInfinity)) return;
   float best = -kInfinity;
   std::int64_t token = -1;
   if (t.temperature == 0.0f) {
@@ -129,12 +202,11 @@ void sample_row(const Sample& t, std::int64_t row) {
   } else if (t.top_k == 0 && t.top_p >= 1.0f && t.log_min_p == 0.0f) {
     draw_from(logits, t.key[row], 0, n, t.temperature, false, best, token);
   } else {
-    Memory memory(n);
+    Memory memory = Memory::of(n);
     for (std::int64_t i = 0; i < n; i += kLanes)
       store_at(memory.z, div(load_at(logits, i, n), fill(t.temperature)), i, n);
     const float floor = filters(t, memory.z, peak / t.temperature, memory);
-    for (std::int64_t i = 0; i < n; ++i)
-      if (memory.z[i] < floor) memory.z[i] = -kInfinity;
+    for (std::int64_t i = 0; i < n; ++i) memory.z[i] = memory.z[i] < floor ? -kInfinity : memory.z[i];
     draw_from(memory.z, t.key[row], 0, n, 1.0f, false, best, token);
   }
   t.token[row] = token;

@@ -82,6 +82,7 @@ INLINE F times_power_of_two(F x, F n) { return _mm512_scalef_ps(x, n); }
 INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
 INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
 INLINE unsigned above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }  // one bit a lane
+INLINE F at_least(F x, F bound) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), x); }  // or 0
 
 // Of pairs of bfloat16 the first, or the second, as floats; and of such floats the pairs.
 INLINE F first_of_pairs(F x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
@@ -163,6 +164,7 @@ INLINE float largest(F x) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+INLINE F at_least(F x, F bound) { return _mm256_and_ps(x, _mm256_cmp_ps(x, bound, _CMP_GE_OQ)); }
 INLINE unsigned above(F a, F b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
 }
