@@ -53,10 +53,10 @@ INLINE std::int64_t rounded_up(std::int64_t count, std::int64_t to) { return (co
 // ones, so that they still make 1.
 template <typename T>
 struct Desk {
-  std::int64_t lanes, token_lanes, value_panels;  // of a key, in whole blocks; of all tokens; of a value
-  std::int64_t row, state;                        // numbers of a row of scores, and of a state
-  std::int64_t* offset;                           // [segment]: of a token's key or value from the first page's
-  Cell<T>*keys, *values, *half;  // [panels, lanes, kPanel] [value_panels, token_lanes, kPanel] [kPanel]
+  std::int64_t key_cells, token_cells, value_panels;  // of a key, in whole blocks; of all tokens; of a value
+  std::int64_t row, state;                            // numbers of a row of scores, and of a state
+  std::int64_t* offset;                               // [segment]: of a token's key or value from the first page's
+  Cell<T>*keys, *values, *half;  // [panels, key_cells, kPanel] [value_panels, token_cells, kPanel] [kPanel]
   T *queries, *weights;          // [kTileRows, width] [kTileRows, row]
   float *scores, *states;        // [kTileRows, row] [kTileRows, state]
   float* row_states;             // [unit_rows, group, width + 2]: of the rows of a unit
@@ -64,14 +64,14 @@ struct Desk {
   std::int64_t bytes;            // all of this
 
   INLINE Desk(const Attention& t, Pieces memory)
-      : lanes(rounded_up(lanes_of<T>(t.width), kLanes)),
-        token_lanes(lanes_of<T>(t.segment)),
+      : key_cells(rounded_up(cells_of<T>(t.width), kLanes)),
+        token_cells(cells_of<T>(t.segment)),
         value_panels(rounded_up(t.width, kPanel) / kPanel),
         row(rounded_up(t.segment, kPanel)),
         state(2 + value_panels * kPanel),
         offset(memory.take<std::int64_t>(t.segment)),
-        keys(memory.take<Cell<T>>(row * lanes)),
-        values(memory.take<Cell<T>>(value_panels * token_lanes * kPanel)),
+        keys(memory.take<Cell<T>>(row * key_cells)),
+        values(memory.take<Cell<T>>(value_panels * token_cells * kPanel)),
         half(memory.take<Cell<T>>(kPanel)),
         queries(memory.take<T>(kTileRows * t.width)),
         weights(memory.take<T>(kTileRows * row)),
@@ -83,8 +83,8 @@ struct Desk {
 
   INLINE static Desk of(const Attention& t) { return Desk(t, Pieces(scratch(Desk(t, Pieces()).bytes))); }
 
-  INLINE Cell<T>* value_cells(std::int64_t panel, std::int64_t lane) const {
-    return values + (panel * token_lanes + lane) * kPanel;
+  INLINE Cell<T>* value_cells(std::int64_t panel, std::int64_t cell) const {
+    return values + (panel * token_cells + cell) * kPanel;
   }
 
   INLINE void lay_out(const Attention& t, const Item& item, std::int64_t kv_head) const {
@@ -95,13 +95,13 @@ struct Desk {
     const T *k = static_cast<const T*>(t.k_pages), *v = static_cast<const T*>(t.v_pages);
     for (std::int64_t first = 0; first < item.tokens; first += kPanel)
       pack_columns<T>([&](std::int64_t c) { return k + offset[first + c]; }, least(kPanel, item.tokens - first), t.width,
-                      keys + first * lanes);
-    for (std::int64_t lane = 0; lane < lanes_of<T>(item.tokens); ++lane) {
-      const std::int64_t at = lane * Lanes<T>::kValues, last = at + Lanes<T>::kValues - 1;
+                      keys + first * key_cells);
+    for (std::int64_t cell = 0; cell < cells_of<T>(item.tokens); ++cell) {
+      const std::int64_t at = cell * Cells<T>::kValues, last = at + Cells<T>::kValues - 1;
       for (std::int64_t d = 0; d < t.width; d += kLanes) {
         const F first = load_at(v + offset[at], d, t.width);
         const F second = last < item.tokens ? load_at(v + offset[last], d, t.width) : zero();
-        Lanes<T>::put(value_cells(d / kPanel, lane) + d % kPanel, Lanes<T>::join(first, second));
+        Cells<T>::put(value_cells(d / kPanel, cell) + d % kPanel, Cells<T>::join(first, second));
       }
     }
   }
@@ -125,7 +125,7 @@ struct Strip {
       end = most(end, high[i]);
     }
     for (std::int64_t first = begin / kPanel * kPanel; first < end; first += kPanel)
-      dot_panel(desk.queries, t.width, rows, desk.keys + first * desk.lanes, least(kPanel, end - first), t.width,
+      dot_panel(desk.queries, t.width, rows, desk.keys + first * desk.key_cells, least(kPanel, end - first), t.width,
                 desk.scores + first, desk.row);
   }
 
@@ -157,31 +157,31 @@ struct Strip {
     *state(i).total = sum(total);
   }
 
-  // values[i..i + some - 1] += weights times values, lanes from..to - 1 of the tokens
+  // values[i..i + some - 1] += weights times values, cells from..to - 1 of the tokens
   INLINE void gather(std::int64_t i, std::int64_t some, std::int64_t from, std::int64_t to) {
     if (from >= to) return;
     for (std::int64_t panel = 0; panel < desk.value_panels; ++panel)
-      dot_lanes(desk.weights + i * desk.row + from * Lanes<T>::kValues, desk.row, some, desk.value_cells(panel, from),
+      dot_cells(desk.weights + i * desk.row + from * Cells<T>::kValues, desk.row, some, desk.value_cells(panel, from),
                 least(kPanel, t.width - panel * kPanel), to - from, Sum::kContinued, nullptr,
                 state(i).values + panel * kPanel, desk.state);
   }
 
-  // The same for a lane of which the row sees one half.
-  void gather_half(std::int64_t i, std::int64_t lane, bool second) {
+  // The same for a cell of which the row sees one half.
+  void gather_half(std::int64_t i, std::int64_t cell, bool second) {
     for (std::int64_t panel = 0; panel < desk.value_panels; ++panel) {
-      const Cell<T>* whole = desk.value_cells(panel, lane);
-      for (std::int64_t d = 0; d < kPanel; ++d) desk.half[d] = Lanes<T>::half(whole[d], second);
-      dot_lanes(desk.weights + i * desk.row + lane * Lanes<T>::kValues, 0, 1, desk.half,
+      const Cell<T>* whole = desk.value_cells(panel, cell);
+      for (std::int64_t d = 0; d < kPanel; ++d) desk.half[d] = Cells<T>::half(whole[d], second);
+      dot_cells(desk.weights + i * desk.row + cell * Cells<T>::kValues, 0, 1, desk.half,
                 least(kPanel, t.width - panel * kPanel), 1, Sum::kContinued, nullptr, state(i).values + panel * kPanel, 0);
     }
   }
 
   // What a row does not see may hold anything, NaN included: it is never multiplied, not even by 0.
   void attend() {
-    constexpr std::int64_t kValues = Lanes<T>::kValues;
+    constexpr std::int64_t kValues = Cells<T>::kValues;
     score();
-    std::int64_t from[kTileRows], to[kTileRows];  // lanes that each sees whole; and that all do
-    std::int64_t begin = 0, end = desk.token_lanes;
+    std::int64_t from[kTileRows], to[kTileRows];  // cells that each sees whole; and that all do
+    std::int64_t begin = 0, end = desk.token_cells;
     for (std::int64_t i = 0; i < rows; ++i) {
       for (std::int64_t d = 0; d < t.width; ++d) state(i).values[d] = 0.0f;
       weigh(i);

@@ -47,16 +47,16 @@ void packed_rows(Array weight, std::int64_t rows, Array index, Array out) {
   args.require(packed.stride == 0, "weight must be packed");
   const std::int64_t* wanted = args.indices<std::int64_t>(index, "index", count);
   const auto values = static_cast<std::int64_t>(weight.shape(3)), size = static_cast<std::int64_t>(out.itemsize());
-  const std::int64_t lanes = blocks(width, values);
+  const std::int64_t cells = blocks(width, values);
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t row = wanted[i];
     args.require(0 <= row && row < rows, "index " + std::to_string(i) + " names a row outside the weight");
-    const char* cells = static_cast<const char*>(packed.data) +
-                        (row / kPanel * lanes * kPanel + row % kPanel) * values * size;
+    const char* from = static_cast<const char*>(packed.data) +
+                        (row / kPanel * cells * kPanel + row % kPanel) * values * size;
     char* to = static_cast<char*>(out.data()) + i * width * size;
-    for (std::int64_t lane = 0; lane < lanes; ++lane)
-      std::memcpy(to + lane * values * size, cells + lane * kPanel * values * size,
-                  static_cast<std::size_t>(std::min(values, width - lane * values) * size));
+    for (std::int64_t cell = 0; cell < cells; ++cell)
+      std::memcpy(to + cell * values * size, from + cell * kPanel * values * size,
+                  static_cast<std::size_t>(std::min(values, width - cell * values) * size));
   }
 }
 

@@ -13,7 +13,7 @@ using namespace genssd;
 // A run of a panel, and what the rows of a unit have with the panel.
 template <typename T>
 struct Workspace {
-  alignas(64) Cell<T> cells[Lanes<T>::kRun * kPanel];
+  alignas(64) Cell<T> cells[Cells<T>::kRun * kPanel];
   alignas(64) float out[kRowBlock * kPanel];
 };
 
@@ -27,13 +27,13 @@ INLINE Workspace<T>& workspace() {
 template <typename T>
 INLINE void dot_weight(const T* x, std::int64_t stride_x, std::int64_t rows, const Weight& weight, std::int64_t column,
                        std::int64_t columns, std::int64_t n, Cell<T>* memory, float* out) {
-  constexpr std::int64_t kValues = Lanes<T>::kRun * Lanes<T>::kValues;
+  constexpr std::int64_t kValues = Cells<T>::kRun * Cells<T>::kValues;
   const T* from = static_cast<const T*>(weight.data) + column * weight.stride;
-  const Cell<T>* panel = static_cast<const Cell<T>*>(weight.data) + column * lanes_of<T>(n);
+  const Cell<T>* panel = static_cast<const Cell<T>*>(weight.data) + column * cells_of<T>(n);
   for (std::int64_t k = 0; k < n; k += kValues) {
     const std::int64_t some = least(kValues, n - k);
-    const Cell<T>* cells = panel + k / Lanes<T>::kValues * kPanel;
-    const void* next = cells + lanes_of<T>(some) * kPanel;
+    const Cell<T>* cells = panel + k / Cells<T>::kValues * kPanel;
+    const void* next = cells + cells_of<T>(some) * kPanel;
     if (weight.stride) {
       pack_columns<T>([&](std::int64_t c) { return from + c * weight.stride + k; }, columns, some, memory);
       cells = memory;
@@ -81,23 +81,23 @@ INLINE F squashed(const Head& t, F x, const T* bias, std::int64_t i, std::int64_
 // The product of one row with one row of a weight, bit for bit as dot_weight has it.
 template <typename T>
 INLINE float dot_single(const T* x, const Weight& weight, std::int64_t column, std::int64_t n) {
-  using L = Lanes<T>;
+  using C = Cells<T>;
   const T* row = static_cast<const T*>(weight.data) + column * weight.stride;
   const Cell<T>* panel =
-      static_cast<const Cell<T>*>(weight.data) + column / kPanel * kPanel * lanes_of<T>(n) + column % kPanel;
+      static_cast<const Cell<T>*>(weight.data) + column / kPanel * kPanel * cells_of<T>(n) + column % kPanel;
   F all = zero();
-  for (std::int64_t begin = 0; begin < lanes_of<T>(n); begin += L::kRun) {
+  for (std::int64_t begin = 0; begin < cells_of<T>(n); begin += C::kRun) {
     F total = zero();
-    for (std::int64_t lane = begin; lane < least(lanes_of<T>(n), begin + L::kRun); ++lane) {
-      T pair[2] = {x[lane * L::kValues], T{}};
-      if (lane * L::kValues + 1 < n) pair[1] = x[lane * L::kValues + 1];
-      alignas(64) Cell<T> cells[kLanes] = {};
+    for (std::int64_t cell = begin; cell < least(cells_of<T>(n), begin + C::kRun); ++cell) {
+      T pair[2] = {x[cell * C::kValues], T{}};
+      if (cell * C::kValues + 1 < n) pair[1] = x[cell * C::kValues + 1];
+      alignas(64) Cell<T> column[kLanes] = {};
       if (weight.stride)
-        std::memcpy(cells, row + lane * L::kValues, least(L::kValues, n - lane * L::kValues) * sizeof(T));
+        std::memcpy(column, row + cell * C::kValues, least(C::kValues, n - cell * C::kValues) * sizeof(T));
       else
-        cells[0] = panel[lane * kPanel];
-      for (int step = 0; step < L::kSteps; ++step)
-        total = L::add_product(L::cells(cells, step), L::factor(pair, step), total);
+        column[0] = panel[cell * kPanel];
+      for (int step = 0; step < C::kSteps; ++step)
+        total = C::add_product(C::widened(column, step), C::factor(pair, step), total);
     }
     all = begin ? add(all, total) : total;
   }

@@ -2,7 +2,8 @@
 //
 // The filters keep what is not below a threshold, and a threshold is an entry of the row. It is found digit by digit:
 // entries are counted (top-k) or weighed (top-p) by the leading bits of an order-preserving integer, from the largest
-// down, until the wanted amount is reached; then the next bits of those that fell into that place.
+// down, until the wanted amount is reached; then the next bits of those that fell into that place. Before that, top-p
+// alone narrows the weights down between which its threshold lies: most entries then need no more than a comparison.
 #pragma once
 
 #include "draw.hpp"
@@ -74,7 +75,7 @@ struct Memory {
   std::int64_t bytes;
 };
 
-// The entry behind which `top_k` entries are at least as large.
+// The largest entry but top_k - 1.
 INLINE float kth(const float* z, std::int64_t n, std::int64_t top_k, Memory& memory) {
   for (std::int64_t i = 0; i < n; ++i) {
     memory.bits[i] = ordered(z[i]);

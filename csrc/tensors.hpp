@@ -105,7 +105,7 @@ class Arguments {
     return a->data();
   }
 
-  // [outputs, inputs] with free rows, or packed: [panels, lanes, kPanel, values of a lane].
+  // [outputs, inputs] with free rows, or packed: [panels, cells of a row, kPanel, values of a cell].
   Weight weight(const Array& a, std::int64_t outputs, std::int64_t inputs, const Array& x, const char* of) const {
     same_type(a, "weight", x, of);
     if (a.ndim() != 4) {

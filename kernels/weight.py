@@ -25,8 +25,8 @@ PANEL = 64
 class PackedWeight:
     """A matrix [M, D] on the CPU that is not trained.
 
-    cells: [ceil(M / 64), lanes, 64, v], where a lane is v values of a row, 2 of bfloat16 and 1 of others; zeros where
-    there is no row or no value.
+    cells: [ceil(M / 64), ceil(D / v), 64, v], where a cell is v values of a row, 2 of bfloat16 and 1 of others; zeros
+    where there is no row or no value.
     """
 
     cells: Tensor

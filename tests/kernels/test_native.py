@@ -405,7 +405,7 @@ def test_wrong_tensors_are_refused_with_a_message(name: str, index: int, kind: s
 
 HARMLESS = {
     ("sample", 0, "width"),  # fewer columns are a smaller vocabulary
-    ("linear_logprob, packed", 0, "width"),  # of the last lane's two values one is multiplied
+    ("linear_logprob, packed", 0, "width"),  # of the last cell's two values one is multiplied
     *(("copy_pages", 0, kind) for kind in ("dtype", "float64", "longer", "shorter")),  # bytes of any kind, any layers
 }
 
