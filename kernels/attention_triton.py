@@ -109,9 +109,10 @@ def _item_kernel(
         entry = entries + 2 * (tl.load(item + 3) + vector // GROUP)
         row = tl.load(entry, mask=taken, other=0)
         # of the segment's tokens the last that a vector sees, and the one before its first
-        last = tl.where(taken, tl.load(position + row, mask=taken, other=0) - first, -1)
-        before = tl.where(taken, last - window, 1 << 30) if WINDOW else tl.full([BLOCK_M], -1, tl.int32)
-        low, high = tl.maximum(tl.min(before, 0) + 1, 0), tl.minimum(tl.load(item + 2), tl.max(last, 0) + 1)
+        at = tl.where(taken, tl.load(position + row, mask=taken, other=0) - first, -1)
+        before = tl.where(taken, at - window, 1 << 30) if WINDOW else tl.full([BLOCK_M], -1, tl.int32)
+        last = tl.minimum(at, tl.load(item + 2) - 1)
+        low, high = tl.maximum(tl.min(before, 0) + 1, 0), tl.max(last, 0) + 1
         head = kv_head * GROUP + vector % GROUP
         of_q = taken[:, None] if E == BLOCK_E else taken[:, None] & (e[None, :] < E)
         at_q = row.to(tl.int64)[:, None] * stride_n + head[:, None] * stride_h + e[None, :]
@@ -124,13 +125,13 @@ def _item_kernel(
             # what no vector sees may hold anything, NaN included, and is not read: in its place a token that one sees
             read = tl.minimum(tl.maximum(token, low), high - 1)
             page = tl.load(held + read // S).to(tl.int64)
-            at = page * stride_page + (read % S) * stride_slot + kv_head * stride_group
+            place = page * stride_page + (read % S) * stride_slot + kv_head * stride_group
             if E == BLOCK_E:
-                k_ET = tl.load(k_pages + at[None, :] + e[:, None])
-                v_TE = tl.load(v_pages + at[:, None] + e[None, :])
+                k_ET = tl.load(k_pages + place[None, :] + e[:, None])
+                v_TE = tl.load(v_pages + place[:, None] + e[None, :])
             else:
-                k_ET = tl.load(k_pages + at[None, :] + e[:, None], mask=e[:, None] < E, other=0.0)
-                v_TE = tl.load(v_pages + at[:, None] + e[None, :], mask=e[None, :] < E, other=0.0)
+                k_ET = tl.load(k_pages + place[None, :] + e[:, None], mask=e[:, None] < E, other=0.0)
+                v_TE = tl.load(v_pages + place[:, None] + e[None, :], mask=e[None, :] < E, other=0.0)
             z = product(q_ME, k_ET, tl.zeros([BLOCK_M, BLOCK_T], tl.float32), INTERPRET) * scale
             if SOFTCAP:
                 z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))

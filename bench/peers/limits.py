@@ -13,7 +13,7 @@ a sum over an array that no cache holds.
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,16 +79,14 @@ def phases(sizes: Sizes, workload: str) -> list[Phase]:
     """What a workload consists of."""
     model = sizes.model
     if workload == "prefill":
-        return [_pass(model, rows=sizes.prefix, logits=1, attended=_triangle(0, sizes.prefix), cached=sizes.prefix)]
+        return [_prefill(model, 1, sizes.prefix)]
     if workload == "decode":
         return _decoding(model, 1, sizes.branches, 1 + sizes.prefix, sizes.decoded)
     if workload == "score":
         return [_scoring(model, 1, sizes.candidates, sizes.prefix, sizes.scored)]
     found = []
     for _ in ("teacher", "student"):
-        attended = sizes.prompts * _triangle(0, sizes.prompt)
-        rows = sizes.prompts * sizes.prompt
-        found.append(_pass(model, rows=rows, logits=sizes.prompts, attended=attended, cached=rows))
+        found.append(_prefill(model, sizes.prompts, sizes.prompt))
     for start in range(sizes.prompt, sizes.prompt + sizes.response, sizes.chunk):
         found += _decoding(model, sizes.prompts, sizes.per_prompt, start, sizes.chunk)
         found.append(_scoring(model, sizes.prompts, sizes.per_prompt, start, sizes.chunk))
@@ -97,6 +95,17 @@ def phases(sizes: Sizes, workload: str) -> list[Phase]:
 
 def limit_seconds(sizes: Sizes, workload: str, limits: Limits) -> float:
     return sum(phase.seconds(limits) for phase in phases(sizes, workload))
+
+
+def _prefill(model: ModelShape, prompts: int, tokens: int) -> Phase:
+    """All but the last token of a prompt need no more of the last layer than their keys and values."""
+    rows, attended = prompts * tokens, prompts * _triangle(0, tokens)
+    whole = _pass(model, rows=rows, logits=prompts, attended=attended, cached=rows)
+    own = model.width * model.head_dim * 2 * model.heads + 3 * model.width * model.inner
+    unread = attended - prompts * tokens
+    return replace(
+        whole, flops=whole.flops - 2 * own * (rows - prompts) - 4 * model.heads * model.head_dim * unread
+    )  # fmt: skip
 
 
 def _decoding(model: ModelShape, prompts: int, branches: int, prefix: int, steps: int) -> list[Phase]:
@@ -123,18 +132,14 @@ def _scoring(model: ModelShape, prompts: int, candidates: int, prefix: int, toke
 
 
 def _pass(model: ModelShape, *, rows: int, logits: int, attended: int, cached: int) -> Phase:
-    """attended: pairs of a row and a position that it sees. cached: distinct positions read or written.
-
-    Rows without logits need no more of the last layer than their keys and values.
-    """
-    own = model.width * model.head_dim * 2 * model.heads + 3 * model.width * model.inner
-    layer = own + model.width * model.head_dim * 2 * model.kv_heads
-    trunk, head = model.layers * layer, model.width * model.vocabulary
-    unneeded = max(0, rows - logits)
-    attention = 4 * model.heads * model.head_dim * (model.layers - unneeded / rows)
+    """attended: pairs of a row and a position that it sees. cached: distinct positions read or written."""
+    projections = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
+    trunk = model.layers * (projections + 3 * model.width * model.inner)
+    head = model.width * model.vocabulary
+    attention = 4 * model.heads * model.head_dim * model.layers
     position_bytes = BF16 * 2 * model.kv_heads * model.head_dim * model.layers
     return Phase(
-        flops=2 * (trunk * rows - own * unneeded + head * logits) + attention * attended,
+        flops=2 * trunk * rows + 2 * head * logits + attention * attended,
         bytes=BF16 * (trunk + head) + position_bytes * cached,
     )
 

@@ -6,7 +6,7 @@ No GPU means no CUDA tensor: the kernels are put in the place of the operators t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from toys import Pair, edit_json, save_checkpoint
 from genssd.engine import layout, model
 from genssd.engine.batch import Batch
 from genssd.engine.chunk import Chunk
-from genssd.engine.decode_graph import DecodeGraphs, StepLayout, _Captured
+from genssd.engine.decode_graph import DecodeGraphs, StagedStep, StepLayout, _Captured
 from genssd.engine.layout import lay_out
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
@@ -123,7 +123,8 @@ def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkey
     written = kv.clone()
     step = StepLayout.of(4, 64, tables)
     host = np.empty(step.length, dtype=np.int32)
-    step.pack([5, 6, 7], tables, host)
+    step.pack(tables, host)
+    step.pack_ids([5, 6, 7], host)
     ids_N, batch = step.read(torch.from_numpy(host), tables)
     found = decoder.forward(ids_N, batch, kv)
     torch.testing.assert_close(found[:3], expected, atol=1e-5, rtol=0)
@@ -146,12 +147,10 @@ def test_steps_that_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     decoder = Decoder.load(tmp_path, torch.float32, CPU)
     captures: list[int] = []
 
-    def capture(
-        self: DecodeGraphs, layout: StepLayout, ids: Sequence[int], tables: Mapping[int, SegmentTable]
-    ) -> _Captured:
+    def capture(self: DecodeGraphs, staged: StagedStep) -> _Captured:
+        layout, buffer = staged.layout, staged.host.clone()
         captures.append(layout.rows)
-        buffer = self._staged(layout, ids, tables)
-        ids_N, batch = layout.read(buffer, tables)
+        ids_N, batch = layout.read(buffer, staged.tables)
         hidden_ND = torch.full((layout.rows, decoder.config.hidden_size), torch.nan)
         replay: Any = Replay(lambda: hidden_ND.copy_(decoder.forward(ids_N, batch, self._kv)))
         return _Captured(layout, buffer, replay, hidden_ND)
