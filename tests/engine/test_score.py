@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from toys import Pair, save_checkpoint
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.runner import Prepared
+from genssd.engine.tree import Path as TreePath
 from genssd.kernels.logprob import TokenStats
 
 Prompts = Callable[[int, int], list[list[int]]]
@@ -106,6 +109,39 @@ def test_many_passes_and_a_full_cache_change_nothing(
     monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 24)
     tight = pair.engine(memory_bytes=6 * 16 * 1024)  # six pages of 16 tokens per model
     for ours, theirs in zip(tight.score(prompts, responses), expected, strict=True):
+        torch.testing.assert_close(ours.logprob, theirs.logprob, atol=TOLERANCE, rtol=0)
+    assert tight.pages_in_use == (0, 12)
+
+
+def test_a_prompt_of_many_responses_is_computed_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they take several passes."""
+    monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 50)
+    engine = pair.engine()
+    runner, counts = engine._runners["student"], []
+    prepare = runner.prepare
+
+    def counted(paths: Sequence[TreePath], tokens: Sequence[int], **options: Any) -> Prepared:
+        counts.append(sum(tokens))
+        return prepare(paths, tokens, **options)
+
+    monkeypatch.setattr(runner, "prepare", counted)
+    first, second = list(range(20)), list(range(50, 62))
+    responses = [[100 + i, *range(6)] for i in range(12)]
+    together = engine.score([first] * 9 + [second] * 3, responses)
+    assert len(counts) > 4, "no second pass: the test does not test anything"
+    assert sum(counts) == len(first) + len(second) + 12 * 6
+    for prompt, response, stats in zip([first] * 9 + [second] * 3, responses, together, strict=True):
+        assert torch.equal(stats.logprob, pair.engine().score([prompt], [response])[0].logprob)
+    assert engine.pages_in_use[0] == 0
+
+
+def test_prompts_that_take_turns_in_a_full_cache(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held for responses to come gives way."""
+    monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 64)
+    prompts = [[*range(i, i + 30)] for i in (0, 40, 80)] * 4
+    responses = [[100 + i, *range(12)] for i in range(12)]
+    tight = pair.engine(memory_bytes=6 * 16 * 1024)
+    for ours, theirs in zip(tight.score(prompts, responses), pair.engine().score(prompts, responses), strict=True):
         torch.testing.assert_close(ours.logprob, theirs.logprob, atol=TOLERANCE, rtol=0)
     assert tight.pages_in_use == (0, 12)
 
