@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from roofs import Roofs, measure_roofs
+from bench.support.roofs import Roofs, measure_roofs
 
 PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
 

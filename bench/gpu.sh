@@ -22,19 +22,19 @@ bench() {
 for set in $sets; do
     case $set in
     head)
-        part 150 python -m pytest -q -m gpu tests/kernels --ignore=tests/kernels/test_gpu_attention.py
-        part 45 python bench/memory.py --width 1024 --json "$results/gpu-memory.json"
-        part 120 python bench/sweep.py --json "$results/gpu-sweep.json"
+        part 150 python -m pytest -q -m gpu tests/kernels --ignore=tests/kernels/gpu/test_attention.py
+        part 45 python -m bench.kernels.memory --width 1024 --json "$results/gpu-memory.json"
+        part 120 python -m bench.tuning.sweep --json "$results/gpu-sweep.json"
         bench 240 bench_head.py gpu-kernels.json
         bench 45 bench_forward.py gpu-forward.json
         ;;
     attention)
-        part 180 python -m pytest -q -m gpu tests/kernels/test_gpu_attention.py tests/engine
+        part 180 python -m pytest -q -m gpu tests/kernels/gpu/test_attention.py tests/engine
         bench 260 bench_attention.py gpu-attention.json
-        part 150 python bench/decode_step.py --json "$results/gpu-decode-step.json"
+        part 150 python -m bench.engine.decode_step --json "$results/gpu-decode-step.json"
         ;;
     tuning)
-        part 590 python bench/sweep_attention.py --json "$results/gpu-sweep-attention.json"
+        part 590 python -m bench.tuning.sweep_attention --json "$results/gpu-sweep-attention.json"
         ;;
     *)
         echo "no set is called $set" >&2

@@ -9,9 +9,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from genssd.distill.diagnosing import DiagnoseProgress
-from genssd.distill.selecting import SelectProgress
-from genssd.distill.training import TrainProgress
+from genssd.distill.diagnose.run import DiagnoseProgress
+from genssd.distill.select.run import SelectProgress
+from genssd.distill.train.trainer import TrainProgress
 
 PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
 

@@ -23,12 +23,12 @@ from rich.text import Text
 
 from genssd.distill.console import ProgressLine, counting, selecting, training
 from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
-from genssd.distill.journal import complete_rows, read_json, write_json, write_jsonl
-from genssd.distill.selecting import SelectConfig, SelectSummary, run_select
+from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
+from genssd.distill.select.run import SelectConfig, SelectSummary, run_select
 from genssd.distill.small_pair.problems import STYLES, Problem, make_problems, style_of
 from genssd.distill.small_pair.problems import is_correct as is_right
-from genssd.distill.train_config import TrainConfig
-from genssd.distill.training import run_train
+from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from math_verify import parse, verify
 
-from genssd.distill.engine_options import EngineOptions
-from genssd.distill.journal import write_json, write_jsonl
-from genssd.distill.rows import ProblemRow, read_problems
-from genssd.distill.run_directory import claim
+from genssd.distill.data.problems import ProblemRow, read_problems
+from genssd.distill.runs.directory import claim
+from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.journal import write_json, write_jsonl
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion

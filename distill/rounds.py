@@ -20,17 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.checkpoints import complete_checkpoints
-from genssd.distill.engine_options import EngineOptions
+from genssd.distill.data.problems import read_lines, read_problems
 from genssd.distill.evaluating import EvaluateConfig, is_correct, run_evaluate
-from genssd.distill.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
-from genssd.distill.rows import read_lines, read_problems
-from genssd.distill.run_directory import claim, record_run
-from genssd.distill.selecting import SETTINGS_OF_THE_RESULT as OF_SELECTION
-from genssd.distill.selecting import SelectConfig, SelectProgress, SelectSettings, run_select
-from genssd.distill.train_config import SETTINGS_OF_THE_RESULT as OF_TRAINING
-from genssd.distill.train_config import TrainConfig, TrainSettings
-from genssd.distill.training import TrainProgress, run_train
+from genssd.distill.runs.directory import claim, record_run
+from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
+from genssd.distill.select.run import SETTINGS_OF_THE_RESULT as OF_SELECTION
+from genssd.distill.select.run import SelectConfig, SelectProgress, SelectSettings, run_select
+from genssd.distill.train.checkpoints import complete_checkpoints
+from genssd.distill.train.config import SETTINGS_OF_THE_RESULT as OF_TRAINING
+from genssd.distill.train.config import TrainConfig, TrainSettings
+from genssd.distill.train.trainer import TrainProgress, run_train
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.runner import Role

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from toys import save_checkpoint
+from support.toys import save_checkpoint
 
 from genssd import Engine
 

@@ -1,4 +1,4 @@
-"""The work that bench/cpu_peers.py counts, against what torch counts in transformers' model."""
+"""The work that bench/engine/cpu_peers.py counts, against what torch counts in transformers' model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.source
 
 @pytest.fixture
 def sizes():
-    from peers.workloads import SIZES
+    from bench.engine.peers.workloads import SIZES
 
     return replace(SIZES["small"], prefix=5, branches=3, decoded=2, candidates=3, scored=4)
 
@@ -40,7 +40,7 @@ def counted(model, rows, cache, keep):
 
 
 def test_decoding_counts_what_torch_counts(sizes, model):
-    from peers.limits import phases
+    from bench.engine.peers.limits import phases
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -53,7 +53,7 @@ def test_decoding_counts_what_torch_counts(sizes, model):
 
 
 def test_prefill_counts_what_torch_counts_but_for_what_is_masked_or_not_read(sizes, model):
-    from peers.limits import phases
+    from bench.engine.peers.limits import phases
     from transformers import DynamicCache
 
     (phase,) = phases(sizes, "prefill")
@@ -67,7 +67,7 @@ def test_prefill_counts_what_torch_counts_but_for_what_is_masked_or_not_read(siz
 
 
 def test_scoring_counts_what_torch_counts_but_for_what_is_masked(sizes, model):
-    from peers.limits import phases
+    from bench.engine.peers.limits import phases
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -80,7 +80,7 @@ def test_scoring_counts_what_torch_counts_but_for_what_is_masked(sizes, model):
 
 
 def test_search_is_made_of_the_other_workloads(sizes):
-    from peers.limits import phases
+    from bench.engine.peers.limits import phases
 
     one = replace(sizes, prompts=1, prompt=5, per_prompt=3, chunk=4, response=4, branches=3, prefix=4, decoded=4)
     teacher, student, *round_ = phases(one, "select_expand")

@@ -10,20 +10,20 @@ from typing import Any
 from rich.console import Console
 
 from genssd.distill.console import Phases, ProgressLine, counting, diagnosing, selecting, training
-from genssd.distill.counterfactuals import LeafConfig, run_leaf
 from genssd.distill.demo import DemoConfig, run_demo
-from genssd.distill.diagnose_config import DiagnoseConfig
-from genssd.distill.diagnose_verdict import verdict
-from genssd.distill.diagnosing import run_diagnose
+from genssd.distill.diagnose.config import DiagnoseConfig
+from genssd.distill.diagnose.run import run_diagnose
+from genssd.distill.diagnose.verdict import verdict
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
-from genssd.distill.generating import GenerateConfig, run_generate
-from genssd.distill.post_hoc import ScoreConfig, run_score
-from genssd.distill.prefixes import PrefixConfig, run_prefix
-from genssd.distill.reselecting import ReselectConfig, run_reselect
 from genssd.distill.rounds import DistillConfig, run_distill
-from genssd.distill.selecting import SelectConfig, run_select
-from genssd.distill.train_config import TrainConfig
-from genssd.distill.training import run_train
+from genssd.distill.score.leaf import LeafConfig, run_leaf
+from genssd.distill.score.prefix import PrefixConfig, run_prefix
+from genssd.distill.score.run import ScoreConfig, run_score
+from genssd.distill.select.generate import GenerateConfig, run_generate
+from genssd.distill.select.reselect import ReselectConfig, run_reselect
+from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import CapacityError, InputError
 
 SHOWN = 10  # failures listed

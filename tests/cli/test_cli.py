@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import TinyPair
-from toys import edit_json, save_checkpoint, save_model, save_tokenizer
+from support.toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
 from genssd.cli import flags_of_file, joined, main
-from genssd.distill.generating import GenerateConfig
-from genssd.distill.prefixes import PrefixConfig
-from genssd.distill.selecting import SelectConfig
-from genssd.distill.train_config import TrainConfig
+from genssd.distill.score.prefix import PrefixConfig
+from genssd.distill.select.generate import GenerateConfig
+from genssd.distill.select.run import SelectConfig
+from genssd.distill.train.config import TrainConfig
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyPair
-from toys import VOCAB, save_markov, token_of
+from support.toys import VOCAB, save_markov, token_of
 
 from genssd import Sampling
 from genssd.distill.evaluating import Estimate, EvaluateConfig, bootstrap, is_correct, run_evaluate, wilson

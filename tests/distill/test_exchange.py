@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 from conftest import TinyPair
-from training_runs import config_for, metrics
+from support.training_runs import config_for, metrics
 
 from genssd import Chunk
-from genssd.distill.reselecting import ReselectConfig, run_reselect
-from genssd.distill.selecting import SelectConfig, run_select
-from genssd.distill.training import run_train
+from genssd.distill.select.reselect import ReselectConfig, run_reselect
+from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.train.trainer import run_train
 
 Write = Callable[..., Path]
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyPair
-from training_runs import weights
+from support.training_runs import weights
 
 from genssd.distill import rounds
 from genssd.distill.rounds import DistillConfig, RoundSummary, run_distill
-from genssd.distill.selecting import SelectSettings
-from genssd.distill.train_config import TrainSettings
+from genssd.distill.select.run import SelectSettings
+from genssd.distill.train.config import TrainSettings
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, CheckpointError, InputError

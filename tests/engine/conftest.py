@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from toys import ENDINGS, VOCAB, Pair, edit_json, save_checkpoint
+from support.toys import ENDINGS, VOCAB, Pair, edit_json, save_checkpoint
 
 from genssd.engine.engine import Engine
 

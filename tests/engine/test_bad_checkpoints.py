@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import Pair, edit_json, save_checkpoint, save_model, save_tokenizer
+from support.toys import Pair, edit_json, save_checkpoint, save_model, save_tokenizer
 
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import ENDINGS, VOCAB, edit_json, save_checkpoint
+from support.toys import ENDINGS, VOCAB, edit_json, save_checkpoint
 
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import Pair
+from support.toys import Pair
 
 from genssd.engine.branch import Branch
 from genssd.engine.chunk import Chunk

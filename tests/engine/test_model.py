@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import VOCAB, save_checkpoint, save_model
+from support.toys import VOCAB, save_checkpoint, save_model
 
 from genssd.engine import runner as runners
 from genssd.engine.checkpoint import read_tensors

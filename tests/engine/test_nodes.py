@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exact_tree import ExactTree
-from toys import ENDINGS, EOS, Pair, save_markov, token_of
+from support.exact_tree import ExactTree
+from support.toys import ENDINGS, EOS, Pair, save_markov, token_of
 
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import Pair, edit_json, save_markov, token_of
+from support.toys import Pair, edit_json, save_markov, token_of
 
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError, NumericsError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import Pair
+from support.toys import Pair
 
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine

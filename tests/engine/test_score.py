@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import Pair, save_checkpoint
+from support.toys import Pair, save_checkpoint
 
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine

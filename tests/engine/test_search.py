@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from toys import ENDINGS, Pair
+from support.toys import ENDINGS, Pair
 
 from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.toys import EOS, edit_json, save_markov, token_of
 from torch import Tensor
-from toys import EOS, edit_json, save_markov, token_of
 
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.toys import save_tokenizer
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models
-from toys import save_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from genssd.engine.steps import step_spans

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import save_tokenizer
+from support.toys import save_tokenizer
 
 from genssd.engine.chunk import Chunk, ChunkEnd
 from genssd.engine.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import ENDINGS, Pair, save_markov, token_of
+from support.toys import ENDINGS, Pair, save_markov, token_of
 
 from genssd.engine.candidate import Candidate, PoolCriterion, Window, evaluate
 from genssd.engine.chunk import Chunk

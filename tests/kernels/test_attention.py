@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from page_problems import Problem, build, random_tree
+from support.page_problems import Problem, build, random_tree
 from torch import Tensor
 
 from genssd import _core

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from operations import Operations
+from support.operations import Operations
 from torch import Tensor
 
 from genssd.kernels import head

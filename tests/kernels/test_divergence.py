@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from operations import Operations
+from support.operations import Operations
 from torch import Tensor
 
 from genssd.kernels import head

@@ -1,4 +1,4 @@
-"""Starts the tests of tests/interpreted in a process that interprets Triton's kernels."""
+"""Starts the tests of tests/kernels/triton in a process that interprets Triton's kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-INTERPRETED = Path(__file__).resolve().parents[1] / "interpreted"
+INTERPRETED = Path(__file__).with_name("triton")
 
 
 @pytest.mark.slow

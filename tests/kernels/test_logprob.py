@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from operations import Operations
+from support.operations import Operations
 from torch import Tensor
 
 from genssd.kernels.logprob import TokenStats, _blockwise, linear_logprob

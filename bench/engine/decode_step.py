@@ -1,0 +1,174 @@
+"""A whole decode step of many branches behind one long prefix: ours, against transformers' and the memory's limit.
+
+    python -m bench.engine.decode_step [--branches 64] [--prefix 4096 16384] [--json bench/results/decode_step.json]
+
+On a GPU a random model of Qwen3-8B's shape in bf16; on a CPU a tiny one, which only checks that all of this works. A
+step is the forward pass for one token of every branch, and drawing the next ones, which the host reads. Its floor is
+the time in which the device copies so many bytes as the weights and the keys and values that differ have. transformers
+runs its own forward pass over a cache that repeats the prefix for every branch, with the same draw behind it, where
+that cache fits. gaps: the share of a step's time in which the device runs no kernel, from torch's profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bench.support.roofs import Roofs, measure_roofs, synchronize
+from torch import Tensor
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+from genssd.engine.config import ModelConfig
+from genssd.engine.model import Decoder
+from genssd.engine.pages import PagePool
+from genssd.engine.runner import ModelRunner
+from genssd.kernels.sampling import linear_sample
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+PAGE = 16
+QWEN3_8B = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+TINY = {
+    "vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+Step = Callable[[list[int]], list[int]]
+
+
+def models() -> tuple[Any, Decoder]:
+    """transformers' and ours, over the same weights."""
+    config = Qwen3Config(**(QWEN3_8B if GPU else TINY), max_position_embeddings=40960, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPE)
+    with torch.device(DEVICE):
+        theirs: Any = Qwen3ForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    with TemporaryDirectory() as directory:
+        config.save_pretrained(directory)
+        shape = ModelConfig.load(Path(directory))
+    ours = Decoder.of(shape, theirs.state_dict(), Path("random"))
+    for name, part in ours.stacked().items():
+        theirs.get_parameter(name).data = part
+    return theirs, ours
+
+
+def draw(hidden: Tensor, head: Tensor) -> list[int]:
+    keys = torch.arange(len(hidden), device=hidden.device)
+    tokens: list[int] = linear_sample(hidden, head, keys, temperature=0.0).tokens.tolist()
+    return tokens
+
+
+def our_steps(decoder: Decoder, prompt: list[int], branches: int, steps: int) -> tuple[Step, list[int]]:
+    pages = len(prompt) // PAGE + branches * (steps // PAGE + 3) + 2
+    runner = ModelRunner("teacher", Path("random"), decoder, PagePool.for_model(decoder, pages, PAGE))
+    trunk = runner.tree.root()
+    (hidden,) = runner.extend([trunk], [prompt])
+    paths = [trunk, *(runner.tree.fork(trunk) for _ in range(branches - 1))]
+
+    def step(tokens: list[int]) -> list[int]:
+        states = runner.extend(paths, [[token] for token in tokens])
+        return draw(torch.cat(states), decoder.head)
+
+    return step, draw(hidden[-1:], decoder.head)
+
+
+def their_steps(model: Any, prompt: list[int], branches: int) -> tuple[Step, list[int]]:
+    cache = DynamicCache()
+    for start in range(0, len(prompt), 1024):
+        ids = torch.tensor([prompt[start : start + 1024]], device=DEVICE)
+        hidden = model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+    cache.batch_repeat_interleave(branches)
+
+    def step(tokens: list[int]) -> list[int]:
+        ids = torch.tensor(tokens, device=DEVICE)[:, None]
+        states = model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+        return draw(states[:, -1], model.lm_head.weight)
+
+    return step, draw(hidden[0, -1:], model.lm_head.weight)
+
+
+def timed(step: Step, tokens: list[int], steps: int) -> tuple[list[float], list[int]]:
+    """Seconds of each step, after three that are not counted, and the last tokens."""
+    seconds = []
+    for i in range(steps + 3):
+        synchronize(DEVICE)
+        started = time.perf_counter()
+        tokens = step(tokens)
+        synchronize(DEVICE)
+        if i >= 3:
+            seconds.append(time.perf_counter() - started)
+    return seconds, tokens
+
+
+def gaps(step: Step, tokens: list[int]) -> float:
+    """The share of three steps, from the first kernel to the last, in which none runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            tokens = step(tokens)
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - spans[0][0])
+
+
+def measure(theirs: Any, decoder: Decoder, roofs: Roofs, prefix: int, branches: int, steps: int) -> dict[str, Any]:
+    prompt = torch.randint(0, decoder.config.vocab_size, (prefix,), generator=torch.Generator().manual_seed(0)).tolist()
+    weights = sum(p.nbytes for name, p in theirs.named_parameters() if "embed_tokens" not in name)
+    unique = (prefix + branches * steps // 2) * decoder.kv_bytes_per_token
+    row: dict[str, Any] = {"branches": branches, "prefix": prefix, "floor_ms": 1e3 * (weights + unique) / roofs.bytes}
+    step, first = our_steps(decoder, prompt, branches, steps + 6)
+    seconds, tokens = timed(step, first * branches, steps)
+    row["genssd_ms"] = 1e3 * statistics.median(seconds)
+    row["share_of_floor"] = row["floor_ms"] / row["genssd_ms"]
+    if GPU:
+        row["genssd_gaps"] = gaps(step, tokens)
+    del step
+    try:
+        step, their_first = their_steps(theirs, prompt, branches)
+        their_seconds, their_tokens = timed(step, their_first * branches, steps)
+    except torch.OutOfMemoryError:
+        return row | {"transformers": "out of memory"}
+    row["transformers_ms"] = 1e3 * statistics.median(their_seconds)
+    row["same_tokens"] = sum(a == b for a, b in zip(tokens, their_tokens, strict=True)) / branches
+    if not GPU:
+        assert row["same_tokens"] == 1, "the models disagree"
+    return row
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--branches", type=int, default=64 if GPU else 4)
+    parser.add_argument("--prefix", type=int, nargs="+", default=[4096, 16384] if GPU else [100])
+    parser.add_argument("--steps", type=int, default=32 if GPU else 8)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    roofs = measure_roofs(DEVICE, DTYPE)
+    theirs, decoder = models()
+    rows = []
+    for prefix in options.prefix:
+        rows.append(measure(theirs, decoder, roofs, prefix, options.branches, options.steps))
+        print(rows[-1], flush=True)
+    if options.json:
+        machine = {"device": torch.cuda.get_device_name() if GPU else "cpu", "torch": torch.__version__}
+        options.json.write_text(json.dumps({**machine, "copy_gbps": roofs.bytes / 1e9, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""openvino-genai: ContinuousBatchingPipeline with prefix caching. It converts the model once."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import openvino
+import openvino_genai
+from bench.engine.peers import workloads as work
+from bench.engine.peers.protocol import Measured, WorkerOptions, private_stdout, serve, worker_options
+from bench.engine.peers.workloads import Sizes
+
+Ids = list[list[int]]
+
+
+class Theirs:
+    def __init__(self, options: WorkerOptions) -> None:
+        self.end_id = options.sizes.model.vocabulary - 1
+        self.directory = options.directory / "openvino"
+        self.threads = options.threads
+        self.top_p = options.top_p
+        if not self.directory.exists():
+            convert(options.directory / "model", self.directory)
+        self.teacher = self._pipeline()
+        self.student = self._pipeline()
+        self.requests = 0
+
+    def _pipeline(self) -> openvino_genai.ContinuousBatchingPipeline:
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size = 1  # GB
+        scheduler.enable_prefix_caching = True
+        scheduler.max_num_batched_tokens = 2048
+        properties = {
+            "INFERENCE_NUM_THREADS": self.threads,
+            "INFERENCE_PRECISION_HINT": "bf16",
+            "KV_CACHE_PRECISION": "bf16",  # its default is 8 bits
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        return openvino_genai.ContinuousBatchingPipeline(self.directory, scheduler, "CPU", properties)
+
+    def prefill(self, sizes: Sizes, round_: int) -> Measured:
+        prompt = work.prefix_ids(sizes, "prefill", round_)
+        started = time.perf_counter()
+        self._generate(self.teacher, [prompt], self._config(1))
+        return Measured(seconds=time.perf_counter() - started)
+
+    def decode(self, sizes: Sizes, round_: int) -> Measured:
+        prefix = work.prefix_ids(sizes, "decode", round_)
+        started = time.perf_counter()
+        self._generate(self.teacher, [prefix], self._config(1))
+        warm = time.perf_counter()
+        rows = [[*prefix, first] for first in work.first_ids(sizes, round_)]
+        written = self._generate(self.teacher, rows, self._config(sizes.decoded))
+        seconds = time.perf_counter() - warm
+        assert all(len(ids) == sizes.decoded for row in written for ids in row)
+        return Measured(seconds=seconds, prefix_seconds=warm - started)
+
+    def score(self, sizes: Sizes, round_: int) -> Measured:
+        prefix = work.prefix_ids(sizes, "score", round_)
+        started = time.perf_counter()
+        self._generate(self.teacher, [prefix], self._config(1))
+        warm = time.perf_counter()
+        values = self._score(self.teacher, [prefix + ids for ids in work.candidate_ids(sizes, round_)], sizes.scored)
+        return Measured(seconds=time.perf_counter() - warm, prefix_seconds=warm - started, values=values)
+
+    def select_expand(self, sizes: Sizes, round_: int) -> Measured:
+        texts = work.prompt_ids(sizes, round_)
+        config = self._config(sizes.chunk)
+        config.num_return_sequences = sizes.per_prompt
+        started = time.perf_counter()
+        for _ in range(sizes.response // sizes.chunk):
+            drawn = self._generate(self.teacher, texts, config)
+            rows = [text + chunk for text, chunks in zip(texts, drawn, strict=True) for chunk in chunks]
+            if len(texts[0]) == sizes.prompt:
+                self._generate(self.student, texts, self._config(1))  # or every row would read its prompt
+            scores = [fmean(v for v in row if v is not None) for row in self._score(self.student, rows, sizes.chunk)]
+            n = sizes.per_prompt
+            best = [i * n + int(np.argmax(scores[i * n : (i + 1) * n])) for i in range(len(texts))]
+            texts = [rows[i] for i in best]
+        return Measured(seconds=time.perf_counter() - started)
+
+    def _config(self, tokens: int) -> openvino_genai.GenerationConfig:
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens = tokens
+        config.do_sample = True
+        config.temperature = 1.0
+        config.top_p = self.top_p
+        config.ignore_eos = True
+        config.set_eos_token_id(self.end_id)  # it wants one
+        return config
+
+    def _score(
+        self, pipeline: openvino_genai.ContinuousBatchingPipeline, rows: Ids, last: int
+    ) -> list[list[float | None]]:
+        """Log-probabilities of the last tokens of each row; one more token is written, which it insists on. Where the
+        cache ends right before them it has none for the first of them."""
+        config = self._config(1)
+        config.echo = True
+        config.logprobs = 1
+        found = [output[0].generated_log_probs[:-1][-last:] for output in self._run(pipeline, rows, config)]
+        return [[None] * (last - len(values)) + values for values in found]
+
+    def _generate(
+        self, pipeline: openvino_genai.ContinuousBatchingPipeline, rows: Ids, config: openvino_genai.GenerationConfig
+    ) -> list[Ids]:
+        return [[list(output.generated_ids) for output in row] for row in self._run(pipeline, rows, config)]
+
+    def _run(
+        self, pipeline: openvino_genai.ContinuousBatchingPipeline, rows: Ids, config: openvino_genai.GenerationConfig
+    ) -> list[list[openvino_genai.GenerationOutput]]:
+        handles = []
+        for row in rows:
+            self.requests += 1
+            config.rng_seed = self.requests
+            handles.append(pipeline.add_request(self.requests, openvino.Tensor(np.array([row])), config))
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+        return [handle.read_all() for handle in handles]
+
+
+def convert(model: Path, directory: Path) -> None:
+    """bf16 weights as they are; written beside the target first, so that a half-written one is never found."""
+    from openvino_tokenizers import convert_tokenizer
+    from optimum.intel import OVModelForCausalLM
+    from transformers import AutoTokenizer
+
+    part = directory.with_suffix(".part")
+    OVModelForCausalLM.from_pretrained(model, export=True, compile=False, load_in_8bit=False).save_pretrained(part)
+    names = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
+    converted = convert_tokenizer(AutoTokenizer.from_pretrained(model), with_detokenizer=True)
+    for name, graph in zip(names, converted, strict=True):
+        openvino.save_model(graph, part / name)
+    os.replace(part, directory)
+
+
+def main() -> None:
+    options = worker_options()
+    out = private_stdout()
+    theirs = Theirs(options)
+    serve(
+        out,
+        options.sizes,
+        version("openvino-genai"),
+        f"openvino {version('openvino')}, ContinuousBatchingPipeline, prefix caching, bf16 inference and cache",
+        {name: getattr(theirs, name) for name in work.WORKLOADS},
+        {
+            "score": "echo with logprobs=1: no value for a candidate's first token, one token more is written",
+            "select_expand": "num_return_sequences; scored by echo with logprobs=1 in a second pipeline, as in score",
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

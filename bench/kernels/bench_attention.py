@@ -1,0 +1,206 @@
+"""Decode attention of branches behind a shared prefix: ours, with and without sharing, and others over the same pages.
+
+Run: `make bench` (small shapes on a CPU), `bench/gpu.sh` (the shapes of an 8B model on a GPU). Every implementation is
+checked against float64 before it is timed, and the cache is flushed before every round. share_of_copy in extra_info is
+the rate at which the keys and values that differ are read, over that of a copy: 1 is all that the device can do. What
+an implementation prepares once per step (tables, plans, masks) is not timed; bench/kernels/table.py times ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bench.kernels.bench_head import peer
+from bench.support.roofs import Roofs, flush_cache, synchronize
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from genssd.kernels.attention import SEGMENT, UNIT_ROWS, paged_attention, segment_table
+from genssd.kernels.device_table import DeviceTable
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+HEADS, KV_HEADS, WIDTH, PAGE = (32, 8, 128, 16) if GPU else (8, 4, 64, 16)
+OWN = 64  # tokens of a branch behind the prefix
+LARGEST_COPY = 8 << 30  # bytes of keys and values that an implementation may gather for itself
+
+SHAPES = (
+    [(branches, prefix) for prefix in (128, 1536, 4608, 32768) for branches in (1, 8, 64, 256)]
+    if GPU
+    else [(8, 128), (8, 1024), (64, 1024)]
+)
+"""(branches, tokens of the prefix). Most prefixes end within a segment: the rest of it every branch reads by itself."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One token of every branch. pages: int32 [branches, pages of one]."""
+
+    branches: int
+    prefix: int
+    q: Tensor
+    kv: Tensor
+    pages: Tensor
+
+    @staticmethod
+    def random(branches: int, prefix: int) -> Step:
+        shared, own = prefix // PAGE, OWN // PAGE
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        total = shared + branches * own
+        order = torch.randperm(total, generator=generator, device=DEVICE).int()
+        pages = torch.cat((order[:shared].expand(branches, -1), order[shared:].view(branches, own)), 1)
+        kv = torch.randn(2, total, PAGE, KV_HEADS, WIDTH, generator=generator, device=DEVICE).to(DTYPE)
+        q = torch.randn(branches, HEADS, WIDTH, generator=generator, device=DEVICE).to(DTYPE)
+        return Step(branches, prefix, q, kv, pages)
+
+    def gathered(self, rows: slice = slice(None)) -> Tensor:
+        """Keys and values of each branch by themselves: [2, branches, kv heads, tokens, width]."""
+        return self.kv[:, self.pages[rows].long()].flatten(2, 3).transpose(2, 3)
+
+    @property
+    def length(self) -> int:
+        return self.prefix + OWN
+
+    @property
+    def copy_bytes(self) -> int:
+        return self.branches * self.length * 2 * KV_HEADS * WIDTH * self.kv.element_size()
+
+    def exact(self, rows: slice) -> Tensor:
+        k, v = self.gathered(rows).double().repeat_interleave(HEADS // KV_HEADS, 2)
+        z = torch.einsum("bhe,bhte->bht", self.q[rows].double(), k) * WIDTH**-0.5
+        return torch.einsum("bht,bhte->bhe", z.softmax(-1), v)
+
+
+def ours(step: Step, unit_rows: int, segment: int = SEGMENT[DEVICE.type]) -> Callable[[], Tensor]:
+    one = torch.ones(step.branches, dtype=torch.int32)
+    table = segment_table(
+        step.pages.cpu(), torch.arange(step.branches, dtype=torch.int32), one * (step.length - 1), one,
+        page_size=PAGE, segment=segment, unit_rows=unit_rows,
+    )  # fmt: skip
+    there = DeviceTable.of(table, DEVICE) if GPU else table
+    return lambda: paged_attention(step.q, step.kv[0], step.kv[1], there, scale=WIDTH**-0.5)
+
+
+def eager(step: Step) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        k, v = step.gathered()
+        q = step.q.view(step.branches, KV_HEADS, -1, WIDTH)
+        weight = (q @ k.transpose(2, 3) * WIDTH**-0.5).float().softmax(-1).to(DTYPE)
+        return (weight @ v).view(step.branches, HEADS, WIDTH)
+
+    return run
+
+
+def sdpa(step: Step) -> Callable[[], Tensor]:
+    """Over keys and values that were gathered before."""
+    k, v = step.gathered().contiguous()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(step.q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+
+
+def flex(step: Step) -> Callable[[], Tensor]:
+    """All branches as the rows of one sequence over all pages, masked to each one's own: it shares, too."""
+    if not GPU:
+        pytest.skip("compiles for GPUs alone")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    reads = torch.zeros(step.branches, step.kv.shape[1], dtype=torch.bool, device=DEVICE)
+    reads.scatter_(1, step.pages.long(), True)
+    mask = create_block_mask(
+        lambda b, h, row, token: reads[row, token // PAGE], None, None, step.branches, step.kv.shape[1] * PAGE, DEVICE
+    )
+    k, v = step.kv.flatten(1, 2).transpose(1, 2)[:, None].contiguous()
+    attend = torch.compile(flex_attention)
+    q = step.q.transpose(0, 1)[None].contiguous()
+    return lambda: attend(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+def transformers_paged(step: Step) -> Callable[[], Tensor]:
+    """Its eager paged attention, which gathers the keys of all sequences behind each other and masks them apart."""
+    attend = peer("transformers.integrations.eager_paged", "eager_paged_attention_forward")
+    tokens = (step.pages.long()[..., None] * PAGE + torch.arange(PAGE, device=DEVICE)).flatten()
+
+    class Cache:
+        def update(self, **_: object) -> tuple[Tensor, Tensor]:
+            k, v = step.kv.flatten(1, 2)[:, tokens].transpose(1, 2)[:, None]
+            return k, v
+
+    owner = torch.arange(step.branches, device=DEVICE)
+    mask = torch.zeros(1, 1, step.branches, len(tokens), dtype=DTYPE, device=DEVICE)
+    mask.masked_fill_(owner[:, None] != owner.repeat_interleave(step.length), torch.finfo(DTYPE).min)
+    module: Any = torch.nn.Module()
+    module.layer_idx, module.num_key_value_groups = 0, HEADS // KV_HEADS
+    q = step.q.transpose(0, 1)[None]
+    return lambda: attend(module, q, q, q, mask, WIDTH**-0.5, cache=Cache())[0][0]
+
+
+def flashinfer(step: Step, cascade: bool) -> Callable[[], Tensor]:
+    name = "MultiLevelCascadeAttentionWrapper" if cascade else "BatchDecodeWithPagedKVCacheWrapper"
+    wrapper = peer("flashinfer", name)
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    shared, total = step.prefix // PAGE, step.length // PAGE
+
+    def plan(count: int, pages: Tensor) -> list[Tensor]:
+        """indptr, indices and filled slots of the last page, of so many sequences of equal length."""
+        indptr = torch.arange(count + 1, device=DEVICE, dtype=torch.int32) * (pages.numel() // count)
+        full = torch.full((count,), PAGE, device=DEVICE, dtype=torch.int32)
+        return [indptr, pages.flatten().contiguous(), full]
+
+    sizes = (HEADS, KV_HEADS, WIDTH, PAGE)
+    kv = step.kv.transpose(0, 1).contiguous()  # its layout
+    if not cascade:
+        attention = wrapper(workspace, "NHD", use_tensor_cores=True)
+        attention.plan(*plan(step.branches, step.pages), *sizes, q_data_type=DTYPE, kv_data_type=DTYPE)
+        return lambda: attention.run(step.q, kv)
+    attention = wrapper(2, workspace, "NHD")
+    rows = [torch.tensor(x, device=DEVICE, dtype=torch.int32) for x in ([0, step.branches], range(step.branches + 1))]
+    levels = plan(1, step.pages[0, :shared]), plan(step.branches, step.pages[:, shared:total])
+    attention.plan(rows, *(list(parts) for parts in zip(*levels, strict=True)), *sizes, q_data_type=DTYPE)
+    return lambda: attention.run(step.q, kv)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Step], Callable[[], Tensor]]] = {
+    "genssd": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS)),
+    "genssd-segments-of-256": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS), 256),
+    "genssd-segments-of-512": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS), 512),
+    "genssd-unshared": lambda step: ours(step, 1),
+    "eager": eager,
+    "sdpa": sdpa,
+    "flex": flex,
+    "transformers": transformers_paged,
+    "flashinfer": lambda step: flashinfer(step, cascade=False),
+    "flashinfer-cascade": lambda step: flashinfer(step, cascade=True),
+}
+GATHERING = ("eager", "sdpa", "transformers")
+
+
+@pytest.mark.parametrize(("branches", "prefix"), SHAPES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decoding(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, branches: int, prefix: int) -> None:
+    step = Step.random(branches, prefix)
+    if implementation in GATHERING and step.copy_bytes > LARGEST_COPY:
+        pytest.skip(f"would gather {step.copy_bytes >> 30} GiB")
+    if implementation == "transformers" and branches * step.copy_bytes > 4 * LARGEST_COPY:
+        pytest.skip("every row would be multiplied with the keys of all")
+    run = IMPLEMENTATIONS[implementation](step)
+    few = slice(0, 2)
+    tolerance = 2e-2 if GPU else 1e-5
+    torch.testing.assert_close(run()[few].double(), step.exact(few), atol=tolerance, rtol=tolerance)
+
+    def timed() -> None:
+        run()
+        synchronize(DEVICE.type)
+
+    timed()
+    benchmark.group = f"decoding, {branches} branches behind {prefix} tokens"
+    benchmark.pedantic(timed, setup=lambda: flush_cache(DEVICE.type), rounds=15 if GPU else 5, warmup_rounds=1)
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info |= {
+        "gbps": step.kv.nbytes / seconds / 1e9,
+        "share_of_copy": step.kv.nbytes / seconds / roofs.bytes,
+    }

@@ -1,0 +1,77 @@
+"""The page that `genssd score` writes: one self-contained HTML file with tables and plots of a comparison."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from genssd.distill.score.comparison import Comparison, Floats
+from genssd.distill.score.ranking import Row, TeacherRank
+
+
+def render(
+    comparison: Comparison,
+    rows: Sequence[Row],
+    picks: Mapping[str, Sequence[int]],
+    ranks: Mapping[str, Sequence[TeacherRank]],
+    student: str,
+) -> str:
+    """The page's HTML."""
+    teachers = sorted(comparison.pool.teachers)
+    template = files("genssd.distill.score").joinpath("page.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True).from_string(template)
+    return page.render(
+        title="Finished traces, scored",
+        c=comparison,
+        sets=[comparison.pool, *comparison.picked, comparison.selected],
+        prompts=len({row["prompt"] for row in rows}),
+        student=student,
+        teachers=teachers if len(teachers) > 1 else [],
+        ranks=ranks,
+        lengths=_png(_lengths(rows, picks)),
+        matrices=_png(_matrices(comparison)),
+    )
+
+
+def _matrices(comparison: Comparison) -> Figure:
+    names, count = comparison.names, len(comparison.names)
+    figure = Figure(figsize=(10.6, 4.3), layout="constrained")
+    panels: list[tuple[str, Floats, float]] = [
+        ("over the pool", comparison.correlation, -1.0),
+        ("within prompts", comparison.within, -1.0),
+        ("same pick", comparison.agreement, 0.0),
+    ]
+    for axis, (title, matrix, low) in zip(figure.subplots(1, 3), panels, strict=True):
+        axis.imshow(matrix, cmap="RdBu" if low < 0 else "Blues", vmin=low, vmax=1.0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(count), names, rotation=40, ha="right", fontsize=8)
+        axis.set_yticks(range(count), names if axis.get_subplotspec().is_first_col() else [""] * count, fontsize=8)
+        for (y, x), value in np.ndenumerate(matrix):
+            if not np.isnan(value):
+                colour = "white" if abs(value) > 0.65 else "black"
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    return figure
+
+
+def _lengths(rows: Sequence[Row], picks: Mapping[str, Sequence[int]]) -> Figure:
+    figure = Figure(figsize=(8.0, 1.2 + 0.35 * (len(picks) + 1)), layout="constrained")
+    axis = figure.subplots()
+    labels = ["all responses", *picks]
+    groups = [[row["tokens"] for row in rows], *[[rows[i]["tokens"] for i in chosen] for chosen in picks.values()]]
+    axis.boxplot([group or [np.nan] for group in groups], orientation="horizontal", whis=(5, 95), showfliers=False)
+    axis.set_yticks(range(1, len(labels) + 1), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("tokens per response (quartiles, 5 % to 95 %)", fontsize=9)
+    return figure
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130)
+    return base64.b64encode(buffer.getvalue()).decode()

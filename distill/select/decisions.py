@@ -1,0 +1,116 @@
+"""A decision log read back: every candidate as criteria saw it, so that another criterion can judge it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genssd.distill.runs.journal import complete_rows
+from genssd.engine.candidate import Candidate
+from genssd.engine.errors import InputError
+from genssd.engine.sampling import child_stream, prompt_stream
+from genssd.engine.selection import Verdict
+from genssd.engine.text import Tokenizer
+from genssd.kernels.logprob import STATISTICS, TokenStats
+
+LocalLogprob = Callable[..., list[Tensor]]
+"""`Engine.local_logprob`: prompt ids, response ids, windows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """One logged candidate. trace: its index in each round."""
+
+    candidate: Candidate
+    trace: tuple[int, ...]
+    score: float | None
+    """As it was logged; None where it was infinite."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """One prompt's log: the line of selections.jsonl that it belongs to, and its rounds."""
+
+    selection: Mapping[str, Any]
+    rounds: tuple[tuple[Decided, ...], ...]
+
+
+def read_decisions(run: Path, tokenizer: Tokenizer, local_logprob: LocalLogprob | None = None) -> Iterator[Decisions]:
+    """The prompts of a finished or interrupted `genssd select` run, in the order of its journal.
+
+    Raises InputError naming the file and line where journal and log do not belong together.
+    """
+    journal, log = run / "selections.jsonl", run / "decisions.jsonl"
+    decided = complete_rows(log)
+    number = 0
+    for number, (selection, _) in enumerate(complete_rows(journal), start=1):
+        row, _ = next(decided, ({}, 0))
+        if row.get("index") != selection.get("index"):
+            raise InputError(f"{log}, line {number} does not hold the decisions of {journal}, line {number}")
+        if selection.get("tokenizer") != tokenizer.fingerprint:
+            raise InputError(f"{journal}, line {number} was written with another tokenizer than {tokenizer.directory}")
+        try:
+            yield _read(selection, row, tokenizer, local_logprob)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{log}, line {number} is no decision of ours: {error!r}") from None
+    if not number:
+        raise InputError(f"{journal} holds no finished prompt")
+
+
+def _read(
+    selection: Mapping[str, Any], row: Mapping[str, Any], tokenizer: Tokenizer, local_logprob: LocalLogprob | None
+) -> Decisions:
+    logged = {tuple(fields["trace"]): fields for fields in row["candidates"]}
+    stats = {trace: _stats(fields["student"]) for trace, fields in logged.items()}
+    root = prompt_stream(selection["seed"], selection["prompt_ids"], selection["occurrence"])
+    rounds: list[list[Decided]] = []
+    for trace, fields in logged.items():
+        before = [trace[:depth] for depth in range(1, len(trace))]
+        history_ids = tuple(token for ancestor in before for token in logged[ancestor]["token_ids"])
+        candidate = Candidate(
+            token_ids=tuple(fields["token_ids"]),
+            stats=stats[trace],
+            history_ids=history_ids,
+            history=TokenStats.concatenate([stats[a] for a in before]) if before else TokenStats.empty(),
+            teacher_logprob=_teacher_logprob([fields]),
+            history_teacher_logprob=_teacher_logprob([logged[ancestor] for ancestor in before]),
+            final=fields["ended"] != "chunk",
+            finished=fields["ended"] == "finished",
+            stream=_stream(root, trace, logged),
+            pieces_of=tokenizer.pieces,
+            local_logprob=local_logprob and partial(local_logprob, selection["student_prompt_ids"]),
+            encode=tokenizer.encode_plain,
+            answer=selection["answer"],
+        )
+        while len(rounds) < len(trace):
+            rounds.append([])
+        rounds[len(trace) - 1].append(
+            Decided(candidate=candidate, trace=trace, score=fields["score"], verdict=fields["verdict"])
+        )
+    return Decisions(selection=selection, rounds=tuple(map(tuple, rounds)))
+
+
+def _stats(fields: Mapping[str, Any]) -> TokenStats:
+    return TokenStats.of(
+        [torch.tensor(fields[name], dtype=torch.int32 if name == "rank" else torch.float32) for name in STATISTICS]
+    )
+
+
+def _teacher_logprob(chunks: Sequence[Mapping[str, Any]]) -> Tensor:
+    return torch.tensor([value for fields in chunks for value in fields["teacher_logprob"]], dtype=torch.float32)
+
+
+def _stream(root: int, trace: Sequence[int], logged: Mapping[tuple[int, ...], Mapping[str, Any]]) -> int:
+    """The candidate's random stream, which follows from the prompt's and the places it branched off at."""
+    stream, position = root, 0
+    for depth, index in enumerate(trace, start=1):
+        stream = child_stream(stream, position, index)
+        position += len(logged[tuple(trace[:depth])]["token_ids"])
+    return stream

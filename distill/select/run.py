@@ -1,0 +1,312 @@
+"""`genssd select`: problems in, a crash-safe journal of selected trajectories out.
+
+OUTPUT_DIR/run.json           the settings, model fingerprints and versions
+OUTPUT_DIR/calibration.json   the threshold that was taken from data, if it was
+OUTPUT_DIR/selections.jsonl   one line per finished prompt: what training reads
+OUTPUT_DIR/decisions.jsonl    the same prompts in the same order: every candidate, its scores and its verdict
+OUTPUT_DIR/teacher_topk.bin   the teacher's most likely tokens along each best trajectory, with --teacher-topk
+
+A prompt's decisions and top k are on disk before its selection: where there is a selection line, nothing is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.data.topk_store import TopkStore, end_of
+from genssd.distill.runs.directory import claim, record_run
+from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
+from genssd.distill.select.calibration import calibrate, check_calibration
+from genssd.distill.select.rows import Origin, decision_row, selection_row
+from genssd.engine.chunk import Chunk
+from genssd.engine.criterion_names import resolve
+from genssd.engine.engine import Engine
+from genssd.engine.errors import InputError
+from genssd.engine.loops import LoopGuard
+from genssd.engine.sampling import Sampling
+from genssd.engine.selection import Selection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrate:
+    """A threshold that a share of the teacher's plain chunks passes."""
+
+    data: str | None = None
+    """JSONL file of problems that are not selected from."""
+    share: float = 0.95
+    limit: int = 64
+    """Problems taken."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise InputError(f"calibrate.limit must be at least 1, not {self.limit}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectSettings(EngineOptions):
+    """How to search."""
+
+    candidates: int = 4
+    """Continuations sampled per live branch and round."""
+    chunk: Chunk = field(default_factory=Chunk)
+    """Where a candidate ends."""
+    beam: int = 1
+    """Branches kept per prompt after each round."""
+    criterion: str = "ppl"
+    """Registered name of the selection criterion."""
+    threshold: float | None = None
+    """Prune a branch whose best candidate is worse than this criterion value."""
+    calibrate: Calibrate = field(default_factory=Calibrate)
+    """Or take the threshold from plain samples of the teacher."""
+    max_tokens: int = 4096
+    """Of the response."""
+    teacher_topk: int = 0
+    """Write down so many of the teacher's most likely tokens along the best trajectory, for `genssd train --kd-ratio`:
+    8 bytes each per token."""
+    loop_guard: bool = True
+    """Reject candidates that end in a repetition."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
+    """How the teacher samples."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.calibrate.data is not None:
+            if self.threshold is not None:
+                raise InputError("give a threshold or calibrate.data, not both")
+            check_calibration(self.criterion, self.calibrate.share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectConfig(SelectSettings):
+    """Let the student choose what the teacher writes, prompt by prompt."""
+
+    teacher: str
+    """Hub id or local directory of the model that writes."""
+    student: str
+    """Hub id or local directory of the model that scores."""
+    data: str
+    """JSONL file of problems: prompt (text or messages), messages, or question | problem | instruction."""
+    output_dir: str = "runs/select"
+    """Where the journal goes."""
+    resume: bool = False
+    """Go on with an interrupted run: prompts in the journal are not run again."""
+    limit: int | None = None
+    """Take only the first rows of the data."""
+
+
+SETTINGS_OF_THE_RESULT = (
+    "candidates",
+    "chunk",
+    "beam",
+    "criterion",
+    "threshold",
+    "calibrate",
+    "max_tokens",
+    "teacher_topk",
+    "loop_guard",
+    "sampling",
+    "seed",
+    "dtype",
+)
+"""What must not change between the parts of one run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectProgress:
+    """How far a run is. Counted over this process; tokens_kept are those of the best trajectories."""
+
+    done: int
+    total: int
+    tokens_kept: int
+    tokens_sampled: int
+    pages_in_use: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectSummary:
+    """What a run left behind. `statuses` counts over the whole journal, earlier parts of the run included."""
+
+    path: Path
+    prompts: int
+    statuses: Mapping[str, int]
+    tokens_kept: int
+    tokens_sampled: int
+    failures: tuple[str, ...]
+    """Prompts that did not fit into the cache, and why. They are in no journal: resuming tries them again."""
+
+
+def run_select(
+    config: SelectConfig, engine: Engine | None = None, report: Callable[[SelectProgress], None] = lambda progress: None
+) -> SelectSummary:
+    """Select over a file of problems. engine: a loaded one to use instead of loading the config's models.
+
+    Raises GenssdError on bad input; whatever was finished before is in the journal.
+    """
+    resolve(config.criterion)
+    problems = read_problems(config.data, config.limit)
+    if config.calibrate.data is not None and not config.resume:
+        read_problems(config.calibrate.data, config.calibrate.limit)  # before any model is loaded
+    output_dir = Path(config.output_dir)
+    with claim(output_dir, "select"):
+        return _run(config, problems, output_dir, engine, report)
+
+
+def _run(
+    config: SelectConfig,
+    problems: Sequence[ProblemRow],
+    output_dir: Path,
+    engine: Engine | None,
+    report: Callable[[SelectProgress], None],
+) -> SelectSummary:
+    journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
+    done = open_run(config, problems)
+    engine = engine or config.load(teacher=config.teacher, student=config.student)
+    settings = dataclasses.asdict(config)
+    record_run(output_dir, "select", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=bool(done))
+    threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, bool(done))
+    origin = Origin(
+        data=config.data,
+        criterion=config.criterion,
+        teacher=config.teacher,
+        student=config.student,
+        fingerprints={role: engine.fingerprints[role] for role in ("teacher", "student")},
+        tokenizer=engine.tokenizer("teacher").fingerprint,
+    )
+    failures: list[str] = []
+    kept, sampled_before = 0, engine.usage.teacher_tokens
+    end = max((end_of(row) for row, _ in complete_rows(journal)), default=0)
+    with (
+        Journal(journal) as selections_log,
+        Journal(decisions) as decisions_log,
+        TopkStore(output_dir / "teacher_topk.bin", end) if config.teacher_topk else nullcontext() as topk_store,
+    ):
+        for finished, selection in enumerate(_select(engine, config, threshold, problems, done), start=1):
+            problem = problems[selection.index]
+            if selection.error is None:
+                decisions_log.append(decision_row(selection))
+                topk = selection.best.teacher_topk
+                place = topk_store.append(topk) if topk_store is not None and topk is not None else None
+                selections_log.append({**selection_row(selection, problem, origin), "teacher_topk": place})
+                kept += len(selection.best.token_ids)
+            else:
+                failures.append(f"{config.data}, line {problem.line}: {selection.error}")
+            report(
+                SelectProgress(
+                    done=len(done) + finished,
+                    total=len(problems),
+                    tokens_kept=kept,
+                    tokens_sampled=engine.usage.teacher_tokens - sampled_before,
+                    pages_in_use=engine.pages_in_use[0],
+                    pages=engine.pages_in_use[1],
+                )
+            )
+    return _summary(journal, failures)
+
+
+def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
+    """The threshold of this run: measured once, read again when it is resumed."""
+    path = Path(config.output_dir) / "calibration.json"
+    if resumed:
+        return float(read_json(path)["threshold"])
+    assert config.calibrate.data is not None
+    problems = read_problems(config.calibrate.data, config.calibrate.limit)
+    found = calibrate(
+        engine,
+        [problem.prompt for problem in problems],
+        criterion=config.criterion,
+        share=config.calibrate.share,
+        chunk=config.chunk,
+        max_tokens=config.max_tokens,
+        sampling=config.sampling,
+        seed=config.seed,
+        labels=[f"{config.calibrate.data}, line {problem.line}" for problem in problems],
+        answers=[problem.answer for problem in problems],
+    )
+    write_json(path, dataclasses.asdict(found))
+    return found.threshold
+
+
+def _select(
+    engine: Engine,
+    config: SelectConfig,
+    threshold: float | None,
+    problems: Sequence[ProblemRow],
+    done: frozenset[int],
+) -> Iterator[Selection]:
+    return engine.iter_select_expand(
+        [problem.prompt for problem in problems],
+        candidates=config.candidates,
+        chunk=config.chunk,
+        beam=config.beam,
+        criterion=config.criterion,
+        threshold=threshold,
+        max_tokens=config.max_tokens,
+        teacher_topk=config.teacher_topk,
+        sampling=config.sampling,
+        loop_guard=LoopGuard() if config.loop_guard else None,
+        seed=config.seed,
+        answers=[problem.answer for problem in problems],
+        skip=done,
+        labels=[f"{config.data}, line {problem.line}" for problem in problems],
+    )
+
+
+def open_run(config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
+    """The indices of the prompts that are done; with resume, both journals are cut back to them.
+
+    Raises InputError on an output directory that holds a run which is not to be resumed, was begun with other data, or
+    has lost decisions.
+    """
+    output_dir = Path(config.output_dir)
+    journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
+    if not config.resume:
+        if any(complete_rows(journal)):
+            raise InputError(f"{journal} holds finished prompts already; pass --resume, or choose another output_dir")
+        truncate(journal, 0)
+        truncate(decisions, 0)
+        return frozenset()
+    done: list[int] = []
+    ends = (0, 0)
+    decided = complete_rows(decisions)
+    selected = complete_rows(journal)
+    for row, end in selected:
+        check_same_problem(row, problems, config.data, journal)
+        decision, decision_end = next(decided, ({}, 0))
+        if decision.get("index") != row["index"]:
+            # a torn last line is done again; more than that was not lost in a crash
+            if decision or next(selected, None) is not None:
+                raise InputError(
+                    f"{decisions} lacks the decisions of prompt {row['index']}, which {journal} holds: restore it, or "
+                    "choose another output_dir"
+                )
+            break
+        done.append(row["index"])
+        ends = end, decision_end
+    truncate(journal, ends[0])
+    truncate(decisions, ends[1])
+    return frozenset(done)
+
+
+def _summary(journal: Path, failures: Sequence[str]) -> SelectSummary:
+    statuses: Counter[str] = Counter()
+    kept = sampled = 0
+    for row, _ in complete_rows(journal):
+        statuses[row["status"]] += 1
+        kept += len(row["completion_ids"])
+        sampled += row["tokens_sampled"]
+    return SelectSummary(
+        path=journal,
+        prompts=statuses.total(),
+        statuses=dict(statuses),
+        tokens_kept=kept,
+        tokens_sampled=sampled,
+        failures=tuple(failures),
+    )

@@ -1,0 +1,71 @@
+"""Who reads, and what stands in the prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from genssd.distill.data.problems import ProblemRow
+from genssd.distill.diagnose.contexts import Reader, Templates, prompt_for, read_contexts, readers_of
+from genssd.engine.errors import InputError
+
+Write = Callable[..., Path]
+
+
+def test_readers_are_the_student_its_contexts_and_the_teachers() -> None:
+    found = readers_of("s", ["a/T", "b/U"], ["hint", "plan"], "student")
+    assert [(r.name, r.model, r.role, r.context) for r in found] == [
+        ("itself", "s", "student", None),
+        ("itself + hint", "s", "student", "hint"),
+        ("itself + plan", "s", "student", "plan"),
+        ("T", "a/T", "teacher", None),
+        ("U", "b/U", "teacher", None),
+    ]
+    assert [r.name for r in readers_of("s", ["a/T", "b/T"], ["hint"], "all")][2:] == [
+        "a/T",
+        "a/T + hint",
+        "b/T",
+        "b/T + hint",
+    ]
+    with pytest.raises(InputError, match="teacher 'x' is given twice"):
+        readers_of("s", ["x", "x"], [], "student")
+    with pytest.raises(InputError, match="context 'h' is given twice"):
+        readers_of("s", [], ["h", "h"], "student")
+
+
+def test_templates_are_filled_once() -> None:
+    """Braces of mathematics stay, and what is filled in is not filled again."""
+    templates = Templates(hint=r"\boxed{1} {question} | {text}", other="{name}={text} {question}")
+    assert templates.fill("hint", "{text}?", "x^{2} {question}") == r"\boxed{1} {text}? | x^{2} {question}"
+    assert templates.fill("plan", "q", "t") == "plan=t q"
+    assert "A reference solution:\nt\n" in templates.fill("solution", "q", "t")
+    assert "summary of the solution:\nt\n" in templates.fill("summary", "q", "t")
+    with pytest.raises(InputError, match=re.escape("templates.solution has no {text}")):
+        Templates(solution="{question}")
+    with pytest.raises(InputError, match=re.escape("templates.other has no {question}")):
+        Templates(other="{text}")
+
+
+def test_the_last_turn_is_changed() -> None:
+    reader = Reader(name="r", model="m", role="student", context="hint")
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    templates, contexts = Templates(hint="{question} ({text})"), {"hint": "h"}
+    messages = prompt_for(reader, ProblemRow(prompt=asked, answer="1", line=1), contexts, templates)
+    assert messages == [asked[0], {"role": "user", "content": "q (h)"}]
+    assert prompt_for(reader, ProblemRow(prompt="raw", answer="1", line=1), contexts, templates) == "raw (h)"
+    plain = Reader(name="r", model="m", role="student", context=None)
+    assert prompt_for(plain, ProblemRow(prompt=asked, answer="1", line=1), {}, templates) is asked
+
+
+def test_contexts_come_from_the_rows(write_rows: Write) -> None:
+    path = write_rows([{"prompt": "a", "hint": "x", "n": 43.0}, {"prompt": "b", "hint": "y", "n": 0.25}])
+    assert read_contexts(str(path), ["hint", "n"], None) == [{"hint": "x", "n": "43"}, {"hint": "y", "n": "0.25"}]
+    assert read_contexts(str(path), [], 1) == [{}]
+    with pytest.raises(InputError, match=r"line 1: the context 'plan' must be text or a number, and is missing"):
+        read_contexts(str(path), ["plan"], None)
+    path = write_rows([{"hint": "x"}, {"hint": [1]}], "bad.jsonl")
+    with pytest.raises(InputError, match=r"bad\.jsonl, line 2: .* and is \[1\]; add it, or leave it out of contexts"):
+        read_contexts(str(path), ["hint"], None)

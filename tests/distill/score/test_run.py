@@ -1,0 +1,251 @@
+"""`genssd score`: traces of every origin, columns, choices, rankings; what is bad is named and the rest is scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyPair
+from transformers import AutoModelForCausalLM
+
+from genssd.distill.data.examples import read_examples
+from genssd.distill.runs.journal import complete_rows
+from genssd.distill.score.picking import Pick
+from genssd.distill.score.ranking import rank_teachers
+from genssd.distill.score.run import ScoreConfig, ScoreSummary, run_score
+from genssd.distill.select.run import SelectConfig, run_select
+from genssd.engine import criterion_names
+from genssd.engine.criterion_names import resolve
+from genssd.engine.errors import InputError
+
+Write = Callable[..., Path]
+
+ROWS: list[dict[str, Any]] = [
+    {"problem": "1+1?", "answer": "2", "generations": ["It is 2.\nSo \\boxed{2}", "Three. \\boxed{3}"], "model": "A"},
+    {"problem": "1+1?", "answer": "2", "generations": ["Well. Now then. \\boxed{2}"], "model": "B"},
+    {"prompt": "2+2=", "completion": "4, of course", "teacher": {"name": "A"}},
+    {"prompt": "2+2=", "completion": "5. No. 4", "teacher": {"name": "B"}},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}], "model": "A"},
+]
+CRITERIA = ("ppl", "rsr", "lalp(steps=1)", "aslec_casl", "lark", "0.5*rsr + 0.5*length(longest=True)")
+
+
+def score(pair: TinyPair, data: Path | list[Path], out: Path, **options: Any) -> ScoreSummary:
+    files = data if isinstance(data, list) else [data]
+    config = ScoreConfig(student=str(pair.student), data=tuple(map(str, files)), output_dir=str(out), **options)
+    return run_score(config, pair.engine)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_columns_equal_transformers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """ppl and rsr of every trace, from transformers' full logits."""
+    data = write_rows(ROWS)
+    summary = score(tiny_pair, data, tmp_path / "out", criteria=CRITERIA)
+    assert (summary.traces, summary.prompts, summary.bad_rows) == (6, 3, ())
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_pair.student, dtype=torch.float32)
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    rows = lines(tmp_path / "out" / "scores.jsonl")
+    picked = {(r["source"]["line"], r["source"]["response"]): r for r in lines(tmp_path / "out" / "selected.jsonl")}
+    assert len(picked) == 3
+    for row in picked.values():
+        prompt, response = row["student_prompt_ids"], row["completion_ids"]
+        assert response[-1] in tokenizer.end_token_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0]
+        logp = logits.double().log_softmax(1)[len(prompt) - 1 : -1]
+        chosen = logp.gather(1, torch.tensor(response)[:, None])
+        column = next(r for r in rows if r["source"] == row["source"])
+        assert column["ppl"] == pytest.approx(math.exp(-float(chosen.mean())), rel=1e-4)
+        rank = 1 + (logp > chosen).sum(1)[:-1]
+        assert column["rsr"] == pytest.approx(float(rank.clamp(max=100).sum() / -chosen[:-1].sum()), rel=1e-3)
+    for members in ([0, 1, 2], [3, 4], [5]):
+        best = min(members, key=lambda i: rows[i]["ppl"])
+        assert (rows[best]["source"]["line"], rows[best]["source"]["response"]) in picked
+    assert [row["correct"] for row in rows] == [True, False, True, None, None, None]
+    assert [row["teacher"] for row in rows] == ["A", "A", "B", "A", "B", "A"]
+    assert set(CRITERIA) <= rows[0].keys()
+
+
+def test_what_was_picked_trains(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    score(tiny_pair, write_rows(ROWS), tmp_path / "out")
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    examples = read_examples([tmp_path / "out" / "selected.jsonl"], tokenizer, max_length=512, statuses=())
+    rows = lines(tmp_path / "out" / "selected.jsonl")
+    assert [list(e.input_ids[e.num_prompt :]) for e in examples.examples] == [row["completion_ids"] for row in rows]
+
+
+def test_filters_choose_among_what_is_left(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    summary = score(tiny_pair, data, tmp_path / "a", criteria=("ppl",), pick=Pick(correct=True))
+    assert summary.selected == 1
+    (row,) = lines(tmp_path / "a" / "selected.jsonl")
+    assert "\\boxed{2}" in row["completion"]
+    assert score(tiny_pair, data, tmp_path / "b", criteria=("ppl",), pick=Pick(min_steps=3)).selected == 1
+    verdicts = [{**ROWS[0], "correctness_math_verify": [False, True]}]
+    score(tiny_pair, write_rows(verdicts, "v.jsonl"), tmp_path / "c", criteria=("ppl",), pick=Pick(correct=True))
+    assert "Three" in lines(tmp_path / "c" / "selected.jsonl")[0]["completion"], "the row's verdict counts"
+
+
+def test_several_responses_are_kept_with_larks_weights(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    summary = score(tiny_pair, data, tmp_path / "out", criteria=("lark",), pick=Pick(keep=2, weigh=True))
+    assert summary.selected == 5  # 2 of 3, 2 of 2, 1 of 1
+    rows = lines(tmp_path / "out" / "selected.jsonl")
+    assert rows[0]["score"] >= rows[1]["score"]
+    assert [row["weight"] for row in rows[2:]] == [1.0, 1.0, 1.0]  # all are kept: no threshold
+    assert rows[0]["weight"] + rows[1]["weight"] == pytest.approx(2.0)
+    tokenizer = tiny_pair.engine.tokenizer("student")
+    examples = read_examples([tmp_path / "out" / "selected.jsonl"], tokenizer, max_length=512, statuses=())
+    assert [example.weight for example in examples.examples] == [row["weight"] for row in rows]
+
+
+def test_bad_rows_are_named_and_the_rest_is_scored(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(ROWS)
+    with data.open("ab") as stream:
+        stream.write(b'{"prompt": "\xff"}\n{"prompt": "a", "completion": " "}\nnot json\n')
+        stream.write(b'{"prompt": "b"}\n{"problem": "c", "generations": []}\n')
+        stream.write(b'{"problem": "d", "generations": ["x", "y"], "correctness": [true]}\n')
+        stream.write(b'{"problem": "e", "generations": ["", "fine"]}\n')
+        stream.write(json.dumps({"prompt": "f", "completion": "g" * 10_000}).encode() + b"\n")
+    summary = score(tiny_pair, data, tmp_path / "out")
+    assert summary.traces == 7
+    text = (tmp_path / "out" / "bad_rows.txt").read_text()
+    for number, what in [(6, "not UTF-8"), (7, "no token"), (8, "not valid JSON"), (9, "needs"), (10, "non-empty")]:
+        assert any(f"line {number}: " in line and what in line for line in text.splitlines()), (number, text)
+    assert "line 11: 2 generations but 1 verdicts" in text
+    assert "line 12, response 0" in text
+    assert "line 13: 10" in text
+    with pytest.raises(InputError, match=r"no trace that can be used\n.*line 1"):
+        score(tiny_pair, write_rows([{"x": 1}], "bad.jsonl"), tmp_path / "none")
+
+
+def test_a_run_that_stopped_goes_on(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genssd.distill.score.run.BATCH_TOKENS", 60)
+    data = write_rows(ROWS)
+    score(tiny_pair, data, tmp_path / "whole", criteria=CRITERIA)
+    score(tiny_pair, data, tmp_path / "torn", criteria=CRITERIA)
+    journal = tmp_path / "torn" / "features.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-300])
+    with pytest.raises(InputError, match="--resume"):
+        score(tiny_pair, data, tmp_path / "torn", criteria=CRITERIA)
+    with pytest.raises(InputError, match="criteria="):
+        score(tiny_pair, data, tmp_path / "torn", criteria=("ppl",), resume=True)
+    score(tiny_pair, data, tmp_path / "torn", criteria=CRITERIA, resume=True)
+    for name in ("scores.jsonl", "selected.jsonl", "teachers.json"):
+        assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(InputError, match="other data"):
+        score(tiny_pair, write_rows(ROWS[1:], data.name), tmp_path / "torn", criteria=CRITERIA, resume=True)
+
+
+def test_batches_do_not_change_a_value(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(tiny_pair, write_rows(ROWS), tmp_path / "a", criteria=CRITERIA)
+    monkeypatch.setattr("genssd.distill.score.run.BATCH_TOKENS", 1)
+    score(tiny_pair, write_rows(list(reversed(ROWS)), "r.jsonl"), tmp_path / "b", criteria=CRITERIA)
+    key = lambda row: (row["prompt"], row["teacher"], row["tokens"], row["ppl"])  # noqa: E731
+    ours, theirs = (sorted(lines(tmp_path / name / "scores.jsonl"), key=key) for name in "ab")
+    for a, b in zip(ours, theirs, strict=True):
+        for name in CRITERIA[:3]:
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+
+
+def test_online_equals_post_hoc(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """A journal's whole-response scores under trajectory-wide criteria are the columns over its saved ids."""
+    data = write_rows([{"question": f"{i}+{i}?"} for i in range(4)])
+    for name in ("ppl(scope='trajectory')", "rsr(scope='trajectory')"):
+        out = tmp_path / name[:3]
+        config = SelectConfig(
+            teacher=str(tiny_pair.teacher), student=str(tiny_pair.student), data=str(data), output_dir=str(out),
+            criterion=name, max_tokens=24, candidates=2, beam=2,
+        )  # fmt: skip
+        run_select(config, tiny_pair.engine)
+        score(tiny_pair, out / "selections.jsonl", out / "score", criteria=(name,), pick=Pick(finished=False))
+        online = []
+        for row, _ in complete_rows(out / "selections.jsonl"):
+            online += [row["score"], *(other["score"] for other in row["others"])]
+        column = [row[name] for row in lines(out / "score" / "scores.jsonl")]
+        assert column == pytest.approx(online, rel=1e-5)
+
+
+class Undefined:
+    def score(self, candidate: Any) -> float:
+        return math.nan
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+def test_a_criterion_that_gives_nan_is_named(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(criterion_names._MAKERS, "undefined", Undefined)
+    with pytest.raises(InputError, match=r"criterion undefined gave NaN for .*line 1"):
+        score(tiny_pair, write_rows(ROWS), tmp_path / "out", criteria=("undefined",))
+
+
+def test_teachers_are_ranked_over_the_prompts_that_all_answered() -> None:
+    rows = []
+    for prompt in range(30):
+        for teacher, value in (("good", 1.0 + prompt % 3), ("bad", 2.0 + prompt % 3)):
+            rows.append({"prompt": str(prompt), "teacher": teacher, "ratios": {}, "value": value})
+    rows.append({"prompt": "only one", "teacher": "bad", "ratios": {}, "value": -100.0})
+    columns = {"ppl": [row["value"] for row in rows]}
+    ranks, incomplete = rank_teachers(rows, {"ppl": resolve("ppl")}, columns)
+    first, second = ranks["ppl"]
+    assert (first.teacher, first.value, first.first, first.prompts) == ("good", pytest.approx(2.0), 1.0, 30)
+    assert (second.teacher, second.value, second.first) == ("bad", pytest.approx(3.0), 0.0)
+    assert 1.6 < first.low < 2.0 < first.high < 2.4
+    assert incomplete == 1
+
+
+def test_a_ratio_criterion_ranks_by_the_ratio_of_sums() -> None:
+    ratios = [(1.0, 4.0), (8.0, 1.0), (3.0, 1.0), (3.0, 1.0)]
+    rows = [
+        {"prompt": str(i // 2), "teacher": "AB"[i % 2], "ratios": {"rsr": list(ratio)}}
+        for i, ratio in enumerate(ratios)
+    ]
+    ranks, _ = rank_teachers(rows, {"rsr": resolve("rsr")}, {"rsr": [n / d for n, d in ratios]})
+    assert {rank.teacher: rank.value for rank in ranks["rsr"]} == pytest.approx({"A": 4.0 / 5.0, "B": 11.0 / 2.0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criteria": ()}, "at least one"),
+        ({"criteria": ("ppl", "ppl")}, "twice"),
+        ({"criteria": ("nope",)}, "unknown criterion 'nope'"),
+        ({"pick": {"by": "rsr"}}, "not among"),
+        ({"limit": 0}, "limit"),
+        ({"pick": {"min_steps": 3, "max_steps": 2}}, "no range"),
+        ({"pick": {"keep": 0}}, "keep"),
+        ({"pick": {"weigh": True}}, "weights of lark"),
+        ({"pick": {"weigh": True, "threshold": 1.0}}, "no mix, similarity"),
+        ({"pick": {"mix": ("long=1",), "keep": 2}}, "one response per prompt"),
+        ({"pick": {"mix": ("long",)}}, "'long' is not one kind"),
+        ({"pick": {"mix": ("long=0",)}}, "'long=0' is not one kind"),
+        ({"pick": {"mix": ("Z=1", "long=1")}}, "no teacher is called 'Z'; there are A, B"),
+        ({"pick": {"best_share": 0.0}}, "best_share"),
+        ({"pick": {"similarity": 1.5}}, "similarity"),
+        ({"criteria": ("divergence",)}, "teacher's log-probabilities"),
+    ],
+)
+def test_wrong_options_are_named(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    def run() -> None:
+        made = {**options, "pick": Pick(**options["pick"])} if "pick" in options else options
+        score(tiny_pair, write_rows(ROWS), tmp_path / "out", **made)
+
+    with pytest.raises(InputError, match=message):
+        run()

@@ -1,0 +1,119 @@
+"""`genssd reselect`: a decision log judged again, and exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyPair
+
+from genssd.distill.select.decisions import read_decisions
+from genssd.distill.select.reselect import ReselectConfig, ReselectSummary, run_reselect
+from genssd.distill.select.run import SelectConfig, run_select
+from genssd.engine.candidate import evaluate
+from genssd.engine.chunk import Chunk
+from genssd.engine.criterion_names import resolve
+from genssd.engine.errors import InputError
+
+Write = Callable[..., Path]
+
+
+def select(pair: TinyPair, data: Path, out: Path, criterion: str, **options: Any) -> None:
+    config = SelectConfig(
+        teacher=str(pair.teacher), student=str(pair.student), data=str(data), output_dir=str(out), criterion=criterion,
+        chunk=Chunk(tokens=5, until=None), max_tokens=20, candidates=3, **options,
+    )  # fmt: skip
+    run_select(config, pair.engine)
+
+
+def again(pair: TinyPair, run: Path, criterion: str, out: str = "again") -> ReselectSummary:
+    config = ReselectConfig(run=str(run), criterion=criterion, output_dir=str(run / out), memory_bytes=1 << 24)
+    return run_reselect(config)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+CRITERIA = ["ppl", "rsr", "divergence", "random", "aslec_drop", "lark", "lalp(steps=1)", "0.3*ppl + 0.7*length"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_runs_own_criterion_decides_the_same(
+    criterion: str, tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    """Every value of the log comes out of the log again: online equals post-hoc."""
+    data = write_rows([{"question": f"{i}+{i}?"} for i in range(3)])
+    select(tiny_pair, data, tmp_path / "run", criterion, beam=2)
+    summary = again(tiny_pair, tmp_path / "run", criterion)
+    assert summary.differing == 0
+    assert summary.largest_change < 1e-4
+    assert summary.prompts == 3
+    assert summary.contested > 0
+
+
+def test_another_criterion_decides_by_its_own_values(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows([{"question": f"{i}+{i}?"} for i in range(4)])
+    select(tiny_pair, data, tmp_path / "run", "ppl")
+    summary = again(tiny_pair, tmp_path / "run", "teacher_logprob")
+    assert 0 < summary.differing <= summary.contested
+    rows = lines(tmp_path / "run" / "again" / "reselected.jsonl")
+    assert sum(not row["agrees"] for row in rows) == summary.differing
+    tokenizer, criterion = tiny_pair.engine.tokenizer("student"), resolve("teacher_logprob")
+    rounds = [r for decisions in read_decisions(tmp_path / "run", tokenizer) for r in decisions.rounds]
+    for row, decided in zip(rows, rounds, strict=True):
+        scores = evaluate(criterion, [d.candidate for d in decided])
+        able = [s for s, d in zip(scores, decided, strict=True) if d.verdict not in ("duplicate", "loop")]
+        (winner,) = row["reselected"]
+        assert scores[[list(d.trace) for d in decided].index(winner)] == max(able)
+
+
+def test_exports_are_what_the_tree_says(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows([{"question": f"{i}+{i}?"} for i in range(3)])
+    select(tiny_pair, data, tmp_path / "run", "ppl")
+    summary = again(tiny_pair, tmp_path / "run", "rsr")
+    pairs, steps = (lines(tmp_path / "run" / "again" / f"{name}.jsonl") for name in ("pairs", "steps"))
+    assert len(pairs) == summary.pairs > 0
+    assert all(pair["chosen_score"] <= pair["rejected_score"] for pair in pairs)  # a low perplexity is better
+    for row in steps:
+        assert len(row["completions"]) == len(row["labels"])
+        assert all(row["labels"][:-1])
+    selections = {row["index"]: row for row in lines(tmp_path / "run" / "selections.jsonl")}
+    whole = [row for row in steps if all(row["labels"])]
+    assert len(whole) == 3
+    for row in whole:
+        completion = selections[row["index"]]["completion"]
+        assert "".join(row["completions"]) == completion[0]["content"]
+
+
+def test_exports_load_as_trl_reads_them(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl.data_utils")
+    select(tiny_pair, write_rows([{"question": "1+1?"}]), tmp_path / "run", "ppl")
+    again(tiny_pair, tmp_path / "run", "ppl")
+    load = datasets.load_dataset
+    out, cache = tmp_path / "run" / "again", str(tmp_path / "cache")
+    pairs = load("json", data_files=str(out / "pairs.jsonl"), split="train", cache_dir=cache)
+    assert not trl.is_conversational(pairs[0])
+    assert {"prompt", "chosen", "rejected"} <= set(pairs.column_names)
+    steps = load("json", data_files=str(out / "steps.jsonl"), split="train", cache_dir=cache)
+    assert isinstance(steps[0]["labels"][0], bool)
+
+
+def test_what_does_not_belong_together_is_named(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    select(tiny_pair, write_rows([{"question": f"{i}?"} for i in range(2)]), run, "ppl")
+    with pytest.raises(InputError, match="fitted over all of the data"):
+        again(tiny_pair, run, "aslec_casl")
+    with pytest.raises(InputError, match=r"run\.json cannot be read"):
+        again(tiny_pair, tmp_path, "ppl")
+    log = run / "decisions.jsonl"
+    log.write_text("".join(reversed(log.read_text().splitlines(keepends=True))))
+    with pytest.raises(InputError, match=r"decisions\.jsonl, line 1 does not hold the decisions"):
+        again(tiny_pair, run, "ppl")
+    log.write_text("\n".join(json.dumps({"index": i, "candidates": [{}]}) for i in range(2)) + "\n")
+    with pytest.raises(InputError, match=r"decisions\.jsonl, line \d is no decision of ours"):
+        again(tiny_pair, run, "ppl", "b")

@@ -1,0 +1,256 @@
+"""`genssd select`: what it writes, and that a crash at any point loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TinyPair
+
+from genssd import Chunk, Engine, Sampling
+from genssd.distill.data.problems import read_problems
+from genssd.distill.runs.directory import claim
+from genssd.distill.select.run import SelectConfig, open_run, run_select
+from genssd.engine.errors import CapacityError, InputError
+
+Write = Callable[..., Path]
+PROMPTS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "one"}, {"prompt": "four"}]
+
+
+def config_for(pair: TinyPair, data: Path, output_dir: Path, **changes: Any) -> SelectConfig:
+    base = SelectConfig(
+        teacher=str(pair.teacher),
+        student=str(pair.student),
+        data=str(data),
+        output_dir=str(output_dir),
+        candidates=2,
+        chunk=Chunk(tokens=3, until=None),
+        max_tokens=8,
+        memory_bytes=1 << 24,
+        sampling=Sampling(),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_holds_everything(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "2+2?"}]
+    data = write_rows([{"question": "2+2?", "answer": "#### 4"}])
+    summary = run_select(config_for(tiny_pair, data, tmp_path / "run", beam=2, candidates=3), tiny_pair.engine)
+    (row,) = lines(tmp_path / "run" / "selections.jsonl")
+    assert list(row)[:3] == ["messages", "prompt", "completion"]
+    assert row["messages"][:-1] == row["prompt"] == asked
+    assert row["messages"][-1:] == row["completion"]
+    tokenizer = tiny_pair.engine.tokenizer("teacher")
+    assert tokenizer.decode(row["completion_ids"]) == row["completion"][0]["content"]
+    assert row["prompt_ids"] == row["student_prompt_ids"] == tokenizer.encode_prompt(asked)
+    assert row["answer"] == "4"
+    assert sum(chunk["tokens"] for chunk in row["chunks"]) == len(row["completion_ids"])
+    assert row["teacher"] == {"name": str(tiny_pair.teacher), "fingerprint": tiny_pair.engine.fingerprints["teacher"]}
+    assert row["source"] == {"file": str(data), "line": 1}
+    assert row["seed"] == 0
+    assert len(row["others"]) == 1
+    assert (summary.prompts, summary.tokens_kept) == (1, len(row["completion_ids"]))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"]["candidates"] == 3
+
+
+def test_the_decision_log_holds_every_candidate(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    run_select(config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run"), tiny_pair.engine)
+    selections = lines(tmp_path / "run" / "selections.jsonl")
+    decisions = lines(tmp_path / "run" / "decisions.jsonl")
+    assert [row["index"] for row in selections] == [row["index"] for row in decisions]
+    for selection, decision in zip(selections, decisions, strict=True):
+        kept = [c for c in decision["candidates"] if c["verdict"] == "kept"]
+        assert [token for c in kept for token in c["token_ids"]] == selection["completion_ids"]
+        for candidate in decision["candidates"]:
+            counts = {len(values) for values in candidate["student"].values()}
+            assert counts == {len(candidate["token_ids"])} == {len(candidate["teacher_logprob"])}
+        assert sum(len(c["token_ids"]) for c in decision["candidates"]) == selection["tokens_sampled"]
+        # another criterion, or the same one, can be applied to what is written: the numbers are those of the engine
+        (stats,) = tiny_pair.engine.score([selection["student_prompt_ids"]], [selection["completion_ids"]])
+        written = np.array([value for c in kept for value in c["student"]["logprob"]], dtype=np.float32)
+        np.testing.assert_allclose(written, stats.logprob.numpy(), atol=1e-5)
+        first = decision["candidates"][0]
+        if len(first["token_ids"]) > 2:
+            assert first["score"] == pytest.approx(np.exp(-np.mean(first["student"]["logprob"])), rel=1e-5)
+
+
+def test_a_second_run_needs_resume(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
+    run_select(config, tiny_pair.engine)
+    with pytest.raises(InputError, match="holds finished prompts already; pass --resume"):
+        run_select(config, tiny_pair.engine)
+    before = (tmp_path / "run" / "selections.jsonl").read_bytes()
+    run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+    assert (tmp_path / "run" / "selections.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_other_settings_data_and_models(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows(PROMPTS)
+    config = config_for(tiny_pair, data, tmp_path / "run")
+    run_select(config, tiny_pair.engine)
+    with pytest.raises(InputError, match=r"begun with candidates=2, not 5"):
+        run_select(dataclasses.replace(config, resume=True, candidates=5), tiny_pair.engine)
+    swapped = Engine.from_pretrained(tiny_pair.student, tiny_pair.teacher, memory_bytes=1 << 24)
+    with pytest.raises(InputError, match="other models"):
+        run_select(dataclasses.replace(config, resume=True), swapped)
+    write_rows([{"prompt": "else"}, *PROMPTS[1:]])
+    with pytest.raises(InputError, match=r"data\.jsonl is not the file .* row 0 differs"):
+        run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+
+
+@pytest.mark.parametrize("file", ["selections.jsonl", "decisions.jsonl"])
+def test_a_last_line_cut_at_every_byte_is_done_again(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # a thousand real ones would take a minute
+    rows = [{"prompt": "one"}, {"prompt": "two"}]
+    data = write_rows(rows)
+    config = config_for(tiny_pair, data, tmp_path / "run", max_tokens=1, candidates=1)
+    run_select(config, tiny_pair.engine)
+    paths = [tmp_path / "run" / name for name in ("selections.jsonl", "decisions.jsonl")]
+    whole = {path: path.read_bytes() for path in paths}
+    first = {path: path.read_bytes()[: path.read_bytes().index(b"\n") + 1] for path in paths}
+    again = dataclasses.replace(config, resume=True)
+    cut = tmp_path / "run" / file
+    for size in range(len(first[cut]), len(whole[cut])):
+        for path in paths:
+            path.write_bytes(whole[path])
+        cut.write_bytes(whole[cut][:size])
+        # whatever is left of the line, resuming begins with the first prompt done and nothing of the second
+        assert open_run(again, read_problems(data)) == {json.loads(first[cut])["index"]}, f"cut at byte {size}"
+        assert {path: path.read_bytes() for path in paths} == first, f"cut at byte {size}"
+    run_select(again, tiny_pair.engine)
+    assert {path: path.read_bytes() for path in paths} == whole
+
+
+KILLED = """
+import os, signal, sys
+import genssd.distill.runs.journal as journal
+from genssd.cli import main
+
+victim, torn = int(sys.argv[1]), sys.argv[2] == "torn"
+calls = 0
+whole = journal.Journal.append
+
+def append(self, row):
+    global calls
+    calls += 1
+    if calls == victim:
+        if torn:
+            self._stream.write(b'{"messages": [{"role": "us')
+            self._stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(self, row)
+
+journal.Journal.append = append
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "torn"), [(3, False), (4, True), (5, True)])
+def test_kill_9_and_resume(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, victim: int, torn: bool) -> None:
+    data = write_rows(PROMPTS)
+    config = config_for(tiny_pair, data, tmp_path / "run")
+    flags = ["--teacher", config.teacher, "--student", config.student, "--data", config.data]
+    flags += ["--output-dir", config.output_dir, "--candidates", "2", "--chunk.tokens", "3", "--chunk.until", "None"]
+    flags += ["--max-tokens", "8", "--sampling.top-p", "1.0", "--memory-bytes", str(1 << 24)]
+    script = [sys.executable, "-c", KILLED, str(victim), "torn" if torn else "clean", "select", *flags]
+    killed = subprocess.run(script, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    survived = len((tmp_path / "run" / "selections.jsonl").read_bytes().splitlines())
+    assert survived < len(PROMPTS)
+    run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+    run_select(dataclasses.replace(config, output_dir=str(tmp_path / "whole")), tiny_pair.engine)
+    for file in ("selections.jsonl", "decisions.jsonl"):
+        resumed, whole = lines(tmp_path / "run" / file), lines(tmp_path / "whole" / file)
+        assert sorted(row["index"] for row in resumed) == [0, 1, 2, 3]
+        key = lambda row: row["index"]  # noqa: E731
+        assert sorted(resumed, key=key) == sorted(whole, key=key)
+
+
+def test_bad_prompts_are_named_by_file_and_line(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows([{"prompt": "fine"}, {"prompt": "x" * 600}])
+    with pytest.raises(CapacityError, match=r"data\.jsonl, line 2 has 600 tokens; the teacher .* has 512 positions"):
+        run_select(config_for(tiny_pair, data, tmp_path / "run"), tiny_pair.engine)
+    assert (tmp_path / "run" / "selections.jsonl").read_bytes() == b""
+
+
+def test_an_output_dir_that_is_a_file(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output_dir .*file cannot be written"):
+        run_select(config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "file"), tiny_pair.engine)
+
+
+def test_progress_counts_up(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
+    run_select(config, tiny_pair.engine, lambda p: seen.append((p.done, p.total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_lost_decisions_stop_a_resume_and_nothing_is_cut(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
+    run_select(config, tiny_pair.engine)
+    journal, decisions = tmp_path / "run" / "selections.jsonl", tmp_path / "run" / "decisions.jsonl"
+    whole, decided = journal.read_bytes(), decisions.read_bytes().splitlines(keepends=True)
+    for damaged in ([], decided[:2], [decided[1], decided[0], *decided[2:]]):
+        decisions.write_bytes(b"".join(damaged))
+        with pytest.raises(
+            InputError, match=r"decisions\.jsonl lacks the decisions of prompt \d, which .* holds: restore"
+        ):
+            run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+        assert journal.read_bytes() == whole
+        assert decisions.read_bytes() == b"".join(damaged)
+
+
+def test_two_runs_do_not_share_a_directory(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
+    with claim(tmp_path / "run", "select"), pytest.raises(InputError, match="another run is at work in"):
+        run_select(config, tiny_pair.engine)
+    (tmp_path / "run" / "run.json").write_text('{"command": "train"}')
+    with pytest.raises(InputError, match="belongs to a run of `genssd train`"):
+        run_select(config, tiny_pair.engine)
+
+
+def test_a_prompt_that_outgrows_the_cache_is_reported_and_tried_again(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    """Its first rounds fit, a later one does not even alone; the others go on."""
+    data = write_rows([{"prompt": "a" * 40}, {"prompt": "b"}, {"prompt": "c"}])
+    config = config_for(
+        tiny_pair, data, tmp_path / "run", candidates=4, chunk=Chunk(tokens=16, until=None), max_tokens=64
+    )
+    tight = Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, memory_bytes=13 * 16 * 1024)
+    summary = run_select(config, tight)
+    assert len(summary.failures) == 1
+    assert summary.failures[0].startswith(f"{data}, line 1: the prompt's next round does not fit")
+    assert [row["index"] for row in lines(tmp_path / "run" / "selections.jsonl")] == [1, 2]
+    assert tight.pages_in_use[0] == 0
+    again = run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+    assert (again.prompts, again.failures) == (3, ())
+
+
+def test_progress_counts_this_run_alone(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    sampled: list[int] = []
+    data = write_rows(PROMPTS)
+    for name in ("first", "second"):
+        run_select(
+            config_for(tiny_pair, data, tmp_path / name), tiny_pair.engine, lambda p: sampled.append(p.tokens_sampled)
+        )
+    rows = lines(tmp_path / "second" / "selections.jsonl")
+    assert sampled[3] == sampled[7] == sum(row["tokens_sampled"] for row in rows)

@@ -1,0 +1,113 @@
+"""Two processes on the CPU, as torchrun starts them, train what one process trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyPair
+from support.training_runs import ROWS, config_for, metrics, weights
+
+from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.distributed import World
+from genssd.distill.train.on_policy import RolloutOptions
+from genssd.distill.train.trainer import run_train
+from genssd.engine.errors import InputError
+
+Write = Callable[..., Path]
+
+
+def run_two(options: dict[str, Any]) -> str:
+    """`genssd train` under torchrun; returns what is printed."""
+    flags: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "genssd", "train", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_train_what_one_trains(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, fsdp: bool
+) -> None:
+    """At an equal global batch; the last batch of an epoch leaves one process without examples. Resumed, too."""
+    held_out = write_rows(ROWS[:3], "held.jsonl")
+    single = config_for(
+        tiny_pair, write_rows(ROWS[:9]), tmp_path / "one", kd_ratio=0.5, layout="tree", eval_data=(str(held_out),),
+        teacher_model_name_or_path=str(tiny_pair.teacher), gradient_accumulation_steps=4, save_steps=2,
+    )  # fmt: skip
+    run_train(single)
+    names = (
+        "model_name_or_path", "data", "eval_data", "kd_ratio", "layout", "teacher_model_name_or_path", "save_steps",
+        "learning_rate", "num_train_epochs", "logging_steps", "per_device_train_batch_size",
+    )  # fmt: skip
+    options = {name: getattr(single, name) for name in names}
+    options |= {"gradient_accumulation_steps": 2, "fsdp": fsdp, "output_dir": str(tmp_path / "two")}
+    printed = run_two(options)
+    assert printed.count("written to") == 1
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"tokens_per_second"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in expected.items():
+        # Adam's first steps are lr * sign(gradient): where the gradient is nearly 0 rounding decides
+        assert ((value - found[name]).abs() < 1e-5).float().mean() > 0.99, name
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "checkpoint-2").symlink_to(tmp_path / "two" / "checkpoint-2")
+    run_two({**options, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "last"})
+    resumed = weights(tmp_path / "again")
+    assert all(torch.equal(resumed[name], found[name]) for name in found)
+    state = json.loads((tmp_path / "two" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["settings"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """On-policy, with prompts that are there twice."""
+    shared = {
+        "model_name_or_path": str(tiny_pair.student), "data": (str(write_rows([*ROWS[:3], *ROWS[:3]])),),
+        "teacher_model_name_or_path": str(tiny_pair.teacher), "kd_ratio": 1.0, "lmbda": 1.0, "save_steps": 1,
+        "per_device_train_batch_size": 3, "logging_steps": 1, "num_train_epochs": 2,
+    }  # fmt: skip
+    memory = {"rollout.memory_bytes": 1 << 22, "rollout.max_tokens": 5}
+    run_two({**shared, **memory, "output_dir": str(tmp_path / "two")})
+    rollout = RolloutOptions(memory_bytes=1 << 22, max_tokens=5)
+    options: Any = {**shared, "rollout": rollout, "output_dir": str(tmp_path / "one")}
+    run_train(TrainConfig(**{**options, "gradient_accumulation_steps": 2}))
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_parts_are_shared_out_and_nobody_is_left_waiting() -> None:
+    for size in (1, 2, 3):
+        for count in (1, 2, 5, 6):
+            shares = [World(rank, size, None).share(list(range(count))) for rank in range(size)]
+            assert len({len(share) for share in shares}) == 1
+            assert sorted(part for share in shares for part, counts in share if counts) == list(range(count))
+
+
+def test_splitting_needs_several_processes(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", fsdp=True)
+    with pytest.raises(InputError, match="start it with torchrun"):
+        run_train(config)
+    with pytest.raises(InputError, match="adapters go with use_peft alone"):
+        dataclasses.replace(config, use_peft=True)

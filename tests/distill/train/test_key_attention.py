@@ -1,0 +1,256 @@
+"""Attention on key words: finding them, the masses of transformers' eager attention, the loss, and a training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyPair
+from safetensors.torch import load_file
+from support.training_runs import config_for, metrics, weights
+from transformers import AutoModelForCausalLM
+
+from genssd.distill.train.batches import TokenRow, lay_out
+from genssd.distill.train.key_attention import (
+    IMPLEMENTATION,
+    KeyAttentionOptions,
+    Keys,
+    LayerAttention,
+    Router,
+    collecting,
+    find_keys,
+    key_attention_loss,
+    teacher_shares,
+)
+from genssd.distill.train.models import completion_states
+from genssd.distill.train.trainer import run_train
+from genssd.engine.errors import InputError
+
+Write = Callable[..., Path]
+NUMBERS = KeyAttentionOptions(weight=1.0)
+
+
+def words_of(pieces: list[str], keys: Keys) -> list[str]:
+    return ["".join(p for p, w in zip(pieces, keys.word.tolist(), strict=True) if w == j) for j in range(keys.words)]
+
+
+def test_numbers_are_found_where_they_stand_and_once() -> None:
+    prompt = list("9 has 3.5 and 1,200")
+    completion = list("3.5 is less. Then 12 and 3.5 again.")
+    keys = find_keys(prompt, [*completion, ""], NUMBERS)
+    assert keys is not None
+    # the very first token is no word
+    assert words_of([*prompt, *completion, ""], keys) == ["3.53.53.5", "1,200", "12"]
+    assert keys.steps == 2
+    assert keys.step[: len(prompt)].unique().tolist() == [-1]
+    assert keys.step[-1] == -1, "the end of sequence is part of no step"
+    assert keys.step[len(prompt) : -1].tolist() == [0] * len("3.5 is less.") + [1] * len(" Then 12 and 3.5 again.")
+
+
+def test_tokens_may_hold_more_or_less_than_a_word() -> None:
+    keys = find_keys(["x", "a 1", "2 b"], ["3", "4 ", "55."], NUMBERS)
+    assert keys is not None
+    assert keys.word.tolist() == [-1, 0, 0, 1, 1, 2]
+    only = find_keys(["x", "a 12 b"], ["34", " and"], NUMBERS, in_prompt=False)
+    assert only is None, "one word is none to compare"
+    assert find_keys(["x 1 2"], [""], NUMBERS) is None
+
+
+def test_given_words_and_a_limit() -> None:
+    pieces = ["x", " rain", "bow", " rain", ".", " wet"]
+    keys = find_keys(pieces[:1], pieces[1:], KeyAttentionOptions(words=("rain", "wet", "a+b")))
+    assert keys is not None
+    assert keys.word.tolist() == [-1, -1, -1, 0, -1, 1], "rainbow is another word"
+    few = find_keys(["x"], list("1 2 3 1"), KeyAttentionOptions(max_words=2))
+    assert few is not None
+    assert words_of(["x", *"1 2 3 1"], few) == ["11", "2"]
+
+
+def eager_masses(model: Any, ids: list[int], keys: Keys) -> torch.Tensor:
+    """[L, S, W] from transformers' own attention weights."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    model.set_attn_implementation(IMPLEMENTATION)
+    rows = torch.stack([(keys.step == i).float() for i in range(keys.steps)])
+    columns = torch.stack([(keys.word == j).float() for j in range(keys.words)])
+    return torch.stack([rows @ attention[0].mean(0) @ columns.T for attention in attentions])
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_masses_are_those_of_eager_attention(tiny_pair: TinyPair, which: str) -> None:
+    """A llama and a qwen3, in a padded batch."""
+    model: Any = AutoModelForCausalLM.from_pretrained(getattr(tiny_pair, which), dtype=torch.float32)
+    model.set_attn_implementation(IMPLEMENTATION)
+    generator = torch.Generator().manual_seed(0)
+    rows, found = [], []
+    for length in (17, 9, 12):
+        ids = torch.randint(0, 200, (length,), generator=generator)
+        rows.append(TokenRow(tuple(ids.tolist()), 3))
+        step = torch.randint(-1, 3, (length,), generator=generator)
+        step[-3:] = torch.arange(3)
+        word = torch.randint(-1, 4, (length,), generator=generator)
+        word[:4] = torch.arange(4)
+        found.append(Keys(step, word, 3, 4))
+    keys: list[Keys | None] = [found[0], None, found[2]]
+    batch = lay_out(rows, "pad", 0)
+    with collecting(keys) as layers, torch.no_grad():
+        states = completion_states(model, batch)
+    assert layers.masses[1] == []
+    for i in (0, 2):
+        expected = eager_masses(model, list(rows[i].ids), found[i])
+        torch.testing.assert_close(torch.stack(layers.masses[i]), expected, atol=1e-5, rtol=1e-4)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(states, completion_states(model, batch), atol=1e-5, rtol=1e-5)
+
+
+def looked(masses: torch.Tensor, keys: Keys, values: torch.Tensor | None = None) -> LayerAttention:
+    layers = LayerAttention([keys])
+    layers.masses[0] = list(masses)
+    layers.values[0] = list(torch.zeros(len(masses), 3, dtype=masses.dtype) if values is None else values)
+    return layers
+
+
+KEYS = Keys(torch.tensor([-1, -1, -1, 0, 0, 1, 1]), torch.tensor([-1, 0, 1, -1, -1, 2, -1]), 2, 3)
+
+
+def by_formula(theirs: torch.Tensor, ours: torch.Tensor, shares: torch.Tensor, temperature: float) -> float:
+    """With the third word out of the first step's sight."""
+    change = [sum(abs(a[i][j + 1] - a[i][j]) for i in range(2) for j in range(2)) / 4 for a in theirs.tolist()]
+    exponents = [math.exp(c / temperature) for c in change]
+    p = [e / sum(exponents) for e in exponents]
+    total = 0.0
+    for i, seen in ((0, [0, 1]), (1, [0, 1, 2])):
+        q = [sum(p[layer] * float(theirs[layer, i, j]) for layer in range(len(p))) for j in seen]
+        s = [sum(float(shares[layer] * ours[layer, i, j]) for layer in range(len(ours))) for j in seen]
+        log_q = [x - math.log(sum(map(math.exp, q))) for x in q]
+        log_s = [x - math.log(sum(map(math.exp, s))) for x in s]
+        total += sum(math.exp(a) * (a - b) for a, b in zip(log_q, log_s, strict=True))
+    return total / 2
+
+
+def random_masses(layers: int, seed: int) -> torch.Tensor:
+    return torch.rand(layers, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_loss_is_the_formula_whatever_the_numbers_of_layers() -> None:
+    theirs, ours = random_masses(4, 0), random_masses(2, 1)
+    values = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    router = Router(3, 2).double()
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([0.3, -0.2, 0.5]))
+        router.bias.copy_(torch.tensor([0.1, -0.4]))
+    loss = key_attention_loss(looked(theirs, KEYS), looked(ours, KEYS, values), router, NUMBERS)
+    shares = ((values @ router.weight + router.bias) / 0.5).softmax(0).detach()
+    assert float(loss.detach()) == pytest.approx(by_formula(theirs, ours, shares, 0.1), rel=1e-9)
+    assert float(loss.detach()) > 0.0
+
+
+def test_the_router_is_differentiated() -> None:
+    theirs, ours = random_masses(4, 0), random_masses(2, 1)
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor, masses: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        router = Router(3, 2).double()
+        del router.weight, router.bias
+        router.weight, router.bias = weight, bias  # type: ignore[assignment]
+        return key_attention_loss(looked(theirs, KEYS), looked(masses, KEYS, values), router, NUMBERS)
+
+    inputs = [torch.tensor([0.3, -0.2, 0.5]), torch.tensor([0.1, -0.4]), ours, torch.rand(2, 3)]
+    assert torch.autograd.gradcheck(loss, [x.double().requires_grad_() for x in inputs])
+
+
+def test_equal_attention_loses_nothing_and_pulls_nowhere() -> None:
+    """One layer: the mixture is that layer on both sides."""
+    masses = random_masses(1, 3).requires_grad_()
+    loss = key_attention_loss(looked(masses.detach(), KEYS), looked(masses, KEYS), Router(3, 1).double(), NUMBERS)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-12)
+    assert masses.grad is not None
+    assert float(masses.grad.abs().max()) < 1e-12
+
+
+def test_the_order_of_the_words_counts_in_the_mixture_alone() -> None:
+    theirs, order = random_masses(3, 4), [2, 0, 1]
+    assert not torch.allclose(teacher_shares(theirs, 0.1), teacher_shares(theirs[:, :, order], 0.1))
+    everywhere = Keys(torch.tensor([-1, -1, -1, -1, 0, 1]), torch.tensor([-1, 0, 1, 2, -1, -1]), 2, 3)
+    one, other, router = random_masses(1, 5), random_masses(1, 6), Router(3, 1).double()
+    losses = [
+        float(key_attention_loss(looked(a, everywhere), looked(b, everywhere), router, NUMBERS).detach())
+        for a, b in ((one, other), (one[:, :, order], other[:, :, order]))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_rows_may_be_means() -> None:
+    theirs, ours = random_masses(1, 7), random_masses(1, 8)
+    halved = dataclasses.replace(NUMBERS, rows="mean")
+    router = Router(3, 1).double()
+    mean = key_attention_loss(looked(theirs, KEYS), looked(ours, KEYS), router, halved)
+    expected = key_attention_loss(looked(theirs / 2, KEYS), looked(ours / 2, KEYS), router, NUMBERS)
+    assert float(mean.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
+
+
+def test_attention_comes_closer_to_the_teachers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """And nothing else: cross-entropy of data that the loss does not mention would not do that."""
+    rows = [
+        {
+            "prompt": f"Tom has {i} and {i + 3}.",
+            "completion": f"{i} more. Then {i + 3} make {2 * i + 3}. So {2 * i + 3}",
+        }
+        for i in range(11, 19)
+    ]
+    shared = {"teacher_model_name_or_path": str(tiny_pair.teacher), "num_train_epochs": 8, "learning_rate": 3e-3}
+    config = config_for(
+        tiny_pair, write_rows(rows), tmp_path / "run", key_attention=dataclasses.replace(NUMBERS, weight=5.0),
+        save_steps=3, save_total_limit=None, **shared,
+    )  # fmt: skip
+    run_train(config)
+    logged = metrics(tmp_path / "run")
+    attention = [row["attention"] for row in logged]
+    assert sum(attention[-2:]) < 0.6 * sum(attention[:2])
+    for row in logged:
+        assert row["loss"] == pytest.approx(row["cross_entropy"] + 5.0 * row["attention"], rel=1e-5)
+    assert "divergence" not in logged[0]
+    router = load_file(tmp_path / "run" / "checkpoint-6" / "optimizer.safetensors")
+    assert router["extra/router.weight"].any()
+    assert {"router.weight/exp_avg", "router.bias/exp_avg"} <= router.keys()
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "checkpoint-6").symlink_to(tmp_path / "run" / "checkpoint-6")
+    run_train(dataclasses.replace(config, output_dir=str(tmp_path / "part"), resume_from_checkpoint="last"))
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "part")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "run" / "config.json").read_text()).get("_attn_implementation") in (None, "sdpa")
+
+
+def test_rows_without_key_words_are_trained_without(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    rows = [{"prompt": "no", "completion": "numbers"}, {"prompt": "1", "completion": "2"}]
+    config = config_for(
+        tiny_pair, write_rows(rows), tmp_path / "run", key_attention=NUMBERS, max_steps=1,
+        teacher_model_name_or_path=str(tiny_pair.teacher),
+    )  # fmt: skip
+    run_train(config)
+    assert metrics(tmp_path / "run")[0]["attention"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs a teacher in memory"),
+        ({"teacher_model_name_or_path": "t", "layout": "tree"}, "layout pad, no checkpointing"),
+        ({"teacher_model_name_or_path": "t", "gradient_checkpointing": True}, "layout pad, no checkpointing"),
+        ({"teacher_model_name_or_path": "t", "attn_implementation": "eager"}, "brings its own"),
+    ],
+)
+def test_what_it_refuses(tiny_pair: TinyPair, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config_for(tiny_pair, tmp_path / "data", tmp_path / "run", key_attention=NUMBERS, **options)
+    for wrong in ({"weight": -1.0}, {"max_words": 1}, {"teacher_temperature": 0.0}):
+        with pytest.raises(InputError, match="key_attention"):
+            KeyAttentionOptions(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,176 @@
+"""The engine's trajectories with the forward pass's Triton kernels, through the interpreter, against plain torch's.
+
+No GPU means no CUDA tensor: the kernels are put in the place of the operators that the decoder calls.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.toys import Pair, edit_json, save_checkpoint
+from torch import Tensor
+
+from genssd.engine import layout, model
+from genssd.engine.batch import Batch
+from genssd.engine.chunk import Chunk
+from genssd.engine.decode_graph import DecodeGraphs, StagedStep, StepLayout, _Captured
+from genssd.engine.layout import lay_out
+from genssd.engine.model import Decoder
+from genssd.engine.pages import PagePool
+from genssd.engine.runner import ModelRunner
+from genssd.kernels import native
+from genssd.kernels.activation import swiglu_reference
+from genssd.kernels.activation_triton import gated_rows
+from genssd.kernels.attention import SegmentTable, paged_attention_reference
+from genssd.kernels.attention_triton import Launch, Tiles, attend_rows
+from genssd.kernels.cache import write_kv_reference
+from genssd.kernels.cache_triton import write_kv_rows
+from genssd.kernels.device_table import DeviceTable
+from genssd.kernels.norm import add_rms_norm_reference, rms_norm_reference
+from genssd.kernels.norm_triton import add_rms_norm_rows, rms_norm_rows
+
+CPU = torch.device("cpu")
+LAUNCH = Launch(programs=5, tiles=Tiles(block_m=16, block_t=16, num_warps=4, num_stages=2), interpret=True)
+WINDOWED = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1, "vocab_size": 260}
+
+
+def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: SegmentTable | DeviceTable, *, scale: float) -> Tensor:
+    there = table if isinstance(table, DeviceTable) else DeviceTable.of(table, CPU)
+    return attend_rows(q, k_pages, v_pages, there, scale, None, None, launch=LAUNCH)
+
+
+def write(qkv: Tensor, *rest: Any, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> Tensor:
+    return write_kv_rows(qkv, *rest, heads, q_norm, k_norm, eps)
+
+
+OPERATORS = {
+    "triton": {
+        "paged_attention": attend,
+        "write_kv": write,
+        "rms_norm": rms_norm_rows,
+        "add_rms_norm": add_rms_norm_rows,
+        "swiglu": functools.partial(gated_rows, gelu=False),
+    },
+    "plain": {
+        "paged_attention": paged_attention_reference,
+        "write_kv": write_kv_reference,
+        "rms_norm": rms_norm_reference,
+        "add_rms_norm": add_rms_norm_reference,
+        "swiglu": swiglu_reference,
+    },
+}
+
+
+def put_in_place(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, operator in OPERATORS[which].items():
+        monkeypatch.setattr(model, name, operator)
+    monkeypatch.setattr(native, "available", lambda: False)  # all else is plain torch
+    monkeypatch.setitem(layout.SEGMENT, "cpu", 16)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("qwen3", {}), ("qwen2", WINDOWED)], ids=["qwen3", "qwen2-window"])
+def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches of several prompts, drawn, scored, chosen and gone on from."""
+    models = [
+        save_checkpoint(tmp_path / r, kind, seed=s, scale=12.0, **options) for s, r in enumerate(("big", "small"))
+    ]
+    for role in ("big", "small"):
+        for file in ("config.json", "generation_config.json"):
+            edit_json(tmp_path / role / file, eos_token_id=list(range(250, 257)))
+    pair = Pair(tmp_path / "big", tmp_path / "small", *models)
+    prompts = [list(range(40, 73)), [7, 8, 9]]
+    found = {}
+    for which in OPERATORS:
+        put_in_place(which, monkeypatch)
+        found[which] = pair.engine().select_expand(
+            prompts, candidates=2, beam=2, chunk=Chunk(tokens=4, until=None), max_tokens=12, criterion="ppl", seed=3
+        )
+        monkeypatch.undo()
+    for ours, plain in zip(found["triton"], found["plain"], strict=True):
+        assert [(r.trace, r.token_ids, r.verdict, r.ended) for r in ours.tree] == [
+            (r.trace, r.token_ids, r.verdict, r.ended) for r in plain.tree
+        ]
+        scores = ([record.score for record in selection.tree] for selection in (ours, plain))
+        assert next(scores) == pytest.approx(next(scores), rel=1e-4)
+    assert max(len(selection.best.token_ids) for selection in found["triton"]) > 4
+
+
+def load(directory: Path, decoder: Decoder) -> ModelRunner:
+    pool = PagePool.for_model(decoder, 80, 4)
+    pool.kv.fill_(torch.nan)  # whatever is read without having been written shows
+    return ModelRunner("teacher", directory, decoder, pool)
+
+
+@torch.inference_mode()
+def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a captured step computes, without the capture."""
+    put_in_place("triton", monkeypatch)
+    save_checkpoint(tmp_path, "qwen2", **WINDOWED)
+    decoder = Decoder.load(tmp_path, torch.float32, CPU)
+    runner = load(tmp_path, decoder)
+    trunk = runner.tree.root()
+    runner.extend([trunk], [list(range(30))])
+    paths = [trunk, *(runner.tree.fork(trunk) for _ in range(2))]
+    kv = runner.tree.pool.kv
+    tables = lay_out(runner.tree, paths, [1, 1, 1], windows=set(decoder.config.windows), group=2)
+    expected = decoder.forward(torch.tensor([5, 6, 7]), Batch.of(tables, CPU), kv)
+    written = kv.clone()
+    step = StepLayout.of(4, 64, tables)
+    host = np.empty(step.length, dtype=np.int32)
+    step.pack(tables, host)
+    step.pack_ids([5, 6, 7], host)
+    ids_N, batch = step.read(torch.from_numpy(host), tables)
+    found = decoder.forward(ids_N, batch, kv)
+    torch.testing.assert_close(found[:3], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(kv, written, atol=1e-5, rtol=0, equal_nan=True)
+    assert bool(found[3].isfinite().all())
+
+
+class Replay:
+    """In the place of a captured graph: does again what it did."""
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self.replay = step
+
+
+@torch.inference_mode()
+def test_steps_that_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner over replayed steps, in changing numbers of branches and over growing tables, equals the eager one."""
+    put_in_place("triton", monkeypatch)
+    save_checkpoint(tmp_path, "qwen2", **WINDOWED)
+    decoder = Decoder.load(tmp_path, torch.float32, CPU)
+    captures: list[int] = []
+
+    def capture(self: DecodeGraphs, staged: StagedStep) -> _Captured:
+        layout, buffer = staged.layout, staged.host.clone()
+        captures.append(layout.rows)
+        ids_N, batch = layout.read(buffer, staged.tables)
+        hidden_ND = torch.full((layout.rows, decoder.config.hidden_size), torch.nan)
+        replay: Any = Replay(lambda: hidden_ND.copy_(decoder.forward(ids_N, batch, self._kv)))
+        return _Captured(layout, buffer, replay, hidden_ND)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+
+    def decode(replayed: bool) -> list[Tensor]:
+        runner = load(tmp_path, decoder)
+        runner._graphs = DecodeGraphs(decoder, runner.tree.pool.kv) if replayed else None
+        trunk = runner.tree.root()
+        found = runner.extend([trunk], [list(range(14))])
+        paths = [trunk, *(runner.tree.fork(trunk) for _ in range(2))]
+        for step in range(8):
+            found += runner.extend(paths, [[7 * i + step] for i in range(3)])
+        found += runner.extend(paths[:2], [[1], [2, 3]])  # no step of single tokens
+        return found + runner.extend(paths[1:2], [[4]])
+
+    eager, replayed = decode(False), decode(True)
+    torch.testing.assert_close(replayed, eager, atol=1e-5, rtol=1e-5)
+    assert captures.count(1) == 1
+    assert 2 <= captures.count(4) <= 4  # the tables outgrew the first, and not at every step
+    assert len(captures) == captures.count(1) + captures.count(4)
