@@ -13,16 +13,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from genssd.distill.data.answers import is_correct
 from genssd.distill.data.problems import ProblemRow, read_problems
-from genssd.distill.runs.directory import claim
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import write_json, write_jsonl
+from genssd.distill.runs.journal import write_jsonl
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Checkpoint, Operational
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -35,24 +35,27 @@ BOOTSTRAP_DRAWS = 2000
 class EvaluateConfig(EngineOptions):
     """Measure a model's accuracy."""
 
-    model: str
-    """Hub id or local directory."""
+    model: Checkpoint[str]
+    """Hub id or local directory of the model."""
     data: str
     """JSONL file of problems with an answer | solution | target field."""
-    output_dir: str = "runs/evaluate"
+    output_dir: Operational[str] = "runs/evaluate"
+    """Directory that the results are written to."""
     limit: int | None = None
     """Take only the first rows of the data."""
     samples: int = 0
-    """Draws per problem for avg@k, beside the greedy answer; 0: greedy only."""
+    """Number of samples per problem for avg@k, in addition to the greedy response; 0: greedy only."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the samples are drawn."""
     max_tokens: int = 2048
+    """Maximum number of tokens in a response."""
     seed: int = 0
+    """Seed of the samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A share with its 95 % interval."""
+    """A fraction or a mean with its 95 % interval."""
 
     value: float
     low: float
@@ -64,63 +67,56 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Results of one model. correct: per problem, whether the greedy answer is right."""
+    """The results of one model."""
 
     accuracy: Estimate
+    """Fraction of the problems whose greedy response is correct."""
     avg_at_k: Estimate | None
+    """Mean over problems of the fraction of correct samples. None without samples."""
     samples: int
     correct: tuple[bool, ...]
+    """Whether the greedy response is correct, per problem."""
     unfinished: int
-    """Greedy responses cut at max_tokens; they count as they are."""
+    """Number of greedy responses cut at max_tokens; they are judged as they are."""
     mean_tokens: float
+    """Mean number of tokens in the greedy responses."""
 
 
 def run_evaluate(
     config: EvaluateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Evaluation:
-    """Evaluate on a file. engine: a loaded one whose student is the model. Raises GenssdError on bad input."""
+    """Evaluate on a file. engine: a loaded engine whose student is the model. Raises GenssdError on bad input."""
     if config.samples < 0:
         raise InputError(f"samples must be >= 0, not {config.samples}")
     problems = read_problems(config.data, config.limit)
     for problem in problems:
         if problem.answer is None:
             raise InputError(f"{config.data}, line {problem.line}: no answer; a row needs answer, target or solution")
-    output_dir = Path(config.output_dir)
-    with claim(output_dir, "evaluate"):
-        if (output_dir / "evaluation.jsonl").exists():
-            raise InputError(f"{output_dir} holds an evaluation already; choose another output_dir")
-        return _evaluate(config, problems, output_dir, engine, report)
-
-
-def _evaluate(
-    config: EvaluateConfig,
-    problems: Sequence[ProblemRow],
-    output_dir: Path,
-    engine: Engine | None,
-    report: Callable[[int, int], None],
-) -> Evaluation:
-    engine = engine or config.load(student=config.model)
-    total = len(problems) * (2 if config.samples else 1)
-    labels = [f"{config.data}, line {problem.line}" for problem in problems]
-    greedy = _generate(engine, problems, labels, config, Sampling(temperature=0.0), 1, lambda n: report(n, total))
-    sampled: list[list[Completion]] = [[] for _ in problems]
-    if config.samples:
-        sampled = _generate(
-            engine,
-            problems,
-            labels,
-            config,
-            config.sampling,
-            config.samples,
-            lambda n: report(len(problems) + n, total),
-        )
-    results = [_judge(problem, one[0], many) for problem, one, many in zip(problems, greedy, sampled, strict=True)]
-    evaluation = _summarise(results, config)
-    write_jsonl(output_dir / "evaluation.jsonl", [result.row() for result in results])
-    fields = {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "correct"}
-    identity = {"fingerprint": engine.fingerprints["student"], "config": dataclasses.asdict(config)}
-    write_json(output_dir / "summary.json", {**fields, **identity})
+    fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
+    with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
+        engine = engine or config.load(student=config.model)
+        results = _generate_and_judge(config, engine, problems, report)
+        evaluation = _summarise(results, config)
+        write_jsonl(run.journal_path, [result.row() for result in results])
+        fields = {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "correct"}
+        identity = {"fingerprint": engine.fingerprints["student"], "config": dataclasses.asdict(config)}
+        run.write_summary({**fields, **identity})
     return evaluation
+
+
+def _generate_and_judge(
+    config: EvaluateConfig, engine: Engine, problems: Sequence[ProblemRow], report: Callable[[int, int], None]
+) -> list[_Result]:
+    """Return the greedy response and the samples of every problem, with their verdicts."""
+    total = len(problems) * (2 if config.samples else 1)
+    greedy = _generate(engine, problems, config, Sampling(temperature=0.0), 1, lambda n: report(n, total))
+    samples: list[list[Completion]] = [[] for _ in problems]
+    if config.samples:
+        first = len(problems)
+        samples = _generate(
+            engine, problems, config, config.sampling, config.samples, lambda n: report(first + n, total)
+        )
+    return [_judge(problem, one[0], many) for problem, one, many in zip(problems, greedy, samples, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +161,7 @@ def _summarise(results: Sequence[_Result], config: EvaluateConfig) -> Evaluation
 
 
 def wilson(outcomes: Sequence[bool], z: float = 1.96) -> Estimate:
-    """The share of successes with Wilson's score interval (1927)."""
+    """Return the fraction of successes with Wilson's score interval (1927)."""
     n, p = len(outcomes), sum(outcomes) / len(outcomes)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -173,7 +169,7 @@ def wilson(outcomes: Sequence[bool], z: float = 1.96) -> Estimate:
 
 
 def bootstrap(values: Sequence[float], seed: int) -> Estimate:
-    """The mean with its percentile bootstrap interval over the given values."""
+    """Return the mean with its percentile bootstrap interval over the given values."""
     sample = np.asarray(values, dtype=float)
     draws = np.random.default_rng(seed).integers(0, len(sample), (BOOTSTRAP_DRAWS, len(sample)))
     low, high = np.percentile(sample[draws].mean(axis=1), [2.5, 97.5])
@@ -183,12 +179,12 @@ def bootstrap(values: Sequence[float], seed: int) -> Estimate:
 def _generate(
     engine: Engine,
     problems: Sequence[ProblemRow],
-    labels: Sequence[str],
     config: EvaluateConfig,
     sampling: Sampling,
     n: int,
     report: Callable[[int], None],
 ) -> list[list[Completion]]:
+    """Return n responses to each problem. report: takes the number of finished problems."""
     completions: list[list[Completion]] = [[] for _ in problems]
     generated = engine.iter_generate(
         [problem.prompt for problem in problems],
@@ -197,7 +193,7 @@ def _generate(
         sampling=sampling,
         max_tokens=config.max_tokens,
         seed=config.seed,
-        labels=labels,
+        labels=[f"{config.data}, line {problem.line}" for problem in problems],
     )
     for done, (index, responses) in enumerate(generated, start=1):
         completions[index] = responses

@@ -1,7 +1,8 @@
-"""`genssd distill`: rounds of select, train, and a refreshed student that chooses in the next round.
+"""`genssd distill`: rounds of select and train; the student of one round chooses in the next.
 
 OUTPUT_DIR/run.json                settings, fingerprints of the models, versions
 OUTPUT_DIR/rounds.jsonl            one line per finished round: what was kept, the loss, the accuracy
+OUTPUT_DIR/summary.json            the number of rounds and the last student
 OUTPUT_DIR/round-N/problems.jsonl  the problems of the round
 OUTPUT_DIR/round-N/select/         as `genssd select` leaves it
 OUTPUT_DIR/round-N/kept.jsonl      finished trajectories that are not known to be wrong: what is trained on
@@ -12,7 +13,6 @@ OUTPUT_DIR/round-N/evaluate/       with eval_data; round-0 is the student at the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,47 +23,50 @@ from typing import Any
 from genssd.distill.data.answers import is_correct
 from genssd.distill.data.problems import read_lines, read_problems
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
-from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
-from genssd.distill.select.run import SETTINGS_OF_THE_RESULT as OF_SELECTION
+from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Checkpoint, DataFile, Operational
 from genssd.distill.select.run import SelectConfig, SelectProgress, SelectSettings, run_select
 from genssd.distill.train.checkpoints import complete_checkpoints
-from genssd.distill.train.config import SETTINGS_OF_THE_RESULT as OF_TRAINING
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import TrainProgress, run_train
-from genssd.engine.checkpoint import fingerprint, locate
+from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.runner import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig:
-    """Rounds of: the student chooses what the teacher writes, is trained on it, and chooses again."""
+    """Rounds in which the student chooses what the teacher writes and is then trained on it."""
 
-    teacher: str
+    teacher: Checkpoint[str]
     """Hub id or local directory of the model that writes."""
-    student: str
+    student: Checkpoint[str]
     """Hub id or local directory of the model to train; it scores in the first round."""
-    data: str
+    data: DataFile[str]
     """JSONL file of problems, as for select."""
-    output_dir: str = "runs/distill"
-    resume: bool = False
-    """Go on with an interrupted run."""
-    rounds: int = 2
+    output_dir: Operational[str] = "runs/distill"
+    """Directory that all rounds are written to."""
+    resume: Operational[bool] = False
+    """Continue an interrupted run. More rounds may be asked for than before."""
+    rounds: Operational[int] = 2
+    """Number of rounds."""
     prompts_per_round: int | None = None
-    """Each round takes the next so many problems, from the beginning again at the end; None: all in every round."""
+    """Number of problems in a round: each round takes the next ones, and starts again at the end of the file. None:
+    every round takes all problems."""
     restart: bool = False
-    """Train every round from the first student, on the trajectories of all rounds so far; else from the last student,
-    on those of the round."""
+    """Train every round from the first student, on the trajectories of all rounds so far. Otherwise each round trains
+    the student of the round before, on its own trajectories."""
     require_correct: bool = True
     """Leave out trajectories that miss the reference answer, where a problem has one."""
-    eval_data: str | None = None
-    """Problems with answers on which every round's student is measured."""
+    eval_data: DataFile[str | None] = None
+    """JSONL file of problems with answers on which every round's student is evaluated."""
     eval_limit: int | None = None
+    """Take only the first rows of eval_data."""
     select: SelectSettings = field(default_factory=SelectSettings)
-    """The seed of a round is this one's plus its number, minus 1."""
+    """How every round selects. The seed of round N is this seed plus N - 1."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    """How every round trains. These settings may change until the first training begins."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "prompts_per_round", "eval_limit"):
@@ -78,46 +81,34 @@ class DistillConfig:
             )
 
 
-SETTINGS_OF_THE_RESULT = (
-    "student",
-    "teacher",
-    "prompts_per_round",
-    "restart",
-    "require_correct",
-    "eval_limit",
-    "data_fingerprint",
-    "eval_fingerprint",
-    "select",
-)
-"""What must not change between the parts of one run; more rounds may be added. `train` may change until it is used."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSummary:
-    """What a round did."""
+    """The results of one round."""
 
     round: int
     prompts: int
     statuses: Mapping[str, int]
+    """Number of selections by status."""
     kept: int
-    """Trajectories trained on that are of this round."""
+    """Number of the round's trajectories that were trained on."""
     mean_tokens: float
-    """Of the kept."""
+    """Mean number of tokens in the kept trajectories."""
     mean_score: float | None
-    """The criterion's, of the kept, by the student that chose them."""
+    """Mean value of the criterion over the kept trajectories, by the student that chose them."""
     loss: float
-    """Of the last training step."""
+    """Loss of the last training step."""
     accuracy: float | None
-    """Greedy, on eval_data, after the round."""
+    """Greedy accuracy on eval_data after the round. None without eval_data."""
     student: str
+    """Directory of the trained student."""
 
 
 Report = Callable[[str, SelectProgress | TrainProgress | tuple[int, int]], None]
-"""Takes what is going on ("round 2 select") and how far it is."""
+"""A function that takes the name of the current task ("round 2 select") and its progress."""
 
 
-def run_distill(config: DistillConfig, report: Report = lambda what, progress: None) -> Iterator[RoundSummary]:
-    """Run the rounds and yield each as it ends, those of an earlier part of the run first.
+def run_distill(config: DistillConfig, report: Report = lambda task, progress: None) -> Iterator[RoundSummary]:
+    """Run the rounds and yield each as it ends, rounds of an earlier part of the run first.
 
     Raises GenssdError on bad input; what was finished is on disk.
     """
@@ -128,60 +119,33 @@ def run_distill(config: DistillConfig, report: Report = lambda what, progress: N
         locate(config.train.teacher_model_name_or_path)
     for path in (*config.train.eval_data, *((config.eval_data,) if config.eval_data else ())):
         next(read_lines(path), None)  # before hours of selecting
-    with claim(Path(config.output_dir), "distill"):
-        yield from _run(config, report)
-
-
-def _run(config: DistillConfig, report: Report) -> Iterator[RoundSummary]:
-    output_dir = Path(config.output_dir)
-    journal = output_dir / "rounds.jsonl"
-    finished = _finished(config, journal)
-    models: dict[Role, str] = {
-        "teacher": fingerprint(locate(config.teacher)),
-        "student": fingerprint(locate(config.student)),
-    }
-    settings = {
-        **dataclasses.asdict(config),
-        "data_fingerprint": _digest(config.data),
-        "eval_fingerprint": None if config.eval_data is None else _digest(config.eval_data),
-        "select": {name: value for name, value in dataclasses.asdict(config.select).items() if name in OF_SELECTION},
-        "train": {name: value for name, value in dataclasses.asdict(config.train).items() if name in OF_TRAINING},
-    }
-    resumed = (output_dir / "run.json").exists()
-    if resumed and not config.resume:
-        raise InputError(f"{output_dir} holds a run already; pass --resume, or choose another output_dir")
-    begun = any(output_dir.glob("round-*/train/metrics.jsonl"))
-    names = (*SETTINGS_OF_THE_RESULT, *(("train",) if begun else ()))
-    record_run(output_dir, "distill", settings, names, models, resumed=resumed)
-    if resumed:  # with what may have changed
-        record_run(output_dir, "distill", settings, names, models, resumed=False)
-    yield from finished
-    student = finished[-1].student if finished else config.student
-    if config.eval_data is not None and not finished:
-        _evaluate(config, 0, student, report)
-    with Journal(journal) as log:
-        for number in range(len(finished) + 1, config.rounds + 1):
+    training_begun = any(Path(config.output_dir).glob("round-*/train/metrics.jsonl"))
+    free = () if training_begun else ("train",)
+    with Run.open(config, "distill", journal="rounds.jsonl", parts="round-*", free=free) as run:
+        summaries = _finished_rounds(run)
+        yield from summaries
+        student = summaries[-1].student if summaries else config.student
+        if config.eval_data is not None and not summaries:
+            _evaluate(config, 0, student, report)
+        for number in range(len(summaries) + 1, config.rounds + 1):
             summary = _round(config, number, student, report)
-            log.append(dataclasses.asdict(summary))
+            run.journal.append(dataclasses.asdict(summary))
             student = summary.student
             yield summary
+        run.write_summary({"rounds": max(config.rounds, len(summaries)), "student": student})
 
 
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def _finished(config: DistillConfig, journal: Path) -> list[RoundSummary]:
-    """The rounds in the journal, which is cut to whole lines."""
-    found, end = [], 0
-    for row, line_end in complete_rows(journal):
+def _finished_rounds(run: Run) -> list[RoundSummary]:
+    """Return the rounds in the journal. Raises InputError on a damaged line."""
+    summaries: list[RoundSummary] = []
+    for row in run.done():
         try:
-            found.append(RoundSummary(**row))
+            summaries.append(RoundSummary(**row))
         except TypeError:
-            raise InputError(f"{journal}, line {len(found) + 1} is damaged; restore it or remove it") from None
-        end = line_end
-    truncate(journal, end)
-    return found
+            raise InputError(
+                f"{run.journal_path}, line {len(summaries) + 1} is damaged; restore it or remove it"
+            ) from None
+    return summaries
 
 
 def _round(config: DistillConfig, number: int, student: str, report: Report) -> RoundSummary:
@@ -225,7 +189,7 @@ def _round(config: DistillConfig, number: int, student: str, report: Report) -> 
 
 
 def _problems(config: DistillConfig, number: int) -> list[bytes]:
-    """The lines of a round."""
+    """Return the lines of the data file that belong to a round."""
     lines = [raw.rstrip(b"\n") + b"\n" for _, raw in read_lines(config.data)]
     count = config.prompts_per_round
     if count is None:
@@ -234,7 +198,7 @@ def _problems(config: DistillConfig, number: int) -> list[bytes]:
 
 
 def _keep(config: DistillConfig, selections: Path, path: Path) -> Sequence[Mapping[str, Any]]:
-    """Write what is trained on."""
+    """Write the trajectories that are trained on, and return them."""
     rows = []
     for row, _ in complete_rows(selections):
         text = row["messages"][-1]["content"]
@@ -270,7 +234,7 @@ def _train(config: DistillConfig, number: int, student: str, report: Report) -> 
 
 
 def _evaluate(config: DistillConfig, number: int, model: str, report: Report) -> float:
-    """Greedy accuracy; measured once."""
+    """Return the greedy accuracy of a model; it is measured once and then read from summary.json."""
     assert config.eval_data is not None
     directory = Path(config.output_dir) / f"round-{number}" / "evaluate"
     if (directory / "summary.json").exists():
@@ -286,5 +250,4 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Report) ->
         max_tokens=config.select.max_tokens,
         samples=0,
     )
-    found = run_evaluate(evaluating, report=lambda *p: report(f"round {number} evaluate", p))
-    return found.accuracy.value
+    return run_evaluate(evaluating, report=lambda *p: report(f"round {number} evaluate", p)).accuracy.value

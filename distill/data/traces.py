@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -18,7 +18,6 @@ from typing import Any
 
 from genssd.distill.data.examples import Example, encode_example
 from genssd.distill.data.problems import QUESTION_FIELDS, parse_object, read_lines, reference_answer
-from genssd.distill.runs.journal import complete_rows
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
@@ -136,17 +135,17 @@ def source_of(trace: Trace) -> dict[str, Any]:
     return {"file": trace.file, "line": trace.line, "response": trace.response, "fingerprint": fingerprint}
 
 
-def journalled(journal: Path, traces: Sequence[Trace]) -> list[int]:
-    """Where the lines of a journal with one line per trace end, 0 in front.
+def check_same_traces(rows: Iterable[Mapping[str, Any]], traces: Sequence[Trace], journal: Path) -> int:
+    """Return the number of rows of a journal with one row per trace.
 
-    Raises InputError when they are not those of the first traces.
+    Raises InputError when they are not the rows of the first traces.
     """
-    ends = [0]
-    for row, end in complete_rows(journal):
-        if len(ends) > len(traces) or row.get("source") != source_of(traces[len(ends) - 1]):
+    count = 0
+    for row in rows:
+        if count == len(traces) or row.get("source") != source_of(traces[count]):
             raise InputError(f"{journal} was begun with other data; choose another output_dir")
-        ends.append(end)
-    return ends
+        count += 1
+    return count
 
 
 def training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:

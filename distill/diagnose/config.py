@@ -8,6 +8,7 @@ from typing import Literal
 from genssd.distill.diagnose.alignment import LOSSES, Loss
 from genssd.distill.diagnose.contexts import Reader, Templates, readers_of
 from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.settings import Checkpoint, NamedCheckpoint, Operational, Recomputed
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
 
@@ -16,21 +17,22 @@ from genssd.engine.sampling import Sampling
 class DiagnoseConfig(EngineOptions):
     """Measure how teachers, losses and contexts are aligned with the student's success, without training."""
 
-    student: str
+    student: Checkpoint[str]
     """Hub id or local directory of the model that would be trained."""
-    teacher: tuple[str, ...] = ()
+    teacher: NamedCheckpoint[tuple[str, ...]] = ()
     """Hub ids or directories of teachers, with the student's tokenizer; loaded one after another."""
     contexts: tuple[str, ...] = ()
     """Fields of the rows (hint, solution, summary, any other) that the student reads as its own teacher."""
     context_readers: Literal["student", "all"] = "student"
     """Whether the teachers are asked with each context, too."""
     templates: Templates = field(default_factory=Templates)
-    data: str
+    # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
+    data: Operational[str]
     """JSONL file of problems with answers."""
-    output_dir: str = "runs/diagnose"
-    resume: bool = False
+    output_dir: Operational[str] = "runs/diagnose"
+    resume: Operational[bool] = False
     """Go on with an interrupted run; a finished one is drawn again."""
-    limit: int | None = None
+    limit: Operational[int | None] = None
     """Take only the first rows of the data."""
     rollouts: int = 4
     """Of the student, per question."""
@@ -51,12 +53,12 @@ class DiagnoseConfig(EngineOptions):
     """Of a whole response. One that is cut off has failed."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the student writes: as it would in training. Losses and ideal gradient are taken at temperature 1."""
-    losses: tuple[Loss, ...] = LOSSES
-    beta: float = 0.5
+    losses: Recomputed[tuple[Loss, ...]] = LOSSES
+    beta: Recomputed[float] = 0.5
     """Of jsd."""
-    alpha: float = 0.1
+    alpha: Recomputed[float] = 0.1
     """Of the skewed losses."""
-    page_questions: int = 24
+    page_questions: Recomputed[int] = 24
     """Shown with their text on the page."""
     seed: int = 0
 
@@ -80,10 +82,3 @@ class DiagnoseConfig(EngineOptions):
     def readers(self) -> list[Reader]:
         """The student, then its teachers."""
         return readers_of(self.student, self.teacher, self.contexts, self.context_readers)
-
-
-SETTINGS_OF_THE_RESULT = (
-    "student", "teacher", "contexts", "context_readers", "templates", "rollouts", "nodes_per_window", "top_k",
-    "teacher_top_k", "min_probability", "completions", "budget", "max_tokens", "sampling", "seed", "dtype",
-)  # fmt: skip
-"""What must not change between the parts of one run. Losses are computed from what is written down."""

@@ -26,7 +26,7 @@ import numpy as np
 
 from genssd.distill.data.answers import is_correct
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
-from genssd.distill.diagnose.config import SETTINGS_OF_THE_RESULT, DiagnoseConfig
+from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import prompt_for, read_contexts
 from genssd.distill.diagnose.forcing import Outcome, Question, Spent, Verify, force_nodes, succeeds
 from genssd.distill.diagnose.page import render
@@ -34,9 +34,9 @@ from genssd.distill.diagnose.placement import place
 from genssd.distill.diagnose.reading import Load, Models, Reading, ReadNode, read_nodes
 from genssd.distill.diagnose.rows import node_rows, question_row
 from genssd.distill.diagnose.tables import Diagnosis, diagnose
-from genssd.distill.runs.directory import claim, record_run
-from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_json, write_jsonl
-from genssd.engine.checkpoint import fingerprint, locate
+from genssd.distill.runs.journal import write_jsonl, write_text
+from genssd.distill.runs.run import Run
+from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
@@ -80,8 +80,13 @@ def run_diagnose(
     for problem in problems:
         if problem.answer is None:
             raise InputError(f"{config.data}, line {problem.line}: no answer; a row needs answer, target or solution")
-    with claim(Path(config.output_dir), "diagnose"):
-        return _run(config, problems, load or _loader(config), report, verify)
+    with Run.open(config, "diagnose", journal="questions.jsonl") as run:
+        tokenizers = _tokenizers(config)
+        contexts = read_contexts(config.data, config.contexts, config.limit)
+        _diagnose_questions(
+            run, config, problems, contexts, tokenizers, Models(load or _loader(config)), report, verify
+        )
+        return _summarise(run, config)
 
 
 def _loader(config: DiagnoseConfig) -> Load:
@@ -91,46 +96,50 @@ def _loader(config: DiagnoseConfig) -> Load:
     return load
 
 
-def _run(
-    config: DiagnoseConfig, problems: Sequence[ProblemRow], load: Load, report: Report, verify: Verify
-) -> DiagnoseSummary:
-    output_dir = Path(config.output_dir)
-    journal = output_dir / "questions.jsonl"
-    begun = is_begun(journal, resume=config.resume)
-    tokenizers = _tokenizers(config)
-    contexts = read_contexts(config.data, config.contexts, config.limit)
+def _diagnose_questions(
+    run: Run,
+    config: DiagnoseConfig,
+    problems: Sequence[ProblemRow],
+    contexts: Sequence[Mapping[str, str]],
+    tokenizers: Mapping[str, Tokenizer],
+    models: Models,
+    report: Report,
+    verify: Verify,
+) -> None:
+    """Journal a row for every question that is not in the journal yet."""
     prompts = _prompts(config, problems, contexts, tokenizers)
-    settings = dataclasses.asdict(config)
-    record_run(output_dir, "diagnose", settings, SETTINGS_OF_THE_RESULT, _fingerprints(config), resumed=begun)
-    done = _resume(config, problems, contexts, journal)
+    done = _finished(run, config, problems, contexts)
+    if done == len(problems):
+        return
     questions = _questions(config, problems, tokenizers[config.student])
-    if done < len(problems):
-        with Journal(journal) as log:
-            for q, found in _work(config, Models(load), questions, done, prompts, report, verify):
-                problem = problems[q.index]
-                log.append(
-                    question_row(
-                        q,
-                        problem,
-                        contexts[q.index],
-                        found.correct,
-                        found.planned,
-                        found.read,
-                        found.outcomes,
-                        found.spent,
-                        {"file": config.data, "line": problem.line},
-                        tokenizers[config.student],
-                        config.completions,
-                    )
-                )
-    rows = [row for row, _ in complete_rows(journal)]
+    for q, found in _work(config, models, questions, done, prompts, report, verify):
+        problem = problems[q.index]
+        run.journal.append(
+            question_row(
+                q,
+                problem,
+                contexts[q.index],
+                found.correct,
+                found.planned,
+                found.read,
+                found.outcomes,
+                found.spent,
+                {"file": config.data, "line": problem.line},
+                tokenizers[config.student],
+                config.completions,
+            )
+        )
+
+
+def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
+    """Write what follows from the finished journal: nodes.jsonl, summary.json and the page."""
+    rows = list(run.done())
     nodes = [node for row in rows for node in node_rows(row, config.losses, config.beta, config.alpha)]
-    write_jsonl(output_dir / "nodes.jsonl", nodes)
+    write_jsonl(run.path("nodes.jsonl"), nodes)
     diagnosis = diagnose(rows, nodes, [reader.name for reader in config.readers()[1:]], config.losses, config.seed)
-    write_json(output_dir / "summary.json", diagnosis.as_json())
-    page = render(diagnosis, rows, nodes, config.student, config.page_questions)
-    (output_dir / "diagnosis.html").write_text(page, encoding="utf-8")
-    return DiagnoseSummary(output_dir=output_dir, diagnosis=diagnosis)
+    run.write_summary(diagnosis.as_json())
+    write_text(run.path("diagnosis.html"), render(diagnosis, rows, nodes, config.student, config.page_questions))
+    return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis)
 
 
 def _tokenizers(config: DiagnoseConfig) -> dict[str, Tokenizer]:
@@ -143,13 +152,6 @@ def _tokenizers(config: DiagnoseConfig) -> dict[str, Tokenizer]:
                 "student's token ids, so it needs the same tokenizer"
             )
     return tokenizers
-
-
-def _fingerprints(config: DiagnoseConfig) -> dict[Role, str]:
-    of: dict[Role, str] = {"student": fingerprint(locate(config.student))}
-    if config.teacher:
-        of["teacher"] = ",".join(fingerprint(locate(model)) for model in config.teacher)
-    return of
 
 
 def _prompts(
@@ -194,19 +196,18 @@ def _questions(config: DiagnoseConfig, problems: Sequence[ProblemRow], tokenizer
     return questions
 
 
-def _resume(
-    config: DiagnoseConfig, problems: Sequence[ProblemRow], contexts: Sequence[Mapping[str, str]], journal: Path
+def _finished(
+    run: Run, config: DiagnoseConfig, problems: Sequence[ProblemRow], contexts: Sequence[Mapping[str, str]]
 ) -> int:
-    """How many of the first questions are in the journal, which is cut to whole lines."""
-    done = end = 0
-    for row, line_end in complete_rows(journal):
-        check_same_problem(row, problems, config.data, journal)
+    """Return the number of questions in the journal. Raises InputError when they are not the first of the data."""
+    done = 0
+    for row in run.done():
+        check_same_problem(row, problems, config.data, run.journal_path)
         if row["index"] != done:
-            raise InputError(f"{journal}, line {done + 1} is damaged; restore it or remove it before resuming")
+            raise InputError(f"{run.journal_path}, line {done + 1} is damaged; restore it or remove it before resuming")
         if row.get("contexts") != contexts[done]:
-            raise InputError(f"{config.data}: row {done} has other contexts than {journal} was begun with")
-        done, end = done + 1, line_end
-    truncate(journal, end)
+            raise InputError(f"{config.data}: row {done} has other contexts than {run.journal_path} was begun with")
+        done += 1
     return done
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from genssd.distill.runs.settings import Operational
 from genssd.engine.engine import Engine
 
 
@@ -11,15 +12,15 @@ from genssd.engine.engine import Engine
 class EngineOptions:
     """The arguments of `Engine.from_pretrained` beside the models."""
 
-    device: str | None = None
+    device: Operational[str | None] = None
     """None: CUDA where there is one, else the CPU."""
     dtype: str = "auto"
     """auto: the checkpoint's own, float32 on a CPU without bf16."""
-    memory_utilization: float = 0.9
+    memory_utilization: Operational[float] = 0.9
     """Share of the free memory that the caches get."""
-    memory_bytes: int | None = None
+    memory_bytes: Operational[int | None] = None
     """The caches' budget in bytes instead."""
-    max_batch: int = 256
+    max_batch: Operational[int] = 256
     """Candidates decoded at once."""
 
     def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:

@@ -68,14 +68,6 @@ def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             yield row, end
 
 
-def is_begun(journal: Path, *, resume: bool) -> bool:
-    """Whether a journal holds finished work. Raises InputError if it does and is not to be gone on with."""
-    begun = any(True for _ in complete_rows(journal))
-    if begun and not resume:
-        raise InputError(f"{journal} holds finished work already; pass --resume, or choose another output_dir")
-    return begun
-
-
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The row of a complete line, else None."""
     try:
@@ -96,15 +88,16 @@ def truncate(path: Path, size: int) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a small JSON file atomically: readers see the old one or the new one. Raises InputError if it cannot."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a whole JSONL file atomically. Raises InputError if it cannot."""
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file atomically, as UTF-8. Raises InputError if it cannot."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,13 @@
     g_i = |d loss / d embedding_i| of every token of the question, for student and teacher, each scaled to [0, 1]
     delta = g_teacher - g_student, scaled to [0, 1]
 
-The tokens of the least delta move the student and not the teacher. Each run of them is taken out of the prompt by
-itself: the same completion behind a shorter question is one more row to distil on.
+The tokens with the smallest delta influence the student and not the teacher. Each span of them is removed from the
+prompt by itself: the same completion after a shorter question is one more row to distil on.
 
-OUTPUT_DIR/journal.jsonl           one line per trace: what was found
+OUTPUT_DIR/journal.jsonl           one line per trace: the spans that distract the student
 OUTPUT_DIR/counterfactuals.jsonl   every trace, and its counterfactuals: what training reads
 OUTPUT_DIR/bad_rows.txt            what could not be used, by file and line
+OUTPUT_DIR/summary.json            counts of traces and counterfactuals
 """
 
 from __future__ import annotations
@@ -24,39 +25,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genssd.distill.data.traces import Trace, journalled, source_of, training_row, usable_traces
-from genssd.distill.runs.directory import claim, record_run
-from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_jsonl
+from genssd.distill.data.traces import Trace, check_same_traces, source_of, training_row, usable_traces
+from genssd.distill.runs.journal import write_jsonl
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Checkpoint, Operational
 from genssd.distill.train.models import load_model, load_teacher
-from genssd.engine.checkpoint import fingerprint, locate
+from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, choose_dtype
-from genssd.engine.runner import Role
 from genssd.engine.text import Tokenizer
 from genssd.kernels.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeafConfig:
-    """Find what distracts the student in the questions, and leave it out."""
+    """Find the words of the questions that distract the student, and write rows without them."""
 
-    student: str
-    """Hub id or local directory."""
-    teacher: str
-    """Hub id or local directory; of the same tokenizer. It reads the prompts as the student does."""
+    student: Checkpoint[str]
+    """Hub id or local directory of the student."""
+    teacher: Checkpoint[str]
+    """Hub id or local directory of a teacher with the student's tokenizer. It reads the prompts as the student does."""
     data: tuple[str, ...]
     """JSONL files of traces, as for score."""
-    output_dir: str = "runs/leaf"
-    resume: bool = False
-    """Go on with an interrupted run."""
+    output_dir: Operational[str] = "runs/leaf"
+    """Directory that the journal and the results are written to."""
+    resume: Operational[bool] = False
+    """Continue an interrupted run: traces that are in the journal are not computed again."""
     limit: int | None = None
     """Take only the first rows of each file."""
     share: float = 0.05
-    """Of a question's tokens that are taken out, rounded up; the paper: 0.05 for mathematics, 0.1 for code."""
+    """Fraction of a question's tokens that is removed, rounded up; the paper: 0.05 for mathematics, 0.1 for code."""
     max_length: int = 4096
-    """Longer traces are left out, and named."""
-    device: str | None = None
+    """Maximum number of tokens in prompt and response; longer traces are left out, and named."""
+    device: Operational[str | None] = None
+    """Device of both models. None: CUDA where there is one, else the CPU."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -67,77 +70,70 @@ class LeafConfig:
             raise InputError(f"share must lie in (0, 0.5], not {self.share}")
 
 
-SETTINGS_OF_THE_RESULT = ("data", "limit", "share", "max_length")
-"""What must not change between the parts of one run."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeafSummary:
-    """What a run left behind."""
+    """What a finished run has written."""
 
     output_dir: Path
     traces: int
     counterfactuals: int
+    """Number of rows without some words of the question."""
     bad_rows: tuple[str, ...]
 
 
 def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda done, total: None) -> LeafSummary:
-    """Find and leave out. Raises GenssdError on bad input; finished traces are in the journal."""
-    with claim(Path(config.output_dir), "leaf"):
-        return _run(config, report)
+    """Find distracting words and write rows without them.
 
-
-def _run(config: LeafConfig, report: Callable[[int, int], None]) -> LeafSummary:
-    output_dir, source = Path(config.output_dir), locate(config.student)
-    journal = output_dir / "journal.jsonl"
-    begun = is_begun(journal, resume=config.resume)
-    tokenizer = Tokenizer(source)
-    longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
-    traces, bad_rows = usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
-    ends = journalled(journal, traces)
-    done, device = len(ends) - 1, choose_device(config.device)
-    teacher_source = locate(config.teacher)
-    models: dict[Role, str] = {"student": fingerprint(source), "teacher": fingerprint(teacher_source)}
-    settings = dataclasses.asdict(config)
-    record_run(output_dir, "leaf", settings, SETTINGS_OF_THE_RESULT, models, resumed=begun)
-    truncate(journal, ends[done])
-    if done < len(traces):
-        student = load_model(source, tokenizer, device, dtype=choose_dtype(source, "auto", device)).eval()
-        dtype = choose_dtype(teacher_source, "auto", device)
-        teacher = load_teacher(teacher_source, tokenizer, device, dtype)
-        with Journal(journal) as log:
-            for trace in traces[done:]:
+    Raises GenssdError on bad input; traces that were finished before are in the journal.
+    """
+    with Run.open(config, "leaf", journal="journal.jsonl") as run:
+        source = locate(config.student)
+        tokenizer = Tokenizer(source)
+        longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
+        traces, bad_rows = usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
+        done = check_same_traces(run.done(), traces, run.journal_path)
+        if done < len(traces):
+            student, teacher = _load_models(config, tokenizer)
+            for index, trace in enumerate(traces[done:], start=done):
                 places = question_places(trace, tokenizer)
-                ours, theirs = (gradient_norms(model, trace)[places] for model in (student, teacher))
+                student_norms, teacher_norms = (gradient_norms(model, trace)[places] for model in (student, teacher))
                 texts = [tokenizer.token_text(trace.prompt_ids[i]) for i in places]
-                runs = distracting(ours, theirs, texts, config.share)
-                log.append({"source": source_of(trace), "runs": [[places[i] for i in run] for run in runs]})
-                done += 1
-                report(done, len(traces))
-    rows = list(_rows(traces, (row for row, _ in complete_rows(journal)), tokenizer))
-    write_jsonl(output_dir / "counterfactuals.jsonl", rows)
-    (output_dir / "bad_rows.txt").write_text("".join(f"{message}\n" for message in bad_rows))
-    return LeafSummary(
-        output_dir=output_dir,
-        traces=len(traces),
-        counterfactuals=len(rows) - len(traces),
-        bad_rows=tuple(bad_rows),
-    )
+                spans = distracting_spans(student_norms, teacher_norms, texts, config.share)
+                run.journal.append({"source": source_of(trace), "runs": [[places[i] for i in span] for span in spans]})
+                report(index + 1, len(traces))
+        rows = list(_rows(traces, run.done(), tokenizer))
+        write_jsonl(run.path("counterfactuals.jsonl"), rows)
+        run.write_bad_rows(bad_rows)
+        counts = {"traces": len(traces), "counterfactuals": len(rows) - len(traces)}
+        run.write_summary({**counts, "bad_rows": len(bad_rows)})
+    return LeafSummary(output_dir=run.output_dir, **counts, bad_rows=tuple(bad_rows))
 
 
-def _rows(traces: Sequence[Trace], found: Iterator[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Every trace, then the same behind the question without one of its runs."""
-    for trace, row in zip(traces, found, strict=True):
+def _load_models(config: LeafConfig, tokenizer: Tokenizer) -> tuple[Any, Any]:
+    """Return student and teacher as transformers' models, in the types of their checkpoints."""
+    device = choose_device(config.device)
+    sources = locate(config.student), locate(config.teacher)
+    student = load_model(sources[0], tokenizer, device, dtype=choose_dtype(sources[0], "auto", device)).eval()
+    teacher = load_teacher(sources[1], tokenizer, device, choose_dtype(sources[1], "auto", device))
+    return student, teacher
+
+
+def _rows(traces: Sequence[Trace], journal: Iterator[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """Yield every trace as a training row, followed by one row per span with that span removed from the question."""
+    for trace, row in zip(traces, journal, strict=True):
         yield {**training_row(trace, trace.response_ids, tokenizer), "left_out": None}
-        for run in row["runs"]:
-            prompt = tuple(token for i, token in enumerate(trace.prompt_ids) if i not in run)
+        for span in row["runs"]:
+            prompt = tuple(token for i, token in enumerate(trace.prompt_ids) if i not in span)
             shorter = dataclasses.replace(trace, prompt_ids=prompt)
-            left_out = tokenizer.decode([trace.prompt_ids[i] for i in run])
+            left_out = tokenizer.decode([trace.prompt_ids[i] for i in span])
             yield {**training_row(shorter, trace.response_ids, tokenizer), "left_out": left_out}
 
 
 def question_places(trace: Trace, tokenizer: Tokenizer) -> list[int]:
-    """The places of the question's tokens in the prompt: all of them where its text is not found there."""
+    """Return the indices of the question's tokens in the prompt, without special tokens.
+
+    Where the text of the question does not occur in the prompt, these are all tokens of the prompt.
+    """
     pieces = tokenizer.pieces(trace.prompt_ids)
     offsets = [0, *accumulate(map(len, pieces))]
     start = "".join(pieces).rfind(trace.question)
@@ -150,9 +146,10 @@ def question_places(trace: Trace, tokenizer: Tokenizer) -> list[int]:
 
 
 def gradient_norms(model: Any, trace: Trace) -> Tensor:
-    """|d loss / d embedding| of every prompt token, float32 [prompt tokens], of the completion's cross-entropy.
+    """Return |d loss / d embedding| of every prompt token, float32 [prompt tokens]; loss is the completion's
+    cross-entropy.
 
-    Raises NumericsError naming the trace.
+    Raises NumericsError naming the trace when a gradient is not finite.
     """
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([[*trace.prompt_ids, *trace.response_ids]], device=device)
@@ -168,24 +165,30 @@ def gradient_norms(model: Any, trace: Trace) -> Tensor:
     return norms
 
 
-def distracting(student: Tensor, teacher: Tensor, texts: Sequence[str], share: float) -> list[list[int]]:
-    """The runs of tokens that move the student and not the teacher, by their index; white space is never one."""
-    delta = scaled(scaled(teacher) - scaled(student))
-    able = [i for i in range(len(texts)) if texts[i].strip()]
-    count = math.ceil(share * len(texts) - 1e-9)
-    chosen = sorted(sorted(able, key=lambda i: float(delta[i]))[:count])
-    runs: list[list[int]] = []
+def distracting_spans(
+    student_norms: Tensor, teacher_norms: Tensor, texts: Sequence[str], fraction: float
+) -> list[list[int]]:
+    """Return the spans of tokens that influence the student and not the teacher, as lists of indices.
+
+    student_norms, teacher_norms: gradient norms, float32 [tokens]. texts: the text of each token; white space is never
+    chosen. fraction: how many of the tokens are chosen, rounded up.
+    """
+    delta = scaled(scaled(teacher_norms) - scaled(student_norms))
+    visible = [i for i in range(len(texts)) if texts[i].strip()]
+    count = math.ceil(fraction * len(texts) - 1e-9)
+    chosen = sorted(sorted(visible, key=lambda i: float(delta[i]))[:count])
+    spans: list[list[int]] = []
     for i in chosen:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
+        if spans and i == spans[-1][-1] + 1:
+            spans[-1].append(i)
         else:
-            runs.append([i])
-    # nothing to ask would be left
-    return [run for run in runs if len(run) < len(able)]
+            spans.append([i])
+    # without the whole question there would be nothing to answer
+    return [span for span in spans if len(span) < len(visible)]
 
 
 def scaled(values: Tensor) -> Tensor:
-    """Onto [0, 1]; all 0 where they are all the same."""
+    """Return the values scaled linearly to [0, 1]; all 0 where they are all equal."""
     if not len(values):
         return values
     spread = values.max() - values.min()

@@ -3,25 +3,26 @@
 OUTPUT_DIR/prefixes.jsonl   journal: one line per trace with the steps kept, the student's continuation, its correctness
 OUTPUT_DIR/aligned.jsonl    those that end by themselves and are not known to be wrong: what training reads
 OUTPUT_DIR/bad_rows.txt     what could not be used, by file and line
+OUTPUT_DIR/summary.json     counts of traces, and how much of them was kept
 
-The prefix is found by bisection over the trace's steps, all traces of a batch at once. A judge that says no to a
-longer prefix than it said yes to before makes bisection miss the shortest; the prefix it ends with was judged enough
-all the same, or is the whole trace.
+The prefix is found by bisection over the trace's steps, all traces of a batch at once. If a judge accepts a prefix and
+refuses a longer one, bisection can miss the shortest prefix; the one that it returns was judged sufficient all the
+same, or is the whole trace.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from genssd.distill.data.answers import is_correct
-from genssd.distill.data.traces import Trace, journalled, training_row, usable_traces
-from genssd.distill.runs.directory import claim, record_run
+from genssd.distill.data.traces import Trace, check_same_traces, training_row, usable_traces
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_jsonl
+from genssd.distill.runs.journal import write_jsonl
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Checkpoint, Operational
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -40,34 +41,37 @@ Could you finish the solution correctly from here, without further help? Answer 
 else [NOT_ENOUGH]."""
 
 Judge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]]
-"""Whether each of some prefixes of traces suffices."""
+"""A function from prefixes of traces to whether each of them is sufficient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixConfig(EngineOptions):
-    """Keep as much of every trace as the student needs, and let it write the rest."""
+    """Keep as much of every trace as the student needs, and let the student write the rest."""
 
-    student: str
+    student: Checkpoint[str]
     """Hub id or local directory of the model that judges and continues."""
     data: tuple[str, ...]
     """JSONL files of traces, as for score."""
-    output_dir: str = "runs/prefix"
-    resume: bool = False
-    """Go on with an interrupted run."""
+    output_dir: Operational[str] = "runs/prefix"
+    """Directory that the journal and the results are written to."""
+    resume: Operational[bool] = False
+    """Continue an interrupted run: whole batches that are in the journal are not done again."""
     limit: int | None = None
     """Take only the first rows of each file."""
     judge: Literal["says", "solves"] = "says"
-    """says: the student is asked whether the prefix is enough (the paper). solves: it is if the student's greedy
-    continuation is right (ours; needs answers, and no model that follows instructions)."""
+    """says: the student is asked whether the prefix is sufficient (the paper). solves: the prefix is sufficient if the
+    student's greedy continuation is right (ours; it needs reference answers, and no model that follows
+    instructions)."""
     judge_tokens: int = 256
-    """Of the student's reply when it is asked."""
+    """Maximum number of tokens in the student's reply when it is asked."""
     max_tokens: int = 4096
-    """Of a continuation."""
+    """Maximum number of tokens in a continuation."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, top_p=0.9))
     """How the student continues. The paper adds a repetition penalty of 1.05, which is not built."""
     batch: int = 64
     """Traces worked on at once; each batch is on disk when it is finished."""
     seed: int = 0
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         for name in ("judge_tokens", "max_tokens", "batch"):
@@ -79,64 +83,45 @@ class PrefixConfig(EngineOptions):
             raise InputError("prefix needs at least one data file")
 
 
-SETTINGS_OF_THE_RESULT = ("data", "limit", "judge", "judge_tokens", "max_tokens", "sampling", "batch", "seed", "dtype")
-"""What must not change between the parts of one run."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixSummary:
-    """What a run left behind. Shares and means are over all traces of the journal."""
+    """What a finished run has written. Fractions and means are over all traces of the journal."""
 
     output_dir: Path
     traces: int
     kept: int
+    """Number of rows in aligned.jsonl."""
     whole: int
-    """Traces of which no proper prefix was found to be enough."""
+    """Number of traces of which no proper prefix was found to be sufficient."""
     mean_share: float
-    """Of a trace's steps that were kept."""
+    """Mean fraction of a trace's steps that was kept."""
     bad_rows: tuple[str, ...]
 
 
 def run_prefix(
     config: PrefixConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
 ) -> PrefixSummary:
-    """Shorten and continue. Raises GenssdError on bad input; finished traces are in the journal."""
-    with claim(Path(config.output_dir), "prefix"):
-        return _run(config, engine, report)
+    """Shorten and continue traces. engine: a loaded engine to use instead of loading the student.
 
-
-def _run(config: PrefixConfig, engine: Engine | None, report: Callable[[int, int], None]) -> PrefixSummary:
-    output_dir = Path(config.output_dir)
-    journal = output_dir / "prefixes.jsonl"
-    begun = is_begun(journal, resume=config.resume)
-    engine = engine or config.load(student=config.student)
-    traces, bad_rows = _read(config, engine)
-    settings = dataclasses.asdict(config)
-    record_run(output_dir, "prefix", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=begun)
-    done = _resume(journal, traces, config.batch)
-    judge = _says(engine, config) if config.judge == "says" else _solves(engine, config)
-    with Journal(journal) as log:
+    Raises GenssdError on bad input; traces that were finished before are in the journal.
+    """
+    fingerprints = None if engine is None else engine.fingerprints
+    with Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run:
+        engine = engine or config.load(student=config.student)
+        traces, bad_rows = _read_traces(config, engine)
+        done = _keep_whole_batches(run, traces, config.batch)
+        judge = _asking(engine, config) if config.judge == "says" else _solving(engine, config)
         while done < len(traces):
-            part = traces[done : done + config.batch]
-            for row in _align(engine, config, part, judge):
-                log.append(row)
-            done += len(part)
+            batch = traces[done : done + config.batch]
+            for row in _align(engine, config, batch, judge):
+                run.journal.append(row)
+            done += len(batch)
             report(done, len(traces))
-    rows = [row for row, _ in complete_rows(journal)]
-    kept = [row for row in rows if row["status"] == "finished" and row["correct"] is not False]
-    write_jsonl(output_dir / "aligned.jsonl", kept)
-    (output_dir / "bad_rows.txt").write_text("".join(f"{message}\n" for message in bad_rows))
-    return PrefixSummary(
-        output_dir=output_dir,
-        traces=len(rows),
-        kept=len(kept),
-        whole=sum(row["kept_steps"] == row["steps"] for row in rows),
-        mean_share=sum(row["kept_steps"] / row["steps"] for row in rows) / len(rows),
-        bad_rows=tuple(bad_rows),
-    )
+        run.write_bad_rows(bad_rows)
+        return _summarise(run, bad_rows)
 
 
-def _read(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]:
+def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]:
     def unfit(trace: Trace) -> str | None:
         if config.judge == "solves" and trace.answer is None:
             return "no reference answer, which judge=solves needs"
@@ -146,28 +131,48 @@ def _read(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]
     return usable_traces(config.data, engine.tokenizer("student"), max_length=longest, limit=config.limit, unfit=unfit)
 
 
-def _resume(journal: Path, traces: Sequence[Trace], batch: int) -> int:
-    """How many of the first traces are in the journal, which is cut to whole batches: equal prompts of one batch draw
-    different continuations, so a batch is done again as a whole."""
-    ends = journalled(journal, traces)
-    done = len(ends) - 1
+def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> int:
+    """Cut the journal to whole batches and return its number of rows.
+
+    Equal prompts of one batch draw different continuations, so a batch is done again as a whole.
+    """
+    done = check_same_traces(run.done(), traces, run.journal_path)
     done -= 0 if done == len(traces) else done % batch
-    truncate(journal, ends[done])
+    run.keep(done)
     return done
 
 
-def shortest_prefixes(
-    counts: Sequence[int], enough: Callable[[Sequence[tuple[int, int]]], Sequence[bool]]
-) -> list[int]:
-    """For things of 1..counts[i] steps the least number that is enough, if every longer one is, too.
+def _summarise(run: Run, bad_rows: Sequence[str]) -> PrefixSummary:
+    """Write aligned.jsonl and summary.json from the finished journal."""
+    rows = list(run.done())
+    aligned = [row for row in rows if row["status"] == "finished" and row["correct"] is not False]
+    write_jsonl(run.path("aligned.jsonl"), aligned)
+    summary = PrefixSummary(
+        output_dir=run.output_dir,
+        traces=len(rows),
+        kept=len(aligned),
+        whole=sum(row["kept_steps"] == row["steps"] for row in rows),
+        mean_share=sum(row["kept_steps"] / row["steps"] for row in rows) / len(rows),
+        bad_rows=tuple(bad_rows),
+    )
+    counts = {name: getattr(summary, name) for name in ("traces", "kept", "whole", "mean_share")}
+    run.write_summary({**counts, "bad_rows": len(bad_rows)})
+    return summary
 
-    enough: judges some (thing, number of steps) at once; at most floor(log2(counts[i])) + 1 times each. The whole is
-    taken to be enough without asking.
+
+def shortest_prefixes(
+    counts: Sequence[int], is_sufficient: Callable[[Sequence[tuple[int, int]]], Sequence[bool]]
+) -> list[int]:
+    """Return for every sequence of counts[i] steps the least number of first steps that is sufficient, by bisection.
+
+    The result is exact if every prefix longer than a sufficient one is sufficient. is_sufficient: judges pairs
+    (sequence index, number of steps) at once; each sequence at most floor(log2(counts[i])) + 1 times. All steps of a
+    sequence are taken to be sufficient without judging.
     """
     low, high = [1] * len(counts), list(counts)
-    while asked := [(i, (low[i] + high[i]) // 2) for i in range(len(counts)) if low[i] < high[i]]:
-        for (i, middle), yes in zip(asked, enough(asked), strict=True):
-            if yes:
+    while queries := [(i, (low[i] + high[i]) // 2) for i in range(len(counts)) if low[i] < high[i]]:
+        for (i, middle), sufficient in zip(queries, is_sufficient(queries), strict=True):
+            if sufficient:
                 high[i] = middle
             else:
                 low[i] = middle + 1
@@ -175,6 +180,7 @@ def shortest_prefixes(
 
 
 def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge: Judge) -> list[dict[str, Any]]:
+    """Return a batch of traces as journal rows: the sufficient prefix of each, and the student's continuation."""
     tokenizer = engine.tokenizer("student")
     contents = [trace.response_ids[: len(trace.response_ids) - trace.finished] for trace in traces]
     spans = [step_spans(tokenizer.pieces(content)) for content in contents]
@@ -183,11 +189,11 @@ def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge:
         return contents[i][: spans[i][steps - 1][1]]
 
     kept = shortest_prefixes(
-        [len(steps) for steps in spans], lambda asked: judge([(traces[i], prefix(i, steps)) for i, steps in asked])
+        [len(steps) for steps in spans], lambda queries: judge([(traces[i], prefix(i, steps)) for i, steps in queries])
     )
-    going_on = [i for i in range(len(traces)) if kept[i] < len(spans[i])]
-    continued = _continue(engine, config, [(traces[i], prefix(i, kept[i])) for i in going_on], sampling=config.sampling)
-    written = dict(zip(going_on, continued, strict=True))
+    shortened = [i for i in range(len(traces)) if kept[i] < len(spans[i])]
+    prefixes = [(traces[i], prefix(i, kept[i])) for i in shortened]
+    written = dict(zip(shortened, _continue(engine, config, prefixes, sampling=config.sampling), strict=True))
     rows = []
     for i, trace in enumerate(traces):
         ids, finished = trace.response_ids, trace.finished
@@ -213,8 +219,8 @@ def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge:
 def _continue(
     engine: Engine, config: PrefixConfig, prefixes: Sequence[tuple[Trace, tuple[int, ...]]], *, sampling: Sampling
 ) -> list[Completion]:
-    """What the student writes behind prompt and prefix."""
-    continued = engine.iter_generate(
+    """Return what the student writes after each prompt and prefix."""
+    generated = engine.iter_generate(
         [(*trace.prompt_ids, *ids) for trace, ids in prefixes],
         model="student",
         sampling=sampling,
@@ -222,12 +228,12 @@ def _continue(
         seed=config.seed,
         labels=[trace.where for trace, _ in prefixes],
     )
-    written = {index: completion for index, (completion,) in continued}
+    written = {index: completion for index, (completion,) in generated}
     return [written[i] for i in range(len(prefixes))]
 
 
-def _says(engine: Engine, config: PrefixConfig) -> Judge:
-    """Ask the student, greedily. What is too long to ask about is not enough."""
+def _asking(engine: Engine, config: PrefixConfig) -> Judge:
+    """Return the judge that asks the student, greedily. A prefix that is too long to ask about is not sufficient."""
     tokenizer = engine.tokenizer("student")
 
     def judge(prefixes: Sequence[tuple[Trace, tuple[int, ...]]]) -> list[bool]:
@@ -246,14 +252,14 @@ def _says(engine: Engine, config: PrefixConfig) -> Judge:
             labels=[prefixes[i][0].where for i in short],
         )
         # "[NOT_ENOUGH]" does not contain "[ENOUGH]"
-        yes = {short[index] for index, (reply,) in replies if "[ENOUGH]" in reply.text}
-        return [i in yes for i in range(len(prompts))]
+        sufficient = {short[index] for index, (reply,) in replies if "[ENOUGH]" in reply.text}
+        return [i in sufficient for i in range(len(prompts))]
 
     return judge
 
 
-def _solves(engine: Engine, config: PrefixConfig) -> Judge:
-    """Let the student go on, greedily, and check the answer."""
+def _solving(engine: Engine, config: PrefixConfig) -> Judge:
+    """Return the judge that lets the student continue, greedily, and checks the answer."""
     tokenizer = engine.tokenizer("student")
 
     def judge(prefixes: Sequence[tuple[Trace, tuple[int, ...]]]) -> list[bool]:

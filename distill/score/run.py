@@ -6,6 +6,7 @@ OUTPUT_DIR/selected.jsonl   the best responses of every prompt under --pick.by: 
 OUTPUT_DIR/teachers.json    per criterion, the teachers ranked for this student, with bootstrap intervals
 OUTPUT_DIR/report.html      what the criteria pick, how they relate: tables and plots
 OUTPUT_DIR/bad_rows.txt     what could not be scored, by file and line
+OUTPUT_DIR/summary.json     counts of traces, prompts and picked responses
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.data.answers import is_correct
-from genssd.distill.data.traces import Trace, journalled, source_of, training_row, usable_traces
-from genssd.distill.runs.directory import claim, record_run
+from genssd.distill.data.traces import Trace, check_same_traces, source_of, training_row, usable_traces
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_json, write_jsonl
+from genssd.distill.runs.journal import write_json, write_jsonl, write_text
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Checkpoint, Operational, Recomputed
 from genssd.distill.score.comparison import compare
 from genssd.distill.score.page import render
 from genssd.distill.score.picking import Pick, lark_weights, pick
@@ -43,20 +45,21 @@ BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
 class ScoreConfig(EngineOptions):
     """Score finished traces as a student sees them; pick responses and teachers by it."""
 
-    student: str
+    student: Checkpoint[str]
     """Hub id or local directory of the model that scores."""
     data: tuple[str, ...]
     """JSONL files of traces: selections, generations, messages, or prompt and completion."""
     criteria: tuple[str, ...] = ("ppl",)
     """Names, with options: ppl rsr "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp"."""
-    output_dir: str = "runs/score"
-    resume: bool = False
-    """Go on with an interrupted run."""
+    output_dir: Operational[str] = "runs/score"
+    """Directory that the journal and the results are written to."""
+    resume: Operational[bool] = False
+    """Continue an interrupted run: traces that are in the journal are not scored again."""
     limit: int | None = None
     """Take only the first rows of each file."""
     verify: bool = True
     """Check answers by math-verify where a reference answer is known and the row has no verdict."""
-    pick: Pick = field(default_factory=Pick)
+    pick: Recomputed[Pick] = field(default_factory=Pick)
     """Which responses go to selected.jsonl."""
 
     def __post_init__(self) -> None:
@@ -79,16 +82,13 @@ class ScoreConfig(EngineOptions):
             raise InputError(f"limit must be at least 1, not {self.limit}")
 
 
-SETTINGS_OF_THE_RESULT = ("student", "data", "criteria", "limit", "verify", "dtype")
-"""What must not change between the parts of one run; picking may."""
-
-PICKED_ALIKE = ("keep", "correct", "finished", "loops", "min_steps", "max_steps")
-"""Of the options of picking, those that the report applies to every criterion."""
+SHARED_PICK_OPTIONS = ("keep", "correct", "finished", "loops", "min_steps", "max_steps")
+"""The options of picking that the report applies to every criterion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSummary:
-    """What a run left behind."""
+    """What a finished run has written."""
 
     output_dir: Path
     traces: int
@@ -96,78 +96,114 @@ class ScoreSummary:
     selected: int
     bad_rows: tuple[str, ...]
     teachers: Mapping[str, tuple[TeacherRank, ...]]
-    """Per criterion, best first. Empty with fewer than two teachers."""
+    """The teachers by criterion, best first. Empty with fewer than two teachers."""
     incomplete: int
-    """Prompts left out of the ranking because a teacher has no response to them."""
+    """Number of prompts left out of the ranking because a teacher has no response to them."""
 
 
 def run_score(
     config: ScoreConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
 ) -> ScoreSummary:
-    """Score, pick and rank. Raises GenssdError on bad input; traces that were scored before are in the journal."""
+    """Score, pick and rank. engine: a loaded engine to use instead of loading the student.
+
+    Raises GenssdError on bad input; traces that were scored before are in the journal.
+    """
     criteria = {name: resolve(name) for name in config.criteria}
-    with claim(Path(config.output_dir), "score"):
-        return _run(config, criteria, engine, report)
+    fingerprints = None if engine is None else engine.fingerprints
+    with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
+        engine = engine or config.load(student=config.student)
+        traces, bad_rows = _read_traces(config, criteria, engine)
+        _score(run, config, criteria, engine, traces, report)
+        run.write_bad_rows(bad_rows)
+        return _evaluate(run, config, criteria, engine, traces, bad_rows)
 
 
-def _run(
+def _score(
+    run: Run,
     config: ScoreConfig,
     criteria: Mapping[str, AnyCriterion],
-    engine: Engine | None,
+    engine: Engine,
+    traces: Sequence[Trace],
     report: Callable[[int, int], None],
+) -> None:
+    """Journal the features of every trace that is not in the journal yet."""
+    done = check_same_traces(run.done(), traces, run.journal_path)
+    for batch in _batches(traces[done:]):
+        for row in _score_batch(engine, criteria, batch, config):
+            run.journal.append(row)
+            done += 1
+        report(done, len(traces))
+
+
+def _evaluate(
+    run: Run,
+    config: ScoreConfig,
+    criteria: Mapping[str, AnyCriterion],
+    engine: Engine,
+    traces: Sequence[Trace],
+    bad_rows: Sequence[str],
 ) -> ScoreSummary:
-    output_dir = Path(config.output_dir)
-    journal = output_dir / "features.jsonl"
-    begun = is_begun(journal, resume=config.resume)
-    engine = engine or config.load(student=config.student)
-    tokenizer = engine.tokenizer("student")
-    traces, bad_rows = _read(config, criteria, engine)
-    settings = dataclasses.asdict(config)
-    record_run(output_dir, "score", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=begun)
-    ends = journalled(journal, traces)
-    done = len(ends) - 1
-    truncate(journal, ends[done])
-    with Journal(journal) as log:
-        for batch in _batches(traces[done:]):
-            for row in _score_batch(engine, criteria, batch, config):
-                log.append(row)
-                done += 1
-            report(done, len(traces))
-    rows = [row for row, _ in complete_rows(journal)]
+    """Write what follows from the finished journal: columns, picked responses, the ranking of teachers, the page."""
+    rows = list(run.done())
     columns = {name: column_of(criterion, name, rows) for name, criterion in criteria.items()}
-    write_jsonl(output_dir / "scores.jsonl", _score_rows(rows, columns))
-    name = config.pick.by or config.criteria[0]
-    better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
-    alike = Pick(**{name: getattr(config.pick, name) for name in PICKED_ALIKE})
-    picks = {other: pick(rows, column, better[other], alike) for other, column in columns.items()}
-    chosen = pick(rows, columns[name], better[name], config.pick, lambda i: tokenizer.decode(traces[i].response_ids))
-    weights = lark_weights(rows, columns[name], config.pick) if config.pick.weigh else dict.fromkeys(chosen, 1.0)
-    picked = (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in chosen)
-    write_jsonl(output_dir / "selected.jsonl", picked)
+    write_jsonl(run.path("scores.jsonl"), _score_rows(rows, columns))
+    higher_is_better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
+    selected = _write_selected(run, config, engine, traces, rows, columns, higher_is_better)
     ranks, incomplete = rank_teachers(rows, criteria, columns)
-    write_json(
-        output_dir / "teachers.json",
-        {"incomplete_prompts": incomplete, **{n: [dataclasses.asdict(r) for r in of] for n, of in ranks.items()}},
-    )
+    ranking = {name: [dataclasses.asdict(rank) for rank in ranked] for name, ranked in ranks.items()}
+    write_json(run.path("teachers.json"), {"incomplete_prompts": incomplete, **ranking})
+    # the page compares what every criterion would pick under the options that make sense for all
+    shared = Pick(**{name: getattr(config.pick, name) for name in SHARED_PICK_OPTIONS})
+    picks = {name: pick(rows, column, higher_is_better[name], shared) for name, column in columns.items()}
     contested = [
-        p for p, members in by_prompt(rows).items() if sum(map(config.pick.eligible, (rows[i] for i in members))) > 1
+        prompt
+        for prompt, members in by_prompt(rows).items()
+        if sum(map(config.pick.eligible, (rows[i] for i in members))) > 1
     ]
-    page = render(compare(rows, columns, better, picks, contested, chosen), rows, picks, ranks, config.student)
-    (output_dir / "report.html").write_text(page, encoding="utf-8")
-    (output_dir / "bad_rows.txt").write_text("".join(f"{message}\n" for message in bad_rows))
-    return ScoreSummary(
-        output_dir=output_dir,
+    comparison = compare(rows, columns, higher_is_better, picks, contested, selected)
+    write_text(run.path("report.html"), render(comparison, rows, picks, ranks, config.student))
+    summary = ScoreSummary(
+        output_dir=run.output_dir,
         traces=len(rows),
         prompts=len({row["prompt"] for row in rows}),
-        selected=len(chosen),
+        selected=len(selected),
         bad_rows=tuple(bad_rows),
         teachers=ranks,
         incomplete=incomplete,
     )
+    run.write_summary(
+        {"traces": summary.traces, "prompts": summary.prompts, "selected": summary.selected, "bad_rows": len(bad_rows)}
+    )
+    return summary
 
 
-def _read(config: ScoreConfig, criteria: Mapping[str, AnyCriterion], engine: Engine) -> tuple[list[Trace], list[str]]:
-    """The traces that the criteria can judge, and what is wrong with the others."""
+def _write_selected(
+    run: Run,
+    config: ScoreConfig,
+    engine: Engine,
+    traces: Sequence[Trace],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, Sequence[float]],
+    higher_is_better: Mapping[str, bool],
+) -> list[int]:
+    """Pick responses by `pick.by`, write them to selected.jsonl, and return their indices."""
+    name = config.pick.by or config.criteria[0]
+    tokenizer = engine.tokenizer("student")
+    selected = pick(
+        rows, columns[name], higher_is_better[name], config.pick, lambda i: tokenizer.decode(traces[i].response_ids)
+    )
+    weights = lark_weights(rows, columns[name], config.pick) if config.pick.weigh else dict.fromkeys(selected, 1.0)
+    write_jsonl(
+        run.path("selected.jsonl"),
+        (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in selected),
+    )
+    return selected
+
+
+def _read_traces(
+    config: ScoreConfig, criteria: Mapping[str, AnyCriterion], engine: Engine
+) -> tuple[list[Trace], list[str]]:
+    """Return the traces that the criteria can judge, and a message for each of the others."""
     tokenizer, longest = engine.tokenizer("student"), engine.longest("student")
     reading = next((name for name, criterion in criteria.items() if needs_answer(criterion)), None)
 

@@ -2,9 +2,10 @@
 
 OUTPUT_DIR/run.json           the settings, model fingerprints and versions
 OUTPUT_DIR/responses.jsonl    one line per finished prompt; training, score and TRL read it like selections.jsonl
+OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens
 
 sample   the teacher writes alone: standard distillation with one response, a pool for best-of-N with several
-rsd      the student refuses single tokens while the teacher writes (Reverse Speculative Decoding)
+rsd      the student accepts or refuses every token of the teacher (Reverse Speculative Decoding)
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
-from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import Journal, complete_rows, truncate
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Checkpoint, Operational
 from genssd.distill.select.rows import response_row
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -30,28 +31,34 @@ from genssd.engine.sampling import Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(EngineOptions):
-    """Sample responses from the teacher, without selection or with the student's say in every token."""
+    """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
 
-    teacher: str
+    teacher: Checkpoint[str]
     """Hub id or local directory of the model that writes."""
-    student: str | None = None
-    """Hub id or directory: whose chat template the rows are for, and who judges under rsd; None: the teacher's own."""
-    data: str
+    student: Checkpoint[str | None] = None
+    """Hub id or local directory of the model whose chat template the rows use, and which judges tokens under rsd.
+    None: the rows use the teacher's chat template."""
+    # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
+    data: Operational[str]
     """JSONL file of problems, as for select."""
-    output_dir: str = "runs/generate"
-    resume: bool = False
-    """Go on with an interrupted run."""
-    limit: int | None = None
+    output_dir: Operational[str] = "runs/generate"
+    """Directory that the journal is written to."""
+    resume: Operational[bool] = False
+    """Continue an interrupted run: prompts that are in the journal are not run again."""
+    limit: Operational[int | None] = None
     """Take only the first rows of the data."""
     method: Literal["sample", "rsd"] = "sample"
+    """sample: the teacher writes alone. rsd: the student refuses single tokens (Reverse Speculative Decoding)."""
     n: int = 1
-    """Responses per prompt."""
+    """Number of responses per prompt."""
     max_tokens: int = 4096
-    """Of the response."""
+    """Maximum number of tokens in a response."""
     sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
-    """How the teacher samples. The authors of rsd: temperature 0.7, top_p 0.95, top_k 20."""
+    """How the teacher samples. The authors of rsd use temperature 0.7, top_p 0.95, top_k 20."""
     rsd: ReverseSpeculation = field(default_factory=ReverseSpeculation)
+    """Which tokens the student accepts under rsd, and how it writes where it refuses."""
     seed: int = 0
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         if self.method == "rsd" and self.student is None:
@@ -60,19 +67,16 @@ class GenerateConfig(EngineOptions):
             raise InputError(f"n and max_tokens must be at least 1, not {self.n} and {self.max_tokens}")
 
 
-SETTINGS_OF_THE_RESULT = ("student", "method", "n", "max_tokens", "sampling", "rsd", "seed", "dtype")
-"""What must not change between the parts of one run."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSummary:
-    """What a run left behind; all counts are over the whole journal."""
+    """What a finished run has written; all counts are over the whole journal."""
 
     path: Path
     prompts: int
     statuses: Mapping[str, int]
-    """Of the responses."""
+    """Number of responses by status."""
     tokens: int
+    """Tokens in all responses."""
     substituted: int
     """Tokens that the student wrote in the teacher's place."""
 
@@ -80,30 +84,35 @@ class GenerateSummary:
 def run_generate(
     config: GenerateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
 ) -> GenerateSummary:
-    """Generate over a file of problems. Raises GenssdError on bad input; finished prompts are in the journal."""
+    """Generate over a file of problems. engine: a loaded engine to use instead of loading the config's models.
+
+    Raises GenssdError on bad input; prompts that were finished before are in the journal.
+    """
     problems = read_problems(config.data, config.limit)
-    with claim(Path(config.output_dir), "generate"):
-        return _run(config, problems, engine, report)
+    fingerprints = None if engine is None else engine.fingerprints
+    with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
+        done = _finished(run, config, problems)
+        engine = engine or config.load(teacher=config.teacher, student=config.student)
+        _generate(run, config, engine, problems, done, report)
+        summary = _summary(run)
+        run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})
+    return summary
 
 
-def _run(
+def _generate(
+    run: Run,
     config: GenerateConfig,
+    engine: Engine,
     problems: Sequence[ProblemRow],
-    engine: Engine | None,
+    done: frozenset[int],
     report: Callable[[int, int], None],
-) -> GenerateSummary:
-    output_dir = Path(config.output_dir)
-    journal = output_dir / "responses.jsonl"
-    done = _finished(config, problems, journal)
-    engine = engine or config.load(teacher=config.teacher, student=config.student)
-    settings = dataclasses.asdict(config)
-    record_run(output_dir, "generate", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=bool(done))
-    read = engine.tokenizer("student" if config.student else "teacher")
-    prompts = [_both_read(config, engine, problem) for problem in problems]
+) -> None:
+    """Generate for the prompts that are not done, and journal each as it ends."""
+    prompt_ids = [_encode_prompt(config, engine, problem) for problem in problems]
     origin = {
         "seed": config.seed,
         "method": config.method,
-        "tokenizer": read.fingerprint,
+        "tokenizer": engine.tokenizer("student" if config.student else "teacher").fingerprint,
         "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
     }
     responses = engine.iter_generate(
@@ -116,50 +125,47 @@ def _run(
         skip=done,
         labels=[f"{config.data}, line {problem.line}" for problem in problems],
     )
-    with Journal(journal) as log:
-        for finished, (index, completions) in enumerate(responses, start=1):
-            problem = problems[index]
-            source = {"file": config.data, "line": problem.line}
-            log.append(response_row(index, problem, *prompts[index], completions, {"source": source, **origin}))
-            report(len(done) + finished, len(problems))
-    return _summary(journal)
+    for finished, (index, completions) in enumerate(responses, start=1):
+        problem = problems[index]
+        source = {"file": config.data, "line": problem.line}
+        run.journal.append(response_row(index, problem, *prompt_ids[index], completions, {"source": source, **origin}))
+        report(len(done) + finished, len(problems))
 
 
-def _both_read(config: GenerateConfig, engine: Engine, problem: ProblemRow) -> tuple[list[int], list[int]]:
-    """A prompt's ids for the teacher and for whom the rows are for. Raises InputError naming the line."""
+def _encode_prompt(config: GenerateConfig, engine: Engine, problem: ProblemRow) -> tuple[list[int], list[int]]:
+    """Return a prompt's ids for the teacher and for the model that the rows are for.
+
+    Raises InputError naming the line.
+    """
     roles: tuple[Role, Role] = ("teacher", "student" if config.student else "teacher")
     try:
-        asked, read = (engine.tokenizer(role).encode_prompt(problem.prompt) for role in roles)
+        teacher_ids, reader_ids = (engine.tokenizer(role).encode_prompt(problem.prompt) for role in roles)
     except InputError as error:
         raise InputError(f"{config.data}, line {problem.line}: {error}") from None
-    return asked, read
+    return teacher_ids, reader_ids
 
 
-def _finished(config: GenerateConfig, problems: Sequence[ProblemRow], journal: Path) -> frozenset[int]:
-    """The indices of the prompts in the journal, which is cut to whole lines."""
-    done: list[int] = []
-    end = 0
-    for row, line_end in complete_rows(journal):
-        if not config.resume:
-            raise InputError(f"{journal} holds finished prompts already; pass --resume, or choose another output_dir")
+def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
+    """Return the indices of the prompts in the journal. Raises InputError on a journal of other data."""
+    done: set[int] = set()
+    journal = run.journal_path
+    for number, row in enumerate(run.done(), start=1):
         check_same_problem(row, problems, config.data, journal)
         if row["index"] in done or not isinstance(row.get("others"), list):
-            raise InputError(f"{journal}, line {len(done) + 1} is damaged; restore it or remove it before resuming")
-        done.append(row["index"])
-        end = line_end
-    truncate(journal, end)
+            raise InputError(f"{journal}, line {number} is damaged; restore it or remove it before resuming")
+        done.add(row["index"])
     return frozenset(done)
 
 
-def _summary(journal: Path) -> GenerateSummary:
+def _summary(run: Run) -> GenerateSummary:
     statuses: Counter[str] = Counter()
     prompts = tokens = substituted = 0
-    for row, _ in complete_rows(journal):
+    for row in run.done():
         prompts += 1
         for response in (row, *row["others"]):
             statuses[response["status"]] += 1
             tokens += len(response["completion_ids"])
             substituted += response["substituted"]
     return GenerateSummary(
-        path=journal, prompts=prompts, statuses=dict(statuses), tokens=tokens, substituted=substituted
+        path=run.journal_path, prompts=prompts, statuses=dict(statuses), tokens=tokens, substituted=substituted
     )

@@ -5,8 +5,8 @@ OUTPUT_DIR/pairs.jsonl        siblings as preference pairs: prompt, chosen, reje
 OUTPUT_DIR/steps.jsonl        prompt, completions and a label for each: stepwise supervision
 OUTPUT_DIR/summary.json
 
-What the teacher would have written after another choice is not known: a round's answer holds for that round, behind
-the path that was taken.
+What the teacher would have written after another choice is not known: a round's result holds for that round alone,
+after the path that was taken.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
-from genssd.distill.runs.directory import claim
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import read_json, write_json, write_jsonl
+from genssd.distill.runs.journal import read_json, write_jsonl
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Checkpoint, Operational
 from genssd.distill.select.decisions import Decided, Decisions, read_decisions
 from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate_distinct, needs_answer
 from genssd.engine.checkpoint import locate
@@ -32,7 +33,7 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
-NEVER = ("duplicate", "loop")
+FIXED_VERDICTS = ("duplicate", "loop")
 """Verdicts that no criterion changes."""
 
 
@@ -41,42 +42,46 @@ class ReselectConfig(EngineOptions):
     """Judge the candidates of a finished `genssd select` again, and export them."""
 
     run: str
-    """The output directory of `genssd select`."""
+    """Output directory of the finished `genssd select`."""
     criterion: str = "ppl"
-    """The criterion that judges now."""
-    student: str | None = None
-    """Hub id or directory of the run's student; None: as the run recorded it."""
-    output_dir: str = "runs/reselect"
+    """Name of the criterion that judges the candidates now."""
+    student: Checkpoint[str | None] = None
+    """Hub id or local directory of the run's student. None: as the run recorded it."""
+    output_dir: Operational[str] = "runs/reselect"
+    """Directory that the results are written to; earlier results there are replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReselectSummary:
-    """How the criterion's choices compare with those of the run. differing: rounds in which another set wins."""
+    """How the criterion's choices compare with those of the run."""
 
     output_dir: Path
     prompts: int
     rounds: int
     contested: int
-    """Rounds with more acceptable candidates than places."""
+    """Number of rounds with more acceptable candidates than places."""
     differing: int
+    """Number of rounds in which another set of candidates wins."""
     prompts_differing: int
     largest_change: float
-    """Of a candidate's value against the logged one, where the criterion is the run's own; else NaN."""
+    """Largest difference of a candidate's value from the logged one, where the criterion is the run's own; else NaN."""
     pairs: int
 
 
 def run_reselect(config: ReselectConfig) -> ReselectSummary:
-    """Judge again and export. Raises GenssdError on bad input."""
+    """Judge the logged candidates again and export them. Raises GenssdError on bad input."""
     criterion = resolve(config.criterion)
     if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
         raise InputError(f"{config.criterion} is fitted over all of the data; a round has only its candidates")
-    run = Path(config.run)
-    recorded = read_json(run / "run.json")
+    selection_run = Path(config.run)
+    recorded = read_json(selection_run / "run.json")
     if recorded.get("command") != "select":
-        raise InputError(f"{run} is no output directory of `genssd select`")
-    student = config.student or recorded["config"]["student"]
+        raise InputError(f"{selection_run} is no output directory of `genssd select`")
     if "shortest" not in recorded["config"]["chunk"]:
-        raise InputError(f"{run} was written by another version of genssd: its run.json has no chunk.shortest")
+        raise InputError(
+            f"{selection_run} was written by another version of genssd: its run.json has no chunk.shortest"
+        )
+    student = config.student or recorded["config"]["student"]
     shortest = recorded["config"]["chunk"]["shortest"]
 
     @cache
@@ -87,57 +92,75 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
         return engine().local_logprob(*arguments)
 
     tokenizer = Tokenizer(locate(student))
-    rows: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = []
-    steps: list[dict[str, Any]] = []
-    changes: list[float] = []
-    with claim(Path(config.output_dir), "reselect"):
-        for decisions in read_decisions(run, tokenizer, local_logprob):
-            if needs_answer(criterion) and decisions.selection["answer"] is None:
-                source = decisions.selection["source"]
-                where = f"{source['file']}, line {source['line']}"
-                raise InputError(f"{where}: no reference answer, which the criterion {config.criterion} reads")
-            for number, decided in enumerate(decisions.rounds):
-                scores = evaluate_distinct(criterion, [d.candidate.lengthened(shortest) for d in decided])
-                rows.append(_round_row(decisions, number, decided, scores, criterion))
-                changes += [abs(d.score - s) for d, s in zip(decided, scores, strict=True) if d.score is not None]
-                pairs += _pairs(decisions, decided, tokenizer)
-            steps += _steps(decisions, tokenizer)
+    results = _Results()
+    with Run.open(config, "reselect") as run:
+        for decisions in read_decisions(selection_run, tokenizer, local_logprob):
+            results.add(decisions, config.criterion, criterion, shortest, tokenizer)
         own = recorded["config"]["criterion"] == config.criterion
-        summary = ReselectSummary(
-            output_dir=Path(config.output_dir),
-            prompts=len({row["index"] for row in rows}),
-            rounds=len(rows),
-            contested=sum(row["contested"] for row in rows),
-            differing=sum(not row["agrees"] for row in rows),
-            prompts_differing=len({row["index"] for row in rows if not row["agrees"]}),
-            largest_change=max(changes, default=0.0) if own else math.nan,
-            pairs=len(pairs),
-        )
-        write_jsonl(summary.output_dir / "reselected.jsonl", rows)
-        write_jsonl(summary.output_dir / "pairs.jsonl", pairs)
-        write_jsonl(summary.output_dir / "steps.jsonl", steps)
+        write_jsonl(run.path("reselected.jsonl"), results.rows)
+        write_jsonl(run.path("pairs.jsonl"), results.pairs)
+        write_jsonl(run.path("steps.jsonl"), results.steps)
+        summary = results.summary(run.output_dir, own)
         described = {**dataclasses.asdict(summary), "run": config.run, "criterion": config.criterion}
-        described["largest_change"] = max(changes, default=0.0) if own else None
-        write_json(summary.output_dir / "summary.json", {**described, "output_dir": config.output_dir})
+        described["largest_change"] = summary.largest_change if own else None
+        run.write_summary({**described, "output_dir": config.output_dir})
     return summary
+
+
+class _Results:
+    """What is written of all rounds: comparisons, preference pairs, stepwise rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.pairs: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+        self._changes: list[float] = []
+
+    def add(
+        self, decisions: Decisions, name: str, criterion: AnyCriterion, shortest: int, tokenizer: Tokenizer
+    ) -> None:
+        """Judge the rounds of one prompt. Raises InputError when the criterion reads an answer that is not known."""
+        if needs_answer(criterion) and decisions.selection["answer"] is None:
+            source = decisions.selection["source"]
+            raise InputError(
+                f"{source['file']}, line {source['line']}: no reference answer, which the criterion {name} reads"
+            )
+        for number, decided in enumerate(decisions.rounds):
+            scores = evaluate_distinct(criterion, [d.candidate.lengthened(shortest) for d in decided])
+            self.rows.append(_round_row(decisions, number, decided, scores, criterion))
+            self._changes += [abs(d.score - s) for d, s in zip(decided, scores, strict=True) if d.score is not None]
+            self.pairs += _pairs(decisions, decided, tokenizer)
+        self.steps += _steps(decisions, tokenizer)
+
+    def summary(self, output_dir: Path, own: bool) -> ReselectSummary:
+        """Return the counts. own: whether the criterion is the run's own."""
+        return ReselectSummary(
+            output_dir=output_dir,
+            prompts=len({row["index"] for row in self.rows}),
+            rounds=len(self.rows),
+            contested=sum(row["contested"] for row in self.rows),
+            differing=sum(not row["agrees"] for row in self.rows),
+            prompts_differing=len({row["index"] for row in self.rows if not row["agrees"]}),
+            largest_change=max(self._changes, default=0.0) if own else math.nan,
+            pairs=len(self.pairs),
+        )
 
 
 def _round_row(
     decisions: Decisions, number: int, decided: Sequence[Decided], scores: Sequence[float], criterion: AnyCriterion
 ) -> dict[str, Any]:
-    """Of the candidates that may compete, as many as were kept; of equal ones the first."""
+    """Return how the criterion judges one round, with as many candidates kept as in the run."""
     sign = -1.0 if criterion.higher_is_better() else 1.0
-    able = [i for i, d in enumerate(decided) if d.verdict not in NEVER]
+    eligible = [i for i, d in enumerate(decided) if d.verdict not in FIXED_VERDICTS]
     kept = [i for i, d in enumerate(decided) if d.verdict == "kept"]
-    again = sorted(able, key=lambda i: sign * scores[i])[: len(kept)]
+    reselected = sorted(eligible, key=lambda i: sign * scores[i])[: len(kept)]
     return {
         "index": decisions.selection["index"],
         "round": number,
         "kept": [list(decided[i].trace) for i in kept],
-        "reselected": [list(decided[i].trace) for i in again],
-        "agrees": set(kept) == set(again),
-        "contested": len(able) > len(kept),
+        "reselected": [list(decided[i].trace) for i in reselected],
+        "agrees": set(kept) == set(reselected),
+        "contested": len(eligible) > len(kept),
         "scores": [{"trace": list(d.trace), "score": _json(s)} for d, s in zip(decided, scores, strict=True)],
     }
 
@@ -147,7 +170,7 @@ def _json(value: float) -> float | str:
 
 
 def _pairs(decisions: Decisions, decided: Sequence[Decided], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """The kept candidate of a branch against the one of its siblings that the run ranked last."""
+    """Yield pairs of a branch's kept candidate and the sibling that the run ranked last."""
     for d in decided:
         if d.verdict != "kept" or d.score is None:
             continue
@@ -173,7 +196,8 @@ def _pairs(decisions: Decisions, decided: Sequence[Decided], tokenizer: Tokenize
 
 
 def _steps(decisions: Decisions, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Every chain of kept chunks up to a dropped one: the chunks are right, the last one of a dropped chain is not."""
+    """Yield every chain of chunks that ends with a kept final chunk or with a beaten one, with a label for each chunk:
+    True for kept chunks, False for a beaten last one."""
     by_trace = {d.trace: d for decided in decisions.rounds for d in decided}
     prompt = str(tokenizer.hf.decode(list(decisions.selection["student_prompt_ids"])))
     for trace, d in by_trace.items():
@@ -189,6 +213,6 @@ def _steps(decisions: Decisions, tokenizer: Tokenizer) -> Iterator[dict[str, Any
 
 
 def _before(selection: Mapping[str, Any], d: Decided, tokenizer: Tokenizer) -> str:
-    """The text in front of a candidate: the prompt as the student reads it, and the response so far."""
+    """Return the text before a candidate: the prompt as the student reads it, and the response so far."""
     prompt = str(tokenizer.hf.decode(list(selection["student_prompt_ids"])))
     return prompt + tokenizer.decode(d.candidate.history_ids)

@@ -5,6 +5,7 @@ OUTPUT_DIR/calibration.json   the threshold that was taken from data, if it was
 OUTPUT_DIR/selections.jsonl   one line per finished prompt: what training reads
 OUTPUT_DIR/decisions.jsonl    the same prompts in the same order: every candidate, its scores and its verdict
 OUTPUT_DIR/teacher_topk.bin   the teacher's most likely tokens along each best trajectory, with --teacher-topk
+OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens
 
 A prompt's decisions and top k are on disk before its selection: where there is a selection line, nothing is missing.
 """
@@ -20,9 +21,10 @@ from pathlib import Path
 
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.data.topk_store import TopkStore, end_of
-from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Checkpoint, Operational
 from genssd.distill.select.calibration import calibrate, check_calibration
 from genssd.distill.select.rows import Origin, decision_row, selection_row
 from genssd.engine.chunk import Chunk
@@ -87,40 +89,24 @@ class SelectSettings(EngineOptions):
 class SelectConfig(SelectSettings):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
-    teacher: str
+    teacher: Checkpoint[str]
     """Hub id or local directory of the model that writes."""
-    student: str
+    student: Checkpoint[str]
     """Hub id or local directory of the model that scores."""
-    data: str
+    # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
+    data: Operational[str]
     """JSONL file of problems: prompt (text or messages), messages, or question | problem | instruction."""
-    output_dir: str = "runs/select"
-    """Where the journal goes."""
-    resume: bool = False
-    """Go on with an interrupted run: prompts in the journal are not run again."""
-    limit: int | None = None
+    output_dir: Operational[str] = "runs/select"
+    """Directory that the journal is written to."""
+    resume: Operational[bool] = False
+    """Continue an interrupted run: prompts that are in the journal are not run again."""
+    limit: Operational[int | None] = None
     """Take only the first rows of the data."""
-
-
-SETTINGS_OF_THE_RESULT = (
-    "candidates",
-    "chunk",
-    "beam",
-    "criterion",
-    "threshold",
-    "calibrate",
-    "max_tokens",
-    "teacher_topk",
-    "loop_guard",
-    "sampling",
-    "seed",
-    "dtype",
-)
-"""What must not change between the parts of one run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectProgress:
-    """How far a run is. Counted over this process; tokens_kept are those of the best trajectories."""
+    """How far a run is. Token counts are those of this process; tokens_kept counts the best trajectories."""
 
     done: int
     total: int
@@ -132,7 +118,7 @@ class SelectProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectSummary:
-    """What a run left behind. `statuses` counts over the whole journal, earlier parts of the run included."""
+    """What a finished run has written. `statuses` counts over the whole journal, earlier parts of the run included."""
 
     path: Path
     prompts: int
@@ -146,32 +132,34 @@ class SelectSummary:
 def run_select(
     config: SelectConfig, engine: Engine | None = None, report: Callable[[SelectProgress], None] = lambda progress: None
 ) -> SelectSummary:
-    """Select over a file of problems. engine: a loaded one to use instead of loading the config's models.
+    """Select over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 
-    Raises GenssdError on bad input; whatever was finished before is in the journal.
+    Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
     resolve(config.criterion)
     problems = read_problems(config.data, config.limit)
     if config.calibrate.data is not None and not config.resume:
         read_problems(config.calibrate.data, config.calibrate.limit)  # before any model is loaded
-    output_dir = Path(config.output_dir)
-    with claim(output_dir, "select"):
-        return _run(config, problems, output_dir, engine, report)
+    fingerprints = None if engine is None else engine.fingerprints
+    with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
+        done = keep_complete(run, config, problems)
+        engine = engine or config.load(teacher=config.teacher, student=config.student)
+        failures = _search(run, config, engine, problems, done, report)
+        summary = _summary(run, failures)
+        run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})
+    return summary
 
 
-def _run(
+def _search(
+    run: Run,
     config: SelectConfig,
+    engine: Engine,
     problems: Sequence[ProblemRow],
-    output_dir: Path,
-    engine: Engine | None,
+    done: frozenset[int],
     report: Callable[[SelectProgress], None],
-) -> SelectSummary:
-    journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
-    done = open_run(config, problems)
-    engine = engine or config.load(teacher=config.teacher, student=config.student)
-    settings = dataclasses.asdict(config)
-    record_run(output_dir, "select", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=bool(done))
-    threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, bool(done))
+) -> list[str]:
+    """Run the prompts that are not done and journal each as it ends; return what did not fit into the cache."""
+    threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, run.resumed)
     origin = Origin(
         data=config.data,
         criterion=config.criterion,
@@ -181,34 +169,34 @@ def _run(
         tokenizer=engine.tokenizer("teacher").fingerprint,
     )
     failures: list[str] = []
-    kept, sampled_before = 0, engine.usage.teacher_tokens
-    end = max((end_of(row) for row, _ in complete_rows(journal)), default=0)
+    tokens_kept, sampled_before = 0, engine.usage.teacher_tokens
+    topk_end = max(map(end_of, run.done()), default=0)
+    selections = run.journal
     with (
-        Journal(journal) as selections_log,
-        Journal(decisions) as decisions_log,
-        TopkStore(output_dir / "teacher_topk.bin", end) if config.teacher_topk else nullcontext() as topk_store,
+        Journal(run.path("decisions.jsonl")) as decisions,
+        TopkStore(run.path("teacher_topk.bin"), topk_end) if config.teacher_topk else nullcontext() as topk_store,
     ):
         for finished, selection in enumerate(_select(engine, config, threshold, problems, done), start=1):
             problem = problems[selection.index]
             if selection.error is None:
-                decisions_log.append(decision_row(selection))
+                decisions.append(decision_row(selection))
                 topk = selection.best.teacher_topk
                 place = topk_store.append(topk) if topk_store is not None and topk is not None else None
-                selections_log.append({**selection_row(selection, problem, origin), "teacher_topk": place})
-                kept += len(selection.best.token_ids)
+                selections.append({**selection_row(selection, problem, origin), "teacher_topk": place})
+                tokens_kept += len(selection.best.token_ids)
             else:
                 failures.append(f"{config.data}, line {problem.line}: {selection.error}")
             report(
                 SelectProgress(
                     done=len(done) + finished,
                     total=len(problems),
-                    tokens_kept=kept,
+                    tokens_kept=tokens_kept,
                     tokens_sampled=engine.usage.teacher_tokens - sampled_before,
                     pages_in_use=engine.pages_in_use[0],
                     pages=engine.pages_in_use[1],
                 )
             )
-    return _summary(journal, failures)
+    return failures
 
 
 def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
@@ -259,51 +247,43 @@ def _select(
     )
 
 
-def open_run(config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
-    """The indices of the prompts that are done; with resume, both journals are cut back to them.
+def keep_complete(run: Run, config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
+    """Cut both journals back to the prompts that are in both; return their indices.
 
-    Raises InputError on an output directory that holds a run which is not to be resumed, was begun with other data, or
-    has lost decisions.
+    Raises InputError when the run was begun with other data, or decisions of finished prompts are lost.
     """
-    output_dir = Path(config.output_dir)
-    journal, decisions = output_dir / "selections.jsonl", output_dir / "decisions.jsonl"
-    if not config.resume:
-        if any(complete_rows(journal)):
-            raise InputError(f"{journal} holds finished prompts already; pass --resume, or choose another output_dir")
-        truncate(journal, 0)
-        truncate(decisions, 0)
-        return frozenset()
+    decisions = run.path("decisions.jsonl")
     done: list[int] = []
-    ends = (0, 0)
+    decisions_end = 0
     decided = complete_rows(decisions)
-    selected = complete_rows(journal)
-    for row, end in selected:
-        check_same_problem(row, problems, config.data, journal)
-        decision, decision_end = next(decided, ({}, 0))
+    selected = run.done()
+    for row in selected:
+        check_same_problem(row, problems, config.data, run.journal_path)
+        decision, end = next(decided, ({}, 0))
         if decision.get("index") != row["index"]:
             # a torn last line is done again; more than that was not lost in a crash
             if decision or next(selected, None) is not None:
                 raise InputError(
-                    f"{decisions} lacks the decisions of prompt {row['index']}, which {journal} holds: restore it, or "
-                    "choose another output_dir"
+                    f"{decisions} lacks the decisions of prompt {row['index']}, which {run.path('selections.jsonl')} "
+                    "holds: restore it, or choose another output_dir"
                 )
             break
         done.append(row["index"])
-        ends = end, decision_end
-    truncate(journal, ends[0])
-    truncate(decisions, ends[1])
+        decisions_end = end
+    run.keep(len(done))
+    truncate(decisions, decisions_end)
     return frozenset(done)
 
 
-def _summary(journal: Path, failures: Sequence[str]) -> SelectSummary:
+def _summary(run: Run, failures: Sequence[str]) -> SelectSummary:
     statuses: Counter[str] = Counter()
     kept = sampled = 0
-    for row, _ in complete_rows(journal):
+    for row in run.done():
         statuses[row["status"]] += 1
         kept += len(row["completion_ids"])
         sampled += row["tokens_sampled"]
     return SelectSummary(
-        path=journal,
+        path=run.journal_path,
         prompts=statuses.total(),
         statuses=dict(statuses),
         tokens_kept=kept,

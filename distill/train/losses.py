@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
+from genssd.distill.runs.settings import Checkpoint
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
 from genssd.kernels.cross_entropy import linear_cross_entropy
@@ -46,7 +47,7 @@ Divergence = Literal[
 class LossOptions:
     """What is minimised."""
 
-    teacher_model_name_or_path: str | None = None
+    teacher_model_name_or_path: Checkpoint[str | None] = None
     """A teacher to load beside the student, for kd_ratio > 0. None: the top k in the rows (`select --teacher-topk`)."""
     kd_ratio: float = 0.0
     """Share of the loss that is the divergence from the teacher; the rest is cross-entropy."""

@@ -116,7 +116,7 @@ def test_more_rounds_may_be_added_but_nothing_else_changes(tiny_pair: TinyPair, 
     with pytest.raises(InputError, match=r"begun with train\.learning_rate=0\.001, not 0\.002"):
         list(run_distill(changed))
     data.write_text(data.read_text() + '{"question": "more?"}\n')
-    with pytest.raises(InputError, match="begun with data_fingerprint="):
+    with pytest.raises(InputError, match="begun with data='"):
         list(run_distill(config))
 
 

@@ -17,7 +17,7 @@ from genssd.distill.data.examples import read_examples
 from genssd.distill.data.traces import Trace, read_traces
 from genssd.distill.score.leaf import (
     LeafConfig,
-    distracting,
+    distracting_spans,
     gradient_norms,
     question_places,
     run_leaf,
@@ -67,12 +67,12 @@ def test_runs_by_definition() -> None:
     teacher = torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.0])
     texts = ["a", "b", "c", "d", "e", " "]
     # scaled: student 0 1 1 1/4 1/2 1, teacher 1 0 0 1 0 0: the least differences are at 1, 2 (and 5, white space)
-    assert distracting(student, teacher, texts, 0.5) == [[1, 2], [4]]
-    assert distracting(student, teacher, texts, 0.2) == [[1, 2]]
-    assert distracting(student, teacher, texts, 0.01) == [[1]]
-    assert distracting(torch.ones(1), torch.ones(1), ["a"], 0.5) == [], "a question is left"
+    assert distracting_spans(student, teacher, texts, 0.5) == [[1, 2], [4]]
+    assert distracting_spans(student, teacher, texts, 0.2) == [[1, 2]]
+    assert distracting_spans(student, teacher, texts, 0.01) == [[1]]
+    assert distracting_spans(torch.ones(1), torch.ones(1), ["a"], 0.5) == [], "a question is left"
     assert scaled(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
-    assert distracting(torch.empty(0), torch.empty(0), [], 0.5) == []
+    assert distracting_spans(torch.empty(0), torch.empty(0), [], 0.5) == []
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ def test_the_student_goes_on_behind_the_prefix(
     tokenizer = tiny_pair.engine.tokenizer("student")
     monkeypatch.setattr(
         prefixes,
-        "_says",
+        "_asking",
         lambda engine, config: lambda asked: ["carry" in tokenizer.decode(ids) for _, ids in asked],
     )
     summary = run(tiny_pair, write_rows(ROWS), tmp_path / "out")
@@ -131,7 +131,7 @@ def test_what_is_too_long_to_ask_about_is_not_enough(tiny_pair: TinyPair, write_
 def test_continuations_depend_on_what_they_should(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(prefixes, "_says", lambda engine, config: lambda asked: [True] * len(asked))
+    monkeypatch.setattr(prefixes, "_asking", lambda engine, config: lambda asked: [True] * len(asked))
     rows = [{**ROWS[0], "generations": [SAID]}] * 2
     data = write_rows(rows)
     run(tiny_pair, data, tmp_path / "a")

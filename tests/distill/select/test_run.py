@@ -17,7 +17,8 @@ from conftest import TinyPair
 from genssd import Chunk, Engine, Sampling
 from genssd.distill.data.problems import read_problems
 from genssd.distill.runs.directory import claim
-from genssd.distill.select.run import SelectConfig, open_run, run_select
+from genssd.distill.runs.run import Run
+from genssd.distill.select.run import SelectConfig, keep_complete, run_select
 from genssd.engine.errors import CapacityError, InputError
 
 Write = Callable[..., Path]
@@ -89,7 +90,7 @@ def test_the_decision_log_holds_every_candidate(tiny_pair: TinyPair, write_rows:
 def test_a_second_run_needs_resume(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
     run_select(config, tiny_pair.engine)
-    with pytest.raises(InputError, match="holds finished prompts already; pass --resume"):
+    with pytest.raises(InputError, match="holds finished work already; pass --resume"):
         run_select(config, tiny_pair.engine)
     before = (tmp_path / "run" / "selections.jsonl").read_bytes()
     run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
@@ -103,7 +104,7 @@ def test_resume_refuses_other_settings_data_and_models(tiny_pair: TinyPair, writ
     with pytest.raises(InputError, match=r"begun with candidates=2, not 5"):
         run_select(dataclasses.replace(config, resume=True, candidates=5), tiny_pair.engine)
     swapped = Engine.from_pretrained(tiny_pair.student, tiny_pair.teacher, memory_bytes=1 << 24)
-    with pytest.raises(InputError, match="other models"):
+    with pytest.raises(InputError, match=r"begun with teacher='.*' \(\w{16}\), not '.*' \(\w{16}\)"):
         run_select(dataclasses.replace(config, resume=True), swapped)
     write_rows([{"prompt": "else"}, *PROMPTS[1:]])
     with pytest.raises(InputError, match=r"data\.jsonl is not the file .* row 0 differs"):
@@ -123,13 +124,15 @@ def test_a_last_line_cut_at_every_byte_is_done_again(
     whole = {path: path.read_bytes() for path in paths}
     first = {path: path.read_bytes()[: path.read_bytes().index(b"\n") + 1] for path in paths}
     again = dataclasses.replace(config, resume=True)
-    cut = tmp_path / "run" / file
+    cut, fingerprints = tmp_path / "run" / file, tiny_pair.engine.fingerprints
     for size in range(len(first[cut]), len(whole[cut])):
         for path in paths:
             path.write_bytes(whole[path])
         cut.write_bytes(whole[cut][:size])
         # whatever is left of the line, resuming begins with the first prompt done and nothing of the second
-        assert open_run(again, read_problems(data)) == {json.loads(first[cut])["index"]}, f"cut at byte {size}"
+        with Run.open(again, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
+            done = keep_complete(run, again, read_problems(data))
+        assert done == {json.loads(first[cut])["index"]}, f"cut at byte {size}"
         assert {path: path.read_bytes() for path in paths} == first, f"cut at byte {size}"
     run_select(again, tiny_pair.engine)
     assert {path: path.read_bytes() for path in paths} == whole

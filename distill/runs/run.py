@@ -1,0 +1,166 @@
+"""One run of one command over its output directory: begun, resumed or refused by the same rules everywhere.
+
+    with Run.open(config, "score", journal="features.jsonl") as run:
+        for row in run.done(): ...        what an earlier part of the run has finished
+        run.journal.append(row)           what this part finishes, on disk at once
+        run.write_summary(...)
+
+OUTPUT_DIR/run.json       the config, the settings that decide the result, versions
+OUTPUT_DIR/JOURNAL        one line per finished piece of work
+OUTPUT_DIR/bad_rows.txt   input that could not be used, by file and line
+OUTPUT_DIR/summary.json   what the run left behind
+
+The directory belongs to one process at a time and to one command for good. A run is resumed only with the settings
+that it was begun with (see settings.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from genssd.distill.runs.directory import claim
+from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_text
+from genssd.distill.runs.settings import check_same_settings, settings_of
+from genssd.engine.errors import InputError
+from genssd.engine.runner import Role
+
+Fingerprints = Mapping[str, str] | Mapping[Role, str]
+"""Fingerprints of models that are loaded already, by the name of the config's field."""
+
+
+class RunConfig(Protocol):
+    """A config dataclass with the directory that the run writes to; `resume: bool` where the command can resume."""
+
+    @property
+    def output_dir(self) -> str: ...
+
+
+class Run:
+    """The output directory while one command works in it. Build with `Run.open`."""
+
+    def __init__(self, config: RunConfig, command: str, journal: str | None, stack: ExitStack) -> None:
+        self.output_dir = Path(config.output_dir)
+        self.resumed = False
+        """Whether an earlier part of the run has finished some of its work."""
+        self._config = config
+        self._command = command
+        self._journal_path = None if journal is None else self.output_dir / journal
+        self._journal: Journal | None = None
+        self._stack = stack
+        self._ends: list[int] | None = None
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        config: RunConfig,
+        command: str,
+        *,
+        journal: str | None = None,
+        fingerprints: Fingerprints | None = None,
+        parts: str | None = None,
+        free: Collection[str] = (),
+    ) -> Iterator[Run]:
+        """Claim the output directory and hold it while the block runs; record the run, or check that it goes on.
+
+        journal: name of the file with one line per finished piece of work; a run has begun when it has one. parts: a
+        glob of what else shows that the run has begun. fingerprints: those of models that are loaded already. free:
+        fields of the config that may still change, although they count for the result.
+        Raises InputError when the directory cannot be written, belongs to another command or process, holds finished
+        work that is not to be resumed, or was begun with other settings.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(claim(Path(config.output_dir), command))
+            run = cls(config, command, journal, stack)
+            run._begin(fingerprints, parts, free)
+            yield run
+
+    @property
+    def journal_path(self) -> Path:
+        """The file of the journal."""
+        assert self._journal_path is not None, f"{self._command} has no journal"
+        return self._journal_path
+
+    @property
+    def journal(self) -> Journal:
+        """The journal, open for appending after the rows that are kept."""
+        if self._journal is None:
+            self.keep(len(self._row_ends()) - 1)
+            self._journal = self._stack.enter_context(Journal(self.journal_path))
+        return self._journal
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file of the output directory."""
+        return self.output_dir / name
+
+    def done(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the journal in order, without a torn last line."""
+        ends = [0]
+        for row, end in complete_rows(self.journal_path):
+            ends.append(end)
+            yield row
+        self._ends = ends
+
+    def keep(self, count: int) -> None:
+        """Cut the journal to its first `count` rows; what they leave out is done again."""
+        assert self._journal is None, "the journal is open already"
+        ends = self._row_ends()
+        self._ends = ends[: count + 1]
+        truncate(self.journal_path, ends[count])
+
+    def write_bad_rows(self, messages: Sequence[str]) -> None:
+        """Write bad_rows.txt: a line for every row of the input that could not be used."""
+        write_text(self.path("bad_rows.txt"), "".join(f"{message}\n" for message in messages))
+
+    def write_summary(self, values: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        write_json(self.path("summary.json"), values)
+
+    def _begin(self, fingerprints: Fingerprints | None, parts: str | None, free: Collection[str]) -> None:
+        """Refuse, resume or record. Nothing is written before everything has been checked."""
+        has_rows = self._journal_path is not None and next(complete_rows(self._journal_path), None) is not None
+        self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
+        if self.resumed:
+            self._require_resume(self.journal_path if has_rows else self.output_dir)
+        path = self.path("run.json")
+        record: dict[str, Any] = {
+            "command": self._command,
+            "config": json.loads(json.dumps(dataclasses.asdict(self._config))),  # type: ignore[call-overload]
+            "settings": settings_of(self._config, fingerprints),
+            "versions": {name: version(name) for name in ("genssd", "torch", "transformers")},
+            "python": platform.python_version(),
+        }
+        if self.resumed:
+            begun = read_json(path)
+            self._check_settings(begun, record["settings"], free)
+            record = {**record, "versions": begun["versions"], "python": begun["python"]}
+        write_json(path, record)
+
+    def _require_resume(self, held: Path) -> None:
+        resume = getattr(self._config, "resume", None)  # None: the command cannot resume
+        if not resume:
+            remedy = "choose another output_dir" if resume is None else "pass --resume, or choose another output_dir"
+            raise InputError(f"{held} holds finished work already; {remedy}")
+
+    def _check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any], free: Collection[str]) -> None:
+        def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in values.items() if name.split(".")[0] not in free}
+
+        if "settings" not in begun:
+            raise InputError(f"{self.path('run.json')} was written by another version of genssd: it has no settings")
+        check_same_settings(fixed(begun["settings"]), fixed(settings), f"{self.output_dir} was begun")
+
+    def _row_ends(self) -> list[int]:
+        """Return the offsets at which the rows of the journal end, with 0 in front."""
+        if self._ends is None:
+            for _ in self.done():
+                pass
+        assert self._ends is not None
+        return self._ends

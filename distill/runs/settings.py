@@ -1,0 +1,130 @@
+"""Which settings decide the result of a run, and the comparison of a resumed run's settings with the recorded ones.
+
+Every field of a config counts for the result. A declaration that says otherwise is the only exception:
+
+    device: Operational[str | None] = None     decides where or how fast the work is done, not what comes out
+    pick: Recomputed[Pick] = ...               is applied anew to the finished journal at every call
+    teacher: Checkpoint[str]                   counts by the fingerprint of the model that it names
+    eval_data: DataFile[str]                   counts by the content of the file that it names
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from genssd.engine.checkpoint import fingerprint, locate
+from genssd.engine.errors import InputError
+
+T = TypeVar("T")
+
+
+class Kind(Enum):
+    """How a field of a config is compared when a run is resumed."""
+
+    OPERATIONAL = "operational"
+    RECOMPUTED = "recomputed"
+    CHECKPOINT = "checkpoint"
+    NAMED_CHECKPOINT = "named checkpoint"
+    DATA_FILE = "data file"
+
+
+Operational = Annotated[T, Kind.OPERATIONAL]
+"""A setting that does not change the result: device, memory, batch size, progress, where the output goes."""
+Recomputed = Annotated[T, Kind.RECOMPUTED]
+"""A setting of what is computed from the journal at every call; the journal itself does not depend on it."""
+Checkpoint = Annotated[T, Kind.CHECKPOINT]
+"""The name of a model (or a tuple of names, or None), compared by the fingerprint of its checkpoint."""
+NamedCheckpoint = Annotated[T, Kind.NAMED_CHECKPOINT]
+"""A `Checkpoint` whose name counts as well, because results are stored under it."""
+DataFile = Annotated[T, Kind.DATA_FILE]
+"""The path of a data file (or a tuple of paths, or None), compared by a hash of its content."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One field of a config, nested ones included. name: dotted, such as "sampling.temperature"."""
+
+    name: str
+    value: Any
+    kind: Kind | None
+    """None: the value itself counts."""
+
+
+def fields_of(config: Any, prefix: str = "") -> Iterator[Setting]:
+    """Yield every field of a config; a nested dataclass yields its own fields, unless its field has a kind."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        kind = next((k for k in getattr(hints[field.name], "__metadata__", ()) if isinstance(k, Kind)), None)
+        if kind is None and dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{name}.")
+        else:
+            yield Setting(name=name, value=value, kind=kind)
+
+
+def settings_of(config: Any, fingerprints: Mapping[Any, str] | None = None) -> dict[str, Any]:
+    """Return the settings that decide the result of a run, by dotted name, as JSON reads them back.
+
+    A model or a data file is {"name": ..., "content": ...}, where content is what counts. fingerprints: those of models
+    that are loaded already, by field name; others are computed. Raises CheckpointError on a model that does not exist,
+    InputError on a data file that cannot be read.
+    """
+    loaded = fingerprints or {}
+    settings: dict[str, Any] = {}
+    for setting in fields_of(config):
+        value = setting.value
+        if setting.kind is Kind.CHECKPOINT and value is not None:
+            content = loaded.get(setting.name) or _each(value, lambda name: fingerprint(locate(name)))
+            value = {"name": value, "content": content}
+        elif setting.kind is Kind.NAMED_CHECKPOINT and value is not None:
+            value = {"name": value, "content": _each(value, lambda name: f"{name} {fingerprint(locate(name))}")}
+        elif setting.kind is Kind.DATA_FILE and value is not None:
+            value = {"name": value, "content": _each(value, content_hash)}
+        elif setting.kind in (Kind.OPERATIONAL, Kind.RECOMPUTED):
+            continue
+        settings[setting.name] = json.loads(json.dumps(value))
+    return settings
+
+
+def check_same_settings(begun: Mapping[str, Any], now: Mapping[str, Any], subject: str) -> None:
+    """Raise InputError naming the first setting in which a resumed run differs from how it was begun.
+
+    subject: the beginning of the message, such as "runs/select was begun".
+    """
+    for name in {**now, **begun}:
+        before, after = begun.get(name), now.get(name)
+        if _content(before) != _content(after):
+            raise InputError(
+                f"{subject} with {name}={_shown(before)}, not {_shown(after)}; resume with the same settings, or "
+                "choose another output_dir"
+            )
+
+
+def content_hash(path: str | Path) -> str:
+    """Return 16 hex digits that change with the bytes of a file. Raises InputError when it cannot be read."""
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _each(names: str | Sequence[str], identify: Callable[[str], str]) -> str | list[str]:
+    return identify(names) if isinstance(names, str) else [identify(name) for name in names]
+
+
+def _content(value: Any) -> Any:
+    """Return the part of a setting that is compared."""
+    return value["content"] if isinstance(value, dict) and value.keys() == {"name", "content"} else value
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as messages show it: a model or a file by its name and, in parentheses, its content."""
+    return repr(value) if _content(value) is value else f"{value['name']!r} ({value['content']})"
