@@ -1,4 +1,4 @@
-"""What a person sees while a command runs: a live line on a terminal, sparse plain lines elsewhere."""
+"""Progress while a command runs: a live line on a terminal, a plain line every half minute elsewhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from genssd.distill.diagnose.run import DiagnoseProgress
 from genssd.distill.select.run import SelectProgress
 from genssd.distill.train.trainer import TrainProgress
 
-PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
+PLAIN_INTERVAL = 30.0  # seconds between plain lines
 
 
 class ProgressLine:
-    """One task's progress. Use as a context manager; call `update` as often as you like."""
+    """The progress of one task. Use as a context manager; `update` may be called at any rate."""
 
     def __init__(self, title: str, console: Console) -> None:
         self._title = title
@@ -37,7 +37,7 @@ class ProgressLine:
         self._printed = time.monotonic()
 
     def update(self, done: int, total: int, note: str) -> None:
-        """Show how far the task is."""
+        """Show how many of the task's items are done, and a note."""
         self._progress.update(self._task, completed=done, total=total, note=note)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:
@@ -54,8 +54,8 @@ class ProgressLine:
         self._progress.stop()
 
 
-def selecting(line: ProgressLine) -> Callable[[SelectProgress], None]:
-    """Prompts done, tokens kept of those sampled, rate, pages."""
+def report_selection(line: ProgressLine) -> Callable[[SelectProgress], None]:
+    """Return a function that shows finished prompts, tokens kept and sampled, tokens per second, and pages in use."""
     started = time.monotonic()
 
     def report(p: SelectProgress) -> None:
@@ -67,11 +67,12 @@ def selecting(line: ProgressLine) -> Callable[[SelectProgress], None]:
 
 
 def _short(count: float) -> str:
+    """Return a count in at most five characters or so: 9999, 10k."""
     return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
 
 
-def training(line: ProgressLine) -> Callable[[TrainProgress], None]:
-    """Share done, loss, rate."""
+def report_training(line: ProgressLine) -> Callable[[TrainProgress], None]:
+    """Return a function that shows the percentage done, the loss and tokens per second."""
 
     def report(p: TrainProgress) -> None:
         note = f"step {p.step}  loss {p.loss:.4f}  {p.tokens_per_second:,.0f} tok/s"
@@ -80,25 +81,25 @@ def training(line: ProgressLine) -> Callable[[TrainProgress], None]:
     return report
 
 
-class Phases:
-    """A line for each of several tasks that follow each other. Use as a context manager."""
+class TaskLines:
+    """A progress line for each of several tasks, one after the other. Use as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._what = ""
+        self._task = ""
         self._line: ProgressLine | None = None
         self._show: Callable[..., None] = lambda progress: None
 
-    def report(self, what: str, progress: SelectProgress | TrainProgress | tuple[int, int]) -> None:
-        """How far the task `what` is; another one begins with another name."""
-        if what != self._what or self._line is None:
+    def report(self, task: str, progress: SelectProgress | TrainProgress | tuple[int, int]) -> None:
+        """Show the progress of a task; a new name begins a new line."""
+        if task != self._task or self._line is None:
             self.close()
-            self._what, self._line = what, ProgressLine(what, self._console)
+            self._task, self._line = task, ProgressLine(task, self._console)
             self._line.__enter__()
             if isinstance(progress, SelectProgress):
-                self._show = selecting(self._line)
+                self._show = report_selection(self._line)
             else:
-                self._show = training(self._line) if isinstance(progress, TrainProgress) else self._count
+                self._show = report_training(self._line) if isinstance(progress, TrainProgress) else self._count
         self._show(progress)
 
     def _count(self, progress: tuple[int, int]) -> None:
@@ -106,12 +107,12 @@ class Phases:
         self._line.update(*progress, "responses")
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._line is not None:
             self._line.__exit__(None, None, None)
             self._line = None
 
-    def __enter__(self) -> Phases:
+    def __enter__(self) -> TaskLines:
         return self
 
     def __exit__(
@@ -120,16 +121,16 @@ class Phases:
         self.close()
 
 
-def counting(line: ProgressLine, note: str) -> Callable[[int, int], None]:
-    """Things done of a total."""
+def report_counts(line: ProgressLine, note: str) -> Callable[[int, int], None]:
+    """Return a function that shows how many items of a total are done. note: what the items are."""
     return lambda done, total: line.update(done, total, note)
 
 
-def diagnosing(line: ProgressLine) -> Callable[[DiagnoseProgress], None]:
-    """The phase and, where completions are spent, how many of the question's budget."""
+def report_diagnosis(line: ProgressLine) -> Callable[[DiagnoseProgress], None]:
+    """Return a function that shows the phase and, while nodes are forced, the completions of the question's budget."""
 
     def report(p: DiagnoseProgress) -> None:
-        spent = f"  {p.completions}/{p.budget} completions" if p.phase == "forcing" else ""
-        line.update(p.done, p.total, f"{p.phase}{spent}")
+        completions = f"  {p.completions}/{p.budget} completions" if p.phase == "forcing" else ""
+        line.update(p.done, p.total, f"{p.phase}{completions}")
 
     return report

@@ -1,8 +1,9 @@
 """`genssd demo`: the whole job on the small pair, in minutes on a laptop without a GPU.
 
-The teacher writes every step of a sum in one of three styles, drawn anew per step: spelled out, jumped to the result,
-or with a detour. The small student can learn only some of them. It is trained twice from the same cold start, on the
-same number of tokens: on what the teacher writes by itself (standard distillation), and on what the student chose.
+The teacher writes every step of a sum in one of three styles, drawn at random for each step: spelled out digit by
+digit, jumped to the result, or with a detour over a wrong result. The small student can learn only some of them. It is
+trained twice from the same cold start, on the same number of tokens: once on what the teacher writes without selection
+(standard distillation), and once on what the student chose.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genssd.distill.console import ProgressLine, counting, selecting, training
+from genssd.distill.console import ProgressLine, report_counts, report_selection, report_training
 from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.select.run import SelectConfig, SelectSummary, run_select
@@ -38,9 +39,9 @@ from genssd.engine.selection import Selection
 PAIR = Path(__file__).with_name("small_pair")
 STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution
 MAX_TOKENS = 192
-WHOLE = Chunk(tokens=MAX_TOKENS, until=None)
+SOLUTION = Chunk(tokens=MAX_TOKENS, until=None)
 MEMORY_BYTES = 1 << 29
-WAYS = {"standard": STEP, "selected": STEP, "post-hoc": WHOLE}
+CHUNK_OF_ARM = {"standard": STEP, "selected": STEP, "post-hoc": SOLUTION}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,30 +49,30 @@ class DemoConfig:
     """Distil the small teacher into the small student twice, with and without selection, and compare."""
 
     output_dir: str = "runs/demo"
-    """An earlier demo there is replaced."""
+    """Directory of the demo; an earlier demo in it is replaced."""
     prompts: int = 800
-    """Problems the teacher writes solutions for."""
+    """Number of problems that the teacher writes solutions for."""
     candidates: int = 4
-    """Continuations per step that the student chooses from."""
+    """Number of continuations per step that the student chooses from."""
     train_tokens: int = 1_000_000
-    """Completion tokens each student is trained on."""
+    """Number of completion tokens that each student is trained on."""
     learning_rate: float = 2e-3
     batch_size: int = 48
     eval_problems: int = 200
-    """Held-out problems."""
+    """Number of held-out problems that every student is evaluated on."""
     post_hoc: bool = False
-    """Train a third student on the best of as many whole solutions, chosen after they are written."""
+    """Train a third student on the best of the same number of whole solutions, chosen after they are written."""
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One way to make training data, and what came of it."""
+    """One way to make training data, with the data and the trained student's results."""
 
     name: str
     data: SelectSummary
     correct_share: float
-    """Of the kept trajectories."""
+    """Fraction of the kept trajectories whose answer is right."""
     mean_tokens: float
     styles: Mapping[str, float]
     evaluation: Evaluation
@@ -93,7 +94,7 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
     # one candidate per step is standard distillation; one step for the whole solution is post-hoc best-of-N
     arms = [
         _run_arm(name, 1 if name == "standard" else config.candidates, chunk, engine, config, train_problems, progress)
-        for name, chunk in WAYS.items()
+        for name, chunk in CHUNK_OF_ARM.items()
         if config.post_hoc or name != "post-hoc"
     ]
     _show_results(before, arms, config, screen)
@@ -116,17 +117,17 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
 
 
 def paired_difference(left: Sequence[bool], right: Sequence[bool], seed: int) -> Estimate:
-    """left - right over the same problems, with a percentile bootstrap interval over problems."""
+    """Return the mean of left - right over the same problems, with a percentile bootstrap interval over problems."""
     return bootstrap([float(a) - float(b) for a, b in zip(left, right, strict=True)], seed)
 
 
 def _clear(output_dir: Path) -> None:
-    """Remove what an earlier demo left; refuse a directory that holds anything else."""
+    """Remove the files of an earlier demo. Raises InputError when the directory holds anything else."""
     mark = output_dir / "run.json"
     if output_dir.is_dir() and any(output_dir.iterdir()):
         if not mark.exists() or read_json(mark).get("command") != "demo":
             raise InputError(f"{output_dir} is not empty and not of an earlier demo; choose another output_dir")
-        for arm in (*WAYS, "cold-start"):
+        for arm in (*CHUNK_OF_ARM, "cold-start"):
             shutil.rmtree(output_dir / arm, ignore_errors=True)
     write_json(mark, {"command": "demo"})
 
@@ -144,7 +145,7 @@ def _run_arm(
     problems: Sequence[Problem],
     progress: Console,
 ) -> Arm:
-    """Make the data, train the student on it, evaluate it."""
+    """Make the data of one arm, train the student on it, and evaluate the student."""
     output_dir = Path(config.output_dir)
     select = SelectConfig(
         teacher=str(PAIR / "teacher"),
@@ -158,7 +159,7 @@ def _run_arm(
         seed=config.seed,
     )
     with ProgressLine(f"{name}: teacher writes", progress) as line:
-        data = run_select(select, engine, selecting(line))
+        data = run_select(select, engine, report_selection(line))
     train = TrainConfig(
         model_name_or_path=str(PAIR / "student"),
         data=(str(data.path),),
@@ -170,7 +171,7 @@ def _run_arm(
         seed=config.seed,
     )
     with ProgressLine(f"{name}: student learns", progress) as line:
-        run_train(train, training(line))
+        run_train(train, report_training(line))
     evaluation = _evaluate(output_dir / name / "student", name, config, output_dir, progress)
     return _describe(name, data, problems, evaluation)
 
@@ -185,7 +186,7 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         seed=config.seed,
     )
     with ProgressLine(f"{name}: examination", progress) as line:
-        return run_evaluate(evaluate, report=counting(line, "problems"))
+        return run_evaluate(evaluate, report=report_counts(line, "problems"))
 
 
 def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evaluation: Evaluation) -> Arm:
@@ -203,7 +204,7 @@ def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evalu
 
 
 def _show_steering(engine: Engine, config: DemoConfig, screen: Console) -> None:
-    """One problem, round by round: what the teacher offers and what the student takes."""
+    """Print one problem round by round: the teacher's candidates and the one that the student keeps."""
     problem = make_problems(1, config.seed + 1)[0]
     (selection,) = engine.select_expand(
         [[{"role": "user", "content": problem.question}]],

@@ -1,16 +1,43 @@
-"""The direction of imports: csrc <- kernels <- engine <- distill <- genssd, without cycles."""
+"""The structure of the code: the direction of imports, the size of files and functions, docstrings that read alone.
+
+csrc  <-  kernels  <-  engine  <-  distill  <-  genssd
+within distill:  runs  <-  data  <-  select, train, diagnose  <-  score  <-  evaluating, rounds, console, demo
+"""
 
 from __future__ import annotations
 
 import ast
+import re
+import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK = {"_core": 0, "kernels": 1, "engine": 2, "distill": 3}
-TOP = 4
+LAYERS = ("kernels", "engine", "distill")
+RANKS = {
+    "_core": 0,
+    "kernels": 1,
+    "engine": 2,
+    "distill.runs": 3,
+    "distill.data": 4,
+    "distill.small_pair": 4,
+    "distill.select": 5,
+    "distill.train": 5,
+    "distill.diagnose": 5,
+    "distill.score": 6,  # leaf.py loads models as training does
+    "distill": 7,
+}
+TOP = 8
+
+OPTIONAL = {"triton", "peft", "wandb", "torch.utils.tensorboard"}
+"""Packages that a function may import when it runs, because they need not be installed."""
+
+MAX_FILE, MAX_FUNCTION = 350, 60  # lines
+OVERSIZE: dict[str, str] = {}
+"""Files and functions above the limits outside kernels/, each with the reason why it is better whole."""
 
 pytestmark = pytest.mark.source
 
@@ -18,27 +45,42 @@ pytestmark = pytest.mark.source
 def modules() -> dict[str, Path]:
     found = {f"genssd.{p.stem}": p for p in (ROOT / "src/genssd").glob("*.py") if p.stem != "__init__"}
     found["genssd"] = ROOT / "src/genssd/__init__.py"
-    for layer in ("kernels", "engine", "distill"):
+    for layer in LAYERS:
         for path in (ROOT / layer).rglob("*.py"):
             found["genssd." + ".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
     return found
 
 
-def imports(path: Path) -> set[str]:
+def imported(tree: ast.AST, path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {node.module} - {"genssd"}
+    return names
+
+
+def imports(path: Path) -> set[str]:
+    names = imported(ast.parse(path.read_text()), path)
     return {name for name in names if name == "genssd" or name.startswith("genssd.")}
 
 
+def room(module: str) -> str:
+    """The layer of a module, or the folder of distill that it is in."""
+    parts = module.split(".")[1:]
+    folder = ".".join(parts[:2])
+    return folder if folder in RANKS else ".".join(parts[:1])
+
+
 def rank(module: str) -> int:
-    parts = module.split(".")
-    return RANK.get(parts[1], TOP) if len(parts) > 1 else TOP
+    return RANKS.get(room(module), TOP)
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def test_no_arrow_points_up() -> None:
@@ -47,9 +89,18 @@ def test_no_arrow_points_up() -> None:
     for module, path in found.items():
         if module == "genssd":
             continue  # its lazy imports name what it serves
-        for name in imports(path):
-            if name in found or name == "genssd._core":
-                assert rank(name) <= rank(module), f"{module} imports {name}"
+        for name in imports(path) & {*found, "genssd._core"}:
+            assert rank(name) <= rank(module), f"{module} imports {name}"
+            if rank(name) == rank(module) < TOP:
+                assert room(name) == room(module), f"{module} imports {name}: neither is below the other"
+
+
+def test_every_folder_of_distill_has_a_rank() -> None:
+    folders = {
+        f"distill.{path.name}" for path in (ROOT / "distill").iterdir() if path.is_dir() and list(path.glob("*.py"))
+    }
+    assert folders == {name for name in RANKS if name.startswith("distill.")}
+    assert not [path for path in (ROOT / "distill").glob("*/*/*.py")], "one level of folders"
 
 
 def test_no_cycles() -> None:
@@ -58,20 +109,53 @@ def test_no_cycles() -> None:
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+def test_imports_stand_at_the_top_unless_they_are_optional() -> None:
+    for module, path in modules().items():
+        for function in functions(ast.parse(path.read_text())):
+            for name in imported(function, path):
+                optional = any(name == known or name.startswith(f"{known}.") for known in OPTIONAL)
+                assert optional or re.search(r"_triton(\.|$)", name), f"{module}.{function.name} imports {name}"
+
+
 def test_kernels_import_torch_and_the_core_only() -> None:
     allowed = {"torch", "triton", "numpy", "genssd", "__future__"}  # numpy: the arrays of the core's segment table
-    import sys
-
     for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-                assert name is not None
-                top = name.split(".")[0]
-                assert top in allowed or top in sys.stdlib_module_names, f"{path} imports {name}"
+        for name in imported(ast.parse(path.read_text()), path):
+            top = name.split(".")[0]
+            assert top in allowed or top in sys.stdlib_module_names, f"{path} imports {name}"
 
 
 def test_the_folders_are_no_packages_of_their_own() -> None:
-    for layer in ("kernels", "engine", "distill"):
+    for layer in LAYERS:
         assert not list((ROOT / layer).rglob("__init__.py"))
         assert (ROOT / "src/genssd" / layer).is_symlink()
+
+
+def test_files_and_functions_fit_on_a_screen() -> None:
+    large: set[str] = set()
+    for folder in ("engine", "distill", "bench", "csrc"):
+        for path in (p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".hpp")):
+            name, text = str(path.relative_to(ROOT)), path.read_text()
+            if text.count("\n") > MAX_FILE:
+                large.add(name)
+            if path.suffix == ".py":
+                long = (f for f in functions(ast.parse(text)) if (f.end_lineno or 0) - f.lineno + 1 > MAX_FUNCTION)
+                large |= {f"{name}:{f.name}" for f in long}
+    assert large == set(OVERSIZE)
+
+
+RIDDLE = re.compile(r"(Of|The same|And|That|What it|Behind|As|Onto|Nothing|Under)\b")
+
+
+def test_docstrings_can_be_read_alone() -> None:
+    """Attribute docstrings (strings after a field) count as well: they are the help texts of the commands."""
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                text = node.value.value
+                assert not RIDDLE.match(text), f"{module}, line {node.lineno}: {text[:60]!r} has no subject"
+                assert text.strip()[-1] in ".:)|" or "\n" in text or " " not in text, ()

@@ -1,4 +1,4 @@
-"""How a command loads its models: the flags that select and evaluate share."""
+"""How a command loads its models: the flags of every command that runs the engine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from genssd.engine.engine import Engine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """The arguments of `Engine.from_pretrained` beside the models."""
+    """The arguments of `Engine.from_pretrained` other than the models."""
 
     device: Operational[str | None] = None
-    """None: CUDA where there is one, else the CPU."""
+    """Device of the models. None: CUDA where there is one, else the CPU."""
     dtype: str = "auto"
-    """auto: the checkpoint's own, float32 on a CPU without bf16."""
+    """Data type of weights and cache. auto: the checkpoint's type, or float32 on a CPU without bf16 arithmetic."""
     memory_utilization: Operational[float] = 0.9
-    """Share of the free memory that the caches get."""
+    """Fraction of the free memory that the KV caches take together."""
     memory_bytes: Operational[int | None] = None
-    """The caches' budget in bytes instead."""
+    """Size of the KV caches in bytes; if given, it replaces memory_utilization."""
     max_batch: Operational[int] = 256
-    """Candidates decoded at once."""
+    """Maximum number of candidates decoded in one batch."""
 
     def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:
-        """The engine over these models."""
+        """Return an engine over these models (hub ids or local directories)."""
         return Engine.from_pretrained(
             teacher=teacher,
             student=student,

@@ -1,7 +1,7 @@
 """Crash-safe JSONL: one line per finished piece of work, on disk as soon as it is finished.
 
-A line counts when it ends in a newline and parses. What a crash leaves behind is at most one torn line at the end; it
-is cut off when the journal is opened again, and its work is done again.
+A line counts when it ends in a newline and parses. A crash leaves at most one torn line, at the end of the file; it is
+cut off when the run is resumed, and its work is done again.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Journal:
 
 
 def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The rows of a journal, each with the offset at which its line ends, without a torn last line.
+    """Yield the rows of a journal, each with the byte offset at which its line ends, without a torn last line.
 
-    Raises InputError naming a damaged line that is not the last: that is no crash of ours.
+    Raises InputError naming a damaged line that is not the last, which no crash leaves.
     """
     if not path.exists():
         return
@@ -69,7 +69,7 @@ def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The row of a complete line, else None."""
+    """Return the row of a complete line, or None."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -78,7 +78,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a file to its first `size` bytes, durably."""
+    """Cut a file to its first `size` bytes, and wait until that is on disk."""
     if not path.exists() or path.stat().st_size == size:
         return
     with path.open("r+b") as stream:
@@ -111,7 +111,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError naming the file when there is none."""
+    """Return the JSON object in a file. Raises InputError naming the file when it holds none."""
     try:
         value = json.loads(path.read_text())
     except OSError as error:

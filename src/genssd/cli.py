@@ -1,7 +1,7 @@
 """The command line: `genssd COMMAND [--config FILE.yaml] [--flag value ...]`.
 
-A command is a config dataclass and the function that runs it. A YAML file's keys become flags in front of the typed
-ones, so both are checked alike and what is typed wins. Bad input ends with one line on stderr and exit code 2.
+A command is a config dataclass and the function that runs it. The keys of a YAML file become flags before the typed
+ones, so both are checked in the same way and a typed flag wins. Bad input ends with one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ USAGE = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, with 2 on bad input, with 130 when interrupted."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
+    """Run the command line. Exits with 0, with 2 on bad input, with 130 when interrupted."""
+    command, *flags = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if command in ("", "-h", "--help"):
         print(USAGE)
-        sys.exit(0 if words else 2)
-    if words[0] == "--version":
+        sys.exit(0 if command else 2)
+    if command == "--version":
         print(f"genssd {genssd.__version__}")
         return
     try:
-        _run(words[0], words[1:])
+        _run(command, flags)
     except GenssdError as error:
         print(f"genssd: {error}", file=sys.stderr)
         sys.exit(2)
@@ -73,25 +73,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _run(command: str, words: list[str]) -> None:
+def _run(command: str, flags: list[str]) -> None:
+    """Read the config of a command from its flags, and run the command."""
     if command not in COMMANDS:
         raise InputError(f"unknown command {command!r}{_closest(command, COMMANDS)}\n{USAGE}")
     _quiet_libraries()
     commands = import_module("genssd.commands")
     config_class, run = commands.COMMANDS[command]
-    file, flags = _take_config(words)
-    from_file = [] if file is None else flags_of_file(file, config_class)
+    file, flags = _split_config_file(flags)
+    flags_from_file = [] if file is None else flags_of_file(file, config_class)
     config = tyro.cli(
         config_class,
         prog=f"genssd {command}",
-        args=[*from_file, *joined(flags, config_class)],
+        args=[*flags_from_file, *merge_list_flags(flags, config_class)],
         description=config_class.__doc__,
     )
     run(config, Console(stderr=True))
 
 
 def _quiet_libraries() -> None:
-    """Before transformers and datasets load: our progress is the only one shown."""
+    """Silence the progress bars and warnings of transformers and datasets, before they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -99,39 +100,42 @@ def _quiet_libraries() -> None:
     import_module("transformers").utils.logging.disable_progress_bar()
 
 
-def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Split `--config FILE` off the flags."""
-    for i, word in enumerate(words):
-        if word == "--config":
-            if i + 1 == len(words):
+def _split_config_file(flags: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the FILE of `--config FILE`, if there is one, and the other flags."""
+    for i, flag in enumerate(flags):
+        if flag == "--config":
+            if i + 1 == len(flags):
                 raise InputError("--config needs a file")
-            return Path(words[i + 1]), words[:i] + words[i + 2 :]
-        if word.startswith("--config="):
-            return Path(word.removeprefix("--config=")), words[:i] + words[i + 1 :]
-    return None, words
+            return Path(flags[i + 1]), flags[:i] + flags[i + 2 :]
+        if flag.startswith("--config="):
+            return Path(flag.removeprefix("--config=")), flags[:i] + flags[i + 1 :]
+    return None, flags
 
 
-def joined(flags: Sequence[str], config_class: type) -> list[str]:
-    """The same flags with those of a list, given several times, as one: `--data a --data b` is `--data a b`."""
+def merge_list_flags(flags: Sequence[str], config_class: type) -> list[str]:
+    """Merge repeated flags of list fields into one: `--data a --data b` becomes `--data a b`."""
     hints = typing.get_type_hints(config_class)
-    lists = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
-    kept: list[str] = []
+    list_fields = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
+    other: list[str] = []
     values: dict[str, list[str]] = {}
-    into = kept
+    target = other
     for word in flags:
         name, equals, value = word.partition("=")
         if word.startswith("--"):
             field = name.removeprefix("--").replace("-", "_")
-            into = values.setdefault(field, []) if field in lists else kept
-            if field in lists:
-                into += [value] if equals else []
+            target = values.setdefault(field, []) if field in list_fields else other
+            if field in list_fields:
+                target += [value] if equals else []
                 continue
-        into.append(word)
-    return [*kept, *(word for field, given in values.items() for word in (f"--{field}", *given))]
+        target.append(word)
+    return [*other, *(word for field, words in values.items() for word in (f"--{field}", *words))]
 
 
 def flags_of_file(path: Path, config_class: type) -> list[str]:
-    """The flags that a YAML file stands for. Raises InputError naming the file and an unknown key's closest match."""
+    """Return the flags that a YAML file stands for.
+
+    Raises InputError naming the file and, for an unknown key, the closest known one.
+    """
     try:
         fields = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -170,7 +174,7 @@ def _flags(fields: Mapping[Any, Any], config_class: type, path: Path, prefix: st
 
 
 def _boolean(name: str, value: bool, hint: object) -> list[str]:
-    """tyro knows `--flag` and `--no-flag` for a bool, and `--flag True` for an optional one."""
+    """Return the flag of a boolean as tyro reads it: `--flag` or `--no-flag`, and `--flag True` for an optional one."""
     if isinstance(hint, types.UnionType):
         return [f"--{name}", str(value)]
     head, _, last = name.rpartition(".")

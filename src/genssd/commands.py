@@ -1,4 +1,4 @@
-"""What the commands print: one function per command, over the configs and functions of distill."""
+"""What the commands print: one function per command, which runs the function of distill with the same name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from genssd.distill.console import Phases, ProgressLine, counting, diagnosing, selecting, training
+from genssd.distill.console import (
+    ProgressLine,
+    TaskLines,
+    report_counts,
+    report_diagnosis,
+    report_selection,
+    report_training,
+)
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
@@ -26,7 +33,7 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import CapacityError, InputError
 
-SHOWN = 10  # failures listed
+MAX_LISTED = 10  # failures or bad rows that are listed one by one
 
 
 def demo(config: DemoConfig, console: Console) -> None:
@@ -35,19 +42,19 @@ def demo(config: DemoConfig, console: Console) -> None:
 
 def select(config: SelectConfig, console: Console) -> None:
     with ProgressLine("select", console) as line:
-        summary = run_select(config, report=selecting(line))
+        summary = run_select(config, report=report_selection(line))
     counts = ", ".join(f"{count} {status}" for status, count in sorted(summary.statuses.items()))
     print(f"{summary.prompts} prompts: {counts}")
     print(f"{summary.tokens_kept:,} tokens kept of {summary.tokens_sampled:,} sampled")
     print(f"written to {summary.path}")
     if summary.failures:
-        listed = "".join(f"\n  {failure}" for failure in summary.failures[:SHOWN])
+        listed = "".join(f"\n  {failure}" for failure in summary.failures[:MAX_LISTED])
         raise CapacityError(f"{len(summary.failures)} prompts are missing; --resume tries them again:{listed}")
 
 
 def generate(config: GenerateConfig, console: Console) -> None:
     with ProgressLine("generate", console) as line:
-        summary = run_generate(config, report=counting(line, "prompts"))
+        summary = run_generate(config, report=report_counts(line, "prompts"))
     counts = ", ".join(f"{count} {status}" for status, count in sorted(summary.statuses.items()))
     print(f"{summary.prompts} prompts, {summary.tokens:,} tokens in responses: {counts}")
     if config.method == "rsd":
@@ -57,29 +64,29 @@ def generate(config: GenerateConfig, console: Console) -> None:
 
 def prefix(config: PrefixConfig, console: Console) -> None:
     with ProgressLine("prefix", console) as line:
-        summary = run_prefix(config, report=counting(line, "traces"))
+        summary = run_prefix(config, report=report_counts(line, "traces"))
     print(
         f"{summary.traces} traces: {summary.mean_share:.0%} of the steps kept on average, {summary.whole} left whole; "
         f"{summary.kept} are finished and not known to be wrong"
     )
     print(f"written to {summary.output_dir}")
-    _complain("could not be used; all others were", summary.bad_rows, summary.output_dir)
+    _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
 def leaf(config: LeafConfig, console: Console) -> None:
     with ProgressLine("leaf", console) as line:
-        summary = run_leaf(config, report=counting(line, "traces"))
+        summary = run_leaf(config, report=report_counts(line, "traces"))
     print(f"{summary.traces} traces, {summary.counterfactuals} counterfactuals beside them")
     print(f"written to {summary.output_dir}")
-    _complain("could not be used; all others were", summary.bad_rows, summary.output_dir)
+    _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
 def train(config: TrainConfig, console: Console) -> None:
-    main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun one speaks
-    console = console if main else Console(quiet=True)
+    is_main = os.environ.get("RANK", "0") == "0"  # only one of the processes of torchrun prints
+    console = console if is_main else Console(quiet=True)
     with ProgressLine("train", console) as line:
-        summary = run_train(config, report=training(line))
-    if not main:
+        summary = run_train(config, report=report_training(line))
+    if not is_main:
         return
     for reason, count in summary.left_out.items():
         print(f"left out: {count} rows ({reason})")
@@ -91,9 +98,9 @@ def train(config: TrainConfig, console: Console) -> None:
 
 
 def distill(config: DistillConfig, console: Console) -> None:
-    with Phases(console) as phases:
-        for summary in run_distill(config, report=phases.report):
-            phases.close()
+    with TaskLines(console) as lines:
+        for summary in run_distill(config, report=lines.report):
+            lines.close()
             score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
             accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
             print(
@@ -105,7 +112,7 @@ def distill(config: DistillConfig, console: Console) -> None:
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
     with ProgressLine("evaluate", console) as line:
-        result = run_evaluate(config, report=counting(line, "responses"))
+        result = run_evaluate(config, report=report_counts(line, "responses"))
     print(f"greedy accuracy {result.accuracy} over {len(result.correct)} problems (95 % interval)")
     if result.avg_at_k is not None:
         print(f"avg@{result.samples} {result.avg_at_k}")
@@ -115,7 +122,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
 
 def score(config: ScoreConfig, console: Console) -> None:
     with ProgressLine("score", console) as line:
-        summary = run_score(config, report=counting(line, "traces"))
+        summary = run_score(config, report=report_counts(line, "traces"))
     print(f"{summary.traces} traces of {summary.prompts} prompts scored, {summary.selected} responses picked")
     for name, ranks in summary.teachers.items():
         print(f"teachers by {name} (95 % interval over {ranks[0].prompts} prompts; share of draws in front):")
@@ -124,12 +131,12 @@ def score(config: ScoreConfig, console: Console) -> None:
     if summary.teachers and summary.incomplete:
         print(f"{summary.incomplete} prompts that some teacher did not answer are left out of the ranking")
     print(f"written to {summary.output_dir}")
-    _complain("could not be scored; all others were", summary.bad_rows, summary.output_dir)
+    _raise_for_bad_rows("could not be scored; all others were", summary.bad_rows, summary.output_dir)
 
 
 def diagnose(config: DiagnoseConfig, console: Console) -> None:
     with ProgressLine("diagnose", console) as line:
-        summary = run_diagnose(config, report=diagnosing(line))
+        summary = run_diagnose(config, report=report_diagnosis(line))
     for sentence in verdict(summary.diagnosis):
         print(f"* {sentence}")
     costs = summary.diagnosis.costs
@@ -140,13 +147,13 @@ def diagnose(config: DiagnoseConfig, console: Console) -> None:
     print(f"written to {summary.output_dir}; look at {summary.output_dir / 'diagnosis.html'}")
 
 
-def _complain(what: str, bad_rows: Sequence[str], output_dir: Path) -> None:
-    """Raise InputError with the first of the bad rows, if there are any."""
+def _raise_for_bad_rows(outcome: str, bad_rows: Sequence[str], output_dir: Path) -> None:
+    """Raise InputError that lists the first bad rows, if there are any. outcome: what follows the number of rows."""
     if bad_rows:
-        listed = "".join(f"\n  {message}" for message in bad_rows[:SHOWN])
-        more = len(bad_rows) - SHOWN
+        listed = "".join(f"\n  {message}" for message in bad_rows[:MAX_LISTED])
+        more = len(bad_rows) - MAX_LISTED
         tail = f"\n  and {more} more in {output_dir / 'bad_rows.txt'}" if more > 0 else ""
-        raise InputError(f"{len(bad_rows)} rows {what}:{listed}{tail}")
+        raise InputError(f"{len(bad_rows)} rows {outcome}:{listed}{tail}")
 
 
 def reselect(config: ReselectConfig, console: Console) -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import TinyPair
 from support.toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
-from genssd.cli import flags_of_file, joined, main
+from genssd.cli import flags_of_file, main, merge_list_flags
 from genssd.distill.score.prefix import PrefixConfig
 from genssd.distill.select.generate import GenerateConfig
 from genssd.distill.select.run import SelectConfig
@@ -105,9 +105,24 @@ def test_diagnose(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, capsys
 
 def test_flags_of_lists_add_up() -> None:
     flags = ["--limit", "3", "--data", "a", "--resume", "--data", "b", "c", "--data=d", "--no-resume"]
-    assert joined(flags, PrefixConfig) == ["--limit", "3", "--resume", "--no-resume", "--data", "a", "b", "c", "d"]
-    assert joined([], PrefixConfig) == []
-    assert joined(["--teacher", "t", "--teacher", "u"], GenerateConfig) == ["--teacher", "t", "--teacher", "u"]
+    assert merge_list_flags(flags, PrefixConfig) == [
+        "--limit",
+        "3",
+        "--resume",
+        "--no-resume",
+        "--data",
+        "a",
+        "b",
+        "c",
+        "d",
+    ]
+    assert merge_list_flags([], PrefixConfig) == []
+    assert merge_list_flags(["--teacher", "t", "--teacher", "u"], GenerateConfig) == [
+        "--teacher",
+        "t",
+        "--teacher",
+        "u",
+    ]
 
 
 def test_a_config_file_and_flags_over_it(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

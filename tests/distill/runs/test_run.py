@@ -1,0 +1,143 @@
+"""One run over its directory: begun, resumed or refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from genssd.distill.runs.directory import claim
+from genssd.distill.runs.run import Run
+from genssd.distill.runs.settings import Operational
+from genssd.engine.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    output_dir: Operational[str]
+    resume: Operational[bool] = False
+    size: int = 1
+    threads: Operational[int] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnceConfig:
+    """A command that cannot resume."""
+
+    output_dir: Operational[str]
+
+
+def work(config: Config, *numbers: int) -> list[int]:
+    """Journal the numbers; return those that were there before."""
+    with Run.open(config, "count", journal="numbers.jsonl") as run:
+        before = [row["number"] for row in run.done()]
+        for number in numbers:
+            run.journal.append({"number": number})
+    return before
+
+
+def test_a_run_is_recorded_resumed_and_keeps_how_it_was_begun(tmp_path: Path) -> None:
+    directory = str(tmp_path / "run")
+    assert work(Config(output_dir=directory), 1, 2) == []
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["command"] == "count"
+    assert record["settings"] == {"size": 1}
+    assert set(record["versions"]) == {"genssd", "torch", "transformers"}
+    assert work(Config(output_dir=directory, resume=True, threads=3), 3) == [1, 2]
+    assert json.loads((tmp_path / "run/run.json").read_text())["config"]["threads"] == 3
+    assert work(Config(output_dir=directory, resume=True)) == [1, 2, 3]
+
+
+def test_finished_work_needs_resume_and_the_same_settings(tmp_path: Path) -> None:
+    directory = str(tmp_path / "run")
+    work(Config(output_dir=directory), 1)
+    with pytest.raises(InputError, match=r"numbers\.jsonl holds finished work already; pass --resume, or choose"):
+        work(Config(output_dir=directory))
+    with pytest.raises(InputError, match=r"run was begun with size=1, not 2; resume with the same settings"):
+        work(Config(output_dir=directory, resume=True, size=2))
+    assert work(Config(output_dir=directory, resume=True)) == [1]
+
+
+def test_a_run_without_finished_work_begins_anew(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    work(Config(output_dir=str(directory)))
+    (directory / "numbers.jsonl").write_text('{"number": 1')  # the first line was cut
+    assert work(Config(output_dir=str(directory), size=2), 5) == []
+    assert (directory / "numbers.jsonl").read_text() == '{"number": 5}\n'
+
+
+def test_a_torn_line_is_cut_before_the_next_is_written(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    work(Config(output_dir=str(directory)), 1, 2)
+    whole = (directory / "numbers.jsonl").read_bytes()
+    (directory / "numbers.jsonl").write_bytes(whole[:-3])
+    assert work(Config(output_dir=str(directory), resume=True), 2) == [1]
+    assert (directory / "numbers.jsonl").read_bytes() == whole
+
+
+def test_work_that_is_not_kept_is_cut(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"), resume=True)
+    work(config, 1, 2, 3)
+    with Run.open(config, "count", journal="numbers.jsonl") as run:
+        assert run.resumed
+        run.keep(1)
+        assert [row["number"] for row in run.done()] == [1]
+        run.journal.append({"number": 7})
+    assert work(config) == [1, 7]
+
+
+def test_a_command_that_cannot_resume_asks_for_another_directory(tmp_path: Path) -> None:
+    config = OnceConfig(output_dir=str(tmp_path / "run"))
+    with Run.open(config, "once", journal="results.jsonl") as run:
+        run.journal.append({})
+    with (
+        pytest.raises(InputError, match=r"results\.jsonl holds finished work already; choose another output_dir"),
+        Run.open(config, "once", journal="results.jsonl"),
+    ):
+        pass
+
+
+def test_parts_on_disk_are_a_run_that_has_begun(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"))
+    with Run.open(config, "count", journal="numbers.jsonl", parts="part-*"):
+        (tmp_path / "run/part-1").mkdir()
+    with (
+        pytest.raises(InputError, match="run holds finished work already"),
+        Run.open(config, "count", journal="numbers.jsonl", parts="part-*"),
+    ):
+        pass
+    again = Config(output_dir=config.output_dir, resume=True, size=2)
+    with Run.open(again, "count", journal="numbers.jsonl", parts="part-*", free=("size",)) as run:
+        assert run.resumed
+    assert json.loads((tmp_path / "run/run.json").read_text())["settings"] == {"size": 2}
+
+
+def test_the_directory_belongs_to_one_process_and_one_command(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"))
+    with claim(tmp_path / "run", "count"), pytest.raises(InputError, match="another run is at work in"):
+        work(config)
+    work(config)
+    with (
+        pytest.raises(InputError, match="belongs to a run of `genssd count`"),
+        Run.open(config, "other", journal="numbers.jsonl"),
+    ):
+        pass
+
+
+def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    work(Config(output_dir=str(directory)), 1)
+    (directory / "run.json").write_text('{"command": "count", "config": {}}')
+    with pytest.raises(InputError, match=r"run\.json was written by another version of genssd"):
+        work(Config(output_dir=str(directory), resume=True))
+
+
+def test_what_could_not_be_used_and_the_summary_are_written_whole(tmp_path: Path) -> None:
+    with Run.open(Config(output_dir=str(tmp_path / "run")), "count", journal="numbers.jsonl") as run:
+        run.write_bad_rows(["a, line 1: bad", "b, line 2: worse"])
+        run.write_summary({"rows": 2})
+    assert (tmp_path / "run/bad_rows.txt").read_text() == "a, line 1: bad\nb, line 2: worse\n"
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"rows": 2}
+    assert not list((tmp_path / "run").glob("*.tmp"))

@@ -1,0 +1,164 @@
+"""Every field of every config counts for the result of a run, unless its declaration says that it does not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genssd.commands import COMMANDS
+from genssd.distill import small_pair
+from genssd.distill.runs.settings import Kind, check_same_settings, fields_of, settings_of
+from genssd.engine.errors import InputError
+
+PAIR = Path(next(iter(small_pair.__path__)))
+MODELS = [str(PAIR / "teacher"), str(PAIR / "student")]
+
+ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch"}
+NOT_COUNTED = {
+    "select": ENGINE | {"output_dir", "resume", "data", "limit"},
+    "generate": ENGINE | {"output_dir", "resume", "data", "limit"},
+    "score": ENGINE | {"output_dir", "resume", "pick"},
+    "reselect": ENGINE | {"output_dir"},
+    "prefix": ENGINE | {"output_dir", "resume"},
+    "leaf": {"device", "output_dir", "resume"},
+    "evaluate": ENGINE | {"output_dir"},
+    "diagnose": ENGINE
+    | {"output_dir", "resume", "data", "limit"}
+    | {"losses", "beta", "alpha", "page_questions"},  # applied to the finished journal
+    "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
+    | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"},
+    "distill": {"output_dir", "resume", "rounds"}
+    | {f"select.{name}" for name in ENGINE}
+    | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
+    | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
+}
+"""Written out, so that a field stops to count by decision alone. A new field counts without a line here."""
+
+BY_CONTENT = {
+    "select": {"teacher", "student"},
+    "generate": {"teacher", "student"},
+    "score": {"student"},
+    "reselect": {"student"},
+    "prefix": {"student"},
+    "leaf": {"teacher", "student"},
+    "evaluate": {"model"},
+    "diagnose": {"teacher", "student"},
+    "train": {"model_name_or_path", "teacher_model_name_or_path", "eval_data"},
+    "distill": {"teacher", "student", "data", "eval_data", "train.teacher_model_name_or_path", "train.eval_data"},
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """Two files with different content."""
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path in paths:
+        path.write_text(f'{{"question": "{path.name}"}}\n')
+    return [str(path) for path in paths]
+
+
+def config_of(command: str, data: list[str]) -> Any:
+    """A config with all required fields, models and files that exist."""
+    config_class = COMMANDS[command][0]
+    given: dict[str, Any] = {
+        "teacher": (MODELS[0],) if command == "diagnose" else MODELS[0],
+        "student": MODELS[1],
+        "model": MODELS[1],
+        "model_name_or_path": MODELS[1],
+        "data": (data[0],) if command in ("score", "prefix", "leaf", "train") else data[0],
+        "run": "runs/select",
+    }
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{name: value for name, value in given.items() if name in names})
+
+
+def changed(config: Any, name: str, value: Any) -> Any:
+    """A copy with another value, whatever the config's own checks say."""
+    head, _, rest = name.partition(".")
+    other = copy.copy(config)
+    object.__setattr__(other, head, changed(getattr(config, head), rest, value) if rest else value)
+    return other
+
+
+def another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if dataclasses.is_dataclass(value):
+        return None
+    return (*value, "x") if isinstance(value, tuple) else f"{value}x"
+
+
+@pytest.mark.parametrize("command", sorted(NOT_COUNTED))
+def test_every_field_counts_unless_it_is_declared(command: str, data: list[str]) -> None:
+    config = config_of(command, data)
+    settings = settings_of(config)
+    not_counted, by_content = set(), set()
+    for setting in fields_of(config):
+        if setting.kind in (Kind.OPERATIONAL, Kind.RECOMPUTED):
+            not_counted.add(setting.name)
+            assert setting.name not in settings
+            assert settings_of(changed(config, setting.name, another(setting.value))) == settings
+        elif setting.kind is not None:
+            by_content.add(setting.name)
+        else:
+            other = settings_of(changed(config, setting.name, another(setting.value)))
+            with pytest.raises(InputError, match=f"begun with {setting.name}="):
+                check_same_settings(settings, other, "runs/x was begun")
+    assert not_counted == NOT_COUNTED[command]
+    assert by_content == BY_CONTENT[command]
+
+
+def test_every_command_that_keeps_results_is_looked_at() -> None:
+    assert set(NOT_COUNTED) == set(BY_CONTENT) == set(COMMANDS) - {"demo"}
+
+
+@pytest.mark.parametrize("command", sorted(BY_CONTENT))
+def test_models_and_files_count_by_their_content(command: str, data: list[str], tmp_path: Path) -> None:
+    config = config_of(command, data)
+    for name in BY_CONTENT[command]:
+        choices = data if name.endswith("data") else MODELS
+        many = (name.endswith("eval_data") and command != "distill") or name == "train.eval_data"
+        many = many or (command == "diagnose" and name == "teacher")
+        first, second = (settings_of(changed(config, name, (c,) if many else c)) for c in choices)
+        check_same_settings(first, first, "runs/x was begun")
+        with pytest.raises(InputError, match=rf"{name}=.*{Path(choices[0]).name}'.*\(.*\), not .*resume with the same"):
+            check_same_settings(first, second, "runs/x was begun")
+
+
+def test_a_model_or_file_under_another_name_is_the_same(data: list[str], tmp_path: Path) -> None:
+    link, copied = tmp_path / "link", tmp_path / "copy.jsonl"
+    link.symlink_to(MODELS[0])
+    copied.write_bytes(Path(data[0]).read_bytes())
+    config = config_of("distill", data)
+    moved = changed(changed(config, "teacher", str(link)), "data", str(copied))
+    check_same_settings(settings_of(config), settings_of(moved), "runs/x was begun")
+    # where results are stored under the name, it counts
+    config = config_of("diagnose", data)
+    with pytest.raises(InputError, match="begun with teacher="):
+        check_same_settings(
+            settings_of(config), settings_of(changed(config, "teacher", (str(link),))), "runs/x was begun"
+        )
+
+
+def test_fingerprints_of_loaded_models_are_not_computed_again(data: list[str]) -> None:
+    config = changed(config_of("select", data), "teacher", "no/such/model/here")
+    settings = settings_of(config, {"teacher": "0123", "student": "4567"})
+    assert settings["teacher"] == {"name": "no/such/model/here", "content": "0123"}
+
+
+def test_a_setting_that_only_one_side_has_is_a_difference() -> None:
+    with pytest.raises(InputError, match=r"begun with gone=1, not None"):
+        check_same_settings({"kept": 1, "gone": 1}, {"kept": 1}, "runs/x was begun")
+    with pytest.raises(InputError, match=r"begun with new=None, not 2"):
+        check_same_settings({"kept": 1}, {"kept": 1, "new": 2}, "runs/x was begun")
+
+
+def test_a_data_file_that_is_not_there_is_named(data: list[str]) -> None:
+    with pytest.raises(InputError, match=r"missing\.jsonl cannot be read: No such file"):
+        settings_of(changed(config_of("distill", data), "data", "missing.jsonl"))
