@@ -10,17 +10,15 @@ OUTPUT_DIR/summary.json
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from math_verify import parse, verify
 
+from genssd.distill.data.answers import is_correct
 from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.runs.directory import claim
 from genssd.distill.runs.engine_options import EngineOptions
@@ -164,19 +162,6 @@ def _summarise(results: Sequence[_Result], config: EvaluateConfig) -> Evaluation
         unfinished=sum(result.greedy.status == "length" for result in results),
         mean_tokens=float(np.mean([len(result.greedy.token_ids) for result in results])),
     )
-
-
-def is_correct(response: str, answer: str | None) -> bool:
-    """Whether math-verify finds the reference answer in the response."""
-    if answer is None:
-        return False
-    # math-verify logs a warning for every text that holds no formula
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    # its time limit is a signal, which only the main thread can take
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    gold = parse(answer if "\\" in answer or "$" in answer else f"${answer}$", parsing_timeout=limit)
-    found = parse(response, parsing_timeout=limit)
-    return bool(gold) and bool(verify(gold, found, timeout_seconds=limit))
 
 
 def wilson(outcomes: Sequence[bool], z: float = 1.96) -> Estimate:

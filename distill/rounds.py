@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.answers import is_correct
 from genssd.distill.data.problems import read_lines, read_problems
-from genssd.distill.evaluating import EvaluateConfig, is_correct, run_evaluate
+from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl

@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 
+from genssd.distill.data.answers import is_correct
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.diagnose.config import SETTINGS_OF_THE_RESULT, DiagnoseConfig
 from genssd.distill.diagnose.contexts import prompt_for, read_contexts
@@ -33,7 +34,6 @@ from genssd.distill.diagnose.placement import place
 from genssd.distill.diagnose.reading import Load, Models, Reading, ReadNode, read_nodes
 from genssd.distill.diagnose.rows import node_rows, question_row
 from genssd.distill.diagnose.tables import Diagnosis, diagnose
-from genssd.distill.evaluating import is_correct
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_json, write_jsonl
 from genssd.engine.checkpoint import fingerprint, locate

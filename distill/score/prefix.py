@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from genssd.distill.data.answers import is_correct
 from genssd.distill.data.traces import Trace, journalled, training_row, usable_traces
-from genssd.distill.evaluating import is_correct
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_jsonl

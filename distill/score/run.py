@@ -19,8 +19,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.answers import is_correct
 from genssd.distill.data.traces import Trace, journalled, source_of, training_row, usable_traces
-from genssd.distill.evaluating import is_correct
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_json, write_jsonl

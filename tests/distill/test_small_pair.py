@@ -10,7 +10,7 @@ import pytest
 
 from genssd import Chunk, Engine, Sampling
 from genssd.distill import small_pair
-from genssd.distill.evaluating import is_correct
+from genssd.distill.data.answers import is_correct
 from genssd.distill.small_pair.problems import STYLES, make_problems, style_of, write_solution, write_step
 
 PAIR = Path(next(iter(small_pair.__path__)))
