@@ -27,13 +27,14 @@ import numpy as np
 from genssd.distill.data.answers import is_correct
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.diagnose.config import SETTINGS_OF_THE_RESULT, DiagnoseConfig
-from genssd.distill.diagnose.contexts import prompt_for, read_contexts
-from genssd.distill.diagnose.forcing import Outcome, Question, Spent, Verify, force_nodes, succeeds
-from genssd.distill.diagnose.page import render
-from genssd.distill.diagnose.placement import place
-from genssd.distill.diagnose.reading import Load, Models, Reading, ReadNode, read_nodes
-from genssd.distill.diagnose.rows import node_rows, question_row
-from genssd.distill.diagnose.tables import Diagnosis, diagnose
+from genssd.distill.diagnose.contexts import build_prompt, read_contexts
+from genssd.distill.diagnose.diagnosis import Diagnosis
+from genssd.distill.diagnose.forcing import CompletionOptions, Question, Verify, force_nodes, succeeds
+from genssd.distill.diagnose.page import render_page
+from genssd.distill.diagnose.placement import place_nodes
+from genssd.distill.diagnose.reading import Load, Models, ReadingOptions, read_nodes
+from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
+from genssd.distill.diagnose.tables import diagnose
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_json, write_jsonl
 from genssd.engine.checkpoint import fingerprint, locate
@@ -106,29 +107,15 @@ def _run(
     questions = _questions(config, problems, tokenizers[config.student])
     if done < len(problems):
         with Journal(journal) as log:
-            for q, found in _work(config, Models(load), questions, done, prompts, report, verify):
-                problem = problems[q.index]
-                log.append(
-                    question_row(
-                        q,
-                        problem,
-                        contexts[q.index],
-                        found.correct,
-                        found.planned,
-                        found.read,
-                        found.outcomes,
-                        found.spent,
-                        {"file": config.data, "line": problem.line},
-                        tokenizers[config.student],
-                        config.completions,
-                    )
-                )
+            for q, findings in _work(config, Models(load), questions, done, prompts, report, verify):
+                source = QuestionSource(file=config.data, problem=problems[q.index], contexts=contexts[q.index])
+                log.append(make_question_row(q, source, findings, tokenizers[config.student]))
     rows = [row for row, _ in complete_rows(journal)]
-    nodes = [node for row in rows for node in node_rows(row, config.losses, config.beta, config.alpha)]
+    nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(output_dir / "nodes.jsonl", nodes)
     diagnosis = diagnose(rows, nodes, [reader.name for reader in config.readers()[1:]], config.losses, config.seed)
     write_json(output_dir / "summary.json", diagnosis.as_json())
-    page = render(diagnosis, rows, nodes, config.student, config.page_questions)
+    page = render_page(diagnosis, rows, nodes, config.student, config.page_questions)
     (output_dir / "diagnosis.html").write_text(page, encoding="utf-8")
     return DiagnoseSummary(output_dir=output_dir, diagnosis=diagnosis)
 
@@ -163,7 +150,7 @@ def _prompts(
     prompts: dict[tuple[str, int], list[int]] = {}
     for reader in config.readers():
         for index, problem in enumerate(problems):
-            asked = prompt_for(reader, problem, contexts[index], config.templates)
+            asked = build_prompt(reader, problem, contexts[index], config.templates)
             try:
                 ids = prompts[reader.name, index] = tokenizers[reader.model].encode_prompt(asked)
             except InputError as error:
@@ -218,19 +205,19 @@ def _work(
     prompts: Mapping[tuple[str, int], Sequence[int]],
     report: Report,
     verify: Verify,
-) -> Iterator[tuple[Question, _Found]]:
+) -> Iterator[tuple[Question, Findings]]:
     """All questions but the first `done`, in order, as each is finished. Equal prompts are told apart by all that come
     before them."""
     todo = _rolled_out(config, models, questions, done, report)
     places = {q.index: _places(config, q) for q in todo}
     ends = models.engine(config.student, "student").tokenizer("student").end_token_ids
-    options = Reading(
+    options = ReadingOptions(
         top_k=config.top_k,
         teacher_top_k=config.teacher_top_k,
         min_probability=config.min_probability,
         completions=config.completions,
         budget=config.budget,
-        ends=ends,
+        end_ids=ends,
     )
 
     def reading(at: int, total: int) -> None:
@@ -248,39 +235,31 @@ def _work(
             )
 
         forcing(0)
-        outcomes, spent = force_nodes(
+        outcomes, cost = force_nodes(
             engine,
             q,
             [of.node for of in read[q.index]],
             verify,
-            completions=config.completions,
-            sampling=config.sampling,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            report=forcing,
+            CompletionOptions(
+                completions=config.completions,
+                sampling=config.sampling,
+                max_tokens=config.max_tokens,
+                seed=config.seed,
+            ),
+            forcing,
         )
         verdicts: dict[str, bool] = {}
         yield (
             q,
-            _Found(
+            Findings(
                 correct=[succeeds(rollout, q.answer, verify, verdicts) for rollout in q.rollouts],
-                planned=sum(len(of_rollout) for of_rollout in places[q.index]),
-                read=read[q.index],
+                planned_nodes=sum(len(of_rollout) for of_rollout in places[q.index]),
+                readings=read[q.index],
                 outcomes=outcomes,
-                spent=spent,
+                completions=config.completions,
+                cost=cost,
             ),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What was found out about a question. planned: its nodes before the budget was looked at."""
-
-    correct: Sequence[bool]
-    planned: int
-    read: Sequence[ReadNode]
-    outcomes: Sequence[Outcome]
-    spent: Spent
 
 
 def _rolled_out(
@@ -308,6 +287,6 @@ def _places(config: DiagnoseConfig, question: Question) -> list[list[int]]:
     """Where every rollout is looked at, in the order in which that is to be afforded."""
     stream = prompt_stream(config.seed, question.prompt_ids, question.occurrence)
     return [
-        place(len(rollout.token_ids), config.nodes_per_window, np.random.default_rng([stream, i]))
+        place_nodes(len(rollout.token_ids), config.nodes_per_window, np.random.default_rng([stream, i]))
         for i, rollout in enumerate(question.rollouts)
     ]

@@ -17,7 +17,7 @@ from conftest import TinyPair
 from support.exact_tree import ExactTree, Floats
 from support.toys import EOS, edit_json, save_checkpoint, save_markov, token_of
 
-from genssd.distill.diagnose.alignment import align, ideal_gradient, renormalised, teacher_advantage
+from genssd.distill.diagnose.alignment import ideal_gradient, measure_alignment, renormalise, teacher_advantage
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import Templates
 from genssd.distill.diagnose.reading import Load
@@ -125,12 +125,12 @@ def test_an_exact_world(world: World, data: Path, tmp_path: Path) -> None:
         state = LETTERS.index(rollouts[node["index"]][node["rollout"]][node["position"] - 1]) if node["position"] else 0
         order = [LETTERS.index(token) for token in node["candidates"]]
         for name, logits in TEACHERS.items():
-            log_q = renormalised(logits[state][order])
+            log_q = renormalise(logits[state][order])
             np.testing.assert_allclose(node["q"][name], np.exp(log_q), atol=1e-5)
             advantage = teacher_advantage(log_p, log_q, success)
             assert abs(node["advantage"][name] - advantage) <= np.abs(np.exp(log_q) - np.exp(log_p)) @ bound
             for loss, value in node["alignment"][name].items():
-                truth = align(loss, log_p, log_q, success, sampled=node["sampled"])
+                truth = measure_alignment(loss, log_p, log_q, success, sampled_index=node["sampled"])
                 if isinstance(truth, str) or np.ptp(success) < 0.25:
                     assert not isinstance(truth, str) or value == truth
                 else:

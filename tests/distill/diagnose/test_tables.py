@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genssd.distill.diagnose.alignment import Loss
-from genssd.distill.diagnose.page import render
-from genssd.distill.diagnose.rows import node_rows
-from genssd.distill.diagnose.tables import Diagnosis, diagnose
-from genssd.distill.diagnose.verdict import verdict
+from genssd.distill.diagnose.alignment import LossName
+from genssd.distill.diagnose.diagnosis import Diagnosis
+from genssd.distill.diagnose.page import render_page
+from genssd.distill.diagnose.rows import make_node_rows
+from genssd.distill.diagnose.tables import diagnose
+from genssd.distill.diagnose.verdict import write_verdict
 
-LOSSES: tuple[Loss, ...] = ("forward_kl", "reverse_kl")
+LOSSES: tuple[LossName, ...] = ("forward_kl", "reverse_kl")
 TEACHERS = ("good", "bad")
 Q = math.log
 
@@ -73,7 +74,7 @@ def rows_of(count: int) -> list[dict[str, Any]]:
 
 
 def diagnosis_of(rows: Sequence[dict[str, Any]]) -> tuple[Diagnosis, list[dict[str, Any]]]:
-    nodes = [of for row in rows for of in node_rows(row, LOSSES, 0.5, 0.1)]
+    nodes = [of for row in rows for of in make_node_rows(row, LOSSES, 0.5, 0.1)]
     return diagnose(rows, nodes, TEACHERS, LOSSES, seed=0), nodes
 
 
@@ -109,7 +110,7 @@ def test_groups_and_counts() -> None:
 
 
 def test_the_verdict_names_teacher_loss_and_uncertainty() -> None:
-    sentences = verdict(diagnosis_of(rows_of(60))[0])
+    sentences = write_verdict(diagnosis_of(rows_of(60))[0])
     text = "\n".join(sentences)
     assert "gets 33% of its rollouts right. At 60 of 180 nodes" in sentences[0]
     assert "At 60 there is only one token to choose, at 60 all tokens succeed equally often" in sentences[0]
@@ -127,7 +128,7 @@ def test_the_verdict_names_teacher_loss_and_uncertainty() -> None:
 
 
 def test_few_questions_give_no_verdict() -> None:
-    text = "\n".join(verdict(diagnosis_of(rows_of(6))[0]))
+    text = "\n".join(write_verdict(diagnosis_of(rows_of(6))[0]))
     assert re.search(
         r"Incorrect rollouts: no verdict on 4 nodes of 4 questions, fewer than 10; good with \w+ has", text
     )
@@ -139,7 +140,7 @@ def test_noise_alone_is_called_no_effect() -> None:
     random = np.random.default_rng(0)
     rows = [question(i, correct=False, nodes=[node(0, random.integers(0, 3, (2, 2)).tolist())]) for i in range(60)]
     found, _ = diagnosis_of(rows)
-    text = "\n".join(verdict(found))
+    text = "\n".join(write_verdict(found))
     assert "Incorrect rollouts" not in text, "they are all there is"
     assert "no effect that can be told from none" in text
     assert "not told apart from" in text
@@ -150,20 +151,20 @@ def test_a_token_without_probability_is_written_as_null() -> None:
     """The losses that have log q in them are undefined there, the others are not."""
     banned = node(0, FIRST)
     banned["logprob"] = {"itself": [Q(0.5), Q(0.5)], "good": [0.0, None], "bad": [Q(0.5), Q(0.4)]}
-    (row,) = node_rows(question(0, correct=False, nodes=[banned]), LOSSES, 0.5, 0.1)
+    (row,) = make_node_rows(question(0, correct=False, nodes=[banned]), LOSSES, 0.5, 0.1)
     assert row["alignment"]["good"] == {"forward_kl": pytest.approx(1.0), "reverse_kl": "infinite"}
     assert row["q"]["good"] == [1.0, 0.0]
     found = diagnose([question(0, correct=False, nodes=[banned])], [row], TEACHERS, LOSSES, seed=0)
     assert found.groups[0].undefined["good"] == {"infinite": 1}
-    assert "good gives a candidate no probability at 1 node that could say more." in verdict(found)
+    assert "good gives a candidate no probability at 1 node that could say more." in write_verdict(found)
 
 
 def test_nothing_defined_is_said_so() -> None:
     found, nodes = diagnosis_of([question(i, correct=False, nodes=[node(0, NONE), FORCED]) for i in range(20)])
-    sentences = verdict(found)
+    sentences = write_verdict(found)
     assert sentences[0].endswith("Nothing can be said about any teacher or loss.")
     assert "All nodes: no verdict. None of 40 nodes has an alignment." in sentences
-    page = render(found, [question(0, correct=False, nodes=[FORCED])], nodes[:0], "s", 1)
+    page = render_page(found, [question(0, correct=False, nodes=[FORCED])], nodes[:0], "s", 1)
     assert "Nothing can be said" in page
     assert diagnosis_of([question(0, correct=False, nodes=[])])[0].groups[0].nodes == 0
 
@@ -171,8 +172,8 @@ def test_nothing_defined_is_said_so() -> None:
 def test_the_page_shows_verdict_tables_and_text() -> None:
     rows = rows_of(30)
     found, nodes = diagnosis_of(rows)
-    page = render(found, rows, nodes, "the-student", 2)
-    for sentence in verdict(found):
+    page = render_page(found, rows, nodes, "the-student", 2)
+    for sentence in write_verdict(found):
         assert sentence.replace("'", "&#39;") in page
     assert page.count('<p class="asked">') == 2
     assert "question &lt;0&gt;" in page, "text of models is no markup"
@@ -188,4 +189,4 @@ def test_the_page_shows_verdict_tables_and_text() -> None:
     assert "x\u21b5\n</span>" in page, "a node that is a line break can be seen"
     assert "2.5 times as many" in page
     assert "http" not in page, "the page is self-contained"
-    assert "<select" not in render(found, rows, nodes, "the-student", 0)
+    assert "<select" not in render_page(found, rows, nodes, "the-student", 0)
