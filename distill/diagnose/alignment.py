@@ -1,4 +1,4 @@
-r"""How well a distillation loss points to where the student's success grows ("Unmasking On-Policy Distillation",
+r"""Alignment of a distillation loss with the gradient of the student's success ("Unmasking On-Policy Distillation",
 2605.10889).
 
 A node is a prompt with the first tokens of a response. There p is the student's next-token distribution, q the

@@ -86,7 +86,7 @@ class QuestionCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOptions:
-    """How the student completes every forced token."""
+    """Options of the completions that the student writes after every forced token."""
 
     completions: int
     """Number of completions per candidate; even."""

@@ -58,7 +58,7 @@ class NodeReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadingOptions:
-    """How candidates are chosen, and how many nodes of a question are kept."""
+    """Options of the choice of candidates, and of the budget that limits a question's nodes."""
 
     top_k: int
     """How many of the student's most likely tokens are candidates at a node."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genssd.distill.data.traces import Trace, journalled, source_of, training_row, usable_traces
+from genssd.distill.data.traces import Trace, describe_source, make_training_row, read_journal_ends, read_usable_traces
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_jsonl
 from genssd.distill.train.models import load_model, load_teacher
@@ -93,8 +93,8 @@ def _run(config: LeafConfig, report: Callable[[int, int], None]) -> LeafSummary:
     begun = is_begun(journal, resume=config.resume)
     tokenizer = Tokenizer(source)
     longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
-    traces, bad_rows = usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
-    ends = journalled(journal, traces)
+    traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
+    ends = read_journal_ends(journal, traces)
     done, device = len(ends) - 1, choose_device(config.device)
     teacher_source = locate(config.teacher)
     models: dict[Role, str] = {"student": fingerprint(source), "teacher": fingerprint(teacher_source)}
@@ -111,7 +111,7 @@ def _run(config: LeafConfig, report: Callable[[int, int], None]) -> LeafSummary:
                 ours, theirs = (gradient_norms(model, trace)[places] for model in (student, teacher))
                 texts = [tokenizer.token_text(trace.prompt_ids[i]) for i in places]
                 runs = distracting(ours, theirs, texts, config.share)
-                log.append({"source": source_of(trace), "runs": [[places[i] for i in run] for run in runs]})
+                log.append({"source": describe_source(trace), "runs": [[places[i] for i in run] for run in runs]})
                 done += 1
                 report(done, len(traces))
     rows = list(_rows(traces, (row for row, _ in complete_rows(journal)), tokenizer))
@@ -128,12 +128,12 @@ def _run(config: LeafConfig, report: Callable[[int, int], None]) -> LeafSummary:
 def _rows(traces: Sequence[Trace], found: Iterator[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """Every trace, then the same behind the question without one of its runs."""
     for trace, row in zip(traces, found, strict=True):
-        yield {**training_row(trace, trace.response_ids, tokenizer), "left_out": None}
+        yield {**make_training_row(trace, trace.response_ids, tokenizer), "left_out": None}
         for run in row["runs"]:
             prompt = tuple(token for i, token in enumerate(trace.prompt_ids) if i not in run)
             shorter = dataclasses.replace(trace, prompt_ids=prompt)
             left_out = tokenizer.decode([trace.prompt_ids[i] for i in run])
-            yield {**training_row(shorter, trace.response_ids, tokenizer), "left_out": left_out}
+            yield {**make_training_row(shorter, trace.response_ids, tokenizer), "left_out": left_out}
 
 
 def question_places(trace: Trace, tokenizer: Tokenizer) -> list[int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genssd.distill.data.answers import is_correct
-from genssd.distill.data.traces import Trace, journalled, training_row, usable_traces
+from genssd.distill.data.traces import Trace, make_training_row, read_journal_ends, read_usable_traces
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_jsonl
@@ -143,13 +143,15 @@ def _read(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]
         return "the response is empty" if len(trace.response_ids) == trace.finished else None
 
     longest = engine.longest("student")
-    return usable_traces(config.data, engine.tokenizer("student"), max_length=longest, limit=config.limit, unfit=unfit)
+    return read_usable_traces(
+        config.data, engine.tokenizer("student"), max_length=longest, limit=config.limit, find_fault=unfit
+    )
 
 
 def _resume(journal: Path, traces: Sequence[Trace], batch: int) -> int:
     """How many of the first traces are in the journal, which is cut to whole batches: equal prompts of one batch draw
     different continuations, so a batch is done again as a whole."""
-    ends = journalled(journal, traces)
+    ends = read_journal_ends(journal, traces)
     done = len(ends) - 1
     done -= 0 if done == len(traces) else done % batch
     truncate(journal, ends[done])
@@ -193,7 +195,7 @@ def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge:
         ids, finished = trace.response_ids, trace.finished
         if i in written:
             ids, finished = (*prefix(i, kept[i]), *written[i].token_ids), written[i].status == "finished"
-        fields = training_row(trace, ids, tokenizer)
+        fields = make_training_row(trace, ids, tokenizer)
         correct = trace.correct if i not in written else None
         if trace.answer is not None:
             correct = is_correct(fields["completion"], trace.answer)

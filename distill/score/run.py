@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.data.answers import is_correct
-from genssd.distill.data.traces import Trace, journalled, source_of, training_row, usable_traces
+from genssd.distill.data.traces import Trace, describe_source, make_training_row, read_journal_ends, read_usable_traces
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_json, write_jsonl
@@ -124,7 +124,7 @@ def _run(
     traces, bad_rows = _read(config, criteria, engine)
     settings = dataclasses.asdict(config)
     record_run(output_dir, "score", settings, SETTINGS_OF_THE_RESULT, engine.fingerprints, resumed=begun)
-    ends = journalled(journal, traces)
+    ends = read_journal_ends(journal, traces)
     done = len(ends) - 1
     truncate(journal, ends[done])
     with Journal(journal) as log:
@@ -181,7 +181,7 @@ def _read(config: ScoreConfig, criteria: Mapping[str, AnyCriterion], engine: Eng
             return f"with its reference answer longer than the {longest} tokens that the student takes"
         return None
 
-    return usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit, unfit=unfit)
+    return read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit, find_fault=unfit)
 
 
 def candidate_of(trace: Trace, engine: Engine, stats: Any) -> Candidate:
@@ -232,7 +232,7 @@ def _score_batch(
             correct = is_correct(tokenizer.decode(trace.response_ids), trace.answer)
         content = trace.response_ids[: len(trace.response_ids) - trace.finished]
         yield {
-            "source": source_of(trace),
+            "source": describe_source(trace),
             "prompt": trace.prompt_key,
             "teacher": trace.teacher,
             "tokens": len(trace.response_ids),
@@ -261,5 +261,5 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequenc
 
 
 def _training_row(engine: Engine, trace: Trace, criterion: str, score: float, weight: float) -> dict[str, Any]:
-    fields = training_row(trace, trace.response_ids, engine.tokenizer("student"))
+    fields = make_training_row(trace, trace.response_ids, engine.tokenizer("student"))
     return {**fields, "criterion": criterion, "score": _jsonable(score), "weight": weight}

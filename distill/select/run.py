@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
-from genssd.distill.data.topk_store import TopkStore, end_of
+from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
@@ -182,7 +182,7 @@ def _run(
     )
     failures: list[str] = []
     kept, sampled_before = 0, engine.usage.teacher_tokens
-    end = max((end_of(row) for row, _ in complete_rows(journal)), default=0)
+    end = max((find_topk_end(row) for row, _ in complete_rows(journal)), default=0)
     with (
         Journal(journal) as selections_log,
         Journal(decisions) as decisions_log,
