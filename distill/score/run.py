@@ -25,9 +25,9 @@ from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, is_begun, truncate, write_json, write_jsonl
 from genssd.distill.score.comparison import compare
-from genssd.distill.score.page import render
-from genssd.distill.score.picking import Pick, lark_weights, pick
-from genssd.distill.score.ranking import TeacherRank, by_prompt, column_of, rank_teachers
+from genssd.distill.score.page import render_page
+from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
+from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
 from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
@@ -56,7 +56,7 @@ class ScoreConfig(EngineOptions):
     """Take only the first rows of each file."""
     verify: bool = True
     """Check answers by math-verify where a reference answer is known and the row has no verdict."""
-    pick: Pick = field(default_factory=Pick)
+    pick: PickOptions = field(default_factory=PickOptions)
     """Which responses go to selected.jsonl."""
 
     def __post_init__(self) -> None:
@@ -134,14 +134,18 @@ def _run(
                 done += 1
             report(done, len(traces))
     rows = [row for row, _ in complete_rows(journal)]
-    columns = {name: column_of(criterion, name, rows) for name, criterion in criteria.items()}
+    columns = {name: compute_values(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(output_dir / "scores.jsonl", _score_rows(rows, columns))
     name = config.pick.by or config.criteria[0]
     better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
-    alike = Pick(**{name: getattr(config.pick, name) for name in PICKED_ALIKE})
-    picks = {other: pick(rows, column, better[other], alike) for other, column in columns.items()}
-    chosen = pick(rows, columns[name], better[name], config.pick, lambda i: tokenizer.decode(traces[i].response_ids))
-    weights = lark_weights(rows, columns[name], config.pick) if config.pick.weigh else dict.fromkeys(chosen, 1.0)
+    alike = PickOptions(**{name: getattr(config.pick, name) for name in PICKED_ALIKE})
+    picks = {other: pick_responses(rows, column, better[other], alike) for other, column in columns.items()}
+    chosen = pick_responses(
+        rows, columns[name], better[name], config.pick, lambda i: tokenizer.decode(traces[i].response_ids)
+    )
+    weights = (
+        compute_lark_weights(rows, columns[name], config.pick) if config.pick.weigh else dict.fromkeys(chosen, 1.0)
+    )
     picked = (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in chosen)
     write_jsonl(output_dir / "selected.jsonl", picked)
     ranks, incomplete = rank_teachers(rows, criteria, columns)
@@ -150,9 +154,11 @@ def _run(
         {"incomplete_prompts": incomplete, **{n: [dataclasses.asdict(r) for r in of] for n, of in ranks.items()}},
     )
     contested = [
-        p for p, members in by_prompt(rows).items() if sum(map(config.pick.eligible, (rows[i] for i in members))) > 1
+        p
+        for p, members in group_by_prompt(rows).items()
+        if sum(map(config.pick.is_eligible, (rows[i] for i in members))) > 1
     ]
-    page = render(compare(rows, columns, better, picks, contested, chosen), rows, picks, ranks, config.student)
+    page = render_page(compare(rows, columns, better, picks, contested, chosen), rows, picks, ranks, config.student)
     (output_dir / "report.html").write_text(page, encoding="utf-8")
     (output_dir / "bad_rows.txt").write_text("".join(f"{message}\n" for message in bad_rows))
     return ScoreSummary(
