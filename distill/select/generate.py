@@ -20,7 +20,7 @@ from genssd.distill.data.problems import ProblemRow, check_same_problem, read_pr
 from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, truncate
-from genssd.distill.select.rows import response_row
+from genssd.distill.select.rows import make_response_row
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.reverse_speculation import ReverseSpeculation
@@ -120,7 +120,7 @@ def _run(
         for finished, (index, completions) in enumerate(responses, start=1):
             problem = problems[index]
             source = {"file": config.data, "line": problem.line}
-            log.append(response_row(index, problem, *prompts[index], completions, {"source": source, **origin}))
+            log.append(make_response_row(index, problem, *prompts[index], completions, {"source": source, **origin}))
             report(len(done) + finished, len(problems))
     return _summary(journal)
 

@@ -24,7 +24,7 @@ from genssd.distill.runs.directory import claim, record_run
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.select.calibration import calibrate, check_calibration
-from genssd.distill.select.rows import Origin, decision_row, selection_row
+from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -191,10 +191,10 @@ def _run(
         for finished, selection in enumerate(_select(engine, config, threshold, problems, done), start=1):
             problem = problems[selection.index]
             if selection.error is None:
-                decisions_log.append(decision_row(selection))
+                decisions_log.append(make_decision_row(selection))
                 topk = selection.best.teacher_topk
                 place = topk_store.append(topk) if topk_store is not None and topk is not None else None
-                selections_log.append({**selection_row(selection, problem, origin), "teacher_topk": place})
+                selections_log.append({**make_selection_row(selection, problem, origin), "teacher_topk": place})
                 kept += len(selection.best.token_ids)
             else:
                 failures.append(f"{config.data}, line {problem.line}: {selection.error}")
