@@ -24,15 +24,14 @@ SIX = range(6)
 
 
 def draw(seed: int, candidates: int = 6, scale: float = 1.5) -> tuple[Floats, Floats, Floats]:
-    """Random log p, log q and success rates."""
+    """Draw random log p, log q and success rates."""
     random = np.random.default_rng(seed)
     log_p, log_q = (renormalise(scale * random.normal(size=candidates)) for _ in range(2))
     return log_p, log_q, random.random(candidates)
 
 
-def value(loss: LossName, z: Floats, log_q: Floats, sampled: int, beta: float, alpha: float) -> float:
-    """The losses as they are defined; of `sampled`, whose gradient is an estimate, the surrogate of its policy
-    gradient at a fixed token."""
+def evaluate_loss(loss: LossName, z: Floats, log_q: Floats, beta: float, alpha: float) -> float:
+    """Return the value of a loss by its definition; `sampled` has none, since its gradient is an estimate."""
     log_p = z - np.log(np.exp(z).sum())
     p, q = np.exp(log_p), np.exp(log_q)
 
@@ -63,7 +62,7 @@ def numerical(function: object, z: Floats, step: float = 1e-5) -> Floats:
 def test_descent_is_minus_the_gradient_of_the_loss(loss: LossName, seed: int) -> None:
     log_p, log_q, _ = draw(seed)
     options = {"beta": 0.3, "alpha": 0.2}
-    expected = numerical(lambda z: value(loss, z, log_q, 0, **options), log_p)
+    expected = numerical(lambda z: evaluate_loss(loss, z, log_q, **options), log_p)
     found = descent_direction(log_p, weighted_terms(loss, log_p, log_q, sampled_index=0, **options))
     np.testing.assert_allclose(found, -expected, atol=1e-9)
 
@@ -71,8 +70,8 @@ def test_descent_is_minus_the_gradient_of_the_loss(loss: LossName, seed: int) ->
 def test_the_sampled_loss_is_the_reverse_divergence_on_average() -> None:
     log_p, log_q, _ = draw(3)
     each = [descent_direction(log_p, weighted_terms("sampled", log_p, log_q, sampled_index=y)) for y in SIX]
-    whole = descent_direction(log_p, weighted_terms("reverse_kl", log_p, log_q, sampled_index=0))
-    np.testing.assert_allclose(np.exp(log_p) @ np.array(each), whole, atol=1e-14)
+    full = descent_direction(log_p, weighted_terms("reverse_kl", log_p, log_q, sampled_index=0))
+    np.testing.assert_allclose(np.exp(log_p) @ np.array(each), full, atol=1e-14)
     # and it is the score function times the log-ratio: what a policy gradient does with the drawn token
     onehot = np.eye(6)[2]
     np.testing.assert_allclose(each[2], (log_q - log_p)[2] * (onehot - np.exp(log_p)), atol=1e-14)
@@ -80,7 +79,7 @@ def test_the_sampled_loss_is_the_reverse_divergence_on_average() -> None:
 
 @pytest.mark.parametrize("tree", TREES)
 def test_the_ideal_gradient_is_that_of_success(tree: ExactTree) -> None:
-    """d Pr(success) / d z of every node's logits is the chance to be there times p_j (Q_j - V)."""
+    """d Pr(success) / d z of a node's logits is the probability of its prefix times p_j (Q_j - V)."""
     for prefix in tree.nodes()[:20]:
         ideal = ideal_gradient(tree.log_p(prefix), tree.success_after(prefix))
         expected = numerical(lambda nudge, at=prefix: tree.success((), {at: nudge}), np.zeros(3))
@@ -166,7 +165,7 @@ def test_where_there_is_no_alignment_the_reason_is_told(loss: LossName) -> None:
 
 
 def test_a_teacher_that_forbids_a_token() -> None:
-    """Bounded losses go on; those with log q in them have no gradient."""
+    """Bounded losses keep a finite gradient; those that contain log q do not."""
     log_p, log_q, success = draw(7)
     log_q = renormalise(np.where(np.arange(6) == 2, -np.inf, log_q))
     finite = ("forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")

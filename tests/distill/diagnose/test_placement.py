@@ -24,14 +24,14 @@ def test_windows_double() -> None:
 
 
 @given(st.integers(0, 400), st.integers(1, 5), st.integers(0, 9))
-def test_every_window_gets_its_share(length: int, per_window: int, seed: int) -> None:
+def test_every_window_gets_the_same_number_of_nodes(length: int, per_window: int, seed: int) -> None:
     placed = place_nodes(length, per_window, np.random.default_rng(seed))
     assert len(set(placed)) == len(placed)
     assert all(0 <= t < length for t in placed)
     assert Counter(map(find_window, placed)) == Counter(
         {w: min(per_window, len(window)) for w, window in enumerate(split_windows(length)) if len(window)}
     )
-    # the first of every window stand in front of the second of any
+    # the first node of every window comes before the second one of any
     turns = [Counter(map(find_window, placed[: i + 1]))[find_window(t)] for i, t in enumerate(placed)]
     assert turns == sorted(turns)
     assert placed == place_nodes(length, per_window, np.random.default_rng(seed))

@@ -42,13 +42,13 @@ def test_the_cosine_tends_to_1_as_rollouts_grow() -> None:
     assert len(nodes) > 10
     means = []
     for completions in (4, 64, 4096):
-        found = []
+        cosines = []
         for prefix in nodes:
             success = np.clip(tree.success_after(prefix), 0.0, 1.0)
             rate = random.binomial(completions, success) / completions
             estimate, exact = ideal_gradient(tree.log_p(prefix), rate), ideal_gradient(tree.log_p(prefix), success)
-            found.append(cosine(estimate, exact) if estimate.any() else 0.0)
-        means.append(np.mean(found))
+            cosines.append(cosine(estimate, exact) if estimate.any() else 0.0)
+        means.append(np.mean(cosines))
     assert means[0] < means[1] < means[2]
     assert means[2] > 0.995
 
@@ -83,26 +83,26 @@ def test_halves_that_see_nothing_agree_on_nothing() -> None:
 
 
 def test_the_bootstrap_draws_questions_not_nodes() -> None:
-    """One question with many equal nodes: the interval is as wide as two questions allow, not as a hundred nodes."""
+    """With two questions of many equal nodes the interval is as wide as two values make it, not a hundred."""
     sums, counts = np.array([[99.0], [0.0]]), np.array([[99.0], [99.0]])
     draws = draw_questions(2, seed=0)
     assert draws.shape == (2000, 2)
     assert (draws.sum(1) == 2).all()
-    found = make_interval(pooled_mean(sums, counts)[0], resample_means(draws, sums, counts)[:, 0])
-    assert found == Interval(value=0.5, low=0.0, high=1.0)
+    estimate = make_interval(pooled_mean(sums, counts)[0], resample_means(draws, sums, counts)[:, 0])
+    assert estimate == Interval(value=0.5, low=0.0, high=1.0)
     np.testing.assert_array_equal(draw_questions(2, seed=0), draws)
     assert str(Interval(value=0.123, low=-0.5, high=0.5)) == "+0.12 [-0.50, +0.50]"
 
 
-def test_intervals_cover_as_often_as_they_say() -> None:
-    """Of the true mean over questions with effects of their own, about 95 % of the time."""
+def test_intervals_cover_the_true_mean_95_percent_of_the_time() -> None:
+    """The questions have different effects, so their nodes are not independent."""
     random, covered = np.random.default_rng(4), 0
     draws = draw_questions(40, seed=1, draws=400)
     for _ in range(300):
         counts = random.integers(1, 9, (40, 1)).astype(float)
         sums = counts * random.normal(0.2, 1.0, (40, 1)) + np.sqrt(counts) * random.normal(0.0, 0.3, (40, 1))
-        found = make_interval(0.0, resample_means(draws, sums, counts)[:, 0])
-        covered += found.low <= 0.2 <= found.high
+        estimate = make_interval(0.0, resample_means(draws, sums, counts)[:, 0])
+        covered += estimate.low <= 0.2 <= estimate.high
     assert 0.89 < covered / 300 < 0.985
 
 

@@ -1,4 +1,4 @@
-"""What criteria pick and how they relate, against scipy's definition by hand."""
+"""Comparison of criteria, against Spearman's definition by hand, and its page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def row(prompt: str, tokens: int, teacher: str = "A", correct: bool | None = Non
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=9))
-def test_ranks_share_the_mean_of_their_places(values: list[int]) -> None:
+def test_equal_values_have_the_mean_of_their_ranks(values: list[int]) -> None:
     ordered = sorted(values)
     expected = [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
     assert mean_ranks(np.array(values, dtype=np.float64)).tolist() == expected

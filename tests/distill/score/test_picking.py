@@ -1,4 +1,4 @@
-"""Which responses are kept: thresholds, shares, near-duplicates, mixtures."""
+"""Choice of responses: thresholds, best fractions, near-duplicates, mixtures."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def test_a_threshold_and_the_best_of_every_prompt(
     assert chosen == expected
 
 
-@given(column=st.lists(st.integers(0, 5), min_size=1, max_size=20), share=st.floats(0.01, 1.0))
-def test_the_best_share_over_all_prompts(column: list[int], share: float) -> None:
+@given(column=st.lists(st.integers(0, 5), min_size=1, max_size=20), fraction=st.floats(0.01, 1.0))
+def test_the_best_fraction_over_all_prompts(column: list[int], fraction: float) -> None:
     rows, values = [row(str(i)) for i in range(len(column))], list(map(float, column))
-    chosen = pick_responses(rows, values, False, PickOptions(best_share=share))
-    assert len(chosen) >= share * len(column) - 1e-6
-    assert len(chosen) - 1 < share * len(column)
-    left = [values[i] for i in range(len(column)) if i not in chosen]
-    assert max(values[i] for i in chosen) <= min(left, default=9.0)
+    chosen = pick_responses(rows, values, False, PickOptions(best_share=fraction))
+    assert len(chosen) >= fraction * len(column) - 1e-6
+    assert len(chosen) - 1 < fraction * len(column)
+    rejected = [values[i] for i in range(len(column)) if i not in chosen]
+    assert max(values[i] for i in chosen) <= min(rejected, default=9.0)
     assert chosen == sorted(chosen)
 
 
