@@ -46,7 +46,7 @@ class PickOptions:
     """Pick one response per prompt, of kinds in the proportion given here: long=1 short=4 (Mix Distillation,
     2502.12143), or teachers by name, big=1 small=4, each with its best response."""
     weigh: bool = False
-    """Write LARK's training weights (mean 1 per prompt) into the picked responses; the criterion lark has to pick."""
+    """Write LARK's training weights (mean 1 per prompt) into the picked rows; the criterion that picks must be lark."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -59,7 +59,7 @@ class PickOptions:
             raise InputError(f"pick.best_share must lie in (0, 1], not {self.best_share}")
         if not 0.0 <= self.similarity <= 1.0:
             raise InputError(f"pick.similarity must lie in [0, 1], not {self.similarity}")
-        self.mix_fractions()
+        self.parse_mix()
         if self.mix and (self.keep > 1 or self.similarity < 1.0 or self.best_share < 1.0):
             raise InputError("pick.mix takes one response per prompt: it has no keep, similarity or best_share")
         if self.weigh and (self.mix or self.similarity < 1.0 or self.best_share < 1.0 or self.threshold is not None):
@@ -75,7 +75,7 @@ class PickOptions:
             and (self.max_steps is None or row["steps"] <= self.max_steps)
         )
 
-    def mix_fractions(self) -> dict[str, float]:
+    def parse_mix(self) -> dict[str, float]:
         """Return the fraction of every kind of the mix; they sum to 1. Empty without a mix.
 
         Raises InputError on a term of the mix that is not a new kind with a positive number.
@@ -112,7 +112,7 @@ def pick_responses(
         allowed = [i for i in members if options.is_eligible(rows[i]) and sign * values[i] <= worst]
         groups.append(sorted(allowed, key=lambda i: sign * values[i]))
     if options.mix:
-        return _pick_mix([group for group in groups if group], rows, options.mix_fractions())
+        return _pick_mix([group for group in groups if group], rows, options.parse_mix())
     if options.similarity < 1.0:
         assert read_text is not None
         groups = [_drop_similar(group, options.similarity, read_text) for group in groups]

@@ -63,8 +63,8 @@ def test_descent_is_minus_the_gradient_of_the_loss(loss: LossName, seed: int) ->
     log_p, log_q, _ = draw(seed)
     options = {"beta": 0.3, "alpha": 0.2}
     expected = numerical(lambda z: evaluate_loss(loss, z, log_q, **options), log_p)
-    found = descent_direction(log_p, weighted_terms(loss, log_p, log_q, sampled_index=0, **options))
-    np.testing.assert_allclose(found, -expected, atol=1e-9)
+    direction = descent_direction(log_p, weighted_terms(loss, log_p, log_q, sampled_index=0, **options))
+    np.testing.assert_allclose(direction, -expected, atol=1e-9)
 
 
 def test_the_sampled_loss_is_the_reverse_divergence_on_average() -> None:
@@ -96,22 +96,22 @@ def test_a_teacher_tilted_towards_success_is_aligned_exactly(seed: int, eta: flo
     assert measure_alignment("reverse_kl", log_p, towards, success, sampled_index=0) == pytest.approx(1.0, abs=1e-12)
     assert measure_alignment("reverse_kl", log_p, away, success, sampled_index=0) == pytest.approx(-1.0, abs=1e-12)
     for loss in ("forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"):
-        found = measure_alignment(loss, log_p, towards, success, sampled_index=0)
-        assert isinstance(found, float)
-        assert found > 0.0
+        alignment = measure_alignment(loss, log_p, towards, success, sampled_index=0)
+        assert isinstance(alignment, float)
+        assert alignment > 0.0
         if eta == 0.01:
-            assert found == pytest.approx(1.0, abs=1e-4)
+            assert alignment == pytest.approx(1.0, abs=1e-4)
     assert teacher_advantage(log_p, towards, success) > 0.0 > teacher_advantage(log_p, away, success)
 
 
 def test_forward_divergence_is_aligned_only_in_the_limit() -> None:
     log_p, _, success = draw(0)
-    found = [
+    alignments = [
         measure_alignment("forward_kl", log_p, renormalise(log_p + eta * success), success, sampled_index=0)
         for eta in (9.0, 1e-3)
     ]
-    assert found[0] != pytest.approx(1.0, abs=1e-2)
-    assert found[1] == pytest.approx(1.0, abs=1e-6)
+    assert alignments[0] != pytest.approx(1.0, abs=1e-2)
+    assert alignments[1] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_following_the_descent_raises_success() -> None:
@@ -132,9 +132,9 @@ def test_a_random_teacher_is_not_aligned(loss: LossName) -> None:
     values = []
     for seed in range(1500):
         log_p, log_q, success = draw(seed)
-        found = measure_alignment(loss, log_p, log_q, success, sampled_index=seed % 6)
-        assert isinstance(found, float)
-        values.append(found)
+        alignment = measure_alignment(loss, log_p, log_q, success, sampled_index=seed % 6)
+        assert isinstance(alignment, float)
+        values.append(alignment)
     error = np.std(values) / np.sqrt(len(values))
     assert np.std(values) > 0.2
     assert abs(np.mean(values)) < 4 * error
@@ -143,8 +143,8 @@ def test_a_random_teacher_is_not_aligned(loss: LossName) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_constants_change_nothing(loss: LossName) -> None:
     log_p, log_q, success = draw(5)
-    found = measure_alignment(loss, log_p, log_q, success, sampled_index=1)
-    assert measure_alignment(loss, log_p, log_q, success + 3.0, sampled_index=1) == pytest.approx(found, abs=1e-12)
+    alignment = measure_alignment(loss, log_p, log_q, success, sampled_index=1)
+    assert measure_alignment(loss, log_p, log_q, success + 3.0, sampled_index=1) == pytest.approx(alignment, abs=1e-12)
     weighted = weighted_terms(loss, log_p, log_q, sampled_index=1)
     np.testing.assert_allclose(
         descent_direction(log_p, weighted + 5.0 * np.exp(log_p)), descent_direction(log_p, weighted), atol=1e-14
@@ -179,9 +179,9 @@ def test_a_teacher_that_forbids_a_token() -> None:
 def test_improbable_candidates_do_not_overflow(loss: LossName) -> None:
     log_p = renormalise(np.array([0.0, -1.0, -900.0]))
     log_q = renormalise(np.array([-900.0, -1.0, 0.0]))
-    found = measure_alignment(loss, log_p, log_q, np.array([1.0, 0.0, 1.0]), sampled_index=0)
-    assert isinstance(found, float)
-    assert -1.0 - 1e-12 <= found <= 1.0 + 1e-12
+    alignment = measure_alignment(loss, log_p, log_q, np.array([1.0, 0.0, 1.0]), sampled_index=0)
+    assert isinstance(alignment, float)
+    assert -1.0 - 1e-12 <= alignment <= 1.0 + 1e-12
 
 
 def test_helpers_say_what_they_cannot_do() -> None:
