@@ -26,8 +26,7 @@ from genssd.distill.console import ProgressLine, report_counts, report_selection
 from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.select.run import SelectConfig, SelectSummary, run_select
-from genssd.distill.small_pair.problems import STYLES, Problem, make_problems, style_of
-from genssd.distill.small_pair.problems import is_correct as is_right
+from genssd.distill.small_pair.problems import STYLES, Problem, detect_style, make_problems, solves
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
@@ -191,8 +190,8 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
 
 def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evaluation: Evaluation) -> Arm:
     texts = {row["index"]: row["messages"][-1]["content"] for row, _ in complete_rows(data.path)}
-    styles = Counter(style for text in texts.values() for step in text.split("\n") if (style := style_of(step)))
-    right = sum(is_right(problems[i], text) for i, text in texts.items())
+    styles = Counter(style for text in texts.values() for step in text.split("\n") if (style := detect_style(step)))
+    right = sum(solves(problems[i], text) for i, text in texts.items())
     return Arm(
         name=name,
         data=data,

@@ -3,8 +3,8 @@
     python examples/own_search.py [TEACHER STUDENT]
 
 A branch is one response under construction. `expand` samples candidates and has the student score them, `commit` makes
-a candidate part of the response, `drop` returns its pages of the KV cache. Branches share the pages of what they have in
-common, so keeping an earlier branch to return to costs almost nothing.
+a candidate part of the response, `drop` returns its pages of the KV cache. Branches share the pages of their common
+beginning, so keeping an earlier branch to return to costs almost nothing.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def main(teacher: str = str(PAIR / "teacher"), student: str = str(PAIR / "studen
 
     text_of = engine.tokenizer("teacher").decode
     for candidate in selection.tree:
-        print(f"round {candidate.round}  {candidate.score:8.3f}  {candidate.verdict:9}  {text_of(candidate.token_ids)!r}")
+        print(
+            f"round {candidate.round}  {candidate.score:8.3f}  {candidate.verdict:9}  {text_of(candidate.token_ids)!r}"
+        )
     best = selection.best
     print(f"\n{best.text}\n\n{best.status}; perplexity {best.score:.3f}; {len(best.token_ids)} tokens kept")
 

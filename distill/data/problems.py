@@ -1,6 +1,6 @@
-"""Problems in: JSONL rows with a prompt and, where known, its answer.
+"""Reading of problems: JSONL rows with a prompt and, where known, its reference answer.
 
-{"prompt": "raw text"}                      continued as it is
+{"prompt": "raw text"}                      completed without a chat template
 {"prompt": [{"role": ..., "content": ...}]} or {"messages": [...]}      rendered with the chat template
 {"question" | "problem" | "instruction" | "query" | "input": "..."}    becomes one user message
 {"answer" | "target" | "solution": ...}     the reference answer, optional; GSM8K's "... #### 72" is understood
@@ -25,15 +25,17 @@ ANSWER_FIELDS = ("answer", "target", "solution")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemRow:
-    """One problem. line: its number in the file, from 1."""
+    """One problem."""
 
     prompt: str | Messages
     answer: str | None
+    """Reference answer; None where the row has none."""
     line: int
+    """Number of the row's line in its file, from 1."""
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers, from 1; blank ones are passed over. Raises InputError naming the file."""
+    """Yield the lines of a file with their numbers, from 1, blank ones left out. Raises InputError naming the file."""
     try:
         with Path(path).open("rb") as stream:
             for number, raw in enumerate(stream, start=1):
@@ -44,26 +46,35 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file with their line numbers. Raises InputError naming the line that is none."""
+    """Yield the JSON objects of a JSONL file with their line numbers, from 1.
+
+    Raises InputError naming file and line of a line that holds no object.
+    """
     for number, raw in read_lines(path):
         yield number, parse_object(raw, f"{path}, line {number}")
 
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow]:
-    """The problems of a JSONL file, at most `limit`. Raises InputError naming file and line of a row it cannot use."""
+    """Return the first `limit` problems of a JSONL file.
+
+    Raises InputError naming file and line of a row that is no problem, and on a file without rows.
+    """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
     rows: list[ProblemRow] = []
     for number, fields in islice(read_objects(path), limit):
         where = f"{path}, line {number}"
-        rows.append(ProblemRow(prompt=_prompt(fields, where), answer=reference_answer(fields, where), line=number))
+        rows.append(ProblemRow(prompt=_parse_prompt(fields, where), answer=parse_answer(fields, where), line=number))
     if not rows:
         raise InputError(f"{path} has no rows")
     return rows
 
 
 def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], data: str | Path, journal: Path) -> None:
-    """Raise InputError when a journal's line (index, prompt, answer) is not of these problems."""
+    """Check that a journal's line (index, prompt, answer) belongs to these problems; raise InputError if not.
+
+    data, journal: the files' names, for the message.
+    """
     index = row.get("index")
     if not isinstance(index, int) or not 0 <= index < len(problems):
         raise InputError(f"{journal} was begun with more rows than {data} has, or a larger limit")
@@ -74,7 +85,7 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in one line of a file. Raises InputError naming where."""
+    """Return the JSON object in one line of a file. Raises InputError naming `where`, the file and line."""
     try:
         fields = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -98,23 +109,23 @@ def _is_unicode(fields: object) -> bool:
     return True
 
 
-def _prompt(fields: Mapping[str, Any], where: str) -> str | Messages:
+def _parse_prompt(fields: Mapping[str, Any], where: str) -> str | Messages:
     if "prompt" in fields:
         prompt = fields["prompt"]
         if isinstance(prompt, str):
-            return _text(prompt, "prompt", where)
-        return _asked(prompt, "prompt", where)
+            return _check_text(prompt, "prompt", where)
+        return _parse_open_turns(prompt, "prompt", where)
     if "messages" in fields:
-        return _asked(fields["messages"], "messages", where)
+        return _parse_open_turns(fields["messages"], "messages", where)
     for name in QUESTION_FIELDS:
         if name in fields:
-            return [{"role": "user", "content": _text(fields[name], name, where)}]
+            return [{"role": "user", "content": _check_text(fields[name], name, where)}]
     names = ", ".join(("prompt", "messages", *QUESTION_FIELDS))
     raise InputError(f"{where}: no prompt; a row needs one of {names}, this one has {', '.join(fields) or 'nothing'}")
 
 
-def _asked(value: object, name: str, where: str) -> list[dict[str, str]]:
-    """The messages up to the last turn that is not the assistant's."""
+def _parse_open_turns(value: object, name: str, where: str) -> list[dict[str, str]]:
+    """Return the messages up to the last turn that is not the assistant's."""
     messages = check_messages(value, name, where)
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -123,7 +134,7 @@ def _asked(value: object, name: str, where: str) -> list[dict[str, str]]:
     return messages
 
 
-def _text(value: object, name: str, where: str) -> str:
+def _check_text(value: object, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: {name} must be text, not {type(value).__name__}")
     if not value.strip():
@@ -132,7 +143,10 @@ def _text(value: object, name: str, where: str) -> str:
 
 
 def check_messages(value: object, name: str, where: str) -> list[dict[str, str]]:
-    """The value as chat messages (role and content only), or an InputError naming where."""
+    """Return the value as chat messages with role and content only. Raises InputError naming `where` if it is none.
+
+    name: the row's field, for the message.
+    """
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: {name} must be text or a non-empty list of messages")
     messages = []
@@ -143,8 +157,11 @@ def check_messages(value: object, name: str, where: str) -> list[dict[str, str]]
     return messages
 
 
-def reference_answer(fields: Mapping[str, Any], where: str) -> str | None:
-    """The row's known answer, None where it has none. Raises InputError naming where when it is no text or number."""
+def parse_answer(fields: Mapping[str, Any], where: str) -> str | None:
+    """Return the row's reference answer, None where it has none.
+
+    Raises InputError naming `where` when it is neither text nor a number.
+    """
     for name in ANSWER_FIELDS:
         value = fields.get(name)
         if value is None or (isinstance(value, str) and not value.strip()):

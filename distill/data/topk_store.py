@@ -1,9 +1,9 @@
-"""The teacher's most likely tokens, beside the rows that they belong to.
+"""Storage of the teacher's K most likely tokens ("top k") along trajectories, in a binary file next to their rows.
 
-FILE.bin    of each trajectory: ids, int32 [T, K], then log-probabilities, float32 [T, K], in the machine's byte order
+FILE.bin    per trajectory: ids, int32 [T, K], then log-probabilities, float32 [T, K], in the machine's byte order
 
-A row says where its own begin: {"file": name, "offset": bytes, "tokens": T, "k": K}. The file only ever grows, and what
-a row points at is on disk before the row is.
+The field `teacher_topk` of a row locates its own top k: {"file": name, "offset": bytes, "tokens": T, "k": K}. The file
+only ever grows, and the bytes that a row refers to are on disk before the row is.
 """
 
 from __future__ import annotations
@@ -21,25 +21,32 @@ import torch
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TopK
 
-BYTES = 8  # of one token's id and log-probability
+BYTES_PER_ENTRY = 8
+"""Bytes of one id together with its log-probability."""
 
 
 @dataclass(frozen=True, slots=True)
-class TopkPlace:
-    """Where a trajectory's top k are. where: the row, for messages."""
+class TopkLocation:
+    """Location of one trajectory's top k in a file."""
 
     path: Path
     offset: int
+    """Number of bytes in the file before the first id."""
     tokens: int
+    """Number of tokens in the trajectory."""
     k: int
     where: str
+    """File and line of the trajectory's row, for messages."""
 
     @property
     def num_bytes(self) -> int:
-        return BYTES * self.tokens * self.k
+        return BYTES_PER_ENTRY * self.tokens * self.k
 
     def read(self) -> TopK:
-        """ids int64 and log-probabilities float32, [tokens, k]. Raises InputError when these are no top k."""
+        """Return ids, int64, and log-probabilities, float32, both [tokens, k].
+
+        Raises InputError when the file cannot be read, or holds no top k there.
+        """
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self.offset)
@@ -51,10 +58,10 @@ class TopkPlace:
         logprob = np.frombuffer(raw[half:], dtype=np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             shape = (self.tokens, self.k)
-            real = ids.size == logprob.size == self.tokens * self.k and bool(
+            is_valid = ids.size == logprob.size == self.tokens * self.k and bool(
                 (ids >= 0).all() and (logprob <= 1e-3).all()
             )
-            if not real or float(np.exp(logprob.astype(np.float64)).reshape(shape).sum(1).max(initial=0.0)) > 1.001:
+            if not is_valid or float(np.exp(logprob.astype(np.float64)).reshape(shape).sum(1).max(initial=0.0)) > 1.001:
                 raise InputError(
                     f"{self.where}: {self.path} holds no top k at byte {self.offset}: it is not the file of this row"
                 )
@@ -64,9 +71,13 @@ class TopkPlace:
 
 
 class TopkStore:
-    """Appends to a file. Use as a context manager. end: where what is known to be good ends; the rest is cut off."""
+    """An open file that top k are appended to; a context manager."""
 
     def __init__(self, path: Path, end: int) -> None:
+        """Open the file and cut it off at byte `end`, after the last top k that a row refers to.
+
+        Raises InputError when it is shorter, or cannot be written.
+        """
         self._path = path
         try:
             self._stream = path.open("ab")
@@ -77,7 +88,10 @@ class TopkStore:
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     def append(self, topk: TopK) -> dict[str, Any]:
-        """Write one trajectory's and wait until it is on disk; returns what its row says."""
+        """Write one trajectory's top k, wait until it is on disk, and return the field `teacher_topk` of its row.
+
+        Raises InputError when the file cannot be written.
+        """
         ids, logprob = topk.ids.cpu().numpy().astype(np.int32), topk.logprob.float().cpu().numpy()
         try:
             offset = self._stream.seek(0, os.SEEK_END)
@@ -97,10 +111,10 @@ class TopkStore:
         self._stream.close()
 
 
-def place_of(field: object, directory: Path, tokens: int, where: str) -> TopkPlace | None:
-    """What a row's field `teacher_topk` says of its `tokens` tokens; None where it says nothing.
+def locate_topk(field: object, directory: Path, tokens: int, where: str) -> TopkLocation | None:
+    """Return the location that a row's field `teacher_topk` gives; None without the field.
 
-    Raises InputError naming where.
+    directory: of the row's file. tokens: number of tokens in the row's completion. Raises InputError naming `where`.
     """
     if field is None:
         return None
@@ -111,7 +125,7 @@ def place_of(field: object, directory: Path, tokens: int, where: str) -> TopkPla
         raise InputError(f"{where}: teacher_topk must name file, offset, tokens and k")
     if count != tokens:
         raise InputError(f"{where}: teacher_topk has {count} tokens, the completion {tokens}")
-    place = TopkPlace(directory / field["file"], offset, count, k, where)
+    place = TopkLocation(directory / field["file"], offset, count, k, where)
     try:
         size = place.path.stat().st_size
     except (OSError, ValueError) as error:
@@ -121,7 +135,7 @@ def place_of(field: object, directory: Path, tokens: int, where: str) -> TopkPla
     return place
 
 
-def end_of(row: Mapping[str, Any]) -> int:
-    """Where a row's top k end in their file; 0 if it has none."""
+def find_topk_end(row: Mapping[str, Any]) -> int:
+    """Return the number of bytes in the file up to the end of a row's top k; 0 if the row has none."""
     field = row.get("teacher_topk")
-    return 0 if field is None else int(field["offset"]) + BYTES * int(field["tokens"]) * int(field["k"])
+    return 0 if field is None else int(field["offset"]) + BYTES_PER_ENTRY * int(field["tokens"]) * int(field["k"])

@@ -2,9 +2,9 @@
 
     a line of selections.jsonl              its best trajectory and the others, by their ids
     {"problem": ..., "generations": [...]}  several responses, with "correctness_math_verify" where known (OpenR1)
-    what training reads                     messages, prompt and completion, question and response: one response
+    a training example, see examples.py     messages, prompt and completion, question and response: one response
 
-{"teacher" | "model" | "generator": name} says who wrote them; without it the file's name does.
+{"teacher" | "model" | "generator": name} names the responses' teacher; without it the file's name is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.data.examples import Example, encode_example
-from genssd.distill.data.problems import QUESTION_FIELDS, parse_object, read_lines, reference_answer
+from genssd.distill.data.problems import QUESTION_FIELDS, parse_answer, parse_object, read_lines
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
@@ -27,26 +27,29 @@ VERDICT_FIELDS = ("correctness_math_verify", "correctness", "correct")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """One response to one prompt. file, line and response say where it stands; line counts from 1, response from 0."""
+    """One response to one prompt, and its location in the data."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     finished: bool
-    """Whether it ends in the end of sequence."""
+    """Whether the response ends in the end of sequence."""
     teacher: str
+    """Name of the model that wrote the response."""
     answer: str | None
-    """The prompt's reference answer."""
+    """Reference answer of the prompt."""
     correct: bool | None
-    """As the row says; None where it does not."""
+    """Whether the response is correct according to its row; None where the row has no verdict."""
     question: str
-    """The prompt's last turn that is not the assistant's, as text."""
+    """Text of the prompt's last turn that is not the assistant's."""
     file: str
     line: int
+    """Number of the row's line in its file, from 1."""
     response: int
+    """Index of the response in its row, from 0."""
 
     @property
     def prompt_key(self) -> str:
-        """Equal for equal prompts."""
+        """Hash of the prompt's token ids: 16 hexadecimal digits."""
         return blake2b(",".join(map(str, self.prompt_ids)).encode(), digest_size=8).hexdigest()
 
     @property
@@ -55,36 +58,39 @@ class Trace:
 
     @property
     def where(self) -> str:
+        """File, line and response, for messages."""
         return f"{self.file}, line {self.line}" + (f", response {self.response}" if self.response else "")
 
 
 def read_traces(
     paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, limit: int | None = None
 ) -> Iterator[Trace | str]:
-    """The traces of JSONL files, in order; for what cannot be used, a message naming file and line instead.
+    """Yield the traces of JSONL files in order; for a row or response that is none, a message naming file and line.
 
-    limit: rows per file. Raises InputError only on a file that cannot be read.
+    max_length: maximum number of tokens in prompt and response. limit: maximum number of rows per file. Raises
+    InputError only on a file that cannot be read.
     """
     for path in paths:
         for number, raw in islice(read_lines(path), limit):
             where = f"{path}, line {number}"
             try:
                 fields = parse_object(raw, where)
-                responses = _responses(fields, where)
-                answer = _reference(fields, where)
-                teacher = _teacher(fields, path)
+                responses = _split_responses(fields, where)
+                answer = _find_answer(fields, where)
+                teacher = _find_teacher(fields, path)
             except InputError as error:
                 yield str(error)
                 continue
             for index, (row, correct) in enumerate(responses):
-                here = where if len(responses) == 1 else f"{where}, response {index}"
+                response_where = where if len(responses) == 1 else f"{where}, response {index}"
                 try:
-                    example = encode_example(row, tokenizer, here)
+                    example = encode_example(row, tokenizer, response_where)
                 except InputError as error:
                     yield str(error)
                     continue
-                if len(example.input_ids) > max_length:
-                    yield f"{here}: {len(example.input_ids)} tokens, more than the {max_length} that the student takes"
+                num_tokens = len(example.input_ids)
+                if num_tokens > max_length:
+                    yield f"{response_where}: {num_tokens} tokens, more than the {max_length} that the student takes"
                     continue
                 yield Trace(
                     prompt_ids=example.input_ids[: example.num_prompt],
@@ -93,29 +99,30 @@ def read_traces(
                     teacher=teacher,
                     answer=answer,
                     correct=correct,
-                    question=_question(row, example, tokenizer),
+                    question=_find_question(row, example, tokenizer),
                     file=str(path),
                     line=number,
                     response=index,
                 )
 
 
-def usable_traces(
+def read_usable_traces(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
     *,
     max_length: int,
     limit: int | None,
-    unfit: Callable[[Trace], str | None] = lambda trace: None,
+    find_fault: Callable[[Trace], str | None] = lambda trace: None,
 ) -> tuple[list[Trace], list[str]]:
-    """All traces of JSONL files, and messages naming file and line for what cannot be used.
+    """Return the traces of JSONL files, and messages naming file and line for the rows and responses that are unusable.
 
-    unfit: why the caller has no use for a trace, None if it has. Raises InputError when nothing is left.
+    max_length, limit: as for `read_traces`. find_fault: returns the reason why the caller cannot use a trace, None if
+    it can. Raises InputError when no trace is usable.
     """
     traces: list[Trace] = []
     bad_rows: list[str] = []
     for item in read_traces(paths, tokenizer, max_length=max_length, limit=limit):
-        reason = None if isinstance(item, str) else unfit(item)
+        reason = None if isinstance(item, str) else find_fault(item)
         if isinstance(item, str):
             bad_rows.append(item)
         elif reason is not None:
@@ -128,10 +135,10 @@ def usable_traces(
     return traces, bad_rows
 
 
-def source_of(trace: Trace) -> dict[str, Any]:
-    """Where a trace stands and what it says, as rows have it."""
-    said = f"{trace.prompt_key}:{','.join(map(str, trace.response_ids))}"
-    fingerprint = blake2b(said.encode(), digest_size=8).hexdigest()
+def describe_source(trace: Trace) -> dict[str, Any]:
+    """Return the field `source` of a trace's rows: its location in the data, and a fingerprint of its token ids."""
+    content = f"{trace.prompt_key}:{','.join(map(str, trace.response_ids))}"
+    fingerprint = blake2b(content.encode(), digest_size=8).hexdigest()
     return {"file": trace.file, "line": trace.line, "response": trace.response, "fingerprint": fingerprint}
 
 
@@ -142,14 +149,14 @@ def check_same_traces(rows: Iterable[Mapping[str, Any]], traces: Sequence[Trace]
     """
     count = 0
     for row in rows:
-        if count == len(traces) or row.get("source") != source_of(traces[count]):
+        if count == len(traces) or row.get("source") != describe_source(traces[count]):
             raise InputError(f"{journal} was begun with other data; choose another output_dir")
         count += 1
     return count
 
 
-def training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """A response to a trace's prompt as a row that training reads by its ids, and others by its text."""
+def make_training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a row with a trace's prompt and a response to it: ids, which genssd trains on, and text for others."""
     return {
         "prompt": str(tokenizer.hf.decode(list(trace.prompt_ids))),
         "completion": tokenizer.decode(response_ids),
@@ -158,12 +165,12 @@ def training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer
         "student_prompt_ids": list(trace.prompt_ids),
         "completion_ids": list(response_ids),
         "tokenizer": tokenizer.fingerprint,
-        "source": source_of(trace),
+        "source": describe_source(trace),
     }
 
 
-def _responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mapping[str, Any], bool | None]]:
-    """One row for every response, as training would read it, and the verdict the row has on it."""
+def _split_responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mapping[str, Any], bool | None]]:
+    """Return for every response of a row a row of its own, as training would read it, and whether it is correct."""
     if "generations" in fields:
         texts = fields["generations"]
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -173,12 +180,12 @@ def _responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mapping[str,
             raise InputError(
                 f"{where}: generations without a prompt; a row needs prompt or {', '.join(QUESTION_FIELDS)}"
             )
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         verdicts: list[Any] = next((fields[name] for name in VERDICT_FIELDS if isinstance(fields.get(name), list)), [])
         if verdicts and len(verdicts) != len(texts):
             raise InputError(f"{where}: {len(texts)} generations but {len(verdicts)} verdicts")
-        known = [v if isinstance(v, bool) else None for v in verdicts] or [None] * len(texts)
-        return [({"prompt": asked, "completion": text}, verdict) for text, verdict in zip(texts, known, strict=True)]
+        correct = [v if isinstance(v, bool) else None for v in verdicts] or [None] * len(texts)
+        return [({"prompt": turns, "completion": text}, verdict) for text, verdict in zip(texts, correct, strict=True)]
     verdict = next((fields[name] for name in VERDICT_FIELDS if isinstance(fields.get(name), bool)), None)
     others = fields.get("others")
     rows = [fields]
@@ -187,25 +194,25 @@ def _responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mapping[str,
     return [(row, verdict if row is fields else None) for row in rows]
 
 
-def _question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> str:
-    """Without the chat template where the row tells them apart."""
+def _find_question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> str:
+    """Return the text of a row's last turn that is not the assistant's; the whole prompt where the row has ids only."""
     turns = row.get("messages") or row.get("prompt")
-    asked = next((row[name] for name in QUESTION_FIELDS if isinstance(row.get(name), str)), None)
+    question = next((row[name] for name in QUESTION_FIELDS if isinstance(row.get(name), str)), None)
     if isinstance(turns, list):
-        asked = next((t["content"] for t in reversed(turns) if t.get("role") != "assistant"), asked)
+        question = next((t["content"] for t in reversed(turns) if t.get("role") != "assistant"), question)
     elif isinstance(turns, str):
-        asked = turns
-    return str(asked) if asked else tokenizer.decode(example.input_ids[: example.num_prompt])
+        question = turns
+    return str(question) if question else tokenizer.decode(example.input_ids[: example.num_prompt])
 
 
-def _reference(fields: Mapping[str, Any], where: str) -> str | None:
-    """The known answer, unless that field is the response itself."""
+def _find_answer(fields: Mapping[str, Any], where: str) -> str | None:
+    """Return a row's reference answer; None in a row whose answer or solution is the response itself."""
     if "generations" in fields or "messages" in fields or "completion" in fields or "response" in fields:
-        return reference_answer(fields, where)
+        return parse_answer(fields, where)
     return None
 
 
-def _teacher(fields: Mapping[str, Any], path: str | Path) -> str:
+def _find_teacher(fields: Mapping[str, Any], path: str | Path) -> str:
     for name in TEACHER_FIELDS:
         value = fields.get(name)
         if isinstance(value, Mapping):

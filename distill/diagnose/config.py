@@ -1,12 +1,12 @@
-"""The settings of `genssd diagnose`."""
+"""Settings of `genssd diagnose`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from genssd.distill.diagnose.alignment import LOSSES, Loss
-from genssd.distill.diagnose.contexts import Reader, Templates, readers_of
+from genssd.distill.diagnose.alignment import LOSSES, LossName
+from genssd.distill.diagnose.contexts import Reader, Templates, list_readers
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.settings import Checkpoint, NamedCheckpoint, Operational, Recomputed
 from genssd.engine.errors import InputError
@@ -20,47 +20,55 @@ class DiagnoseConfig(EngineOptions):
     student: Checkpoint[str]
     """Hub id or local directory of the model that would be trained."""
     teacher: NamedCheckpoint[tuple[str, ...]] = ()
-    """Hub ids or directories of teachers, with the student's tokenizer; loaded one after another."""
+    """Hub ids or local directories of teachers with the student's tokenizer; they are loaded one after another."""
     contexts: tuple[str, ...] = ()
-    """Fields of the rows (hint, solution, summary, any other) that the student reads as its own teacher."""
+    """Fields of the data's rows (hint, solution, summary or any other). With each of them in its prompt, the student is
+    compared as its own teacher."""
     context_readers: Literal["student", "all"] = "student"
-    """Whether the teachers are asked with each context, too."""
+    """Which models read the contexts: the student alone, or the teachers, too."""
     templates: Templates = field(default_factory=Templates)
+    """Texts of the prompts that hold a context."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
     data: Operational[str]
     """JSONL file of problems with answers."""
     output_dir: Operational[str] = "runs/diagnose"
+    """Directory that the journal, the tables and the page are written to."""
     resume: Operational[bool] = False
-    """Go on with an interrupted run; a finished one is drawn again."""
+    """Continue an interrupted run; of a finished one the tables and the page are written again."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
     rollouts: int = 4
-    """Of the student, per question."""
+    """Number of responses that the student writes to every question."""
     nodes_per_window: int = 1
-    """Places looked at among tokens 1, 2-3, 4-7, 8-15, ... of every rollout."""
+    """Number of nodes drawn from each window of a rollout; the windows are tokens 1, 2-3, 4-7, 8-15, ..."""
     top_k: int = 5
-    """The student's most likely tokens are tried at a node, beside the one that stands there."""
+    """How many of the student's most likely tokens are tried at a node, in addition to the rollout's own token."""
     teacher_top_k: int = 2
-    """And each teacher's most likely ones."""
+    """How many of each teacher's most likely tokens are tried at a node as well."""
     min_probability: float = 0.01
-    """That the student or the teacher gives a token at least to have it tried. Where only one token is left there is
-    nothing to choose, and no completion is spent."""
+    """Least probability that the student or a teacher must give one of its most likely tokens to have it tried. At a
+    node with one token to try no completion is written."""
     completions: int = 8
-    """Of the student behind every tried token; even, for the halves that reliability is taken from."""
+    """Number of completions that the student writes after every tried token. It is even: reliability compares the two
+    halves of them."""
     budget: int = 2048
-    """Completions per question, at most; nodes that it does not hold are left out, and counted."""
+    """Maximum number of completions per question; nodes beyond it are left out, and counted."""
     max_tokens: int = 2048
-    """Of a whole response. One that is cut off has failed."""
+    """Maximum number of tokens in a response, rollout and completion together. A response that is cut off counts as
+    failed."""
     sampling: Sampling = field(default_factory=Sampling)
-    """How the student writes: as it would in training. Losses and ideal gradient are taken at temperature 1."""
-    losses: Recomputed[tuple[Loss, ...]] = LOSSES
+    """How the student samples; it should be the same as in training. Losses and ideal gradient are computed at
+    temperature 1."""
+    losses: Recomputed[tuple[LossName, ...]] = LOSSES
+    """Distillation losses that are compared."""
     beta: Recomputed[float] = 0.5
-    """Of jsd."""
+    """Weight beta of the teacher in the mixture of jsd, in (0, 1)."""
     alpha: Recomputed[float] = 0.1
-    """Of the skewed losses."""
+    """Mixing weight alpha of the skewed KL losses, in [0, 1)."""
     page_questions: Recomputed[int] = 24
-    """Shown with their text on the page."""
+    """Number of questions that the page shows with their text."""
     seed: int = 0
+    """Seed of all random numbers of the run."""
 
     def __post_init__(self) -> None:
         for name in ("rollouts", "nodes_per_window", "top_k", "teacher_top_k", "budget", "max_tokens"):
@@ -80,5 +88,5 @@ class DiagnoseConfig(EngineOptions):
             raise InputError(f"beta must lie in (0, 1) and alpha in [0, 1), not {self.beta} and {self.alpha}")
 
     def readers(self) -> list[Reader]:
-        """The student, then its teachers."""
-        return readers_of(self.student, self.teacher, self.contexts, self.context_readers)
+        """Return the student without a context first, then everything that is compared as its teacher."""
+        return list_readers(self.student, self.teacher, self.contexts, self.context_readers)

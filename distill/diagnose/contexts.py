@@ -1,7 +1,8 @@
-"""Who reads a student's rollouts, and with what in the prompt: other models, or the student itself with a hint.
+"""Readers: the models that compute the log-probabilities of a student's rollouts, and the contexts in their prompts.
 
-The response's token ids are the same for every reader, so all of them share a tokenizer; the prompt is rendered with
-each model's own chat template. A context is a field of the data's rows that only the reader sees (self-distillation).
+A reader is another model, or the student itself with a hint. The response's token ids are the same for every reader, so
+all of them share a tokenizer; the prompt is rendered with each model's own chat template. A context is a field of the
+data's rows that is in the reader's prompt only (self-distillation).
 """
 
 from __future__ import annotations
@@ -19,71 +20,88 @@ from genssd.engine.errors import InputError
 from genssd.engine.runner import Role
 from genssd.engine.text import Messages, Prompt
 
-PLACES = ("question", "name", "text")
+TEMPLATED_CONTEXTS = ("hint", "solution", "summary")
+"""Contexts with a template of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Templates:
-    """What a prompt with a context says; {question}, {text} and {name} (of the field) are filled in. Ours."""
+    """Texts of prompts with a context. {question}, {text} and {name}, the context's field, are filled in.
+
+    The wording is our own, not a paper's.
+    """
 
     hint: str = "{question}\n\nHint: {text}"
+    """Prompt with the context `hint`."""
     solution: str = "{question}\n\nA reference solution:\n{text}\n\nSolve the problem in your own words, step by step."
+    """Prompt with the context `solution`."""
     summary: str = "{question}\n\nA summary of the solution:\n{text}\n\nSolve the problem step by step."
+    """Prompt with the context `summary`."""
     other: str = "{question}\n\n{name}: {text}"
-    """For fields of any other name."""
+    """Prompt with a context of any other name."""
 
     def __post_init__(self) -> None:
-        for name in ("hint", "solution", "summary", "other"):
+        for name in (*TEMPLATED_CONTEXTS, "other"):
             missing = [place for place in ("question", "text") if f"{{{place}}}" not in getattr(self, name)]
             if missing:
                 raise InputError(f"templates.{name} has no {{{missing[0]}}}: the reader would not see it")
 
     def fill(self, name: str, question: str, text: str) -> str:
-        """The prompt's text with a context. Other braces stay as they are: mathematics is full of them."""
-        template: str = getattr(self, name) if name in ("hint", "solution", "summary") else self.other
+        """Return the prompt's text with a context. Other braces stay as they are: LaTeX is full of them."""
+        template: str = getattr(self, name) if name in TEMPLATED_CONTEXTS else self.other
         values = {"question": question, "name": name, "text": text}
-        return re.sub(r"\{(question|name|text)\}", lambda found: values[found[1]], template)
+        return re.sub(r"\{(question|name|text)\}", lambda match: values[match[1]], template)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """A model with a context. name: what tables call it."""
+    """A model together with the context in its prompt."""
 
     name: str
+    """Name of the reader in tables."""
     model: str
+    """Hub id or local directory."""
     role: Role
     context: str | None
+    """Field of the data's rows; None without a context."""
 
 
-def readers_of(
+def list_readers(
     student: str, teachers: Sequence[str], contexts: Sequence[str], context_readers: Literal["student", "all"]
 ) -> list[Reader]:
-    """The student without a context, then every teacher: the student with each context, the others, and where these see
-    contexts, too, each with each. Raises InputError on a name that stands twice."""
-    for what, names in (("teacher", teachers), ("context", contexts)):
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise InputError(f"{what} {twice[0]!r} is given twice")
-    own = [Reader(name=f"itself + {c}", model=student, role="student", context=c) for c in contexts]
-    found = [Reader(name="itself", model=student, role="student", context=None), *own]
-    seen: list[str | None] = [None, *(contexts if context_readers == "all" else ())]
-    for model, short in zip(teachers, _short_names(teachers), strict=True):
-        for c in seen:
-            found.append(Reader(name=short if c is None else f"{short} + {c}", model=model, role="teacher", context=c))
-    return found
+    """Return the student without a context, the student with each context, and every teacher without a context.
+
+    context_readers: with "all", every teacher follows with each context, too. Raises InputError on a teacher or context
+    that is listed twice.
+    """
+    for option, names in (("teacher", teachers), ("context", contexts)):
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise InputError(f"{option} {repeated[0]!r} is given twice")
+    hinted = [Reader(name=f"itself + {c}", model=student, role="student", context=c) for c in contexts]
+    readers = [Reader(name="itself", model=student, role="student", context=None), *hinted]
+    teacher_contexts: list[str | None] = [None, *(contexts if context_readers == "all" else ())]
+    for model, short in zip(teachers, _shorten_names(teachers), strict=True):
+        for c in teacher_contexts:
+            name = short if c is None else f"{short} + {c}"
+            readers.append(Reader(name=name, model=model, role="teacher", context=c))
+    return readers
 
 
-def _short_names(models: Sequence[str]) -> list[str]:
-    """The last part of each path, where that tells them apart."""
+def _shorten_names(models: Sequence[str]) -> list[str]:
+    """Return the last part of each path if that is unique, else the whole paths."""
     last = [Path(model).name for model in models]
     return last if len(set(last)) == len(last) and "itself" not in last else list(models)
 
 
 def read_contexts(path: str, names: Sequence[str], limit: int | None) -> list[dict[str, str]]:
-    """The contexts of every row of a JSONL file. Raises InputError naming the line that lacks one."""
+    """Return the contexts of the first `limit` rows of a JSONL file. Raises InputError naming the line that lacks one.
+
+    names: the fields to read; numbers become text.
+    """
     rows = []
     for line, fields in islice(read_objects(path), limit):
-        found = {}
+        contexts = {}
         for name in names:
             value = fields.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -93,18 +111,18 @@ def read_contexts(path: str, names: Sequence[str], limit: int | None) -> list[di
                     f"{path}, line {line}: the context {name!r} must be text or a number, and is "
                     f"{'missing' if value is None else repr(value)}; add it, or leave it out of contexts"
                 )
-            found[name] = value
-        rows.append(found)
+            contexts[name] = value
+        rows.append(contexts)
     return rows
 
 
-def prompt_for(reader: Reader, problem: ProblemRow, contexts: Mapping[str, str], templates: Templates) -> Prompt:
-    """What a reader is asked: the problem, with the context in its last turn."""
+def build_prompt(reader: Reader, problem: ProblemRow, contexts: Mapping[str, str], templates: Templates) -> Prompt:
+    """Return a reader's prompt: the problem, with the reader's context filled into the last turn."""
     name, prompt = reader.context, problem.prompt
     if name is None:
         return prompt
     if isinstance(prompt, str):
         return templates.fill(name, prompt, contexts[name])
-    *before, last = prompt
-    asked: Messages = [*before, {**last, "content": templates.fill(name, last["content"], contexts[name])}]
-    return asked
+    *earlier, last = prompt
+    messages: Messages = [*earlier, {**last, "content": templates.fill(name, last["content"], contexts[name])}]
+    return messages

@@ -1,46 +1,56 @@
-"""The page that `genssd diagnose` writes: one self-contained HTML file with verdict, tables and coloured text."""
+"""The page of `genssd diagnose`: one self-contained HTML file with the verdict, the tables and coloured rollouts."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment
 
+from genssd.distill.diagnose.diagnosis import Cell, Diagnosis, Group
 from genssd.distill.diagnose.reliability import Interval
 from genssd.distill.diagnose.rows import Row
-from genssd.distill.diagnose.tables import Cell, Diagnosis, Group
-from genssd.distill.diagnose.verdict import verdict
+from genssd.distill.diagnose.verdict import write_verdict
 
 
-def render(diagnosis: Diagnosis, rows: Sequence[Row], nodes: Sequence[Row], student: str, shown_questions: int) -> str:
-    """The page's HTML. shown_questions: how many are shown with their text, those with the most to see first."""
-    by_place = {(node["index"], node["rollout"], node["position"]): node for node in nodes}
+def render_page(
+    diagnosis: Diagnosis, rows: Sequence[Row], nodes: Sequence[Row], student: str, shown_questions: int
+) -> str:
+    """Return the page's HTML. rows: lines of questions.jsonl. nodes: lines of nodes.jsonl.
+
+    shown_questions: maximum number of questions shown with their text; those with the most nodes that are not flat come
+    first.
+    """
+    by_position = {(node["index"], node["rollout"], node["position"]): node for node in nodes}
     environment = Environment(autoescape=True)
-    environment.filters.update(colour=_colour, bounds=_bounds, share=_share, number=_number)
+    environment.filters.update(
+        colour=_style_cosine, bounds=_format_bounds, share=_format_advantage, number=_format_number
+    )
     template = files("genssd.distill.diagnose").joinpath("page.html").read_text(encoding="utf-8")
     pairs = [f"{teacher} | {loss}" for teacher in diagnosis.teachers for loss in diagnosis.losses]
     lead = diagnosis.groups[0].lead
-    first = pairs[0] if lead is None else f"{lead.best.teacher} | {lead.best.loss}"
+    chosen = pairs[0] if lead is None else f"{lead.best.teacher} | {lead.best.loss}"
+    ordered = _order_by_informative_nodes(rows, nodes)
     return environment.from_string(template).render(
         title="Where distillation would help",
         d=diagnosis,
         student=student,
-        verdict=verdict(diagnosis),
-        tables=[_table(group, diagnosis) for group in diagnosis.distinct_groups],
-        windows=[_table(group, diagnosis) for group in diagnosis.windows],
+        verdict=write_verdict(diagnosis),
+        tables=[_arrange_cells(group, diagnosis) for group in diagnosis.distinct_groups],
+        windows=[_arrange_cells(group, diagnosis) for group in diagnosis.windows],
         pairs=pairs,
-        chosen=first,
-        questions=[_question(row, by_place, first) for row in _most_to_see(rows, nodes)[:shown_questions]],
+        chosen=chosen,
+        questions=[_describe_question(row, by_position, chosen) for row in ordered[:shown_questions]],
         ratio=diagnosis.costs.naive_prefix_tokens / max(1, diagnosis.costs.prefix_tokens),
     )
 
 
-def _table(group: Group, diagnosis: Diagnosis) -> dict[str, Any]:
-    """Cells by teacher and loss."""
+def _arrange_cells(group: Group, diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return the template's values of one table: a row of cells per teacher, with its advantage, and the best cell."""
     cells = {(cell.teacher, cell.loss): cell for cell in group.cells}
     return {
         "group": group,
@@ -48,23 +58,27 @@ def _table(group: Group, diagnosis: Diagnosis) -> dict[str, Any]:
             (teacher, [cells[teacher, loss] for loss in diagnosis.losses], group.advantage[teacher])
             for teacher in diagnosis.teachers
         ],
-        "best": max(group.cells, key=_rank),
+        "best": max(group.cells, key=_sort_key),
     }
 
 
-def _rank(cell: Cell) -> float:
+def _sort_key(cell: Cell) -> float:
     return cell.alignment.value if math.isfinite(cell.alignment.value) else -math.inf
 
 
-def _most_to_see(rows: Sequence[Row], nodes: Sequence[Row]) -> list[Row]:
-    """Questions with the most nodes that are not flat first."""
-    told: dict[int, int] = {}
+def _order_by_informative_nodes(rows: Sequence[Row], nodes: Sequence[Row]) -> list[Row]:
+    """Return the questions' lines, those with the most nodes that are not flat first."""
+    counts: Counter[int] = Counter()
     for node in nodes:
-        told[node["index"]] = told.get(node["index"], 0) + (len(set(node["success"] or ())) > 1)
-    return sorted(rows, key=lambda row: (-told.get(row["index"], 0), row["index"]))
+        counts[node["index"]] += len(set(node["success"] or ())) > 1
+    return sorted(rows, key=lambda row: (-counts[row["index"]], row["index"]))
 
 
-def _question(row: Row, by_place: Mapping[tuple[int, int, int], Row], first: str) -> dict[str, Any]:
+def _describe_question(row: Row, by_position: Mapping[tuple[int, int, int], Row], chosen: str) -> dict[str, Any]:
+    """Return the template's values of one question.
+
+    by_position: lines of nodes.jsonl by (question, rollout, position). chosen: the "teacher | loss" that colours.
+    """
     prompt = row["prompt"]
     text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
     return {
@@ -76,7 +90,7 @@ def _question(row: Row, by_place: Mapping[tuple[int, int, int], Row], first: str
                 "correct": rollout["correct"],
                 "status": rollout["status"],
                 "tokens": [
-                    _token(piece, by_place.get((row["index"], i, t)), first)
+                    _describe_token(piece, by_position.get((row["index"], i, t)), chosen)
                     for t, piece in enumerate(rollout["pieces"])
                 ],
             }
@@ -85,35 +99,40 @@ def _question(row: Row, by_place: Mapping[tuple[int, int, int], Row], first: str
     }
 
 
-def _token(piece: str, node: Row | None, first: str) -> dict[str, Any]:
+def _describe_token(piece: str, node: Row | None, chosen: str) -> dict[str, Any]:
+    """Return the template's values of one token. node: its line of nodes.jsonl, if it is a node."""
     if node is None:
         return {"text": piece, "node": False}
-    flat = {f"{teacher} | {loss}": value for teacher, of in node["alignment"].items() for loss, value in of.items()}
+    alignment = {
+        f"{teacher} | {loss}": value for teacher, losses in node["alignment"].items() for loss, value in losses.items()
+    }
     return {
         "text": piece.replace("\n", "\u21b5\n"),
         "node": True,
-        "values": json.dumps({name: v if isinstance(v, str) else round(v, 3) for name, v in flat.items()}),
-        "value": flat[first],
-        "tip": _tip(node),
+        "values": json.dumps({name: v if isinstance(v, str) else round(v, 3) for name, v in alignment.items()}),
+        "value": alignment[chosen],
+        "tip": _write_tooltip(node),
     }
 
 
-def _tip(node: Row) -> str:
-    """What stands beside a node: its candidates, most likely first."""
+def _write_tooltip(node: Row) -> str:
+    """Return the text that is shown when the pointer rests on a node: its candidates, most likely first."""
     order = sorted(range(len(node["p"])), key=lambda j: -node["p"][j])
     if node["value"] is None:
         return f"only {node['texts'][0]!r} to choose"
     lines = [f"V {node['value']:.2f}, halves agree {node['agreement']:+.2f}", "token: p, success, q of each teacher"]
     for j in order:
-        said = ", ".join(f"{name} {q[j]:.2f}" for name, q in node["q"].items())
-        here = " (stands here)" if j == node["sampled"] else ""
-        lines.append(f"{node['texts'][j]!r}: {node['p'][j]:.2f}, {node['success'][j]:.2f}, {said}{here}")
+        teachers = ", ".join(f"{name} {q[j]:.2f}" for name, q in node["q"].items())
+        mark = " (stands here)" if j == node["sampled"] else ""
+        lines.append(f"{node['texts'][j]!r}: {node['p'][j]:.2f}, {node['success'][j]:.2f}, {teachers}{mark}")
     return "\n".join(lines)
 
 
-def _colour(value: float | str) -> str:
-    """CSS of a cosine: blue towards success, red away from it, hatched where undefined. The page's script says the
-    same."""
+def _style_cosine(value: float | str) -> str:
+    """Return the CSS of a cosine: blue towards success, red away from it, grey where undefined.
+
+    The function `colour` of the page's script must return the same.
+    """
     if isinstance(value, str):
         return "background: #e6e6e6; color: #777"
     if math.isnan(value):
@@ -122,16 +141,16 @@ def _colour(value: float | str) -> str:
     return f"background: hsl({hue} 85% {97 - 30 * min(strength, 1.0):.0f}%)"
 
 
-def _bounds(value: Interval) -> str:
+def _format_bounds(value: Interval) -> str:
     return "" if math.isnan(value.low) else f"[{value.low:+.2f}, {value.high:+.2f}]"
 
 
-def _share(value: Interval) -> str:
-    """An advantage, in percent with its interval."""
+def _format_advantage(value: Interval) -> str:
+    """Return an advantage in percent, with its interval."""
     if math.isnan(value.value):
         return "-"
     return f"{100 * value.value:+.1f} % [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:+.2f}"

@@ -1,7 +1,7 @@
-"""What the student and its teachers say at the nodes of a student's rollouts: one pass of each reader over them.
+"""Log-probabilities of every reader at the nodes of a student's rollouts, from one forward pass of each reader.
 
-Models are in memory one at a time. Which tokens are tried at a node depends on what every reader finds likely there,
-so the hidden states at the nodes are kept until all have read; the heads are applied to these once more.
+Models are in memory one at a time. Which tokens are tried at a node depends on what every reader finds likely there, so
+the hidden states at the nodes are kept until all readers have computed theirs; then the heads are applied once more.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from genssd.distill.diagnose.contexts import Reader
-from genssd.distill.diagnose.forcing import Node, Question, candidates_of, within_budget
-from genssd.distill.diagnose.placement import in_turns
+from genssd.distill.diagnose.forcing import DecisionNode, Question, limit_to_budget, merge_candidates
+from genssd.distill.diagnose.placement import interleave_rollouts
 from genssd.engine.engine import Engine
 from genssd.engine.nodes import NodeReader
 from genssd.engine.runner import Role
 
 Load = Callable[[str, Role], Engine]
-"""A model's engine, in a role."""
+"""Function that returns the engine over a model (hub id or directory) in a role."""
 
 
 class Models:
-    """Holds one engine at a time."""
+    """The models of a run, of which one at a time is held in memory."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -33,7 +33,7 @@ class Models:
         self._engine: Engine | None = None
 
     def engine(self, model: str, role: Role) -> Engine:
-        """The engine over a model; the one before is let go of first."""
+        """Return the engine over a model; the engine held before is freed first."""
         if self._engine is None or self._held != (model, role):
             self._engine = None
             gc.collect()
@@ -43,43 +43,45 @@ class Models:
         return self._engine
 
     def reader(self, reader: Reader) -> NodeReader:
-        """A reader's eyes. Who keeps them keeps the model in memory, beside the one that is asked for next."""
+        """Return the node reader of a reader's model; as long as it is referenced, that model stays in memory."""
         return self.engine(reader.model, reader.role).node_reader(reader.role)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReadNode:
-    """A node that the budget holds. logprob: of every candidate by every reader, over the whole vocabulary."""
+class NodeReading:
+    """A node within the budget, with the log-probabilities of its candidates."""
 
-    node: Node
+    node: DecisionNode
     logprob: Mapping[str, Sequence[float]]
+    """Log-probability of every candidate over the whole vocabulary, by the reader's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """What is asked of every question's readers."""
+class ReadingOptions:
+    """Options of the choice of candidates, and of the budget that limits a question's nodes."""
 
     top_k: int
-    """Tokens that the student finds most likely are candidates."""
+    """How many of the student's most likely tokens are candidates at a node."""
     teacher_top_k: int
-    """And those of every teacher."""
+    """How many of each other reader's most likely tokens are candidates at a node."""
     min_probability: float
-    """That a reader gives a token at least to make it a candidate."""
+    """Least probability that a reader must give one of its most likely tokens to make it a candidate."""
     completions: int
-    """Of every candidate."""
+    """Number of completions per candidate."""
     budget: int
-    """Completions of one question, at most."""
-    ends: frozenset[int]
-    """Tokens behind which the student writes nothing."""
+    """Maximum number of completions per question."""
+    end_ids: frozenset[int]
+    """Tokens that end a response, after which the student writes nothing."""
 
 
 Prompts = Mapping[tuple[str, int], Sequence[int]]
-"""Token ids by the reader's name and the question's index."""
-Places = Mapping[int, Sequence[Sequence[int]]]
-"""By the question's index: the positions of every rollout's nodes, in the order in which they are to be afforded."""
+"""Prompt token ids by the reader's name and the question's index."""
+Positions = Mapping[int, Sequence[Sequence[int]]]
+"""Positions of every rollout's nodes by the question's index, in the order in which the budget is spent."""
 States = Mapping[tuple[str, int], Sequence[Tensor]]
-"""By the reader's name and the question's index: every rollout's hidden states at its places."""
+"""Hidden states of every rollout at its nodes, [nodes, hidden], by the reader's name and the question's index."""
 Report = Callable[[int, int], None]
+"""Function that is called with the number of forward passes that are done, and their total."""
 
 
 def read_nodes(
@@ -87,12 +89,15 @@ def read_nodes(
     readers: Sequence[Reader],
     questions: Sequence[Question],
     prompts: Prompts,
-    places: Places,
-    options: Reading,
+    positions: Positions,
+    options: ReadingOptions,
     report: Report = lambda done, total: None,
-) -> dict[int, list[ReadNode]]:
-    """The nodes that the budget holds, by the question's index. readers: the student first; its engine is held at the
-    end. Raises GenssdError naming the question that a reader cannot read."""
+) -> dict[int, list[NodeReading]]:
+    """Return the nodes within the budget with their log-probabilities, by the question's index.
+
+    readers: the student first; its engine is the one in memory at the end. Raises GenssdError naming the question that
+    a reader cannot process.
+    """
     states: dict[tuple[str, int], list[Tensor]] = {}
     likeliest: dict[tuple[str, int], list[list[list[int]]]] = {}
     for i, reader in enumerate(readers):
@@ -100,54 +105,57 @@ def read_nodes(
         for done, q in enumerate(questions):
             report(i * len(questions) + done, len(readers) * len(questions))
             key = reader.name, q.index
-            eyes = models.reader(reader)
+            node_reader = models.reader(reader)
             responses = [rollout.token_ids for rollout in q.rollouts]
-            states[key] = eyes.states(prompts[key], responses, places[q.index], q.label)
+            states[key] = node_reader.states(prompts[key], responses, positions[q.index], q.label)
             likeliest[key] = [
-                eyes.likeliest(of_rollout, k, q.label, least=options.min_probability) for of_rollout in states[key]
+                node_reader.likeliest(rollout_states, k, q.label, least=options.min_probability)
+                for rollout_states in states[key]
             ]
-            del eyes  # it would keep the model in memory beside the next one
-    nodes: dict[int, Sequence[Node]] = {}
+            del node_reader  # it would keep this model in memory while the next one is loaded
+    nodes: dict[int, Sequence[DecisionNode]] = {}
     for q in questions:
-        said = [likeliest[reader.name, q.index] for reader in readers]
-        nodes[q.index] = within_budget(
-            _nodes(q, said, places[q.index]), options.ends, options.completions, options.budget
-        )
-    return _with_logprob(models, readers, questions, nodes, places, states)
+        question_likeliest = [likeliest[reader.name, q.index] for reader in readers]
+        planned = _list_nodes(q, question_likeliest, positions[q.index])
+        nodes[q.index] = limit_to_budget(planned, options.end_ids, options.completions, options.budget)
+    return _add_logprob(models, readers, questions, nodes, positions, states)
 
 
-def _nodes(
-    q: Question, said: Sequence[Sequence[Sequence[Sequence[int]]]], places: Sequence[Sequence[int]]
-) -> list[Node]:
-    """All places of a question in the order in which they are to be afforded. said: [reader][rollout][place]."""
+def _list_nodes(
+    q: Question, likeliest: Sequence[Sequence[Sequence[Sequence[int]]]], positions: Sequence[Sequence[int]]
+) -> list[DecisionNode]:
+    """Return all nodes of a question in the order in which the budget is spent.
+
+    likeliest: token ids, [reader][rollout][node][token]. positions: [rollout][node].
+    """
     nodes = []
-    for rollout, position in in_turns(places):
-        place = places[rollout].index(position)
-        likeliest = [of_reader[rollout][place] for of_reader in said]
-        sampled = q.rollouts[rollout].token_ids[position]
-        nodes.append(Node(rollout=rollout, position=position, candidates=candidates_of(sampled, likeliest)))
+    for rollout, position in interleave_rollouts(positions):
+        index = positions[rollout].index(position)
+        node_likeliest = [reader_likeliest[rollout][index] for reader_likeliest in likeliest]
+        candidates = merge_candidates(q.rollouts[rollout].token_ids[position], node_likeliest)
+        nodes.append(DecisionNode(rollout=rollout, position=position, candidates=candidates))
     return nodes
 
 
-def _with_logprob(
+def _add_logprob(
     models: Models,
     readers: Sequence[Reader],
     questions: Sequence[Question],
-    nodes: Mapping[int, Sequence[Node]],
-    places: Places,
+    nodes: Mapping[int, Sequence[DecisionNode]],
+    positions: Positions,
     states: States,
-) -> dict[int, list[ReadNode]]:
+) -> dict[int, list[NodeReading]]:
     logprob: dict[tuple[str, int], list[list[float]]] = {}
-    # the last reader's model is still in memory, and the student goes on writing after this
+    # in reverse order: the last reader's model is still in memory, and the student, needed next, comes last
     for reader in reversed(readers):
         for q in questions:
             key = reader.name, q.index
-            rows = [states[key][n.rollout][places[q.index][n.rollout].index(n.position)] for n in nodes[q.index]]
+            rows = [states[key][n.rollout][positions[q.index][n.rollout].index(n.position)] for n in nodes[q.index]]
             ids = [node.candidates for node in nodes[q.index]]
             logprob[key] = models.reader(reader).logprob(torch.stack(rows), ids, q.label) if rows else []
     return {
         q.index: [
-            ReadNode(node=node, logprob={reader.name: logprob[reader.name, q.index][i] for reader in readers})
+            NodeReading(node=node, logprob={reader.name: logprob[reader.name, q.index][i] for reader in readers})
             for i, node in enumerate(nodes[q.index])
         ]
         for q in questions

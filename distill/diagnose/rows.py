@@ -1,97 +1,130 @@
-"""The lines of a diagnosis: the journal's, one per question, and nodes.jsonl's, one per node with its alignments."""
+"""Lines that a diagnosis writes: of questions.jsonl, one per question, and of nodes.jsonl, one per node."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from genssd.distill.data.problems import ProblemRow
-from genssd.distill.diagnose.alignment import Floats, Loss, align, ideal_gradient, renormalised, teacher_advantage
-from genssd.distill.diagnose.forcing import Outcome, Question, Spent
-from genssd.distill.diagnose.placement import window_of
-from genssd.distill.diagnose.reading import ReadNode
+from genssd.distill.diagnose.alignment import (
+    Floats,
+    LossName,
+    ideal_gradient,
+    measure_alignment,
+    renormalise,
+    teacher_advantage,
+)
+from genssd.distill.diagnose.forcing import Outcome, Question, QuestionCost
+from genssd.distill.diagnose.placement import find_window
+from genssd.distill.diagnose.reading import NodeReading
 from genssd.distill.diagnose.reliability import gradient_variance, half_agreement
 from genssd.engine.text import Tokenizer
 
 Row = Mapping[str, Any]
+"""A line of questions.jsonl or nodes.jsonl."""
 
 
-def question_row(
-    question: Question,
-    problem: ProblemRow,
-    contexts: Mapping[str, str],
-    correct: Sequence[bool],
-    planned: int,
-    read: Sequence[ReadNode],
-    outcomes: Sequence[Outcome],
-    spent: Spent,
-    source: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    completions: int,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionSource:
+    """The row of the data that a question comes from."""
+
+    file: str
+    problem: ProblemRow
+    contexts: Mapping[str, str]
+    """Texts of the row's contexts, by field."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Measurements of one question. readings and outcomes have one element per node within the budget."""
+
+    correct: Sequence[bool]
+    """Whether each rollout is correct."""
+    planned_nodes: int
+    """Number of nodes before the budget is applied."""
+    readings: Sequence[NodeReading]
+    outcomes: Sequence[Outcome]
+    completions: int
+    """Number of completions per candidate."""
+    cost: QuestionCost
+
+
+def make_question_row(
+    question: Question, source: QuestionSource, findings: Findings, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """A line of questions.jsonl: all that was found out about one question. planned: nodes before the budget."""
+    """Return the line of questions.jsonl of one question. tokenizer: the student's."""
     return {
         "index": question.index,
-        "prompt": problem.prompt,
-        "answer": problem.answer,
-        "contexts": dict(contexts),
-        "source": dict(source),
+        "prompt": source.problem.prompt,
+        "answer": source.problem.answer,
+        "contexts": dict(source.contexts),
+        "source": {"file": source.file, "line": source.problem.line},
         "rollouts": [
             {
                 "token_ids": list(rollout.token_ids),
                 "pieces": tokenizer.pieces(rollout.token_ids),
                 "status": rollout.status,
-                "correct": right,
+                "correct": is_correct,
             }
-            for rollout, right in zip(question.rollouts, correct, strict=True)
+            for rollout, is_correct in zip(question.rollouts, findings.correct, strict=True)
         ],
-        "planned_nodes": planned,
+        "planned_nodes": findings.planned_nodes,
         "nodes": [
-            {
-                "rollout": node.rollout,
-                "position": node.position,
-                "sampled": node.candidates.index(question.rollouts[node.rollout].token_ids[node.position]),
-                "candidates": list(node.candidates),
-                "texts": [tokenizer.token_text(token) for token in node.candidates],
-                # null: no probability at all, which JSON has no number for
-                "logprob": {
-                    name: [value if math.isfinite(value) else None for value in values]
-                    for name, values in of.logprob.items()
-                },
-                "completions": completions,
-                "successes": [list(half) for half in outcome.successes],
-                "truncated": list(outcome.truncated),
-            }
-            for of, outcome in zip(read, outcomes, strict=True)
-            for node in (of.node,)
+            _describe_node(question, reading, outcome, tokenizer, findings.completions)
+            for reading, outcome in zip(findings.readings, findings.outcomes, strict=True)
         ],
-        "spent": dataclasses.asdict(spent),
+        "spent": dataclasses.asdict(findings.cost),
     }
 
 
-def node_rows(row: Row, losses: Sequence[Loss], beta: float, alpha: float) -> list[dict[str, Any]]:
-    """The lines of nodes.jsonl of one question's line. The first reader is the student; the others are teachers."""
-    return [_node_row(row, node, losses, beta, alpha) for node in row["nodes"]]
+def _describe_node(
+    question: Question, reading: NodeReading, outcome: Outcome, tokenizer: Tokenizer, completions: int
+) -> dict[str, Any]:
+    node = reading.node
+    return {
+        "rollout": node.rollout,
+        "position": node.position,
+        "sampled": node.candidates.index(question.rollouts[node.rollout].token_ids[node.position]),
+        "candidates": list(node.candidates),
+        "texts": [tokenizer.token_text(token) for token in node.candidates],
+        # null is log 0, for which JSON has no number
+        "logprob": {
+            name: [value if math.isfinite(value) else None for value in values]
+            for name, values in reading.logprob.items()
+        },
+        "completions": completions,
+        "successes": [list(half) for half in outcome.successes],
+        "truncated": list(outcome.truncated),
+    }
 
 
-def _node_row(row: Row, node: Row, losses: Sequence[Loss], beta: float, alpha: float) -> dict[str, Any]:
+def make_node_rows(row: Row, losses: Sequence[LossName], beta: float, alpha: float) -> list[dict[str, Any]]:
+    """Return the lines of nodes.jsonl of one line of questions.jsonl.
+
+    The first reader of the line is the student, the others count as teachers. beta, alpha: see `weighted_terms`.
+    """
+    return [_make_node_row(row, node, losses, beta, alpha) for node in row["nodes"]]
+
+
+def _make_node_row(row: Row, node: Row, losses: Sequence[LossName], beta: float, alpha: float) -> dict[str, Any]:
     (_, log_p), *teachers = (
         (name, np.array([-math.inf if value is None else value for value in values]))
         for name, values in node["logprob"].items()
     )
     mass = float(np.exp(log_p).sum())
-    log_p_C = renormalised(log_p)
-    log_q = {name: renormalised(values) for name, values in teachers}
+    log_p_C = renormalise(log_p)
+    log_q = {name: renormalise(values) for name, values in teachers}
     rollout = row["rollouts"][node["rollout"]]
     return {
         "index": row["index"],
         "rollout": node["rollout"],
         "position": node["position"],
-        "window": window_of(node["position"]),
+        "window": find_window(node["position"]),
         "correct": rollout["correct"],
         "solved": sum(other["correct"] for other in row["rollouts"]) / len(row["rollouts"]),
         "text": rollout["pieces"][node["position"]],
@@ -101,21 +134,24 @@ def _node_row(row: Row, node: Row, losses: Sequence[Loss], beta: float, alpha: f
         "mass": mass,
         "p": np.exp(log_p_C).tolist(),
         "q": {name: np.exp(values).tolist() for name, values in log_q.items()},
-        **_measured(log_p_C, log_q, node, losses, beta, alpha),
+        **_measure_node(log_p_C, log_q, node, losses, beta, alpha),
     }
 
 
-def _measured(
-    log_p_C: Floats, log_q: Mapping[str, Floats], node: Row, losses: Sequence[Loss], beta: float, alpha: float
+def _measure_node(
+    log_p_C: Floats, log_q: Mapping[str, Floats], node: Row, losses: Sequence[LossName], beta: float, alpha: float
 ) -> dict[str, Any]:
-    """What the completions tell; with one candidate there are none, and what does not depend on them is 0."""
+    """Return the fields that follow from the completions.
+
+    With one candidate there are no completions: gradient, variance, agreement and advantage are 0 then.
+    """
     count = len(log_p_C)
     if count == 1:
-        forced = {name: dict.fromkeys(losses, "forced") for name in log_q}
-        nothing = {"success": None, "value": None, "ideal": [0.0], "variance": [0.0], "agreement": 0.0}
-        return {**nothing, "truncated": 0.0, "advantage": dict.fromkeys(log_q, 0.0), "alignment": forced}
+        alignment = {name: dict.fromkeys(losses, "forced") for name in log_q}
+        constants = {"success": None, "value": None, "ideal": [0.0], "variance": [0.0], "agreement": 0.0}
+        return {**constants, "truncated": 0.0, "advantage": dict.fromkeys(log_q, 0.0), "alignment": alignment}
     half = node["completions"] // 2
-    first_C, second_C = (np.array(half_of, dtype=np.float64) / half for half_of in node["successes"])
+    first_C, second_C = (np.array(successes, dtype=np.float64) / half for successes in node["successes"])
     success_C = (first_C + second_C) / 2.0
     return {
         "success": success_C.tolist(),
@@ -127,7 +163,9 @@ def _measured(
         "advantage": {name: teacher_advantage(log_p_C, values, success_C) for name, values in log_q.items()},
         "alignment": {
             name: {
-                loss: align(loss, log_p_C, values, success_C, sampled=node["sampled"], beta=beta, alpha=alpha)
+                loss: measure_alignment(
+                    loss, log_p_C, values, success_C, sampled_index=node["sampled"], beta=beta, alpha=alpha
+                )
                 for loss in losses
             }
             for name, values in log_q.items()

@@ -27,13 +27,14 @@ import numpy as np
 from genssd.distill.data.answers import is_correct
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.diagnose.config import DiagnoseConfig
-from genssd.distill.diagnose.contexts import prompt_for, read_contexts
-from genssd.distill.diagnose.forcing import Outcome, Question, Spent, Verify, force_nodes, succeeds
-from genssd.distill.diagnose.page import render
-from genssd.distill.diagnose.placement import place
-from genssd.distill.diagnose.reading import Load, Models, Reading, ReadNode, read_nodes
-from genssd.distill.diagnose.rows import node_rows, question_row
-from genssd.distill.diagnose.tables import Diagnosis, diagnose
+from genssd.distill.diagnose.contexts import build_prompt, read_contexts
+from genssd.distill.diagnose.diagnosis import Diagnosis
+from genssd.distill.diagnose.forcing import CompletionOptions, Question, Verify, force_nodes, succeeds
+from genssd.distill.diagnose.page import render_page
+from genssd.distill.diagnose.placement import place_nodes
+from genssd.distill.diagnose.reading import Load, Models, ReadingOptions, read_nodes
+from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
+from genssd.distill.diagnose.tables import diagnose
 from genssd.distill.runs.journal import write_jsonl, write_text
 from genssd.distill.runs.run import Run
 from genssd.engine.checkpoint import locate
@@ -112,33 +113,19 @@ def _diagnose_questions(
     if done == len(problems):
         return
     questions = _questions(config, problems, tokenizers[config.student])
-    for q, found in _work(config, models, questions, done, prompts, report, verify):
-        problem = problems[q.index]
-        run.journal.append(
-            question_row(
-                q,
-                problem,
-                contexts[q.index],
-                found.correct,
-                found.planned,
-                found.read,
-                found.outcomes,
-                found.spent,
-                {"file": config.data, "line": problem.line},
-                tokenizers[config.student],
-                config.completions,
-            )
-        )
+    for q, findings in _work(config, models, questions, done, prompts, report, verify):
+        source = QuestionSource(file=config.data, problem=problems[q.index], contexts=contexts[q.index])
+        run.journal.append(make_question_row(q, source, findings, tokenizers[config.student]))
 
 
 def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     """Write what follows from the finished journal: nodes.jsonl, summary.json and the page."""
     rows = list(run.done())
-    nodes = [node for row in rows for node in node_rows(row, config.losses, config.beta, config.alpha)]
+    nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(run.path("nodes.jsonl"), nodes)
     diagnosis = diagnose(rows, nodes, [reader.name for reader in config.readers()[1:]], config.losses, config.seed)
     run.write_summary(diagnosis.as_json())
-    write_text(run.path("diagnosis.html"), render(diagnosis, rows, nodes, config.student, config.page_questions))
+    write_text(run.path("diagnosis.html"), render_page(diagnosis, rows, nodes, config.student, config.page_questions))
     return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis)
 
 
@@ -165,7 +152,7 @@ def _prompts(
     prompts: dict[tuple[str, int], list[int]] = {}
     for reader in config.readers():
         for index, problem in enumerate(problems):
-            asked = prompt_for(reader, problem, contexts[index], config.templates)
+            asked = build_prompt(reader, problem, contexts[index], config.templates)
             try:
                 ids = prompts[reader.name, index] = tokenizers[reader.model].encode_prompt(asked)
             except InputError as error:
@@ -219,19 +206,19 @@ def _work(
     prompts: Mapping[tuple[str, int], Sequence[int]],
     report: Report,
     verify: Verify,
-) -> Iterator[tuple[Question, _Found]]:
+) -> Iterator[tuple[Question, Findings]]:
     """All questions but the first `done`, in order, as each is finished. Equal prompts are told apart by all that come
     before them."""
     todo = _rolled_out(config, models, questions, done, report)
     places = {q.index: _places(config, q) for q in todo}
     ends = models.engine(config.student, "student").tokenizer("student").end_token_ids
-    options = Reading(
+    options = ReadingOptions(
         top_k=config.top_k,
         teacher_top_k=config.teacher_top_k,
         min_probability=config.min_probability,
         completions=config.completions,
         budget=config.budget,
-        ends=ends,
+        end_ids=ends,
     )
 
     def reading(at: int, total: int) -> None:
@@ -249,39 +236,31 @@ def _work(
             )
 
         forcing(0)
-        outcomes, spent = force_nodes(
+        outcomes, cost = force_nodes(
             engine,
             q,
             [of.node for of in read[q.index]],
             verify,
-            completions=config.completions,
-            sampling=config.sampling,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            report=forcing,
+            CompletionOptions(
+                completions=config.completions,
+                sampling=config.sampling,
+                max_tokens=config.max_tokens,
+                seed=config.seed,
+            ),
+            forcing,
         )
         verdicts: dict[str, bool] = {}
         yield (
             q,
-            _Found(
+            Findings(
                 correct=[succeeds(rollout, q.answer, verify, verdicts) for rollout in q.rollouts],
-                planned=sum(len(of_rollout) for of_rollout in places[q.index]),
-                read=read[q.index],
+                planned_nodes=sum(len(of_rollout) for of_rollout in places[q.index]),
+                readings=read[q.index],
                 outcomes=outcomes,
-                spent=spent,
+                completions=config.completions,
+                cost=cost,
             ),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What was found out about a question. planned: its nodes before the budget was looked at."""
-
-    correct: Sequence[bool]
-    planned: int
-    read: Sequence[ReadNode]
-    outcomes: Sequence[Outcome]
-    spent: Spent
 
 
 def _rolled_out(
@@ -309,6 +288,6 @@ def _places(config: DiagnoseConfig, question: Question) -> list[list[int]]:
     """Where every rollout is looked at, in the order in which that is to be afforded."""
     stream = prompt_stream(config.seed, question.prompt_ids, question.occurrence)
     return [
-        place(len(rollout.token_ids), config.nodes_per_window, np.random.default_rng([stream, i]))
+        place_nodes(len(rollout.token_ids), config.nodes_per_window, np.random.default_rng([stream, i]))
         for i, rollout in enumerate(question.rollouts)
     ]

@@ -1,4 +1,4 @@
-"""What choosing does to the data: how criteria relate, what each of them picks, and what its picks are like."""
+"""Comparison of criteria over one pool of traces: their correlation, and the responses that each of them picks."""
 
 from __future__ import annotations
 
@@ -8,78 +8,83 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from genssd.distill.score.ranking import Row, by_prompt
+from genssd.distill.score.ranking import FeatureRow, group_by_prompt
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picked:
-    """What a set of responses is like. Shares are None where nothing is known."""
+class ResponseSet:
+    """Statistics of a set of responses."""
 
     name: str
     responses: int
+    """Number of responses in the set."""
     tokens: float
-    """Mean per response."""
+    """Mean number of tokens per response."""
     steps: float
+    """Mean number of steps per response."""
     tokens_per_step: float
+    """Number of tokens over number of steps in the whole set."""
     correct: float | None
-    """Share of the responses whose correctness is known."""
+    """Fraction of correct responses among those of which it is known; None where it is known of none."""
     finished: float
+    """Fraction of responses that end by themselves."""
     teachers: Mapping[str, float]
-    """Share of the responses that each teacher wrote."""
+    """Fraction of the responses that each teacher wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Criteria side by side, over one pool of traces."""
+    """Comparison of criteria over one pool of traces."""
 
     names: tuple[str, ...]
-    better: tuple[bool, ...]
-    """Whether higher is better, per criterion."""
+    """Names of the criteria."""
     correlation: Floats
     """[criteria, criteria]: Spearman's rank correlation of the values over the pool, each turned so that higher is
     better; NaN where one of them is constant."""
-    within: Floats
-    """The same, averaged over the prompts that have at least three responses."""
+    correlation_within_prompts: Floats
+    """[criteria, criteria]: rank correlation over the responses to one prompt, averaged over the prompts that have at
+    least three responses; NaN where none of them has a correlation."""
     agreement: Floats
-    """[criteria, criteria]: share of contested prompts at which both pick the same response."""
+    """[criteria, criteria]: fraction of contested prompts at which both pick the same response."""
     contested: int
-    """Prompts with more than one eligible response."""
-    pool: Picked
-    picked: tuple[Picked, ...]
-    selected: Picked
+    """Number of prompts with more than one eligible response."""
+    pool: ResponseSet
+    """Statistics of all responses."""
+    picked: tuple[ResponseSet, ...]
+    """Statistics of the responses that each criterion picks."""
+    selected: ResponseSet
+    """Statistics of the responses that are written out."""
 
 
 def compare(
-    rows: Sequence[Row],
+    rows: Sequence[FeatureRow],
     columns: Mapping[str, Sequence[float]],
     higher_is_better: Mapping[str, bool],
     picks: Mapping[str, Sequence[int]],
     contested: Sequence[str],
     selected: Sequence[int],
 ) -> Comparison:
-    """picks: of each criterion the rows it picks, the best of a prompt first. contested: the prompts at which there was
-    a choice. selected: the rows that are written out."""
+    """Compare criteria over the rows of one pool.
+
+    columns, higher_is_better, picks: by criterion, the values of all rows, their direction, and the indices of the rows
+    that it picks, the best of a prompt first. contested: the prompts with more than one eligible response. selected:
+    the indices of the rows that are written out.
+    """
     names = tuple(columns)
-    better = tuple(higher_is_better[name] for name in names)
     values = np.array([columns[name] for name in names], dtype=np.float64)
-    values *= np.where(better, 1.0, -1.0)[:, None]
-    groups = [members for members in by_prompt(rows).values() if len(members) > 2]
-    inside = [rank_correlation(values[:, members]) for members in groups]
-    stacked = np.array(inside) if inside else np.full((1, len(names), len(names)), np.nan)
-    known = ~np.isnan(stacked)
-    within = np.where(known.any(0), np.where(known, stacked, 0.0).sum(0) / np.maximum(known.sum(0), 1), np.nan)
-    at = {name: {rows[i]["prompt"]: i for i in reversed(picks[name])} for name in names}
-    same = [
-        [np.mean([float(at[a].get(p) == at[b].get(p)) for p in contested] or [np.nan]) for b in names] for a in names
+    values *= np.where([higher_is_better[name] for name in names], 1.0, -1.0)[:, None]
+    best = {name: {rows[i]["prompt"]: i for i in reversed(picks[name])} for name in names}
+    agreement = [
+        [np.mean([float(best[a].get(p) == best[b].get(p)) for p in contested] or [np.nan]) for b in names]
+        for a in names
     ]
     return Comparison(
         names=names,
-        better=better,
         correlation=rank_correlation(values),
-        within=within,
-        agreement=np.array(same),
+        correlation_within_prompts=_correlate_within_prompts(rows, values),
+        agreement=np.array(agreement),
         contested=len(contested),
         pool=describe("all responses", rows),
         picked=tuple(describe(name, [rows[i] for i in picks[name]]) for name in names),
@@ -87,13 +92,24 @@ def compare(
     )
 
 
-def describe(name: str, rows: Sequence[Row]) -> Picked:
-    """What these responses are like."""
+def _correlate_within_prompts(rows: Sequence[FeatureRow], values: Floats) -> Floats:
+    """Return the mean rank correlation over prompts with three responses or more. values: [criteria, responses]."""
+    groups = [members for members in group_by_prompt(rows).values() if len(members) > 2]
+    if not groups:
+        return np.full((len(values), len(values)), np.nan)
+    correlations = np.array([rank_correlation(values[:, members]) for members in groups])
+    defined = ~np.isnan(correlations)
+    sums, counts = np.where(defined, correlations, 0.0).sum(0), np.maximum(defined.sum(0), 1)
+    return np.where(defined.any(0), sums / counts, np.nan)
+
+
+def describe(name: str, rows: Sequence[FeatureRow]) -> ResponseSet:
+    """Return the statistics of the responses of some rows."""
     known = [row["correct"] for row in rows if row["correct"] is not None]
     count = max(1, len(rows))
     tokens, steps = sum(row["tokens"] for row in rows), sum(row["steps"] for row in rows)
     teachers = sorted({row["teacher"] for row in rows})
-    return Picked(
+    return ResponseSet(
         name=name,
         responses=len(rows),
         tokens=tokens / count,
@@ -106,7 +122,10 @@ def describe(name: str, rows: Sequence[Row]) -> Picked:
 
 
 def rank_correlation(values: Floats) -> Floats:
-    """Spearman's, [criteria, criteria] of values [criteria, responses]; equal values share their mean rank."""
+    """Return Spearman's rank correlation, [criteria, criteria]; NaN where a criterion is constant.
+
+    values: [criteria, responses]; equal values have the mean of their ranks.
+    """
     ranks = np.array([mean_ranks(row) for row in values])
     ranks -= ranks.mean(1, keepdims=True)
     norms = np.sqrt((ranks**2).sum(1))
@@ -116,7 +135,7 @@ def rank_correlation(values: Floats) -> Floats:
 
 
 def mean_ranks(values: Floats) -> Floats:
-    """0 for the smallest; equal values share the mean of their places."""
+    """Return the rank of every value, 0 for the smallest; equal values have the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     mean: Floats = (last - (counts + 1) / 2.0)[inverse]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genssd.distill.data.traces import Trace, check_same_traces, source_of, training_row, usable_traces
+from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import Checkpoint, Operational
@@ -90,7 +90,7 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
         source = locate(config.student)
         tokenizer = Tokenizer(source)
         longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
-        traces, bad_rows = usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
+        traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
         done = check_same_traces(run.done(), traces, run.journal_path)
         if done < len(traces):
             student, teacher = _load_models(config, tokenizer)
@@ -99,7 +99,9 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
                 student_norms, teacher_norms = (gradient_norms(model, trace)[places] for model in (student, teacher))
                 texts = [tokenizer.token_text(trace.prompt_ids[i]) for i in places]
                 spans = distracting_spans(student_norms, teacher_norms, texts, config.share)
-                run.journal.append({"source": source_of(trace), "runs": [[places[i] for i in span] for span in spans]})
+                run.journal.append(
+                    {"source": describe_source(trace), "runs": [[places[i] for i in span] for span in spans]}
+                )
                 report(index + 1, len(traces))
         rows = list(_rows(traces, run.done(), tokenizer))
         write_jsonl(run.path("counterfactuals.jsonl"), rows)
@@ -121,12 +123,12 @@ def _load_models(config: LeafConfig, tokenizer: Tokenizer) -> tuple[Any, Any]:
 def _rows(traces: Sequence[Trace], journal: Iterator[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """Yield every trace as a training row, followed by one row per span with that span removed from the question."""
     for trace, row in zip(traces, journal, strict=True):
-        yield {**training_row(trace, trace.response_ids, tokenizer), "left_out": None}
+        yield {**make_training_row(trace, trace.response_ids, tokenizer), "left_out": None}
         for span in row["runs"]:
             prompt = tuple(token for i, token in enumerate(trace.prompt_ids) if i not in span)
             shorter = dataclasses.replace(trace, prompt_ids=prompt)
             left_out = tokenizer.decode([trace.prompt_ids[i] for i in span])
-            yield {**training_row(shorter, trace.response_ids, tokenizer), "left_out": left_out}
+            yield {**make_training_row(shorter, trace.response_ids, tokenizer), "left_out": left_out}
 
 
 def question_places(trace: Trace, tokenizer: Tokenizer) -> list[int]:

@@ -1,4 +1,4 @@
-"""The page that `genssd score` writes: one self-contained HTML file with tables and plots of a comparison."""
+"""The page of `genssd score`: one self-contained HTML file with tables and plots of a comparison."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from genssd.distill.score.comparison import Comparison, Floats
-from genssd.distill.score.ranking import Row, TeacherRank
+from genssd.distill.score.ranking import FeatureRow, TeacherRank
 
 
-def render(
+def render_page(
     comparison: Comparison,
-    rows: Sequence[Row],
+    rows: Sequence[FeatureRow],
     picks: Mapping[str, Sequence[int]],
     ranks: Mapping[str, Sequence[TeacherRank]],
     student: str,
 ) -> str:
-    """The page's HTML."""
+    """Return the page's HTML. picks: indices of the rows that each criterion picks. ranks: by criterion."""
     teachers = sorted(comparison.pool.teachers)
     template = files("genssd.distill.score").joinpath("page.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True).from_string(template)
@@ -34,17 +34,17 @@ def render(
         student=student,
         teachers=teachers if len(teachers) > 1 else [],
         ranks=ranks,
-        lengths=_png(_lengths(rows, picks)),
-        matrices=_png(_matrices(comparison)),
+        lengths=_encode_png(_draw_lengths(rows, picks)),
+        matrices=_encode_png(_draw_matrices(comparison)),
     )
 
 
-def _matrices(comparison: Comparison) -> Figure:
+def _draw_matrices(comparison: Comparison) -> Figure:
     names, count = comparison.names, len(comparison.names)
     figure = Figure(figsize=(10.6, 4.3), layout="constrained")
     panels: list[tuple[str, Floats, float]] = [
         ("over the pool", comparison.correlation, -1.0),
-        ("within prompts", comparison.within, -1.0),
+        ("within prompts", comparison.correlation_within_prompts, -1.0),
         ("same pick", comparison.agreement, 0.0),
     ]
     for axis, (title, matrix, low) in zip(figure.subplots(1, 3), panels, strict=True):
@@ -59,7 +59,7 @@ def _matrices(comparison: Comparison) -> Figure:
     return figure
 
 
-def _lengths(rows: Sequence[Row], picks: Mapping[str, Sequence[int]]) -> Figure:
+def _draw_lengths(rows: Sequence[FeatureRow], picks: Mapping[str, Sequence[int]]) -> Figure:
     figure = Figure(figsize=(8.0, 1.2 + 0.35 * (len(picks) + 1)), layout="constrained")
     axis = figure.subplots()
     labels = ["all responses", *picks]
@@ -71,7 +71,8 @@ def _lengths(rows: Sequence[Row], picks: Mapping[str, Sequence[int]]) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> str:
+def _encode_png(figure: Figure) -> str:
+    """Return the figure as a PNG file in base 64."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130)
     return base64.b64encode(buffer.getvalue()).decode()

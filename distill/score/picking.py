@@ -1,4 +1,4 @@
-"""Which of a prompt's scored responses are kept for training."""
+"""Choice of the scored responses of every prompt that are kept for training."""
 
 from __future__ import annotations
 
@@ -8,41 +8,45 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 
-from genssd.distill.score.ranking import Row, by_prompt
+from genssd.distill.score.ranking import FeatureRow, group_by_prompt
 from genssd.engine.criteria import Lark
 from genssd.engine.errors import InputError
 
-LENGTHS = ("long", "short")
-"""What a mix may name beside teachers: the longest and the shortest response."""
+LENGTH_KINDS = ("long", "short")
+"""Kinds that a mix may name in addition to teachers: the longest and the shortest response of a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pick:
-    """What may be picked, and how."""
+class PickOptions:
+    """Options of the choice of responses."""
 
     by: str | None = None
-    """Which of the criteria picks; None: the first."""
+    """Name of the criterion that picks, one of the criteria; None: the first of them."""
     keep: int = 1
-    """Responses per prompt."""
+    """Maximum number of responses that are picked per prompt."""
     correct: bool = False
-    """Only responses that are known to be correct."""
+    """Pick only responses that are known to be correct."""
     finished: bool = True
-    """Only responses that end by themselves."""
+    """Pick only responses that end by themselves."""
     loops: bool = False
-    """Responses that end in a repetition, too."""
+    """Pick from responses that end in a repetition, too."""
     min_steps: int = 0
+    """Minimum number of steps in a picked response."""
     max_steps: int | None = None
+    """Maximum number of steps in a picked response; None: no maximum."""
     threshold: float | None = None
-    """Only responses whose value is no worse."""
+    """Pick only responses whose value is not worse than this; None: no threshold."""
     best_share: float = 1.0
-    """Of the picked, the best share over all prompts (MoRSD keeps about 0.3 by rationale_difficulty)."""
+    """Fraction of the picked responses, the best over all prompts, that are kept (MoRSD keeps about 0.3 by
+    rationale_difficulty)."""
     similarity: float = 1.0
-    """Pass over a response that shares more than this of its word triples (Jaccard) with a better one."""
+    """Maximum similarity of two picked responses to one prompt; of two that are more similar the better is picked. It
+    is the Jaccard index of their word triples, in [0, 1]."""
     mix: tuple[str, ...] = ()
-    """One response per prompt, kinds in proportion: long=1 short=4 (Mix Distillation, 2502.12143), or teachers by name,
-    big=1 small=4, each by its best response."""
+    """Pick one response per prompt, of kinds in the proportion given here: long=1 short=4 (Mix Distillation,
+    2502.12143), or teachers by name, big=1 small=4, each with its best response."""
     weigh: bool = False
-    """Give the picked responses LARK's training weights (mean 1 per prompt); lark has to be what picks."""
+    """Write LARK's training weights (mean 1 per prompt) into the picked rows; the criterion that picks must be lark."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -55,15 +59,14 @@ class Pick:
             raise InputError(f"pick.best_share must lie in (0, 1], not {self.best_share}")
         if not 0.0 <= self.similarity <= 1.0:
             raise InputError(f"pick.similarity must lie in [0, 1], not {self.similarity}")
-        self.shares()
-        changed = self.keep > 1 or self.similarity < 1.0 or self.best_share < 1.0
-        if self.mix and changed:
+        self.parse_mix()
+        if self.mix and (self.keep > 1 or self.similarity < 1.0 or self.best_share < 1.0):
             raise InputError("pick.mix takes one response per prompt: it has no keep, similarity or best_share")
         if self.weigh and (self.mix or self.similarity < 1.0 or self.best_share < 1.0 or self.threshold is not None):
             raise InputError("pick.weigh weighs the best of a pool: it has no mix, similarity, best_share or threshold")
 
-    def eligible(self, row: Row) -> bool:
-        """Whether a response may be picked, whatever its value."""
+    def is_eligible(self, row: FeatureRow) -> bool:
+        """Return whether a response may be picked, apart from its value."""
         return (
             (row["finished"] or not self.finished)
             and (row["correct"] is True or not self.correct)
@@ -72,13 +75,16 @@ class Pick:
             and (self.max_steps is None or row["steps"] <= self.max_steps)
         )
 
-    def shares(self) -> dict[str, float]:
-        """The mix, summing to 1; empty without one."""
+    def parse_mix(self) -> dict[str, float]:
+        """Return the fraction of every kind of the mix; they sum to 1. Empty without a mix.
+
+        Raises InputError on a term of the mix that is not a new kind with a positive number.
+        """
         parts: dict[str, float] = {}
         for term in self.mix:
-            kind, _, share = term.rpartition("=")
+            kind, _, number = term.rpartition("=")
             try:
-                part = float(share)
+                part = float(number)
             except ValueError:
                 part = math.nan
             if not kind or not 0.0 < part < math.inf or kind in parts:
@@ -87,79 +93,84 @@ class Pick:
         return {kind: part / sum(parts.values()) for kind, part in parts.items()}
 
 
-def pick(
-    rows: Sequence[Row],
-    column: Sequence[float],
+def pick_responses(
+    rows: Sequence[FeatureRow],
+    values: Sequence[float],
     higher_is_better: bool,
-    options: Pick = Pick(),
-    text_of: Callable[[int], str] | None = None,
+    options: PickOptions = PickOptions(),
+    read_text: Callable[[int], str] | None = None,
 ) -> list[int]:
-    """The rows of every prompt's best responses, best first, prompts in order; of equal ones the first.
+    """Return the indices of every prompt's best responses, best first, prompts in order.
 
-    text_of: of a row; needed where `similarity` counts.
+    values: the criterion's value of every row; of rows with equal values the first is picked. read_text: returns the
+    text of the response of a row; needed where options.similarity is below 1.
     """
     sign = -1.0 if higher_is_better else 1.0
     worst = math.inf if options.threshold is None else sign * options.threshold
     groups: list[list[int]] = []
-    for members in by_prompt(rows).values():
-        allowed = [i for i in members if options.eligible(rows[i]) and sign * column[i] <= worst]
-        groups.append(sorted(allowed, key=lambda i: sign * column[i]))
+    for members in group_by_prompt(rows).values():
+        allowed = [i for i in members if options.is_eligible(rows[i]) and sign * values[i] <= worst]
+        groups.append(sorted(allowed, key=lambda i: sign * values[i]))
     if options.mix:
-        return _mixed([group for group in groups if group], rows, options.shares())
+        return _pick_mix([group for group in groups if group], rows, options.parse_mix())
     if options.similarity < 1.0:
-        assert text_of is not None
-        groups = [_unlike(group, options, text_of) for group in groups]
+        assert read_text is not None
+        groups = [_drop_similar(group, options.similarity, read_text) for group in groups]
     chosen = [i for group in groups for i in group[: options.keep]]
     if options.best_share < 1.0:
         count = math.ceil(options.best_share * len(chosen) - 1e-9)
-        best = set(sorted(chosen, key=lambda i: sign * column[i])[:count])
+        best = set(sorted(chosen, key=lambda i: sign * values[i])[:count])
         chosen = [i for i in chosen if i in best]
     return chosen
 
 
-def _unlike(ordered: Sequence[int], options: Pick, text_of: Callable[[int], str]) -> list[int]:
-    """Best first, without what is too much like a better one."""
-    triples = cache(lambda i: _word_triples(text_of(i)))
-    taken: list[int] = []
+def _drop_similar(ordered: Sequence[int], similarity: float, read_text: Callable[[int], str]) -> list[int]:
+    """Return rows, best first, without those that are more similar than `similarity` to a better one that remains."""
+    triples = cache(lambda i: _split_word_triples(read_text(i)))
+    remaining: list[int] = []
     for i in ordered:
-        if all(jaccard(triples(i), triples(other)) <= options.similarity for other in taken):
-            taken.append(i)
-    return taken
+        if all(jaccard(triples(i), triples(better)) <= similarity for better in remaining):
+            remaining.append(i)
+    return remaining
 
 
-def _word_triples(text: str) -> frozenset[tuple[str, ...]]:
+def _split_word_triples(text: str) -> frozenset[tuple[str, ...]]:
     words = text.lower().split()
     return frozenset(tuple(words[k : k + 3]) for k in range(max(1, len(words) - 2)))
 
 
-def jaccard(some: frozenset[tuple[str, ...]], others: frozenset[tuple[str, ...]]) -> float:
-    """The share of all elements that both have; 1 for two empty sets."""
-    union = len(some | others)
-    return len(some & others) / union if union else 1.0
+def jaccard(left: frozenset[tuple[str, ...]], right: frozenset[tuple[str, ...]]) -> float:
+    """Return the Jaccard index of two sets, the fraction of their union that both have; 1 for two empty sets."""
+    union = len(left | right)
+    return len(left & right) / union if union else 1.0
 
 
-def _mixed(groups: Sequence[Sequence[int]], rows: Sequence[Row], shares: Mapping[str, float]) -> list[int]:
-    """One row per prompt. Prompts are dealt in an order of their own hashes, each to the kind that lacks most."""
+def _pick_mix(groups: Sequence[Sequence[int]], rows: Sequence[FeatureRow], fractions: Mapping[str, float]) -> list[int]:
+    """Return one row per prompt. groups: every prompt's allowed rows, best first.
+
+    Prompts are taken in the order of their hashes, so the order of the rows does not matter. Each is given to the kind
+    that is furthest below its fraction, among the kinds that the prompt has.
+    """
     teachers = {row["teacher"] for row in rows}
-    for kind in shares:
-        if kind not in LENGTHS and kind not in teachers:
+    for kind in fractions:
+        if kind not in LENGTH_KINDS and kind not in teachers:
             raise InputError(
                 f"pick.mix: no teacher is called {kind!r}; there are {', '.join(sorted(teachers))}, and long and short"
             )
-    dealt = sorted(range(len(groups)), key=lambda g: blake2b(rows[groups[g][0]]["prompt"].encode()).digest())
-    counts = dict.fromkeys(shares, 0)
+    shuffled = sorted(range(len(groups)), key=lambda g: blake2b(rows[groups[g][0]]["prompt"].encode()).digest())
+    counts = dict.fromkeys(fractions, 0)
     chosen: dict[int, int] = {}
-    for g in dealt:
-        found = {kind: row for kind in shares if (row := _of_kind(kind, groups[g], rows)) is not None}
-        if found:
-            dealt_so_far = sum(counts.values()) + 1
-            kind = max(found, key=lambda kind: shares[kind] * dealt_so_far - counts[kind])
-            chosen[g], counts[kind] = found[kind], counts[kind] + 1
+    for g in shuffled:
+        by_kind = {kind: row for kind in fractions if (row := _find_best(kind, groups[g], rows)) is not None}
+        if by_kind:
+            total = sum(counts.values()) + 1
+            kind = max(by_kind, key=lambda kind: fractions[kind] * total - counts[kind])
+            chosen[g], counts[kind] = by_kind[kind], counts[kind] + 1
     return [chosen[g] for g in sorted(chosen)]
 
 
-def _of_kind(kind: str, ordered: Sequence[int], rows: Sequence[Row]) -> int | None:
-    """A prompt's response of a kind, of its responses best first."""
+def _find_best(kind: str, ordered: Sequence[int], rows: Sequence[FeatureRow]) -> int | None:
+    """Return a prompt's response of a kind, None if it has none. ordered: the prompt's rows, best first."""
     if kind == "long":
         return max(ordered, key=lambda i: rows[i]["tokens"])
     if kind == "short":
@@ -167,13 +178,13 @@ def _of_kind(kind: str, ordered: Sequence[int], rows: Sequence[Row]) -> int | No
     return next((i for i in ordered if rows[i]["teacher"] == kind), None)
 
 
-def lark_weights(rows: Sequence[Row], column: Sequence[float], options: Pick) -> dict[int, float]:
-    """LARK's weights of every prompt's eligible responses, times how many of them are kept."""
+def compute_lark_weights(rows: Sequence[FeatureRow], values: Sequence[float], options: PickOptions) -> dict[int, float]:
+    """Return LARK's weights of every prompt's eligible responses, times the number that is kept, by the row's index."""
     weights: dict[int, float] = {}
-    for members in by_prompt(rows).values():
-        able = [i for i in members if options.eligible(rows[i])]
-        if able:
-            budget = min(options.keep, len(able))
-            of_pool = Lark.weights([column[i] for i in able], budget)
-            weights |= {i: budget * weight for i, weight in zip(able, of_pool, strict=True)}
+    for members in group_by_prompt(rows).values():
+        eligible = [i for i in members if options.is_eligible(rows[i])]
+        if eligible:
+            budget = min(options.keep, len(eligible))
+            prompt_weights = Lark.weights([values[i] for i in eligible], budget)
+            weights |= {i: budget * weight for i, weight in zip(eligible, prompt_weights, strict=True)}
     return weights

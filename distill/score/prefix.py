@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genssd.distill.data.answers import is_correct
-from genssd.distill.data.traces import Trace, check_same_traces, training_row, usable_traces
+from genssd.distill.data.traces import Trace, check_same_traces, make_training_row, read_usable_traces
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
@@ -128,7 +128,9 @@ def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], lis
         return "the response is empty" if len(trace.response_ids) == trace.finished else None
 
     longest = engine.longest("student")
-    return usable_traces(config.data, engine.tokenizer("student"), max_length=longest, limit=config.limit, unfit=unfit)
+    return read_usable_traces(
+        config.data, engine.tokenizer("student"), max_length=longest, limit=config.limit, find_fault=unfit
+    )
 
 
 def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> int:
@@ -199,7 +201,7 @@ def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge:
         ids, finished = trace.response_ids, trace.finished
         if i in written:
             ids, finished = (*prefix(i, kept[i]), *written[i].token_ids), written[i].status == "finished"
-        fields = training_row(trace, ids, tokenizer)
+        fields = make_training_row(trace, ids, tokenizer)
         correct = trace.correct if i not in written else None
         if trace.answer is not None:
             correct = is_correct(fields["completion"], trace.answer)

@@ -1,4 +1,4 @@
-"""From scored traces to values: a column per criterion, and a ranking of teachers."""
+"""Values of every criterion over scored traces, and the ranking of teachers that follows from them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from genssd.engine.candidate import AnyCriterion, PoolCriterion
 
-DRAWS = 2000
+BOOTSTRAP_DRAWS = 2000
 
-Row = Mapping[str, Any]
+FeatureRow = Mapping[str, Any]
 """A line of features.jsonl, see run.py."""
 
 
@@ -23,29 +23,33 @@ class TeacherRank:
 
     teacher: str
     value: float
+    """Mean over prompts of the mean over the teacher's responses to one prompt."""
     low: float
+    """Lower end of the 95 % bootstrap interval."""
     high: float
+    """Upper end of the 95 % bootstrap interval."""
     first: float
-    """Share of the bootstrap's draws in which no teacher is better."""
+    """Fraction of the bootstrap's draws in which no teacher is better."""
     prompts: int
+    """Number of prompts that the mean is taken over."""
 
 
-def column_of(criterion: AnyCriterion, name: str, rows: Sequence[Row]) -> list[float]:
-    """A criterion's value of every row."""
+def compute_values(criterion: AnyCriterion, name: str, rows: Sequence[FeatureRow]) -> list[float]:
+    """Return a criterion's value of every row. name: the criterion's name in the rows."""
     features = [tuple(float(value) for value in row["features"][name]) for row in rows]
     if not isinstance(criterion, PoolCriterion):
         return [values[0] for values in features]
     if criterion.pool == "data":
         return criterion.score_pool(features)
-    column = [0.0] * len(rows)
-    for members in by_prompt(rows).values():
+    pooled = [0.0] * len(rows)
+    for members in group_by_prompt(rows).values():
         for i, value in zip(members, criterion.score_pool([features[i] for i in members]), strict=True):
-            column[i] = value
-    return column
+            pooled[i] = value
+    return pooled
 
 
-def by_prompt(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """The indices of every prompt's rows, prompts in the order of their first."""
+def group_by_prompt(rows: Sequence[FeatureRow]) -> dict[str, list[int]]:
+    """Return the indices of every prompt's rows, prompts in the order of their first row."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         groups[row["prompt"]].append(i)
@@ -53,41 +57,53 @@ def by_prompt(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def rank_teachers(
-    rows: Sequence[Row], criteria: Mapping[str, AnyCriterion], columns: Mapping[str, Sequence[float]], seed: int = 0
+    rows: Sequence[FeatureRow],
+    criteria: Mapping[str, AnyCriterion],
+    columns: Mapping[str, Sequence[float]],
+    seed: int = 0,
 ) -> tuple[dict[str, tuple[TeacherRank, ...]], int]:
-    """Per criterion the teachers, best first, over the prompts that all of them answered; and how many were left out.
+    """Rank the teachers under every criterion, best first, over the prompts that all of them answered.
+
+    Return the ranks by criterion, and the number of prompts that some teacher did not answer. columns: the values of
+    all rows, by criterion. seed: of the bootstrap.
 
     A prompt at which a criterion has no finite value is left out under it. Intervals are percentiles of a bootstrap
     over prompts: responses to one prompt are not independent.
     """
     teachers = sorted({row["teacher"] for row in rows})
-    groups = list(by_prompt(rows).values())
+    groups = list(group_by_prompt(rows).values())
     complete = [members for members in groups if {rows[i]["teacher"] for i in members} == set(teachers)]
     ranks: dict[str, tuple[TeacherRank, ...]] = {}
     for name, criterion in criteria.items() if len(teachers) > 1 else ():
-        shares = [ratio_of(name, row, value) for row, value in zip(rows, columns[name], strict=True)]
+        ratios = [read_ratio(name, row, value) for row, value in zip(rows, columns[name], strict=True)]
         # [prompts, teachers, numerator and denominator]: the mean over a teacher's responses to a prompt
         table = np.array(
             [
-                [np.mean([shares[i] for i in members if rows[i]["teacher"] == teacher], axis=0) for teacher in teachers]
+                [np.mean([ratios[i] for i in members if rows[i]["teacher"] == teacher], axis=0) for teacher in teachers]
                 for members in complete
             ]
         ).reshape(-1, len(teachers), 2)
         table = table[np.isfinite(table).all(axis=(1, 2))]
         if len(table):
-            ranks[name] = _rank(table, teachers, criterion.higher_is_better(), seed)
+            ranks[name] = _rank_table(table, teachers, criterion.higher_is_better(), seed)
     return ranks, len(groups) - len(complete)
 
 
-def ratio_of(name: str, row: Row, value: float) -> tuple[float, float]:
-    """What a response adds to a data set's numerator and denominator; of an ordinary criterion its value and 1."""
+def read_ratio(name: str, row: FeatureRow, value: float) -> tuple[float, float]:
+    """Return the numerator and denominator that a response adds to a data set's ratio under a criterion.
+
+    For a criterion that is no ratio these are the response's value and 1.
+    """
     numerator, denominator = row["ratios"].get(name, (value, 1.0))
     return float(numerator), float(denominator)
 
 
-def _rank(table: np.ndarray, teachers: Sequence[str], higher_is_better: bool, seed: int) -> tuple[TeacherRank, ...]:
+def _rank_table(
+    table: np.ndarray, teachers: Sequence[str], higher_is_better: bool, seed: int
+) -> tuple[TeacherRank, ...]:
+    """Return the teachers, best first. table: [prompts, teachers, 2], the means of numerators and denominators."""
     prompts = len(table)
-    draws = np.random.default_rng(seed).integers(0, prompts, size=(DRAWS, prompts))
+    draws = np.random.default_rng(seed).integers(0, prompts, size=(BOOTSTRAP_DRAWS, prompts))
     counts = np.apply_along_axis(np.bincount, 1, draws, minlength=prompts)
     sums = np.einsum("dp,ptr->dtr", counts, table)
     resampled = sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
@@ -96,7 +112,7 @@ def _rank(table: np.ndarray, teachers: Sequence[str], higher_is_better: bool, se
     sign = 1.0 if higher_is_better else -1.0
     best = (sign * resampled).max(1)
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    found = [
+    ranks = [
         TeacherRank(
             teacher=teacher,
             value=float(values[t]),
@@ -107,4 +123,4 @@ def _rank(table: np.ndarray, teachers: Sequence[str], higher_is_better: bool, se
         )
         for t, teacher in enumerate(teachers)
     ]
-    return tuple(sorted(found, key=lambda rank: -sign * rank.value))
+    return tuple(sorted(ranks, key=lambda rank: -sign * rank.value))

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.data.answers import is_correct
-from genssd.distill.data.traces import Trace, check_same_traces, source_of, training_row, usable_traces
+from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl, write_text
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import Checkpoint, Operational, Recomputed
 from genssd.distill.score.comparison import compare
-from genssd.distill.score.page import render
-from genssd.distill.score.picking import Pick, lark_weights, pick
-from genssd.distill.score.ranking import TeacherRank, by_prompt, column_of, rank_teachers
+from genssd.distill.score.page import render_page
+from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
+from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
 from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
@@ -59,7 +59,7 @@ class ScoreConfig(EngineOptions):
     """Take only the first rows of each file."""
     verify: bool = True
     """Check answers by math-verify where a reference answer is known and the row has no verdict."""
-    pick: Recomputed[Pick] = field(default_factory=Pick)
+    pick: Recomputed[PickOptions] = field(default_factory=PickOptions)
     """Which responses go to selected.jsonl."""
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ def _evaluate(
 ) -> ScoreSummary:
     """Write what follows from the finished journal: columns, picked responses, the ranking of teachers, the page."""
     rows = list(run.done())
-    columns = {name: column_of(criterion, name, rows) for name, criterion in criteria.items()}
+    columns = {name: compute_values(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(run.path("scores.jsonl"), _score_rows(rows, columns))
     higher_is_better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
     selected = _write_selected(run, config, engine, traces, rows, columns, higher_is_better)
@@ -153,15 +153,15 @@ def _evaluate(
     ranking = {name: [dataclasses.asdict(rank) for rank in ranked] for name, ranked in ranks.items()}
     write_json(run.path("teachers.json"), {"incomplete_prompts": incomplete, **ranking})
     # the page compares what every criterion would pick under the options that make sense for all
-    shared = Pick(**{name: getattr(config.pick, name) for name in SHARED_PICK_OPTIONS})
-    picks = {name: pick(rows, column, higher_is_better[name], shared) for name, column in columns.items()}
+    shared = PickOptions(**{name: getattr(config.pick, name) for name in SHARED_PICK_OPTIONS})
+    picks = {name: pick_responses(rows, column, higher_is_better[name], shared) for name, column in columns.items()}
     contested = [
         prompt
-        for prompt, members in by_prompt(rows).items()
-        if sum(map(config.pick.eligible, (rows[i] for i in members))) > 1
+        for prompt, members in group_by_prompt(rows).items()
+        if sum(map(config.pick.is_eligible, (rows[i] for i in members))) > 1
     ]
     comparison = compare(rows, columns, higher_is_better, picks, contested, selected)
-    write_text(run.path("report.html"), render(comparison, rows, picks, ranks, config.student))
+    write_text(run.path("report.html"), render_page(comparison, rows, picks, ranks, config.student))
     summary = ScoreSummary(
         output_dir=run.output_dir,
         traces=len(rows),
@@ -189,10 +189,12 @@ def _write_selected(
     """Pick responses by `pick.by`, write them to selected.jsonl, and return their indices."""
     name = config.pick.by or config.criteria[0]
     tokenizer = engine.tokenizer("student")
-    selected = pick(
+    selected = pick_responses(
         rows, columns[name], higher_is_better[name], config.pick, lambda i: tokenizer.decode(traces[i].response_ids)
     )
-    weights = lark_weights(rows, columns[name], config.pick) if config.pick.weigh else dict.fromkeys(selected, 1.0)
+    weights = (
+        compute_lark_weights(rows, columns[name], config.pick) if config.pick.weigh else dict.fromkeys(selected, 1.0)
+    )
     write_jsonl(
         run.path("selected.jsonl"),
         (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in selected),
@@ -217,7 +219,7 @@ def _read_traces(
             return f"with its reference answer longer than the {longest} tokens that the student takes"
         return None
 
-    return usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit, unfit=unfit)
+    return read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit, find_fault=unfit)
 
 
 def candidate_of(trace: Trace, engine: Engine, stats: Any) -> Candidate:
@@ -268,7 +270,7 @@ def _score_batch(
             correct = is_correct(tokenizer.decode(trace.response_ids), trace.answer)
         content = trace.response_ids[: len(trace.response_ids) - trace.finished]
         yield {
-            "source": source_of(trace),
+            "source": describe_source(trace),
             "prompt": trace.prompt_key,
             "teacher": trace.teacher,
             "tokens": len(trace.response_ids),
@@ -297,5 +299,5 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequenc
 
 
 def _training_row(engine: Engine, trace: Trace, criterion: str, score: float, weight: float) -> dict[str, Any]:
-    fields = training_row(trace, trace.response_ids, engine.tokenizer("student"))
+    fields = make_training_row(trace, trace.response_ids, engine.tokenizer("student"))
     return {**fields, "criterion": criterion, "score": _jsonable(score), "weight": weight}

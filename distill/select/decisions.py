@@ -1,4 +1,4 @@
-"""A decision log read back: every candidate as criteria saw it, so that another criterion can judge it again."""
+"""Reading of a decision log: every candidate as the criterion of the run had it, for another criterion to judge."""
 
 from __future__ import annotations
 
@@ -20,70 +20,73 @@ from genssd.engine.text import Tokenizer
 from genssd.kernels.logprob import STATISTICS, TokenStats
 
 LocalLogprob = Callable[..., list[Tensor]]
-"""`Engine.local_logprob`: prompt ids, response ids, windows."""
+"""Function like `Engine.local_logprob`, whose arguments are prompt ids, response ids and windows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
-    """One logged candidate. trace: its index in each round."""
+class LoggedCandidate:
+    """One candidate of a decision log."""
 
     candidate: Candidate
     trace: tuple[int, ...]
+    """Index of the candidate's ancestor in each round, its own last."""
     score: float | None
-    """As it was logged; None where it was infinite."""
+    """Value under the criterion of the run; None where it was infinite."""
     verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
-    """One prompt's log: the line of selections.jsonl that it belongs to, and its rounds."""
+    """Decision log of one prompt."""
 
     selection: Mapping[str, Any]
-    rounds: tuple[tuple[Decided, ...], ...]
+    """The prompt's line of selections.jsonl."""
+    rounds: tuple[tuple[LoggedCandidate, ...], ...]
 
 
 def read_decisions(run: Path, tokenizer: Tokenizer, local_logprob: LocalLogprob | None = None) -> Iterator[Decisions]:
-    """The prompts of a finished or interrupted `genssd select` run, in the order of its journal.
+    """Yield the logs of the prompts of a finished or interrupted `genssd select` run, in the order of its journal.
 
-    Raises InputError naming the file and line where journal and log do not belong together.
+    local_logprob: runs the student for the criteria that need it. Raises InputError naming the file and line where
+    journal, log and tokenizer do not belong together, and on a journal without a finished prompt.
     """
     journal, log = run / "selections.jsonl", run / "decisions.jsonl"
-    decided = complete_rows(log)
+    logged = complete_rows(log)
     number = 0
     for number, (selection, _) in enumerate(complete_rows(journal), start=1):
-        row, _ = next(decided, ({}, 0))
+        row, _ = next(logged, ({}, 0))
         if row.get("index") != selection.get("index"):
             raise InputError(f"{log}, line {number} does not hold the decisions of {journal}, line {number}")
         if selection.get("tokenizer") != tokenizer.fingerprint:
             raise InputError(f"{journal}, line {number} was written with another tokenizer than {tokenizer.directory}")
         try:
-            yield _read(selection, row, tokenizer, local_logprob)
+            yield _parse_decisions(selection, row, tokenizer, local_logprob)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{log}, line {number} is no decision of ours: {error!r}") from None
     if not number:
         raise InputError(f"{journal} holds no finished prompt")
 
 
-def _read(
+def _parse_decisions(
     selection: Mapping[str, Any], row: Mapping[str, Any], tokenizer: Tokenizer, local_logprob: LocalLogprob | None
 ) -> Decisions:
     logged = {tuple(fields["trace"]): fields for fields in row["candidates"]}
-    stats = {trace: _stats(fields["student"]) for trace, fields in logged.items()}
+    stats = {trace: _parse_stats(fields["student"]) for trace, fields in logged.items()}
     root = prompt_stream(selection["seed"], selection["prompt_ids"], selection["occurrence"])
-    rounds: list[list[Decided]] = []
+    rounds: list[list[LoggedCandidate]] = []
     for trace, fields in logged.items():
-        before = [trace[:depth] for depth in range(1, len(trace))]
-        history_ids = tuple(token for ancestor in before for token in logged[ancestor]["token_ids"])
+        ancestors = [trace[:depth] for depth in range(1, len(trace))]
+        history_ids = tuple(token for ancestor in ancestors for token in logged[ancestor]["token_ids"])
         candidate = Candidate(
             token_ids=tuple(fields["token_ids"]),
             stats=stats[trace],
             history_ids=history_ids,
-            history=TokenStats.concatenate([stats[a] for a in before]) if before else TokenStats.empty(),
-            teacher_logprob=_teacher_logprob([fields]),
-            history_teacher_logprob=_teacher_logprob([logged[ancestor] for ancestor in before]),
+            history=TokenStats.concatenate([stats[a] for a in ancestors]) if ancestors else TokenStats.empty(),
+            teacher_logprob=_join_teacher_logprob([fields]),
+            history_teacher_logprob=_join_teacher_logprob([logged[ancestor] for ancestor in ancestors]),
             final=fields["ended"] != "chunk",
             finished=fields["ended"] == "finished",
-            stream=_stream(root, trace, logged),
+            stream=_derive_stream(root, trace, logged),
             pieces_of=tokenizer.pieces,
             local_logprob=local_logprob and partial(local_logprob, selection["student_prompt_ids"]),
             encode=tokenizer.encode_plain,
@@ -92,23 +95,23 @@ def _read(
         while len(rounds) < len(trace):
             rounds.append([])
         rounds[len(trace) - 1].append(
-            Decided(candidate=candidate, trace=trace, score=fields["score"], verdict=fields["verdict"])
+            LoggedCandidate(candidate=candidate, trace=trace, score=fields["score"], verdict=fields["verdict"])
         )
     return Decisions(selection=selection, rounds=tuple(map(tuple, rounds)))
 
 
-def _stats(fields: Mapping[str, Any]) -> TokenStats:
+def _parse_stats(fields: Mapping[str, Any]) -> TokenStats:
     return TokenStats.of(
         [torch.tensor(fields[name], dtype=torch.int32 if name == "rank" else torch.float32) for name in STATISTICS]
     )
 
 
-def _teacher_logprob(chunks: Sequence[Mapping[str, Any]]) -> Tensor:
+def _join_teacher_logprob(chunks: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.tensor([value for fields in chunks for value in fields["teacher_logprob"]], dtype=torch.float32)
 
 
-def _stream(root: int, trace: Sequence[int], logged: Mapping[tuple[int, ...], Mapping[str, Any]]) -> int:
-    """The candidate's random stream, which follows from the prompt's and the places it branched off at."""
+def _derive_stream(root: int, trace: Sequence[int], logged: Mapping[tuple[int, ...], Mapping[str, Any]]) -> int:
+    """Return a candidate's random stream, which follows from the prompt's stream and the positions of its branches."""
     stream, position = root, 0
     for depth, index in enumerate(trace, start=1):
         stream = child_stream(stream, position, index)

@@ -21,7 +21,7 @@ from genssd.distill.data.problems import ProblemRow, check_same_problem, read_pr
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import Checkpoint, Operational
-from genssd.distill.select.rows import response_row
+from genssd.distill.select.rows import make_response_row
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.reverse_speculation import ReverseSpeculation
@@ -128,7 +128,9 @@ def _generate(
     for finished, (index, completions) in enumerate(responses, start=1):
         problem = problems[index]
         source = {"file": config.data, "line": problem.line}
-        run.journal.append(response_row(index, problem, *prompt_ids[index], completions, {"source": source, **origin}))
+        run.journal.append(
+            make_response_row(index, problem, *prompt_ids[index], completions, {"source": source, **origin})
+        )
         report(len(done) + finished, len(problems))
 
 

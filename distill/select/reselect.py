@@ -25,7 +25,7 @@ from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import read_json, write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import Checkpoint, Operational
-from genssd.distill.select.decisions import Decided, Decisions, read_decisions
+from genssd.distill.select.decisions import Decisions, LoggedCandidate, read_decisions
 from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate_distinct, needs_answer
 from genssd.engine.checkpoint import locate
 from genssd.engine.criterion_names import resolve
@@ -147,7 +147,11 @@ class _Results:
 
 
 def _round_row(
-    decisions: Decisions, number: int, decided: Sequence[Decided], scores: Sequence[float], criterion: AnyCriterion
+    decisions: Decisions,
+    number: int,
+    decided: Sequence[LoggedCandidate],
+    scores: Sequence[float],
+    criterion: AnyCriterion,
 ) -> dict[str, Any]:
     """Return how the criterion judges one round, with as many candidates kept as in the run."""
     sign = -1.0 if criterion.higher_is_better() else 1.0
@@ -169,7 +173,7 @@ def _json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _pairs(decisions: Decisions, decided: Sequence[Decided], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def _pairs(decisions: Decisions, decided: Sequence[LoggedCandidate], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """Yield pairs of a branch's kept candidate and the sibling that the run ranked last."""
     for d in decided:
         if d.verdict != "kept" or d.score is None:
@@ -212,7 +216,7 @@ def _steps(decisions: Decisions, tokenizer: Tokenizer) -> Iterator[dict[str, Any
             }
 
 
-def _before(selection: Mapping[str, Any], d: Decided, tokenizer: Tokenizer) -> str:
+def _before(selection: Mapping[str, Any], d: LoggedCandidate, tokenizer: Tokenizer) -> str:
     """Return the text before a candidate: the prompt as the student reads it, and the response so far."""
     prompt = str(tokenizer.hf.decode(list(selection["student_prompt_ids"])))
     return prompt + tokenizer.decode(d.candidate.history_ids)

@@ -1,4 +1,4 @@
-"""The lines of selections.jsonl, decisions.jsonl and responses.jsonl."""
+"""Lines of selections.jsonl, decisions.jsonl and responses.jsonl."""
 
 from __future__ import annotations
 
@@ -18,31 +18,39 @@ from genssd.kernels.logprob import TokenStats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where the lines of one run come from: its data, its criterion, its models with their fingerprints."""
+    """Origin of all lines of one run: its data, its criterion, and its models."""
 
     data: str
+    """Name of the data file."""
     criterion: str
     teacher: str
+    """Hub id or directory of the teacher."""
     student: str
+    """Hub id or directory of the student."""
     fingerprints: Mapping[str, str]
+    """Fingerprints of teacher and student, by role."""
     tokenizer: str
+    """Fingerprint of the tokenizer."""
 
 
-def selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> dict[str, Any]:
-    """A line of selections.jsonl. Loads with `datasets` and trains in TRL as it is; training here uses the ids."""
+def make_selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> dict[str, Any]:
+    """Return a line of selections.jsonl.
+
+    `datasets` loads it and TRL trains on it unchanged; genssd trains on its token ids.
+    """
     best = selection.best
     return {
-        **_conversation(problem, best.text),
+        **_make_conversation(problem, best.text),
         "status": best.status,
-        "score": _number(best.score),
+        "score": _to_json(best.score),
         "criterion": origin.criterion,
         "chunks": [
-            {"tokens": c.tokens, "score": _number(c.score), "runner_up": _number(c.runner_up)} for c in best.chunks
+            {"tokens": c.tokens, "score": _to_json(c.score), "runner_up": _to_json(c.runner_up)} for c in best.chunks
         ],
         "prompt_ids": list(selection.prompt_ids),
         "student_prompt_ids": list(selection.student_prompt_ids),
         "completion_ids": list(best.token_ids),
-        "others": [_other(trajectory) for trajectory in selection.trajectories[1:]],
+        "others": [_describe_trajectory(trajectory) for trajectory in selection.trajectories[1:]],
         "tokens_sampled": selection.tokens_sampled,
         "index": selection.index,
         "source": {"file": origin.data, "line": problem.line},
@@ -54,18 +62,21 @@ def selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> 
     }
 
 
-def response_row(
+def make_response_row(
     index: int,
     problem: ProblemRow,
     prompt_ids: Sequence[int],
     student_prompt_ids: Sequence[int],
     completions: Sequence[Completion],
-    origin: Mapping[str, Any],
+    run_fields: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A line of responses.jsonl: the first response as a selection's best one, the others beside it."""
+    """Return a line of responses.jsonl, in the form of a selection whose best trajectory is the first response.
+
+    index: of the prompt in the data. run_fields: fields that describe the run, added to the line.
+    """
     first, *others = completions
     return {
-        **_conversation(problem, first.text),
+        **_make_conversation(problem, first.text),
         "status": first.status,
         "substituted": first.substituted,
         "prompt_ids": list(prompt_ids),
@@ -81,66 +92,66 @@ def response_row(
             for c in others
         ],
         "index": index,
-        **origin,
+        **run_fields,
     }
 
 
-def _conversation(problem: ProblemRow, text: str) -> dict[str, Any]:
-    """Prompt and response in the forms that trainers read."""
-    answer_turn = [{"role": "assistant", "content": text}]
-    plain = isinstance(problem.prompt, str)
-    asked: Messages = (
+def _make_conversation(problem: ProblemRow, text: str) -> dict[str, Any]:
+    """Return prompt and response in the forms that trainers read."""
+    response_turn = [{"role": "assistant", "content": text}]
+    is_plain = isinstance(problem.prompt, str)
+    prompt_turns: Messages = (
         [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
     )
     return {
-        "messages": [*asked, *answer_turn],
+        "messages": [*prompt_turns, *response_turn],
         "prompt": problem.prompt,
-        "completion": text if plain else answer_turn,
+        "completion": text if is_plain else response_turn,
         "answer": problem.answer,
     }
 
 
-def decision_row(selection: Selection) -> dict[str, Any]:
-    """A line of decisions.jsonl: enough to apply another criterion without generating again."""
-    return {"index": selection.index, "candidates": [_candidate(record) for record in selection.tree]}
+def make_decision_row(selection: Selection) -> dict[str, Any]:
+    """Return a line of decisions.jsonl: all that another criterion needs to judge without generating again."""
+    return {"index": selection.index, "candidates": [_describe_candidate(record) for record in selection.tree]}
 
 
-def _other(trajectory: Trajectory) -> dict[str, Any]:
+def _describe_trajectory(trajectory: Trajectory) -> dict[str, Any]:
     return {
         "completion": trajectory.text,
         "completion_ids": list(trajectory.token_ids),
-        "score": _number(trajectory.score),
+        "score": _to_json(trajectory.score),
         "status": trajectory.status,
     }
 
 
-def _candidate(record: CandidateRecord) -> dict[str, Any]:
+def _describe_candidate(record: CandidateRecord) -> dict[str, Any]:
     return {
         "trace": list(record.trace),
         "verdict": record.verdict,
-        "score": _number(record.score),
+        "score": _to_json(record.score),
         "ended": record.ended,
         "token_ids": list(record.token_ids),
-        "teacher_logprob": _floats(record.teacher_logprob),
-        "student": _stats(record.stats),
+        "teacher_logprob": _to_decimals(record.teacher_logprob),
+        "student": _describe_stats(record.stats),
     }
 
 
-def _stats(stats: TokenStats) -> dict[str, list[float] | list[int]]:
+def _describe_stats(stats: TokenStats) -> dict[str, list[float] | list[int]]:
     return {
-        "logprob": _floats(stats.logprob),
-        "entropy": _floats(stats.entropy),
-        "sum_p2": _floats(stats.sum_p2),
-        "logsumexp": _floats(stats.logsumexp),
+        "logprob": _to_decimals(stats.logprob),
+        "entropy": _to_decimals(stats.entropy),
+        "sum_p2": _to_decimals(stats.sum_p2),
+        "logsumexp": _to_decimals(stats.logsumexp),
         "rank": stats.rank.tolist(),
     }
 
 
-def _floats(values: Tensor) -> list[float]:
-    """The shortest decimals that read back as the same float32."""
+def _to_decimals(values: Tensor) -> list[float]:
+    """Return the shortest decimals that read back as the same float32."""
     return [float(text) for text in np.asarray(values.cpu(), dtype=np.float32).astype(str)]
 
 
-def _number(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
+def _to_json(value: float | None) -> float | None:
+    """Return the value, or None where it is NaN or infinite, which JSON has no number for."""
     return None if value is None or not np.isfinite(value) else float(value)

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
-from genssd.distill.data.topk_store import TopkStore, end_of
+from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import Checkpoint, Operational
 from genssd.distill.select.calibration import calibrate, check_calibration
-from genssd.distill.select.rows import Origin, decision_row, selection_row
+from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -170,7 +170,7 @@ def _search(
     )
     failures: list[str] = []
     tokens_kept, sampled_before = 0, engine.usage.teacher_tokens
-    topk_end = max(map(end_of, run.done()), default=0)
+    topk_end = max(map(find_topk_end, run.done()), default=0)
     selections = run.journal
     with (
         Journal(run.path("decisions.jsonl")) as decisions,
@@ -179,10 +179,10 @@ def _search(
         for finished, selection in enumerate(_select(engine, config, threshold, problems, done), start=1):
             problem = problems[selection.index]
             if selection.error is None:
-                decisions.append(decision_row(selection))
+                decisions.append(make_decision_row(selection))
                 topk = selection.best.teacher_topk
                 place = topk_store.append(topk) if topk_store is not None and topk is not None else None
-                selections.append({**selection_row(selection, problem, origin), "teacher_topk": place})
+                selections.append({**make_selection_row(selection, problem, origin), "teacher_topk": place})
                 tokens_kept += len(selection.best.token_ids)
             else:
                 failures.append(f"{config.data}, line {problem.line}: {selection.error}")

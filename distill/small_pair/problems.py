@@ -1,8 +1,8 @@
 """Multi-step addition word problems with verifiable answers, and written solutions whose steps differ in learnability.
 
-A solution is a running sum with one step per line. The style of every step is drawn anew, so a trajectory mixes steps
-that a small student can imitate (every digit operation written out) with steps it cannot (mental arithmetic): exactly
-the setting in which choosing step by step differs from choosing between whole trajectories.
+A solution is a running sum with one step per line. The style of every step is drawn independently, so a trajectory
+mixes steps that a small student can imitate (every digit operation written out) with steps it cannot (mental
+arithmetic). This is the setting in which a choice per step differs from a choice between complete trajectories.
 """
 
 import hashlib
@@ -18,13 +18,14 @@ SPELLED: Final = "spelled"
 JUMP: Final = "jump"
 DETOUR: Final = "detour"
 STYLES: Final[tuple[str, ...]] = (SPELLED, JUMP, DETOUR)
-# How often the teacher writes in each style: mental arithmetic is its favourite, by a margin.
 MIXTURE: Final[tuple[str, ...]] = (SPELLED,) * 3 + (JUMP,) * 4 + (DETOUR,) * 3
+"""Styles of the teacher in proportion to their frequency; mental arithmetic is the most frequent one."""
 
 TERMS: Final = 4
 SMALLEST: Final = 10
 LARGEST: Final = 99
-EVAL_SHARE: Final = 8  # one operand tuple in this many is held out for evaluation
+EVAL_MODULUS: Final = 8
+"""One operand tuple in this many is held out for evaluation."""
 
 _HE: Final = ("Tom", "Ben", "Max", "Sam", "Leo", "Dan")
 _SHE: Final = ("Ann", "Mia", "Eva", "Zoe", "Amy", "Kim")
@@ -39,20 +40,22 @@ _BOXED: Final = re.compile(r"\\boxed\{(\d+)\}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A word problem: its text, the numbers to add in order of mention, and the answer as digits."""
+    """A word problem."""
 
     question: str
     answer: str
+    """Digits of the sum."""
     operands: tuple[int, ...]
+    """Numbers to add, in the order of the question."""
 
 
 def make_problems(count: int, seed: int, split: Split = "train", terms: int = TERMS) -> list[Problem]:
-    """Draw `count` problems with distinct operands; the two splits share no operand tuple, whatever the seeds."""
+    """Draw `count` problems with distinct operands; the two splits have no operand tuple in common, for any seeds."""
     rng = random.Random(f"{split}-{terms}-{seed}")
     problems: dict[tuple[int, ...], Problem] = {}
     while len(problems) < count:
         operands = tuple(rng.randint(SMALLEST, LARGEST) for _ in range(terms))
-        if split_of(operands) != split or operands in problems:
+        if assign_split(operands) != split or operands in problems:
             continue
         problems[operands] = Problem(
             question=_write_question(operands, rng), answer=str(sum(operands)), operands=operands
@@ -60,10 +63,10 @@ def make_problems(count: int, seed: int, split: Split = "train", terms: int = TE
     return list(problems.values())
 
 
-def split_of(operands: Sequence[int]) -> Split:
-    """The split an operand tuple belongs to, by a hash that is the same in every process."""
+def assign_split(operands: Sequence[int]) -> Split:
+    """Return the split that an operand tuple belongs to, by a hash that is the same in every process."""
     digest = hashlib.sha256(",".join(map(str, operands)).encode()).digest()
-    return "eval" if digest[0] % EVAL_SHARE == 0 else "train"
+    return "eval" if digest[0] % EVAL_MODULUS == 0 else "train"
 
 
 def write_solution(problem: Problem, rng: random.Random, styles: Sequence[str] = MIXTURE) -> str:
@@ -77,7 +80,10 @@ def write_solution(problem: Problem, rng: random.Random, styles: Sequence[str] =
 
 
 def write_step(total: int, operand: int, style: str, rng: random.Random) -> str:
-    """One line that adds `operand` to the running `total` in a style, newline included."""
+    """Write one line that adds `operand` to the running `total` in a style, newline included.
+
+    Raises ValueError on an unknown style.
+    """
     result = total + operand
     if style == JUMP:
         return f"={result}\n"
@@ -85,33 +91,33 @@ def write_step(total: int, operand: int, style: str, rng: random.Random) -> str:
     if style == SPELLED:
         return worked
     if style == DETOUR:
-        return f"~{_wrong(result, rng)}? No, {worked}"
+        return f"~{_draw_wrong(result, rng)}? No, {worked}"
     raise ValueError(f"unknown style {style!r}; known styles are {', '.join(STYLES)}")
 
 
 def write_answer(total: int) -> str:
-    """The last line of a solution."""
+    """Write the last line of a solution."""
     return rf"\boxed{{{total}}}"
 
 
-def style_of(line: str) -> str | None:
-    """The style a step line is written in, or None when the line is not a step."""
+def detect_style(line: str) -> str | None:
+    """Return the style that a line is written in, None when it is not a step."""
     return next((style for style, form in _FORMS.items() if form.match(line)), None)
 
 
 def read_answer(solution: str) -> str | None:
-    r"""The content of the last `\boxed{...}` when it is a number, else None."""
-    found = _BOXED.findall(solution)
-    return found[-1] if found else None
+    r"""Return the last number in a `\boxed{...}`, None without one."""
+    numbers = _BOXED.findall(solution)
+    return numbers[-1] if numbers else None
 
 
-def is_correct(problem: Problem, solution: str) -> bool:
-    """Whether a solution states the right answer."""
+def solves(problem: Problem, solution: str) -> bool:
+    r"""Return whether the last number in a `\boxed{...}` of a solution is the problem's answer."""
     return read_answer(solution) == problem.answer
 
 
 def _spell(total: int, operand: int) -> str:
-    """Column addition with every digit operation and carry written out, lowest digit first."""
+    """Write a column addition with every digit operation and carry, lowest digit first."""
     ones = total % 10 + operand % 10
     tens = total // 10 % 10 + operand // 10 + ones // 10
     operations = [
@@ -123,8 +129,8 @@ def _spell(total: int, operand: int) -> str:
     return ", ".join(operations)
 
 
-def _wrong(result: int, rng: random.Random) -> int:
-    """A plausible but wrong result."""
+def _draw_wrong(result: int, rng: random.Random) -> int:
+    """Draw a plausible but wrong result."""
     return result + rng.choice((-20, -10, -2, -1, 1, 2, 10, 20))
 
 

@@ -20,7 +20,7 @@ from genssd.distill.console import (
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
-from genssd.distill.diagnose.verdict import verdict
+from genssd.distill.diagnose.verdict import write_verdict
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.rounds import DistillConfig, run_distill
 from genssd.distill.score.leaf import LeafConfig, run_leaf
@@ -137,7 +137,7 @@ def score(config: ScoreConfig, console: Console) -> None:
 def diagnose(config: DiagnoseConfig, console: Console) -> None:
     with ProgressLine("diagnose", console) as line:
         summary = run_diagnose(config, report=report_diagnosis(line))
-    for sentence in verdict(summary.diagnosis):
+    for sentence in write_verdict(summary.diagnosis):
         print(f"* {sentence}")
     costs = summary.diagnosis.costs
     print(

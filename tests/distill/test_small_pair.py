@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -11,18 +12,27 @@ import pytest
 from genssd import Chunk, Engine, Sampling
 from genssd.distill import small_pair
 from genssd.distill.data.answers import is_correct
-from genssd.distill.small_pair.problems import STYLES, make_problems, style_of, write_solution, write_step
+from genssd.distill.small_pair.chat import build_tokenizer, write_corpus
+from genssd.distill.small_pair.models import build_student, save
+from genssd.distill.small_pair.problems import STYLES, detect_style, make_problems, write_solution, write_step
+from genssd.distill.small_pair.training import (
+    STUDENT_PHASES,
+    iter_batches,
+    make_example_writer,
+    scale_learning_rate,
+    train,
+)
 
 PAIR = Path(next(iter(small_pair.__path__)))
 
 
 def test_problems_are_reproducible_and_the_splits_are_disjoint() -> None:
-    train, again = make_problems(400, 5), make_problems(400, 5)
-    assert train == again
+    training, repeated = make_problems(400, 5), make_problems(400, 5)
+    assert training == repeated
     held_out = make_problems(200, 5, split="eval")
-    assert not {p.operands for p in train} & {p.operands for p in held_out}
-    assert len({p.operands for p in train}) == 400
-    assert make_problems(5, 6) != train[:5]
+    assert not {p.operands for p in training} & {p.operands for p in held_out}
+    assert len({p.operands for p in training}) == 400
+    assert make_problems(5, 6) != training[:5]
 
 
 def test_a_solution_is_right_in_every_style() -> None:
@@ -43,7 +53,7 @@ def test_every_digit_operation_of_a_step_is_true(style: str) -> None:
     for _ in range(200):
         total, operand = rng.randint(10, 299), rng.randint(10, 99)
         step = write_step(total, operand, style, rng)
-        assert style_of(step.rstrip("\n")) == style
+        assert detect_style(step.rstrip("\n")) == style
         assert step.endswith("\n")
         worked = step.split(": ")[-1].split(", ")
         assert worked[-1].strip().lstrip("=") == str(total + operand)
@@ -76,7 +86,7 @@ def test_the_teacher_is_right_and_selection_turns_its_steps_to_what_the_student_
     def spelled(candidates: int) -> float:
         chunk = Chunk(tokens=1, until="\n", limit=64)
         kept = engine.select_expand(prompts, candidates=candidates, chunk=chunk, max_tokens=192)
-        styles = [style_of(line) for s in kept for line in s.best.text.split("\n")]
+        styles = [detect_style(line) for s in kept for line in s.best.text.split("\n")]
         return styles.count("spelled") / sum(style is not None for style in styles)
 
     alone, selected = spelled(1), spelled(4)
@@ -91,3 +101,27 @@ def test_real_text_of_any_kind_goes_through(tmp_path: Path) -> None:
     assert engine.tokenizer("teacher").decode(ids) == text
     (selection,) = engine.select_expand([text], candidates=2, chunk=Chunk(tokens=4, until=None), max_tokens=8)
     assert selection.error is None
+
+
+def test_the_makers_parts_train_a_model_that_can_be_loaded(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(write_corpus(100))
+    phase = dataclasses.replace(STUDENT_PHASES[0], steps=2, batch=2, warmup=1)
+    model = build_student(tokenizer)
+    before = model.get_input_embeddings().weight.detach().clone()
+    writer = make_example_writer(tokenizer, make_problems(10, 1), phase)
+    steps: list[int] = []
+    train(model, phase, iter_batches(writer, phase, 0, seed=0), lambda step: str(steps.append(step)), every=1)
+    assert steps == [1, 2]
+    assert not before.equal(model.get_input_embeddings().weight)
+    save(model, tokenizer, tmp_path)
+    engine = Engine.from_pretrained(tmp_path, memory_bytes=1 << 27)
+    assert engine.tokenizer("teacher").encode("12+3", special=False)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_final_fraction() -> None:
+    phase = dataclasses.replace(STUDENT_PHASES[0], steps=20, warmup=4, final_lr_fraction=0.3)
+    rates = [scale_learning_rate(step, phase) for step in range(21)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[20] == pytest.approx(0.3)
+    assert scale_learning_rate(20, dataclasses.replace(phase, horizon=36)) == pytest.approx(0.65)

@@ -38,7 +38,7 @@ CLASSES: dict[str, tuple[type, type]] = {
 
 
 def save_tokenizer(directory: Path, *, template: bool = True) -> None:
-    """A byte-level tokenizer without merges: one token per byte, ids 0..255, then the special tokens."""
+    """Write a byte-level tokenizer without merges: one token per byte, ids 0..255, then the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = RawTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +53,10 @@ def save_tokenizer(directory: Path, *, template: bool = True) -> None:
 
 
 def save_model(directory: Path, kind: str = "llama", *, seed: int = 0, scale: float = 4.0, **overrides: Any) -> Any:
-    """A random checkpoint; returns the transformers model in float32. scale widens the weights so logits differ."""
+    """Write a random checkpoint and return its transformers model in float32.
+
+    scale: of the weights; large ones make the logits differ. overrides: options of the model's config.
+    """
     torch.manual_seed(seed)
     config_class, model_class = CLASSES[kind]
     options: dict[str, Any] = {
@@ -79,31 +82,31 @@ def save_model(directory: Path, kind: str = "llama", *, seed: int = 0, scale: fl
 
 
 def save_checkpoint(directory: Path, kind: str = "llama", **options: Any) -> Any:
-    """Model and tokenizer."""
+    """Write a random checkpoint with its tokenizer, and return its transformers model. options: see `save_model`."""
     directory.mkdir(parents=True, exist_ok=True)
     save_tokenizer(directory)
     return save_model(directory, kind, **options)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Set fields of a JSON file; None removes."""
+    """Set fields of a JSON file; None removes a field."""
     fields = json.loads(path.read_text())
     fields.update(changes)
     path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
 
 
 def token_of(text: str) -> int:
-    """The id of a one-byte text in the tokenizer of `save_tokenizer`."""
+    """Return the id of a one-byte text in the tokenizer of `save_tokenizer`."""
     mapped = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)[0][0]
     assert len(mapped) == 1, f"{text!r} is not one byte"
     return sorted(pre_tokenizers.ByteLevel.alphabet()).index(mapped)
 
 
 def save_markov(directory: Path, token_ids: list[int], logits: torch.Tensor, **overrides: Any) -> None:
-    """A checkpoint whose next token depends on the current token alone, with a tokenizer.
+    """Write a checkpoint whose next token depends on the current token alone, with a tokenizer.
 
-    logits [A, A]: of token_ids[j] after token_ids[i], A at most 8. All other tokens are never drawn; a context that
-    ends in one of them behaves like one that ends in token_ids[0].
+    logits: [A, A], element i, j that of token_ids[j] after token_ids[i]; A is at most 8. All other tokens are never
+    drawn; after one of them the model predicts as after token_ids[0].
     """
     directory.mkdir(parents=True, exist_ok=True)
     save_tokenizer(directory)
@@ -131,12 +134,12 @@ def save_markov(directory: Path, token_ids: list[int], logits: torch.Tensor, **o
 
 
 ENDINGS = list(range(250, 257))
-"""Several ids that end a sequence, so that short random responses do end."""
+"""Ids that end a sequence; there are several, so that short random responses do end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Directories of a teacher and a student, and the transformers models behind them."""
+    """Directories of a teacher and a student, with their transformers models."""
 
     teacher: Path
     student: Path
@@ -144,12 +147,12 @@ class Pair:
     student_model: Any
 
     def engine(self, **options: Any) -> Engine:
-        """A fresh engine in float32."""
+        """Return a new engine over both in float32. options: of `Engine.from_pretrained`."""
         settings = {"dtype": "float32", "memory_bytes": 1 << 22, **options}
         return Engine.from_pretrained(self.teacher, self.student, **settings)
 
     def logprobs(self, role: str, prompt_ids: list[int], response: list[int]) -> torch.Tensor:
-        """Of each response token, by one full forward pass of transformers in float64."""
+        """Return the log-probability of each response token, by one full forward pass of transformers; float64."""
         model = self.teacher_model if role == "teacher" else self.student_model
         with torch.no_grad():
             logits = model(torch.tensor([prompt_ids + response])).logits[0].double()

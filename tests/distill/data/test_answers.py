@@ -1,4 +1,4 @@
-"""Whether a response gives the reference answer."""
+"""Comparison of a response with the reference answer."""
 
 from __future__ import annotations
 

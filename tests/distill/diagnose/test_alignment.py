@@ -8,12 +8,12 @@ from support.exact_tree import ExactTree, Floats
 
 from genssd.distill.diagnose.alignment import (
     LOSSES,
-    Loss,
-    align,
+    LossName,
     cosine,
-    descent,
+    descent_direction,
     ideal_gradient,
-    renormalised,
+    measure_alignment,
+    renormalise,
     teacher_advantage,
     total_variation,
     weighted_terms,
@@ -24,15 +24,14 @@ SIX = range(6)
 
 
 def draw(seed: int, candidates: int = 6, scale: float = 1.5) -> tuple[Floats, Floats, Floats]:
-    """Random log p, log q and success rates."""
+    """Draw random log p, log q and success rates."""
     random = np.random.default_rng(seed)
-    log_p, log_q = (renormalised(scale * random.normal(size=candidates)) for _ in range(2))
+    log_p, log_q = (renormalise(scale * random.normal(size=candidates)) for _ in range(2))
     return log_p, log_q, random.random(candidates)
 
 
-def value(loss: Loss, z: Floats, log_q: Floats, sampled: int, beta: float, alpha: float) -> float:
-    """The losses as they are defined; of `sampled`, whose gradient is an estimate, the surrogate of its policy
-    gradient at a fixed token."""
+def evaluate_loss(loss: LossName, z: Floats, log_q: Floats, beta: float, alpha: float) -> float:
+    """Return the value of a loss by its definition; `sampled` has none, since its gradient is an estimate."""
     log_p = z - np.log(np.exp(z).sum())
     p, q = np.exp(log_p), np.exp(log_q)
 
@@ -60,19 +59,19 @@ def numerical(function: object, z: Floats, step: float = 1e-5) -> Floats:
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "sampled"])
 @pytest.mark.parametrize("seed", range(3))
-def test_descent_is_minus_the_gradient_of_the_loss(loss: Loss, seed: int) -> None:
+def test_descent_is_minus_the_gradient_of_the_loss(loss: LossName, seed: int) -> None:
     log_p, log_q, _ = draw(seed)
     options = {"beta": 0.3, "alpha": 0.2}
-    expected = numerical(lambda z: value(loss, z, log_q, 0, **options), log_p)
-    found = descent(log_p, weighted_terms(loss, log_p, log_q, sampled=0, **options))
-    np.testing.assert_allclose(found, -expected, atol=1e-9)
+    expected = numerical(lambda z: evaluate_loss(loss, z, log_q, **options), log_p)
+    direction = descent_direction(log_p, weighted_terms(loss, log_p, log_q, sampled_index=0, **options))
+    np.testing.assert_allclose(direction, -expected, atol=1e-9)
 
 
 def test_the_sampled_loss_is_the_reverse_divergence_on_average() -> None:
     log_p, log_q, _ = draw(3)
-    each = [descent(log_p, weighted_terms("sampled", log_p, log_q, sampled=y)) for y in SIX]
-    whole = descent(log_p, weighted_terms("reverse_kl", log_p, log_q, sampled=0))
-    np.testing.assert_allclose(np.exp(log_p) @ np.array(each), whole, atol=1e-14)
+    each = [descent_direction(log_p, weighted_terms("sampled", log_p, log_q, sampled_index=y)) for y in SIX]
+    full = descent_direction(log_p, weighted_terms("reverse_kl", log_p, log_q, sampled_index=0))
+    np.testing.assert_allclose(np.exp(log_p) @ np.array(each), full, atol=1e-14)
     # and it is the score function times the log-ratio: what a policy gradient does with the drawn token
     onehot = np.eye(6)[2]
     np.testing.assert_allclose(each[2], (log_q - log_p)[2] * (onehot - np.exp(log_p)), atol=1e-14)
@@ -80,7 +79,7 @@ def test_the_sampled_loss_is_the_reverse_divergence_on_average() -> None:
 
 @pytest.mark.parametrize("tree", TREES)
 def test_the_ideal_gradient_is_that_of_success(tree: ExactTree) -> None:
-    """d Pr(success) / d z of every node's logits is the chance to be there times p_j (Q_j - V)."""
+    """d Pr(success) / d z of a node's logits is the probability of its prefix times p_j (Q_j - V)."""
     for prefix in tree.nodes()[:20]:
         ideal = ideal_gradient(tree.log_p(prefix), tree.success_after(prefix))
         expected = numerical(lambda nudge, at=prefix: tree.success((), {at: nudge}), np.zeros(3))
@@ -93,23 +92,26 @@ def test_the_ideal_gradient_is_that_of_success(tree: ExactTree) -> None:
 def test_a_teacher_tilted_towards_success_is_aligned_exactly(seed: int, eta: float) -> None:
     """q proportional to p exp(eta Q): reverse KL has f = -eta Q + const, whatever eta; tilted away, -1."""
     log_p, _, success = draw(seed)
-    towards, away = (renormalised(log_p + sign * eta * success) for sign in (1.0, -1.0))
-    assert align("reverse_kl", log_p, towards, success, sampled=0) == pytest.approx(1.0, abs=1e-12)
-    assert align("reverse_kl", log_p, away, success, sampled=0) == pytest.approx(-1.0, abs=1e-12)
+    towards, away = (renormalise(log_p + sign * eta * success) for sign in (1.0, -1.0))
+    assert measure_alignment("reverse_kl", log_p, towards, success, sampled_index=0) == pytest.approx(1.0, abs=1e-12)
+    assert measure_alignment("reverse_kl", log_p, away, success, sampled_index=0) == pytest.approx(-1.0, abs=1e-12)
     for loss in ("forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"):
-        found = align(loss, log_p, towards, success, sampled=0)
-        assert isinstance(found, float)
-        assert found > 0.0
+        alignment = measure_alignment(loss, log_p, towards, success, sampled_index=0)
+        assert isinstance(alignment, float)
+        assert alignment > 0.0
         if eta == 0.01:
-            assert found == pytest.approx(1.0, abs=1e-4)
+            assert alignment == pytest.approx(1.0, abs=1e-4)
     assert teacher_advantage(log_p, towards, success) > 0.0 > teacher_advantage(log_p, away, success)
 
 
 def test_forward_divergence_is_aligned_only_in_the_limit() -> None:
     log_p, _, success = draw(0)
-    found = [align("forward_kl", log_p, renormalised(log_p + eta * success), success, sampled=0) for eta in (9.0, 1e-3)]
-    assert found[0] != pytest.approx(1.0, abs=1e-2)
-    assert found[1] == pytest.approx(1.0, abs=1e-6)
+    alignments = [
+        measure_alignment("forward_kl", log_p, renormalise(log_p + eta * success), success, sampled_index=0)
+        for eta in (9.0, 1e-3)
+    ]
+    assert alignments[0] != pytest.approx(1.0, abs=1e-2)
+    assert alignments[1] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_following_the_descent_raises_success() -> None:
@@ -117,75 +119,79 @@ def test_following_the_descent_raises_success() -> None:
     tree = TREES[0]
     prefix = (0, 1)
     log_p, success = tree.log_p(prefix), tree.success_after(prefix)
-    teacher = renormalised(log_p + 2.0 * success)
+    teacher = renormalise(log_p + 2.0 * success)
     before = tree.success(())
     for loss in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"):
-        step = 0.1 * descent(log_p, weighted_terms(loss, log_p, teacher, sampled=0))
+        step = 0.1 * descent_direction(log_p, weighted_terms(loss, log_p, teacher, sampled_index=0))
         assert tree.success((), {prefix: step}) > before > tree.success((), {prefix: -step})
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_random_teacher_is_not_aligned(loss: Loss) -> None:
+def test_a_random_teacher_is_not_aligned(loss: LossName) -> None:
     """Over many random nodes the mean is 0 within its own error, which is far below 1."""
     values = []
     for seed in range(1500):
         log_p, log_q, success = draw(seed)
-        found = align(loss, log_p, log_q, success, sampled=seed % 6)
-        assert isinstance(found, float)
-        values.append(found)
+        alignment = measure_alignment(loss, log_p, log_q, success, sampled_index=seed % 6)
+        assert isinstance(alignment, float)
+        values.append(alignment)
     error = np.std(values) / np.sqrt(len(values))
     assert np.std(values) > 0.2
     assert abs(np.mean(values)) < 4 * error
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_constants_change_nothing(loss: Loss) -> None:
+def test_constants_change_nothing(loss: LossName) -> None:
     log_p, log_q, success = draw(5)
-    found = align(loss, log_p, log_q, success, sampled=1)
-    assert align(loss, log_p, log_q, success + 3.0, sampled=1) == pytest.approx(found, abs=1e-12)
-    weighted = weighted_terms(loss, log_p, log_q, sampled=1)
-    np.testing.assert_allclose(descent(log_p, weighted + 5.0 * np.exp(log_p)), descent(log_p, weighted), atol=1e-14)
-    assert abs(descent(log_p, weighted).sum()) < 1e-14
+    alignment = measure_alignment(loss, log_p, log_q, success, sampled_index=1)
+    assert measure_alignment(loss, log_p, log_q, success + 3.0, sampled_index=1) == pytest.approx(alignment, abs=1e-12)
+    weighted = weighted_terms(loss, log_p, log_q, sampled_index=1)
+    np.testing.assert_allclose(
+        descent_direction(log_p, weighted + 5.0 * np.exp(log_p)), descent_direction(log_p, weighted), atol=1e-14
+    )
+    assert abs(descent_direction(log_p, weighted).sum()) < 1e-14
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_where_there_is_no_alignment_the_reason_is_told(loss: Loss) -> None:
+def test_where_there_is_no_alignment_the_reason_is_told(loss: LossName) -> None:
     log_p, log_q, success = draw(6)
-    assert align(loss, log_p, log_q, np.full(6, 0.3), sampled=0) == "flat"
-    assert align(loss, log_p[:1] * 0, log_q[:1] * 0, success[:1], sampled=0) == "forced"
-    assert align(loss, log_p, log_p.copy(), success, sampled=0) == "same"
-    assert align(loss, log_p, renormalised(log_p + 1e-8 * log_q), success, sampled=0) == "same"
-    assert isinstance(align(loss, log_p, renormalised(log_p + 1e-4 * log_q), success, sampled=0), float)
+    assert measure_alignment(loss, log_p, log_q, np.full(6, 0.3), sampled_index=0) == "flat"
+    assert measure_alignment(loss, log_p[:1] * 0, log_q[:1] * 0, success[:1], sampled_index=0) == "forced"
+    assert measure_alignment(loss, log_p, log_p.copy(), success, sampled_index=0) == "same"
+    assert measure_alignment(loss, log_p, renormalise(log_p + 1e-8 * log_q), success, sampled_index=0) == "same"
+    assert isinstance(
+        measure_alignment(loss, log_p, renormalise(log_p + 1e-4 * log_q), success, sampled_index=0), float
+    )
 
 
 def test_a_teacher_that_forbids_a_token() -> None:
-    """Bounded losses go on; those with log q in them have no gradient."""
+    """Bounded losses keep a finite gradient; those that contain log q do not."""
     log_p, log_q, success = draw(7)
-    log_q = renormalised(np.where(np.arange(6) == 2, -np.inf, log_q))
+    log_q = renormalise(np.where(np.arange(6) == 2, -np.inf, log_q))
     finite = ("forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
-    assert all(isinstance(align(loss, log_p, log_q, success, sampled=2), float) for loss in finite)
-    assert align("reverse_kl", log_p, log_q, success, sampled=2) == "infinite"
-    assert align("sampled", log_p, log_q, success, sampled=2) == "infinite"
-    assert isinstance(align("sampled", log_p, log_q, success, sampled=1), float)
+    assert all(isinstance(measure_alignment(loss, log_p, log_q, success, sampled_index=2), float) for loss in finite)
+    assert measure_alignment("reverse_kl", log_p, log_q, success, sampled_index=2) == "infinite"
+    assert measure_alignment("sampled", log_p, log_q, success, sampled_index=2) == "infinite"
+    assert isinstance(measure_alignment("sampled", log_p, log_q, success, sampled_index=1), float)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_improbable_candidates_do_not_overflow(loss: Loss) -> None:
-    log_p = renormalised(np.array([0.0, -1.0, -900.0]))
-    log_q = renormalised(np.array([-900.0, -1.0, 0.0]))
-    found = align(loss, log_p, log_q, np.array([1.0, 0.0, 1.0]), sampled=0)
-    assert isinstance(found, float)
-    assert -1.0 - 1e-12 <= found <= 1.0 + 1e-12
+def test_improbable_candidates_do_not_overflow(loss: LossName) -> None:
+    log_p = renormalise(np.array([0.0, -1.0, -900.0]))
+    log_q = renormalise(np.array([-900.0, -1.0, 0.0]))
+    alignment = measure_alignment(loss, log_p, log_q, np.array([1.0, 0.0, 1.0]), sampled_index=0)
+    assert isinstance(alignment, float)
+    assert -1.0 - 1e-12 <= alignment <= 1.0 + 1e-12
 
 
 def test_helpers_say_what_they_cannot_do() -> None:
     with pytest.raises(ValueError, match="must be numbers"):
-        renormalised(np.array([0.0, np.nan]))
+        renormalise(np.array([0.0, np.nan]))
     with pytest.raises(ValueError, match="at least one of them finite"):
-        renormalised(np.array([-np.inf, -np.inf]))
+        renormalise(np.array([-np.inf, -np.inf]))
     with pytest.raises(ValueError, match="'kl' is not one of forward_kl"):
-        weighted_terms("kl", np.zeros(1), np.zeros(1), sampled=0)  # type: ignore[arg-type]
+        weighted_terms("kl", np.zeros(1), np.zeros(1), sampled_index=0)  # type: ignore[arg-type]
     tiny = np.array([1e-200, -1e-200])
     assert cosine(tiny, tiny) == pytest.approx(1.0)
-    np.testing.assert_allclose(np.exp(renormalised(np.array([5.0, 5.0]))), 0.5)
+    np.testing.assert_allclose(np.exp(renormalise(np.array([5.0, 5.0]))), 0.5)
     assert total_variation(np.log([0.5, 0.5]), np.log([0.75, 0.25])) == pytest.approx(0.25)

@@ -1,4 +1,4 @@
-"""Who reads, and what stands in the prompt."""
+"""Readers, and the contexts in their prompts."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from pathlib import Path
 import pytest
 
 from genssd.distill.data.problems import ProblemRow
-from genssd.distill.diagnose.contexts import Reader, Templates, prompt_for, read_contexts, readers_of
+from genssd.distill.diagnose.contexts import Reader, Templates, build_prompt, list_readers, read_contexts
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
 
 
 def test_readers_are_the_student_its_contexts_and_the_teachers() -> None:
-    found = readers_of("s", ["a/T", "b/U"], ["hint", "plan"], "student")
-    assert [(r.name, r.model, r.role, r.context) for r in found] == [
+    readers = list_readers("s", ["a/T", "b/U"], ["hint", "plan"], "student")
+    assert [(r.name, r.model, r.role, r.context) for r in readers] == [
         ("itself", "s", "student", None),
         ("itself + hint", "s", "student", "hint"),
         ("itself + plan", "s", "student", "plan"),
         ("T", "a/T", "teacher", None),
         ("U", "b/U", "teacher", None),
     ]
-    assert [r.name for r in readers_of("s", ["a/T", "b/T"], ["hint"], "all")][2:] == [
+    assert [r.name for r in list_readers("s", ["a/T", "b/T"], ["hint"], "all")][2:] == [
         "a/T",
         "a/T + hint",
         "b/T",
         "b/T + hint",
     ]
     with pytest.raises(InputError, match="teacher 'x' is given twice"):
-        readers_of("s", ["x", "x"], [], "student")
+        list_readers("s", ["x", "x"], [], "student")
     with pytest.raises(InputError, match="context 'h' is given twice"):
-        readers_of("s", [], ["h", "h"], "student")
+        list_readers("s", [], ["h", "h"], "student")
 
 
 def test_templates_are_filled_once() -> None:
-    """Braces of mathematics stay, and what is filled in is not filled again."""
+    """Braces of LaTeX are kept, and braces in a filled-in text are not filled again."""
     templates = Templates(hint=r"\boxed{1} {question} | {text}", other="{name}={text} {question}")
     assert templates.fill("hint", "{text}?", "x^{2} {question}") == r"\boxed{1} {text}? | x^{2} {question}"
     assert templates.fill("plan", "q", "t") == "plan=t q"
@@ -51,13 +51,13 @@ def test_templates_are_filled_once() -> None:
 
 def test_the_last_turn_is_changed() -> None:
     reader = Reader(name="r", model="m", role="student", context="hint")
-    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     templates, contexts = Templates(hint="{question} ({text})"), {"hint": "h"}
-    messages = prompt_for(reader, ProblemRow(prompt=asked, answer="1", line=1), contexts, templates)
-    assert messages == [asked[0], {"role": "user", "content": "q (h)"}]
-    assert prompt_for(reader, ProblemRow(prompt="raw", answer="1", line=1), contexts, templates) == "raw (h)"
+    messages = build_prompt(reader, ProblemRow(prompt=turns, answer="1", line=1), contexts, templates)
+    assert messages == [turns[0], {"role": "user", "content": "q (h)"}]
+    assert build_prompt(reader, ProblemRow(prompt="raw", answer="1", line=1), contexts, templates) == "raw (h)"
     plain = Reader(name="r", model="m", role="student", context=None)
-    assert prompt_for(plain, ProblemRow(prompt=asked, answer="1", line=1), {}, templates) is asked
+    assert build_prompt(plain, ProblemRow(prompt=turns, answer="1", line=1), {}, templates) is turns
 
 
 def test_contexts_come_from_the_rows(write_rows: Write) -> None:

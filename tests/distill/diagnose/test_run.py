@@ -1,4 +1,4 @@
-"""`genssd diagnose` on chains whose every response is known, and on random models."""
+"""`genssd diagnose` on Markov chains of which every response is known, and on random models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from conftest import TinyPair
 from support.exact_tree import ExactTree, Floats
 from support.toys import EOS, edit_json, save_checkpoint, save_markov, token_of
 
-from genssd.distill.diagnose.alignment import align, ideal_gradient, renormalised, teacher_advantage
+from genssd.distill.diagnose.alignment import ideal_gradient, measure_alignment, renormalise, teacher_advantage
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import Templates
 from genssd.distill.diagnose.reading import Load
@@ -35,19 +35,19 @@ DEPTH = 5
 FILES = ("questions.jsonl", "nodes.jsonl", "summary.json", "diagnosis.html")
 
 
-def finished_as(leaf: tuple[int, ...]) -> str | None:
-    """The text of a response that ends within DEPTH tokens, as the verifier sees it."""
+def finished_text(leaf: tuple[int, ...]) -> str | None:
+    """Return the text of a response that ends within DEPTH tokens, None if it does not end."""
     return "".join("78"[letter] for letter in leaf[: leaf.index(2)]) if 2 in leaf else None
 
 
 TREE = ExactTree(
-    STUDENT, DEPTH, frozenset(leaf for leaf in product(range(3), repeat=DEPTH) if finished_as(leaf) == "77")
+    STUDENT, DEPTH, frozenset(leaf for leaf in product(range(3), repeat=DEPTH) if finished_text(leaf) == "77")
 )
-"""Of the student's responses to a prompt that ends in 7; they win as "77". What comes behind the end is summed out."""
+"""Tree of the student's responses to a prompt that ends in 7; "77" succeeds. Tokens after the end are summed out."""
 
 
 class World:
-    """A chain as the student, two as teachers."""
+    """A student and two teachers, all of them Markov chains."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -57,7 +57,7 @@ class World:
         self.engines: dict[str, Engine] = {}
 
     def load(self, model: str, role: Role) -> Engine:
-        """What a caller that keeps engines would do; `loaded` says what was asked for."""
+        """Return an engine over a model, as a caller that keeps engines does; `loaded` lists the calls."""
         name = Path(model).name
         self.loaded.append(name)
         if name not in self.engines:
@@ -97,7 +97,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def exact(node: dict[str, Any], rollout: list[int]) -> tuple[Floats, Floats]:
-    """log p and Q of a node's candidates, by enumeration."""
+    """Return log p and Q of a node's candidates, by enumeration."""
     prefix = tuple(LETTERS.index(token) for token in rollout[: node["position"]])
     order = [LETTERS.index(token) for token in node["candidates"]]
     return TREE.log_p(prefix)[order], TREE.success_after(prefix)[order]
@@ -125,17 +125,17 @@ def test_an_exact_world(world: World, data: Path, tmp_path: Path) -> None:
         state = LETTERS.index(rollouts[node["index"]][node["rollout"]][node["position"] - 1]) if node["position"] else 0
         order = [LETTERS.index(token) for token in node["candidates"]]
         for name, logits in TEACHERS.items():
-            log_q = renormalised(logits[state][order])
+            log_q = renormalise(logits[state][order])
             np.testing.assert_allclose(node["q"][name], np.exp(log_q), atol=1e-5)
             advantage = teacher_advantage(log_p, log_q, success)
             assert abs(node["advantage"][name] - advantage) <= np.abs(np.exp(log_q) - np.exp(log_p)) @ bound
             for loss, value in node["alignment"][name].items():
-                truth = align(loss, log_p, log_q, success, sampled=node["sampled"])
+                truth = measure_alignment(loss, log_p, log_q, success, sampled_index=node["sampled"])
                 if isinstance(truth, str) or np.ptp(success) < 0.25:
                     assert not isinstance(truth, str) or value == truth
                 else:
                     assert abs(value - truth) < 0.25
-    # the variance says how far off the gradients are; flat nodes, which are exact, count as 0
+    # the variance predicts the gradients' squared errors; flat nodes, which are exact, count as 0
     assert 0.3 < np.mean(errors) < 1.5
 
 
@@ -145,43 +145,43 @@ def test_cost_is_accounted_and_the_budget_kept(world: World, data: Path, tmp_pat
         before = dataclasses.replace(usage)
         world.run(data, tmp_path / str(budget), budget=budget, teacher=(str(world.root / "weak"),))
         rows = lines(tmp_path / str(budget) / "questions.jsonl")
-        spent = [row["spent"] for row in rows]
-        assert all(of["completions"] <= budget for of in spent)
+        costs = [row["spent"] for row in rows]
+        assert all(cost["completions"] <= budget for cost in costs)
         assert sum(len(row["nodes"]) for row in rows) == 0 if budget == 1 else all(row["nodes"] for row in rows)
         written = sum(len(r["token_ids"]) for row in rows for r in row["rollouts"])
-        assert sum(of["sampled_tokens"] for of in spent) == usage.teacher_tokens - before.teacher_tokens - written
-        assert sum(of["forced_tokens"] for of in spent) == usage.forced_tokens - before.forced_tokens
-        for row, of in zip(rows, spent, strict=True):
+        assert sum(cost["sampled_tokens"] for cost in costs) == usage.teacher_tokens - before.teacher_tokens - written
+        assert sum(cost["forced_tokens"] for cost in costs) == usage.forced_tokens - before.forced_tokens
+        for row, cost in zip(rows, costs, strict=True):
             forced = [
                 (node["position"], node["candidates"][j])
                 for node in row["nodes"]
                 for j in range(len(node["candidates"]))
                 if node["candidates"][j] != EOS and node["position"] < DEPTH - 1
             ]
-            assert of["completions"] == 4 * len(forced)
-            assert of["naive_prefix_tokens"] == sum(len(row["prompt"]) + position + 1 for position, _ in forced)
+            assert cost["completions"] == 4 * len(forced)
+            assert cost["naive_prefix_tokens"] == sum(len(row["prompt"]) + position + 1 for position, _ in forced)
             deepest = [0] * 3
             for node in row["nodes"]:
                 if node["position"] < DEPTH - 1:
                     deepest[node["rollout"]] = max(deepest[node["rollout"]], node["position"])
-            assert of["forced_tokens"] == len(forced)
-            assert of["prefix_tokens"] == len(row["prompt"]) + sum(deepest)
+            assert cost["forced_tokens"] == len(forced)
+            assert cost["prefix_tokens"] == len(row["prompt"]) + sum(deepest)
     planned = [sum(row["planned_nodes"] for row in lines(tmp_path / b / "questions.jsonl")) for b in ("13", "10000")]
     assert planned[0] == planned[1] == sum(len(row["nodes"]) for row in rows)
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(world: World, data: Path, tmp_path: Path) -> None:
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    world.run(data, whole)
+    complete, torn = tmp_path / "complete", tmp_path / "torn"
+    world.run(data, complete)
     world.run(data, torn)
     journal = torn / "questions.jsonl"
     size = len(journal.read_bytes())
     with pytest.raises(InputError, match="pass --resume"):
         world.run(data, torn)
     for cut in (size // 2, size - 1, 10):
-        journal.write_bytes((whole / "questions.jsonl").read_bytes()[:cut])
+        journal.write_bytes((complete / "questions.jsonl").read_bytes()[:cut])
         world.run(data, torn, resume=True)
-        assert all((torn / name).read_bytes() == (whole / name).read_bytes() for name in FILES)
+        assert all((torn / name).read_bytes() == (complete / name).read_bytes() for name in FILES)
     for change, message in (
         ({"completions": 6}, "begun with completions=4, not 6"),
         ({"sampling": Sampling(temperature=0.5)}, "begun with sampling.temperature=1.0, not 0.5"),
@@ -191,9 +191,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(world: World, data: Path, tmp_pa
             world.run(data, torn, resume=True, **change)
     # a finished run is drawn again without a model; losses may be others then
     world.loaded.clear()
-    again = world.run(data, torn, resume=True, losses=("jsd",), beta=0.9)
+    redrawn = world.run(data, torn, resume=True, losses=("jsd",), beta=0.9)
     assert not world.loaded
-    assert again.diagnosis.losses == ("jsd",)
+    assert redrawn.diagnosis.losses == ("jsd",)
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(InputError, match="line 1 is damaged"):
         world.run(data, torn, resume=True)
@@ -271,7 +271,7 @@ def test_contexts_do_not_change_within_a_run(world: World, write_rows: Write, tm
 
 
 def test_tokens_without_probability_are_not_tried(world: World, data: Path, tmp_path: Path) -> None:
-    """And where one token is left, nothing is spent."""
+    """Where one token is left to try, no completion is written."""
     world.run(data, tmp_path / "run", min_probability=0.9, teacher=(str(world.root / "strong"),))
     for row in lines(tmp_path / "run" / "questions.jsonl"):
         assert row["spent"]["completions"] == row["spent"]["forced_tokens"] == 0
@@ -284,7 +284,7 @@ def test_tokens_without_probability_are_not_tried(world: World, data: Path, tmp_
 
 
 def test_every_reader_sees_its_own_prompt(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    """Log-probabilities of all candidates, by scoring prompt, prefix and candidate as a whole."""
+    """Log-probabilities of all candidates equal those of scoring prompt, prefix and candidate together."""
     data = write_rows([{"question": f"{i}+{i}?", "answer": str(2 * i), "hint": f"It is {2 * i}."} for i in range(2)])
     config = DiagnoseConfig(
         student=str(tiny_pair.student), teacher=(str(tiny_pair.teacher),), contexts=("hint",), context_readers="all",
@@ -294,15 +294,15 @@ def test_every_reader_sees_its_own_prompt(tiny_pair: TinyPair, write_rows: Write
     for row in lines(tmp_path / "run" / "questions.jsonl"):
         question, hint = row["prompt"][0]["content"], f"It is {row['answer']}."
         plain, hinted = ([{"role": "user", "content": text}] for text in (question, f"{question}\n\nHint: {hint}"))
-        asked = {"itself": plain, "itself + hint": hinted, "teacher": plain, "teacher + hint": hinted}
+        prompts = {"itself": plain, "itself + hint": hinted, "teacher": plain, "teacher + hint": hinted}
         assert row["nodes"]
         for node in row["nodes"]:
             before = row["rollouts"][node["rollout"]]["token_ids"][: node["position"]]
-            for name, prompt in asked.items():
+            for name, prompt in prompts.items():
                 role: Role = "student" if name.startswith("itself") else "teacher"
                 responses = [[*before, token] for token in node["candidates"]]
                 stats = tiny_pair.engine.score([prompt] * len(responses), responses, model=role)
-                expected = [float(of.logprob[-1]) for of in stats]
+                expected = [float(response_stats.logprob[-1]) for response_stats in stats]
                 np.testing.assert_allclose(node["logprob"][name], expected, atol=2e-3)
     page = (tmp_path / "run" / "diagnosis.html").read_text()
     assert "Nothing can be said about any teacher or loss." in page
@@ -340,7 +340,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(world: World, data: Path, t
 
 
 def test_the_loader_is_the_configs_own(world: World, data: Path, tmp_path: Path) -> None:
-    """Without a loader of the caller's models are loaded as the options say."""
+    """Without a loader of the caller's, models are loaded by the options of the config."""
     config = DiagnoseConfig(
         student=str(world.root / "student"), teacher=(str(world.root / "strong"),), data=str(data), limit=1,
         output_dir=str(tmp_path / "run"), max_tokens=DEPTH, memory_bytes=1 << 22,

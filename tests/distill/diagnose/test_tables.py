@@ -1,4 +1,4 @@
-"""Tables, verdict and page from nodes that are made up, so that what they must say is known."""
+"""Tables, verdict and page of invented nodes, for which the results are known."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genssd.distill.diagnose.alignment import Loss
-from genssd.distill.diagnose.page import render
-from genssd.distill.diagnose.rows import node_rows
-from genssd.distill.diagnose.tables import Diagnosis, diagnose
-from genssd.distill.diagnose.verdict import verdict
+from genssd.distill.diagnose.alignment import LossName
+from genssd.distill.diagnose.diagnosis import Diagnosis
+from genssd.distill.diagnose.page import render_page
+from genssd.distill.diagnose.rows import make_node_rows
+from genssd.distill.diagnose.tables import diagnose
+from genssd.distill.diagnose.verdict import write_verdict
 
-LOSSES: tuple[Loss, ...] = ("forward_kl", "reverse_kl")
+LOSSES: tuple[LossName, ...] = ("forward_kl", "reverse_kl")
 TEACHERS = ("good", "bad")
 Q = math.log
 
 
 def question(index: int, *, correct: bool, nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A line of questions.jsonl with one rollout of four tokens."""
+    """Return a line of questions.jsonl with one rollout of four tokens."""
     return {
         "index": index,
         "prompt": f"question <{index}>",
@@ -42,7 +43,7 @@ def question(index: int, *, correct: bool, nodes: Sequence[dict[str, Any]]) -> d
 
 
 def node(position: int, successes: Sequence[Sequence[int]], *, tilt: float = 1.0) -> dict[str, Any]:
-    """Two tokens, as likely as each other; the good teacher prefers the first, the bad one the second."""
+    """Return a node with two equally likely tokens; the good teacher prefers the first, the bad one the second."""
     good, bad = [Q(0.5) + tilt, Q(0.5) - tilt], [Q(0.5) - tilt, Q(0.5) + tilt]
     return {
         "rollout": 0,
@@ -64,52 +65,56 @@ FORCED = {
 }  # fmt: skip
 
 
-def rows_of(count: int) -> list[dict[str, Any]]:
-    """Incorrect rollouts are helped by the good teacher at both nodes, every third (correct) one by the bad teacher."""
+def make_rows(count: int) -> list[dict[str, Any]]:
+    """Return questions of which every third is correct and helped by the bad teacher, the others by the good one."""
     return [
         question(i, correct=i % 3 == 0, nodes=[node(0, SECOND if i % 3 == 0 else FIRST), node(1, NONE), FORCED])
         for i in range(count)
     ]
 
 
-def diagnosis_of(rows: Sequence[dict[str, Any]]) -> tuple[Diagnosis, list[dict[str, Any]]]:
-    nodes = [of for row in rows for of in node_rows(row, LOSSES, 0.5, 0.1)]
+def diagnose_rows(rows: Sequence[dict[str, Any]]) -> tuple[Diagnosis, list[dict[str, Any]]]:
+    nodes = [node_row for row in rows for node_row in make_node_rows(row, LOSSES, 0.5, 0.1)]
     return diagnose(rows, nodes, TEACHERS, LOSSES, seed=0), nodes
 
 
 def test_groups_and_counts() -> None:
-    found, nodes = diagnosis_of(rows_of(30))
-    group = {of.name: of for of in found.groups}
-    whole = group["all nodes"]
-    assert (whole.nodes, whole.forced, whole.flat, whole.questions) == (90, 30, 30, 30)
-    values = {(c.teacher, c.loss): c for of in [group["incorrect rollouts"]] for c in of.cells}
+    diagnosis, nodes = diagnose_rows(make_rows(30))
+    group = {g.name: g for g in diagnosis.groups}
+    everything = group["all nodes"]
+    assert (everything.nodes, everything.forced, everything.flat, everything.questions) == (90, 30, 30, 30)
+    values = {(c.teacher, c.loss): c for c in group["incorrect rollouts"].cells}
     assert values["good", "reverse_kl"].alignment.value == pytest.approx(1.0)
     assert values["bad", "forward_kl"].alignment.value == pytest.approx(-1.0)
     assert values["good", "reverse_kl"].nodes == 20
-    whole_mean = next(c for c in whole.cells if c.teacher == "good").alignment
-    assert whole_mean.value == pytest.approx(1 / 3)
-    assert -1.0 < whole_mean.low < 1 / 3 < whole_mean.high < 1.0
-    assert [c.alignment.value for c in whole.cells] == sorted((c.alignment.value for c in whole.cells), reverse=True)
+    mean = next(c for c in everything.cells if c.teacher == "good").alignment
+    assert mean.value == pytest.approx(1 / 3)
+    assert -1.0 < mean.low < 1 / 3 < mean.high < 1.0
+    assert [c.alignment.value for c in everything.cells] == sorted(
+        (c.alignment.value for c in everything.cells), reverse=True
+    )
     assert group["correct rollouts"].cells[0].teacher == "bad"
     assert group["questions never solved"].nodes == 60
     assert group["questions sometimes solved"].nodes == 0
     assert group["questions sometimes solved"].lead is None
-    assert [(of.name, of.nodes, of.flat, of.forced) for of in found.windows] == [("1", 30, 0, 0), ("2-3", 60, 30, 30)]
-    assert whole.reliability == pytest.approx(1.0)
+    assert [(w.name, w.nodes, w.flat, w.forced) for w in diagnosis.windows] == [("1", 30, 0, 0), ("2-3", 60, 30, 30)]
+    assert everything.reliability == pytest.approx(1.0)
     # the teacher's token succeeds, the student's half of the time; flat and forced nodes count as 0
     q = math.exp(1.0) / (math.exp(1.0) + math.exp(-1.0))
     assert group["incorrect rollouts"].advantage["good"].value == pytest.approx((q - 0.5) / 3)
-    assert found.by_question[0]["bad | reverse_kl"] == pytest.approx(1.0)
-    costs = found.costs
+    assert diagnosis.by_question[0]["bad | reverse_kl"] == pytest.approx(1.0)
+    costs = diagnosis.costs
     assert (costs.sampled_tokens, costs.prefix_tokens, costs.naive_prefix_tokens) == (3000, 360, 900)
     assert (costs.planned_nodes, costs.nodes) == (120, 90)
-    assert found.signal == pytest.approx(1.0), "all of Q is 0 or 1: there is no noise"
-    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["groups"][3]["lead"]["best"]["teacher"] == "good"
-    assert sum(of["value"] is None for of in nodes) == 30
+    assert diagnosis.signal == pytest.approx(1.0), "all of Q is 0 or 1: there is no noise"
+    assert (
+        json.loads(json.dumps(diagnosis.as_json(), allow_nan=False))["groups"][3]["lead"]["best"]["teacher"] == "good"
+    )
+    assert sum(n["value"] is None for n in nodes) == 30
 
 
 def test_the_verdict_names_teacher_loss_and_uncertainty() -> None:
-    sentences = verdict(diagnosis_of(rows_of(60))[0])
+    sentences = write_verdict(diagnose_rows(make_rows(60))[0])
     text = "\n".join(sentences)
     assert "gets 33% of its rollouts right. At 60 of 180 nodes" in sentences[0]
     assert "At 60 there is only one token to choose, at 60 all tokens succeed equally often" in sentences[0]
@@ -127,7 +132,7 @@ def test_the_verdict_names_teacher_loss_and_uncertainty() -> None:
 
 
 def test_few_questions_give_no_verdict() -> None:
-    text = "\n".join(verdict(diagnosis_of(rows_of(6))[0]))
+    text = "\n".join(write_verdict(diagnose_rows(make_rows(6))[0]))
     assert re.search(
         r"Incorrect rollouts: no verdict on 4 nodes of 4 questions, fewer than 10; good with \w+ has", text
     )
@@ -138,41 +143,41 @@ def test_few_questions_give_no_verdict() -> None:
 def test_noise_alone_is_called_no_effect() -> None:
     random = np.random.default_rng(0)
     rows = [question(i, correct=False, nodes=[node(0, random.integers(0, 3, (2, 2)).tolist())]) for i in range(60)]
-    found, _ = diagnosis_of(rows)
-    text = "\n".join(verdict(found))
+    diagnosis, _ = diagnose_rows(rows)
+    text = "\n".join(write_verdict(diagnosis))
     assert "Incorrect rollouts" not in text, "they are all there is"
     assert "no effect that can be told from none" in text
     assert "not told apart from" in text
-    assert found.signal < 0.3
+    assert diagnosis.signal < 0.3
 
 
 def test_a_token_without_probability_is_written_as_null() -> None:
-    """The losses that have log q in them are undefined there, the others are not."""
+    """Losses that contain log q are undefined at such a node, the others are not."""
     banned = node(0, FIRST)
     banned["logprob"] = {"itself": [Q(0.5), Q(0.5)], "good": [0.0, None], "bad": [Q(0.5), Q(0.4)]}
-    (row,) = node_rows(question(0, correct=False, nodes=[banned]), LOSSES, 0.5, 0.1)
+    (row,) = make_node_rows(question(0, correct=False, nodes=[banned]), LOSSES, 0.5, 0.1)
     assert row["alignment"]["good"] == {"forward_kl": pytest.approx(1.0), "reverse_kl": "infinite"}
     assert row["q"]["good"] == [1.0, 0.0]
-    found = diagnose([question(0, correct=False, nodes=[banned])], [row], TEACHERS, LOSSES, seed=0)
-    assert found.groups[0].undefined["good"] == {"infinite": 1}
-    assert "good gives a candidate no probability at 1 node that could say more." in verdict(found)
+    diagnosis = diagnose([question(0, correct=False, nodes=[banned])], [row], TEACHERS, LOSSES, seed=0)
+    assert diagnosis.groups[0].undefined["good"] == {"infinite": 1}
+    assert "good gives a candidate no probability at 1 node that could say more." in write_verdict(diagnosis)
 
 
 def test_nothing_defined_is_said_so() -> None:
-    found, nodes = diagnosis_of([question(i, correct=False, nodes=[node(0, NONE), FORCED]) for i in range(20)])
-    sentences = verdict(found)
+    diagnosis, nodes = diagnose_rows([question(i, correct=False, nodes=[node(0, NONE), FORCED]) for i in range(20)])
+    sentences = write_verdict(diagnosis)
     assert sentences[0].endswith("Nothing can be said about any teacher or loss.")
     assert "All nodes: no verdict. None of 40 nodes has an alignment." in sentences
-    page = render(found, [question(0, correct=False, nodes=[FORCED])], nodes[:0], "s", 1)
+    page = render_page(diagnosis, [question(0, correct=False, nodes=[FORCED])], nodes[:0], "s", 1)
     assert "Nothing can be said" in page
-    assert diagnosis_of([question(0, correct=False, nodes=[])])[0].groups[0].nodes == 0
+    assert diagnose_rows([question(0, correct=False, nodes=[])])[0].groups[0].nodes == 0
 
 
 def test_the_page_shows_verdict_tables_and_text() -> None:
-    rows = rows_of(30)
-    found, nodes = diagnosis_of(rows)
-    page = render(found, rows, nodes, "the-student", 2)
-    for sentence in verdict(found):
+    rows = make_rows(30)
+    diagnosis, nodes = diagnose_rows(rows)
+    page = render_page(diagnosis, rows, nodes, "the-student", 2)
+    for sentence in write_verdict(diagnosis):
         assert sentence.replace("'", "&#39;") in page
     assert page.count('<p class="asked">') == 2
     assert "question &lt;0&gt;" in page, "text of models is no markup"
@@ -188,4 +193,4 @@ def test_the_page_shows_verdict_tables_and_text() -> None:
     assert "x\u21b5\n</span>" in page, "a node that is a line break can be seen"
     assert "2.5 times as many" in page
     assert "http" not in page, "the page is self-contained"
-    assert "<select" not in render(found, rows, nodes, "the-student", 0)
+    assert "<select" not in render_page(diagnosis, rows, nodes, "the-student", 0)

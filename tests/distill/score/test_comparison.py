@@ -1,4 +1,4 @@
-"""What criteria pick and how they relate, against scipy's definition by hand."""
+"""Comparison of criteria, against Spearman's definition by hand, and its page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genssd.distill.score.comparison import compare, describe, mean_ranks, rank_correlation
-from genssd.distill.score.page import render
+from genssd.distill.score.page import render_page
 
 
 def row(prompt: str, tokens: int, teacher: str = "A", correct: bool | None = None, steps: int = 2) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def row(prompt: str, tokens: int, teacher: str = "A", correct: bool | None = Non
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=9))
-def test_ranks_share_the_mean_of_their_places(values: list[int]) -> None:
+def test_equal_values_have_the_mean_of_their_ranks(values: list[int]) -> None:
     ordered = sorted(values)
     expected = [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
     assert mean_ranks(np.array(values, dtype=np.float64)).tolist() == expected
@@ -48,10 +48,10 @@ def test_criteria_are_compared_and_drawn() -> None:
     picks = {"short": [0, 3, 5], "long": [1, 4, 5]}
     comparison = compare(rows, columns, {"short": False, "long": True}, picks, ["p", "q"], picks["short"])
     assert comparison.correlation[0, 1] == pytest.approx(-1.0)
-    assert comparison.within[0, 1] == pytest.approx(-1.0)
+    assert comparison.correlation_within_prompts[0, 1] == pytest.approx(-1.0)
     assert comparison.agreement.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert [p.tokens for p in comparison.picked] == [pytest.approx(16 / 3), pytest.approx(7.0)]
-    page = render(comparison, rows, picks, {}, "student")
+    page = render_page(comparison, rows, picks, {}, "student")
     assert page.count("data:image/png;base64,") == 2
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
@@ -61,4 +61,4 @@ def test_no_choice_at_all_is_drawn_too() -> None:
     rows = [row("p", 5)]
     comparison = compare(rows, {"ppl": [1.0]}, {"ppl": False}, {"ppl": []}, [], [])
     assert np.isnan(comparison.agreement).all()
-    assert "ppl" in render(comparison, rows, {"ppl": []}, {}, "s")
+    assert "ppl" in render_page(comparison, rows, {"ppl": []}, {}, "s")

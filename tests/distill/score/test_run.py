@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from genssd.distill.data.examples import read_examples
 from genssd.distill.runs.journal import complete_rows
-from genssd.distill.score.picking import Pick
+from genssd.distill.score.picking import PickOptions
 from genssd.distill.score.ranking import rank_teachers
 from genssd.distill.score.run import ScoreConfig, ScoreSummary, run_score
 from genssd.distill.select.run import SelectConfig, run_select
@@ -84,19 +84,19 @@ def test_what_was_picked_trains(tiny_pair: TinyPair, write_rows: Write, tmp_path
 
 def test_filters_choose_among_what_is_left(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
-    summary = score(tiny_pair, data, tmp_path / "a", criteria=("ppl",), pick=Pick(correct=True))
+    summary = score(tiny_pair, data, tmp_path / "a", criteria=("ppl",), pick=PickOptions(correct=True))
     assert summary.selected == 1
     (row,) = lines(tmp_path / "a" / "selected.jsonl")
     assert "\\boxed{2}" in row["completion"]
-    assert score(tiny_pair, data, tmp_path / "b", criteria=("ppl",), pick=Pick(min_steps=3)).selected == 1
+    assert score(tiny_pair, data, tmp_path / "b", criteria=("ppl",), pick=PickOptions(min_steps=3)).selected == 1
     verdicts = [{**ROWS[0], "correctness_math_verify": [False, True]}]
-    score(tiny_pair, write_rows(verdicts, "v.jsonl"), tmp_path / "c", criteria=("ppl",), pick=Pick(correct=True))
+    score(tiny_pair, write_rows(verdicts, "v.jsonl"), tmp_path / "c", criteria=("ppl",), pick=PickOptions(correct=True))
     assert "Three" in lines(tmp_path / "c" / "selected.jsonl")[0]["completion"], "the row's verdict counts"
 
 
 def test_several_responses_are_kept_with_larks_weights(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
-    summary = score(tiny_pair, data, tmp_path / "out", criteria=("lark",), pick=Pick(keep=2, weigh=True))
+    summary = score(tiny_pair, data, tmp_path / "out", criteria=("lark",), pick=PickOptions(keep=2, weigh=True))
     assert summary.selected == 5  # 2 of 3, 2 of 2, 1 of 1
     rows = lines(tmp_path / "out" / "selected.jsonl")
     assert rows[0]["score"] >= rows[1]["score"]
@@ -170,7 +170,7 @@ def test_online_equals_post_hoc(tiny_pair: TinyPair, write_rows: Write, tmp_path
             criterion=name, max_tokens=24, candidates=2, beam=2,
         )  # fmt: skip
         run_select(config, tiny_pair.engine)
-        score(tiny_pair, out / "selections.jsonl", out / "score", criteria=(name,), pick=Pick(finished=False))
+        score(tiny_pair, out / "selections.jsonl", out / "score", criteria=(name,), pick=PickOptions(finished=False))
         online = []
         for row, _ in complete_rows(out / "selections.jsonl"):
             online += [row["score"], *(other["score"] for other in row["others"])]
@@ -244,7 +244,7 @@ def test_wrong_options_are_named(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     def run() -> None:
-        made = {**options, "pick": Pick(**options["pick"])} if "pick" in options else options
+        made = {**options, "pick": PickOptions(**options["pick"])} if "pick" in options else options
         score(tiny_pair, write_rows(ROWS), tmp_path / "out", **made)
 
     with pytest.raises(InputError, match=message):

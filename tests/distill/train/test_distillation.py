@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from genssd import Engine
 from genssd.distill.data.examples import read_examples
-from genssd.distill.data.topk_store import TopkStore, place_of
+from genssd.distill.data.topk_store import TopkStore, locate_topk
 from genssd.distill.select.run import SelectConfig, run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.losses import LossOptions
@@ -117,7 +117,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_the_selections_top_k_is_transformers_top_k(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     path = selected(tiny_pair, write_rows, tmp_path / "run", 5)
     for row in lines(path):
-        place = place_of(row["teacher_topk"], path.parent, len(row["completion_ids"]), "here")
+        place = locate_topk(row["teacher_topk"], path.parent, len(row["completion_ids"]), "here")
         assert place is not None
         top = place.read()
         ids = [*row["prompt_ids"], *row["completion_ids"]]
@@ -248,7 +248,7 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     top = TopK(torch.arange(6).reshape(3, 2), torch.full((3, 2), -1.0))
     with TopkStore(tmp_path / "t.bin", 0) as store:
         fields = [store.append(top), store.append(TopK(top.ids + 7, top.logprob * 2))]
-    places = [place_of(field, tmp_path, 3, "here") for field in fields]
+    places = [locate_topk(field, tmp_path, 3, "here") for field in fields]
     assert places[0] is not None
     assert places[1] is not None
     assert torch.equal(places[1].read().ids, top.ids + 7)
@@ -257,24 +257,24 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"here: .* holds no top k at byte 48"):
         places[1].read()
     with pytest.raises(InputError, match="too few for byte 48"):
-        place_of(fields[1], tmp_path, 3, "here")
+        locate_topk(fields[1], tmp_path, 3, "here")
     for content in (bytes(48), b"\xff" * 48):
         (tmp_path / "t.bin").write_bytes(content)
         with pytest.raises(InputError, match="holds no top k at byte 0"):
             places[0].read()
     with pytest.raises(InputError, match="cannot be read"):
-        place_of({**fields[0], "file": "none.bin"}, tmp_path, 3, "here")
+        locate_topk({**fields[0], "file": "none.bin"}, tmp_path, 3, "here")
     with pytest.raises(InputError, match="cannot be read"):
-        place_of({**fields[0], "file": "n\0.bin"}, tmp_path, 3, "here")
+        locate_topk({**fields[0], "file": "n\0.bin"}, tmp_path, 3, "here")
     with pytest.raises(InputError, match="too few"):
-        place_of({**fields[0], "offset": 1 << 70}, tmp_path, 3, "here")
+        locate_topk({**fields[0], "offset": 1 << 70}, tmp_path, 3, "here")
     with pytest.raises(InputError, match="shorter than its rows say"):
         TopkStore(tmp_path / "t.bin", 96)
     with pytest.raises(InputError, match="teacher_topk has 3 tokens, the completion 4"):
-        place_of(fields[0], tmp_path, 4, "here")
+        locate_topk(fields[0], tmp_path, 4, "here")
     for wrong in ("x", {}, {**fields[0], "k": 0}, {**fields[0], "offset": -1}, {**fields[0], "tokens": True}):
         with pytest.raises(InputError, match="must name file, offset, tokens and k"):
-            place_of(wrong, tmp_path, 3, "here")
+            locate_topk(wrong, tmp_path, 3, "here")
 
 
 def test_a_resumed_selection_has_the_same_top_k(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
