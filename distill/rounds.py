@@ -27,7 +27,7 @@ from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_jsonl
 from genssd.distill.select.run import SETTINGS_OF_THE_RESULT as OF_SELECTION
 from genssd.distill.select.run import SelectConfig, SelectProgress, SelectSettings, run_select
-from genssd.distill.train.checkpoints import complete_checkpoints
+from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import SETTINGS_OF_THE_RESULT as OF_TRAINING
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import TrainProgress, run_train
@@ -251,7 +251,7 @@ def _train(config: DistillConfig, number: int, student: str, report: Report) -> 
     finished = directory / "finished.json"
     if finished.exists():
         return float(read_json(finished)["loss"])
-    begun = bool(complete_checkpoints(directory))
+    begun = bool(list_checkpoints(directory))
     if directory.exists() and not begun:
         shutil.rmtree(directory)  # it ended before its first checkpoint
     rounds = range(1, number + 1) if config.restart else (number,)

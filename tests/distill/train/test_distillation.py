@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM
 from genssd import Engine
 from genssd.distill.data.examples import read_examples
 from genssd.distill.data.topk_store import TopkStore, place_of
+from genssd.distill.select.reselect import ReselectConfig, run_reselect
 from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.train import evaluation, forward
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.losses import LossOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError, NumericsError
+from genssd.engine.errors import CapacityError, InputError, NumericsError
 from genssd.kernels.logprob import TopK
 
 Write = Callable[..., Path]
@@ -186,12 +188,12 @@ def test_layouts_train_the_same(tiny_pair: TinyPair, write_rows: Write, tmp_path
 def test_a_tree_keeps_the_trajectories_of_a_prompt_together(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genssd.distill.train import forward
-
     rows = [{**row, "completion": f"{row['completion']}{k}"} for k in range(2) for row in ROWS[:6]]
     batches = []
-    real = forward.lay_out
-    monkeypatch.setattr(forward, "lay_out", lambda rows, *rest: batches.append(list(rows)) or real(rows, *rest))
+    real = forward.build_token_batch
+    monkeypatch.setattr(
+        forward, "build_token_batch", lambda rows, *rest: batches.append(list(rows)) or real(rows, *rest)
+    )
     run_train(config_for(tiny_pair, write_rows(rows), tmp_path / "run", layout="tree", num_train_epochs=2))
     assert len(batches) == 12
     assert all(len({row.ids[: row.num_prompt] for row in batch}) == 1 for batch in batches)
@@ -313,19 +315,17 @@ def test_adapters_go_to_the_layers(
 def test_a_crash_while_the_best_is_written_is_survived(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genssd.distill.train import trainer as training
-
     data = write_rows(ROWS)
     whole = config_for(tiny_pair, data, tmp_path / "whole", eval_data=(str(data),), eval_steps=2, save_steps=1)
     expected = run_train(whole)
-    real = training.write_json
+    real = evaluation.write_json
 
     def dies(path: Path, value: Any) -> None:
         if path.name == "best.json" and value["step"] == 4:
             raise KeyboardInterrupt
         real(path, value)
 
-    monkeypatch.setattr(training, "write_json", dies)
+    monkeypatch.setattr(evaluation, "write_json", dies)
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "torn"))
     with pytest.raises(KeyboardInterrupt):
         run_train(config)
@@ -447,13 +447,10 @@ def test_a_bad_batch_is_saved(tiny_pair: TinyPair, write_rows: Write, tmp_path: 
 def test_too_little_memory_says_what_to_lower(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genssd.distill.train import forward
-    from genssd.engine.errors import CapacityError
-
     def fail(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(forward, "completion_states", fail)
+    monkeypatch.setattr(forward, "compute_completion_states", fail)
     with pytest.raises(CapacityError, match="lower per_device_train_batch_size"):
         run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run"))
 
@@ -507,8 +504,6 @@ def test_pairs_are_learnt_towards_and_away(tiny_pair: TinyPair, write_rows: Writ
 
 
 def test_our_own_pairs_come_with_their_ids(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    from genssd.distill.select.reselect import ReselectConfig, run_reselect
-
     path = selected(tiny_pair, write_rows, tmp_path / "run", 0)
     run_reselect(ReselectConfig(run=str(path.parent), output_dir=str(tmp_path / "again"), memory_bytes=1 << 22))
     tokenizer = tiny_pair.engine.tokenizer("student")

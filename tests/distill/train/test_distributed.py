@@ -97,12 +97,13 @@ def test_two_processes_write_what_one_writes(tiny_pair: TinyPair, write_rows: Wr
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def test_parts_are_shared_out_and_nobody_is_left_waiting() -> None:
+def test_every_part_is_counted_in_one_process_and_all_compute_equally_many() -> None:
     for size in (1, 2, 3):
         for count in (1, 2, 5, 6):
-            shares = [World(rank, size, None).share(list(range(count))) for rank in range(size)]
-            assert len({len(share) for share in shares}) == 1
-            assert sorted(part for share in shares for part, counts in share if counts) == list(range(count))
+            worlds = [World(rank=rank, size=size, device=torch.device("cpu"), mesh=None) for rank in range(size)]
+            shards = [world.shard(list(range(count))) for world in worlds]
+            assert len({len(shard) for shard in shards}) == 1
+            assert sorted(part for shard in shards for part, counted in shard if counted) == list(range(count))
 
 
 def test_splitting_needs_several_processes(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

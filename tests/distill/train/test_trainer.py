@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Gra
 
 from genssd import Engine
 from genssd.distill.train import forward
-from genssd.distill.train.config import TrainConfig, schedule
+from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.models import load_model
+from genssd.distill.train.schedule import compute_learning_rate_factor
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
 from genssd.engine.text import Tokenizer
@@ -101,13 +102,13 @@ def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[list[tuple[int, ...]]] = []
-    real = forward.lay_out
+    real = forward.build_token_batch
 
-    def lay_out(rows: Any, *rest: Any) -> Any:
+    def record(rows: Any, *rest: Any) -> Any:
         batches.append([row.ids for row in rows])
         return real(rows, *rest)
 
-    monkeypatch.setattr(forward, "lay_out", lay_out)
+    monkeypatch.setattr(forward, "build_token_batch", record)
     orders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         batches.clear()
@@ -250,14 +251,14 @@ def test_a_loss_that_is_not_finite_stops(tiny_pair: TinyPair, write_rows: Write,
 
 def test_the_schedule() -> None:
     config = TrainConfig(model_name_or_path="m", data=("d",), warmup_ratio=0.1)
-    assert schedule(0.0, 0.05, config) == 0.5
-    assert schedule(0.05, 0.1, config) == 1.0
-    assert schedule(0.1, 0.15, config) == 1.0
-    assert schedule(0.55, 0.6, config) == pytest.approx(0.5)
-    assert 0.0 < schedule(0.99, 1.0, config) < 0.001
+    assert compute_learning_rate_factor(0.0, 0.05, config) == 0.5
+    assert compute_learning_rate_factor(0.05, 0.1, config) == 1.0
+    assert compute_learning_rate_factor(0.1, 0.15, config) == 1.0
+    assert compute_learning_rate_factor(0.55, 0.6, config) == pytest.approx(0.5)
+    assert 0.0 < compute_learning_rate_factor(0.99, 1.0, config) < 0.001
     linear = dataclasses.replace(config, lr_scheduler_type="linear")
-    assert schedule(0.55, 0.6, linear) == pytest.approx(0.5)
-    assert schedule(0.55, 0.6, dataclasses.replace(config, lr_scheduler_type="constant")) == 1.0
+    assert compute_learning_rate_factor(0.55, 0.6, linear) == pytest.approx(0.5)
+    assert compute_learning_rate_factor(0.55, 0.6, dataclasses.replace(config, lr_scheduler_type="constant")) == 1.0
 
 
 @pytest.mark.parametrize(
