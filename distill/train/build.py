@@ -53,6 +53,7 @@ class Training:
 
     @property
     def output_dir(self) -> Path:
+        """Directory of all files that the training writes."""
         return Path(self.config.output_dir)
 
 

@@ -116,9 +116,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = TrainerState(**fields)
         tensors = load_file(path / "optimizer.safetensors")
-        rng_states = [tensors.pop(name) for name in sorted(n for n in tensors if n.startswith("rng/"))]
-        if not rng_states:
-            raise KeyError("rng")
+        processes = sum(name.startswith("rng/") for name in tensors)
+        rng_states = [tensors.pop(f"rng/{rank}") for rank in range(max(1, processes))]
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: {error}; resume from an earlier checkpoint") from None
     return Checkpoint(path=path, state=state, tensors=tensors, rng_states=rng_states)

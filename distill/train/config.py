@@ -46,8 +46,11 @@ class TrainSettings(LossOptions):
     weight_decay: float = 0.0
     """Weight decay of AdamW on matrices; norms and biases have none."""
     adam_beta1: float = 0.9
+    """Decay rate of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
+    """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: float = 1e-8
+    """Number that AdamW adds to the denominator of a step."""
     max_grad_norm: float = 1.0
     """Norm to which a larger gradient is clipped."""
     bf16: bool | None = None

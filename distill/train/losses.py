@@ -54,7 +54,7 @@ class LossOptions:
     """Hub id or local directory of a teacher that is loaded next to the student, for kd_ratio > 0. None: the
     teacher's top k is read from the rows (`select --teacher-topk`)."""
     kd_ratio: float = 0.0
-    """Weight of the divergence from the teacher in the loss, in [0, 1]; the cross-entropy has 1 minus this weight."""
+    """Weight of the divergence from the teacher in the loss, in [0, 1]; that of the cross-entropy is 1 - kd_ratio."""
     kd_loss: KdLoss = "forward_kl"
     """Divergence of the student p from the teacher q: forward_kl is KL(q|p), reverse_kl is KL(p|q);
     distill/train/losses.py defines all of them."""
@@ -81,8 +81,8 @@ class LossOptions:
     """Treatment of the tokens outside the top k: bucket joins them into one outcome, renormalize leaves them out and
     renormalises both distributions."""
     kd_vocabulary: Vocabulary = "restrict"
-    """Vocabulary of the divergence where the two heads are padded to different widths: the ids that both have
-    (restrict), or each model's own ids."""
+    """Vocabulary of the two softmaxes where the heads are padded to different widths: restrict takes both over the ids
+    that both models have, drop takes each over its own ids."""
 
     def __post_init__(self) -> None:
         for name in ("kd_ratio", "lmbda"):

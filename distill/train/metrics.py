@@ -74,6 +74,8 @@ def open_monitor(report_to: str, output_dir: Path) -> Monitor | None:
 
 
 class _TensorBoard:
+    """Monitor that writes TensorBoard's event files."""
+
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
@@ -92,6 +94,8 @@ def _open_tensorboard(output_dir: Path) -> Monitor:
 
 
 class _WandB:
+    """Monitor that sends to Weights & Biases."""
+
     def __init__(self, run: Any) -> None:
         self._run = run
 

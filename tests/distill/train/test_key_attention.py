@@ -14,7 +14,7 @@ import torch
 from conftest import TinyPair
 from safetensors.torch import load_file
 from support.training_runs import config_for, metrics, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from genssd.distill.train.batches import TokenRow, build_token_batch
 from genssd.distill.train.key_attention import (
@@ -111,6 +111,18 @@ def test_masses_are_those_of_eager_attention(tiny_pair: TinyPair, which: str) ->
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
         torch.testing.assert_close(states, compute_completion_states(model, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_whose_layers_pass_no_arguments_on_is_refused() -> None:
+    """The layers of StableLM call their attention without the arguments of the model."""
+    shape = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = StableLmForCausalLM(StableLmConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
+    model.set_attn_implementation(IMPLEMENTATION)
+    batch = build_token_batch([TokenRow((1, 2, 3, 4), 2)], "pad", 0)
+    words = KeyWords(torch.tensor([-1, -1, 0, 0]), torch.tensor([-1, 0, 1, -1]), 1, 2)
+    with pytest.raises(InputError, match="key_attention cannot read the attention of stablelm"):
+        compute_completion_states(model, batch, AttentionCollector([words]))
+    compute_completion_states(model, batch, AttentionCollector([None]))
 
 
 def looked(masses: torch.Tensor, keys: KeyWords, values: torch.Tensor | None = None) -> AttentionCollector:
