@@ -82,15 +82,15 @@ def test_a_split_batch_has_the_gradient_of_the_whole(tiny_pair: TinyPair, layout
         examples.append(Example(input_ids=ids, num_prompt=3, weight=1.0 + i, chunk_weights=chunks))
     batch = ExampleBatch(examples=examples, on_policy=False)
     forward = ForwardPass.build(model, teacher if kd else None, tokenizer, options, layout=layout, bf16=False)
-    found = []
+    gradients = []
     for size in (6, 4, 3, 1):
         model.zero_grad()
         for part in batch.split(size):
             sums = forward.compute_loss(part, counted=True, when="now")
             (sums.total / batch.weight).backward()  # type: ignore[no-untyped-call]
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    for split in found[1:]:
-        for name, gradient in found[0].items():
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for split in gradients[1:]:
+        for name, gradient in gradients[0].items():
             torch.testing.assert_close(split[name], gradient, atol=1e-10, rtol=1e-9)
 
 
@@ -116,14 +116,14 @@ def test_all_layouts_give_the_states_and_gradients_of_single_sequences(
         hidden = model.base_model(input_ids=torch.tensor([row.ids])).last_hidden_state[0]
         expected.append(hidden[row.num_prompt - 1 : -1])
     alone = torch.cat(expected)
-    wanted = torch.randn(alone.shape, generator=generator, dtype=torch.float64)
-    (alone * wanted).sum().backward()
+    output_gradient = torch.randn(alone.shape, generator=generator, dtype=torch.float64)
+    (alone * output_gradient).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     for layout in ("pad", "pack", "tree"):
         model.zero_grad()
         states = compute_completion_states(model, build_token_batch(rows, layout, 0))  # type: ignore[arg-type]
         torch.testing.assert_close(states, alone, atol=close, rtol=close)
-        (states * wanted).sum().backward()
+        (states * output_gradient).sum().backward()
         for name, gradient in gradients.items():
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=close, rtol=close)
 

@@ -1,4 +1,4 @@
-"""Completions by the student under training: on its own weights, at every step; and the losses made for them."""
+"""Completions by the student under training, sampled with its current weights, and the losses on them."""
 
 from __future__ import annotations
 
@@ -43,16 +43,18 @@ def on_policy_config(pair: TinyPair, data: Path, out: Path, **options: Any) -> T
 def test_every_step_writes_with_the_weights_that_the_last_one_left(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str
 ) -> None:
-    """A llama and a qwen3 class student. An engine loaded from each checkpoint writes the next step's completions."""
-    steps: list[list[tuple[int, ...]]] = []
-    asked: list[list[tuple[int, ...]]] = []
+    """The students are a llama and a qwen3. An engine loaded from each checkpoint writes the next step's completions."""
+    completions_of_step: list[list[tuple[int, ...]]] = []
+    prompts_of_step: list[list[tuple[int, ...]]] = []
     real = on_policy.Rollouts.write
 
     def write(self: Any, examples: Any, step: int, indices: Any) -> Any:
         written = real(self, examples, step, indices)
-        asked.append([e.input_ids[: e.num_prompt] for e in examples])
-        steps.append([e.completion_ids for e in written])
-        assert all(e.input_ids[: e.num_prompt] == prompt for e, prompt in zip(written, asked[-1], strict=True))
+        prompts_of_step.append([e.input_ids[: e.num_prompt] for e in examples])
+        completions_of_step.append([e.completion_ids for e in written])
+        assert all(
+            e.input_ids[: e.num_prompt] == prompt for e, prompt in zip(written, prompts_of_step[-1], strict=True)
+        )
         return written
 
     monkeypatch.setattr(on_policy.Rollouts, "write", write)
@@ -61,15 +63,15 @@ def test_every_step_writes_with_the_weights_that_the_last_one_left(
         tiny_pair, write_rows(ROWS), tmp_path / "run", model_name_or_path=str(start), learning_rate=0.05
     )
     run_train(config)
-    assert len(steps) == 6
-    for number, (prompts, written) in enumerate(zip(asked, steps, strict=True)):
+    assert len(completions_of_step) == 6
+    for number, (prompts, written) in enumerate(zip(prompts_of_step, completions_of_step, strict=True)):
         directory = start if number == 0 else tmp_path / "run" / f"checkpoint-{number}"
         engine = Engine.from_pretrained(student=directory, dtype="float32", memory_bytes=1 << 22)
         expected = engine.generate(
             prompts, model="student", max_tokens=6, sampling=ROLLOUT.sampling, seed=config.seed + number + 1
         )
         assert [completion.token_ids for (completion,) in expected] == written
-    assert len({tuple(written) for written in steps}) == 6
+    assert len({tuple(written) for written in completions_of_step}) == 6
     logged = metrics(tmp_path / "run")
     assert all("cross_entropy" not in row for row in logged)
 
@@ -86,11 +88,11 @@ def test_the_engine_runs_on_the_trainers_own_memory(tiny_pair: TinyPair, student
         for parameter in model.parameters():
             parameter.add_(0.125)
     decoder = rollouts._engine._runners["student"].decoder
-    ours = [decoder.embedding, decoder.head, decoder.norm]
-    ours += [getattr(layer, name) for layer in decoder.layers for name in layer.__slots__]
-    total = sum(float(value.double().sum()) for value in ours if value is not None)
-    theirs = sum(float((value.double() + 0.125).sum()) for value in before.values())
-    assert total == pytest.approx(theirs, rel=1e-6)
+    engine_weights = [decoder.embedding, decoder.head, decoder.norm]
+    engine_weights += [getattr(layer, name) for layer in decoder.layers for name in layer.__slots__]
+    total = sum(float(value.double().sum()) for value in engine_weights if value is not None)
+    expected = sum(float((value.double() + 0.125).sum()) for value in before.values())
+    assert total == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_prompts_draw_different_completions_whoever_writes_them(tiny_pair: TinyPair) -> None:
@@ -111,7 +113,7 @@ def test_equal_prompts_draw_different_completions_whoever_writes_them(tiny_pair:
 def test_a_step_is_on_policy_with_the_probability_lmbda(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the others the data are trained on, with their cross-entropy."""
+    """The other steps train on the data, with their cross-entropy."""
     count = []
     real = on_policy.Rollouts.write
     monkeypatch.setattr(
@@ -132,15 +134,15 @@ def test_on_policy_training_resumes_exactly_and_comes_closer(
 ) -> None:
     data = write_rows(ROWS)
     config = on_policy_config(
-        tiny_pair, data, tmp_path / "whole", num_train_epochs=8, learning_rate=3e-3, warmup_ratio=0.0
+        tiny_pair, data, tmp_path / "uninterrupted", num_train_epochs=8, learning_rate=3e-3, warmup_ratio=0.0
     )
     run_train(config)
     (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "checkpoint-5").symlink_to(tmp_path / "whole" / "checkpoint-5")
+    (tmp_path / "part" / "checkpoint-5").symlink_to(tmp_path / "uninterrupted" / "checkpoint-5")
     run_train(dataclasses.replace(config, output_dir=str(tmp_path / "part"), resume_from_checkpoint="last"))
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "part")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    losses = [row["loss"] for row in metrics(tmp_path / "whole")]
+    uninterrupted, resumed = weights(tmp_path / "uninterrupted"), weights(tmp_path / "part")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    losses = [row["loss"] for row in metrics(tmp_path / "uninterrupted")]
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
 
 
@@ -160,7 +162,7 @@ OPTIONS: dict[str, Any] = {"teacher_model_name_or_path": "t", "kd_ratio": 1.0}
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_sampled_gradient_is_that_of_reverse_kl_on_average(temperature: float) -> None:
-    """Every token once, weighted by the student's own probability: the expectation itself."""
+    """Every token occurs once, weighted by the student's own probability, which gives the exact expectation."""
     hidden, weight, teacher = heads()
     p = (hidden.detach() @ weight.detach().T / temperature).softmax(-1)[0]
     everything = torch.arange(7)
@@ -168,14 +170,14 @@ def test_the_sampled_gradient_is_that_of_reverse_kl_on_average(temperature: floa
     repeated = Head(teacher.hidden_MD.expand(7, -1), teacher.weight_VD)
     tokens = CompletionTokens(target_M=everything, weight_M=p, on_policy=True)
     loss = compute_loss(sampled, Head(hidden.expand(7, -1), weight), tokens, repeated)
-    found = torch.autograd.grad(loss.total, [hidden, weight])
+    sampled_gradients = torch.autograd.grad(loss.total, [hidden, weight])
     exact = compute_loss(
         LossOptions(kd_loss="reverse_kl", temperature=temperature, **OPTIONS), Head(hidden, weight),
         CompletionTokens(target_M=everything[:1], weight_M=torch.ones(1, dtype=torch.float64)), teacher,
     )  # fmt: skip
     expected = torch.autograd.grad(exact.total, [hidden, weight])
     assert float(loss.total.detach()) == pytest.approx(float(exact.total.detach()), rel=1e-6)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(sampled_gradients, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
@@ -189,8 +191,8 @@ def test_a_support_of_the_whole_vocabulary_is_the_full_divergence(kind: Any, tai
         options = LossOptions(kd_loss=kind, kd_topk=topk, kd_tail=tail, temperature=1.7, **OPTIONS)
         loss = compute_loss(options, Head(hidden, weight), tokens, teacher)
         grads.append([loss.total.detach(), *torch.autograd.grad(loss.total, [hidden, weight])])
-    for found in grads[1:]:
-        for a, b in zip(found, grads[0], strict=True):
+    for results in grads[1:]:
+        for a, b in zip(results, grads[0], strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 

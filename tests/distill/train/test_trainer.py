@@ -1,4 +1,4 @@
-"""Supervised fine-tuning."""
+"""Supervised fine-tuning, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tm
     width = max(map(len, ids))
     batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
     labels = batch.clone()
-    for i, (row, given) in enumerate(zip(ids, rows, strict=True)):
-        labels[i, : len(given["prompt"])] = -100
+    for i, (row, fields) in enumerate(zip(ids, rows, strict=True)):
+        labels[i, : len(fields["prompt"])] = -100
         labels[i, len(row) :] = -100
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
     loss = model(input_ids=batch, attention_mask=mask, labels=labels).loss
@@ -53,8 +53,8 @@ def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tm
     (logged,) = metrics(tmp_path / "run")
     assert logged["loss"] == pytest.approx(float(loss), abs=1e-5)
     assert logged["tokens"] == int((labels != -100).sum())
-    theirs, trained = model.state_dict(), weights(tmp_path / "run")
-    for name, value in theirs.items():
+    expected, trained = model.state_dict(), weights(tmp_path / "run")
+    for name, value in expected.items():
         # Adam's first step is lr * sign(gradient): where the gradient is nearly 0 rounding decides its sign
         close = (value - trained[name]).abs() < 1e-5
         assert close.float().mean() > 0.999, name
@@ -129,9 +129,9 @@ def test_a_weight_counts_a_row_so_many_times(tiny_pair: TinyPair, write_rows: Wr
     for name, data in (("a", weighted), ("b", repeated)):
         config = config_for(tiny_pair, data, tmp_path / name, max_steps=1, lr_scheduler_type="constant")
         run_train(dataclasses.replace(config, warmup_ratio=0.0, per_device_train_batch_size=3))
-    ours, theirs = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    weighted_step, repeated_step = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
+    assert weighted_step["loss"] == pytest.approx(repeated_step["loss"], rel=1e-5)
+    assert weighted_step["grad_norm"] == pytest.approx(repeated_step["grad_norm"], rel=1e-4)
     for weight in ("2", -1, True, float("nan")):
         with pytest.raises(InputError, match=r"line 1: weight must be a number"):
             run_train(config_for(tiny_pair, write_rows([{**first, "weight": weight}]), tmp_path / "c", max_steps=1))
@@ -142,34 +142,38 @@ def test_accumulation_equals_the_unsplit_batch(tiny_pair: TinyPair, write_rows: 
     split = config_for(
         tiny_pair, data, tmp_path / "split", per_device_train_batch_size=1, gradient_accumulation_steps=4
     )
-    whole = config_for(
-        tiny_pair, data, tmp_path / "whole", per_device_train_batch_size=4, gradient_accumulation_steps=1
+    unsplit = config_for(
+        tiny_pair, data, tmp_path / "unsplit", per_device_train_batch_size=4, gradient_accumulation_steps=1
     )
     run_train(split)
-    run_train(whole)
-    for a, b in zip(metrics(tmp_path / "split"), metrics(tmp_path / "whole"), strict=True):
+    run_train(unsplit)
+    for a, b in zip(metrics(tmp_path / "split"), metrics(tmp_path / "unsplit"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["tokens"] == b["tokens"]
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
-    whole = config_for(tiny_pair, data, tmp_path / "whole", num_train_epochs=3, save_steps=2, save_total_limit=None)
-    run_train(whole)
-    assert [m["step"] for m in metrics(tmp_path / "whole")] == list(range(1, 10))
+    config = config_for(
+        tiny_pair, data, tmp_path / "uninterrupted", num_train_epochs=3, save_steps=2, save_total_limit=None
+    )
+    run_train(config)
+    assert [m["step"] for m in metrics(tmp_path / "uninterrupted")] == list(range(1, 10))
     for step in (2, 4):
         directory = tmp_path / f"from-{step}"
         directory.mkdir()
         # what a crash after step 5 would have left
-        (directory / f"checkpoint-{step}").symlink_to(tmp_path / "whole" / f"checkpoint-{step}")
-        logged = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (directory / f"checkpoint-{step}").symlink_to(tmp_path / "uninterrupted" / f"checkpoint-{step}")
+        logged = (tmp_path / "uninterrupted" / "metrics.jsonl").read_text().splitlines(keepends=True)
         (directory / "metrics.jsonl").write_text("".join(logged[:5]) + '{"step": 6, "lo')
         (directory / "checkpoint-6.tmp").mkdir()
-        run_train(dataclasses.replace(whole, output_dir=str(directory), save_steps=None, resume_from_checkpoint="last"))
+        run_train(
+            dataclasses.replace(config, output_dir=str(directory), save_steps=None, resume_from_checkpoint="last")
+        )
         assert [(m["step"], m["loss"]) for m in metrics(directory)] == [
-            (m["step"], m["loss"]) for m in metrics(tmp_path / "whole")
+            (m["step"], m["loss"]) for m in metrics(tmp_path / "uninterrupted")
         ]
-        resumed, uninterrupted = weights(directory), weights(tmp_path / "whole")
+        resumed, uninterrupted = weights(directory), weights(tmp_path / "uninterrupted")
         assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
 
 
