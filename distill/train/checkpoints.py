@@ -45,7 +45,7 @@ class TrainerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
-    """The model under training and everything that an optimizer step changes together with it."""
+    """The model under training with its tokenizer, and everything else that an optimizer step changes."""
 
     model: Any
     """The student, a transformers model."""

@@ -68,7 +68,7 @@ class CompletionLoss(torch.nn.Module):
 
 
 class ForwardPass:
-    """Computes the loss of examples with a student and, where the loss needs one, a teacher."""
+    """Forward pass over examples: through the student and, where the loss needs one, the teacher."""
 
     def __init__(
         self, module: CompletionLoss, teacher: Any, tokenizer: Tokenizer, *, layout: Layout, bf16: bool
@@ -141,6 +141,7 @@ class ForwardPass:
     def _compute_teacher_targets(
         self, examples: Sequence[Example], batch: TokenBatch, key_words: Sequence[KeyWords | None]
     ) -> TeacherTargets:
+        """Return the teacher's outputs for the examples, from the rows or from the teacher in memory."""
         if self.module.options.uses_rows:
             top = read_topk(examples)
             return TeacherTargets(distributions=TopK(top.ids.to(self._device), top.logprob.to(self._device)))

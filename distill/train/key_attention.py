@@ -50,8 +50,8 @@ class KeyAttentionOptions:
     max_words: int = 64
     """Maximum number of key words in an example; the first ones are used."""
     rows: Literal["sum", "mean"] = "sum"
-    """How the attention of a step's tokens is combined: their sum, as in the paper, or their mean. Sums of long steps
-    saturate the softmax."""
+    """Attention of a step: the sum over its tokens, as in the paper, or their mean. Sums of long steps saturate the
+    softmax."""
     teacher_temperature: float = 0.1
     """Temperature of the softmax over the teacher's layers."""
     student_temperature: float = 0.5

@@ -146,7 +146,7 @@ def add_adapters(model: Any, *, r: int, alpha: int, dropout: float, targets: tup
     """Put trainable low-rank adapters into the layers of a model and freeze its other weights.
 
     targets: module names, or "all-linear" alone. Raises InputError when peft is not installed, when no module has one
-    of the names, and when a name is that of the embedding or the head, which cannot be adapted.
+    of the names, and when a name is that of the embedding or the head, whose weights the loss uses directly.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

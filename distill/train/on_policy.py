@@ -31,7 +31,7 @@ class RolloutOptions:
     max_tokens: int = 512
     """Maximum number of tokens in a completion."""
     sampling: Sampling = field(default_factory=Sampling)
-    """How the student's tokens are sampled."""
+    """Sampling of the student's tokens."""
     memory_bytes: int | None = None
     """Size of the student's KV cache in bytes; None: a third of the free memory."""
 
@@ -42,7 +42,7 @@ class RolloutOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutPlan:
-    """Which optimizer steps of a training are on-policy, and how their completions are written."""
+    """Plan of the on-policy steps of a training: which steps they are, and how their completions are written."""
 
     options: RolloutOptions
     probability: float
@@ -58,7 +58,7 @@ class RolloutPlan:
 
 
 class Rollouts:
-    """Writes completions with the student under training."""
+    """The student under training in the role of a writer of completions."""
 
     def __init__(self, engine: Engine, plan: RolloutPlan) -> None:
         self.plan = plan

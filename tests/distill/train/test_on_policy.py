@@ -43,7 +43,7 @@ def on_policy_config(pair: TinyPair, data: Path, out: Path, **options: Any) -> T
 def test_every_step_writes_with_the_weights_that_the_last_one_left(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str
 ) -> None:
-    """The students are a llama and a qwen3. An engine loaded from each checkpoint writes the next step's completions."""
+    """An engine loaded from each checkpoint writes the completions of the next step; for a llama and a qwen3."""
     completions_of_step: list[list[tuple[int, ...]]] = []
     prompts_of_step: list[list[tuple[int, ...]]] = []
     real = on_policy.Rollouts.write
