@@ -76,7 +76,7 @@ def report_training(line: ProgressLine) -> Callable[[TrainProgress], None]:
 
     def report(p: TrainProgress) -> None:
         note = f"step {p.step}  loss {p.loss:.4f}  {p.tokens_per_second:,.0f} tok/s"
-        line.update(int(100 * p.share), 100, note)
+        line.update(int(100 * p.fraction_done), 100, note)
 
     return report
 

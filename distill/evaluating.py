@@ -22,7 +22,7 @@ from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import Checkpoint, Operational
+from genssd.distill.runs.settings import ModelPath, Operational
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -35,7 +35,7 @@ BOOTSTRAP_DRAWS = 2000
 class EvaluateConfig(EngineOptions):
     """Measure a model's accuracy."""
 
-    model: Checkpoint[str]
+    model: ModelPath[str]
     """Hub id or local directory of the model."""
     data: str
     """JSONL file of problems with an answer | solution | target field."""

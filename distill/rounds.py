@@ -26,9 +26,9 @@ from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import Checkpoint, DataFile, Operational
+from genssd.distill.runs.settings import DataFile, ModelPath, Operational
 from genssd.distill.select.run import SelectConfig, SelectProgress, SelectSettings, run_select
-from genssd.distill.train.checkpoints import complete_checkpoints
+from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import TrainProgress, run_train
 from genssd.engine.checkpoint import locate
@@ -39,9 +39,9 @@ from genssd.engine.errors import CapacityError, InputError
 class DistillConfig:
     """Rounds in which the student chooses what the teacher writes and is then trained on it."""
 
-    teacher: Checkpoint[str]
+    teacher: ModelPath[str]
     """Hub id or local directory of the model that writes."""
-    student: Checkpoint[str]
+    student: ModelPath[str]
     """Hub id or local directory of the model to train; it scores in the first round."""
     data: DataFile[str]
     """JSONL file of problems, as for select."""
@@ -216,7 +216,7 @@ def _train(config: DistillConfig, number: int, student: str, report: Report) -> 
     finished = directory / "finished.json"
     if finished.exists():
         return float(read_json(finished)["loss"])
-    begun = bool(complete_checkpoints(directory))
+    begun = bool(list_checkpoints(directory))
     if directory.exists() and not begun:
         shutil.rmtree(directory)  # it ended before its first checkpoint
     rounds = range(1, number + 1) if config.restart else (number,)

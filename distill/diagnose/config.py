@@ -8,7 +8,7 @@ from typing import Literal
 from genssd.distill.diagnose.alignment import LOSSES, LossName
 from genssd.distill.diagnose.contexts import Reader, Templates, list_readers
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.settings import Checkpoint, NamedCheckpoint, Operational, Recomputed
+from genssd.distill.runs.settings import ModelPath, NamedModelPath, Operational, Recomputed
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
 
@@ -17,9 +17,9 @@ from genssd.engine.sampling import Sampling
 class DiagnoseConfig(EngineOptions):
     """Measure how teachers, losses and contexts are aligned with the student's success, without training."""
 
-    student: Checkpoint[str]
+    student: ModelPath[str]
     """Hub id or local directory of the model that would be trained."""
-    teacher: NamedCheckpoint[tuple[str, ...]] = ()
+    teacher: NamedModelPath[tuple[str, ...]] = ()
     """Hub ids or local directories of teachers with the student's tokenizer; they are loaded one after another."""
     contexts: tuple[str, ...] = ()
     """Fields of the data's rows (hint, solution, summary or any other). With each of them in its prompt, the student is

@@ -12,7 +12,7 @@ from genssd.engine.errors import InputError
 
 
 @contextmanager
-def claim(output_dir: Path, command: str) -> Iterator[None]:
+def claim_directory(output_dir: Path, command: str) -> Iterator[None]:
     """Make the directory and hold its lock while the block runs; a crash releases the lock.
 
     Raises InputError when it cannot be made, belongs to a run of another command, or another process is at work in it.

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from genssd.distill.runs.directory import claim
+from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_text
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.engine.errors import InputError
@@ -68,19 +68,53 @@ class Run:
         parts: str | None = None,
         free: Collection[str] = (),
     ) -> Iterator[Run]:
-        """Claim the output directory and hold it while the block runs; record the run, or check that it goes on.
+        """Hold the output directory while the block runs, and begin or resume the run in it.
 
-        journal: name of the file with one line per finished piece of work; a run has begun when it has one. parts: a
-        glob of what else shows that the run has begun. fingerprints: those of models that are loaded already. free:
-        fields of the config that may still change, although they count for the result.
+        journal: name of the file with one line per finished piece of work. The other arguments are those of `begin`.
         Raises InputError when the directory cannot be written, belongs to another command or process, holds finished
         work that is not to be resumed, or was begun with other settings.
         """
-        with ExitStack() as stack:
-            stack.enter_context(claim(Path(config.output_dir), command))
-            run = cls(config, command, journal, stack)
-            run._begin(fingerprints, parts, free)
+        with cls.claim(config, command, journal=journal) as run:
+            run.begin(fingerprints=fingerprints, parts=parts, free=free)
             yield run
+
+    @classmethod
+    @contextmanager
+    def claim(cls, config: RunConfig, command: str, *, journal: str | None = None) -> Iterator[Run]:
+        """Hold the output directory while the block runs. The caller decides when the run begins: see `begin`.
+
+        Raises InputError when the directory cannot be written, or belongs to another command or process.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(claim_directory(Path(config.output_dir), command))
+            yield cls(config, command, journal, stack)
+
+    def begin(
+        self, *, fingerprints: Fingerprints | None = None, parts: str | None = None, free: Collection[str] = ()
+    ) -> None:
+        """Refuse, resume or record the run. Nothing is written before everything has been checked.
+
+        A run has begun when its journal has a row, or when a file matches the glob `parts`. fingerprints: those of
+        models that are loaded already. free: fields of the config that may still change, although they count for the
+        result. Raises InputError as `open` does.
+        """
+        has_rows = self._journal_path is not None and next(complete_rows(self._journal_path), None) is not None
+        self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
+        if self.resumed:
+            self._require_resume(self.journal_path if has_rows else self.output_dir)
+        path = self.path("run.json")
+        record: dict[str, Any] = {
+            "command": self._command,
+            "config": json.loads(json.dumps(dataclasses.asdict(self._config))),  # type: ignore[call-overload]
+            "settings": settings_of(self._config, fingerprints),
+            "versions": {name: version(name) for name in ("genssd", "torch", "transformers")},
+            "python": platform.python_version(),
+        }
+        if self.resumed:
+            begun = read_json(path)
+            self._check_settings(begun, record["settings"], free)
+            record = {**record, "versions": begun["versions"], "python": begun["python"]}
+        write_json(path, record)
 
     @property
     def journal_path(self) -> Path:
@@ -122,26 +156,6 @@ class Run:
     def write_summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json."""
         write_json(self.path("summary.json"), values)
-
-    def _begin(self, fingerprints: Fingerprints | None, parts: str | None, free: Collection[str]) -> None:
-        """Refuse, resume or record. Nothing is written before everything has been checked."""
-        has_rows = self._journal_path is not None and next(complete_rows(self._journal_path), None) is not None
-        self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
-        if self.resumed:
-            self._require_resume(self.journal_path if has_rows else self.output_dir)
-        path = self.path("run.json")
-        record: dict[str, Any] = {
-            "command": self._command,
-            "config": json.loads(json.dumps(dataclasses.asdict(self._config))),  # type: ignore[call-overload]
-            "settings": settings_of(self._config, fingerprints),
-            "versions": {name: version(name) for name in ("genssd", "torch", "transformers")},
-            "python": platform.python_version(),
-        }
-        if self.resumed:
-            begun = read_json(path)
-            self._check_settings(begun, record["settings"], free)
-            record = {**record, "versions": begun["versions"], "python": begun["python"]}
-        write_json(path, record)
 
     def _require_resume(self, held: Path) -> None:
         resume = getattr(self._config, "resume", None)  # None: the command cannot resume

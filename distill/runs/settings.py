@@ -4,7 +4,7 @@ Every field of a config counts for the result. A declaration that says otherwise
 
     device: Operational[str | None] = None     decides where or how fast the work is done, not what comes out
     pick: Recomputed[Pick] = ...               is applied anew to the finished journal at every call
-    teacher: Checkpoint[str]                   counts by the fingerprint of the model that it names
+    teacher: ModelPath[str]                   counts by the fingerprint of the model that it names
     eval_data: DataFile[str]                   counts by the content of the file that it names
 """
 
@@ -30,8 +30,8 @@ class Kind(Enum):
 
     OPERATIONAL = "operational"
     RECOMPUTED = "recomputed"
-    CHECKPOINT = "checkpoint"
-    NAMED_CHECKPOINT = "named checkpoint"
+    MODEL = "model"
+    NAMED_MODEL = "named model"
     DATA_FILE = "data file"
 
 
@@ -39,10 +39,10 @@ Operational = Annotated[T, Kind.OPERATIONAL]
 """A setting that does not change the result: device, memory, batch size, progress, where the output goes."""
 Recomputed = Annotated[T, Kind.RECOMPUTED]
 """A setting of what is computed from the journal at every call; the journal itself does not depend on it."""
-Checkpoint = Annotated[T, Kind.CHECKPOINT]
+ModelPath = Annotated[T, Kind.MODEL]
 """The name of a model (or a tuple of names, or None), compared by the fingerprint of its checkpoint."""
-NamedCheckpoint = Annotated[T, Kind.NAMED_CHECKPOINT]
-"""A `Checkpoint` whose name counts as well, because results are stored under it."""
+NamedModelPath = Annotated[T, Kind.NAMED_MODEL]
+"""A `ModelPath` whose name counts as well, because results are stored under it."""
 DataFile = Annotated[T, Kind.DATA_FILE]
 """The path of a data file (or a tuple of paths, or None), compared by a hash of its content."""
 
@@ -80,10 +80,10 @@ def settings_of(config: Any, fingerprints: Mapping[Any, str] | None = None) -> d
     settings: dict[str, Any] = {}
     for setting in fields_of(config):
         value = setting.value
-        if setting.kind is Kind.CHECKPOINT and value is not None:
+        if setting.kind is Kind.MODEL and value is not None:
             content = loaded.get(setting.name) or _each(value, lambda name: fingerprint(locate(name)))
             value = {"name": value, "content": content}
-        elif setting.kind is Kind.NAMED_CHECKPOINT and value is not None:
+        elif setting.kind is Kind.NAMED_MODEL and value is not None:
             value = {"name": value, "content": _each(value, lambda name: f"{name} {fingerprint(locate(name))}")}
         elif setting.kind is Kind.DATA_FILE and value is not None:
             value = {"name": value, "content": _each(value, content_hash)}

@@ -28,7 +28,7 @@ from torch import Tensor
 from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import Checkpoint, Operational
+from genssd.distill.runs.settings import ModelPath, Operational
 from genssd.distill.train.models import load_model, load_teacher
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
@@ -42,9 +42,9 @@ from genssd.kernels.cross_entropy import linear_cross_entropy
 class LeafConfig:
     """Find the words of the questions that distract the student, and write rows without them."""
 
-    student: Checkpoint[str]
+    student: ModelPath[str]
     """Hub id or local directory of the student."""
-    teacher: Checkpoint[str]
+    teacher: ModelPath[str]
     """Hub id or local directory of a teacher with the student's tokenizer. It reads the prompts as the student does."""
     data: tuple[str, ...]
     """JSONL files of traces, as for score."""

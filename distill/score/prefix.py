@@ -22,7 +22,7 @@ from genssd.distill.data.traces import Trace, check_same_traces, make_training_r
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import Checkpoint, Operational
+from genssd.distill.runs.settings import ModelPath, Operational
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -48,7 +48,7 @@ Judge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]]
 class PrefixConfig(EngineOptions):
     """Keep as much of every trace as the student needs, and let the student write the rest."""
 
-    student: Checkpoint[str]
+    student: ModelPath[str]
     """Hub id or local directory of the model that judges and continues."""
     data: tuple[str, ...]
     """JSONL files of traces, as for score."""

@@ -25,7 +25,7 @@ from genssd.distill.data.traces import Trace, check_same_traces, describe_source
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl, write_text
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import Checkpoint, Operational, Recomputed
+from genssd.distill.runs.settings import ModelPath, Operational, Recomputed
 from genssd.distill.score.comparison import compare
 from genssd.distill.score.page import render_page
 from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
@@ -45,7 +45,7 @@ BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
 class ScoreConfig(EngineOptions):
     """Score finished traces as a student sees them; pick responses and teachers by it."""
 
-    student: Checkpoint[str]
+    student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
     data: tuple[str, ...]
     """JSONL files of traces: selections, generations, messages, or prompt and completion."""

@@ -20,7 +20,7 @@ from typing import Literal
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import Checkpoint, Operational
+from genssd.distill.runs.settings import ModelPath, Operational
 from genssd.distill.select.rows import make_response_row
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -33,9 +33,9 @@ from genssd.engine.sampling import Sampling
 class GenerateConfig(EngineOptions):
     """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
 
-    teacher: Checkpoint[str]
+    teacher: ModelPath[str]
     """Hub id or local directory of the model that writes."""
-    student: Checkpoint[str | None] = None
+    student: ModelPath[str | None] = None
     """Hub id or local directory of the model whose chat template the rows use, and which judges tokens under rsd.
     None: the rows use the teacher's chat template."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed

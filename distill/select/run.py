@@ -24,7 +24,7 @@ from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import Checkpoint, Operational
+from genssd.distill.runs.settings import ModelPath, Operational
 from genssd.distill.select.calibration import calibrate, check_calibration
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
 from genssd.engine.chunk import Chunk
@@ -89,9 +89,9 @@ class SelectSettings(EngineOptions):
 class SelectConfig(SelectSettings):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
-    teacher: Checkpoint[str]
+    teacher: ModelPath[str]
     """Hub id or local directory of the model that writes."""
-    student: Checkpoint[str]
+    student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
     data: Operational[str]

@@ -1,12 +1,12 @@
-"""The options of a training, and what follows from them alone."""
+"""Options of a training."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from genssd.distill.runs.settings import DataFile, ModelPath, Operational
 from genssd.distill.train.batches import Layout
 from genssd.distill.train.losses import LossOptions
 from genssd.distill.train.on_policy import RolloutOptions
@@ -16,62 +16,83 @@ from genssd.engine.selection import STATUSES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings(LossOptions):
-    """How to train; names are those of TrainingArguments and TRL."""
+    """Options of a training that do not name files; their names are those of TrainingArguments and TRL."""
 
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
-    """How the student writes where lmbda asks for it."""
+    """Options of the completions that the student writes in on-policy steps (see lmbda)."""
     statuses: tuple[str, ...] = ("finished",)
-    """Which rows of a selection to train on: finished, length, pruned."""
+    """Statuses of the rows of a selection to train on: finished, length, pruned. Other rows are left out."""
     max_length: int = 4096
-    """Longer rows are left out, and counted."""
+    """Maximum number of tokens in a prompt with its completion; longer rows are left out, and counted."""
     layout: Layout = "pad"
-    """How examples share a forward pass: padded rows; packed into one row, which wastes nothing; or packed as a tree,
-    where trajectories of one prompt share its computation."""
+    """Arrangement of the examples of a forward pass: pad (one row each), pack (all in one row, without padding), or
+    tree (all in one row, and a prefix that several examples share is computed once)."""
     per_device_train_batch_size: int = 8
-    """Examples of one forward pass of one process."""
+    """Number of examples in one forward pass of one process."""
     gradient_accumulation_steps: int = 1
+    """Number of forward passes of each process in one optimizer step."""
     num_train_epochs: float = 1.0
+    """Number of passes over the data; may be a fraction."""
     max_steps: int | None = None
-    """Optimizer steps instead of epochs."""
+    """Number of optimizer steps, which then replaces num_train_epochs."""
     max_train_tokens: int | None = None
-    """Completion tokens instead of epochs: training ends with the step that reaches them."""
+    """Number of completion tokens, which then replaces num_train_epochs; the step that reaches it is the last one."""
     learning_rate: float = 1e-5
+    """Largest learning rate of the training."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the fall of the learning rate after the warmup."""
     warmup_ratio: float = 0.03
-    """Share of the training during which the learning rate rises."""
+    """Fraction of the training during which the learning rate rises."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW on matrices; norms and biases have none."""
     adam_beta1: float = 0.9
+    """Decay rate of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
+    """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: float = 1e-8
+    """Number that AdamW adds to the denominator of a step."""
     max_grad_norm: float = 1.0
+    """Norm to which a larger gradient is clipped."""
     bf16: bool | None = None
-    """Compute in bf16 over float32 weights. None: on a GPU that has it."""
-    gradient_checkpointing: bool = False
+    """Compute in bf16, with weights in float32. None: only on a GPU that has bf16 arithmetic."""
+    gradient_checkpointing: Operational[bool] = False
+    """Compute activations again in the backward pass instead of keeping them, which saves memory and takes time."""
     torch_compile: bool = False
-    """Compile the layers (torch.compile, for any length); pays off in long runs."""
+    """Compile the layers (torch.compile, for any length); saves time in long runs only."""
     attn_implementation: str | None = None
-    """Of transformers: sdpa, eager, flash_attention_2 (with layout pad)."""
+    """Attention implementation in transformers: sdpa, eager, flash_attention_2 (only with layout pad). None: the
+    default of transformers."""
     use_peft: bool = False
     """Train low-rank adapters (LoRA) instead of all weights; OUTPUT_DIR holds the merged model and adapter/."""
     lora_r: int = 16
+    """Rank of the adapters."""
     lora_alpha: int = 32
+    """Numerator of the scale of the adapters, which is lora_alpha / lora_r."""
     lora_dropout: float = 0.0
+    """Probability of dropout at the input of the adapters."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the modules that get adapters, or all-linear for every linear module in the layers."""
     fsdp: bool = False
-    """Under torchrun: split weights, gradients and optimizer states over the processes (FSDP2). Else each has all."""
-    eval_data: tuple[str, ...] = ()
-    """JSONL files whose loss is measured on the way; the model with the least is kept in OUTPUT_DIR/best."""
+    """Shard weights, gradients and optimizer states over the processes of torchrun (FSDP2); otherwise every process has
+    the full model."""
+    eval_data: DataFile[tuple[str, ...]] = ()
+    """JSONL files on which the loss is measured during the training; the model with the smallest loss is kept in
+    OUTPUT_DIR/best."""
     eval_steps: int | None = None
-    """Measure every so many steps; None: after every epoch. Always at the end."""
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where metrics go beside metrics.jsonl."""
-    logging_steps: int = 10
-    save_steps: int | None = None
-    """Write a checkpoint every so many steps."""
-    save_total_limit: int | None = 2
-    """Keep only the newest checkpoints."""
-    device: str | None = None
+    """Number of optimizer steps between two measurements on eval_data; None: an epoch. The last step is always
+    measured."""
+    report_to: Operational[Literal["none", "tensorboard", "wandb"]] = "none"
+    """Monitor that gets the metrics in addition to metrics.jsonl."""
+    logging_steps: Operational[int] = 10
+    """Number of optimizer steps between two lines of metrics.jsonl; the last step always has a line."""
+    save_steps: Operational[int | None] = None
+    """Number of optimizer steps between two checkpoints; None: no checkpoints."""
+    save_total_limit: Operational[int | None] = 2
+    """Maximum number of checkpoints, of which the oldest are removed; None: all are kept."""
+    device: Operational[str | None] = None
+    """Device of the training: cpu or cuda; None: cuda where there is one."""
     seed: int = 0
+    """Seed of the order of the examples, of dropout and of rollouts."""
 
     def __post_init__(self) -> None:
         LossOptions.__post_init__(self)
@@ -119,59 +140,17 @@ class TrainSettings(LossOptions):
 class TrainConfig(TrainSettings):
     """Fine-tuning and distillation on the completions of JSONL rows."""
 
-    model_name_or_path: str
-    """The student to start from: hub id or local directory."""
-    data: tuple[str, ...]
-    """JSONL files: selections of `genssd select`, or messages, or prompt and completion."""
-    output_dir: str = "runs/train"
-    resume_from_checkpoint: str | None = None
-    """A checkpoint directory, or "last"."""
+    model_name_or_path: ModelPath[str]
+    """Hub id or local directory of the student to start from."""
+    # the examples of the data are compared, not their files
+    data: Operational[tuple[str, ...]]
+    """JSONL files whose rows are selections of `genssd select`, or have messages, or have a prompt and a completion."""
+    output_dir: Operational[str] = "runs/train"
+    """Directory for the trained model, its checkpoints and metrics."""
+    resume_from_checkpoint: Operational[str | None] = None
+    """Checkpoint directory to resume from, or "last" for the newest checkpoint in output_dir."""
 
     def __post_init__(self) -> None:
         TrainSettings.__post_init__(self)
         if not self.data:
             raise InputError("data must name at least one file")
-
-
-SETTINGS_OF_THE_RESULT = (
-    *(option.name for option in dataclasses.fields(LossOptions)),
-    "layout",
-    "eval_data",
-    "eval_steps",
-    "rollout",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "max_train_tokens",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "bf16",
-    "use_peft",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "seed",
-)
-"""What must not change between the parts of one training."""
-
-
-def schedule(before: float, after: float, config: TrainConfig) -> float:
-    """The learning rate's factor for a step that takes the training from one share to another, both in [0, 1].
-
-    A linear rise to 1 over warmup_ratio, then the scheduler's way down. The rise looks at the end of the step and the
-    way down at its beginning, so that neither the first step nor the last is wasted on a rate of zero.
-    """
-    if before < config.warmup_ratio:
-        return min(1.0, after / config.warmup_ratio)
-    rest = (before - config.warmup_ratio) / (1.0 - config.warmup_ratio)
-    if config.lr_scheduler_type == "constant":
-        return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * rest)) if config.lr_scheduler_type == "cosine" else 1.0 - rest

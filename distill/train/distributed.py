@@ -1,7 +1,7 @@
-"""Several processes of one training, as torchrun starts them: each takes its share of every step's examples.
+"""Several processes of one training, as torchrun starts them; each trains on a shard of every step's examples.
 
-replicate   every process has the whole model, gradients are summed (data parallel)
-shard       weights, gradients and optimizer states are split over the processes (FSDP2)
+data parallel   every process has the full model, and gradients are summed over the processes
+FSDP2           weights, gradients and optimizer states are sharded over the processes
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,79 +20,90 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from genssd.distill.runs.directory import claim
+from genssd.distill.runs.run import Run, RunConfig
 from genssd.engine.errors import InputError
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """The processes of a training; one process that torchrun did not start is a world of its own."""
+    """All processes of a training, seen from one of them; without torchrun there is one process."""
 
     rank: int
+    """Index of this process."""
     size: int
+    """Number of processes."""
+    device: torch.device
+    """Device of this process."""
     mesh: DeviceMesh | None
-    """None where weights are not split."""
+    """Devices over which the weights are sharded; None: every process has the full weights."""
 
     @staticmethod
-    def join(device: torch.device, *, shard: bool) -> World:
-        """Join the other processes, if there are any. Raises InputError when there is nothing to split over."""
+    def join(device: torch.device, *, fsdp: bool) -> World:
+        """Join the other processes, if torchrun started several.
+
+        Raises InputError when fsdp is set in a single process, and when WORLD_SIZE is set without torchrun.
+        """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
-            if shard:
+            if fsdp:
                 raise InputError("fsdp splits a model over processes, and this is the only one: start it with torchrun")
-            return World(0, 1, None)
+            return World(rank=0, size=1, device=device, mesh=None)
         if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise InputError(f"WORLD_SIZE is {size}, but torchrun has not started this process: unset it")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            # the group's own threads must not be left for the end of the process, which would abort
+            # without this the process aborts at its end, because the group's threads still run
             atexit.register(dist.destroy_process_group)
-        return World(dist.get_rank(), size, init_device_mesh(device.type, (size,)) if shard else None)
+        mesh = init_device_mesh(device.type, (size,)) if fsdp else None
+        return World(rank=dist.get_rank(), size=size, device=device, mesh=mesh)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and shows the progress."""
+        """Whether this process is the one that writes files and reports progress."""
         return self.rank == 0
 
-    def claim(self, output_dir: Path, command: str) -> AbstractContextManager[None]:
-        """The main process holds the directory for all."""
-        return claim(output_dir, command) if self.is_main else nullcontext()
+    def claim_run(self, config: RunConfig, command: str) -> AbstractContextManager[Run | None]:
+        """Claim the output directory in the main process, on behalf of all; the others get None."""
+        return Run.claim(config, command) if self.is_main else nullcontext()
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
-    def share(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
-        """This process's parts of a step, and whether each counts: all processes have equally many, the last ones may
-        have to do one again for nothing, because the others wait for them in every layer."""
-        rounds = -(-len(parts) // self.size)
-        places = [i * self.size + self.rank for i in range(rounds)]
-        return [(parts[place % len(parts)], place < len(parts)) for place in places]
+    def shard(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
+        """Return the parts of a step that this process computes, each with whether it is counted.
 
-    def sum(self, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-        """Of every number over the processes; all have the same names."""
+        All processes get the same number of parts, because FSDP2 makes them wait for each other in every layer; where
+        the parts do not suffice, a process gets one that another process has, and does not count it.
+        """
+        rounds = -(-len(parts) // self.size)
+        indices = [i * self.size + self.rank for i in range(rounds)]
+        return [(parts[index % len(parts)], index < len(parts)) for index in indices]
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sum every number over the processes, all of which have to pass the same names."""
         if self.size == 1:
             return dict(values)
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
-    def gather(self, mine: Sequence[T]) -> list[T]:
-        """The objects of all processes, dealt round: the first of each, then the second of each, and so on."""
+    def gather(self, objects: Sequence[T]) -> list[T]:
+        """Return the objects of all processes: the first of every process, then the second of every process, etc."""
         if self.size == 1:
-            return list(mine)
+            return list(objects)
         lists: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(lists, list(mine))
+        dist.all_gather_object(lists, list(objects))
         longest = max(map(len, lists))
-        return [found[i] for i in range(longest) for found in lists if i < len(found)]
+        return [objects_of_rank[i] for i in range(longest) for objects_of_rank in lists if i < len(objects_of_rank)]
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Of whole models; what is split is summed while it is computed."""
+        """Sum the gradients over the processes; with FSDP2 the backward pass has done so already."""
         if self.size == 1 or self.mesh is not None:
             return
         for parameter in parameters:
@@ -103,24 +113,24 @@ class World:
 
     @property
     def loss_factor(self) -> float:
-        """FSDP2 averages gradients over the processes; ours are sums."""
+        """Factor of the loss that makes gradients sums over the processes: FSDP2 averages them."""
         return float(self.size) if self.mesh is not None else 1.0
 
-    def split(self, model: Any, wrapper: torch.nn.Module) -> None:
-        """Split the weights of a transformers model layer by layer, and the rest at the wrapper that calls it."""
+    def shard_weights(self, model: Any, wrapper: torch.nn.Module) -> None:
+        """Shard the weights of a transformers model layer by layer, and its other weights with the wrapper module."""
         if self.mesh is not None:
             for layer in model.base_model.layers:
                 fully_shard(layer, mesh=self.mesh)
             fully_shard(wrapper, mesh=self.mesh)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor with all its parts; all processes have to call this."""
+def gather_shards(value: Tensor) -> Tensor:
+    """Return the full tensor of one that may be sharded; every process has to call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as this process holds the parameter."""
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Shard a full tensor in the way the parameter is sharded."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value

@@ -1,157 +1,188 @@
-"""One forward pass of a training: from examples to the sums of their losses, differentiable."""
+"""One forward pass of a training: from examples to the differentiable sums of their losses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from genssd.distill.data.examples import Example
-from genssd.distill.train.batches import Batch, Layout, TokenRow, lay_out
+from genssd.distill.train.batches import ExampleBatch, Layout, TokenBatch, TokenRow, build_token_batch
 from genssd.distill.train.key_attention import (
     IMPLEMENTATION,
-    Keys,
-    LayerAttention,
-    Router,
-    collecting,
-    find_keys,
-    key_attention_loss,
+    AttentionCollector,
+    KeyWords,
+    LayerRouter,
+    compute_key_attention_loss,
+    find_key_words,
 )
-from genssd.distill.train.losses import Head, Loss, LossOptions, loss_of, topk_of
-from genssd.distill.train.models import completion_states
+from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, LossSums, compute_loss, read_topk
+from genssd.distill.train.models import compute_completion_states
 from genssd.engine.errors import CapacityError
 from genssd.engine.text import Tokenizer
 from genssd.kernels.logprob import TopK
 
 
-class CompletionLoss(torch.nn.Module):
-    """Student and loss as one module: what is split over processes is put together for both."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherTargets:
+    """Outputs of the teacher that the student is trained towards; None where the loss does not use them."""
 
-    def __init__(self, model: Any, router: Router | None, options: LossOptions, special_ids: Sequence[int]) -> None:
+    distributions: Head | TopK | None = None
+    """The teacher's distributions of the completion tokens."""
+    attention: AttentionCollector | None = None
+    """The teacher's attention to key words."""
+
+
+class CompletionLoss(torch.nn.Module):
+    """Student and loss in one module, so that FSDP2 gathers the sharded weights for both."""
+
+    def __init__(
+        self, model: Any, router: LayerRouter | None, options: LossOptions, special_ids: Sequence[int]
+    ) -> None:
         super().__init__()
         self.model = model
         self.router = router
-        self._options = options
+        self.options = options
         self._special_ids = special_ids
 
     def forward(
         self,
-        batch: Batch,
-        weight: Tensor,
-        rejected: Tensor,
-        teacher: Head | TopK | None,
-        keys: Sequence[Keys | None],
-        teacher_looks: LayerAttention,
-        own: bool,
-    ) -> Loss:
-        """teacher: what it says; teacher_looks: where it looks."""
-        with collecting(keys) as looks:
-            student = Head(completion_states(self.model, batch), self.model.get_output_embeddings().weight)
-        loss = loss_of(
-            self._options,
-            student,
-            batch.target,
-            weight,
-            teacher,
-            rejected_M=rejected,
-            special_ids=self._special_ids,
-            own=own,
-        )
+        batch: TokenBatch,
+        tokens: CompletionTokens,
+        teacher: TeacherTargets,
+        key_words: Sequence[KeyWords | None],
+    ) -> LossSums:
+        """Compute the loss of a batch. key_words: of each row, for the loss on attention."""
+        collector = None if self.router is None else AttentionCollector(key_words)
+        states = compute_completion_states(self.model, batch, collector)
+        student = Head(states, self.model.get_output_embeddings().weight)
+        sums = compute_loss(self.options, student, tokens, teacher.distributions, special_ids=self._special_ids)
         if self.router is None:
-            return loss
-        attention = key_attention_loss(teacher_looks, looks, self.router, self._options.key_attention)
-        return loss._replace(attention=attention)
+            return sums
+        assert collector is not None
+        assert teacher.attention is not None
+        attention = compute_key_attention_loss(teacher.attention, collector, self.router, self.options.key_attention)
+        return sums._replace(attention=attention)
 
 
 class ForwardPass:
-    """A student, and the teacher where there is one, over examples."""
+    """Forward pass over examples: through the student and, where the loss needs one, the teacher."""
 
     def __init__(
-        self, model: Any, teacher: Any, tokenizer: Tokenizer, options: LossOptions, *, layout: Layout, bf16: bool
+        self, module: CompletionLoss, teacher: Any, tokenizer: Tokenizer, *, layout: Layout, bf16: bool
     ) -> None:
-        self._model = model
+        self.module = module
         self._teacher = teacher
         self._tokenizer = tokenizer
-        self._options = options
         self._layout = layout
         self._bf16 = bf16
-        self._device: torch.device = model.get_input_embeddings().weight.device
+
+    @staticmethod
+    def build(
+        model: Any, teacher: Any, tokenizer: Tokenizer, options: LossOptions, *, layout: Layout, bf16: bool
+    ) -> ForwardPass:
+        """Build the module that computes the loss. teacher: None where the loss does not need one.
+
+        With key_attention, the attention implementation of both models is replaced by IMPLEMENTATION.
+        """
         router = None
         if options.key_attention.weight:
             model.set_attn_implementation(IMPLEMENTATION)
             teacher.set_attn_implementation(IMPLEMENTATION)
             shape = model.config
-            head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-            router = Router(shape.num_key_value_heads * head, shape.num_hidden_layers).to(self._device)
-        self.module = CompletionLoss(model, router, options, tokenizer.hf.all_special_ids)
+            width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+            router = LayerRouter(shape.num_key_value_heads * width, shape.num_hidden_layers)
+            router = router.to(model.get_input_embeddings().weight.device)
+        module = CompletionLoss(model, router, options, tokenizer.hf.all_special_ids)
+        return ForwardPass(module, teacher, tokenizer, layout=layout, bf16=bf16)
 
     def extra_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained beside the model's own parameters."""
+        """Return the parameters that are trained in addition to the model's own."""
         router = self.module.router
         return {} if router is None else {f"router.{name}": p for name, p in router.named_parameters()}
 
-    def loss(self, examples: Sequence[Example], *, counts: bool, own: bool, when: str) -> Loss:
-        """Sums over the completion tokens; all 0 if they do not count. own: whether the student wrote the completions.
+    def compute_loss(self, batch: ExampleBatch, *, counted: bool, when: str) -> LossSums:
+        """Compute the sums of the losses over the completion tokens.
 
-        Raises CapacityError, saying `when` and what to lower, if it does not fit into memory.
+        counted: False runs the models with all weights 0, so that the sums are 0. when: the moment that an error
+        message names, such as "step 3". Raises CapacityError, which says what to lower, if memory does not suffice.
         """
         try:
-            return self._loss(examples, counts, own)
+            return self._compute_loss(batch, counted)
         except RuntimeError as error:  # torch.OutOfMemoryError is one, on a CPU it is an allocator's message
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            longest = max(len(example.input_ids) for example in examples)
+            longest = max(len(example.input_ids) for example in batch.examples)
             raise CapacityError(
-                f"{len(examples)} examples of up to {longest} tokens do not fit into memory at {when}: lower "
+                f"{len(batch.examples)} examples of up to {longest} tokens do not fit into memory at {when}: lower "
                 "per_device_train_batch_size (and raise gradient_accumulation_steps as much), lower max_length, or use "
                 "gradient_checkpointing"
             ) from None
 
-    def _loss(self, examples: Sequence[Example], counts: bool, own: bool) -> Loss:
-        batch = self._lay_out([TokenRow(example.input_ids, example.num_prompt) for example in examples])
-        weight = torch.tensor([w * counts for e in examples for w in e.token_weights()], device=self._device)
-        rejected = torch.tensor([e.rejected for e in examples for _ in range(e.num_completion)], device=self._device)
-        keys: list[Keys | None] = [None for _ in examples]
-        if self.module.router is not None and counts:
-            keys = [self._keys(e, e.input_ids[: e.num_prompt]) for e in examples]
-        teacher: Head | TopK | None = None
-        looks = LayerAttention(keys)
-        if self._options.uses_rows:
-            top = topk_of(examples)
-            teacher = TopK(top.ids.to(self._device), top.logprob.to(self._device))
-        elif self._options.uses_teacher:
-            teacher, looks = self._ask_teacher(examples, batch, keys)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            loss: Loss = self.module(batch, weight, rejected, teacher, keys, looks, own)
-        return loss
+    def _compute_loss(self, batch: ExampleBatch, counted: bool) -> LossSums:
+        device, examples = self._device, batch.examples
+        token_batch = self._build_token_batch([TokenRow(e.input_ids, e.num_prompt) for e in examples])
+        tokens = CompletionTokens(
+            target_M=token_batch.target,
+            weight_M=torch.tensor([w * counted for e in examples for w in e.token_weights()], device=device),
+            rejected_M=torch.tensor([e.rejected for e in examples for _ in range(e.num_completion)], device=device),
+            on_policy=batch.on_policy,
+        )
+        key_words: list[KeyWords | None] = [None for _ in examples]
+        if self.module.router is not None and counted:
+            key_words = [self._find_key_words(e, e.input_ids[: e.num_prompt]) for e in examples]
+        teacher = self._compute_teacher_targets(examples, token_batch, key_words)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+            sums: LossSums = self.module(token_batch, tokens, teacher, key_words)
+        return sums
+
+    def _compute_teacher_targets(
+        self, examples: Sequence[Example], batch: TokenBatch, key_words: Sequence[KeyWords | None]
+    ) -> TeacherTargets:
+        """Return the teacher's outputs for the examples, from the rows or from the teacher in memory."""
+        if self.module.options.uses_rows:
+            top = read_topk(examples)
+            return TeacherTargets(distributions=TopK(top.ids.to(self._device), top.logprob.to(self._device)))
+        if self.module.options.uses_teacher:
+            return self._run_teacher(examples, batch, key_words)
+        return TeacherTargets()
 
     @torch.no_grad()
-    def _ask_teacher(
-        self, examples: Sequence[Example], batch: Batch, keys: Sequence[Keys | None]
-    ) -> tuple[Head, LayerAttention]:
-        """The teacher's states, behind the prompts as it reads them, and where it looks."""
+    def _run_teacher(
+        self, examples: Sequence[Example], batch: TokenBatch, key_words: Sequence[KeyWords | None]
+    ) -> TeacherTargets:
+        """Run the teacher on the completions, each after the prompt as the teacher reads it."""
         if any(example.teacher_prompt_ids for example in examples):
             prompts = [e.teacher_prompt_ids or e.input_ids[: e.num_prompt] for e in examples]
-            batch = self._lay_out(
+            batch = self._build_token_batch(
                 [TokenRow((*p, *e.completion_ids), len(p)) for p, e in zip(prompts, examples, strict=True)]
             )
-            keys = [self._keys(e, p) if found else None for e, p, found in zip(examples, prompts, keys, strict=True)]
-        with collecting(keys) as looks:
-            states = completion_states(self._teacher, batch)
-        return Head(states, self._teacher.get_output_embeddings().weight), looks
+            key_words = [
+                self._find_key_words(example, prompt) if words else None
+                for example, prompt, words in zip(examples, prompts, key_words, strict=True)
+            ]
+        collector = None if self.module.router is None else AttentionCollector(key_words)
+        states = compute_completion_states(self._teacher, batch, collector)
+        head = Head(states, self._teacher.get_output_embeddings().weight)
+        return TeacherTargets(distributions=head, attention=collector)
 
-    def _keys(self, example: Example, prompt_ids: Sequence[int]) -> Keys | None:
-        """Key words and steps; words of the prompt count where both models read the same prompt."""
+    def _find_key_words(self, example: Example, prompt_ids: Sequence[int]) -> KeyWords | None:
+        """Find the key words and steps; words of the prompt count where both models read the same prompt."""
         pieces = self._tokenizer.pieces
-        ended = example.input_ids[-1] in self._tokenizer.end_token_ids
-        return find_keys(
+        has_end = example.input_ids[-1] in self._tokenizer.end_token_ids
+        return find_key_words(
             pieces(prompt_ids),
-            [*pieces(example.completion_ids[: example.num_completion - ended]), *[""] * ended],
-            self._options.key_attention,
+            [*pieces(example.completion_ids[: example.num_completion - has_end]), *[""] * has_end],
+            self.module.options.key_attention,
             in_prompt=not example.teacher_prompt_ids,
         )
 
-    def _lay_out(self, rows: Sequence[TokenRow]) -> Batch:
-        return lay_out(rows, self._layout, self._tokenizer.hf.pad_token_id or 0).to(self._device)
+    def _build_token_batch(self, rows: Sequence[TokenRow]) -> TokenBatch:
+        return build_token_batch(rows, self._layout, self._tokenizer.hf.pad_token_id or 0).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.module.model.get_input_embeddings().weight.device
+        return device

@@ -1,23 +1,24 @@
-"""Learning where the teacher looks: stepwise attention on key information, with a mixture of layers (MoLSAKI,
-2604.15701).
+"""Attention on key words as a part of the loss: stepwise attention on key information, with a mixture of layers
+(MoLSAKI, 2604.15701).
 
-    A_l[i, j]   what step i of the completion pays to key word j in layer l (kernels/attention_mass.py)
+    A_l[i, j]   attention of step i of the completion to key word j in layer l (kernels/attention_mass.py)
     teacher     A = sum_l p_l A_l,  p = softmax(G / teacher_temperature),  G_l = mean |A_l[i, j + 1] - A_l[i, j]|
     student     A = sum_l p_l A_l,  p = softmax(r / student_temperature),  r_l = w h_l + b_l, a trained router
     loss        mean over steps of KL(softmax_j A_teacher[i] | softmax_j A_student[i])
 
 h_l is the mean over the tokens of the layer's values, each divided by its root mean square (the paper sums; a sum grows
-with the length). Key words are numbers, or given words; every distinct word is one, wherever it stands. Steps are the
-completion's. A word that no token of a step can see does not enter the step's softmax, and a step that sees fewer than
-two words counts nothing (ours: the paper does not say).
+with the length). Key words are numbers, or the words in `words`; every distinct word counts as one key word, wherever
+it occurs. Steps are those of the completion. A word that no token of a step can attend to is left out of the step's
+softmax, and a step that can attend to fewer than two words is left out of the mean (our choice: the paper does not
+specify it).
+
+Shapes:  T tokens   S steps   W key words   L layers   d key-value heads * their width
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -34,22 +35,27 @@ from genssd.kernels.attention_mass import attention_mass
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 IMPLEMENTATION = "genssd_mass"
+"""Name of the attention implementation, in transformers, that fills an AttentionCollector."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyAttentionOptions:
-    """Attention on key information as a part of the loss."""
+    """Options of the loss on attention to key words."""
 
     weight: float = 0.0
-    """Of the mean over examples, beside the loss of the tokens; 0: not at all. The paper's is 1."""
+    """Factor of the attention loss (the mean over examples), which is added to the loss of the tokens; 0 turns it off.
+    The paper uses 1."""
     words: tuple[str, ...] = ()
-    """The key words; empty: all numbers."""
+    """The key words; empty: all numbers are key words."""
     max_words: int = 64
-    """Of an example, the first ones."""
+    """Maximum number of key words in an example; the first ones are used."""
     rows: Literal["sum", "mean"] = "sum"
-    """A step's attention, summed over its tokens as in the paper, or their mean: sums of long steps saturate."""
+    """Attention of a step: the sum over its tokens, as in the paper, or their mean. Sums of long steps saturate the
+    softmax."""
     teacher_temperature: float = 0.1
+    """Temperature of the softmax over the teacher's layers."""
     student_temperature: float = 0.5
+    """Temperature of the softmax over the student's layers."""
 
     def __post_init__(self) -> None:
         if self.weight < 0.0:
@@ -61,36 +67,38 @@ class KeyAttentionOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
-    """Where an example's steps and key words are. step, word: int64 [T], -1 for neither."""
+class KeyWords:
+    """The step and the key word that each token of an example belongs to."""
 
-    step: Tensor
-    word: Tensor
-    steps: int
-    words: int
+    step_T: Tensor
+    """Index of the token's step, int64 [T]; -1: the token belongs to no step."""
+    word_T: Tensor
+    """Index of the token's key word, int64 [T]; -1: the token belongs to no key word."""
+    num_steps: int
+    num_words: int
 
-    def visible(self) -> Tensor:
-        """bool [S, W]: whether a step's last token comes at or behind a word's first."""
-        places = torch.arange(len(self.step), device=self.step.device)
-        last = torch.stack([places[self.step == i].max() for i in range(self.steps)])
-        first = torch.stack([places[self.word == j].min() for j in range(self.words)])
+    def find_visible(self) -> Tensor:
+        """Return bool [S, W]: whether the last token of a step can attend to the first token of a word."""
+        places = torch.arange(len(self.step_T), device=self.step_T.device)
+        last = torch.stack([places[self.step_T == i].max() for i in range(self.num_steps)])
+        first = torch.stack([places[self.word_T == j].min() for j in range(self.num_words)])
         return last[:, None] >= first[None]
 
 
-def find_keys(
+def find_key_words(
     prompt: Sequence[str], completion: Sequence[str], options: KeyAttentionOptions, *, in_prompt: bool = True
-) -> Keys | None:
-    """From the text of each token; None where there are fewer than two key words or no step.
+) -> KeyWords | None:
+    """Find key words and steps in the text of each token; return None if there are fewer than two words or no step.
 
-    in_prompt: whether words of the prompt count, too. The first token of all is never part of a word: much attention
-    goes there whatever it is.
+    in_prompt: whether words of the prompt are key words, too. The first token of the sequence never belongs to a word:
+    it gets much attention whatever it is.
     """
     pieces = [*prompt, *completion]
-    listed = "|".join(map(re.escape, options.words))
-    pattern = re.compile(rf"(?<!\w)(?:{listed})(?!\w)") if listed else NUMBER
-    word = torch.full((len(pieces),), -1)
-    found: dict[str, int] = {}
-    # each on its own: a number that ends the prompt does not go on in the completion
+    alternatives = "|".join(map(re.escape, options.words))
+    pattern = re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)") if alternatives else NUMBER
+    word_T = torch.full((len(pieces),), -1)
+    word_index: dict[str, int] = {}
+    # prompt and completion are searched separately: a number at the end of the prompt does not continue after it
     for first, part in ((0, prompt if in_prompt else ()), (len(prompt), completion)):
         offsets = [0, *accumulate(map(len, part))]
         token = 0
@@ -98,43 +106,53 @@ def find_keys(
             while offsets[token + 1] <= match.start():
                 token += 1
             places = [t for t in range(token, len(part)) if offsets[t] < match.end() and offsets[t + 1] > match.start()]
-            places = [first + t for t in places if first + t > 0 and word[first + t] < 0]
-            if places and (match.group() in found or len(found) < options.max_words):
-                word[places] = found.setdefault(match.group(), len(found))
-    step = torch.full((len(pieces),), -1)
+            places = [first + t for t in places if first + t > 0 and word_T[first + t] < 0]
+            if places and (match.group() in word_index or len(word_index) < options.max_words):
+                word_T[places] = word_index.setdefault(match.group(), len(word_index))
+    step_T = torch.full((len(pieces),), -1)
     content = len(completion)
     while content and not completion[content - 1]:
-        content -= 1  # the end of sequence has no text and is part of no step
+        content -= 1  # the end-of-sequence token has no text and belongs to no step
     spans = step_spans(completion[:content])
     for i, (start, end) in enumerate(spans):
-        step[len(prompt) + start : len(prompt) + end] = i
-    if len(found) < 2 or not spans:
+        step_T[len(prompt) + start : len(prompt) + end] = i
+    if len(word_index) < 2 or not spans:
         return None
-    return Keys(step, word, len(spans), len(found))
+    return KeyWords(step_T, word_T, len(spans), len(word_index))
 
 
-class LayerAttention:
-    """What a forward pass leaves behind: per example with keys, the masses of every layer [L, S, W] and its values'
-    summary [L, d]."""
+class AttentionCollector:
+    """Attention to key words of one forward pass over padded rows, collected layer by layer.
 
-    def __init__(self, keys: Sequence[Keys | None]) -> None:
-        self.keys = keys
-        self.masses: list[list[Tensor]] = [[] for _ in keys]
-        self.values: list[list[Tensor]] = [[] for _ in keys]
+    Pass it to a model whose attention implementation is IMPLEMENTATION as the keyword argument `attention_collector`.
+    masses and values have one list per row, which stays empty for a row without key words; its elements are the layers'
+    attention to the key words, [S, W], and the mean of their normalized values, [d].
+    """
 
-    def take(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        """One layer's, [B, heads, T, E] each."""
-        for row, found in enumerate(self.keys):
-            if found is not None:
-                tokens = len(found.step)
+    def __init__(self, key_words: Sequence[KeyWords | None]) -> None:
+        """key_words: of each row of the batch."""
+        self.key_words = key_words
+        self.masses: list[list[Tensor]] = [[] for _ in key_words]
+        self.values: list[list[Tensor]] = [[] for _ in key_words]
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether every row with key words has got a layer."""
+        return all(masses for masses, words in zip(self.masses, self.key_words, strict=True) if words is not None)
+
+    def add_layer(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        """Add a layer, of which query, key and value are [B, heads, T, head width]."""
+        for row, words in enumerate(self.key_words):
+            if words is not None:
+                tokens = len(words.step_T)
                 self.masses[row].append(
                     attention_mass(
                         query[row, :, :tokens].transpose(0, 1),
                         key[row, :, :tokens].transpose(0, 1),
-                        found.step,
-                        found.word,
-                        steps=found.steps,
-                        words=found.words,
+                        words.step_T,
+                        words.word_T,
+                        steps=words.num_steps,
+                        words=words.num_words,
                         scale=scale,
                     )
                 )
@@ -142,41 +160,34 @@ class LayerAttention:
                 self.values[row].append((flat * (flat.square().mean(1, keepdim=True) + 1e-6).rsqrt()).mean(0))
 
 
-_collecting: ContextVar[LayerAttention | None] = ContextVar("collecting", default=None)
-
-
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
-    """transformers' sdpa, with an eye on what it attends to."""
-    layers = _collecting.get()
-    if layers is not None:
+def _collect_and_attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    attention_collector: AttentionCollector | None = None,
+    **options: Any,
+) -> Any:
+    """Compute transformers' sdpa attention and add the layer to the collector, if the model was called with one."""
+    if attention_collector is not None:
         scale = options.get("scaling")
-        layers.take(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+        attention_collector.add_layer(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionInterface.register(IMPLEMENTATION, _collect_and_attend)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
-@contextmanager
-def collecting(keys: Sequence[Keys | None]) -> Iterator[LayerAttention]:
-    """While a model whose attention is IMPLEMENTATION runs over padded rows, one per element of keys."""
-    layers = LayerAttention(keys)
-    token = _collecting.set(layers)
-    try:
-        yield layers
-    finally:
-        _collecting.reset(token)
-
-
-def teacher_shares(masses_LSW: Tensor, temperature: float) -> Tensor:
-    """The weight of every layer, [L]: larger where attention changes more from word to word."""
+def weigh_teacher_layers(masses_LSW: Tensor, temperature: float) -> Tensor:
+    """Return the weight of every layer, [L]; it is larger where attention changes more from word to word."""
     change = (masses_LSW[:, :, 1:] - masses_LSW[:, :, :-1]).abs().mean((1, 2))
     return (change / temperature).softmax(0)
 
 
-class Router(torch.nn.Module):
-    """The student's weight of every layer, from the layer's values alone."""
+class LayerRouter(torch.nn.Module):
+    """Trained function from the values of the student's layers to the weight of each layer."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -184,34 +195,37 @@ class Router(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(layers))
 
     def forward(self, values_Ld: Tensor, temperature: float) -> Tensor:
-        """[L]; all the same before the first step."""
+        """Return the weight of every layer, [L]; before the first optimizer step all layers have the same weight."""
         return ((values_Ld @ self.weight + self.bias) / temperature).softmax(0)
 
 
-def key_attention_loss(
-    teacher: LayerAttention, student: LayerAttention, router: Router, options: KeyAttentionOptions
+def compute_key_attention_loss(
+    teacher: AttentionCollector, student: AttentionCollector, router: LayerRouter, options: KeyAttentionOptions
 ) -> Tensor:
-    """The sum over the examples of their mean over steps; 0 for an example without keys."""
+    """Return the sum over the examples of their mean over steps; an example without key words adds 0."""
     total = router.weight.sum() * 0.0
-    for row, keys in enumerate(student.keys):
-        if keys is None:
+    for row, words in enumerate(student.key_words):
+        if words is None:
             continue
-        theirs, ours = torch.stack(teacher.masses[row]).detach(), torch.stack(student.masses[row])
+        teacher_LSW, student_LSW = torch.stack(teacher.masses[row]).detach(), torch.stack(student.masses[row])
         if options.rows == "mean":
-            lengths = torch.bincount(keys.step[keys.step >= 0], minlength=keys.steps).to(ours)[None, :, None]
-            theirs, ours = theirs / lengths, ours / lengths
-        shares = router(torch.stack(student.values[row]), options.student_temperature)
-        expected = torch.einsum("l,lsw->sw", teacher_shares(theirs, options.teacher_temperature), theirs)
-        found = torch.einsum("l,lsw->sw", shares.to(ours), ours)
-        total = total + _divergence(expected, found, keys.visible())
+            step_T = words.step_T
+            lengths = torch.bincount(step_T[step_T >= 0], minlength=words.num_steps).to(student_LSW)[None, :, None]
+            teacher_LSW, student_LSW = teacher_LSW / lengths, student_LSW / lengths
+        teacher_L = weigh_teacher_layers(teacher_LSW, options.teacher_temperature)
+        student_L = router(torch.stack(student.values[row]), options.student_temperature).to(student_LSW)
+        teacher_SW = torch.einsum("l,lsw->sw", teacher_L, teacher_LSW)
+        student_SW = torch.einsum("l,lsw->sw", student_L, student_LSW)
+        total = total + _compute_kl(teacher_SW, student_SW, words.find_visible())
     return total
 
 
-def _divergence(expected_SW: Tensor, found_SW: Tensor, visible_SW: Tensor) -> Tensor:
-    """The mean over the steps that see two words or more."""
-    counts = visible_SW.sum(1) > 1
-    if not bool(counts.any()):
-        return found_SW.sum() * 0.0
-    least = torch.finfo(found_SW.dtype).min
-    log_q, log_p = (x[counts].masked_fill(~visible_SW[counts], least).log_softmax(1) for x in (expected_SW, found_SW))
-    return (log_q.exp() * (log_q - log_p)).masked_fill(~visible_SW[counts], 0.0).sum(1).mean()
+def _compute_kl(teacher_SW: Tensor, student_SW: Tensor, visible_SW: Tensor) -> Tensor:
+    """Return the mean KL(teacher | student) over the steps to which two words or more are visible."""
+    counted = visible_SW.sum(1) > 1
+    if not bool(counted.any()):
+        return student_SW.sum() * 0.0
+    visible_SW = visible_SW[counted]
+    least = torch.finfo(student_SW.dtype).min
+    log_q, log_p = (x[counted].masked_fill(~visible_SW, least).log_softmax(1) for x in (teacher_SW, student_SW))
+    return (log_q.exp() * (log_q - log_p)).masked_fill(~visible_SW, 0.0).sum(1).mean()

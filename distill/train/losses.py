@@ -1,36 +1,40 @@
-"""What training minimises, over the completion tokens of a batch; never a [tokens, vocabulary] tensor.
+"""The loss of a training over the completion tokens of a batch; no [tokens, vocabulary] tensor is ever built.
 
     (1 - kd_ratio) * cross-entropy of the data's tokens + kd_ratio * divergence from the teacher's distributions
 
-The teacher is in memory (its hidden states and head), or the top k that it said while the data was written. Directions,
-with q the teacher and p the student: forward_kl KL(q|p), reverse_kl KL(p|q), jsd beta KL(q|m) + (1 - beta) KL(p|m) with
-m = beta q + (1 - beta) p, skew_forward_kl KL(q | alpha q + (1 - alpha) p), skew_reverse_kl KL(p | (1 - alpha) q +
-alpha p). `temperature` divides both models' logits; nothing is multiplied by its square.
+The teacher's distributions come from a teacher in memory (its hidden states and head), or from the top k that
+`genssd select` stored with the data. Divergences, with q the teacher and p the student: forward_kl KL(q|p), reverse_kl
+KL(p|q), jsd beta KL(q|m) + (1 - beta) KL(p|m) with m = beta q + (1 - beta) p, skew_forward_kl KL(q | alpha q +
+(1 - alpha) p), skew_reverse_kl KL(p | (1 - alpha) q + alpha p). `temperature` divides both models' logits; the loss is
+not multiplied by its square.
 
 With `kd_standardize` forward KL is taken between standardised logits and multiplied by the square of `temperature`
 (2403.01427).
 
-distillm2 is for pairs (rows with `chosen` and `rejected`): (2 - beta) skew_forward_kl on what is chosen, beta
-skew_reverse_kl on what is rejected (DistiLLM-2; its alpha per sample is not built). Other rows count as chosen. The
-cross-entropy is of the chosen; like everything it is divided by the weight of all tokens, those of the rejected, too.
+distillm2 is for pairs (rows with `chosen` and `rejected`): (2 - beta) skew_forward_kl on the chosen completions, beta
+skew_reverse_kl on the rejected ones (DistiLLM-2; its alpha per sample is not implemented). Other rows count as chosen.
+The cross-entropy runs over the chosen completions; like every term it is divided by the weight of all tokens, including
+those of the rejected completions.
 
-On completions that the student wrote itself the loss is the divergence alone. There reverse KL can also be estimated
-from the drawn tokens: sampled_reverse_kl has the value log p - log q and the gradient (log p - log q) grad log p, whose
-mean over draws is that of KL(p|q) (on-policy distillation).
+On completions that the student wrote itself (on-policy) the loss is the divergence alone. There reverse KL can also be
+estimated from the sampled tokens: sampled_reverse_kl has the value log p - log q and the gradient (log p - log q) grad
+log p, whose mean over samples is that of KL(p|q) (on-policy distillation).
+
+Shapes:  M completion tokens   D hidden size   V vocabulary
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
-from genssd.distill.runs.settings import Checkpoint
+from genssd.distill.runs.settings import ModelPath
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
 from genssd.kernels.cross_entropy import linear_cross_entropy
@@ -38,42 +42,48 @@ from genssd.kernels.divergence import Tail, Vocabulary, linear_divergence, topk_
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.standardized import linear_standardized_kl
 
-Divergence = Literal[
+KdLoss = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "sampled_reverse_kl", "distillm2"
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOptions:
-    """What is minimised."""
+    """Options of the training loss."""
 
-    teacher_model_name_or_path: Checkpoint[str | None] = None
-    """A teacher to load beside the student, for kd_ratio > 0. None: the top k in the rows (`select --teacher-topk`)."""
+    teacher_model_name_or_path: ModelPath[str | None] = None
+    """Hub id or local directory of a teacher that is loaded next to the student, for kd_ratio > 0. None: the
+    teacher's top k is read from the rows (`select --teacher-topk`)."""
     kd_ratio: float = 0.0
-    """Share of the loss that is the divergence from the teacher; the rest is cross-entropy."""
-    kd_loss: Divergence = "forward_kl"
-    """Teacher q, student p: forward_kl is KL(q|p), reverse_kl is KL(p|q); distill/losses.py has all of them."""
+    """Weight of the divergence from the teacher in the loss, in [0, 1]; that of the cross-entropy is 1 - kd_ratio."""
+    kd_loss: KdLoss = "forward_kl"
+    """Divergence of the student p from the teacher q: forward_kl is KL(q|p), reverse_kl is KL(p|q);
+    distill/train/losses.py defines all of them."""
     kd_standardize: bool = False
-    """Compare standardised logits; with kd_loss forward_kl and a teacher in memory."""
+    """Take the divergence between standardised logits; needs kd_loss forward_kl and a teacher in memory."""
     kd_topk: int = 0
-    """Compare over so many of the most likely tokens of the teacher in memory; 0: over the vocabulary. With kd_loss
-    reverse_kl and kd_tail renormalize this is the local support matching of 2603.25562."""
+    """Number of most likely tokens of the teacher in memory over which the divergence is taken; 0: the whole
+    vocabulary. With kd_loss reverse_kl and kd_tail renormalize this is the local support matching of 2603.25562."""
     mask_special_tokens: bool = False
-    """The divergence leaves out the positions of special tokens, which the two models may use differently."""
+    """Leave the positions of special tokens out of the divergence; the two models may use these tokens differently."""
     key_attention: KeyAttentionOptions = field(default_factory=KeyAttentionOptions)
-    """Learn where the teacher in memory looks, beside everything else (MoLSAKI)."""
+    """Loss on the difference between the student's and the teacher's attention to key words, added to the other losses
+    (MoLSAKI); needs a teacher in memory."""
     lmbda: float = 0.0
-    """Share of the optimizer steps whose completions the student writes itself (GKD)."""
+    """Probability that an optimizer step is on-policy: the student writes the completions itself (GKD)."""
     beta: float = 0.5
-    """Of jsd: 0 towards forward KL, 1 towards reverse KL. Of distillm2: the weight of what is rejected, in [0, 2]."""
+    """Mixing weight of jsd, in (0, 1): near 0 it is like forward KL, near 1 like reverse KL. With distillm2: the
+    weight of the rejected completions, in [0, 2]."""
     alpha: float = 0.1
-    """Of the skew divergences."""
+    """Mixing weight alpha of the skewed KL divergences, in [0, 1)."""
     temperature: float = 1.0
-    """Of the divergence."""
+    """Temperature that divides both models' logits in the divergence."""
     kd_tail: Tail = "bucket"
-    """What becomes of the tokens outside the top k: one outcome, or both sides renormalised without them."""
+    """Treatment of the tokens outside the top k: bucket joins them into one outcome, renormalize leaves them out and
+    renormalises both distributions."""
     kd_vocabulary: Vocabulary = "restrict"
-    """Heads padded to different widths: both over the ids they share, or each over its own."""
+    """Vocabulary of the two softmaxes where the heads are padded to different widths: restrict takes both over the ids
+    that both models have, drop takes each over its own ids."""
 
     def __post_init__(self) -> None:
         for name in ("kd_ratio", "lmbda"):
@@ -111,118 +121,130 @@ class LossOptions:
 
     @property
     def uses_rows(self) -> bool:
-        """Whether the teacher's top k come with the data."""
+        """Whether the teacher's top k is read from the rows of the data."""
         return self.kd_ratio > 0.0 and self.teacher_model_name_or_path is None
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether a teacher runs beside the student."""
-        wanted = self.kd_ratio > 0.0 or self.key_attention.weight > 0.0
-        return wanted and self.teacher_model_name_or_path is not None
+        """Whether a teacher is loaded next to the student."""
+        needs_teacher = self.kd_ratio > 0.0 or self.key_attention.weight > 0.0
+        return needs_teacher and self.teacher_model_name_or_path is not None
 
 
 class Head(NamedTuple):
-    """A model's states in front of the completion tokens, and the weight that turns them into logits."""
+    """Hidden states that predict the completion tokens, and the head's weight that turns them into logits."""
 
     hidden_MD: Tensor
     weight_VD: Tensor
 
 
-class Loss(NamedTuple):
-    """total: the weighted sum over the tokens, differentiable. cross_entropy, divergence: its parts, without ratio;
-    None where they are not computed. attention: beside it, the sum over the examples, differentiable, unweighted."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionTokens:
+    """Completion tokens of a forward pass and how each of them counts in the loss."""
+
+    target_M: Tensor
+    """Token ids, int64 [M]."""
+    weight_M: Tensor
+    """Weight of each token in the loss, float [M]."""
+    rejected_M: Tensor | None = None
+    """Whether a token belongs to a rejected completion, bool [M]; such a token has no cross-entropy. None: no token
+    does."""
+    on_policy: bool = False
+    """Whether the student under training wrote the completions."""
+
+
+class LossSums(NamedTuple):
+    """Sums of the losses of a forward pass."""
 
     total: Tensor
+    """Weighted sum of the loss over the tokens, differentiable."""
     cross_entropy: Tensor | None
+    """Weighted sum of the cross-entropy, not multiplied by 1 - kd_ratio; None where it is not computed."""
     divergence: Tensor | None
+    """Weighted sum of the divergence, not multiplied by kd_ratio; None where it is not computed."""
     attention: Tensor | None = None
+    """Sum over the examples of the loss on attention to key words, differentiable, not multiplied by its weight and not
+    a part of `total`; None where it is not computed."""
 
 
-def loss_of(
+def compute_loss(
     options: LossOptions,
     student: Head,
-    target_M: Tensor,
-    weight_M: Tensor,
+    tokens: CompletionTokens,
     teacher: Head | TopK | None = None,
     *,
-    rejected_M: Tensor | None = None,
     special_ids: Sequence[int] = (),
-    own: bool = False,
-) -> Loss:
-    """The loss of M completion tokens. teacher: its head and states, or its top k, for the same tokens. rejected: bool,
-    of the tokens of rejected completions; their cross-entropy does not count. special_ids: see `mask_special_tokens`.
-    own: whether the student wrote the completions."""
+) -> LossSums:
+    """Compute the loss of M completion tokens.
+
+    teacher: its states and head, or its top k, for the same tokens. special_ids: see `mask_special_tokens`.
+    """
     total = student.hidden_MD.new_zeros((), dtype=torch.float32)
     cross_entropy = divergence = None
-    kd_ratio = 1.0 if own else options.kd_ratio
+    kd_ratio = 1.0 if tokens.on_policy else options.kd_ratio
     if kd_ratio < 1.0:
-        learnt = weight_M if rejected_M is None else weight_M.masked_fill(rejected_M, 0.0)
-        of_data = linear_cross_entropy(student.hidden_MD, student.weight_VD, target_M, row_weight=learnt).total
-        total = total + (1.0 - kd_ratio) * of_data
-        cross_entropy = of_data.detach()
+        weight_M = tokens.weight_M
+        if tokens.rejected_M is not None:
+            weight_M = weight_M.masked_fill(tokens.rejected_M, 0.0)
+        sums = linear_cross_entropy(student.hidden_MD, student.weight_VD, tokens.target_M, row_weight=weight_M)
+        total = total + (1.0 - kd_ratio) * sums.total
+        cross_entropy = sums.total.detach()
     if kd_ratio > 0.0:
         assert teacher is not None
         if options.mask_special_tokens and special_ids:
-            special = torch.isin(target_M, torch.tensor(list(special_ids), device=target_M.device))
-            weight_M = weight_M.masked_fill(special, 0.0)
-        found = _divergence(options, student, target_M, weight_M, teacher, rejected_M, own)
-        total = total + kd_ratio * found
-        divergence = found.detach()
-    return Loss(total, cross_entropy, divergence)
+            special = torch.isin(tokens.target_M, torch.tensor(list(special_ids), device=tokens.target_M.device))
+            tokens = replace(tokens, weight_M=tokens.weight_M.masked_fill(special, 0.0))
+        weighted_sum = _sum_divergence(options, student, tokens, teacher)
+        total = total + kd_ratio * weighted_sum
+        divergence = weighted_sum.detach()
+    return LossSums(total, cross_entropy, divergence)
 
 
-def _divergence(
-    options: LossOptions,
-    student: Head,
-    target_M: Tensor,
-    weight_M: Tensor,
-    teacher: Head | TopK,
-    rejected_M: Tensor | None,
-    own: bool,
-) -> Tensor:
-    """The weighted sum over the tokens."""
+def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head | TopK) -> Tensor:
+    """Return the weighted sum of the divergence over the tokens."""
     kind = options.kd_loss
     if isinstance(teacher, Head) and options.kd_standardize:
-        found = linear_standardized_kl(*student, *teacher, temperature=options.temperature, row_weight=weight_M)
-        return found.total
+        temperature, weight_M = options.temperature, tokens.weight_M
+        return linear_standardized_kl(*student, *teacher, temperature=temperature, row_weight=weight_M).total
     if kind == "distillm2":
         assert isinstance(teacher, Head)
-        return _pairs(options, student, weight_M, teacher, rejected_M)
+        return _sum_pair_divergence(options, student, tokens, teacher)
     if kind == "sampled_reverse_kl":
-        if own:
+        if tokens.on_policy:
             assert isinstance(teacher, Head)
-            return _sampled(student, target_M, weight_M, teacher, options.temperature)
-        kind = "reverse_kl"  # held-out data are no draws: what the estimate stands for
-    shared: dict[str, Any] = {
+            return _sum_sampled_reverse_kl(student, tokens, teacher, options.temperature)
+        kind = "reverse_kl"  # held-out completions are not samples of the student: use the divergence itself
+    arguments: dict[str, Any] = {
         "kind": kind,
         "beta": options.beta,
         "alpha": options.alpha,
         "temperature": options.temperature,
-        "row_weight": weight_M,
+        "row_weight": tokens.weight_M,
     }
     if isinstance(teacher, Head) and options.kd_topk:
-        # the targets are not asked about: any valid ones will do
-        asked = torch.zeros_like(target_M)
+        # only the top k is used, so any valid target ids will do
+        unused = torch.zeros_like(tokens.target_M)
         with torch.no_grad():
-            most = min(options.kd_topk, len(teacher.weight_VD))
-            top = linear_logprob(*teacher, asked, temperature=options.temperature, topk=most).topk
+            k = min(options.kd_topk, len(teacher.weight_VD))
+            top = linear_logprob(*teacher, unused, temperature=options.temperature, topk=k).topk
         assert top is not None
-        return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **shared).total
+        return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **arguments).total
     if isinstance(teacher, TopK):
-        top = _at_temperature(teacher, options)
-        return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **shared).total
-    return linear_divergence(*student, *teacher, vocabulary=options.kd_vocabulary, **shared).total
+        top = _apply_temperature(teacher, options)
+        return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **arguments).total
+    return linear_divergence(*student, *teacher, vocabulary=options.kd_vocabulary, **arguments).total
 
 
-def _pairs(options: LossOptions, student: Head, weight_M: Tensor, teacher: Head, rejected_M: Tensor | None) -> Tensor:
-    """Towards the teacher on what is chosen, away from what the student overrates on what is rejected."""
+def _sum_pair_divergence(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head) -> Tensor:
+    """Return the sum of the skewed forward KL of chosen tokens and the skewed reverse KL of rejected tokens."""
+    weight_M, rejected_M = tokens.weight_M, tokens.rejected_M
     rejected = torch.zeros_like(weight_M, dtype=torch.bool) if rejected_M is None else rejected_M
     total = weight_M.new_zeros(())
-    for kind, share, part in (
+    for kind, factor, included in (
         ("skew_forward_kl", 2.0 - options.beta, ~rejected),
         ("skew_reverse_kl", options.beta, rejected),
     ):
-        if bool(part.any()) and share:
+        if bool(included.any()) and factor:
             total = (
                 total
                 + linear_divergence(
@@ -231,41 +253,41 @@ def _pairs(options: LossOptions, student: Head, weight_M: Tensor, teacher: Head,
                     kind=kind,  # type: ignore[arg-type]
                     alpha=options.alpha,
                     temperature=options.temperature,
-                    row_weight=(share * weight_M).masked_fill(~part, 0.0),
+                    row_weight=(factor * weight_M).masked_fill(~included, 0.0),
                     vocabulary=options.kd_vocabulary,
                 ).total
             )
     return total
 
 
-def _sampled(student: Head, target_M: Tensor, weight_M: Tensor, teacher: Head, temperature: float) -> Tensor:
-    """Of every token w (log p - log q); its gradient is that of w stop(log p - log q) log p."""
-    log_p = linear_logprob(*student, target_M, temperature=temperature).logprob
+def _sum_sampled_reverse_kl(student: Head, tokens: CompletionTokens, teacher: Head, temperature: float) -> Tensor:
+    """Return the sum over the tokens of w (log p - log q), with the gradient of w stop(log p - log q) log p."""
+    log_p = linear_logprob(*student, tokens.target_M, temperature=temperature).logprob
     with torch.no_grad():
-        advantage = log_p - linear_logprob(*teacher, target_M, temperature=temperature).logprob
-    # where the weight is 0 nothing counts, whatever the value
-    used = weight_M != 0.0
-    surrogate = torch.where(used, weight_M * advantage * log_p, 0.0).sum()
-    value = torch.where(used, weight_M * advantage, 0.0).sum()
+        advantage = log_p - linear_logprob(*teacher, tokens.target_M, temperature=temperature).logprob
+    # a token of weight 0 adds nothing, even if its value is not finite
+    counted = tokens.weight_M != 0.0
+    surrogate = torch.where(counted, tokens.weight_M * advantage * log_p, 0.0).sum()
+    value = torch.where(counted, tokens.weight_M * advantage, 0.0).sum()
     return value + surrogate - surrogate.detach()
 
 
-def _at_temperature(top: TopK, options: LossOptions) -> TopK:
-    """The top k as the teacher would have said them at this temperature, among themselves."""
+def _apply_temperature(top: TopK, options: LossOptions) -> TopK:
+    """Return the top k renormalised at the temperature of the divergence."""
     if options.temperature == 1.0:
         return top
     return TopK(top.ids, (top.logprob / options.temperature).log_softmax(1))
 
 
-def topk_of(examples: Sequence[Example]) -> TopK:
-    """The rows' top k, behind each other; rows with fewer are filled with places that count nothing."""
+def read_topk(examples: Sequence[Example]) -> TopK:
+    """Read and concatenate the teacher's top k of all examples; rows with a smaller k are padded with id -1."""
     parts = [example.topk.read() for example in examples if example.topk is not None]
     most = max(part.ids.shape[1] for part in parts)
-    wide = [
+    padded = [
         TopK(
             torch.nn.functional.pad(part.ids, (0, most - part.ids.shape[1]), value=-1),
             torch.nn.functional.pad(part.logprob, (0, most - part.logprob.shape[1]), value=-math.inf),
         )
         for part in parts
     ]
-    return TopK.concatenate(wide)
+    return TopK.concatenate(padded)

@@ -1,4 +1,4 @@
-"""Metrics of a training: always metrics.jsonl, and a monitor where one is wanted and installed."""
+"""Metrics of a training: metrics.jsonl always, TensorBoard or Weights & Biases where report_to names it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ from genssd.engine.errors import InputError
 
 
 class Monitor(Protocol):
-    """Takes the numbers of a step."""
+    """A program that shows the metrics of a training."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the metrics of a step, by name."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Finish, so that no metrics are lost."""
 
 
 class Metrics:
-    """metrics.jsonl and a monitor at once. Use as a context manager."""
+    """metrics.jsonl together with a monitor. Use as a context manager."""
 
-    def __init__(self, journal: Path, report_to: str) -> None:
-        self._monitor = open_monitor(report_to, journal.parent)
-        self._journal = Journal(journal)
+    def __init__(self, journal: Journal, monitor: Monitor | None) -> None:
+        self._journal = journal
+        self._monitor = monitor
+
+    @staticmethod
+    def open(path: Path, report_to: str) -> Metrics:
+        """Open metrics.jsonl to append to it, and the named monitor. Raises InputError when it is not installed."""
+        monitor = open_monitor(report_to, path.parent)
+        return Metrics(Journal(path), monitor)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """row: numbers by name, `step` among them."""
+        """Write a row of numbers by name, one of which is `step`."""
         self._journal.append(row)
         if self._monitor is not None:
             self._monitor.log(row["step"], {name: value for name, value in row.items() if name != "step"})
@@ -41,13 +49,13 @@ class Metrics:
             self._monitor.close()
 
 
-class Silence:
-    """In place of Metrics, for the processes that do not write."""
+class NoMetrics:
+    """Replacement of Metrics in the processes that write no files."""
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Ignore the row."""
 
-    def __enter__(self) -> Silence:
+    def __enter__(self) -> NoMetrics:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -55,21 +63,21 @@ class Silence:
 
 
 def open_monitor(report_to: str, output_dir: Path) -> Monitor | None:
-    """The named monitor; None for "none". Raises InputError when it is not installed."""
-    makers: dict[str, Callable[[Path], Monitor]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+    """Open the named monitor; return None for "none". Raises InputError when its package is not installed."""
+    openers: dict[str, Callable[[Path], Monitor]] = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
     if report_to == "none":
         return None
     try:
-        return makers[report_to](output_dir)
+        return openers[report_to](output_dir)
     except ImportError:
         raise InputError(f"report_to={report_to} needs the package {report_to}: pip install {report_to}") from None
 
 
 class _TensorBoard:
-    def __init__(self, output_dir: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    """Monitor that writes TensorBoard's event files."""
 
-        self._writer: Any = SummaryWriter(output_dir / "tensorboard")
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -79,14 +87,26 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _WandB:
-    def __init__(self, output_dir: Path) -> None:
-        import wandb
+def _open_tensorboard(output_dir: Path) -> Monitor:
+    from torch.utils.tensorboard import SummaryWriter
 
-        self._run: Any = wandb.init(dir=str(output_dir), name=output_dir.name)
+    return _TensorBoard(SummaryWriter(output_dir / "tensorboard"))
+
+
+class _WandB:
+    """Monitor that sends to Weights & Biases."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _open_wandb(output_dir: Path) -> Monitor:
+    import wandb
+
+    return _WandB(wandb.init(dir=str(output_dir), name=output_dir.name))

@@ -1,4 +1,7 @@
-"""The models of a training: transformers' own. The student has gradients, on all weights or on low-rank adapters."""
+"""Loading and saving the models of a training, which are transformers' own classes.
+
+The student is trained on all weights or on low-rank adapters; the teacher is frozen.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from genssd.distill.train.batches import Batch
-from genssd.distill.train.distributed import whole
+from genssd.distill.train.batches import TokenBatch
+from genssd.distill.train.distributed import gather_shards
+from genssd.distill.train.key_attention import AttentionCollector
 from genssd.engine.checkpoint import weight_files
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.text import Tokenizer
@@ -25,8 +30,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> Any:
-    """A transformers model. Raises CheckpointError when a weight is missing or misshapen, the tokenizer does not fit,
-    or the head is more than a matrix product."""
+    """Load a causal language model with transformers.
+
+    Raises CheckpointError when a weight is missing or misshapen, the tokenizer does not fit, or the head is more than a
+    matrix product.
+    """
     weight_files(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -52,7 +60,7 @@ def load_model(
 
 @torch.no_grad()
 def _check_head(model: Any, directory: Path) -> None:
-    """The loss takes hidden @ weight for the logits; a bias, a softcap or a scale would be left out silently."""
+    """Check that the logits are hidden @ weight; the loss would silently leave out a bias, a softcap or a scale."""
     ids = torch.arange(8)[None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = hidden @ model.get_output_embeddings().weight.T
@@ -64,7 +72,7 @@ def _check_head(model: Any, directory: Path) -> None:
 
 
 def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model to distil from: frozen. Raises InputError when its tokenizer is another than the student's."""
+    """Load a model to distil from, frozen. Raises InputError when its tokenizer differs from the student's."""
     tokenizer = Tokenizer(directory)
     if tokenizer.fingerprint != student.fingerprint:
         raise InputError(
@@ -75,7 +83,7 @@ def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtyp
 
 
 def check_layout(model: Any, layout: str) -> None:
-    """Raise InputError when a model's attention cannot take the mask of a packed layout."""
+    """Check that a model's attention takes the mask of a layout. Raises InputError if it does not."""
     if layout == "pad":
         return
     config, attention = model.config, model.config._attn_implementation
@@ -85,27 +93,36 @@ def check_layout(model: Any, layout: str) -> None:
         raise InputError(f"layout {layout} cannot mask the sliding windows of {config.model_type}: use layout pad")
 
 
-def completion_states(model: Any, batch: Batch) -> Tensor:
-    """The hidden states that predict the completion tokens, [M, D]."""
+def compute_completion_states(model: Any, batch: TokenBatch, attention: AttentionCollector | None = None) -> Tensor:
+    """Run a model and return the hidden states that predict the completion tokens, [M, D].
+
+    attention: takes the attention to key words of every layer; the model's attention implementation must be that of
+    key_attention.py. Raises InputError when the model does not pass it on to its attention.
+    """
     mask = batch.attention_mask
     if mask.ndim == 4 and model.config._attn_implementation == "eager":
         dtype = model.get_input_embeddings().weight.dtype
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    options = {} if attention is None else {"attention_collector": attention}
     out = model.base_model(
-        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **options
     )
-    # positions that are not trained never meet the head
+    if attention is not None and not attention.is_filled:
+        raise InputError(f"key_attention cannot read the attention of {model.config.model_type}: leave it out")
+    # only positions that predict a completion token go through the head
     hidden: Tensor = out.last_hidden_state.flatten(0, 1)[batch.source]
     return hidden
 
 
 def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool = True) -> None:
-    """A save_pretrained directory with tokenizer and chat template; adapters are merged into the weights, and stand
-    beside them in adapter/. Raises InputError when it cannot be written.
+    """Write a save_pretrained directory with tokenizer and chat template. Raises InputError when it cannot be written.
 
-    Of a model that is split over processes all have to call this, one with write.
+    Adapters are merged into the weights, and also written on their own into adapter/. Every process of a training has
+    to call this, because sharded weights are gathered from all; only one of them with write.
     """
-    state = _merged(model) if has_adapters(model) else {k: _own(v) for k, v in model.state_dict().items()}
+    state = (
+        _merge_adapters(model) if has_adapters(model) else {k: _copy_to_cpu(v) for k, v in model.state_dict().items()}
+    )
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     if not write:
@@ -119,17 +136,17 @@ def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool
         raise InputError(f"{directory} cannot be written: {error}") from None
 
 
-def _own(value: Tensor) -> Tensor:
-    """A whole tensor on the CPU that shares its memory with no neighbour."""
-    value = whole(value).detach().cpu()
+def _copy_to_cpu(value: Tensor) -> Tensor:
+    """Return the full tensor on the CPU, as a copy if its memory holds more than this tensor."""
+    value = gather_shards(value).detach().cpu()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def add_adapters(model: Any, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> None:
-    """Put trainable low-rank adapters into the layers of a model and freeze the rest.
+    """Put trainable low-rank adapters into the layers of a model and freeze its other weights.
 
-    targets: module names, or "all-linear" alone. Raises InputError without peft, when no module has one of the names,
-    and for the embedding and the head, whose weights are used as they are.
+    targets: module names, or "all-linear" alone. Raises InputError when peft is not installed, when no module has one
+    of the names, and when a name is that of the embedding or the head, whose weights the loss uses directly.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -153,30 +170,27 @@ def add_adapters(model: Any, *, r: int, alpha: int, dropout: float, targets: tup
 
 
 def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
-    """Every name is that of a module inside of the layers."""
+    """Check that every target is the name of a module inside the layers. Raises InputError if it is not."""
     names = [name for name, _ in model.named_modules()]
-    outside = [name for name, module in model.named_modules() if module in _ends(model)]
+    outside_layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    outside = [name for name, module in model.named_modules() if module in outside_layers]
     for target in targets:
-        found = [name for name in names if name == target or name.endswith(f".{target}")]
-        if not found:
+        matching = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not matching:
             known = sorted({name.rsplit(".", 1)[-1] for name in names if name.endswith("_proj")})
             raise InputError(f"lora_target_modules: no module is called {target!r}; there are {', '.join(known)}")
-        if set(found) & set(outside):
+        if set(matching) & set(outside):
             raise InputError(f"lora_target_modules: {target} is no part of a layer; adapters go to projections")
 
 
-def _ends(model: Any) -> list[Any]:
-    return [model.get_input_embeddings(), model.get_output_embeddings()]
-
-
 def has_adapters(model: Any) -> bool:
+    """Return whether `add_adapters` has put adapters into the model."""
     return hasattr(model, "peft_config")
 
 
 def save_adapters(model: Any, directory: Path) -> None:
-    """The adapters alone, as peft writes them."""
+    """Write the adapters on their own, in the format of peft."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
@@ -188,16 +202,15 @@ def save_adapters(model: Any, directory: Path) -> None:
 
 
 def load_adapters(model: Any, directory: Path) -> None:
-    """Into adapters of the same shapes."""
+    """Load adapters from a directory into a model that has adapters of the same shapes."""
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     state = load_file(directory / "adapter_model.safetensors")
     set_peft_model_state_dict(model, {name.removeprefix("base_model.model."): value for name, value in state.items()})
 
 
-def _merged(model: Any) -> dict[str, Tensor]:
-    """The weights with what the adapters add to them, under their own names; the model stays as it is."""
+def _merge_adapters(model: Any) -> dict[str, Tensor]:
+    """Return the weights with the adapters added, by the names of the model without adapters; change no weight."""
     from peft.tuners.lora import LoraLayer
 
     state = {

@@ -1,7 +1,8 @@
 """On-policy training: the student under training writes the completions itself (GKD, 2306.13649).
 
-Our engine runs on the trainer's own weights: the parameters are views of the engine's stacked matrices, so an optimizer
-step is seen at once and nothing is copied. What is drawn depends on the seed, the step and the weights alone.
+The engine runs on the trainer's own weights: the model's parameters become views of the engine's stacked matrices, so
+the engine uses the result of an optimizer step without a copy. Which tokens are sampled depends on the seed, the step
+and the weights alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
+from genssd.distill.runs.settings import Operational
 from genssd.engine.config import ModelConfig
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -25,67 +27,76 @@ from genssd.engine.text import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutOptions:
-    """How the student writes while it is trained."""
+    """Options of the completions that the student writes during its training."""
 
     max_tokens: int = 512
-    """Of a completion."""
+    """Maximum number of tokens in a completion."""
     sampling: Sampling = field(default_factory=Sampling)
-    memory_bytes: int | None = None
-    """Of the key-value cache; None: a third of what is free."""
+    """Sampling of the student's tokens."""
+    memory_bytes: Operational[int | None] = None
+    """Size of the student's KV cache in bytes; None: a third of the free memory."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise InputError(f"rollout.max_tokens must be at least 1, not {self.max_tokens}")
 
 
-class Rollouts:
-    """Replaces the completions of some optimizer steps by the student's own."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutPlan:
+    """Plan of the on-policy steps of a training: which steps they are, and how their completions are written."""
 
-    def __init__(
-        self,
-        model: Any,
-        source: Path,
-        tokenizer: Tokenizer,
-        options: RolloutOptions,
-        *,
-        share: float,
-        seed: int,
-        max_length: int,
-    ) -> None:
-        """share: the probability with which a step is on-policy. max_length: of prompt and completion. The model's
-        parameters become views."""
-        self._options = options
-        self._share = share
-        self._seed = seed
-        self._max_length = max_length
+    options: RolloutOptions
+    probability: float
+    """Probability that a step is on-policy."""
+    seed: int
+    """Seed of the training."""
+    max_length: int
+    """Maximum number of tokens in a prompt with its completion; longer sequences are cut off."""
+
+    def is_on_policy(self, step: int) -> bool:
+        """Return whether a step is on-policy; this depends on the seed and the step alone."""
+        return random.Random(f"{self.seed}:{step}:rollout").random() < self.probability
+
+
+class Rollouts:
+    """The student under training in the role of a writer of completions."""
+
+    def __init__(self, engine: Engine, plan: RolloutPlan) -> None:
+        self.plan = plan
+        self._engine = engine
+
+    @staticmethod
+    def build(model: Any, source: Path, tokenizer: Tokenizer, plan: RolloutPlan) -> Rollouts:
+        """Build an engine on a model's weights; the model's parameters become views of the engine's matrices.
+
+        source: the model's directory, which holds its config.
+        """
         tensors: dict[str, Tensor] = {name: p.data for name, p in model.state_dict(keep_vars=True).items()}
         decoder = Decoder.of(ModelConfig.load(source), tensors, source)
         for name, view in decoder.stacked().items():
             model.get_parameter(name).data = view
-        # messages about its cache name memory_bytes: it is rollout.memory_bytes here
-        self._engine = Engine.over("student", decoder, tokenizer, memory_bytes=options.memory_bytes)
+        # the engine's messages name the option memory_bytes, which is rollout.memory_bytes here
+        engine = Engine.over("student", decoder, tokenizer, memory_bytes=plan.options.memory_bytes)
+        return Rollouts(engine, plan)
 
-    def due(self, step: int) -> bool:
-        """Whether a step is on-policy."""
-        return random.Random(f"{self._seed}:{step}:rollout").random() < self._share
+    def write(self, examples: Sequence[Example], step: int, indices: Sequence[int]) -> list[Example]:
+        """Return those examples of a step that have the indices, with completions that the student writes now.
 
-    def write(self, examples: Sequence[Example], step: int, mine: Sequence[int]) -> list[Example]:
-        """Some of a step's examples, by index, with completions that the student writes now.
-
-        Equal prompts draw different completions, whoever writes them.
+        A completion depends on the index of its example and not on the other indices, so several processes write the
+        same completions as one; equal prompts get different completions.
         """
-        written = self._engine.iter_generate(
+        generated = self._engine.iter_generate(
             [example.input_ids[: example.num_prompt] for example in examples],
             model="student",
-            sampling=self._options.sampling,
-            max_tokens=self._options.max_tokens,
-            seed=self._seed + step,
-            skip=frozenset(range(len(examples))) - frozenset(mine),
+            sampling=self.plan.options.sampling,
+            max_tokens=self.plan.options.max_tokens,
+            seed=self.plan.seed + step,
+            skip=frozenset(range(len(examples))) - frozenset(indices),
             labels=[example.where for example in examples],
         )
-        found = {index: completion.token_ids for index, (completion,) in written}
-        return [self._with(examples[i], found[i]) for i in mine]
+        token_ids = {index: completion.token_ids for index, (completion,) in generated}
+        return [self._replace_completion(examples[i], token_ids[i]) for i in indices]
 
-    def _with(self, example: Example, token_ids: Sequence[int]) -> Example:
-        ids = (*example.input_ids[: example.num_prompt], *token_ids)[: self._max_length]
+    def _replace_completion(self, example: Example, token_ids: Sequence[int]) -> Example:
+        ids = (*example.input_ids[: example.num_prompt], *token_ids)[: self.plan.max_length]
         return replace(example, input_ids=ids, chunk_weights=(), topk=None)

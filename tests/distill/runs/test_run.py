@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from genssd.distill.runs.directory import claim
+from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import Operational
 from genssd.engine.errors import InputError
@@ -116,7 +116,7 @@ def test_parts_on_disk_are_a_run_that_has_begun(tmp_path: Path) -> None:
 
 def test_the_directory_belongs_to_one_process_and_one_command(tmp_path: Path) -> None:
     config = Config(output_dir=str(tmp_path / "run"))
-    with claim(tmp_path / "run", "count"), pytest.raises(InputError, match="another run is at work in"):
+    with claim_directory(tmp_path / "run", "count"), pytest.raises(InputError, match="another run is at work in"):
         work(config)
     work(config)
     with (

@@ -16,7 +16,7 @@ from conftest import TinyPair
 
 from genssd import Chunk, Engine, Sampling
 from genssd.distill.data.problems import read_problems
-from genssd.distill.runs.directory import claim
+from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.run import Run
 from genssd.distill.select.run import SelectConfig, keep_complete, run_select
 from genssd.engine.errors import CapacityError, InputError
@@ -223,7 +223,7 @@ def test_lost_decisions_stop_a_resume_and_nothing_is_cut(
 
 def test_two_runs_do_not_share_a_directory(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
-    with claim(tmp_path / "run", "select"), pytest.raises(InputError, match="another run is at work in"):
+    with claim_directory(tmp_path / "run", "select"), pytest.raises(InputError, match="another run is at work in"):
         run_select(config, tiny_pair.engine)
     (tmp_path / "run" / "run.json").write_text('{"command": "train"}')
     with pytest.raises(InputError, match="belongs to a run of `genssd train`"):

@@ -14,10 +14,10 @@ from support.toys import save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from genssd.distill.data.examples import Example
-from genssd.distill.train.batches import TokenRow, lay_out
+from genssd.distill.train.batches import ExampleBatch, TokenRow, build_token_batch
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.losses import LossOptions
-from genssd.distill.train.models import check_layout, completion_states
+from genssd.distill.train.models import check_layout, compute_completion_states
 from genssd.engine.errors import InputError
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
@@ -28,7 +28,7 @@ ROWS = st.lists(
 
 @given(ROWS, st.sampled_from(["pad", "pack", "tree"]))
 def test_every_token_sees_its_own_sequence_and_nothing_else(rows: list[TokenRow], layout: Any) -> None:
-    batch = lay_out(rows, layout, pad_id=9)
+    batch = build_token_batch(rows, layout, pad_id=9)
     ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
     width = batch.input_ids.shape[1]
     place = 0
@@ -47,12 +47,12 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(rows: list[TokenRow]
     assert place == len(batch.source) == len(batch.target)
 
 
-def test_a_tree_computes_what_is_shared_once() -> None:
+def test_a_tree_stores_a_shared_prefix_once() -> None:
     prompt = (1, 2, 3, 4)
     rows = [TokenRow((*prompt, 5, 6), 4), TokenRow((*prompt, 5, 7), 4), TokenRow((*prompt, 8), 4), TokenRow((1, 9), 1)]
-    assert lay_out(rows, "tree", 0).input_ids.shape == (1, 4 + 2 + 1 + 1 + 1)
-    assert lay_out(rows, "pack", 0).input_ids.shape == (1, 6 + 6 + 5 + 2)
-    assert lay_out(rows, "pad", 0).input_ids.shape == (4, 6)
+    assert build_token_batch(rows, "tree", 0).input_ids.shape == (1, 4 + 2 + 1 + 1 + 1)
+    assert build_token_batch(rows, "pack", 0).input_ids.shape == (1, 6 + 6 + 5 + 2)
+    assert build_token_batch(rows, "pad", 0).input_ids.shape == (4, 6)
 
 
 def norm_in_float64(model: Any) -> None:
@@ -80,17 +80,17 @@ def test_a_split_batch_has_the_gradient_of_the_whole(tiny_pair: TinyPair, layout
         ids = (1, 2, 3, *torch.randint(0, 4, (length,), generator=generator).tolist())
         chunks = ((1, 2.0), (length - 1, 0.5)) if i % 2 else ()
         examples.append(Example(input_ids=ids, num_prompt=3, weight=1.0 + i, chunk_weights=chunks))
-    weight = sum(sum(example.token_weights()) for example in examples)
-    forward = ForwardPass(model, teacher if kd else None, tokenizer, options, layout=layout, bf16=False)
-    found = []
+    batch = ExampleBatch(examples=examples, on_policy=False)
+    forward = ForwardPass.build(model, teacher if kd else None, tokenizer, options, layout=layout, bf16=False)
+    gradients = []
     for size in (6, 4, 3, 1):
         model.zero_grad()
-        for start in range(0, 6, size):
-            loss = forward.loss(examples[start : start + size], counts=True, own=False, when="now")
-            (loss.total / weight).backward()  # type: ignore[no-untyped-call]
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    for split in found[1:]:
-        for name, gradient in found[0].items():
+        for part in batch.split(size):
+            sums = forward.compute_loss(part, counted=True, when="now")
+            (sums.total / batch.weight).backward()  # type: ignore[no-untyped-call]
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for split in gradients[1:]:
+        for name, gradient in gradients[0].items():
             torch.testing.assert_close(split[name], gradient, atol=1e-10, rtol=1e-9)
 
 
@@ -116,14 +116,14 @@ def test_all_layouts_give_the_states_and_gradients_of_single_sequences(
         hidden = model.base_model(input_ids=torch.tensor([row.ids])).last_hidden_state[0]
         expected.append(hidden[row.num_prompt - 1 : -1])
     alone = torch.cat(expected)
-    wanted = torch.randn(alone.shape, generator=generator, dtype=torch.float64)
-    (alone * wanted).sum().backward()
+    output_gradient = torch.randn(alone.shape, generator=generator, dtype=torch.float64)
+    (alone * output_gradient).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     for layout in ("pad", "pack", "tree"):
         model.zero_grad()
-        states = completion_states(model, lay_out(rows, layout, 0))  # type: ignore[arg-type]
+        states = compute_completion_states(model, build_token_batch(rows, layout, 0))  # type: ignore[arg-type]
         torch.testing.assert_close(states, alone, atol=close, rtol=close)
-        (states * wanted).sum().backward()
+        (states * output_gradient).sum().backward()
         for name, gradient in gradients.items():
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=close, rtol=close)
 

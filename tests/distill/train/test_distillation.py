@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM
 from genssd import Engine
 from genssd.distill.data.examples import read_examples
 from genssd.distill.data.topk_store import TopkStore, locate_topk
+from genssd.distill.select.reselect import ReselectConfig, run_reselect
 from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.train import evaluation, forward
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.losses import LossOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError, NumericsError
+from genssd.engine.errors import CapacityError, InputError, NumericsError
 from genssd.kernels.logprob import TopK
 
 Write = Callable[..., Path]
@@ -38,7 +40,7 @@ def logits_of(directory: Path, ids: list[int]) -> torch.Tensor:
 
 
 def divergence(kind: str, teacher: torch.Tensor, student: torch.Tensor, mix: float) -> torch.Tensor:
-    """Of every row, by definition."""
+    """Return the divergence of every row, by its definition."""
     log_q, log_p = teacher.log_softmax(-1), student.log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
 
@@ -70,15 +72,15 @@ def test_the_first_loss_is_the_formulas(
     )  # fmt: skip
     run_train(config)
     tokenizer = tiny_pair.engine.tokenizer("student")
-    found, plain = [], []
+    divergences, cross_entropies = [], []
     for row in rows:
         prompt = tokenizer.encode(row["prompt"], special=True)
         ids = [*prompt, *tokenizer.encode(row["completion"], special=False), tokenizer.eos_token_id]
         q, p = (logits_of(path, ids)[len(prompt) - 1 : -1] for path in (tiny_pair.teacher, tiny_pair.student))
-        found.append(divergence(kind, q / temperature, p / temperature, 0.3 if kind == "jsd" else 0.2))
-        plain.append(-p.log_softmax(-1).gather(1, torch.tensor(ids[len(prompt) :])[:, None])[:, 0])
+        divergences.append(divergence(kind, q / temperature, p / temperature, 0.3 if kind == "jsd" else 0.2))
+        cross_entropies.append(-p.log_softmax(-1).gather(1, torch.tensor(ids[len(prompt) :])[:, None])[:, 0])
     (logged,) = metrics(tmp_path / "run")
-    kd, ce = float(torch.cat(found).mean()), float(torch.cat(plain).mean())
+    kd, ce = float(torch.cat(divergences).mean()), float(torch.cat(cross_entropies).mean())
     assert logged["divergence"] == pytest.approx(kd, rel=1e-4)
     assert logged["loss"] == pytest.approx(ratio * kd + (1 - ratio) * ce, rel=1e-4)
     if ratio == 1.0:
@@ -101,7 +103,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(
 
 
 def selected(pair: TinyPair, write_rows: Write, out: Path, topk: int) -> Path:
-    """Prompts that both models read through templates of their own."""
+    """Select trajectories of prompts to which each model applies its own chat template."""
     data = write_rows([{"question": f"{i}+{i}?"} for i in range(4)], "problems.jsonl")
     config = SelectConfig(
         teacher=str(pair.teacher), student=str(pair.student), data=str(data), output_dir=str(out), candidates=3,
@@ -156,17 +158,17 @@ def test_the_teacher_reads_the_prompt_its_own_way(tiny_pair: TinyPair, write_row
         tiny_pair, data, tmp_path / "run", max_steps=1, kd_ratio=1.0, teacher_model_name_or_path=str(tiny_pair.teacher)
     )
     run_train(config)
-    found = []
+    divergences = []
     for prompt in ([3, 4, 5, 6], [1, 2]):
         q = logits_of(tiny_pair.teacher, [*prompt, 5, 6, 7])[len(prompt) - 1 : -1]
-        found.append(divergence("forward_kl", q, logits_of(tiny_pair.student, [1, 2, 5, 6, 7])[1:-1], 0.0))
-    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(float(torch.cat(found).mean()), rel=1e-4)
+        divergences.append(divergence("forward_kl", q, logits_of(tiny_pair.student, [1, 2, 5, 6, 7])[1:-1], 0.0))
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["pack", "tree"])
 @pytest.mark.parametrize("kd", [0.0, 0.5])
 def test_layouts_train_the_same(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, layout: Any, kd: float) -> None:
-    """Every prompt is there twice; the batches of a tree differ, so one batch holds everything."""
+    """Every prompt occurs twice; the batches of a tree differ, so one batch holds all examples."""
     rows = [{**row, "completion": row["completion"] + more} for row in ROWS[:5] for more in ("", "x")]
     shared = {
         "num_train_epochs": 3,
@@ -186,12 +188,12 @@ def test_layouts_train_the_same(tiny_pair: TinyPair, write_rows: Write, tmp_path
 def test_a_tree_keeps_the_trajectories_of_a_prompt_together(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genssd.distill.train import forward
-
     rows = [{**row, "completion": f"{row['completion']}{k}"} for k in range(2) for row in ROWS[:6]]
     batches = []
-    real = forward.lay_out
-    monkeypatch.setattr(forward, "lay_out", lambda rows, *rest: batches.append(list(rows)) or real(rows, *rest))
+    real = forward.build_token_batch
+    monkeypatch.setattr(
+        forward, "build_token_batch", lambda rows, *rest: batches.append(list(rows)) or real(rows, *rest)
+    )
     run_train(config_for(tiny_pair, write_rows(rows), tmp_path / "run", layout="tree", num_train_epochs=2))
     assert len(batches) == 12
     assert all(len({row.ids[: row.num_prompt] for row in batch}) == 1 for batch in batches)
@@ -279,8 +281,8 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
 
 def test_a_resumed_selection_has_the_same_top_k(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     path = selected(tiny_pair, write_rows, tmp_path / "run", 4)
-    whole, store = path.read_text(), (tmp_path / "run" / "teacher_topk.bin").read_bytes()
-    path.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    journal, store = path.read_text(), (tmp_path / "run" / "teacher_topk.bin").read_bytes()
+    path.write_text("".join(journal.splitlines(keepends=True)[:2]))
     (tmp_path / "run" / "teacher_topk.bin").write_bytes(store + b"torn")
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     config = SelectConfig(
@@ -288,7 +290,7 @@ def test_a_resumed_selection_has_the_same_top_k(tiny_pair: TinyPair, write_rows:
         chunk=Chunk(tokens=3, until=None), teacher_topk=4, resume=True,
     )  # fmt: skip
     run_select(config, tiny_pair.engine)
-    assert path.read_text() == whole
+    assert path.read_text() == journal
     assert (tmp_path / "run" / "teacher_topk.bin").read_bytes() == store
 
 
@@ -313,32 +315,30 @@ def test_adapters_go_to_the_layers(
 def test_a_crash_while_the_best_is_written_is_survived(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genssd.distill.train import trainer as training
-
     data = write_rows(ROWS)
-    whole = config_for(tiny_pair, data, tmp_path / "whole", eval_data=(str(data),), eval_steps=2, save_steps=1)
-    expected = run_train(whole)
-    real = training.write_json
+    uninterrupted = config_for(tiny_pair, data, tmp_path / "whole", eval_data=(str(data),), eval_steps=2, save_steps=1)
+    expected = run_train(uninterrupted)
+    real = evaluation.write_json
 
-    def dies(path: Path, value: Any) -> None:
+    def crash(path: Path, value: Any) -> None:
         if path.name == "best.json" and value["step"] == 4:
             raise KeyboardInterrupt
         real(path, value)
 
-    monkeypatch.setattr(training, "write_json", dies)
-    config = dataclasses.replace(whole, output_dir=str(tmp_path / "torn"))
+    monkeypatch.setattr(evaluation, "write_json", crash)
+    config = dataclasses.replace(uninterrupted, output_dir=str(tmp_path / "torn"))
     with pytest.raises(KeyboardInterrupt):
         run_train(config)
     monkeypatch.undo()
     assert json.loads((tmp_path / "torn" / "best" / "best.json").read_text())["step"] == 2
     shutil.rmtree(tmp_path / "torn" / "best")
-    found = run_train(dataclasses.replace(config, resume_from_checkpoint="last"))
-    assert found.best_eval_loss == expected.best_eval_loss
+    resumed = run_train(dataclasses.replace(config, resume_from_checkpoint="last"))
+    assert resumed.best_eval_loss == expected.best_eval_loss
     one, other = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("whole", "torn"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     (tmp_path / "stale" / "best").mkdir(parents=True)
     with pytest.raises(InputError, match="holds a model already"):
-        run_train(dataclasses.replace(whole, output_dir=str(tmp_path / "stale")))
+        run_train(dataclasses.replace(uninterrupted, output_dir=str(tmp_path / "stale")))
 
 
 def test_a_loss_on_held_out_rows_that_is_not_finite_stops(
@@ -387,19 +387,21 @@ def test_adapters_alone_are_trained_and_merged(tiny_pair: TinyPair, write_rows: 
 
 def test_training_of_adapters_resumes_exactly(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "whole", use_peft=True, save_steps=2, lora_dropout=0.1)
+    config = config_for(
+        tiny_pair, write_rows(ROWS), tmp_path / "uninterrupted", use_peft=True, save_steps=2, lora_dropout=0.1
+    )
     run_train(dataclasses.replace(config, save_total_limit=None))
     (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "checkpoint-2").symlink_to(tmp_path / "whole" / "checkpoint-2")
+    (tmp_path / "part" / "checkpoint-2").symlink_to(tmp_path / "uninterrupted" / "checkpoint-2")
     run_train(
         dataclasses.replace(config, output_dir=str(tmp_path / "part"), save_steps=None, resume_from_checkpoint="last")
     )
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "part")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    uninterrupted, resumed = weights(tmp_path / "uninterrupted"), weights(tmp_path / "part")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 def test_the_best_model_on_held_out_rows_is_kept(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    """Trained on what contradicts the held-out rows: the loss there rises in the end."""
+    """The training data contradict the held-out rows, so that the loss on these rises in the end."""
     held_out = write_rows([{"prompt": "1+1=", "completion": "2"}], "held.jsonl")
     data = write_rows([{"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "77"}] * 2)
     config = config_for(
@@ -423,8 +425,8 @@ def test_tensorboard_gets_what_the_journal_gets(tiny_pair: TinyPair, write_rows:
     run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", report_to="tensorboard"))
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    found = [event.value for event in events.Scalars("train/loss")]
-    assert found == pytest.approx([row["loss"] for row in metrics(tmp_path / "run")], rel=1e-6)
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses == pytest.approx([row["loss"] for row in metrics(tmp_path / "run")], rel=1e-6)
 
 
 def test_a_monitor_that_is_missing_is_named(
@@ -447,13 +449,10 @@ def test_a_bad_batch_is_saved(tiny_pair: TinyPair, write_rows: Write, tmp_path: 
 def test_too_little_memory_says_what_to_lower(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genssd.distill.train import forward
-    from genssd.engine.errors import CapacityError
-
     def fail(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(forward, "completion_states", fail)
+    monkeypatch.setattr(forward, "compute_completion_states", fail)
     with pytest.raises(CapacityError, match="lower per_device_train_batch_size"):
         run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run"))
 
@@ -484,11 +483,11 @@ def test_pairs_are_learnt_towards_and_away(tiny_pair: TinyPair, write_rows: Writ
     tokenizer = tiny_pair.engine.tokenizer("student")
     kd = ce = tokens = 0.0
     for row in rows:
-        for name, kind, share in (("chosen", "skew_forward_kl", 1.3), ("rejected", "skew_reverse_kl", 0.7)):
+        for name, kind, factor in (("chosen", "skew_forward_kl", 1.3), ("rejected", "skew_reverse_kl", 0.7)):
             prompt = tokenizer.encode(row["prompt"], special=True)
             ids = [*prompt, *tokenizer.encode(row[name], special=False), tokenizer.eos_token_id]
             q, p = (logits_of(path, ids)[len(prompt) - 1 : -1] for path in (tiny_pair.teacher, tiny_pair.student))
-            kd += share * float(divergence(kind, q, p, 0.2).sum())
+            kd += factor * float(divergence(kind, q, p, 0.2).sum())
             tokens += len(ids) - len(prompt)
             if name == "chosen":
                 ce -= float(p.log_softmax(-1).gather(1, torch.tensor(ids[len(prompt) :])[:, None]).sum())
@@ -507,12 +506,10 @@ def test_pairs_are_learnt_towards_and_away(tiny_pair: TinyPair, write_rows: Writ
 
 
 def test_our_own_pairs_come_with_their_ids(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    from genssd.distill.select.reselect import ReselectConfig, run_reselect
-
     path = selected(tiny_pair, write_rows, tmp_path / "run", 0)
-    run_reselect(ReselectConfig(run=str(path.parent), output_dir=str(tmp_path / "again"), memory_bytes=1 << 22))
+    run_reselect(ReselectConfig(run=str(path.parent), output_dir=str(tmp_path / "reselected"), memory_bytes=1 << 22))
     tokenizer = tiny_pair.engine.tokenizer("student")
-    pairs = tmp_path / "again" / "pairs.jsonl"
+    pairs = tmp_path / "reselected" / "pairs.jsonl"
     examples = read_examples([pairs], tokenizer, max_length=512, statuses=()).examples
     rows = lines(pairs)
     assert len(examples) == 2 * len(rows)

@@ -26,7 +26,7 @@ Write = Callable[..., Path]
 
 
 def run_two(options: dict[str, Any]) -> str:
-    """`genssd train` under torchrun; returns what is printed."""
+    """Run `genssd train` under torchrun in two processes; return its standard output."""
     flags: list[str] = []
     for name, value in options.items():
         if isinstance(value, bool):
@@ -45,7 +45,7 @@ def run_two(options: dict[str, Any]) -> str:
 def test_two_processes_train_what_one_trains(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, fsdp: bool
 ) -> None:
-    """At an equal global batch; the last batch of an epoch leaves one process without examples. Resumed, too."""
+    """The global batch is the same; in the last batch of an epoch one process has no examples. Resuming works, too."""
     held_out = write_rows(ROWS[:3], "held.jsonl")
     single = config_for(
         tiny_pair, write_rows(ROWS[:9]), tmp_path / "one", kd_ratio=0.5, layout="tree", eval_data=(str(held_out),),
@@ -66,22 +66,22 @@ def test_two_processes_train_what_one_trains(
         assert a.keys() == b.keys()
         for name in a.keys() - {"tokens_per_second"}:
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
-    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
+    expected, trained = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in expected.items():
         # Adam's first steps are lr * sign(gradient): where the gradient is nearly 0 rounding decides
-        assert ((value - found[name]).abs() < 1e-5).float().mean() > 0.99, name
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "checkpoint-2").symlink_to(tmp_path / "two" / "checkpoint-2")
-    run_two({**options, "output_dir": str(tmp_path / "again"), "resume_from_checkpoint": "last"})
-    resumed = weights(tmp_path / "again")
-    assert all(torch.equal(resumed[name], found[name]) for name in found)
+        assert ((value - trained[name]).abs() < 1e-5).float().mean() > 0.99, name
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / "checkpoint-2").symlink_to(tmp_path / "two" / "checkpoint-2")
+    run_two({**options, "output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "last"})
+    resumed = weights(tmp_path / "resumed")
+    assert all(torch.equal(resumed[name], trained[name]) for name in trained)
     state = json.loads((tmp_path / "two" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["settings"]["processes"] == 2
 
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    """On-policy, with prompts that are there twice."""
+    """The training is on-policy, and every prompt occurs twice."""
     shared = {
         "model_name_or_path": str(tiny_pair.student), "data": (str(write_rows([*ROWS[:3], *ROWS[:3]])),),
         "teacher_model_name_or_path": str(tiny_pair.teacher), "kd_ratio": 1.0, "lmbda": 1.0, "save_steps": 1,
@@ -97,12 +97,13 @@ def test_two_processes_write_what_one_writes(tiny_pair: TinyPair, write_rows: Wr
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def test_parts_are_shared_out_and_nobody_is_left_waiting() -> None:
+def test_every_part_is_counted_in_one_process_and_all_compute_equally_many() -> None:
     for size in (1, 2, 3):
         for count in (1, 2, 5, 6):
-            shares = [World(rank, size, None).share(list(range(count))) for rank in range(size)]
-            assert len({len(share) for share in shares}) == 1
-            assert sorted(part for share in shares for part, counts in share if counts) == list(range(count))
+            worlds = [World(rank=rank, size=size, device=torch.device("cpu"), mesh=None) for rank in range(size)]
+            shards = [world.shard(list(range(count))) for world in worlds]
+            assert len({len(shard) for shard in shards}) == 1
+            assert sorted(part for shard in shards for part, counted in shard if counted) == list(range(count))
 
 
 def test_splitting_needs_several_processes(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

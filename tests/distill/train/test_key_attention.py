@@ -14,21 +14,20 @@ import torch
 from conftest import TinyPair
 from safetensors.torch import load_file
 from support.training_runs import config_for, metrics, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StableLmConfig, StableLmForCausalLM
 
-from genssd.distill.train.batches import TokenRow, lay_out
+from genssd.distill.train.batches import TokenRow, build_token_batch
 from genssd.distill.train.key_attention import (
     IMPLEMENTATION,
+    AttentionCollector,
     KeyAttentionOptions,
-    Keys,
-    LayerAttention,
-    Router,
-    collecting,
-    find_keys,
-    key_attention_loss,
-    teacher_shares,
+    KeyWords,
+    LayerRouter,
+    compute_key_attention_loss,
+    find_key_words,
+    weigh_teacher_layers,
 )
-from genssd.distill.train.models import completion_states
+from genssd.distill.train.models import compute_completion_states
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
 
@@ -36,60 +35,62 @@ Write = Callable[..., Path]
 NUMBERS = KeyAttentionOptions(weight=1.0)
 
 
-def words_of(pieces: list[str], keys: Keys) -> list[str]:
-    return ["".join(p for p, w in zip(pieces, keys.word.tolist(), strict=True) if w == j) for j in range(keys.words)]
+def words_of(pieces: list[str], keys: KeyWords) -> list[str]:
+    return [
+        "".join(p for p, w in zip(pieces, keys.word_T.tolist(), strict=True) if w == j) for j in range(keys.num_words)
+    ]
 
 
 def test_numbers_are_found_where_they_stand_and_once() -> None:
     prompt = list("9 has 3.5 and 1,200")
     completion = list("3.5 is less. Then 12 and 3.5 again.")
-    keys = find_keys(prompt, [*completion, ""], NUMBERS)
+    keys = find_key_words(prompt, [*completion, ""], NUMBERS)
     assert keys is not None
     # the very first token is no word
     assert words_of([*prompt, *completion, ""], keys) == ["3.53.53.5", "1,200", "12"]
-    assert keys.steps == 2
-    assert keys.step[: len(prompt)].unique().tolist() == [-1]
-    assert keys.step[-1] == -1, "the end of sequence is part of no step"
-    assert keys.step[len(prompt) : -1].tolist() == [0] * len("3.5 is less.") + [1] * len(" Then 12 and 3.5 again.")
+    assert keys.num_steps == 2
+    assert keys.step_T[: len(prompt)].unique().tolist() == [-1]
+    assert keys.step_T[-1] == -1, "the end of sequence is part of no step"
+    assert keys.step_T[len(prompt) : -1].tolist() == [0] * len("3.5 is less.") + [1] * len(" Then 12 and 3.5 again.")
 
 
 def test_tokens_may_hold_more_or_less_than_a_word() -> None:
-    keys = find_keys(["x", "a 1", "2 b"], ["3", "4 ", "55."], NUMBERS)
+    keys = find_key_words(["x", "a 1", "2 b"], ["3", "4 ", "55."], NUMBERS)
     assert keys is not None
-    assert keys.word.tolist() == [-1, 0, 0, 1, 1, 2]
-    only = find_keys(["x", "a 12 b"], ["34", " and"], NUMBERS, in_prompt=False)
+    assert keys.word_T.tolist() == [-1, 0, 0, 1, 1, 2]
+    only = find_key_words(["x", "a 12 b"], ["34", " and"], NUMBERS, in_prompt=False)
     assert only is None, "one word is none to compare"
-    assert find_keys(["x 1 2"], [""], NUMBERS) is None
+    assert find_key_words(["x 1 2"], [""], NUMBERS) is None
 
 
 def test_given_words_and_a_limit() -> None:
     pieces = ["x", " rain", "bow", " rain", ".", " wet"]
-    keys = find_keys(pieces[:1], pieces[1:], KeyAttentionOptions(words=("rain", "wet", "a+b")))
+    keys = find_key_words(pieces[:1], pieces[1:], KeyAttentionOptions(words=("rain", "wet", "a+b")))
     assert keys is not None
-    assert keys.word.tolist() == [-1, -1, -1, 0, -1, 1], "rainbow is another word"
-    few = find_keys(["x"], list("1 2 3 1"), KeyAttentionOptions(max_words=2))
+    assert keys.word_T.tolist() == [-1, -1, -1, 0, -1, 1], "rainbow is another word"
+    few = find_key_words(["x"], list("1 2 3 1"), KeyAttentionOptions(max_words=2))
     assert few is not None
     assert words_of(["x", *"1 2 3 1"], few) == ["11", "2"]
 
 
-def eager_masses(model: Any, ids: list[int], keys: Keys) -> torch.Tensor:
-    """[L, S, W] from transformers' own attention weights."""
+def eager_masses(model: Any, ids: list[int], keys: KeyWords) -> torch.Tensor:
+    """Return the masses [L, S, W] from transformers' own attention weights."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = model(torch.tensor([ids]), output_attentions=True).attentions
     model.set_attn_implementation(IMPLEMENTATION)
-    rows = torch.stack([(keys.step == i).float() for i in range(keys.steps)])
-    columns = torch.stack([(keys.word == j).float() for j in range(keys.words)])
+    rows = torch.stack([(keys.step_T == i).float() for i in range(keys.num_steps)])
+    columns = torch.stack([(keys.word_T == j).float() for j in range(keys.num_words)])
     return torch.stack([rows @ attention[0].mean(0) @ columns.T for attention in attentions])
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_masses_are_those_of_eager_attention(tiny_pair: TinyPair, which: str) -> None:
-    """A llama and a qwen3, in a padded batch."""
+    """The models are a llama and a qwen3, and the batch is padded."""
     model: Any = AutoModelForCausalLM.from_pretrained(getattr(tiny_pair, which), dtype=torch.float32)
     model.set_attn_implementation(IMPLEMENTATION)
     generator = torch.Generator().manual_seed(0)
-    rows, found = [], []
+    rows, words_of_row = [], []
     for length in (17, 9, 12):
         ids = torch.randint(0, 200, (length,), generator=generator)
         rows.append(TokenRow(tuple(ids.tolist()), 3))
@@ -97,39 +98,54 @@ def test_masses_are_those_of_eager_attention(tiny_pair: TinyPair, which: str) ->
         step[-3:] = torch.arange(3)
         word = torch.randint(-1, 4, (length,), generator=generator)
         word[:4] = torch.arange(4)
-        found.append(Keys(step, word, 3, 4))
-    keys: list[Keys | None] = [found[0], None, found[2]]
-    batch = lay_out(rows, "pad", 0)
-    with collecting(keys) as layers, torch.no_grad():
-        states = completion_states(model, batch)
-    assert layers.masses[1] == []
+        words_of_row.append(KeyWords(step, word, 3, 4))
+    key_words: list[KeyWords | None] = [words_of_row[0], None, words_of_row[2]]
+    batch = build_token_batch(rows, "pad", 0)
+    collector = AttentionCollector(key_words)
+    with torch.no_grad():
+        states = compute_completion_states(model, batch, collector)
+    assert collector.masses[1] == []
     for i in (0, 2):
-        expected = eager_masses(model, list(rows[i].ids), found[i])
-        torch.testing.assert_close(torch.stack(layers.masses[i]), expected, atol=1e-5, rtol=1e-4)
+        expected = eager_masses(model, list(rows[i].ids), words_of_row[i])
+        torch.testing.assert_close(torch.stack(collector.masses[i]), expected, atol=1e-5, rtol=1e-4)
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
-        torch.testing.assert_close(states, completion_states(model, batch), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(states, compute_completion_states(model, batch), atol=1e-5, rtol=1e-5)
 
 
-def looked(masses: torch.Tensor, keys: Keys, values: torch.Tensor | None = None) -> LayerAttention:
-    layers = LayerAttention([keys])
-    layers.masses[0] = list(masses)
-    layers.values[0] = list(torch.zeros(len(masses), 3, dtype=masses.dtype) if values is None else values)
-    return layers
+def test_a_model_whose_layers_pass_no_arguments_on_is_refused() -> None:
+    """The layers of StableLM call their attention without the arguments of the model."""
+    shape = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = StableLmForCausalLM(StableLmConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
+    model.set_attn_implementation(IMPLEMENTATION)
+    batch = build_token_batch([TokenRow((1, 2, 3, 4), 2)], "pad", 0)
+    words = KeyWords(torch.tensor([-1, -1, 0, 0]), torch.tensor([-1, 0, 1, -1]), 1, 2)
+    with pytest.raises(InputError, match="key_attention cannot read the attention of stablelm"):
+        compute_completion_states(model, batch, AttentionCollector([words]))
+    compute_completion_states(model, batch, AttentionCollector([None]))
 
 
-KEYS = Keys(torch.tensor([-1, -1, -1, 0, 0, 1, 1]), torch.tensor([-1, 0, 1, -1, -1, 2, -1]), 2, 3)
+def build_collector(masses: torch.Tensor, keys: KeyWords, values: torch.Tensor | None = None) -> AttentionCollector:
+    collector = AttentionCollector([keys])
+    collector.masses[0] = list(masses)
+    collector.values[0] = list(torch.zeros(len(masses), 3, dtype=masses.dtype) if values is None else values)
+    return collector
 
 
-def by_formula(theirs: torch.Tensor, ours: torch.Tensor, shares: torch.Tensor, temperature: float) -> float:
-    """With the third word out of the first step's sight."""
-    change = [sum(abs(a[i][j + 1] - a[i][j]) for i in range(2) for j in range(2)) / 4 for a in theirs.tolist()]
+KEYS = KeyWords(torch.tensor([-1, -1, -1, 0, 0, 1, 1]), torch.tensor([-1, 0, 1, -1, -1, 2, -1]), 2, 3)
+
+
+def compute_by_formula(
+    teacher: torch.Tensor, student: torch.Tensor, layer_weights: torch.Tensor, temperature: float
+) -> float:
+    """Compute the loss where the third word is not visible to the first step."""
+    change = [sum(abs(a[i][j + 1] - a[i][j]) for i in range(2) for j in range(2)) / 4 for a in teacher.tolist()]
     exponents = [math.exp(c / temperature) for c in change]
     p = [e / sum(exponents) for e in exponents]
     total = 0.0
     for i, seen in ((0, [0, 1]), (1, [0, 1, 2])):
-        q = [sum(p[layer] * float(theirs[layer, i, j]) for layer in range(len(p))) for j in seen]
-        s = [sum(float(shares[layer] * ours[layer, i, j]) for layer in range(len(ours))) for j in seen]
+        q = [sum(p[layer] * float(teacher[layer, i, j]) for layer in range(len(p))) for j in seen]
+        s = [sum(float(layer_weights[layer] * student[layer, i, j]) for layer in range(len(student))) for j in seen]
         log_q = [x - math.log(sum(map(math.exp, q))) for x in q]
         log_s = [x - math.log(sum(map(math.exp, s))) for x in s]
         total += sum(math.exp(a) * (a - b) for a, b in zip(log_q, log_s, strict=True))
@@ -141,35 +157,41 @@ def random_masses(layers: int, seed: int) -> torch.Tensor:
 
 
 def test_the_loss_is_the_formula_whatever_the_numbers_of_layers() -> None:
-    theirs, ours = random_masses(4, 0), random_masses(2, 1)
+    teacher, student = random_masses(4, 0), random_masses(2, 1)
     values = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    router = Router(3, 2).double()
+    router = LayerRouter(3, 2).double()
     with torch.no_grad():
         router.weight.copy_(torch.tensor([0.3, -0.2, 0.5]))
         router.bias.copy_(torch.tensor([0.1, -0.4]))
-    loss = key_attention_loss(looked(theirs, KEYS), looked(ours, KEYS, values), router, NUMBERS)
-    shares = ((values @ router.weight + router.bias) / 0.5).softmax(0).detach()
-    assert float(loss.detach()) == pytest.approx(by_formula(theirs, ours, shares, 0.1), rel=1e-9)
+    loss = compute_key_attention_loss(
+        build_collector(teacher, KEYS), build_collector(student, KEYS, values), router, NUMBERS
+    )
+    layer_weights = ((values @ router.weight + router.bias) / 0.5).softmax(0).detach()
+    assert float(loss.detach()) == pytest.approx(compute_by_formula(teacher, student, layer_weights, 0.1), rel=1e-9)
     assert float(loss.detach()) > 0.0
 
 
 def test_the_router_is_differentiated() -> None:
-    theirs, ours = random_masses(4, 0), random_masses(2, 1)
+    teacher, student = random_masses(4, 0), random_masses(2, 1)
 
     def loss(weight: torch.Tensor, bias: torch.Tensor, masses: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        router = Router(3, 2).double()
+        router = LayerRouter(3, 2).double()
         del router.weight, router.bias
         router.weight, router.bias = weight, bias  # type: ignore[assignment]
-        return key_attention_loss(looked(theirs, KEYS), looked(masses, KEYS, values), router, NUMBERS)
+        return compute_key_attention_loss(
+            build_collector(teacher, KEYS), build_collector(masses, KEYS, values), router, NUMBERS
+        )
 
-    inputs = [torch.tensor([0.3, -0.2, 0.5]), torch.tensor([0.1, -0.4]), ours, torch.rand(2, 3)]
+    inputs = [torch.tensor([0.3, -0.2, 0.5]), torch.tensor([0.1, -0.4]), student, torch.rand(2, 3)]
     assert torch.autograd.gradcheck(loss, [x.double().requires_grad_() for x in inputs])
 
 
 def test_equal_attention_loses_nothing_and_pulls_nowhere() -> None:
-    """One layer: the mixture is that layer on both sides."""
+    """With one layer, the mixture of both models is that layer."""
     masses = random_masses(1, 3).requires_grad_()
-    loss = key_attention_loss(looked(masses.detach(), KEYS), looked(masses, KEYS), Router(3, 1).double(), NUMBERS)
+    loss = compute_key_attention_loss(
+        build_collector(masses.detach(), KEYS), build_collector(masses, KEYS), LayerRouter(3, 1).double(), NUMBERS
+    )
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-12)
     assert masses.grad is not None
@@ -177,28 +199,34 @@ def test_equal_attention_loses_nothing_and_pulls_nowhere() -> None:
 
 
 def test_the_order_of_the_words_counts_in_the_mixture_alone() -> None:
-    theirs, order = random_masses(3, 4), [2, 0, 1]
-    assert not torch.allclose(teacher_shares(theirs, 0.1), teacher_shares(theirs[:, :, order], 0.1))
-    everywhere = Keys(torch.tensor([-1, -1, -1, -1, 0, 1]), torch.tensor([-1, 0, 1, 2, -1, -1]), 2, 3)
-    one, other, router = random_masses(1, 5), random_masses(1, 6), Router(3, 1).double()
+    teacher, order = random_masses(3, 4), [2, 0, 1]
+    assert not torch.allclose(weigh_teacher_layers(teacher, 0.1), weigh_teacher_layers(teacher[:, :, order], 0.1))
+    everywhere = KeyWords(torch.tensor([-1, -1, -1, -1, 0, 1]), torch.tensor([-1, 0, 1, 2, -1, -1]), 2, 3)
+    one, other, router = random_masses(1, 5), random_masses(1, 6), LayerRouter(3, 1).double()
     losses = [
-        float(key_attention_loss(looked(a, everywhere), looked(b, everywhere), router, NUMBERS).detach())
+        float(
+            compute_key_attention_loss(
+                build_collector(a, everywhere), build_collector(b, everywhere), router, NUMBERS
+            ).detach()
+        )
         for a, b in ((one, other), (one[:, :, order], other[:, :, order]))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_rows_may_be_means() -> None:
-    theirs, ours = random_masses(1, 7), random_masses(1, 8)
+    teacher, student = random_masses(1, 7), random_masses(1, 8)
     halved = dataclasses.replace(NUMBERS, rows="mean")
-    router = Router(3, 1).double()
-    mean = key_attention_loss(looked(theirs, KEYS), looked(ours, KEYS), router, halved)
-    expected = key_attention_loss(looked(theirs / 2, KEYS), looked(ours / 2, KEYS), router, NUMBERS)
+    router = LayerRouter(3, 1).double()
+    mean = compute_key_attention_loss(build_collector(teacher, KEYS), build_collector(student, KEYS), router, halved)
+    expected = compute_key_attention_loss(
+        build_collector(teacher / 2, KEYS), build_collector(student / 2, KEYS), router, NUMBERS
+    )
     assert float(mean.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
 
 
 def test_attention_comes_closer_to_the_teachers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    """And nothing else: cross-entropy of data that the loss does not mention would not do that."""
+    """The attention loss falls, and the logged loss is the sum of its parts."""
     rows = [
         {
             "prompt": f"Tom has {i} and {i + 3}.",

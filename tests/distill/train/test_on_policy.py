@@ -1,4 +1,4 @@
-"""Completions by the student under training: on its own weights, at every step; and the losses made for them."""
+"""Completions by the student under training, sampled with its current weights, and the losses on them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from support.training_runs import ROWS, config_for, metrics, weights
 
 from genssd import Engine
 from genssd.distill.data.examples import Example
-from genssd.distill.train import trainer as training
+from genssd.distill.train import on_policy
 from genssd.distill.train.config import TrainConfig
-from genssd.distill.train.losses import Head, LossOptions, loss_of
+from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, compute_loss
 from genssd.distill.train.models import load_model
-from genssd.distill.train.on_policy import RolloutOptions, Rollouts
+from genssd.distill.train.on_policy import RolloutOptions, RolloutPlan, Rollouts
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
@@ -27,7 +27,11 @@ Write = Callable[..., Path]
 ROLLOUT = RolloutOptions(max_tokens=6, memory_bytes=1 << 22, sampling=Sampling(temperature=0.9))
 
 
-def on_policy(pair: TinyPair, data: Path, out: Path, **options: Any) -> TrainConfig:
+def plan(*, max_length: int) -> RolloutPlan:
+    return RolloutPlan(options=ROLLOUT, probability=1.0, seed=0, max_length=max_length)
+
+
+def on_policy_config(pair: TinyPair, data: Path, out: Path, **options: Any) -> TrainConfig:
     settings = {
         "lmbda": 1.0, "kd_ratio": 1.0, "kd_loss": "reverse_kl", "rollout": ROLLOUT, "save_steps": 1,
         "teacher_model_name_or_path": str(pair.teacher), "save_total_limit": None, **options,
@@ -39,31 +43,35 @@ def on_policy(pair: TinyPair, data: Path, out: Path, **options: Any) -> TrainCon
 def test_every_step_writes_with_the_weights_that_the_last_one_left(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str
 ) -> None:
-    """A llama and a qwen3 class student. An engine loaded from each checkpoint writes the next step's completions."""
-    steps: list[list[tuple[int, ...]]] = []
-    asked: list[list[tuple[int, ...]]] = []
-    real = training.Rollouts.write
+    """An engine loaded from each checkpoint writes the completions of the next step; for a llama and a qwen3."""
+    completions_of_step: list[list[tuple[int, ...]]] = []
+    prompts_of_step: list[list[tuple[int, ...]]] = []
+    real = on_policy.Rollouts.write
 
-    def write(self: Any, examples: Any, step: int, mine: Any) -> Any:
-        written = real(self, examples, step, mine)
-        asked.append([e.input_ids[: e.num_prompt] for e in examples])
-        steps.append([e.completion_ids for e in written])
-        assert all(e.input_ids[: e.num_prompt] == prompt for e, prompt in zip(written, asked[-1], strict=True))
+    def write(self: Any, examples: Any, step: int, indices: Any) -> Any:
+        written = real(self, examples, step, indices)
+        prompts_of_step.append([e.input_ids[: e.num_prompt] for e in examples])
+        completions_of_step.append([e.completion_ids for e in written])
+        assert all(
+            e.input_ids[: e.num_prompt] == prompt for e, prompt in zip(written, prompts_of_step[-1], strict=True)
+        )
         return written
 
-    monkeypatch.setattr(training.Rollouts, "write", write)
+    monkeypatch.setattr(on_policy.Rollouts, "write", write)
     start = getattr(tiny_pair, student)
-    config = on_policy(tiny_pair, write_rows(ROWS), tmp_path / "run", model_name_or_path=str(start), learning_rate=0.05)
+    config = on_policy_config(
+        tiny_pair, write_rows(ROWS), tmp_path / "run", model_name_or_path=str(start), learning_rate=0.05
+    )
     run_train(config)
-    assert len(steps) == 6
-    for number, (prompts, written) in enumerate(zip(asked, steps, strict=True)):
+    assert len(completions_of_step) == 6
+    for number, (prompts, written) in enumerate(zip(prompts_of_step, completions_of_step, strict=True)):
         directory = start if number == 0 else tmp_path / "run" / f"checkpoint-{number}"
         engine = Engine.from_pretrained(student=directory, dtype="float32", memory_bytes=1 << 22)
         expected = engine.generate(
             prompts, model="student", max_tokens=6, sampling=ROLLOUT.sampling, seed=config.seed + number + 1
         )
         assert [completion.token_ids for (completion,) in expected] == written
-    assert len({tuple(written) for written in steps}) == 6
+    assert len({tuple(written) for written in completions_of_step}) == 6
     logged = metrics(tmp_path / "run")
     assert all("cross_entropy" not in row for row in logged)
 
@@ -74,23 +82,23 @@ def test_the_engine_runs_on_the_trainers_own_memory(tiny_pair: TinyPair, student
     tokenizer = tiny_pair.engine.tokenizer("student")
     model = load_model(directory, tokenizer, torch.device("cpu"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rollouts = Rollouts(model, directory, tokenizer, ROLLOUT, share=1.0, seed=0, max_length=64)
+    rollouts = Rollouts.build(model, directory, tokenizer, plan(max_length=64))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.125)
     decoder = rollouts._engine._runners["student"].decoder
-    ours = [decoder.embedding, decoder.head, decoder.norm]
-    ours += [getattr(layer, name) for layer in decoder.layers for name in layer.__slots__]
-    total = sum(float(value.double().sum()) for value in ours if value is not None)
-    theirs = sum(float((value.double() + 0.125).sum()) for value in before.values())
-    assert total == pytest.approx(theirs, rel=1e-6)
+    engine_weights = [decoder.embedding, decoder.head, decoder.norm]
+    engine_weights += [getattr(layer, name) for layer in decoder.layers for name in layer.__slots__]
+    total = sum(float(value.double().sum()) for value in engine_weights if value is not None)
+    expected = sum(float((value.double() + 0.125).sum()) for value in before.values())
+    assert total == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_prompts_draw_different_completions_whoever_writes_them(tiny_pair: TinyPair) -> None:
     tokenizer = tiny_pair.engine.tokenizer("student")
     model = load_model(tiny_pair.student, tokenizer, torch.device("cpu"))
-    rollouts = Rollouts(model, tiny_pair.student, tokenizer, ROLLOUT, share=1.0, seed=0, max_length=7)
+    rollouts = Rollouts.build(model, tiny_pair.student, tokenizer, plan(max_length=7))
     examples = [Example(input_ids=(1, 2, 3, 9), num_prompt=3, chunk_weights=((1, 2.0),), where="row")] * 4
     together = rollouts.write(examples, 5, range(4))
     assert len({e.completion_ids for e in together}) == 4
@@ -98,20 +106,22 @@ def test_equal_prompts_draw_different_completions_whoever_writes_them(tiny_pair:
     assert [shared[i % 2][i // 2] for i in range(4)] == together
     assert all(e.chunk_weights == () and len(e.input_ids) <= 7 for e in together)
     assert rollouts.write(examples, 6, range(4)) != together
-    longer = Rollouts(model, tiny_pair.student, tokenizer, ROLLOUT, share=1.0, seed=0, max_length=64)
+    longer = Rollouts.build(model, tiny_pair.student, tokenizer, plan(max_length=64))
     assert {len(e.completion_ids) for e in longer.write(examples, 5, range(4))} == {ROLLOUT.max_tokens}
 
 
-def test_a_share_of_the_steps_is_on_policy(
+def test_a_step_is_on_policy_with_the_probability_lmbda(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the others the data are trained on, with their cross-entropy."""
+    """The other steps train on the data, with their cross-entropy."""
     count = []
-    real = training.Rollouts.write
+    real = on_policy.Rollouts.write
     monkeypatch.setattr(
-        training.Rollouts, "write", lambda self, e, step, mine: count.append(step) or real(self, e, step, mine)
+        on_policy.Rollouts, "write", lambda self, e, step, i: count.append(step) or real(self, e, step, i)
     )
-    config = on_policy(tiny_pair, write_rows(ROWS), tmp_path / "run", lmbda=0.5, kd_ratio=0.5, num_train_epochs=6)
+    config = on_policy_config(
+        tiny_pair, write_rows(ROWS), tmp_path / "run", lmbda=0.5, kd_ratio=0.5, num_train_epochs=6
+    )
     run_train(config)
     logged = metrics(tmp_path / "run")
     assert 4 <= len(count) <= 14
@@ -123,14 +133,16 @@ def test_on_policy_training_resumes_exactly_and_comes_closer(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
 ) -> None:
     data = write_rows(ROWS)
-    config = on_policy(tiny_pair, data, tmp_path / "whole", num_train_epochs=8, learning_rate=3e-3, warmup_ratio=0.0)
+    config = on_policy_config(
+        tiny_pair, data, tmp_path / "uninterrupted", num_train_epochs=8, learning_rate=3e-3, warmup_ratio=0.0
+    )
     run_train(config)
     (tmp_path / "part").mkdir()
-    (tmp_path / "part" / "checkpoint-5").symlink_to(tmp_path / "whole" / "checkpoint-5")
+    (tmp_path / "part" / "checkpoint-5").symlink_to(tmp_path / "uninterrupted" / "checkpoint-5")
     run_train(dataclasses.replace(config, output_dir=str(tmp_path / "part"), resume_from_checkpoint="last"))
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "part")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    losses = [row["loss"] for row in metrics(tmp_path / "whole")]
+    uninterrupted, resumed = weights(tmp_path / "uninterrupted"), weights(tmp_path / "part")
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    losses = [row["loss"] for row in metrics(tmp_path / "uninterrupted")]
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
 
 
@@ -150,21 +162,22 @@ OPTIONS: dict[str, Any] = {"teacher_model_name_or_path": "t", "kd_ratio": 1.0}
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_sampled_gradient_is_that_of_reverse_kl_on_average(temperature: float) -> None:
-    """Every token once, weighted by the student's own probability: the expectation itself."""
+    """Every token occurs once, weighted by the student's own probability, which gives the exact expectation."""
     hidden, weight, teacher = heads()
     p = (hidden.detach() @ weight.detach().T / temperature).softmax(-1)[0]
     everything = torch.arange(7)
     sampled = LossOptions(kd_loss="sampled_reverse_kl", lmbda=1.0, temperature=temperature, **OPTIONS)
     repeated = Head(teacher.hidden_MD.expand(7, -1), teacher.weight_VD)
-    loss = loss_of(sampled, Head(hidden.expand(7, -1), weight), everything, p, repeated, own=True)
-    found = torch.autograd.grad(loss.total, [hidden, weight])
-    exact = loss_of(
-        LossOptions(kd_loss="reverse_kl", temperature=temperature, **OPTIONS), Head(hidden, weight), everything[:1],
-        torch.ones(1, dtype=torch.float64), teacher,
+    tokens = CompletionTokens(target_M=everything, weight_M=p, on_policy=True)
+    loss = compute_loss(sampled, Head(hidden.expand(7, -1), weight), tokens, repeated)
+    sampled_gradients = torch.autograd.grad(loss.total, [hidden, weight])
+    exact = compute_loss(
+        LossOptions(kd_loss="reverse_kl", temperature=temperature, **OPTIONS), Head(hidden, weight),
+        CompletionTokens(target_M=everything[:1], weight_M=torch.ones(1, dtype=torch.float64)), teacher,
     )  # fmt: skip
     expected = torch.autograd.grad(exact.total, [hidden, weight])
     assert float(loss.total.detach()) == pytest.approx(float(exact.total.detach()), rel=1e-6)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(sampled_gradients, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
@@ -172,22 +185,22 @@ def test_the_sampled_gradient_is_that_of_reverse_kl_on_average(temperature: floa
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_a_support_of_the_whole_vocabulary_is_the_full_divergence(kind: Any, tail: Any) -> None:
     hidden, weight, teacher = heads(rows=6)
-    target, ones = torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.float64)
+    tokens = CompletionTokens(target_M=torch.zeros(6, dtype=torch.int64), weight_M=torch.ones(6, dtype=torch.float64))
     grads = []
     for topk in (0, 7, 50):
         options = LossOptions(kd_loss=kind, kd_topk=topk, kd_tail=tail, temperature=1.7, **OPTIONS)
-        loss = loss_of(options, Head(hidden, weight), target, ones, teacher)
+        loss = compute_loss(options, Head(hidden, weight), tokens, teacher)
         grads.append([loss.total.detach(), *torch.autograd.grad(loss.total, [hidden, weight])])
-    for found in grads[1:]:
-        for a, b in zip(found, grads[0], strict=True):
+    for results in grads[1:]:
+        for a, b in zip(results, grads[0], strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_local_support_matching_renormalises_both_over_the_teachers_likeliest() -> None:
     hidden, weight, teacher = heads(rows=4)
-    ones = torch.ones(4, dtype=torch.float64)
+    tokens = CompletionTokens(target_M=torch.zeros(4, dtype=torch.int64), weight_M=torch.ones(4, dtype=torch.float64))
     options = LossOptions(kd_loss="reverse_kl", kd_topk=3, kd_tail="renormalize", **OPTIONS)
-    loss = loss_of(options, Head(hidden, weight), torch.zeros(4, dtype=torch.int64), ones, teacher)
+    loss = compute_loss(options, Head(hidden, weight), tokens, teacher)
     q, p = teacher.hidden_MD @ teacher.weight_VD.T, hidden @ weight.T
     support = q.topk(3).indices
     log_q, log_p = q.gather(1, support).log_softmax(1), p.gather(1, support).log_softmax(1)
@@ -197,14 +210,14 @@ def test_local_support_matching_renormalises_both_over_the_teachers_likeliest() 
 
 def test_special_tokens_count_nothing_in_the_divergence_only() -> None:
     hidden, weight, teacher = heads(rows=3)
-    target, ones = torch.tensor([1, 6, 2]), torch.ones(3, dtype=torch.float64)
+    tokens = CompletionTokens(target_M=torch.tensor([1, 6, 2]), weight_M=torch.ones(3, dtype=torch.float64))
     options = LossOptions(kd_ratio=1.0, teacher_model_name_or_path="t", mask_special_tokens=True)
-    loss = loss_of(options, Head(hidden, weight), target, ones, teacher, special_ids=[6])
+    loss = compute_loss(options, Head(hidden, weight), tokens, teacher, special_ids=[6])
     (gradient,) = torch.autograd.grad(loss.total, [hidden])
     assert (gradient[1] == 0).all()
     assert (gradient[0] != 0).any()
     mixed = dataclasses.replace(options, kd_ratio=0.5)
-    loss = loss_of(mixed, Head(hidden, weight), target, ones, teacher, special_ids=[6])
+    loss = compute_loss(mixed, Head(hidden, weight), tokens, teacher, special_ids=[6])
     assert (torch.autograd.grad(loss.total, [hidden])[0][1] != 0).any()
 
 

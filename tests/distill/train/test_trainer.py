@@ -1,4 +1,4 @@
-"""Supervised fine-tuning."""
+"""Supervised fine-tuning, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Gra
 
 from genssd import Engine
 from genssd.distill.train import forward
-from genssd.distill.train.config import TrainConfig, schedule
+from genssd.distill.train.checkpoints import read_checkpoint
+from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.models import load_model
+from genssd.distill.train.schedule import compute_learning_rate_factor
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
 from genssd.engine.text import Tokenizer
@@ -39,8 +41,8 @@ def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tm
     width = max(map(len, ids))
     batch = torch.tensor([row + [0] * (width - len(row)) for row in ids])
     labels = batch.clone()
-    for i, (row, given) in enumerate(zip(ids, rows, strict=True)):
-        labels[i, : len(given["prompt"])] = -100
+    for i, (row, fields) in enumerate(zip(ids, rows, strict=True)):
+        labels[i, : len(fields["prompt"])] = -100
         labels[i, len(row) :] = -100
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
     loss = model(input_ids=batch, attention_mask=mask, labels=labels).loss
@@ -51,8 +53,8 @@ def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tm
     (logged,) = metrics(tmp_path / "run")
     assert logged["loss"] == pytest.approx(float(loss), abs=1e-5)
     assert logged["tokens"] == int((labels != -100).sum())
-    theirs, trained = model.state_dict(), weights(tmp_path / "run")
-    for name, value in theirs.items():
+    expected, trained = model.state_dict(), weights(tmp_path / "run")
+    for name, value in expected.items():
         # Adam's first step is lr * sign(gradient): where the gradient is nearly 0 rounding decides its sign
         close = (value - trained[name]).abs() < 1e-5
         assert close.float().mean() > 0.999, name
@@ -101,13 +103,13 @@ def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[list[tuple[int, ...]]] = []
-    real = forward.lay_out
+    real = forward.build_token_batch
 
-    def lay_out(rows: Any, *rest: Any) -> Any:
+    def record(rows: Any, *rest: Any) -> Any:
         batches.append([row.ids for row in rows])
         return real(rows, *rest)
 
-    monkeypatch.setattr(forward, "lay_out", lay_out)
+    monkeypatch.setattr(forward, "build_token_batch", record)
     orders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         batches.clear()
@@ -127,9 +129,9 @@ def test_a_weight_counts_a_row_so_many_times(tiny_pair: TinyPair, write_rows: Wr
     for name, data in (("a", weighted), ("b", repeated)):
         config = config_for(tiny_pair, data, tmp_path / name, max_steps=1, lr_scheduler_type="constant")
         run_train(dataclasses.replace(config, warmup_ratio=0.0, per_device_train_batch_size=3))
-    ours, theirs = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    weighted_step, repeated_step = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
+    assert weighted_step["loss"] == pytest.approx(repeated_step["loss"], rel=1e-5)
+    assert weighted_step["grad_norm"] == pytest.approx(repeated_step["grad_norm"], rel=1e-4)
     for weight in ("2", -1, True, float("nan")):
         with pytest.raises(InputError, match=r"line 1: weight must be a number"):
             run_train(config_for(tiny_pair, write_rows([{**first, "weight": weight}]), tmp_path / "c", max_steps=1))
@@ -140,34 +142,38 @@ def test_accumulation_equals_the_unsplit_batch(tiny_pair: TinyPair, write_rows: 
     split = config_for(
         tiny_pair, data, tmp_path / "split", per_device_train_batch_size=1, gradient_accumulation_steps=4
     )
-    whole = config_for(
-        tiny_pair, data, tmp_path / "whole", per_device_train_batch_size=4, gradient_accumulation_steps=1
+    unsplit = config_for(
+        tiny_pair, data, tmp_path / "unsplit", per_device_train_batch_size=4, gradient_accumulation_steps=1
     )
     run_train(split)
-    run_train(whole)
-    for a, b in zip(metrics(tmp_path / "split"), metrics(tmp_path / "whole"), strict=True):
+    run_train(unsplit)
+    for a, b in zip(metrics(tmp_path / "split"), metrics(tmp_path / "unsplit"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["tokens"] == b["tokens"]
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
-    whole = config_for(tiny_pair, data, tmp_path / "whole", num_train_epochs=3, save_steps=2, save_total_limit=None)
-    run_train(whole)
-    assert [m["step"] for m in metrics(tmp_path / "whole")] == list(range(1, 10))
+    config = config_for(
+        tiny_pair, data, tmp_path / "uninterrupted", num_train_epochs=3, save_steps=2, save_total_limit=None
+    )
+    run_train(config)
+    assert [m["step"] for m in metrics(tmp_path / "uninterrupted")] == list(range(1, 10))
     for step in (2, 4):
         directory = tmp_path / f"from-{step}"
         directory.mkdir()
         # what a crash after step 5 would have left
-        (directory / f"checkpoint-{step}").symlink_to(tmp_path / "whole" / f"checkpoint-{step}")
-        logged = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (directory / f"checkpoint-{step}").symlink_to(tmp_path / "uninterrupted" / f"checkpoint-{step}")
+        logged = (tmp_path / "uninterrupted" / "metrics.jsonl").read_text().splitlines(keepends=True)
         (directory / "metrics.jsonl").write_text("".join(logged[:5]) + '{"step": 6, "lo')
         (directory / "checkpoint-6.tmp").mkdir()
-        run_train(dataclasses.replace(whole, output_dir=str(directory), save_steps=None, resume_from_checkpoint="last"))
+        run_train(
+            dataclasses.replace(config, output_dir=str(directory), save_steps=None, resume_from_checkpoint="last")
+        )
         assert [(m["step"], m["loss"]) for m in metrics(directory)] == [
-            (m["step"], m["loss"]) for m in metrics(tmp_path / "whole")
+            (m["step"], m["loss"]) for m in metrics(tmp_path / "uninterrupted")
         ]
-        resumed, uninterrupted = weights(directory), weights(tmp_path / "whole")
+        resumed, uninterrupted = weights(directory), weights(tmp_path / "uninterrupted")
         assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
 
 
@@ -250,14 +256,14 @@ def test_a_loss_that_is_not_finite_stops(tiny_pair: TinyPair, write_rows: Write,
 
 def test_the_schedule() -> None:
     config = TrainConfig(model_name_or_path="m", data=("d",), warmup_ratio=0.1)
-    assert schedule(0.0, 0.05, config) == 0.5
-    assert schedule(0.05, 0.1, config) == 1.0
-    assert schedule(0.1, 0.15, config) == 1.0
-    assert schedule(0.55, 0.6, config) == pytest.approx(0.5)
-    assert 0.0 < schedule(0.99, 1.0, config) < 0.001
+    assert compute_learning_rate_factor(0.0, 0.05, config) == 0.5
+    assert compute_learning_rate_factor(0.05, 0.1, config) == 1.0
+    assert compute_learning_rate_factor(0.1, 0.15, config) == 1.0
+    assert compute_learning_rate_factor(0.55, 0.6, config) == pytest.approx(0.5)
+    assert 0.0 < compute_learning_rate_factor(0.99, 1.0, config) < 0.001
     linear = dataclasses.replace(config, lr_scheduler_type="linear")
-    assert schedule(0.55, 0.6, linear) == pytest.approx(0.5)
-    assert schedule(0.55, 0.6, dataclasses.replace(config, lr_scheduler_type="constant")) == 1.0
+    assert compute_learning_rate_factor(0.55, 0.6, linear) == pytest.approx(0.5)
+    assert compute_learning_rate_factor(0.55, 0.6, dataclasses.replace(config, lr_scheduler_type="constant")) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -284,14 +290,14 @@ def test_a_training_is_not_mixed_with_another(tiny_pair: TinyPair, write_rows: W
         ("seed", {"seed": 1}),
         ("per_device_train_batch_size", {"per_device_train_batch_size": 1}),
         ("learning_rate", {"learning_rate": 1.0}),
-        ("model", {"model_name_or_path": str(tiny_pair.teacher)}),
+        ("model_name_or_path", {"model_name_or_path": str(tiny_pair.teacher)}),
     ]
     for name, change in changes:
-        with pytest.raises(InputError, match=f"checkpoint-6 was trained with {name} "):
+        with pytest.raises(InputError, match=f"checkpoint-6 was trained with {name}="):
             run_train(dataclasses.replace(resumed, **change))
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["learning_rate"] == config.learning_rate
     write_rows(ROWS[:-1])
-    with pytest.raises(InputError, match="was trained with data "):
+    with pytest.raises(InputError, match="was trained with data="):
         run_train(resumed)
     (tmp_path / "run" / "checkpoint-6" / "optimizer.safetensors").write_bytes(b"torn")
     write_rows(ROWS)
@@ -307,6 +313,16 @@ def test_bad_checkpoints(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path)
         run_train(config_for(tiny_pair, data, tmp_path / "run", resume_from_checkpoint=str(tmp_path)))
     with pytest.raises(CheckpointError, match="does not exist"):
         run_train(config_for(tiny_pair, data, tmp_path / "run", model_name_or_path="/nowhere"))
+
+
+def test_every_process_gets_its_own_generators_back(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """More than ten processes: rank 2 comes before rank 10."""
+    run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", save_steps=1, max_steps=1))
+    path = tmp_path / "run" / "checkpoint-1"
+    tensors = load_file(path / "optimizer.safetensors")
+    tensors |= {f"rng/{rank}": torch.tensor([rank], dtype=torch.uint8) for rank in range(12)}
+    save_file(tensors, path / "optimizer.safetensors")
+    assert [int(state) for state in read_checkpoint(path).rng_states] == list(range(12))
 
 
 def test_a_finished_model_is_not_overwritten(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

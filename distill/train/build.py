@@ -1,0 +1,168 @@
+"""Building a training: reading its examples, loading its models, and sharding them over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genssd.distill.data.examples import Example, read_examples
+from genssd.distill.train.checkpoints import TrainedModel, list_trainable
+from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.distributed import World
+from genssd.distill.train.forward import ForwardPass
+from genssd.distill.train.models import add_adapters, check_layout, load_model, load_teacher
+from genssd.distill.train.on_policy import RolloutPlan, Rollouts
+from genssd.engine.checkpoint import locate
+from genssd.engine.config import ModelConfig
+from genssd.engine.errors import InputError
+from genssd.engine.memory import choose_dtype, cpu_has_bf16
+from genssd.engine.text import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingInputs:
+    """Inputs of a training: the student to start from, and the examples."""
+
+    student: Path
+    """Directory of the student to start from."""
+    tokenizer: Tokenizer
+    """Tokenizer of the student."""
+    examples: tuple[Example, ...]
+    """Examples to train on."""
+    held_out: tuple[Example, ...]
+    """Examples of eval_data."""
+    left_out: Mapping[str, int]
+    """Number of rows that are not trained on, by reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A training that is ready to take steps, except for how far it is."""
+
+    config: TrainConfig
+    world: World
+    inputs: TrainingInputs
+    trained: TrainedModel
+    forward: ForwardPass
+    rollouts: Rollouts | None
+    """Completions by the student; None: no step is on-policy."""
+
+    @property
+    def output_dir(self) -> Path:
+        """Directory of all files that the training writes."""
+        return Path(self.config.output_dir)
+
+
+def read_inputs(config: TrainConfig) -> TrainingInputs:
+    """Read the examples that the student, and a teacher in memory, have positions for.
+
+    Raises InputError when the rows do not have what the loss needs: the teacher's top k, or pairs for distillm2 alone.
+    """
+    student = locate(config.model_name_or_path)
+    tokenizer = Tokenizer(student)
+    max_length = min(config.max_length, ModelConfig.load(student).max_position_embeddings)
+    if config.teacher_model_name_or_path is not None:
+        teacher = ModelConfig.load(locate(config.teacher_model_name_or_path))
+        max_length = min(max_length, teacher.max_position_embeddings)
+    data = read_examples(config.data, tokenizer, max_length=max_length, statuses=config.statuses)
+    held_out: tuple[Example, ...] = ()
+    if config.eval_data:
+        held_out = read_examples(config.eval_data, tokenizer, max_length=max_length, statuses=config.statuses).examples
+    if config.kd_loss != "distillm2" and any(example.rejected for example in (*data.examples, *held_out)):
+        raise InputError(
+            "the data hold preference pairs, which kd_loss distillm2 alone learns from (or TRL's trainers)"
+        )
+    if config.uses_rows:
+        for example in (*data.examples, *held_out):
+            if example.topk is None:
+                raise InputError(
+                    f"{example.where}: no teacher_topk of this student's tokenizer, which kd_ratio needs; select with "
+                    "--teacher-topk, or name a teacher_model_name_or_path"
+                )
+    return TrainingInputs(
+        student=student, tokenizer=tokenizer, examples=data.examples, held_out=held_out, left_out=data.left_out
+    )
+
+
+def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, checkpoint: Path | None) -> Training:
+    """Seed the random generators, load the models, shard them over the processes and create the optimizer.
+
+    checkpoint: whose weights the student starts from; `resume` restores everything else of it.
+    """
+    # the ranks have different seeds, so that dropout differs between the processes
+    torch.manual_seed((config.seed + world.rank) % (1 << 63))
+    model = _load_student(config, inputs, world.device, checkpoint)
+    rollouts = None
+    if config.lmbda:
+        plan = RolloutPlan(
+            options=config.rollout, probability=config.lmbda, seed=config.seed, max_length=config.max_length
+        )
+        rollouts = Rollouts.build(model, inputs.student, inputs.tokenizer, plan)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.torch_compile:
+        for layer in model.base_model.layers:
+            layer.compile(dynamic=True)
+    teacher = _load_teacher(config, inputs.tokenizer, world.device)
+    bf16 = _choose_bf16(config.bf16, world.device)
+    forward = ForwardPass.build(model, teacher, inputs.tokenizer, config, layout=config.layout, bf16=bf16)
+    world.shard_weights(model, forward.module)
+    extra_parameters = forward.extra_parameters()
+    trained = TrainedModel(
+        model=model,
+        tokenizer=inputs.tokenizer,
+        extra_parameters=extra_parameters,
+        optimizer=_create_optimizer(config, list_trainable(model, extra_parameters)),
+    )
+    return Training(config=config, world=world, inputs=inputs, trained=trained, forward=forward, rollouts=rollouts)
+
+
+def _load_student(config: TrainConfig, inputs: TrainingInputs, device: torch.device, checkpoint: Path | None) -> Any:
+    # adapters belong to the student they were trained on, and are restored over it
+    source = inputs.student if checkpoint is None or config.use_peft else checkpoint
+    model = load_model(source, inputs.tokenizer, device, attn_implementation=config.attn_implementation)
+    check_layout(model, config.layout)
+    if config.use_peft:
+        add_adapters(
+            model,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.lora_target_modules,
+        )
+    return model
+
+
+def _load_teacher(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Any:
+    """Load the teacher; return None where the loss does not need one in memory."""
+    if config.teacher_model_name_or_path is None:
+        return None
+    directory = locate(config.teacher_model_name_or_path)
+    teacher = load_teacher(directory, tokenizer, device, choose_dtype(directory, "auto", device))
+    check_layout(teacher, config.layout)
+    return teacher
+
+
+def _choose_bf16(bf16: bool | None, device: torch.device) -> bool:
+    """Return whether to compute in bf16. Raises InputError when that is required and the device cannot."""
+    is_supported = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    if bf16 and not is_supported:
+        raise InputError(f"bf16 was asked for, but this {device.type} has no bf16 arithmetic; leave bf16 out")
+    return (device.type == "cuda" and is_supported) if bf16 is None else bf16
+
+
+def _create_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Create AdamW with weight decay on matrices, and none on norms and biases."""
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
