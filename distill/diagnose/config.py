@@ -32,9 +32,9 @@ class DiagnoseConfig(EngineOptions):
     output_dir: str = "runs/diagnose"
     """Directory that the journal, the tables and the page are written to."""
     resume: bool = False
-    """Continue an interrupted run; of a finished one the tables and the page are written again."""
+    """Whether an interrupted run is continued; of a finished one the tables and the page are written again."""
     limit: int | None = None
-    """Take only the first rows of the data."""
+    """Maximum number of rows that are taken from the beginning of the data; None: all."""
     rollouts: int = 4
     """Number of responses that the student writes to every question."""
     nodes_per_window: int = 1
