@@ -46,7 +46,7 @@ class PickOptions:
     """Kinds of responses and the proportion in which they are picked, one response per prompt: long=1 short=4 (Mix
     Distillation, 2502.12143), or teachers by name, big=1 small=4, each with its best response."""
     weigh: bool = False
-    """Whether the picked rows get LARK's training weights (mean 1 per prompt); the criterion that picks must be lark."""
+    """Whether the picked rows get LARK's training weights (mean 1 per prompt); the picking criterion must be lark."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
