@@ -28,7 +28,7 @@ def render_page(
     by_position = {(node["index"], node["rollout"], node["position"]): node for node in nodes}
     environment = Environment(autoescape=True)
     environment.filters.update(
-        colour=_style_cosine, bounds=_format_bounds, share=_format_advantage, number=_format_number
+        colour=_style_cosine, bounds=_format_bounds, percent=_format_advantage, number=_format_number
     )
     template = files("genssd.distill.diagnose").joinpath("page.html").read_text(encoding="utf-8")
     pairs = [f"{teacher} | {loss}" for teacher in diagnosis.teachers for loss in diagnosis.losses]

@@ -79,15 +79,15 @@ def _name_window(window: int) -> str:
 
 
 def _sum_costs(rows: Sequence[Row]) -> Costs:
-    spent: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
     for row in rows:
-        spent.update(row["spent"])
+        totals.update(row["spent"])
     return Costs(
-        completions=spent["completions"],
-        truncated=spent["truncated"],
-        sampled_tokens=spent["sampled_tokens"],
-        prefix_tokens=spent["forced_tokens"] + spent["prefix_tokens"],
-        naive_prefix_tokens=spent["naive_prefix_tokens"],
+        completions=totals["completions"],
+        truncated=totals["truncated"],
+        sampled_tokens=totals["sampled_tokens"],
+        prefix_tokens=totals["forced_tokens"] + totals["prefix_tokens"],
+        naive_prefix_tokens=totals["naive_prefix_tokens"],
         planned_nodes=sum(row["planned_nodes"] for row in rows),
         nodes=sum(len(row["nodes"]) for row in rows),
     )

@@ -25,17 +25,17 @@ class PickOptions:
     keep: int = 1
     """Maximum number of responses that are picked per prompt."""
     correct: bool = False
-    """Pick only responses that are known to be correct."""
+    """Whether only responses that are known to be correct may be picked."""
     finished: bool = True
-    """Pick only responses that end by themselves."""
+    """Whether only responses that end by themselves may be picked."""
     loops: bool = False
-    """Pick from responses that end in a repetition, too."""
+    """Whether responses that end in a repetition may be picked, too."""
     min_steps: int = 0
     """Minimum number of steps in a picked response."""
     max_steps: int | None = None
     """Maximum number of steps in a picked response; None: no maximum."""
     threshold: float | None = None
-    """Pick only responses whose value is not worse than this; None: no threshold."""
+    """Worst value that a picked response may have under the criterion; None: any value."""
     best_share: float = 1.0
     """Fraction of the picked responses, the best over all prompts, that are kept (MoRSD keeps about 0.3 by
     rationale_difficulty)."""
@@ -43,10 +43,10 @@ class PickOptions:
     """Maximum similarity of two picked responses to one prompt; of two that are more similar the better is picked. It
     is the Jaccard index of their word triples, in [0, 1]."""
     mix: tuple[str, ...] = ()
-    """Pick one response per prompt, of kinds in the proportion given here: long=1 short=4 (Mix Distillation,
-    2502.12143), or teachers by name, big=1 small=4, each with its best response."""
+    """Kinds of responses and the proportion in which they are picked, one response per prompt: long=1 short=4 (Mix
+    Distillation, 2502.12143), or teachers by name, big=1 small=4, each with its best response."""
     weigh: bool = False
-    """Write LARK's training weights (mean 1 per prompt) into the picked rows; the criterion that picks must be lark."""
+    """Whether the picked rows get LARK's training weights (mean 1 per prompt); the picking criterion must be lark."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
