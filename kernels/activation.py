@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genssd import _core
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import takes
+from genssd.kernels.native import runs_natively
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
 
         refuse_gradients("swiglu", gate_up_N2F)
         return gated_rows(gate_up_N2F, gelu=False)
-    if takes(gate_up_N2F):
-        return _native(gate_up_N2F, gelu=False)
+    if runs_natively(gate_up_N2F):
+        return _gate_natively(gate_up_N2F, gelu=False)
     return swiglu_reference(gate_up_N2F)
 
 
@@ -36,12 +36,12 @@ def geglu(gate_up_N2F: Tensor) -> Tensor:
 
         refuse_gradients("geglu", gate_up_N2F)
         return gated_rows(gate_up_N2F, gelu=True)
-    if takes(gate_up_N2F):
-        return _native(gate_up_N2F, gelu=True)
+    if runs_natively(gate_up_N2F):
+        return _gate_natively(gate_up_N2F, gelu=True)
     return geglu_reference(gate_up_N2F)
 
 
-def _native(gate_up_N2F: Tensor, *, gelu: bool) -> Tensor:
+def _gate_natively(gate_up_N2F: Tensor, *, gelu: bool) -> Tensor:
     refuse_gradients("geglu" if gelu else "swiglu", gate_up_N2F)
     out = gate_up_N2F.new_empty(gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2)
     _core.gated(gate_up_N2F.contiguous(), gelu, out, torch.get_num_threads())

@@ -25,7 +25,7 @@ from torch import Tensor
 from genssd import _core
 from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import takes
+from genssd.kernels.native import runs_natively
 
 SegmentTable = _core.SegmentTable
 """Who reads what. items: int32 [items, 6] (index into pages of the item's first page, position of its first token,
@@ -33,14 +33,14 @@ tokens that its rows see at most, index into entries of its first row, its rows,
 share no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every
 row. row_partial: int32 [N + 1], a row's first partial slot; the others follow in the order of segments."""
 
-SEGMENT = {"cpu": 256, "cuda": 1024}
+SEGMENT_TOKENS = {"cpu": 256, "cuda": 1024}
 """Tokens of a segment. On a GPU a longer one keeps the traffic of partial results small beside that of the cache."""
 
-UNIT_ROWS = {"cpu": 128, "cuda": 64}
+QUERY_VECTORS_PER_UNIT = {"cpu": 128, "cuda": 64}
 """Query vectors (rows times query heads per kv head) that read a segment together."""
 
 
-def segment_table(
+def build_segment_table(
     tables: Tensor,
     table_B: Tensor,
     first_B: Tensor,
@@ -84,19 +84,19 @@ def paged_attention(
     """
     if q_NHE.is_cuda and q_NHE.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
-        from genssd.kernels.attention_triton import attend_rows, launch_on
+        from genssd.kernels.attention_triton import attend_rows, choose_launch
 
         refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
         _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
-        there = table if isinstance(table, DeviceTable) else DeviceTable.of(table, q_NHE.device)
-        launch = launch_on(q_NHE)
+        there = table if isinstance(table, DeviceTable) else DeviceTable.upload(table, q_NHE.device)
+        launch = choose_launch(q_NHE)
         return attend_rows(q_NHE, k_pages_PSGE, v_pages_PSGE, there, scale, softcap, sinks_H, launch=launch)
     if isinstance(table, DeviceTable):
         raise ValueError(
             f"paged_attention: a device table serves Triton's kernels alone; {q_NHE.dtype} on {q_NHE.device} takes the "
             "segment table itself"
         )
-    if takes(q_NHE, k_pages_PSGE, v_pages_PSGE):
+    if runs_natively(q_NHE, k_pages_PSGE, v_pages_PSGE):
         refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
         out = torch.empty_like(q_NHE, memory_format=torch.contiguous_format)
         _core.paged_attention(

@@ -82,10 +82,10 @@ def _attention_mass(
 ) -> tuple[Tensor, Tensor]:
     """A, and every row's log-sum-exp, [T, H]."""
     # imported here, because Triton need not be installed where there is no GPU
-    from genssd.kernels.attention_mass_triton import mass_of, tiles_for
+    from genssd.kernels.attention_mass_triton import choose_tiles, compute_mass
 
     q, k = _dense_heads(q_THE), _dense_heads(k_TGE)
-    return mass_of(q, k, step_T, word_T, steps, words, scale, tiles=tiles_for(q.shape[2], gradient=False))
+    return compute_mass(q, k, step_T, word_T, steps, words, scale, tiles=choose_tiles(q.shape[2], gradient=False))
 
 
 @_attention_mass.register_fake
@@ -100,10 +100,12 @@ def _(q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, steps: int, 
 def _mass_gradients(
     d_mass_SW: Tensor, q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, lse_TH: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    from genssd.kernels.attention_mass_triton import gradients_of, tiles_for
+    from genssd.kernels.attention_mass_triton import choose_tiles, compute_mass_gradients
 
     q, k = _dense_heads(q_THE), _dense_heads(k_TGE)
-    return gradients_of(d_mass_SW, q, k, step_T, word_T, lse_TH, scale, tiles=tiles_for(q.shape[2], gradient=True))
+    return compute_mass_gradients(
+        d_mass_SW, q, k, step_T, word_T, lse_TH, scale, tiles=choose_tiles(q.shape[2], gradient=True)
+    )
 
 
 @_mass_gradients.register_fake

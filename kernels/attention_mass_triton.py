@@ -29,7 +29,7 @@ HEADROOM = 8192.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
+class MassTiles:
     """own: rows of a program, or keys for the gradient of k. step: keys, or rows, that it takes at a time."""
 
     own: int
@@ -40,14 +40,14 @@ class Tiles:
     interpret: bool = False
 
 
-MASS = Tiles(own=64, step=32, words=16, num_warps=4, num_stages=2)
-MASS_WIDE = Tiles(own=64, step=32, words=16, num_warps=8, num_stages=2)
-GRADIENT_NARROW = Tiles(own=64, step=16, words=16, num_warps=4, num_stages=2)
-GRADIENT = Tiles(own=64, step=32, words=16, num_warps=8, num_stages=2)
-GRADIENT_WIDE = Tiles(own=64, step=16, words=16, num_warps=8, num_stages=2)
+MASS = MassTiles(own=64, step=32, words=16, num_warps=4, num_stages=2)
+MASS_WIDE = MassTiles(own=64, step=32, words=16, num_warps=8, num_stages=2)
+GRADIENT_NARROW = MassTiles(own=64, step=16, words=16, num_warps=4, num_stages=2)
+GRADIENT = MassTiles(own=64, step=32, words=16, num_warps=8, num_stages=2)
+GRADIENT_WIDE = MassTiles(own=64, step=16, words=16, num_warps=8, num_stages=2)
 
 
-def tiles_for(width: int, *, gradient: bool) -> Tiles:
+def choose_tiles(width: int, *, gradient: bool) -> MassTiles:
     """The configuration that ships, for halves. width: of a head, up to attention_mass.MAX_WIDTH."""
     if not gradient:
         return MASS if width <= 128 else MASS_WIDE
@@ -98,7 +98,7 @@ def _lse_kernel(
 
 
 @triton.jit
-def _paid_kernel(
+def _row_mass_kernel(
     q, k, rows, columns, word, word_start, lse,  # [T, H, E] [T, G, E] int32 [R] [C] [T] [W + 1] [T, H]
     paid,  # [R, W]
     R, H, W, GROUP, stride_qt, stride_qh, stride_kt, stride_kh, scale,
@@ -230,8 +230,16 @@ def _grouped(index_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order_N.int(), start.int()
 
 
-def mass_of(
-    q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, steps: int, words: int, scale: float, *, tiles: Tiles
+def compute_mass(
+    q_THE: Tensor,
+    k_TGE: Tensor,
+    step_T: Tensor,
+    word_T: Tensor,
+    steps: int,
+    words: int,
+    scale: float,
+    *,
+    tiles: MassTiles,
 ) -> tuple[Tensor, Tensor]:
     """A, float32 [S, W], and the log-sum-exp of the rows that are part of a step, float32 [T, H] (0 in other rows)."""
     T, H, E = q_THE.shape
@@ -244,9 +252,9 @@ def mass_of(
     mass_SW = torch.empty(steps, words, dtype=torch.float32, device=device)
     rows_R, word_T, blocks = rows_R.int(), word_T.int(), -(-R // tiles.own)
     shared = (H // k_TGE.shape[1], q_THE.stride(0), q_THE.stride(1), k_TGE.stride(0), k_TGE.stride(1), scale)
-    options = options_of(E, tiles)
+    options = launch_options(E, tiles)
     _lse_kernel[(blocks, H)](q_THE, k_TGE, rows_R, lse_TH, R, H, *shared, **options)
-    _paid_kernel[(blocks, -(-words // tiles.words))](
+    _row_mass_kernel[(blocks, -(-words // tiles.words))](
         q_THE, k_TGE, rows_R, columns_T, word_T, word_start, lse_TH, paid_RW, R, H, words, *shared,
         BLOCK_W=tiles.words, **options,
     )  # fmt: skip
@@ -256,7 +264,7 @@ def mass_of(
     return mass_SW, lse_TH
 
 
-def gradients_of(
+def compute_mass_gradients(
     d_mass_SW: Tensor,
     q_THE: Tensor,
     k_TGE: Tensor,
@@ -265,7 +273,7 @@ def gradients_of(
     lse_TH: Tensor,
     scale: float,
     *,
-    tiles: Tiles,
+    tiles: MassTiles,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k, in their dtypes, of a loss with gradient d_mass."""
     (T, H, E), G, words = q_THE.shape, k_TGE.shape[1], d_mass_SW.shape[1]
@@ -281,7 +289,7 @@ def gradients_of(
     dk_TGE = torch.empty(T, G, E, dtype=k_TGE.dtype, device=device)
     rows_R, columns_C, step_T, word_T = rows_R.int(), columns_C.int(), step_T.int(), word_T.int()
     shared = (H // G, q_THE.stride(0), q_THE.stride(1), k_TGE.stride(0), k_TGE.stride(1), scale)
-    options = options_of(E, tiles)
+    options = launch_options(E, tiles)
     _dq_kernel[(-(-R // tiles.own), H)](
         q_THE, k_TGE, rows_R, columns_C, step_T, word_T, lse_TH, d_mass_SW, unit, delta_TH, dq_THE,
         R, C, H, words, *shared, **options,
@@ -293,7 +301,7 @@ def gradients_of(
     return dq_THE, dk_TGE
 
 
-def options_of(width: int, tiles: Tiles) -> dict[str, int | bool]:
+def launch_options(width: int, tiles: MassTiles) -> dict[str, int | bool]:
     """Constants and launch options of the kernels over tiles of scores."""
     return {
         "E": width,

@@ -36,7 +36,7 @@ HEADS = 4  # of one row that a program merges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
+class AttentionTiles:
     """Sizes of one configuration. block_m: query vectors of a tile. block_t: tokens of a tile."""
 
     block_m: int
@@ -46,38 +46,38 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class AttentionLaunch:
     """How to start the kernel. programs: how many run at once; no result depends on it."""
 
     programs: int
-    tiles: Tiles
+    tiles: AttentionTiles
     interpret: bool = False
 
 
-def tiles_for(dtype: torch.dtype, head_dim: int, *, amd: bool, capability: int) -> Tiles:
+def choose_tiles(dtype: torch.dtype, head_dim: int, *, amd: bool, capability: int) -> AttentionTiles:
     """The configuration that ships. capability: NVIDIA's, 80 for sm_80; without meaning on AMD."""
     wide = head_dim > 128
     if dtype == torch.float32:  # no matrix unit takes exact products: small tiles, or they spill
-        return Tiles(block_m=16, block_t=16, num_warps=4, num_stages=2)
+        return AttentionTiles(block_m=16, block_t=16, num_warps=4, num_stages=2)
     if amd:  # 64 KiB of local memory
-        return Tiles(block_m=64, block_t=16 if wide else 32, num_warps=4, num_stages=2)
+        return AttentionTiles(block_m=64, block_t=16 if wide else 32, num_warps=4, num_stages=2)
     if wide:
-        return Tiles(block_m=64, block_t=32, num_warps=8, num_stages=2 if capability < 90 else 3)
+        return AttentionTiles(block_m=64, block_t=32, num_warps=8, num_stages=2 if capability < 90 else 3)
     # with 4 warps, the addresses of the pages spill registers everywhere but on Hopper
-    return Tiles(block_m=64, block_t=64, num_warps=4 if 90 <= capability < 100 else 8, num_stages=3)
+    return AttentionTiles(block_m=64, block_t=64, num_warps=4 if 90 <= capability < 100 else 8, num_stages=3)
 
 
-def launch_on(q_NHE: Tensor) -> Launch:
+def choose_launch(q_NHE: Tensor) -> AttentionLaunch:
     """The configuration for the device and dtype of the queries."""
     device = torch.cuda.get_device_properties(q_NHE.device)
-    tiles = tiles_for(
+    tiles = choose_tiles(
         q_NHE.dtype,
         q_NHE.shape[2],
         amd=torch.version.hip is not None,
         capability=10 * device.major + device.minor,
     )
     # what fits the registers of a multiprocessor at once
-    return Launch(programs=8 // tiles.num_warps * device.multi_processor_count, tiles=tiles)
+    return AttentionLaunch(programs=8 // tiles.num_warps * device.multi_processor_count, tiles=tiles)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def _merge_kernel(
     tl.store(out + (row * H + head)[:, None] * E + e, merged.to(out.dtype.element_ty), mask=whole)
 
 
-def merge_tiling(head_dim: int) -> tuple[int, int]:
+def choose_merge_tiling(head_dim: int) -> tuple[int, int]:
     """Entries of a head that a merging program holds, and its warps."""
     block = int(triton.next_power_of_2(head_dim))
     return block, max(1, HEADS * block // 256)
@@ -199,7 +199,7 @@ def attend_rows(
     softcap: float | None,
     sinks_H: Tensor | None,
     *,
-    launch: Launch,
+    launch: AttentionLaunch,
 ) -> Tensor:
     """See attention.paged_attention. Rows and heads of q, and pages, slots and heads of the cache, may lie apart.
 
@@ -229,7 +229,7 @@ def attend_rows(
         BLOCK_E=max(16, triton.next_power_of_2(E)), WINDOW=table.window > 0, SOFTCAP=softcap is not None,
         INTERPRET=launch.interpret, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    block, num_warps = merge_tiling(E)
+    block, num_warps = choose_merge_tiling(E)
     _merge_kernel[(N, -(-H // HEADS))](
         peaks, totals, values, table.row_partial, peaks if sinks_H is None else sinks_H.contiguous(), out_NHE, H,
         E=E, HEADS=HEADS, BLOCK_E=block, SINKS=sinks_H is not None, num_warps=num_warps,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genssd import _core
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import detached, takes
+from genssd.kernels.native import detach, runs_natively
 from genssd.kernels.norm import rms_norm_reference
 from genssd.kernels.rotary import rotary
 
@@ -44,12 +44,12 @@ def write_kv(
 
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
         return write_kv_rows(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm, eps)
-    if takes(qkv_NKE, k_pages_PSGE, v_pages_PSGE) and k_pages_PSGE.is_contiguous() and slot_N.is_contiguous():
+    if runs_natively(qkv_NKE, k_pages_PSGE, v_pages_PSGE) and k_pages_PSGE.is_contiguous() and slot_N.is_contiguous():
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
         q = qkv_NKE.new_empty(qkv_NKE.shape[0], heads, qkv_NKE.shape[2])
         _core.write_kv(
             qkv_NKE.contiguous(), cos.contiguous(), sin.contiguous(), k_pages_PSGE, v_pages_PSGE, slot_N,
-            detached(q_norm), detached(k_norm), eps, q, torch.get_num_threads(),
+            detach(q_norm), detach(k_norm), eps, q, torch.get_num_threads(),
         )  # fmt: skip
         return q
     return write_kv_reference(
@@ -88,7 +88,7 @@ def copy_pages(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor) -> No
         from genssd.kernels.cache_triton import copy_page_rows
 
         copy_page_rows(kv_L2PSGE, source_N, destination_N)
-    elif takes(kv_L2PSGE) and kv_L2PSGE.is_contiguous():
+    elif runs_natively(kv_L2PSGE) and kv_L2PSGE.is_contiguous():
         _core.copy_pages(kv_L2PSGE, source_N.contiguous(), destination_N.contiguous(), torch.get_num_threads())
     else:
         copy_pages_reference(kv_L2PSGE, source_N, destination_N)

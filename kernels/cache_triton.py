@@ -59,7 +59,7 @@ def _write_kernel(
         tl.store(to_v + E // 2, second.to(dtype), mask=of_v)
 
 
-def tiling(width: int) -> tuple[int, int]:
+def choose_tiling(width: int) -> tuple[int, int]:
     """Entries of half a head that a program holds, and its warps: eight entries for every thread."""
     half = int(triton.next_power_of_2(width // 2))
     return half, max(1, HEADS * half // 256)
@@ -86,7 +86,7 @@ def write_kv_rows(
     q_NHE = torch.empty(N, heads, E, dtype=qkv_NKE.dtype, device=qkv_NKE.device)
     norms = (qkv_NKE, qkv_NKE) if q_norm is None or k_norm is None else (q_norm.contiguous(), k_norm.contiguous())
     cos, sin = cos if cos.stride(1) == 1 else cos.contiguous(), sin if sin.stride(1) == 1 else sin.contiguous()
-    half, num_warps = tiling(E)
+    half, num_warps = choose_tiling(E)
     _write_kernel[(N, -(-K // HEADS))](
         qkv_NKE, cos, sin, slot_N.contiguous(), *norms, q_NHE, k_pages_PSGE, v_pages_PSGE,
         heads, k_pages_PSGE.shape[2], k_pages_PSGE.shape[1], qkv_NKE.stride(0), qkv_NKE.stride(1),

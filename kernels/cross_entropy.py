@@ -18,15 +18,15 @@ from genssd.kernels.head import (
     HeadLoss,
     check_head,
     check_positive,
-    chunk_rows,
-    fake_outputs,
-    losses_and_gradients,
-    product_dtype,
+    choose_product_dtype,
+    compute_losses_and_gradients,
+    make_fake_outputs,
     require_in_vocabulary,
+    resolve_row_weights,
     row_logsumexp,
-    row_weights,
+    rows_per_chunk,
     save_gradients,
-    scaled_gradients,
+    scale_gradients,
     softmax_gradient,
     squash,
     unsquash_gradient,
@@ -60,11 +60,11 @@ def linear_cross_entropy(
             f"linear_cross_entropy: target must be int64 [{hidden_ND.shape[0]}], not {target_N.dtype} "
             f"{tuple(target_N.shape)}"
         )
-    row_weight_N = row_weights("linear_cross_entropy", row_weight, hidden_ND)
+    row_weight_N = resolve_row_weights("linear_cross_entropy", row_weight, hidden_ND)
     row_weight_N = torch.where(target_N != ignore_index, row_weight_N, 0.0)
     target_N = torch.where(row_weight_N != 0.0, target_N, 0)
     grad = torch.is_grad_enabled()
-    dtype = product_dtype(hidden_ND)
+    dtype = choose_product_dtype(hidden_ND)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         total, rows, _, _ = _linear_cross_entropy(
             hidden_ND.to(dtype),
@@ -108,12 +108,12 @@ def _linear_cross_entropy(
         dz_target = scale_C[:, None] * torch.expm1(-loss[:, None])
         return loss, dx.scatter_(1, at, unsquash_gradient(dz_target, x_target, temperature, softcap).to(dx.dtype))
 
-    losses, d_hidden, d_weight = losses_and_gradients(
+    losses, d_hidden, d_weight = compute_losses_and_gradients(
         row_loss,
         hidden_ND,
         weight_VD,
         row_weight_N,
-        rows=chunk_rows(weight_VD.shape[0], hidden_ND.device),
+        rows=rows_per_chunk(weight_VD.shape[0], hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )
@@ -123,7 +123,7 @@ def _linear_cross_entropy(
 
 @_linear_cross_entropy.register_fake
 def _(hidden_ND: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_outputs(hidden_ND, weight_VD, *rest[-2:])
+    return make_fake_outputs(hidden_ND, weight_VD, *rest[-2:])
 
 
-_linear_cross_entropy.register_autograd(scaled_gradients, setup_context=save_gradients)
+_linear_cross_entropy.register_autograd(scale_gradients, setup_context=save_gradients)

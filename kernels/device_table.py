@@ -21,7 +21,7 @@ from torch import Tensor
 from genssd import _core
 
 HEADER = 4
-ALIGNED = 4  # entries of 16 bytes
+ALIGNMENT = 4  # entries of 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Capacity:
     item_rows: int
 
     @staticmethod
-    def of(table: _core.SegmentTable) -> Capacity:
+    def required_by(table: _core.SegmentTable) -> Capacity:
         """What a table needs."""
         items = table.items
         return Capacity(
@@ -53,7 +53,7 @@ class Capacity:
         fixed = self.rows >= other.rows and self.item_rows >= other.item_rows
         return fixed and all(mine >= theirs for mine, theirs in pairs)
 
-    def grown(self, other: Capacity, *, rows: int, item_rows: int) -> Capacity:
+    def enlarge(self, other: Capacity, *, rows: int, item_rows: int) -> Capacity:
         """Room for both and so many rows, in sizes that are powers of two: it is outgrown rarely."""
         sizes = (1 << max(a, b, 1).bit_length() for a, b in zip(self._growing(), other._growing(), strict=True))
         items, entries, pages, partials = sizes
@@ -69,7 +69,7 @@ class Capacity:
         """Where each part begins, and the end."""
         found = [0]
         for size in (HEADER, 6 * self.items, 2 * self.entries, self.pages, self.rows, self.rows + 1):
-            found.append(found[-1] + -(-size // ALIGNED) * ALIGNED)
+            found.append(found[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
         return tuple(found)
 
     def _growing(self) -> tuple[int, ...]:
@@ -89,15 +89,15 @@ class DeviceTable:
     """Of the table that was there when it was made."""
 
     @staticmethod
-    def of(table: _core.SegmentTable, device: torch.device) -> DeviceTable:
+    def upload(table: _core.SegmentTable, device: torch.device) -> DeviceTable:
         """Put a table on a device, in a buffer of its own, without waiting."""
-        capacity = Capacity.of(table)
-        host = host_buffer(capacity.length, torch.int32, device)
-        pack(table, capacity, host.numpy())
-        return DeviceTable.over(host.to(device, non_blocking=True), capacity, table)
+        capacity = Capacity.required_by(table)
+        host = allocate_host_buffer(capacity.length, torch.int32, device)
+        write_table(table, capacity, host.numpy())
+        return DeviceTable.from_buffer(host.to(device, non_blocking=True), capacity, table)
 
     @staticmethod
-    def over(buffer: Tensor, capacity: Capacity, table: _core.SegmentTable) -> DeviceTable:
+    def from_buffer(buffer: Tensor, capacity: Capacity, table: _core.SegmentTable) -> DeviceTable:
         """The view of a buffer that tables like this one are copied into."""
         return DeviceTable(
             buffer=buffer,
@@ -141,9 +141,9 @@ class DeviceTable:
         return self.buffer[start : start + size]
 
 
-def pack(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.int32]) -> None:
+def write_table(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.int32]) -> None:
     """Write a table into a buffer of capacity.length entries; rows beyond its own see nothing."""
-    assert capacity.covers(Capacity.of(table)), "the table outgrew its buffer"
+    assert capacity.covers(Capacity.required_by(table)), "the table outgrew its buffer"
     into[0] = len(table.items)
     parts = (table.items.reshape(-1), table.entries.reshape(-1), table.pages, table.position, table.row_partial)
     offsets = capacity.offsets[1:]
@@ -156,11 +156,11 @@ def pack(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.int32])
 
 def upload(array: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
     """A copy of an array on a device; the host does not wait for it."""
-    host = host_buffer(len(array), torch.int32 if array.dtype == np.int32 else torch.int64, device)
+    host = allocate_host_buffer(len(array), torch.int32 if array.dtype == np.int32 else torch.int64, device)
     host.numpy()[:] = array
     return host.to(device, non_blocking=True)
 
 
-def host_buffer(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def allocate_host_buffer(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory of the host that a copy to the device can start from while the host goes on."""
     return torch.empty(length, dtype=dtype, pin_memory=device.type == "cuda")

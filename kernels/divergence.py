@@ -27,24 +27,24 @@ from genssd.kernels.head import (
     HeadLoss,
     check_head,
     check_positive,
-    chunk_rows,
-    fake_outputs,
-    losses_and_gradients,
-    product,
-    product_dtype,
+    choose_product_dtype,
+    compute_losses_and_gradients,
+    iter_slices,
+    make_fake_outputs,
+    multiply_into,
+    resolve_row_weights,
     row_logsumexp,
-    row_weights,
+    rows_per_chunk,
     save_gradients,
-    scaled_gradients,
-    slices,
+    scale_gradients,
     softmax_gradient,
     squash,
     unsquash_gradient,
 )
 
-Kind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
-Vocabulary = Literal["restrict", "drop"]
-Tail = Literal["bucket", "renormalize"]
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+VocabularyRule = Literal["restrict", "drop"]
+TailRule = Literal["bucket", "renormalize"]
 
 
 def linear_divergence(
@@ -53,14 +53,14 @@ def linear_divergence(
     teacher_hidden_NE: Tensor,
     teacher_weight_UE: Tensor,
     *,
-    kind: Kind,
+    kind: DivergenceKind,
     beta: float = 0.5,
     alpha: float = 0.1,
     temperature: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     row_weight: Tensor | None = None,
-    vocabulary: Vocabulary = "restrict",
+    vocabulary: VocabularyRule = "restrict",
 ) -> HeadLoss:
     """The divergence of every row and their weighted sum, differentiable in the student's hidden states and weight.
 
@@ -84,13 +84,13 @@ def linear_divergence(
         teacher_softcap=teacher_softcap,
     )
     name, mix = _mixture("linear_divergence", kind, beta, alpha)
-    _check_choice("linear_divergence", "vocabulary", vocabulary, get_args(Vocabulary))
-    row_weight_N = row_weights("linear_divergence", row_weight, student_hidden_ND)
+    _check_choice("linear_divergence", "vocabulary", vocabulary, get_args(VocabularyRule))
+    row_weight_N = resolve_row_weights("linear_divergence", row_weight, student_hidden_ND)
     if vocabulary == "restrict":
         shared = min(student_weight_VD.shape[0], teacher_weight_UE.shape[0])
         student_weight_VD, teacher_weight_UE = student_weight_VD[:shared], teacher_weight_UE[:shared]
     grad = torch.is_grad_enabled()
-    student_dtype, teacher_dtype = product_dtype(student_hidden_ND), product_dtype(teacher_hidden_NE)
+    student_dtype, teacher_dtype = choose_product_dtype(student_hidden_ND), choose_product_dtype(teacher_hidden_NE)
     with torch.autocast(student_hidden_ND.device.type, enabled=False):
         total, rows, _, _ = _linear_divergence(
             student_hidden_ND.to(student_dtype),
@@ -115,8 +115,8 @@ def topk_divergence(
     teacher_ids_NK: Tensor,
     teacher_logprob_NK: Tensor,
     *,
-    kind: Kind,
-    tail: Tail = "bucket",
+    kind: DivergenceKind,
+    tail: TailRule = "bucket",
     beta: float = 0.5,
     alpha: float = 0.1,
     temperature: float = 1.0,
@@ -147,13 +147,13 @@ def topk_divergence(
             f"topk_divergence: teacher_logprob {tuple(teacher_logprob_NK.shape)} and teacher_ids {tuple(shape)} differ"
         )
     name, mix = _mixture("topk_divergence", kind, beta, alpha)
-    _check_choice("topk_divergence", "tail", tail, get_args(Tail))
-    row_weight_N = row_weights("topk_divergence", row_weight, student_hidden_ND)
+    _check_choice("topk_divergence", "tail", tail, get_args(TailRule))
+    row_weight_N = resolve_row_weights("topk_divergence", row_weight, student_hidden_ND)
     known = (teacher_ids_NK >= 0) & (teacher_ids_NK < student_weight_VD.shape[0])
     row_weight_N = torch.where(known.any(1), row_weight_N, 0.0)
     teacher_ids_NK = torch.where(row_weight_N[:, None] != 0.0, teacher_ids_NK, -1)
     grad = torch.is_grad_enabled()
-    dtype = product_dtype(student_hidden_ND)
+    dtype = choose_product_dtype(student_hidden_ND)
     with torch.autocast(student_hidden_ND.device.type, enabled=False):
         total, rows, _, _ = _topk_divergence(
             student_hidden_ND.to(dtype),
@@ -174,7 +174,7 @@ def topk_divergence(
 
 def _mixture(function: str, kind: str, beta: float, alpha: float) -> tuple[str, float]:
     """The kind without its limiting cases, and the teacher's share of the mixture (0 where there is none)."""
-    _check_choice(function, "kind", kind, get_args(Kind))
+    _check_choice(function, "kind", kind, get_args(DivergenceKind))
     if kind == "jsd" and not 0.0 < beta < 1.0:
         raise ValueError(
             f"{function}: beta must lie in (0, 1), not {beta}; its limits are the kinds forward_kl and reverse_kl"
@@ -231,7 +231,7 @@ def divergence_rows(
     V, U = student_x_CV.shape[1], teacher_x_CU.shape[1]
     shared = min(V, U)
     losses_C = row_weight_C.new_empty(len(row_weight_C))
-    for part in slices(len(student_x_CV), V + U):
+    for part in iter_slices(len(student_x_CV), V + U):
         x = student_x_CV[part]
         log_p = squash(x, temperature, student_softcap).log_softmax(1)
         log_q = squash(teacher_x_CU[part], temperature, teacher_softcap).log_softmax(1)[:, :shared]
@@ -266,7 +266,7 @@ def _linear_divergence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """total, losses [N], and the gradients of the student's hidden states and weight (empty when not wanted)."""
     teacher_weight_UE = teacher_weight_UE.to(teacher_hidden_NE.dtype)
-    rows = chunk_rows(student_weight_VD.shape[0] + teacher_weight_UE.shape[0], student_hidden_ND.device)
+    rows = rows_per_chunk(student_weight_VD.shape[0] + teacher_weight_UE.shape[0], student_hidden_ND.device)
     buffer_CU = torch.empty(
         min(rows, len(teacher_hidden_NE)),
         len(teacher_weight_UE),
@@ -277,7 +277,7 @@ def _linear_divergence(
     def row_loss(student_x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
         row_weight_C = row_weight_N[span]
         teacher_h = teacher_hidden_NE[span].masked_fill(row_weight_C[:, None] == 0, 0)
-        teacher_x_CU = product(teacher_h, teacher_weight_UE, out=buffer_CU[: len(teacher_h)])
+        teacher_x_CU = multiply_into(teacher_h, teacher_weight_UE, out=buffer_CU[: len(teacher_h)])
         loss_rows = divergence_rows
         if student_x_CV.is_cuda and student_x_CV.dtype == teacher_x_CU.dtype == torch.float32:
             from genssd.kernels.divergence_triton import divergence_rows as loss_rows
@@ -294,7 +294,7 @@ def _linear_divergence(
         )
         return loss.masked_fill(row_weight_C == 0, 0.0), dx
 
-    losses, d_hidden, d_weight = losses_and_gradients(
+    losses, d_hidden, d_weight = compute_losses_and_gradients(
         row_loss,
         student_hidden_ND,
         student_weight_VD,
@@ -308,10 +308,10 @@ def _linear_divergence(
 
 @_linear_divergence.register_fake
 def _(student_hidden_ND: Tensor, student_weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_outputs(student_hidden_ND, student_weight_VD, *rest[-2:])
+    return make_fake_outputs(student_hidden_ND, student_weight_VD, *rest[-2:])
 
 
-_linear_divergence.register_autograd(scaled_gradients, setup_context=save_gradients)
+_linear_divergence.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
 @torch.library.custom_op("genssd::topk_divergence", mutates_args=())
@@ -362,17 +362,17 @@ def _topk_divergence(
             rest_C = rest_C.masked_fill(rest_C == -torch.inf, 0.0)
             # z is another tensor than x wherever unsquash_gradient looks at x
             dx = softmax_gradient(z_CV, rest_C, dz[None, :, -1], 1.0, None, student_hidden_ND.dtype)
-            for part in slices(*dx.shape):
+            for part in iter_slices(*dx.shape):
                 dx[part] = unsquash_gradient(dx[part], x_CV[part], temperature, student_softcap)
         dx_top = unsquash_gradient(dz[:, : ids.shape[1]], x_top, temperature, student_softcap)
         return share.sum(1).masked_fill(row_weight_C1[:, 0] == 0, 0.0), _put(dx, ids, used, dx_top.to(dx.dtype))
 
-    losses, d_hidden, d_weight = losses_and_gradients(
+    losses, d_hidden, d_weight = compute_losses_and_gradients(
         row_loss,
         student_hidden_ND,
         student_weight_VD,
         row_weight_N,
-        rows=chunk_rows(2 * V, student_hidden_ND.device),
+        rows=rows_per_chunk(2 * V, student_hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )
@@ -417,7 +417,7 @@ def _put(out_CV: Tensor, ids_CK: Tensor, used_CK: Tensor, values_CK: Tensor) -> 
 
 @_topk_divergence.register_fake
 def _(student_hidden_ND: Tensor, student_weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_outputs(student_hidden_ND, student_weight_VD, *rest[-2:])
+    return make_fake_outputs(student_hidden_ND, student_weight_VD, *rest[-2:])
 
 
-_topk_divergence.register_autograd(scaled_gradients, setup_context=save_gradients)
+_topk_divergence.register_autograd(scale_gradients, setup_context=save_gradients)

@@ -40,12 +40,12 @@ RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """From x of some rows (which it may overwrite) and their place in the batch to their losses and dx."""
 
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
+def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
     """Rows whose float32 logits fit CHUNK_BYTES, at least one."""
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
 
 
-def losses_and_gradients(
+def compute_losses_and_gradients(
     row_loss: RowLoss,
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -69,7 +69,7 @@ def losses_and_gradients(
     for start in range(0, hidden_ND.shape[0], rows):
         span = slice(start, start + rows)
         h = hidden_ND[span].masked_fill(row_weight_N[span, None] == 0, 0)
-        losses_N[span], dx = row_loss(product(h, w, out=x_CV[: len(h)]), span)
+        losses_N[span], dx = row_loss(multiply_into(h, w, out=x_CV[: len(h)]), span)
         if want_hidden:
             torch.mm(dx, w, out=d_hidden[span])
         if want_weight:
@@ -77,7 +77,7 @@ def losses_and_gradients(
     return losses_N, d_hidden, d_weight.to(weight_VD.dtype)
 
 
-def product(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
+def multiply_into(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
     """hidden @ weight.T into out, float32 or float64; the product of halves is not rounded to halves."""
     if hidden_ND.is_cuda and hidden_ND.dtype != out.dtype:
         return out.copy_(torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype))
@@ -96,7 +96,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def slices(num_rows: int, vocabulary: int) -> Iterator[slice]:
+def iter_slices(num_rows: int, vocabulary: int) -> Iterator[slice]:
     """Few rows at a time, for passes in plain torch: what they make on the way stays in the processor's cache.
 
     Their results go into tensors made before: a small one that is kept between large ones that are not would pin a
@@ -128,7 +128,7 @@ def row_logsumexp(x_CV: Tensor, temperature: float, softcap: float | None) -> Te
 
         return logsumexp_rows(x_CV, temperature, softcap)
     out_C = x_CV.new_empty(x_CV.shape[0])
-    for part in slices(*x_CV.shape):
+    for part in iter_slices(*x_CV.shape):
         out_C[part] = squash(x_CV[part], temperature, softcap).logsumexp(dim=1)
     return out_C
 
@@ -150,7 +150,7 @@ def softmax_gradient(
         from genssd.kernels.head_triton import softmax_gradient_rows
 
         return softmax_gradient_rows(x_CV, logsumexp_C, coefficients_KC, temperature, softcap, dtype)
-    for part in slices(*x_CV.shape):
+    for part in iter_slices(*x_CV.shape):
         a, *more = coefficients_KC[:, part, None].unbind()
         x = x_CV[part]
         log_p = squash(x, temperature, softcap) - logsumexp_C[part, None]
@@ -160,7 +160,7 @@ def softmax_gradient(
     return x_CV.to(dtype)
 
 
-def fake_outputs(
+def make_fake_outputs(
     hidden_ND: Tensor, weight_VD: Tensor, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of what a loss operator returns."""
@@ -182,19 +182,19 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 @once_differentiable
-def scaled_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Backward of an operator whose first two inputs are hidden and weight: its gradients, times what comes from above.
 
     The factor keeps its precision: a loss scale may not even fit the gradient's dtype.
     """
     hidden, weight = (
-        _scaled(gradient, upstream) if wanted else None
+        _scale(gradient, upstream) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
     return hidden, weight, *[None] * (ctx.num_inputs - 2)
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     if gradient.dtype == upstream.dtype:
         return gradient * upstream
     out = torch.empty_like(gradient)
@@ -203,7 +203,7 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     return out
 
 
-def product_dtype(hidden: Tensor) -> torch.dtype:
+def choose_product_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype a head's product is taken in: hidden's, or autocast's where it is on and hidden is not float64."""
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
@@ -226,7 +226,7 @@ def check_positive(function: str, **options: float | None) -> None:
             raise ValueError(f"{function}: {name} must be positive, not {value}")
 
 
-def row_weights(function: str, row_weight_N: Tensor | None, hidden_ND: Tensor) -> Tensor:
+def resolve_row_weights(function: str, row_weight_N: Tensor | None, hidden_ND: Tensor) -> Tensor:
     """[N] weights in float32 (float64 for float64 hidden states), ones where none are given."""
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     if row_weight_N is None:

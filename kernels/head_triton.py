@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
+class HeadTiles:
     """Sizes of one configuration of a kernel over the head. block: rows and vocabulary entries of a tile."""
 
     block: int
@@ -24,24 +24,24 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class HeadLaunch:
     """How to start a kernel. programs: how many run at once; no result depends on it."""
 
     programs: int
-    tiles: Tiles
+    tiles: HeadTiles
     interpret: bool = False
 
 
-HALF_HOPPER = Tiles(block=128, block_d=64, num_warps=8, num_stages=3)
-HALF_AMPERE = Tiles(block=128, block_d=32, num_warps=8, num_stages=4)  # with 64, the addresses spill registers
-HALF_AMD = Tiles(block=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
-DRAWING = Tiles(block=64, block_d=64, num_warps=8, num_stages=3)
-SINGLE = Tiles(block=32, block_d=32, num_warps=4, num_stages=3)  # larger ones spill: no matrix unit takes them
-DRAWING_SINGLE = Tiles(block=32, block_d=64, num_warps=4, num_stages=3)
+HALF_HOPPER = HeadTiles(block=128, block_d=64, num_warps=8, num_stages=3)
+HALF_AMPERE = HeadTiles(block=128, block_d=32, num_warps=8, num_stages=4)  # with 64, the addresses spill registers
+HALF_AMD = HeadTiles(block=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
+DRAWING = HeadTiles(block=64, block_d=64, num_warps=8, num_stages=3)
+SINGLE = HeadTiles(block=32, block_d=32, num_warps=4, num_stages=3)  # larger ones spill: no matrix unit takes them
+DRAWING_SINGLE = HeadTiles(block=32, block_d=64, num_warps=4, num_stages=3)
 ROW_BLOCK = 4096  # entries of a row that a row-wise program holds at once
 
 
-def tiles_for(dtype: torch.dtype, *, amd: bool, capability: int, drawing: bool = False) -> Tiles:
+def choose_tiles(dtype: torch.dtype, *, amd: bool, capability: int, drawing: bool = False) -> HeadTiles:
     """The configuration that ships for a dtype. capability: NVIDIA's, 80 for sm_80; without meaning on AMD.
 
     drawing: for the kernel that makes noise in every tile, which needs the registers for it.
@@ -55,12 +55,12 @@ def tiles_for(dtype: torch.dtype, *, amd: bool, capability: int, drawing: bool =
     return HALF_HOPPER if capability >= 90 else HALF_AMPERE
 
 
-def launch_on(hidden: Tensor, *, drawing: bool = False) -> Launch:
+def choose_launch(hidden: Tensor, *, drawing: bool = False) -> HeadLaunch:
     """The configuration for the device and dtype of a tensor."""
     device = torch.cuda.get_device_properties(hidden.device)
     capability = 10 * device.major + device.minor
-    tiles = tiles_for(hidden.dtype, amd=torch.version.hip is not None, capability=capability, drawing=drawing)
-    return Launch(programs=device.multi_processor_count, tiles=tiles)
+    tiles = choose_tiles(hidden.dtype, amd=torch.version.hip is not None, capability=capability, drawing=drawing)
+    return HeadLaunch(programs=device.multi_processor_count, tiles=tiles)
 
 
 @triton.jit

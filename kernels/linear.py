@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.native import detached, takes
+from genssd.kernels.native import detach, runs_natively
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 
@@ -20,10 +20,10 @@ def linear(x_ND: Tensor, weight_MD: Weight, bias_M: Tensor | None = None, *, out
     there are or on the number of threads. The sum is taken in float32.
     """
     fits = out is None or (out.dtype in (x_ND.dtype, torch.float32) and out.is_contiguous())
-    if isinstance(weight_MD, PackedWeight) or (fits and takes(x_ND, weight_MD, bias_M)):
+    if isinstance(weight_MD, PackedWeight) or (fits and runs_natively(x_ND, weight_MD, bias_M)):
         y = x_ND.new_empty(x_ND.shape[0], weight_MD.shape[0]) if out is None else out
         x_ND = x_ND if x_ND.stride(-1) == 1 else x_ND.contiguous()
-        _core.linear(x_ND.detach(), cells_of(weight_MD), detached(bias_M), y, torch.get_num_threads())
+        _core.linear(x_ND.detach(), cells_of(weight_MD), detach(bias_M), y, torch.get_num_threads())
         return y
     y = torch.nn.functional.linear(x_ND, weight_MD, bias_M)
     return y if out is None else out.copy_(y)

@@ -27,24 +27,24 @@ from genssd import _core
 from genssd.kernels.head import (
     check_head,
     check_positive,
-    chunk_rows,
-    fake_outputs,
-    losses_and_gradients,
-    product,
-    product_dtype,
+    choose_product_dtype,
+    compute_losses_and_gradients,
+    iter_slices,
+    make_fake_outputs,
+    multiply_into,
     require_in_vocabulary,
-    slices,
+    rows_per_chunk,
     softmax_gradient,
     unsquash_gradient,
 )
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import detached, takes
+from genssd.kernels.native import detach, runs_natively
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
 STATISTICS = ("logprob", "logsumexp", "entropy", "sum_p2", "rank")
 
-Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+OperatorOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """STATISTICS in order, then the ids and log-probabilities of the top k."""
 
 
@@ -86,18 +86,20 @@ class TokenStats:
     def __getitem__(self, span: slice) -> TokenStats:
         """The statistics of a contiguous range of the tokens (views, no copy)."""
         topk = None if self.topk is None else TopK(self.topk.ids[span], self.topk.logprob[span])
-        return dataclasses.replace(TokenStats.of([getattr(self, name)[span] for name in STATISTICS]), topk=topk)
+        return dataclasses.replace(
+            TokenStats.from_values([getattr(self, name)[span] for name in STATISTICS]), topk=topk
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
         """Join statistics of consecutive spans, in order. The top k are kept if every part has them."""
         tops = [part.topk for part in parts if part.topk is not None]
         topk = TopK.concatenate(tops) if len(tops) == len(parts) > 0 else None
-        joined = TokenStats.of([torch.cat([getattr(part, name) for part in parts]) for name in STATISTICS])
+        joined = TokenStats.from_values([torch.cat([getattr(part, name) for part in parts]) for name in STATISTICS])
         return dataclasses.replace(joined, topk=topk)
 
     @staticmethod
-    def of(values: Sequence[Tensor]) -> TokenStats:
+    def from_values(values: Sequence[Tensor]) -> TokenStats:
         """From values in the order of STATISTICS."""
         logprob, logsumexp, entropy, sum_p2, rank = values
         return TokenStats(logprob=logprob, logsumexp=logsumexp, entropy=entropy, sum_p2=sum_p2, rank=rank)
@@ -141,20 +143,22 @@ def linear_logprob(
         raise ValueError(f"linear_logprob: topk must be in 0..{weight_VD.shape[0]}, not {topk}")
     if isinstance(weight_VD, PackedWeight):
         refuse_gradients("linear_logprob with a packed weight", hidden_ND)
-        room, hidden_ND = _outputs(hidden_ND, target_N, topk), hidden_ND.contiguous()
-        *values, ids, logprob = _native(hidden_ND, weight_VD, target_N, bias, temperature, softcap, room)
+        room, hidden_ND = _allocate_outputs(hidden_ND, target_N, topk), hidden_ND.contiguous()
+        *values, ids, logprob = _score_natively(hidden_ND, weight_VD, target_N, bias, temperature, softcap, room)
     else:
-        dtype = product_dtype(hidden_ND)
+        dtype = choose_product_dtype(hidden_ND)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             *values, ids, logprob = _linear_logprob(
                 hidden_ND.to(dtype), weight_VD, target_N, bias, temperature, softcap, topk
             )
-    stats = TokenStats.of(values)
+    stats = TokenStats.from_values(values)
     return dataclasses.replace(stats, topk=TopK(ids, logprob)) if topk else stats
 
 
-def _reference(z: Tensor, target_C: Tensor, temperature: float, softcap: float | None, topk: int) -> tuple[Tensor, ...]:
-    """Values of a few rows from their x, which is overwritten."""
+def _score_reference(
+    z: Tensor, target_C: Tensor, temperature: float, softcap: float | None, topk: int
+) -> tuple[Tensor, ...]:
+    """OperatorOutputs of a few rows from their x, which is overwritten."""
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
     if temperature != 1.0:
@@ -199,7 +203,7 @@ def top_k(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, order), ids.gather(1, order)
 
 
-def _blockwise(
+def _score_in_blocks(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
@@ -207,12 +211,12 @@ def _blockwise(
     temperature: float,
     softcap: float | None,
     topk: int,
-) -> Values:
+) -> OperatorOutputs:
     """On the CPU the native kernel; where no kernel of ours runs, the reference, a block of rows at a time."""
-    values = _outputs(hidden_ND, target_N, topk)
+    values = _allocate_outputs(hidden_ND, target_N, topk)
     weight_VD = weight_VD.to(hidden_ND.dtype)
-    if takes(hidden_ND, weight_VD, bias):
-        return _native(hidden_ND, weight_VD, target_N, bias, temperature, softcap, values)
+    if runs_natively(hidden_ND, weight_VD, bias):
+        return _score_natively(hidden_ND, weight_VD, target_N, bias, temperature, softcap, values)
     in_range_N = target_N.clamp(0, weight_VD.shape[0] - 1)
     N, V = len(hidden_ND), len(weight_VD)
     rows = max(1, LOGITS_BYTES // (4 * V))
@@ -220,39 +224,39 @@ def _blockwise(
     for start in range(0, N, rows):
         block = slice(start, min(start + rows, N))
         h, x = hidden_ND[block], x_CV[: block.stop - start]
-        x = product(h, weight_VD, out=x)
+        x = multiply_into(h, weight_VD, out=x)
         if bias is not None:
             x += bias
-        for part in slices(len(x), V):
-            parts = _reference(x[part], in_range_N[block][part], temperature, softcap, topk)
+        for part in iter_slices(len(x), V):
+            parts = _score_reference(x[part], in_range_N[block][part], temperature, softcap, topk)
             for value, of_part in zip(values, parts, strict=True):
                 value[block][part] = of_part
-    _require_sound(target_N, values[1], V)
+    _check_outputs(target_N, values[1], V)
     return values
 
 
-def _native(
+def _score_natively(
     hidden_ND: Tensor,
     weight_VD: Weight,
     target_N: Tensor,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-    values: Values,
-) -> Values:
+    values: OperatorOutputs,
+) -> OperatorOutputs:
     V = weight_VD.shape[0]
     stats_4N = torch.stack(values[:4])
     _core.linear_logprob(
-        hidden_ND.detach(), cells_of(weight_VD), V, target_N.clamp(0, V - 1), detached(bias),
+        hidden_ND.detach(), cells_of(weight_VD), V, target_N.clamp(0, V - 1), detach(bias),
         temperature, softcap or 0.0, stats_4N, *values[4:], torch.get_num_threads(),
     )  # fmt: skip
-    _require_sound(target_N, stats_4N[1], V)
+    _check_outputs(target_N, stats_4N[1], V)
     for value, computed in zip(values, stats_4N, strict=False):
         value.copy_(computed)
     return values
 
 
-def _outputs(hidden_ND: Tensor, target_N: Tensor, topk: int) -> Values:
+def _allocate_outputs(hidden_ND: Tensor, target_N: Tensor, topk: int) -> OperatorOutputs:
     """Room for what the operator returns."""
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     a, b, c, d = (target_N.new_empty(target_N.shape, dtype=wide) for _ in range(4))
@@ -261,7 +265,7 @@ def _outputs(hidden_ND: Tensor, target_N: Tensor, topk: int) -> Values:
     return a, b, c, d, rank, target_N.new_empty(shape), target_N.new_empty(shape, dtype=wide)
 
 
-def _require_sound(target_N: Tensor, logsumexp_N: Tensor, vocabulary: int) -> None:
+def _check_outputs(target_N: Tensor, logsumexp_N: Tensor, vocabulary: int) -> None:
     """Raise what is wrong with the first bad row. The host waits for the device once."""
     bad_N = (target_N < 0) | (target_N >= vocabulary) | ~logsumexp_N.isfinite()
     if bool(bad_N.any()):
@@ -269,7 +273,7 @@ def _require_sound(target_N: Tensor, logsumexp_N: Tensor, vocabulary: int) -> No
         raise NonFiniteLogits("linear_logprob", int(bad_N.nonzero()[0]))
 
 
-_linear_logprob = torch.library.custom_op("genssd::linear_logprob", _blockwise, mutates_args=())
+_linear_logprob = torch.library.custom_op("genssd::linear_logprob", _score_in_blocks, mutates_args=())
 
 
 @_linear_logprob.register_kernel("cuda")
@@ -281,11 +285,11 @@ def _linear_logprob_triton(
     temperature: float,
     softcap: float | None,
     topk: int,
-) -> Values:
+) -> OperatorOutputs:
     if hidden_ND.dtype == torch.float64 or topk:  # the kernel keeps no list of the largest
-        return _blockwise(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk)
+        return _score_in_blocks(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk)
     # imported here, because Triton need not be installed where there is no GPU
-    from genssd.kernels.head_triton import launch_on
+    from genssd.kernels.head_triton import choose_launch
     from genssd.kernels.logprob_triton import score_rows
 
     V = weight_VD.shape[0]
@@ -296,18 +300,18 @@ def _linear_logprob_triton(
         bias,
         temperature,
         softcap,
-        launch=launch_on(hidden_ND),
+        launch=choose_launch(hidden_ND),
     )
-    _require_sound(target_N, stats[1], V)
+    _check_outputs(target_N, stats[1], V)
     return (*stats, target_N.new_empty(len(target_N), 0), stats[0].new_empty(len(target_N), 0))
 
 
 @_linear_logprob.register_fake
-def _(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *rest: Any) -> Values:
-    return _outputs(hidden_ND, target_N, rest[-1])
+def _(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *rest: Any) -> OperatorOutputs:
+    return _allocate_outputs(hidden_ND, target_N, rest[-1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Values) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: OperatorOutputs) -> None:
     hidden, weight, target, bias, *ctx.options, _ = inputs
     logprob, logsumexp, entropy, sum_p2, rank, ids, values = output
     ctx.mark_non_differentiable(rank, ids, values)
@@ -363,12 +367,12 @@ def _logprob_gradients(
         dx.scatter_(1, at, unsquash_gradient(dz, x_target, temperature, softcap).to(dx.dtype))
         return logsumexp[span], dx
 
-    _, d_hidden, d_weight = losses_and_gradients(
+    _, d_hidden, d_weight = compute_losses_and_gradients(
         row_loss,
         hidden_ND,
         weight_VD,
         torch.ones_like(logprob),
-        rows=chunk_rows(weight_VD.shape[0], hidden_ND.device),
+        rows=rows_per_chunk(weight_VD.shape[0], hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )
@@ -377,7 +381,7 @@ def _logprob_gradients(
 
 @_logprob_gradients.register_fake
 def _(hidden_ND: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return fake_outputs(hidden_ND, weight_VD, *rest[-2:])[2:]
+    return make_fake_outputs(hidden_ND, weight_VD, *rest[-2:])[2:]
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels.head_triton import Launch, logits_tile, rescale, safe_peak
+from genssd.kernels.head_triton import HeadLaunch, logits_tile, rescale, safe_peak
 
 SPLITS = 128
 """About one for every multiprocessor of a large GPU, so that a few rows keep all of them at the weights."""
@@ -132,7 +132,7 @@ def _merge_splits_kernel(
     tl.store(rank + n, above.to(tl.int32) + 1, mask=kept)
 
 
-def splits_of(vocabulary: int, block: int) -> tuple[int, int]:
+def divide_vocabulary(vocabulary: int, block: int) -> tuple[int, int]:
     """Splits and tiles per split: a function of the vocabulary alone."""
     tiles = -(-vocabulary // block)
     per_split = -(-tiles // SPLITS)
@@ -147,12 +147,12 @@ def score_rows(
     temperature: float,
     softcap: float | None,
     *,
-    launch: Launch,
+    launch: HeadLaunch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob, logsumexp, entropy, sum_p2 (float32 [N]) and rank (int32 [N]). Targets must lie in the vocabulary."""
     N, D = hidden_ND.shape
     V, tiles, device = weight_VD.shape[0], launch.tiles, hidden_ND.device
-    S, per_split = splits_of(V, tiles.block)
+    S, per_split = divide_vocabulary(V, tiles.block)
     blocks = -(-N // tiles.block)
     partial = torch.empty(5, S, N, dtype=torch.float32, device=device)
     chosen, logprob, logsumexp, entropy, sum_p2 = torch.empty(5, N, dtype=torch.float32, device=device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genssd import _core
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import takes
+from genssd.kernels.native import runs_natively
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
         refuse_gradients("rms_norm", x, weight)
         return rms_norm_rows(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
-    if takes(x, weight):
+    if runs_natively(x, weight):
         refuse_gradients("rms_norm", x, weight)
         rows = x.detach().reshape(-1, x.shape[-1])
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -44,7 +44,7 @@ def add_rms_norm(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float
 
         refuse_gradients("add_rms_norm", x_ND, residual_ND, weight_D)
         return add_rms_norm_rows(x_ND, residual_ND, weight_D, eps)
-    if takes(x_ND, residual_ND, weight_D):
+    if runs_natively(x_ND, residual_ND, weight_D):
         refuse_gradients("add_rms_norm", x_ND, residual_ND, weight_D)
         normed, total = (torch.empty_like(x_ND, memory_format=torch.contiguous_format) for _ in range(2))
         _core.rms_norm(

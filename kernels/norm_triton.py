@@ -38,7 +38,7 @@ def _rms_norm_kernel(
     tl.store(normed + n * D + d, (w * unit).to(dtype), mask=kept)
 
 
-def tiling(width: int) -> tuple[int, int, int]:
+def choose_tiling(width: int) -> tuple[int, int, int]:
     """Rows and entries of a row that a program holds, and its warps."""
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
@@ -72,7 +72,7 @@ def _launch(
     N, D = x_ND.shape
     if D > MAX_WIDTH:
         raise ValueError(f"rms_norm: rows of {D} are wider than {MAX_WIDTH}")
-    rows, block, num_warps = tiling(D)
+    rows, block, num_warps = choose_tiling(D)
     _rms_norm_kernel[(-(-N // rows),)](
         x_ND, residual_ND, weight_D.contiguous(), normed_ND, total_ND, N, D, x_ND.stride(0), residual_ND.stride(0), eps,
         ADD=add, ROWS=rows, BLOCK=block, num_warps=num_warps,

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.head import check_head, check_positive, row_logsumexp, slices, squash
+from genssd.kernels.head import check_head, check_positive, iter_slices, row_logsumexp, squash
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
-from genssd.kernels.native import available, detached, takes
+from genssd.kernels.native import detach, has_native_kernels, runs_natively
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 
@@ -93,7 +93,7 @@ def linear_sample(
         raise ValueError(f"linear_sample: vocabulary must be in 1..{V}, not {vocabulary}")
     options = (key_B, bias, temperature, softcap, vocabulary or V)
     if isinstance(weight_VD, PackedWeight):
-        draw = Draw(*_native(hidden_BD.contiguous(), weight_VD, *options))
+        draw = Draw(*_draw_natively(hidden_BD.contiguous(), weight_VD, *options))
     else:
         draw = Draw(*_linear_sample(hidden_BD, weight_VD, *options))
     if checked:
@@ -103,7 +103,7 @@ def linear_sample(
 
 @torch.library.custom_op("genssd::sample", mutates_args=())
 def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    if takes(logits_BV) and logits_BV.dtype == torch.float32:
+    if runs_natively(logits_BV) and logits_BV.dtype == torch.float32:
         tokens = torch.empty_like(key_B, memory_format=torch.contiguous_format)
         # as keep_likely takes it, in float32; 0, which a min_p next to 1 gives, would be no filter
         log_min_p = min(float(torch.log(torch.tensor(min_p))), -1e-30) if min_p > 0.0 else 0.0
@@ -149,8 +149,8 @@ def _linear_sample(
     softcap: float | None,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    if takes(hidden_BD, weight_VD, bias):
-        return _native(hidden_BD, weight_VD, key_B, bias, temperature, softcap, vocabulary)
+    if runs_natively(hidden_BD, weight_VD, bias):
+        return _draw_natively(hidden_BD, weight_VD, key_B, bias, temperature, softcap, vocabulary)
     B, V = len(hidden_BD), len(weight_VD)
     tokens, logprob = torch.empty_like(key_B), hidden_BD.new_empty(B, dtype=torch.float32)
     rows = max(1, LOGITS_BYTES // (4 * V))
@@ -162,7 +162,7 @@ def _linear_sample(
             z += bias
         z = squash(z, 1.0, softcap)
         logsumexp = row_logsumexp(z, 1.0, None)
-        for part in slices(len(z), V):
+        for part in iter_slices(len(z), V):
             drawn = _sample(z[part, :vocabulary], key_B[block][part], temperature, 0, 1.0, 0.0)
             tokens[block][part] = drawn.masked_fill(~logsumexp[part].isfinite(), -1)
             chosen = z[part].gather(1, drawn.clamp_min(0)[:, None])[:, 0] - logsumexp[part]
@@ -170,7 +170,7 @@ def _linear_sample(
     return tokens, logprob
 
 
-def _native(
+def _draw_natively(
     hidden_BD: Tensor,
     weight_VD: Weight,
     key_B: Tensor,
@@ -182,7 +182,7 @@ def _native(
     tokens = torch.empty_like(key_B, memory_format=torch.contiguous_format)
     logprob = hidden_BD.new_empty(len(hidden_BD), dtype=torch.float32)
     _core.linear_sample(
-        hidden_BD.detach(), cells_of(weight_VD), weight_VD.shape[0], key_B.contiguous(), detached(bias),
+        hidden_BD.detach(), cells_of(weight_VD), weight_VD.shape[0], key_B.contiguous(), detach(bias),
         temperature, softcap or 0.0, vocabulary, tokens, logprob, torch.get_num_threads(),
     )  # fmt: skip
     return tokens, logprob
@@ -198,7 +198,7 @@ def _linear_sample_triton(
     softcap: float | None,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    from genssd.kernels.head_triton import launch_on
+    from genssd.kernels.head_triton import choose_launch
     from genssd.kernels.sampling_triton import draw_rows
 
     return draw_rows(
@@ -209,7 +209,7 @@ def _linear_sample_triton(
         temperature,
         softcap,
         vocabulary,
-        launch=launch_on(hidden_BD, drawing=True),
+        launch=choose_launch(hidden_BD, drawing=True),
     )
 
 
@@ -257,7 +257,7 @@ def keep_likely(z_BV: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 def gumbel_noise(key_B: Tensor, vocabulary: int) -> Tensor:
     """Gumbel(0, 1) noise, float32 [B, vocabulary]: entry (b, v) depends on (key_B[b], v) alone."""
-    if key_B.device.type != "cpu" or not available():
+    if key_B.device.type != "cpu" or not has_native_kernels():
         return gumbel_reference(key_B, vocabulary)
     noise = torch.empty(key_B.shape[0], vocabulary)
     _core.gumbel_noise(key_B.contiguous(), noise, torch.get_num_threads())

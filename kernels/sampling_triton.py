@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels.head_triton import Launch, logits_tile, rescale, safe_peak
-from genssd.kernels.logprob_triton import splits_of
+from genssd.kernels.head_triton import HeadLaunch, logits_tile, rescale, safe_peak
+from genssd.kernels.logprob_triton import divide_vocabulary
 
 BLOCK = 2048  # entries of a row that a program holds at once
 
@@ -241,12 +241,12 @@ def draw_rows(
     softcap: float | None,
     vocabulary: int,
     *,
-    launch: Launch,
+    launch: HeadLaunch,
 ) -> tuple[Tensor, Tensor]:
     """Tokens (int64 [B], -1 where the logits are not finite) and their log-probabilities (float32 [B])."""
     B, D = hidden_BD.shape
     V, tiles, device = weight_VD.shape[0], launch.tiles, hidden_BD.device
-    S, per_split = splits_of(V, tiles.block)
+    S, per_split = divide_vocabulary(V, tiles.block)
     partial = torch.empty(4, S, B, dtype=torch.float32, device=device)
     winner = torch.empty(S, B, dtype=torch.int32, device=device)
     tokens = torch.empty(B, dtype=torch.int64, device=device)

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from genssd.kernels.head import HeadLoss, check_head, check_positive, chunk_rows, product_dtype, row_weights
+from genssd.kernels.head import (
+    HeadLoss,
+    check_head,
+    check_positive,
+    choose_product_dtype,
+    resolve_row_weights,
+    rows_per_chunk,
+)
 
 EPS = 1e-7
 
@@ -42,14 +49,14 @@ def linear_standardized_kl(
             f"{name}: {len(student_hidden_ND)} rows of the student, {len(teacher_hidden_NE)} of the teacher"
         )
     check_positive(name, temperature=temperature)
-    weight_N = row_weights(name, row_weight, student_hidden_ND)
+    weight_N = resolve_row_weights(name, row_weight, student_hidden_ND)
     shared = min(len(student_weight_VD), len(teacher_weight_UE))
     used = weight_N.nonzero()[:, 0]  # whatever the others hold reaches nothing
-    dtype = product_dtype(student_hidden_ND)
+    dtype = choose_product_dtype(student_hidden_ND)
     with torch.autocast(student_hidden_ND.device.type, enabled=False):
         student, teacher = student_hidden_ND.to(dtype)[used], teacher_hidden_NE.detach().to(dtype)[used]
         heads = student_weight_VD[:shared].to(dtype), teacher_weight_UE.detach()[:shared].to(dtype)
-        size = chunk_rows(shared, student.device)
+        size = rows_per_chunk(shared, student.device)
         parts = [
             checkpoint(
                 _rows,

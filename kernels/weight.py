@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.native import takes
+from genssd.kernels.native import runs_natively
 
 PANEL = 64
 """Rows side by side."""
@@ -44,9 +44,9 @@ class PackedWeight:
 Weight = Tensor | PackedWeight
 
 
-def pack(weight_MD: Tensor) -> Weight:
+def pack_weight(weight_MD: Tensor) -> Weight:
     """A copy for the native kernels; the weight itself where they would not take it."""
-    if not takes(weight_MD):
+    if not runs_natively(weight_MD):
         return weight_MD
     (M, D), v = weight_MD.shape, 2 if weight_MD.dtype == torch.bfloat16 else 1
     if M % PANEL or D % v:
@@ -56,7 +56,7 @@ def pack(weight_MD: Tensor) -> Weight:
     return PackedWeight(cells, (M, D))
 
 
-def rows_of(weight_MD: Weight, index_N: Tensor) -> Tensor:
+def select_rows(weight_MD: Weight, index_N: Tensor) -> Tensor:
     """Some of its rows, [N, D]. index_N: int64."""
     if not isinstance(weight_MD, PackedWeight):
         return weight_MD.index_select(0, index_N)  # indexing would wake torch's threads, which then hold the cores

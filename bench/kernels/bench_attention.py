@@ -19,7 +19,7 @@ from bench.support.roofs import Roofs, flush_cache, synchronize
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from genssd.kernels.attention import SEGMENT, UNIT_ROWS, paged_attention, segment_table
+from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, build_segment_table, paged_attention
 from genssd.kernels.device_table import DeviceTable
 
 GPU = torch.cuda.is_available()
@@ -76,13 +76,13 @@ class Step:
         return torch.einsum("bht,bhte->bhe", z.softmax(-1), v)
 
 
-def ours(step: Step, unit_rows: int, segment: int = SEGMENT[DEVICE.type]) -> Callable[[], Tensor]:
+def ours(step: Step, unit_rows: int, segment: int = SEGMENT_TOKENS[DEVICE.type]) -> Callable[[], Tensor]:
     one = torch.ones(step.branches, dtype=torch.int32)
-    table = segment_table(
+    table = build_segment_table(
         step.pages.cpu(), torch.arange(step.branches, dtype=torch.int32), one * (step.length - 1), one,
         page_size=PAGE, segment=segment, unit_rows=unit_rows,
     )  # fmt: skip
-    there = DeviceTable.of(table, DEVICE) if GPU else table
+    there = DeviceTable.upload(table, DEVICE) if GPU else table
     return lambda: paged_attention(step.q, step.kv[0], step.kv[1], there, scale=WIDTH**-0.5)
 
 
@@ -165,9 +165,9 @@ def flashinfer(step: Step, cascade: bool) -> Callable[[], Tensor]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Step], Callable[[], Tensor]]] = {
-    "genssd": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS)),
-    "genssd-segments-of-256": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS), 256),
-    "genssd-segments-of-512": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS), 512),
+    "genssd": lambda step: ours(step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS)),
+    "genssd-segments-of-256": lambda step: ours(step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS), 256),
+    "genssd-segments-of-512": lambda step: ours(step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS), 512),
     "genssd-unshared": lambda step: ours(step, 1),
     "eager": eager,
     "sdpa": sdpa,

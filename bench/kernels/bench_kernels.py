@@ -13,7 +13,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from genssd.kernels.attention import SEGMENT, paged_attention, segment_table
+from genssd.kernels.attention import SEGMENT_TOKENS, build_segment_table, paged_attention
 from genssd.kernels.linear import linear
 from genssd.kernels.sampling import gumbel_noise, gumbel_reference, keep_likely, sample
 
@@ -49,13 +49,13 @@ def test_decode_attention(benchmark: BenchmarkFixture, which: str, branches: int
     k, v = torch.randn(2, pages, page, kv_heads, width).bfloat16()
     tables = np.tile(np.arange(prefix // page + 1, dtype=np.int32), (branches, 1))
     tables[:, -own:] += own * np.arange(branches, dtype=np.int32)[:, None]
-    table = segment_table(
+    table = build_segment_table(
         torch.from_numpy(tables),
         torch.arange(branches, dtype=torch.int32),
         torch.full((branches,), prefix, dtype=torch.int32),
         torch.ones(branches, dtype=torch.int32),
         page_size=page,
-        segment=SEGMENT["cpu"],
+        segment=SEGMENT_TOKENS["cpu"],
         unit_rows=32,
     )
 

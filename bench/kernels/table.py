@@ -24,8 +24,8 @@ import torch
 
 from genssd.engine.pages import PagePool
 from genssd.engine.tree import BranchTree, Path
-from genssd.kernels.attention import SEGMENT, UNIT_ROWS, SegmentTable, segment_table
-from genssd.kernels.device_table import Capacity, pack
+from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, SegmentTable, build_segment_table
+from genssd.kernels.device_table import Capacity, write_table
 
 GROUP = 4  # query heads per kv head
 PAGE = 16
@@ -52,19 +52,19 @@ def grow(problems: int, branches: int, prefix: int) -> tuple[BranchTree, list[Pa
 def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
     """Of the last token of every path, as engine.layout builds it."""
     numbers = [[path.leaf.table for path in paths], [path.length - 1 for path in paths], [1] * len(paths)]
-    return segment_table(
+    return build_segment_table(
         torch.from_numpy(tree.tables.rows),
         *torch.from_numpy(np.array(numbers, dtype=np.int32)),
         page_size=PAGE,
         segment=segment,
-        unit_rows=UNIT_ROWS["cuda"] // GROUP,
+        unit_rows=QUERY_VECTORS_PER_UNIT["cuda"] // GROUP,
     )
 
 
 def measure(problems: int, branches: int, prefix: int, segment: int, rounds: int) -> dict[str, Any]:
     tree, paths = grow(problems, branches, prefix)
-    capacity = Capacity.of(build(tree, paths, segment))
-    capacity = capacity.grown(capacity, rows=len(paths), item_rows=UNIT_ROWS["cuda"] // GROUP)
+    capacity = Capacity.required_by(build(tree, paths, segment))
+    capacity = capacity.enlarge(capacity, rows=len(paths), item_rows=QUERY_VECTORS_PER_UNIT["cuda"] // GROUP)
     host = np.empty(4 * capacity.length, dtype=np.int32)
     seconds: dict[str, list[float]] = {"append": [], "table": [], "pack": []}
     for _ in range(rounds):
@@ -76,10 +76,10 @@ def measure(problems: int, branches: int, prefix: int, segment: int, rounds: int
         appended = time.perf_counter()
         table = build(tree, paths, segment)
         built = time.perf_counter()
-        needed = Capacity.of(table)
+        needed = Capacity.required_by(table)
         if not capacity.covers(needed):
-            capacity = needed.grown(capacity, rows=len(paths), item_rows=UNIT_ROWS["cuda"] // GROUP)
-        pack(table, capacity, host)
+            capacity = needed.enlarge(capacity, rows=len(paths), item_rows=QUERY_VECTORS_PER_UNIT["cuda"] // GROUP)
+        write_table(table, capacity, host)
         packed = time.perf_counter()
         for name, took in zip(seconds, (appended - started, built - appended, packed - built), strict=True):
             seconds[name].append(took)
@@ -98,13 +98,13 @@ def main() -> None:
     parser.add_argument("--json", type=FilePath)
     options = parser.parse_args()
     rows = []
-    for segment in SEGMENT.values():
+    for segment in SEGMENT_TOKENS.values():
         for shape in BRANCHES + PREFIXES:
             rows.append(measure(*shape, segment, options.rounds))
             print(rows[-1])
     if options.json:
         command = f"python -m bench.kernels.table --rounds {options.rounds} --json {options.json}"
-        settings = {"page_size": PAGE, "unit_rows": UNIT_ROWS["cuda"] // GROUP, "numpy": np.__version__}
+        settings = {"page_size": PAGE, "unit_rows": QUERY_VECTORS_PER_UNIT["cuda"] // GROUP, "numpy": np.__version__}
         lines = ",\n".join("  " + json.dumps(row) for row in rows)
         head = json.dumps({"command": command, "rounds": options.rounds, **settings})[:-1]
         options.json.write_text(f'{head},\n "rows": [\n{lines}\n]}}\n')

@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a sweep needs a GPU")
-    from genssd.kernels.head_triton import Launch, Tiles, launch_on
+    from genssd.kernels.head_triton import HeadLaunch, HeadTiles, choose_launch
     from genssd.kernels.logprob_triton import score_rows
 
     roofs = measure_roofs("cuda", torch.bfloat16)
@@ -39,13 +39,13 @@ def main() -> None:
         hidden = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16) / D**0.5
         target = torch.randint(0, V, (N,), device="cuda")
-        shipped = launch_on(hidden)
+        shipped = choose_launch(hidden)
         expected = score_rows(hidden, weight, target, None, 1.0, None, launch=shipped)[0]
         found: list[dict[str, Any]] = []
         for block, block_d, warps, stages in itertools.product(BLOCKS, BLOCKS_D, WARPS, STAGES):
-            tiles = Tiles(block=block, block_d=block_d, num_warps=warps, num_stages=stages)
+            tiles = HeadTiles(block=block, block_d=block_d, num_warps=warps, num_stages=stages)
             for per_sm in (1, 2):
-                launch = Launch(programs=per_sm * shipped.programs, tiles=tiles)
+                launch = HeadLaunch(programs=per_sm * shipped.programs, tiles=tiles)
                 run = functools.partial(score_rows, hidden, weight, target, None, 1.0, None, launch=launch)
                 try:
                     ours = run()[0]

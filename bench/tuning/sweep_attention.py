@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from bench.support.roofs import best_seconds, measure_roofs
 
-from genssd.kernels.attention import SEGMENT, UNIT_ROWS, segment_table
+from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, build_segment_table
 from genssd.kernels.device_table import DeviceTable
 
 SHAPES = [(64, 4096, 1), (64, 512, 1), (1, 32768, 1), (2, 8192, 1024)]
@@ -35,11 +35,11 @@ def table_of(branches: int, prefix: int, rows: int) -> tuple[DeviceTable, int]:
     common = torch.arange(shared, dtype=torch.int32).expand(branches, -1)
     pages = torch.cat((common, shared + torch.arange(branches * own, dtype=torch.int32).view(branches, own)), 1)
     one = torch.ones(branches, dtype=torch.int32)
-    table = segment_table(
+    table = build_segment_table(
         pages, torch.arange(branches, dtype=torch.int32), one * (prefix + own * PAGE - rows), one * rows,
-        page_size=PAGE, segment=SEGMENT["cuda"], unit_rows=UNIT_ROWS["cuda"] // (HEADS // KV_HEADS),
+        page_size=PAGE, segment=SEGMENT_TOKENS["cuda"], unit_rows=QUERY_VECTORS_PER_UNIT["cuda"] // (HEADS // KV_HEADS),
     )  # fmt: skip
-    return DeviceTable.of(table, torch.device("cuda")), shared + branches * own
+    return DeviceTable.upload(table, torch.device("cuda")), shared + branches * own
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("a sweep needs a GPU")
-    from genssd.kernels.attention_triton import Launch, Tiles, attend_rows, launch_on
+    from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows, choose_launch
 
     roofs = measure_roofs("cuda", torch.bfloat16)
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
@@ -57,12 +57,12 @@ def main() -> None:
         table, pages = table_of(branches, prefix, count)
         q = torch.randn(branches * count, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
         kv = torch.randn(2, pages, PAGE, KV_HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
-        shipped = launch_on(q)
+        shipped = choose_launch(q)
         expected = attend_rows(q, kv[0], kv[1], table, WIDTH**-0.5, None, None, launch=shipped)
         found: list[dict[str, Any]] = []
         for m, t, warps, stages, per_sm in itertools.product(BLOCKS_M, BLOCKS_T, WARPS, STAGES, PER_SM):
-            tiles = Tiles(block_m=m, block_t=t, num_warps=warps, num_stages=stages)
-            launch = Launch(programs=per_sm * multiprocessors, tiles=tiles)
+            tiles = AttentionTiles(block_m=m, block_t=t, num_warps=warps, num_stages=stages)
+            launch = AttentionLaunch(programs=per_sm * multiprocessors, tiles=tiles)
             run = functools.partial(attend_rows, q, kv[0], kv[1], table, WIDTH**-0.5, None, None, launch=launch)
             try:
                 torch.testing.assert_close(run(), expected, atol=2e-2, rtol=2e-2)

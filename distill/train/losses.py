@@ -33,7 +33,7 @@ from genssd.distill.data.examples import Example
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import Tail, Vocabulary, linear_divergence, topk_divergence
+from genssd.kernels.divergence import TailRule, VocabularyRule, linear_divergence, topk_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.standardized import linear_standardized_kl
 
@@ -69,9 +69,9 @@ class LossOptions:
     """Of the skew divergences."""
     temperature: float = 1.0
     """Of the divergence."""
-    kd_tail: Tail = "bucket"
+    kd_tail: TailRule = "bucket"
     """What becomes of the tokens outside the top k: one outcome, or both sides renormalised without them."""
-    kd_vocabulary: Vocabulary = "restrict"
+    kd_vocabulary: VocabularyRule = "restrict"
     """Heads padded to different widths: both over the ids they share, or each over its own."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from support.page_problems import Problem, build, random_tree
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.attention import SegmentTable, paged_attention, paged_attention_reference, segment_table
+from genssd.kernels.attention import SegmentTable, build_segment_table, paged_attention, paged_attention_reference
 
 HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Inputs are exact: the result is rounded, to so much, and so is every weight."""
@@ -122,7 +122,9 @@ def test_a_prefix_of_32k_tokens(dtype: torch.dtype) -> None:
     tables = np.tile(np.arange(pages + 1, dtype=np.int32), (4, 1))
     tables[:, pages] += np.arange(4, dtype=np.int32)  # the last page is each sequence's own
     first = np.full(4, pages * page, dtype=np.int32) + np.array([0, 3, 7, 15], dtype=np.int32)
-    table = segment_table(tables, np.arange(4, dtype=np.int32), first, np.ones(4, np.int32), page_size=16, segment=256)
+    table = build_segment_table(
+        tables, np.arange(4, dtype=np.int32), first, np.ones(4, np.int32), page_size=16, segment=256
+    )
     assert len(table.items) == pages * page // 256 + 1 + 4, "a shared segment is read once; the first is cut in half"
     out = paged_attention(q, k, v, table, scale=0.25)
     for n, last in enumerate(first.tolist()):
@@ -159,7 +161,7 @@ def test_a_short_prefix_is_read_once_too() -> None:
     pages[:, 18] += torch.arange(8, dtype=torch.int32)  # 288 tokens are shared
     rows = torch.arange(8, dtype=torch.int32)
     one, first = torch.ones(8, dtype=torch.int32), torch.full((8,), 300, dtype=torch.int32)
-    table = segment_table(pages, rows, first, one, page_size=16, segment=1024)
+    table = build_segment_table(pages, rows, first, one, page_size=16, segment=1024)
     assert [item[1:3] + item[4:5] for item in table.items[:2].tolist()] == [[0, 128, 8], [128, 128, 8]]
     assert [item[1:3] + item[4:5] for item in table.items[2:].tolist()] == [[256, 45, 1]] * 8
 
@@ -180,7 +182,7 @@ def test_segments_follow_each_other_without_a_gap(segment: int, window: int) -> 
     pages = torch.arange(-(-length // 16), dtype=torch.int32).repeat(len(rows), 1)
     which = torch.arange(len(rows), dtype=torch.int32)
     first = torch.tensor(rows, dtype=torch.int32)
-    table = segment_table(
+    table = build_segment_table(
         pages, which, first, torch.ones_like(which), page_size=16, segment=segment, window=window, unit_rows=4
     )
     read: dict[int, list[tuple[int, int, int]]] = {}
@@ -339,7 +341,7 @@ def test_queries_that_are_not_contiguous_are_read_right() -> None:
 
 def test_no_rows_give_an_empty_result() -> None:
     none = np.zeros(0, dtype=np.int32)
-    table = segment_table(np.zeros((1, 1), np.int32), none, none, none, page_size=4, segment=8)
+    table = build_segment_table(np.zeros((1, 1), np.int32), none, none, none, page_size=4, segment=8)
     pages = torch.zeros(1, 4, 2, 16)
     for attend in (paged_attention, paged_attention_reference):
         assert attend(torch.empty(0, 4, 16), pages, pages, table, scale=1.0).shape == (0, 4, 16)
@@ -370,14 +372,14 @@ def test_a_table_that_would_point_outside_is_refused(change: dict[str, Any], mes
     }  # fmt: skip
     arrays = {name: np.array(given.pop(name), dtype=np.int32) for name in ("tables", "table_B", "first_B", "rows_B")}
     with pytest.raises(ValueError, match=message):
-        segment_table(*arrays.values(), **given)
+        build_segment_table(*arrays.values(), **given)
 
 
 def test_a_table_of_wide_integers_is_refused() -> None:
     wide = np.zeros(1, dtype=np.int64)
     narrow = wide.astype(np.int32)
     with pytest.raises(ValueError, match="first must be int32"):
-        segment_table(narrow[None], narrow, wide, narrow + 1, page_size=4, segment=8)  # type: ignore[arg-type]
+        build_segment_table(narrow[None], narrow, wide, narrow + 1, page_size=4, segment=8)  # type: ignore[arg-type]
 
 
 WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
@@ -407,10 +409,10 @@ def test_a_pool_with_empty_pages_does_not_crash() -> None:
     """In a process of its own: a division by zero in native code would end the test run."""
     script = (
         "import numpy as np\n"
-        "from genssd.kernels.attention import segment_table\n"
+        "from genssd.kernels.attention import build_segment_table\n"
         "one = np.ones(1, dtype=np.int32)\n"
         "try:\n"
-        "    segment_table(one[None], one - 1, one - 1, one, page_size=0, segment=8)\n"
+        "    build_segment_table(one[None], one - 1, one - 1, one, page_size=0, segment=8)\n"
         "except ValueError:\n"
         "    print('refused')\n"
     )

@@ -21,7 +21,7 @@ from genssd.kernels.linear import linear
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
 from genssd.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from genssd.kernels.sampling import gumbel_noise, keep_likely, linear_sample, sample
-from genssd.kernels.weight import PackedWeight, pack, rows_of
+from genssd.kernels.weight import PackedWeight, pack_weight, select_rows
 
 SETS = _core.instruction_sets()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -102,14 +102,14 @@ def test_packed_weights_give_the_same_bits(
     """On every path that takes them, for any shape and any number of blocks of rows."""
     torch.set_num_threads(threads)
     x, w, bias = (randn(*s, seed=i, dtype=dtype) for i, s in enumerate([(rows, inputs), (outputs, inputs), (outputs,)]))
-    packed = pack(w)
+    packed = pack_weight(w)
     assert isinstance(packed, PackedWeight)
     assert packed.shape == w.shape
     assert torch.equal(linear(x, packed, bias), linear(x, w, bias))
     strided = torch.stack((x, x), -1)[..., 0]
     assert torch.equal(linear(strided, packed), linear(x, w))
     index = torch.arange(rows) * 7 % outputs
-    assert torch.equal(rows_of(packed, index), w[index])
+    assert torch.equal(select_rows(packed, index), w[index])
     topk = min(2, outputs)
     whole = linear_logprob(x, w, index, bias=bias, topk=topk)
     stats = linear_logprob(strided, packed, index, bias=bias, topk=topk)
@@ -124,7 +124,7 @@ def test_packed_weights_give_the_same_bits(
 
 
 def test_a_packed_weight_takes_rows_of_its_dtype_and_no_gradient() -> None:
-    weight, index = pack(randn(5, 8)), torch.zeros(3, dtype=torch.int64)
+    weight, index = pack_weight(randn(5, 8)), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="one dtype"):
         linear_logprob(randn(3, 8, dtype=torch.bfloat16), weight, index)
     with pytest.raises(ValueError, match="one dtype"):
