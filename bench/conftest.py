@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from bench.support.roofs import Roofs, measure_roofs
+from bench.support.device_limits import DeviceLimits, measure_device_limits
 
 PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
 
 
 @pytest.fixture(scope="session")
-def roofs() -> Roofs:
+def limits() -> DeviceLimits:
     gpu = torch.cuda.is_available()
-    return measure_roofs("cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
+    return measure_device_limits("cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
 
 
 def installed(name: str) -> str | None:

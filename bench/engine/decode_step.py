@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench.support.roofs import Roofs, measure_roofs, synchronize
+from bench.support.device_limits import DeviceLimits, measure_device_limits, synchronize
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
@@ -127,11 +127,13 @@ def gaps(step: Step, tokens: list[int]) -> float:
     return 1 - busy / (reached - spans[0][0])
 
 
-def measure(theirs: Any, decoder: Decoder, roofs: Roofs, prefix: int, branches: int, steps: int) -> dict[str, Any]:
+def measure(
+    theirs: Any, decoder: Decoder, limits: DeviceLimits, prefix: int, branches: int, steps: int
+) -> dict[str, Any]:
     prompt = torch.randint(0, decoder.config.vocab_size, (prefix,), generator=torch.Generator().manual_seed(0)).tolist()
     weights = sum(p.nbytes for name, p in theirs.named_parameters() if "embed_tokens" not in name)
     unique = (prefix + branches * steps // 2) * decoder.kv_bytes_per_token
-    row: dict[str, Any] = {"branches": branches, "prefix": prefix, "floor_ms": 1e3 * (weights + unique) / roofs.bytes}
+    row: dict[str, Any] = {"branches": branches, "prefix": prefix, "floor_ms": 1e3 * (weights + unique) / limits.bytes}
     step, first = our_steps(decoder, prompt, branches, steps + 6)
     seconds, tokens = timed(step, first * branches, steps)
     row["genssd_ms"] = 1e3 * statistics.median(seconds)
@@ -159,15 +161,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32 if GPU else 8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    roofs = measure_roofs(DEVICE, DTYPE)
+    limits = measure_device_limits(DEVICE, DTYPE)
     theirs, decoder = models()
     rows = []
     for prefix in options.prefix:
-        rows.append(measure(theirs, decoder, roofs, prefix, options.branches, options.steps))
+        rows.append(measure(theirs, decoder, limits, prefix, options.branches, options.steps))
         print(rows[-1], flush=True)
     if options.json:
         machine = {"device": torch.cuda.get_device_name() if GPU else "cpu", "torch": torch.__version__}
-        options.json.write_text(json.dumps({**machine, "copy_gbps": roofs.bytes / 1e9, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**machine, "copy_gbps": limits.bytes / 1e9, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

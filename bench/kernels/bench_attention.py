@@ -3,7 +3,7 @@
 Run: `make bench` (small shapes on a CPU), `bench/gpu.sh` (the shapes of an 8B model on a GPU). Every implementation is
 checked against float64 before it is timed, and the cache is flushed before every round. share_of_copy in extra_info is
 the rate at which the keys and values that differ are read, over that of a copy: 1 is all that the device can do. What
-an implementation prepares once per step (tables, plans, masks) is not timed; bench/kernels/table.py times ours.
+an implementation prepares once per step (tables, plans, masks) is not timed; bench/kernels/segment_table.py times ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from bench.kernels.bench_head import peer
-from bench.support.roofs import Roofs, flush_cache, synchronize
+from bench.support.device_limits import DeviceLimits, flush_cache, synchronize
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -181,7 +181,9 @@ GATHERING = ("eager", "sdpa", "transformers")
 
 @pytest.mark.parametrize(("branches", "prefix"), SHAPES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decoding(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, branches: int, prefix: int) -> None:
+def test_decoding(
+    benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, branches: int, prefix: int
+) -> None:
     step = Step.random(branches, prefix)
     if implementation in GATHERING and step.copy_bytes > LARGEST_COPY:
         pytest.skip(f"would gather {step.copy_bytes >> 30} GiB")
@@ -202,5 +204,5 @@ def test_decoding(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str
     seconds = benchmark.stats.stats.median
     benchmark.extra_info |= {
         "gbps": step.kv.nbytes / seconds / 1e9,
-        "share_of_copy": step.kv.nbytes / seconds / roofs.bytes,
+        "share_of_copy": step.kv.nbytes / seconds / limits.bytes,
     }

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from bench.support.device_limits import DeviceLimits
 from bench.support.measuring import DEVICE, DTYPE, GPU, close, measure
-from bench.support.roofs import Roofs
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def normal(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_add_norm(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, rows: int) -> None:
+def test_add_norm(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, rows: int) -> None:
     """The residual sum and the norm behind it: two tensors read, two written."""
     run = {"genssd": add_rms_norm, "eager": add_rms_norm_reference}[implementation]
     x, residual, weight = normal(rows, WIDTH), normal(rows, WIDTH), normal(WIDTH)
@@ -47,7 +47,7 @@ def test_add_norm(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str
     ):
         close(ours, exact, TOLERANCE)
     measure(
-        benchmark, roofs, lambda: run(x, residual, weight, EPS), group=f"add-norm {rows}x{WIDTH}", flops=0.0,
+        benchmark, limits, lambda: run(x, residual, weight, EPS), group=f"add-norm {rows}x{WIDTH}", flops=0.0,
         num_bytes=4 * x.nbytes,
     )  # fmt: skip
 
@@ -64,13 +64,15 @@ GATED: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_gated_units(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, name: str, rows: int) -> None:
+def test_gated_units(
+    benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, name: str, rows: int
+) -> None:
     run = GATED[name][implementation]
     gate_up = normal(rows, 2 * FEED)
     reference = {"swiglu": swiglu_reference, "geglu": geglu_reference}[name]
     close(run(gate_up), reference(gate_up.double()), TOLERANCE)
     measure(
-        benchmark, roofs, lambda: run(gate_up), group=f"{name} {rows}x{FEED}", flops=0.0,
+        benchmark, limits, lambda: run(gate_up), group=f"{name} {rows}x{FEED}", flops=0.0,
         num_bytes=3 * gate_up.nbytes // 2,
     )  # fmt: skip
 
@@ -103,7 +105,7 @@ class Write:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_write_kv(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, rows: int) -> None:
+def test_write_kv(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, rows: int) -> None:
     """Norms of the heads, rotation and the write into the cache: qkv read once and written once."""
     k_pages, v_pages = torch.zeros(2, PAGES, PAGE, KV_HEADS, HEAD, device=DEVICE, dtype=DTYPE)
     angle = normal(rows, HEAD // 2).float()
@@ -116,11 +118,11 @@ def test_write_kv(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str
     close(run(), exact[:, :HEADS], TOLERANCE)
     close(k_pages.flatten(0, 1)[slot], exact[:, HEADS:], TOLERANCE)
     assert torch.equal(v_pages.flatten(0, 1)[slot], qkv[:, -KV_HEADS:])
-    measure(benchmark, roofs, run, group=f"write-kv {rows} rows", flops=0.0, num_bytes=2 * qkv.nbytes)
+    measure(benchmark, limits, run, group=f"write-kv {rows} rows", flops=0.0, num_bytes=2 * qkv.nbytes)
 
 
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_copy_pages(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str) -> None:
+def test_copy_pages(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str) -> None:
     """Sixteen pages of all layers, as when branches fork."""
     copy = {"genssd": copy_pages, "eager": copy_pages_reference}[implementation]
     kv = normal(LAYERS, 2, 64, PAGE, KV_HEADS, HEAD)
@@ -128,13 +130,13 @@ def test_copy_pages(benchmark: BenchmarkFixture, roofs: Roofs, implementation: s
     copy(kv, source, destination)
     assert torch.equal(kv[:, :, 40:56], kv[:, :, :16])
     measure(
-        benchmark, roofs, lambda: copy(kv, source, destination), group="copy 16 pages", flops=0.0,
+        benchmark, limits, lambda: copy(kv, source, destination), group="copy 16 pages", flops=0.0,
         num_bytes=2 * kv.nbytes // 4,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_attention_mass(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str) -> None:
+def test_attention_mass(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str) -> None:
     """Forward and backward of one layer; the last three quarters of the tokens are steps, one in sixteen a word's.
 
     5 products of the rows' scores with keys or queries, of half the keys each.
@@ -159,6 +161,6 @@ def test_attention_mass(benchmark: BenchmarkFixture, roofs: Roofs, implementatio
 
     rows = tokens - tokens // 4
     measure(
-        benchmark, roofs, training_step, group=f"attention mass {tokens}", flops=5 * rows * tokens * HEADS * HEAD,
+        benchmark, limits, training_step, group=f"attention mass {tokens}", flops=5 * rows * tokens * HEADS * HEAD,
         num_bytes=4 * (q.nbytes + k.nbytes),
     )  # fmt: skip

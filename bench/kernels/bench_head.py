@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from bench.support.device_limits import DeviceLimits
 from bench.support.measuring import DEVICE, DTYPE, GPU, close, measure
-from bench.support.roofs import Roofs
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def our_scores(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("shape", SCORING, ids=str)
 @pytest.mark.parametrize("implementation", ["genssd", "eager", "compile"])
-def test_scoring(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, shape: Shape) -> None:
+def test_scoring(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, shape: Shape) -> None:
     hidden, weight, target = tensors(shape)
     scores = {"genssd": our_scores, "eager": eager_scores, "compile": torch.compile(eager_scores)}[implementation]
     logprob, entropy, _ = scores(hidden[:16], weight, target[:16])
@@ -88,7 +88,7 @@ def test_scoring(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str,
     close(logprob, exact[0], 1e-4 if torch.float32 == DTYPE else 5e-2)
     close(entropy, exact[1], 1e-4 if torch.float32 == DTYPE else 5e-2)
     measure(
-        benchmark, roofs, lambda: scores(hidden, weight, target), group=f"scoring {shape}",
+        benchmark, limits, lambda: scores(hidden, weight, target), group=f"scoring {shape}",
         flops=2 * shape.rows * shape.vocabulary * shape.width,
         num_bytes=weight.nbytes + hidden.nbytes,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def cross_entropy_of(implementation: str) -> Callable[[Tensor, Tensor, Tensor], 
 
 @pytest.mark.parametrize("shape", TRAINING, ids=str)
 @pytest.mark.parametrize("implementation", ["genssd", "eager", "compile", "liger", "cce"])
-def test_cross_entropy(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, shape: Shape) -> None:
+def test_cross_entropy(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, shape: Shape) -> None:
     """Forward and backward, to hidden and weight: 6 N V D operations."""
     if implementation in ("liger", "cce") and not GPU:
         pytest.skip("runs on GPUs alone")
@@ -131,7 +131,7 @@ def test_cross_entropy(benchmark: BenchmarkFixture, roofs: Roofs, implementation
         loss(hidden, weight, target).backward()
 
     measure(
-        benchmark, roofs, step, group=f"cross-entropy {shape}", flops=6 * shape.rows * shape.vocabulary * shape.width,
+        benchmark, limits, step, group=f"cross-entropy {shape}", flops=6 * shape.rows * shape.vocabulary * shape.width,
         num_bytes=3 * weight.nbytes,
     )  # fmt: skip
 
@@ -155,7 +155,9 @@ def trl_divergence(kind: str, student: Tensor, weight: Tensor, teacher: Tensor, 
 @pytest.mark.parametrize("shape", DISTILLING, ids=str)
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("implementation", ["genssd", "eager", "compile", "trl"])
-def test_divergence(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, kind: Any, shape: Shape) -> None:
+def test_divergence(
+    benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, kind: Any, shape: Shape
+) -> None:
     """Forward and backward, to the student: 2 N V (D + E) + 4 N V D operations."""
     student, weight, _ = tensors(shape, requires_grad=True)
     teacher, teacher_weight, _ = tensors(Shape(shape.rows, shape.vocabulary, shape.teacher))
@@ -178,7 +180,7 @@ def test_divergence(benchmark: BenchmarkFixture, roofs: Roofs, implementation: s
 
     product = shape.rows * shape.vocabulary
     measure(
-        benchmark, roofs, step, group=f"{kind} {shape}",
+        benchmark, limits, step, group=f"{kind} {shape}",
         flops=2 * product * (shape.width + shape.teacher) + 4 * product * shape.width,
         num_bytes=3 * weight.nbytes + teacher_weight.nbytes,
     )  # fmt: skip
@@ -186,7 +188,7 @@ def test_divergence(benchmark: BenchmarkFixture, roofs: Roofs, implementation: s
 
 @pytest.mark.parametrize("shape", DRAWING, ids=str)
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_drawing(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, shape: Shape) -> None:
+def test_drawing(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, shape: Shape) -> None:
     """From hidden states to tokens at temperature 1, with their log-probabilities."""
     hidden, weight, _ = tensors(shape)
     keys = torch.arange(shape.rows, device=DEVICE)
@@ -201,7 +203,7 @@ def test_drawing(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str,
     exact = (hidden.double() @ weight.double().T).log_softmax(1).gather(1, tokens[:, None])[:, 0]
     close(logprob, exact, 1e-4 if torch.float32 == DTYPE else 5e-2)
     measure(
-        benchmark, roofs, run, group=f"drawing {shape}", flops=2 * shape.rows * shape.vocabulary * shape.width,
+        benchmark, limits, run, group=f"drawing {shape}", flops=2 * shape.rows * shape.vocabulary * shape.width,
         num_bytes=weight.nbytes,
     )  # fmt: skip
 
@@ -215,7 +217,9 @@ def eager_filtered(logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", DRAWING, ids=str)
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_filtered_sampling(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, shape: Shape) -> None:
+def test_filtered_sampling(
+    benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, shape: Shape
+) -> None:
     """Top-p 0.95 over given logits."""
     logits = 3 * torch.randn(shape.rows, shape.vocabulary, device=DEVICE)
     keys = torch.arange(shape.rows, device=DEVICE)
@@ -223,5 +227,5 @@ def test_filtered_sampling(benchmark: BenchmarkFixture, roofs: Roofs, implementa
     drawn = logits.softmax(1).gather(1, run()[:, None])
     assert bool((drawn > 0).all())
     measure(
-        benchmark, roofs, run, group=f"top-p {shape.rows}x{shape.vocabulary}", flops=0.0, num_bytes=logits.nbytes
+        benchmark, limits, run, group=f"top-p {shape.rows}x{shape.vocabulary}", flops=0.0, num_bytes=logits.nbytes
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from bench.support.roofs import Roofs, flush_cache, synchronize
+from bench.support.device_limits import DeviceLimits, flush_cache, synchronize
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -15,7 +15,13 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 
 
 def measure(
-    benchmark: BenchmarkFixture, roofs: Roofs, run: Callable[[], object], *, group: str, flops: float, num_bytes: float
+    benchmark: BenchmarkFixture,
+    limits: DeviceLimits,
+    run: Callable[[], object],
+    *,
+    group: str,
+    flops: float,
+    num_bytes: float,
 ) -> None:
     """Time run() on a cold cache and set the share of what the device can do beside it."""
 
@@ -30,8 +36,8 @@ def measure(
     benchmark.extra_info |= {
         "tflops": flops / seconds / 1e12,
         "gbps": num_bytes / seconds / 1e9,
-        "share_of_matmul": flops / seconds / roofs.flops,
-        "share_of_copy": num_bytes / seconds / roofs.bytes,
+        "share_of_matmul": flops / seconds / limits.flops,
+        "share_of_copy": num_bytes / seconds / limits.bytes,
     }
 
 

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from bench.engine.peers.workloads import ModelShape, Sizes
-from bench.support.roofs import best_seconds
+from bench.support.device_limits import best_seconds
 
 BF16 = 2  # bytes
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (1024, 1024, 3072), (1024, 3072, 1024), (1024, 1024, 16384))

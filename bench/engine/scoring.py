@@ -1,6 +1,6 @@
 """Scoring a pool of traces: `genssd score`'s engine against transformers with full logits, in turns, on one machine.
 
-    python -m bench.engine.pool [--traces 5000] [--tokens 2048] [--json bench/results/pool.json]
+    python -m bench.engine.scoring [--traces 5000] [--tokens 2048] [--json bench/results/pool.json]
 
 A random Llama-class model (by default 4 layers, width 256, vocabulary 32000; float32 on a CPU, bf16 on a GPU), prompts
 of 64 ids with several responses each. Both give mean log-probability and rank of every token; both run in processes of

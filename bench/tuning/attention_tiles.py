@@ -1,6 +1,6 @@
 """Times the attention kernel at many configurations on this GPU, best first.
 
-    python -m bench.tuning.sweep_attention --json bench/results/sweep-attention.json
+    python -m bench.tuning.attention_tiles --json bench/results/sweep-attention.json
 
 A configuration must give the results of the one that ships, up to rounding, before it is timed. What wins belongs into
 kernels/attention_triton.py, and then through the ahead-of-time gate.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.support.roofs import best_seconds, measure_roofs
+from bench.support.device_limits import best_seconds, measure_device_limits
 
 from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, build_segment_table
 from genssd.kernels.device_table import DeviceTable
@@ -50,7 +50,7 @@ def main() -> None:
         sys.exit("a sweep needs a GPU")
     from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows, choose_launch
 
-    roofs = measure_roofs("cuda", torch.bfloat16)
+    limits = measure_device_limits("cuda", torch.bfloat16)
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
     rows: list[dict[str, Any]] = []
     for branches, prefix, count in SHAPES:
@@ -76,7 +76,7 @@ def main() -> None:
                     "tiles": dataclasses.asdict(tiles),
                     "programs_per_multiprocessor": per_sm,
                     "seconds": seconds,
-                    "share_of_copy": kv.nbytes / seconds / roofs.bytes,
+                    "share_of_copy": kv.nbytes / seconds / limits.bytes,
                     "share_of_matmul": 4
                     * branches
                     * count
@@ -84,7 +84,7 @@ def main() -> None:
                     * HEADS
                     * WIDTH
                     / seconds
-                    / roofs.flops,
+                    / limits.flops,
                     "shipped": launch == shipped,
                 }
             )
@@ -93,7 +93,7 @@ def main() -> None:
         for row in found[:5]:
             print(row)
     if options.json:
-        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "roofs": dataclasses.asdict(roofs)}
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "roofs": dataclasses.asdict(limits)}
         options.json.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
 
 

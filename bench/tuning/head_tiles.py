@@ -1,6 +1,6 @@
 """Times the scoring and drawing kernels at many configurations on this GPU, best first.
 
-    python -m bench.tuning.sweep --json bench/results/sweep.json
+    python -m bench.tuning.head_tiles --json bench/results/sweep.json
 
 A configuration must give the logprobs of the one that ships before it is timed. What wins belongs into
 kernels/head_triton.py, and then through the ahead-of-time gate.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.support.roofs import best_seconds, measure_roofs
+from bench.support.device_limits import best_seconds, measure_device_limits
 
 SHAPES = [(64, 151936, 4096), (8192, 151936, 1024), (8192, 151936, 4096)]
 BLOCKS, BLOCKS_D, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
@@ -33,7 +33,7 @@ def main() -> None:
     from genssd.kernels.head_triton import HeadLaunch, HeadTiles, choose_launch
     from genssd.kernels.logprob_triton import score_rows
 
-    roofs = measure_roofs("cuda", torch.bfloat16)
+    limits = measure_device_limits("cuda", torch.bfloat16)
     rows: list[dict[str, Any]] = []
     for N, V, D in SHAPES:
         hidden = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
@@ -60,8 +60,8 @@ def main() -> None:
                         "tiles": dataclasses.asdict(tiles),
                         "programs_per_multiprocessor": per_sm,
                         "seconds": seconds,
-                        "share_of_matmul": 2 * N * V * D / seconds / roofs.flops,
-                        "share_of_copy": weight.nbytes / seconds / roofs.bytes,
+                        "share_of_matmul": 2 * N * V * D / seconds / limits.flops,
+                        "share_of_copy": weight.nbytes / seconds / limits.bytes,
                         "same_bits_as_shipped": torch.equal(ours, expected),
                         "shipped": tiles == shipped.tiles and per_sm == 1,
                     }
@@ -71,7 +71,7 @@ def main() -> None:
         for row in found[:5]:
             print(row)
     if options.json:
-        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "roofs": dataclasses.asdict(roofs)}
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "roofs": dataclasses.asdict(limits)}
         options.json.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """The host's share of a decode step: microseconds for the segment table, and how they grow.
 
-    python -m bench.kernels.table [--rounds 200] [--json bench/results/segment_table.json]
+    python -m bench.kernels.segment_table [--rounds 200] [--json bench/results/segment_table.json]
 
 Branches behind prompts of their own, as a search decodes them: every branch has its own row of the page tables, shares
 the pages of its prompt's prefix, and goes on in pages of its own. No model and no device take part. Of every shape:
@@ -103,7 +103,7 @@ def main() -> None:
             rows.append(measure(*shape, segment, options.rounds))
             print(rows[-1])
     if options.json:
-        command = f"python -m bench.kernels.table --rounds {options.rounds} --json {options.json}"
+        command = f"python -m bench.kernels.segment_table --rounds {options.rounds} --json {options.json}"
         settings = {"page_size": PAGE, "unit_rows": QUERY_VECTORS_PER_UNIT["cuda"] // GROUP, "numpy": np.__version__}
         lines = ",\n".join("  " + json.dumps(row) for row in rows)
         head = json.dumps({"command": command, "rounds": options.rounds, **settings})[:-1]

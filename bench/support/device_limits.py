@@ -12,19 +12,19 @@ CACHE_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
 
 
 @dataclass(frozen=True, slots=True)
-class Roofs:
+class DeviceLimits:
     """flops: of a bare matrix product, per second. bytes: of a copy, read and written, per second."""
 
     flops: float
     bytes: float
 
 
-def measure_roofs(device: str, dtype: torch.dtype) -> Roofs:
+def measure_device_limits(device: str, dtype: torch.dtype) -> DeviceLimits:
     size = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     source = torch.empty(1 << 30 if device == "cuda" else 1 << 27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Roofs(
+    return DeviceLimits(
         flops=2 * size**3 / best_seconds(lambda: a @ b, device),
         bytes=2 * source.nbytes / best_seconds(lambda: target.copy_(source), device),
     )
