@@ -232,7 +232,7 @@ def test_forward_kernels(target: Target, dtype: str, name: str, tmp_path: Path) 
 
 MASS = {
     "lse": attention_mass_triton._lse_kernel,
-    "paid": attention_mass_triton._row_mass_kernel,
+    "row_mass": attention_mass_triton._row_mass_kernel,
     "dq": attention_mass_triton._dq_kernel,
     "dk": attention_mass_triton._dk_kernel,
 }
@@ -246,11 +246,11 @@ def test_attention_mass(target: Target, dtype: str, width: int, name: str, tmp_p
     tiles = attention_mass_triton.choose_tiles(width, gradient=name in ("dq", "dk"))
     types = types_of(
         **dict.fromkeys(("q", "k", "dq", "dk"), f"*{dtype}"), **dict.fromkeys(INDEX, "*i32"),
-        **dict.fromkeys(("lse", "paid", "d_mass", "unit", "delta"), "*fp32"),
+        **dict.fromkeys(("lse", "row_mass", "d_mass", "unit", "delta"), "*fp32"),
     )  # fmt: skip
     options = attention_mass_triton.launch_options(width, tiles)
     num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages")
-    constants = {**options, "BLOCK_W": tiles.words} if name == "paid" else options
+    constants = {**options, "BLOCK_W": tiles.words} if name == "row_mass" else options
     compiled = compile_for(target, MASS[name], types, constants, num_warps=num_warps, num_stages=num_stages)
     assert compiled.metadata.shared <= target.shared_bytes
     assert re.search(target.matrix, machine_code(compiled, target, tmp_path))
@@ -258,7 +258,7 @@ def test_attention_mass(target: Target, dtype: str, width: int, name: str, tmp_p
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_sums_over_steps(target: Target, tmp_path: Path) -> None:
-    types = types_of(paid="*fp32", order="*i32", step_start="*i32", mass="*fp32")
+    types = types_of(row_mass="*fp32", order="*i32", step_start="*i32", mass="*fp32")
     constants = {"BLOCK_R": 32, "BLOCK_W": 64}
     machine_code(compile_for(target, attention_mass_triton._sum_steps_kernel, types, constants), target, tmp_path)
 
