@@ -20,7 +20,7 @@ BLOCK = 2048  # entries of a row that a program holds at once
 
 
 @triton.jit
-def _divergence_terms(log_p, log_q, mix, KIND: tl.constexpr):
+def divergence_terms(log_p, log_q, mix, KIND: tl.constexpr):
     """Return every outcome's term of the divergence, and p f up to a constant in f; see divergence_terms.py."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if KIND == 0:
@@ -70,7 +70,7 @@ def _divergence_kernel(
         log_p = squash(tl.load(student + v, mask=kept, other=0.0), temperature, student_softcap, STUDENT_SOFTCAP)
         log_q = squash(tl.load(teacher + v, mask=kept, other=0.0), temperature, teacher_softcap, TEACHER_SOFTCAP)
         log_p, log_q = log_p - peak_p - sum_p, log_q - peak_q - sum_q
-        term, g = _divergence_terms(log_p, log_q, mix, KIND)
+        term, g = divergence_terms(log_p, log_q, mix, KIND)
         total += tl.where(kept, term, 0.0)
         mean += tl.where(kept, g + constant * tl.exp(log_p), 0.0)
     tl.store(loss + row, tl.sum(total, 0))
@@ -84,7 +84,7 @@ def _divergence_kernel(
         log_q = squash(tl.load(teacher + v, mask=v < shared, other=0.0), temperature, teacher_softcap, TEACHER_SOFTCAP)
         log_p = z - peak_p - sum_p
         p = tl.exp(log_p)
-        _, g = _divergence_terms(log_p, log_q - peak_q - sum_q, mix, KIND)
+        _, g = divergence_terms(log_p, log_q - peak_q - sum_q, mix, KIND)
         dz = tl.where(v < shared, g + constant * p, 0.0) - p * f_mean
         out = unsquash_gradient(dz * weight, z, temperature, student_softcap, STUDENT_SOFTCAP)
         tl.store(dx + v, out.to(dx.dtype.element_ty), mask=v < V)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang & Sennrich, 2019), alone and behind a residual sum.
+"""Root-mean-square normalisation (Zhang & Sennrich, 2019), alone and after a residual sum.
 
 Shapes:  N rows   D width
 """
@@ -14,10 +14,11 @@ from genssd.kernels.native import runs_natively
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean in float32, the product in the dtype of x.
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the shape and dtype of x.
 
-    x: [..., D]. weight: [D], in the dtype of x. Raises ValueError where a gradient is asked for and a kernel of ours
-    runs.
+    x: [..., D]. weight: [D], in the dtype of x. The mean is taken in float32, the product with weight in the dtype of
+    x. Raises ValueError where a gradient is required and a native or Triton kernel would run, because these record
+    none.
     """
     if x.is_cuda and x.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
@@ -35,9 +36,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(sum), sum) of sum = residual + x, which is rounded to their dtype first. Both are new tensors.
+    """Return (rms_norm(sum), sum), both new tensors [N, D], of sum = residual + x.
 
-    Raises ValueError where a gradient is asked for and a kernel of ours runs.
+    The sum is rounded to the dtype of x before it is normalised. weight_D: in the dtype of x. Raises ValueError where a
+    gradient is required and a native or Triton kernel would run, because these record none.
     """
     if x_ND.is_cuda and x_ND.dtype != torch.float64:
         from genssd.kernels.norm_triton import add_rms_norm_rows
@@ -56,12 +58,12 @@ def add_rms_norm(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same in plain torch."""
+    """Compute `rms_norm` in plain torch, differentiably."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def add_rms_norm_reference(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same in plain torch."""
+    """Compute `add_rms_norm` in plain torch, differentiably."""
     total_ND = residual_ND + x_ND
     return rms_norm_reference(total_ND, weight_D, eps), total_ND

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import linear_divergence, topk_divergence
+from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.sampling import linear_sample
+from genssd.kernels.topk_divergence import topk_divergence
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -33,9 +33,10 @@ from genssd.distill.data.examples import Example
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import TailRule, VocabularyRule, linear_divergence, topk_divergence
+from genssd.kernels.divergence import VocabularyRule, linear_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.standardized import linear_standardized_kl
+from genssd.kernels.topk_divergence import TailRule, topk_divergence
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "sampled_reverse_kl", "distillm2"

@@ -13,14 +13,9 @@ from support.operations import Operations
 from torch import Tensor
 
 from genssd.kernels import head
-from genssd.kernels.divergence import (
-    DivergenceKind,
-    TailRule,
-    _linear_divergence,
-    _topk_divergence,
-    linear_divergence,
-    topk_divergence,
-)
+from genssd.kernels.divergence import _linear_divergence, linear_divergence
+from genssd.kernels.divergence_terms import DivergenceKind
+from genssd.kernels.topk_divergence import TailRule, _topk_divergence, topk_divergence
 
 KINDS: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
 TAILS: tuple[TailRule, ...] = get_args(TailRule)

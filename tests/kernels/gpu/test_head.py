@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import DivergenceKind, linear_divergence, topk_divergence
+from genssd.kernels.divergence import linear_divergence
+from genssd.kernels.divergence_terms import DivergenceKind
 from genssd.kernels.logprob import STATISTICS, NonFiniteLogits, TokenStats, linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
+from genssd.kernels.topk_divergence import topk_divergence
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

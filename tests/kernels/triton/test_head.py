@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from genssd.kernels import cross_entropy, divergence, divergence_triton, head, head_triton, logprob
-from genssd.kernels.divergence import DivergenceKind, linear_divergence, topk_divergence
+from genssd.kernels import cross_entropy, divergence, divergence_triton, head, head_triton, logprob, logprob_gradient
+from genssd.kernels import topk_divergence as topk_module
+from genssd.kernels.divergence import linear_divergence
+from genssd.kernels.divergence_terms import DivergenceKind
 from genssd.kernels.head import row_logsumexp, softmax_gradient
+from genssd.kernels.topk_divergence import topk_divergence
 
 BLOCK = 64
 
@@ -125,7 +128,7 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda *arguments: function(*arguments, block=BLOCK)
 
     logsumexp, gradient = small(head_triton.logsumexp_rows), small(head_triton.softmax_gradient_rows)
-    for module in (cross_entropy, divergence, logprob):
+    for module in (cross_entropy, topk_module, logprob_gradient):
         if hasattr(module, "row_logsumexp"):
             monkeypatch.setattr(module, "row_logsumexp", logsumexp)
         monkeypatch.setattr(module, "softmax_gradient", gradient)
