@@ -27,8 +27,10 @@ MAX_WIDTH = 256  # largest head dim for which the Triton kernels keep a tile in 
 def attention_mass(
     q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, *, steps: int, words: int, scale: float
 ) -> Tensor:
-    """Return A (see above), float32 [S, W] (float64 for float64 inputs), differentiable in q and k.
+    """Return the attention mass A that every step pays to every word, float32 [S, W] (float64 for float64 inputs).
 
+    A[i, j] is the mean over heads of the causal softmax(scale q k^T), summed over the rows of step i and the columns of
+    word j. It is differentiable in q and k.
     step_T, word_T: int64 [T], the step and the word that each token belongs to, -1 for none. Every token attends to
     itself and the tokens before it. Raises ValueError on shapes or dtypes that do not agree and on a step or a word out
     of range.
@@ -82,7 +84,7 @@ def _row_masses(q_THE: Tensor, k_TGE: Tensor, rows_C: Tensor, word_one_hot_TW: T
 def _attention_mass(
     q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, steps: int, words: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return A, float32 [S, W], and the log-sum-exp of every row that is part of a step, float32 [T, H]."""
+    """Return the attention mass, float32 [S, W], and the log-sum-exp of every row that has a step, float32 [T, H]."""
     # imported here, because Triton need not be installed where there is no GPU
     from genssd.kernels.attention_mass_triton import choose_tiles, compute_mass
 

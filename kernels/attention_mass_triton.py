@@ -65,7 +65,7 @@ def _vectors(x, at, kept, stride, E: tl.constexpr, BLOCK_E: tl.constexpr, INTERP
     """Load the vectors of x with the indices `at`, [len(at), BLOCK_E], zeros where not kept and beyond E."""
     e = tl.arange(0, BLOCK_E)[None, :]
     tile = tl.load(x + at.to(tl.int64)[:, None] * stride + e, mask=kept[:, None] & (e < E), other=0.0)
-    if INTERPRET:  # the interpreter multiplies the bits of bf16
+    if INTERPRET:  # the interpreter would multiply the bits of bf16 as integers
         tile = tile.to(tl.float32)
     return tile
 
@@ -259,7 +259,10 @@ def compute_mass(
     *,
     tiles: MassTiles,
 ) -> tuple[Tensor, Tensor]:
-    """Return A, float32 [S, W], and the log-sum-exp of the rows that have a step, float32 [T, H] (0 in other rows)."""
+    """Compute the attention mass A, float32 [S, W], and the log-sum-exp of the rows that have a step on a CUDA device.
+
+    The log-sum-exp is float32 [T, H], 0 in other rows.
+    """
     T, H, E = q_THE.shape
     rows_R = (step_T >= 0).nonzero()[:, 0]
     columns_T, word_start = _group_by(word_T, words)
@@ -293,7 +296,7 @@ def compute_mass_gradients(
     *,
     tiles: MassTiles,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of q and k, in their dtypes, of a loss whose gradient in A is d_mass."""
+    """Return the gradients of q and k, in their dtypes, of a loss whose gradient in the attention mass is d_mass."""
     (T, H, E), G, words = q_THE.shape, k_TGE.shape[1], d_mass_SW.shape[1]
     rows_R, columns_C = (step_T >= 0).nonzero()[:, 0], (word_T >= 0).nonzero()[:, 0]
     R, C, device = len(rows_R), len(columns_C), q_THE.device

@@ -38,7 +38,7 @@ HEADS = 4  # heads of one row that a program merges
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionTiles:
-    """Sizes of one configuration. block_m: query vectors of a tile. block_t: tokens of a tile."""
+    """Sizes of one configuration of the kernel over items. block_m: query vectors of a tile. block_t: its tokens."""
 
     block_m: int
     block_t: int
@@ -151,7 +151,6 @@ def _item_kernel(
             total = total * shrink + tl.sum(weight, 1)
             sums_ME = accumulate_product(weight.to(v_TE.dtype), v_TE, sums_ME * shrink[:, None], INTERPRET)
             peak = new_peak
-
         partial = tl.load(entry + 1, mask=valid, other=0).to(tl.int64) * H + head
         tl.store(peaks + partial, peak, mask=valid)
         tl.store(totals + partial, total, mask=valid)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
-"""Divergence that is the loss; the formulas are at the top of this file."""
+"""Divergence between a teacher and a student: forward or reverse KL, generalized JSD, or a skewed KL."""
 
 
 def resolve_mixture(function: str, kind: str, beta: float, alpha: float) -> tuple[str, float]:

@@ -106,7 +106,7 @@ def logits_tile(
         d = start + tl.arange(0, BLOCK_D)
         h = tl.load(hidden + n_at + d[None, :], mask=d[None, :] < D, other=0.0)
         w = tl.load(weight + v_at + d[:, None], mask=d[:, None] < D, other=0.0)
-        if INTERPRET:  # the interpreter multiplies the bits of bf16
+        if INTERPRET:  # the interpreter would multiply the bits of bf16 as integers
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w, z, input_precision="ieee")
     if HAS_BIAS:

@@ -79,7 +79,7 @@ def _sample_kernel(
     V, stride, temperature, top_k, top_p, log_min_p,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row. The token is -1 when the row has a NaN, a +inf or nothing finite."""
+    """Draw the token of one row: -1 where the row has a NaN, a +inf or no finite entry."""
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * stride
     seed = tl.load(key + row)
