@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# For a machine with a GPU: the GPU tests and the benchmarks, in sets of at most ten minutes each. Rows land in
+# Run the GPU tests and benchmarks on a machine with a GPU, in sets of at most ten minutes each. Rows are written to
 # bench/results/gpu-*.json; a part that fails does not stop the others.
 #
-#   bash bench/gpu.sh [RESULTS_DIRECTORY] [head|attention|tuning]        head and attention, unless one is named
+#   bash bench/gpu.sh [RESULTS_DIRECTORY] [head|attention|tuning]        default: head and attention
 set -u
 cd "$(dirname "$0")/.."
 results=${1:-bench/results}

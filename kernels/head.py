@@ -186,7 +186,7 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, losses, d_hidden, d_weight = output
     ctx.mark_non_differentiable(losses, d_hidden, d_weight)
     ctx.save_for_backward(d_hidden, d_weight)
-    ctx.wanted, ctx.num_inputs = inputs[-2:], len(inputs)
+    ctx.requested, ctx.num_inputs = inputs[-2:], len(inputs)
 
 
 @once_differentiable
@@ -196,8 +196,8 @@ def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | No
     The upstream gradient keeps its precision: a loss scale may not even fit the dtype of the gradients.
     """
     hidden, weight = (
-        _scale(gradient, upstream) if wanted else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        _scale(gradient, upstream) if is_requested else None
+        for gradient, is_requested in zip(ctx.saved_tensors, ctx.requested, strict=True)
     )
     return hidden, weight, *[None] * (ctx.num_inputs - 2)
 

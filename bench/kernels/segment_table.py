@@ -1,13 +1,13 @@
-"""The host's share of a decode step: microseconds for the segment table, and how they grow.
+"""Time on the host for the segment table of a decode step, in microseconds, and how it grows.
 
     python -m bench.kernels.segment_table [--rounds 200] [--json bench/results/segment_table.json]
 
-Branches behind prompts of their own, as a search decodes them: every branch has its own row of the page tables, shares
-the pages of its prompt's prefix, and goes on in pages of its own. No model and no device take part. Of every shape:
+The branches are those of a search: every branch has its own row of the page tables, shares the pages of its prompt's
+prefix, and continues in its own pages. No model and no device take part. Three times are measured per shape:
 
-    append   making room for one token of every branch
-    table    building the segment table
-    pack     writing it into the buffer that goes to the device
+    append   append one token to every branch
+    table    build the segment table
+    pack     write it into the buffer that is copied to the device
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from genssd.kernels.device_table import Capacity, write_table
 
 GROUP = 4  # query heads per kv head
 PAGE = 16
-OWN = 100  # tokens that a branch has behind its prefix, about
+OWN = 100  # tokens of a branch after its prefix, up to PAGE more
 
 BRANCHES = [(64, 8, 1024)] + [(1, n, 1024) for n in (8, 64, 256, 512, 1024, 2048)]
 PREFIXES = [(64, 8, n) for n in (128, 512, 2048, 8192, 32768)]
-"""(problems, branches of each, tokens of the prefix)"""
+"""(problems, branches of each problem, tokens of the prefix) of every measured shape; PREFIXES likewise."""
 
 
 def grow(problems: int, branches: int, prefix: int) -> tuple[BranchTree, list[Path]]:
+    """Return a tree with the branches of every problem after its prefix, and the paths to their last tokens."""
     pages = problems * (prefix // PAGE + 1) + problems * branches * (2 * OWN // PAGE + 3)
     tree, leaves = BranchTree(PagePool(torch.zeros(1, 2, pages, PAGE, 1, 1))), []
     for problem in range(problems):
@@ -50,7 +51,7 @@ def grow(problems: int, branches: int, prefix: int) -> tuple[BranchTree, list[Pa
 
 
 def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
-    """Of the last token of every path, as engine.layout builds it."""
+    """Build the segment table for the last token of every path, as engine/layout.py does."""
     numbers = [[path.leaf.table for path in paths], [path.length - 1 for path in paths], [1] * len(paths)]
     return build_segment_table(
         torch.from_numpy(tree.tables.rows),
@@ -62,6 +63,7 @@ def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
 
 
 def measure(problems: int, branches: int, prefix: int, segment: int, rounds: int) -> dict[str, Any]:
+    """Time the three steps over some rounds and return a row of the results."""
     tree, paths = grow(problems, branches, prefix)
     capacity = Capacity.required_by(build(tree, paths, segment))
     capacity = capacity.enlarge(capacity, rows=len(paths), item_rows=QUERY_VECTORS_PER_UNIT["cuda"] // GROUP)

@@ -1,4 +1,4 @@
-"""How a row of the kernels' benchmarks is measured, and on what."""
+"""Measurement of one row of the kernel benchmarks, and the device and dtype of all of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def measure(
     flops: float,
     num_bytes: float,
 ) -> None:
-    """Time run() on a cold cache and set the share of what the device can do beside it."""
+    """Time run() on a cold cache and store which fraction of the device's limits it reaches.
+
+    flops, num_bytes: operations that run() computes and bytes that it has to move.
+    """
 
     def timed() -> None:
         run()
@@ -41,5 +44,6 @@ def measure(
     }
 
 
-def close(ours: Tensor, exact: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(ours.double(), exact.double(), atol=tolerance, rtol=tolerance)
+def assert_close(actual: Tensor, exact: Tensor, tolerance: float) -> None:
+    """Raise AssertionError unless two tensors agree up to an absolute and relative tolerance."""
+    torch.testing.assert_close(actual.double(), exact.double(), atol=tolerance, rtol=tolerance)

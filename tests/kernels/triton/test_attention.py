@@ -380,7 +380,7 @@ def test_views_of_queries_and_pages() -> None:
     k, v = wide_kv[:, :, :, ::2]
     found = attend_rows(wide_q[:, 1:5, :16], k, v, table, 0.25, None, None, launch=launch)
     assert torch.equal(found, case.run())
-    with pytest.raises(ValueError, match="must lie alike"):
+    with pytest.raises(ValueError, match="must have the same strides"):
         attend_rows(wide_q[:, 1:5, :16], k, cache.kv[1], table, 0.25, None, None, launch=launch)
 
 
