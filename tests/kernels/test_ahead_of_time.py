@@ -1,4 +1,4 @@
-"""Every Triton kernel, at every configuration that ships, compiled for the GPUs we mean: no GPU is needed for that.
+"""Compilation of every Triton kernel, at every shipped configuration, for all supported GPUs; no GPU is needed.
 
 A kernel that spills registers, needs more shared memory than the device has, multiplies without the matrix unit or
 loads without overlapping is a defect, and none of these is an error to the compiler.
@@ -80,7 +80,7 @@ ALIGNED = ("V", "U", "D", "stride", "stride_n", "stride_v", "stride_b", "stride_
 
 
 def machine_code(compiled: Any, target: Target, directory: Path) -> str:
-    """The disassembly, after checking that nothing lives on the stack."""
+    """Return the disassembly, after checking that the kernel uses no stack and no local memory."""
     if target.backend == "hip":
         text = str(compiled.asm["amdgcn"])
         assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", text) == ["0"]

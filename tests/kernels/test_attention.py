@@ -144,8 +144,8 @@ def test_shared_segments_are_read_once() -> None:
     assert len(set(table.pages[: 5 * 2].tolist())) == 10
 
 
-def test_relatives_are_read_together_whatever_lies_between_them() -> None:
-    """Two families that part in their second segment, and short relatives of both that have not come that far."""
+def test_sequences_that_share_pages_are_read_together_in_any_order() -> None:
+    """Two groups of sequences diverge in their second segment; shorter sequences of both end before it."""
     families = [[*range(8), *range(100 * i, 100 * i + 8)] for i in (1, 2)]
     leaves = [[*family, 1000 * i + n] for i, family in enumerate(families, 1) for n in range(10)]
     leaves += [[*range(8), 5000 + n] for n in range(10)]
@@ -156,7 +156,7 @@ def test_relatives_are_read_together_whatever_lies_between_them() -> None:
 
 
 def test_a_short_prefix_is_read_once_too() -> None:
-    """Below the first whole segment there are shorter ones."""
+    """Before the first full segment there are shorter ones."""
     pages = torch.arange(19, dtype=torch.int32).repeat(8, 1)
     pages[:, 18] += torch.arange(8, dtype=torch.int32)  # 288 tokens are shared
     rows = torch.arange(8, dtype=torch.int32)
@@ -177,7 +177,8 @@ BORDERS = {
 @pytest.mark.parametrize("window", [0, 1, 130, 700])
 @pytest.mark.parametrize("segment", BORDERS)
 def test_segments_follow_each_other_without_a_gap(segment: int, window: int) -> None:
-    """What the items of a row cover is what it sees, in the order of its partial results. Borders are everybody's."""
+    """The items of a row cover exactly the positions that it sees, in the order of its partial results, and all rows
+    have the same segment borders."""
     length, rows = 2500, [0, 127, 128, 129, 255, 256, 511, 512, 900, 1023, 1024, 1500, 2047, 2048, 2499]
     pages = torch.arange(-(-length // 16), dtype=torch.int32).repeat(len(rows), 1)
     which = torch.arange(len(rows), dtype=torch.int32)
@@ -274,7 +275,7 @@ def test_the_order_of_the_batch_changes_no_bit(tree: Callable[..., Problem]) -> 
 
 
 @pytest.mark.parametrize("limit", [{"window": sys.maxsize}, {"unit_rows": 2**32}, {"unit_rows": 2**62}], ids=str)
-def test_a_limit_beyond_any_batch_limits_nothing(limit: dict[str, int]) -> None:
+def test_a_limit_larger_than_any_batch_has_no_effect(limit: dict[str, int]) -> None:
     problem = build([list(range(9)), list(range(50, 80))], [9, 3], heads=1, kv_heads=1, head_dim=1)
     assert torch.equal(ours(problem, problem.table(**limit)), ours(problem))
 
@@ -305,8 +306,8 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("attend", [paged_attention, paged_attention_reference], ids=["native", "reference"])
-def test_sets_without_anything_to_see_are_never_nan(attend: Callable[..., Tensor]) -> None:
-    """Scores of -inf: a segment of them beside others, all of them, and all of them with a sink or without."""
+def test_rows_that_see_only_minus_infinity_are_never_nan(attend: Callable[..., Tensor]) -> None:
+    """Scores of -inf fill one segment among others, or all segments, with a sink or without."""
     problem = build([list(range(20))], [1], heads=2, kv_heads=1, head_dim=4, page_size=4)
     table = problem.table(segment=8)
     problem.q.fill_(1.0)
@@ -406,7 +407,7 @@ def test_a_call_that_would_read_outside_is_refused(case: str, attend: Callable[.
 
 
 def test_a_pool_with_empty_pages_does_not_crash() -> None:
-    """In a process of its own: a division by zero in native code would end the test run."""
+    """Run in another process, because a division by zero in native code would end the test run."""
     script = (
         "import numpy as np\n"
         "from genssd.kernels.attention import build_segment_table\n"

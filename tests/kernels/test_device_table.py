@@ -1,4 +1,4 @@
-"""The segment table in its buffer: what is read back is the table, whatever the buffer has room for."""
+"""Segment tables in buffers: reading a buffer of any capacity back returns the table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def table_of(rows: int, window: int = 0, first: int = 20) -> SegmentTable:
-    """Of sequences of some 20 tokens, two to a prompt."""
+    """Build the table of sequences of about 20 tokens, two per prompt."""
     pages = np.arange(rows * 8, dtype=np.int32).reshape(rows, 8)
     pages[1::2, :4] = pages[::2, :4][: rows // 2]
     starts = np.arange(rows, dtype=np.int32) % 5 + first
@@ -100,7 +100,7 @@ def test_an_upload_is_a_copy() -> None:
         assert there.dtype == torch.from_numpy(array).dtype
 
 
-def test_a_device_table_is_refused_where_nothing_reads_it() -> None:
+def test_a_device_table_is_refused_where_no_triton_kernel_runs() -> None:
     table = DeviceTable.upload(table_of(2), CPU)
     kv = torch.zeros(2, 16, 4, 1, 8)
     with pytest.raises(ValueError, match="takes the segment table itself"):

@@ -38,7 +38,7 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def divergence(q: Tensor, p: Tensor, kind: str, beta: float = 0.5, alpha: float = 0.1) -> Tensor:
-    """By the formulas, from the teacher's and the student's probabilities."""
+    """Compute a divergence by its formula from the teacher's and the student's probabilities."""
     if kind == "forward_kl":
         return kl(q, p)
     if kind == "reverse_kl":
@@ -459,7 +459,7 @@ def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
 
 inside: Callable[..., tuple[Tensor, ...]] = _linear_divergence._init_fn
 inside_topk: Callable[..., tuple[Tensor, ...]] = _topk_divergence._init_fn
-"""The functions behind the operators: a mode sees operators from outside."""
+"""The functions that the operators call, because a dispatch mode sees an operator as one call."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -747,7 +747,7 @@ def test_a_student_so_confident_that_the_tail_has_almost_no_mass(kind: Divergenc
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_teacher_so_confident_that_its_tail_is_lost(variant: dict[str, Any]) -> None:
-    """Its probabilities sum to 1 in float32. What the sum rounds away is no certainty: nothing becomes infinite."""
+    """The teacher's probabilities sum to 1 in float32, but the rounded tail is not 0: no loss becomes infinite."""
     teacher = torch.full((2, 33), -23.0)
     teacher[:, 3], teacher[:, 5] = 0.0, -18.0
     logprob, ids = teacher.log_softmax(1).topk(4, dim=1)
@@ -759,7 +759,7 @@ def test_a_teacher_so_confident_that_its_tail_is_lost(variant: dict[str, Any]) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_teachers_tail_is_as_exact_as_its_log_probabilities(kind: DivergenceKind) -> None:
-    """float64 ones know of a tail of 1e-9, whatever the student's dtype."""
+    """float64 log-probabilities resolve a tail of 1e-9 for any dtype of the student."""
     hidden, weight, _, _ = problem(2, 33)
     ids = torch.tensor([[3, 5], [0, 32]])
     logprob = torch.tensor([[0.7, 0.3 - 1e-9], [0.9, 0.1 - 1e-9]], dtype=torch.float64).log()

@@ -23,7 +23,7 @@ def brute_force(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> dict[str, list[float]]:
-    """Every number by its definition, row by row, in float64."""
+    """Compute every statistic by its definition, row by row, in float64."""
     rows: dict[str, list[float]] = {name: [] for name in NAMES}
     for h, t in zip(hidden.double(), target.tolist(), strict=True):
         z = weight.double() @ h + (0.0 if bias is None else bias.double())
@@ -116,7 +116,7 @@ def test_very_large_logits_of_either_sign(level: float) -> None:
     assert stats.rank.tolist() == [1, 1]
 
 
-def test_banned_tokens_count_for_nothing() -> None:
+def test_banned_tokens_do_not_count() -> None:
     hidden, weight, target = problem(5, 300)
     allowed = torch.arange(0, 300, 3)
     bias = torch.full((300,), -torch.inf)
@@ -220,7 +220,7 @@ def test_wrong_arguments_are_named(arguments: tuple[Tensor, ...], options: dict[
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_without_a_number_is_named_whatever_its_block(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_nan_is_named_in_any_block(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("genssd.kernels.logprob.LOGITS_BYTES", 4 * 257 * 4)
     hidden, weight, target = problem(20, 257)
     hidden[13, 0] = bad

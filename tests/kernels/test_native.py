@@ -99,7 +99,7 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(inputs: int, output
 def test_packed_weights_give_the_same_bits(
     rows: int, inputs: int, outputs: int, dtype: torch.dtype, threads: int
 ) -> None:
-    """On every path that takes them, for any shape and any number of blocks of rows."""
+    """Packed and unpacked weights give the same bits on every path, for any shape and any number of blocks of rows."""
     torch.set_num_threads(threads)
     x, w, bias = (randn(*s, seed=i, dtype=dtype) for i, s in enumerate([(rows, inputs), (outputs, inputs), (outputs,)]))
     packed = pack_weight(w)
@@ -204,7 +204,7 @@ def test_ties_go_to_the_lower_id_and_equal_logits_do_not_raise_the_rank() -> Non
 def test_filters_keep_what_the_reference_keeps(
     vocabulary: int, top_k: int, top_p: float, min_p: float, temperature: float, distinct: int, seed: int
 ) -> None:
-    """With ties: logits take few values. The draw is the reference's, noise added to what it keeps."""
+    """Draws equal the reference's: noise added to the logits that it keeps. The logits take few values, so many tie."""
     values = randn(distinct, seed=seed) * 3
     logits = values[torch.randint(distinct, (6, vocabulary), generator=torch.Generator().manual_seed(seed))]
     logits[0, : vocabulary // 2] = -torch.inf
@@ -290,7 +290,7 @@ def test_an_entry_far_below_the_others_counts_as_banned(banned: slice) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 
-def test_a_long_tail_beside_a_likely_token_is_not_rounded_away() -> None:
+def test_a_long_tail_next_to_a_likely_token_is_not_rounded_away() -> None:
     vocabulary, peak = 151_936, 20.0
     weight = torch.zeros(vocabulary, 1)
     weight[7] = peak
@@ -306,7 +306,7 @@ def test_a_min_p_that_rounds_to_one_keeps_the_largest() -> None:
 
 
 def test_a_unit_that_runs_out_of_memory_is_an_error_on_any_threads() -> None:
-    """In a process of its own, whose memory is limited."""
+    """Run in another process, whose memory is limited."""
     script = (
         "import resource, torch\n"
         "from genssd import _core\n"
@@ -392,7 +392,7 @@ def spoilt(tensor: Tensor) -> dict[str, Tensor]:
     ],
 )
 def test_wrong_tensors_are_refused_with_a_message(name: str, index: int, kind: str) -> None:
-    """Every tensor of every function, of a wrong dtype, shape or stride: one at a time."""
+    """Each tensor argument of each function is replaced by one of a wrong dtype, shape or stride, one at a time."""
     function, arguments = CALLS[name]
     function(*arguments)
     wrong = spoilt(arguments[index])[kind]

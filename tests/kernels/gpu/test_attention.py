@@ -27,7 +27,7 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 class Branches:
-    """Sequences that share a prefix of so many tokens, each with a private end; slots that nothing wrote are NaN."""
+    """Sequences that share a prefix, each with a private end; unwritten slots of the cache are NaN."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ def test_a_prefix_of_32k() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("window", [0, 1300])
 def test_a_row_has_the_same_bits_however_it_is_computed(window: int, dtype: torch.dtype) -> None:
-    """In a batch of 64, alone, packed with fewer, with pages of its own, in other pages, called again."""
+    """A row has the same bits in a batch of 64, alone, in smaller items, in private or other pages, and again."""
     ends = [1 + 37 * i % 200 for i in range(64)]
     branches = Branches(2100, ends, dtype=dtype)
     together = branches.run(window=window)
@@ -173,7 +173,7 @@ def test_pages_beyond_two_to_the_31_entries() -> None:
 
 
 def test_a_captured_graph_reads_the_next_table() -> None:
-    """And neither the upload of a table nor a call waits for the device."""
+    """Neither the upload of a table nor a call makes the host wait for the device."""
     branches = Branches(2100, [1 + 37 * i % 200 for i in range(8)])
     tables = [branches.table(which) for which in ([0, 1, 2, 3], [7, 2, 5], [4])]
     capacity = Capacity.required_by(tables[0])

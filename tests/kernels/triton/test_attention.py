@@ -266,7 +266,7 @@ def test_what_is_not_finite_is_seen_and_stays_with_its_sequence() -> None:
 
 
 def test_what_no_row_sees_is_not_read() -> None:
-    """Neither before the window of all rows, in a tile of which they see a part, nor behind the last."""
+    """Neither tokens before the window of all rows, in a tile that they see in part, nor those after the last row."""
     cache = Cache(4)
     cache.add(tokens_of(40, 0))
     case = Case(cache, [0], [2], window=13)
@@ -330,7 +330,7 @@ def test_the_order_of_forks_and_of_the_batch_changes_no_bit() -> None:
 
 
 def test_a_warm_and_a_cold_prefix_have_the_same_bits() -> None:
-    """The last rows have the bits that they have when the whole sequence is computed with them."""
+    """The last rows have the same bits as when the complete sequence is computed with them."""
     cache = Cache(4)
     cache.add(tokens_of(39, 0))
     cold = Case(cache, [0], [39]).run()
@@ -355,7 +355,7 @@ def test_more_vectors_than_a_tile_holds() -> None:
 
 
 def test_a_table_in_a_larger_buffer() -> None:
-    """As a captured graph reads it: rows beyond the table's own see nothing."""
+    """A captured graph reads the table like this: rows after the table's own see no position."""
     cache, leaves = grow(3, 4)
     case = Case(cache, leaves[:3], [1] * 3)
     table, needed = case.host_table(), Capacity.required_by(case.host_table())

@@ -111,7 +111,7 @@ def load(directory: Path, decoder: Decoder) -> ModelRunner:
 
 @torch.inference_mode()
 def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a captured step computes, without the capture."""
+    """The computation of a captured step, run without the capture, equals the forward pass over the same rows."""
     put_in_place("triton", monkeypatch)
     save_checkpoint(tmp_path, "qwen2", **WINDOWED)
     decoder = Decoder.load(tmp_path, torch.float32, CPU)
@@ -135,7 +135,7 @@ def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkey
 
 
 class Replay:
-    """In the place of a captured graph: does again what it did."""
+    """Stand-in for a captured graph, whose replay calls the same function again."""
 
     def __init__(self, step: Callable[[], object]) -> None:
         self.replay = step
