@@ -1,4 +1,4 @@
-"""The device's limits, and what a results file says about where its rows were measured."""
+"""Fixture with the device's measured limits, and the description of the machine in the files of pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from bench.support.roofs import Roofs, measure_roofs
+from bench.support.device_limits import DeviceLimits, measure_device_limits
 
 PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "trl", "transformers")
 
 
 @pytest.fixture(scope="session")
-def roofs() -> Roofs:
+def limits() -> DeviceLimits:
+    """Return the limits of the device, measured once per session: bfloat16 on a GPU, float32 on a CPU."""
     gpu = torch.cuda.is_available()
-    return measure_roofs("cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
+    return measure_device_limits("cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -26,7 +28,7 @@ def installed(name: str) -> str | None:
 
 
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str, Any]) -> None:
-    """Keep the processor and the versions; drop the host's name and what does not bear on a time."""
+    """Keep the processor and the versions; drop the host's name and all that does not affect a time."""
     cpu = machine_info.get("cpu", {})
     kept = {
         "cpu": cpu.get("brand_raw"),
@@ -36,7 +38,7 @@ def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str,
         "python": machine_info.get("python_version"),
         "torch": torch.__version__,
         "genssd": version("genssd"),
-        "peers": {name: found for name in PEERS if (found := installed(name))},
+        "peers": {name: peer_version for name in PEERS if (peer_version := installed_version(name))},
     }
     if torch.cuda.is_available():
         kept["gpu"] = torch.cuda.get_device_name()
@@ -45,6 +47,6 @@ def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str,
 
 
 def pytest_benchmark_update_json(config: object, benchmarks: object, output_json: dict[str, Any]) -> None:
-    """Keep the statistics of the rounds, not every round."""
+    """Keep the statistics over the rounds; drop the time of every single round."""
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)

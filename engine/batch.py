@@ -36,6 +36,6 @@ class Batch:
         if device.type != "cuda":
             position, slot = upload(some.position, device), upload(some.slot, device)
             return Batch(position_N=position, slot_N=slot, tables=tables, wanted_M=wanted_M)
-        there = {window: DeviceTable.of(table, device) for window, table in tables.items()}
+        there = {window: DeviceTable.upload(table, device) for window, table in tables.items()}
         position = next(iter(there.values())).position
         return Batch(position_N=position, slot_N=upload(some.slot, device), tables=there, wanted_M=wanted_M)

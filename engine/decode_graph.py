@@ -25,7 +25,7 @@ from genssd.engine.batch import Batch
 from genssd.engine.layout import unit_rows
 from genssd.engine.model import Decoder
 from genssd.kernels.attention import SegmentTable
-from genssd.kernels.device_table import ALIGNED, Capacity, DeviceTable, host_buffer, pack
+from genssd.kernels.device_table import ALIGNMENT, Capacity, DeviceTable, allocate_host_buffer, write_table
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 
@@ -48,17 +48,17 @@ class StepLayout:
         rows: int, item_rows: int, tables: Mapping[int, SegmentTable], before: StepLayout | None = None
     ) -> StepLayout:
         """Room for tables like these, and for all that there was room for before. item_rows: of an item at most."""
-        needed = {window: Capacity.of(table) for window, table in tables.items()}
+        needed = {window: Capacity.required_by(table) for window, table in tables.items()}
         known = needed if before is None else before.tables
         return StepLayout(
             rows=rows,
             tables={
-                window: size.grown(known[window], rows=rows, item_rows=item_rows) for window, size in needed.items()
+                window: size.enlarge(known[window], rows=rows, item_rows=item_rows) for window, size in needed.items()
             },
         )
 
     def covers(self, tables: Mapping[int, SegmentTable]) -> bool:
-        return all(self.tables[window].covers(Capacity.of(table)) for window, table in tables.items())
+        return all(self.tables[window].covers(Capacity.required_by(table)) for window, table in tables.items())
 
     @property
     def length(self) -> int:
@@ -71,7 +71,7 @@ class StepLayout:
         slot_N[:] = -1
         slot_N[: len(slots)] = slots
         for window, start in self._starts().items():
-            pack(tables[window], self.tables[window], into[start : start + self.tables[window].length])
+            write_table(tables[window], self.tables[window], into[start : start + self.tables[window].length])
 
     def pack_ids(self, ids: Sequence[int], into: NDArray[np.int32]) -> None:
         """Write the ids of a step into a buffer of the host."""
@@ -84,7 +84,7 @@ class StepLayout:
         parts = (buffer[i * self._wide :][: 2 * self.rows].view(torch.int64) for i in (0, 1))
         ids_N, slot_N = parts
         there = {
-            window: DeviceTable.over(
+            window: DeviceTable.from_buffer(
                 buffer[start : start + self.tables[window].length], self.tables[window], tables[window]
             )
             for window, start in self._starts().items()
@@ -94,7 +94,7 @@ class StepLayout:
     @property
     def _wide(self) -> int:
         """Entries of the ids, and of the slots."""
-        return -(-2 * self.rows // ALIGNED) * ALIGNED
+        return -(-2 * self.rows // ALIGNMENT) * ALIGNMENT
 
     def _int64(self, buffer: NDArray[np.int32], part: int) -> NDArray[np.int64]:
         start = part * self._wide
@@ -151,7 +151,7 @@ class DecodeGraphs:
             c = self._decoder.config
             item_rows = unit_rows(c.num_attention_heads // c.num_key_value_heads, self._kv.device)
             layout = StepLayout.of(rows, item_rows, tables, layout)
-        host = host_buffer(layout.length, torch.int32, self._kv.device)
+        host = allocate_host_buffer(layout.length, torch.int32, self._kv.device)
         layout.pack(tables, host.numpy())
         return StagedStep(layout, tables, host)
 

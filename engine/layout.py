@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from genssd.engine.tree import BranchTree, Path
-from genssd.kernels.attention import SEGMENT, UNIT_ROWS, SegmentTable, segment_table
+from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, SegmentTable, build_segment_table
 
 
 def unit_rows(group: int, device: torch.device) -> int:
     """Rows that read a segment together at most. group: query heads per kv head."""
-    return max(1, UNIT_ROWS[device.type] // group)
+    return max(1, QUERY_VECTORS_PER_UNIT[device.type] // group)
 
 
 def lay_out(
@@ -32,11 +32,11 @@ def lay_out(
     # by way of numpy, which reads lists three times as fast
     numbers = torch.from_numpy(np.array([[path.leaf.table for path in paths], first, counts], dtype=np.int32))
     return {
-        window: segment_table(
+        window: build_segment_table(
             held,
             *numbers,
             page_size=page_size,
-            segment=-(-SEGMENT[device.type] // page_size) * page_size,
+            segment=-(-SEGMENT_TOKENS[device.type] // page_size) * page_size,
             window=window,
             unit_rows=unit_rows(group, device),
         )

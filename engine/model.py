@@ -22,7 +22,7 @@ from genssd.kernels.cache import write_kv
 from genssd.kernels.linear import linear
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import rope_frequencies, rotary_angles
-from genssd.kernels.weight import Weight, pack, rows_of
+from genssd.kernels.weight import Weight, pack_weight, select_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class Decoder:
         """
         width = (config.vocab_size, config.hidden_size)
         embedding = take(tensors, "model.embed_tokens.weight", width, directory)
-        prepared = pack if frozen else _as_it_is
+        prepared = pack_weight if frozen else _as_it_is
         if config.tie_word_embeddings:
             table = head = prepared(embedding)
         else:
@@ -136,7 +136,7 @@ class Decoder:
         eps = self.config.rms_norm_eps
         cos, sin = rotary_angles(batch.position_N, self.frequency, self.rope_factor)
         next_norms = (*(layer.attention_norm for layer in self.layers[1:]), self.norm)
-        x = rows_of(self.embedding, ids_N)
+        x = select_rows(self.embedding, ids_N)
         h = rms_norm(x, self.layers[0].attention_norm, eps)
         for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
             attended = self._attention(h, layer, cache, window, batch, cos, sin)

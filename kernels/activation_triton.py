@@ -1,4 +1,4 @@
-"""The Triton kernel behind `swiglu` and `geglu`: both activations are gate * sigmoid(u), of another u.
+"""Triton kernel of `swiglu` and `geglu`: both activations are gate * sigmoid(u), each with a u of its own.
 
 Shapes:  N rows   F feed-forward width
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # entries of a row that a program takes
+BLOCK = 1024  # entries of a row that one program computes
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _gated_kernel(
 
 
 def gated_rows(gate_up_N2F: Tensor, *, gelu: bool, block: int = BLOCK) -> Tensor:
-    """See activation.swiglu and geglu. Rows may lie apart."""
+    """Compute `activation.swiglu`, or `activation.geglu` where gelu is set. The rows may have any stride."""
     N, F = gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2
     if gate_up_N2F.stride(1) != 1:
         gate_up_N2F = gate_up_N2F.contiguous()

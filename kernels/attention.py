@@ -1,9 +1,9 @@
-"""Attention of packed query rows over a paged key-value cache that sequences share.
+"""Attention of packed query rows over a paged key-value cache whose pages sequences share.
 
-Row n stands at a position of its sequence and attends to the positions up to its own. Positions are cut into segments
-at absolute multiples of a constant, and below it at its halves, down to 128 tokens. A segment table says which rows
-read which: rows whose sequences hold the same pages through a whole segment read it together. For a row n, a head and a
-segment s with the scores z of its keys,
+Row n has a position in its sequence and attends to the positions up to its own. Positions are cut into segments at
+absolute multiples of a constant, and below the first of these at its halves, quarters and so on, down to 128 tokens. A
+segment table lists which rows read which segment: rows whose sequences hold the same pages through a whole segment read
+it together, as one item. For a row n, a head and a segment s with the scores z of its keys,
 
     peak_s = max z      total_s = sum e^(z - peak_s)      values_s = sum e^(z - peak_s) v
 
@@ -11,10 +11,11 @@ and these partial results are merged in the order of segments: with p = max(peak
 
     total = total_a e^(peak_a - p) + total_b e^(peak_b - p)      values likewise      output = values / total
 
-So a row's bits depend on its own keys and values alone, not on who shares them, the batch or the page layout. Prefill,
-scoring and decoding are the same call with more or fewer rows per sequence.
+So a row's bits depend on its own keys and values alone, not on which rows share them, the batch or the page layout.
+Prefill, scoring and decoding are the same call with more or fewer rows per sequence.
 
-Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head dim   R rows of an item   T its tokens
+Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head dim   R rows of an item
+         T tokens of an item
 """
 
 from __future__ import annotations
@@ -25,22 +26,27 @@ from torch import Tensor
 from genssd import _core
 from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import takes
+from genssd.kernels.native import runs_natively
 
 SegmentTable = _core.SegmentTable
-"""Who reads what. items: int32 [items, 6] (index into pages of the item's first page, position of its first token,
-tokens that its rows see at most, index into entries of its first row, its rows, its unit: items of different units
-share no row). entries: int32 [entries, 2] (row, slot of the partial result). pages: int32. position, slot: of every
-row. row_partial: int32 [N + 1], a row's first partial slot; the others follow in the order of segments."""
+"""Table that lists which query rows read which segments of the cache.
 
-SEGMENT = {"cpu": 256, "cuda": 1024}
-"""Tokens of a segment. On a GPU a longer one keeps the traffic of partial results small beside that of the cache."""
+items: int32 [items, 6]: index into pages of the item's first page, position of the item's first token, largest number
+of tokens that one of its rows sees, index into entries of its first row, number of its rows, and its unit (items of
+different units have no row in common). entries: int32 [entries, 2]: row, and slot of the row's partial result. pages:
+int32, the pages of all items. position: int32 [N], position of every row. slot: int64 [N], place of every row's own
+token in the cache, page * page_size + offset. row_partial: int32 [N + 1], slot of a row's first partial result; its
+others follow in the order of segments."""
 
-UNIT_ROWS = {"cpu": 128, "cuda": 64}
-"""Query vectors (rows times query heads per kv head) that read a segment together."""
+SEGMENT_TOKENS = {"cpu": 256, "cuda": 1024}
+"""Tokens of a segment, by device type. On a GPU longer segments keep the traffic of partial results small compared with
+that of the cache."""
+
+QUERY_VECTORS_PER_UNIT = {"cpu": 128, "cuda": 64}
+"""Largest number of query vectors (rows times query heads per kv head) that read a segment together, by device type."""
 
 
-def segment_table(
+def build_segment_table(
     tables: Tensor,
     table_B: Tensor,
     first_B: Tensor,
@@ -51,13 +57,15 @@ def segment_table(
     window: int = 0,
     unit_rows: int = 64,
 ) -> SegmentTable:
-    """The table of a batch of sequences. Rows are numbered sequence by sequence.
+    """Build the segment table of a batch of sequences, whose rows are numbered sequence by sequence.
 
-    All int32, on the CPU. tables: [tables, width], pages in the order of positions (beyond a sequence's end anything).
-    table_B: which of them is a sequence's. Its rows stand at first, first + 1, ... (rows of them); keys and values up
-    to the last row's position are in the cache when the table is used. window: a row sees at most so many positions,
-    its own included; 0: all. unit_rows: rows of an item at most. Relatives need not stand side by side. Raises
-    ValueError on a sequence whose pages are not in its table, and unless segment is a multiple of page_size.
+    All tensors are int32 on the CPU. tables: [tables, width], each row the pages of a sequence in the order of
+    positions (entries beyond the sequence's end are ignored). table_B: index into tables of every sequence. first_B,
+    rows_B: position of the first query row of every sequence, and how many consecutive rows it has; keys and values up
+    to the last row's position must be in the cache when the table is used. segment: tokens of a segment. window: the
+    largest number of positions that a row sees, its own included; 0 means all. unit_rows: the largest number of rows of
+    an item. Sequences that share pages may have any order in the batch. Raises ValueError on a sequence whose pages are
+    not in its table, and unless segment is a multiple of page_size.
     """
     return _core.segment_table(tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows)
 
@@ -74,29 +82,30 @@ def paged_attention(
 ) -> Tensor:
     """Return the attention output [N, H, E] in the dtype of q.
 
-    A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is given. sinks_H: float32, a score of
-    each head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros. On the
-    CPU (float32, bfloat16, float16) the native kernel computes in float32. On a CUDA device a table that is there
-    already saves its way; and there a value that is not finite makes every row of its item NaN, which are all rows of
-    sequences that hold it.
-    Raises ValueError on shapes or dtypes that do not agree, on a table that points outside the cache or lies where it
-    is not read, and where a gradient is asked for and a kernel of ours runs.
+    A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is not None. sinks_H: float32, one
+    score per head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros.
+    On the CPU (float32, bfloat16, float16) the native kernel computes in float32. On a CUDA device a DeviceTable saves
+    the copy of the table to the device; and a value that is not finite makes all rows of its item NaN, which all belong
+    to sequences that hold this value.
+    Raises ValueError on shapes or dtypes that do not agree, on a table that points outside the cache, on a DeviceTable
+    where no Triton kernel would run, and where a gradient is required and a native or Triton kernel would run, because
+    these record none.
     """
     if q_NHE.is_cuda and q_NHE.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
-        from genssd.kernels.attention_triton import attend_rows, launch_on
+        from genssd.kernels.attention_triton import attend_rows, choose_launch
 
         refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
         _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
-        there = table if isinstance(table, DeviceTable) else DeviceTable.of(table, q_NHE.device)
-        launch = launch_on(q_NHE)
-        return attend_rows(q_NHE, k_pages_PSGE, v_pages_PSGE, there, scale, softcap, sinks_H, launch=launch)
+        device_table = table if isinstance(table, DeviceTable) else DeviceTable.upload(table, q_NHE.device)
+        launch = choose_launch(q_NHE)
+        return attend_rows(q_NHE, k_pages_PSGE, v_pages_PSGE, device_table, scale, softcap, sinks_H, launch=launch)
     if isinstance(table, DeviceTable):
         raise ValueError(
             f"paged_attention: a device table serves Triton's kernels alone; {q_NHE.dtype} on {q_NHE.device} takes the "
             "segment table itself"
         )
-    if takes(q_NHE, k_pages_PSGE, v_pages_PSGE):
+    if runs_natively(q_NHE, k_pages_PSGE, v_pages_PSGE):
         refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
         out = torch.empty_like(q_NHE, memory_format=torch.contiguous_format)
         _core.paged_attention(
@@ -119,7 +128,7 @@ def paged_attention_reference(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """The same in plain torch, item by item; float64 stays float64."""
+    """Compute `paged_attention` in plain torch, item by item; float64 stays float64."""
     _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
     _, H, E = q_NHE.shape
     device, G = q_NHE.device, k_pages_PSGE.shape[2]
@@ -131,30 +140,30 @@ def paged_attention_reference(
     position_N = torch.tensor(table.position, device=device)
     pages, entries = torch.tensor(table.pages, device=device), torch.tensor(table.entries, device=device)
     for page, first, tokens, entry, count, _ in table.items.tolist():
-        held = pages[page : page - (-tokens // table.page_size)]
+        item_pages = pages[page : page - (-tokens // table.page_size)]
         row, slot = entries[entry : entry + count].unbind(1)
-        k_TGE, v_TGE = (x[held].flatten(0, 1)[:tokens].to(wide) for x in (k_pages_PSGE, v_pages_PSGE))
-        at_T = first + torch.arange(tokens, device=device)
-        seen_RT = at_T <= position_N[row][:, None]
+        k_TGE, v_TGE = (x[item_pages].flatten(0, 1)[:tokens].to(wide) for x in (k_pages_PSGE, v_pages_PSGE))
+        position_T = first + torch.arange(tokens, device=device)
+        visible_RT = position_T <= position_N[row][:, None]
         if table.window:
-            seen_RT &= at_T > position_N[row][:, None] - table.window
+            visible_RT &= position_T > position_N[row][:, None] - table.window
         q_RGQE = q_NHE[row].to(wide).view(count, G, H // G, E)
         z_RHT = torch.einsum("rgqe,tge->rgqt", q_RGQE, k_TGE).flatten(1, 2) * scale
         if softcap is not None:
             z_RHT = softcap * torch.tanh(z_RHT / softcap)
-        z_RHT = z_RHT.masked_fill(~seen_RT[:, None], -torch.inf)
+        z_RHT = z_RHT.masked_fill(~visible_RT[:, None], -torch.inf)
         peak[slot] = z_RHT.amax(2)
         e_RHT = (z_RHT - peak[slot].clamp_min(torch.finfo(wide).min)[..., None]).exp()
         total[slot] = e_RHT.sum(2)
-        # what no row sees may hold anything, NaN included, and 0 * NaN is NaN
-        v_TGE = v_TGE.masked_fill(~seen_RT.any(0)[:, None, None], 0)
+        # a value that no row sees may be NaN, and 0 * NaN would be NaN
+        v_TGE = v_TGE.masked_fill(~visible_RT.any(0)[:, None, None], 0)
         e_RGQT = e_RHT.view(count, G, H // G, tokens)
         values[slot] = torch.einsum("rgqt,tge->rgqe", e_RGQT, v_TGE).flatten(1, 2)
     return _merge(peak, total, values, table, sinks_H).to(q_NHE.dtype)
 
 
 def _merge(peak: Tensor, total: Tensor, values: Tensor, table: SegmentTable, sinks_H: Tensor | None) -> Tensor:
-    """Fold the partial results of every row, in the order of segments."""
+    """Merge the partial results of every row in the order of segments and return the output [N, H, E]."""
     device, N = peak.device, table.num_rows
     first_N, end_N = (torch.tensor(part, device=device) for part in (table.row_partial[:-1], table.row_partial[1:]))
     start = peak.new_full((peak.shape[1],), -torch.inf) if sinks_H is None else sinks_H.to(peak.dtype)
@@ -162,13 +171,13 @@ def _merge(peak: Tensor, total: Tensor, values: Tensor, table: SegmentTable, sin
     o_NHE = values.new_zeros(N, *values.shape[1:])
     for step in range(int((end_N - first_N).max()) if N else 0):
         n = (first_N + step < end_N).nonzero()[:, 0]
-        at = first_N[n] + step
-        now = torch.maximum(p_NH[n], peak[at])
-        base = now.clamp_min(torch.finfo(peak.dtype).min)  # of two empty sets: -inf - -inf would be NaN
-        a, b = (p_NH[n] - base).exp(), (peak[at] - base).exp()
-        p_NH[n] = now
-        t_NH[n] = t_NH[n] * a + total[at] * b
-        o_NHE[n] = o_NHE[n] * a[..., None] + values[at] * b[..., None]
+        slot = first_N[n] + step
+        new_peak = torch.maximum(p_NH[n], peak[slot])
+        base = new_peak.clamp_min(torch.finfo(peak.dtype).min)  # for two empty sets -inf - -inf would be NaN
+        a, b = (p_NH[n] - base).exp(), (peak[slot] - base).exp()
+        p_NH[n] = new_peak
+        t_NH[n] = t_NH[n] * a + total[slot] * b
+        o_NHE[n] = o_NHE[n] * a[..., None] + values[slot] * b[..., None]
     return torch.where(t_NH[..., None] == 0, 0, o_NHE / t_NH[..., None])
 
 

@@ -1,22 +1,23 @@
-"""The Triton kernels behind `paged_attention`: one over the segment table's items, and one that merges their results.
+"""Triton kernels of `paged_attention`: one over the segment table's items, and one that merges their results.
 
-A program takes an item and a kv head, packs the query vectors of its rows (rows times query heads per kv head) into the
-rows of one tile, and walks the item's tokens in tiles whose borders are multiples of BLOCK_T from the segment's first
-token. Of every vector it keeps, with scores z in units of ln 2,
+A program takes an item and a kv head, packs the query vectors of the item's rows (rows times query heads per kv head)
+into the rows of one tile, and walks the item's tokens in tiles whose borders are multiples of BLOCK_T from the
+segment's first token. For every vector it keeps, with scores z in units of ln 2,
 
     peak = max z        total = sum 2^(z - peak)        values = sum 2^(z - peak) v
 
 Another kernel merges a row's partial results in the order of segments. Every tile has the same shape, whatever is
-packed into it, every sum the same order, and nothing is atomic; a tile of tokens that a vector does not see multiplies
-its sums by 1 and adds 0. So a vector's bits depend on its own keys and values alone.
+packed into it, every sum has the same order, and no operation is atomic; a tile of tokens that a vector does not see
+multiplies the vector's sums by 1 and adds 0. So a vector's bits depend on its own keys and values alone.
 
-Where nothing is shared, an item holds the rows of one sequence, and this is plain split attention. So there are no two
-paths with a crossover between them, and no two kinds of bits: a table that shares less has more items, that is all.
+Where sequences share no page, an item holds the rows of one sequence, and this is plain split attention. So one path
+serves both cases, with the same bits: a table in which less is shared just has more items.
 
-How many programs run does not depend on the table, and how many items there are is read from the device: a captured
+The number of programs does not depend on the table, and the number of items is read from device memory, so a captured
 graph serves every table that is copied into the same buffer.
 
-Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head dim   M vectors of a tile   T its tokens
+Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head dim   M vectors of a tile
+         T tokens of a tile
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.head_triton import safe_peak
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-HEADS = 4  # of one row that a program merges
+HEADS = 4  # heads of one row that a program merges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
-    """Sizes of one configuration. block_m: query vectors of a tile. block_t: tokens of a tile."""
+class AttentionTiles:
+    """Sizes of one configuration of the kernel over items. block_m: query vectors of a tile. block_t: its tokens."""
 
     block_m: int
     block_t: int
@@ -46,49 +47,54 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """How to start the kernel. programs: how many run at once; no result depends on it."""
+class AttentionLaunch:
+    """Launch configuration of the kernel over items.
+
+    programs: number of programs, on which no result depends. interpret: whether Triton's interpreter runs the kernel.
+    """
 
     programs: int
-    tiles: Tiles
+    tiles: AttentionTiles
     interpret: bool = False
 
 
-def tiles_for(dtype: torch.dtype, head_dim: int, *, amd: bool, capability: int) -> Tiles:
-    """The configuration that ships. capability: NVIDIA's, 80 for sm_80; without meaning on AMD."""
+def choose_tiles(dtype: torch.dtype, head_dim: int, *, amd: bool, capability: int) -> AttentionTiles:
+    """Return the shipped tile sizes. capability: NVIDIA's compute capability, 80 for sm_80; ignored on AMD."""
     wide = head_dim > 128
-    if dtype == torch.float32:  # no matrix unit takes exact products: small tiles, or they spill
-        return Tiles(block_m=16, block_t=16, num_warps=4, num_stages=2)
+    if dtype == torch.float32:  # no matrix unit computes exact products, and larger tiles spill registers
+        return AttentionTiles(block_m=16, block_t=16, num_warps=4, num_stages=2)
     if amd:  # 64 KiB of local memory
-        return Tiles(block_m=64, block_t=16 if wide else 32, num_warps=4, num_stages=2)
+        return AttentionTiles(block_m=64, block_t=16 if wide else 32, num_warps=4, num_stages=2)
     if wide:
-        return Tiles(block_m=64, block_t=32, num_warps=8, num_stages=2 if capability < 90 else 3)
+        return AttentionTiles(block_m=64, block_t=32, num_warps=8, num_stages=2 if capability < 90 else 3)
     # with 4 warps, the addresses of the pages spill registers everywhere but on Hopper
-    return Tiles(block_m=64, block_t=64, num_warps=4 if 90 <= capability < 100 else 8, num_stages=3)
+    return AttentionTiles(block_m=64, block_t=64, num_warps=4 if 90 <= capability < 100 else 8, num_stages=3)
 
 
-def launch_on(q_NHE: Tensor) -> Launch:
-    """The configuration for the device and dtype of the queries."""
+def choose_launch(q_NHE: Tensor) -> AttentionLaunch:
+    """Choose the launch configuration for the device and dtype of the queries."""
     device = torch.cuda.get_device_properties(q_NHE.device)
-    tiles = tiles_for(
+    tiles = choose_tiles(
         q_NHE.dtype,
         q_NHE.shape[2],
         amd=torch.version.hip is not None,
         capability=10 * device.major + device.minor,
     )
-    # what fits the registers of a multiprocessor at once
-    return Launch(programs=8 // tiles.num_warps * device.multi_processor_count, tiles=tiles)
+    # as many programs as the registers of all multiprocessors hold at once
+    return AttentionLaunch(programs=8 // tiles.num_warps * device.multi_processor_count, tiles=tiles)
 
 
 @triton.jit
-def product(a, b, c, INTERPRET: tl.constexpr):
-    """c + a @ b; a row of it depends on that row of a and c alone."""
-    if INTERPRET:  # the interpreter multiplies the bits of bf16, and its library rounds a row as its place demands
+def accumulate_product(a, b, c, INTERPRET: tl.constexpr):
+    """Return c + a @ b, each row of which depends on the same row of a and c, and on b, alone."""
+    # the interpreter would multiply the bits of bf16 as integers, and round a row differently at other places of a tile
+    if INTERPRET:
         return c + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
     return tl.dot(a, b, c, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=("strips",))  # it depends on the batch, and other code might round otherwise
+# strips depends on the batch, and code specialised on it might round differently
+@triton.jit(do_not_specialize=("strips",))
 def _item_kernel(
     q, k_pages, v_pages,  # [N, H, E] [P, S, G, E] [P, S, G, E]
     header, items, entries, pages, position,  # int32 [4] [items, 6] [entries, 2] [pages] [N]
@@ -97,24 +103,24 @@ def _item_kernel(
     S: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """strips: tiles that the query vectors of an item fill at most."""
+    """Compute the partial results of every item. strips: largest number of tiles that an item's query vectors fill."""
     H = G * GROUP
     m, t, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     for task in range(tl.program_id(0), tl.load(header) * G * strips, tl.num_programs(0)):
         kv_head = task // strips % G
         item = items + task // (G * strips) * 6
-        held, first = pages + tl.load(item), tl.load(item + 1)
+        item_pages, first = pages + tl.load(item), tl.load(item + 1)
         vector = task % strips * BLOCK_M + m
-        taken = vector < tl.load(item + 4) * GROUP
+        valid = vector < tl.load(item + 4) * GROUP
         entry = entries + 2 * (tl.load(item + 3) + vector // GROUP)
-        row = tl.load(entry, mask=taken, other=0)
-        # of the segment's tokens the last that a vector sees, and the one before its first
-        at = tl.where(taken, tl.load(position + row, mask=taken, other=0) - first, -1)
-        before = tl.where(taken, at - window, 1 << 30) if WINDOW else tl.full([BLOCK_M], -1, tl.int32)
+        row = tl.load(entry, mask=valid, other=0)
+        # each vector sees the segment's tokens after `before`, up to `last`
+        at = tl.where(valid, tl.load(position + row, mask=valid, other=0) - first, -1)
+        before = tl.where(valid, at - window, 1 << 30) if WINDOW else tl.full([BLOCK_M], -1, tl.int32)
         last = tl.minimum(at, tl.load(item + 2) - 1)
         low, high = tl.maximum(tl.min(before, 0) + 1, 0), tl.max(last, 0) + 1
         head = kv_head * GROUP + vector % GROUP
-        of_q = taken[:, None] if E == BLOCK_E else taken[:, None] & (e[None, :] < E)
+        of_q = valid[:, None] if E == BLOCK_E else valid[:, None] & (e[None, :] < E)
         at_q = row.to(tl.int64)[:, None] * stride_n + head[:, None] * stride_h + e[None, :]
         q_ME = tl.load(q + at_q, mask=of_q, other=0.0)
         peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -122,9 +128,9 @@ def _item_kernel(
         sums_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
         for start in range(low // BLOCK_T * BLOCK_T, high, BLOCK_T):
             token = start + t
-            # what no vector sees may hold anything, NaN included, and is not read: in its place a token that one sees
+            # a token that no vector sees may hold NaN: a token that one of them sees is read in its place
             read = tl.minimum(tl.maximum(token, low), high - 1)
-            page = tl.load(held + read // S).to(tl.int64)
+            page = tl.load(item_pages + read // S).to(tl.int64)
             place = page * stride_page + (read % S) * stride_slot + kv_head * stride_group
             if E == BLOCK_E:
                 k_ET = tl.load(k_pages + place[None, :] + e[:, None])
@@ -132,23 +138,22 @@ def _item_kernel(
             else:
                 k_ET = tl.load(k_pages + place[None, :] + e[:, None], mask=e[:, None] < E, other=0.0)
                 v_TE = tl.load(v_pages + place[:, None] + e[None, :], mask=e[None, :] < E, other=0.0)
-            z = product(q_ME, k_ET, tl.zeros([BLOCK_M, BLOCK_T], tl.float32), INTERPRET) * scale
+            z = accumulate_product(q_ME, k_ET, tl.zeros([BLOCK_M, BLOCK_T], tl.float32), INTERPRET) * scale
             if SOFTCAP:
                 z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))
-            seen = token[None, :] <= last[:, None]
+            visible = token[None, :] <= last[:, None]
             if WINDOW:
-                seen &= token[None, :] > before[:, None]
-            z = tl.where(seen, z * LOG2_E, -float("inf"))
+                visible &= token[None, :] > before[:, None]
+            z = tl.where(visible, z * LOG2_E, -float("inf"))
             new_peak = tl.maximum(peak, tl.max(z, 1))
             base = safe_peak(new_peak)
             shrink, weight = tl.exp2(peak - base), tl.exp2(z - base[:, None])
             total = total * shrink + tl.sum(weight, 1)
-            sums_ME = product(weight.to(v_TE.dtype), v_TE, sums_ME * shrink[:, None], INTERPRET)
+            sums_ME = accumulate_product(weight.to(v_TE.dtype), v_TE, sums_ME * shrink[:, None], INTERPRET)
             peak = new_peak
-
-        partial = tl.load(entry + 1, mask=taken, other=0).to(tl.int64) * H + head
-        tl.store(peaks + partial, peak, mask=taken)
-        tl.store(totals + partial, total, mask=taken)
+        partial = tl.load(entry + 1, mask=valid, other=0).to(tl.int64) * H + head
+        tl.store(peaks + partial, peak, mask=valid)
+        tl.store(totals + partial, total, mask=valid)
         tl.store(values + partial[:, None] * E + e[None, :], sums_ME, mask=of_q)
 
 
@@ -159,33 +164,33 @@ def _merge_kernel(
     H,
     E: tl.constexpr, HEADS: tl.constexpr, BLOCK_E: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One row's next HEADS heads."""
+    """Merge the partial results of HEADS heads of one row in the order of segments."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     e = tl.arange(0, BLOCK_E)[None, :]
-    given = head < H
-    whole = given[:, None] & (e < E)
+    valid = head < H
+    valid_entries = valid[:, None] & (e < E)
     peak = tl.full([HEADS], -float("inf"), tl.float32)
     if SINKS:
-        peak = tl.load(sinks + head, mask=given, other=0.0).to(tl.float32) * LOG2_E
+        peak = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2_E
     total = tl.where(peak > -float("inf"), 1.0, 0.0)
     sums = tl.zeros([HEADS, BLOCK_E], tl.float32)
     for partial in range(tl.load(row_partial + row), tl.load(row_partial + row + 1)):
         at = tl.cast(partial, tl.int64) * H + head
-        their_peak = tl.load(peaks + at, mask=given, other=0.0)
-        new_peak = tl.maximum(peak, their_peak)
-        base = safe_peak(new_peak)  # of two empty sets: -inf - -inf would be NaN
-        a, b = tl.exp2(peak - base), tl.exp2(their_peak - base)
-        total = total * a + tl.load(totals + at, mask=given, other=0.0) * b
-        theirs = tl.load(values + at[:, None] * E + e, mask=whole, other=0.0)
-        sums = sums * a[:, None] + theirs * b[:, None]
+        partial_peak = tl.load(peaks + at, mask=valid, other=0.0)
+        new_peak = tl.maximum(peak, partial_peak)
+        base = safe_peak(new_peak)  # for two empty sets -inf - -inf would be NaN
+        a, b = tl.exp2(peak - base), tl.exp2(partial_peak - base)
+        total = total * a + tl.load(totals + at, mask=valid, other=0.0) * b
+        partial_sums = tl.load(values + at[:, None] * E + e, mask=valid_entries, other=0.0)
+        sums = sums * a[:, None] + partial_sums * b[:, None]
         peak = new_peak
-    merged = sums / tl.where(total == 0.0, 1.0, total)[:, None]  # zeros where nothing was seen
-    tl.store(out + (row * H + head)[:, None] * E + e, merged.to(out.dtype.element_ty), mask=whole)
+    merged = sums / tl.where(total == 0.0, 1.0, total)[:, None]  # zeros where no position was seen
+    tl.store(out + (row * H + head)[:, None] * E + e, merged.to(out.dtype.element_ty), mask=valid_entries)
 
 
-def merge_tiling(head_dim: int) -> tuple[int, int]:
-    """Entries of a head that a merging program holds, and its warps."""
+def choose_merge_tiling(head_dim: int) -> tuple[int, int]:
+    """Return how many entries of a head a merging program holds, and its number of warps."""
     block = int(triton.next_power_of_2(head_dim))
     return block, max(1, HEADS * block // 256)
 
@@ -199,18 +204,19 @@ def attend_rows(
     softcap: float | None,
     sinks_H: Tensor | None,
     *,
-    launch: Launch,
+    launch: AttentionLaunch,
 ) -> Tensor:
-    """See attention.paged_attention. Rows and heads of q, and pages, slots and heads of the cache, may lie apart.
+    """Compute `attention.paged_attention` on a CUDA device.
 
-    Raises ValueError unless keys and values lie alike and the entries of a head together.
+    Rows and heads of q, and pages, slots and heads of the cache, may have any stride. Raises ValueError unless the
+    pages of keys and values have the same strides and the entries of each head are contiguous.
     """
     N, H, E = q_NHE.shape
     G, tiles = k_pages_PSGE.shape[2], launch.tiles
     if k_pages_PSGE.stride() != v_pages_PSGE.stride() or k_pages_PSGE.stride(3) != 1:
         raise ValueError(
-            f"paged_attention: pages of keys and values must lie alike, the entries of a head together; their strides "
-            f"are {k_pages_PSGE.stride()} and {v_pages_PSGE.stride()}"
+            "paged_attention: pages of keys and values must have the same strides, with contiguous heads; their "
+            f"strides are {k_pages_PSGE.stride()} and {v_pages_PSGE.stride()}"
         )
     if q_NHE.stride(2) != 1:
         q_NHE = q_NHE.contiguous()
@@ -229,7 +235,7 @@ def attend_rows(
         BLOCK_E=max(16, triton.next_power_of_2(E)), WINDOW=table.window > 0, SOFTCAP=softcap is not None,
         INTERPRET=launch.interpret, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    block, num_warps = merge_tiling(E)
+    block, num_warps = choose_merge_tiling(E)
     _merge_kernel[(N, -(-H // HEADS))](
         peaks, totals, values, table.row_partial, peaks if sinks_H is None else sinks_H.contiguous(), out_NHE, H,
         E=E, HEADS=HEADS, BLOCK_E=block, SINKS=sinks_H is not None, num_warps=num_warps,

@@ -1,4 +1,4 @@
-"""The paged key-value cache: what a layer writes into it, and copies of its pages.
+"""Operators on the paged key-value cache: writing a layer's keys and values, and copying pages.
 
 Shapes:  N rows   H query heads   G kv heads   K = H + 2 G   E head dim   P pages   S page size   L layers
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genssd import _core
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import detached, takes
+from genssd.kernels.native import detach, runs_natively
 from genssd.kernels.norm import rms_norm_reference
 from genssd.kernels.rotary import rotary
 
@@ -28,14 +28,15 @@ def write_kv(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Store each row's rotated key and its value at slot_N; return its rotated queries, [N, heads, E], contiguous.
+    """Store each row's rotated keys and its values at slot_N; return the rotated queries, [N, heads, E], contiguous.
 
-    qkv: query heads first, then those of the keys, then of the values; in the dtype of the pages. cos, sin: float32
-    [N, E / 2], see rotary.rotary_angles. q_norm, k_norm: both or neither, [E]; the weights of a root-mean-square norm
-    of every head before its rotation. slot: int64, page * S + offset; those that are not negative must be distinct and
-    inside the cache, which a CUDA device does not check. A row whose slot is negative writes nothing: it pads.
-    Raises ValueError on shapes or dtypes that do not agree, and where a gradient is asked for and a kernel of ours
-    runs.
+    qkv_NKE: query heads first, then key heads, then value heads; in the dtype of the pages. cos, sin: float32
+    [N, E / 2], see rotary.rotary_angles. q_norm, k_norm: [E], weights of a root-mean-square norm of every head before
+    its rotation; both or neither must be given. slot_N: int64, page * S + offset; slots that are not negative must be
+    distinct and inside the cache, which a CUDA device does not check. A row whose slot is negative is padding and
+    writes nothing.
+    Raises ValueError on shapes or dtypes that do not agree, and where a gradient is required and a native or Triton
+    kernel would run, because these record none.
     """
     _check(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm)
     if qkv_NKE.is_cuda and qkv_NKE.dtype != torch.float64:
@@ -44,12 +45,12 @@ def write_kv(
 
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
         return write_kv_rows(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm, eps)
-    if takes(qkv_NKE, k_pages_PSGE, v_pages_PSGE) and k_pages_PSGE.is_contiguous() and slot_N.is_contiguous():
+    if runs_natively(qkv_NKE, k_pages_PSGE, v_pages_PSGE) and k_pages_PSGE.is_contiguous() and slot_N.is_contiguous():
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
         q = qkv_NKE.new_empty(qkv_NKE.shape[0], heads, qkv_NKE.shape[2])
         _core.write_kv(
             qkv_NKE.contiguous(), cos.contiguous(), sin.contiguous(), k_pages_PSGE, v_pages_PSGE, slot_N,
-            detached(q_norm), detached(k_norm), eps, q, torch.get_num_threads(),
+            detach(q_norm), detach(k_norm), eps, q, torch.get_num_threads(),
         )  # fmt: skip
         return q
     return write_kv_reference(
@@ -70,7 +71,7 @@ def write_kv_reference(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """The same in plain torch."""
+    """Compute `write_kv` in plain torch."""
     page_size, kv_heads = k_pages_PSGE.shape[1:3]
     q, k, v = torch.split(qkv_NKE, [heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
@@ -83,19 +84,22 @@ def write_kv_reference(
 
 
 def copy_pages(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor) -> None:
-    """Copy whole pages, keys and values of all layers; destinations (int64) must be distinct and not be sources."""
+    """Copy the keys and values of all layers from each source page to the destination page of the same index.
+
+    source_N, destination_N: int64; a destination must be neither a source nor another destination.
+    """
     if kv_L2PSGE.is_cuda and kv_L2PSGE.is_contiguous():
         from genssd.kernels.cache_triton import copy_page_rows
 
         copy_page_rows(kv_L2PSGE, source_N, destination_N)
-    elif takes(kv_L2PSGE) and kv_L2PSGE.is_contiguous():
+    elif runs_natively(kv_L2PSGE) and kv_L2PSGE.is_contiguous():
         _core.copy_pages(kv_L2PSGE, source_N.contiguous(), destination_N.contiguous(), torch.get_num_threads())
     else:
         copy_pages_reference(kv_L2PSGE, source_N, destination_N)
 
 
 def copy_pages_reference(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor) -> None:
-    """The same in plain torch."""
+    """Compute `copy_pages` in plain torch."""
     kv_L2PSGE.index_copy_(2, destination_N, kv_L2PSGE.index_select(2, source_N))
 
 

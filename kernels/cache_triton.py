@@ -1,4 +1,4 @@
-"""The Triton kernels behind `write_kv` and `copy_pages`: each byte is read once and written once.
+"""Triton kernels of `write_kv` and `copy_pages`: each byte is read once and written once.
 
 Shapes:  N rows   H query heads   G kv heads   K = H + 2 G   E head dim   P pages   S page size   L layers
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS = 8  # of one row that a program takes
+HEADS = 8  # heads of one row that a program writes
 BLOCK = 4096  # entries of a page that a program copies
 
 
@@ -21,16 +21,17 @@ def _write_kernel(
     H, G, S, stride_n, stride_h, stride_cos, stride_sin, stride_page, stride_slot, stride_group, eps,
     E: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """One row's next HEADS heads, queries, keys and values alike; the halves of a head are apart, as they rotate."""
+    """Write HEADS heads of one row, be they queries, keys or values. The two halves of a head are loaded separately,
+    because rotation combines them."""
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     e = tl.arange(0, HALF)[None, :]
     inside = e < E // 2
-    given = (head < H + 2 * G) & inside
+    valid = (head < H + 2 * G) & inside
     dtype = q.dtype.element_ty
     from_row = qkv + row * stride_n + head * stride_h + e
-    first = tl.load(from_row, mask=given, other=0.0).to(tl.float32)
-    second = tl.load(from_row + E // 2, mask=given, other=0.0).to(tl.float32)
+    first = tl.load(from_row, mask=valid, other=0.0).to(tl.float32)
+    second = tl.load(from_row + E // 2, mask=valid, other=0.0).to(tl.float32)
     a, b = first, second
     if NORM:
         of_q, of_k = (head < H) & inside, (head >= H) & inside
@@ -44,23 +45,23 @@ def _write_kernel(
     turned_a, turned_b = (a * c - b * s).to(dtype), (b * c + a * s).to(dtype)
 
     to_q = q + (row * H + head) * E + e
-    tl.store(to_q, turned_a, mask=given & (head < H))
-    tl.store(to_q + E // 2, turned_b, mask=given & (head < H))
+    tl.store(to_q, turned_a, mask=valid & (head < H))
+    tl.store(to_q + E // 2, turned_b, mask=valid & (head < H))
     at = tl.load(slot + row)
     if at >= 0:
         to_page = (at // S) * stride_page + (at % S) * stride_slot + e
         to_k = k_pages + to_page + (head - H) * stride_group
-        of_k = given & (head >= H) & (head < H + G)
+        of_k = valid & (head >= H) & (head < H + G)
         tl.store(to_k, turned_a, mask=of_k)
         tl.store(to_k + E // 2, turned_b, mask=of_k)
         to_v = v_pages + to_page + (head - H - G) * stride_group
-        of_v = given & (head >= H + G)
+        of_v = valid & (head >= H + G)
         tl.store(to_v, first.to(dtype), mask=of_v)
         tl.store(to_v + E // 2, second.to(dtype), mask=of_v)
 
 
-def tiling(width: int) -> tuple[int, int]:
-    """Entries of half a head that a program holds, and its warps: eight entries for every thread."""
+def choose_tiling(width: int) -> tuple[int, int]:
+    """Return how many entries of half a head a program holds, and its number of warps: eight entries per thread."""
     half = int(triton.next_power_of_2(width // 2))
     return half, max(1, HEADS * half // 256)
 
@@ -77,16 +78,20 @@ def write_kv_rows(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """See cache.write_kv. Rows and heads of qkv, and pages, slots and heads of the cache, may lie apart."""
+    """Compute `cache.write_kv` on a CUDA device.
+
+    Rows and heads of qkv, and pages, slots and heads of the cache, may have any stride. Raises ValueError unless the
+    entries of each head are contiguous in the pages.
+    """
     N, K, E = qkv_NKE.shape
     if qkv_NKE.stride(2) != 1:
         qkv_NKE = qkv_NKE.contiguous()
     if k_pages_PSGE.stride(3) != 1:
-        raise ValueError("write_kv: the entries of a head must lie together in the pages")
+        raise ValueError("write_kv: the entries of each head must be contiguous in the pages")
     q_NHE = torch.empty(N, heads, E, dtype=qkv_NKE.dtype, device=qkv_NKE.device)
     norms = (qkv_NKE, qkv_NKE) if q_norm is None or k_norm is None else (q_norm.contiguous(), k_norm.contiguous())
     cos, sin = cos if cos.stride(1) == 1 else cos.contiguous(), sin if sin.stride(1) == 1 else sin.contiguous()
-    half, num_warps = tiling(E)
+    half, num_warps = choose_tiling(E)
     _write_kernel[(N, -(-K // HEADS))](
         qkv_NKE, cos, sin, slot_N.contiguous(), *norms, q_NHE, k_pages_PSGE, v_pages_PSGE,
         heads, k_pages_PSGE.shape[2], k_pages_PSGE.shape[1], qkv_NKE.stride(0), qkv_NKE.stride(1),
@@ -102,7 +107,7 @@ def _copy_kernel(
     P, entries,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A piece of one page, of the keys or the values of one layer. entries: of a page, S G E."""
+    """Copy BLOCK entries of one page, of the keys or the values of one layer. entries: S * G * E, entries of a page."""
     n, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     first = layer * P
@@ -112,7 +117,7 @@ def _copy_kernel(
 
 
 def copy_page_rows(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor, *, block: int = BLOCK) -> None:
-    """See cache.copy_pages. The cache must be contiguous."""
+    """Compute `cache.copy_pages` on a CUDA device, for a contiguous cache."""
     L, _, P, *page = kv_L2PSGE.shape
     entries = page[0] * page[1] * page[2]
     _copy_kernel[(len(source_N), 2 * L, -(-entries // block))](

@@ -2,7 +2,7 @@
 
     total = sum_n row_weight_n * -log softmax(z_n)[target_n]        z: the head's logits, see head.py
 
-torch sees one operator, genssd::linear_cross_entropy, which gives losses and gradients in one pass over the chunks.
+torch sees one operator, genssd::linear_cross_entropy, which computes losses and gradients in one pass over the chunks.
 
 Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 """
@@ -18,15 +18,15 @@ from genssd.kernels.head import (
     HeadLoss,
     check_head,
     check_positive,
-    chunk_rows,
-    fake_outputs,
-    losses_and_gradients,
-    product_dtype,
+    choose_product_dtype,
+    compute_losses_and_gradients,
+    make_fake_outputs,
     require_in_vocabulary,
+    resolve_row_weights,
     row_logsumexp,
-    row_weights,
+    rows_per_chunk,
     save_gradients,
-    scaled_gradients,
+    scale_gradients,
     softmax_gradient,
     squash,
     unsquash_gradient,
@@ -43,15 +43,16 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> HeadLoss:
-    """Negative log-likelihoods of target_N (int64), natural logarithms, and their weighted sum.
+    """Return the negative log-likelihoods of target_N (int64 [N]), in nats, and their weighted sum.
 
-    total is a float32 scalar (float64 for float64 inputs), differentiable in hidden and weight, each only when it
-    requires a gradient: a frozen head costs no product. row_weight: float [N]. Rows whose target is ignore_index or
-    whose weight is 0 count nothing: loss 0, gradient exactly 0, whatever they hold. The product is taken in the dtype
-    of hidden (or autocast's), everything after it in float32. Gradients are formed at the scale of row_weight in the
-    dtype of the product: with float16 keep the weights near 1 and divide the total. Raises ValueError on shapes that
-    do not agree and on an option out of range; a target outside the vocabulary is a ValueError on CPU and a NaN loss
-    on CUDA, where looking would make the host wait.
+    total is a float32 scalar (float64 for float64 inputs), differentiable in hidden and weight; for an input that
+    requires no gradient none is computed, so a frozen head costs no product. row_weight: float [N]. Rows whose target
+    is ignore_index or whose weight is 0 count as nothing: their loss is 0 and their gradient exactly 0, even where
+    their hidden states are not finite. The product is taken in the dtype of hidden (or autocast's), everything after it
+    in float32. Gradients are formed at the scale of row_weight in the dtype of the product: with float16 keep the
+    weights near 1 and divide the total. Raises ValueError on shapes that do not agree and on an option out of range; a
+    target outside the vocabulary is a ValueError on the CPU and a NaN loss on CUDA, where the check would make the host
+    wait.
     """
     check_head("linear_cross_entropy", hidden_ND, weight_VD)
     check_positive("linear_cross_entropy", temperature=temperature, softcap=softcap)
@@ -60,11 +61,11 @@ def linear_cross_entropy(
             f"linear_cross_entropy: target must be int64 [{hidden_ND.shape[0]}], not {target_N.dtype} "
             f"{tuple(target_N.shape)}"
         )
-    row_weight_N = row_weights("linear_cross_entropy", row_weight, hidden_ND)
+    row_weight_N = resolve_row_weights("linear_cross_entropy", row_weight, hidden_ND)
     row_weight_N = torch.where(target_N != ignore_index, row_weight_N, 0.0)
     target_N = torch.where(row_weight_N != 0.0, target_N, 0)
     grad = torch.is_grad_enabled()
-    dtype = product_dtype(hidden_ND)
+    dtype = choose_product_dtype(hidden_ND)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         total, rows, _, _ = _linear_cross_entropy(
             hidden_ND.to(dtype),
@@ -90,30 +91,32 @@ def _linear_cross_entropy(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """total, losses [N], and the gradients of hidden and weight (empty when not wanted)."""
+    """Return the total, the losses [N], and the gradients of hidden and weight (empty where not requested)."""
     valid_N = (target_N >= 0) & (target_N < weight_VD.shape[0])
     if target_N.device.type == "cpu":
         require_in_vocabulary("linear_cross_entropy", target_N, weight_VD.shape[0])
     target_N = torch.where(valid_N, target_N, 0)
 
     def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        scale_C, at = row_weight_N[span], target_N[span, None]
-        x_target = x_CV.gather(1, at)
+        scale_C, target_C1 = row_weight_N[span], target_N[span, None]
+        x_target = x_CV.gather(1, target_C1)
         logsumexp = row_logsumexp(x_CV, temperature, softcap)
         loss = (logsumexp - squash(x_target, temperature, softcap)[:, 0]).masked_fill(scale_C == 0, 0.0)
         if not (want_hidden or want_weight):
             return loss, x_CV
-        # p everywhere, p - 1 at the target
+        # dz is p, and p - 1 at the target
         dx = softmax_gradient(x_CV, logsumexp, scale_C[None], temperature, softcap, hidden_ND.dtype)
         dz_target = scale_C[:, None] * torch.expm1(-loss[:, None])
-        return loss, dx.scatter_(1, at, unsquash_gradient(dz_target, x_target, temperature, softcap).to(dx.dtype))
+        return loss, dx.scatter_(
+            1, target_C1, unsquash_gradient(dz_target, x_target, temperature, softcap).to(dx.dtype)
+        )
 
-    losses, d_hidden, d_weight = losses_and_gradients(
+    losses, d_hidden, d_weight = compute_losses_and_gradients(
         row_loss,
         hidden_ND,
         weight_VD,
         row_weight_N,
-        rows=chunk_rows(weight_VD.shape[0], hidden_ND.device),
+        rows=rows_per_chunk(weight_VD.shape[0], hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )
@@ -123,7 +126,7 @@ def _linear_cross_entropy(
 
 @_linear_cross_entropy.register_fake
 def _(hidden_ND: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_outputs(hidden_ND, weight_VD, *rest[-2:])
+    return make_fake_outputs(hidden_ND, weight_VD, *rest[-2:])
 
 
-_linear_cross_entropy.register_autograd(scaled_gradients, setup_context=save_gradients)
+_linear_cross_entropy.register_autograd(scale_gradients, setup_context=save_gradients)

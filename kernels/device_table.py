@@ -1,12 +1,12 @@
-"""A segment table on the device that reads it: one int32 buffer, which is filled by one copy.
+"""Segment tables in device memory: each is one int32 buffer, which one copy fills.
 
-    header | items | entries | pages | position | row_partial        each from a multiple of 16 bytes on
+    header | items | entries | pages | position | row_partial        each begins at a multiple of 16 bytes
 
-The first entry of the header is the number of items. The rest has room for more than the table needs, so that a
-captured graph can read another table from the same buffer: rows beyond the table's own see nothing.
+The first entry of the header is the number of items. The other parts can be larger than a table requires, so that a
+captured graph can read another table from the same buffer: rows after the table's own see no position.
 
-Nothing here waits for the device. A copy starts from pinned memory, which the allocator does not hand out again before
-the copies from it are done: the next table is prepared while the device still reads this one.
+No function of this file waits for the device. A copy starts from pinned memory, which the allocator does not reuse
+before the copies from it are done: the next table is prepared while the device still reads this one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from genssd import _core
 
-HEADER = 4
-ALIGNED = 4  # entries of 16 bytes
+HEADER = 4  # int32 entries of the header
+ALIGNMENT = 4  # int32 entries of 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """How much a buffer has room for. item_rows: rows of one item."""
+    """Sizes that the parts of a buffer have room for. item_rows: largest number of rows of one item."""
 
     items: int
     entries: int
@@ -36,8 +36,8 @@ class Capacity:
     item_rows: int
 
     @staticmethod
-    def of(table: _core.SegmentTable) -> Capacity:
-        """What a table needs."""
+    def required_by(table: _core.SegmentTable) -> Capacity:
+        """Return the sizes that a table requires."""
         items = table.items
         return Capacity(
             items=len(items),
@@ -49,56 +49,62 @@ class Capacity:
         )
 
     def covers(self, other: Capacity) -> bool:
-        pairs = zip(self._growing(), other._growing(), strict=True)
+        """Return whether every size is at least that of the other capacity."""
+        pairs = zip(self._growing_sizes(), other._growing_sizes(), strict=True)
         fixed = self.rows >= other.rows and self.item_rows >= other.item_rows
-        return fixed and all(mine >= theirs for mine, theirs in pairs)
+        return fixed and all(size >= required for size, required in pairs)
 
-    def grown(self, other: Capacity, *, rows: int, item_rows: int) -> Capacity:
-        """Room for both and so many rows, in sizes that are powers of two: it is outgrown rarely."""
-        sizes = (1 << max(a, b, 1).bit_length() for a, b in zip(self._growing(), other._growing(), strict=True))
+    def enlarge(self, other: Capacity, *, rows: int, item_rows: int) -> Capacity:
+        """Return a capacity for both, with the given rows and item_rows and powers of two for the other sizes.
+
+        Powers of two make it rare that a search outgrows its buffer.
+        """
+        pairs = zip(self._growing_sizes(), other._growing_sizes(), strict=True)
+        sizes = (1 << max(a, b, 1).bit_length() for a, b in pairs)
         items, entries, pages, partials = sizes
         return Capacity(items=items, entries=entries, pages=pages, rows=rows, partials=partials, item_rows=item_rows)
 
     @property
     def length(self) -> int:
-        """int32 entries of the buffer."""
+        """Number of int32 entries of the buffer."""
         return self.offsets[-1]
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where each part begins, and the end."""
-        found = [0]
+        """Index of the first entry of each part, then the length of the buffer."""
+        bounds = [0]
         for size in (HEADER, 6 * self.items, 2 * self.entries, self.pages, self.rows, self.rows + 1):
-            found.append(found[-1] + -(-size // ALIGNED) * ALIGNED)
-        return tuple(found)
+            bounds.append(bounds[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+        return tuple(bounds)
 
-    def _growing(self) -> tuple[int, ...]:
-        """What grows with the sequences."""
+    def _growing_sizes(self) -> tuple[int, ...]:
+        """Return the sizes that grow with the length of the sequences."""
         return self.items, self.entries, self.pages, self.partials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTable:
-    """buffer: int32 [capacity.length]. Has room for capacity.rows rows, and counts as having so many."""
+    """Segment table in one buffer on a device. It counts as having capacity.rows rows, even where it holds fewer."""
 
     buffer: Tensor
+    """int32 [capacity.length]."""
     capacity: Capacity
     page_size: int
     window: int
     largest_page: int
-    """Of the table that was there when it was made."""
+    """Largest page number of the table that it was made for."""
 
     @staticmethod
-    def of(table: _core.SegmentTable, device: torch.device) -> DeviceTable:
-        """Put a table on a device, in a buffer of its own, without waiting."""
-        capacity = Capacity.of(table)
-        host = host_buffer(capacity.length, torch.int32, device)
-        pack(table, capacity, host.numpy())
-        return DeviceTable.over(host.to(device, non_blocking=True), capacity, table)
+    def upload(table: _core.SegmentTable, device: torch.device) -> DeviceTable:
+        """Copy a table into a new buffer on a device, without waiting for the copy."""
+        capacity = Capacity.required_by(table)
+        host = allocate_host_buffer(capacity.length, torch.int32, device)
+        write_table(table, capacity, host.numpy())
+        return DeviceTable.from_buffer(host.to(device, non_blocking=True), capacity, table)
 
     @staticmethod
-    def over(buffer: Tensor, capacity: Capacity, table: _core.SegmentTable) -> DeviceTable:
-        """The view of a buffer that tables like this one are copied into."""
+    def from_buffer(buffer: Tensor, capacity: Capacity, table: _core.SegmentTable) -> DeviceTable:
+        """Return the view of a buffer into which tables of this table's page size and window are copied."""
         return DeviceTable(
             buffer=buffer,
             capacity=capacity,
@@ -117,7 +123,7 @@ class DeviceTable:
 
     @property
     def items(self) -> Tensor:
-        """int32 [6 * items], as all parts one after the other."""
+        """The items, int32 [6 * items]: like all parts, without a second dimension."""
         return self._part(1, 6 * self.capacity.items)
 
     @property
@@ -141,9 +147,9 @@ class DeviceTable:
         return self.buffer[start : start + size]
 
 
-def pack(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.int32]) -> None:
-    """Write a table into a buffer of capacity.length entries; rows beyond its own see nothing."""
-    assert capacity.covers(Capacity.of(table)), "the table outgrew its buffer"
+def write_table(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.int32]) -> None:
+    """Write a table into a host buffer of capacity.length entries; rows after the table's own see no position."""
+    assert capacity.covers(Capacity.required_by(table)), "the table outgrew its buffer"
     into[0] = len(table.items)
     parts = (table.items.reshape(-1), table.entries.reshape(-1), table.pages, table.position, table.row_partial)
     offsets = capacity.offsets[1:]
@@ -155,12 +161,12 @@ def pack(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.int32])
 
 
 def upload(array: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
-    """A copy of an array on a device; the host does not wait for it."""
-    host = host_buffer(len(array), torch.int32 if array.dtype == np.int32 else torch.int64, device)
+    """Copy an array to a device, without waiting for the copy, and return it as a tensor of the same dtype."""
+    host = allocate_host_buffer(len(array), torch.int32 if array.dtype == np.int32 else torch.int64, device)
     host.numpy()[:] = array
     return host.to(device, non_blocking=True)
 
 
-def host_buffer(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of the host that a copy to the device can start from while the host goes on."""
+def allocate_host_buffer(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate host memory, pinned for a CUDA device: a copy from it does not make the host wait."""
     return torch.empty(length, dtype=dtype, pin_memory=device.type == "cuda")

@@ -1,9 +1,9 @@
-"""The Triton kernel behind `linear_divergence`: a row of both models' logits to the row's divergence and gradient.
+"""Triton kernel of `linear_divergence`: from a row of both models' logits to the row's divergence and its gradient.
 
-One program takes one row. Its first pass gives both log-sum-exps, its second the divergence and the mean of f under the
-student, its third the gradient.
+One program computes one row. Its first pass yields both log-sum-exps, its second the divergence and the mean of f under
+the student, its third the gradient.
 
-Shapes:  C rows of a chunk   V student's vocabulary   U teacher's
+Shapes:  C rows of a chunk   V student's vocabulary   U teacher's vocabulary
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ BLOCK = 2048  # entries of a row that a program holds at once
 
 
 @triton.jit
-def _terms(log_p, log_q, mix, KIND: tl.constexpr):
-    """Every outcome's share of the divergence, and p f but for a constant in f: see divergence._terms."""
+def divergence_terms(log_p, log_q, mix, KIND: tl.constexpr):
+    """Return every outcome's term of the divergence, and p f up to a constant in f; see divergence_terms.py."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if KIND == 0:
         return tl.where(q > 0.0, q * (log_q - log_p), 0.0), -q
     elif KIND == 1:
-        share = tl.where(p > 0.0, p * (log_p - log_q), 0.0)
-        return share, share
+        term = tl.where(p > 0.0, p * (log_p - log_q), 0.0)
+        return term, term
     else:
         # log(mix q + (1 - mix) p), from logarithms: probabilities may underflow
         low, high = tl.minimum(log_p, log_q), tl.maximum(log_p, log_q)
@@ -38,11 +38,11 @@ def _terms(log_p, log_q, mix, KIND: tl.constexpr):
             student = (1.0 - mix) * tl.where(p > 0.0, p * (log_p - log_m), 0.0)
             return mix * tl.where(q > 0.0, q * (log_q - log_m), 0.0) + student, student
         elif KIND == 3:
-            share = tl.where(q > 0.0, q * (log_q - log_m), 0.0)
-            return share, -(1.0 - mix) * tl.where(q > 0.0, q * tl.exp(log_p - log_m), 0.0)
+            term = tl.where(q > 0.0, q * (log_q - log_m), 0.0)
+            return term, -(1.0 - mix) * tl.where(q > 0.0, q * tl.exp(log_p - log_m), 0.0)
         else:
-            share = tl.where(p > 0.0, p * (log_p - log_m), 0.0)
-            return share, share - (1.0 - mix) * tl.where(p > 0.0, p * tl.exp(log_p - log_m), 0.0)
+            term = tl.where(p > 0.0, p * (log_p - log_m), 0.0)
+            return term, term - (1.0 - mix) * tl.where(p > 0.0, p * tl.exp(log_p - log_m), 0.0)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _divergence_kernel(
     peak_p, sum_p = row_normalizer(student, V, temperature, student_softcap, BLOCK, STUDENT_SOFTCAP)
     peak_q, sum_q = row_normalizer(teacher, U, temperature, teacher_softcap, BLOCK, TEACHER_SOFTCAP)
     shared = tl.minimum(V, U)
-    # a constant in f matters where the sum does not run over all of the student's softmax
+    # a constant in f matters where the sum leaves out entries of the student's softmax
     constant = tl.where((shared < V) & (KIND == 1 or KIND == 4), 1.0, 0.0)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -70,13 +70,13 @@ def _divergence_kernel(
         log_p = squash(tl.load(student + v, mask=kept, other=0.0), temperature, student_softcap, STUDENT_SOFTCAP)
         log_q = squash(tl.load(teacher + v, mask=kept, other=0.0), temperature, teacher_softcap, TEACHER_SOFTCAP)
         log_p, log_q = log_p - peak_p - sum_p, log_q - peak_q - sum_q
-        share, g = _terms(log_p, log_q, mix, KIND)
-        total += tl.where(kept, share, 0.0)
+        term, g = divergence_terms(log_p, log_q, mix, KIND)
+        total += tl.where(kept, term, 0.0)
         mean += tl.where(kept, g + constant * tl.exp(log_p), 0.0)
     tl.store(loss + row, tl.sum(total, 0))
     f_mean = tl.sum(mean, 0)
     if KIND == 0:
-        # the teacher's probabilities are all there and sum to 1; saying so makes the gradient p - q
+        # all of the teacher's probabilities take part, so they sum to 1: with the exact sum the gradient is p - q
         f_mean = tl.where(shared == U, -1.0, f_mean)
     for start in range(0, V, BLOCK):
         v = start + lane
@@ -84,7 +84,7 @@ def _divergence_kernel(
         log_q = squash(tl.load(teacher + v, mask=v < shared, other=0.0), temperature, teacher_softcap, TEACHER_SOFTCAP)
         log_p = z - peak_p - sum_p
         p = tl.exp(log_p)
-        _, g = _terms(log_p, log_q - peak_q - sum_q, mix, KIND)
+        _, g = divergence_terms(log_p, log_q - peak_q - sum_q, mix, KIND)
         dz = tl.where(v < shared, g + constant * p, 0.0) - p * f_mean
         out = unsquash_gradient(dz * weight, z, temperature, student_softcap, STUDENT_SOFTCAP)
         tl.store(dx + v, out.to(dx.dtype.element_ty), mask=v < V)
@@ -103,7 +103,7 @@ def divergence_rows(
     *,
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """See divergence.divergence_rows. Logits are float32."""
+    """Compute `divergence.divergence_rows` for float32 logits on a CUDA device."""
     C, V = student_x_CV.shape
     loss_C = torch.empty(C, dtype=torch.float32, device=student_x_CV.device)
     dx_CV = torch.empty(C, V, dtype=dtype, device=student_x_CV.device)

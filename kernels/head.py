@@ -1,10 +1,10 @@
-"""A linear head's losses and their gradients, a chunk of rows at a time: no [rows, vocabulary] tensor is ever whole.
+"""Losses under a linear head and their gradients, a chunk of rows at a time: no full [rows, vocabulary] tensor exists.
 
     x = hidden @ weight.T        z = softcap * tanh(x / softcap) / temperature        (no softcap: z = x / temperature)
 
-A loss turns a chunk of x into one value per row and its gradient dx in one go; two more products with dx give the
-gradients of hidden and weight. That is 6 N V D operations, against 8 when the logits are computed again in backward.
-Chunks are added up in order, and nothing is atomic, so a gradient has the same bits in every run.
+A loss turns a chunk of x into one value per row and the gradient dx in one pass; two more products with dx give the
+gradients of hidden and weight. That is 6 N V D operations, against 8 when the backward pass computes the logits again.
+Chunks are added up in order, and no operation is atomic, so a gradient has the same bits in every run.
 
 Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 """
@@ -23,29 +23,32 @@ from genssd.kernels.linear import linear
 from genssd.kernels.weight import Weight
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
-"""Of float32 logits alive at once. More rows mean fewer passes over the weight's gradient."""
+"""Largest size of the float32 logits of one chunk, by device type. More rows per chunk mean fewer passes over the
+gradient of the weight."""
 
 SLICE = 1 << 20
-"""Entries that a pass in plain torch works on at a time."""
+"""Number of entries that a pass in plain torch computes at a time."""
 
 
 class HeadLoss(NamedTuple):
-    """total: the weighted sum over the rows, differentiable. rows: [N], each row's own loss, without gradient."""
+    """Loss of a batch of rows under a linear head."""
 
     total: Tensor
+    """Weighted sum of the losses of the rows, a differentiable scalar."""
     rows: Tensor
+    """Unweighted loss of every row, [N], without gradient."""
 
 
 RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""From x of some rows (which it may overwrite) and their place in the batch to their losses and dx."""
+"""Function from x of a chunk of rows (which it may overwrite) and the chunk's slice of the batch to losses and dx."""
 
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows whose float32 logits fit CHUNK_BYTES, at least one."""
+def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
+    """Return how many rows of float32 logits fit into CHUNK_BYTES, at least one."""
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
 
 
-def losses_and_gradients(
+def compute_losses_and_gradients(
     row_loss: RowLoss,
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -55,10 +58,11 @@ def losses_and_gradients(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """losses [N] and the gradients of what is wanted, in the shape and dtype of hidden and weight (else empty).
+    """Return the losses [N] and the requested gradients, in the shape and dtype of hidden and weight (else empty).
 
-    Rows of weight 0 are taken as zeros, so that whatever they hold reaches nothing. A weight of another dtype than
-    hidden is cast for the products; its gradient is summed in float32 whatever its dtype.
+    rows: rows of a chunk. Rows of row weight 0 are read as zeros, so that a value that is not finite in them changes no
+    result. A weight of another dtype than hidden is cast for the products; its gradient is summed in float32 (float64
+    for float64 hidden states), whatever its dtype.
     """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     w = weight_VD.to(hidden_ND.dtype)
@@ -69,7 +73,7 @@ def losses_and_gradients(
     for start in range(0, hidden_ND.shape[0], rows):
         span = slice(start, start + rows)
         h = hidden_ND[span].masked_fill(row_weight_N[span, None] == 0, 0)
-        losses_N[span], dx = row_loss(product(h, w, out=x_CV[: len(h)]), span)
+        losses_N[span], dx = row_loss(multiply_into(h, w, out=x_CV[: len(h)]), span)
         if want_hidden:
             torch.mm(dx, w, out=d_hidden[span])
         if want_weight:
@@ -77,8 +81,11 @@ def losses_and_gradients(
     return losses_N, d_hidden, d_weight.to(weight_VD.dtype)
 
 
-def product(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
-    """hidden @ weight.T into out, float32 or float64; the product of halves is not rounded to halves."""
+def multiply_into(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
+    """Write hidden @ weight.T into out, float32 or float64, and return it.
+
+    The product of bfloat16 or float16 inputs is not rounded to their dtype.
+    """
     if hidden_ND.is_cuda and hidden_ND.dtype != out.dtype:
         return out.copy_(torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype))
     if hidden_ND.dtype != out.dtype:
@@ -87,7 +94,7 @@ def product(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total is float32 or wider."""
+    """Add a @ b to total, in place; total is float32 or float64."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -96,11 +103,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def slices(num_rows: int, vocabulary: int) -> Iterator[slice]:
-    """Few rows at a time, for passes in plain torch: what they make on the way stays in the processor's cache.
+def iter_slices(num_rows: int, vocabulary: int) -> Iterator[slice]:
+    """Yield slices of a few rows for passes in plain torch, whose intermediate results then fit the processor's cache.
 
-    Their results go into tensors made before: a small one that is kept between large ones that are not would pin a
-    piece of the heap per slice.
+    Callers write results into tensors that were allocated before: a small tensor kept between large ones that are freed
+    would pin a piece of the heap per slice.
     """
     step = max(1, SLICE // vocabulary)
     for start in range(0, num_rows, step):
@@ -108,27 +115,27 @@ def slices(num_rows: int, vocabulary: int) -> Iterator[slice]:
 
 
 def squash(x: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """z of x."""
+    """Return the logits z of the products x: capped by softcap, then divided by temperature (see head.py)."""
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     return x / temperature if temperature != 1.0 else x
 
 
 def unsquash_gradient(dz: Tensor, x: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """dx of dz."""
+    """Return dx, the gradient in the products x, from dz, the gradient in the logits z = squash(x)."""
     if softcap is not None:
         dz = dz * (1.0 - torch.tanh(x / softcap) ** 2)
     return dz / temperature if temperature != 1.0 else dz
 
 
 def row_logsumexp(x_CV: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """log sum_v e^z_v of every row, [C]. A row with nothing but -inf gives -inf."""
+    """Return log sum_v e^z_v of every row, [C], for z = squash(x). A row with nothing but -inf gives -inf."""
     if x_CV.is_cuda and x_CV.dtype == torch.float32:
         from genssd.kernels.head_triton import logsumexp_rows
 
         return logsumexp_rows(x_CV, temperature, softcap)
     out_C = x_CV.new_empty(x_CV.shape[0])
-    for part in slices(*x_CV.shape):
+    for part in iter_slices(*x_CV.shape):
         out_C[part] = squash(x_CV[part], temperature, softcap).logsumexp(dim=1)
     return out_C
 
@@ -141,16 +148,17 @@ def softmax_gradient(
     softcap: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dx of dz = p a, or of dz = p (a + b log p + c p), where p = e^(z - logsumexp). x may be overwritten.
+    """Return dx of dz = p a, or of dz = p (a + b log p + c p), where z = squash(x) and p = e^(z - logsumexp).
 
-    coefficients: a, or a, b and c, of every row. p = 0 gives 0. Every loss of one softmax has this form but for a few
-    entries of a row, which the caller puts in place after.
+    coefficients_KC: a, or a, b and c, of every row. p = 0 gives dz = 0. x_CV may be overwritten. dtype: that of the
+    result. The gradient of every loss of one softmax has this form except for a few entries of a row, which the caller
+    writes afterwards.
     """
     if x_CV.is_cuda and x_CV.dtype == torch.float32:
         from genssd.kernels.head_triton import softmax_gradient_rows
 
         return softmax_gradient_rows(x_CV, logsumexp_C, coefficients_KC, temperature, softcap, dtype)
-    for part in slices(*x_CV.shape):
+    for part in iter_slices(*x_CV.shape):
         a, *more = coefficients_KC[:, part, None].unbind()
         x = x_CV[part]
         log_p = squash(x, temperature, softcap) - logsumexp_C[part, None]
@@ -160,10 +168,10 @@ def softmax_gradient(
     return x_CV.to(dtype)
 
 
-def fake_outputs(
+def make_fake_outputs(
     hidden_ND: Tensor, weight_VD: Tensor, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of what a loss operator returns."""
+    """Return empty tensors with the shapes and dtypes of a loss operator's outputs, for torch's tracing."""
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     return (
         hidden_ND.new_empty((), dtype=wide),
@@ -174,27 +182,27 @@ def fake_outputs(
 
 
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """The operator, whose last two inputs say which gradients are wanted, has computed them already: keep them."""
+    """Save the gradients that the operator has already computed; its last two inputs tell which were requested."""
     _, losses, d_hidden, d_weight = output
     ctx.mark_non_differentiable(losses, d_hidden, d_weight)
     ctx.save_for_backward(d_hidden, d_weight)
-    ctx.wanted, ctx.num_inputs = inputs[-2:], len(inputs)
+    ctx.requested, ctx.num_inputs = inputs[-2:], len(inputs)
 
 
 @once_differentiable
-def scaled_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Backward of an operator whose first two inputs are hidden and weight: its gradients, times what comes from above.
+def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the backward pass of an operator whose first two inputs are hidden and weight: scale its saved gradients.
 
-    The factor keeps its precision: a loss scale may not even fit the gradient's dtype.
+    The upstream gradient keeps its precision: a loss scale may not even fit the dtype of the gradients.
     """
     hidden, weight = (
-        _scaled(gradient, upstream) if wanted else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        _scale(gradient, upstream) if is_requested else None
+        for gradient, is_requested in zip(ctx.saved_tensors, ctx.requested, strict=True)
     )
     return hidden, weight, *[None] * (ctx.num_inputs - 2)
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     if gradient.dtype == upstream.dtype:
         return gradient * upstream
     out = torch.empty_like(gradient)
@@ -203,15 +211,16 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     return out
 
 
-def product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype a head's product is taken in: hidden's, or autocast's where it is on and hidden is not float64."""
+def choose_product_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of a head's product: that of hidden, or autocast's where it is on and hidden is not float64."""
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
 
 
 def check_head(function: str, hidden: Tensor, weight: Weight, role: str = "") -> None:
-    """Raise ValueError unless hidden is [N, D] and weight [V, D]. role: "student " in messages, say."""
+    """Raise ValueError unless hidden is [N, D] and weight [V, D]. role: word before both names in the message, such as
+    "student "."""
     if hidden.ndim != 2 or len(weight.shape) != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
         raise ValueError(
             f"{function}: {role}hidden {tuple(hidden.shape)} must be [N, D] and {role}weight {tuple(weight.shape)} "
@@ -220,14 +229,17 @@ def check_head(function: str, hidden: Tensor, weight: Weight, role: str = "") ->
 
 
 def check_positive(function: str, **options: float | None) -> None:
-    """Raise ValueError naming the option that is given and not positive."""
+    """Raise ValueError naming the first option that is neither None nor positive and finite."""
     for name, value in options.items():
         if value is not None and not 0.0 < value < math.inf:
             raise ValueError(f"{function}: {name} must be positive, not {value}")
 
 
-def row_weights(function: str, row_weight_N: Tensor | None, hidden_ND: Tensor) -> Tensor:
-    """[N] weights in float32 (float64 for float64 hidden states), ones where none are given."""
+def resolve_row_weights(function: str, row_weight_N: Tensor | None, hidden_ND: Tensor) -> Tensor:
+    """Return the row weights, float32 [N] (float64 for float64 hidden states); ones where row_weight_N is None.
+
+    Raises ValueError on another shape and on weights that require a gradient.
+    """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     if row_weight_N is None:
         return torch.ones(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
@@ -239,7 +251,7 @@ def row_weights(function: str, row_weight_N: Tensor | None, hidden_ND: Tensor) -
 
 
 def require_in_vocabulary(function: str, target_N: Tensor, vocabulary: int) -> None:
-    """Raise ValueError naming the first row whose target is no index of the vocabulary. The host waits for this."""
+    """Raise ValueError naming the first row whose target is outside the vocabulary. The host waits for the device."""
     outside = (target_N < 0) | (target_N >= vocabulary)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])

@@ -1,4 +1,4 @@
-"""Triton's share of a linear head: tiles of its logits, and the row-wise passes over a chunk of them.
+"""Triton functions and kernels for a linear head: tiles of its logits, and row-wise passes over a chunk of logits.
 
 Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 """
@@ -14,8 +14,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
-    """Sizes of one configuration of a kernel over the head. block: rows and vocabulary entries of a tile."""
+class HeadTiles:
+    """Sizes of one configuration of a kernel over the head.
+
+    block: rows, and also vocabulary entries, of a tile. block_d: entries of the model width multiplied at a time.
+    """
 
     block: int
     block_d: int
@@ -24,27 +27,32 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """How to start a kernel. programs: how many run at once; no result depends on it."""
+class HeadLaunch:
+    """Launch configuration of a kernel over the head.
+
+    programs: number of programs, on which no result depends. interpret: whether Triton's interpreter runs the kernel.
+    """
 
     programs: int
-    tiles: Tiles
+    tiles: HeadTiles
     interpret: bool = False
 
 
-HALF_HOPPER = Tiles(block=128, block_d=64, num_warps=8, num_stages=3)
-HALF_AMPERE = Tiles(block=128, block_d=32, num_warps=8, num_stages=4)  # with 64, the addresses spill registers
-HALF_AMD = Tiles(block=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
-DRAWING = Tiles(block=64, block_d=64, num_warps=8, num_stages=3)
-SINGLE = Tiles(block=32, block_d=32, num_warps=4, num_stages=3)  # larger ones spill: no matrix unit takes them
-DRAWING_SINGLE = Tiles(block=32, block_d=64, num_warps=4, num_stages=3)
+HALF_HOPPER = HeadTiles(block=128, block_d=64, num_warps=8, num_stages=3)
+HALF_AMPERE = HeadTiles(block=128, block_d=32, num_warps=8, num_stages=4)  # with 64, the addresses spill registers
+HALF_AMD = HeadTiles(block=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
+DRAWING = HeadTiles(block=64, block_d=64, num_warps=8, num_stages=3)
+SINGLE = HeadTiles(
+    block=32, block_d=32, num_warps=4, num_stages=3
+)  # no matrix unit computes float32, and larger tiles spill
+DRAWING_SINGLE = HeadTiles(block=32, block_d=64, num_warps=4, num_stages=3)
 ROW_BLOCK = 4096  # entries of a row that a row-wise program holds at once
 
 
-def tiles_for(dtype: torch.dtype, *, amd: bool, capability: int, drawing: bool = False) -> Tiles:
-    """The configuration that ships for a dtype. capability: NVIDIA's, 80 for sm_80; without meaning on AMD.
+def choose_tiles(dtype: torch.dtype, *, amd: bool, capability: int, drawing: bool = False) -> HeadTiles:
+    """Return the shipped tile sizes for a dtype. capability: NVIDIA's compute capability, 80 for sm_80; ignored on AMD.
 
-    drawing: for the kernel that makes noise in every tile, which needs the registers for it.
+    drawing: for the kernel that draws tokens, which needs registers for the noise of every tile.
     """
     if dtype == torch.float32:
         return DRAWING_SINGLE if drawing else SINGLE
@@ -55,17 +63,17 @@ def tiles_for(dtype: torch.dtype, *, amd: bool, capability: int, drawing: bool =
     return HALF_HOPPER if capability >= 90 else HALF_AMPERE
 
 
-def launch_on(hidden: Tensor, *, drawing: bool = False) -> Launch:
-    """The configuration for the device and dtype of a tensor."""
+def choose_launch(hidden: Tensor, *, drawing: bool = False) -> HeadLaunch:
+    """Choose the launch configuration for the device and dtype of the hidden states."""
     device = torch.cuda.get_device_properties(hidden.device)
     capability = 10 * device.major + device.minor
-    tiles = tiles_for(hidden.dtype, amd=torch.version.hip is not None, capability=capability, drawing=drawing)
-    return Launch(programs=device.multi_processor_count, tiles=tiles)
+    tiles = choose_tiles(hidden.dtype, amd=torch.version.hip is not None, capability=capability, drawing=drawing)
+    return HeadLaunch(programs=device.multi_processor_count, tiles=tiles)
 
 
 @triton.jit
 def squash(x, temperature, softcap, SOFTCAP: tl.constexpr):
-    """z of x, see head.py."""
+    """Return the logits z of the products x: capped by softcap, then divided by temperature; see head.py."""
     if SOFTCAP:
         x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
     return x / temperature
@@ -73,7 +81,7 @@ def squash(x, temperature, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def unsquash_gradient(dz, z, temperature, softcap, SOFTCAP: tl.constexpr):
-    """dx of dz at z."""
+    """Return dx, the gradient in the products x, from dz, the gradient in the logits, at the logits z."""
     if SOFTCAP:
         t = z * temperature / softcap
         dz = dz * (1.0 - t * t)
@@ -87,7 +95,10 @@ def logits_tile(
     temperature, softcap,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """z of rows n and vocabulary entries v, float32 [BLOCK, BLOCK]; both index vectors may point beyond the end."""
+    """Return the logits z of rows n and vocabulary entries v, float32 [BLOCK, BLOCK].
+
+    Indices beyond the last row or entry are replaced by the last one.
+    """
     z = tl.zeros([BLOCK, BLOCK], tl.float32)
     n_at = tl.minimum(n, N - 1)[:, None] * stride_n
     v_at = tl.minimum(v, V - 1)[None, :] * stride_v
@@ -95,7 +106,7 @@ def logits_tile(
         d = start + tl.arange(0, BLOCK_D)
         h = tl.load(hidden + n_at + d[None, :], mask=d[None, :] < D, other=0.0)
         w = tl.load(weight + v_at + d[:, None], mask=d[:, None] < D, other=0.0)
-        if INTERPRET:  # the interpreter multiplies the bits of bf16
+        if INTERPRET:  # the interpreter would multiply the bits of bf16 as integers
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w, z, input_precision="ieee")
     if HAS_BIAS:
@@ -105,22 +116,22 @@ def logits_tile(
 
 @triton.jit
 def safe_peak(peak):
-    """What to subtract before exponentiating: while all is -inf, differences from the peak would be NaN."""
+    """Return the value to subtract before exponentiating: the peak, or 0 for -inf, where differences would be NaN."""
     return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit
 def rescale(old_peak, base):
-    """e^(old_peak - base), 0 while nothing has been seen."""
+    """Return e^(old_peak - base), the factor of sums relative to old_peak; 0 for an old peak of -inf (empty sums)."""
     return tl.where(old_peak == -float("inf"), 0.0, tl.exp(tl.where(old_peak == -float("inf"), 0.0, old_peak - base)))
 
 
 @triton.jit
 def row_normalizer(x, V, temperature, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
-    """m and s with log sum e^z = m + s over the V entries from pointer x on.
+    """Return m and s with log sum e^z = m + s over the V entries that start at pointer x.
 
-    Apart, because z - m - s loses nothing where the logits are far from 0. Sums stay in lanes until the end: one
-    reduction per row.
+    They are returned separately, because z - m - s keeps its precision where the logits are far from 0. Sums stay in
+    lanes until the end, so a row takes one reduction.
     """
     lane = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -132,7 +143,7 @@ def row_normalizer(x, V, temperature, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.
         new_peak = tl.maximum(peak, z)
         base = safe_peak(new_peak)
         total = total * rescale(peak, base) + tl.exp(z - base)
-        # a NaN is no maximum, and must not get lost
+        # tl.maximum drops a NaN, which must reach the result
         peak = tl.where(z != z, z, new_peak)
     base = safe_peak(tl.max(peak, 0))
     return base, tl.log(tl.sum(total * rescale(peak, base), 0))
@@ -146,7 +157,7 @@ def _logsumexp_kernel(x, out, V, stride, temperature, softcap, BLOCK: tl.constex
 
 
 def logsumexp_rows(x_CV: Tensor, temperature: float, softcap: float | None, *, block: int = ROW_BLOCK) -> Tensor:
-    """float32 [C]."""
+    """Compute `head.row_logsumexp`, float32 [C], for float32 logits on a CUDA device."""
     C, V = x_CV.shape
     out = torch.empty(C, dtype=torch.float32, device=x_CV.device)
     _logsumexp_kernel[(C,)](
@@ -184,7 +195,7 @@ def softmax_gradient_rows(
     *,
     block: int = ROW_BLOCK,
 ) -> Tensor:
-    """See head.softmax_gradient."""
+    """Compute `head.softmax_gradient` for float32 logits on a CUDA device."""
     C, V = x_CV.shape
     dx_CV = torch.empty(C, V, dtype=dtype, device=x_CV.device)
     _softmax_gradient_kernel[(C, -(-V // block))](

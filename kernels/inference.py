@@ -1,4 +1,4 @@
-"""What the operators of the engine's forward pass have in common: their kernels record no gradient."""
+"""Check that the operators of the engine's forward pass are not differentiated: their kernels record no gradient."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def refuse_gradients(function: str, *tensors: Tensor | None) -> None:
-    """Raise ValueError where a gradient would be asked for and silently lost."""
+    """Raise ValueError where a tensor requires a gradient, which the kernel of this function would silently lose."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError(f"{function} is not differentiated; call it under torch.inference_mode()")

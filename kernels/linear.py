@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.native import detached, takes
+from genssd.kernels.native import detach, runs_natively
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 
 def linear(x_ND: Tensor, weight_MD: Weight, bias_M: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, [N, M] in the dtype of the inputs, or in out, whose dtype may be wider. Without gradient.
+    """Return x @ weight.T + bias, [N, M] in the dtype of the inputs, or write it into out and return that.
 
-    On the CPU (float32, bfloat16, float16) a row's bits depend on that row and the weight alone: not on how many rows
-    there are or on the number of threads. The sum is taken in float32.
+    out may also be float32 for narrower inputs. The native kernel records no gradient. On the CPU (float32, bfloat16,
+    float16) a row's bits depend on that row and the weight alone, neither on the number of rows nor on the number of
+    threads, and the sum is taken in float32.
     """
-    fits = out is None or (out.dtype in (x_ND.dtype, torch.float32) and out.is_contiguous())
-    if isinstance(weight_MD, PackedWeight) or (fits and takes(x_ND, weight_MD, bias_M)):
+    out_is_supported = out is None or (out.dtype in (x_ND.dtype, torch.float32) and out.is_contiguous())
+    if isinstance(weight_MD, PackedWeight) or (out_is_supported and runs_natively(x_ND, weight_MD, bias_M)):
         y = x_ND.new_empty(x_ND.shape[0], weight_MD.shape[0]) if out is None else out
         x_ND = x_ND if x_ND.stride(-1) == 1 else x_ND.contiguous()
-        _core.linear(x_ND.detach(), cells_of(weight_MD), detached(bias_M), y, torch.get_num_threads())
+        _core.linear(x_ND.detach(), cells_of(weight_MD), detach(bias_M), y, torch.get_num_threads())
         return y
     y = torch.nn.functional.linear(x_ND, weight_MD, bias_M)
     return y if out is None else out.copy_(y)

@@ -1,13 +1,13 @@
-"""Statistics of given tokens under a linear head, without a [tokens, vocabulary] tensor.
+"""Statistics of target tokens under a linear head, without a [tokens, vocabulary] tensor.
 
     z = softcap * tanh(x / softcap) / temperature,  x = hidden @ weight.T + bias      (no softcap: z = x / temperature)
     logprob = z[target] - logsumexp(z)      entropy = -sum_v p_v log p_v      sum_p2 = sum_v p_v^2
     rank = 1 + number of v with z_v > z[target]
 
-One pass over the head gives every number that the selection criteria ask for (perplexity, rank-surprisal, Brier
-score). torch sees one operator, genssd::linear_logprob: on CUDA it is the Triton kernel of logprob_triton.py, elsewhere
-the reference below, in which only a block of rows has its logits in memory at any time. Its gradient computes the
-logits of a chunk of rows once more.
+One pass over the head computes every number that the selection criteria read (perplexity, rank-surprisal, Brier score).
+torch sees one operator, genssd::linear_logprob: on CUDA it is the Triton kernel of logprob_triton.py, on the CPU the
+native kernel, and elsewhere the reference below, which keeps the logits of one block of rows in memory at a time. Its
+gradient is in logprob_gradient.py.
 
 Shapes:  N rows   V vocabulary   D model width   K top-k
 """
@@ -21,35 +21,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from genssd import _core
 from genssd.kernels.head import (
     check_head,
     check_positive,
-    chunk_rows,
-    fake_outputs,
-    losses_and_gradients,
-    product,
-    product_dtype,
+    choose_product_dtype,
+    iter_slices,
+    multiply_into,
     require_in_vocabulary,
-    slices,
-    softmax_gradient,
-    unsquash_gradient,
 )
 from genssd.kernels.inference import refuse_gradients
-from genssd.kernels.native import detached, takes
+from genssd.kernels.logprob_gradient import backward, save_context
+from genssd.kernels.native import detach, runs_natively
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
-LOGITS_BYTES = 32 << 20  # of float32 logits alive at once
+LOGITS_BYTES = 32 << 20  # largest size of the float32 logits of one block of rows
 STATISTICS = ("logprob", "logsumexp", "entropy", "sum_p2", "rank")
 
-Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""STATISTICS in order, then the ids and log-probabilities of the top k."""
+OperatorOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Outputs of genssd::linear_logprob: STATISTICS in order, then the ids and log-probabilities of the top k."""
 
 
 class NonFiniteLogits(ValueError):
-    """A row of logits that has NaN or +inf, or nothing finite. `row` is its index."""
+    """Error raised for a row of logits that has a NaN, a +inf or no finite entry. `row` is its index."""
 
     def __init__(self, function: str, row: int) -> None:
         super().__init__(f"{function}: the logits of row {row} are not finite")
@@ -58,20 +53,27 @@ class NonFiniteLogits(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The most likely tokens of N rows, most likely first (of equal ones the lower id): int64 and float32, [N, K]."""
+    """The K most likely tokens of N rows, most likely first; of equally likely ones the lower id comes first.
+
+    ids: int64 [N, K]. logprob: float32 [N, K].
+    """
 
     ids: Tensor
     logprob: Tensor
 
     @staticmethod
     def concatenate(parts: Sequence[TopK]) -> TopK:
-        """Join the rows of several, in order; all have the same K."""
+        """Concatenate the rows of several parts in order; all must have the same K."""
         return TopK(torch.cat([part.ids for part in parts]), torch.cat([part.logprob for part in parts]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
-    """What a model says about each of N given tokens. All [N]; natural logarithms; rank is int32, the rest float32."""
+    """Statistics of N target tokens under a model, each [N], in nats; rank is int32, the others float32.
+
+    logprob: log-probability of the token. logsumexp: log-sum-exp of the logits. entropy: of the distribution. sum_p2:
+    sum of squared probabilities. rank: 1 plus the number of tokens with a larger logit. topk: the most likely tokens.
+    """
 
     logprob: Tensor
     logsumexp: Tensor
@@ -84,27 +86,29 @@ class TokenStats:
         return self.logprob.shape[0]
 
     def __getitem__(self, span: slice) -> TokenStats:
-        """The statistics of a contiguous range of the tokens (views, no copy)."""
+        """Return the statistics of a contiguous range of the tokens, as views without a copy."""
         topk = None if self.topk is None else TopK(self.topk.ids[span], self.topk.logprob[span])
-        return dataclasses.replace(TokenStats.of([getattr(self, name)[span] for name in STATISTICS]), topk=topk)
+        return dataclasses.replace(
+            TokenStats.from_values([getattr(self, name)[span] for name in STATISTICS]), topk=topk
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
-        """Join statistics of consecutive spans, in order. The top k are kept if every part has them."""
+        """Concatenate the statistics of several parts in order. The top k are kept if every part has them."""
         tops = [part.topk for part in parts if part.topk is not None]
         topk = TopK.concatenate(tops) if len(tops) == len(parts) > 0 else None
-        joined = TokenStats.of([torch.cat([getattr(part, name) for part in parts]) for name in STATISTICS])
+        joined = TokenStats.from_values([torch.cat([getattr(part, name) for part in parts]) for name in STATISTICS])
         return dataclasses.replace(joined, topk=topk)
 
     @staticmethod
-    def of(values: Sequence[Tensor]) -> TokenStats:
-        """From values in the order of STATISTICS."""
+    def from_values(values: Sequence[Tensor]) -> TokenStats:
+        """Build the statistics from tensors [N] in the order of STATISTICS, without top k."""
         logprob, logsumexp, entropy, sum_p2, rank = values
         return TokenStats(logprob=logprob, logsumexp=logsumexp, entropy=entropy, sum_p2=sum_p2, rank=rank)
 
     @staticmethod
     def empty() -> TokenStats:
-        """The statistics of no token."""
+        """Return the statistics of zero tokens."""
         none = torch.empty(0)
         return TokenStats(logprob=none, logsumexp=none, entropy=none, sum_p2=none, rank=none.to(torch.int32))
 
@@ -119,13 +123,13 @@ def linear_logprob(
     softcap: float | None = None,
     topk: int = 0,
 ) -> TokenStats:
-    """Score target_N (int64, in [0, V)) under softmax(z).
+    """Return the statistics of target_N (int64 [N], in [0, V)) under softmax(z).
 
     The product is taken in the dtype of hidden (or autocast's), everything after it in float32 (float64 stays
-    float64). All but rank and the top k are differentiable in hidden and weight; with a packed weight, which has to be
-    of hidden's dtype, nothing is. topk: also return so many of the most
-    likely tokens. Raises ValueError on shapes that do not agree, a target outside the vocabulary or an option out of
-    range, and NonFiniteLogits on a row with NaN or +inf logits.
+    float64). bias: [V], not differentiated. All outputs but rank and the top k are differentiable in hidden and weight;
+    with a packed weight, which must have hidden's dtype, none is. topk: number of most likely tokens to return as well.
+    Raises ValueError on shapes that do not agree, a target outside the vocabulary or an option out of range, and
+    NonFiniteLogits on a row with a NaN, a +inf or no finite logit.
     """
     check_head("linear_logprob", hidden_ND, weight_VD)
     check_positive("linear_logprob", temperature=temperature, softcap=softcap)
@@ -141,20 +145,22 @@ def linear_logprob(
         raise ValueError(f"linear_logprob: topk must be in 0..{weight_VD.shape[0]}, not {topk}")
     if isinstance(weight_VD, PackedWeight):
         refuse_gradients("linear_logprob with a packed weight", hidden_ND)
-        room, hidden_ND = _outputs(hidden_ND, target_N, topk), hidden_ND.contiguous()
-        *values, ids, logprob = _native(hidden_ND, weight_VD, target_N, bias, temperature, softcap, room)
+        outputs, hidden_ND = _allocate_outputs(hidden_ND, target_N, topk), hidden_ND.contiguous()
+        *values, ids, logprob = _score_natively(hidden_ND, weight_VD, target_N, bias, temperature, softcap, outputs)
     else:
-        dtype = product_dtype(hidden_ND)
+        dtype = choose_product_dtype(hidden_ND)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             *values, ids, logprob = _linear_logprob(
                 hidden_ND.to(dtype), weight_VD, target_N, bias, temperature, softcap, topk
             )
-    stats = TokenStats.of(values)
+    stats = TokenStats.from_values(values)
     return dataclasses.replace(stats, topk=TopK(ids, logprob)) if topk else stats
 
 
-def _reference(z: Tensor, target_C: Tensor, temperature: float, softcap: float | None, topk: int) -> tuple[Tensor, ...]:
-    """Values of a few rows from their x, which is overwritten."""
+def _score_reference(
+    z: Tensor, target_C: Tensor, temperature: float, softcap: float | None, topk: int
+) -> tuple[Tensor, ...]:
+    """Compute the operator's outputs for a few rows from their products x, named z, which are overwritten."""
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
     if temperature != 1.0:
@@ -181,13 +187,13 @@ def _reference(z: Tensor, target_C: Tensor, temperature: float, softcap: float |
 
 
 def top_k(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of every row, largest first, and their ids; of equal values the lower ids come first."""
+    """Return the k largest values of every row, largest first, and their ids; of equal values the lower ids first."""
     if k == 0:
         return z_NV.new_empty(len(z_NV), 0), torch.empty(len(z_NV), 0, dtype=torch.int64, device=z_NV.device)
     values, ids = z_NV.topk(k, dim=1)
     kth = values[:, -1:]
-    if bool(((z_NV >= kth).sum(1) > k).any()):  # more entries tie with the last than there is room for
-        z_NV = z_NV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a NaN would count as no entry
+    if bool(((z_NV >= kth).sum(1) > k).any()):  # more entries tie with the k-th than fit
+        z_NV = z_NV.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # comparisons with NaN are false
         kth = z_NV.topk(k, dim=1).values[:, -1:]
         tied = z_NV == kth
         missing = k - (z_NV > kth).sum(1, keepdim=True)
@@ -199,7 +205,7 @@ def top_k(z_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, order), ids.gather(1, order)
 
 
-def _blockwise(
+def _score_in_blocks(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
@@ -207,12 +213,12 @@ def _blockwise(
     temperature: float,
     softcap: float | None,
     topk: int,
-) -> Values:
-    """On the CPU the native kernel; where no kernel of ours runs, the reference, a block of rows at a time."""
-    values = _outputs(hidden_ND, target_N, topk)
+) -> OperatorOutputs:
+    """Compute the outputs with the native kernel where it runs, else with the reference, a block of rows at a time."""
+    values = _allocate_outputs(hidden_ND, target_N, topk)
     weight_VD = weight_VD.to(hidden_ND.dtype)
-    if takes(hidden_ND, weight_VD, bias):
-        return _native(hidden_ND, weight_VD, target_N, bias, temperature, softcap, values)
+    if runs_natively(hidden_ND, weight_VD, bias):
+        return _score_natively(hidden_ND, weight_VD, target_N, bias, temperature, softcap, values)
     in_range_N = target_N.clamp(0, weight_VD.shape[0] - 1)
     N, V = len(hidden_ND), len(weight_VD)
     rows = max(1, LOGITS_BYTES // (4 * V))
@@ -220,40 +226,40 @@ def _blockwise(
     for start in range(0, N, rows):
         block = slice(start, min(start + rows, N))
         h, x = hidden_ND[block], x_CV[: block.stop - start]
-        x = product(h, weight_VD, out=x)
+        x = multiply_into(h, weight_VD, out=x)
         if bias is not None:
             x += bias
-        for part in slices(len(x), V):
-            parts = _reference(x[part], in_range_N[block][part], temperature, softcap, topk)
-            for value, of_part in zip(values, parts, strict=True):
-                value[block][part] = of_part
-    _require_sound(target_N, values[1], V)
+        for part in iter_slices(len(x), V):
+            parts = _score_reference(x[part], in_range_N[block][part], temperature, softcap, topk)
+            for value, computed in zip(values, parts, strict=True):
+                value[block][part] = computed
+    _check_outputs(target_N, values[1], V)
     return values
 
 
-def _native(
+def _score_natively(
     hidden_ND: Tensor,
     weight_VD: Weight,
     target_N: Tensor,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
-    values: Values,
-) -> Values:
+    values: OperatorOutputs,
+) -> OperatorOutputs:
     V = weight_VD.shape[0]
     stats_4N = torch.stack(values[:4])
     _core.linear_logprob(
-        hidden_ND.detach(), cells_of(weight_VD), V, target_N.clamp(0, V - 1), detached(bias),
+        hidden_ND.detach(), cells_of(weight_VD), V, target_N.clamp(0, V - 1), detach(bias),
         temperature, softcap or 0.0, stats_4N, *values[4:], torch.get_num_threads(),
     )  # fmt: skip
-    _require_sound(target_N, stats_4N[1], V)
+    _check_outputs(target_N, stats_4N[1], V)
     for value, computed in zip(values, stats_4N, strict=False):
         value.copy_(computed)
     return values
 
 
-def _outputs(hidden_ND: Tensor, target_N: Tensor, topk: int) -> Values:
-    """Room for what the operator returns."""
+def _allocate_outputs(hidden_ND: Tensor, target_N: Tensor, topk: int) -> OperatorOutputs:
+    """Allocate the operator's outputs, uninitialised."""
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     a, b, c, d = (target_N.new_empty(target_N.shape, dtype=wide) for _ in range(4))
     rank = target_N.new_empty(target_N.shape, dtype=torch.int32)
@@ -261,15 +267,18 @@ def _outputs(hidden_ND: Tensor, target_N: Tensor, topk: int) -> Values:
     return a, b, c, d, rank, target_N.new_empty(shape), target_N.new_empty(shape, dtype=wide)
 
 
-def _require_sound(target_N: Tensor, logsumexp_N: Tensor, vocabulary: int) -> None:
-    """Raise what is wrong with the first bad row. The host waits for the device once."""
+def _check_outputs(target_N: Tensor, logsumexp_N: Tensor, vocabulary: int) -> None:
+    """Raise ValueError on a target outside the vocabulary, else NonFiniteLogits on a row without a finite logsumexp.
+
+    The host waits for the device once.
+    """
     bad_N = (target_N < 0) | (target_N >= vocabulary) | ~logsumexp_N.isfinite()
     if bool(bad_N.any()):
         require_in_vocabulary("linear_logprob", target_N, vocabulary)
         raise NonFiniteLogits("linear_logprob", int(bad_N.nonzero()[0]))
 
 
-_linear_logprob = torch.library.custom_op("genssd::linear_logprob", _blockwise, mutates_args=())
+_linear_logprob = torch.library.custom_op("genssd::linear_logprob", _score_in_blocks, mutates_args=())
 
 
 @_linear_logprob.register_kernel("cuda")
@@ -281,11 +290,11 @@ def _linear_logprob_triton(
     temperature: float,
     softcap: float | None,
     topk: int,
-) -> Values:
-    if hidden_ND.dtype == torch.float64 or topk:  # the kernel keeps no list of the largest
-        return _blockwise(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk)
+) -> OperatorOutputs:
+    if hidden_ND.dtype == torch.float64 or topk:  # the Triton kernel computes no top k
+        return _score_in_blocks(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk)
     # imported here, because Triton need not be installed where there is no GPU
-    from genssd.kernels.head_triton import launch_on
+    from genssd.kernels.head_triton import choose_launch
     from genssd.kernels.logprob_triton import score_rows
 
     V = weight_VD.shape[0]
@@ -296,88 +305,15 @@ def _linear_logprob_triton(
         bias,
         temperature,
         softcap,
-        launch=launch_on(hidden_ND),
+        launch=choose_launch(hidden_ND),
     )
-    _require_sound(target_N, stats[1], V)
+    _check_outputs(target_N, stats[1], V)
     return (*stats, target_N.new_empty(len(target_N), 0), stats[0].new_empty(len(target_N), 0))
 
 
 @_linear_logprob.register_fake
-def _(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *rest: Any) -> Values:
-    return _outputs(hidden_ND, target_N, rest[-1])
+def _(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *rest: Any) -> OperatorOutputs:
+    return _allocate_outputs(hidden_ND, target_N, rest[-1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Values) -> None:
-    hidden, weight, target, bias, *ctx.options, _ = inputs
-    logprob, logsumexp, entropy, sum_p2, rank, ids, values = output
-    ctx.mark_non_differentiable(rank, ids, values)
-    ctx.save_for_backward(hidden, weight, target, bias, logprob, logsumexp, entropy, sum_p2)
-
-
-@once_differentiable
-def _backward(
-    ctx: Any, d_logprob: Tensor, d_logsumexp: Tensor, d_entropy: Tensor, d_sum_p2: Tensor, *_: Tensor
-) -> tuple[Tensor | None, ...]:
-    hidden, weight, target, bias, logprob, logsumexp, entropy, sum_p2 = ctx.saved_tensors
-    temperature, softcap = ctx.options
-    want_hidden, want_weight = ctx.needs_input_grad[:2]
-    d_hidden, d_weight = _logprob_gradients(
-        hidden, weight, target, bias, torch.stack((logprob, logsumexp, entropy, sum_p2)),
-        torch.stack((d_logprob, d_logsumexp, d_entropy, d_sum_p2)), temperature, softcap, want_hidden, want_weight,
-    )  # fmt: skip
-    return d_hidden if want_hidden else None, d_weight if want_weight else None, None, None, None, None, None
-
-
-@torch.library.custom_op("genssd::linear_logprob_backward", mutates_args=())
-def _logprob_gradients(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    bias: Tensor | None,
-    stats_4N: Tensor,
-    upstream_4N: Tensor,
-    temperature: float,
-    softcap: float | None,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight. Each statistic's derivative in z_j, with p its probability:
-
-    logprob: 1[j = target] - p     logsumexp: p     entropy: -p (log p + entropy)     sum_p2: 2 p (p - sum_p2)
-    """
-    logprob, logsumexp, entropy, sum_p2 = stats_4N.unbind()
-    d_logprob, d_logsumexp, d_entropy, d_sum_p2 = upstream_4N.unbind()
-    flat = d_logsumexp - d_logprob - d_entropy * entropy - 2.0 * d_sum_p2 * sum_p2
-    coefficients_3N = torch.stack((flat, -d_entropy, 2.0 * d_sum_p2))
-
-    def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
-        if bias is not None:
-            x_CV += bias
-        at, log_p = target_N[span, None], logprob[span, None]
-        x_target = x_CV.gather(1, at)
-        dx = softmax_gradient(x_CV, logsumexp[span], coefficients_3N[:, span], temperature, softcap, hidden_ND.dtype)
-        # at the target in one go: 1 - p is small where p is near 1
-        p = log_p.exp()
-        rest = flat[span, None] + d_logprob[span, None] - d_entropy[span, None] * log_p.clamp_min(-1e30)
-        dz = -d_logprob[span, None] * torch.expm1(log_p) + p * (rest + 2.0 * d_sum_p2[span, None] * p)
-        dx.scatter_(1, at, unsquash_gradient(dz, x_target, temperature, softcap).to(dx.dtype))
-        return logsumexp[span], dx
-
-    _, d_hidden, d_weight = losses_and_gradients(
-        row_loss,
-        hidden_ND,
-        weight_VD,
-        torch.ones_like(logprob),
-        rows=chunk_rows(weight_VD.shape[0], hidden_ND.device),
-        want_hidden=want_hidden,
-        want_weight=want_weight,
-    )
-    return d_hidden, d_weight
-
-
-@_logprob_gradients.register_fake
-def _(hidden_ND: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return fake_outputs(hidden_ND, weight_VD, *rest[-2:])[2:]
-
-
-_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+_linear_logprob.register_autograd(backward, setup_context=save_context)

@@ -1,4 +1,4 @@
-"""The Triton kernels behind `linear_logprob`: one pass over the head for a block of rows.
+"""Triton kernels of `linear_logprob`: one pass over the head for a block of rows.
 
 A program takes a block of rows and one split of the vocabulary, walks the split's tiles in order, and keeps for each
 row
@@ -7,9 +7,9 @@ row
     square = sum e^2(z - peak)        above = number of z > z[target]
 
 Another kernel merges the splits in order. The boundaries of splits and tiles depend on the vocabulary alone, every
-product is added up in the same order with the same instruction, and nothing is atomic: a row's bits depend on that row
-alone. The targets' logits come first, each block of rows against the weights of its own targets, of which the diagonal
-is kept: the same tile of the same function, so that comparing with them counts ranks exactly.
+product is added up in the same order with the same instruction, and no operation is atomic: a row's bits depend on that
+row alone. A first kernel computes the targets' logits: it multiplies each block of rows with the weights of the block's
+own targets and keeps the diagonal. It uses the same tile function, so comparing logits with them yields exact ranks.
 
 Shapes:  N rows   V vocabulary   D model width   S splits
 """
@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels.head_triton import Launch, logits_tile, rescale, safe_peak
+from genssd.kernels.head_triton import HeadLaunch, logits_tile, rescale, safe_peak
 
 SPLITS = 128
-"""About one for every multiprocessor of a large GPU, so that a few rows keep all of them at the weights."""
+"""Number of splits of the vocabulary: about one per multiprocessor of a large GPU, so that all of them read weights
+even for a few rows."""
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _score_split_kernel(
     blocks = tl.cdiv(N, BLOCK)
     splits = tl.cdiv(tl.cdiv(V, BLOCK), tiles_per_split)
     lane = tl.arange(0, BLOCK)
-    # neighbouring programs share a split, so its weights are read from memory once and from the cache after
+    # neighbouring programs take the same split, so its weights are read from memory once, then from the L2 cache
     for task in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
         split = task // blocks
         n = ((task % blocks) * BLOCK + lane).to(tl.int64)
@@ -79,7 +80,7 @@ def _score_split_kernel(
             shift = tl.where(peak == -float("inf"), 0.0, peak - base)
             away = z - base[:, None]
             e = tl.exp(away)
-            # 0 * -inf is NaN: an entry without probability adds nothing
+            # 0 * -inf would be NaN: an entry of probability 0 must add 0
             slope = scale * (slope + shift * total) + tl.sum(tl.where(e > 0.0, away * e, 0.0), 1)
             total = scale * total + tl.sum(e, 1)
             square = scale * scale * square + tl.sum(e * e, 1)
@@ -110,21 +111,21 @@ def _merge_splits_kernel(
     above = tl.zeros([BLOCK], tl.float32)
     for split in range(0, S):
         at = partial + split * N + n
-        their_peak = tl.load(at, mask=kept, other=0.0)
-        their_total = tl.load(at + S * N, mask=kept, other=1.0)
-        their_slope = tl.load(at + 2 * S * N, mask=kept, other=0.0)
-        their_square = tl.load(at + 3 * S * N, mask=kept, other=0.0)
+        split_peak = tl.load(at, mask=kept, other=0.0)
+        split_total = tl.load(at + S * N, mask=kept, other=1.0)
+        split_slope = tl.load(at + 2 * S * N, mask=kept, other=0.0)
+        split_square = tl.load(at + 3 * S * N, mask=kept, other=0.0)
         above += tl.load(at + 4 * S * N, mask=kept, other=0.0)
-        new_peak = tl.maximum(peak, their_peak)
+        new_peak = tl.maximum(peak, split_peak)
         base = safe_peak(new_peak)
-        ours = tl.where(peak == -float("inf"), 0.0, peak - base)
-        theirs = tl.where(their_peak == -float("inf"), 0.0, their_peak - base)
-        a, b = rescale(peak, base), rescale(their_peak, base)
-        slope = a * (slope + ours * total) + b * (their_slope + theirs * their_total)
-        total = a * total + b * their_total
-        square = a * a * square + b * b * their_square
+        shift = tl.where(peak == -float("inf"), 0.0, peak - base)
+        split_shift = tl.where(split_peak == -float("inf"), 0.0, split_peak - base)
+        a, b = rescale(peak, base), rescale(split_peak, base)
+        slope = a * (slope + shift * total) + b * (split_slope + split_shift * split_total)
+        total = a * total + b * split_total
+        square = a * a * square + b * b * split_square
         peak = new_peak
-    # two subtractions: the sum would be rounded to the steps of the peak
+    # subtracted one after the other: the sum peak + log(total) would lose the low bits of the logarithm
     tl.store(logprob + n, tl.load(chosen + n, mask=kept, other=0.0) - peak - tl.log(total), mask=kept)
     tl.store(logsumexp + n, peak + tl.log(total), mask=kept)
     tl.store(entropy + n, tl.log(total) - slope / total, mask=kept)
@@ -132,8 +133,8 @@ def _merge_splits_kernel(
     tl.store(rank + n, above.to(tl.int32) + 1, mask=kept)
 
 
-def splits_of(vocabulary: int, block: int) -> tuple[int, int]:
-    """Splits and tiles per split: a function of the vocabulary alone."""
+def divide_vocabulary(vocabulary: int, block: int) -> tuple[int, int]:
+    """Return the number of splits and of tiles per split, which depend on the vocabulary and the tile size alone."""
     tiles = -(-vocabulary // block)
     per_split = -(-tiles // SPLITS)
     return -(-tiles // per_split), per_split
@@ -147,12 +148,15 @@ def score_rows(
     temperature: float,
     softcap: float | None,
     *,
-    launch: Launch,
+    launch: HeadLaunch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob, logsumexp, entropy, sum_p2 (float32 [N]) and rank (int32 [N]). Targets must lie in the vocabulary."""
+    """Return logprob, logsumexp, entropy and sum_p2 (float32 [N]) and rank (int32 [N]) on a CUDA device.
+
+    Targets must lie in the vocabulary.
+    """
     N, D = hidden_ND.shape
     V, tiles, device = weight_VD.shape[0], launch.tiles, hidden_ND.device
-    S, per_split = splits_of(V, tiles.block)
+    S, per_split = divide_vocabulary(V, tiles.block)
     blocks = -(-N // tiles.block)
     partial = torch.empty(5, S, N, dtype=torch.float32, device=device)
     chosen, logprob, logsumexp, entropy, sum_p2 = torch.empty(5, N, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""Which tensors the native CPU kernels take."""
+"""Conditions under which the native CPU kernels run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from genssd import _core
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether all of them lie on the CPU, in one dtype that the kernels compute, with their last axis contiguous."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    dtype = given[0].dtype
+def runs_natively(*tensors: Tensor | None) -> bool:
+    """Return whether the native kernels compute on these tensors; None stands for an absent optional one.
+
+    All tensors must be on the CPU, have one dtype of DTYPES and a contiguous last axis.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    dtype = present[0].dtype
     return (
         dtype in DTYPES
-        and all(t.dtype == dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in given)
-        and available()
+        and all(t.dtype == dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in present)
+        and has_native_kernels()
     )
 
 
-def detached(tensor: Tensor | None) -> Tensor | None:
-    """Without its history: a tensor that wants a gradient cannot be handed out of torch."""
+def detach(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor without its autograd history: the native kernels refuse one that requires a gradient."""
     return None if tensor is None else tensor.detach()
 
 
 @cache
-def available() -> bool:
-    """Whether there are kernels for this processor. Warns once where there are none."""
+def has_native_kernels() -> bool:
+    """Return whether native kernels exist for this processor. Warn once where there are none."""
     if _core.instruction_set() is None:
         warnings.warn(
             "genssd has native kernels for x86-64 processors with AVX2; on this one plain torch serves, more slowly",

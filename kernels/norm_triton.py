@@ -1,6 +1,7 @@
-"""The Triton kernel behind `rms_norm` and `add_rms_norm`.
+"""Triton kernel of `rms_norm` and `add_rms_norm`.
 
-A program holds whole rows: they are read once. How many rows depends on the width alone, and so do a row's bits.
+A program holds complete rows, so each is read once. The number of rows per program depends on the width alone, so a
+row's bits do not depend on how many rows there are.
 
 Shapes:  N rows   D width
 """
@@ -12,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # entries of a program, where a row has fewer
-MAX_WIDTH = 16384  # of a row that fits the registers of one program
+TILE = 1024  # entries of a program whose rows are narrower
+MAX_WIDTH = 16384  # largest width of a row that fits the registers of one program
 
 
 @triton.jit
@@ -38,31 +39,39 @@ def _rms_norm_kernel(
     tl.store(normed + n * D + d, (w * unit).to(dtype), mask=kept)
 
 
-def tiling(width: int) -> tuple[int, int, int]:
-    """Rows and entries of a row that a program holds, and its warps."""
+def choose_tiling(width: int) -> tuple[int, int, int]:
+    """Return the number of rows and of entries of a row that a program holds, and its number of warps."""
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
     return rows, block, max(4, min(16, rows * block // 1024))
 
 
 def rms_norm_rows(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """See norm.rms_norm. Rows may lie apart. Raises ValueError on rows wider than MAX_WIDTH."""
+    """Compute `norm.rms_norm` on a CUDA device.
+
+    Rows may have any stride. Raises ValueError on rows of more than MAX_WIDTH entries.
+    """
     normed_ND = torch.empty(x_ND.shape, dtype=x_ND.dtype, device=x_ND.device)
-    x_ND = _rows(x_ND)
+    x_ND = _with_contiguous_rows(x_ND)
     _launch(x_ND, x_ND, weight_D, normed_ND, normed_ND, eps, add=False)
     return normed_ND
 
 
 def add_rms_norm_rows(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See norm.add_rms_norm. Rows may lie apart. Raises ValueError on rows wider than MAX_WIDTH."""
+    """Compute `norm.add_rms_norm` on a CUDA device.
+
+    Rows may have any stride. Raises ValueError on rows of more than MAX_WIDTH entries.
+    """
     normed_ND = torch.empty(x_ND.shape, dtype=x_ND.dtype, device=x_ND.device)
     total_ND = torch.empty(x_ND.shape, dtype=x_ND.dtype, device=x_ND.device)
-    _launch(_rows(x_ND), _rows(residual_ND), weight_D, normed_ND, total_ND, eps, add=True)
+    _launch(
+        _with_contiguous_rows(x_ND), _with_contiguous_rows(residual_ND), weight_D, normed_ND, total_ND, eps, add=True
+    )
     return normed_ND, total_ND
 
 
-def _rows(x_ND: Tensor) -> Tensor:
-    """Entries of a row together."""
+def _with_contiguous_rows(x_ND: Tensor) -> Tensor:
+    """Return x with the entries of each row contiguous; rows may have any stride."""
     return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
 
 
@@ -72,7 +81,7 @@ def _launch(
     N, D = x_ND.shape
     if D > MAX_WIDTH:
         raise ValueError(f"rms_norm: rows of {D} are wider than {MAX_WIDTH}")
-    rows, block, num_warps = tiling(D)
+    rows, block, num_warps = choose_tiling(D)
     _rms_norm_kernel[(-(-N // rows),)](
         x_ND, residual_ND, weight_D.contiguous(), normed_ND, total_ND, N, D, x_ND.stride(0), residual_ND.stride(0), eps,
         ADD=add, ROWS=rows, BLOCK=block, num_warps=num_warps,

@@ -3,9 +3,9 @@
     (a, b) -> (a cos - b sin, b cos + a sin),  a and b the halves of a head, cos and sin of position * f
 
 The types differ in the frequencies f and in a factor on cos and sin: `default`, `linear` (Chen et al., 2023), `llama3`
-(Llama 3.1 release), `yarn` (Peng et al., 2023) and `longrope` (Ding et al., 2024). A cached key keeps the angle it was
-written with. So `dynamic`, whose frequencies change as a sequence grows, is not supported, and `longrope` takes its
-long factors for all lengths of a model that is longer than its original, and the short ones for none.
+(Llama 3.1 release), `yarn` (Peng et al., 2023) and `longrope` (Ding et al., 2024). A cached key keeps the angle that it
+was written with. So `dynamic`, whose frequencies change as a sequence grows, is not supported, and `longrope` uses its
+long factors at every sequence length where the model has more positions than its original, else its short ones.
 
 Shapes:  N rows   H heads   E head dim
 """
@@ -30,12 +30,12 @@ def rope_frequencies(parameters: Mapping[str, object], head_dim: int, max_positi
     Raises ValueError on a type outside ROPE_TYPES.
     """
     kind = str(parameters.get("rope_type", "default"))
-    theta = _number(parameters, "rope_theta", 10000.0)
+    theta = _read_number(parameters, "rope_theta", 10000.0)
     plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if kind == "default":
         return plain, 1.0
     if kind == "linear":
-        return plain / _number(parameters, "factor"), 1.0
+        return plain / _read_number(parameters, "factor"), 1.0
     if kind == "llama3":
         return _llama3(plain, parameters, max_positions), 1.0
     if kind == "yarn":
@@ -46,7 +46,10 @@ def rope_frequencies(parameters: Mapping[str, object], head_dim: int, max_positi
 
 
 def rotary_angles(position_N: Tensor, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position (int32) * frequency, times factor: float32 [N, E / 2] each."""
+    """Return cos and sin of position * frequency, each times factor, float32 [N, E / 2].
+
+    position_N: int32. frequency, factor: see rope_frequencies.
+    """
     if position_N.device.type == "cpu" and position_N.dtype == torch.int32:
         cos, sin = (torch.empty(len(position_N), len(frequency)) for _ in range(2))
         _core.rotary_angles(position_N, frequency, factor, cos, sin, torch.get_num_threads())
@@ -56,17 +59,20 @@ def rotary_angles(position_N: Tensor, frequency: Tensor, factor: float) -> tuple
 
 
 def rotary(x_NHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate every head of x by its row's angles, see rotary_angles; in float32, rounded once to the dtype of x."""
+    """Rotate every head of x by the angles of its row and return a tensor of the shape and dtype of x.
+
+    cos, sin: float32 [N, E / 2], see rotary_angles. The result is computed in float32 and rounded once.
+    """
     first, second = x_NHE.to(torch.promote_types(x_NHE.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_NHE.dtype)
 
 
 def _llama3(plain: Tensor, parameters: Mapping[str, object], max_positions: int) -> Tensor:
-    factor = _number(parameters, "factor")
-    low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
-    original = _number(parameters, "original_max_position_embeddings", max_positions)
-    turns = original * plain / (2 * math.pi)  # of each frequency within the original context
+    factor = _read_number(parameters, "factor")
+    low, high = _read_number(parameters, "low_freq_factor"), _read_number(parameters, "high_freq_factor")
+    original = _read_number(parameters, "original_max_position_embeddings", max_positions)
+    turns = original * plain / (2 * math.pi)  # number of turns of each frequency within the original context
     smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - smooth) * plain / factor + smooth * plain
 
@@ -74,15 +80,16 @@ def _llama3(plain: Tensor, parameters: Mapping[str, object], max_positions: int)
 def _yarn(
     plain: Tensor, parameters: Mapping[str, object], theta: float, head_dim: int, max_positions: int
 ) -> tuple[Tensor, float]:
-    original = _number(parameters, "original_max_position_embeddings", max_positions)
-    given = parameters.get("factor")
-    factor = max_positions / original if given is None else _number(parameters, "factor")
+    original = _read_number(parameters, "original_max_position_embeddings", max_positions)
+    has_factor = parameters.get("factor") is not None
+    factor = _read_number(parameters, "factor") if has_factor else max_positions / original
 
-    def dimension(turns: float) -> float:  # whose frequency turns this often within the original context
+    def dimension(turns: float) -> float:
+        """Return the dimension whose frequency makes so many turns within the original context."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = dimension(_number(parameters, "beta_fast", 32.0))
-    high = dimension(_number(parameters, "beta_slow", 1.0))
+    low = dimension(_read_number(parameters, "beta_fast", 32.0))
+    high = dimension(_read_number(parameters, "beta_slow", 1.0))
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
@@ -93,18 +100,18 @@ def _yarn(
 
 def _yarn_factor(parameters: Mapping[str, object], factor: float) -> float:
     if parameters.get("attention_factor") is not None:
-        return _number(parameters, "attention_factor")
+        return _read_number(parameters, "attention_factor")
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return mscale(_number(parameters, "mscale")) / mscale(_number(parameters, "mscale_all_dim"))
+        return mscale(_read_number(parameters, "mscale")) / mscale(_read_number(parameters, "mscale_all_dim"))
     return mscale(1.0)
 
 
 def _longrope(plain: Tensor, parameters: Mapping[str, object], max_positions: int) -> tuple[Tensor, float]:
-    original = _number(parameters, "original_max_position_embeddings", max_positions)
+    original = _read_number(parameters, "original_max_position_embeddings", max_positions)
     name = "long_factor" if max_positions > original else "short_factor"
     stretch = parameters.get(name)
     if (
@@ -118,12 +125,12 @@ def _longrope(plain: Tensor, parameters: Mapping[str, object], max_positions: in
 
 def _longrope_factor(parameters: Mapping[str, object], original: float, max_positions: int) -> float:
     if parameters.get("attention_factor") is not None:
-        return _number(parameters, "attention_factor")
-    factor = _number(parameters, "factor", max_positions / original)
+        return _read_number(parameters, "attention_factor")
+    factor = _read_number(parameters, "factor", max_positions / original)
     return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def _number(parameters: Mapping[str, object], name: str, default: float | None = None) -> float:
+def _read_number(parameters: Mapping[str, object], name: str, default: float | None = None) -> float:
     value = parameters.get(name)
     value = default if value is None else value
     if not isinstance(value, int | float):

@@ -1,10 +1,10 @@
-"""Draw one token per row with counter-based noise, from logits or straight from a head.
+"""Sampling of one token per row with counter-based noise, from logits or directly from a head.
 
     token = argmax_v z_v / temperature + g_v        g_v ~ Gumbel(0, 1), a function of (key of the row, v) alone
 
 The argmax of logits plus Gumbel noise is an exact draw from their softmax. The order of the filters is that of
-transformers' logits processors: temperature, then top-k, top-p, min-p; ties at a boundary are kept. Without filters
-nobody has to see the logits: `linear_sample` draws while it walks the head.
+transformers' logits processors: temperature, then top-k, top-p, min-p; ties at a boundary are kept. Without filters the
+logits need not be stored: `linear_sample` draws while it computes them.
 
 Shapes:  B rows   V vocabulary   D model width
 """
@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.head import check_head, check_positive, row_logsumexp, slices, squash
+from genssd.kernels.head import check_head, check_positive, iter_slices, row_logsumexp, squash
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
-from genssd.kernels.native import available, detached, takes
+from genssd.kernels.native import detach, has_native_kernels, runs_natively
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 
 class Draw(NamedTuple):
-    """tokens: int64 [B]. logprob: float32 [B], each token's log-probability at temperature 1."""
+    """Tokens drawn from a head."""
 
     tokens: Tensor
+    """The token of every row, int64 [B]."""
     logprob: Tensor
+    """Log-probability of every token at temperature 1, float32 [B]."""
 
 
 def sample(
@@ -42,12 +44,12 @@ def sample(
     min_p: float = 0.0,
     checked: bool = True,
 ) -> Tensor:
-    """Return one token id per row, int64 [B].
+    """Draw one token id per row from softmax(logits / temperature) after the filters; return int64 [B].
 
-    logits_BV: float32 raw logits; -inf bans a token. key_B: int64, the 64 bits that the row's noise depends on.
-    temperature 0 takes the largest logit (the lowest id of a tie); top_k 0, top_p 1 and min_p 0 filter nothing.
-    Raises ValueError on an option outside its range, NonFiniteLogits on a row with a NaN, a +inf or no finite logit.
-    checked: False does not wait for the device; such a row then has the token -1.
+    logits_BV: float32, before temperature; -inf bans a token. key_B: int64, the 64 bits that the row's noise depends
+    on. temperature 0 takes the largest logit (of a tie, the one with the lowest id); top_k 0, top_p 1 and min_p 0 are
+    no filters. Raises ValueError on an option out of range and, where checked, NonFiniteLogits on a row with a NaN, a
+    +inf or no finite logit. Without checked the host does not wait for the device, and such a row gets the token -1.
     """
     check_options(temperature, top_k, top_p, min_p)
     if logits_BV.ndim != 2 or key_B.shape != logits_BV.shape[:1] or key_B.dtype != torch.int64:
@@ -72,12 +74,13 @@ def linear_sample(
     vocabulary: int | None = None,
     checked: bool = True,
 ) -> Draw:
-    """Draw from softmax(z / temperature), z being the head's logits (see head.py), without keeping them.
+    """Draw one token per row from softmax(z / temperature) without storing the head's logits z (see head.py).
 
-    The same tokens as `sample` on these logits. vocabulary: only ids below it are drawn (the rest of the head is
-    padding); all of the head counts in logprob. Raises ValueError on shapes that do not agree and on an option out of
-    range, NonFiniteLogits on a row with a NaN, a +inf or no finite logit. checked: False does not wait for the device;
-    such a row then has the token -1 and the log-probability NaN.
+    The tokens equal those of `sample` on these logits. key_B: int64, the 64 bits that the row's noise depends on.
+    vocabulary: only ids below it are drawn, because the rest of the head is padding; the log-probability counts the
+    full head. Raises ValueError on shapes that do not agree and on an option out of range and, where checked,
+    NonFiniteLogits on a row with a NaN, a +inf or no finite logit. Without checked the host does not wait for the
+    device, and such a row gets the token -1 and the log-probability NaN.
     """
     check_head("linear_sample", hidden_BD, weight_VD)
     check_options(temperature, 0, 1.0, 0.0)
@@ -93,7 +96,7 @@ def linear_sample(
         raise ValueError(f"linear_sample: vocabulary must be in 1..{V}, not {vocabulary}")
     options = (key_B, bias, temperature, softcap, vocabulary or V)
     if isinstance(weight_VD, PackedWeight):
-        draw = Draw(*_native(hidden_BD.contiguous(), weight_VD, *options))
+        draw = Draw(*_draw_natively(hidden_BD.contiguous(), weight_VD, *options))
     else:
         draw = Draw(*_linear_sample(hidden_BD, weight_VD, *options))
     if checked:
@@ -103,9 +106,9 @@ def linear_sample(
 
 @torch.library.custom_op("genssd::sample", mutates_args=())
 def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    if takes(logits_BV) and logits_BV.dtype == torch.float32:
+    if runs_natively(logits_BV) and logits_BV.dtype == torch.float32:
         tokens = torch.empty_like(key_B, memory_format=torch.contiguous_format)
-        # as keep_likely takes it, in float32; 0, which a min_p next to 1 gives, would be no filter
+        # the logarithm is rounded to float32 as in keep_likely; the 0 of a min_p close to 1 would mean no filter
         log_min_p = min(float(torch.log(torch.tensor(min_p))), -1e-30) if min_p > 0.0 else 0.0
         _core.sample(
             logits_BV, key_B.contiguous(), temperature, top_k, top_p, log_min_p, tokens, torch.get_num_threads()
@@ -149,8 +152,8 @@ def _linear_sample(
     softcap: float | None,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    if takes(hidden_BD, weight_VD, bias):
-        return _native(hidden_BD, weight_VD, key_B, bias, temperature, softcap, vocabulary)
+    if runs_natively(hidden_BD, weight_VD, bias):
+        return _draw_natively(hidden_BD, weight_VD, key_B, bias, temperature, softcap, vocabulary)
     B, V = len(hidden_BD), len(weight_VD)
     tokens, logprob = torch.empty_like(key_B), hidden_BD.new_empty(B, dtype=torch.float32)
     rows = max(1, LOGITS_BYTES // (4 * V))
@@ -162,7 +165,7 @@ def _linear_sample(
             z += bias
         z = squash(z, 1.0, softcap)
         logsumexp = row_logsumexp(z, 1.0, None)
-        for part in slices(len(z), V):
+        for part in iter_slices(len(z), V):
             drawn = _sample(z[part, :vocabulary], key_B[block][part], temperature, 0, 1.0, 0.0)
             tokens[block][part] = drawn.masked_fill(~logsumexp[part].isfinite(), -1)
             chosen = z[part].gather(1, drawn.clamp_min(0)[:, None])[:, 0] - logsumexp[part]
@@ -170,7 +173,7 @@ def _linear_sample(
     return tokens, logprob
 
 
-def _native(
+def _draw_natively(
     hidden_BD: Tensor,
     weight_VD: Weight,
     key_B: Tensor,
@@ -182,7 +185,7 @@ def _native(
     tokens = torch.empty_like(key_B, memory_format=torch.contiguous_format)
     logprob = hidden_BD.new_empty(len(hidden_BD), dtype=torch.float32)
     _core.linear_sample(
-        hidden_BD.detach(), cells_of(weight_VD), weight_VD.shape[0], key_B.contiguous(), detached(bias),
+        hidden_BD.detach(), cells_of(weight_VD), weight_VD.shape[0], key_B.contiguous(), detach(bias),
         temperature, softcap or 0.0, vocabulary, tokens, logprob, torch.get_num_threads(),
     )  # fmt: skip
     return tokens, logprob
@@ -198,7 +201,7 @@ def _linear_sample_triton(
     softcap: float | None,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    from genssd.kernels.head_triton import launch_on
+    from genssd.kernels.head_triton import choose_launch
     from genssd.kernels.sampling_triton import draw_rows
 
     return draw_rows(
@@ -209,7 +212,7 @@ def _linear_sample_triton(
         temperature,
         softcap,
         vocabulary,
-        launch=launch_on(hidden_BD, drawing=True),
+        launch=choose_launch(hidden_BD, drawing=True),
     )
 
 
@@ -219,13 +222,13 @@ def _(hidden_BD: Tensor, weight_VD: Tensor, key_B: Tensor, *rest: object) -> tup
 
 
 def _require_drawn(function: str, token_B: Tensor) -> None:
-    """The host waits for the device."""
+    """Raise NonFiniteLogits, naming the function and the first row without a token. The host waits for the device."""
     if bool((token_B < 0).any()):
         raise NonFiniteLogits(function, int((token_B < 0).nonzero()[0]))
 
 
 def check_options(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Raise ValueError naming the option that is out of range."""
+    """Raise ValueError naming the first sampling option that is out of range."""
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature must be >= 0 and finite, not {temperature}")
     if top_k < 0:
@@ -237,16 +240,19 @@ def check_options(temperature: float, top_k: int, top_p: float, min_p: float) ->
 
 
 def keep_likely(z_BV: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Set to -inf what top-k, top-p and min-p remove, in that order, each over what the one before left."""
+    """Return the logits with -inf for the tokens that top-k, top-p and min-p remove, applied in that order.
+
+    Each filter renormalises over the tokens that the filters before it kept.
+    """
     sorted_BV = z_BV.sort(dim=1, descending=True).values
     kept_BV = torch.ones_like(sorted_BV, dtype=torch.bool)
     if 0 < top_k < z_BV.shape[1]:
         kept_BV &= sorted_BV >= sorted_BV[:, top_k - 1 : top_k]
     if top_p < 1.0:
         p_BV = sorted_BV.masked_fill(~kept_BV, -torch.inf).softmax(dim=1)
-        before_BV = p_BV.cumsum(dim=1) - p_BV  # mass of the strictly earlier tokens; the first always stays
+        before_BV = p_BV.cumsum(dim=1) - p_BV  # probability of the tokens before each; the first is always kept
         kept_BV &= before_BV < top_p
-    # every filter keeps a prefix of the sorted row, so the last kept value is the threshold; ties with it stay
+    # every filter keeps a prefix of the sorted row, so the last kept value is the threshold; ties with it are kept
     threshold_B1 = sorted_BV.masked_fill(~kept_BV, torch.inf).amin(dim=1, keepdim=True)
     if min_p > 0.0:
         # p >= min_p * p_max is z >= z_max + log(min_p)
@@ -256,8 +262,8 @@ def keep_likely(z_BV: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 
 def gumbel_noise(key_B: Tensor, vocabulary: int) -> Tensor:
-    """Gumbel(0, 1) noise, float32 [B, vocabulary]: entry (b, v) depends on (key_B[b], v) alone."""
-    if key_B.device.type != "cpu" or not available():
+    """Return Gumbel(0, 1) noise, float32 [B, vocabulary], whose entry (b, v) depends on (key_B[b], v) alone."""
+    if key_B.device.type != "cpu" or not has_native_kernels():
         return gumbel_reference(key_B, vocabulary)
     noise = torch.empty(key_B.shape[0], vocabulary)
     _core.gumbel_noise(key_B.contiguous(), noise, torch.get_num_threads())
@@ -265,14 +271,17 @@ def gumbel_noise(key_B: Tensor, vocabulary: int) -> Tensor:
 
 
 def gumbel_reference(key_B: Tensor, vocabulary: int) -> Tensor:
-    """The same noise in plain torch."""
+    """Compute `gumbel_noise` in plain torch."""
     bits = philox_reference(key_B[:, None], torch.arange(vocabulary, device=key_B.device)[None, :])
     u = (bits.double() + 0.5) * 2.0**-32
     return (-torch.log(-torch.log1p(-u))).float()
 
 
 def philox_reference(key: Tensor, counter: Tensor) -> Tensor:
-    """First output word of Philox 4x32-10 (Salmon et al. 2011), in [0, 2^32). key, counter: int64, broadcast."""
+    """Return the first output word of Philox 4x32-10 (Salmon et al., 2011), int64 in [0, 2^32).
+
+    key, counter: int64, which broadcast.
+    """
     low = 0xFFFFFFFF
     c0, c1 = counter & low, (counter >> 32) & low
     c2 = c3 = torch.zeros_like(c0)

@@ -1,6 +1,7 @@
-"""The Triton kernels behind `sample` and `linear_sample`.
+"""Triton kernels of `sample` and `linear_sample`.
 
-Noise is Gumbel's, from Philox 4x32-10 with the row's key and the token's id as counter: the bits of the CPU's.
+The noise is Gumbel's, from Philox 4x32-10 with the row's key, and the token's id as counter: the same random bits as on
+the CPU.
 
 Shapes:  B rows   V vocabulary   D model width   S splits
 """
@@ -12,37 +13,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels.head_triton import Launch, logits_tile, rescale, safe_peak
-from genssd.kernels.logprob_triton import splits_of
+from genssd.kernels.head_triton import HeadLaunch, logits_tile, rescale, safe_peak
+from genssd.kernels.logprob_triton import divide_vocabulary
 
 BLOCK = 2048  # entries of a row that a program holds at once
 
 
 @triton.jit
 def _gumbel(key, v):
-    """-log(-log(1 - u)) with u in (0, 1) from the 32 bits of (key, v). Precise for small u, the large noise."""
+    """Return -log(-log(1 - u)) with u in (0, 1) from the 32 random bits of (key, v).
+
+    It is precise for small u, which yield the large noise that decides draws.
+    """
     zero = v * 0
     bits, _, _, _ = tl.philox(key, v, zero, zero, zero)
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-8)
     w = 1.0 - u
-    # Kahan's log1p: what 1 - u lost by rounding is put right by the quotient
+    # Kahan's log1p: the quotient corrects the rounding error of 1 - u
     t = tl.where(w == 1.0, u, -tl.log(w) * (u / tl.where(w == 1.0, 1.0, 1.0 - w)))
     return -tl.log(t)
 
 
 @triton.jit
 def _ordered(z):
-    """An int32 that orders as the float does."""
+    """Return an int32 with the same order as the float32 z."""
     bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)  # -0 is 0
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _smallest_cut(x, V, temperature, peak, low, high, floor, bound, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The smallest ordered value t in [low, high] for which what lies strictly above it weighs less than bound.
+    """Return the smallest ordered value t in [low, high] such that the entries above t weigh less than bound together.
 
-    An entry weighs 1 (COUNT) or e^(z - peak), nothing below floor. Three cuts are tried in a pass: a quarter of the
-    range is left by each.
+    An entry weighs 1 (COUNT) or e^(z - peak), and 0 below floor. Every pass tries three cuts and keeps a quarter of the
+    range.
     """
     lane = tl.arange(0, BLOCK)
     while low < high:
@@ -75,7 +79,7 @@ def _sample_kernel(
     V, stride, temperature, top_k, top_p, log_min_p,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row. The token is -1 when the row has a NaN, a +inf or nothing finite."""
+    """Draw the token of one row: -1 where the row has a NaN, a +inf or no finite entry."""
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * stride
     seed = tl.load(key + row)
@@ -136,7 +140,7 @@ def sample_rows(
     *,
     block: int = BLOCK,
 ) -> Tensor:
-    """int64 [B]; -1 where a row has a NaN, a +inf or nothing finite."""
+    """Draw one token per row of logits, int64 [B]; -1 where a row has a NaN, a +inf or no finite entry."""
     B, V = logits_BV.shape
     tokens = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
     greedy = temperature == 0.0
@@ -156,7 +160,7 @@ def _draw_split_kernel(
     GREEDY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Of every row's split: the peak and sum of its softmax, its best noisy logit, that token and its logit."""
+    """Compute, for every row and split, the peak and sum of the softmax, the best noisy logit, its token and logit."""
     blocks = tl.cdiv(B, BLOCK)
     splits = tl.cdiv(tl.cdiv(V, BLOCK), tiles_per_split)
     lane = tl.arange(0, BLOCK)
@@ -215,16 +219,16 @@ def _draw_merge_kernel(
     z_token = tl.zeros([BLOCK], tl.float32)
     for split in range(0, S):
         at = partial + split * B + n
-        their_peak = tl.load(at, mask=kept, other=0.0)
-        their_total = tl.load(at + S * B, mask=kept, other=1.0)
-        their_best = tl.load(at + 2 * S * B, mask=kept, other=0.0)
-        base = safe_peak(tl.maximum(peak, their_peak))
-        total = rescale(peak, base) * total + rescale(their_peak, base) * their_total
-        peak = tl.maximum(peak, their_peak)
-        better = their_best > best
+        split_peak = tl.load(at, mask=kept, other=0.0)
+        split_total = tl.load(at + S * B, mask=kept, other=1.0)
+        split_best = tl.load(at + 2 * S * B, mask=kept, other=0.0)
+        base = safe_peak(tl.maximum(peak, split_peak))
+        total = rescale(peak, base) * total + rescale(split_peak, base) * split_total
+        peak = tl.maximum(peak, split_peak)
+        better = split_best > best
         token = tl.where(better, tl.load(winner + split * B + n, mask=kept, other=0), token)
         z_token = tl.where(better, tl.load(at + 3 * S * B, mask=kept, other=0.0), z_token)
-        best = tl.where(better, their_best, best)
+        best = tl.where(better, split_best, best)
     lse = peak + tl.log(total)
     # a NaN or an infinity anywhere in the row has reached its log-sum-exp
     sound = (lse == lse) & (lse > -float("inf")) & (lse < float("inf"))
@@ -241,12 +245,12 @@ def draw_rows(
     softcap: float | None,
     vocabulary: int,
     *,
-    launch: Launch,
+    launch: HeadLaunch,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (int64 [B], -1 where the logits are not finite) and their log-probabilities (float32 [B])."""
+    """Draw tokens from a head: int64 [B], -1 where the logits are not finite, and log-probabilities, float32 [B]."""
     B, D = hidden_BD.shape
     V, tiles, device = weight_VD.shape[0], launch.tiles, hidden_BD.device
-    S, per_split = splits_of(V, tiles.block)
+    S, per_split = divide_vocabulary(V, tiles.block)
     partial = torch.empty(4, S, B, dtype=torch.float32, device=device)
     winner = torch.empty(S, B, dtype=torch.int32, device=device)
     tokens = torch.empty(B, dtype=torch.int64, device=device)

@@ -1,8 +1,8 @@
 """Weights packed for the native CPU kernels.
 
-They read a matrix 64 rows at a time, side by side, so that one instruction multiplies several rows by one input. A
-weight that lies so already is read from memory in one stream, which is what decoding waits for; another is brought into
-that order piece by piece, each time it is used. The results are the same, bit for bit.
+The kernels read a matrix in panels of 64 interleaved rows, so that one instruction multiplies several rows by one
+input. A packed weight already has this order and is read from memory in one stream, which bounds the speed of decoding;
+any other weight is brought into this order piece by piece, each time it is used. The results are the same, bit for bit.
 
 Shapes:  M rows (outputs)   D inputs
 """
@@ -15,22 +15,21 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.native import takes
+from genssd.kernels.native import runs_natively
 
 PANEL = 64
-"""Rows side by side."""
+"""Number of interleaved rows of a panel."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A matrix [M, D] on the CPU that is not trained.
-
-    cells: [ceil(M / 64), ceil(D / v), 64, v], where a cell is v values of a row, 2 of bfloat16 and 1 of others; zeros
-    where there is no row or no value.
-    """
+    """A matrix [M, D] on the CPU, packed for the native kernels; it is not trained."""
 
     cells: Tensor
+    """[ceil(M / 64), ceil(D / v), 64, v], where a cell is v values of a row: 2 of bfloat16, 1 of other dtypes; padded
+    with zeros."""
     shape: tuple[int, int]
+    """The shape (M, D) of the matrix without padding."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,9 +43,9 @@ class PackedWeight:
 Weight = Tensor | PackedWeight
 
 
-def pack(weight_MD: Tensor) -> Weight:
-    """A copy for the native kernels; the weight itself where they would not take it."""
-    if not takes(weight_MD):
+def pack_weight(weight_MD: Tensor) -> Weight:
+    """Return a packed copy of a weight, or the weight itself where the native kernels do not compute with it."""
+    if not runs_natively(weight_MD):
         return weight_MD
     (M, D), v = weight_MD.shape, 2 if weight_MD.dtype == torch.bfloat16 else 1
     if M % PANEL or D % v:
@@ -56,10 +55,10 @@ def pack(weight_MD: Tensor) -> Weight:
     return PackedWeight(cells, (M, D))
 
 
-def rows_of(weight_MD: Weight, index_N: Tensor) -> Tensor:
-    """Some of its rows, [N, D]. index_N: int64."""
+def select_rows(weight_MD: Weight, index_N: Tensor) -> Tensor:
+    """Return the rows of a weight with the indices index_N (int64), [N, D]."""
     if not isinstance(weight_MD, PackedWeight):
-        return weight_MD.index_select(0, index_N)  # indexing would wake torch's threads, which then hold the cores
+        return weight_MD.index_select(0, index_N)  # indexing would wake torch's threads, which then occupy the cores
     M, D = weight_MD.shape
     out_ND = weight_MD.cells.new_empty(len(index_N), D)
     _core.packed_rows(weight_MD.cells, M, index_N, out_ND)
@@ -67,5 +66,5 @@ def rows_of(weight_MD: Weight, index_N: Tensor) -> Tensor:
 
 
 def cells_of(weight_MD: Weight) -> Tensor:
-    """The tensor that the kernels are given, without its history."""
+    """Return the tensor that represents a weight to the native kernels, without its autograd history."""
     return weight_MD.cells if isinstance(weight_MD, PackedWeight) else weight_MD.detach()

@@ -1,10 +1,10 @@
-"""How time grows on a CPU: tokens per second against branches, length of the shared prefix, and candidates.
+"""Growth of time on a CPU: tokens per second against branches, length of the shared prefix, and candidates.
 
     python -m bench.engine.cpu_growth [--rounds 3] [--json bench/results/cpu_growth.json] [--plot docs/cpu_growth.png]
 
-The model and the workloads are those of cpu_peers.py, one size changed at a time: decoding behind a prefix that is in
-the cache (16 tokens per branch), and scoring, here together with reading the prefix. transformers is measured beside
-ours where that takes seconds; the machine's limit is peers/limits.py's.
+The model and the workloads are those of cpu_peers.py, with one size changed at a time: decoding after a prefix that is
+in the cache (16 tokens per branch), and scoring, here including the prefill of the prefix. transformers is measured as
+well where that takes only seconds; peers/limits.py computes the machine's limit.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from bench.engine.peers.limits import Limits, limit_seconds, measure_limits
-from bench.engine.peers.machine import machine
+from bench.engine.peers.machine import describe_machine
 from bench.engine.peers.model import ensure_model
 from bench.engine.peers.protocol import Peer
-from bench.engine.peers.workloads import SIZES, Sizes, tokens
+from bench.engine.peers.workloads import SIZES, Sizes, count_tokens
 
 DECODED = 16
-PAUSE = 0.3  # seconds; see cpu_peers.py
+PAUSE = 0.3  # seconds between two measurements; see cpu_peers.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Values of one size, and those at which transformers is measured, too."""
+    """Measurements of one workload over the values of one of its sizes.
+
+    transformers_values: values at which transformers is measured as well.
+    """
 
     workload: str
     size: str
     values: tuple[int, ...]
-    beside: tuple[int, ...]
+    transformers_values: tuple[int, ...]
     title: str
     label: str
 
@@ -47,15 +50,15 @@ SERIES = (
         workload="decode",
         size="branches",
         values=(1, 2, 4, 8, 16, 32, 64),
-        beside=(1, 4, 16),
-        title="decoding behind a prefix of {prefix} tokens",
+        transformers_values=(1, 4, 16),
+        title="decoding after a prefix of {prefix} tokens",
         label="branches",
     ),
     Series(
         workload="decode",
         size="prefix",
         values=(128, 256, 512, 1024, 2048, 4096, 8192),
-        beside=(128, 512, 2048),
+        transformers_values=(128, 512, 2048),
         title="decoding {branches} branches",
         label="tokens of the shared prefix",
     ),
@@ -63,15 +66,15 @@ SERIES = (
         workload="score",
         size="candidates",
         values=(1, 2, 4, 8, 16, 32, 64),
-        beside=(1, 4, 16),
+        transformers_values=(1, 4, 16),
         title="scoring {scored} tokens each, and reading the {prefix} before",
         label="candidates",
     ),
 )
 
 
-def seconds_of(peer: Peer, series: Series, value: int, round_: int) -> float:
-    """Of decoding behind a prefix; of scoring with the prefix."""
+def time_once(peer: Peer, series: Series, value: int, round_: int) -> float:
+    """Return the seconds of one run: of decoding after a prefix, or of the prefill of the prefix and scoring."""
     time.sleep(PAUSE)
     changes = {"decoded": DECODED, series.size: value}
     measured = peer.run(series.workload, round_, **changes)
@@ -80,26 +83,27 @@ def seconds_of(peer: Peer, series: Series, value: int, round_: int) -> float:
 
 
 def limit_of(sizes: Sizes, series: Series, limits: Limits) -> float:
-    together = limit_seconds(sizes, "prefill", limits) if series.workload == "score" else 0.0
-    return together + limit_seconds(sizes, series.workload, limits)
+    """Return the seconds that the machine needs at least for what `time_once` measures."""
+    prefill = limit_seconds(sizes, "prefill", limits) if series.workload == "score" else 0.0
+    return prefill + limit_seconds(sizes, series.workload, limits)
 
 
 def measure(peers: list[Peer], sizes: Sizes, rounds: int, limits: Limits) -> list[dict[str, object]]:
-    """A row per series, value and engine; the rounds of both engines take turns."""
+    """Return a row per series, value and engine; the rounds of the engines alternate."""
     rows: list[dict[str, object]] = []
     for series in SERIES:
         for peer in peers:
-            seconds_of(peer, series, series.values[0], 0)  # warms up
+            time_once(peer, series, series.values[0], 0)  # a first run warms the engine up
         for value in series.values:
             changed = replace(sizes, decoded=DECODED, **{series.size: value})
-            count = tokens(changed, series.workload)
-            running = [peer for peer in peers if peer.name == "genssd" or value in series.beside]
-            found: dict[str, list[float]] = {peer.name: [] for peer in running}
+            count = count_tokens(changed, series.workload)
+            running = [peer for peer in peers if peer.name == "genssd" or value in series.transformers_values]
+            seconds_by_engine: dict[str, list[float]] = {peer.name: [] for peer in running}
             for round_ in range(1, 1 + rounds):
                 for peer in running:
-                    found[peer.name].append(seconds_of(peer, series, value, round_))
-            found["limit"] = [limit_of(changed, series, limits)]
-            for name, seconds in found.items():
+                    seconds_by_engine[peer.name].append(time_once(peer, series, value, round_))
+            seconds_by_engine["limit"] = [limit_of(changed, series, limits)]
+            for name, seconds in seconds_by_engine.items():
                 rows.append(
                     {
                         "workload": series.workload,
@@ -117,6 +121,7 @@ def measure(peers: list[Peer], sizes: Sizes, rounds: int, limits: Limits) -> lis
 
 
 def plot(rows: list[dict[str, object]], sizes: Sizes, path: Path) -> None:
+    """Draw tokens per second against the size of every series, both axes logarithmic, into an image file."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -153,19 +158,23 @@ def plot(rows: list[dict[str, object]], sizes: Sizes, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def parse() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="a tiny model: a check of this program, not a measurement")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both engines")
-    parser.add_argument("--model-dir", type=Path, help="where the model and logs are kept; default: a temporary one")
+    parser.add_argument(
+        "--small", action="store_true", help="use a tiny model, to check this program; its times mean nothing"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of threads of each engine")
+    parser.add_argument(
+        "--model-dir", type=Path, help="directory that keeps the model and the logs; default: a temporary one"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
 
 def main() -> None:
-    options = parse()
+    options = parse_options()
     name = "small" if options.small else "full"
     sizes = SIZES[name]
     with ExitStack() as stack:
@@ -183,7 +192,7 @@ def main() -> None:
         report = {
             "command": f"python -m bench.engine.cpu_growth --rounds {options.rounds}"
             + (" --small" if options.small else ""),
-            "machine": machine(options.threads),
+            "machine": describe_machine(options.threads),
             "sizes": asdict(replace(sizes, decoded=DECODED)),
             "rounds": options.rounds,
             "limits": asdict(limits),

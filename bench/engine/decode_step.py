@@ -1,12 +1,12 @@
-"""A whole decode step of many branches behind one long prefix: ours, against transformers' and the memory's limit.
+"""Time of a complete decode step of many branches after one long prefix, against transformers and the memory's limit.
 
     python -m bench.engine.decode_step [--branches 64] [--prefix 4096 16384] [--json bench/results/decode_step.json]
 
-On a GPU a random model of Qwen3-8B's shape in bf16; on a CPU a tiny one, which only checks that all of this works. A
-step is the forward pass for one token of every branch, and drawing the next ones, which the host reads. Its floor is
-the time in which the device copies so many bytes as the weights and the keys and values that differ have. transformers
-runs its own forward pass over a cache that repeats the prefix for every branch, with the same draw behind it, where
-that cache fits. gaps: the share of a step's time in which the device runs no kernel, from torch's profiler.
+On a GPU the model is a random one of Qwen3-8B's shape in bf16; on a CPU it is tiny, which only checks this program. A
+step is the forward pass for one token of every branch, and drawing the next tokens, which the host reads. Its floor is
+the time in which the device copies as many bytes as the weights and the distinct keys and values have. transformers
+runs its own forward pass over a cache that repeats the prefix for every branch, where that cache fits, and then the
+same draw. gaps: the fraction of a step's time in which the device runs no kernel, from torch's profiler.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench.support.roofs import Roofs, measure_roofs, synchronize
+from bench.support.device_limits import DeviceLimits, measure_device_limits, synchronize
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
@@ -47,30 +47,32 @@ TINY = {
 Step = Callable[[list[int]], list[int]]
 
 
-def models() -> tuple[Any, Decoder]:
-    """transformers' and ours, over the same weights."""
+def build_models() -> tuple[Any, Decoder]:
+    """Return transformers' model and genssd's decoder, which use the same weight tensors."""
     config = Qwen3Config(**(QWEN3_8B if GPU else TINY), max_position_embeddings=40960, tie_word_embeddings=False)
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPE)
     with torch.device(DEVICE):
-        theirs: Any = Qwen3ForCausalLM(config).eval()
+        reference: Any = Qwen3ForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     with TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         shape = ModelConfig.load(Path(directory))
-    ours = Decoder.of(shape, theirs.state_dict(), Path("random"))
-    for name, part in ours.stacked().items():
-        theirs.get_parameter(name).data = part
-    return theirs, ours
+    decoder = Decoder.of(shape, reference.state_dict(), Path("random"))
+    for name, part in decoder.stacked().items():
+        reference.get_parameter(name).data = part
+    return reference, decoder
 
 
 def draw(hidden: Tensor, head: Tensor) -> list[int]:
+    """Take the most likely token of every row of hidden states."""
     keys = torch.arange(len(hidden), device=hidden.device)
     tokens: list[int] = linear_sample(hidden, head, keys, temperature=0.0).tokens.tolist()
     return tokens
 
 
-def our_steps(decoder: Decoder, prompt: list[int], branches: int, steps: int) -> tuple[Step, list[int]]:
+def genssd_steps(decoder: Decoder, prompt: list[int], branches: int, steps: int) -> tuple[Step, list[int]]:
+    """Return genssd's decode step of branches after a prompt, and the first token."""
     pages = len(prompt) // PAGE + branches * (steps // PAGE + 3) + 2
     runner = ModelRunner("teacher", Path("random"), decoder, PagePool.for_model(decoder, pages, PAGE))
     trunk = runner.tree.root()
@@ -84,7 +86,8 @@ def our_steps(decoder: Decoder, prompt: list[int], branches: int, steps: int) ->
     return step, draw(hidden[-1:], decoder.head)
 
 
-def their_steps(model: Any, prompt: list[int], branches: int) -> tuple[Step, list[int]]:
+def transformers_steps(model: Any, prompt: list[int], branches: int) -> tuple[Step, list[int]]:
+    """Return transformers' decode step of branches after a prompt, and the first token."""
     cache = DynamicCache()
     for start in range(0, len(prompt), 1024):
         ids = torch.tensor([prompt[start : start + 1024]], device=DEVICE)
@@ -100,7 +103,7 @@ def their_steps(model: Any, prompt: list[int], branches: int) -> tuple[Step, lis
 
 
 def timed(step: Step, tokens: list[int], steps: int) -> tuple[list[float], list[int]]:
-    """Seconds of each step, after three that are not counted, and the last tokens."""
+    """Return the seconds of each step, after three that are not counted, and the last tokens."""
     seconds = []
     for i in range(steps + 3):
         synchronize(DEVICE)
@@ -112,40 +115,42 @@ def timed(step: Step, tokens: list[int], steps: int) -> tuple[list[float], list[
     return seconds, tokens
 
 
-def gaps(step: Step, tokens: list[int]) -> float:
-    """The share of three steps, from the first kernel to the last, in which none runs."""
+def idle_fraction(step: Step, tokens: list[int]) -> float:
+    """Return the fraction of three steps' time, from the first kernel to the last, in which no kernel runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(3):
             tokens = step(tokens)
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
-    busy, reached = 0.0, spans[0][0]
+    busy, covered_until = 0.0, spans[0][0]
     for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return 1 - busy / (reached - spans[0][0])
+        busy += max(0.0, end - max(start, covered_until))
+        covered_until = max(covered_until, end)
+    return 1 - busy / (covered_until - spans[0][0])
 
 
-def measure(theirs: Any, decoder: Decoder, roofs: Roofs, prefix: int, branches: int, steps: int) -> dict[str, Any]:
+def measure(
+    reference: Any, decoder: Decoder, limits: DeviceLimits, prefix: int, branches: int, steps: int
+) -> dict[str, Any]:
     prompt = torch.randint(0, decoder.config.vocab_size, (prefix,), generator=torch.Generator().manual_seed(0)).tolist()
-    weights = sum(p.nbytes for name, p in theirs.named_parameters() if "embed_tokens" not in name)
+    weights = sum(p.nbytes for name, p in reference.named_parameters() if "embed_tokens" not in name)
     unique = (prefix + branches * steps // 2) * decoder.kv_bytes_per_token
-    row: dict[str, Any] = {"branches": branches, "prefix": prefix, "floor_ms": 1e3 * (weights + unique) / roofs.bytes}
-    step, first = our_steps(decoder, prompt, branches, steps + 6)
+    row: dict[str, Any] = {"branches": branches, "prefix": prefix, "floor_ms": 1e3 * (weights + unique) / limits.bytes}
+    step, first = genssd_steps(decoder, prompt, branches, steps + 6)
     seconds, tokens = timed(step, first * branches, steps)
     row["genssd_ms"] = 1e3 * statistics.median(seconds)
     row["share_of_floor"] = row["floor_ms"] / row["genssd_ms"]
     if GPU:
-        row["genssd_gaps"] = gaps(step, tokens)
+        row["genssd_gaps"] = idle_fraction(step, tokens)
     del step
     try:
-        step, their_first = their_steps(theirs, prompt, branches)
-        their_seconds, their_tokens = timed(step, their_first * branches, steps)
+        step, reference_first = transformers_steps(reference, prompt, branches)
+        reference_seconds, reference_tokens = timed(step, reference_first * branches, steps)
     except torch.OutOfMemoryError:
         return row | {"transformers": "out of memory"}
-    row["transformers_ms"] = 1e3 * statistics.median(their_seconds)
-    row["same_tokens"] = sum(a == b for a, b in zip(tokens, their_tokens, strict=True)) / branches
+    row["transformers_ms"] = 1e3 * statistics.median(reference_seconds)
+    row["same_tokens"] = sum(a == b for a, b in zip(tokens, reference_tokens, strict=True)) / branches
     if not GPU:
         assert row["same_tokens"] == 1, "the models disagree"
     return row
@@ -159,15 +164,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32 if GPU else 8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    roofs = measure_roofs(DEVICE, DTYPE)
-    theirs, decoder = models()
+    limits = measure_device_limits(DEVICE, DTYPE)
+    reference, decoder = build_models()
     rows = []
     for prefix in options.prefix:
-        rows.append(measure(theirs, decoder, roofs, prefix, options.branches, options.steps))
+        rows.append(measure(reference, decoder, limits, prefix, options.branches, options.steps))
         print(rows[-1], flush=True)
     if options.json:
         machine = {"device": torch.cuda.get_device_name() if GPU else "cpu", "torch": torch.__version__}
-        options.json.write_text(json.dumps({**machine, "copy_gbps": roofs.bytes / 1e9, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**machine, "copy_gbps": limits.bytes / 1e9, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Decode attention of branches behind a shared prefix: ours, with and without sharing, and others over the same pages.
+"""Benchmarks of decode attention of branches after a shared prefix, with and without sharing, against other libraries.
 
 Run: `make bench` (small shapes on a CPU), `bench/gpu.sh` (the shapes of an 8B model on a GPU). Every implementation is
-checked against float64 before it is timed, and the cache is flushed before every round. share_of_copy in extra_info is
-the rate at which the keys and values that differ are read, over that of a copy: 1 is all that the device can do. What
-an implementation prepares once per step (tables, plans, masks) is not timed; bench/kernels/table.py times ours.
+checked against float64 before it is timed, and the cache is flushed before every round. All read the same pages.
+share_of_copy in extra_info is the rate at which the distinct keys and values are read, divided by the rate of a copy,
+so 1 is the limit of the device. The preparation of a step (tables, plans, masks) is not timed;
+bench/kernels/segment_table.py times it for genssd.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from typing import Any
 
 import pytest
 import torch
-from bench.kernels.bench_head import peer
-from bench.support.roofs import Roofs, flush_cache, synchronize
+from bench.kernels.bench_head import import_or_skip
+from bench.support.device_limits import DeviceLimits, flush_cache, synchronize
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from genssd.kernels.attention import SEGMENT, UNIT_ROWS, paged_attention, segment_table
+from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, build_segment_table, paged_attention
 from genssd.kernels.device_table import DeviceTable
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 HEADS, KV_HEADS, WIDTH, PAGE = (32, 8, 128, 16) if GPU else (8, 4, 64, 16)
-OWN = 64  # tokens of a branch behind the prefix
-LARGEST_COPY = 8 << 30  # bytes of keys and values that an implementation may gather for itself
+OWN = 64  # tokens of a branch after the prefix
+LARGEST_COPY = 8 << 30  # largest size in bytes of the keys and values that an implementation may gather
 
 SHAPES = (
     [(branches, prefix) for prefix in (128, 1536, 4608, 32768) for branches in (1, 8, 64, 256)]
     if GPU
     else [(8, 128), (8, 1024), (64, 1024)]
 )
-"""(branches, tokens of the prefix). Most prefixes end within a segment: the rest of it every branch reads by itself."""
+"""(branches, tokens of the prefix). Most prefixes end within a segment, whose tokens every branch then reads itself."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """One token of every branch. pages: int32 [branches, pages of one]."""
+    """Inputs of one decoding step: one query token per branch. pages: int32 [branches, pages of a branch]."""
 
     branches: int
     prefix: int
@@ -58,8 +59,8 @@ class Step:
         q = torch.randn(branches, HEADS, WIDTH, generator=generator, device=DEVICE).to(DTYPE)
         return Step(branches, prefix, q, kv, pages)
 
-    def gathered(self, rows: slice = slice(None)) -> Tensor:
-        """Keys and values of each branch by themselves: [2, branches, kv heads, tokens, width]."""
+    def gather(self, rows: slice = slice(None)) -> Tensor:
+        """Gather the keys and values of each branch: [2, branches, kv heads, tokens, width]."""
         return self.kv[:, self.pages[rows].long()].flatten(2, 3).transpose(2, 3)
 
     @property
@@ -71,24 +72,24 @@ class Step:
         return self.branches * self.length * 2 * KV_HEADS * WIDTH * self.kv.element_size()
 
     def exact(self, rows: slice) -> Tensor:
-        k, v = self.gathered(rows).double().repeat_interleave(HEADS // KV_HEADS, 2)
+        k, v = self.gather(rows).double().repeat_interleave(HEADS // KV_HEADS, 2)
         z = torch.einsum("bhe,bhte->bht", self.q[rows].double(), k) * WIDTH**-0.5
         return torch.einsum("bht,bhte->bhe", z.softmax(-1), v)
 
 
-def ours(step: Step, unit_rows: int, segment: int = SEGMENT[DEVICE.type]) -> Callable[[], Tensor]:
+def genssd(step: Step, unit_rows: int, segment: int = SEGMENT_TOKENS[DEVICE.type]) -> Callable[[], Tensor]:
     one = torch.ones(step.branches, dtype=torch.int32)
-    table = segment_table(
+    table = build_segment_table(
         step.pages.cpu(), torch.arange(step.branches, dtype=torch.int32), one * (step.length - 1), one,
         page_size=PAGE, segment=segment, unit_rows=unit_rows,
     )  # fmt: skip
-    there = DeviceTable.of(table, DEVICE) if GPU else table
-    return lambda: paged_attention(step.q, step.kv[0], step.kv[1], there, scale=WIDTH**-0.5)
+    device_table = DeviceTable.upload(table, DEVICE) if GPU else table
+    return lambda: paged_attention(step.q, step.kv[0], step.kv[1], device_table, scale=WIDTH**-0.5)
 
 
 def eager(step: Step) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        k, v = step.gathered()
+        k, v = step.gather()
         q = step.q.view(step.branches, KV_HEADS, -1, WIDTH)
         weight = (q @ k.transpose(2, 3) * WIDTH**-0.5).float().softmax(-1).to(DTYPE)
         return (weight @ v).view(step.branches, HEADS, WIDTH)
@@ -97,14 +98,17 @@ def eager(step: Step) -> Callable[[], Tensor]:
 
 
 def sdpa(step: Step) -> Callable[[], Tensor]:
-    """Over keys and values that were gathered before."""
-    k, v = step.gathered().contiguous()
+    """Return torch's attention over keys and values that were gathered before."""
+    k, v = step.gather().contiguous()
     attend = torch.nn.functional.scaled_dot_product_attention
     return lambda: attend(step.q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
 
 def flex(step: Step) -> Callable[[], Tensor]:
-    """All branches as the rows of one sequence over all pages, masked to each one's own: it shares, too."""
+    """Return flex attention with all branches as rows of one sequence over all pages, each masked to its own pages.
+
+    It reads a shared page once, too.
+    """
     if not GPU:
         pytest.skip("compiles for GPUs alone")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -121,8 +125,8 @@ def flex(step: Step) -> Callable[[], Tensor]:
 
 
 def transformers_paged(step: Step) -> Callable[[], Tensor]:
-    """Its eager paged attention, which gathers the keys of all sequences behind each other and masks them apart."""
-    attend = peer("transformers.integrations.eager_paged", "eager_paged_attention_forward")
+    """Return transformers' eager paged attention, which concatenates the keys of all sequences and masks them."""
+    attend = import_or_skip("transformers.integrations.eager_paged", "eager_paged_attention_forward")
     tokens = (step.pages.long()[..., None] * PAGE + torch.arange(PAGE, device=DEVICE)).flatten()
 
     class Cache:
@@ -140,19 +144,20 @@ def transformers_paged(step: Step) -> Callable[[], Tensor]:
 
 
 def flashinfer(step: Step, cascade: bool) -> Callable[[], Tensor]:
+    """Return flashinfer's paged attention; cascade: with a level of its own for the shared prefix."""
     name = "MultiLevelCascadeAttentionWrapper" if cascade else "BatchDecodeWithPagedKVCacheWrapper"
-    wrapper = peer("flashinfer", name)
+    wrapper = import_or_skip("flashinfer", name)
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
     shared, total = step.prefix // PAGE, step.length // PAGE
 
     def plan(count: int, pages: Tensor) -> list[Tensor]:
-        """indptr, indices and filled slots of the last page, of so many sequences of equal length."""
+        """Return indptr, page indices and filled slots of the last page for `count` sequences of equal length."""
         indptr = torch.arange(count + 1, device=DEVICE, dtype=torch.int32) * (pages.numel() // count)
         full = torch.full((count,), PAGE, device=DEVICE, dtype=torch.int32)
         return [indptr, pages.flatten().contiguous(), full]
 
     sizes = (HEADS, KV_HEADS, WIDTH, PAGE)
-    kv = step.kv.transpose(0, 1).contiguous()  # its layout
+    kv = step.kv.transpose(0, 1).contiguous()  # flashinfer's layout
     if not cascade:
         attention = wrapper(workspace, "NHD", use_tensor_cores=True)
         attention.plan(*plan(step.branches, step.pages), *sizes, q_data_type=DTYPE, kv_data_type=DTYPE)
@@ -165,10 +170,14 @@ def flashinfer(step: Step, cascade: bool) -> Callable[[], Tensor]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Step], Callable[[], Tensor]]] = {
-    "genssd": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS)),
-    "genssd-segments-of-256": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS), 256),
-    "genssd-segments-of-512": lambda step: ours(step, UNIT_ROWS[DEVICE.type] // (HEADS // KV_HEADS), 512),
-    "genssd-unshared": lambda step: ours(step, 1),
+    "genssd": lambda step: genssd(step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS)),
+    "genssd-segments-of-256": lambda step: genssd(
+        step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS), 256
+    ),
+    "genssd-segments-of-512": lambda step: genssd(
+        step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS), 512
+    ),
+    "genssd-unshared": lambda step: genssd(step, 1),
     "eager": eager,
     "sdpa": sdpa,
     "flex": flex,
@@ -181,12 +190,14 @@ GATHERING = ("eager", "sdpa", "transformers")
 
 @pytest.mark.parametrize(("branches", "prefix"), SHAPES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decoding(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, branches: int, prefix: int) -> None:
+def test_decoding(
+    benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, branches: int, prefix: int
+) -> None:
     step = Step.random(branches, prefix)
     if implementation in GATHERING and step.copy_bytes > LARGEST_COPY:
         pytest.skip(f"would gather {step.copy_bytes >> 30} GiB")
     if implementation == "transformers" and branches * step.copy_bytes > 4 * LARGEST_COPY:
-        pytest.skip("every row would be multiplied with the keys of all")
+        pytest.skip("every row would be multiplied with the keys of all branches")
     run = IMPLEMENTATIONS[implementation](step)
     few = slice(0, 2)
     tolerance = 2e-2 if GPU else 1e-5
@@ -202,5 +213,5 @@ def test_decoding(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str
     seconds = benchmark.stats.stats.median
     benchmark.extra_info |= {
         "gbps": step.kv.nbytes / seconds / 1e9,
-        "share_of_copy": step.kv.nbytes / seconds / roofs.bytes,
+        "share_of_copy": step.kv.nbytes / seconds / limits.bytes,
     }

@@ -1,8 +1,8 @@
-"""The forward pass's own operators, cache copies and attention mass: ours and eager torch.
+"""Benchmarks of the forward pass's operators, cache copies and attention mass against eager torch.
 
 Run: `make bench` (small shapes on a CPU), `bench/gpu.sh` (the shapes of an 8B model on a GPU). Every implementation is
-checked against float64 before it is timed, on a cold cache; extra_info has the share of a copy's rate that the
-bytes which have to move were moved at. With few rows on a GPU that share says what a launch costs.
+checked against float64 before it is timed, on a cold cache. share_of_copy in extra_info is the rate at which the
+necessary bytes were moved, divided by the rate of a copy. With few rows on a GPU it shows the cost of a launch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from bench.support.measuring import DEVICE, DTYPE, GPU, close, measure
-from bench.support.roofs import Roofs
+from bench.support.device_limits import DeviceLimits
+from bench.support.measuring import DEVICE, DTYPE, GPU, assert_close, measure
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from genssd.kernels.cache import copy_pages, copy_pages_reference, write_kv
 from genssd.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm_reference
 from genssd.kernels.rotary import rotary
 
-ROWS = [64, 8192] if GPU else [16, 256]  # a step of decoding; prefill or scoring
+ROWS = [64, 8192] if GPU else [16, 256]  # of a decoding step; of prefill or scoring
 WIDTH, FEED, HEADS, KV_HEADS, HEAD = (4096, 12288, 32, 8, 128) if GPU else (1024, 3072, 16, 8, 64)
 LAYERS, PAGES, PAGE = (36, 1024, 16) if GPU else (8, 64, 16)
 TOLERANCE = 1e-5 if torch.float32 == DTYPE else 3e-2
@@ -36,18 +36,18 @@ def normal(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_add_norm(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, rows: int) -> None:
-    """The residual sum and the norm behind it: two tensors read, two written."""
+def test_add_norm(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, rows: int) -> None:
+    """Time the residual sum and the norm after it: two tensors read, two written."""
     run = {"genssd": add_rms_norm, "eager": add_rms_norm_reference}[implementation]
     x, residual, weight = normal(rows, WIDTH), normal(rows, WIDTH), normal(WIDTH)
-    for ours, exact in zip(
+    for actual, exact in zip(
         run(x, residual, weight, EPS),
         add_rms_norm_reference(x.double(), residual.double(), weight.double(), EPS),
         strict=True,
     ):
-        close(ours, exact, TOLERANCE)
+        assert_close(actual, exact, TOLERANCE)
     measure(
-        benchmark, roofs, lambda: run(x, residual, weight, EPS), group=f"add-norm {rows}x{WIDTH}", flops=0.0,
+        benchmark, limits, lambda: run(x, residual, weight, EPS), group=f"add-norm {rows}x{WIDTH}", flops=0.0,
         num_bytes=4 * x.nbytes,
     )  # fmt: skip
 
@@ -64,20 +64,22 @@ GATED: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_gated_units(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, name: str, rows: int) -> None:
+def test_gated_units(
+    benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, name: str, rows: int
+) -> None:
     run = GATED[name][implementation]
     gate_up = normal(rows, 2 * FEED)
     reference = {"swiglu": swiglu_reference, "geglu": geglu_reference}[name]
-    close(run(gate_up), reference(gate_up.double()), TOLERANCE)
+    assert_close(run(gate_up), reference(gate_up.double()), TOLERANCE)
     measure(
-        benchmark, roofs, lambda: run(gate_up), group=f"{name} {rows}x{FEED}", flops=0.0,
+        benchmark, limits, lambda: run(gate_up), group=f"{name} {rows}x{FEED}", flops=0.0,
         num_bytes=3 * gate_up.nbytes // 2,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """What one layer writes for some rows, and where."""
+    """Keys and values that one layer writes for a batch of rows, and their slots in the cache."""
 
     qkv: Tensor
     cos: Tensor
@@ -87,13 +89,13 @@ class Write:
     slot: Tensor
     norm: Tensor
 
-    def ours(self) -> Tensor:
+    def run_genssd(self) -> Tensor:
         return write_kv(
             self.qkv, self.cos, self.sin, self.k_pages, self.v_pages, self.slot, heads=HEADS, q_norm=self.norm,
             k_norm=self.norm, eps=EPS,
         )  # fmt: skip
 
-    def eager(self) -> Tensor:
+    def run_eager(self) -> Tensor:
         q, k, v = self.qkv[:, :HEADS], self.qkv[:, HEADS:-KV_HEADS], self.qkv[:, -KV_HEADS:]
         q, k = (rotary(rms_norm_reference(x, self.norm, EPS), self.cos, self.sin) for x in (q, k))
         self.k_pages.flatten(0, 1).index_copy_(0, self.slot, k)
@@ -103,43 +105,44 @@ class Write:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_write_kv(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str, rows: int) -> None:
-    """Norms of the heads, rotation and the write into the cache: qkv read once and written once."""
+def test_write_kv(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, rows: int) -> None:
+    """Time the norms of the heads, the rotation and the write into the cache: qkv read once and written once."""
     k_pages, v_pages = torch.zeros(2, PAGES, PAGE, KV_HEADS, HEAD, device=DEVICE, dtype=DTYPE)
     angle = normal(rows, HEAD // 2).float()
     slot = torch.randperm(PAGES * PAGE, device=DEVICE)[:rows]
     qkv = normal(rows, HEADS + 2 * KV_HEADS, HEAD)
     write = Write(qkv, angle.cos(), angle.sin(), k_pages, v_pages, slot, normal(HEAD))
-    run = {"genssd": write.ours, "eager": write.eager}[implementation]
+    run = {"genssd": write.run_genssd, "eager": write.run_eager}[implementation]
     normed = rms_norm_reference(qkv[:, :-KV_HEADS].double(), write.norm.double(), EPS)
     exact = rotary(normed, write.cos, write.sin)
-    close(run(), exact[:, :HEADS], TOLERANCE)
-    close(k_pages.flatten(0, 1)[slot], exact[:, HEADS:], TOLERANCE)
+    assert_close(run(), exact[:, :HEADS], TOLERANCE)
+    assert_close(k_pages.flatten(0, 1)[slot], exact[:, HEADS:], TOLERANCE)
     assert torch.equal(v_pages.flatten(0, 1)[slot], qkv[:, -KV_HEADS:])
-    measure(benchmark, roofs, run, group=f"write-kv {rows} rows", flops=0.0, num_bytes=2 * qkv.nbytes)
+    measure(benchmark, limits, run, group=f"write-kv {rows} rows", flops=0.0, num_bytes=2 * qkv.nbytes)
 
 
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_copy_pages(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str) -> None:
-    """Sixteen pages of all layers, as when branches fork."""
+def test_copy_pages(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str) -> None:
+    """Time the copy of sixteen pages of all layers, as when branches fork."""
     copy = {"genssd": copy_pages, "eager": copy_pages_reference}[implementation]
     kv = normal(LAYERS, 2, 64, PAGE, KV_HEADS, HEAD)
     source, destination = torch.arange(16, device=DEVICE), torch.arange(40, 56, device=DEVICE)
     copy(kv, source, destination)
     assert torch.equal(kv[:, :, 40:56], kv[:, :, :16])
     measure(
-        benchmark, roofs, lambda: copy(kv, source, destination), group="copy 16 pages", flops=0.0,
+        benchmark, limits, lambda: copy(kv, source, destination), group="copy 16 pages", flops=0.0,
         num_bytes=2 * kv.nbytes // 4,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
-def test_attention_mass(benchmark: BenchmarkFixture, roofs: Roofs, implementation: str) -> None:
-    """Forward and backward of one layer; the last three quarters of the tokens are steps, one in sixteen a word's.
+def test_attention_mass(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str) -> None:
+    """Time forward and backward pass of the attention mass of one layer.
 
-    5 products of the rows' scores with keys or queries, of half the keys each.
+    The last three quarters of the tokens belong to steps, and one token in sixteen to a word. flops counts 5 products
+    between the rows and half of the keys each.
     """
-    mass_of = {"genssd": attention_mass, "eager": attention_mass_reference}[implementation]
+    mass_operator = {"genssd": attention_mass, "eager": attention_mass_reference}[implementation]
     tokens = 8192 if GPU else 256
     q, k = normal(tokens, HEADS, HEAD).requires_grad_(), normal(tokens, KV_HEADS, HEAD).requires_grad_()
     place = torch.arange(tokens, device=DEVICE)
@@ -148,7 +151,7 @@ def test_attention_mass(benchmark: BenchmarkFixture, roofs: Roofs, implementatio
     steps = int(step.max()) + 1
 
     def mass(q: Tensor, k: Tensor) -> Tensor:
-        return mass_of(q, k, step, word, steps=steps, words=24, scale=HEAD**-0.5)
+        return mass_operator(q, k, step, word, steps=steps, words=24, scale=HEAD**-0.5)
 
     exact = attention_mass_reference(q.double(), k.double(), step, word, steps=steps, words=24, scale=HEAD**-0.5)
     torch.testing.assert_close(mass(q, k).double(), exact, atol=1e-3, rtol=1e-3)
@@ -159,6 +162,6 @@ def test_attention_mass(benchmark: BenchmarkFixture, roofs: Roofs, implementatio
 
     rows = tokens - tokens // 4
     measure(
-        benchmark, roofs, training_step, group=f"attention mass {tokens}", flops=5 * rows * tokens * HEADS * HEAD,
+        benchmark, limits, training_step, group=f"attention mass {tokens}", flops=5 * rows * tokens * HEADS * HEAD,
         num_bytes=4 * (q.nbytes + k.nbytes),
     )  # fmt: skip

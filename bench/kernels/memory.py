@@ -1,9 +1,9 @@
-"""What each operator over a head takes beyond its inputs and outputs, at 8192 rows of a vocabulary of 151936.
+"""Memory that each operator over a head allocates beyond its inputs and outputs, at 8192 rows and 151936 tokens.
 
     python -m bench.kernels.memory [--rows 8192] [--vocabulary 151936] [--width 64] [--json bench/results/memory.json]
 
-On a GPU: the allocator's peak. On a CPU (Linux): the process's resident peak, reset before each operator. The eager
-baseline keeps several [rows, vocabulary] tensors, so it is measured at fewer rows (--eager-rows).
+On a GPU the allocator's peak is measured, on a CPU (Linux) the process's resident peak, reset before each operator. The
+eager baseline keeps several [rows, vocabulary] tensors, so it is measured at fewer rows (--eager-rows).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import linear_divergence, topk_divergence
+from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.sampling import linear_sample
+from genssd.kernels.topk_divergence import topk_divergence
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -28,7 +29,7 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 
 
 def peak_bytes(run: Callable[[], list[Tensor]]) -> int:
-    """The highest memory during run() above that before, less what it returns."""
+    """Return the peak of the memory during run(), minus the memory before it and the bytes of its outputs."""
     if GPU:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -37,13 +38,14 @@ def peak_bytes(run: Callable[[], list[Tensor]]) -> int:
         peak = torch.cuda.max_memory_allocated() - before
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from what is resident now
-        before = _status("VmRSS")
+        before = _read_status("VmRSS")
         outputs = run()
-        peak = _status("VmHWM") - before
+        peak = _read_status("VmHWM") - before
     return peak - sum(output.nbytes for output in outputs)
 
 
-def _status(field: str) -> int:
+def _read_status(field: str) -> int:
+    """Return a field of /proc/self/status that is given in kB, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
@@ -53,6 +55,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 
 def operators(rows: int, vocabulary: int, width: int) -> dict[str, Callable[[], list[Tensor]]]:
+    """Return a function per operator that runs it on random inputs and returns its outputs or gradients."""
     hidden = torch.randn(rows, width, device=DEVICE).to(DTYPE).requires_grad_()
     weight = torch.randn(vocabulary, width, device=DEVICE).to(DTYPE).requires_grad_()
     frozen = weight.detach()
@@ -86,7 +89,7 @@ def operators(rows: int, vocabulary: int, width: int) -> dict[str, Callable[[], 
 
 
 def measure(name: str, rows: int, vocabulary: int, width: int) -> int:
-    operators(2, 50, 8)[name]()  # what is loaded once
+    operators(2, 50, 8)[name]()  # a first call loads libraries, which would count as memory
     return peak_bytes(operators(rows, vocabulary, width)[name])
 
 
@@ -101,7 +104,7 @@ def main() -> None:
     table = []
     for name in operators(1, 1, 1):
         rows = options.eager_rows if name.startswith("eager") else options.rows
-        # in a process of its own: memory that an operator leaves to the allocator would hide what the next one takes
+        # in a process of its own: memory that one operator leaves to the allocator would hide what the next allocates
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             mib = pool.apply(measure, (name, rows, options.vocabulary, options.width)) / 2**20
         logits = rows * options.vocabulary * 4 / 2**20

@@ -1,11 +1,11 @@
-"""Training against TRL: peak memory and time per step, side by side on one machine, each program in its own process.
+"""Peak memory and time per training step against TRL, on one machine, each program in its own process.
 
     python -m bench.training.train_peers [--rounds 3] [--json bench/results/train.json]
 
-A random Qwen3-class model (4 layers, width 256, vocabulary 32000, float32 on a CPU) on batches of 4 rows of 64 + 448
-tokens: supervised fine-tuning against SFTTrainer, and generalized JSD from a teacher in memory (6 layers, width 384)
-against GKDTrainer with lmbda 0. First loss and peak of resident memory are compared; times are medians over the steps
-after the second.
+The model is a random Qwen3-class one (4 layers, width 256, vocabulary 32000, float32 on a CPU), trained on batches of 4
+rows of 64 + 448 tokens: supervised fine-tuning against SFTTrainer, and generalized JSD from a teacher in memory (6
+layers, width 384) against GKDTrainer with lmbda 0. The results list the first loss, the peak of resident memory, and
+the median time of the steps after the second.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save_model(directory: Path, layers: int, width: int) -> None:
     )  # fmt: skip
     torch.manual_seed(layers)
     Qwen3ForCausalLM(config).save_pretrained(directory)
-    named = ["<unk>", "<eos>", "<pad>"]  # no part of another token, or tokenizers would split that
+    named = ["<unk>", "<eos>", "<pad>"]  # tokenizers would split a token that contains one of these
     vocabulary = {word: i for i, word in enumerate([*named, *(f"t{i}" for i in range(3, VOCABULARY))])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -47,6 +47,7 @@ def save_model(directory: Path, layers: int, width: int) -> None:
 
 
 def save_rows(path: Path) -> None:
+    """Write the training rows as JSON lines, with prompt and completion (SFT) and messages (GKD)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (BATCH * STEPS, PROMPT + COMPLETION - 1), generator=generator).tolist()
     with path.open("w") as file:
@@ -57,17 +58,19 @@ def save_rows(path: Path) -> None:
             file.write(json.dumps({"prompt": texts[0], "completion": texts[1], "messages": turns}) + "\n")
 
 
-def peak() -> int:
+def read_peak_bytes() -> int:
+    """Return the peak of resident memory of this process (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
-def result(ends: list[float], losses: list[float], base: int) -> dict[str, Any]:
+def summarize(ends: list[float], losses: list[float], base: int) -> dict[str, Any]:
+    """Return the median seconds per step, the peak memory, the memory before training, and the first loss."""
     steps = [b - a for a, b in pairwise(ends)][1:]
-    return {"seconds": median(steps), "peak_bytes": peak(), "loaded_bytes": base, "first_loss": losses[0]}
+    return {"seconds": median(steps), "peak_bytes": read_peak_bytes(), "loaded_bytes": base, "first_loss": losses[0]}
 
 
-def ours(directory: str, kind: str) -> dict[str, Any]:
+def train_with_genssd(directory: str, kind: str) -> dict[str, Any]:
     from genssd.distill.train.config import TrainConfig
     from genssd.distill.train.trainer import run_train
 
@@ -80,12 +83,12 @@ def ours(directory: str, kind: str) -> dict[str, Any]:
         output_dir=str(root / f"ours-{kind}-{os.getpid()}"), per_device_train_batch_size=BATCH, max_steps=STEPS,
         lr_scheduler_type="constant", warmup_ratio=0.0, logging_steps=1, **teaching,
     )  # fmt: skip
-    base = peak()
+    base = read_peak_bytes()
     run_train(config, report=lambda p: (ends.append(time.perf_counter()), losses.append(p.loss)))  # type: ignore[func-returns-value]
-    return result(ends, losses, base)
+    return summarize(ends, losses, base)
 
 
-def theirs(directory: str, kind: str) -> dict[str, Any]:
+def train_with_trl(directory: str, kind: str) -> dict[str, Any]:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -110,7 +113,7 @@ def theirs(directory: str, kind: str) -> dict[str, Any]:
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
     tokenizer: Any = AutoTokenizer.from_pretrained(root / "student")
     model: Any = AutoModelForCausalLM.from_pretrained(root / "student", dtype=torch.float32)
-    base = peak()
+    base = read_peak_bytes()
     if kind == "sft":
         from trl import SFTConfig, SFTTrainer
 
@@ -129,7 +132,7 @@ def theirs(directory: str, kind: str) -> dict[str, Any]:
             callbacks=[Clock()],
         )  # fmt: skip
     trainer.train()
-    return result(ends, losses, base)
+    return summarize(ends, losses, base)
 
 
 def main() -> None:
@@ -145,17 +148,17 @@ def main() -> None:
         runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for _ in range(options.rounds):
             for kind in ("sft", "jsd"):
-                for name, run in (("genssd", ours), ("trl", theirs)):
+                for name, run in (("genssd", train_with_genssd), ("trl", train_with_trl)):
                     with multiprocessing.get_context("spawn").Pool(1) as pool:
                         runs.setdefault((kind, name), []).append(pool.apply(run, (directory, kind)))
-    for (kind, name), found in runs.items():
+    for (kind, name), runs_of_program in runs.items():
         row = {
             "kind": kind,
             "program": name,
-            "seconds_per_step": round(median(run["seconds"] for run in found), 3),
-            "peak_mib": max(run["peak_bytes"] for run in found) >> 20,
-            "before_mib": max(run["loaded_bytes"] for run in found) >> 20,
-            "first_loss": found[0]["first_loss"],
+            "seconds_per_step": round(median(run["seconds"] for run in runs_of_program), 3),
+            "peak_mib": max(run["peak_bytes"] for run in runs_of_program) >> 20,
+            "before_mib": max(run["loaded_bytes"] for run in runs_of_program) >> 20,
+            "first_loss": runs_of_program[0]["first_loss"],
         }
         rows.append(row)
         print(row)

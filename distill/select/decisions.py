@@ -101,7 +101,7 @@ def _parse_decisions(
 
 
 def _parse_stats(fields: Mapping[str, Any]) -> TokenStats:
-    return TokenStats.of(
+    return TokenStats.from_values(
         [torch.tensor(fields[name], dtype=torch.int32 if name == "rank" else torch.float32) for name in STATISTICS]
     )
 

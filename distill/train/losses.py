@@ -38,9 +38,10 @@ from genssd.distill.runs.settings import ModelPath
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import Tail, Vocabulary, linear_divergence, topk_divergence
+from genssd.kernels.divergence import VocabularyRule, linear_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.standardized import linear_standardized_kl
+from genssd.kernels.topk_divergence import TailRule, topk_divergence
 
 KdLoss = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "sampled_reverse_kl", "distillm2"
@@ -78,10 +79,10 @@ class LossOptions:
     """Mixing weight alpha of the skewed KL divergences, in [0, 1)."""
     temperature: float = 1.0
     """Temperature that divides both models' logits in the divergence."""
-    kd_tail: Tail = "bucket"
+    kd_tail: TailRule = "bucket"
     """Treatment of the tokens outside the top k: bucket joins them into one outcome, renormalize leaves them out and
     renormalises both distributions."""
-    kd_vocabulary: Vocabulary = "restrict"
+    kd_vocabulary: VocabularyRule = "restrict"
     """Vocabulary of the two softmaxes where the heads are padded to different widths: restrict takes both over the ids
     that both models have, drop takes each over its own ids."""
 

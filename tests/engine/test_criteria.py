@@ -767,7 +767,9 @@ def test_a_token_that_the_student_cannot_write_never_wins(name: str) -> None:
 def test_statistics_may_lie_on_the_device(name: str) -> None:
     """The first chunk's do; the empty history before it lies in main memory."""
     here = odd([-1.0, -2.0, -1.0])
-    there = dataclasses.replace(here, stats=TokenStats.of([getattr(here.stats, field).cuda() for field in STATISTICS]))
+    there = dataclasses.replace(
+        here, stats=TokenStats.from_values([getattr(here.stats, field).cuda() for field in STATISTICS])
+    )
     assert evaluate(resolve(name), [there]) == evaluate(resolve(name), [here])
 
 

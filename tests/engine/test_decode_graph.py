@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from genssd.engine.decode_graph import BUCKETS, StepLayout, bucket_for
-from genssd.kernels.attention import SegmentTable, segment_table
+from genssd.kernels.attention import SegmentTable, build_segment_table
 
 
 def tables_of(rows: int, first: int = 20) -> dict[int, SegmentTable]:
     pages = torch.arange(rows * 16, dtype=torch.int32).view(rows, 16)
     one = torch.ones(rows, dtype=torch.int32)
     return {
-        window: segment_table(
+        window: build_segment_table(
             pages, torch.arange(rows, dtype=torch.int32), one * first, one, page_size=4, segment=8, window=window
         )
         for window in (0, 9)

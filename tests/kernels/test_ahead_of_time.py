@@ -1,4 +1,4 @@
-"""Every Triton kernel, at every configuration that ships, compiled for the GPUs we mean: no GPU is needed for that.
+"""Compilation of every Triton kernel, at every shipped configuration, for all supported GPUs; no GPU is needed.
 
 A kernel that spills registers, needs more shared memory than the device has, multiplies without the matrix unit or
 loads without overlapping is a defect, and none of these is an error to the compiler.
@@ -80,7 +80,7 @@ ALIGNED = ("V", "U", "D", "stride", "stride_n", "stride_v", "stride_b", "stride_
 
 
 def machine_code(compiled: Any, target: Target, directory: Path) -> str:
-    """The disassembly, after checking that nothing lives on the stack."""
+    """Return the disassembly, after checking that the kernel uses no stack and no local memory."""
     if target.backend == "hip":
         text = str(compiled.asm["amdgcn"])
         assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", text) == ["0"]
@@ -112,7 +112,7 @@ def compile_tiles(
     target: Target, kernel: Any, dtype: str, extras: bool, directory: Path, drawing: bool, **more: Any
 ) -> None:
     """Compile a kernel over tiles of the head as it ships, and check what only the machine code shows."""
-    tiles = head_triton.tiles_for(
+    tiles = head_triton.choose_tiles(
         DTYPES[dtype], amd=target.backend == "hip", capability=target.capability, drawing=drawing
     )
     types = types_of(
@@ -195,12 +195,12 @@ def test_rowwise_kernels(target: Target, name: str, tmp_path: Path) -> None:
 
 
 def of_norm(width: int, add: bool) -> tuple[Any, dict[str, Any], int]:
-    rows, block, num_warps = norm_triton.tiling(width)
+    rows, block, num_warps = norm_triton.choose_tiling(width)
     return norm_triton._rms_norm_kernel, {"ADD": add, "ROWS": rows, "BLOCK": block}, num_warps
 
 
 def of_write(width: int, norm: bool) -> tuple[Any, dict[str, Any], int]:
-    half, num_warps = cache_triton.tiling(width)
+    half, num_warps = cache_triton.choose_tiling(width)
     return cache_triton._write_kernel, {"E": width, "HALF": half, "HEADS": cache_triton.HEADS, "NORM": norm}, num_warps
 
 
@@ -232,7 +232,7 @@ def test_forward_kernels(target: Target, dtype: str, name: str, tmp_path: Path) 
 
 MASS = {
     "lse": attention_mass_triton._lse_kernel,
-    "paid": attention_mass_triton._paid_kernel,
+    "row_mass": attention_mass_triton._row_mass_kernel,
     "dq": attention_mass_triton._dq_kernel,
     "dk": attention_mass_triton._dk_kernel,
 }
@@ -243,14 +243,14 @@ INDEX = ("rows", "columns", "step", "word", "word_start", "first_row")
 @pytest.mark.parametrize(("dtype", "width"), [("bf16", 64), ("bf16", 128), ("fp16", 256)])
 @pytest.mark.parametrize("name", MASS)
 def test_attention_mass(target: Target, dtype: str, width: int, name: str, tmp_path: Path) -> None:
-    tiles = attention_mass_triton.tiles_for(width, gradient=name in ("dq", "dk"))
+    tiles = attention_mass_triton.choose_tiles(width, gradient=name in ("dq", "dk"))
     types = types_of(
         **dict.fromkeys(("q", "k", "dq", "dk"), f"*{dtype}"), **dict.fromkeys(INDEX, "*i32"),
-        **dict.fromkeys(("lse", "paid", "d_mass", "unit", "delta"), "*fp32"),
+        **dict.fromkeys(("lse", "row_mass", "d_mass", "unit", "delta"), "*fp32"),
     )  # fmt: skip
-    options = attention_mass_triton.options_of(width, tiles)
+    options = attention_mass_triton.launch_options(width, tiles)
     num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages")
-    constants = {**options, "BLOCK_W": tiles.words} if name == "paid" else options
+    constants = {**options, "BLOCK_W": tiles.words} if name == "row_mass" else options
     compiled = compile_for(target, MASS[name], types, constants, num_warps=num_warps, num_stages=num_stages)
     assert compiled.metadata.shared <= target.shared_bytes
     assert re.search(target.matrix, machine_code(compiled, target, tmp_path))
@@ -258,14 +258,16 @@ def test_attention_mass(target: Target, dtype: str, width: int, name: str, tmp_p
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_sums_over_steps(target: Target, tmp_path: Path) -> None:
-    types = types_of(paid="*fp32", order="*i32", step_start="*i32", mass="*fp32")
+    types = types_of(row_mass="*fp32", order="*i32", step_start="*i32", mass="*fp32")
     constants = {"BLOCK_R": 32, "BLOCK_W": 64}
     machine_code(compile_for(target, attention_mass_triton._sum_steps_kernel, types, constants), target, tmp_path)
 
 
 def compile_attention(target: Target, dtype: str, width: int, extras: bool) -> Any:
     """The kernel over items as it ships. extras: a window and a cap on the scores."""
-    tiles = attention_triton.tiles_for(DTYPES[dtype], width, amd=target.backend == "hip", capability=target.capability)
+    tiles = attention_triton.choose_tiles(
+        DTYPES[dtype], width, amd=target.backend == "hip", capability=target.capability
+    )
     pointers = {
         **dict.fromkeys(("q", "k_pages", "v_pages"), f"*{dtype}"),
         **dict.fromkeys(("header", "items", "entries", "pages", "position"), "*i32"),
@@ -307,7 +309,7 @@ def test_attention_over_items(target: Target, dtype: str, width: int, extras: bo
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("width", [64, 80, 128, 256])
 def test_merging_attention(target: Target, width: int, tmp_path: Path) -> None:
-    block, num_warps = attention_triton.merge_tiling(width)
+    block, num_warps = attention_triton.choose_merge_tiling(width)
     pointers = {**dict.fromkeys(("peaks", "totals", "values", "sinks"), "*fp32"), "row_partial": "*i32", "out": "*bf16"}
     constants = {"E": width, "HEADS": attention_triton.HEADS, "BLOCK_E": block, "SINKS": True}
     compiled = compile_for(target, attention_triton._merge_kernel, types_of(**pointers), constants, num_warps=num_warps)

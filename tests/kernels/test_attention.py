@@ -15,7 +15,7 @@ from support.page_problems import Problem, build, random_tree
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.attention import SegmentTable, paged_attention, paged_attention_reference, segment_table
+from genssd.kernels.attention import SegmentTable, build_segment_table, paged_attention, paged_attention_reference
 
 HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Inputs are exact: the result is rounded, to so much, and so is every weight."""
@@ -122,7 +122,9 @@ def test_a_prefix_of_32k_tokens(dtype: torch.dtype) -> None:
     tables = np.tile(np.arange(pages + 1, dtype=np.int32), (4, 1))
     tables[:, pages] += np.arange(4, dtype=np.int32)  # the last page is each sequence's own
     first = np.full(4, pages * page, dtype=np.int32) + np.array([0, 3, 7, 15], dtype=np.int32)
-    table = segment_table(tables, np.arange(4, dtype=np.int32), first, np.ones(4, np.int32), page_size=16, segment=256)
+    table = build_segment_table(
+        tables, np.arange(4, dtype=np.int32), first, np.ones(4, np.int32), page_size=16, segment=256
+    )
     assert len(table.items) == pages * page // 256 + 1 + 4, "a shared segment is read once; the first is cut in half"
     out = paged_attention(q, k, v, table, scale=0.25)
     for n, last in enumerate(first.tolist()):
@@ -142,8 +144,8 @@ def test_shared_segments_are_read_once() -> None:
     assert len(set(table.pages[: 5 * 2].tolist())) == 10
 
 
-def test_relatives_are_read_together_whatever_lies_between_them() -> None:
-    """Two families that part in their second segment, and short relatives of both that have not come that far."""
+def test_sequences_that_share_pages_are_read_together_in_any_order() -> None:
+    """Two groups of sequences diverge in their second segment; shorter sequences of both end before it."""
     families = [[*range(8), *range(100 * i, 100 * i + 8)] for i in (1, 2)]
     leaves = [[*family, 1000 * i + n] for i, family in enumerate(families, 1) for n in range(10)]
     leaves += [[*range(8), 5000 + n] for n in range(10)]
@@ -154,12 +156,12 @@ def test_relatives_are_read_together_whatever_lies_between_them() -> None:
 
 
 def test_a_short_prefix_is_read_once_too() -> None:
-    """Below the first whole segment there are shorter ones."""
+    """Before the first full segment there are shorter ones."""
     pages = torch.arange(19, dtype=torch.int32).repeat(8, 1)
     pages[:, 18] += torch.arange(8, dtype=torch.int32)  # 288 tokens are shared
     rows = torch.arange(8, dtype=torch.int32)
     one, first = torch.ones(8, dtype=torch.int32), torch.full((8,), 300, dtype=torch.int32)
-    table = segment_table(pages, rows, first, one, page_size=16, segment=1024)
+    table = build_segment_table(pages, rows, first, one, page_size=16, segment=1024)
     assert [item[1:3] + item[4:5] for item in table.items[:2].tolist()] == [[0, 128, 8], [128, 128, 8]]
     assert [item[1:3] + item[4:5] for item in table.items[2:].tolist()] == [[256, 45, 1]] * 8
 
@@ -175,12 +177,13 @@ BORDERS = {
 @pytest.mark.parametrize("window", [0, 1, 130, 700])
 @pytest.mark.parametrize("segment", BORDERS)
 def test_segments_follow_each_other_without_a_gap(segment: int, window: int) -> None:
-    """What the items of a row cover is what it sees, in the order of its partial results. Borders are everybody's."""
+    """The items of a row cover exactly the positions that it sees, in the order of its partial results, and all rows
+    have the same segment borders."""
     length, rows = 2500, [0, 127, 128, 129, 255, 256, 511, 512, 900, 1023, 1024, 1500, 2047, 2048, 2499]
     pages = torch.arange(-(-length // 16), dtype=torch.int32).repeat(len(rows), 1)
     which = torch.arange(len(rows), dtype=torch.int32)
     first = torch.tensor(rows, dtype=torch.int32)
-    table = segment_table(
+    table = build_segment_table(
         pages, which, first, torch.ones_like(which), page_size=16, segment=segment, window=window, unit_rows=4
     )
     read: dict[int, list[tuple[int, int, int]]] = {}
@@ -272,7 +275,7 @@ def test_the_order_of_the_batch_changes_no_bit(tree: Callable[..., Problem]) -> 
 
 
 @pytest.mark.parametrize("limit", [{"window": sys.maxsize}, {"unit_rows": 2**32}, {"unit_rows": 2**62}], ids=str)
-def test_a_limit_beyond_any_batch_limits_nothing(limit: dict[str, int]) -> None:
+def test_a_limit_larger_than_any_batch_has_no_effect(limit: dict[str, int]) -> None:
     problem = build([list(range(9)), list(range(50, 80))], [9, 3], heads=1, kv_heads=1, head_dim=1)
     assert torch.equal(ours(problem, problem.table(**limit)), ours(problem))
 
@@ -303,8 +306,8 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("attend", [paged_attention, paged_attention_reference], ids=["native", "reference"])
-def test_sets_without_anything_to_see_are_never_nan(attend: Callable[..., Tensor]) -> None:
-    """Scores of -inf: a segment of them beside others, all of them, and all of them with a sink or without."""
+def test_rows_that_see_only_minus_infinity_are_never_nan(attend: Callable[..., Tensor]) -> None:
+    """Scores of -inf fill one segment among others, or all segments, with a sink or without."""
     problem = build([list(range(20))], [1], heads=2, kv_heads=1, head_dim=4, page_size=4)
     table = problem.table(segment=8)
     problem.q.fill_(1.0)
@@ -339,7 +342,7 @@ def test_queries_that_are_not_contiguous_are_read_right() -> None:
 
 def test_no_rows_give_an_empty_result() -> None:
     none = np.zeros(0, dtype=np.int32)
-    table = segment_table(np.zeros((1, 1), np.int32), none, none, none, page_size=4, segment=8)
+    table = build_segment_table(np.zeros((1, 1), np.int32), none, none, none, page_size=4, segment=8)
     pages = torch.zeros(1, 4, 2, 16)
     for attend in (paged_attention, paged_attention_reference):
         assert attend(torch.empty(0, 4, 16), pages, pages, table, scale=1.0).shape == (0, 4, 16)
@@ -370,14 +373,14 @@ def test_a_table_that_would_point_outside_is_refused(change: dict[str, Any], mes
     }  # fmt: skip
     arrays = {name: np.array(given.pop(name), dtype=np.int32) for name in ("tables", "table_B", "first_B", "rows_B")}
     with pytest.raises(ValueError, match=message):
-        segment_table(*arrays.values(), **given)
+        build_segment_table(*arrays.values(), **given)
 
 
 def test_a_table_of_wide_integers_is_refused() -> None:
     wide = np.zeros(1, dtype=np.int64)
     narrow = wide.astype(np.int32)
     with pytest.raises(ValueError, match="first must be int32"):
-        segment_table(narrow[None], narrow, wide, narrow + 1, page_size=4, segment=8)  # type: ignore[arg-type]
+        build_segment_table(narrow[None], narrow, wide, narrow + 1, page_size=4, segment=8)  # type: ignore[arg-type]
 
 
 WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
@@ -404,13 +407,13 @@ def test_a_call_that_would_read_outside_is_refused(case: str, attend: Callable[.
 
 
 def test_a_pool_with_empty_pages_does_not_crash() -> None:
-    """In a process of its own: a division by zero in native code would end the test run."""
+    """Run in another process, because a division by zero in native code would end the test run."""
     script = (
         "import numpy as np\n"
-        "from genssd.kernels.attention import segment_table\n"
+        "from genssd.kernels.attention import build_segment_table\n"
         "one = np.ones(1, dtype=np.int32)\n"
         "try:\n"
-        "    segment_table(one[None], one - 1, one - 1, one, page_size=0, segment=8)\n"
+        "    build_segment_table(one[None], one - 1, one - 1, one, page_size=0, segment=8)\n"
         "except ValueError:\n"
         "    print('refused')\n"
     )

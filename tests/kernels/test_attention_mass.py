@@ -1,4 +1,4 @@
-"""Attention mass against einsum over the whole attention matrix."""
+"""Attention mass against einsum over the full attention matrix."""
 
 from __future__ import annotations
 

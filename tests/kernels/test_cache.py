@@ -87,7 +87,7 @@ def test_what_it_refuses(change: dict[str, Any], message: str) -> None:
         write_kv(**{**inputs(), **change})
 
 
-def test_copy_takes_whole_pages_of_all_layers() -> None:
+def test_copy_copies_all_of_a_page_in_all_layers() -> None:
     kv = torch.randn(3, 2, 6, 4, 2, 3)
     before = kv.clone()
     copy_pages(kv, torch.tensor([1, 5]), torch.tensor([4, 0]))

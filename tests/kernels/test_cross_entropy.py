@@ -36,7 +36,7 @@ def problem(rows: int, vocabulary: int, width: int = 6, seed: int = 0) -> tuple[
 
 
 def log_softmax(x: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
-    """By its definition, for torch to differentiate."""
+    """Compute the loss by its definition, so that torch can differentiate it."""
     if softcap is not None:
         x = softcap * (x / softcap).tanh()
     z = x / temperature
@@ -138,7 +138,7 @@ def test_row_weights_scale_losses_and_gradients(options: dict[str, float]) -> No
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
-def test_what_masked_rows_hold_reaches_nothing(bad: float) -> None:
+def test_values_of_masked_rows_have_no_effect(bad: float) -> None:
     hidden, weight, target = problem(8, 65)
     target[1] = -100
     row_weight = torch.ones(8)
@@ -214,7 +214,7 @@ def test_huge_logits() -> None:
 
 @pytest.mark.parametrize("top", [0.0, 18.0])
 def test_a_nearly_certain_target(top: float) -> None:
-    """The others keep their tiny gradients; what the target gets is off by no more than a rounding of 1."""
+    """The other tokens keep their tiny gradients; the target's gradient is off by at most one rounding of 1."""
     weight = torch.tensor([[top], [top - 14.0], [top - 15.0]])
     ours = evaluate(linear_cross_entropy, torch.ones(1, 1), weight, torch.tensor([0]))[3].double()
     truth = exact(torch.ones(1, 1), weight, torch.tensor([0]))[3]
@@ -275,7 +275,7 @@ def test_autocast_takes_the_product_in_its_dtype() -> None:
 
 
 def test_autocast_leaves_float64_alone() -> None:
-    """As it does in torch's own products."""
+    """Torch's own products do the same."""
     hidden, weight, target = problem(4, 9)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(hidden.double(), weight.double()).dtype == torch.float64
@@ -284,7 +284,7 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 inside: Callable[..., tuple[Tensor, ...]] = _linear_cross_entropy._init_fn
-"""The function behind the operator: a mode sees operators from outside."""
+"""The function that the operator calls, because a dispatch mode sees the operator as one call."""
 
 
 def test_a_frozen_head_gets_no_gradient_and_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     whole = evaluate(linear_cross_entropy, hidden, weight, target, **options)
     for rows in (1, 2, 7, 22, 23):
         monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 257 * rows)
-        assert head.chunk_rows(257, torch.device("cpu")) == rows
+        assert head.rows_per_chunk(257, torch.device("cpu")) == rows
         assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)  # less than a row still does a row at a time
     assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
@@ -579,7 +579,7 @@ def test_wrong_arguments_are_named(arguments: tuple[Tensor, ...], options: dict[
         linear_cross_entropy(*arguments, **options)
 
 
-def test_a_target_outside_is_named_whatever_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_outside_the_vocabulary_is_named_in_any_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 9 * 4)
     hidden, weight, target = problem(20, 9)
     target[13] = 9
@@ -598,7 +598,7 @@ def statistics(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> dict[str, Tensor]:
-    """Every statistic by its definition, for torch to differentiate."""
+    """Compute every statistic by its definition, so that torch can differentiate it."""
     x = hidden @ weight.T + (0.0 if bias is None else bias)
     if softcap is not None:
         x = softcap * (x / softcap).tanh()
@@ -715,7 +715,7 @@ def test_a_frozen_head_gets_no_gradient_of_statistics(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_probabilities_in_a_gradient_sum_to_one_in_halves(dtype: torch.dtype) -> None:
-    """What the forward pass rounds, the backward pass rounds alike: it takes p from x and the forward's logsumexp."""
+    """The backward pass rounds like the forward pass: it computes p from x and the forward's logsumexp."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(30, 16, generator=generator).to(dtype)
     hidden[:, -1] = 1.0
@@ -793,7 +793,7 @@ def test_banned_tokens_come_last_in_the_topk() -> None:
 
 
 def test_the_first_of_the_topk_has_rank_one() -> None:
-    """The two logits differ by less than their log-probabilities can tell."""
+    """The two logits differ by less than one rounding step of their log-probabilities."""
     weight = torch.zeros(3000, 1)
     weight[5], weight[9] = 0.1, 0.1 + 3e-8
     stats = linear_logprob(torch.ones(2, 1), weight, torch.tensor([5, 9]), topk=2)
@@ -816,7 +816,7 @@ def test_topk_has_no_gradient_and_changes_no_other() -> None:
         assert torch.equal(value, expected)
 
 
-def test_a_row_that_is_no_number_is_named_whatever_the_topk() -> None:
+def test_a_row_with_nan_is_named_for_any_topk() -> None:
     hidden, weight = torch.tensor([[0.0], [math.inf], [0.0]]), torch.tensor([[0.0], [0.0], [1.0], [-1.0]])
     for k in range(5):
         with pytest.raises(NonFiniteLogits, match="row 1"):

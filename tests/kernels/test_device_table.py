@@ -1,4 +1,4 @@
-"""The segment table in its buffer: what is read back is the table, whatever the buffer has room for."""
+"""Segment tables in buffers: reading a buffer of any capacity back returns the table."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from genssd.kernels.attention import SegmentTable, paged_attention, segment_table
-from genssd.kernels.device_table import ALIGNED, Capacity, DeviceTable, pack, upload
+from genssd.kernels.attention import SegmentTable, build_segment_table, paged_attention
+from genssd.kernels.device_table import ALIGNMENT, Capacity, DeviceTable, upload, write_table
 
 CPU = torch.device("cpu")
 
 
 def table_of(rows: int, window: int = 0, first: int = 20) -> SegmentTable:
-    """Of sequences of some 20 tokens, two to a prompt."""
+    """Build the table of sequences of about 20 tokens, two per prompt."""
     pages = np.arange(rows * 8, dtype=np.int32).reshape(rows, 8)
     pages[1::2, :4] = pages[::2, :4][: rows // 2]
     starts = np.arange(rows, dtype=np.int32) % 5 + first
-    return segment_table(
+    return build_segment_table(
         *map(torch.from_numpy, (pages, np.arange(rows, dtype=np.int32), starts, np.ones(rows, dtype=np.int32))),
         page_size=4, segment=8, window=window, unit_rows=4,
     )  # fmt: skip
@@ -36,7 +36,7 @@ def assert_holds(there: DeviceTable, table: SegmentTable) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_a_table_is_read_back(rows: int, window: int) -> None:
     table = table_of(rows, window)
-    there = DeviceTable.of(table, CPU)
+    there = DeviceTable.upload(table, CPU)
     assert_holds(there, table)
     assert (there.num_rows, there.window, there.page_size) == (rows, window, 4)
     assert there.largest_page == table.largest_page
@@ -46,12 +46,12 @@ def test_a_table_is_read_back(rows: int, window: int) -> None:
 
 
 def test_a_buffer_is_filled_again_with_other_tables() -> None:
-    capacity = Capacity.of(table_of(7)).grown(Capacity.of(table_of(3)), rows=8, item_rows=4)
+    capacity = Capacity.required_by(table_of(7)).enlarge(Capacity.required_by(table_of(3)), rows=8, item_rows=4)
     host = np.full(capacity.length, -9, dtype=np.int32)
     for rows in (7, 3, 5):
         table = table_of(rows)
-        pack(table, capacity, host)
-        there = DeviceTable.over(torch.from_numpy(host), capacity, table)
+        write_table(table, capacity, host)
+        there = DeviceTable.from_buffer(torch.from_numpy(host), capacity, table)
         assert_holds(there, table)
         assert there.num_rows == 8
         # the rows that fill it up have no partial result and stand at 0
@@ -60,22 +60,22 @@ def test_a_buffer_is_filled_again_with_other_tables() -> None:
 
 
 def test_a_table_that_does_not_fit_is_not_written() -> None:
-    capacity = Capacity.of(table_of(3))
+    capacity = Capacity.required_by(table_of(3))
     with pytest.raises(AssertionError, match="outgrew"):
-        pack(table_of(7), capacity, np.zeros(10 * capacity.length, dtype=np.int32))
+        write_table(table_of(7), capacity, np.zeros(10 * capacity.length, dtype=np.int32))
 
 
 def test_growth_covers_both_and_is_rare() -> None:
-    small = Capacity.of(table_of(3))
-    grown = small.grown(small, rows=4, item_rows=4)
+    small = Capacity.required_by(table_of(3))
+    grown = small.enlarge(small, rows=4, item_rows=4)
     assert grown.covers(small)
     assert not small.covers(grown)
     assert all(not small.covers(dataclasses.replace(small, **{name: 10**6})) for name in small.__slots__)
     sizes, capacity = set(), grown
     for rows in range(3, 200):
-        needed = Capacity.of(table_of(rows))
+        needed = Capacity.required_by(table_of(rows))
         if not capacity.covers(dataclasses.replace(needed, rows=0)):
-            capacity = needed.grown(capacity, rows=rows, item_rows=4)
+            capacity = needed.enlarge(capacity, rows=rows, item_rows=4)
         assert capacity.covers(dataclasses.replace(needed, rows=0))
         sizes.add(capacity.partials)
     assert len(sizes) < 10
@@ -83,11 +83,11 @@ def test_growth_covers_both_and_is_rare() -> None:
 
 def test_parts_do_not_overlap() -> None:
     for rows in range(1, 9):
-        capacity = Capacity.of(table_of(rows))
+        capacity = Capacity.required_by(table_of(rows))
         offsets = capacity.offsets
         lengths = (4, 6 * capacity.items, 2 * capacity.entries, capacity.pages, capacity.rows, capacity.rows + 1)
         for start, end, length in zip(offsets[:-1], offsets[1:], lengths, strict=True):
-            assert start % ALIGNED == 0
+            assert start % ALIGNMENT == 0
             assert start + length <= end
 
 
@@ -100,8 +100,8 @@ def test_an_upload_is_a_copy() -> None:
         assert there.dtype == torch.from_numpy(array).dtype
 
 
-def test_a_device_table_is_refused_where_nothing_reads_it() -> None:
-    table = DeviceTable.of(table_of(2), CPU)
+def test_a_device_table_is_refused_where_no_triton_kernel_runs() -> None:
+    table = DeviceTable.upload(table_of(2), CPU)
     kv = torch.zeros(2, 16, 4, 1, 8)
     with pytest.raises(ValueError, match="takes the segment table itself"):
         paged_attention(torch.zeros(2, 1, 8), kv[0], kv[1], table, scale=1.0)

@@ -13,17 +13,12 @@ from support.operations import Operations
 from torch import Tensor
 
 from genssd.kernels import head
-from genssd.kernels.divergence import (
-    Kind,
-    Tail,
-    _linear_divergence,
-    _topk_divergence,
-    linear_divergence,
-    topk_divergence,
-)
+from genssd.kernels.divergence import _linear_divergence, linear_divergence
+from genssd.kernels.divergence_terms import DivergenceKind
+from genssd.kernels.topk_divergence import TailRule, _topk_divergence, topk_divergence
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
-TAILS: tuple[Tail, ...] = get_args(Tail)
+KINDS: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
+TAILS: tuple[TailRule, ...] = get_args(TailRule)
 VARIANTS: list[dict[str, Any]] = [
     *({"kind": kind} for kind in KINDS),
     {"kind": "jsd", "beta": 0.1},
@@ -43,7 +38,7 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def divergence(q: Tensor, p: Tensor, kind: str, beta: float = 0.5, alpha: float = 0.1) -> Tensor:
-    """By the formulas, from the teacher's and the student's probabilities."""
+    """Compute a divergence by its formula from the teacher's and the student's probabilities."""
     if kind == "forward_kl":
         return kl(q, p)
     if kind == "reverse_kl":
@@ -209,7 +204,7 @@ def test_equals_the_formulas(variant: dict[str, Any], vocabulary: int) -> None:
     ],
     ids=str,
 )
-def test_temperature_and_softcaps(kind: Kind, options: dict[str, float]) -> None:
+def test_temperature_and_softcaps(kind: DivergenceKind, options: dict[str, float]) -> None:
     """Both models' logits are divided by the temperature, and nothing is multiplied by its square."""
     inputs = problem(7, 65)
     truth = exact(*inputs, kind=kind, **options)
@@ -218,7 +213,7 @@ def test_temperature_and_softcaps(kind: Kind, options: dict[str, float]) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_temperature_is_a_smaller_weight(kind: Kind) -> None:
+def test_a_temperature_is_a_smaller_weight(kind: DivergenceKind) -> None:
     hidden, weight, teacher_hidden, teacher_weight = doubles(problem(7, 65))
     ours = evaluate(linear_divergence, hidden, weight, teacher_hidden, teacher_weight, kind=kind, temperature=4.0)
     other = evaluate(linear_divergence, hidden, weight / 4, teacher_hidden, teacher_weight / 4, kind=kind)
@@ -274,7 +269,7 @@ def test_limits_of_the_mixtures() -> None:
 
 
 @pytest.mark.parametrize("kind", ["skew_forward_kl", "skew_reverse_kl"])
-def test_skew_divergences_are_bounded(kind: Kind) -> None:
+def test_skew_divergences_are_bounded(kind: DivergenceKind) -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = (50 * torch.randn(9, 65, generator=generator) for _ in range(2))
     for alpha in (0.01, 0.1, 0.9):
@@ -298,7 +293,7 @@ def test_certain_and_opposite_models_stay_finite(variant: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_huge_logits(kind: Kind) -> None:
+def test_huge_logits(kind: DivergenceKind) -> None:
     student, teacher = torch.zeros(2, 50), torch.zeros(2, 50)
     student[0, 7], teacher[0, 8] = 1e4, 1e4
     student[1], teacher[1] = 1e4, -1e4
@@ -313,7 +308,7 @@ def test_huge_logits(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", ["restrict", "drop"])
 @pytest.mark.parametrize(("student", "teacher"), [(40, 43), (43, 40), (1, 5), (5, 1)])
-def test_vocabularies_of_different_widths(kind: Kind, policy: str, student: int, teacher: int) -> None:
+def test_vocabularies_of_different_widths(kind: DivergenceKind, policy: str, student: int, teacher: int) -> None:
     inputs = problem(7, student, teacher)
     truth = exact(*inputs, kind=kind, vocabulary=policy, temperature=0.8, student_softcap=6.0)
     options = {"kind": kind, "vocabulary": policy, "temperature": 0.8, "student_softcap": 6.0}
@@ -326,7 +321,7 @@ def test_vocabularies_of_different_widths(kind: Kind, policy: str, student: int,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("student", "teacher"), [(40, 43), (43, 40)])
-def test_heads_that_agree_on_what_they_share_do_not_diverge(kind: Kind, student: int, teacher: int) -> None:
+def test_heads_that_agree_on_what_they_share_do_not_diverge(kind: DivergenceKind, student: int, teacher: int) -> None:
     hidden, weight, _, _ = problem(7, 43)
     ours = evaluate(linear_divergence, hidden, weight[:student], hidden, weight[:teacher], kind=kind)
     for value in ours:
@@ -376,7 +371,7 @@ def test_autocast_takes_both_products_in_its_dtype() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_row_weights(kind: Kind, bad: float) -> None:
+def test_row_weights(kind: DivergenceKind, bad: float) -> None:
     hidden, weight, teacher_hidden, teacher_weight = problem(6, 31)
     row_weight = torch.tensor([1.0, 0.0, 0.25, -2.0, 0.0, 3.0])
     clean = evaluate(
@@ -408,7 +403,7 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", [None, 0.3])
-def test_gradcheck(kind: Kind, beta: float | None) -> None:
+def test_gradcheck(kind: DivergenceKind, beta: float | None) -> None:
     hidden, weight, teacher_hidden, teacher_weight = doubles(problem(3, 4, 5, width=2, teacher_width=3))
     options = {"kind": kind, "temperature": 0.8, "student_softcap": 3.0, "teacher_softcap": 5.0}
     options |= {} if beta is None else {"beta": beta, "alpha": beta, "vocabulary": "drop"}
@@ -422,7 +417,7 @@ def test_gradcheck(kind: Kind, beta: float | None) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", TAILS)
-def test_gradcheck_of_topk(kind: Kind, tail: Tail) -> None:
+def test_gradcheck_of_topk(kind: DivergenceKind, tail: TailRule) -> None:
     hidden, weight, ids, logprob = topk_problem(3, 5, 3)
     ids[0, 1] = -1
     options = {"kind": kind, "tail": tail, "temperature": 0.8, "student_softcap": 3.0}
@@ -438,7 +433,7 @@ def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     hidden, weight, ids, logprob = topk_problem(23, 65, 5)
     row_weight = torch.linspace(0, 1, 23)
 
-    def both(kind: Kind) -> list[Result]:
+    def both(kind: DivergenceKind) -> list[Result]:
         return [
             evaluate(linear_divergence, *inputs, kind=kind, row_weight=row_weight, temperature=0.8),
             evaluate(linear_divergence, *inputs, kind=kind, row_weight=row_weight, vocabulary="drop"),
@@ -464,11 +459,11 @@ def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
 
 inside: Callable[..., tuple[Tensor, ...]] = _linear_divergence._init_fn
 inside_topk: Callable[..., tuple[Tensor, ...]] = _topk_divergence._init_fn
-"""The functions behind the operators: a mode sees operators from outside."""
+"""The functions that the operators call, because a dispatch mode sees an operator as one call."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_tensor_of_tokens_times_vocabulary_is_built(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_of_tokens_times_vocabulary_is_built(kind: DivergenceKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 1025 * 16)
     hidden, weight, teacher_hidden, teacher_weight = problem(200, 1025, width=3, teacher_width=3)
     ones = torch.ones(200)
@@ -628,7 +623,7 @@ def test_equals_trls_chunked_divergence(beta: float) -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("k", [1, 5])
-def test_topk_equals_the_formulas_on_its_outcomes(variant: dict[str, Any], tail: Tail, k: int) -> None:
+def test_topk_equals_the_formulas_on_its_outcomes(variant: dict[str, Any], tail: TailRule, k: int) -> None:
     inputs = topk_problem(7, 33, k)
     truth = exact_topk(*inputs, tail=tail, **variant)
     assert_close(evaluate(topk_divergence, *inputs, tail=tail, **variant), truth, 5e-5)
@@ -650,7 +645,7 @@ def test_topk_equals_the_formulas_on_its_outcomes(variant: dict[str, Any], tail:
     ],
     ids=str,
 )
-def test_temperature_and_softcap_of_topk(kind: Kind, tail: Tail, options: dict[str, float]) -> None:
+def test_temperature_and_softcap_of_topk(kind: DivergenceKind, tail: TailRule, options: dict[str, float]) -> None:
     inputs = topk_problem(7, 33, 5)
     truth = exact_topk(*inputs, kind=kind, tail=tail, **options)
     assert_close(evaluate(topk_divergence, *inputs, kind=kind, tail=tail, **options), truth, 5e-5)
@@ -663,7 +658,7 @@ def test_temperature_and_softcap_of_topk(kind: Kind, tail: Tail, options: dict[s
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("tail", TAILS)
-def test_all_tokens_as_topk_are_the_full_divergence(variant: dict[str, Any], tail: Tail) -> None:
+def test_all_tokens_as_topk_are_the_full_divergence(variant: dict[str, Any], tail: TailRule) -> None:
     hidden, weight, *teacher = problem(7, 33)
     full = evaluate(linear_divergence, hidden, weight, *teacher, student_softcap=5.0, **variant)
     logprob, ids = probabilities(*doubles(tuple(teacher))).log().topk(33, dim=1)
@@ -673,7 +668,7 @@ def test_all_tokens_as_topk_are_the_full_divergence(variant: dict[str, Any], tai
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", TAILS)
-def test_topk_of_the_student_itself_has_no_gradient(kind: Kind, tail: Tail) -> None:
+def test_topk_of_the_student_itself_has_no_gradient(kind: DivergenceKind, tail: TailRule) -> None:
     hidden, weight, _, _ = problem(7, 33)
     logprob, ids = probabilities(hidden.double(), weight.double()).log().topk(5, dim=1)
     ours = evaluate(topk_divergence, hidden, weight, ids, logprob, kind=kind, tail=tail)
@@ -683,7 +678,7 @@ def test_topk_of_the_student_itself_has_no_gradient(kind: Kind, tail: Tail) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", TAILS)
-def test_unused_and_unknown_ids(kind: Kind, tail: Tail) -> None:
+def test_unused_and_unknown_ids(kind: DivergenceKind, tail: TailRule) -> None:
     hidden, weight, ids, logprob = topk_problem(7, 33, 5)
     ids[0, 0], ids[1, 4], ids[2, 2] = -1, -1, 40  # the student's head has 33
     ids[3], ids[4, 1:] = -1, -7
@@ -701,7 +696,7 @@ def test_unused_and_unknown_ids(kind: Kind, tail: Tail) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", TAILS)
-def test_a_row_with_no_known_id_counts_nothing(kind: Kind, tail: Tail) -> None:
+def test_a_row_with_no_known_id_counts_nothing(kind: DivergenceKind, tail: TailRule) -> None:
     """The teacher is certain of a token that the student's head does not have."""
     hidden, weight, _, _ = problem(2, 33)
     hidden[1] = math.nan
@@ -713,7 +708,7 @@ def test_a_row_with_no_known_id_counts_nothing(kind: Kind, tail: Tail) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", TAILS)
-def test_row_weights_of_topk(kind: Kind, tail: Tail) -> None:
+def test_row_weights_of_topk(kind: DivergenceKind, tail: TailRule) -> None:
     hidden, weight, ids, logprob = topk_problem(6, 33, 5)
     row_weight = torch.tensor([1.0, 0.0, 0.25, -2.0, 0.0, 3.0])
     options = {"kind": kind, "tail": tail, "row_weight": row_weight}
@@ -735,7 +730,7 @@ def test_rows_of_weight_zero_may_hold_any_logprob() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_student_so_confident_that_the_tail_has_almost_no_mass(kind: Kind) -> None:
+def test_a_student_so_confident_that_the_tail_has_almost_no_mass(kind: DivergenceKind) -> None:
     """1e-12, which 1 - sum of the others would round to 0 in float32."""
     student = torch.full((1, 33), -27.631 - math.log(31.0))
     student[0, :2] = torch.tensor([-0.05, -3.0])
@@ -752,7 +747,7 @@ def test_a_student_so_confident_that_the_tail_has_almost_no_mass(kind: Kind) -> 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_teacher_so_confident_that_its_tail_is_lost(variant: dict[str, Any]) -> None:
-    """Its probabilities sum to 1 in float32. What the sum rounds away is no certainty: nothing becomes infinite."""
+    """The teacher's probabilities sum to 1 in float32, but the rounded tail is not 0: no loss becomes infinite."""
     teacher = torch.full((2, 33), -23.0)
     teacher[:, 3], teacher[:, 5] = 0.0, -18.0
     logprob, ids = teacher.log_softmax(1).topk(4, dim=1)
@@ -763,8 +758,8 @@ def test_a_teacher_so_confident_that_its_tail_is_lost(variant: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_teachers_tail_is_as_exact_as_its_log_probabilities(kind: Kind) -> None:
-    """float64 ones know of a tail of 1e-9, whatever the student's dtype."""
+def test_the_teachers_tail_is_as_exact_as_its_log_probabilities(kind: DivergenceKind) -> None:
+    """float64 log-probabilities resolve a tail of 1e-9 for any dtype of the student."""
     hidden, weight, _, _ = problem(2, 33)
     ids = torch.tensor([[3, 5], [0, 32]])
     logprob = torch.tensor([[0.7, 0.3 - 1e-9], [0.9, 0.1 - 1e-9]], dtype=torch.float64).log()
@@ -789,7 +784,7 @@ def test_half_students_of_topk() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_torch_sees_one_operator(kind: Kind) -> None:
+def test_torch_sees_one_operator(kind: DivergenceKind) -> None:
     """Schema, fake tensors, autograd and dispatch, by torch's own checker."""
     hidden, weight, *teacher = problem(5, 7, 9)
     hidden.requires_grad_(), weight.requires_grad_()
@@ -806,7 +801,7 @@ def test_torch_sees_one_operator(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_reverse_kl"])
-def test_compiles_as_a_whole(kind: Kind) -> None:
+def test_compiles_as_a_whole(kind: DivergenceKind) -> None:
     hidden, weight, *teacher = problem(5, 33, 30)
     _, _, ids, logprob = topk_problem(5, 33, 4)
     row_weight = torch.linspace(0, 1, 5)

@@ -10,7 +10,7 @@ import torch
 from support.operations import Operations
 from torch import Tensor
 
-from genssd.kernels.logprob import TokenStats, _blockwise, linear_logprob
+from genssd.kernels.logprob import TokenStats, _score_in_blocks, linear_logprob
 
 NAMES = ("logprob", "logsumexp", "entropy", "sum_p2", "rank")
 
@@ -23,7 +23,7 @@ def brute_force(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> dict[str, list[float]]:
-    """Every number by its definition, row by row, in float64."""
+    """Compute every statistic by its definition, row by row, in float64."""
     rows: dict[str, list[float]] = {name: [] for name in NAMES}
     for h, t in zip(hidden.double(), target.tolist(), strict=True):
         z = weight.double() @ h + (0.0 if bias is None else bias.double())
@@ -116,7 +116,7 @@ def test_very_large_logits_of_either_sign(level: float) -> None:
     assert stats.rank.tolist() == [1, 1]
 
 
-def test_banned_tokens_count_for_nothing() -> None:
+def test_banned_tokens_do_not_count() -> None:
     hidden, weight, target = problem(5, 300)
     allowed = torch.arange(0, 300, 3)
     bias = torch.full((300,), -torch.inf)
@@ -176,7 +176,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_built(monkeypatch: pytest.Monke
     hidden, weight, target = problem(200, 4099, width=16)
     with Operations() as seen:
         # the function behind the operator: a mode sees operators from outside
-        logprob, *_ = _blockwise(hidden, weight, target, None, 0.9, 20.0, 0)
+        logprob, *_ = _score_in_blocks(hidden, weight, target, None, 0.9, 20.0, 0)
     assert len(logprob) == 200
     assert 4099 <= seen.elements <= 16 * 4099  # the weight itself, or two blocks
 
@@ -220,7 +220,7 @@ def test_wrong_arguments_are_named(arguments: tuple[Tensor, ...], options: dict[
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_without_a_number_is_named_whatever_its_block(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_nan_is_named_in_any_block(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("genssd.kernels.logprob.LOGITS_BYTES", 4 * 257 * 4)
     hidden, weight, target = problem(20, 257)
     hidden[13, 0] = bad

@@ -21,7 +21,7 @@ from genssd.kernels.linear import linear
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
 from genssd.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from genssd.kernels.sampling import gumbel_noise, keep_likely, linear_sample, sample
-from genssd.kernels.weight import PackedWeight, pack, rows_of
+from genssd.kernels.weight import PackedWeight, pack_weight, select_rows
 
 SETS = _core.instruction_sets()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -99,17 +99,17 @@ def test_a_row_has_the_same_bits_in_any_batch_on_any_threads(inputs: int, output
 def test_packed_weights_give_the_same_bits(
     rows: int, inputs: int, outputs: int, dtype: torch.dtype, threads: int
 ) -> None:
-    """On every path that takes them, for any shape and any number of blocks of rows."""
+    """Packed and unpacked weights give the same bits on every path, for any shape and any number of blocks of rows."""
     torch.set_num_threads(threads)
     x, w, bias = (randn(*s, seed=i, dtype=dtype) for i, s in enumerate([(rows, inputs), (outputs, inputs), (outputs,)]))
-    packed = pack(w)
+    packed = pack_weight(w)
     assert isinstance(packed, PackedWeight)
     assert packed.shape == w.shape
     assert torch.equal(linear(x, packed, bias), linear(x, w, bias))
     strided = torch.stack((x, x), -1)[..., 0]
     assert torch.equal(linear(strided, packed), linear(x, w))
     index = torch.arange(rows) * 7 % outputs
-    assert torch.equal(rows_of(packed, index), w[index])
+    assert torch.equal(select_rows(packed, index), w[index])
     topk = min(2, outputs)
     whole = linear_logprob(x, w, index, bias=bias, topk=topk)
     stats = linear_logprob(strided, packed, index, bias=bias, topk=topk)
@@ -124,7 +124,7 @@ def test_packed_weights_give_the_same_bits(
 
 
 def test_a_packed_weight_takes_rows_of_its_dtype_and_no_gradient() -> None:
-    weight, index = pack(randn(5, 8)), torch.zeros(3, dtype=torch.int64)
+    weight, index = pack_weight(randn(5, 8)), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="one dtype"):
         linear_logprob(randn(3, 8, dtype=torch.bfloat16), weight, index)
     with pytest.raises(ValueError, match="one dtype"):
@@ -204,7 +204,7 @@ def test_ties_go_to_the_lower_id_and_equal_logits_do_not_raise_the_rank() -> Non
 def test_filters_keep_what_the_reference_keeps(
     vocabulary: int, top_k: int, top_p: float, min_p: float, temperature: float, distinct: int, seed: int
 ) -> None:
-    """With ties: logits take few values. The draw is the reference's, noise added to what it keeps."""
+    """Draws equal the reference's: noise added to the logits that it keeps. The logits take few values, so many tie."""
     values = randn(distinct, seed=seed) * 3
     logits = values[torch.randint(distinct, (6, vocabulary), generator=torch.Generator().manual_seed(seed))]
     logits[0, : vocabulary // 2] = -torch.inf
@@ -290,7 +290,7 @@ def test_an_entry_far_below_the_others_counts_as_banned(banned: slice) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 
-def test_a_long_tail_beside_a_likely_token_is_not_rounded_away() -> None:
+def test_a_long_tail_next_to_a_likely_token_is_not_rounded_away() -> None:
     vocabulary, peak = 151_936, 20.0
     weight = torch.zeros(vocabulary, 1)
     weight[7] = peak
@@ -306,7 +306,7 @@ def test_a_min_p_that_rounds_to_one_keeps_the_largest() -> None:
 
 
 def test_a_unit_that_runs_out_of_memory_is_an_error_on_any_threads() -> None:
-    """In a process of its own, whose memory is limited."""
+    """Run in another process, whose memory is limited."""
     script = (
         "import resource, torch\n"
         "from genssd import _core\n"
@@ -392,7 +392,7 @@ def spoilt(tensor: Tensor) -> dict[str, Tensor]:
     ],
 )
 def test_wrong_tensors_are_refused_with_a_message(name: str, index: int, kind: str) -> None:
-    """Every tensor of every function, of a wrong dtype, shape or stride: one at a time."""
+    """Each tensor argument of each function is replaced by one of a wrong dtype, shape or stride, one at a time."""
     function, arguments = CALLS[name]
     function(*arguments)
     wrong = spoilt(arguments[index])[kind]

@@ -1,4 +1,4 @@
-"""Drawing tokens: noise against Philox' known answers, filters against transformers, draws against softmax."""
+"""Sampling: noise against Philox' known answers, filters against transformers, frequencies of draws against softmax."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_row_without_a_number_is_named(bad: float, temperature: float) -> None
         sample(logits, torch.arange(5), temperature=temperature)
 
 
-def test_a_row_with_nothing_allowed_is_named() -> None:
+def test_a_row_without_a_finite_logit_is_named() -> None:
     logits = torch.zeros(3, 7)
     logits[1] = -torch.inf
     with pytest.raises(ValueError, match=r"row 1"):

@@ -50,7 +50,7 @@ def test_scale_and_shift_of_the_logits_change_nothing() -> None:
     assert float(same.total) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_rows_without_weight_reach_nothing_whatever_they_hold() -> None:
+def test_values_of_rows_of_weight_zero_have_no_effect() -> None:
     hs, ws, ht, wt = make()
     hs[1] = float("nan")
     ht[1] = float("inf")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genssd.kernels.attention import SegmentTable, segment_table
+from genssd.kernels.attention import SegmentTable, build_segment_table
 
 PROMPT = 1000
 """Smallest name of a token in a random tree; every token of a tree has a name of its own."""
@@ -46,7 +46,7 @@ class Problem:
         lengths = np.array([len(self.sequences[i]) for i in kept], dtype=np.int32)
         rows = np.array([self.rows[i] for i in kept], dtype=np.int32)
         size = self.k_pages.shape[1]
-        return segment_table(
+        return build_segment_table(
             self.tables, np.array(kept, dtype=np.int32), lengths - rows, rows,
             page_size=size, segment=-(-segment // size) * size, window=window, unit_rows=unit_rows,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ours, through `genssd.Engine`."""
+"""Worker that runs the workloads on genssd, through the public `genssd.Engine`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 from bench.engine.peers import workloads as work
-from bench.engine.peers.protocol import Measured, WorkerOptions, private_stdout, serve, worker_options
+from bench.engine.peers.protocol import Measured, WorkerOptions, parse_worker_options, serve, take_stdout
 from bench.engine.peers.workloads import Sizes
 
 from genssd import Chunk, Engine, Sampling
@@ -15,8 +15,12 @@ from genssd import Chunk, Engine, Sampling
 CACHE_BYTES = 2 << 30  # of each engine
 
 
-class Ours:
-    """writer: one model, for everything but the search. pair: the same weights as teacher and as student."""
+class GenssdWorkloads:
+    """The workloads on genssd.
+
+    writer: engine with one model, for all workloads but the search. pair: engine with the same weights as teacher and
+    as student.
+    """
 
     def __init__(self, options: WorkerOptions) -> None:
         model = options.directory / "model"
@@ -33,10 +37,10 @@ class Ours:
         root = self.writer.branch(work.prefix_ids(sizes, "decode", round_), sampling=self.sampling)
         root.expand(1, Chunk(tokens=1, until=None))[0].drop()  # the prefix is in the cache now
         warm = time.perf_counter()
-        # the first token of each comes from the prefix's last state: `decoded` forward passes follow
-        kids = root.expand(sizes.branches, Chunk(tokens=1 + sizes.decoded, until=None))
+        # the first token of each branch comes from the prefix's last state: `decoded` forward passes follow
+        branches = root.expand(sizes.branches, Chunk(tokens=1 + sizes.decoded, until=None))
         ended = time.perf_counter()
-        for branch in (*kids, root):
+        for branch in (*branches, root):
             branch.drop()
         return Measured(seconds=ended - warm, prefix_seconds=warm - started)
 
@@ -73,16 +77,16 @@ class Ours:
 
 
 def main() -> None:
-    options = worker_options()
-    out = private_stdout()
+    options = parse_worker_options()
+    out = take_stdout()
     torch.set_num_threads(options.threads)
-    ours = Ours(options)
+    runner = GenssdWorkloads(options)
     serve(
         out,
         options.sizes,
         version("genssd"),
         f"torch {torch.__version__}, bf16 weights and cache, public API",
-        {name: getattr(ours, name) for name in work.WORKLOADS},
+        {name: getattr(runner, name) for name in work.WORKLOADS},
         {
             "decode": "one sampling step more than the others: the branches' first token",
             "score": "a call that computes prefix and candidates, less the mean of a prefill before and one after it",

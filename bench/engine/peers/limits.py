@@ -1,13 +1,13 @@
-"""What a workload needs at least, and how long the machine needs at least for that.
+"""Operations and bytes that a workload requires at least, and the time that the machine requires for them at least.
 
 A phase is one pass over the weights: prefill, one decoding step, one scoring pass. It takes at least
 
     max(flops / F, bytes / B)      F: operations per second   B: bytes read per second
 
-flops: two per weight and row, of the head only for the rows whose logits are needed; four per attended position, head
-and lane. bytes: weights once per phase, keys and values of every distinct position once. F and B are measured: F is the
-best rate of bf16 products through torch or, if that is more, of the multiplying instruction alone (peak.cpp); B that of
-a sum over an array that no cache holds.
+flops: two per weight and row (the head's weights count only for the rows whose logits are needed), and four per
+attended position, query head and entry of the head. bytes: weights once per phase, keys and values of every distinct
+position once. F and B are measured: F is the larger of the best rate of bf16 products through torch and the rate of the
+multiplying instruction alone (peak.cpp); B is the rate of a sum over an array that is larger than every cache.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from tempfile import TemporaryDirectory
 
 import torch
 from bench.engine.peers.workloads import ModelShape, Sizes
-from bench.support.roofs import best_seconds
+from bench.support.device_limits import best_seconds
 
-BF16 = 2  # bytes
+BF16 = 2  # bytes of a bfloat16 value
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (1024, 1024, 3072), (1024, 3072, 1024), (1024, 1024, 16384))
-"""Rows, inner and columns: square ones and those of the model."""
+"""(rows, inner, columns) of the measured products: square ones and those of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Operations and bytes per second. instruction_flops: None where there is no compiler or no such instruction."""
+    """Rates that the machine reaches at most.
+
+    product_flops: operations per second of bf16 products through torch. instruction_flops: those of the multiplying
+    instruction alone; None without a C++ compiler or without such an instruction. bytes: bytes read per second.
+    """
 
     product_flops: float
     instruction_flops: float | None
@@ -41,14 +45,18 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
+    """Operations and bytes of one pass over the weights."""
+
     flops: float
     bytes: float
 
     def seconds(self, limits: Limits) -> float:
+        """Return the least time of the phase in seconds."""
         return max(self.flops / limits.flops, self.bytes / limits.bytes)
 
 
 def measure_limits(threads: int) -> Limits:
+    """Measure the limits of this machine on a number of threads."""
     torch.set_num_threads(threads)
     array = torch.ones(1 << 28)
     return Limits(
@@ -76,7 +84,7 @@ def _instruction_flops(threads: int) -> float | None:
 
 
 def phases(sizes: Sizes, workload: str) -> list[Phase]:
-    """What a workload consists of."""
+    """Return the phases of a workload in order."""
     model = sizes.model
     if workload == "prefill":
         return [_prefill(model, 1, sizes.prefix)]
@@ -84,32 +92,36 @@ def phases(sizes: Sizes, workload: str) -> list[Phase]:
         return _decoding(model, 1, sizes.branches, 1 + sizes.prefix, sizes.decoded)
     if workload == "score":
         return [_scoring(model, 1, sizes.candidates, sizes.prefix, sizes.scored)]
-    found = []
+    search = []
     for _ in ("teacher", "student"):
-        found.append(_prefill(model, sizes.prompts, sizes.prompt))
+        search.append(_prefill(model, sizes.prompts, sizes.prompt))
     for start in range(sizes.prompt, sizes.prompt + sizes.response, sizes.chunk):
-        found += _decoding(model, sizes.prompts, sizes.per_prompt, start, sizes.chunk)
-        found.append(_scoring(model, sizes.prompts, sizes.per_prompt, start, sizes.chunk))
-    return found
+        search += _decoding(model, sizes.prompts, sizes.per_prompt, start, sizes.chunk)
+        search.append(_scoring(model, sizes.prompts, sizes.per_prompt, start, sizes.chunk))
+    return search
 
 
 def limit_seconds(sizes: Sizes, workload: str, limits: Limits) -> float:
+    """Return the seconds that a workload takes at least on a machine with these limits."""
     return sum(phase.seconds(limits) for phase in phases(sizes, workload))
 
 
 def _prefill(model: ModelShape, prompts: int, tokens: int) -> Phase:
-    """All but the last token of a prompt need no more of the last layer than their keys and values."""
+    """Return the phase of reading prompts.
+
+    In the last layer, all tokens but a prompt's last need only their keys and values.
+    """
     rows, attended = prompts * tokens, prompts * _triangle(0, tokens)
-    whole = _pass(model, rows=rows, logits=prompts, attended=attended, cached=rows)
+    full = _pass(model, rows=rows, logits=prompts, attended=attended, cached=rows)
     own = model.width * model.head_dim * 2 * model.heads + 3 * model.width * model.inner
     unread = attended - prompts * tokens
     return replace(
-        whole, flops=whole.flops - 2 * own * (rows - prompts) - 4 * model.heads * model.head_dim * unread
+        full, flops=full.flops - 2 * own * (rows - prompts) - 4 * model.heads * model.head_dim * unread
     )  # fmt: skip
 
 
 def _decoding(model: ModelShape, prompts: int, branches: int, prefix: int, steps: int) -> list[Phase]:
-    """Steps of `branches` rows behind each of `prompts` prefixes."""
+    """Return one phase per decoding step of `branches` rows after each of `prompts` prefixes."""
     rows = prompts * branches
     return [
         _pass(
@@ -120,7 +132,10 @@ def _decoding(model: ModelShape, prompts: int, branches: int, prefix: int, steps
 
 
 def _scoring(model: ModelShape, prompts: int, candidates: int, prefix: int, tokens: int) -> Phase:
-    """A candidate's last token is predicted, not read; the first is predicted by the prefix's last state."""
+    """Return the phase of scoring candidates.
+
+    A candidate's last token is predicted but not read, and its first is predicted by the prefix's last state.
+    """
     responses = prompts * candidates
     return _pass(
         model,
@@ -132,7 +147,11 @@ def _scoring(model: ModelShape, prompts: int, candidates: int, prefix: int, toke
 
 
 def _pass(model: ModelShape, *, rows: int, logits: int, attended: int, cached: int) -> Phase:
-    """attended: pairs of a row and a position that it sees. cached: distinct positions read or written."""
+    """Return the phase of one pass over the weights.
+
+    rows: tokens read. logits: rows whose logits are computed. attended: pairs of a row and a position that it sees.
+    cached: distinct positions of the cache that are read or written.
+    """
     projections = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
     trunk = model.layers * (projections + 3 * model.width * model.inner)
     head = model.width * model.vocabulary
@@ -145,5 +164,5 @@ def _pass(model: ModelShape, *, rows: int, logits: int, attended: int, cached: i
 
 
 def _triangle(before: int, rows: int) -> int:
-    """Positions that `rows` rows see together behind `before` others; each sees itself."""
+    """Return how many positions `rows` consecutive rows see in total after `before` others; each row sees itself."""
     return rows * before + rows * (rows + 1) // 2

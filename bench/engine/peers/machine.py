@@ -1,4 +1,4 @@
-"""What a results file says about where its rows were measured; no names of hosts."""
+"""Description of the machine for a results file, without the name of the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def machine(threads: int) -> dict[str, object]:
+def describe_machine(threads: int) -> dict[str, object]:
+    """Return the processor, its bf16 instructions, cores and threads used, and the versions of the software (Linux)."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next(line for line in lines if line.startswith("flags")).split()
     return {

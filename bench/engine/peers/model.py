@@ -1,4 +1,4 @@
-"""A random Qwen3-class checkpoint as a Hugging Face directory that every engine can load."""
+"""Random Qwen3-class checkpoint as a Hugging Face directory that every engine can load."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import torch
 from bench.engine.peers.workloads import FIRST_ID, SIZES, Sizes
 
 HEAD_SCALE = 0.08
-"""Standard deviation of the head's weights: the logits' is this times the root of the width, 2.6 at width 1024."""
+"""Standard deviation of the head's weights. That of the logits is sqrt(width) times as large: 2.6 at width 1024."""
 
 
 def save_model(directory: Path, sizes: Sizes) -> None:
-    """Weights in bf16, an untied head, no end of sequence: a response is as long as it was asked for."""
+    """Save a model with bf16 weights and an untied head, without an end-of-sequence token, and its tokenizer.
+
+    Without an end of sequence every response has the requested length.
+    """
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     shape = sizes.model
@@ -34,8 +37,10 @@ def save_model(directory: Path, sizes: Sizes) -> None:
 
 
 def byte_tokenizer(vocabulary: int) -> object:
-    """Bytes are the first ids, one merge follows, then names that no text is encoded to; the last is <pad>: without a
-    merge and a special token OpenVINO cannot convert a tokenizer."""
+    """Return a tokenizer whose ids are the bytes, one merge, names that no text is encoded to, and <pad>.
+
+    OpenVINO cannot convert a tokenizer without a merge and a special token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -48,7 +53,7 @@ def byte_tokenizer(vocabulary: int) -> object:
 
 
 def ensure_model(parent: Path, sizes: str) -> Path:
-    """The directory parent/SIZES with its model/, made where it is missing."""
+    """Return the directory parent/sizes, after creating the model/ in it where that is missing."""
     directory = parent / sizes
     model = directory / "model"
     if not model.exists():

@@ -1,4 +1,7 @@
-"""openvino-genai: ContinuousBatchingPipeline with prefix caching. It converts the model once."""
+"""Worker that runs the workloads on openvino-genai's ContinuousBatchingPipeline with prefix caching.
+
+It converts the model once and keeps the result next to the model.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,15 @@ import numpy as np
 import openvino
 import openvino_genai
 from bench.engine.peers import workloads as work
-from bench.engine.peers.protocol import Measured, WorkerOptions, private_stdout, serve, worker_options
+from bench.engine.peers.protocol import Measured, WorkerOptions, parse_worker_options, serve, take_stdout
 from bench.engine.peers.workloads import Sizes
 
 Ids = list[list[int]]
 
 
-class Theirs:
+class OpenVinoWorkloads:
+    """The workloads on openvino-genai, with one pipeline as teacher and one as student."""
+
     def __init__(self, options: WorkerOptions) -> None:
         self.end_id = options.sizes.model.vocabulary - 1
         self.directory = options.directory / "openvino"
@@ -77,7 +82,9 @@ class Theirs:
             drawn = self._generate(self.teacher, texts, config)
             rows = [text + chunk for text, chunks in zip(texts, drawn, strict=True) for chunk in chunks]
             if len(texts[0]) == sizes.prompt:
-                self._generate(self.student, texts, self._config(1))  # or every row would read its prompt
+                self._generate(
+                    self.student, texts, self._config(1)
+                )  # otherwise every row would compute its prompt again
             scores = [fmean(v for v in row if v is not None) for row in self._score(self.student, rows, sizes.chunk)]
             n = sizes.per_prompt
             best = [i * n + int(np.argmax(scores[i * n : (i + 1) * n])) for i in range(len(texts))]
@@ -91,19 +98,21 @@ class Theirs:
         config.temperature = 1.0
         config.top_p = self.top_p
         config.ignore_eos = True
-        config.set_eos_token_id(self.end_id)  # it wants one
+        config.set_eos_token_id(self.end_id)  # the pipeline requires one
         return config
 
     def _score(
         self, pipeline: openvino_genai.ContinuousBatchingPipeline, rows: Ids, last: int
     ) -> list[list[float | None]]:
-        """Log-probabilities of the last tokens of each row; one more token is written, which it insists on. Where the
-        cache ends right before them it has none for the first of them."""
+        """Return the log-probabilities of the last tokens of each row; the pipeline always writes one more token.
+
+        Where its cache ends right before these tokens, it returns no value for the first of them, which becomes None.
+        """
         config = self._config(1)
         config.echo = True
         config.logprobs = 1
-        found = [output[0].generated_log_probs[:-1][-last:] for output in self._run(pipeline, rows, config)]
-        return [[None] * (last - len(values)) + values for values in found]
+        logprobs = [output[0].generated_log_probs[:-1][-last:] for output in self._run(pipeline, rows, config)]
+        return [[None] * (last - len(values)) + values for values in logprobs]
 
     def _generate(
         self, pipeline: openvino_genai.ContinuousBatchingPipeline, rows: Ids, config: openvino_genai.GenerationConfig
@@ -124,7 +133,7 @@ class Theirs:
 
 
 def convert(model: Path, directory: Path) -> None:
-    """bf16 weights as they are; written beside the target first, so that a half-written one is never found."""
+    """Convert the model with bf16 weights, in a temporary directory that is renamed when it is complete."""
     from openvino_tokenizers import convert_tokenizer
     from optimum.intel import OVModelForCausalLM
     from transformers import AutoTokenizer
@@ -139,15 +148,15 @@ def convert(model: Path, directory: Path) -> None:
 
 
 def main() -> None:
-    options = worker_options()
-    out = private_stdout()
-    theirs = Theirs(options)
+    options = parse_worker_options()
+    out = take_stdout()
+    runner = OpenVinoWorkloads(options)
     serve(
         out,
         options.sizes,
         version("openvino-genai"),
         f"openvino {version('openvino')}, ContinuousBatchingPipeline, prefix caching, bf16 inference and cache",
-        {name: getattr(theirs, name) for name in work.WORKLOADS},
+        {name: getattr(runner, name) for name in work.WORKLOADS},
         {
             "score": "echo with logprobs=1: no value for a candidate's first token, one token more is written",
             "select_expand": "num_return_sequences; scored by echo with logprobs=1 in a second pipeline, as in score",

@@ -1,4 +1,4 @@
-// Multiplications and additions of bf16 per second that all cores reach together when everything is in registers.
+// Measures the bf16 multiplications and additions per second of all cores together, with all operands in registers.
 // Usage: peak THREADS. Prints operations per second; exits with 2 where the processor has no such instruction.
 
 #include <chrono>
@@ -11,11 +11,11 @@
 
 namespace {
 
-constexpr int kInstructions = 16;  // of a step, into registers of their own: none waits for another
-constexpr int kOperations = 64;    // of one instruction: 16 lanes of two products and two sums
+constexpr int kInstructions = 16;  // instructions of a step, each with its own accumulator: none waits for another
+constexpr int kOperations = 64;    // operations of one instruction: 16 lanes of two products and two sums
 constexpr long kSteps = 5'000'000;
 
-// In assembly, because compilers keep sixteen accumulators in memory.
+// Written in assembly, because compilers keep sixteen accumulators in memory.
 void run() {
     for (long step = 0; step < kSteps; ++step) {
         asm volatile(
@@ -31,7 +31,7 @@ void run() {
 
 int main(int, char** arguments) {
     const int count = std::atoi(arguments[1]);
-    double best = 0;  // many short rounds: one of them finds the cores free
+    double best = 0;  // over many short rounds, because other programs may use the cores in some of them
     for (int round = 0; round < 40; ++round) {
         const auto started = std::chrono::steady_clock::now();
         std::vector<std::thread> threads;

@@ -1,9 +1,9 @@
-"""How a benchmark talks to a peer in another interpreter: a line of JSON in, a line of JSON out.
+"""Protocol between a benchmark and an engine's worker in another interpreter: a line of JSON in, a line of JSON out.
 
     {"workload": "score", "round": 2, "changes": {"candidates": 4}}  ->  {"seconds": 3.9, ...} | {"error": "..."}
 
-changes are to the sizes that the worker was started with. Its first line describes it. Whatever libraries print goes to
-standard error. Standard library only.
+changes replace sizes that the worker was started with. A worker's first line is its Description. What libraries print
+goes to standard error. This file imports the standard library only, because every interpreter runs it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from bench.engine.peers.workloads import SIZES, Sizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One run. values: log-probabilities per candidate, of `score` alone; None where the engine gives none."""
+    """Result of one run of a workload."""
 
     seconds: float
     values: list[list[float | None]] | None = None
+    """Log-probabilities [candidate][token] of `score`, None where the engine returns none; None for other workloads."""
     prefix_seconds: float | None = None
-    """What the prefix took that `score` and `decode` found in the cache; not part of seconds."""
+    """Seconds for the prefix that `score` and `decode` read from the cache; not included in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What a worker says of itself. notes: where its work is not exactly that of the workload, by workload."""
+    """Description of a worker. notes: by workload, how its work differs from the description of the workload."""
 
     version: str
     settings: str
@@ -48,15 +49,17 @@ Workload = Callable[[Sizes, int], Measured]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
+    """Command-line options of a worker."""
+
     directory: Path
-    """Holds model/ and what a peer makes of it."""
+    """Directory that holds model/ and an engine's conversions of it."""
     sizes: Sizes
     threads: int
     top_p: float
-    """Of what `decode` and `select_expand` draw; 1 keeps every token."""
+    """Top-p of the draws of `decode` and `select_expand`; 1 keeps every token."""
 
 
-def worker_options() -> WorkerOptions:
+def parse_worker_options() -> WorkerOptions:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--sizes", choices=SIZES, required=True)
@@ -68,8 +71,8 @@ def worker_options() -> WorkerOptions:
     )
 
 
-def private_stdout() -> IO[str]:
-    """The real standard output; what else is written to it from now on, by C++ too, goes to standard error."""
+def take_stdout() -> IO[str]:
+    """Return the real standard output; later writes to it by others, C++ included, go to standard error."""
     kept = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return kept
@@ -78,24 +81,24 @@ def private_stdout() -> IO[str]:
 def serve(
     out: IO[str], sizes: Sizes, version: str, settings: str, workloads: Mapping[str, Workload], notes: dict[str, str]
 ) -> None:
-    """Answer requests until standard input ends. A failing workload is an answer, too."""
+    """Answer requests until standard input ends. A workload that raises is answered with its error."""
     description = Description(version=version, settings=settings, workloads=list(workloads), notes=notes)
     print(json.dumps(asdict(description)), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = asdict(workloads[request["workload"]](replace(sizes, **request["changes"]), request["round"]))
-        except Exception as error:  # the report says so, and the other engines go on
+        except Exception as error:  # the report shows it, and the other engines continue
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=out, flush=True)
 
 
 class WorkerFailed(RuntimeError):
-    """A worker that ended, or a workload that raised."""
+    """Error raised when a worker has ended or a workload has raised."""
 
 
 class Peer:
-    """The other end: a worker of its own process, loaded once. Arguments as in WorkerOptions."""
+    """Worker process of one engine, which loads the model once. Its arguments are those of WorkerOptions."""
 
     def __init__(self, name: str, python: str, directory: Path, sizes: str, threads: int, top_p: float = 1.0) -> None:
         self.name = name
@@ -116,15 +119,15 @@ class Peer:
                 stderr=log,
                 text=True,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the benchmark: it reports what there is, then ends its workers
+                start_new_session=True,  # Ctrl-C reaches the benchmark only, which reports and then ends the workers
             )
         self.description = Description(**self._read())
 
     def run(self, workload: str, round_: int, **changes: int) -> Measured:
-        """changes: to the sizes. Raises WorkerFailed."""
+        """Run a workload once. changes: sizes to replace. Raises WorkerFailed."""
         assert self._process.stdin is not None
         request = json.dumps({"workload": workload, "round": round_, "changes": changes})
-        with suppress(BrokenPipeError):  # a worker that has ended is found out below
+        with suppress(BrokenPipeError):  # reading its answer below reveals a worker that has ended
             print(request, file=self._process.stdin, flush=True)
         answer = self._read()
         if "error" in answer:
@@ -132,7 +135,7 @@ class Peer:
         return Measured(**answer)
 
     def close(self) -> None:
-        """End the worker and what it has started; what they are in the middle of is not waited for."""
+        """Kill the worker and its child processes at once, even in the middle of a workload."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,5 +1,5 @@
-"""transformers as one would write it with care: bf16, sdpa, DynamicCache, no prefix computed twice, logits only where
-they are read.
+"""Worker that runs the workloads on transformers, written with care: bf16, sdpa, DynamicCache, no prefix computed
+twice, logits only where they are used.
 
 Shapes:  B rows   V vocabulary
 """
@@ -11,13 +11,15 @@ import time
 import torch
 import transformers
 from bench.engine.peers import workloads as work
-from bench.engine.peers.protocol import Measured, WorkerOptions, private_stdout, serve, worker_options
+from bench.engine.peers.protocol import Measured, WorkerOptions, parse_worker_options, serve, take_stdout
 from bench.engine.peers.workloads import Sizes
 from torch import Tensor
 from transformers import DynamicCache, Qwen3ForCausalLM
 
 
-class Theirs:
+class TransformersWorkloads:
+    """The workloads on transformers, and scoring in float32 as the reference for all engines."""
+
     def __init__(self, options: WorkerOptions) -> None:
         self.directory = options.directory / "model"
         self.model = self._load(torch.bfloat16)
@@ -47,7 +49,7 @@ class Theirs:
         return self._score(self.model, sizes, round_)
 
     def reference(self, sizes: Sizes, round_: int) -> Measured:
-        """The same in float32: what the log-probabilities of all engines are compared with."""
+        """Score in float32: the log-probabilities of all engines are compared with these."""
         return self._score(self._load(torch.float32), sizes, round_)
 
     def _score(self, model: Qwen3ForCausalLM, sizes: Sizes, round_: int) -> Measured:
@@ -63,7 +65,7 @@ class Theirs:
         return Measured(seconds=seconds, prefix_seconds=warm - started, values=logprob.double().tolist())
 
     def select_expand(self, sizes: Sizes, round_: int) -> Measured:
-        """Caches hold everything but the last token of each prompt's text, which is read with what follows it."""
+        """Run the search. The caches hold all tokens but the last of each text, which the next forward pass reads."""
         n = sizes.per_prompt
         prompts = work.prompt_ids(sizes, round_)
         started = time.perf_counter()
@@ -90,7 +92,10 @@ class Theirs:
     def _read(
         self, model: Qwen3ForCausalLM, ids: list[list[int]], cache: DynamicCache | None, keep: int
     ) -> tuple[DynamicCache, Tensor]:
-        """The cache with the rows' ids in it, and the logits of the last `keep` (0: all) of them."""
+        """Read the ids of all rows into a cache (None: a new one); return it and the logits of the last `keep` ids.
+
+        keep 0 returns the logits of all ids.
+        """
         cache = DynamicCache(config=model.config) if cache is None else cache
         out = model(torch.tensor(ids), past_key_values=cache, use_cache=True, logits_to_keep=keep)
         return cache, out.logits
@@ -100,14 +105,17 @@ class Theirs:
 
 
 def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
-    """A cache of one row, seen as several: the first tokens that follow copy it."""
+    """Return a cache of one row expanded to several rows without a copy; the next forward pass makes the copy."""
     return DynamicCache(
         [(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in cache.layers]
     )
 
 
 def draw(logits_BV: Tensor, top_p: float) -> Tensor:
-    """At temperature 1 by inversion: one random number per row; torch.multinomial draws one per entry."""
+    """Draw a token per row at temperature 1 by inversion, with one random number per row.
+
+    torch.multinomial would draw a random number per entry.
+    """
     p_BV = logits_BV.float().softmax(-1)
     random_B1 = torch.rand(len(logits_BV), 1)
     if top_p == 1.0:
@@ -122,7 +130,7 @@ def draw(logits_BV: Tensor, top_p: float) -> Tensor:
 
 
 def chosen_logprob(logits: Tensor, targets: Tensor) -> Tensor:
-    """float32, of targets [rows, tokens]; row by row, which keeps the float32 copy of the logits small."""
+    """Return the float32 log-probabilities of targets [rows, tokens], computed row by row to save memory."""
     parts = [
         row.float().log_softmax(-1).gather(1, ids[:, None])[:, 0] for row, ids in zip(logits, targets, strict=True)
     ]
@@ -130,17 +138,17 @@ def chosen_logprob(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def main() -> None:
-    options = worker_options()
-    out = private_stdout()
+    options = parse_worker_options()
+    out = take_stdout()
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
-        theirs = Theirs(options)
+        runner = TransformersWorkloads(options)
         serve(
             out,
             options.sizes,
             transformers.__version__,
             f"torch {torch.__version__}, bf16, sdpa, DynamicCache, logits_to_keep, inference_mode",
-            {name: getattr(theirs, name) for name in (*work.WORKLOADS, "reference")},
+            {name: getattr(runner, name) for name in (*work.WORKLOADS, "reference")},
             {"select_expand": "one copy of the weights serves as teacher and student"},
         )
 

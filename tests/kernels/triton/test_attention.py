@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from genssd.kernels import attention_triton
-from genssd.kernels.attention import SegmentTable, paged_attention_reference, segment_table
-from genssd.kernels.attention_triton import Launch, Tiles, attend_rows
-from genssd.kernels.device_table import Capacity, DeviceTable, pack
+from genssd.kernels.attention import SegmentTable, build_segment_table, paged_attention_reference
+from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows
+from genssd.kernels.device_table import Capacity, DeviceTable, write_table
 
-SMALL = Tiles(block_m=16, block_t=8, num_warps=4, num_stages=2)
+SMALL = AttentionTiles(block_m=16, block_t=8, num_warps=4, num_stages=2)
 CPU = torch.device("cpu")
 
 
@@ -85,7 +85,7 @@ class Cache:
             row[: len(table)] = table
         first = [len(self.sequences[i]) - n for i, n in zip(which, rows, strict=True)]
         order, starts, counts = (np.array(x, dtype=np.int32) for x in (which, first, rows))
-        return segment_table(
+        return build_segment_table(
             *map(torch.from_numpy, (pages, order, starts, counts)), page_size=self.page_size, segment=segment,
             window=window, unit_rows=unit_rows,
         )  # fmt: skip
@@ -120,9 +120,9 @@ class Case:
             self.which, self.rows, segment=self.segment, window=self.window, unit_rows=self.unit_rows
         )
 
-    def run(self, *, programs: int = 3, tiles: Tiles = SMALL, table: DeviceTable | None = None) -> Tensor:
-        launch = Launch(programs=programs, tiles=tiles, interpret=True)
-        table = DeviceTable.of(self.host_table(), CPU) if table is None else table
+    def run(self, *, programs: int = 3, tiles: AttentionTiles = SMALL, table: DeviceTable | None = None) -> Tensor:
+        launch = AttentionLaunch(programs=programs, tiles=tiles, interpret=True)
+        table = DeviceTable.upload(self.host_table(), CPU) if table is None else table
         k, v = self.cache.kv
         return attend_rows(self.queries(), k, v, table, self.cache.width**-0.5, self.softcap, self.sinks, launch=launch)
 
@@ -213,7 +213,7 @@ def test_a_prefix_of_32k() -> None:
     cache = Cache(16, kv_heads=1, width=16, num_pages=2100)
     trunk = cache.add(tokens_of(32768, 0))
     kids = [cache.add(cache.sequences[trunk] + tokens_of(n, n), trunk, 32768) for n in (1, 30)]
-    wide = Tiles(block_m=16, block_t=512, num_warps=4, num_stages=2)
+    wide = AttentionTiles(block_m=16, block_t=512, num_warps=4, num_stages=2)
     case = Case(cache, kids, [1, 2], heads=2, segment=1024, unit_rows=8)
     assert len(case.host_table().items) == 32 + 3 + 2, "the first of them in four"
     assert (case.run(tiles=wide).double() - case.attention(torch.float64)).abs().max() < 1e-6
@@ -238,12 +238,14 @@ def test_scores_of_minus_infinity_are_nothing_and_no_nan(sinks: Tensor | None) -
     k[cache.tables[1], :, :, 0] = -torch.inf
     case = Case(cache, [0, 1], [1, 1], sinks=sinks)
     queries = torch.full((2, 4, 4), 0.5)
-    launch = Launch(programs=2, tiles=SMALL, interpret=True)
-    out = attend_rows(queries, *cache.kv, DeviceTable.of(case.host_table(), CPU), 0.5, None, sinks, launch=launch)
+    launch = AttentionLaunch(programs=2, tiles=SMALL, interpret=True)
+    out = attend_rows(queries, *cache.kv, DeviceTable.upload(case.host_table(), CPU), 0.5, None, sinks, launch=launch)
     assert bool(out.isfinite().all())
     assert torch.equal(out[1], torch.zeros(4, 4))
     cache.kv[0, cache.tables[0][:4], :, :, 0] = -1e30  # as good as nothing, for a definition that knows no -inf
-    finite = attend_rows(queries, *cache.kv, DeviceTable.of(case.host_table(), CPU), 0.5, None, sinks, launch=launch)
+    finite = attend_rows(
+        queries, *cache.kv, DeviceTable.upload(case.host_table(), CPU), 0.5, None, sinks, launch=launch
+    )
     assert torch.equal(out[0], finite[0])
     assert bool((out[0] != 0).any())
 
@@ -264,7 +266,7 @@ def test_what_is_not_finite_is_seen_and_stays_with_its_sequence() -> None:
 
 
 def test_what_no_row_sees_is_not_read() -> None:
-    """Neither before the window of all rows, in a tile of which they see a part, nor behind the last."""
+    """Neither tokens before the window of all rows, in a tile that they see in part, nor those after the last row."""
     cache = Cache(4)
     cache.add(tokens_of(40, 0))
     case = Case(cache, [0], [2], window=13)
@@ -328,7 +330,7 @@ def test_the_order_of_forks_and_of_the_batch_changes_no_bit() -> None:
 
 
 def test_a_warm_and_a_cold_prefix_have_the_same_bits() -> None:
-    """The last rows have the bits that they have when the whole sequence is computed with them."""
+    """The last rows have the same bits as when the complete sequence is computed with them."""
     cache = Cache(4)
     cache.add(tokens_of(39, 0))
     cold = Case(cache, [0], [39]).run()
@@ -353,16 +355,16 @@ def test_more_vectors_than_a_tile_holds() -> None:
 
 
 def test_a_table_in_a_larger_buffer() -> None:
-    """As a captured graph reads it: rows beyond the table's own see nothing."""
+    """A captured graph reads the table like this: rows after the table's own see no position."""
     cache, leaves = grow(3, 4)
     case = Case(cache, leaves[:3], [1] * 3)
-    table, needed = case.host_table(), Capacity.of(case.host_table())
-    capacity = needed.grown(needed, rows=5, item_rows=7)
+    table, needed = case.host_table(), Capacity.required_by(case.host_table())
+    capacity = needed.enlarge(needed, rows=5, item_rows=7)
     packed = np.full(capacity.length, -7, dtype=np.int32)
-    pack(table, capacity, packed)
-    there = DeviceTable.over(torch.from_numpy(packed), capacity, table)
+    write_table(table, capacity, packed)
+    there = DeviceTable.from_buffer(torch.from_numpy(packed), capacity, table)
     q = torch.cat((case.queries(), torch.full((2, 4, 16), torch.nan)))
-    launch = Launch(programs=3, tiles=SMALL, interpret=True)
+    launch = AttentionLaunch(programs=3, tiles=SMALL, interpret=True)
     out = attend_rows(q, *cache.kv, there, 0.25, None, None, launch=launch)
     assert torch.equal(out[:3], case.run())
     assert torch.equal(out[3:], torch.zeros(2, 4, 16))
@@ -371,22 +373,22 @@ def test_a_table_in_a_larger_buffer() -> None:
 def test_views_of_queries_and_pages() -> None:
     cache, leaves = grow(3, 4)
     case = Case(cache, leaves[:3], [1] * 3)
-    table = DeviceTable.of(case.host_table(), CPU)
-    launch = Launch(programs=3, tiles=SMALL, interpret=True)
+    table = DeviceTable.upload(case.host_table(), CPU)
+    launch = AttentionLaunch(programs=3, tiles=SMALL, interpret=True)
     wide_q, wide_kv = torch.full((3, 9, 40), torch.nan), torch.full((2, 700, 4, 4, 16), torch.nan)
     wide_q[:, 1:5, :16], wide_kv[:, :, :, ::2] = case.queries(), cache.kv
     k, v = wide_kv[:, :, :, ::2]
     found = attend_rows(wide_q[:, 1:5, :16], k, v, table, 0.25, None, None, launch=launch)
     assert torch.equal(found, case.run())
-    with pytest.raises(ValueError, match="must lie alike"):
+    with pytest.raises(ValueError, match="must have the same strides"):
         attend_rows(wide_q[:, 1:5, :16], k, cache.kv[1], table, 0.25, None, None, launch=launch)
 
 
 def test_no_rows() -> None:
     cache = Cache(4)
     cache.add([1])
-    none = DeviceTable.of(cache.table([], [], segment=16, window=0, unit_rows=4), CPU)
-    launch = Launch(programs=3, tiles=SMALL, interpret=True)
+    none = DeviceTable.upload(cache.table([], [], segment=16, window=0, unit_rows=4), CPU)
+    launch = AttentionLaunch(programs=3, tiles=SMALL, interpret=True)
     assert attend_rows(torch.empty(0, 4, 16), *cache.kv, none, 1.0, None, None, launch=launch).shape == (0, 4, 16)
 
 

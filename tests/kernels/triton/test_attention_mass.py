@@ -13,7 +13,7 @@ from genssd.kernels import attention_mass as module
 from genssd.kernels import attention_mass_triton as kernels
 from genssd.kernels.attention_mass import attention_mass_reference
 
-TILES = kernels.Tiles(own=16, step=16, words=16, num_warps=4, num_stages=1, interpret=True)
+TILES = kernels.MassTiles(own=16, step=16, words=16, num_warps=4, num_stages=1, interpret=True)
 SCALE = 0.6
 
 
@@ -46,10 +46,10 @@ class Case:
             return mass, torch.zeros_like(q), torch.zeros_like(k)
         return mass.detach(), *torch.autograd.grad((mass * self.upstream.double()).sum(), (q, k))
 
-    def ours(self, tiles: kernels.Tiles = TILES) -> tuple[Tensor, Tensor, Tensor]:
+    def ours(self, tiles: kernels.MassTiles = TILES) -> tuple[Tensor, Tensor, Tensor]:
         given = (self.q, self.k, self.step, self.word)
-        mass, lse = kernels.mass_of(*given, self.steps, self.words, SCALE, tiles=tiles)
-        return mass, *kernels.gradients_of(self.upstream, *given, lse, SCALE, tiles=tiles)
+        mass, lse = kernels.compute_mass(*given, self.steps, self.words, SCALE, tiles=tiles)
+        return mass, *kernels.compute_mass_gradients(self.upstream, *given, lse, SCALE, tiles=tiles)
 
 
 def case(
@@ -163,7 +163,7 @@ def test_rows_of_no_step_may_hold_anything() -> None:
 
 def test_the_operator_on_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward through torch's dispatcher, as on a GPU."""
-    monkeypatch.setattr(kernels, "tiles_for", lambda width, gradient: TILES)
+    monkeypatch.setattr(kernels, "choose_tiles", lambda width, gradient: TILES)
     for name in ("_attention_mass", "_mass_gradients"):
         operator = getattr(module, name)
         operator.register_kernel("cpu", operator._init_fn)

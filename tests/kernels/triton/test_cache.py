@@ -32,7 +32,7 @@ def inputs(rows: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype)
 
 
 def pages(kv_heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As a layer of an engine's cache: views of one tensor. NaN where nothing is written."""
+    """Return views of one tensor, like a layer of an engine's cache, with NaN in unwritten slots."""
     k, v = torch.full((2, 5, PAGE, kv_heads, width), torch.nan, dtype=dtype)
     return k, v
 

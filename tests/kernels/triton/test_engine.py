@@ -28,7 +28,7 @@ from genssd.kernels import native
 from genssd.kernels.activation import swiglu_reference
 from genssd.kernels.activation_triton import gated_rows
 from genssd.kernels.attention import SegmentTable, paged_attention_reference
-from genssd.kernels.attention_triton import Launch, Tiles, attend_rows
+from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows
 from genssd.kernels.cache import write_kv_reference
 from genssd.kernels.cache_triton import write_kv_rows
 from genssd.kernels.device_table import DeviceTable
@@ -36,12 +36,14 @@ from genssd.kernels.norm import add_rms_norm_reference, rms_norm_reference
 from genssd.kernels.norm_triton import add_rms_norm_rows, rms_norm_rows
 
 CPU = torch.device("cpu")
-LAUNCH = Launch(programs=5, tiles=Tiles(block_m=16, block_t=16, num_warps=4, num_stages=2), interpret=True)
+LAUNCH = AttentionLaunch(
+    programs=5, tiles=AttentionTiles(block_m=16, block_t=16, num_warps=4, num_stages=2), interpret=True
+)
 WINDOWED = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1, "vocab_size": 260}
 
 
 def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: SegmentTable | DeviceTable, *, scale: float) -> Tensor:
-    there = table if isinstance(table, DeviceTable) else DeviceTable.of(table, CPU)
+    there = table if isinstance(table, DeviceTable) else DeviceTable.upload(table, CPU)
     return attend_rows(q, k_pages, v_pages, there, scale, None, None, launch=LAUNCH)
 
 
@@ -70,8 +72,8 @@ OPERATORS = {
 def put_in_place(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, operator in OPERATORS[which].items():
         monkeypatch.setattr(model, name, operator)
-    monkeypatch.setattr(native, "available", lambda: False)  # all else is plain torch
-    monkeypatch.setitem(layout.SEGMENT, "cpu", 16)
+    monkeypatch.setattr(native, "has_native_kernels", lambda: False)  # all else is plain torch
+    monkeypatch.setitem(layout.SEGMENT_TOKENS, "cpu", 16)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("qwen3", {}), ("qwen2", WINDOWED)], ids=["qwen3", "qwen2-window"])
@@ -109,7 +111,7 @@ def load(directory: Path, decoder: Decoder) -> ModelRunner:
 
 @torch.inference_mode()
 def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a captured step computes, without the capture."""
+    """The computation of a captured step, run without the capture, equals the forward pass over the same rows."""
     put_in_place("triton", monkeypatch)
     save_checkpoint(tmp_path, "qwen2", **WINDOWED)
     decoder = Decoder.load(tmp_path, torch.float32, CPU)
@@ -133,7 +135,7 @@ def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkey
 
 
 class Replay:
-    """In the place of a captured graph: does again what it did."""
+    """Stand-in for a captured graph, whose replay calls the same function again."""
 
     def __init__(self, step: Callable[[], object]) -> None:
         self.replay = step

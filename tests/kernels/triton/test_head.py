@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from genssd.kernels import cross_entropy, divergence, divergence_triton, head, head_triton, logprob
-from genssd.kernels.divergence import Kind, linear_divergence, topk_divergence
+from genssd.kernels import cross_entropy, divergence, divergence_triton, head, head_triton, logprob, logprob_gradient
+from genssd.kernels import topk_divergence as topk_module
+from genssd.kernels.divergence import linear_divergence
+from genssd.kernels.divergence_terms import DivergenceKind
 from genssd.kernels.head import row_logsumexp, softmax_gradient
+from genssd.kernels.topk_divergence import topk_divergence
 
 BLOCK = 64
 
@@ -73,7 +76,7 @@ def test_softmax_gradient(
     assert_twice_as_good(ours.double(), plain.double(), exact)
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", get_args(DivergenceKind))
 @pytest.mark.parametrize(("student", "teacher"), [(1, 1), (130, 130), (130, 70), (65, 140)])
 @pytest.mark.parametrize("caps", [(None, None), (3.0, 5.0)])
 def test_divergence_rows(kind: str, student: int, teacher: int, caps: tuple[float | None, float | None]) -> None:
@@ -89,7 +92,7 @@ def test_divergence_rows(kind: str, student: int, teacher: int, caps: tuple[floa
         assert bool((ours[1][2] == 0).all())
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", get_args(DivergenceKind))
 def test_equal_rows_do_not_diverge(kind: str) -> None:
     x = rows(150)
     mix = {"forward_kl": 0.0, "reverse_kl": 0.0}.get(kind, 0.3)
@@ -100,7 +103,7 @@ def test_equal_rows_do_not_diverge(kind: str) -> None:
     torch.testing.assert_close(dx, torch.zeros(5, 150), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", get_args(DivergenceKind))
 def test_bans_and_far_logits_stay_finite(kind: str) -> None:
     x, y = rows(150), rows(150, seed=1)
     x[:, 40:110] = y[:, 40:110] = -torch.inf
@@ -125,7 +128,7 @@ def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda *arguments: function(*arguments, block=BLOCK)
 
     logsumexp, gradient = small(head_triton.logsumexp_rows), small(head_triton.softmax_gradient_rows)
-    for module in (cross_entropy, divergence, logprob):
+    for module in (cross_entropy, topk_module, logprob_gradient):
         if hasattr(module, "row_logsumexp"):
             monkeypatch.setattr(module, "row_logsumexp", logsumexp)
         monkeypatch.setattr(module, "softmax_gradient", gradient)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from genssd.kernels import logprob_triton
-from genssd.kernels.head_triton import Launch, Tiles
+from genssd.kernels.head_triton import HeadLaunch, HeadTiles
 from genssd.kernels.logprob import STATISTICS, TokenStats, linear_logprob
 from genssd.kernels.logprob_triton import score_rows
 
-SMALL = Tiles(block=16, block_d=16, num_warps=4, num_stages=2)
+SMALL = HeadTiles(block=16, block_d=16, num_warps=4, num_stages=2)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def run(
     softcap: float | None = None,
     programs: int = 3,
 ) -> TokenStats:
-    return TokenStats.of(
+    return TokenStats.from_values(
         score_rows(
             hidden,
             weight,
@@ -57,7 +57,7 @@ def run(
             bias,
             temperature,
             softcap,
-            launch=Launch(programs=programs, tiles=SMALL, interpret=True),
+            launch=HeadLaunch(programs=programs, tiles=SMALL, interpret=True),
         )
     )
 

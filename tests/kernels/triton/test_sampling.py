@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from genssd.kernels.head_triton import Launch, Tiles
+from genssd.kernels.head_triton import HeadLaunch, HeadTiles
 from genssd.kernels.sampling import linear_sample, sample
 from genssd.kernels.sampling_triton import draw_rows, sample_rows
 
-LAUNCH = Launch(programs=3, tiles=Tiles(block=16, block_d=16, num_warps=4, num_stages=2), interpret=True)
+LAUNCH = HeadLaunch(programs=3, tiles=HeadTiles(block=16, block_d=16, num_warps=4, num_stages=2), interpret=True)
 
 
 def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:

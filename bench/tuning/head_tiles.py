@@ -1,9 +1,9 @@
-"""Times the scoring and drawing kernels at many configurations on this GPU, best first.
+"""Time the scoring kernel at many tile configurations on this GPU, and list the fastest first.
 
-    python -m bench.tuning.sweep --json bench/results/sweep.json
+    python -m bench.tuning.head_tiles --json bench/results/sweep.json
 
-A configuration must give the logprobs of the one that ships before it is timed. What wins belongs into
-kernels/head_triton.py, and then through the ahead-of-time gate.
+A configuration is timed only if its log-probabilities equal those of the shipped one up to rounding. A faster one goes
+into kernels/head_triton.py and must then pass tests/kernels/test_ahead_of_time.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.support.roofs import best_seconds, measure_roofs
+from bench.support.device_limits import best_seconds, measure_device_limits
 
 SHAPES = [(64, 151936, 4096), (8192, 151936, 1024), (8192, 151936, 4096)]
 BLOCKS, BLOCKS_D, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
@@ -29,49 +29,49 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("a sweep needs a GPU")
-    from genssd.kernels.head_triton import Launch, Tiles, launch_on
+        sys.exit("tuning tile sizes needs a GPU")
+    from genssd.kernels.head_triton import HeadLaunch, HeadTiles, choose_launch
     from genssd.kernels.logprob_triton import score_rows
 
-    roofs = measure_roofs("cuda", torch.bfloat16)
+    limits = measure_device_limits("cuda", torch.bfloat16)
     rows: list[dict[str, Any]] = []
     for N, V, D in SHAPES:
         hidden = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16) / D**0.5
         target = torch.randint(0, V, (N,), device="cuda")
-        shipped = launch_on(hidden)
+        shipped = choose_launch(hidden)
         expected = score_rows(hidden, weight, target, None, 1.0, None, launch=shipped)[0]
-        found: list[dict[str, Any]] = []
+        measured: list[dict[str, Any]] = []
         for block, block_d, warps, stages in itertools.product(BLOCKS, BLOCKS_D, WARPS, STAGES):
-            tiles = Tiles(block=block, block_d=block_d, num_warps=warps, num_stages=stages)
+            tiles = HeadTiles(block=block, block_d=block_d, num_warps=warps, num_stages=stages)
             for per_sm in (1, 2):
-                launch = Launch(programs=per_sm * shipped.programs, tiles=tiles)
+                launch = HeadLaunch(programs=per_sm * shipped.programs, tiles=tiles)
                 run = functools.partial(score_rows, hidden, weight, target, None, 1.0, None, launch=launch)
                 try:
-                    ours = run()[0]
-                    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
+                    logprob = run()[0]
+                    torch.testing.assert_close(logprob, expected, atol=1e-3, rtol=1e-3)
                     seconds = best_seconds(run, "cuda", rounds=3 if N > 1000 else 10)
-                except Exception as error:  # too much shared memory, say: other configurations go on
+                except Exception as error:  # a configuration that does not fit the device is left out
                     print(f"{tiles}: {type(error).__name__}", file=sys.stderr)
                     continue
-                found.append(
+                measured.append(
                     {
                         "shape": [N, V, D],
                         "tiles": dataclasses.asdict(tiles),
                         "programs_per_multiprocessor": per_sm,
                         "seconds": seconds,
-                        "share_of_matmul": 2 * N * V * D / seconds / roofs.flops,
-                        "share_of_copy": weight.nbytes / seconds / roofs.bytes,
-                        "same_bits_as_shipped": torch.equal(ours, expected),
+                        "share_of_matmul": 2 * N * V * D / seconds / limits.flops,
+                        "share_of_copy": weight.nbytes / seconds / limits.bytes,
+                        "same_bits_as_shipped": torch.equal(logprob, expected),
                         "shipped": tiles == shipped.tiles and per_sm == 1,
                     }
                 )
-        found.sort(key=lambda row: row["seconds"])
-        rows += found
-        for row in found[:5]:
+        measured.sort(key=lambda row: row["seconds"])
+        rows += measured
+        for row in measured[:5]:
             print(row)
     if options.json:
-        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "roofs": dataclasses.asdict(roofs)}
+        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "roofs": dataclasses.asdict(limits)}
         options.json.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
 
 
