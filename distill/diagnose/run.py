@@ -1,4 +1,4 @@
-"""`genssd diagnose`: where which distillation would help, before anything is trained (2605.10889).
+"""`genssd diagnose`: which distillation would help at which tokens, before anything is trained (2605.10889).
 
 OUTPUT_DIR/run.json          the settings, model fingerprints and versions
 OUTPUT_DIR/questions.jsonl   journal, one line per question: rollouts, nodes, log-probabilities, successes, cost
@@ -7,10 +7,10 @@ OUTPUT_DIR/summary.json      the tables and the verdict
 OUTPUT_DIR/diagnosis.html    a page to look at
 
     rollouts    the student answers every question a few times
-    reading     the student and each teacher read them; nodes and candidate tokens are chosen
-    forcing     at every node each candidate is put in place, and the student goes on: question by question
+    reading     the student and each teacher compute the rollouts' log-probabilities; nodes and candidates are chosen
+    forcing     every candidate is forced at its node and the student completes it, question by question
 
-Rollouts and reading cost little beside forcing, and are done again for what a resumed run still has to do.
+Rollouts and reading cost little compared with forcing. A resumed run repeats them for the questions that are not done.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from genssd.distill.diagnose.diagnosis import Diagnosis
 from genssd.distill.diagnose.forcing import CompletionOptions, Question, Verify, force_nodes, succeeds
 from genssd.distill.diagnose.page import render_page
 from genssd.distill.diagnose.placement import place_nodes
-from genssd.distill.diagnose.reading import Load, Models, ReadingOptions, read_nodes
+from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOptions, read_nodes
 from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import diagnose
 from genssd.distill.runs.journal import write_jsonl, write_text
@@ -49,24 +49,28 @@ from genssd.engine.text import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiagnoseProgress:
-    """How far a run is. completions: written for the question at work, of at most `budget`."""
+    """Progress of a run."""
 
     phase: Literal["rollouts", "reading", "forcing"]
     done: int
+    """Number of questions (in the phase "reading": rollouts) that are done."""
     total: int
     completions: int = 0
+    """Number of completions written for the current question, in the phase "forcing"."""
     budget: int = 0
+    """Maximum number of completions per question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiagnoseSummary:
-    """What a run left behind."""
+    """Result of a finished run."""
 
     output_dir: Path
     diagnosis: Diagnosis
 
 
 Report = Callable[[DiagnoseProgress], None]
+"""Function that takes the progress."""
 
 
 def run_diagnose(
@@ -75,22 +79,23 @@ def run_diagnose(
     report: Report = lambda progress: None,
     verify: Verify = is_correct,
 ) -> DiagnoseSummary:
-    """Diagnose over a file of problems. load: the engine over a model, instead of loading one. verify: whether a
-    response gives an answer. Raises GenssdError on bad input; finished questions are in the journal."""
+    """Diagnose over a file of problems.
+
+    load: returns the engine over a model, instead of loading one as the config says. verify: returns whether a response
+    gives the reference answer. Raises GenssdError on bad input; finished questions are in the journal.
+    """
     problems = read_problems(config.data, config.limit)
     for problem in problems:
         if problem.answer is None:
             raise InputError(f"{config.data}, line {problem.line}: no answer; a row needs answer, target or solution")
     with Run.open(config, "diagnose", journal="questions.jsonl") as run:
-        tokenizers = _tokenizers(config)
         contexts = read_contexts(config.data, config.contexts, config.limit)
-        _diagnose_questions(
-            run, config, problems, contexts, tokenizers, Models(load or _loader(config)), report, verify
-        )
+        measurement = _Measurement(config, Models(load or _make_loader(config)), report, verify)
+        _diagnose_questions(run, config, problems, contexts, measurement)
         return _summarise(run, config)
 
 
-def _loader(config: DiagnoseConfig) -> Load:
+def _make_loader(config: DiagnoseConfig) -> Load:
     def load(model: str, role: Role) -> Engine:
         return config.load(student=model) if role == "student" else config.load(teacher=model)
 
@@ -102,18 +107,16 @@ def _diagnose_questions(
     config: DiagnoseConfig,
     problems: Sequence[ProblemRow],
     contexts: Sequence[Mapping[str, str]],
-    tokenizers: Mapping[str, Tokenizer],
-    models: Models,
-    report: Report,
-    verify: Verify,
+    measurement: _Measurement,
 ) -> None:
     """Journal a row for every question that is not in the journal yet."""
-    prompts = _prompts(config, problems, contexts, tokenizers)
-    done = _finished(run, config, problems, contexts)
+    tokenizers = _load_tokenizers(config)
+    prompts = _encode_prompts(config, problems, contexts, tokenizers)
+    done = _count_finished(run, config, problems, contexts)
     if done == len(problems):
         return
-    questions = _questions(config, problems, tokenizers[config.student])
-    for q, findings in _work(config, models, questions, done, prompts, report, verify):
+    questions = _make_questions(config, problems, tokenizers[config.student])
+    for q, findings in measurement.iter_findings(questions, done, prompts):
         source = QuestionSource(file=config.data, problem=problems[q.index], contexts=contexts[q.index])
         run.journal.append(make_question_row(q, source, findings, tokenizers[config.student]))
 
@@ -129,8 +132,8 @@ def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis)
 
 
-def _tokenizers(config: DiagnoseConfig) -> dict[str, Tokenizer]:
-    """Of every model. Raises InputError when a teacher's differs from the student's."""
+def _load_tokenizers(config: DiagnoseConfig) -> dict[str, Tokenizer]:
+    """Return the tokenizer of every model. Raises InputError when a teacher's differs from the student's."""
     tokenizers = {model: Tokenizer(locate(model)) for model in (config.student, *config.teacher)}
     for model, tokenizer in tokenizers.items():
         if tokenizer.fingerprint != tokenizers[config.student].fingerprint:
@@ -141,24 +144,27 @@ def _tokenizers(config: DiagnoseConfig) -> dict[str, Tokenizer]:
     return tokenizers
 
 
-def _prompts(
+def _encode_prompts(
     config: DiagnoseConfig,
     problems: Sequence[ProblemRow],
     contexts: Sequence[Mapping[str, str]],
     tokenizers: Mapping[str, Tokenizer],
 ) -> dict[tuple[str, int], list[int]]:
-    """What every reader is asked, in its own template. Raises InputError, CapacityError naming the line."""
+    """Return every reader's prompt for every question, by the reader's name and the question's index.
+
+    Raises InputError and CapacityError naming the line.
+    """
     positions = {model: ModelConfig.load(locate(model)).max_position_embeddings for model in tokenizers}
     prompts: dict[tuple[str, int], list[int]] = {}
     for reader in config.readers():
         for index, problem in enumerate(problems):
-            asked = build_prompt(reader, problem, contexts[index], config.templates)
+            prompt = build_prompt(reader, problem, contexts[index], config.templates)
             try:
-                ids = prompts[reader.name, index] = tokenizers[reader.model].encode_prompt(asked)
+                ids = prompts[reader.name, index] = tokenizers[reader.model].encode_prompt(prompt)
             except InputError as error:
                 raise InputError(f"{config.data}, line {problem.line}: {error}") from None
-            own = positions[config.student] - len(prompts["itself", index])  # where the student's responses end
-            if len(ids) + min(config.max_tokens, max(own, 0)) > positions[reader.model]:
+            student_room = positions[config.student] - len(prompts["itself", index])
+            if len(ids) + min(config.max_tokens, max(student_room, 0)) > positions[reader.model]:
                 raise CapacityError(
                     f"{config.data}, line {problem.line}: the prompt of {reader.name!r} has {len(ids)} tokens, and "
                     f"with {config.max_tokens} of the response more than the {positions[reader.model]} positions of "
@@ -167,7 +173,7 @@ def _prompts(
     return prompts
 
 
-def _questions(config: DiagnoseConfig, problems: Sequence[ProblemRow], tokenizer: Tokenizer) -> list[Question]:
+def _make_questions(config: DiagnoseConfig, problems: Sequence[ProblemRow], tokenizer: Tokenizer) -> list[Question]:
     seen: Counter[tuple[int, ...]] = Counter()
     questions = []
     for index, problem in enumerate(problems):
@@ -183,7 +189,7 @@ def _questions(config: DiagnoseConfig, problems: Sequence[ProblemRow], tokenizer
     return questions
 
 
-def _finished(
+def _count_finished(
     run: Run, config: DiagnoseConfig, problems: Sequence[ProblemRow], contexts: Sequence[Mapping[str, str]]
 ) -> int:
     """Return the number of questions in the journal. Raises InputError when they are not the first of the data."""
@@ -198,96 +204,98 @@ def _finished(
     return done
 
 
-def _work(
-    config: DiagnoseConfig,
-    models: Models,
-    questions: Sequence[Question],
-    done: int,
-    prompts: Mapping[tuple[str, int], Sequence[int]],
-    report: Report,
-    verify: Verify,
-) -> Iterator[tuple[Question, Findings]]:
-    """All questions but the first `done`, in order, as each is finished. Equal prompts are told apart by all that come
-    before them."""
-    todo = _rolled_out(config, models, questions, done, report)
-    places = {q.index: _places(config, q) for q in todo}
-    ends = models.engine(config.student, "student").tokenizer("student").end_token_ids
-    options = ReadingOptions(
-        top_k=config.top_k,
-        teacher_top_k=config.teacher_top_k,
-        min_probability=config.min_probability,
-        completions=config.completions,
-        budget=config.budget,
-        end_ids=ends,
-    )
+class _Measurement:
+    """The phases of the questions that are not in the journal: rollouts, reading, forcing."""
 
-    def reading(at: int, total: int) -> None:
-        report(DiagnoseProgress(phase="reading", done=at, total=total))
+    def __init__(self, config: DiagnoseConfig, models: Models, report: Report, verify: Verify) -> None:
+        self._config = config
+        self._models = models
+        self._report = report
+        self._verify = verify
 
-    read = read_nodes(models, config.readers(), todo, prompts, places, options, reading)
-    engine = models.engine(config.student, "student")
-    for q in todo:
+    def iter_findings(
+        self, questions: Sequence[Question], done: int, prompts: Mapping[tuple[str, int], Sequence[int]]
+    ) -> Iterator[tuple[Question, Findings]]:
+        """Yield all questions but the first `done`, in order, each as it is finished.
 
-        def forcing(completions: int, index: int = q.index) -> None:
-            report(
+        questions: all of them, because equal prompts are distinguished by how many of them come before. prompts: the
+        token ids of every reader's prompt, by the reader's name and the question's index.
+        """
+        open_questions = self._write_rollouts(questions, done)
+        positions = {q.index: self._choose_positions(q) for q in open_questions}
+        config = self._config
+        options = ReadingOptions(
+            top_k=config.top_k,
+            teacher_top_k=config.teacher_top_k,
+            min_probability=config.min_probability,
+            completions=config.completions,
+            budget=config.budget,
+            end_ids=self._student().tokenizer("student").end_token_ids,
+        )
+
+        def report_reading(read: int, total: int) -> None:
+            self._report(DiagnoseProgress(phase="reading", done=read, total=total))
+
+        readings = read_nodes(
+            self._models, config.readers(), open_questions, prompts, positions, options, report_reading
+        )
+        for q in open_questions:
+            planned_nodes = sum(map(len, positions[q.index]))
+            yield q, self._force(q, readings[q.index], planned_nodes, len(questions))
+
+    def _student(self) -> Engine:
+        return self._models.engine(self._config.student, "student")
+
+    def _write_rollouts(self, questions: Sequence[Question], done: int) -> list[Question]:
+        """Return the questions that are not done, with the student's rollouts."""
+        config = self._config
+        rollouts: dict[int, tuple[Completion, ...]] = {}
+        generated = self._student().iter_generate(
+            [q.prompt for q in questions],
+            model="student",
+            n=config.rollouts,
+            sampling=config.sampling,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            skip=frozenset(range(done)),
+            labels=[q.label for q in questions],
+        )
+        for index, completions in generated:
+            rollouts[index] = tuple(completions)
+            self._report(DiagnoseProgress(phase="rollouts", done=done + len(rollouts), total=len(questions)))
+        return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions[done:]]
+
+    def _choose_positions(self, question: Question) -> list[list[int]]:
+        """Return the positions of every rollout's nodes, the ones that the budget should cover first."""
+        stream = prompt_stream(self._config.seed, question.prompt_ids, question.occurrence)
+        return [
+            place_nodes(len(rollout.token_ids), self._config.nodes_per_window, np.random.default_rng([stream, i]))
+            for i, rollout in enumerate(question.rollouts)
+        ]
+
+    def _force(self, question: Question, readings: Sequence[NodeReading], planned_nodes: int, total: int) -> Findings:
+        """Force every candidate at every node of a question. total: the number of questions, for the progress."""
+        config = self._config
+        options = CompletionOptions(
+            completions=config.completions, sampling=config.sampling, max_tokens=config.max_tokens, seed=config.seed
+        )
+
+        def report_forcing(completions: int) -> None:
+            self._report(
                 DiagnoseProgress(
-                    phase="forcing", done=index, total=len(questions), completions=completions, budget=config.budget
+                    phase="forcing", done=question.index, total=total, completions=completions, budget=config.budget
                 )
             )
 
-        forcing(0)
-        outcomes, cost = force_nodes(
-            engine,
-            q,
-            [of.node for of in read[q.index]],
-            verify,
-            CompletionOptions(
-                completions=config.completions,
-                sampling=config.sampling,
-                max_tokens=config.max_tokens,
-                seed=config.seed,
-            ),
-            forcing,
-        )
+        report_forcing(0)
+        nodes = [reading.node for reading in readings]
+        outcomes, cost = force_nodes(self._student(), question, nodes, self._verify, options, report_forcing)
         verdicts: dict[str, bool] = {}
-        yield (
-            q,
-            Findings(
-                correct=[succeeds(rollout, q.answer, verify, verdicts) for rollout in q.rollouts],
-                planned_nodes=sum(len(of_rollout) for of_rollout in places[q.index]),
-                readings=read[q.index],
-                outcomes=outcomes,
-                completions=config.completions,
-                cost=cost,
-            ),
+        return Findings(
+            correct=[succeeds(rollout, question.answer, self._verify, verdicts) for rollout in question.rollouts],
+            planned_nodes=planned_nodes,
+            readings=readings,
+            outcomes=outcomes,
+            completions=config.completions,
+            cost=cost,
         )
-
-
-def _rolled_out(
-    config: DiagnoseConfig, models: Models, questions: Sequence[Question], done: int, report: Report
-) -> list[Question]:
-    """The questions that are left, with the student's answers."""
-    rollouts: dict[int, tuple[Completion, ...]] = {}
-    generated = models.engine(config.student, "student").iter_generate(
-        [q.prompt for q in questions],
-        model="student",
-        n=config.rollouts,
-        sampling=config.sampling,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        skip=frozenset(range(done)),
-        labels=[q.label for q in questions],
-    )
-    for index, completions in generated:
-        rollouts[index] = tuple(completions)
-        report(DiagnoseProgress(phase="rollouts", done=done + len(rollouts), total=len(questions)))
-    return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions[done:]]
-
-
-def _places(config: DiagnoseConfig, question: Question) -> list[list[int]]:
-    """Where every rollout is looked at, in the order in which that is to be afforded."""
-    stream = prompt_stream(config.seed, question.prompt_ids, question.occurrence)
-    return [
-        place_nodes(len(rollout.token_ids), config.nodes_per_window, np.random.default_rng([stream, i]))
-        for i, rollout in enumerate(question.rollouts)
-    ]

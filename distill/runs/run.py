@@ -8,7 +8,7 @@
 OUTPUT_DIR/run.json       the config, the settings that decide the result, versions
 OUTPUT_DIR/JOURNAL        one line per finished piece of work
 OUTPUT_DIR/bad_rows.txt   input that could not be used, by file and line
-OUTPUT_DIR/summary.json   what the run left behind
+OUTPUT_DIR/summary.json   counts and results of the finished run
 
 The directory belongs to one process at a time and to one command for good. A run is resumed only with the settings
 that it was begun with (see settings.py).

@@ -1,4 +1,4 @@
-"""`genssd prefix`: the shortest beginning of a trace from which the student can go on by itself (P-ALIGN, 2601.10064).
+"""`genssd prefix`: the shortest prefix of a trace that the student can continue by itself (P-ALIGN, 2601.10064).
 
 OUTPUT_DIR/prefixes.jsonl   journal: one line per trace with the steps kept, the student's continuation, its correctness
 OUTPUT_DIR/aligned.jsonl    those that end by themselves and are not known to be wrong: what training reads
