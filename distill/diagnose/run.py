@@ -53,7 +53,7 @@ class DiagnoseProgress:
 
     phase: Literal["rollouts", "reading", "forcing"]
     done: int
-    """Number of questions (in the phase "reading": rollouts) that are done."""
+    """Number of questions that are done; in the phase "reading", of pairs of a reader and a question."""
     total: int
     completions: int = 0
     """Number of completions written for the current question, in the phase "forcing"."""
