@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from genssd.engine.engine import Engine
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
 class EngineOptions:
     """The arguments of `Engine.from_pretrained` beside the models."""
 

@@ -31,9 +31,10 @@ from genssd.distill.score.ranking import TeacherRank, by_prompt, column_of, rank
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
 from genssd.engine.criteria import Lark
 from genssd.engine.criterion_names import resolve
-from genssd.engine.engine import ANSWER_ROOM, Engine
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
+from genssd.engine.resources import ANSWER_ROOM
 from genssd.engine.steps import step_spans
 
 BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once

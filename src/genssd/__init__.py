@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from genssd.engine.errors import GenssdError as GenssdError
     from genssd.engine.loops import LoopGuard as LoopGuard
     from genssd.engine.sampling import Sampling as Sampling
+    from genssd.engine.search_options import SearchOptions as SearchOptions
     from genssd.engine.selection import Selection as Selection
     from genssd.kernels.logprob import TokenStats as TokenStats
 
@@ -37,6 +38,7 @@ _HOME = {
     "LoopGuard": "genssd.engine.loops",
     "Perplexity": "genssd.engine.criteria",
     "Sampling": "genssd.engine.sampling",
+    "SearchOptions": "genssd.engine.search_options",
     "Selection": "genssd.engine.selection",
     "TokenStats": "genssd.kernels.logprob",
     "register_criterion": "genssd.engine.criterion_names",

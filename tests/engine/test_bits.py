@@ -88,7 +88,7 @@ def test_a_warm_prefix_has_the_bits_of_a_cold_one(
 ) -> None:
     """Whether a prefix was in the cache, how it came there, and in how many pieces: nothing of it shows."""
     monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 64)
-    runner = engine()._runners["student"]
+    runner = engine()._resources.runners["student"]
     ids = torch.randint(0, VOCAB, (150,), generator=torch.Generator().manual_seed(1)).tolist()
     (cold,) = runner.extend([runner.tree.root()], [ids])
     for cut in (1, 16, 33, 100, 149):

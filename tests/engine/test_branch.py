@@ -36,8 +36,8 @@ def test_candidates_are_scored_exactly(engine: Engine, pair: Pair) -> None:
     kids = root.expand(3, FIVE)
     for kid in kids:
         assert kid.history == []
-        assert kid.length == len(kid.chunk) == len(kid.stats) == len(kid.teacher_logprob)
-        for role, ours in (("student", kid.stats.logprob), ("teacher", kid.teacher_logprob)):
+        assert kid.length == len(kid.chunk) == len(kid.stats) == len(kid.writer_logprob)
+        for role, ours in (("student", kid.stats.logprob), ("teacher", kid.writer_logprob)):
             exact = pair.logprobs(role, [5, 6, 7], kid.token_ids)
             torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=0)
     drop_all(root, *kids)
@@ -167,7 +167,7 @@ def test_a_teacher_alone_expands_without_statistics(pair: Pair) -> None:
     root = engine.branch([1, 2], sampling=Sampling(temperature=0.8))
     (kid,) = root.expand(1, FIVE)
     assert len(kid.stats) == 0
-    assert len(kid.teacher_logprob) == len(kid.chunk)
+    assert len(kid.writer_logprob) == len(kid.chunk)
     kid.commit()
     drop_all(root, kid)
     assert engine.pages_in_use[0] == 0

@@ -97,14 +97,14 @@ def test_the_prefix_is_computed_once(engine: Engine) -> None:
 
 def test_behind_the_end_nothing_comes(engine: Engine) -> None:
     end, last = Fork(position=4, token=ENDINGS[0]), Fork(position=9, token=33)
-    before = engine.usage.teacher_tokens
+    before = engine.usage.sampled_tokens
     done = everything(engine, [[end, last], []], max_tokens=10)
     assert [(c.status, c.token_ids) for c in done[0, end]] == [("finished", ())] * 3
     assert [(c.status, c.token_ids) for c in done[0, last]] == [("length", ())] * 3
     tokenizer = engine.tokenizer("student")
     assert done[0, end][0].text == tokenizer.decode([*RESPONSE[:4], ENDINGS[0]])
     assert done[0, last][0].text == tokenizer.decode([*RESPONSE[:9], 33])
-    assert engine.usage.teacher_tokens == before
+    assert engine.usage.sampled_tokens == before
 
 
 def test_nothing_is_left_behind(engine: Engine, pair: Pair) -> None:

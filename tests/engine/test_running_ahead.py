@@ -11,6 +11,7 @@ import torch
 from support.toys import Pair
 
 from genssd.engine.chunk import Chunk
+from genssd.engine.drawing import WriterDrawing
 from genssd.engine.engine import Engine
 from genssd.engine.errors import NumericsError
 from genssd.engine.expander import Expander
@@ -26,10 +27,10 @@ Prompts = Callable[[int, int], list[list[int]]]
 
 def ahead(engine: Engine, *, pages: int | None = None) -> Engine:
     """pages: of one token each, so that a step needs new ones."""
-    for role, runner in engine._runners.items():
+    for role, runner in engine._resources.runners.items():
         if pages is not None:
             pool = PagePool.for_model(runner.decoder, pages, page_size=1)
-            runner = engine._runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+            runner = engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
         runner.runs_ahead = True
     return engine
 
@@ -77,9 +78,9 @@ def test_a_step_is_laid_out_while_tokens_are_drawn_and_runs_before_they_are_take
     order: list[str] = []
     engine = ahead(pair.engine())
     for owner, name in (
-        (engine._runners["teacher"], "prepare"),
-        (engine._runners["teacher"], "run"),
-        (Expander, "_draw"),
+        (engine._resources.runners["teacher"], "prepare"),
+        (engine._resources.runners["teacher"], "run"),
+        (WriterDrawing, "_draw"),
         (Expander, "_take_token"),
     ):
         monkeypatch.setattr(owner, name, recorded(getattr(owner, name), name, order))
@@ -99,7 +100,7 @@ def recorded(function: Callable[..., Any], name: str, order: list[str]) -> Calla
 
 def test_broken_weights_are_named(pair: Pair) -> None:
     engine = ahead(pair.engine())
-    weight = cells_of(engine._runners["teacher"].decoder.head)
+    weight = cells_of(engine._resources.runners["teacher"].decoder.head)
     kept = weight[:1].clone()
     try:
         with torch.inference_mode():

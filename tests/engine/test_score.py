@@ -117,7 +117,7 @@ def test_a_prompt_of_many_responses_is_computed_once(pair: Pair, monkeypatch: py
     """Also where they take several passes."""
     monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 50)
     engine = pair.engine()
-    runner, counts = engine._runners["student"], []
+    runner, counts = engine._resources.runners["student"], []
     prepare = runner.prepare
 
     def counted(paths: Sequence[TreePath], tokens: Sequence[int], **options: Any) -> Prepared:

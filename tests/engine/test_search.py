@@ -325,10 +325,10 @@ PAGE_BYTES = 16 * 1024
 def small_pages(pair: Pair, num_pages: int) -> Engine:
     """An engine whose two caches have pages of one token, so that a few short prompts fill them."""
     engine = pair.engine()
-    for role, runner in engine._runners.items():
+    for role, runner in engine._resources.runners.items():
         pool = PagePool.for_model(runner.decoder, num_pages, page_size=1)
         pool.kv.fill_(torch.nan)
-        engine._runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+        engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
     return engine
 
 
@@ -343,7 +343,7 @@ def test_suspended_prompts_come_to_the_same_end(pair: Pair, random_prompts: Prom
     assert tight.pages_in_use == (0, 96)
     assert outcomes(tight.select_expand(prompts, **options)) == outcomes(base)
     assert tight.usage.prefill_tokens > prefill, "no prompt was suspended: the test does not test anything"
-    assert tight.usage.teacher_tokens == roomy.usage.teacher_tokens
+    assert tight.usage.sampled_tokens == roomy.usage.sampled_tokens
     assert tight.pages_in_use[0] == 0
 
 
@@ -384,7 +384,7 @@ def test_every_candidate_token_is_sampled_and_scored_exactly_once(pair: Pair, ra
             prompts, candidates=3, chunk=EIGHT, beam=beam, max_tokens=20, threshold=threshold
         )
         total = sum(len(r.token_ids) for s in selections for r in s.tree)
-        assert engine.usage.teacher_tokens == engine.usage.student_tokens == total
+        assert engine.usage.sampled_tokens == engine.usage.scored_tokens == total
         assert engine.usage.prefill_tokens == 2 * sum(len(p) for p in prompts if len(p) > 1)
         assert all(len(r.stats) == len(r.token_ids) == len(r.teacher_logprob) for s in selections for r in s.tree)
 
@@ -537,10 +537,10 @@ def test_random_selection_is_reproducible_and_not_the_first(engine: Engine, rand
     ids=str,
 )
 def test_a_bad_option_is_named_before_anything_runs(engine: Engine, options: dict[str, object], message: str) -> None:
-    before = engine.usage.teacher_tokens
+    before = engine.usage.sampled_tokens
     with pytest.raises(InputError, match=message):
         engine.iter_select_expand(["abc"], **{"max_tokens": 8, "chunk": EIGHT, **options})  # type: ignore[arg-type]
-    assert engine.usage.teacher_tokens == before
+    assert engine.usage.sampled_tokens == before
 
 
 def test_no_prompts_give_no_selections(engine: Engine) -> None:
@@ -554,10 +554,10 @@ def test_results_come_as_prompts_end(pair: Pair, random_prompts: Prompts) -> Non
     prompts = random_prompts(5, 22)
     iterator = engine.iter_select_expand(prompts, candidates=3, chunk=EIGHT, max_tokens=16)
     first = next(iterator)
-    spent = engine.usage.teacher_tokens
+    spent = engine.usage.sampled_tokens
     rest = list(iterator)
     assert sorted([first.index, *(s.index for s in rest)]) == list(range(5))
-    assert engine.usage.teacher_tokens > spent
+    assert engine.usage.sampled_tokens > spent
 
 
 def test_two_searches_may_take_turns_on_one_cache(pair: Pair, random_prompts: Prompts) -> None:

@@ -101,7 +101,7 @@ def test_many_windows_go_in_groups(pair: Pair, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("genssd.engine.windows.MAX_ROWS", rows)
     monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", min(rows, 24))
     tight = pair.engine(memory_bytes=pages * PAGE_BYTES)
-    runner = tight._runners["student"]
+    runner = tight._resources.runners["student"]
     extend, sizes = runner.extend, []
 
     def counted(paths: Sequence[Path], tokens: Sequence[Sequence[int]], **options: Any) -> list[torch.Tensor]:
@@ -184,7 +184,7 @@ def test_bad_ids_are_named(engine: Engine) -> None:
 
 def test_a_broken_student_gives_its_pages_back(pair: Pair) -> None:
     broken = pair.engine()
-    weight = cells_of(broken._runners["student"].decoder.head)
+    weight = cells_of(broken._resources.runners["student"].decoder.head)
     kept = weight[:1].clone()
     try:
         with torch.inference_mode():
