@@ -29,7 +29,7 @@ from genssd.distill.score.page import render
 from genssd.distill.score.picking import Pick, lark_weights, pick
 from genssd.distill.score.ranking import TeacherRank, by_prompt, column_of, rank_teachers
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
-from genssd.engine.criteria import Lark
+from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError

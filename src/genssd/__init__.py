@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from genssd.engine.candidate import Candidate as Candidate
     from genssd.engine.candidate import Criterion as Criterion
     from genssd.engine.chunk import Chunk as Chunk
-    from genssd.engine.criteria import Perplexity as Perplexity
+    from genssd.engine.criteria.likelihood import Perplexity as Perplexity
     from genssd.engine.criterion_names import register_criterion as register_criterion
     from genssd.engine.engine import Engine as Engine
     from genssd.engine.errors import GenssdError as GenssdError
@@ -36,7 +36,7 @@ _HOME = {
     "Engine": "genssd.engine.engine",
     "GenssdError": "genssd.engine.errors",
     "LoopGuard": "genssd.engine.loops",
-    "Perplexity": "genssd.engine.criteria",
+    "Perplexity": "genssd.engine.criteria.likelihood",
     "Sampling": "genssd.engine.sampling",
     "SearchOptions": "genssd.engine.search_options",
     "Selection": "genssd.engine.selection",

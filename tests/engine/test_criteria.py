@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 
 from genssd.engine import criterion_names
 from genssd.engine.candidate import Candidate, Criterion, PoolCriterion, Window, evaluate
-from genssd.engine.criteria import AslecCasl, AslecDrop, Lark, LocalNaturalness, Perplexity, Random, RankSurprisal
+from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
+from genssd.engine.criteria.controls import Random
+from genssd.engine.criteria.learning_gain import Lark
+from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal
 from genssd.engine.criterion_names import WeightedRank, register_criterion, resolve
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import STATISTICS, TokenStats
@@ -612,7 +615,7 @@ def test_options_of_an_imported_object_are_refused(own_module: str) -> None:
         ("*rsr", "'' is no weight"),
         ("rsr*0.7", "'rsr' is no weight"),
         ("genssd.engine.nowhere:Thing", "No module named 'genssd.engine.nowhere'"),
-        ("genssd.engine.criteria:Nothing", "no attribute 'Nothing'"),
+        ("genssd.engine.criteria.likelihood:Nothing", "no attribute 'Nothing'"),
         ("genssd.engine.candidate:Window", "criterion|argument"),
     ],
 )

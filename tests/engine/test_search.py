@@ -13,7 +13,7 @@ from support.toys import ENDINGS, Pair
 
 from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import Perplexity
+from genssd.engine.criteria.likelihood import Perplexity
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard

@@ -15,7 +15,9 @@ from support.toys import ENDINGS, Pair, save_markov, token_of
 
 from genssd.engine.candidate import Candidate, PoolCriterion, Window, evaluate
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import LocalNaturalness, Perplexity, RationaleDifficulty
+from genssd.engine.criteria.by_step import LocalNaturalness
+from genssd.engine.criteria.likelihood import Perplexity
+from genssd.engine.criteria.reference_answer import RationaleDifficulty
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError, NumericsError
