@@ -85,7 +85,7 @@ def test_a_step_does_not_wait_for_the_device(directory: Path) -> None:
 @torch.inference_mode()
 def test_a_graph_that_is_outgrown_is_captured_anew(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over more and more segments."""
-    monkeypatch.setitem(runners.lay_out.__globals__["SEGMENT"], "cuda", 16)
+    monkeypatch.setitem(runners.append_tokens.__globals__["SEGMENT"], "cuda", 16)
     runner = load(directory)
     assert runner._graphs is not None
     captured = decode(runner, 4, 300)
