@@ -108,7 +108,7 @@ class Branch:
 
     @staticmethod
     def root(session: BranchSession, prompt: PromptIds, stream: int) -> Branch:
-        """Make the branch of a prompt without a response; nothing of it is computed yet."""
+        """Make the branch of a prompt without a response; its tokens are not computed yet."""
         teacher, student = ModelState(pending=list(prompt.teacher)), ModelState(pending=list(prompt.student))
         return Branch(session=session, prompt=prompt, stream=stream, teacher=teacher, student=student)
 
@@ -116,7 +116,7 @@ class Branch:
     def from_prefix(
         session: BranchSession, prompt: PromptIds, stream: int, *, role: Role, path: Path, history: list[int]
     ) -> Branch:
-        """Make the branch of a given response. path: the role's model has all but the last token in its cache there."""
+        """Make a committed branch of a response whose tokens but the last are in one model's cache, at `path`."""
         branch = Branch.root(session, prompt, stream)
         branch.history = history
         state = branch.state(role)

@@ -45,12 +45,12 @@ class Candidate:
     stream: int = 0
     """Random stream of the candidate."""
     pieces_of: Callable[[Sequence[int]], list[str]] | None = None
-    """Function that returns the text of each of some tokens; None where there is no tokenizer."""
+    """Function that returns the text of each token; None without a tokenizer."""
     local_logprob: Callable[[Sequence[int], Sequence[Window]], list[Tensor]] | None = None
-    """Function that returns the student's log-probabilities of windows of a response after the prompt; None where there
-    is no model."""
+    """Function that returns the student's log-probabilities of windows of a response after the prompt; None without
+    a model."""
     encode: Callable[[str], list[int]] | None = None
-    """Function that returns the token ids of a text, nothing added; None where there is no tokenizer."""
+    """Function that returns the token ids of a text without special tokens; None without a tokenizer."""
     answer: str | None = None
     """Reference answer of the prompt, where it is known."""
 
@@ -68,7 +68,7 @@ class Candidate:
         """Return the candidate as the search judges it: a last chunk of fewer tokens includes the end of its history.
 
         Otherwise an ending of two tokens would nearly always win over chunks that continue, and under criteria that
-        leave the end of sequence out one without other tokens would always lose. Ours.
+        leave the end of sequence out one without other tokens would always lose. The rule is not from a paper.
         """
         num_borrowed = min(len(self.history_ids), min_tokens - len(self.token_ids))
         if not self.final or num_borrowed < 1:
@@ -92,7 +92,7 @@ class Candidate:
     def pieces(self) -> list[str]:
         """Return the text of each token of history and chunk; the end of sequence has none.
 
-        Raises InputError where there is no tokenizer.
+        Raises InputError without a tokenizer.
         """
         if self.pieces_of is None:
             raise InputError("this criterion looks at the text, and the candidate came without a tokenizer")

@@ -1,4 +1,4 @@
-"""Decode steps as captured CUDA graphs: a step is one copy and one launch, however many layers there are.
+"""Decode steps as captured CUDA graphs: a step is one copy and one launch for all layers.
 
 A graph is captured for a bucket of rows and reads all its inputs from one buffer on the device:
 

@@ -24,7 +24,7 @@ from genssd.kernels.sampling import linear_sample, sample
 
 
 class Drawn(NamedTuple):
-    """One token for each of some candidates, and their log-probabilities at temperature 1."""
+    """The next token of every candidate, and its log-probability at temperature 1."""
 
     tokens: list[int]
     logprob: list[float]

@@ -22,7 +22,7 @@ class Completion:
     status: Literal["finished", "length"]
     """Whether the response ended by itself, or was cut at the maximum number of tokens."""
     logprob: tuple[float, ...]
-    """Log-probability of each token at temperature 1, under the model that was asked to write."""
+    """Log-probability of each token at temperature 1, under the writing model."""
     substituted: int = 0
     """Number of tokens that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
 

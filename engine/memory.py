@@ -31,7 +31,7 @@ def cache_budget(device: torch.device, memory_bytes: int | None, free_fraction: 
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the named device; for None, CUDA where a device is found, else the CPU. Raises InputError on others."""
+    """Return the named device; for None, CUDA where torch sees a device, else the CPU. Raises InputError on others."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

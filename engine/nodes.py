@@ -1,4 +1,4 @@
-"""Nodes of given responses: what a model predicts there, and how it goes on if another token is put there.
+"""Nodes of responses: what a model predicts there, and how it continues if another token is put there.
 
 The node at position t of a response lies before its token t. Responses are read in one pass over prompt and response;
 of all hidden states only those at the nodes are kept, and the head is applied to these alone.

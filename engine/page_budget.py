@@ -24,6 +24,7 @@ class Reservation:
 
     @property
     def total(self) -> int:
+        """Number of pages in all."""
         return self.prefix + self.candidates
 
 

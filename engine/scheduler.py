@@ -1,7 +1,7 @@
-"""The scheduler of the search: which prompt's next round is decoded when, and whose pages are given back for it.
+"""The scheduler of the search: which prompt's next round is decoded when, and whose pages are freed for it.
 
 A prompt whose next round does not fit into the cache waits. When no round is being decoded and none fits, the youngest
-prompt gives its pages back and is computed again later, to the same tokens, because sampling is counter-based.
+prompt frees its pages and is computed again later, to the same tokens, because sampling is counter-based.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from genssd.kernels.logprob import TopK
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class PromptSearch:
-    """The rounds of one prompt, and what they have found so far."""
+    """The rounds of one prompt, and their results so far."""
 
     index: int
     """Index of the prompt in the call."""
@@ -35,7 +35,7 @@ class PromptSearch:
     """Number of equal prompts before this one."""
     root: Branch
     max_tokens: int
-    """Maximum number of tokens in the response, given the option and the positions of the models."""
+    """Maximum number of tokens in the response, limited by the option and by the positions of the models."""
     options: SearchOptions
     judge: Judge
     live: list[Branch] = field(init=False)
@@ -63,7 +63,7 @@ class PromptSearch:
         return self.round
 
     def finish_round(self) -> Selection | None:
-        """Judge the decoded round and plan the next; return the prompt's outcome if there is none.
+        """Judge the decoded round and plan the next; return the prompt's outcome if it was the last.
 
         Raises CapacityError, changing nothing, when the criterion needs more of the cache than is free: call it again
         later.
@@ -84,7 +84,7 @@ class PromptSearch:
             branch.drop()
 
     def outcome(self, error: str | None = None) -> Selection:
-        """Return what the search has found. error: why the prompt failed, which leaves it without scores."""
+        """Return the results of the search. error: why the prompt failed; its responses then have no scores."""
         written = [branch for branch, _ in self.ended if branch.history and error is None]
         scores = dict(zip(written, self.judge.score_responses(written, self.label), strict=True))
         trajectories = [self._trajectory(b, status, scores.get(b, math.nan)) for b, status in self.ended]

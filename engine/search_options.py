@@ -23,7 +23,7 @@ class SearchOptions:
     candidates: int = 4
     """Number of continuations sampled per live branch and round."""
     chunk: Chunk = Chunk()
-    """Rule that says where a candidate ends."""
+    """Rule by which a candidate ends."""
     beam: int = 1
     """Number of branches kept per prompt after each round."""
     criterion: str | AnyCriterion = "ppl"

@@ -60,7 +60,7 @@ class Session:
             drawing,
             scorer,
             self._tokenizer,
-            # a student that writes as well may end a response as its own config says
+            # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
             max_batch=resources.max_batch,
             usage=resources.usage,

@@ -21,14 +21,14 @@ from genssd.kernels.logprob import NonFiniteLogits, TokenStats, linear_logprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRun:
-    """Consecutive tokens of one sequence, and the hidden states in front of them."""
+    """Consecutive tokens of one sequence, and the hidden states before them."""
 
     tokens: Sequence[int]
     before_D: Tensor | None
     """Hidden state of the token before those of `states_ND`; None where `states_ND` holds enough of them."""
     states_ND: Tensor | None
-    """Hidden states of the tokens up to the last but one of the run; None where there are none. The last
-    len(tokens) of `before_D` and these predict the run."""
+    """Hidden states of the tokens up to the last but one of the run; None for none. The last len(tokens) of `before_D`
+    and these predict the run."""
 
     def predicting_states(self) -> list[Tensor]:
         """Return the states that predict the run, in order, as parts that are [n, D] each and len(tokens) in all."""
@@ -43,8 +43,8 @@ class TokenRun:
 def run_statistics(runner: ModelRunner, runs: Sequence[TokenRun], place: Callable[[int, int], str]) -> list[TokenStats]:
     """Return the statistics of every run's tokens under the runner's model, in order.
 
-    place: names a token in messages, by the index of its run and its own in the run. Raises NumericsError where the
-    logits of a token are NaN or infinite.
+    place: returns the name of a token in messages, from the index of its run and its index in the run. Raises
+    NumericsError where the logits of a token are NaN or infinite.
     """
     targets = torch.tensor([token for run in runs for token in run.tokens], device=runner.decoder.device)
     states = torch.cat([part for run in runs for part in run.predicting_states()])

@@ -32,7 +32,7 @@ def local_logprob(
         before_D = runner.extend([root], [prompt_ids], last=[1])[0][-1]
         for group in _groups(runner, root, windows):
             paths = [runner.tree.fork(root) for _ in group]
-            # the last token of a window is predicted, not read; a window of one token reads nothing
+            # the last token of a window is predicted, not read; a window of one token has none to read
             read = [(path, ids[context : end - 1]) for path, (context, _, end) in zip(paths, group, strict=True)]
             nonempty = [(path, tokens) for path, tokens in read if tokens]
             states = iter(runner.extend([path for path, _ in nonempty], [tokens for _, tokens in nonempty]))

@@ -18,7 +18,7 @@ from genssd.engine.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalNaturalness(CheckedOptions):
-    """Mean over steps of the step's mean log-probability given the prompt and a few steps before it alone; higher is
+    """Mean over steps of the step's mean log-probability given only the prompt and a few steps before it; higher is
     better (LALP, 2510.03988).
 
     Every window is a sequence of its own: positions continue those of the prompt as if nothing else had been written.
@@ -76,7 +76,7 @@ class AslecDrop(CheckedOptions):
 
     def score(self, candidate: Candidate) -> float:
         rest, heads = _split_heads(candidate, self.skip_tokens)
-        logprob = rest if len(rest) else heads  # steps so short that no token remains; ours
+        logprob = rest if len(rest) else heads  # steps so short that no token remains: not in the paper
         return float(logprob.mean()) if len(logprob) else -math.inf
 
     def higher_is_better(self) -> bool:
@@ -89,7 +89,7 @@ class AslecCasl(CheckedOptions):
     2604.06834).
 
     Over the pool, M ~ b1 M_rest + b2 M_heads + gamma F + c by least squares, where F is the fraction of tokens that
-    begin a step; the value is M - gamma F. With gamma set nothing is fitted, and the search can use it.
+    begin a step; the value is M - gamma F. The search can use the criterion only with gamma set.
     """
 
     gamma: float | None = None

@@ -1,6 +1,6 @@
 """Criteria from the student's statistics of each token: how likely, or how highly ranked, it is.
 
-Sources are named at each; defaults marked as ours are not a paper's. All criteria read the student's log-probabilities
+Sources are named at each criterion. All read the student's log-probabilities
 at temperature 1 on the raw logits, however the teacher samples.
 """
 
@@ -136,8 +136,8 @@ class RsdAccept(CheckedOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SurprisalBand(CheckedOptions):
-    """Fraction of tokens whose surprisal, in nats, lies in [low, high]; higher is better. Ours: such tokens are neither
-    known by heart nor out of reach."""
+    """Fraction of tokens whose surprisal, in nats, lies in [low, high]; higher is better. Such tokens are neither known
+    by heart nor out of reach. Not from a paper."""
 
     low: float = 0.5
     """Minimum surprisal in nats."""

@@ -15,7 +15,7 @@ from genssd.engine.text import common_prefix
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RationaleDifficulty(CheckedOptions):
     """PPL(answer | prompt, reasoning) / PPL(answer | prompt); lower is better: the reasoning makes the answer easier
-    (MoRSD, 2509.23574; the paper's formula is not public, this reading is ours).
+    (MoRSD, 2509.23574; the paper's formula is not public, this is our reading of it).
 
     The reference answer is put after `before_answer`, once after the reasoning and once after the prompt alone.
     """
