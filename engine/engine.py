@@ -148,7 +148,6 @@ class Engine:
                 occurrence=prompt.occurrence,
                 root=Branch.root(session, prompt.ids, stream),
                 max_tokens=limit,
-                options=options,
                 judge=judge,
             )
             for expansion in search.round:

@@ -25,7 +25,7 @@ from genssd.engine.usage import Usage
 
 
 class Expander:
-    """Runs expansions with one way of drawing tokens.
+    """The decoding batch of one session: it runs expansions with one way of drawing tokens.
 
     scorer: the model that scores complete candidates, None for none; a scorer that is one of the drawing's readers has
     judged them token by token already, and scores nothing. end_token_ids: tokens that end a response. max_batch:

@@ -41,28 +41,24 @@ class JudgedCandidate:
 class Judge:
     """The rules by which a search judges candidates and responses."""
 
+    options: SearchOptions
     criterion: AnyCriterion
-    threshold: float | None
+    """Criterion of the options, as an object."""
     loop_guard: LoopGuard | None
-    shortest_chunk: int
-    """A last chunk with fewer tokens is judged together with the end of its history."""
+    """Loop guard of the options with its limits; None for none."""
 
     @staticmethod
     def of(options: SearchOptions) -> Judge:
-        """Make the judge of a search: the criterion as an object, the loop guard with its limits."""
+        """Make the judge of a search with these options."""
         guard = LoopGuard() if options.loop_guard is True else options.loop_guard
-        return Judge(
-            criterion=resolve(options.criterion),
-            threshold=options.threshold,
-            loop_guard=guard or None,
-            shortest_chunk=options.chunk.shortest,
-        )
+        return Judge(options=options, criterion=resolve(options.criterion), loop_guard=guard or None)
 
     def is_acceptable(self, score: float) -> bool:
         """Return whether a value is no worse than the threshold."""
-        if self.threshold is None:
+        threshold = self.options.threshold
+        if threshold is None:
             return True
-        return score >= self.threshold if self.criterion.higher_is_better() else score <= self.threshold
+        return score >= threshold if self.criterion.higher_is_better() else score <= threshold
 
     def sort_key(self, score: float) -> float:
         """Return a number that is smaller the better the value is: the value or its negative."""
@@ -71,7 +67,7 @@ class Judge:
     def judge_round(self, candidates: Sequence[Branch], label: str) -> list[JudgedCandidate]:
         """Score all candidates of one prompt's round, which compete with each other; all are "kept" so far."""
         scores = evaluate_distinct(
-            self.criterion, [branch.candidate().lengthened(self.shortest_chunk) for branch in candidates]
+            self.criterion, [branch.candidate().lengthened(self.options.chunk.shortest) for branch in candidates]
         )
         if any(math.isnan(score) for score in scores):
             raise InputError(f"the criterion {self.criterion!r} returned NaN for a candidate of {label}")

@@ -42,7 +42,7 @@ class Fork:
 
 
 class NodeReader:
-    """Reads one model's predictions at nodes. vocabulary: ids from it on are padding, and have no probability."""
+    """A reader of one model's predictions at nodes. vocabulary: ids from it on are padding, and have no probability."""
 
     def __init__(self, runner: ModelRunner, vocabulary: int, usage: Usage) -> None:
         self._runner = runner

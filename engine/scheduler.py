@@ -22,7 +22,7 @@ NO_ROOM = (
 
 
 class SearchScheduler:
-    """Runs the rounds of many prompts on one expander."""
+    """The order in which the rounds of many prompts run on one expander."""
 
     def __init__(self, prompts: Sequence[PromptSearch], expander: Expander) -> None:
         self._expander = expander

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from genssd.engine.branch import Branch
 from genssd.engine.expansion import Expansion
 from genssd.engine.judging import Judge, JudgedCandidate
-from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import STATUSES, CandidateRecord, ChunkScore, Selection, Status, Trajectory
 from genssd.kernels.logprob import TopK
 
@@ -36,8 +35,8 @@ class PromptSearch:
     root: Branch
     max_tokens: int
     """Maximum number of tokens in the response, limited by the option and by the positions of the models."""
-    options: SearchOptions
     judge: Judge
+    """Rules by which the candidates are judged, with the options of the search."""
     live: list[Branch] = field(init=False)
     """Committed branches that the next round expands."""
     round: list[Expansion] = field(init=False)
@@ -95,14 +94,14 @@ class PromptSearch:
             student_prompt_ids=self.root.prompt.student,
             trajectories=tuple(trajectories),
             tree=tuple(self.records),
-            seed=self.options.seed,
+            seed=self.judge.options.seed,
             occurrence=self.occurrence,
             error=error,
         )
 
     def _plan_round(self) -> None:
         """Make the expansions of the live branches."""
-        options = self.options
+        options = self.judge.options
         self.is_started = False
         self.round = [
             Expansion(branch, options.candidates, options.chunk, self.max_tokens - branch.length, self.label)
@@ -112,7 +111,7 @@ class PromptSearch:
     def _select(self) -> None:
         """Judge the candidates of the decoded round, commit the kept ones, drop the others, plan the next round."""
         judged = self._judged_round()
-        num_slots = self.options.beam - sum(status != "pruned" for _, status in self.ended)
+        num_slots = self.judge.options.beam - sum(status != "pruned" for _, status in self.ended)
         competing = [one for one in judged if one.verdict == "kept"]
         competing.sort(key=lambda one: self.judge.sort_key(one.score))
         winners, losers = competing[:num_slots], competing[num_slots:]

@@ -123,17 +123,17 @@ def test_windows_beside_a_branch_that_holds_pages(pair: Pair) -> None:
     tight = pair.engine(memory_bytes=14 * PAGE_BYTES)
     prompt, ids = random_ids(30, 12), random_ids(40, 13)
     root = tight.branch(prompt)
-    kids = root.expand(2, Chunk(tokens=5, until=None))
+    children = root.expand(2, Chunk(tokens=5, until=None))
     held = tight.pages_in_use
-    before = [kid.stats.logprob.clone() for kid in kids]
+    before = [child.stats.logprob.clone() for child in children]
     assert_windows(pair, tight, prompt, ids, random_windows(40, 9, 14))
     assert tight.pages_in_use == held
-    kids[0].commit()
-    again = kids[0].expand(1, Chunk(tokens=3, until=None))[0]
-    expected = pair.logprobs("student", prompt + kids[0].history, again.chunk)
+    children[0].commit()
+    again = children[0].expand(1, Chunk(tokens=3, until=None))[0]
+    expected = pair.logprobs("student", prompt + children[0].history, again.chunk)
     torch.testing.assert_close(again.stats.logprob.double(), expected, atol=TOLERANCE, rtol=0)
-    assert torch.equal(before[0], kids[0].history_stats[0].logprob)
-    for branch in (*kids, again, root):
+    assert torch.equal(before[0], children[0].history_stats[0].logprob)
+    for branch in (*children, again, root):
         branch.drop()
     assert tight.pages_in_use[0] == 0
 
@@ -525,12 +525,12 @@ def test_a_response_as_criteria_see_it(engine: Engine, pair: Pair) -> None:
     prompt = random_ids(9, 70)
     branch = engine.branch(prompt, seed=3)
     for _ in range(3):
-        kids = branch.expand(4, Chunk(tokens=4, until=None))
+        children = branch.expand(4, Chunk(tokens=4, until=None))
         branch.drop()
-        branch = next(kid for kid in kids if kid.ended == "chunk")
-        for kid in kids:
-            if kid is not branch:
-                kid.drop()
+        branch = next(child for child in children if child.ended == "chunk")
+        for child in children:
+            if child is not branch:
+                child.drop()
         branch.commit()
     whole = branch.response()
     branch.drop()
