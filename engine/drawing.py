@@ -51,7 +51,7 @@ class Drawing(Protocol):
 
 
 class WriterDrawing:
-    """The writing model draws every token by itself. num_topk: how many of its most likely tokens are kept later."""
+    """Drawing by the writing model without the student. num_topk: how many of its most likely tokens are kept later."""
 
     def __init__(self, writer: ModelRunner, sampling: Sampling, *, vocabulary: int, num_topk: int = 0) -> None:
         self.writer = writer

@@ -75,7 +75,10 @@ class Resources:
         roles: Sequence[Role],
         answers: Sequence[str | None] | None = None,
     ) -> Iterator[EncodedPrompt]:
-        """Yield every prompt as the models of some roles read it; prompts are equal where the first of these is."""
+        """Yield every prompt as the models of these roles read it.
+
+        Prompts are equal, for `occurrence`, when the model of the first role reads the same tokens.
+        """
         seen: Counter[tuple[int, ...]] = Counter()
         for index, prompt in enumerate(prompts):
             ids = {role: tuple(self.encode(prompt, role, labels[index])) for role in roles}

@@ -45,7 +45,7 @@ class ReverseSpeculation:
 
 
 class ReverseSpeculativeDrawing:
-    """The teacher proposes every token, and the student accepts it or, in the end, draws it itself."""
+    """Drawing in which the teacher proposes every token, and the student accepts it or, in the end, draws its own."""
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.criteria.likelihood import Perplexity
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.expansion import Expansion
 from genssd.engine.loops import LoopGuard
 from genssd.engine.pages import PagePool
 from genssd.engine.runner import ModelRunner
@@ -345,6 +347,24 @@ def test_suspended_prompts_come_to_the_same_end(pair: Pair, random_prompts: Prom
     assert tight.usage.prefill_tokens > prefill, "no prompt was suspended: the test does not test anything"
     assert tight.usage.sampled_tokens == roomy.usage.sampled_tokens
     assert tight.pages_in_use[0] == 0
+
+
+def test_a_round_is_planned_once_however_often_it_waits(
+    pair: Pair, random_prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Expansion] = []
+
+    def counted(*arguments: Any) -> Expansion:
+        planned.append(Expansion(*arguments))
+        return planned[-1]
+
+    monkeypatch.setattr("genssd.engine.search.Expansion", counted)
+    prompts = [p[:5] for p in random_prompts(7, 12)]
+    tight = small_pages(pair, 48)
+    options = {"candidates": 2, "chunk": Chunk(tokens=4, until=None), "max_tokens": 28, "seed": 1}
+    selections = tight.select_expand(prompts, **options)
+    assert tight.usage.prefill_tokens > 2 * sum(map(len, prompts)), "no prompt was suspended"
+    assert len(planned) == sum(len({record.trace[:-1] for record in s.tree}) for s in selections)
 
 
 def test_suspension_with_a_beam(pair: Pair, random_prompts: Prompts) -> None:
