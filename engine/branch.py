@@ -52,7 +52,7 @@ class BranchSession(Protocol):
 
 @dataclass(slots=True)
 class ModelState:
-    """What one model has computed of a branch."""
+    """The part of a branch that one model has computed."""
 
     pending: list[int]
     """Tokens that are not in the cache yet."""

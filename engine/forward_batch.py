@@ -19,7 +19,7 @@ from genssd.kernels.device_table import DeviceTable, upload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    """What a forward pass needs to know of its tokens in addition to their ids."""
+    """The inputs of a forward pass except the token ids: where the tokens lie, and what they read."""
 
     position_N: Tensor
     """Position of each token in its sequence, int32."""

@@ -1,4 +1,4 @@
-"""What all calls on one engine share: the models with their caches and tokenizers, counts, and page reservations."""
+"""Resources that all calls on one engine share: models with caches and tokenizers, counts, and page reservations."""
 
 from __future__ import annotations
 

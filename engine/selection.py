@@ -12,7 +12,7 @@ from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TokenStats, TopK
 
 Verdict = Literal["kept", "beaten", "threshold", "duplicate", "loop"]
-"""What became of a candidate: expanded further or final | ranked below the beam | worse than the threshold | the same
+"""The fate of a candidate: expanded further or final | ranked below the beam | worse than the threshold | the same
 tokens as an earlier sibling | ends in a repetition."""
 
 Status = Literal["finished", "length", "pruned"]

@@ -17,7 +17,7 @@ from genssd.engine.criterion_options import CheckedOptions, check_option_types
 from genssd.engine.errors import InputError
 
 Scope = Literal["chunk", "trajectory"]
-"""What is judged: the chunk alone, or the response so far."""
+"""Tokens that a criterion judges: the chunk alone, or the response so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

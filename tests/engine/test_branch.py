@@ -37,9 +37,9 @@ def test_candidates_are_scored_exactly(engine: Engine, pair: Pair) -> None:
     for child in children:
         assert child.history == []
         assert child.length == len(child.chunk) == len(child.stats) == len(child.writer_logprob)
-        for role, ours in (("student", child.stats.logprob), ("teacher", child.writer_logprob)):
+        for role, actual in (("student", child.stats.logprob), ("teacher", child.writer_logprob)):
             exact = pair.logprobs(role, [5, 6, 7], child.token_ids)
-            torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=0)
+            torch.testing.assert_close(actual.double(), exact, atol=1e-4, rtol=0)
     drop_all(root, *children)
 
 
@@ -193,14 +193,14 @@ def test_candidates_that_do_not_fit_now_take_nothing(pair: Pair) -> None:
     held = holder.expand(5, Chunk(tokens=20, until=None))
     other = engine.branch("other", seed=5)
     before = engine.pages_in_use[0]
-    wanted = 4, Chunk(tokens=40, until=None)
+    request = 4, Chunk(tokens=40, until=None)
     with pytest.raises(CapacityError):
-        other.expand(*wanted)
+        other.expand(*request)
     assert engine.pages_in_use[0] == before, "a refused expansion holds pages"
     drop_all(holder, *held)
     assert engine.pages_in_use[0] == 0
-    children = other.expand(*wanted)
-    fresh = pair.engine().branch("other", seed=5).expand(*wanted)
+    children = other.expand(*request)
+    fresh = pair.engine().branch("other", seed=5).expand(*request)
     assert [k.token_ids for k in children] == [k.token_ids for k in fresh]
     drop_all(other, *children)
     assert engine.pages_in_use[0] == 0

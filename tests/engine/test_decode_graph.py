@@ -1,4 +1,4 @@
-"""What of a captured step needs no GPU: buckets, and the layout of its inputs in one buffer."""
+"""The parts of a captured step that need no GPU: buckets, and the layout of its inputs in one buffer."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_a_step_is_read_back(rows: int) -> None:
     assert batch.slot_N.tolist() == tables[0].slot.tolist() + [-1] * padding
     assert batch.position_N.tolist() == tables[0].position.tolist() + [0] * padding
     for window, table in tables.items():
-        there = batch.tables[window]
-        assert there.window == window
-        assert there.num_rows == bucket
+        table = batch.tables[window]
+        assert table.window == window
+        assert table.num_rows == bucket
         for name in ("items", "entries", "pages", "row_partial"):
             expected = getattr(table, name).reshape(-1)
-            assert getattr(there, name)[: len(expected)].tolist() == expected.tolist()
+            assert getattr(table, name)[: len(expected)].tolist() == expected.tolist()
 
 
 def test_the_views_are_of_the_buffer() -> None:

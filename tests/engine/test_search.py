@@ -29,7 +29,7 @@ EIGHT = Chunk(tokens=8, until=None)
 
 
 def outcome(selection: Selection) -> tuple[object, ...]:
-    """What must not depend on how a search is run; scores may differ in the last bits."""
+    """The part of a selection that must not depend on how a search is run; scores may differ in the last bits."""
     return (
         selection.prompt_ids,
         selection.occurrence,
@@ -45,7 +45,7 @@ def outcomes(selections: Sequence[Selection]) -> list[tuple[object, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What the replay needs to know of a search."""
+    """The options of a search that its replay needs."""
 
     candidates: int
     beam: int = 1
@@ -82,17 +82,17 @@ def replay(pair: Pair, selection: Selection, rules: Rules) -> None:
             acceptable = 0
             for index in range(rules.candidates):
                 record = records[(*parent, index)]
-                whole = history[parent] + list(record.token_ids)
-                history[record.trace] = whole
-                logprobs[record.trace] = pair.logprobs("student", prompt, whole).tolist()
+                full = history[parent] + list(record.token_ids)
+                history[record.trace] = full
+                logprobs[record.trace] = pair.logprobs("student", prompt, full).tolist()
                 chunk = len(record.token_ids)
                 borrowing = rules.shortest if record.ended != "chunk" else 0
-                span = len(whole) if rules.trajectory else min(len(whole), max(chunk, borrowing))
+                span = len(full) if rules.trajectory else min(len(full), max(chunk, borrowing))
                 score = math.exp(-sum(logprobs[record.trace][-span:]) / span)
                 assert record.score == pytest.approx(score, rel=1e-3)
                 if record.token_ids in seen:
                     verdicts[record.trace] = "duplicate"
-                elif loops(whole, rules.guard):
+                elif loops(full, rules.guard):
                     verdicts[record.trace] = "loop"
                 elif score > rules.threshold:
                     verdicts[record.trace] = "threshold"
@@ -321,7 +321,7 @@ def test_batching_order_and_company_change_no_trajectory(pair: Pair, random_prom
 
 
 PAGE_BYTES = 16 * 1024
-"""Of both models' pages of 16 tokens: 2 layers, keys and values, 2 heads of 16 floats, twice."""
+"""Size of both models' pages of 16 tokens: 2 layers, keys and values, 2 heads of 16 floats, twice."""
 
 
 def small_pages(pair: Pair, num_pages: int) -> Engine:
@@ -390,9 +390,9 @@ def test_a_prompt_that_outgrows_the_cache_is_reported_and_the_others_go_on(pair:
     assert failed
     for selection in failed:
         assert "does not fit into the key-value cache" in str(selection.error)
-    for ours, theirs in zip(selections, reference, strict=True):
-        if ours.error is None:
-            assert outcome(ours) == outcome(theirs)
+    for actual, expected in zip(selections, reference, strict=True):
+        if actual.error is None:
+            assert outcome(actual) == outcome(expected)
     assert selections[1].error is None
 
 
@@ -457,8 +457,8 @@ def test_an_abandoned_search_returns_its_pages(pair: Pair, random_prompts: Promp
             assert engine.pages_in_use[0] > 0
         iterator.close()  # type: ignore[attr-defined]
         assert engine.pages_in_use[0] == 0
-    again = engine.select_expand(random_prompts(2, 18), candidates=2, chunk=EIGHT, max_tokens=8)
-    assert outcomes(again) == outcomes(
+    second = engine.select_expand(random_prompts(2, 18), candidates=2, chunk=EIGHT, max_tokens=8)
+    assert outcomes(second) == outcomes(
         pair.engine().select_expand(random_prompts(2, 18), candidates=2, chunk=EIGHT, max_tokens=8)
     )
 
@@ -586,16 +586,16 @@ def test_two_searches_may_take_turns_on_one_cache(pair: Pair, random_prompts: Pr
     options = {"candidates": 3, "chunk": EIGHT, "max_tokens": 24}
     first, second = random_prompts(4, 19), random_prompts(4, 20)
     runs = [tight.iter_select_expand(prompts, **options) for prompts in (first, second)]
-    found: list[dict[int, Selection]] = [{}, {}]
+    outcomes_of_both: list[dict[int, Selection]] = [{}, {}]
     done = [False, False]
     while not all(done):
         for i, run in enumerate(runs):
             selection = next(run, None)
             done[i] = selection is None
             if selection is not None:
-                found[i][selection.index] = selection
+                outcomes_of_both[i][selection.index] = selection
     assert tight.pages_in_use[0] == 0
-    for prompts, results in zip((first, second), found, strict=True):
+    for prompts, results in zip((first, second), outcomes_of_both, strict=True):
         alone = pair.engine().select_expand(prompts, **options)
         assert [results[i].error or results[i].best.token_ids for i in range(4)] == [s.best.token_ids for s in alone]
 
