@@ -47,7 +47,7 @@ class StepLayout:
     """Room for the segment table of each attention window."""
 
     @staticmethod
-    def of(
+    def for_tables(
         rows: int, item_rows: int, tables: Mapping[int, SegmentTable], before: StepLayout | None = None
     ) -> StepLayout:
         """Make a layout with room for tables of this size, and for all that an earlier layout had room for.
@@ -163,7 +163,7 @@ class DecodeGraphs:
         if layout is None or not layout.covers(tables):
             c = self._decoder.config
             item_rows = rows_per_unit(c.num_attention_heads // c.num_key_value_heads, self._kv.device)
-            layout = StepLayout.of(rows, item_rows, tables, layout)
+            layout = StepLayout.for_tables(rows, item_rows, tables, layout)
         host = host_buffer(layout.length, torch.int32, self._kv.device)
         layout.pack(tables, host.numpy())
         return StagedStep(layout, tables, host)

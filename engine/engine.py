@@ -82,7 +82,7 @@ class Engine:
         return Engine(Resources(runners=runners, tokenizers=tokenizers, max_batch=max_batch))
 
     @staticmethod
-    def over(
+    def from_decoder(
         role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None, max_batch: int = 256
     ) -> Engine:
         """Return an engine over one decoder that is in memory already.
@@ -133,7 +133,7 @@ class Engine:
         vocabulary = self._resources.runner("teacher").decoder.config.vocab_size
         if options.teacher_topk > vocabulary:
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {options.teacher_topk}")
-        judge = Judge.of(options)
+        judge = Judge.from_options(options)
         names = labels_of(prompts, labels)
         check_answers(answers, judge.criterion, names)
         searches = []
@@ -337,7 +337,7 @@ class Engine:
         """Identification of each loaded checkpoint: 16 hex digits."""
         return {role: fingerprint(runner.directory) for role, runner in self._resources.runners.items()}
 
-    def longest(self, model: Role) -> int:
+    def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
         runner = self._resources.runner(model)
         pool = runner.tree.pool

@@ -31,7 +31,7 @@ class ForwardBatch:
     """Indices of the tokens whose hidden states are returned, int64; None returns all."""
 
     @staticmethod
-    def of(
+    def from_tables(
         tables: Mapping[int, SegmentTable], device: torch.device, output: NDArray[np.int64] | None = None
     ) -> ForwardBatch:
         """Make the batch of the rows of segment tables. Does not wait for the device."""

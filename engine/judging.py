@@ -48,7 +48,7 @@ class Judge:
     """Loop guard of the options with its limits; None for none."""
 
     @staticmethod
-    def of(options: SearchOptions) -> Judge:
+    def from_options(options: SearchOptions) -> Judge:
         """Make the judge of a search with these options."""
         guard = LoopGuard() if options.loop_guard is True else options.loop_guard
         return Judge(options=options, criterion=resolve(options.criterion), loop_guard=guard or None)

@@ -59,10 +59,14 @@ class Decoder:
     @torch.inference_mode()
     def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
         """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported."""
-        return Decoder.of(ModelConfig.load(directory), read_tensors(directory, dtype, device), directory, frozen=True)
+        return Decoder.from_tensors(
+            ModelConfig.load(directory), read_tensors(directory, dtype, device), directory, frozen=True
+        )
 
     @staticmethod
-    def of(config: ModelConfig, tensors: Mapping[str, Tensor], directory: Path, *, frozen: bool = False) -> Decoder:
+    def from_tensors(
+        config: ModelConfig, tensors: Mapping[str, Tensor], directory: Path, *, frozen: bool = False
+    ) -> Decoder:
         """Build from tensors by the names of a checkpoint; all but the stacked ones are used without a copy.
 
         frozen: the tensors never change; on the CPU the matrices are then packed for the kernels, which is a copy.

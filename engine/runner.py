@@ -104,7 +104,7 @@ class ModelRunner:
         is_decode_step = max(counts) == 1 and output is None
         if self._graphs is not None and is_decode_step and bucket_for(len(counts)) is not None:
             return self._graphs.stage(tables)
-        return ForwardBatch.of(tables, kv.device, output)
+        return ForwardBatch.from_tables(tables, kv.device, output)
 
     def run(self, prepared: Prepared, ids: Sequence[int]) -> Tensor:
         """Compute the tokens of a prepared pass and return the hidden states that it asks for, [M, D]."""

@@ -58,7 +58,7 @@ def models() -> tuple[Any, Decoder]:
     with TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         shape = ModelConfig.load(Path(directory))
-    ours = Decoder.of(shape, theirs.state_dict(), Path("random"))
+    ours = Decoder.from_tensors(shape, theirs.state_dict(), Path("random"))
     for name, part in ours.stacked().items():
         theirs.get_parameter(name).data = part
     return theirs, ours

@@ -169,7 +169,7 @@ def _run(
 
 def _read(config: ScoreConfig, criteria: Mapping[str, AnyCriterion], engine: Engine) -> tuple[list[Trace], list[str]]:
     """The traces that the criteria can judge, and what is wrong with the others."""
-    tokenizer, longest = engine.tokenizer("student"), engine.longest("student")
+    tokenizer, longest = engine.tokenizer("student"), engine.max_sequence_length("student")
     reading = next((name for name, criterion in criteria.items() if needs_answer(criterion)), None)
 
     def unfit(trace: Trace) -> str | None:

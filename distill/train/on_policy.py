@@ -59,11 +59,11 @@ class Rollouts:
         self._seed = seed
         self._max_length = max_length
         tensors: dict[str, Tensor] = {name: p.data for name, p in model.state_dict(keep_vars=True).items()}
-        decoder = Decoder.of(ModelConfig.load(source), tensors, source)
+        decoder = Decoder.from_tensors(ModelConfig.load(source), tensors, source)
         for name, view in decoder.stacked().items():
             model.get_parameter(name).data = view
         # messages about its cache name memory_bytes: it is rollout.memory_bytes here
-        self._engine = Engine.over("student", decoder, tokenizer, memory_bytes=options.memory_bytes)
+        self._engine = Engine.from_decoder("student", decoder, tokenizer, memory_bytes=options.memory_bytes)
 
     def due(self, step: int) -> bool:
         """Whether a step is on-policy."""

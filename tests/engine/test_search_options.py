@@ -91,7 +91,7 @@ def test_a_derived_class_gives_plain_options() -> None:
     ("guard", "limits"), [(True, LoopGuard()), (LoopGuard(max_period=3),) * 2, (False, None), (None, None)], ids=str
 )
 def test_what_a_loop_guard_may_be(guard: LoopGuard | bool | None, limits: LoopGuard | None) -> None:
-    assert Judge.of(SearchOptions(loop_guard=guard)).loop_guard == limits
+    assert Judge.from_options(SearchOptions(loop_guard=guard)).loop_guard == limits
 
 
 def test_select_settings_are_search_options() -> None:

@@ -578,7 +578,7 @@ def test_rationale_difficulty_is_the_ratio_of_transformers_perplexities(pair: Pa
 
 def test_rationale_difficulty_leaves_room_for_the_answer(pair: Pair) -> None:
     engine = pair.engine(memory_bytes=1 << 24)
-    positions = engine.longest("student")
+    positions = engine.max_sequence_length("student")
     prompt = random_ids(positions - 60, 3)
     (selection,) = engine.select_expand(
         [prompt], criterion="rationale_difficulty", answers=["12345"], candidates=2, chunk=Chunk(tokens=4, until=None)

@@ -119,9 +119,9 @@ def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkey
     paths = [trunk, *(runner.tree.fork(trunk) for _ in range(2))]
     kv = runner.tree.pool.kv
     tables = append_tokens(runner.tree, paths, [1, 1, 1], windows=set(decoder.config.windows), group=2)
-    expected = decoder.forward(torch.tensor([5, 6, 7]), ForwardBatch.of(tables, CPU), kv)
+    expected = decoder.forward(torch.tensor([5, 6, 7]), ForwardBatch.from_tables(tables, CPU), kv)
     written = kv.clone()
-    step = StepLayout.of(4, 64, tables)
+    step = StepLayout.for_tables(4, 64, tables)
     host = np.empty(step.length, dtype=np.int32)
     step.pack(tables, host)
     step.pack_ids([5, 6, 7], host)
