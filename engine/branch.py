@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from genssd.engine.candidate import Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
+from genssd.engine.runner import Role
+from genssd.engine.sampling import child_stream
 from genssd.engine.tree import Path
 from genssd.kernels.logprob import TokenStats, TopK
 
@@ -22,121 +24,182 @@ Ending = Literal["chunk", "finished", "length"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptIds:
-    """One prompt as each model reads it. The student's is empty where no student scores."""
+    """Token ids of one prompt as each model reads it; empty for a model that does not read it."""
 
-    teacher: tuple[int, ...]
+    teacher: tuple[int, ...] = ()
     student: tuple[int, ...] = ()
     answer: str | None = None
-    """The reference answer, for criteria that read it."""
+    """Reference answer of the prompt, for criteria that read it."""
 
 
-class Brancher(Protocol):
-    """What a branch needs of the engine."""
+class BranchSession(Protocol):
+    """The operations of the engine that a branch needs."""
 
     def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]: ...
 
-    def drop_paths(self, branch: Branch) -> None: ...
+    def free_pages(self, branch: Branch) -> None: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
     def encode(self, text: str) -> list[int]: ...
 
-    def teacher_topk(self, branch: Branch) -> TopK | None: ...
+    def chunk_topk(self, branch: Branch) -> TopK | None: ...
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
 
     def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]: ...
 
 
+@dataclass(slots=True)
+class ModelState:
+    """The part of a branch that one model has computed."""
+
+    pending: list[int]
+    """Tokens that are not in the cache yet."""
+    path: Path | None = None
+    """Path of the branch in the model's cache. None before the first token is computed, and after a drop."""
+    hidden: Tensor | None = None
+    """Last hidden state of the tokens in the cache, [D]; it predicts the next token."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class Branch:
     """A prompt, the committed response (`history`) and the candidate chunk that continues it (`chunk`).
 
     Made by `Engine.branch` and `expand`; its cache pages are held until `drop`.
     """
 
-    def __init__(self, owner: Brancher, prompt: PromptIds, stream: int) -> None:
-        self._owner = owner
-        self.prompt = prompt
-        self.stream = stream
-        self.trace: tuple[int, ...] = ()
-        """The candidate's index in each round: its place in the tree."""
-        self.history: list[int] = []
-        self.history_stats: tuple[TokenStats, ...] = ()
-        self.history_teacher_logprob: tuple[Tensor, ...] = ()
-        self.chunk: list[int] = []
-        self.stats = TokenStats.empty()
-        """The student's statistics of the chunk."""
-        self.chunk_teacher_logprob: list[float] = []
-        self.chunk_states: list[tuple[Tensor, int]] = []
-        """The teacher's hidden states that the chunk's tokens were drawn from, as tensor and row; only where the
-        teacher's most likely tokens are wanted."""
-        self.history_topk: tuple[TopK, ...] = ()
-        self.substituted = 0
-        """Tokens of the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
-        self.ended: Ending | None = None
-        self.num_children = 0
-        self.dropped = False
-        self.teacher = ModelState(pending=list(prompt.teacher))
-        self.student = ModelState(pending=list(prompt.student))
+    session: BranchSession = field(repr=False)
+    """Engine call that the branch belongs to."""
+    prompt: PromptIds
+    stream: int
+    """Random stream of the branch, 64 bits."""
+    teacher: ModelState = field(repr=False)
+    student: ModelState = field(repr=False)
+    trace: tuple[int, ...] = ()
+    """Index of the candidate in each round: its place in the tree."""
+
+    history: list[int] = field(default_factory=list)
+    """Token ids of the committed response."""
+    history_stats: tuple[TokenStats, ...] = ()
+    """The student's statistics of each committed chunk."""
+    history_writer_logprob: tuple[Tensor, ...] = ()
+    """The writing model's log-probabilities of each committed chunk's tokens, float32, at temperature 1."""
+    history_topk: tuple[TopK, ...] = ()
+    """The writing model's most likely tokens along each committed chunk, where they are recorded."""
+
+    chunk: list[int] = field(default_factory=list)
+    """Token ids of the candidate chunk; empty once the branch is committed."""
+    stats: TokenStats = field(default_factory=TokenStats.empty)
+    """The student's statistics of the chunk's tokens."""
+    chunk_writer_logprob: list[float] = field(default_factory=list)
+    """The writing model's log-probabilities of the chunk's tokens, at temperature 1."""
+    chunk_states: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
+    """Hidden states of the writing model that predict the chunk's tokens, as tensor and row. Recorded only where its
+    most likely tokens are kept."""
+    substituted: int = 0
+    """Number of tokens in the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
+
+    ended: Ending | None = None
+    """Why the chunk ended; None while the branch can be written on."""
+    num_children: int = 0
+    """Number of candidates that were sampled from this branch."""
+    dropped: bool = False
+
+    @staticmethod
+    def root(session: BranchSession, prompt: PromptIds, stream: int) -> Branch:
+        """Make the branch of a prompt without a response; its tokens are not computed yet."""
+        teacher, student = ModelState(pending=list(prompt.teacher)), ModelState(pending=list(prompt.student))
+        return Branch(session=session, prompt=prompt, stream=stream, teacher=teacher, student=student)
+
+    @staticmethod
+    def from_prefix(
+        session: BranchSession, prompt: PromptIds, stream: int, *, role: Role, path: Path, history: list[int]
+    ) -> Branch:
+        """Make a committed branch of a response whose tokens but the last are in one model's cache, at `path`."""
+        branch = Branch.root(session, prompt, stream)
+        branch.history = history
+        state = branch.state(role)
+        state.pending, state.path = history[-1:], path
+        return branch
+
+    def child(self) -> Branch:
+        """Make the next candidate of this committed branch: its response, an empty chunk, and no cache pages yet.
+
+        The first child inherits the random stream, the others get streams of their own.
+        """
+        index = self.num_children
+        self.num_children += 1
+        return Branch(
+            session=self.session,
+            prompt=self.prompt,
+            stream=child_stream(self.stream, len(self.history), index),
+            teacher=ModelState(pending=[]),
+            student=ModelState(pending=[]),
+            trace=(*self.trace, index),
+            history=self.history,
+            history_stats=self.history_stats,
+            history_writer_logprob=self.history_writer_logprob,
+            history_topk=self.history_topk,
+        )
+
+    def state(self, role: Role) -> ModelState:
+        """Return what the teacher or the student has computed."""
+        return self.teacher if role == "teacher" else self.student
 
     @property
     def token_ids(self) -> list[int]:
-        """The whole response, chunk included."""
+        """Token ids of the whole response, chunk included."""
         return self.history + self.chunk
 
     @property
     def length(self) -> int:
-        """Tokens of the response so far, chunk included."""
+        """Number of tokens in the response so far, chunk included."""
         return len(self.history) + len(self.chunk)
 
     @property
     def text(self) -> str:
-        return self._owner.decode(self.token_ids)
+        """Text of the whole response, chunk included, without special tokens."""
+        return self.session.decode(self.token_ids)
 
     @property
-    def teacher_logprob(self) -> Tensor:
-        """Of the chunk's tokens, float32 [tokens], at temperature 1."""
-        return torch.tensor(self.chunk_teacher_logprob)
+    def writer_logprob(self) -> Tensor:
+        """The writing model's log-probabilities of the chunk's tokens, float32 [tokens], at temperature 1."""
+        return torch.tensor(self.chunk_writer_logprob)
 
     def candidate(self) -> Candidate:
-        """What criteria see of the chunk."""
+        """Return what criteria see of the chunk."""
         return Candidate(
             token_ids=tuple(self.chunk),
             stats=self.stats,
             history_ids=tuple(self.history),
             history=self._committed_stats(),
-            teacher_logprob=self.teacher_logprob,
-            history_teacher_logprob=self._committed_teacher_logprob(),
+            teacher_logprob=self.writer_logprob,
+            history_teacher_logprob=self._committed_writer_logprob(),
             final=self.ended != "chunk",
             finished=self.ended == "finished",
             stream=self.stream,
-            pieces_of=self._owner.pieces,
-            local_logprob=partial(self._owner.local_logprob, self.prompt),
-            encode=self._owner.encode,
+            pieces_of=self.session.pieces,
+            local_logprob=partial(self.session.local_logprob, self.prompt),
+            encode=self.session.encode,
             answer=self.prompt.answer,
         )
 
     def response(self) -> Candidate:
-        """What criteria see of the committed response as a whole."""
+        """Return what criteria see of the whole committed response."""
         return replace(
             self.candidate(),
             token_ids=tuple(self.history),
             stats=self._committed_stats(),
             history_ids=(),
             history=TokenStats.empty(),
-            teacher_logprob=self._committed_teacher_logprob(),
+            teacher_logprob=self._committed_writer_logprob(),
             history_teacher_logprob=torch.empty(0),
             final=True,
         )
 
-    def _committed_stats(self) -> TokenStats:
-        return TokenStats.concatenate(self.history_stats) if self.history_stats else TokenStats.empty()
-
-    def _committed_teacher_logprob(self) -> Tensor:
-        return torch.cat(self.history_teacher_logprob) if self.history else torch.empty(0)
-
     def expand(self, n: int, chunk: Chunk) -> list[Branch]:
-        """Sample n candidate chunks and have the student score them. The branch itself stays as it is.
+        """Sample n candidate chunks, have the student score them, and return them. The branch itself does not change.
 
         Expanding again gives further candidates, not the same ones. Raises InputError on a candidate that was not
         committed or has ended, CapacityError when the candidates do not fit into the cache.
@@ -149,41 +212,35 @@ class Branch:
             raise InputError("only a committed branch can be expanded; call commit() first")
         if self.ended is not None:
             raise InputError(f"the branch has ended ({self.ended}) and cannot be expanded")
-        return self._owner.expand(self, n, chunk)
+        return self.session.expand(self, n, chunk)
 
     def commit(self) -> None:
         """Make the candidate chunk part of the response. Its siblings are not touched."""
         self.history = self.history + self.chunk
         self.history_stats = (*self.history_stats, self.stats)
-        self.history_teacher_logprob = (*self.history_teacher_logprob, self.teacher_logprob)
-        topk = self._owner.teacher_topk(self)
+        self.history_writer_logprob = (*self.history_writer_logprob, self.writer_logprob)
+        topk = self.session.chunk_topk(self)
         if topk is not None:
             self.history_topk = (*self.history_topk, topk)
-        self.chunk, self.stats, self.chunk_teacher_logprob, self.chunk_states = [], TokenStats.empty(), [], []
+        self.chunk, self.stats, self.chunk_writer_logprob, self.chunk_states = [], TokenStats.empty(), [], []
         if self.ended == "chunk":
             self.ended = None
 
     def drop(self) -> None:
-        """Return the branch's cache pages. What it generated stays readable; it cannot be expanded any more."""
+        """Free the branch's cache pages. Its tokens and numbers stay readable; it cannot be expanded any more."""
         self.dropped = True
         self.chunk_states = []
-        self._owner.drop_paths(self)
+        self.session.free_pages(self)
 
     def suspend(self) -> None:
-        """Return the cache pages of a committed branch; it is computed again when it is expanded next."""
+        """Free the cache pages of a committed branch; it is computed again when it is expanded next."""
         assert not self.chunk, "only committed branches are suspended"
-        self._owner.drop_paths(self)
+        self.session.free_pages(self)
         self.teacher = ModelState(pending=[*self.prompt.teacher, *self.history])
         self.student = ModelState(pending=[*self.prompt.student, *self.history])
 
+    def _committed_stats(self) -> TokenStats:
+        return TokenStats.concatenate(self.history_stats) if self.history_stats else TokenStats.empty()
 
-@dataclass(slots=True)
-class ModelState:
-    """What one model has computed of a branch."""
-
-    pending: list[int]
-    """Tokens that are not in the cache yet."""
-    path: Path | None = None
-    """None before the first token is computed, and after a drop."""
-    hidden: Tensor | None = None
-    """The last hidden state of what is in the cache, [D]: it predicts the next token."""
+    def _committed_writer_logprob(self) -> Tensor:
+        return torch.cat(self.history_writer_logprob) if self.history else torch.empty(0)

@@ -1,4 +1,4 @@
-"""What a selection criterion is, and what it may look at.
+"""Selection criteria: the protocols that they follow, and the candidate that they judge.
 
 A criterion is an object; anything with the methods of one of the two protocols can be passed as `criterion=`. The same
 objects score online, in the search, and afterwards, over finished traces.
@@ -18,7 +18,7 @@ from genssd.engine.steps import step_spans
 from genssd.kernels.logprob import TokenStats
 
 Window = tuple[int, int, int]
-"""Of a response: where the visible context starts, where the scored tokens start, and where they end."""
+"""A part of a response, by token positions: start of the visible context, start and end of the scored tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,52 +26,54 @@ class Candidate:
     """A chunk that may be kept, or a whole response (its history is empty then). Spans are [start, end)."""
 
     token_ids: tuple[int, ...]
-    """Of the chunk, its end-of-sequence token included."""
+    """Token ids of the chunk, its end-of-sequence token included."""
     stats: TokenStats
     """The student's statistics of the chunk's tokens."""
     history_ids: tuple[int, ...] = ()
-    """Of the response before the chunk."""
+    """Token ids of the response before the chunk."""
     history: TokenStats = field(default_factory=TokenStats.empty)
     """The student's statistics of the response before the chunk."""
     teacher_logprob: Tensor | None = None
-    """float32 [tokens], at temperature 1 over the whole vocabulary; None where nobody recorded it."""
+    """Log-probabilities of the chunk's tokens under the model that wrote them, in the search the teacher: float32
+    [tokens], at temperature 1 over the whole vocabulary. None where they were not recorded."""
     history_teacher_logprob: Tensor | None = None
-    """The same of the response before the chunk."""
+    """Log-probabilities of the response before the chunk under the model that wrote it, float32; None if unknown."""
     final: bool
     """Whether the response ends with this chunk."""
     finished: bool
     """Whether the last token is the end of sequence."""
     stream: int = 0
-    """The candidate's random stream."""
+    """Random stream of the candidate."""
     pieces_of: Callable[[Sequence[int]], list[str]] | None = None
-    """The text of each of some tokens."""
+    """Function that returns the text of each token; None without a tokenizer."""
     local_logprob: Callable[[Sequence[int], Sequence[Window]], list[Tensor]] | None = None
-    """The student's log-probabilities of parts of a response that sees the prompt and a window of itself alone."""
+    """Function that returns the student's log-probabilities of windows of a response after the prompt; None without
+    a model."""
     encode: Callable[[str], list[int]] | None = None
-    """Token ids of a text, nothing added."""
+    """Function that returns the token ids of a text without special tokens; None without a tokenizer."""
     answer: str | None = None
-    """The prompt's reference answer, where it is known."""
+    """Reference answer of the prompt, where it is known."""
 
     @property
     def num_content(self) -> int:
-        """Tokens of the chunk without the end of sequence."""
+        """Number of tokens in the chunk without the end of sequence."""
         return len(self.token_ids) - self.finished
 
     @property
     def logprob(self) -> Tensor:
-        """The student's, of the chunk, float64 [tokens]."""
+        """The student's log-probabilities of the chunk's tokens, float64 [tokens]."""
         return self.stats.logprob.double().cpu()
 
     def lengthened(self, min_tokens: int) -> Candidate:
-        """The candidate as the search judges it: a last chunk of fewer tokens takes the end of its history along.
+        """Return the candidate as the search judges it: a last chunk of fewer tokens includes the end of its history.
 
-        Otherwise an ending of two tokens would nearly always win over chunks that go on, and under criteria that leave
-        the end of sequence out a lone one would always lose. Ours.
+        Otherwise an ending of two tokens would nearly always win over chunks that continue, and under criteria that
+        leave the end of sequence out one without other tokens would always lose. The rule is not from a paper.
         """
-        borrowed = min(len(self.history_ids), min_tokens - len(self.token_ids))
-        if not self.final or borrowed < 1:
+        num_borrowed = min(len(self.history_ids), min_tokens - len(self.token_ids))
+        if not self.final or num_borrowed < 1:
             return self
-        cut = len(self.history_ids) - borrowed
+        cut = len(self.history_ids) - num_borrowed
         teacher, before = self.teacher_logprob, self.history_teacher_logprob
         if teacher is not None and before is not None:
             teacher, before = torch.cat((before[cut:], teacher)), before[:cut]
@@ -88,7 +90,10 @@ class Candidate:
         )
 
     def pieces(self) -> list[str]:
-        """The text of each token of history and chunk; the end of sequence has none."""
+        """Return the text of each token of history and chunk; the end of sequence has none.
+
+        Raises InputError without a tokenizer.
+        """
         if self.pieces_of is None:
             raise InputError("this criterion looks at the text, and the candidate came without a tokenizer")
         ids = (*self.history_ids, *self.token_ids)
@@ -96,61 +101,61 @@ class Candidate:
         return [*pieces, ""] if self.finished else pieces
 
     def steps(self) -> list[tuple[int, int]]:
-        """The reasoning steps of history and chunk, as spans of their tokens, without the end of sequence."""
+        """Return the reasoning steps of history and chunk, as spans of their tokens, without the end of sequence."""
         pieces = self.pieces()
         return step_spans(pieces[: len(pieces) - self.finished])
 
-    def whole_logprob(self) -> Tensor:
-        """The student's, of history and chunk, float64."""
+    def response_logprob(self) -> Tensor:
+        """Return the student's log-probabilities of history and chunk, float64 [tokens]."""
         return torch.cat((self.history.logprob.double().cpu(), self.logprob))
 
 
 @runtime_checkable
 class Criterion(Protocol):
-    """Turns a candidate into a number and says which direction is better."""
+    """A rule that turns a candidate into a number."""
 
     def score(self, candidate: Candidate) -> float:
-        """The candidate's value; never NaN."""
+        """Return the candidate's value; never NaN."""
         ...
 
     def higher_is_better(self) -> bool:
-        """Whether a larger value suits the student better."""
+        """Return whether a larger value suits the student better."""
         ...
 
 
 @runtime_checkable
 class PoolCriterion(Protocol):
-    """Judges candidates against each other: first some numbers of each alone, then the values of all."""
+    """A rule that judges candidates against each other: from some numbers of each it makes the values of all."""
 
     @property
     def pool(self) -> Literal["prompt", "data"]:
-        """Who competes: the candidates of one prompt (in the search: of one round), or all that there are."""
+        """Candidates that compete: those of one prompt (in the search: of one round), or all of the data."""
         ...
 
     @property
     def num_features(self) -> int:
-        """How many numbers `features` gives."""
+        """Number of numbers that `features` returns."""
         ...
 
     def features(self, candidate: Candidate) -> tuple[float, ...]:
-        """What the values are made of."""
+        """Return the numbers of one candidate that the values are made of."""
         ...
 
     def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
-        """The values of the candidates of one pool, in order; never NaN."""
+        """Return the values of the candidates of one pool, in order; never NaN."""
         ...
 
     def higher_is_better(self) -> bool:
-        """Whether a larger value suits the student better."""
+        """Return whether a larger value suits the student better."""
         ...
 
 
 @runtime_checkable
 class RatioCriterion(Protocol):
-    """A criterion whose value over many responses is a ratio of sums, not the mean of theirs."""
+    """A criterion whose value over many responses is a ratio of sums, not the mean of the responses' values."""
 
     def ratio(self, candidate: Candidate) -> tuple[float, float]:
-        """A response's share of the numerator and of the denominator."""
+        """Return what a response adds to the numerator and to the denominator."""
         ...
 
 
@@ -158,19 +163,19 @@ AnyCriterion = Criterion | PoolCriterion
 
 
 def needs_answer(criterion: AnyCriterion) -> bool:
-    """Whether a criterion says, by an attribute of this name, that it reads `Candidate.answer`."""
+    """Return whether a criterion declares, by an attribute of this name, that it reads `Candidate.answer`."""
     return bool(getattr(criterion, "needs_answer", False))
 
 
 def evaluate(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
-    """The values of candidates that compete with each other."""
+    """Return the values of candidates that compete with each other."""
     if isinstance(criterion, PoolCriterion):
         return criterion.score_pool([criterion.features(candidate) for candidate in candidates])
     return [criterion.score(candidate) for candidate in candidates]
 
 
 def evaluate_distinct(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
-    """The same for candidates of one prompt's round, of which some may be equal: in a pool these count once."""
+    """Return the values of the candidates of one prompt's round; in a pool, equal candidates count once."""
     if not isinstance(criterion, PoolCriterion):
         return evaluate(criterion, candidates)
     distinct = {(candidate.history_ids, candidate.token_ids): candidate for candidate in reversed(candidates)}

@@ -1,4 +1,4 @@
-"""A Hugging Face model directory on disk: where it is, its tensors, its fingerprint. Only safetensors are read."""
+"""A Hugging Face model directory on disk: its place, its tensors, its fingerprint. Only safetensors are read."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ IDENTITY_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-EDGE_BYTES = 1 << 20  # of each weight file's beginning and end that enter the fingerprint
+EDGE_BYTES = 1 << 20
+"""Number of bytes at the beginning and at the end of each weight file that enter the fingerprint."""
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """The directory of a checkpoint: a local one as it is, a hub id through the hub's cache.
+    """Return the directory of a checkpoint: a local one, or that of a hub id in the hub's cache.
 
-    Raises CheckpointError when there is neither.
+    Raises CheckpointError when neither exists.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -44,7 +45,7 @@ def locate(name_or_path: str | Path) -> Path:
 
 
 def read_tensors(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, sharded or not, converted. Raises CheckpointError naming the file at fault."""
+    """Read all tensors of a checkpoint, sharded or not. Raises CheckpointError naming the file at fault."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(directory):
         try:
@@ -57,7 +58,7 @@ def read_tensors(directory: Path, dtype: torch.dtype, device: torch.device) -> d
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order."""
+    """Return the safetensors files of a checkpoint, in order. Raises CheckpointError where they are missing."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         shards = read_fields(index).get("weight_map")
@@ -77,9 +78,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def fingerprint(directory: Path) -> str:
-    """16 hex digits that change when the config, the tokenizer or the weights do.
+    """Return 16 hex digits that change when the config, the tokenizer or the weights do.
 
-    Weight files enter with their size, header and both ends, so that a large model is identified in milliseconds.
+    Of a weight file, its size, header and both ends are read, so that a large model is identified in milliseconds.
     """
     digest = hashlib.sha256()
     for name in IDENTITY_FILES:
@@ -95,7 +96,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def take(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], directory: Path) -> Tensor:
-    """The named tensor, or a CheckpointError that says it is missing or misshapen."""
+    """Return the named tensor. Raises CheckpointError when it is missing or has another shape."""
     tensor = tensors.get(name)
     if tensor is None:
         raise CheckpointError(f"{directory}: the weights have no tensor {name}")

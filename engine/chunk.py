@@ -1,4 +1,4 @@
-"""Where a candidate chunk ends."""
+"""Chunks: the rule by which a candidate ends, and its application token by token."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from genssd.engine.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A chunk ends with the first token that completes the delimiter `until` at or after `tokens` tokens, at `limit` at
-    the latest. until=None ends it at exactly `tokens`."""
+    """The rule by which a candidate ends.
+
+    A chunk ends with the first token that completes the delimiter `until` at or after `tokens` tokens, at `limit` at
+    the latest. until=None ends it at exactly `tokens`.
+    """
 
     tokens: int = 256
+    """Number of tokens after which a chunk ends with the next delimiter."""
     until: str | None = "\n"
+    """Delimiter that ends a chunk; None ends it after exactly `tokens` tokens."""
     limit: int | None = None
-    """None: twice `tokens`."""
+    """Maximum number of tokens in a chunk; None allows twice `tokens`."""
     shortest: int = 8
-    """A response's last chunk with fewer tokens is judged together with the end of its history. Ours."""
+    """Number of tokens below which a response's last chunk is judged together with the end of its history."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -31,14 +36,14 @@ class Chunk:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest chunk possible."""
+        """Maximum number of tokens in a chunk."""
         if self.until is None:
             return self.tokens
         return 2 * self.tokens if self.limit is None else self.limit
 
 
 class ChunkEnd:
-    """Follows one candidate token by token and says when its chunk is complete."""
+    """The end of one candidate's chunk, searched token by token."""
 
     __slots__ = ("_chunk", "_count", "_tail")
 
@@ -48,14 +53,14 @@ class ChunkEnd:
         self._tail = ""
 
     def reached(self, token_text: str) -> bool:
-        """Take the text of the next token; True when the chunk ends with it."""
+        """Add the text of the next token; return whether the chunk ends with it."""
         chunk = self._chunk
         self._count += 1
         if self._count >= chunk.longest:
             return True
         if chunk.until is None:
             return False
-        seen = self._tail + token_text
-        # a delimiter may span tokens, but one that was complete before does not count again
-        self._tail = seen[-(len(chunk.until) - 1) :] if len(chunk.until) > 1 else ""
-        return self._count >= chunk.tokens and chunk.until in seen
+        recent = self._tail + token_text
+        # a delimiter may span tokens, but one that was complete before must not count twice
+        self._tail = recent[-(len(chunk.until) - 1) :] if len(chunk.until) > 1 else ""
+        return self._count >= chunk.tokens and chunk.until in recent

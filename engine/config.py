@@ -15,7 +15,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder of the Llama, Qwen2 or Qwen3 class; the names are those of config.json."""
+    """The shape of a dense decoder of the Llama, Qwen2 or Qwen3 class; the names are those of config.json."""
 
     model_type: str
     vocab_size: int
@@ -50,7 +50,7 @@ class ModelConfig:
 
 
 def read_fields(path: Path) -> Mapping[str, object]:
-    """The fields of a checkpoint's JSON file. Raises CheckpointError when it holds no object."""
+    """Return the fields of a checkpoint's JSON file. Raises CheckpointError when it holds no object."""
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -108,7 +108,8 @@ def _parse(fields: Mapping[str, object], path: Path) -> ModelConfig:
 
 
 def _rope(fields: Mapping[str, object], path: Path) -> Mapping[str, object]:
-    """transformers 5 writes `rope_parameters`; before, it was `rope_theta` beside `rope_scaling`."""
+    """Return the RoPE parameters: `rope_parameters` of transformers 5, or `rope_scaling` and `rope_theta` of earlier
+    versions."""
     scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise CheckpointError(f"{path}: rope_parameters must be an object, not {scaling!r}")
@@ -123,6 +124,7 @@ def _rope(fields: Mapping[str, object], path: Path) -> Mapping[str, object]:
 
 
 def _windows(fields: Mapping[str, object], layers: int, path: Path) -> tuple[int, ...]:
+    """Return the attention window of each layer; 0 for full attention."""
     window = fields.get("sliding_window")
     if not fields.get("use_sliding_window") or not isinstance(window, int):
         return (0,) * layers
@@ -136,11 +138,12 @@ def _windows(fields: Mapping[str, object], layers: int, path: Path) -> tuple[int
 
 
 def _eos(fields: Mapping[str, object], path: Path) -> tuple[int, ...]:
-    """generation_config.json has the last word on what ends a sequence: chat models list several ids there."""
+    """Return the tokens that end a sequence. generation_config.json overrides config.json: chat models list several ids
+    there."""
     generation = path.with_name("generation_config.json")
-    given = read_fields(generation).get("eos_token_id") if generation.exists() else None
-    given = fields.get("eos_token_id") if given is None else given
-    ids = given if isinstance(given, list) else [] if given is None else [given]
+    value = read_fields(generation).get("eos_token_id") if generation.exists() else None
+    value = fields.get("eos_token_id") if value is None else value
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) for i in ids):
-        raise CheckpointError(f"{path}: eos_token_id must be an integer or a list of them, not {given!r}")
+        raise CheckpointError(f"{path}: eos_token_id must be an integer or a list of them, not {value!r}")
     return tuple(ids)

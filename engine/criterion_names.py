@@ -9,24 +9,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from genssd.engine import criteria
 from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion, needs_answer
+from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
+from genssd.engine.criteria.controls import Length, Random
+from genssd.engine.criteria.learning_gain import Lark
+from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal, RsdAccept, SurprisalBand
+from genssd.engine.criteria.reference_answer import RationaleDifficulty
+from genssd.engine.criteria.teacher import TeacherLogprob, TeacherStudentGap
 from genssd.engine.errors import InputError
 
 _MAKERS: dict[str, Callable[..., AnyCriterion]] = {
-    "ppl": criteria.Perplexity,
-    "lalp": criteria.LocalNaturalness,
-    "rsr": criteria.RankSurprisal,
-    "aslec_drop": criteria.AslecDrop,
-    "aslec_casl": criteria.AslecCasl,
-    "lark": criteria.Lark,
-    "divergence": criteria.Divergence,
-    "rsd_accept": criteria.RsdAccept,
-    "rationale_difficulty": criteria.RationaleDifficulty,
-    "surprisal_band": criteria.SurprisalBand,
-    "length": criteria.Length,
-    "teacher_logprob": criteria.TeacherLogprob,
-    "random": criteria.Random,
+    "ppl": Perplexity,
+    "lalp": LocalNaturalness,
+    "rsr": RankSurprisal,
+    "aslec_drop": AslecDrop,
+    "aslec_casl": AslecCasl,
+    "lark": Lark,
+    "divergence": TeacherStudentGap,
+    "rsd_accept": RsdAccept,
+    "rationale_difficulty": RationaleDifficulty,
+    "surprisal_band": SurprisalBand,
+    "length": Length,
+    "teacher_logprob": TeacherLogprob,
+    "random": Random,
 }
 
 
@@ -38,16 +43,16 @@ def register_criterion(name: str, maker: Callable[..., AnyCriterion]) -> None:
 
 
 def registered_criteria() -> list[str]:
-    """The names, sorted."""
+    """Return the names of all registered criteria, sorted."""
     return sorted(_MAKERS)
 
 
 def resolve(criterion: str | AnyCriterion) -> AnyCriterion:
-    """A criterion from its name, or the object itself.
+    """Return the criterion of a name, or the object itself.
 
     A name is a registered one ("rsr"), one with options ("ppl(scope='trajectory', norm='byte')"), an import path
     ("package.module:Name", with or without options), or a weighted sum of these ("0.7*rsr + 0.3*lalp"), which adds the
-    candidates' ranks under each. Raises InputError on anything else, saying what it is.
+    candidates' ranks under each. Raises InputError on anything else, naming the part that is wrong.
     """
     if not isinstance(criterion, str):
         if isinstance(criterion, type) or not isinstance(criterion, Criterion | PoolCriterion):
@@ -66,10 +71,11 @@ def resolve(criterion: str | AnyCriterion) -> AnyCriterion:
 class WeightedRank:
     """Weighted sum of the candidates' ranks under several criteria; lower is better.
 
-    0 is the rank of a prompt's best candidate; equal ones share the mean of their places.
+    0 is the rank of a prompt's best candidate; equal candidates have the mean of their ranks.
     """
 
     parts: tuple[tuple[float, AnyCriterion], ...]
+    """Weight and criterion of each summand."""
 
     def __post_init__(self) -> None:
         if any(isinstance(part, PoolCriterion) and part.pool == "data" for _, part in self.parts):
@@ -95,13 +101,13 @@ class WeightedRank:
 
     def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
         totals = [0.0] * len(features)
-        rest = list(features)
+        unread = list(features)
         for weight, part in self.parts:
-            mine, rest = [row[: _width(part)] for row in rest], [row[_width(part) :] for row in rest]
-            values = part.score_pool(mine) if isinstance(part, PoolCriterion) else [row[0] for row in mine]
+            columns, unread = [row[: _width(part)] for row in unread], [row[_width(part) :] for row in unread]
+            values = part.score_pool(columns) if isinstance(part, PoolCriterion) else [row[0] for row in columns]
             sign = -1.0 if part.higher_is_better() else 1.0
             for i, rank in enumerate(_mean_ranks([sign * value for value in values])):
-                totals[i] += weight * rank if values[i] == values[i] else math.nan  # NaN is for the caller to see
+                totals[i] += weight * rank if values[i] == values[i] else math.nan  # NaN is the caller's to report
         return totals
 
     def higher_is_better(self) -> bool:
@@ -113,12 +119,12 @@ def _width(part: AnyCriterion) -> int:
 
 
 def _mean_ranks(keys: Sequence[float]) -> list[float]:
-    """0 for the smallest; equal keys share the mean of their places."""
+    """Return the rank of each key, 0 for the smallest; equal keys have the mean of their ranks."""
     return [sum(k < key for k in keys) + (sum(k == key for k in keys) - 1) / 2 for key in keys]
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """At separators outside of parentheses and quotes."""
+    """Split a text at the separators outside of parentheses and quotes."""
     parts, depth, quote, current = [], 0, "", ""
     for character in text:
         if quote:
@@ -137,7 +143,8 @@ def _split(text: str, separator: str) -> list[str]:
     return [*parts, current]
 
 
-def _term(term: str, whole: str) -> tuple[float | None, AnyCriterion]:
+def _term(term: str, full_name: str) -> tuple[float | None, AnyCriterion]:
+    """Return weight and criterion of one summand; the weight of a criterion without one is None."""
     weight, star, name = term.partition("*")
     if star and "(" not in weight:
         try:
@@ -145,28 +152,29 @@ def _term(term: str, whole: str) -> tuple[float | None, AnyCriterion]:
         except ValueError:
             factor = math.nan
         if not math.isfinite(factor):
-            raise InputError(f"criterion {whole!r}: {weight.strip()!r} is no weight")
-        return factor, _named(name.strip(), whole)
-    return None, _named(term, whole)
+            raise InputError(f"criterion {full_name!r}: {weight.strip()!r} is no weight")
+        return factor, _named(name.strip(), full_name)
+    return None, _named(term, full_name)
 
 
-def _named(text: str, whole: str) -> AnyCriterion:
+def _named(text: str, full_name: str) -> AnyCriterion:
+    """Return the criterion of a name with or without options. full_name: what the user wrote, for messages."""
     name, bracket, _ = text.partition("(")
-    options = _options(text, whole) if bracket else {}
-    maker: Any = _imported(name, whole) if ":" in name else _MAKERS.get(name)
+    options = _options(text, full_name) if bracket else {}
+    maker: Any = _imported(name, full_name) if ":" in name else _MAKERS.get(name)
     if maker is None:
         raise InputError(f"unknown criterion {name!r}; registered: {', '.join(registered_criteria())}")
     if options and not callable(maker):
-        raise InputError(f"criterion {whole!r}: {name} is an object already and takes no options")
+        raise InputError(f"criterion {full_name!r}: {name} is an object already and takes no options")
     try:
         made = maker(**options) if callable(maker) else maker
     except (TypeError, ValueError) as error:
-        raise InputError(f"criterion {whole!r}: {error}") from None
-    return resolve(made) if not isinstance(made, str) else _named(made, whole)
+        raise InputError(f"criterion {full_name!r}: {error}") from None
+    return resolve(made) if not isinstance(made, str) else _named(made, full_name)
 
 
-def _options(text: str, whole: str) -> dict[str, Any]:
-    """The keyword arguments of a call written as text; values are literals."""
+def _options(text: str, full_name: str) -> dict[str, Any]:
+    """Return the keyword arguments of a call written as text; values are literals."""
     try:
         call = ast.parse("f" + text[text.index("(") :], mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
@@ -176,12 +184,13 @@ def _options(text: str, whole: str) -> dict[str, Any]:
             raise SyntaxError
         return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        raise InputError(f"criterion {whole!r}: options are written as name(option=value, other='text')") from None
+        raise InputError(f"criterion {full_name!r}: options are written as name(option=value, other='text')") from None
 
 
-def _imported(path: str, whole: str) -> Any:
+def _imported(path: str, full_name: str) -> Any:
+    """Return the object at an import path, "package.module:Name"."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"criterion {whole!r}: {error}") from None
+        raise InputError(f"criterion {full_name!r}: {error}") from None

@@ -1,4 +1,4 @@
-"""The options of a criterion, which come from the command line, too: each is checked against its type."""
+"""The options of a criterion, which also come from the command line: each is checked against its type."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from genssd.engine.errors import InputError
 
 
-def check_options(criterion: Any) -> None:
-    """Raise InputError on an option that is not of its type: they come from the command line, too."""
+def check_option_types(criterion: Any) -> None:
+    """Raise InputError on an option of a criterion that is not of its field's type."""
     hints = get_type_hints(type(criterion))
     for option in dataclasses.fields(criterion):
         value, hint = getattr(criterion, option.name), hints[option.name]
@@ -19,8 +19,8 @@ def check_options(criterion: Any) -> None:
         if choices and value not in choices:
             raise InputError(f"{option.name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
         if not choices and not _has_type(value, hint):
-            wanted = getattr(hint, "__name__", str(hint))
-            raise InputError(f"{option.name} must be of type {wanted}, not {value!r}")
+            type_name = getattr(hint, "__name__", str(hint))
+            raise InputError(f"{option.name} must be of type {type_name}, not {value!r}")
 
 
 def _has_type(value: object, hint: Any) -> bool:
@@ -34,8 +34,8 @@ def _has_type(value: object, hint: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """A criterion whose options are checked when it is made."""
+class CheckedOptions:
+    """Base of a criterion whose options are checked against their types when it is made."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_option_types(self)

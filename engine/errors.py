@@ -1,10 +1,10 @@
-"""The exceptions a user of genssd can cause. Their messages name what was given, where, and the fix."""
+"""The exceptions that a user of genssd can cause. Their messages name the value at fault, its place, and the fix."""
 
 from __future__ import annotations
 
 
 class GenssdError(ValueError):
-    """Base of all errors that come from the outside: files, options, memory."""
+    """Base of all errors that a user can cause: by files, options, or too little memory."""
 
 
 class InputError(GenssdError):
@@ -16,7 +16,7 @@ class CheckpointError(GenssdError):
 
 
 class CapacityError(GenssdError):
-    """More tokens than the key-value cache or the model's positions can hold."""
+    """A request for more tokens than the key-value cache or the model's positions can hold."""
 
 
 class NumericsError(GenssdError):

@@ -8,42 +8,46 @@ from typing import Literal
 
 from genssd.engine.branch import Branch
 from genssd.engine.errors import CapacityError
-from genssd.engine.expander import Expander, Expansion
+from genssd.engine.expander import Expander
+from genssd.engine.expansion import Expansion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled response. logprob: of each token at temperature 1, under the model that was asked."""
+    """One sampled response."""
 
     token_ids: tuple[int, ...]
+    """Token ids of the response, its end-of-sequence token included."""
     text: str
     status: Literal["finished", "length"]
+    """Whether the response ended by itself, or was cut at the maximum number of tokens."""
     logprob: tuple[float, ...]
+    """Log-probability of each token at temperature 1, under the writing model."""
     substituted: int = 0
-    """Tokens that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
+    """Number of tokens that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
 
 
 def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[tuple[int, list[Completion]]]:
-    """Run the expansions, first come first served; yield the key and responses of each as it ends.
+    """Run the expansions, first come first served; yield the key and completions of each as soon as it ends.
 
-    Closing the iterator early returns all pages. Raises CapacityError when the cache is full of others' branches.
+    Closing the iterator early frees all pages. Raises CapacityError when other branches fill the cache.
     """
-    index = {expansion: i for i, expansion in queue.items()}
-    waiting, in_flight = list(queue.values())[::-1], 0
+    key_of = {expansion: key for key, expansion in queue.items()}
+    waiting, num_in_flight = list(queue.values())[::-1], 0
     try:
-        while waiting or in_flight:
+        while waiting or num_in_flight:
             while waiting and expander.has_room and expander.fits([waiting[-1]]):
                 expander.submit(waiting.pop())
-                in_flight += 1
-            if not in_flight:
+                num_in_flight += 1
+            if not num_in_flight:
                 raise CapacityError(
                     f"{waiting[-1].label} does not fit into the key-value cache beside the branches that others hold; "
                     "drop them, or raise memory_bytes or memory_utilization"
                 )
             for expansion in expander.step():
-                in_flight -= 1
-                yield index[expansion], [_completion(kid) for kid in expansion.kids]
-                for branch in (expansion.parent, *expansion.kids):
+                num_in_flight -= 1
+                yield key_of[expansion], [_completion(child) for child in expansion.children]
+                for branch in (expansion.parent, *expansion.children):
                     branch.drop()
     finally:
         for expansion in queue.values():
@@ -51,11 +55,11 @@ def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[tup
             expansion.parent.drop()
 
 
-def _completion(kid: Branch) -> Completion:
+def _completion(branch: Branch) -> Completion:
     return Completion(
-        token_ids=tuple(kid.chunk),
-        text=kid.text,
-        status="finished" if kid.ended == "finished" else "length",
-        logprob=tuple(kid.chunk_teacher_logprob),
-        substituted=kid.substituted,
+        token_ids=tuple(branch.chunk),
+        text=branch.text,
+        status="finished" if branch.ended == "finished" else "length",
+        logprob=tuple(branch.chunk_writer_logprob),
+        substituted=branch.substituted,
     )

@@ -1,4 +1,4 @@
-"""What the machine has: free memory, and the dtype a checkpoint runs in."""
+"""The machine's part in the choices: free memory, the device, and the dtype that a checkpoint runs in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the device; on the CPU what the kernel says can be had without swapping."""
+    """Return the free memory of a device in bytes; on the CPU, the kernel's estimate of what needs no swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
@@ -25,8 +25,13 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def cache_budget(device: torch.device, memory_bytes: int | None, free_fraction: float) -> int:
+    """Return the size of all caches in bytes: memory_bytes, or a fraction of the device's free memory."""
+    return int(free_fraction * available_bytes(device)) if memory_bytes is None else memory_bytes
+
+
 def choose_device(name: str | None) -> torch.device:
-    """The named device; None: CUDA where there is one, else the CPU."""
+    """Return the named device; for None, CUDA where torch sees a device, else the CPU. Raises InputError on others."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -39,7 +44,10 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_dtype(directory: Path, dtype: str, device: torch.device) -> torch.dtype:
-    """The named dtype; "auto" is the checkpoint's own where the device computes in it, else float32."""
+    """Return the named dtype; for "auto" the checkpoint's own where the device computes in it, else float32.
+
+    Raises InputError on an unknown name.
+    """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
@@ -51,7 +59,7 @@ def choose_dtype(directory: Path, dtype: str, device: torch.device) -> torch.dty
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware."""
+    """Return whether the CPU multiplies bf16 numbers in hardware."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     return any(flag in text for flag in ("avx512_bf16", "amx_bf16", " bf16 "))

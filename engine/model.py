@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genssd.engine.batch import Batch
 from genssd.engine.checkpoint import read_tensors, take
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
+from genssd.engine.forward_batch import ForwardBatch
 from genssd.kernels.activation import swiglu
 from genssd.kernels.attention import paged_attention
 from genssd.kernels.cache import write_kv
@@ -45,7 +45,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """Weights and the forward pass. Holds no cache and no sequence."""
+    """The weights of a model and its forward pass, without cache and sequences."""
 
     config: ModelConfig
     embedding: Weight  # [V, D]
@@ -59,21 +59,26 @@ class Decoder:
     @torch.inference_mode()
     def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
         """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported."""
-        return Decoder.of(ModelConfig.load(directory), read_tensors(directory, dtype, device), directory, frozen=True)
+        return Decoder.from_tensors(
+            ModelConfig.load(directory), read_tensors(directory, dtype, device), directory, frozen=True
+        )
 
     @staticmethod
-    def of(config: ModelConfig, tensors: Mapping[str, Tensor], directory: Path, *, frozen: bool = False) -> Decoder:
-        """Build from tensors by the names of a checkpoint; all but the stacked ones are used as they are.
+    def from_tensors(
+        config: ModelConfig, tensors: Mapping[str, Tensor], directory: Path, *, frozen: bool = False
+    ) -> Decoder:
+        """Build from tensors by the names of a checkpoint; all but the stacked ones are used without a copy.
 
-        frozen: they never change; on the CPU the matrices are then packed for the kernels, which is a copy.
+        frozen: the tensors never change; on the CPU the matrices are then packed for the kernels, which is a copy.
+        directory: used in messages. Raises CheckpointError on a tensor that is missing or misshapen.
         """
         width = (config.vocab_size, config.hidden_size)
         embedding = take(tensors, "model.embed_tokens.weight", width, directory)
-        prepared = pack_weight if frozen else _as_it_is
+        prepare = pack_weight if frozen else _unchanged
         if config.tie_word_embeddings:
-            table = head = prepared(embedding)
+            table = head = prepare(embedding)
         else:
-            table, head = embedding, prepared(take(tensors, "lm_head.weight", width, directory))
+            table, head = embedding, prepare(take(tensors, "lm_head.weight", width, directory))
         try:
             frequency, factor = rope_frequencies(
                 config.rope_parameters, config.head_dim, config.max_position_embeddings
@@ -85,33 +90,33 @@ class Decoder:
             embedding=table,
             head=head,
             norm=take(tensors, "model.norm.weight", (config.hidden_size,), directory),
-            layers=tuple(_layer(tensors, config, i, directory, prepared) for i in range(config.num_hidden_layers)),
+            layers=tuple(_layer(tensors, config, i, directory, prepare) for i in range(config.num_hidden_layers)),
             frequency=frequency.to(embedding.device),
             rope_factor=factor,
         )
 
     def stacked(self) -> dict[str, Tensor]:
-        """The parts of the stacked matrices by the names of a checkpoint, as views.
+        """Return the parts of the stacked matrices by the names of a checkpoint, as views.
 
-        A model under training that takes them for its parameters has its updates seen here, without a copy. Not of a
-        frozen one.
+        Where a model under training uses them as its parameters, its updates reach this decoder without a copy. A
+        frozen decoder has none.
         """
         c = self.config
         q, kv, f = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
-        found: dict[str, Tensor] = {}
+        views: dict[str, Tensor] = {}
         parts = {"self_attn": (("q", "k", "v"), [q, kv, kv]), "mlp": (("gate", "up"), [f, f])}
         for i, layer in enumerate(self.layers):
-            for kind, suffix, whole in (
+            for kind, suffix, stack in (
                 ("self_attn", "weight", layer.qkv),
                 ("self_attn", "bias", layer.qkv_bias),
                 ("mlp", "weight", layer.gate_up),
                 ("mlp", "bias", layer.gate_up_bias),
             ):
                 names, rows = parts[kind]
-                if isinstance(whole, Tensor):
-                    for name, part in zip(names, torch.split(whole, rows), strict=True):
-                        found[f"model.layers.{i}.{kind}.{name}_proj.{suffix}"] = part
-        return found
+                if isinstance(stack, Tensor):
+                    for name, part in zip(names, torch.split(stack, rows), strict=True):
+                        views[f"model.layers.{i}.{kind}.{name}_proj.{suffix}"] = part
+        return views
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,15 +128,15 @@ class Decoder:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Of keys and values, all layers."""
+        """Number of bytes that one token takes in the cache: keys and values of all layers."""
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
 
-    def forward(self, ids_N: Tensor, batch: Batch, kv: Tensor) -> Tensor:
-        """Extend the cache by N tokens and return their hidden states after the last norm, [N, D], or of those that the
-        batch wants: the others go no further than the keys and values of the last layer.
+    def forward(self, ids_N: Tensor, batch: ForwardBatch, kv: Tensor) -> Tensor:
+        """Extend the cache by N tokens and return their hidden states after the last norm, [N, D].
 
-        ids_N: int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E].
+        Of a batch with `output_M`, only the states of these tokens, [M, D]; the others are computed up to the keys and
+        values of the last layer. ids_N: int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E].
         """
         eps = self.config.rms_norm_eps
         cos, sin = rotary_angles(batch.position_N, self.frequency, self.rope_factor)
@@ -140,8 +145,8 @@ class Decoder:
         h = rms_norm(x, self.layers[0].attention_norm, eps)
         for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
             attended = self._attention(h, layer, cache, window, batch, cos, sin)
-            if layer is self.layers[-1] and batch.wanted_M is not None:
-                attended, x = (rows.index_select(0, batch.wanted_M) for rows in (attended, x))
+            if layer is self.layers[-1] and batch.output_M is not None:
+                attended, x = (rows.index_select(0, batch.output_M) for rows in (attended, x))
                 if not len(x):
                     return x
             h, x = add_rms_norm(linear(attended, layer.output, layer.output_bias), x, layer.mlp_norm, eps)
@@ -150,7 +155,7 @@ class Decoder:
         return h
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """float32 [N, V]."""
+        """Return the logits of the next tokens, float32 [N, V]."""
         out = hidden_ND.new_empty(hidden_ND.shape[0], self.head.shape[0], dtype=torch.float32)
         return linear(hidden_ND, self.head, out=out)
 
@@ -160,7 +165,7 @@ class Decoder:
         layer: LayerWeights,
         cache: Tensor,
         window: int,
-        batch: Batch,
+        batch: ForwardBatch,
         cos: Tensor,
         sin: Tensor,
     ) -> Tensor:
@@ -182,18 +187,19 @@ class Decoder:
         return paged_attention(q, k_pages, v_pages, batch.tables[window], scale=c.head_dim**-0.5).flatten(1)
 
 
-def _as_it_is(weight: Tensor) -> Weight:
+def _unchanged(weight: Tensor) -> Weight:
     return weight
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """One below the other; a single one as it is."""
+    """Return the matrices stacked along the first dimension; a single one without a copy."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _layer(
-    tensors: Mapping[str, Tensor], c: ModelConfig, index: int, directory: Path, prepared: Callable[[Tensor], Weight]
+    tensors: Mapping[str, Tensor], c: ModelConfig, index: int, directory: Path, prepare: Callable[[Tensor], Weight]
 ) -> LayerWeights:
+    """Build one layer from the tensors of a checkpoint."""
     prefix = f"model.layers.{index}."
     q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
@@ -203,7 +209,7 @@ def _layer(
     def stack(names: dict[str, int], inputs: int, biased: bool) -> tuple[Weight, Tensor | None]:
         weights = [get(f"{name}.weight", rows, inputs) for name, rows in names.items()]
         biases = [get(f"{name}.bias", rows) for name, rows in names.items()] if biased else []
-        return prepared(_joined(weights)), _joined(biases) if biased else None
+        return prepare(_joined(weights)), _joined(biases) if biased else None
 
     attention = {"self_attn.q_proj": q_width, "self_attn.k_proj": kv_width, "self_attn.v_proj": kv_width}
     qkv, qkv_bias = stack(attention, c.hidden_size, c.qkv_bias)

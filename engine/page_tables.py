@@ -1,6 +1,6 @@
-"""Which pages hold a sequence: one row of page numbers per node of the branch tree, in one matrix.
+"""The page tables of one model: one row of page numbers per node of the branch tree, in one matrix.
 
-The matrix is what the segment table of a batch is built from, so a step never turns lists into arrays.
+The segment table of a batch is built from the matrix, so a step never turns lists into arrays.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import numpy as np
 
 
 class PageTables:
-    """`rows`: int32 [rows, width]. A row is free or taken; what it holds beyond its sequence's end means nothing."""
+    """A matrix of page numbers, `rows`, int32 [rows, width].
+
+    A row is free or taken; its values beyond the end of its sequence are undefined.
+    """
 
     def __init__(self) -> None:
         self.rows = np.zeros((16, 64), dtype=np.int32)
@@ -19,10 +22,11 @@ class PageTables:
 
     @property
     def num_taken(self) -> int:
+        """Number of rows in use."""
         return len(self.rows) - len(self._free)
 
     def take(self) -> int:
-        """A free row."""
+        """Take a free row and return its index."""
         if not self._free:
             count = len(self.rows)
             self.rows = np.concatenate((self.rows, np.zeros_like(self.rows)))
@@ -30,16 +34,16 @@ class PageTables:
         return self._free.pop()
 
     def put(self, row: int) -> None:
-        """Give a row back; a negative one is none."""
+        """Return a row to the free ones; do nothing for a negative index."""
         if row >= 0:
             self._free.append(row)
 
     def write(self, row: int, start: int, pages: Sequence[int]) -> None:
-        """Set the pages from index start on."""
+        """Set the pages of a row from index start on."""
         end = start + len(pages)
         if end > self.rows.shape[1]:
-            more = max(end, 2 * self.rows.shape[1]) - self.rows.shape[1]
-            self.rows = np.pad(self.rows, ((0, 0), (0, more)))
+            num_new = max(end, 2 * self.rows.shape[1]) - self.rows.shape[1]
+            self.rows = np.pad(self.rows, ((0, 0), (0, num_new)))
         self.rows[row, start:end] = pages
 
     def copy(self, source: int, destination: int, count: int) -> None:
@@ -47,9 +51,10 @@ class PageTables:
         self.rows[destination, :count] = self.rows[source, :count]
 
     def page(self, row: int, index: int) -> int:
+        """Return one page of a row."""
         return int(self.rows[row, index])
 
     def pages(self, row: int, count: int) -> list[int]:
-        """The first pages of a row."""
-        found: list[int] = self.rows[row, :count].tolist()
-        return found
+        """Return the first pages of a row."""
+        pages: list[int] = self.rows[row, :count].tolist()
+        return pages

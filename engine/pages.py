@@ -1,4 +1,4 @@
-"""The page pool of one model: a fixed tensor of key-value pages and the list of the free ones.
+"""The page pool of one model: a fixed tensor of key-value pages, and the list of free pages.
 
 Shapes:  L layers   P pages   S page size   G kv heads   E head dim
 """
@@ -14,11 +14,12 @@ from genssd.engine.model import Decoder
 from genssd.kernels.cache import copy_pages
 from genssd.kernels.device_table import upload
 
-PAGE_SIZE = 16  # tokens
+PAGE_SIZE = 16
+"""Number of tokens that a page holds."""
 
 
 class PagePool:
-    """Owns `kv` and knows which pages are free. Page 0..P-1; a page is free or held by exactly one tree node."""
+    """The owner of `kv`, [L, 2, P, S, G, E], and of its free list: a page is free or held by exactly one tree node."""
 
     def __init__(self, kv_L2PSGE: Tensor) -> None:
         self.kv = kv_L2PSGE
@@ -29,7 +30,10 @@ class PagePool:
 
     @staticmethod
     def for_model(decoder: Decoder, num_pages: int, page_size: int = PAGE_SIZE) -> PagePool:
-        """An uninitialised pool on the decoder's device, in its dtype."""
+        """Allocate an uninitialised pool on the decoder's device, in its dtype.
+
+        Raises CapacityError when the device has too little memory.
+        """
         c = decoder.config
         shape = (c.num_hidden_layers, 2, num_pages, page_size, c.num_key_value_heads, c.head_dim)
         try:
@@ -40,14 +44,16 @@ class PagePool:
 
     @property
     def num_pages(self) -> int:
+        """Number of all pages."""
         return len(self._is_free)
 
     @property
     def num_free(self) -> int:
+        """Number of free pages."""
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Take pages out of the free list. Raises CapacityError, taking none, when there are too few."""
+        """Take pages out of the free list. Raises CapacityError, taking none, when too few are free."""
         if count > len(self._free):
             raise CapacityError(
                 f"the key-value cache has {len(self._free)} free pages of {self.num_pages}, {count} needed"
@@ -65,13 +71,13 @@ class PagePool:
         self._free.extend(reversed(pages))
 
     def copy(self, source: int, destination: int) -> None:
-        """Copy one page, keys and values of all layers."""
+        """Copy one page: the keys and values of all layers."""
         pages = upload(np.array([source, destination]), self.kv.device)
         copy_pages(self.kv, pages[:1], pages[1:])
 
 
 def pages_within(budget_bytes: int, decoders: list[Decoder], page_size: int = PAGE_SIZE) -> int:
-    """How many pages each pool gets when one budget is split so that all models hold the same number of tokens.
+    """Return how many pages each pool gets when one budget is split so that all models hold as many tokens.
 
     Raises CapacityError when not even one page fits.
     """

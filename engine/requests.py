@@ -1,4 +1,4 @@
-"""What a caller asks for, looked at before anything runs: every mistake is named with the prompt it is in."""
+"""Checks of a call's arguments before anything runs; every message names the prompt at fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from genssd.engine.text import Prompt, Tokenizer
 
 
 def labels_of(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:
-    """What messages call each prompt."""
+    """Return the name of each prompt in messages. Raises InputError on unequal counts."""
     if isinstance(prompts, str):
         raise InputError("prompts is a list of prompts; put a single one into a list")
     if labels is not None and len(labels) != len(prompts):
@@ -21,7 +21,7 @@ def labels_of(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequen
 
 
 def check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion, labels: Sequence[str]) -> None:
-    """Every prompt has its answer, where the criterion reads them."""
+    """Check that every prompt has its reference answer, where the criterion reads them."""
     if answers is not None and len(answers) != len(labels):
         raise InputError(f"{len(labels)} prompts but {len(answers)} answers")
     if needs_answer(criterion):
@@ -31,7 +31,7 @@ def check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion,
 
 
 def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
-    """The embedding has a row for every token."""
+    """Check that the embedding has a row for every token."""
     size = decoder.config.vocab_size
     if tokenizer.largest_id >= size:
         raise CheckpointError(
@@ -41,7 +41,7 @@ def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
 
 
 def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> None:
-    """All are in the model's vocabulary."""
+    """Check that all token ids are in the model's vocabulary."""
     size = runner.decoder.config.vocab_size
     wrong = [i for i in ids if not 0 <= i < size]
     if wrong:
@@ -49,7 +49,7 @@ def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> None:
 
 
 def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
-    """So many tokens have positions in the model, and room in an empty cache."""
+    """Check that the model has positions for so many tokens, and an empty cache room for them."""
     positions = runner.decoder.config.max_position_embeddings
     pool = runner.tree.pool
     if tokens >= positions:

@@ -1,37 +1,41 @@
-"""Token-level selection: the student may refuse every single token (Reverse Speculative Decoding, 2509.22230).
+"""Reverse speculation: the student may refuse every single token (Reverse Speculative Decoding, 2509.22230).
 
 The teacher draws a token; the student accepts it when it ranks among its likeliest and is likely enough. After a few
 refused tries the student writes the token itself. Both models read every token, so they decode in lockstep.
+
+Shapes:  C candidates   R refused ones   D model width   V vocabulary
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from genssd.engine.drawing import Drawn, draw_filtered, hidden_of, logprob_of
 from genssd.engine.errors import InputError
-from genssd.engine.expander import Drawn, Expander, Expansion, Lane, nonfinite
+from genssd.engine.expansion import Lane
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, attempt_key
+from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
-from genssd.kernels.sampling import sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReverseSpeculation:
-    """What the student accepts, and how it writes where it does not. The defaults are the paper's."""
+    """Rules by which the student accepts the teacher's tokens, and writes its own. The defaults are the paper's."""
 
     probability: float = 0.01
-    """Least probability of an accepted token: the student's, at temperature 1 over the whole vocabulary."""
+    """Minimum probability of an accepted token: the student's, at temperature 1 over the whole vocabulary."""
     top: int = 20
-    """An accepted token ranks among so many of the student's likeliest."""
+    """Maximum rank of an accepted token among the student's likeliest; 1 is the most likely."""
     tries: int = 5
-    """Tokens that the teacher draws before the student writes."""
-    student: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_k=20, top_p=0.95))
-    """How the student writes."""
+    """Number of tokens that the teacher draws before the student writes one."""
+    student: Sampling = Sampling(temperature=0.7, top_k=20, top_p=0.95)
+    """Temperature and filters with which the student writes."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
@@ -40,77 +44,69 @@ class ReverseSpeculation:
             raise InputError(f"rsd: top and tries must be at least 1, not {self.top} and {self.tries}")
 
 
-class ReverseSpeculator(Expander):
-    """Runs expansions in which the scorer follows the writer token by token."""
+class ReverseSpeculativeDrawing:
+    """Drawing in which the teacher proposes every token, and the student accepts it or, in the end, draws its own."""
 
-    def __init__(self, rules: ReverseSpeculation, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        rules: ReverseSpeculation,
+        teacher: ModelRunner,
+        student: ModelRunner,
+        sampling: Sampling,
+        *,
+        vocabulary: int,
+    ) -> None:
+        self.writer = teacher
+        self.readers = (teacher, student)
         self._rules = rules
+        self._student = student
+        self._sampling = sampling
+        self._vocabulary = vocabulary
 
-    @property
-    def _student(self) -> ModelRunner:
-        assert self._scorer is not None
-        return self._scorer
-
-    def _open_kid(self, lane: Lane) -> Lane:
-        opened = super()._open_kid(lane)
-        if lane.kid is None:
-            path = lane.expansion.parent.student.path
-            assert path is not None
-            opened.branch.student.path = self._student.tree.fork(path)
-        return opened
-
-    def _take_token(self, lane: Lane, token: int, logprob: float, hidden: Tensor | None) -> None:
-        super()._take_token(lane, token, logprob, hidden)
-        lane.branch.student.pending = [token]
-
-    def _sample(self, batch: list[Lane], source: Tensor, kids: list[Lane]) -> Drawn:
-        device = self._writer.decoder.device
-        source = source.to(device)
-        proposing = self._writer.logits(torch.stack([self._hidden(self._writer, lane) for lane in batch]))[source]
-        judging = torch.stack([self._hidden(self._student, lane) for lane in batch])[source]
-        tokens = torch.empty(len(kids), dtype=torch.int64, device=device)
-        refused = torch.arange(len(kids), device=device)
+    def draw(self, lanes: Sequence[Lane], source_C: Tensor, candidates: Sequence[Lane]) -> Drawn:
+        """Draw a token for every candidate; count those that the student writes in `Branch.substituted`."""
+        device = self.writer.decoder.device
+        source_C = source_C.to(device)
+        teacher_logits_CV = self.writer.logits(hidden_of(self.writer, lanes))[source_C]
+        student_hidden_CD = hidden_of(self._student, lanes)[source_C]
+        tokens_C = torch.empty(len(candidates), dtype=torch.int64, device=device)
+        refused_R = torch.arange(len(candidates), device=device)
         for attempt in range(self._rules.tries):
-            drawn = self._propose(self._writer, proposing[refused], refused, kids, attempt, self._sampling)
-            tokens[refused] = drawn
-            refused = refused[~self._accepts(judging[refused], drawn, refused, kids)]
-            if not len(refused):
+            rows = [candidates[row] for row in refused_R.tolist()]
+            proposed_R = self._draw(self.writer, teacher_logits_CV[refused_R], rows, attempt, self._sampling)
+            tokens_C[refused_R] = proposed_R
+            refused_R = refused_R[~self._are_accepted(student_hidden_CD[refused_R], proposed_R, rows)]
+            if not len(refused_R):
                 break
         else:
-            own = self._student.logits(judging[refused])
-            tokens[refused] = self._propose(self._student, own, refused, kids, self._rules.tries, self._rules.student)
-            for row in refused.tolist():
-                kids[row].branch.substituted += 1
-        logprob = proposing.gather(1, tokens[:, None])[:, 0] - proposing.logsumexp(1)
-        return Drawn(tokens.tolist(), logprob.tolist())
+            rows = [candidates[row] for row in refused_R.tolist()]
+            logits_RV = self._student.logits(student_hidden_CD[refused_R])
+            tokens_C[refused_R] = self._draw(self._student, logits_RV, rows, self._rules.tries, self._rules.student)
+            for lane in rows:
+                lane.branch.substituted += 1
+        return Drawn(tokens_C.tolist(), logprob_of(teacher_logits_CV, tokens_C).tolist())
 
-    def _propose(
-        self, runner: ModelRunner, logits: Tensor, rows: Tensor, kids: list[Lane], attempt: int, options: Sampling
+    def _draw(
+        self, runner: ModelRunner, logits_RV: Tensor, rows: Sequence[Lane], attempt: int, sampling: Sampling
     ) -> Tensor:
-        lanes = [kids[row] for row in rows.tolist()]
-        keys = [attempt_key(lane.branch.stream, lane.branch.length, attempt) for lane in lanes]
+        """Draw one token per row under a model, int64 [R]. attempt: number of draws before at the same positions."""
+        keys = [attempt_key(lane.branch.stream, lane.branch.length, attempt) for lane in rows]
         try:
-            return sample(
-                logits[:, : self._vocabulary],
-                torch.tensor(keys, device=logits.device),
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                min_p=options.min_p,
+            return draw_filtered(
+                logits_RV[:, : self._vocabulary], torch.tensor(keys, device=logits_RV.device), sampling, checked=True
             )
         except NonFiniteLogits as error:
-            raise nonfinite(runner, lanes[error.row].expansion.label, lanes[error.row].branch.length) from None
+            raise nonfinite_logits(runner, _place(rows[error.row])) from None
 
-    def _accepts(self, hidden: Tensor, tokens: Tensor, rows: Tensor, kids: list[Lane]) -> Tensor:
-        """bool [rows]: whether the student takes the tokens."""
+    def _are_accepted(self, hidden_RD: Tensor, tokens_R: Tensor, rows: Sequence[Lane]) -> Tensor:
+        """Return which tokens the student accepts, bool [R]."""
         try:
-            stats = linear_logprob(hidden, self._student.decoder.head, tokens)
+            stats = linear_logprob(hidden_RD, self._student.decoder.head, tokens_R)
         except NonFiniteLogits as error:
-            lane = kids[int(rows[error.row])]
-            raise nonfinite(self._student, lane.expansion.label, lane.branch.length) from None
+            raise nonfinite_logits(self._student, _place(rows[error.row])) from None
         least = math.log(self._rules.probability) if self._rules.probability else -math.inf
         return (stats.logprob >= least) & (stats.rank <= self._rules.top)
 
-    def _score(self, scorer: ModelRunner, complete: list[Expansion]) -> None:
-        """Nothing: the student has judged token by token."""
+
+def _place(lane: Lane) -> str:
+    return response_place(lane.expansion.label, lane.branch.length)

@@ -1,6 +1,6 @@
 """One model with its cache: extends any number of branches in one packed forward pass.
 
-Shapes:  N packed tokens   M those whose states are wanted   D model width   V vocabulary
+Shapes:  N packed tokens   M tokens whose hidden states are returned   D model width   V vocabulary
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from genssd.engine.batch import Batch
 from genssd.engine.decode_graph import DecodeGraphs, StagedStep, bucket_for
-from genssd.engine.layout import lay_out
+from genssd.engine.forward_batch import ForwardBatch
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
+from genssd.engine.segments import append_tokens
 from genssd.engine.tree import BranchTree, Path
 from genssd.kernels.device_table import upload
 
 Role = Literal["teacher", "student"]
 
-Prepared = Batch | StagedStep
-"""A forward pass, but for the ids of its tokens."""
+Prepared = ForwardBatch | StagedStep
+"""A forward pass without the ids of its tokens."""
 
-MAX_ROWS = 2048  # tokens of one forward pass; a sequence is cut at multiples of half of it
+MAX_ROWS = 2048
+"""Maximum number of tokens in one forward pass; a longer sequence is cut at multiples of half of it."""
 
 
 class _Piece(NamedTuple):
-    """What one forward pass computes of one path. path: its index. wanted: so many of the last hidden states."""
+    """The tokens of one path that one forward pass computes."""
 
     path: int
+    """Index of the path in the call."""
     ids: Sequence[int]
-    wanted: int
+    num_states: int
+    """How many of the last hidden states are returned."""
 
 
 class ModelRunner:
-    """A decoder over a branch tree. `directory` is for messages."""
+    """One model over the branch tree of its cache. `directory` is used in messages only."""
 
     def __init__(self, role: Role, directory: FilePath, decoder: Decoder, pool: PagePool) -> None:
         self.role = role
@@ -55,10 +58,10 @@ class ModelRunner:
     ) -> list[Tensor]:
         """Append tokens to each of the distinct paths; return their hidden states, [len(tokens[i]), D] each.
 
-        last: of path i the last[i] last states are enough, [last[i], D]; the other tokens are not computed to the end.
-        Long inputs are cut at absolute positions, so a prefix is computed in the same pieces whether what follows it is
-        there or not. A branch's numbers do not depend on which others are in the call: on the CPU to the bit, elsewhere
-        up to the rounding of matrix products.
+        last: return only the last[i] last states of path i, [last[i], D]; the other tokens are not computed to the end.
+        Long inputs are cut at absolute positions, so a prefix is computed in the same pieces with or without the tokens
+        after it. A branch's numbers do not depend on which others are in the call: on the CPU to the bit, elsewhere up
+        to the rounding of matrix products. Raises CapacityError when the pool has too few pages.
         """
         hidden: list[list[Tensor]] = [[] for _ in paths]
         batch: list[_Piece] = []
@@ -71,53 +74,54 @@ class ModelRunner:
                     self._forward(paths, batch, hidden)
                     batch, rows = [], 0
                 start += len(piece)
-                wanted = len(piece) if last is None else max(0, start - max(start - len(piece), len(ids) - last[i]))
-                batch.append(_Piece(i, piece, wanted))
+                num_states = len(piece) if last is None else max(0, start - max(start - len(piece), len(ids) - last[i]))
+                batch.append(_Piece(i, piece, num_states))
                 rows += len(piece)
         if batch:
             self._forward(paths, batch, hidden)
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in hidden]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """float32 [N, V]."""
+        """Return the logits of the next tokens, float32 [N, V]."""
         return self.decoder.logits(hidden_ND)
 
     def prepare(
-        self, paths: Sequence[Path], counts: Sequence[int], *, wanted: NDArray[np.int64] | None = None
+        self, paths: Sequence[Path], counts: Sequence[int], *, output: NDArray[np.int64] | None = None
     ) -> Prepared:
-        """Make room for so many tokens on each path, MAX_ROWS at most in all, and find what each of them reads.
+        """Make room for so many tokens on each path, MAX_ROWS at most in all, and tabulate what each of them reads.
 
-        What the tokens are need not be known yet. wanted: the rows whose hidden states are asked for; None: all. Raises
-        CapacityError when the pool has too few pages.
+        The token ids need not be known yet. output: indices of the tokens whose hidden states are returned; None
+        returns all. Raises CapacityError when the pool has too few pages.
         """
         c, kv = self.decoder.config, self.tree.pool.kv
-        tables = lay_out(
+        tables = append_tokens(
             self.tree,
             paths,
             counts,
             windows=set(c.windows),
             group=c.num_attention_heads // c.num_key_value_heads,
         )
-        one_each = max(counts) == 1 and wanted is None
-        if self._graphs is not None and one_each and bucket_for(len(counts)) is not None:
+        is_decode_step = max(counts) == 1 and output is None
+        if self._graphs is not None and is_decode_step and bucket_for(len(counts)) is not None:
             return self._graphs.stage(tables)
-        return Batch.of(tables, kv.device, wanted)
+        return ForwardBatch.from_tables(tables, kv.device, output)
 
     def run(self, prepared: Prepared, ids: Sequence[int]) -> Tensor:
-        """Compute the tokens that room was made for: the hidden states that are wanted, [M, D]."""
+        """Compute the tokens of a prepared pass and return the hidden states that it asks for, [M, D]."""
         kv = self.tree.pool.kv
-        if isinstance(prepared, Batch):
+        if isinstance(prepared, ForwardBatch):
             return self.decoder.forward(upload(np.array(ids), kv.device), prepared, kv)
         assert self._graphs is not None
         return self._graphs.forward(prepared, ids)
 
     def _forward(self, paths: Sequence[Path], batch: Sequence[_Piece], hidden: list[list[Tensor]]) -> None:
+        """Compute some pieces in one pass; append the hidden states of each to those of its path."""
         counts = [len(piece.ids) for piece in batch]
-        wanted = None
-        if any(piece.wanted < len(piece.ids) for piece in batch):
+        output = None
+        if any(piece.num_states < len(piece.ids) for piece in batch):
             ends = np.cumsum(counts)
-            wanted = np.concatenate([np.arange(end - p.wanted, end) for end, p in zip(ends, batch, strict=True)])
-        prepared = self.prepare([paths[piece.path] for piece in batch], counts, wanted=wanted)
+            output = np.concatenate([np.arange(end - p.num_states, end) for end, p in zip(ends, batch, strict=True)])
+        prepared = self.prepare([paths[piece.path] for piece in batch], counts, output=output)
         out_MD = self.run(prepared, [token for piece in batch for token in piece.ids])
-        for piece, part in zip(batch, torch.split(out_MD, [piece.wanted for piece in batch]), strict=True):
+        for piece, part in zip(batch, torch.split(out_MD, [piece.num_states for piece in batch]), strict=True):
             hidden[piece.path].append(part)

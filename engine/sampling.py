@@ -1,7 +1,7 @@
-"""How tokens are drawn, and the random stream of each branch.
+"""Sampling options, and the random stream of each branch.
 
-The noise of a token is keyed by (seed, prompt, which of several equal prompts, branch, position) and nothing else: not
-by the batch, the order of prompts, the page layout or a restart. A branch's first child inherits its stream, the
+The noise of a token is keyed by (seed, prompt, number of equal prompts before it, branch, position) and nothing else:
+not by the batch, the order of prompts, the page layout or a restart. A branch's first child inherits its stream, the
 others get streams of their own; so with one candidate per round the search draws exactly what `generate` draws.
 """
 
@@ -19,13 +19,16 @@ _WORD = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Filters in the order of transformers: temperature, top_k, top_p, min_p. temperature 0 is greedy."""
+    """Temperature and filters of a draw, applied in the order of transformers: temperature, top_k, top_p, min_p."""
 
     temperature: float = 1.0
+    """Divisor of the logits; 0 takes the most likely token."""
     top_p: float = 1.0
+    """Probability that the kept, most likely tokens have together; 1 keeps all tokens."""
     top_k: int = 0
-    """0 keeps all tokens."""
+    """How many of the most likely tokens are kept; 0 keeps all tokens."""
     min_p: float = 0.0
+    """Minimum probability of a kept token, relative to the most likely one; 0 keeps all tokens."""
 
     def __post_init__(self) -> None:
         try:
@@ -40,31 +43,31 @@ class Sampling:
 
 
 def prompt_stream(seed: int, prompt_ids: Sequence[int], occurrence: int) -> int:
-    """The 64-bit stream of a prompt. occurrence: how many equal prompts come before it."""
+    """Return the 64-bit stream of a prompt. occurrence: number of equal prompts before it."""
     digest = blake2b(f"{seed}:{occurrence}:".encode(), digest_size=8)
     digest.update(",".join(map(str, prompt_ids)).encode())
     return int.from_bytes(digest.digest(), "little")
 
 
 def child_stream(stream: int, position: int, index: int) -> int:
-    """The stream of the index-th candidate that branches off at a position."""
+    """Return the stream of the index-th candidate that branches off at a position."""
     return stream if index == 0 else _mix(_mix(stream ^ _mix(position)) + index)
 
 
 def forced_stream(stream: int, response: int, position: int, token: int) -> int:
-    """The stream of what is written behind a token that is forced into one of the responses to a prompt."""
+    """Return the stream of the completions after a token that is forced into one of the responses to a prompt."""
     key = f"forced:{stream}:{response}:{position}:{token}"
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def noise_key(stream: int, position: int) -> int:
-    """The key of one token's noise, as a signed 64-bit integer."""
+    """Return the key of one token's noise, as a signed 64-bit integer."""
     key = _mix(stream + _mix(position + 1))
     return key - (1 << 64) if key >> 63 else key
 
 
 def attempt_key(stream: int, position: int, attempt: int) -> int:
-    """The key of a token's further draws at one position; the first attempt (0) is `noise_key`'s."""
+    """Return the key of a repeated draw at one position; that of attempt 0 is `noise_key`."""
     key = noise_key(stream, position)
     if attempt == 0:
         return key
@@ -73,12 +76,12 @@ def attempt_key(stream: int, position: int, attempt: int) -> int:
 
 
 def uniform(stream: int, position: int) -> float:
-    """A number in [0, 1) from the same stream, apart from the tokens' noise."""
+    """Return a number in [0, 1) from a stream, independent of the tokens' noise."""
     return (_mix(_mix(stream) ^ _mix(~position & _WORD)) >> 11) * 2.0**-53
 
 
 def _mix(word: int) -> int:
-    """The finaliser of SplitMix64 (Steele et al., 2014): a bijection of 64-bit words."""
+    """Apply the finaliser of SplitMix64 (Steele et al., 2014), a bijection of 64-bit words."""
     word = (word + 0x9E3779B97F4A7C15) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD

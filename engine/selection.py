@@ -1,4 +1,4 @@
-"""What a search returns."""
+"""The results of a search."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TokenStats, TopK
 
 Verdict = Literal["kept", "beaten", "threshold", "duplicate", "loop"]
-"""Of a candidate: expanded further or final | ranked below the beam | worse than the threshold | same tokens as an
-earlier sibling | ends in a repetition."""
+"""The fate of a candidate: expanded further or final | ranked below the beam | worse than the threshold | the same
+tokens as an earlier sibling | ends in a repetition."""
 
 Status = Literal["finished", "length", "pruned"]
-"""Of a trajectory: end of sequence | cut at max_tokens | no continuation was acceptable."""
+"""How a trajectory ended: end of sequence | cut at max_tokens | no continuation was acceptable."""
 
 STATUSES: tuple[Status, ...] = ("finished", "length", "pruned")
+"""All statuses, best first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,16 +27,21 @@ class CandidateRecord:
     """One sampled candidate and what became of it."""
 
     trace: tuple[int, ...]
-    """The candidate's index in each round; its parent is trace[:-1]."""
+    """Index of the candidate in each round; its parent is trace[:-1]."""
     token_ids: tuple[int, ...]
+    """Token ids of the chunk."""
     stats: TokenStats
+    """The student's statistics of the chunk's tokens."""
     teacher_logprob: Tensor
+    """The teacher's log-probabilities of the chunk's tokens, float32 [tokens], at temperature 1."""
     ended: Ending
     score: float
+    """Criterion value of the candidate."""
     verdict: Verdict
 
     @property
     def round(self) -> int:
+        """Index of the round in which the candidate was sampled."""
         return len(self.trace) - 1
 
 
@@ -44,25 +50,31 @@ class ChunkScore:
     """How one chunk of a trajectory was chosen."""
 
     tokens: int
+    """Number of tokens in the chunk."""
     score: float
+    """Criterion value of the chunk."""
     runner_up: float | None
-    """The best value among the distinct other candidates of its round; None if there was none."""
+    """Best value among the distinct other candidates of its round; None if it was the only one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """A response: token ids as they were sampled, end of sequence included."""
+    """One response of the search."""
 
     token_ids: tuple[int, ...]
+    """Token ids as they were sampled, end of sequence included."""
     text: str
     score: float
-    """The criterion's value of the whole response; NaN for an empty one."""
+    """Criterion value of the whole response; NaN for an empty one."""
     status: Status
     trace: tuple[int, ...]
+    """Index of the kept candidate in each round."""
     chunks: tuple[ChunkScore, ...]
+    """Scores of the response's chunks, in order."""
     stats: TokenStats
+    """The student's statistics of all tokens."""
     teacher_topk: TopK | None = None
-    """The teacher's most likely tokens at every position, where they were asked for."""
+    """The teacher's most likely tokens at every position, where the option `teacher_topk` keeps them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,26 +82,29 @@ class Selection:
     """The outcome of one prompt."""
 
     index: int
-    """Of the prompt among those given."""
+    """Index of the prompt in the call."""
     prompt_ids: tuple[int, ...]
-    """As the teacher reads the prompt."""
+    """Token ids of the prompt as the teacher reads it."""
     student_prompt_ids: tuple[int, ...]
+    """Token ids of the prompt as the student reads it."""
     trajectories: tuple[Trajectory, ...]
-    """Best first: finished before cut before pruned, then by score. Empty when the prompt failed."""
+    """Responses, best first: finished before cut before pruned, then by score. Empty when the prompt failed."""
     tree: tuple[CandidateRecord, ...]
+    """All candidates, round by round."""
     seed: int
     occurrence: int
-    """How many equal prompts came before: enters the random stream."""
+    """Number of equal prompts before this one; it enters the random stream."""
     error: str | None = field(default=None)
     """Why the prompt failed: it did not fit into the cache."""
 
     @property
     def best(self) -> Trajectory:
+        """The best trajectory. Raises InputError when the prompt failed."""
         if not self.trajectories:
             raise InputError(f"prompt {self.index} has no trajectory: {self.error}")
         return self.trajectories[0]
 
     @property
     def tokens_sampled(self) -> int:
-        """By the teacher, pruned candidates included."""
+        """Number of tokens that the teacher has sampled, those of pruned candidates included."""
         return sum(len(record.token_ids) for record in self.tree)

@@ -1,4 +1,4 @@
-"""Reasoning steps: where a response's sentences and lines end, as spans of its tokens."""
+"""Reasoning steps: the sentences and lines of a response, as spans of its tokens."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-# after a full stop that white space and more text follow (3.5 goes on), and after line breaks
+# after a full stop before white space and more text (not inside of 3.5), and after line breaks
 _BOUNDARY = re.compile(r"(?<=[.!?])(?=\s+\S)|(?<=\n)(?=[^\n])")
-_SHORTEST = 4  # characters that are not white space; "1." and the like join what follows
+_SHORTEST = 4  # characters that are not white space; shorter fragments like "1." join the step after them
 
 
 def step_spans(pieces: Sequence[str]) -> list[tuple[int, int]]:
-    """The steps of a response as [start, end) spans of its tokens, in order; together they cover every token.
+    """Return the steps of a response as [start, end) spans of its tokens, in order; they cover every token.
 
     pieces: the text of each token (see `Tokenizer.pieces`). A token belongs to the step that holds its first
     character. A full stop ends a step wherever white space follows, "Mr. Smith" included. Fragments of fewer than four
@@ -32,7 +32,7 @@ def step_spans(pieces: Sequence[str]) -> list[tuple[int, int]]:
     if not starts:
         return [(0, len(pieces))]
     starts[0] = 0
-    # the first token whose first character lies in the step; a step inside one long token has none
+    # each step begins with the first token whose first character lies in it; a step inside one long token has none
     firsts: list[int] = []
     token = 0
     for start in starts:

@@ -1,4 +1,4 @@
-"""Prompts to token ids and back: a checkpoint's tokenizer and chat template."""
+"""Text and token ids: a checkpoint's tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from genssd.engine.errors import CheckpointError, InputError
 
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Messages | Sequence[int]
-"""Raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
+"""A prompt: raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
 
 
 PROMPT_KINDS = "a prompt is a string, a list of chat messages or a list of token ids"
-REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no whole character
-LONGEST_CHARACTER = 4  # bytes in UTF-8
+REPLACEMENT = "\ufffd"
+"""Character that decoders write for bytes which do not form a character."""
+LONGEST_CHARACTER = 4
+"""Maximum number of bytes in a UTF-8 character."""
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. `hf` is the transformers object."""
+    """A checkpoint's tokenizer. `hf` is the transformers object, `fingerprint` identifies the vocabulary."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -40,21 +42,23 @@ class Tokenizer:
 
     @cached_property
     def largest_id(self) -> int:
+        """Largest token id of the vocabulary."""
         return int(max(self.hf.get_vocab().values()))
 
     @property
     def eos_token_id(self) -> int | None:
+        """Token id of the end of sequence; None where the tokenizer has none."""
         eos = self.hf.eos_token_id
         return None if eos is None else int(eos)
 
     @cached_property
     def end_token_ids(self) -> frozenset[int]:
-        """What ends a response: the tokenizer's end of sequence, and the ids that the checkpoint's configs list."""
+        """Tokens that end a response: the tokenizer's end of sequence, and those that the checkpoint's configs list."""
         listed = ModelConfig.load(self.directory).eos_token_ids
         return frozenset(listed) | (frozenset() if self.eos_token_id is None else {self.eos_token_id})
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
+        """Return the token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
         ids: list[int] = []
         if isinstance(prompt, str):
             ids = self.encode(prompt, special=True) if prompt.strip() else []
@@ -69,15 +73,18 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text; special: add what the tokenizer puts around a sequence (BOS)."""
+        """Return the token ids of a text. special: add the tokens that the tokenizer puts around a sequence (BOS)."""
         return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Token ids of a text in which the names of special tokens are ordinary characters."""
+        """Return the token ids of a text in which the names of special tokens are ordinary characters."""
         return [int(i) for i in self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)]
 
     def render(self, messages: Messages, *, generate: bool = True) -> str:
-        """The chat template's text; generate: followed by the opening of the assistant's turn."""
+        """Return the text of chat messages under the chat template. generate: add the opening of the assistant's turn.
+
+        Raises InputError on messages that are malformed or that the template rejects, and where no template exists.
+        """
         if not self.hf.chat_template:
             raise InputError(
                 f"{self.directory} has no chat template, but the prompt is a list of messages; "
@@ -92,25 +99,25 @@ class Tokenizer:
             raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Return the text of some tokens, without special tokens."""
         return str(self.hf.decode(list(token_ids), skip_special_tokens=True))
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token alone, for finding delimiters."""
+        """Return the text of one token by itself, in which delimiters are searched."""
         text = self._token_text.get(token_id)
         if text is None:
             text = self._token_text[token_id] = str(self.hf.decode([token_id]))
         return text
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """The text that each token completes; joined, they are the text of all. Special tokens have their names."""
-        if self._joins:
+        """Return the text that each token completes; joined, it is the whole text. Special tokens have their names."""
+        if self._texts_join:
             stream = TextStream(self)
             pieces = [stream.push(token) for token in token_ids]
             if pieces:
                 pieces[-1] += stream.rest()
             return pieces
-        # a token's text depends on what stands before it: the difference that it makes to a few tokens' text
+        # a token's text depends on the tokens before it: take the difference that it makes to the text of a few tokens
         ids, pieces = list(token_ids), []
         start = done = 0
         for end in range(1, len(ids) + 1):
@@ -123,12 +130,13 @@ class Tokenizer:
         return pieces
 
     @cached_property
-    def _joins(self) -> bool:
-        """Whether a text is its tokens' texts, joined. SentencePiece drops the space in front of the first token."""
+    def _texts_join(self) -> bool:
+        """Whether the texts of tokens join to the text of all. SentencePiece drops the space before the first one."""
         spaced = next((i for piece, i in self.hf.get_vocab().items() if piece[:1] == "\u2581" and len(piece) > 1), None)
         return spaced is None or str(self.hf.decode([spaced, spaced])) == 2 * self.token_text(spaced)
 
     def _check_ids(self, parts: Sequence[Any]) -> list[int]:
+        """Return a prompt's parts as token ids. Raises InputError on anything else."""
         try:
             ids = [operator.index(part) for part in parts]
         except TypeError:
@@ -139,16 +147,16 @@ class Tokenizer:
         return ids
 
 
-def common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
-    """How many first tokens are the same."""
-    for count, (one, other) in enumerate(zip(some, others, strict=False)):
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the length of the longest common prefix of two sequences."""
+    for count, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return count
-    return min(len(some), len(others))
+    return min(len(first), len(second))
 
 
 def _parts(prompt: Any) -> list[Any]:
-    """The elements of a prompt that is no string: a list, a tuple, an array."""
+    """Return the elements of a prompt that is not a string: a list, a tuple, an array."""
     try:
         return list(prompt)
     except TypeError:
@@ -156,7 +164,7 @@ def _parts(prompt: Any) -> list[Any]:
 
 
 class TextStream:
-    """The text of a token sequence, token by token; bytes of an unfinished character wait for the rest of it."""
+    """The text of a token sequence, token by token; bytes of an incomplete character wait for the remaining ones."""
 
     __slots__ = ("_tokenizer", "_waiting")
 
@@ -165,7 +173,7 @@ class TextStream:
         self._waiting: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that the next token completes."""
+        """Add a token and return the text that it completes."""
         text = self._tokenizer.token_text(token_id)
         if not self._waiting and not text.endswith(REPLACEMENT):
             return text
@@ -176,10 +184,10 @@ class TextStream:
             return text
         if len(self._waiting) < LONGEST_CHARACTER:
             return ""
-        # bytes that make no character came first: they are let go, and what may still become one waits on
-        for kept in range(LONGEST_CHARACTER - 1, 0, -1):
-            gone, waiting = self._waiting[:-kept], self._waiting[-kept:]
-            head = str(self._tokenizer.hf.decode(gone))
+        # the first bytes cannot form a character: they are returned, and those that still may keep waiting
+        for num_kept in range(LONGEST_CHARACTER - 1, 0, -1):
+            invalid, waiting = self._waiting[:-num_kept], self._waiting[-num_kept:]
+            head = str(self._tokenizer.hf.decode(invalid))
             if head + str(self._tokenizer.hf.decode(waiting)) == text:
                 self._waiting = waiting
                 return head
@@ -187,7 +195,7 @@ class TextStream:
         return text
 
     def rest(self) -> str:
-        """The text of what still waits: bytes that make no character."""
+        """Return the text of the bytes that still wait, which form no character."""
         text = str(self._tokenizer.hf.decode(self._waiting)) if self._waiting else ""
         self._waiting = []
         return text

@@ -1,14 +1,14 @@
-"""The branch tree of one model: who holds which pages of the cache.
+"""The branch tree of one model: which token sequence holds which pages of the cache.
 
-A path is one token sequence; it ends in a node of its own, and shares the nodes above with its relatives.
+A path is one token sequence; it ends in a node of its own, and shares the nodes above it with related paths.
 
     prompt ---- chunk 1 ---- chunk 2a        a node owns the pages that its span of tokens was written to;
                        \\---- chunk 2b        a page belongs to exactly one node
 
-* fork is O(1): the forked node is sealed, both paths go on in empty nodes below it.
+* fork is O(1): the forked node is sealed, and both paths continue in empty nodes below it.
 * the first write below a half-filled page copies that page (copy-on-write): sealed pages are never written.
-* drop frees the pages of nodes that no path reaches any more; a node left with one child melts into it, so a long
-  trajectory stays one node and its last page can be filled on without a copy.
+* drop frees the pages of nodes that no path reaches any more; a node that keeps only one child is merged into it, so a
+  long trajectory stays one node and its last page can be filled without a copy.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from genssd.engine.page_tables import PageTables
 from genssd.engine.pages import PagePool
 
 NO_TABLE = -1
+"""Row of the page tables of a node without tokens."""
 
 
 class Node:
-    """A span of tokens. `pages` are those it owns; `table` is the row of the page tables that lists the pages of all
-    positions from 0 to its end, once it has a token."""
+    """A span of tokens, from position `start` on.
+
+    `pages` are the pages that it owns. `table` is the row of the page tables that lists the pages of all positions from
+    0 to its end, once it has a token.
+    """
 
     __slots__ = ("children", "length", "pages", "parent", "start", "table")
 
@@ -37,6 +41,7 @@ class Node:
 
     @property
     def end(self) -> int:
+        """Position after the last token."""
         return self.start + self.length
 
 
@@ -50,12 +55,13 @@ class Path:
 
     @property
     def leaf(self) -> Node:
+        """Node that the path ends in."""
         assert self.node is not None, "the path was dropped"
         return self.node
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens in the cache."""
         return self.leaf.end
 
 
@@ -68,11 +74,11 @@ class BranchTree:
         self.paths: set[Path] = set()
 
     def root(self) -> Path:
-        """A new empty path."""
+        """Return a new empty path."""
         return self._open(Node(None))
 
     def fork(self, path: Path) -> Path:
-        """A second path with the same tokens. O(1); copies nothing."""
+        """Return a second path with the same tokens. O(1); copies nothing."""
         leaf = path.leaf
         if leaf.length == 0:
             return self._open(Node(leaf.parent))
@@ -80,34 +86,34 @@ class BranchTree:
         return self._open(Node(leaf))
 
     def append(self, path: Path, count: int) -> None:
-        """Make room for `count` more tokens.
+        """Append `count` tokens to a path: take the pages for them.
 
         Raises CapacityError, changing nothing, when the pool has too few free pages.
         """
         leaf, size = path.leaf, self.pool.page_size
         first = leaf.start + leaf.length
-        held = -(-first // size)
-        needed = -(-(first + count) // size) - held
+        num_held = -(-first // size)
+        needed = -(-(first + count) // size) - num_held
         if leaf.length:
             if needed:
                 pages = self.pool.allocate(needed)
-                self.tables.write(leaf.table, held, pages)
+                self.tables.write(leaf.table, num_held, pages)
                 leaf.pages += pages
         elif count:
-            # a half-filled page above a fresh leaf belongs to a sealed node: it is replaced by a copy
+            # a half-filled page above a fresh leaf belongs to a sealed node, and a copy takes its place
             copied = 1 if first % size else 0
             pages = self.pool.allocate(needed + copied)
             leaf.table = self.tables.take()
             if leaf.parent is not None:
-                self.tables.copy(leaf.parent.table, leaf.table, held)
+                self.tables.copy(leaf.parent.table, leaf.table, num_held)
                 if copied:
-                    self.pool.copy(self.tables.page(leaf.table, held - 1), pages[0])
-            self.tables.write(leaf.table, held - copied, pages)
+                    self.pool.copy(self.tables.page(leaf.table, num_held - 1), pages[0])
+            self.tables.write(leaf.table, num_held - copied, pages)
             leaf.pages += pages
         leaf.length += count
 
     def pages_to_append(self, path: Path, count: int) -> int:
-        """How many pages `append(path, count)` would take at most (exactly, if no relative is dropped before)."""
+        """Return how many pages `append(path, count)` takes at most; fewer if a related path is dropped before."""
         size = self.pool.page_size
         copied = 1 if path.leaf.length == 0 and path.length % size else 0
         return -(-(path.length + count) // size) - -(-path.length // size) + copied
@@ -125,13 +131,12 @@ class BranchTree:
                 parent.children.remove(node)
             node = parent
         if node is not None and len(node.children) == 1:
-            self._melt(node, node.children[0])
+            self._merge_into_child(node, node.children[0])
 
     def table(self, path: Path) -> list[int]:
-        """Pages of a path, in the order of positions."""
+        """Return the pages of a path, in the order of positions."""
         leaf = path.leaf
-        owner = leaf if leaf.length or leaf.parent is None else leaf.parent
-        return self._pages_of(owner)
+        return self._pages_of(leaf if leaf.length or leaf.parent is None else leaf.parent)
 
     def check(self) -> None:
         """Assert the invariants: every page is free or owned by one reachable node; tables agree with ownership."""
@@ -157,14 +162,14 @@ class BranchTree:
         self.paths.add(path)
         return path
 
-    def _melt(self, node: Node, child: Node) -> None:
+    def _merge_into_child(self, node: Node, child: Node) -> None:
         """Merge a sealed node into its only child."""
         last = -(-node.end // self.pool.page_size) - 1
         if child.length == 0:
             child.table = node.table
         else:
             if self.tables.page(node.table, last) != self.tables.page(child.table, last):
-                self.pool.release([node.pages.pop()])  # the child wrote on in a copy of it
+                self.pool.release([node.pages.pop()])  # the child continued in a copy of it
             self.tables.put(node.table)
         child.pages = node.pages + child.pages
         child.start = node.start
@@ -174,4 +179,5 @@ class BranchTree:
             node.parent.children[node.parent.children.index(node)] = child
 
     def _pages_of(self, node: Node) -> list[int]:
+        """Return the pages of all positions from 0 to a node's end."""
         return self.tables.pages(node.table, -(-node.end // self.pool.page_size)) if node.length else []

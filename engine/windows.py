@@ -1,4 +1,4 @@
-"""Parts of a response scored as if nothing stood between them and the prompt but a window of the response."""
+"""Windows of a response: parts of it scored as if only the prompt and a few tokens of the response preceded them."""
 
 from __future__ import annotations
 
@@ -8,49 +8,42 @@ import torch
 from torch import Tensor
 
 from genssd.engine.candidate import Window
-from genssd.engine.errors import CapacityError, NumericsError
+from genssd.engine.errors import CapacityError
 from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.token_runs import TokenRun, run_statistics
 from genssd.engine.tree import Path
-from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
 
 
 @torch.inference_mode()
 def local_logprob(
     runner: ModelRunner, prompt_ids: Sequence[int], ids: Sequence[int], windows: Sequence[Window]
 ) -> list[Tensor]:
-    """log p(ids[start:end] | prompt, ids[context:start]) of every window (context, start, end), float32 [end - start].
+    """Return log p(ids[start:end] | prompt, ids[context:start]) of every window (context, start, end).
 
-    The prompt is computed once; every window is a fork of it, so positions go on from the prompt's. Raises
-    CapacityError when the prompt and one window do not fit into what is free of the cache.
+    The results are float32 [end - start]. The prompt is computed once; every window is a fork of it, so positions
+    continue those of the prompt. Raises CapacityError when the prompt and one window do not fit into the free pages,
+    NumericsError on NaN or infinite logits.
     """
     root = runner.tree.root()
     paths: list[Path] = []
     results: list[Tensor] = []
     try:
         _require_room(runner, root, len(prompt_ids))
-        before = runner.extend([root], [prompt_ids], last=[1])[0][-1]
+        before_D = runner.extend([root], [prompt_ids], last=[1])[0][-1]
         for group in _groups(runner, root, windows):
             paths = [runner.tree.fork(root) for _ in group]
-            # the last token of a window is predicted, not read; a window of one token reads nothing
+            # the last token of a window is predicted, not read; a window of one token has none to read
             read = [(path, ids[context : end - 1]) for path, (context, _, end) in zip(paths, group, strict=True)]
-            full = [(path, tokens) for path, tokens in read if tokens]
-            hidden = iter(runner.extend([path for path, _ in full], [tokens for _, tokens in full]))
-            predicting = []
-            for (_, tokens), (context, start, _) in zip(read, group, strict=True):
-                states = torch.cat((before[None], next(hidden))) if tokens else before[None]
-                predicting.append(states[start - context :])
-            targets = torch.tensor(
-                [token for _, start, end in group for token in ids[start:end]], device=runner.decoder.device
-            )
-            stats = linear_logprob(torch.cat(predicting), runner.decoder.head, targets)
-            results += torch.split(stats.logprob, [end - start for _, start, end in group])
+            nonempty = [(path, tokens) for path, tokens in read if tokens]
+            states = iter(runner.extend([path for path, _ in nonempty], [tokens for _, tokens in nonempty]))
+            runs = [
+                TokenRun(tokens=ids[start:end], before_D=before_D, states_ND=next(states) if tokens else None)
+                for (_, tokens), (_, start, end) in zip(read, group, strict=True)
+            ]
+            stats = run_statistics(runner, runs, lambda index, offset: "a part of a response")
+            results += [part.logprob for part in stats]
             while paths:
                 runner.tree.drop(paths.pop())
-    except NonFiniteLogits:
-        raise NumericsError(
-            f"the {runner.role} {runner.directory} produced NaN or infinite logits for a part of a response; check the "
-            "weights, or run it in float32"
-        ) from None
     finally:
         for path in (*paths, root):
             runner.tree.drop(path)
@@ -58,32 +51,36 @@ def local_logprob(
 
 
 def _groups(runner: ModelRunner, root: Path, windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
-    """As many windows at a time as one forward pass and the free pages take."""
+    """Yield the windows in order, as many at a time as one forward pass and the free pages take."""
     pool = runner.tree.pool
     group: list[Window] = []
-    rows = pages = 0
+    num_rows = num_pages = 0
     for window in windows:
-        tokens = window[2] - window[0] - 1
-        need = _pages(runner, root, tokens)
-        if group and (rows + tokens > MAX_ROWS or pages + need > pool.num_free):
+        num_tokens = window[2] - window[0] - 1
+        num_new_pages = _num_pages(runner, root, num_tokens)
+        if group and (num_rows + num_tokens > MAX_ROWS or num_pages + num_new_pages > pool.num_free):
             yield group
-            group, rows, pages = [], 0, 0
-        _require_room(runner, root, tokens)
+            group, num_rows, num_pages = [], 0, 0
+        _require_room(runner, root, num_tokens)
         group.append(window)
-        rows, pages = rows + tokens, pages + need
+        num_rows, num_pages = num_rows + num_tokens, num_pages + num_new_pages
     if group:
         yield group
 
 
-def _pages(runner: ModelRunner, path: Path, tokens: int) -> int:
-    """What a fork of the path takes for some tokens: a half-filled page is copied on the first write."""
-    copied = path.leaf.length > 0 and path.length % runner.tree.pool.page_size > 0
-    return (runner.tree.pages_to_append(path, tokens) + copied) if tokens else 0
+def _num_pages(runner: ModelRunner, path: Path, num_tokens: int) -> int:
+    """Return how many pages a fork of a path takes for some tokens; a half-filled page is copied on the first write."""
+    if not num_tokens:
+        return 0
+    copies_page = path.leaf.length > 0 and path.length % runner.tree.pool.page_size > 0
+    return runner.tree.pages_to_append(path, num_tokens) + copies_page
 
 
-def _require_room(runner: ModelRunner, path: Path, tokens: int) -> None:
-    if _pages(runner, path, tokens) > runner.tree.pool.num_free:
+def _require_room(runner: ModelRunner, path: Path, num_tokens: int) -> None:
+    """Raise CapacityError when a fork of a path does not fit into the free pages with so many more tokens."""
+    num_free = runner.tree.pool.num_free
+    if _num_pages(runner, path, num_tokens) > num_free:
         raise CapacityError(
-            f"a prompt or window of {tokens} tokens does not fit into the {runner.tree.pool.num_free} free pages of "
-            f"the {runner.role}'s cache; raise memory_bytes or memory_utilization"
+            f"a prompt or window of {num_tokens} tokens does not fit into the {num_free} free pages of the "
+            f"{runner.role}'s cache; raise memory_bytes or memory_utilization"
         )

@@ -58,7 +58,7 @@ def build_models() -> tuple[Any, Decoder]:
     with TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         shape = ModelConfig.load(Path(directory))
-    decoder = Decoder.of(shape, reference.state_dict(), Path("random"))
+    decoder = Decoder.from_tensors(shape, reference.state_dict(), Path("random"))
     for name, part in decoder.stacked().items():
         reference.get_parameter(name).data = part
     return reference, decoder

@@ -8,7 +8,7 @@ from genssd.distill.runs.settings import Operational
 from genssd.engine.engine import Engine
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
 class EngineOptions:
     """The arguments of `Engine.from_pretrained` other than the models."""
 

@@ -9,7 +9,7 @@ from functools import cache
 from hashlib import blake2b
 
 from genssd.distill.score.ranking import FeatureRow, group_by_prompt
-from genssd.engine.criteria import Lark
+from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.errors import InputError
 
 LENGTH_KINDS = ("long", "short")

@@ -127,7 +127,7 @@ def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], lis
             return "no reference answer, which judge=solves needs"
         return "the response is empty" if len(trace.response_ids) == trace.finished else None
 
-    longest = engine.longest("student")
+    longest = engine.max_sequence_length("student")
     return read_usable_traces(
         config.data, engine.tokenizer("student"), max_length=longest, limit=config.limit, find_fault=unfit
     )
@@ -244,7 +244,7 @@ def _asking(engine: Engine, config: PrefixConfig) -> Judge:
             text = QUESTION.format(problem=trace.question.strip(), prefix=tokenizer.decode(ids).strip())
             prompt = [{"role": "user", "content": text}] if tokenizer.hf.chat_template else f"{text}\n"
             prompts.append(tokenizer.encode_prompt(prompt))
-        longest = engine.longest("student") - config.judge_tokens
+        longest = engine.max_sequence_length("student") - config.judge_tokens
         short = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
         replies = engine.iter_generate(
             [prompts[i] for i in short],

@@ -31,11 +31,12 @@ from genssd.distill.score.page import render_page
 from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
 from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
 from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
-from genssd.engine.criteria import Lark
+from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criterion_names import resolve
-from genssd.engine.engine import ANSWER_ROOM, Engine
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
+from genssd.engine.resources import ANSWER_ROOM
 from genssd.engine.steps import step_spans
 
 BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
@@ -206,7 +207,7 @@ def _read_traces(
     config: ScoreConfig, criteria: Mapping[str, AnyCriterion], engine: Engine
 ) -> tuple[list[Trace], list[str]]:
     """Return the traces that the criteria can judge, and a message for each of the others."""
-    tokenizer, longest = engine.tokenizer("student"), engine.longest("student")
+    tokenizer, longest = engine.tokenizer("student"), engine.max_sequence_length("student")
     reading = next((name for name, criterion in criteria.items() if needs_answer(criterion)), None)
 
     def unfit(trace: Trace) -> str | None:

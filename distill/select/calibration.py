@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from genssd.engine.candidate import PoolCriterion
-from genssd.engine.chunk import Chunk
+from genssd.engine.candidate import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
+from genssd.engine.search_options import SearchOptions
 from genssd.engine.text import Prompt
 
 
@@ -28,7 +27,7 @@ class Calibration:
     """The thresholds of other shares; None where infinite."""
 
 
-def check_calibration(criterion: str, share: float) -> None:
+def check_calibration(criterion: str | AnyCriterion, share: float) -> None:
     """Raise InputError when no threshold can be had."""
     if not 0.0 < share <= 1.0:
         raise InputError(f"calibrate.share must lie in (0, 1], not {share}")
@@ -41,13 +40,9 @@ def check_calibration(criterion: str, share: float) -> None:
 def calibrate(
     engine: Engine,
     prompts: Sequence[Prompt],
+    options: SearchOptions,
     *,
-    criterion: str,
     share: float,
-    chunk: Chunk,
-    max_tokens: int,
-    sampling: Sampling,
-    seed: int,
     labels: Sequence[str],
     answers: Sequence[str | None],
 ) -> Calibration:
@@ -55,16 +50,16 @@ def calibrate(
 
     Take prompts that are not selected from later: on those the threshold would fit too well.
     """
+    criterion = options.criterion
     check_calibration(criterion, share)
     selections = engine.select_expand(
         prompts,
+        options,
         candidates=1,
-        chunk=chunk,
-        criterion=criterion,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        loop_guard=None,
-        seed=seed,
+        beam=1,
+        threshold=None,
+        teacher_topk=0,
+        loop_guard=False,
         answers=answers,
         labels=labels,
     )
@@ -77,7 +72,7 @@ def calibrate(
         raise InputError(f"calibration: {criterion} is infinite at the share {share}; lower calibrate.share")
     others = {f"{of:g}": share_passes(values, of) for of in (0.5, 0.75, 0.9, 0.95, 0.99)}
     return Calibration(
-        criterion=criterion,
+        criterion=str(criterion),
         share=share,
         threshold=threshold,
         prompts=sum(selection.error is None for selection in selections),

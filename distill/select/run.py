@@ -27,12 +27,9 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import ModelPath, Operational
 from genssd.distill.select.calibration import calibrate, check_calibration
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
-from genssd.engine.chunk import Chunk
-from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.loops import LoopGuard
-from genssd.engine.sampling import Sampling
+from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
 
 
@@ -52,33 +49,19 @@ class Calibrate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectSettings(EngineOptions):
-    """How to search."""
+class SelectSettings(SearchOptions, EngineOptions):
+    """Options of the search, of the engine, and of the threshold's calibration."""
 
-    candidates: int = 4
-    """Continuations sampled per live branch and round."""
-    chunk: Chunk = field(default_factory=Chunk)
-    """Where a candidate ends."""
-    beam: int = 1
-    """Branches kept per prompt after each round."""
     criterion: str = "ppl"
-    """Registered name of the selection criterion."""
-    threshold: float | None = None
-    """Prune a branch whose best candidate is worse than this criterion value."""
-    calibrate: Calibrate = field(default_factory=Calibrate)
-    """Or take the threshold from plain samples of the teacher."""
-    max_tokens: int = 4096
-    """Of the response."""
-    teacher_topk: int = 0
-    """Write down so many of the teacher's most likely tokens along the best trajectory, for `genssd train --kd-ratio`:
-    8 bytes each per token."""
+    """Selection criterion: a registered name (rsr), one with options (ppl(norm='byte')), a weighted sum of ranks
+    (0.7*rsr + 0.3*lalp), or an import path (package.module:Name)."""
     loop_guard: bool = True
-    """Reject candidates that end in a repetition."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
-    """How the teacher samples."""
-    seed: int = 0
+    """Whether candidates that end in a repetition are rejected."""
+    calibrate: Calibrate = field(default_factory=Calibrate)
+    """Plain samples of the teacher from which the threshold is taken instead."""
 
     def __post_init__(self) -> None:
+        # the options of the search are checked in run_select: what is raised here, the command line breaks into a frame
         if self.calibrate.data is not None:
             if self.threshold is not None:
                 raise InputError("give a threshold or calibrate.data, not both")
@@ -136,7 +119,7 @@ def run_select(
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
-    resolve(config.criterion)
+    config.with_changes()  # checks the options of the search before anything is read or loaded
     problems = read_problems(config.data, config.limit)
     if config.calibrate.data is not None and not config.resume:
         read_problems(config.calibrate.data, config.calibrate.limit)  # before any model is loaded
@@ -169,7 +152,7 @@ def _search(
         tokenizer=engine.tokenizer("teacher").fingerprint,
     )
     failures: list[str] = []
-    tokens_kept, sampled_before = 0, engine.usage.teacher_tokens
+    tokens_kept, sampled_before = 0, engine.usage.sampled_tokens
     topk_end = max(map(find_topk_end, run.done()), default=0)
     selections = run.journal
     with (
@@ -191,7 +174,7 @@ def _search(
                     done=len(done) + finished,
                     total=len(problems),
                     tokens_kept=tokens_kept,
-                    tokens_sampled=engine.usage.teacher_tokens - sampled_before,
+                    tokens_sampled=engine.usage.sampled_tokens - sampled_before,
                     pages_in_use=engine.pages_in_use[0],
                     pages=engine.pages_in_use[1],
                 )
@@ -209,12 +192,8 @@ def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
     found = calibrate(
         engine,
         [problem.prompt for problem in problems],
-        criterion=config.criterion,
+        config,
         share=config.calibrate.share,
-        chunk=config.chunk,
-        max_tokens=config.max_tokens,
-        sampling=config.sampling,
-        seed=config.seed,
         labels=[f"{config.calibrate.data}, line {problem.line}" for problem in problems],
         answers=[problem.answer for problem in problems],
     )
@@ -231,16 +210,8 @@ def _select(
 ) -> Iterator[Selection]:
     return engine.iter_select_expand(
         [problem.prompt for problem in problems],
-        candidates=config.candidates,
-        chunk=config.chunk,
-        beam=config.beam,
-        criterion=config.criterion,
+        config,
         threshold=threshold,
-        max_tokens=config.max_tokens,
-        teacher_topk=config.teacher_topk,
-        sampling=config.sampling,
-        loop_guard=LoopGuard() if config.loop_guard else None,
-        seed=config.seed,
         answers=[problem.answer for problem in problems],
         skip=done,
         labels=[f"{config.data}, line {problem.line}" for problem in problems],

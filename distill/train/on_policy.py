@@ -72,11 +72,11 @@ class Rollouts:
         source: the model's directory, which holds its config.
         """
         tensors: dict[str, Tensor] = {name: p.data for name, p in model.state_dict(keep_vars=True).items()}
-        decoder = Decoder.of(ModelConfig.load(source), tensors, source)
+        decoder = Decoder.from_tensors(ModelConfig.load(source), tensors, source)
         for name, view in decoder.stacked().items():
             model.get_parameter(name).data = view
         # the engine's messages name the option memory_bytes, which is rollout.memory_bytes here
-        engine = Engine.over("student", decoder, tokenizer, memory_bytes=plan.options.memory_bytes)
+        engine = Engine.from_decoder("student", decoder, tokenizer, memory_bytes=plan.options.memory_bytes)
         return Rollouts(engine, plan)
 
     def write(self, examples: Sequence[Example], step: int, indices: Sequence[int]) -> list[Example]:

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from genssd.engine.candidate import Candidate as Candidate
     from genssd.engine.candidate import Criterion as Criterion
     from genssd.engine.chunk import Chunk as Chunk
-    from genssd.engine.criteria import Perplexity as Perplexity
+    from genssd.engine.criteria.likelihood import Perplexity as Perplexity
     from genssd.engine.criterion_names import register_criterion as register_criterion
     from genssd.engine.engine import Engine as Engine
     from genssd.engine.errors import GenssdError as GenssdError
     from genssd.engine.loops import LoopGuard as LoopGuard
     from genssd.engine.sampling import Sampling as Sampling
+    from genssd.engine.search_options import SearchOptions as SearchOptions
     from genssd.engine.selection import Selection as Selection
     from genssd.kernels.logprob import TokenStats as TokenStats
 
@@ -35,8 +36,9 @@ _HOME = {
     "Engine": "genssd.engine.engine",
     "GenssdError": "genssd.engine.errors",
     "LoopGuard": "genssd.engine.loops",
-    "Perplexity": "genssd.engine.criteria",
+    "Perplexity": "genssd.engine.criteria.likelihood",
     "Sampling": "genssd.engine.sampling",
+    "SearchOptions": "genssd.engine.search_options",
     "Selection": "genssd.engine.selection",
     "TokenStats": "genssd.kernels.logprob",
     "register_criterion": "genssd.engine.criterion_names",

@@ -49,9 +49,9 @@ def search(engine: Engine, given: Sequence[list[int]]) -> list[Selection]:
     )
 
 
-def assert_same_bits(ours: Selection, theirs: Selection) -> None:
-    assert len(ours.tree) == len(theirs.tree)
-    for one, other in zip(ours.tree, theirs.tree, strict=True):
+def assert_same_bits(actual: Selection, reference: Selection) -> None:
+    assert len(actual.tree) == len(reference.tree)
+    for one, other in zip(actual.tree, reference.tree, strict=True):
         assert (one.trace, one.token_ids, one.verdict, one.score) == (
             other.trace, other.token_ids, other.verdict, other.score,
         )  # fmt: skip
@@ -74,10 +74,10 @@ def test_a_trajectory_alone_has_the_bits_of_one_among_64(engine: Callable[[], En
 def test_a_score_alone_has_the_bits_of_one_among_64(engine: Callable[[], Engine]) -> None:
     given = prompts(64)
     responses = [[*tail[::-1], 3, 1, 4] for tail in given]
-    ours = engine()
-    together = ours.score(given, responses)
+    actual = engine()
+    together = actual.score(given, responses)
     for index in (0, 5, 33, 63):
-        (single,) = ours.score([given[index]], [responses[index]])
+        (single,) = actual.score([given[index]], [responses[index]])
         for name in STATISTICS:
             assert torch.equal(getattr(single, name), getattr(together[index], name)), name
 
@@ -88,7 +88,7 @@ def test_a_warm_prefix_has_the_bits_of_a_cold_one(
 ) -> None:
     """Whether a prefix was in the cache, how it came there, and in how many pieces: nothing of it shows."""
     monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 64)
-    runner = engine()._runners["student"]
+    runner = engine()._resources.runners["student"]
     ids = torch.randint(0, VOCAB, (150,), generator=torch.Generator().manual_seed(1)).tolist()
     (cold,) = runner.extend([runner.tree.root()], [ids])
     for cut in (1, 16, 33, 100, 149):

@@ -23,39 +23,39 @@ def drop_all(*branches: Branch) -> None:
 
 def going_on(branch: Branch, n: int = 3) -> list[Branch]:
     """Committed children that have not ended; the others are dropped."""
-    kids = branch.expand(n, FIVE)
-    live = [kid for kid in kids if kid.ended == "chunk"]
-    drop_all(*(kid for kid in kids if kid.ended != "chunk"))
-    for kid in live:
-        kid.commit()
+    children = branch.expand(n, FIVE)
+    live = [child for child in children if child.ended == "chunk"]
+    drop_all(*(child for child in children if child.ended != "chunk"))
+    for child in live:
+        child.commit()
     return live
 
 
 def test_candidates_are_scored_exactly(engine: Engine, pair: Pair) -> None:
     root = engine.branch([5, 6, 7])
-    kids = root.expand(3, FIVE)
-    for kid in kids:
-        assert kid.history == []
-        assert kid.length == len(kid.chunk) == len(kid.stats) == len(kid.teacher_logprob)
-        for role, ours in (("student", kid.stats.logprob), ("teacher", kid.teacher_logprob)):
-            exact = pair.logprobs(role, [5, 6, 7], kid.token_ids)
-            torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=0)
-    drop_all(root, *kids)
+    children = root.expand(3, FIVE)
+    for child in children:
+        assert child.history == []
+        assert child.length == len(child.chunk) == len(child.stats) == len(child.writer_logprob)
+        for role, actual in (("student", child.stats.logprob), ("teacher", child.writer_logprob)):
+            exact = pair.logprobs(role, [5, 6, 7], child.token_ids)
+            torch.testing.assert_close(actual.double(), exact, atol=1e-4, rtol=0)
+    drop_all(root, *children)
 
 
 def test_a_grandchild_continues_its_own_branch(engine: Engine, pair: Pair) -> None:
     root = engine.branch([5, 6, 7], seed=3)
     live = going_on(root, 4)
     assert len(live) >= 2
-    for kid in live:
-        first = list(kid.history)
-        grandkids = kid.expand(2, FIVE)
-        for grandkid in grandkids:
-            assert grandkid.token_ids[:5] == first
-            assert grandkid.trace[:1] == kid.trace
-            exact = pair.logprobs("student", [5, 6, 7], grandkid.token_ids)[5:]
-            torch.testing.assert_close(grandkid.stats.logprob.double(), exact, atol=1e-4, rtol=0)
-        drop_all(*grandkids)
+    for child in live:
+        first = list(child.history)
+        grandchildren = child.expand(2, FIVE)
+        for grandchild in grandchildren:
+            assert grandchild.token_ids[:5] == first
+            assert grandchild.trace[:1] == child.trace
+            exact = pair.logprobs("student", [5, 6, 7], grandchild.token_ids)[5:]
+            torch.testing.assert_close(grandchild.stats.logprob.double(), exact, atol=1e-4, rtol=0)
+        drop_all(*grandchildren)
     drop_all(root, *live)
 
 
@@ -72,33 +72,33 @@ def test_expanding_again_gives_other_candidates_and_the_same_as_at_once(engine: 
 def test_a_branch_draws_what_the_search_draws(engine: Engine) -> None:
     (selection,) = engine.select_expand(["abc"], candidates=3, chunk=FIVE, max_tokens=10, seed=6)
     root = engine.branch("abc", seed=6)
-    kids = root.expand(3, FIVE)
-    assert [tuple(k.token_ids) for k in kids] == [r.token_ids for r in selection.tree[:3]]
-    drop_all(root, *kids)
+    children = root.expand(3, FIVE)
+    assert [tuple(k.token_ids) for k in children] == [r.token_ids for r in selection.tree[:3]]
+    drop_all(root, *children)
 
 
 def test_the_branch_itself_stays_as_it_is(engine: Engine) -> None:
     root = engine.branch("abc")
-    kids = root.expand(2, FIVE)
+    children = root.expand(2, FIVE)
     assert root.token_ids == []
     assert root.text == ""
-    kids[0].commit()
-    assert kids[0].history
-    assert kids[1].history == []
-    assert kids[0].text == engine.tokenizer("teacher").decode(kids[0].token_ids)
-    assert len(kids[0].stats) == 0
-    assert len(kids[0].history_stats[0]) == len(kids[0].history)
-    drop_all(root, *kids)
+    children[0].commit()
+    assert children[0].history
+    assert children[1].history == []
+    assert children[0].text == engine.tokenizer("teacher").decode(children[0].token_ids)
+    assert len(children[0].stats) == 0
+    assert len(children[0].history_stats[0]) == len(children[0].history)
+    drop_all(root, *children)
 
 
 def test_an_uncommitted_or_ended_branch_cannot_be_expanded(engine: Engine) -> None:
     root = engine.branch("abc")
-    kids = root.expand(1, FIVE)
+    children = root.expand(1, FIVE)
     with pytest.raises(InputError, match=r"call commit\(\)"):
-        kids[0].expand(1, FIVE)
-    drop_all(*kids)
+        children[0].expand(1, FIVE)
+    drop_all(*children)
     ended = root.expand(12, Chunk(tokens=60, until=None))
-    finished = next(kid for kid in ended if kid.ended == "finished")
+    finished = next(child for child in ended if child.ended == "finished")
     finished.commit()
     with pytest.raises(InputError, match="ended"):
         finished.expand(1, FIVE)
@@ -122,12 +122,12 @@ def test_a_dropped_branch_cannot_be_expanded(engine: Engine) -> None:
     dropped = live[0]
     drop_all(*live)
     held = list(dropped.token_ids)
-    kids: list[Branch] = []
+    children: list[Branch] = []
     try:
         with pytest.raises(InputError, match="dropped"):
-            kids = dropped.expand(1, FIVE)
+            children = dropped.expand(1, FIVE)
     finally:
-        drop_all(root, dropped, *kids)
+        drop_all(root, dropped, *children)
     assert dropped.token_ids == held
     drop_all(dropped)  # again: nothing happens
 
@@ -150,26 +150,26 @@ def test_dropping_in_any_order_frees_everything(engine: Engine) -> None:
 
 def test_siblings_survive_the_drop_of_their_parent(engine: Engine, pair: Pair) -> None:
     root = engine.branch([40] * 21, seed=2)
-    kids = going_on(root, 4)
+    children = going_on(root, 4)
     root.drop()
-    for kid in kids[1:]:
-        kid.drop()
-    grandkids = kids[0].expand(2, FIVE)
-    kids[0].drop()
-    for grandkid in grandkids:
-        exact = pair.logprobs("student", [40] * 21, grandkid.token_ids)[5:]
-        torch.testing.assert_close(grandkid.stats.logprob.double(), exact, atol=1e-4, rtol=0)
-    drop_all(*grandkids)
+    for child in children[1:]:
+        child.drop()
+    grandchildren = children[0].expand(2, FIVE)
+    children[0].drop()
+    for grandchild in grandchildren:
+        exact = pair.logprobs("student", [40] * 21, grandchild.token_ids)[5:]
+        torch.testing.assert_close(grandchild.stats.logprob.double(), exact, atol=1e-4, rtol=0)
+    drop_all(*grandchildren)
 
 
 def test_a_teacher_alone_expands_without_statistics(pair: Pair) -> None:
     engine = Engine.from_pretrained(pair.teacher, dtype="float32", memory_bytes=1 << 20)
     root = engine.branch([1, 2], sampling=Sampling(temperature=0.8))
-    (kid,) = root.expand(1, FIVE)
-    assert len(kid.stats) == 0
-    assert len(kid.teacher_logprob) == len(kid.chunk)
-    kid.commit()
-    drop_all(root, kid)
+    (child,) = root.expand(1, FIVE)
+    assert len(child.stats) == 0
+    assert len(child.writer_logprob) == len(child.chunk)
+    child.commit()
+    drop_all(root, child)
     assert engine.pages_in_use[0] == 0
     with pytest.raises(InputError, match=r"no student; give student="):
         engine.select_expand(["a"])
@@ -193,16 +193,16 @@ def test_candidates_that_do_not_fit_now_take_nothing(pair: Pair) -> None:
     held = holder.expand(5, Chunk(tokens=20, until=None))
     other = engine.branch("other", seed=5)
     before = engine.pages_in_use[0]
-    wanted = 4, Chunk(tokens=40, until=None)
+    request = 4, Chunk(tokens=40, until=None)
     with pytest.raises(CapacityError):
-        other.expand(*wanted)
+        other.expand(*request)
     assert engine.pages_in_use[0] == before, "a refused expansion holds pages"
     drop_all(holder, *held)
     assert engine.pages_in_use[0] == 0
-    kids = other.expand(*wanted)
-    fresh = pair.engine().branch("other", seed=5).expand(*wanted)
-    assert [k.token_ids for k in kids] == [k.token_ids for k in fresh]
-    drop_all(other, *kids)
+    children = other.expand(*request)
+    fresh = pair.engine().branch("other", seed=5).expand(*request)
+    assert [k.token_ids for k in children] == [k.token_ids for k in fresh]
+    drop_all(other, *children)
     assert engine.pages_in_use[0] == 0
 
 
@@ -229,10 +229,10 @@ def test_other_calls_say_that_branches_hold_the_cache(pair: Pair) -> None:
 def test_a_branch_at_the_last_position_says_so(pair: Pair) -> None:
     engine = pair.engine()
     root = engine.branch([7] * 509)
-    (kid,) = root.expand(1, FIVE)
-    assert kid.length <= 3
-    if kid.length == 3:
-        assert kid.ended in ("length", "finished")
-    drop_all(root, kid)
+    (child,) = root.expand(1, FIVE)
+    assert child.length <= 3
+    if child.length == 3:
+        assert child.ended in ("length", "finished")
+    drop_all(root, child)
     with pytest.raises(CapacityError, match=r"prompt has 512 tokens.*512 positions"):
         engine.branch([7] * 512)

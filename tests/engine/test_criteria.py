@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 
 from genssd.engine import criterion_names
 from genssd.engine.candidate import Candidate, Criterion, PoolCriterion, Window, evaluate
-from genssd.engine.criteria import AslecCasl, AslecDrop, Lark, LocalNaturalness, Perplexity, Random, RankSurprisal
+from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
+from genssd.engine.criteria.controls import Random
+from genssd.engine.criteria.learning_gain import Lark
+from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal
 from genssd.engine.criterion_names import WeightedRank, register_criterion, resolve
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import STATISTICS, TokenStats
@@ -73,9 +76,9 @@ def test_perplexity_is_the_exponential_of_the_mean(chunk: list[float], history: 
     borrowed = history[max(0, len(history) - max(0, min_tokens - len(chunk))) :]
     expected = math.exp(-math.fsum(borrowed + chunk) / len(borrowed + chunk))
     assert Perplexity().score(candidate(chunk, history).lengthened(min_tokens)) == pytest.approx(expected, rel=1e-6)
-    whole = math.exp(-math.fsum(history + chunk) / len(history + chunk))
+    full = math.exp(-math.fsum(history + chunk) / len(history + chunk))
     trajectory = Perplexity(scope="trajectory")
-    assert trajectory.score(candidate(chunk, history).lengthened(min_tokens)) == pytest.approx(whole, rel=1e-6)
+    assert trajectory.score(candidate(chunk, history).lengthened(min_tokens)) == pytest.approx(full, rel=1e-6)
 
 
 def test_a_short_ending_is_scored_with_the_end_of_its_history() -> None:
@@ -431,15 +434,15 @@ def test_directions() -> None:
 def test_local_naturalness_scores_the_steps_of_the_chunk_in_their_windows() -> None:
     """Every step of four tokens; the chunk begins inside the third one."""
     pieces = [p for _ in range(6) for p in (" a", "b", "c", ".")]
-    asked: list[Window] = []
+    requested: list[Window] = []
 
     def local(ids: Sequence[int], windows: Sequence[Window]) -> list[torch.Tensor]:
         assert len(ids) == 24
-        asked.extend(windows)
+        requested.extend(windows)
         return [torch.full((end - start,), -float(i + 1)) for i, (_, start, end) in enumerate(windows)]
 
     def scored(criterion: LocalNaturalness, begin: int) -> float:
-        asked.clear()
+        requested.clear()
         return criterion.score(
             Candidate(
                 token_ids=tuple(range(24 - begin)),
@@ -454,21 +457,21 @@ def test_local_naturalness_scores_the_steps_of_the_chunk_in_their_windows() -> N
         )
 
     assert scored(LocalNaturalness(steps=1), 10) == -(1 + 2 + 3 + 4) / 4
-    assert asked == [(4, 10, 12), (8, 12, 16), (12, 16, 20), (16, 20, 24)]
+    assert requested == [(4, 10, 12), (8, 12, 16), (12, 16, 20), (16, 20, 24)]
     scored(LocalNaturalness(steps=0), 0)
-    assert asked == [(4 * i, 4 * i, 4 * i + 4) for i in range(6)]
+    assert requested == [(4 * i, 4 * i, 4 * i + 4) for i in range(6)]
     scored(LocalNaturalness(), 0)
-    assert asked == [(4 * max(0, i - 4), 4 * i, 4 * i + 4) for i in range(6)]
+    assert requested == [(4 * max(0, i - 4), 4 * i, 4 * i + 4) for i in range(6)]
     scored(LocalNaturalness(share=0.25), 0)
-    assert asked == [(4 * (i - math.ceil(i / 4)), 4 * i, 4 * i + 4) for i in range(6)]
+    assert requested == [(4 * (i - math.ceil(i / 4)), 4 * i, 4 * i + 4) for i in range(6)]
 
 
 def test_a_share_of_the_steps_is_rounded_up_exactly() -> None:
     """0.07 of 100 steps are 7, though 0.07 * 100 is 7.000000000000001."""
-    asked: list[Window] = []
+    requested: list[Window] = []
 
     def local(ids: Sequence[int], windows: Sequence[Window]) -> list[torch.Tensor]:
-        asked.extend(windows)
+        requested.extend(windows)
         return [torch.zeros(end - start) for _, start, end in windows]
 
     LocalNaturalness(share=0.07).score(
@@ -481,7 +484,7 @@ def test_a_share_of_the_steps_is_rounded_up_exactly() -> None:
             local_logprob=local,
         )
     )
-    assert asked[100] == (93, 100, 101)
+    assert requested[100] == (93, 100, 101)
 
 
 # combinations
@@ -497,7 +500,7 @@ def test_a_weighted_sum_adds_ranks() -> None:
     ]  # lengths 2, 1, 3, 1: places 2, 0.5, 3, 0.5
     values = evaluate(resolve("0.7*rsr + 0.3*length"), pool)
     assert values == pytest.approx([0.35 + 0.6, 1.4 + 0.15, 0.35 + 0.9, 2.1 + 0.15])
-    # higher is better turns the places round, a pool criterion is asked once for all, and no weight is 1
+    # higher is better turns the places round, a pool criterion is requested once for all, and no weight is 1
     mixed = evaluate(resolve("length(longest=True) + 2*lark"), pool)
     lark = evaluate(Lark(), pool)
     places = [sum(other > value for other in lark) for value in lark]
@@ -612,7 +615,7 @@ def test_options_of_an_imported_object_are_refused(own_module: str) -> None:
         ("*rsr", "'' is no weight"),
         ("rsr*0.7", "'rsr' is no weight"),
         ("genssd.engine.nowhere:Thing", "No module named 'genssd.engine.nowhere'"),
-        ("genssd.engine.criteria:Nothing", "no attribute 'Nothing'"),
+        ("genssd.engine.criteria.likelihood:Nothing", "no attribute 'Nothing'"),
         ("genssd.engine.candidate:Window", "criterion|argument"),
     ],
 )
@@ -724,7 +727,7 @@ def odd(chunk: Sequence[float], history: Sequence[float] = (), finished: bool = 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_no_value_is_nan(name: str) -> None:
-    """Nothing but the end of sequence, one token, probability 0 and 1; alone and in one pool."""
+    """Responses of the end of sequence alone, one token, probability 0 and 1; by themselves and in one pool."""
     pool = [
         odd([-0.5]),
         odd([-0.5], [-1.0, -2.0]),

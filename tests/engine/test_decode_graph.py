@@ -1,4 +1,4 @@
-"""What of a captured step needs no GPU: buckets, and the layout of its inputs in one buffer."""
+"""The parts of a captured step that need no GPU: buckets, and the layout of its inputs in one buffer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_buckets() -> None:
 def test_a_step_is_read_back(rows: int) -> None:
     bucket, tables, ids = bucket_for(rows), tables_of(rows), list(range(100, 100 + rows))
     assert bucket is not None
-    layout = StepLayout.of(bucket, 64, tables)
+    layout = StepLayout.for_tables(bucket, 64, tables)
     host = np.full(layout.length, -9, dtype=np.int32)
     layout.pack(tables, host)
     layout.pack_ids(ids, host)
@@ -40,17 +40,17 @@ def test_a_step_is_read_back(rows: int) -> None:
     assert batch.slot_N.tolist() == tables[0].slot.tolist() + [-1] * padding
     assert batch.position_N.tolist() == tables[0].position.tolist() + [0] * padding
     for window, table in tables.items():
-        there = batch.tables[window]
-        assert there.window == window
-        assert there.num_rows == bucket
+        table = batch.tables[window]
+        assert table.window == window
+        assert table.num_rows == bucket
         for name in ("items", "entries", "pages", "row_partial"):
             expected = getattr(table, name).reshape(-1)
-            assert getattr(there, name)[: len(expected)].tolist() == expected.tolist()
+            assert getattr(table, name)[: len(expected)].tolist() == expected.tolist()
 
 
 def test_the_views_are_of_the_buffer() -> None:
     """A graph reads what is copied into the buffer later."""
-    layout = StepLayout.of(4, 64, tables_of(3))
+    layout = StepLayout.for_tables(4, 64, tables_of(3))
     buffer = torch.zeros(layout.length, dtype=torch.int32)
     ids_N, batch = layout.read(buffer, tables_of(3))
     host = np.zeros(layout.length, dtype=np.int32)
@@ -68,11 +68,11 @@ def test_the_views_are_of_the_buffer() -> None:
 
 
 def test_a_layout_that_is_outgrown() -> None:
-    layout = StepLayout.of(4, 64, tables_of(3))
+    layout = StepLayout.for_tables(4, 64, tables_of(3))
     assert layout.covers(tables_of(4))
     longer = tables_of(4, first=60)
     assert not layout.covers(longer)
-    grown = StepLayout.of(4, 64, longer, layout)
+    grown = StepLayout.for_tables(4, 64, longer, layout)
     assert grown.covers(longer)
     assert grown.covers(tables_of(4))
     assert all(grown.tables[window].covers(layout.tables[window]) for window in (0, 9))

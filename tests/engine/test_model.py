@@ -101,12 +101,12 @@ def test_the_last_states_alone_have_the_same_bits(tmp_path: Path, monkeypatch: p
         paths = [runner.tree.root() for _ in ids]
         return [*runner.extend(paths, ids, last=last), *runner.extend(paths, [[5, 6]] * 3, last=[9] * 3)]
 
-    whole = states(None)
+    full = states(None)
     for last in ([1, 1, 1], [9, 1, 0], [30, 5, 8], [0, 0, 0]):
         part = states(last)
         for i, count in enumerate(last):
-            assert torch.equal(part[i], whole[i][max(0, len(ids[i]) - count) :])
-        assert all(torch.equal(one, other) for one, other in zip(part[3:], whole[3:], strict=True))
+            assert torch.equal(part[i], full[i][max(0, len(ids[i]) - count) :])
+        assert all(torch.equal(one, other) for one, other in zip(part[3:], full[3:], strict=True))
 
 
 @torch.inference_mode()
@@ -114,11 +114,11 @@ def test_bfloat16_is_as_close_as_transformers(tmp_path: Path) -> None:
     model = save_model(tmp_path, "qwen3", scale=2.0)
     ids = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(2))
     truth = model.double()(ids).logits[0]
-    theirs = (model.bfloat16()(ids).logits[0].double() - truth).abs().mean()
+    reference = (model.bfloat16()(ids).logits[0].double() - truth).abs().mean()
     decoder = Decoder.load(tmp_path, torch.bfloat16, torch.device("cpu"))
     runner = ModelRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 20))
     (hidden,) = runner.extend([runner.tree.root()], [ids[0].tolist()])
-    assert (runner.logits(hidden).double() - truth).abs().mean() <= 2 * theirs
+    assert (runner.logits(hidden).double() - truth).abs().mean() <= 2 * reference
 
 
 def test_old_style_rope_fields_mean_the_same(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ RESPONSE = [10, 11, 12, 13, 14, 15, 16, 17, 18, 19] * 4
 
 def everything(engine: Engine, forks: list[list[Fork]], **options: object) -> dict[tuple[int, Fork], list[Completion]]:
     settings = {"n": 3, "max_tokens": 60, "seed": 4, **options}
-    found = engine.iter_force(PROMPT, [RESPONSE, RESPONSE[:20]], forks, **settings)  # type: ignore[arg-type]
-    return {(index, fork): completions for index, fork, completions in found}
+    rollouts = engine.iter_force(PROMPT, [RESPONSE, RESPONSE[:20]], forks, **settings)  # type: ignore[arg-type]
+    return {(index, fork): completions for index, fork, completions in rollouts}
 
 
 def test_success_after_a_forced_token_is_that_of_enumeration(tmp_path: Path) -> None:
@@ -36,8 +36,8 @@ def test_success_after_a_forced_token_is_that_of_enumeration(tmp_path: Path) -> 
     response, n = (2, 0, 1, 2), 3000
     forks = [Fork(position=t, token=token) for t in range(4) for token in LETTERS]
     ids = [LETTERS[letter] for letter in response]
-    found = engine.iter_force([LETTERS[0]], [ids], [forks], n=n, max_tokens=4, seed=2)
-    for _, fork, completions in found:
+    rollouts = engine.iter_force([LETTERS[0]], [ids], [forks], n=n, max_tokens=4, seed=2)
+    for _, fork, completions in rollouts:
         prefix = (*response[: fork.position], LETTERS.index(fork.token))
         leaves = [(*prefix, *(LETTERS.index(token) for token in c.token_ids)) for c in completions]
         assert all(len(leaf) == 4 for leaf in leaves)
@@ -70,20 +70,20 @@ def test_shared_pages_give_what_a_fresh_prompt_gives(engine: Engine, pair: Pair)
 def test_completions_depend_on_their_own_place_alone(engine: Engine, pair: Pair) -> None:
     """Not on the batch, the other forks, their order, the cache's size, or what the other responses are."""
     forks = [Fork(position=t, token=token) for t in (0, 5, 9) for token in (20, 21)]
-    whole = everything(engine, [forks, forks])
-    assert len({c.token_ids for completions in whole.values() for c in completions}) > 20, "streams are not shared"
+    full = everything(engine, [forks, forks])
+    assert len({c.token_ids for completions in full.values() for c in completions}) > 20, "streams are not shared"
     narrow = pair.engine(max_batch=2, memory_bytes=1 << 19)
-    assert everything(narrow, [forks[::-1], forks]) == whole
-    assert everything(engine, [[forks[3]], []]) == {(0, forks[3]): whole[0, forks[3]]}
-    assert whole[0, forks[0]] != whole[1, forks[0]], "each response has streams of its own"
+    assert everything(narrow, [forks[::-1], forks]) == full
+    assert everything(engine, [[forks[3]], []]) == {(0, forks[3]): full[0, forks[3]]}
+    assert full[0, forks[0]] != full[1, forks[0]], "each response has streams of its own"
     for change in ({"seed": 5}, {"occurrence": 1}):
-        assert everything(engine, [[forks[3]], []], **change)[0, forks[3]] != whole[0, forks[3]]
+        assert everything(engine, [[forks[3]], []], **change)[0, forks[3]] != full[0, forks[3]]
     # more completions are further ones
-    assert everything(engine, [[forks[3]], []], n=5)[0, forks[3]][:3] == whole[0, forks[3]]
+    assert everything(engine, [[forks[3]], []], n=5)[0, forks[3]][:3] == full[0, forks[3]]
 
 
 def test_the_prefix_is_computed_once(engine: Engine) -> None:
-    """What is computed, against a fresh generation per forced token."""
+    """The number of computed tokens, against a fresh generation per forced token."""
     forks = [Fork(position=t, token=token) for t in (0, 10, 30) for token in (20, 21, 22)]
     before = engine.usage.prefill_tokens, engine.usage.forced_tokens
     done = everything(engine, [forks, forks[:6]])
@@ -97,21 +97,21 @@ def test_the_prefix_is_computed_once(engine: Engine) -> None:
 
 def test_behind_the_end_nothing_comes(engine: Engine) -> None:
     end, last = Fork(position=4, token=ENDINGS[0]), Fork(position=9, token=33)
-    before = engine.usage.teacher_tokens
+    before = engine.usage.sampled_tokens
     done = everything(engine, [[end, last], []], max_tokens=10)
     assert [(c.status, c.token_ids) for c in done[0, end]] == [("finished", ())] * 3
     assert [(c.status, c.token_ids) for c in done[0, last]] == [("length", ())] * 3
     tokenizer = engine.tokenizer("student")
     assert done[0, end][0].text == tokenizer.decode([*RESPONSE[:4], ENDINGS[0]])
     assert done[0, last][0].text == tokenizer.decode([*RESPONSE[:9], 33])
-    assert engine.usage.teacher_tokens == before
+    assert engine.usage.sampled_tokens == before
 
 
 def test_nothing_is_left_behind(engine: Engine, pair: Pair) -> None:
-    found = engine.iter_force(PROMPT, [RESPONSE], [[Fork(position=t, token=9) for t in range(30)]], n=2)
-    next(found)
+    rollouts = engine.iter_force(PROMPT, [RESPONSE], [[Fork(position=t, token=9) for t in range(30)]], n=2)
+    next(rollouts)
     assert engine.pages_in_use[0] > 0
-    found.close()  # type: ignore[attr-defined]
+    rollouts.close()  # type: ignore[attr-defined]
     assert engine.pages_in_use[0] == 0
     tiny = pair.engine(memory_bytes=1 << 15)
     with pytest.raises(CapacityError, match=r"the prompt: prompt and response do not fit into the \d+ free pages"):
@@ -137,11 +137,11 @@ def test_bad_requests(engine: Engine) -> None:
 def test_greedy_forks_agree_with_greedy_generation(engine: Engine) -> None:
     """The fork that forces what stands there goes on as the response did."""
     greedy = Sampling(temperature=0.0)
-    ((whole,),) = engine.generate([PROMPT], model="student", sampling=greedy, max_tokens=30)
-    forks = [Fork(position=t, token=token) for t, token in enumerate(whole.token_ids)]
-    for _, fork, (c,) in engine.iter_force(PROMPT, [whole.token_ids], [forks], sampling=greedy, max_tokens=30):
-        assert c.token_ids == whole.token_ids[fork.position + 1 :]
-        assert (c.text, c.status) == (whole.text, whole.status)
+    ((full,),) = engine.generate([PROMPT], model="student", sampling=greedy, max_tokens=30)
+    forks = [Fork(position=t, token=token) for t, token in enumerate(full.token_ids)]
+    for _, fork, (c,) in engine.iter_force(PROMPT, [full.token_ids], [forks], sampling=greedy, max_tokens=30):
+        assert c.token_ids == full.token_ids[fork.position + 1 :]
+        assert (c.text, c.status) == (full.text, full.status)
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -158,9 +158,9 @@ def test_reading_is_that_of_a_full_pass(engine: Engine, pair: Pair, role: str) -
         for rows, of in zip(states, at, strict=True):
             assert len(rows) == len(of)
             exact = table[[len(PROMPT) - 1 + t for t in of]]
-            asked = [[3, EOS, 8], [1], [2, 2]][: len(of)]
-            for found, ids, row in zip(reader.logprob(rows, asked, "x"), asked, exact, strict=True):
-                np.testing.assert_allclose(found, row[ids].numpy(), atol=1e-4)
+            tokens = [[3, EOS, 8], [1], [2, 2]][: len(of)]
+            for logprob, ids, row in zip(reader.logprob(rows, tokens, "x"), tokens, exact, strict=True):
+                np.testing.assert_allclose(logprob, row[ids].numpy(), atol=1e-4)
             assert reader.likeliest(rows, 4, "x") == [row.topk(4).indices.tolist() for row in exact]
     assert engine.pages_in_use[0] == 0
 

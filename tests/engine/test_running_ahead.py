@@ -11,6 +11,7 @@ import torch
 from support.toys import Pair
 
 from genssd.engine.chunk import Chunk
+from genssd.engine.drawing import WriterDrawing
 from genssd.engine.engine import Engine
 from genssd.engine.errors import NumericsError
 from genssd.engine.expander import Expander
@@ -26,16 +27,16 @@ Prompts = Callable[[int, int], list[list[int]]]
 
 def ahead(engine: Engine, *, pages: int | None = None) -> Engine:
     """pages: of one token each, so that a step needs new ones."""
-    for role, runner in engine._runners.items():
+    for role, runner in engine._resources.runners.items():
         if pages is not None:
             pool = PagePool.for_model(runner.decoder, pages, page_size=1)
-            runner = engine._runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+            runner = engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
         runner.runs_ahead = True
     return engine
 
 
-def assert_same(ours: Sequence[Selection], theirs: Sequence[Selection]) -> None:
-    for one, other in zip(ours, theirs, strict=True):
+def assert_same(actual: Sequence[Selection], reference: Sequence[Selection]) -> None:
+    for one, other in zip(actual, reference, strict=True):
         assert len(one.tree) == len(other.tree)
         for a, b in zip(one.tree, other.tree, strict=True):
             assert (a.trace, a.token_ids, a.verdict, a.score) == (b.trace, b.token_ids, b.verdict, b.score)
@@ -67,8 +68,8 @@ def test_suspended_prompts_come_to_the_same_end(pair: Pair, random_prompts: Prom
 def test_a_response_may_fill_all_positions(pair: Pair) -> None:
     prompt = [i % 200 for i in range(500)]
     given: dict[str, Any] = {"max_tokens": 12, "seed": 4}
-    ours, theirs = (engine.generate([prompt], **given) for engine in (ahead(pair.engine()), pair.engine()))
-    assert [c.token_ids for c in ours[0]] == [c.token_ids for c in theirs[0]]
+    actual, reference = (engine.generate([prompt], **given) for engine in (ahead(pair.engine()), pair.engine()))
+    assert [c.token_ids for c in actual[0]] == [c.token_ids for c in reference[0]]
 
 
 def test_a_step_is_laid_out_while_tokens_are_drawn_and_runs_before_they_are_taken(
@@ -76,13 +77,13 @@ def test_a_step_is_laid_out_while_tokens_are_drawn_and_runs_before_they_are_take
 ) -> None:
     order: list[str] = []
     engine = ahead(pair.engine())
-    for owner, name in (
-        (engine._runners["teacher"], "prepare"),
-        (engine._runners["teacher"], "run"),
-        (Expander, "_draw"),
+    for target, name in (
+        (engine._resources.runners["teacher"], "prepare"),
+        (engine._resources.runners["teacher"], "run"),
+        (WriterDrawing, "_draw"),
         (Expander, "_take_token"),
     ):
-        monkeypatch.setattr(owner, name, recorded(getattr(owner, name), name, order))
+        monkeypatch.setattr(target, name, recorded(getattr(target, name), name, order))
     root = engine.branch([1, 2, 3])
     for branch in (*root.expand(2, Chunk(tokens=3, until=None)), root):
         branch.drop()
@@ -99,7 +100,7 @@ def recorded(function: Callable[..., Any], name: str, order: list[str]) -> Calla
 
 def test_broken_weights_are_named(pair: Pair) -> None:
     engine = ahead(pair.engine())
-    weight = cells_of(engine._runners["teacher"].decoder.head)
+    weight = cells_of(engine._resources.runners["teacher"].decoder.head)
     kept = weight[:1].clone()
     try:
         with torch.inference_mode():

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # float32 logits near 10 through two layers; transformers' own
 
 
 def full_statistics(pair: Pair, role: str, prompt: list[int], response: list[int]) -> dict[str, torch.Tensor]:
-    """Of each response token, from transformers' logits in float64."""
+    """Statistics of each response token, from transformers' logits in float64."""
     model = pair.teacher_model if role == "teacher" else pair.student_model
     with torch.no_grad():
         z = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
@@ -55,16 +55,16 @@ def test_equals_transformers(engine: Engine, pair: Pair, random_prompts: Prompts
 
 def test_the_sum_over_any_split_is_the_sum_in_one_shot(engine: Engine, random_prompts: Prompts) -> None:
     (prompt,), (response,) = random_prompts(1, 3), [random_prompts(9, 4)[5] + random_prompts(1, 5)[0]]
-    (whole,) = engine.score([prompt], [response])
+    (full,) = engine.score([prompt], [response])
     generator = torch.Generator().manual_seed(6)
     for pieces in (2, 3, len(response)):
         cuts = sorted(torch.randperm(len(response) - 1, generator=generator)[: pieces - 1].add(1).tolist())
         bounds = list(zip([0, *cuts], [*cuts, len(response)], strict=True))
         parts = engine.score([prompt + response[:a] for a, _ in bounds], [response[a:b] for a, b in bounds])
         joined = TokenStats.concatenate(parts)
-        torch.testing.assert_close(joined.logprob, whole.logprob, atol=TOLERANCE, rtol=0)
-        torch.testing.assert_close(joined.entropy, whole.entropy, atol=TOLERANCE, rtol=0)
-        assert float(joined.logprob.sum()) == pytest.approx(float(whole.logprob.sum()), abs=TOLERANCE * len(response))
+        torch.testing.assert_close(joined.logprob, full.logprob, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(joined.entropy, full.entropy, atol=TOLERANCE, rtol=0)
+        assert float(joined.logprob.sum()) == pytest.approx(float(full.logprob.sum()), abs=TOLERANCE * len(response))
 
 
 def test_what_the_search_recorded_equals_scoring_afterwards(engine: Engine, random_prompts: Prompts) -> None:
@@ -108,8 +108,8 @@ def test_many_passes_and_a_full_cache_change_nothing(
     monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 64)
     monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 24)
     tight = pair.engine(memory_bytes=6 * 16 * 1024)  # six pages of 16 tokens per model
-    for ours, theirs in zip(tight.score(prompts, responses), expected, strict=True):
-        torch.testing.assert_close(ours.logprob, theirs.logprob, atol=TOLERANCE, rtol=0)
+    for actual, reference in zip(tight.score(prompts, responses), expected, strict=True):
+        torch.testing.assert_close(actual.logprob, reference.logprob, atol=TOLERANCE, rtol=0)
     assert tight.pages_in_use == (0, 12)
 
 
@@ -117,7 +117,7 @@ def test_a_prompt_of_many_responses_is_computed_once(pair: Pair, monkeypatch: py
     """Also where they take several passes."""
     monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 50)
     engine = pair.engine()
-    runner, counts = engine._runners["student"], []
+    runner, counts = engine._resources.runners["student"], []
     prepare = runner.prepare
 
     def counted(paths: Sequence[TreePath], tokens: Sequence[int], **options: Any) -> Prepared:
@@ -136,13 +136,13 @@ def test_a_prompt_of_many_responses_is_computed_once(pair: Pair, monkeypatch: py
 
 
 def test_prompts_that_take_turns_in_a_full_cache(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is held for responses to come gives way."""
+    """Prompts that are held for later responses are dropped for the present one."""
     monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 64)
     prompts = [[*range(i, i + 30)] for i in (0, 40, 80)] * 4
     responses = [[100 + i, *range(12)] for i in range(12)]
     tight = pair.engine(memory_bytes=6 * 16 * 1024)
-    for ours, theirs in zip(tight.score(prompts, responses), pair.engine().score(prompts, responses), strict=True):
-        torch.testing.assert_close(ours.logprob, theirs.logprob, atol=TOLERANCE, rtol=0)
+    for actual, reference in zip(tight.score(prompts, responses), pair.engine().score(prompts, responses), strict=True):
+        torch.testing.assert_close(actual.logprob, reference.logprob, atol=TOLERANCE, rtol=0)
     assert tight.pages_in_use == (0, 12)
 
 
@@ -186,11 +186,11 @@ def test_a_mild_model_agrees_to_1e_5(tmp_path: Path) -> None:
     with torch.no_grad():
         table = model(torch.tensor([prompt + response])).logits[0].log_softmax(dim=-1)
     expected = table[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0]
-    (whole,) = engine.score([prompt], [response])
-    torch.testing.assert_close(whole.logprob, expected, atol=1e-5, rtol=0)
+    (full,) = engine.score([prompt], [response])
+    torch.testing.assert_close(full.logprob, expected, atol=1e-5, rtol=0)
     for cuts in ([0, 1, 60], [0, 7, 8, 31, 60], list(range(0, 61, 4))):
         spans = list(pairwise(cuts))
         parts = engine.score([prompt + response[:a] for a, _ in spans], [response[a:b] for a, b in spans])
         joined = torch.cat([part.logprob for part in parts])
-        torch.testing.assert_close(joined, whole.logprob, atol=1e-5, rtol=0)
-        assert float(joined.double().mean()) == pytest.approx(float(whole.logprob.double().mean()), abs=1e-6)
+        torch.testing.assert_close(joined, full.logprob, atol=1e-5, rtol=0)
+        assert float(joined.double().mean()) == pytest.approx(float(full.logprob.double().mean()), abs=1e-6)

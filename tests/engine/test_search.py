@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from support.toys import ENDINGS, Pair
 
 from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import Perplexity
+from genssd.engine.criteria.likelihood import Perplexity
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.expansion import Expansion
 from genssd.engine.loops import LoopGuard
 from genssd.engine.pages import PagePool
 from genssd.engine.runner import ModelRunner
@@ -27,7 +29,7 @@ EIGHT = Chunk(tokens=8, until=None)
 
 
 def outcome(selection: Selection) -> tuple[object, ...]:
-    """What must not depend on how a search is run; scores may differ in the last bits."""
+    """The part of a selection that must not depend on how a search is run; scores may differ in the last bits."""
     return (
         selection.prompt_ids,
         selection.occurrence,
@@ -43,7 +45,7 @@ def outcomes(selections: Sequence[Selection]) -> list[tuple[object, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What the replay needs to know of a search."""
+    """The options of a search that its replay needs."""
 
     candidates: int
     beam: int = 1
@@ -80,17 +82,17 @@ def replay(pair: Pair, selection: Selection, rules: Rules) -> None:
             acceptable = 0
             for index in range(rules.candidates):
                 record = records[(*parent, index)]
-                whole = history[parent] + list(record.token_ids)
-                history[record.trace] = whole
-                logprobs[record.trace] = pair.logprobs("student", prompt, whole).tolist()
+                full = history[parent] + list(record.token_ids)
+                history[record.trace] = full
+                logprobs[record.trace] = pair.logprobs("student", prompt, full).tolist()
                 chunk = len(record.token_ids)
                 borrowing = rules.shortest if record.ended != "chunk" else 0
-                span = len(whole) if rules.trajectory else min(len(whole), max(chunk, borrowing))
+                span = len(full) if rules.trajectory else min(len(full), max(chunk, borrowing))
                 score = math.exp(-sum(logprobs[record.trace][-span:]) / span)
                 assert record.score == pytest.approx(score, rel=1e-3)
                 if record.token_ids in seen:
                     verdicts[record.trace] = "duplicate"
-                elif loops(whole, rules.guard):
+                elif loops(full, rules.guard):
                     verdicts[record.trace] = "loop"
                 elif score > rules.threshold:
                     verdicts[record.trace] = "threshold"
@@ -319,16 +321,16 @@ def test_batching_order_and_company_change_no_trajectory(pair: Pair, random_prom
 
 
 PAGE_BYTES = 16 * 1024
-"""Of both models' pages of 16 tokens: 2 layers, keys and values, 2 heads of 16 floats, twice."""
+"""Size of both models' pages of 16 tokens: 2 layers, keys and values, 2 heads of 16 floats, twice."""
 
 
 def small_pages(pair: Pair, num_pages: int) -> Engine:
     """An engine whose two caches have pages of one token, so that a few short prompts fill them."""
     engine = pair.engine()
-    for role, runner in engine._runners.items():
+    for role, runner in engine._resources.runners.items():
         pool = PagePool.for_model(runner.decoder, num_pages, page_size=1)
         pool.kv.fill_(torch.nan)
-        engine._runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+        engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
     return engine
 
 
@@ -343,8 +345,26 @@ def test_suspended_prompts_come_to_the_same_end(pair: Pair, random_prompts: Prom
     assert tight.pages_in_use == (0, 96)
     assert outcomes(tight.select_expand(prompts, **options)) == outcomes(base)
     assert tight.usage.prefill_tokens > prefill, "no prompt was suspended: the test does not test anything"
-    assert tight.usage.teacher_tokens == roomy.usage.teacher_tokens
+    assert tight.usage.sampled_tokens == roomy.usage.sampled_tokens
     assert tight.pages_in_use[0] == 0
+
+
+def test_a_round_is_planned_once_however_often_it_waits(
+    pair: Pair, random_prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[Expansion] = []
+
+    def counted(*arguments: Any) -> Expansion:
+        planned.append(Expansion(*arguments))
+        return planned[-1]
+
+    monkeypatch.setattr("genssd.engine.search.Expansion", counted)
+    prompts = [p[:5] for p in random_prompts(7, 12)]
+    tight = small_pages(pair, 48)
+    options = {"candidates": 2, "chunk": Chunk(tokens=4, until=None), "max_tokens": 28, "seed": 1}
+    selections = tight.select_expand(prompts, **options)
+    assert tight.usage.prefill_tokens > 2 * sum(map(len, prompts)), "no prompt was suspended"
+    assert len(planned) == sum(len({record.trace[:-1] for record in s.tree}) for s in selections)
 
 
 def test_suspension_with_a_beam(pair: Pair, random_prompts: Prompts) -> None:
@@ -370,9 +390,9 @@ def test_a_prompt_that_outgrows_the_cache_is_reported_and_the_others_go_on(pair:
     assert failed
     for selection in failed:
         assert "does not fit into the key-value cache" in str(selection.error)
-    for ours, theirs in zip(selections, reference, strict=True):
-        if ours.error is None:
-            assert outcome(ours) == outcome(theirs)
+    for actual, expected in zip(selections, reference, strict=True):
+        if actual.error is None:
+            assert outcome(actual) == outcome(expected)
     assert selections[1].error is None
 
 
@@ -384,7 +404,7 @@ def test_every_candidate_token_is_sampled_and_scored_exactly_once(pair: Pair, ra
             prompts, candidates=3, chunk=EIGHT, beam=beam, max_tokens=20, threshold=threshold
         )
         total = sum(len(r.token_ids) for s in selections for r in s.tree)
-        assert engine.usage.teacher_tokens == engine.usage.student_tokens == total
+        assert engine.usage.sampled_tokens == engine.usage.scored_tokens == total
         assert engine.usage.prefill_tokens == 2 * sum(len(p) for p in prompts if len(p) > 1)
         assert all(len(r.stats) == len(r.token_ids) == len(r.teacher_logprob) for s in selections for r in s.tree)
 
@@ -437,8 +457,8 @@ def test_an_abandoned_search_returns_its_pages(pair: Pair, random_prompts: Promp
             assert engine.pages_in_use[0] > 0
         iterator.close()  # type: ignore[attr-defined]
         assert engine.pages_in_use[0] == 0
-    again = engine.select_expand(random_prompts(2, 18), candidates=2, chunk=EIGHT, max_tokens=8)
-    assert outcomes(again) == outcomes(
+    second = engine.select_expand(random_prompts(2, 18), candidates=2, chunk=EIGHT, max_tokens=8)
+    assert outcomes(second) == outcomes(
         pair.engine().select_expand(random_prompts(2, 18), candidates=2, chunk=EIGHT, max_tokens=8)
     )
 
@@ -537,10 +557,10 @@ def test_random_selection_is_reproducible_and_not_the_first(engine: Engine, rand
     ids=str,
 )
 def test_a_bad_option_is_named_before_anything_runs(engine: Engine, options: dict[str, object], message: str) -> None:
-    before = engine.usage.teacher_tokens
+    before = engine.usage.sampled_tokens
     with pytest.raises(InputError, match=message):
         engine.iter_select_expand(["abc"], **{"max_tokens": 8, "chunk": EIGHT, **options})  # type: ignore[arg-type]
-    assert engine.usage.teacher_tokens == before
+    assert engine.usage.sampled_tokens == before
 
 
 def test_no_prompts_give_no_selections(engine: Engine) -> None:
@@ -554,10 +574,10 @@ def test_results_come_as_prompts_end(pair: Pair, random_prompts: Prompts) -> Non
     prompts = random_prompts(5, 22)
     iterator = engine.iter_select_expand(prompts, candidates=3, chunk=EIGHT, max_tokens=16)
     first = next(iterator)
-    spent = engine.usage.teacher_tokens
+    spent = engine.usage.sampled_tokens
     rest = list(iterator)
     assert sorted([first.index, *(s.index for s in rest)]) == list(range(5))
-    assert engine.usage.teacher_tokens > spent
+    assert engine.usage.sampled_tokens > spent
 
 
 def test_two_searches_may_take_turns_on_one_cache(pair: Pair, random_prompts: Prompts) -> None:
@@ -566,16 +586,16 @@ def test_two_searches_may_take_turns_on_one_cache(pair: Pair, random_prompts: Pr
     options = {"candidates": 3, "chunk": EIGHT, "max_tokens": 24}
     first, second = random_prompts(4, 19), random_prompts(4, 20)
     runs = [tight.iter_select_expand(prompts, **options) for prompts in (first, second)]
-    found: list[dict[int, Selection]] = [{}, {}]
+    outcomes_of_both: list[dict[int, Selection]] = [{}, {}]
     done = [False, False]
     while not all(done):
         for i, run in enumerate(runs):
             selection = next(run, None)
             done[i] = selection is None
             if selection is not None:
-                found[i][selection.index] = selection
+                outcomes_of_both[i][selection.index] = selection
     assert tight.pages_in_use[0] == 0
-    for prompts, results in zip((first, second), found, strict=True):
+    for prompts, results in zip((first, second), outcomes_of_both, strict=True):
         alone = pair.engine().select_expand(prompts, **options)
         assert [results[i].error or results[i].best.token_ids for i in range(4)] == [s.best.token_ids for s in alone]
 

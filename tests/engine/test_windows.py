@@ -15,7 +15,9 @@ from support.toys import ENDINGS, Pair, save_markov, token_of
 
 from genssd.engine.candidate import Candidate, PoolCriterion, Window, evaluate
 from genssd.engine.chunk import Chunk
-from genssd.engine.criteria import LocalNaturalness, Perplexity, RationaleDifficulty
+from genssd.engine.criteria.by_step import LocalNaturalness
+from genssd.engine.criteria.likelihood import Perplexity
+from genssd.engine.criteria.reference_answer import RationaleDifficulty
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError, NumericsError
@@ -70,10 +72,10 @@ def test_every_window_equals_transformers_on_it_alone(engine: Engine, pair: Pair
 
 def test_the_whole_response_equals_scoring(engine: Engine) -> None:
     prompt, ids = random_ids(21, 3), random_ids(50, 4)
-    (whole,) = engine.local_logprob(prompt, ids, [(0, 0, 50)])
-    torch.testing.assert_close(whole, engine.score([prompt], [ids])[0].logprob, atol=TOLERANCE, rtol=0)
-    (whole,) = engine.local_logprob(prompt, ids, [(0, 0, 50)], model="teacher")
-    torch.testing.assert_close(whole, engine.score([prompt], [ids], model="teacher")[0].logprob, atol=TOLERANCE, rtol=0)
+    (full,) = engine.local_logprob(prompt, ids, [(0, 0, 50)])
+    torch.testing.assert_close(full, engine.score([prompt], [ids])[0].logprob, atol=TOLERANCE, rtol=0)
+    (full,) = engine.local_logprob(prompt, ids, [(0, 0, 50)], model="teacher")
+    torch.testing.assert_close(full, engine.score([prompt], [ids], model="teacher")[0].logprob, atol=TOLERANCE, rtol=0)
 
 
 def test_a_text_prompt_and_no_window(engine: Engine) -> None:
@@ -97,11 +99,11 @@ def test_order_and_company_change_nothing(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("rows", "pages"), [(40, 256), (2048, 9), (2048, 7), (24, 8)])
 def test_many_windows_go_in_groups(pair: Pair, monkeypatch: pytest.MonkeyPatch, rows: int, pages: int) -> None:
-    """As the rows of one pass or the free pages demand; nothing is left behind."""
+    """The rows of one pass or the free pages limit a group; all pages are freed."""
     monkeypatch.setattr("genssd.engine.windows.MAX_ROWS", rows)
     monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", min(rows, 24))
     tight = pair.engine(memory_bytes=pages * PAGE_BYTES)
-    runner = tight._runners["student"]
+    runner = tight._resources.runners["student"]
     extend, sizes = runner.extend, []
 
     def counted(paths: Sequence[Path], tokens: Sequence[Sequence[int]], **options: Any) -> list[torch.Tensor]:
@@ -121,17 +123,17 @@ def test_windows_beside_a_branch_that_holds_pages(pair: Pair) -> None:
     tight = pair.engine(memory_bytes=14 * PAGE_BYTES)
     prompt, ids = random_ids(30, 12), random_ids(40, 13)
     root = tight.branch(prompt)
-    kids = root.expand(2, Chunk(tokens=5, until=None))
+    children = root.expand(2, Chunk(tokens=5, until=None))
     held = tight.pages_in_use
-    before = [kid.stats.logprob.clone() for kid in kids]
+    before = [child.stats.logprob.clone() for child in children]
     assert_windows(pair, tight, prompt, ids, random_windows(40, 9, 14))
     assert tight.pages_in_use == held
-    kids[0].commit()
-    again = kids[0].expand(1, Chunk(tokens=3, until=None))[0]
-    expected = pair.logprobs("student", prompt + kids[0].history, again.chunk)
-    torch.testing.assert_close(again.stats.logprob.double(), expected, atol=TOLERANCE, rtol=0)
-    assert torch.equal(before[0], kids[0].history_stats[0].logprob)
-    for branch in (*kids, again, root):
+    children[0].commit()
+    grandchild = children[0].expand(1, Chunk(tokens=3, until=None))[0]
+    expected = pair.logprobs("student", prompt + children[0].history, grandchild.chunk)
+    torch.testing.assert_close(grandchild.stats.logprob.double(), expected, atol=TOLERANCE, rtol=0)
+    assert torch.equal(before[0], children[0].history_stats[0].logprob)
+    for branch in (*children, grandchild, root):
         branch.drop()
     assert tight.pages_in_use[0] == 0
 
@@ -184,7 +186,7 @@ def test_bad_ids_are_named(engine: Engine) -> None:
 
 def test_a_broken_student_gives_its_pages_back(pair: Pair) -> None:
     broken = pair.engine()
-    weight = cells_of(broken._runners["student"].decoder.head)
+    weight = cells_of(broken._resources.runners["student"].decoder.head)
     kept = weight[:1].clone()
     try:
         with torch.inference_mode():
@@ -233,13 +235,13 @@ def test_with_all_steps_in_view_it_is_the_mean_of_the_steps_means(
     steps = made.steps()
     assert len(steps) == 7
     assert [t for start, end in steps for t in range(start, end)] == list(range(len(ids)))
-    whole = pair.logprobs("student", prompt, ids)
-    means = [float(whole[start:end].mean()) for start, end in steps]
+    full = pair.logprobs("student", prompt, ids)
+    means = [float(full[start:end].mean()) for start, end in steps]
     assert criterion.score(made) == pytest.approx(math.fsum(means) / len(means), abs=TOLERANCE)
     assert made.local_logprob is not None
     parts = made.local_logprob(ids, criterion.windows(made))
     weighted = sum(float(part.mean()) * len(part) for part in parts) / len(ids)
-    assert weighted == pytest.approx(float(whole.mean()), abs=TOLERANCE)
+    assert weighted == pytest.approx(float(full.mean()), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
@@ -265,9 +267,9 @@ def test_without_context_a_markov_student_differs_at_the_first_tokens_alone(tmp_
     spans = step_spans(engine.tokenizer("student").pieces(ids))
     assert len(spans) == 4
     prompt = [letters[0], letters[1]]
-    (whole,) = engine.score([prompt], [ids])
+    (full,) = engine.score([prompt], [ids])
     for (start, end), part in zip(spans, engine.local_logprob(prompt, ids, [(a, a, b) for a, b in spans]), strict=True):
-        torch.testing.assert_close(part[1:], whole.logprob[start + 1 : end], atol=1e-5, rtol=0)
+        torch.testing.assert_close(part[1:], full.logprob[start + 1 : end], atol=1e-5, rtol=0)
         (first,) = engine.score([prompt], [[ids[start]]])
         torch.testing.assert_close(part[:1], first.logprob, atol=1e-5, rtol=0)
 
@@ -463,7 +465,7 @@ def test_a_criterion_that_fails_gives_the_pages_back(pair: Pair) -> None:
 
 @pytest.mark.parametrize("pages", [14, 17, 20, 24])
 def test_windows_in_a_tight_cache_do_not_end_the_search(pair: Pair, pages: int) -> None:
-    """What does not fit waits or is the prompt's own error; the others get what they get in a roomy cache."""
+    """A prompt that does not fit waits or fails by itself; the others get what they get in a roomy cache."""
     prompts = [random_ids(20, 50 + k) for k in range(4)]
 
     def run(engine: Engine) -> list[Selection]:
@@ -473,12 +475,12 @@ def test_windows_in_a_tight_cache_do_not_end_the_search(pair: Pair, pages: int) 
 
     tight = pair.engine(memory_bytes=pages * PAGE_BYTES)
     try:
-        found = run(tight)
+        results = run(tight)
     finally:
         assert tight.pages_in_use[0] == 0
-    for ours, theirs in zip(found, run(pair.engine()), strict=True):
-        if ours.error is None:
-            assert ours.best.token_ids == theirs.best.token_ids
+    for actual, reference in zip(results, run(pair.engine()), strict=True):
+        if actual.error is None:
+            assert actual.best.token_ids == reference.best.token_ids
 
 
 def test_a_pool_criterion_sees_one_prompts_round(engine: Engine) -> None:
@@ -504,9 +506,9 @@ def test_a_pool_criterion_sees_one_prompts_round(engine: Engine) -> None:
     assert isinstance(counting, PoolCriterion)
     prompts = [random_ids(9, 60), random_ids(20, 61)]
     options = {"candidates": 3, "chunk": Chunk(tokens=6, until=None), "max_tokens": 12, "loop_guard": None}
-    ours = engine.select_expand(prompts, criterion=counting, **options)  # type: ignore[arg-type]
-    theirs = engine.select_expand(prompts, **options)  # type: ignore[arg-type]
-    assert [s.best.token_ids for s in ours] == [s.best.token_ids for s in theirs]
+    actual = engine.select_expand(prompts, criterion=counting, **options)  # type: ignore[arg-type]
+    reference = engine.select_expand(prompts, **options)  # type: ignore[arg-type]
+    assert [s.best.token_ids for s in actual] == [s.best.token_ids for s in reference]
     assert set(counting.seen) <= {3, 1}
 
 
@@ -523,24 +525,24 @@ def test_a_response_as_criteria_see_it(engine: Engine, pair: Pair) -> None:
     prompt = random_ids(9, 70)
     branch = engine.branch(prompt, seed=3)
     for _ in range(3):
-        kids = branch.expand(4, Chunk(tokens=4, until=None))
+        children = branch.expand(4, Chunk(tokens=4, until=None))
         branch.drop()
-        branch = next(kid for kid in kids if kid.ended == "chunk")
-        for kid in kids:
-            if kid is not branch:
-                kid.drop()
+        branch = next(child for child in children if child.ended == "chunk")
+        for child in children:
+            if child is not branch:
+                child.drop()
         branch.commit()
-    whole = branch.response()
+    full = branch.response()
     branch.drop()
-    assert (len(whole.token_ids), whole.history_ids, len(whole.history)) == (12, (), 0)
-    assert (whole.final, whole.finished, whole.num_content) == (True, False, 12)
-    ids = list(whole.token_ids)
-    torch.testing.assert_close(whole.logprob, pair.logprobs("student", prompt, ids), atol=TOLERANCE, rtol=0)
-    assert whole.teacher_logprob is not None
+    assert (len(full.token_ids), full.history_ids, len(full.history)) == (12, (), 0)
+    assert (full.final, full.finished, full.num_content) == (True, False, 12)
+    ids = list(full.token_ids)
+    torch.testing.assert_close(full.logprob, pair.logprobs("student", prompt, ids), atol=TOLERANCE, rtol=0)
+    assert full.teacher_logprob is not None
     expected = pair.logprobs("teacher", prompt, ids)
-    torch.testing.assert_close(whole.teacher_logprob.double(), expected, atol=TOLERANCE, rtol=0)
-    assert whole.local_logprob is not None
-    (part,) = whole.local_logprob(ids, [(2, 5, 12)])
+    torch.testing.assert_close(full.teacher_logprob.double(), expected, atol=TOLERANCE, rtol=0)
+    assert full.local_logprob is not None
+    (part,) = full.local_logprob(ids, [(2, 5, 12)])
     torch.testing.assert_close(part.double(), alone(pair, prompt, ids, (2, 5, 12)), atol=TOLERANCE, rtol=0)
 
 
@@ -561,22 +563,22 @@ def test_rationale_difficulty_is_the_ratio_of_transformers_perplexities(pair: Pa
     encode = engine.tokenizer("student").encode_plain
     ended = 0
     for selection, answer in zip(selections, answers, strict=True):
-        prompt, asked = list(selection.student_prompt_ids), encode(f"= {answer}")
+        prompt, ending = list(selection.student_prompt_ids), encode(f"= {answer}")
         for record in selection.tree:
             made = recorded(engine, selection, record)
             ids = [*made.history_ids, *made.token_ids][: len(made.history_ids) + made.num_content]
             if made.final:
                 ended += 1
                 ids = ids[: made.steps()[-1][0]] if len(made.steps()) > 1 else []
-            led = pair.logprobs("student", prompt, [*ids, *asked])[len(ids) + 1 :].mean()
-            alone_ = pair.logprobs("student", prompt, asked)[1:].mean()
+            led = pair.logprobs("student", prompt, [*ids, *ending])[len(ids) + 1 :].mean()
+            alone_ = pair.logprobs("student", prompt, ending)[1:].mean()
             assert record.score == pytest.approx(math.exp(alone_ - led), rel=1e-3)
     assert ended
 
 
 def test_rationale_difficulty_leaves_room_for_the_answer(pair: Pair) -> None:
     engine = pair.engine(memory_bytes=1 << 24)
-    positions = engine.longest("student")
+    positions = engine.max_sequence_length("student")
     prompt = random_ids(positions - 60, 3)
     (selection,) = engine.select_expand(
         [prompt], criterion="rationale_difficulty", answers=["12345"], candidates=2, chunk=Chunk(tokens=4, until=None)

@@ -149,7 +149,7 @@ def test_cost_is_accounted_and_the_budget_kept(world: World, data: Path, tmp_pat
         assert all(cost["completions"] <= budget for cost in costs)
         assert sum(len(row["nodes"]) for row in rows) == 0 if budget == 1 else all(row["nodes"] for row in rows)
         written = sum(len(r["token_ids"]) for row in rows for r in row["rollouts"])
-        assert sum(cost["sampled_tokens"] for cost in costs) == usage.teacher_tokens - before.teacher_tokens - written
+        assert sum(cost["sampled_tokens"] for cost in costs) == usage.sampled_tokens - before.sampled_tokens - written
         assert sum(cost["forced_tokens"] for cost in costs) == usage.forced_tokens - before.forced_tokens
         for row, cost in zip(rows, costs, strict=True):
             forced = [
@@ -236,7 +236,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(world: World, data: Path,
         assert all(runner() is None for runner in seen)
         models = {"student": model} if role == "student" else {"teacher": model}
         engine = Engine.from_pretrained(**models, memory_bytes=1 << 20)  # type: ignore[arg-type]
-        seen.append(weakref.ref(engine._runner(role)))
+        seen.append(weakref.ref(engine._resources.runner(role)))
         return engine
 
     teachers = tuple(str(world.root / name) for name in TEACHERS)

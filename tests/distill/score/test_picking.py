@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genssd.distill.score.picking import PickOptions, pick_responses
-from genssd.engine.criteria import Lark
+from genssd.engine.criteria.learning_gain import Lark
 
 
 def row(prompt: str, **fields: Any) -> dict[str, Any]:

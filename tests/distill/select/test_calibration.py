@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from genssd.distill.select.calibration import share_passes
 from genssd.distill.select.run import Calibrate, SelectConfig, run_select
-from genssd.engine import criteria
 from genssd.engine.chunk import Chunk
+from genssd.engine.criteria.likelihood import Perplexity
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
@@ -85,7 +85,7 @@ def test_seed_and_answers_reach_the_plain_samples(tiny_pair: TinyPair, write_row
 def test_an_infinite_threshold_is_none(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(criteria.Perplexity, "score", lambda self, candidate: math.inf)
+    monkeypatch.setattr(Perplexity, "score", lambda self, candidate: math.inf)
     data = write_rows([{"question": "1+1?"}])
     with pytest.raises(InputError, match=r"ppl is infinite at the share 0\.95"):
         select(tiny_pair, data, tmp_path / "run", calibrate=Calibrate(data=str(data)))

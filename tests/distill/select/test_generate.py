@@ -108,7 +108,7 @@ def test_rows_are_for_the_students_template(tiny_pair: TinyPair, write_rows: Wri
     engine = Engine.from_pretrained(tiny_pair.teacher, student, memory_bytes=1 << 24)
     with pytest.raises(InputError, match=r"line 1: .*has no chat template"):
         run_generate(dataclasses.replace(config, output_dir=str(tmp_path / "none")), engine)
-    assert engine.usage.teacher_tokens == 0
+    assert engine.usage.sampled_tokens == 0
 
 
 def test_the_students_share_is_counted(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_engine_runs_on_the_trainers_own_memory(tiny_pair: TinyPair, student
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.125)
-    decoder = rollouts._engine._runners["student"].decoder
+    decoder = rollouts._engine._resources.runners["student"].decoder
     engine_weights = [decoder.embedding, decoder.head, decoder.norm]
     engine_weights += [getattr(layer, name) for layer in decoder.layers for name in layer.__slots__]
     total = sum(float(value.double().sum()) for value in engine_weights if value is not None)

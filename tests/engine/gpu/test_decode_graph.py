@@ -25,17 +25,17 @@ def load(directory: Path, pages: int = 2000) -> ModelRunner:
 
 
 def decode(runner: ModelRunner, branches: int, steps: int) -> torch.Tensor:
-    """Hidden states of branches behind one prompt, each with its own tokens: [steps, branches, D]."""
+    """Hidden states of branches after one prompt, each with its own tokens: [steps, branches, D]."""
     trunk = runner.tree.root()
     runner.extend([trunk], [PROMPT])
     paths = [trunk, *(runner.tree.fork(trunk) for _ in range(branches - 1))]
-    found = []
+    states = []
     for step in range(steps):
         hidden = runner.extend(paths, [[(7 * i + step) % 200] for i in range(branches)])
-        found.append(torch.stack([rows[-1] for rows in hidden]))
+        states.append(torch.stack([rows[-1] for rows in hidden]))
     for path in paths:
         runner.tree.drop(path)
-    return torch.stack(found)
+    return torch.stack(states)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_step_does_not_wait_for_the_device(directory: Path) -> None:
 @torch.inference_mode()
 def test_a_graph_that_is_outgrown_is_captured_anew(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over more and more segments."""
-    monkeypatch.setitem(runners.lay_out.__globals__["SEGMENT_TOKENS"], "cuda", 16)
+    monkeypatch.setitem(runners.append_tokens.__globals__["SEGMENT_TOKENS"], "cuda", 16)
     runner = load(directory)
     assert runner._graphs is not None
     captured = decode(runner, 4, 300)

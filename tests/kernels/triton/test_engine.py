@@ -16,14 +16,14 @@ import torch
 from support.toys import Pair, edit_json, save_checkpoint
 from torch import Tensor
 
-from genssd.engine import layout, model
-from genssd.engine.batch import Batch
+from genssd.engine import model, segments
 from genssd.engine.chunk import Chunk
 from genssd.engine.decode_graph import DecodeGraphs, StagedStep, StepLayout, _Captured
-from genssd.engine.layout import lay_out
+from genssd.engine.forward_batch import ForwardBatch
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
 from genssd.engine.runner import ModelRunner
+from genssd.engine.segments import append_tokens
 from genssd.kernels import native
 from genssd.kernels.activation import swiglu_reference
 from genssd.kernels.activation_triton import gated_rows
@@ -73,7 +73,7 @@ def put_in_place(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, operator in OPERATORS[which].items():
         monkeypatch.setattr(model, name, operator)
     monkeypatch.setattr(native, "has_native_kernels", lambda: False)  # all else is plain torch
-    monkeypatch.setitem(layout.SEGMENT_TOKENS, "cpu", 16)
+    monkeypatch.setitem(segments.SEGMENT_TOKENS, "cpu", 16)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("qwen3", {}), ("qwen2", WINDOWED)], ids=["qwen3", "qwen2-window"])
@@ -120,10 +120,10 @@ def test_a_step_from_one_buffer_with_rows_that_fill_it_up(tmp_path: Path, monkey
     runner.extend([trunk], [list(range(30))])
     paths = [trunk, *(runner.tree.fork(trunk) for _ in range(2))]
     kv = runner.tree.pool.kv
-    tables = lay_out(runner.tree, paths, [1, 1, 1], windows=set(decoder.config.windows), group=2)
-    expected = decoder.forward(torch.tensor([5, 6, 7]), Batch.of(tables, CPU), kv)
+    tables = append_tokens(runner.tree, paths, [1, 1, 1], windows=set(decoder.config.windows), group=2)
+    expected = decoder.forward(torch.tensor([5, 6, 7]), ForwardBatch.from_tables(tables, CPU), kv)
     written = kv.clone()
-    step = StepLayout.of(4, 64, tables)
+    step = StepLayout.for_tables(4, 64, tables)
     host = np.empty(step.length, dtype=np.int32)
     step.pack(tables, host)
     step.pack_ids([5, 6, 7], host)

@@ -1,0 +1,41 @@
+"""Criteria that read the teacher's log-probabilities of its own tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from genssd.engine.candidate import Candidate
+from genssd.engine.criterion_options import CheckedOptions
+from genssd.engine.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherStudentGap(CheckedOptions):
+    """Mean of log p(teacher) - log p(student) over the chunk; higher is better: the teacher is sure where the student
+    is not (DASD, 2601.09088)."""
+
+    def score(self, candidate: Candidate) -> float:
+        return float((_teacher_logprob(candidate, "divergence") - candidate.logprob).mean())
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherLogprob(CheckedOptions):
+    """The teacher's mean log-probability of the chunk; higher is better. A control that does not ask the student."""
+
+    def score(self, candidate: Candidate) -> float:
+        return float(_teacher_logprob(candidate, "teacher_logprob").mean())
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+def _teacher_logprob(candidate: Candidate, name: str) -> Tensor:
+    """Return the teacher's log-probabilities of the chunk, float64. name: the criterion's, for the message."""
+    if candidate.teacher_logprob is None:
+        raise InputError(f"{name} needs the teacher's log-probabilities, and these responses came without them")
+    return candidate.teacher_logprob.double().cpu()

@@ -1,0 +1,138 @@
+"""How the next token of every candidate is drawn: the part of a decoding step that differs between searches.
+
+By default the writing model draws alone (`WriterDrawing`); in reverse speculation the student may refuse its tokens
+(see reverse_speculation.py).
+
+Shapes:  L lanes   C candidates   D model width   V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from genssd.engine.branch import Branch
+from genssd.engine.expansion import Lane
+from genssd.engine.runner import ModelRunner
+from genssd.engine.sampling import Sampling, noise_key
+from genssd.engine.token_runs import nonfinite_logits, response_place
+from genssd.kernels.logprob import TopK, linear_logprob
+from genssd.kernels.sampling import linear_sample, sample
+
+
+class Drawn(NamedTuple):
+    """The next token of every candidate, and its log-probability at temperature 1."""
+
+    tokens: list[int]
+    logprob: list[float]
+    hidden_CD: Tensor | None = None
+    """Hidden states of the writing model after the tokens, where it has read them already."""
+
+
+class Drawing(Protocol):
+    """A way to draw the next token of every candidate."""
+
+    @property
+    def writer(self) -> ModelRunner:
+        """The model whose log-probabilities of the drawn tokens are recorded."""
+        ...
+
+    @property
+    def readers(self) -> Sequence[ModelRunner]:
+        """The models, writer included, that read every drawn token before the next one is drawn."""
+        ...
+
+    def draw(self, lanes: Sequence[Lane], source_C: Tensor, candidates: Sequence[Lane]) -> Drawn:
+        """Draw a token for every candidate. source: int64, the index of the lane that a candidate comes from."""
+        ...
+
+
+class WriterDrawing:
+    """Drawing by the writing model without the student. num_topk: how many of its most likely tokens are kept later."""
+
+    def __init__(self, writer: ModelRunner, sampling: Sampling, *, vocabulary: int, num_topk: int = 0) -> None:
+        self.writer = writer
+        self.readers = (writer,)
+        self._sampling = sampling
+        self._vocabulary = vocabulary
+        self._num_topk = num_topk
+
+    def draw(self, lanes: Sequence[Lane], source_C: Tensor, candidates: Sequence[Lane]) -> Drawn:
+        """Draw a token for every candidate, and let the writer read it at once where the device works by itself.
+
+        There the next step is laid out before the tokens of this one are known, and begins as soon as they are, also
+        for candidates that turn out to be complete: their last token is what they would have pending.
+        """
+        writer = self.writer
+        tokens_C, logprob_C = self._draw(lanes, source_C, candidates)
+        following = None
+        if writer.runs_ahead:
+            paths = [path for lane in candidates if (path := lane.branch.state(writer.role).path) is not None]
+            following = writer.prepare(paths, [1] * len(paths))
+        tokens, logprob = tokens_C.tolist(), logprob_C.tolist()
+        for lane, token in zip(candidates, tokens, strict=True):
+            if token < 0:
+                raise nonfinite_logits(writer, response_place(lane.expansion.label, lane.branch.length))
+        return Drawn(tokens, logprob, None if following is None else writer.run(following, tokens))
+
+    def _draw(self, lanes: Sequence[Lane], source_C: Tensor, candidates: Sequence[Lane]) -> tuple[Tensor, Tensor]:
+        """Return tokens and their log-probabilities at temperature 1, on the device; -1 where logits are not finite."""
+        hidden_LD = hidden_of(self.writer, lanes)
+        if self._num_topk:
+            for lane, row in zip(candidates, source_C.tolist(), strict=True):
+                lane.branch.chunk_states.append((hidden_LD, row))
+        keys_C = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in candidates])
+        keys_C, source_C = keys_C.to(hidden_LD.device), source_C.to(hidden_LD.device)
+        if not self._sampling.filters:
+            return linear_sample(
+                hidden_LD.index_select(0, source_C),
+                self.writer.decoder.head,
+                keys_C,
+                temperature=self._sampling.temperature,
+                vocabulary=self._vocabulary,
+                checked=False,
+            )
+        logits_CV = self.writer.logits(hidden_LD).index_select(0, source_C)
+        tokens_C = draw_filtered(logits_CV[:, : self._vocabulary], keys_C, self._sampling, checked=False)
+        return tokens_C, logprob_of(logits_CV, tokens_C.clamp_min(0))
+
+
+def hidden_of(runner: ModelRunner, lanes: Sequence[Lane]) -> Tensor:
+    """Return the hidden states that predict the next token of every lane under one model, [L, D]."""
+    states = [state for lane in lanes if (state := lane.branch.state(runner.role).hidden) is not None]
+    assert len(states) == len(lanes), "a lane was not computed"
+    return torch.stack(states)
+
+
+def draw_filtered(logits_CV: Tensor, keys_C: Tensor, sampling: Sampling, *, checked: bool) -> Tensor:
+    """Draw a token from every row of logits, int64 [C].
+
+    checked: raise NonFiniteLogits on a row without a finite maximum, which waits for the device; else its token is -1.
+    """
+    return sample(
+        logits_CV,
+        keys_C,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        checked=checked,
+    )
+
+
+def logprob_of(logits_CV: Tensor, tokens_C: Tensor) -> Tensor:
+    """Return the log-probability of one token in every row of logits, [C]."""
+    return logits_CV.gather(1, tokens_C[:, None])[:, 0] - logits_CV.logsumexp(1)
+
+
+@torch.inference_mode()
+def chunk_topk(writer: ModelRunner, branch: Branch, num_topk: int) -> TopK | None:
+    """Return the writer's most likely tokens at every position of a branch's chunk; None where they are not kept."""
+    if not num_topk or not branch.chunk:
+        return None
+    hidden = torch.stack([states[row] for states, row in branch.chunk_states])
+    targets = torch.tensor(branch.chunk, device=writer.decoder.device)
+    return linear_logprob(hidden, writer.decoder.head, targets, topk=num_topk).topk

@@ -1,0 +1,67 @@
+"""An expansion: the request for some candidates of one branch, and the rows of the decoding batch that serve it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from genssd.engine.branch import Branch
+from genssd.engine.chunk import Chunk, ChunkEnd
+from genssd.engine.text import TextStream, Tokenizer
+
+
+@dataclass(slots=True, eq=False)
+class Expansion:
+    """A request: `n` candidates of `parent`, each a `chunk` of at most `max_new` tokens."""
+
+    parent: Branch
+    n: int
+    chunk: Chunk
+    max_new: int
+    label: str
+    """Name of the prompt in messages."""
+    children: list[Branch] = field(default_factory=list)
+    """Candidates made so far."""
+    num_unfinished: int = 0
+    """Number of the children that are still being decoded."""
+
+    @property
+    def longest(self) -> int:
+        """Maximum number of tokens in a candidate."""
+        return min(self.chunk.longest, self.max_new)
+
+    def reset(self) -> None:
+        """Drop the candidates, as if the expansion had never been submitted."""
+        for child in self.children:
+            child.drop()
+        self.parent.num_children -= len(self.children)
+        self.children = []
+        self.num_unfinished = 0
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """An entry of the decoding batch: an expansion whose parent is being computed (child None), or one candidate."""
+
+    expansion: Expansion
+    child: Branch | None = None
+    end: ChunkEnd | None = None
+    text: TextStream | None = None
+
+    @property
+    def branch(self) -> Branch:
+        """The branch whose next token is drawn: the parent, or the candidate."""
+        return self.expansion.parent if self.child is None else self.child
+
+    @property
+    def num_rows(self) -> int:
+        """Number of tokens that are drawn for the lane in the next step."""
+        return self.expansion.n if self.child is None else 1
+
+    def candidate_lane(self, tokenizer: Tokenizer) -> Lane:
+        """Return the lane of one candidate: this one, or that of a new child of the expansion's parent."""
+        if self.child is not None:
+            return self
+        child = self.expansion.parent.child()
+        self.expansion.children.append(child)
+        self.expansion.num_unfinished += 1
+        return Lane(self.expansion, child, ChunkEnd(self.expansion.chunk), TextStream(tokenizer))

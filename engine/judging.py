@@ -1,0 +1,94 @@
+"""The judgement of one round: every candidate's criterion value, and which candidates may be kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from genssd.engine.branch import Branch
+from genssd.engine.candidate import AnyCriterion, evaluate, evaluate_distinct
+from genssd.engine.criterion_names import resolve
+from genssd.engine.errors import InputError
+from genssd.engine.loops import LoopGuard
+from genssd.engine.search_options import SearchOptions
+from genssd.engine.selection import CandidateRecord, Verdict
+
+
+@dataclass(slots=True, eq=False)
+class JudgedCandidate:
+    """A candidate branch with its criterion value and, so far, its verdict."""
+
+    branch: Branch
+    score: float
+    verdict: Verdict = "kept"
+
+    def record(self) -> CandidateRecord:
+        """Return what the search's outcome keeps of the candidate."""
+        assert self.branch.ended is not None
+        return CandidateRecord(
+            trace=self.branch.trace,
+            token_ids=tuple(self.branch.chunk),
+            stats=self.branch.stats,
+            teacher_logprob=self.branch.writer_logprob,
+            ended=self.branch.ended,
+            score=self.score,
+            verdict=self.verdict,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """The rules by which a search judges candidates and responses."""
+
+    options: SearchOptions
+    criterion: AnyCriterion
+    """Criterion of the options, as an object."""
+    loop_guard: LoopGuard | None
+    """Loop guard of the options with its limits; None for none."""
+
+    @staticmethod
+    def from_options(options: SearchOptions) -> Judge:
+        """Make the judge of a search with these options."""
+        guard = LoopGuard() if options.loop_guard is True else options.loop_guard
+        return Judge(options=options, criterion=resolve(options.criterion), loop_guard=guard or None)
+
+    def is_acceptable(self, score: float) -> bool:
+        """Return whether a value is no worse than the threshold."""
+        threshold = self.options.threshold
+        if threshold is None:
+            return True
+        return score >= threshold if self.criterion.higher_is_better() else score <= threshold
+
+    def sort_key(self, score: float) -> float:
+        """Return a number that is smaller the better the value is: the value or its negative."""
+        return -score if self.criterion.higher_is_better() else score
+
+    def judge_round(self, candidates: Sequence[Branch], label: str) -> list[JudgedCandidate]:
+        """Score all candidates of one prompt's round, which compete with each other; all are "kept" so far."""
+        scores = evaluate_distinct(
+            self.criterion, [branch.candidate().lengthened(self.options.chunk.shortest) for branch in candidates]
+        )
+        if any(math.isnan(score) for score in scores):
+            raise InputError(f"the criterion {self.criterion!r} returned NaN for a candidate of {label}")
+        return [JudgedCandidate(branch, score) for branch, score in zip(candidates, scores, strict=True)]
+
+    def reject_unfit(self, siblings: Sequence[JudgedCandidate]) -> None:
+        """Set the verdict of duplicates, loops and values beyond the threshold among the candidates of one branch."""
+        seen: set[tuple[int, ...]] = set()
+        for judged in siblings:
+            tokens = tuple(judged.branch.chunk)
+            if tokens in seen:
+                judged.verdict = "duplicate"
+            elif self.loop_guard is not None and self.loop_guard.period(judged.branch.token_ids):
+                judged.verdict = "loop"
+            elif not self.is_acceptable(judged.score):
+                judged.verdict = "threshold"
+            seen.add(tokens)
+
+    def score_responses(self, branches: Sequence[Branch], label: str) -> list[float]:
+        """Return the criterion's values of whole committed responses to one prompt, which compete with each other."""
+        scores = evaluate(self.criterion, [branch.response() for branch in branches])
+        if any(math.isnan(score) for score in scores):
+            raise InputError(f"the criterion {self.criterion!r} returned NaN for a response to {label}")
+        return scores

@@ -1,0 +1,120 @@
+"""Resources that all calls on one engine share: models with caches and tokenizers, counts, and page reservations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from genssd.engine.branch import PromptIds
+from genssd.engine.candidate import AnyCriterion, Window, needs_answer
+from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.page_budget import Reservations
+from genssd.engine.requests import check_ids, check_positions
+from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.usage import Usage
+from genssd.engine.windows import local_logprob
+
+ANSWER_ROOM = 32
+"""Positions kept free for the text that a criterion writes before the reference answer, in addition to the answer's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt as the models read it."""
+
+    index: int
+    ids: PromptIds
+    label: str
+    occurrence: int
+    """Number of equal prompts before this one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """The loaded models of an engine, and the state that its calls share."""
+
+    runners: dict[Role, ModelRunner]
+    tokenizers: Mapping[Role, Tokenizer]
+    max_batch: int
+    """Maximum number of candidates decoded at once."""
+    usage: Usage = field(default_factory=Usage)
+    reservations: Reservations = field(default_factory=dict)
+    """Pages that expansions in flight may still take."""
+
+    def runner(self, role: Role) -> ModelRunner:
+        """Return the runner of a model. Raises InputError when the engine was made without it."""
+        runner = self.runners.get(role)
+        if runner is None:
+            raise InputError(f"this engine has no {role}; give {role}= to Engine.from_pretrained")
+        return runner
+
+    def tokenizer(self, role: Role) -> Tokenizer:
+        """Return the tokenizer of a model. Raises InputError when the engine was made without it."""
+        self.runner(role)
+        return self.tokenizers[role]
+
+    def encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
+        """Return a prompt's token ids as a model reads it. Raises InputError or CapacityError naming the label."""
+        runner = self.runner(role)
+        try:
+            ids = self.tokenizers[role].encode_prompt(prompt)
+        except InputError as error:
+            raise InputError(f"{label}: {error}") from None
+        check_ids(ids, runner, label)
+        check_positions(len(ids), runner, label)
+        return ids
+
+    def encode_all(
+        self,
+        prompts: Sequence[Prompt],
+        labels: Sequence[str],
+        roles: Sequence[Role],
+        answers: Sequence[str | None] | None = None,
+    ) -> Iterator[EncodedPrompt]:
+        """Yield every prompt as the models of these roles read it.
+
+        Prompts are equal, for `occurrence`, when the model of the first role reads the same tokens.
+        """
+        seen: Counter[tuple[int, ...]] = Counter()
+        for index, prompt in enumerate(prompts):
+            ids = {role: tuple(self.encode(prompt, role, labels[index])) for role in roles}
+            answer = None if answers is None else answers[index]
+            rendered = PromptIds(teacher=ids.get("teacher", ()), student=ids.get("student", ()), answer=answer)
+            key = ids[roles[0]]
+            yield EncodedPrompt(index=index, ids=rendered, label=labels[index], occurrence=seen[key])
+            seen[key] += 1
+
+    def response_limit(self, prompt: PromptIds, max_tokens: int, roles: Sequence[Role]) -> int:
+        """Return the maximum number of tokens in a response: max_tokens, or the positions that the models have free."""
+        num_used = {"teacher": len(prompt.teacher), "student": len(prompt.student)}
+        free = [self.runners[role].decoder.config.max_position_embeddings - num_used[role] for role in roles]
+        return min(max_tokens, *free)
+
+    def search_limit(self, prompt: EncodedPrompt, max_tokens: int, criterion: AnyCriterion) -> int:
+        """Return the maximum number of tokens in a response that the search writes and the criterion can judge.
+
+        Where the criterion reads the reference answer, the student has positions left for it. Raises CapacityError when
+        that leaves none for the response.
+        """
+        limit = self.response_limit(prompt.ids, max_tokens, ["teacher", "student"])
+        if not needs_answer(criterion):
+            return limit
+        num_answer = len(self.tokenizers["student"].encode_plain(prompt.ids.answer or "")) + ANSWER_ROOM
+        positions = self.runner("student").decoder.config.max_position_embeddings
+        before_answer = positions - len(prompt.ids.student) - num_answer
+        if before_answer < 1:
+            raise CapacityError(f"{prompt.label}: prompt and reference answer leave no position for a response")
+        return min(limit, before_answer)
+
+    def local_logprob(
+        self, role: Role, prompt_ids: Sequence[int], ids: Sequence[int], windows: Sequence[Window]
+    ) -> list[Tensor]:
+        """Score windows of a response (see windows.py) and count the tokens that this computes."""
+        logprobs = local_logprob(self.runners[role], prompt_ids, ids, windows)
+        # the last token of a window is predicted, not read
+        self.usage.window_tokens += len(prompt_ids) + sum(end - context - 1 for context, _, end in windows)
+        return logprobs

@@ -1,0 +1,121 @@
+"""A session: one call on an engine, with the expander that its branches share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from genssd.engine.branch import Branch, PromptIds
+from genssd.engine.candidate import Window
+from genssd.engine.chunk import Chunk
+from genssd.engine.drawing import Drawing, WriterDrawing, chunk_topk
+from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.expander import Expander
+from genssd.engine.expansion import Expansion
+from genssd.engine.resources import Resources
+from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpeculativeDrawing
+from genssd.engine.runner import Role
+from genssd.engine.sampling import Sampling
+from genssd.kernels.logprob import TopK
+
+UNLIMITED = 1 << 62
+
+
+class Session:
+    """The `BranchSession` of an engine's branches. Raises InputError when a model that it needs is not loaded.
+
+    writer: the model that writes. scored: whether the student scores complete candidates. rsd: rules by which the
+    student judges every single token of the teacher instead. num_topk: how many of the writer's most likely tokens are
+    kept along committed chunks.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        sampling: Sampling,
+        writer: Role,
+        *,
+        scored: bool = True,
+        rsd: ReverseSpeculation | None = None,
+        num_topk: int = 0,
+    ) -> None:
+        runner = resources.runner(writer)
+        scorer = resources.runner("student") if scored or rsd is not None else None
+        self._resources = resources
+        self._writer = runner
+        self._tokenizer = resources.tokenizer(writer)
+        self._num_topk = num_topk
+        # embeddings are often padded: an id that the tokenizer does not know is never drawn
+        vocabulary = self._tokenizer.largest_id + 1
+        writers: list[Role] = [writer]
+        drawing: Drawing
+        if rsd is None:
+            drawing = WriterDrawing(runner, sampling, vocabulary=vocabulary, num_topk=num_topk)
+        else:
+            assert scorer is not None
+            drawing = ReverseSpeculativeDrawing(rsd, runner, scorer, sampling, vocabulary=vocabulary)
+            writers.append("student")
+        self.expander = Expander(
+            drawing,
+            scorer,
+            self._tokenizer,
+            # a student that writes as well ends a response by the tokens of its own config
+            end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
+            max_batch=resources.max_batch,
+            usage=resources.usage,
+            reservations=resources.reservations,
+        )
+
+    def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]:
+        """Sample n candidates of one branch. Raises CapacityError, taking no page, when they do not fit."""
+        roles: list[Role] = ["teacher", "student"] if branch.prompt.student else ["teacher"]
+        max_new = self._resources.response_limit(branch.prompt, UNLIMITED, roles) - branch.length
+        if max_new < 1:
+            raise CapacityError("the branch has reached the last position of a model")
+        expansion = Expansion(branch, n, chunk, max_new, "the branch")
+        self.expander.check_fits_alone(expansion)
+        if not self.expander.fits([expansion]):
+            raise CapacityError(
+                "the candidates do not fit into the key-value cache beside the branches that are held; drop some"
+            )
+        self.expander.submit(expansion)
+        try:
+            while not self.expander.step():
+                pass
+        except BaseException:
+            self.expander.cancel(expansion)
+            raise
+        return expansion.children
+
+    def free_pages(self, branch: Branch) -> None:
+        """Drop the paths of a branch in both caches."""
+        for role, runner in self._resources.runners.items():
+            state = branch.state(role)
+            if state.path is not None:
+                runner.tree.drop(state.path)
+                state.path = None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of some tokens, without special tokens."""
+        return self._tokenizer.decode(token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text in which the names of special tokens are ordinary characters."""
+        return self._tokenizer.encode_plain(text)
+
+    def chunk_topk(self, branch: Branch) -> TopK | None:
+        """Return the writer's most likely tokens along a branch's chunk; None where they are not kept."""
+        return chunk_topk(self._writer, branch, self._num_topk)
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text that each token completes."""
+        return self._tokenizer.pieces(token_ids)
+
+    def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]:
+        """Return the student's log-probabilities of windows of a response (see windows.py), float32."""
+        positions = self._resources.runners["student"].decoder.config.max_position_embeddings
+        longest = len(prompt.student) + max((end - context for context, _, end in windows), default=0) - 1
+        if longest >= positions:  # not a CapacityError, after which the search would wait for room
+            raise InputError(f"the criterion reads {longest} tokens at once; the student has {positions} positions")
+        return self._resources.local_logprob("student", prompt.student, ids, windows)
