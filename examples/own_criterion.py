@@ -33,12 +33,15 @@ class Challenge:
 
 def main(teacher: str = str(PAIR / "teacher"), student: str = str(PAIR / "student")) -> None:
     engine = Engine.from_pretrained(teacher, student, memory_bytes=1 << 28)
-    questions = [f"Ann finds {n} shells, 25 stones and 31 coins. How many things does she find?" for n in (18, 42, 77)]
+    questions = [
+        f"Ann has {n} shells. She buys 25, gets 31 and finds 44 more. How many shells does Ann have?"
+        for n in (18, 42, 77)
+    ]
     prompts = [[{"role": "user", "content": question}] for question in questions]
     line = Chunk(tokens=1, until="\n", limit=64)
-    for target in (0.0, 0.5):
+    for target in (0.0, 2.0):
         # every Selection arrives as soon as its prompt is finished
-        for selection in engine.iter_select_expand(prompts, chunk=line, criterion=Challenge(target), max_tokens=96):
+        for selection in engine.iter_select_expand(prompts, chunk=line, criterion=Challenge(target), max_tokens=192):
             surprisal = -float(selection.best.stats.logprob.mean())
             print(f"target {target}: prompt {selection.index}, {surprisal:.3f} nats per token, {selection.best.status}")
 

@@ -16,7 +16,7 @@ from genssd import Branch, Chunk, Engine
 
 PAIR = files("genssd.distill.small_pair")
 LINE = Chunk(tokens=1, until="\n", limit=64)
-LIMIT = -0.7  # least mean log-probability of a line, nats per token
+LIMIT = -0.15  # least mean log-probability of a line, nats per token
 MAX_EXPANSIONS = 24
 
 
@@ -49,7 +49,7 @@ def depth_first(root: Branch, candidates: int = 3) -> tuple[Branch | None, int]:
 
 def main(teacher: str = str(PAIR / "teacher"), student: str = str(PAIR / "student")) -> None:
     engine = Engine.from_pretrained(teacher, student, memory_bytes=1 << 28)
-    question = "Max gets 23 stamps on Monday, 61 on Tuesday and 38 on Friday. How many stamps does he get?"
+    question = "Max counts 23 red, 61 blue, 38 green and 54 white stamps. How many stamps are there?"
     response, expansions = depth_first(engine.branch([{"role": "user", "content": question}]))
     print(f"{expansions} expansions, {engine.usage.sampled_tokens} tokens sampled")
     print("no response passed the limit" if response is None else response.text)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from genssd import Chunk, Engine, SearchOptions
 
 PAIR = files("genssd.distill.small_pair")
-QUESTION = "Tom buys 34 red cards, 57 blue cards, 12 green cards and 45 white cards. How many cards is that in all?"
+QUESTION = "Tom counts 34 red, 57 blue, 12 green and 45 white cards. How many cards are there?"
 
 
 def main(teacher: str = str(PAIR / "teacher"), student: str = str(PAIR / "student")) -> None:

@@ -38,9 +38,9 @@ def test_select_expand(capsys: pytest.CaptureFixture[str]) -> None:
 def test_own_criterion(capsys: pytest.CaptureFixture[str]) -> None:
     load("own_criterion").main()
     found = re.findall(r"target (\S+): prompt \d, (\S+) nats", capsys.readouterr().out)
-    mean = {target: sum(float(v) for t, v in found if t == target) / 3 for target in ("0.0", "0.5")}
+    mean = {target: sum(float(v) for t, v in found if t == target) / 3 for target in ("0.0", "2.0")}
     assert len(found) == 6
-    assert mean["0.0"] < mean["0.5"], "the criterion steers the search"
+    assert mean["0.0"] < mean["2.0"], "the criterion steers the search"
 
 
 def test_own_search(capsys: pytest.CaptureFixture[str]) -> None:
