@@ -16,7 +16,7 @@ from genssd import Branch, Chunk, Engine
 
 PAIR = files("genssd.distill.small_pair")
 LINE = Chunk(tokens=1, until="\n", limit=64)
-LIMIT = -0.15  # least mean log-probability of a line, nats per token
+LIMIT = -0.2  # least mean log-probability of a line, nats per token
 MAX_EXPANSIONS = 24
 
 

@@ -147,8 +147,9 @@ def test_the_number_of_programs_changes_no_bit() -> None:
 
 def test_permuting_rows_permutes_the_results() -> None:
     hidden, weight, target = inputs(32, 120, 24)
+    # eighths make every sum of products exact, whatever order the interpreter's BLAS adds in on this machine
+    hidden, weight = (hidden * 8).round() / 8, (weight * 8).round() / 8
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     whole, permuted = run(hidden, weight, target), run(hidden[order], weight, target[order])
-    for name in ("logprob", "logsumexp", "entropy", "sum_p2"):
-        torch.testing.assert_close(getattr(whole, name)[order], getattr(permuted, name), atol=2e-6, rtol=0)
-    assert torch.equal(whole.rank[order], permuted.rank)
+    for name in STATISTICS:
+        assert torch.equal(getattr(whole, name)[order], getattr(permuted, name))
