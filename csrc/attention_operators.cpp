@@ -31,7 +31,8 @@ void paged_attention(Array q, Array k_pages, Array v_pages, const SegmentTable& 
   args.shape(q, "q", {table.num_rows(), -1, -1});
   const auto heads = static_cast<std::int64_t>(q.shape(1)), width = static_cast<std::int64_t>(q.shape(2));
   args.shape(k_pages, "k_pages", {-1, table.page_size, -1, width});
-  const auto pages = static_cast<std::int64_t>(k_pages.shape(0)), kv_heads = static_cast<std::int64_t>(k_pages.shape(2));
+  const auto pages = static_cast<std::int64_t>(k_pages.shape(0)),
+             kv_heads = static_cast<std::int64_t>(k_pages.shape(2));
   args.shape(v_pages, "v_pages", {pages, table.page_size, kv_heads, width});
   args.shape(out, "out", {table.num_rows(), heads, width});
   args.require(kv_heads > 0 && heads % kv_heads == 0,

@@ -1,8 +1,8 @@
 // Attention over the segments of a paged cache. Only for isa_*.cpp.
 //
-// A row's segment is computed alone: scores, their softmax, the weighted values, in the order of positions. Its partial
-// result (peak, total, values) is then folded into the row's own, in the order of segments. Which rows are computed
-// together, and whether partial results are kept in memory on the way, changes no bit.
+// A row's segment is computed alone: scores, their softmax, the weighted values, in the order of positions. Its
+// partial result (peak, total, values) is then folded into the row's own, in the order of segments. Which rows are
+// computed together, and whether partial results are kept in memory on the way, changes no bit.
 #pragma once
 
 #include "kernels.hpp"
@@ -48,9 +48,9 @@ INLINE void finish(const Attention& t, State state, T* out) {
 
 INLINE std::int64_t rounded_up(std::int64_t count, std::int64_t to) { return (count + to - 1) / to * to; }
 
-// What an item is computed in: its keys and values as panels, keys with tokens side by side, values with the width; and
-// its rows, kTileRows at a time. Weights are rounded to the type of the values, and those that are summed are the rounded
-// ones, so that they still make 1.
+// What an item is computed in: its keys and values as panels, keys with tokens side by side, values with the width;
+// and its rows, kTileRows at a time. Weights are rounded to the type of the values, and those that are summed are the
+// rounded ones, so that they still make 1.
 template <typename T>
 struct Desk {
   std::int64_t key_cells, token_cells, value_panels;  // of a key, in whole blocks; of all tokens; of a value
@@ -94,8 +94,8 @@ struct Desk {
         offset[token++] = ((slot + i) * t.kv_heads + kv_head) * t.width;
     const T *k = static_cast<const T*>(t.k_pages), *v = static_cast<const T*>(t.v_pages);
     for (std::int64_t first = 0; first < item.tokens; first += kPanel)
-      pack_columns<T>([&](std::int64_t c) { return k + offset[first + c]; }, least(kPanel, item.tokens - first), t.width,
-                      keys + first * key_cells);
+      pack_columns<T>([&](std::int64_t c) { return k + offset[first + c]; }, least(kPanel, item.tokens - first),
+                      t.width, keys + first * key_cells);
     for (std::int64_t cell = 0; cell < cells_of<T>(item.tokens); ++cell) {
       const std::int64_t at = cell * Cells<T>::kValues, last = at + Cells<T>::kValues - 1;
       for (std::int64_t d = 0; d < t.width; d += kLanes) {
@@ -172,7 +172,8 @@ struct Strip {
       const Cell<T>* whole = desk.value_cells(panel, cell);
       for (std::int64_t d = 0; d < kPanel; ++d) desk.half[d] = Cells<T>::half(whole[d], second);
       dot_cells(desk.weights + i * desk.row + cell * Cells<T>::kValues, 0, 1, desk.half,
-                least(kPanel, t.width - panel * kPanel), 1, Sum::kContinued, nullptr, state(i).values + panel * kPanel, 0);
+                least(kPanel, t.width - panel * kPanel), 1, Sum::kContinued, nullptr, state(i).values + panel * kPanel,
+                0);
     }
   }
 
@@ -204,7 +205,8 @@ struct Strip {
 
 // Computes an item for one kv head, and hands every partial result to take(entry, head, state).
 template <typename T, typename Take>
-INLINE void attend_item(const Attention& t, const Item& item, std::int64_t kv_head, const Desk<T>& desk, const Take& take) {
+INLINE void attend_item(const Attention& t, const Item& item, std::int64_t kv_head, const Desk<T>& desk,
+                        const Take& take) {
   const std::int64_t group = t.heads / t.kv_heads, vectors = item.entries * group;
   desk.lay_out(t, item, kv_head);
   for (std::int64_t vector = 0; vector < vectors; vector += kTileRows) {
@@ -238,8 +240,7 @@ void attention_of(const Attention& t, std::int64_t unit) {
     for (std::int64_t tried = 0; tried < known; ++tried, hint = hint + 1 < known ? hint + 1 : 0)
       if (rows[hint] == row) return hint;
     rows[known] = row;
-    for (std::int64_t g = 0; g < group; ++g)
-      start(t, kv_head * group + g, State(states + (known * group + g) * size));
+    for (std::int64_t g = 0; g < group; ++g) start(t, kv_head * group + g, State(states + (known * group + g) * size));
     return hint = known++;
   };
   for (std::int64_t i = begin; i < end; ++i)

@@ -16,8 +16,8 @@ constexpr int kCounters = 32;  // consecutive counters computed together: simple
 
 #if defined(__AVX512F__)
 
-// First output words for the counters first..first + kCounters - 1. Words sit in the lower halves of 64-bit lanes, where
-// the products take them from; the upper halves mean nothing.
+// First output words for the counters first..first + kCounters - 1. Words sit in the lower halves of 64-bit lanes,
+// where the products take them from; the upper halves mean nothing.
 INLINE void philox(std::uint64_t key, std::uint64_t first, std::uint32_t out[kCounters]) {
   const __m512i by_a = _mm512_set1_epi64(0xD2511F53), by_b = _mm512_set1_epi64(0xCD9E8D57);
   const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);

@@ -177,7 +177,8 @@ void sample(Array logits, Array key, float temperature, std::int64_t top_k, floa
   args.dtype<float>(logits, "logits", "float32");
   args.shape(logits, "logits", {-1, -1});
   args.contiguous(logits, "logits", 1);
-  const auto rows = static_cast<std::int64_t>(logits.shape(0)), vocabulary = static_cast<std::int64_t>(logits.shape(1));
+  const auto rows = static_cast<std::int64_t>(logits.shape(0)),
+             vocabulary = static_cast<std::int64_t>(logits.shape(1));
   args.require(vocabulary > 0, "logits must have a column");
   const Sample task{static_cast<const float*>(logits.data()),
                     args.indices<std::int64_t>(key, "key", rows),

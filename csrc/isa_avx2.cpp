@@ -5,6 +5,6 @@
 #include "sample_unit.hpp"
 
 const genssd::Kernels genssd::kAvx2{
-    "avx2",          linear_unit,  target_row, head_unit,    attention_unit, partial_attention_unit,
-    fold_attention_row, rms_norm_row, gated_row,  write_kv_row, sample_row,     gumbel_row,
+    "avx2",       linear_unit, target_row,   head_unit,  attention_unit, partial_attention_unit, fold_attention_row,
+    rms_norm_row, gated_row,   write_kv_row, sample_row, gumbel_row,
 };

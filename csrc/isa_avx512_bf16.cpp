@@ -5,6 +5,6 @@
 #include "sample_unit.hpp"
 
 const genssd::Kernels genssd::kAvx512Bf16{
-    "avx512_bf16",          linear_unit,  target_row, head_unit,    attention_unit, partial_attention_unit,
+    "avx512_bf16",      linear_unit,  target_row, head_unit,    attention_unit, partial_attention_unit,
     fold_attention_row, rms_norm_row, gated_row,  write_kv_row, sample_row,     gumbel_row,
 };

@@ -19,9 +19,9 @@ struct Weight {
   std::int64_t stride;  // from row to row; 0: packed
 };
 
-struct Linear {  // out = x @ weight.T + bias
-  Type type;     // of x, weight and bias
-  bool wide;     // out is float, not rounded to type
+struct Linear {          // out = x @ weight.T + bias
+  Type type;             // of x, weight and bias
+  bool wide;             // out is float, not rounded to type
   const void *x, *bias;  // [rows, inputs] [outputs] or null
   Weight weight;
   void* out;  // [rows, outputs]
@@ -39,8 +39,8 @@ struct Head {
   const std::int64_t* target;  // [rows], or null: nothing is scored
   float* chosen;               // [rows]: the target's z
   std::int64_t topk;
-  float* top_value;       // [rows, parts, topk]
-  std::int32_t* top_id;   // [rows, parts, topk]
+  float* top_value;      // [rows, parts, topk]
+  std::int32_t* top_id;  // [rows, parts, topk]
   // drawing
   const std::int64_t* key;  // [rows], or null: nothing is drawn
   bool greedy;
@@ -101,8 +101,8 @@ struct Gated {  // out = activation(gate) * up
 
 struct WriteKv {
   Type type;
-  const void* qkv;  // [rows, heads + 2 kv_heads, width]
-  const float *cos, *sin;  // [rows, width / 2]
+  const void* qkv;              // [rows, heads + 2 kv_heads, width]
+  const float *cos, *sin;       // [rows, width / 2]
   const void *q_norm, *k_norm;  // [width] or null
   const std::int64_t* slot;     // [rows], negative: not written
   void *q, *k_pages, *v_pages;

@@ -51,8 +51,8 @@ void packed_rows(Array weight, std::int64_t rows, Array index, Array out) {
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t row = wanted[i];
     args.require(0 <= row && row < rows, "index " + std::to_string(i) + " names a row outside the weight");
-    const char* from = static_cast<const char*>(packed.data) +
-                        (row / kPanel * cells * kPanel + row % kPanel) * values * size;
+    const char* from =
+        static_cast<const char*>(packed.data) + (row / kPanel * cells * kPanel + row % kPanel) * values * size;
     char* to = static_cast<char*>(out.data()) + i * width * size;
     for (std::int64_t cell = 0; cell < cells; ++cell)
       std::memcpy(to + cell * values * size, from + cell * kPanel * values * size,
@@ -101,8 +101,8 @@ void gated(Array gate_up, bool gelu, Array out, int threads) {
   ThreadPool::run(rows, threads_for(8 * rows * width, threads), [&](std::int64_t row) { kernels.gated(task, row); });
 }
 
-// The same on every processor: the C library's functions, and no torch operator, whose threads would keep the cores busy
-// after it.
+// The same on every processor: the C library's functions, and no torch operator, whose threads would keep the cores
+// busy after it.
 void rotary_angles(Array position, Array frequency, float factor, Array cos, Array sin, int threads) {
   const Arguments args("rotary_angles");
   args.shape(frequency, "frequency", {-1});
@@ -133,8 +133,9 @@ void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Arr
   args.require(width > 0 && width % 2 == 0 && width <= 1024, "heads must have an even width of at most 1024");
   args.shape(qkv, "qkv", {rows, heads + 2 * kv_heads, width});
   args.shape(k_pages, "k_pages", {-1, -1, kv_heads, width});
-  args.shape(v_pages, "v_pages", {static_cast<std::int64_t>(k_pages.shape(0)),
-                                  static_cast<std::int64_t>(k_pages.shape(1)), kv_heads, width});
+  args.shape(
+      v_pages, "v_pages",
+      {static_cast<std::int64_t>(k_pages.shape(0)), static_cast<std::int64_t>(k_pages.shape(1)), kv_heads, width});
   for (const auto& [a, name] : {std::pair{&q, "q"}, {&qkv, "qkv"}, {&k_pages, "k_pages"}, {&v_pages, "v_pages"}}) {
     args.contiguous(*a, name);
     args.same_type(*a, name, qkv, "qkv");
@@ -176,11 +177,11 @@ void copy_pages(Array kv, Array source, Array destination, int threads) {
   auto* data = static_cast<char*>(kv.data());
   const auto halves = static_cast<std::int64_t>(2 * kv.shape(0));  // keys and values of every layer
   const nb::gil_scoped_release release;
-  ThreadPool::run(halves, threads_for(halves * count * static_cast<std::int64_t>(bytes), threads),
-                  [&](std::int64_t half) {
-                    for (std::int64_t i = 0; i < count; ++i)
-                      std::memmove(data + (half * pages + to[i]) * bytes, data + (half * pages + from[i]) * bytes, bytes);
-                  });
+  ThreadPool::run(
+      halves, threads_for(halves * count * static_cast<std::int64_t>(bytes), threads), [&](std::int64_t half) {
+        for (std::int64_t i = 0; i < count; ++i)
+          std::memmove(data + (half * pages + to[i]) * bytes, data + (half * pages + from[i]) * bytes, bytes);
+      });
 }
 
 }  // namespace genssd

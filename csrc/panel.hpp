@@ -1,11 +1,11 @@
-// Products of rows with panels, a register tile at a time: what linear layers, heads and attention have in common. Only
-// for isa_*.cpp.
+// Products of rows with panels, a register tile at a time: what linear layers, heads and attention have in common.
+// Only for isa_*.cpp.
 //
-// A panel holds up to kPanel vectors side by side: cell [i][c] is the i-th of vector c. A cell is one value; of bfloat16
-// it is two that follow each other, which one instruction multiplies where AVX512_BF16 is at hand.
+// A panel holds up to kPanel vectors side by side: cell [i][c] is the i-th of vector c. A cell is one value; of
+// bfloat16 it is two that follow each other, which one instruction multiplies where AVX512_BF16 is at hand.
 //
-// Every product of a row with a vector is summed in one fixed order: cell by cell within a run of kRun cells, and run by
-// run, which keeps digits of long sums. So neither the number of rows nor where a tile ends changes a bit.
+// Every product of a row with a vector is summed in one fixed order: cell by cell within a run of kRun cells, and run
+// by run, which keeps digits of long sums. So neither the number of rows nor where a tile ends changes a bit.
 #pragma once
 
 #include <cstring>
@@ -139,7 +139,7 @@ void dot_cells(const T* x, std::int64_t stride_x, std::int64_t rows, const Cell<
   constexpr std::int64_t kWide = 4 * kLanes;
   const std::int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   constexpr std::int64_t kLines = kPanel * sizeof(Cell<T>) / 64;  // of a row of cells
-  const std::int64_t share = (kLines + tiles - 1) / tiles;      // of every register tile, while there is any left
+  const std::int64_t share = (kLines + tiles - 1) / tiles;        // of every register tile, while there is any left
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t i = tile * kTileRows, some = least(kTileRows, rows - i);
     Fetch fetch;
@@ -148,9 +148,11 @@ void dot_cells(const T* x, std::int64_t stride_x, std::int64_t rows, const Cell<
                static_cast<int>(least(share, kLines - tile * share))};
     std::int64_t c = 0;
     for (; c + kWide - kLanes < columns; c += kWide, fetch = {})
-      dot_tile<4>(some, x + i * stride_x, stride_x, panel + c, cells, sum, fetch, out + i * stride_out + c, stride_out);
+      dot_tile<4>(some, x + i * stride_x, stride_x, panel + c, cells, sum, fetch, out + i * stride_out + c,
+                  stride_out);
     for (; c < columns; c += kLanes, fetch = {})
-      dot_tile<1>(some, x + i * stride_x, stride_x, panel + c, cells, sum, fetch, out + i * stride_out + c, stride_out);
+      dot_tile<1>(some, x + i * stride_x, stride_x, panel + c, cells, sum, fetch, out + i * stride_out + c,
+                  stride_out);
   }
 }
 
@@ -163,7 +165,8 @@ void dot_run(const T* x, std::int64_t stride_x, std::int64_t rows, const Cell<T>
   if (whole * Cells<T>::kValues == n) return;
   for (std::int64_t i = 0; i < rows; ++i) {
     const T last[2] = {x[i * stride_x + n - 1], T{}};
-    dot_cells(last, 0, 1, panel + whole * kPanel, columns, 1, Sum::kContinued, nullptr, out + i * stride_out, stride_out);
+    dot_cells(last, 0, 1, panel + whole * kPanel, columns, 1, Sum::kContinued, nullptr, out + i * stride_out,
+              stride_out);
   }
 }
 
@@ -173,8 +176,8 @@ INLINE void dot_panel(const T* x, std::int64_t stride_x, std::int64_t rows, cons
                       std::int64_t n, float* out, std::int64_t stride_out) {
   constexpr std::int64_t kValues = Cells<T>::kRun * Cells<T>::kValues;
   for (std::int64_t k = 0; k < n; k += kValues)
-    dot_run(x + k, stride_x, rows, panel + k / Cells<T>::kValues * kPanel, columns, least(kValues, n - k), k == 0, nullptr,
-            out, stride_out);
+    dot_run(x + k, stride_x, rows, panel + k / Cells<T>::kValues * kPanel, columns, least(kValues, n - k), k == 0,
+            nullptr, out, stride_out);
 }
 
 // Vectors of n values become columns of a panel, from its first on: vector(c) is where vector c begins. The panel has

@@ -18,7 +18,7 @@ using namespace genssd;
 constexpr int kDigitBits = 11;  // 11 + 11 + 10
 constexpr int kDigits = 1 << kDigitBits;
 
-INLINE std::uint32_t ordered(float x) {  // larger floats have larger integers
+INLINE std::uint32_t ordered(float x) {                      // larger floats have larger integers
   const auto bits = std::bit_cast<std::uint32_t>(x + 0.0f);  // one zero
   return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
@@ -96,8 +96,8 @@ INLINE float nucleus_of_few(const float* z, std::int64_t n, float peak, float fl
   return threshold(c, static_cast<double>(share) * total);
 }
 
-// Narrows the weights low..high among which the entry lies that has `amount` on it and above it: twice to an eighth, by
-// the logarithm. Sums are floats, so that a bound moves only where their roundings leave no doubt.
+// Narrows the weights low..high among which the entry lies that has `amount` on it and above it: twice to an eighth,
+// by the logarithm. Sums are floats, so that a bound moves only where their roundings leave no doubt.
 INLINE void narrow_down(const float* weight, std::int64_t n, double amount, float& low, float& high) {
   constexpr int kCuts = 7;
   const double doubt = 0x1p-22 * static_cast<double>(n / kLanes + 1);
@@ -163,8 +163,8 @@ INLINE float filters(const Sample& t, const float* z, float peak, Memory& memory
   float floor = -kInfinity;
   if (t.top_k > 0 && t.top_k < n) floor = kth(z, n, t.top_k, memory);
   if (t.top_p < 1.0f)
-    floor = floor > -kInfinity ? nucleus_of_few(z, n, peak, floor, t.top_p, memory)
-                               : nucleus(z, n, peak, t.top_p, memory);
+    floor =
+        floor > -kInfinity ? nucleus_of_few(z, n, peak, floor, t.top_p, memory) : nucleus(z, n, peak, t.top_p, memory);
   if (t.log_min_p < 0.0f) {
     const float least_likely = peak + t.log_min_p;
     floor = least_likely > floor ? least_likely : floor;

@@ -1,10 +1,10 @@
 // The segment table: which rows of a batch read which stretch of the cache, and where their partial results go.
 //
-// Positions are cut into segments at absolute multiples of a constant, and below the first of these at halves, quarters
-// and so on, so that short prefixes have whole segments, too: at 128, 256, 512, 1024, 2048, 3072, say. Rows whose sequences hold the same pages through
-// a whole segment read it together, as one item; the last, unfinished segment of a sequence is an item of its own.
-// A row's partial results are merged in the order of its segments. What a row computes depends on its segments alone,
-// so it has the same bits whoever else reads them.
+// Positions are cut into segments at absolute multiples of a constant, and below the first of these at halves,
+// quarters and so on, so that short prefixes have whole segments, too: at 128, 256, 512, 1024, 2048, 3072, say. Rows
+// whose sequences hold the same pages through a whole segment read it together, as one item; the last, unfinished
+// segment of a sequence is an item of its own. A row's partial results are merged in the order of its segments. What a
+// row computes depends on its segments alone, so it has the same bits whoever else reads them.
 #pragma once
 
 #include <algorithm>
@@ -31,12 +31,16 @@ class SegmentTable {
  public:
   SegmentTable(const Sequences& s, std::int64_t page_size, std::int64_t segment, std::int64_t window,
                std::int64_t unit_rows)
-      : page_size(page_size), segment(segment), window(std::min<std::int64_t>(window, INT32_MAX)), unit_rows(unit_rows),
+      : page_size(page_size),
+        segment(segment),
+        window(std::min<std::int64_t>(window, INT32_MAX)),
+        unit_rows(unit_rows),
         finest_(segment) {
     check(s);
     for (; finest_ % 2 == 0 && finest_ / 2 >= kFinest && finest_ / 2 % page_size == 0; finest_ /= 2) ++halvings_;
     place_rows(s);
-    this->unit_rows = std::clamp<std::int64_t>(num_rows(), 1, unit_rows);  // what a unit keeps is allocated for so many
+    this->unit_rows =
+        std::clamp<std::int64_t>(num_rows(), 1, unit_rows);  // what a unit keeps is allocated for so many
     std::int64_t first_part = 0, filled = 0;
     std::vector<Part> parts = split(s);
     for (std::int64_t i = 0; i <= static_cast<std::int64_t>(parts.size()); ++i) {

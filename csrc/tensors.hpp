@@ -35,7 +35,9 @@ class Arguments {
  public:
   explicit Arguments(const char* function) : function_(function) {}
 
-  [[noreturn]] void fail(const std::string& why) const { throw std::invalid_argument(std::string(function_) + ": " + why); }
+  [[noreturn]] void fail(const std::string& why) const {
+    throw std::invalid_argument(std::string(function_) + ": " + why);
+  }
   void require(bool holds, const std::string& why) const {
     if (!holds) fail(why);
   }
@@ -128,6 +130,5 @@ class Arguments {
  private:
   const char* function_;
 };
-
 
 }  // namespace genssd

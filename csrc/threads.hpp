@@ -1,11 +1,11 @@
 // One pool of threads for all native kernels.
 //
-// Work is cut into units that share no result, so neither the number of threads nor who runs a unit changes a bit. Every
-// thread has a stretch of them, which it goes through in order: what a unit fetches for the next is there when it comes.
-// Who is done takes the last ones of others.
-// Workers wait actively for a moment after a job, since the next one usually follows at once, and then sleep: torch's
-// own threads find the cores free. A job never waits for a worker that has not begun: on a busy machine the caller does
-// the work itself. The first exception that a unit throws ends the job and reaches its caller.
+// Work is cut into units that share no result, so neither the number of threads nor who runs a unit changes a bit.
+// Every thread has a stretch of them, which it goes through in order: what a unit fetches for the next is there when
+// it comes. Who is done takes the last ones of others. Workers wait actively for a moment after a job, since the next
+// one usually follows at once, and then sleep: torch's own threads find the cores free. A job never waits for a worker
+// that has not begun: on a busy machine the caller does the work itself. The first exception that a unit throws ends
+// the job and reaches its caller.
 #pragma once
 
 #include <pthread.h>
