@@ -71,17 +71,20 @@ INLINE void update_sums(RunningStats& running, const float* z, std::int64_t colu
   }
 }
 
-// Inserts the z of the tokens first_token, first_token + 1, ... into a sorted list of at most top_k. Of equal ones the
-// first stays before the others.
-INLINE void insert_top_k(const float* z, std::int64_t first_token, std::int64_t columns, std::int64_t top_k,
-                         float* values, std::int32_t* ids, std::int64_t& count) {
-  for (std::int64_t c = 0; c < columns; ++c) {
-    if (count == top_k && !(z[c] > values[count - 1])) continue;
-    std::int64_t i = count < top_k ? count++ : count - 1;
+// Inserts the z of the tokens first_token, first_token + 1, ... into a sorted list of `count` entries, at most top_k,
+// and returns the new count. Of equal ones the first stays before the others.
+INLINE std::int64_t insert_top_k(const float* z, std::int64_t first_token, std::int64_t columns, std::int64_t top_k,
+                                 float* values, std::int32_t* ids, std::int64_t count) {
+  const auto insert = [&](std::int64_t i, std::int64_t c) {  // at place i or before it
     for (; i > 0 && z[c] > values[i - 1]; --i) values[i] = values[i - 1], ids[i] = ids[i - 1];
     values[i] = z[c];
     ids[i] = static_cast<std::int32_t>(first_token + c);
-  }
+  };
+  std::int64_t c = 0;
+  for (; c < columns && count < top_k; ++c) insert(count++, c);
+  for (; c < columns; ++c)
+    if (z[c] > values[top_k - 1]) insert(top_k - 1, c);
+  return count;
 }
 
 // Takes the z of one row and the tokens first_token, first_token + 1, ... of one panel into its statistics. slot: the
@@ -94,8 +97,8 @@ INLINE void update_stats(const HeadParams& p, std::int64_t row, std::int64_t slo
     for (std::int64_t c = 0; c < columns; c += kLanes)
       running.stats.num_above += __builtin_popcount(greater_bits(load(z + c), target_z));
     if (p.top_k)
-      insert_top_k(z, first_token, columns, p.top_k, p.top_values + slot * p.top_k, p.top_ids + slot * p.top_k,
-                   running.num_top);
+      running.num_top = insert_top_k(z, first_token, columns, p.top_k, p.top_values + slot * p.top_k,
+                                     p.top_ids + slot * p.top_k, running.num_top);
   }
   if (p.key && first_token < p.num_drawable)
     draw(z, p.key[row], first_token, min(columns, p.num_drawable - first_token), p.temperature, p.greedy,
