@@ -39,8 +39,8 @@ INLINE void attend_item(const AttentionParams& p, const Item& item, std::int64_t
   }
 }
 
-// Task: (a unit of the segment table, a kv head). The rows of a unit may come in any order in each of its items, so
-// the state of a row is found by its place among the unit's rows.
+// Computes the task (unit of the segment table, kv head). The rows of a unit may come in any order in each of its
+// items, so the state of a row is found by its place among the unit's rows.
 template <typename T>
 void attention(const AttentionParams& p, std::int64_t task) {
   const std::int64_t kv_head = task % p.kv_heads, unit = task / p.kv_heads, group = p.heads / p.kv_heads;
@@ -69,7 +69,7 @@ void attention(const AttentionParams& p, std::int64_t task) {
                    static_cast<T*>(p.out) + (rows[i] * p.heads + kv_head * group + g) * p.head_dim);
 }
 
-// Task: (an item, a kv head). Stores the partial results instead of merging them.
+// Computes the task (item, kv head), and stores the partial results instead of merging them.
 template <typename T>
 void partial_attention(const AttentionParams& p, std::int64_t task) {
   const std::int64_t state_size = p.head_dim + 2;

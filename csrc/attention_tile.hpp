@@ -16,14 +16,16 @@ struct SoftmaxState {
   INLINE explicit SoftmaxState(float* p) : peak(p), total(p + 1), values(p + 2) {}
 };
 
+// Starts the state of a row that saw no token, or only the head's sink: a score without a value.
 INLINE void initialize(const AttentionParams& p, std::int64_t head, SoftmaxState state) {
   *state.peak = p.sinks ? p.sinks[head] : -kInfinity;
   *state.total = p.sinks ? 1.0f : 0.0f;
   for (std::int64_t d = 0; d < p.head_dim; ++d) state.values[d] = 0.0f;
 }
 
+// Merges the partial result of the next segment into the state of a row.
 INLINE void merge(const AttentionParams& p, SoftmaxState into, SoftmaxState partial) {
-  if (*partial.total == 0.0f) return;  // it saw nothing: the difference of two empty peaks would be NaN
+  if (*partial.total == 0.0f) return;  // the row saw no token: the difference of two peaks of -inf would be NaN
   const float peak = *partial.peak > *into.peak ? *partial.peak : *into.peak;
   const float a = exponential(*into.peak - peak), b = exponential(*partial.peak - peak);
   *into.peak = peak;
@@ -54,19 +56,19 @@ INLINE std::int64_t round_up(std::int64_t count, std::int64_t multiple) {
 // of a unit's rows.
 template <typename T>
 struct AttentionWorkspace {
-  std::int64_t key_cells;     // of a key, in whole vectors
-  std::int64_t token_cells;   // of all tokens in one dimension of the values
-  std::int64_t value_panels;  // panels of the values
-  std::int64_t score_stride;  // from one row of scores or weights to the next
-  std::int64_t state_stride;  // from one state of the tile to the next
-  std::int64_t* offset;       // [segment]: of a token's key and value from the first page's
+  std::int64_t key_cells;     // cells of one key, rounded up to whole vectors
+  std::int64_t token_cells;   // cells of one dimension of the values of all tokens
+  std::int64_t value_panels;  // panels that the dimensions of the values take
+  std::int64_t score_stride;  // distance of the rows of scores, and of weights
+  std::int64_t state_stride;  // distance of the states of a tile
+  std::int64_t* offset;       // [segment]: index of the first value of a token's key, and of its value, in the pages
   Cell<T>*keys, *values;      // [token panels, key_cells, kPanelWidth], [value_panels, token_cells, kPanelWidth]
   Cell<T>* half_cells;        // [kPanelWidth]
   T *queries, *weights;       // [kTileRows, head_dim], [kTileRows, score_stride]
   float *scores, *states;     // [kTileRows, score_stride], [kTileRows, state_stride]
   float* row_states;          // [unit_rows, heads per kv head, head_dim + 2]
-  std::int32_t* unit_rows;    // [unit_rows]: their numbers
-  std::int64_t bytes;         // of all of these
+  std::int32_t* unit_rows;    // [unit_rows]: row number that each of row_states belongs to
+  std::int64_t bytes;         // size of all arrays together
 
   INLINE AttentionWorkspace(const AttentionParams& p, Arena arena)
       : key_cells(round_up(num_cells<T>(p.head_dim), kLanes)),
@@ -94,6 +96,7 @@ struct AttentionWorkspace {
     return values + (panel * token_cells + cell) * kPanelWidth;
   }
 
+  // Packs the keys and values of an item for one kv head.
   INLINE void pack_keys_and_values(const AttentionParams& p, const Item& item, std::int64_t kv_head) const {
     std::int64_t token = 0;
     for (std::int64_t page = item.page_index; token < item.num_tokens; ++page)
@@ -197,8 +200,8 @@ struct QueryTile {
   void attend() {
     constexpr std::int64_t kValues = Cells<T>::kValues;
     compute_scores();
-    std::int64_t first_cell[kTileRows], end_cell[kTileRows];            // cells that a row sees as a whole
-    std::int64_t shared_first = 0, shared_end = workspace.token_cells;  // cells that all rows see as a whole
+    std::int64_t first_cell[kTileRows], end_cell[kTileRows];            // cells of which row i sees every token
+    std::int64_t shared_first = 0, shared_end = workspace.token_cells;  // cells of which all rows see every token
     for (std::int64_t i = 0; i < rows; ++i) {
       for (std::int64_t d = 0; d < p.head_dim; ++d) state(i).values[d] = 0.0f;
       compute_weights(i);

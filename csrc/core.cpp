@@ -36,11 +36,12 @@ Int32Matrix as_matrix(const std::vector<Struct>& rows) {
 void bind_segment_table(nb::module_& m) {
   using Table = SegmentTable;
   const auto internal = nb::rv_policy::reference_internal;
-  nb::class_<Table>(m, "SegmentTable",
-                    "Which rows of a batch read which segments of the KV cache; see genssd.kernels.attention.")
+  nb::class_<Table>(
+      m, "SegmentTable",
+      "Table of the segments of the KV cache that each row of a batch reads; see genssd.kernels.attention.")
       .def_prop_ro("num_rows", &Table::num_rows, INT("num_rows"), "Number of query rows.")
-      .def_ro("page_size", &Table::page_size, INT("page_size"), "Tokens of a page.")
-      .def_ro("segment", &Table::segment, INT("segment"), "Positions of a segment.")
+      .def_ro("page_size", &Table::page_size, INT("page_size"), "Number of tokens of a page.")
+      .def_ro("segment", &Table::segment, INT("segment"), "Number of positions of a segment.")
       .def_ro("window", &Table::window, INT("window"),
               "Maximum number of positions that a row sees, its own included; 0: all.")
       .def_ro("largest_page", &Table::largest_page, INT("largest_page"),
@@ -163,12 +164,11 @@ void bind_cache_operators(nb::module_& m) {
            "q: torch.Tensor, threads: int)"),
       "Write rotated queries to q, and rotated keys and the values to the slots of the cache; a negative slot is not "
       "written.");
-  m.def(
-      "paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_pages"), nb::arg("v_pages"), nb::arg("table"),
-      nb::arg("out"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks").none(), nb::arg("threads"),
-      NONE("paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: SegmentTable, "
-           "out: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None, threads: int)"),
-      "Compute the attention of each row of q [rows, heads, head_dim] over the segments that it reads in the table.");
+  m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_pages"), nb::arg("v_pages"), nb::arg("table"),
+        nb::arg("out"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks").none(), nb::arg("threads"),
+        NONE("paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: SegmentTable, "
+             "out: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None, threads: int)"),
+        "Compute into out the attention of each row of q [rows, heads, head_dim] over its segments in the table.");
 }
 
 #undef NONE

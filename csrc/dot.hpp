@@ -23,18 +23,18 @@ using namespace genssd;
 template <typename T>
 struct Cells {
   using Cell = T;
-  static constexpr std::int64_t kValues = 1;   // of a cell
-  static constexpr std::int64_t kBlock = 128;  // cells summed before they are added to what came before
-  static constexpr int kSteps = 1;             // multiply-adds of a cell
+  static constexpr std::int64_t kValues = 1;   // values of a cell
+  static constexpr std::int64_t kBlock = 128;  // cells of a block of the sum
+  static constexpr int kSteps = 1;             // multiply-adds that a cell takes
   INLINE static Vec load_column(const Cell* p, int) { return load(p); }
   INLINE static Vec broadcast_factor(const T* x, int) { return broadcast(widen(*x)); }
   INLINE static Vec multiply_add(Vec a, Vec b, Vec total) { return fma(a, b, total); }
   // Loads the cells i..i + kLanes - 1 of a vector of n values, and zeros beyond its end.
   INLINE static Vec load_cells(const T* p, std::int64_t i, std::int64_t n) { return load_bounded(p, i, n); }
   INLINE static void store_cells(Cell* p, Vec x) { store(p, x); }
-  // Makes cells of the values of two vectors that follow each other.
+  // Returns the cells that hold the values of `first`, and of `second` after them where a cell holds two.
   INLINE static Vec join(Vec first, Vec) { return first; }
-  // Returns a cell whose other value is 0.
+  // Returns a cell in which only the first or only the second value is kept, and the other is 0.
   INLINE static Cell keep_half(Cell cell, bool) { return cell; }
 };
 
@@ -70,22 +70,22 @@ template <typename T>
 struct Rows {
   const T* data;
   std::int64_t stride, count;
-  INLINE Rows from(std::int64_t row, std::int64_t rows) const { return {data + row * stride, stride, rows}; }
-  INLINE Rows from_value(std::int64_t k) const { return {data + k, stride, count}; }
+  INLINE Rows slice(std::int64_t row, std::int64_t rows) const { return {data + row * stride, stride, rows}; }
+  INLINE Rows skip_values(std::int64_t k) const { return {data + k, stride, count}; }
 };
 
 // Where the products of row i and column c go: data[i * stride + c].
 struct Output {
   float* data;
   std::int64_t stride;
-  INLINE Output from(std::int64_t row, std::int64_t column) const { return {data + row * stride + column, stride}; }
+  INLINE Output at(std::int64_t row, std::int64_t column) const { return {data + row * stride + column, stride}; }
 };
 
-// What happens to the numbers in the output: they are overwritten; the new sum is added to them as a whole; or it is
-// continued from them, product by product.
+// How a new sum meets the number in the output: it overwrites the number; it is added to the number as a whole; or it
+// starts from the number and adds product by product.
 enum class Accumulate { kOverwrite, kAdd, kContinue };
 
-// Memory to bring into the L2 cache meanwhile, `lines` cache lines with every row of cells.
+// Memory that a tile brings into the L2 cache while it computes: `lines` cache lines with every row of cells.
 struct Prefetch {
   const char* from = nullptr;
   int lines = 0;
@@ -147,21 +147,21 @@ template <typename T>
 void dot_cells(Rows<T> x, const Cell<T>* panel, std::int64_t columns, std::int64_t cells, Accumulate mode,
                const void* next, Output out) {
   constexpr std::int64_t kWide = 4 * kLanes;
-  constexpr std::int64_t kLines = kPanelWidth * sizeof(Cell<T>) / 64;  // of a row of cells
+  constexpr std::int64_t kLines = kPanelWidth * sizeof(Cell<T>) / 64;  // cache lines of a row of cells
   const std::int64_t tiles = (x.count + kTileRows - 1) / kTileRows;
   const std::int64_t lines_per_tile = (kLines + tiles - 1) / tiles;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t row = tile * kTileRows, line = tile * lines_per_tile;
-    const Rows<T> tile_x = x.from(row, min(kTileRows, x.count - row));
+    const Rows<T> tile_x = x.slice(row, min(kTileRows, x.count - row));
     Prefetch prefetch;
     if (next && line < kLines)
       prefetch = {static_cast<const char*>(next) + line * cells * 64,
                   static_cast<int>(min(lines_per_tile, kLines - line))};
     std::int64_t c = 0;
     for (; c + kWide - kLanes < columns; c += kWide, prefetch = {})
-      dot_tile<4>(tile_x, panel + c, cells, mode, prefetch, out.from(row, c));
+      dot_tile<4>(tile_x, panel + c, cells, mode, prefetch, out.at(row, c));
     for (; c < columns; c += kLanes, prefetch = {})
-      dot_tile<1>(tile_x, panel + c, cells, mode, prefetch, out.from(row, c));
+      dot_tile<1>(tile_x, panel + c, cells, mode, prefetch, out.at(row, c));
   }
 }
 
@@ -176,7 +176,7 @@ void dot_block(Rows<T> x, const Cell<T>* panel, std::int64_t columns, std::int64
   for (std::int64_t i = 0; i < x.count; ++i) {
     const T last[2] = {x.data[i * x.stride + n - 1], T{}};
     dot_cells(Rows<T>{last, 0, 1}, panel + cells * kPanelWidth, columns, 1, Accumulate::kContinue, nullptr,
-              out.from(i, 0));
+              out.at(i, 0));
   }
 }
 
@@ -185,7 +185,7 @@ template <typename T>
 INLINE void dot_panel(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std::int64_t n, Output out) {
   constexpr std::int64_t kValues = Cells<T>::kBlock * Cells<T>::kValues;
   for (std::int64_t k = 0; k < n; k += kValues)
-    dot_block(x.from_value(k), panel + k / Cells<T>::kValues * kPanelWidth, columns, min(kValues, n - k), k == 0,
+    dot_block(x.skip_values(k), panel + k / Cells<T>::kValues * kPanelWidth, columns, min(kValues, n - k), k == 0,
               nullptr, out);
 }
 

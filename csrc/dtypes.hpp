@@ -16,7 +16,7 @@ struct Float16 {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
-// Unnamed, because every instruction set must keep its own copy of what it instantiates (see simd.hpp).
+// The namespace is unnamed because every instruction set must keep its own copy of a template (see simd.hpp).
 namespace {
 
 // Stands for the type T in a call: `with_dtype(dtype, [&]<typename T>(Tag<T>) { ... })`.

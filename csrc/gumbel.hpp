@@ -51,9 +51,10 @@ INLINE void gumbel_block(const std::uint32_t* bits, float* noise) {
   for (int i = 0; i < kCounters; ++i) noise[i] = gumbel(bits[i]);
 }
 
-constexpr float kMaxGumbel = 23.0f;  // 22.88, and room for rounding
+constexpr float kMaxGumbel = 23.0f;  // upper bound of the noise: 22.88, and room for rounding
 
-// Returns a bound of the bits that give noise of at least t: larger bits give smaller noise. With room for rounding.
+// Returns an upper bound, with room for rounding, of the bits that give noise of at least t: larger bits give smaller
+// noise.
 INLINE std::uint32_t max_bits_for(float t) {
   const float u = 1.0f - exponential(-exponential(-t));
   const float limit = (t > 8.0f ? exponential(-t) : u) * 4294967296.0f * 1.001f + 1024.0f;
@@ -71,16 +72,16 @@ void gumbel_row(std::int64_t key, float* out, std::int64_t count) {
   }
 }
 
-// Takes the scores of the tokens first_token, first_token + 1, ... into the best so far. Of equal ones the first wins.
-INLINE void update_best(const float* scores, std::int64_t first_token, std::int64_t n, Best& best) {
+// Updates the best token with the scores of the tokens first_token, first_token + 1, ... Of equal ones the first wins.
+INLINE void update_best(const float* scores, std::int64_t first_token, std::int64_t n, BestToken& best) {
   for (std::int64_t i = 0; i < n; ++i)
     if (scores[i] > best.score) best.score = scores[i], best.token = first_token + i;
 }
 
-// Draws among the tokens first_token, first_token + 1, ...: takes the scores z / temperature + noise, or z itself
-// where greedy, into the best so far. Noise that could not win is not computed.
+// Updates the best token with the scores z / temperature + noise, or z itself where greedy, of the tokens first_token,
+// first_token + 1, ... Noise that cannot make a token the best is not computed.
 INLINE void draw(const float* z, std::int64_t key, std::int64_t first_token, std::int64_t n, float temperature,
-                 bool greedy, Best& best) {
+                 bool greedy, BestToken& best) {
   if (greedy) return update_best(z, first_token, n, best);
   for (std::int64_t start = 0; start < n; start += kCounters) {
     const std::int64_t count = min(kCounters, n - start);

@@ -17,6 +17,7 @@ INLINE Vec bias_and_softcap(const HeadParams& p, Vec x, const T* bias, std::int6
   return x;
 }
 
+// Computes z of a row's target, bit for bit as the pass over the head does.
 template <typename T>
 void target(const HeadParams& p, std::int64_t row) {
   const std::int64_t token = p.target[row];
@@ -28,16 +29,15 @@ void target(const HeadParams& p, std::int64_t row) {
   p.target_z[row] = z[0];
 }
 
-// Computes z of a row's target, with the same bits as the pass over the head has it.
 void target_row(const HeadParams& p, std::int64_t row) {
   with_dtype(p.dtype, [&]<typename T>(Tag<T>) { target<T>(p, row); });
 }
 
-// BlockStats of one row on the way through a block. Its sums are kept in lanes.
+// The statistics of one row while a block is computed, with the sums kept per lane.
 struct RunningStats {
   Vec sum_e, sum_ed, sum_ee;
   BlockStats stats;
-  std::int64_t num_top;  // of the largest z so far
+  std::int64_t num_top;  // entries of the row's list of the largest z
 
   INLINE static RunningStats start() { return {zero(), zero(), zero(), {}, 0}; }
 };
@@ -45,6 +45,7 @@ struct RunningStats {
 constexpr float kLowestFloat = -3.4028234663852886e38f;
 constexpr float kLowestShift = -1e3f;  // exp of it is 0; a much lower one would make 0 times infinity of sum_ed
 
+// Adds the z of one panel to the sums, after rescaling them where the peak rises.
 INLINE void update_sums(RunningStats& running, const float* z, std::int64_t columns) {
   BlockStats& stats = running.stats;
   unsigned larger = 0;
@@ -63,7 +64,8 @@ INLINE void update_sums(RunningStats& running, const float* z, std::int64_t colu
   }
   const Vec base = broadcast(stats.peak > -kInfinity ? stats.peak : 0.0f);
   for (std::int64_t c = 0; c < columns; c += kLanes) {
-    const Vec d = max(broadcast(kLowestFloat), sub(load(z + c), base));  // 0 log 0 is 0; NaN is kept
+    const Vec d =
+        max(broadcast(kLowestFloat), sub(load(z + c), base));  // finite even for z = -inf: 0 times d is 0; NaN is kept
     const Vec e = exponential(d);
     running.sum_e = add(running.sum_e, e);
     running.sum_ed = fma(e, d, running.sum_ed);
@@ -75,7 +77,7 @@ INLINE void update_sums(RunningStats& running, const float* z, std::int64_t colu
 // and returns the new count. Of equal ones the first stays before the others.
 INLINE std::int64_t insert_top_k(const float* z, std::int64_t first_token, std::int64_t columns, std::int64_t top_k,
                                  float* values, std::int32_t* ids, std::int64_t count) {
-  const auto insert = [&](std::int64_t i, std::int64_t c) {  // at place i or before it
+  const auto insert = [&](std::int64_t i, std::int64_t c) {  // z[c] goes to place i or before it
     for (; i > 0 && z[c] > values[i - 1]; --i) values[i] = values[i - 1], ids[i] = ids[i - 1];
     values[i] = z[c];
     ids[i] = static_cast<std::int32_t>(first_token + c);
@@ -87,8 +89,8 @@ INLINE std::int64_t insert_top_k(const float* z, std::int64_t first_token, std::
   return count;
 }
 
-// Takes the z of one row and the tokens first_token, first_token + 1, ... of one panel into its statistics. slot: the
-// index of (row, vocabulary block).
+// Adds the z of one row and one panel, whose tokens are first_token, first_token + 1, ..., to the statistics of the
+// row. slot: index of (row, vocabulary block).
 INLINE void update_stats(const HeadParams& p, std::int64_t row, std::int64_t slot, const float* z,
                          std::int64_t first_token, std::int64_t columns, RunningStats& running) {
   update_sums(running, z, columns);
@@ -105,6 +107,7 @@ INLINE void update_stats(const HeadParams& p, std::int64_t row, std::int64_t slo
          running.stats.best);
 }
 
+// Reduces the lanes of the sums and stores the statistics of a row.
 INLINE void finish_stats(const HeadParams& p, std::int64_t slot, const RunningStats& running) {
   BlockStats& out = p.stats[slot];
   out = running.stats;
@@ -114,7 +117,7 @@ INLINE void finish_stats(const HeadParams& p, std::int64_t slot, const RunningSt
   for (std::int64_t k = running.num_top; k < p.top_k; ++k) p.top_ids[slot * p.top_k + k] = -1;
 }
 
-// Task: (a block of the vocabulary, a block of rows).
+// Computes the task (block of the vocabulary, block of rows).
 template <typename T>
 void head(const HeadParams& p, std::int64_t task) {
   const std::int64_t blocks = (p.vocabulary + kVocabularyBlock - 1) / kVocabularyBlock;

@@ -40,12 +40,12 @@ void run_head(const Kernels& kernels, const HeadParams& params, int threads) {
                   [&](std::int64_t task) { kernels.head(params, task); });
 }
 
-// The BlockStats of a row's whole vocabulary. In double: next to a peak of almost 1, block after block would round a
-// tail away.
+// The statistics of one row over the whole vocabulary. They are in double, because in float a tail next to a
+// probability of almost 1 would be rounded away block after block.
 struct RowStats {
   double peak = -INFINITY, sum_e = 0, sum_ed = 0, sum_ee = 0;
   std::int64_t num_above = 0;
-  Best best;
+  BestToken best;
 };
 
 // Merges the blocks of a row, in the order of the vocabulary.

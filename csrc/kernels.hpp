@@ -8,10 +8,10 @@
 
 namespace genssd {
 
-inline constexpr std::int64_t kPanelWidth = 64;         // columns of a packed panel
-inline constexpr std::int64_t kRowBlock = 128;          // rows of a task
-inline constexpr std::int64_t kVocabularyBlock = 2048;  // vocabulary entries of a task, a multiple of kPanelWidth
-inline constexpr std::int64_t kMaxHeadDim = 1024;       // that write_kv takes
+inline constexpr std::int64_t kPanelWidth = 64;         // vectors side by side in a packed panel
+inline constexpr std::int64_t kRowBlock = 128;          // rows that share one pass over a weight
+inline constexpr std::int64_t kVocabularyBlock = 2048;  // vocabulary entries of one BlockStats; whole panels
+inline constexpr std::int64_t kMaxHeadDim = 1024;       // largest head_dim that write_kv takes
 
 // A matrix [outputs, inputs]: row-major; or packed into panels of kPanelWidth rows side by side (see dot.hpp).
 struct Weight {
@@ -21,31 +21,31 @@ struct Weight {
 
 // out = x @ weight.T + bias
 struct LinearParams {
-  DType dtype;           // of x, weight and bias
-  bool float_out;        // out is float32, not dtype
+  DType dtype;           // dtype of x, weight and bias
+  bool float_out;        // whether out is float32 instead of dtype
   const void *x, *bias;  // [rows, inputs], [outputs] or null
   Weight weight;
   void* out;  // [rows, outputs]
   std::int64_t rows, inputs, outputs, x_stride;
 };
 
-// The token with the largest score so far.
-struct Best {
+// The token with the largest score so far; -1 before the first.
+struct BestToken {
   float score = -__builtin_inff();
   std::int64_t token = -1;
 };
 
-// What one row keeps of one vocabulary block instead of its logits z. With d = z - peak and e = exp(d): sums of e, of
-// e d and of e^2.
+// Statistics of the logits z of one row over one block of the vocabulary. With d = z - peak and e = exp(d), they hold
+// the sums of e, of e d and of e^2.
 struct BlockStats {
-  float peak = -__builtin_inff();  // the largest z
+  float peak = -__builtin_inff();  // largest z
   float sum_e = 0, sum_ed = 0, sum_ee = 0;
-  std::int64_t num_above = 0;  // entries whose z is larger than the target's
-  Best best;                   // by z / temperature + noise
+  std::int64_t num_above = 0;  // number of entries whose z is larger than the target's
+  BestToken best;              // token with the largest z / temperature + noise
 };
 
-// One pass over a head, which scores tokens, draws tokens, or both, and never stores the logits. The blocks of the
-// vocabulary depend on its size alone.
+// One pass over a language-model head, which scores tokens, draws tokens, or both, and never stores the logits. Where
+// the blocks of the vocabulary begin and end depends on its size alone.
 //
 // z is the logit after bias and softcap; where targets are scored, it is divided by the temperature, too.
 struct HeadParams {
@@ -57,27 +57,27 @@ struct HeadParams {
 
   // Scoring.
   const std::int64_t* target;  // [rows], or null: nothing is scored
-  float* target_z;             // [rows]
-  std::int64_t top_k;          // how many of the largest z are kept
-  float* top_values;           // [rows, blocks, top_k]: z, descending
-  std::int32_t* top_ids;       // [rows, blocks, top_k], -1 beyond the end of a block
+  float* target_z;             // [rows]: z of the target
+  std::int64_t top_k;          // number of the largest z that are kept
+  float* top_values;           // [rows, blocks, top_k]: largest z of a block, descending
+  std::int32_t* top_ids;       // [rows, blocks, top_k]: their token ids; -1 where the block has fewer entries
 
   // Drawing.
-  const std::int64_t* key;  // [rows], or null: nothing is drawn
-  bool greedy;
-  std::int64_t num_drawable;  // only token ids below it are drawn
+  const std::int64_t* key;    // [rows]: keys of the noise, or null: nothing is drawn
+  bool greedy;                // whether the largest z is drawn, without noise
+  std::int64_t num_drawable;  // number of token ids, from 0 on, that may be drawn
 
   BlockStats* stats;  // [rows, blocks]
 };
 
 // One segment of the cache, and the rows that read it together.
 struct Item {
-  std::int32_t page_index;      // of its first page, in `pages`
-  std::int32_t first_position;  // of its first token, where a segment starts
-  std::int32_t num_tokens;      // how many of its tokens any of the rows sees
-  std::int32_t entry_index;     // of its first row, in `entries`
-  std::int32_t num_entries;     // rows
-  std::int32_t unit;            // no row has items in two units
+  std::int32_t page_index;      // index into `pages` of the first page
+  std::int32_t first_position;  // position of the first token, which is where a segment starts
+  std::int32_t num_tokens;      // number of tokens, from the first on, that any of the rows sees
+  std::int32_t entry_index;     // index into `entries` of the first row
+  std::int32_t num_entries;     // number of rows
+  std::int32_t unit;            // unit of the rows; no row has items in two units
 };
 
 // A row that reads an item.
@@ -137,7 +137,7 @@ struct SampleParams {
 };
 
 struct Kernels {
-  const char* name;  // of the instruction set
+  const char* name;  // name of the instruction set, as Python knows it
   void (*linear)(const LinearParams&, std::int64_t task);
   void (*target)(const HeadParams&, std::int64_t row);
   void (*head)(const HeadParams&, std::int64_t task);

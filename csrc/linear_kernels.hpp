@@ -41,7 +41,7 @@ INLINE void dot_weight(const Rows<T>& x, const Weight& weight, std::int64_t firs
       // the next rows follow in one piece
       next = weight.row_stride == n && block_values == n ? row + kPanelWidth * n : nullptr;
     }
-    dot_block(x.from_value(k), cells, outputs, block_values, k == 0, next, Output{workspace.out, kPanelWidth});
+    dot_block(x.skip_values(k), cells, outputs, block_values, k == 0, next, Output{workspace.out, kPanelWidth});
   }
 }
 
@@ -73,7 +73,7 @@ INLINE float dot_single(const T* x, const Weight& weight, std::int64_t output, s
   return out[0];
 }
 
-// Task: (a panel, a block of rows).
+// Computes the task (panel, block of rows).
 template <typename T, typename Out>
 void linear(const LinearParams& p, std::int64_t task) {
   const std::int64_t row_blocks = (p.rows + kRowBlock - 1) / kRowBlock, first_row = task % row_blocks * kRowBlock;

@@ -9,7 +9,8 @@
 
 namespace genssd {
 
-inline constexpr std::int64_t kMinParallel = 1 << 17;  // fewer operations take less time than to wake a thread
+// Fewer operations than this take less time than to wake a thread.
+inline constexpr std::int64_t kMinParallel = 1 << 17;
 
 // Returns the number of threads for work of so many operations.
 inline int threads_for(std::int64_t operations, int threads) { return operations < kMinParallel ? 1 : threads; }

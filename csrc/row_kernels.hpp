@@ -24,6 +24,7 @@ INLINE void normalize(const T* x, const T* weight, std::int64_t n, float eps, T*
     store_bounded(out, mul(load_bounded(weight, i, n), rounded(mul(load_bounded(x, i, n), scale), T{})), i, n);
 }
 
+// Computes one row of RmsNormParams.
 template <typename T>
 void rms_norm(const RmsNormParams& p, std::int64_t row) {
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
@@ -37,6 +38,7 @@ void rms_norm(const RmsNormParams& p, std::int64_t row) {
   normalize(x, static_cast<const T*>(p.weight), p.width, p.eps, static_cast<T*>(p.out) + row * p.width);
 }
 
+// Computes one row of GatedParams.
 template <typename T>
 void gated(const GatedParams& p, std::int64_t row) {
   const T *gate = static_cast<const T*>(p.gate_up) + row * 2 * p.width, *up = gate + p.width;
@@ -64,6 +66,7 @@ INLINE void rotate(const T* x, const float* cos, const float* sin, std::int64_t 
   }
 }
 
+// Rotates the queries of one row, and writes its rotated keys and its values to its slot of the cache.
 template <typename T>
 void write_kv(const WriteKvParams& p, std::int64_t row) {
   const std::int64_t half = p.head_dim / 2, slot = p.slot[row];

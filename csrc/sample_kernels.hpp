@@ -219,7 +219,7 @@ void sample_row(const SampleParams& p, std::int64_t row) {
   p.token[row] = -1;
   const float peak = checked_peak(logits, n);
   if (!(peak > -kInfinity)) return;
-  Best best;
+  BestToken best;
   if (p.temperature == 0.0f) {
     update_best(logits, 0, n, best);
   } else if (p.top_k == 0 && p.top_p >= 1.0f && p.log_min_p == 0.0f) {

@@ -1,4 +1,4 @@
-// The segment table: which rows of a batch read which segments of the KV cache, and where their partial results go.
+// The segment table: the segments of the KV cache that each row of a batch reads, and where its partial results go.
 #pragma once
 
 #include <cstdint>
@@ -39,17 +39,17 @@ class SegmentTable {
   std::int64_t num_units() const { return static_cast<std::int64_t>(unit_item.size()) - 1; }
 
   std::int64_t page_size;
-  std::int64_t segment;    // positions of a segment
-  std::int64_t window;     // positions that a row sees at most; 0: all
-  std::int64_t unit_rows;  // at most
+  std::int64_t segment;    // positions of a segment, except for the shorter ones before the first multiple
+  std::int64_t window;     // maximum number of positions that a row sees, its own included; 0: all
+  std::int64_t unit_rows;  // maximum number of rows of a unit
   std::int32_t largest_page = -1;
   std::vector<Item> items;
   std::vector<Entry> entries;
   std::vector<std::int32_t> pages;
-  std::vector<std::int32_t> position;     // [rows]
-  std::vector<std::int64_t> slot;         // [rows]: of the row's own token, page * page_size + offset
-  std::vector<std::int32_t> row_partial;  // [rows + 1]: the row's first partial slot; one per segment follows
-  std::vector<std::int32_t> unit_item;    // [units + 1]: the unit's first item
+  std::vector<std::int32_t> position;     // [rows]: position of the row in its sequence
+  std::vector<std::int64_t> slot;         // [rows]: slot of the row's own token, page * page_size + offset
+  std::vector<std::int32_t> row_partial;  // [rows + 1]: slot of the row's first partial result, one per segment
+  std::vector<std::int32_t> unit_item;    // [units + 1]: first item of the unit
 
  private:
   // Consecutive rows of one sequence.
@@ -71,9 +71,8 @@ class SegmentTable {
   // Returns the first segment that a row at a position sees.
   std::int64_t first_segment(std::int64_t p) const;
 
-  std::int64_t shortest_;  // length of the first segment
-  std::int64_t num_halvings_ =
-      0;  // of `segment` to `shortest_`: so many segments of doubling ends come after the first
+  std::int64_t shortest_;          // length of the first segment: `segment` halved num_halvings_ times
+  std::int64_t num_halvings_ = 0;  // also the number of segments, after the first, that end at twice their start
 };
 
 }  // namespace genssd

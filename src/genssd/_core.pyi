@@ -6,7 +6,7 @@ import torch
 
 class SegmentTable:
     """
-    Which rows of a batch read which segments of the KV cache; see genssd.kernels.attention.
+    Table of the segments of the KV cache that each row of a batch reads; see genssd.kernels.attention.
     """
 
     @property
@@ -15,11 +15,11 @@ class SegmentTable:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Number of tokens of a page."""
 
     @property
     def segment(self) -> int:
-        """Positions of a segment."""
+        """Number of positions of a segment."""
 
     @property
     def window(self) -> int:
@@ -134,5 +134,5 @@ def write_kv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: t
 
 def paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: SegmentTable, out: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None, threads: int) -> None:
     """
-    Compute the attention of each row of q [rows, heads, head_dim] over the segments that it reads in the table.
+    Compute into out the attention of each row of q [rows, heads, head_dim] over its segments in the table.
     """
