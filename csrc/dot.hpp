@@ -91,10 +91,10 @@ struct Prefetch {
   int lines = 0;
 };
 
-// Computes one register tile: ROWS rows x, in whole cells, with VECTORS vectors of a panel's columns.
+// Computes a register tile: ROWS rows x, in whole cells, with VECTORS vectors of a panel's columns.
 template <int ROWS, int VECTORS, typename T>
-void dot_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel, std::int64_t cells, Accumulate mode,
-              Prefetch prefetch, float* out, std::int64_t out_stride) {
+INLINE void compute_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel, std::int64_t cells, Accumulate mode,
+                         Prefetch prefetch, float* out, std::int64_t out_stride) {
   using C = Cells<T>;
   Vec total[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r)
@@ -118,13 +118,23 @@ void dot_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel, std::int6
     }
 }
 
-// Computes a tile of 1..kTileRows rows, whose number is known at run time.
+// compute_tile as a function of its own.
+template <int ROWS, int VECTORS, typename T>
+void call_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel, std::int64_t cells, Accumulate mode,
+               Prefetch prefetch, float* out, std::int64_t out_stride) {
+  compute_tile<ROWS, VECTORS>(x, x_stride, panel, cells, mode, prefetch, out, out_stride);
+}
+
+// Computes a tile of 1..kTileRows rows, whose number is known at run time. A single row, which is what decoding waits
+// for, is inlined: there the prefetches take as long as the products, and the compiler unrolls them.
 template <int VECTORS, typename T>
 INLINE void dot_tile(const Rows<T>& x, const Cell<T>* panel, std::int64_t cells, Accumulate mode, Prefetch prefetch,
                      Output out) {
   const auto run = [&]<int ROWS>() __attribute__((always_inline)) {
-    if constexpr (ROWS <= kTileRows)
-      dot_tile<ROWS, VECTORS>(x.data, x.stride, panel, cells, mode, prefetch, out.data, out.stride);
+    if constexpr (ROWS == 1)
+      compute_tile<1, VECTORS>(x.data, x.stride, panel, cells, mode, prefetch, out.data, out.stride);
+    else if constexpr (ROWS <= kTileRows)
+      call_tile<ROWS, VECTORS>(x.data, x.stride, panel, cells, mode, prefetch, out.data, out.stride);
     else
       __builtin_unreachable();
   };
@@ -144,7 +154,7 @@ INLINE void dot_tile(const Rows<T>& x, const Cell<T>* panel, std::int64_t cells,
 // written, so that the output holds meaningless numbers beyond the last column. next: memory that will be read soon,
 // as much as these cells of the panel take, or null; the tiles share out its cache lines.
 template <typename T>
-void dot_cells(Rows<T> x, const Cell<T>* panel, std::int64_t columns, std::int64_t cells, Accumulate mode,
+void dot_cells(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std::int64_t cells, Accumulate mode,
                const void* next, Output out) {
   constexpr std::int64_t kWide = 4 * kLanes;
   constexpr std::int64_t kLines = kPanelWidth * sizeof(Cell<T>) / 64;  // cache lines of a row of cells
@@ -168,8 +178,8 @@ void dot_cells(Rows<T> x, const Cell<T>* panel, std::int64_t columns, std::int64
 // Computes the products over n values of at most one block, of which the last value may fill half a cell. The first
 // block overwrites the output, the others are added to it.
 template <typename T>
-void dot_block(Rows<T> x, const Cell<T>* panel, std::int64_t columns, std::int64_t n, bool first, const void* next,
-               Output out) {
+void dot_block(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std::int64_t n, bool first,
+               const void* next, Output out) {
   const std::int64_t cells = n / Cells<T>::kValues;
   dot_cells(x, panel, columns, cells, first ? Accumulate::kOverwrite : Accumulate::kAdd, next, out);
   if (cells * Cells<T>::kValues == n) return;
