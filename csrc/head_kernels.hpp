@@ -74,7 +74,8 @@ INLINE void update_sums(RunningStats& running, const float* z, std::int64_t colu
 }
 
 // Inserts the z of the tokens first_token, first_token + 1, ... into a sorted list of `count` entries, at most top_k,
-// and returns the new count. Of equal ones the first stays before the others.
+// and returns the new count. Of equal ones the first stays before the others. z must be readable, and -inf, beyond the
+// last column up to a whole vector.
 INLINE std::int64_t insert_top_k(const float* z, std::int64_t first_token, std::int64_t columns, std::int64_t top_k,
                                  float* values, std::int32_t* ids, std::int64_t count) {
   const auto insert = [&](std::int64_t i, std::int64_t c) {  // z[c] goes to place i or before it
@@ -84,8 +85,14 @@ INLINE std::int64_t insert_top_k(const float* z, std::int64_t first_token, std::
   };
   std::int64_t c = 0;
   for (; c < columns && count < top_k; ++c) insert(count++, c);
-  for (; c < columns; ++c)
+  while (c < columns) {
+    if (c % kLanes == 0 && !greater_bits(load(z + c), broadcast(values[top_k - 1]))) {
+      c += kLanes;  // none of this vector is large enough
+      continue;
+    }
     if (z[c] > values[top_k - 1]) insert(top_k - 1, c);
+    ++c;
+  }
   return count;
 }
 
