@@ -118,7 +118,8 @@ INLINE void compute_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel
     }
 }
 
-// compute_tile as a function of its own.
+// compute_tile as a function of its own. With its body in this function gcc stores the sums to the stack at every
+// cell; inlined into it, they stay in registers.
 template <int ROWS, int VECTORS, typename T>
 void call_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel, std::int64_t cells, Accumulate mode,
                Prefetch prefetch, float* out, std::int64_t out_stride) {
