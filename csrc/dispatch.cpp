@@ -1,59 +1,63 @@
-// Chooses the kernels for this processor. Compiled for the plainest one.
-#if defined(GENSSD_X86)
+// Compiled for the plainest processor: it must run on every one.
+#include "dispatch.hpp"
+
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include <atomic>
-#include <cstring>
-
-#include "kernels.hpp"
 
 namespace genssd {
 
+// Written by CMake from the rows of CMakeLists.txt: INSTRUCTION_SET(name, condition) for each set, the best first. The
+// condition holds where the processor has every feature of the set.
+#define INSTRUCTION_SET(name, condition) extern const Kernels kernels_##name;
+#include "instruction_sets.inc"
+#undef INSTRUCTION_SET
+
 namespace {
 
-std::atomic<const Kernels*> active{nullptr};
-
-#if defined(GENSSD_X86)
-bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows it
+#if defined(__x86_64__)
+// Float16 conversions, which every set uses. Not every compiler's __builtin_cpu_supports knows this feature.
+bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
 
+std::vector<const Kernels*> detect() {
+  std::vector<const Kernels*> sets;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!has_f16c()) return sets;
+#define HAS(feature) __builtin_cpu_supports(#feature)
+#define INSTRUCTION_SET(name, condition) \
+  if (condition) sets.push_back(&kernels_##name);
+#include "instruction_sets.inc"
+#undef INSTRUCTION_SET
+#undef HAS
+#endif
+  return sets;
+}
+
+std::atomic<const Kernels*>& active() {
+  static std::atomic<const Kernels*> kernels{supported_kernels().empty() ? nullptr : supported_kernels().front()};
+  return kernels;
+}
+
 }  // namespace
 
-const Kernels* const* supported() {
-  static const Kernels* found[4] = {};  // the best first, then null
-  static const bool once = [] {
-    int count = 0;
-#if defined(GENSSD_X86)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        if (__builtin_cpu_supports("avx512bf16")) found[count++] = &kAvx512Bf16;
-        found[count++] = &kAvx512;
-      }
-      found[count++] = &kAvx2;
-    }
-#endif
-    active = found[0];
-    return count > 0;
-  }();
-  (void)once;
-  return found;
+const std::vector<const Kernels*>& supported_kernels() {
+  static const std::vector<const Kernels*> sets = detect();
+  return sets;
 }
 
-const Kernels* kernels() {
-  supported();
-  return active;
-}
+const Kernels* active_kernels() { return active(); }
 
-bool use(const char* name) {
-  for (const Kernels* const* set = supported(); *set; ++set)
-    if (!std::strcmp((*set)->name, name)) {
-      active = *set;
+bool use_kernels(std::string_view name) {
+  for (const Kernels* kernels : supported_kernels())
+    if (kernels->name == name) {
+      active() = kernels;
       return true;
     }
   return false;

@@ -1,147 +1,154 @@
-// What each instruction set provides: the same kernels, as functions of a task and one unit of its work.
+// The kernels that each instruction set provides: functions of an operator's parameters and the index of one task of
+// its work. Tasks share no result, so they run in any order on any thread.
 #pragma once
 
 #include <cstdint>
 
-#include "types.hpp"
+#include "dtypes.hpp"
 
 namespace genssd {
 
-enum class Type { kFloat, kBFloat16, kFloat16 };
+inline constexpr std::int64_t kPanelWidth = 64;         // vectors side by side in a packed panel
+inline constexpr std::int64_t kRowBlock = 128;          // rows that share one pass over a weight
+inline constexpr std::int64_t kVocabularyBlock = 2048;  // vocabulary entries of one BlockStats; whole panels
+inline constexpr std::int64_t kMaxHeadDim = 1024;       // largest head_dim that write_kv takes
 
-inline constexpr std::int64_t kPanel = 64;       // vectors of a panel
-inline constexpr std::int64_t kRowBlock = 128;   // rows of a unit
-inline constexpr std::int64_t kPartSize = 2048;  // vocabulary entries of a part, whole panels
-
-// [outputs, inputs], row by row; or packed: panel after panel, each kPanel rows side by side (see panel.hpp).
+// A matrix [outputs, inputs]: row-major; or packed into panels of kPanelWidth rows side by side (see dot.hpp).
 struct Weight {
   const void* data;
-  std::int64_t stride;  // from row to row; 0: packed
+  std::int64_t row_stride;  // values from one row to the next; 0: packed
 };
 
-struct Linear {  // out = x @ weight.T + bias
-  Type type;     // of x, weight and bias
-  bool wide;     // out is float, not rounded to type
-  const void *x, *bias;  // [rows, inputs] [outputs] or null
+// out = x @ weight.T + bias
+struct LinearParams {
+  DType dtype;           // dtype of x, weight and bias
+  bool float_out;        // whether out is float32 instead of dtype
+  const void *x, *bias;  // [rows, inputs], [outputs] or null
   Weight weight;
   void* out;  // [rows, outputs]
-  std::int64_t rows, inputs, outputs, stride_x;
+  std::int64_t rows, inputs, outputs, x_stride;
 };
 
-// One pass over a head's vocabulary, in parts whose ends depend on its size alone.
-struct Head {
-  Type type;
-  const void *hidden, *bias;  // [rows, inputs] [vocabulary] or null
-  Weight weight;
-  std::int64_t rows, inputs, vocabulary, stride_hidden;
-  float temperature, softcap;  // softcap 0: none
-  // scoring
-  const std::int64_t* target;  // [rows], or null: nothing is scored
-  float* chosen;               // [rows]: the target's z
-  std::int64_t topk;
-  float* top_value;       // [rows, parts, topk]
-  std::int32_t* top_id;   // [rows, parts, topk]
-  // drawing
-  const std::int64_t* key;  // [rows], or null: nothing is drawn
-  bool greedy;
-  std::int64_t drawable;  // ids below it are drawn
-  struct Part* parts;     // [rows, parts]
-};
-
-struct Part {
-  float peak = -__builtin_inff(), total = 0, slope = 0, square = 0;  // sums of e, e d and e e over d = z - peak
-  std::int64_t above = 0;                                            // entries larger than the target's
-  float best = -__builtin_inff();                                    // of z / temperature + noise
+// The token with the largest score so far; -1 before the first.
+struct BestToken {
+  float score = -__builtin_inff();
   std::int64_t token = -1;
 };
 
-struct Item {
-  std::int32_t page;     // index into pages of its first page
-  std::int32_t first;    // position of its first token, a multiple of the segment
-  std::int32_t tokens;   // what its rows see at most
-  std::int32_t entry;    // index into entries of its first row
-  std::int32_t entries;  // its rows
-  std::int32_t unit;     // items of one unit share no row with another unit's
+// Statistics of the logits z of one row over one block of the vocabulary. With d = z - peak and e = exp(d), they hold
+// the sums of e, of e d and of e^2.
+struct BlockStats {
+  float peak = -__builtin_inff();  // largest z
+  float sum_e = 0, sum_ed = 0, sum_ee = 0;
+  std::int64_t num_above = 0;  // number of entries whose z is larger than the target's
+  BestToken best;              // token with the largest z / temperature + noise
 };
 
+// One pass over a language-model head, which scores tokens, draws tokens, or both, and never stores the logits. Where
+// the blocks of the vocabulary begin and end depends on its size alone.
+//
+// z is the logit after bias and softcap; where targets are scored, it is divided by the temperature, too.
+struct HeadParams {
+  DType dtype;
+  const void *hidden, *bias;  // [rows, inputs], [vocabulary] or null
+  Weight weight;
+  std::int64_t rows, inputs, vocabulary, hidden_stride;
+  float temperature, softcap;  // softcap 0: none
+
+  // Scoring.
+  const std::int64_t* target;  // [rows], or null: nothing is scored
+  float* target_z;             // [rows]: z of the target
+  std::int64_t top_k;          // number of the largest z that are kept
+  float* top_values;           // [rows, blocks, top_k]: largest z of a block, descending
+  std::int32_t* top_ids;       // [rows, blocks, top_k]: their token ids; -1 where the block has fewer entries
+
+  // Drawing.
+  const std::int64_t* key;    // [rows]: keys of the noise, or null: nothing is drawn
+  bool greedy;                // whether the largest z is drawn, without noise
+  std::int64_t num_drawable;  // number of token ids, from 0 on, that may be drawn
+
+  BlockStats* stats;  // [rows, blocks]
+};
+
+// One segment of the cache, and the rows that read it together.
+struct Item {
+  std::int32_t page_index;      // index into `pages` of the first page
+  std::int32_t first_position;  // position of the first token, which is where a segment starts
+  std::int32_t num_tokens;      // number of tokens, from the first on, that any of the rows sees
+  std::int32_t entry_index;     // index into `entries` of the first row
+  std::int32_t num_entries;     // number of rows
+  std::int32_t unit;            // unit of the rows; no row has items in two units
+};
+
+// A row that reads an item.
 struct Entry {
   std::int32_t row;
-  std::int32_t partial;  // the slot of the partial result
+  std::int32_t partial;  // slot of the row's partial result
 };
 
-struct Attention {
-  Type type;
-  const void *q, *k_pages, *v_pages;  // [rows, heads, width] [pages, page_size, kv_heads, width] twice
-  void* out;                          // [rows, heads, width]
+struct AttentionParams {
+  DType dtype;
+  const void *q, *k_pages, *v_pages;  // [rows, heads, head_dim], [pages, page_size, kv_heads, head_dim] twice
+  void* out;                          // [rows, heads, head_dim]
   const float* sinks;                 // [heads] or null
   const Item* items;
   const Entry* entries;
   const std::int32_t *pages, *position, *row_partial, *unit_item;  // see SegmentTable
   std::int64_t page_size, segment, window, unit_rows;
-  std::int64_t heads, kv_heads, width;
-  float scale, softcap;
-  float* partial;  // [partials, heads, width + 2] or null: rows are folded where they are computed
+  std::int64_t heads, kv_heads, head_dim;
+  float scale, softcap;  // softcap 0: none
+  float* partial;        // [partial slots, heads, head_dim + 2]; null where units merge their rows themselves
 };
 
-struct RmsNorm {
-  Type type;
-  const void *x, *residual, *weight;  // residual may be null
-  void *out, *sum;                    // sum = x + residual
-  std::int64_t rows, width, stride_x;
+struct RmsNormParams {
+  DType dtype;
+  const void *x, *residual, *weight;  // [rows, width] twice, [width]; residual may be null
+  void *out, *sum;                    // [rows, width]; sum = residual + x, null without residual
+  std::int64_t rows, width, x_stride;
   float eps;
 };
 
-struct Gated {  // out = activation(gate) * up
-  Type type;
+// out = activation(gate) * up
+struct GatedParams {
+  DType dtype;
   const void* gate_up;  // [rows, 2 width]
   void* out;            // [rows, width]
   std::int64_t rows, width;
-  bool gelu;
+  bool gelu;  // silu otherwise
 };
 
-struct WriteKv {
-  Type type;
-  const void* qkv;  // [rows, heads + 2 kv_heads, width]
-  const float *cos, *sin;  // [rows, width / 2]
-  const void *q_norm, *k_norm;  // [width] or null
-  const std::int64_t* slot;     // [rows], negative: not written
+struct WriteKvParams {
+  DType dtype;
+  const void* qkv;              // [rows, heads + 2 kv_heads, head_dim]
+  const float *cos, *sin;       // [rows, head_dim / 2]
+  const void *q_norm, *k_norm;  // [head_dim] or null
+  const std::int64_t* slot;     // [rows]: page * page_size + offset; negative: not written
   void *q, *k_pages, *v_pages;
-  std::int64_t rows, heads, kv_heads, width;
+  std::int64_t rows, heads, kv_heads, head_dim;
   float eps;
 };
 
-struct Sample {
-  const float* logits;  // [rows, stride], of which the first `vocabulary` count
+struct SampleParams {
+  const float* logits;  // [rows, vocabulary]
   const std::int64_t* key;
-  std::int64_t* token;  // -1 where a row has a NaN, a +inf or no finite logit
+  std::int64_t* token;  // [rows]: -1 where a row has a NaN, +inf or no finite logit
   std::int64_t rows, vocabulary, stride, top_k;
-  float temperature, top_p, log_min_p;  // log_min_p 0: no such filter
+  float temperature, top_p, log_min_p;  // top_k 0, top_p 1 and log_min_p 0: no such filter
 };
 
 struct Kernels {
-  const char* name;
-  void (*linear)(const Linear&, std::int64_t unit);
-  void (*target)(const Head&, std::int64_t row);
-  void (*head)(const Head&, std::int64_t unit);
-  void (*attention)(const Attention&, std::int64_t unit);
-  void (*partial_attention)(const Attention&, std::int64_t unit);
-  void (*fold_attention)(const Attention&, std::int64_t row);
-  void (*rms_norm)(const RmsNorm&, std::int64_t row);
-  void (*gated)(const Gated&, std::int64_t row);
-  void (*write_kv)(const WriteKv&, std::int64_t row);
-  void (*sample)(const Sample&, std::int64_t row);
+  const char* name;  // name of the instruction set, as Python knows it
+  void (*linear)(const LinearParams&, std::int64_t task);
+  void (*target)(const HeadParams&, std::int64_t row);
+  void (*head)(const HeadParams&, std::int64_t task);
+  void (*attention)(const AttentionParams&, std::int64_t task);
+  void (*partial_attention)(const AttentionParams&, std::int64_t task);
+  void (*merge_attention)(const AttentionParams&, std::int64_t row);
+  void (*rms_norm)(const RmsNormParams&, std::int64_t row);
+  void (*gated)(const GatedParams&, std::int64_t row);
+  void (*write_kv)(const WriteKvParams&, std::int64_t row);
+  void (*sample)(const SampleParams&, std::int64_t row);
   void (*gumbel)(std::int64_t key, float* out, std::int64_t count);
 };
-
-extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
-
-// The sets that this processor runs, the best first, with a null behind the last.
-const Kernels* const* supported();
-
-// The set in use, at first the best; null: there is none.
-const Kernels* kernels();
-
-// Changes to the set of this name; false where this processor does not run it.
-bool use(const char* name);
 
 }  // namespace genssd

@@ -1,4 +1,5 @@
-// The operators as Python calls them: arguments are checked, work is shared out among threads.
+// The operators as Python calls them: they check their arguments and divide the work among threads. Their contracts
+// are in genssd.kernels.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,11 @@
 
 namespace genssd {
 
-inline constexpr std::int64_t kSmall = 1 << 17;  // operations that take less time than waking a thread
+// Fewer operations than this take less time than to wake a thread.
+inline constexpr std::int64_t kMinParallel = 1 << 17;
 
-inline int threads_for(std::int64_t operations, int threads) { return operations < kSmall ? 1 : threads; }
+// Returns the number of threads for work of so many operations.
+inline int threads_for(std::int64_t operations, int threads) { return operations < kMinParallel ? 1 : threads; }
 
 // head_operators.cpp
 void gumbel_noise(Array keys, Array out, int threads);
@@ -36,6 +39,6 @@ void copy_pages(Array kv, Array source, Array destination, int threads);
 SegmentTable* segment_table(Array tables, Array table, Array first, Array rows, std::int64_t page_size,
                             std::int64_t segment, std::int64_t window, std::int64_t unit_rows);
 void paged_attention(Array q, Array k_pages, Array v_pages, const SegmentTable& table, Array out, float scale,
-                     float softcap, std::optional<Array> sinks, int threads);
+                     float softcap, MaybeArray sinks, int threads);
 
 }  // namespace genssd

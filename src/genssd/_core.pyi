@@ -6,75 +6,77 @@ import torch
 
 class SegmentTable:
     """
-    Which rows read which stretch of the cache; see genssd.kernels.attention.
+    Table of the segments of the KV cache that each row of a batch reads; see genssd.kernels.attention.
     """
 
     @property
     def num_rows(self) -> int:
-        """Query rows."""
+        """Number of query rows."""
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
+        """Number of tokens of a page."""
 
     @property
     def segment(self) -> int:
-        """Positions of a segment."""
+        """Number of positions of a segment."""
 
     @property
     def window(self) -> int:
-        """Positions that a row sees at most; 0: all."""
+        """Maximum number of positions that a row sees, its own included; 0: all."""
 
     @property
     def largest_page(self) -> int:
-        """The largest page that is read."""
+        """Largest page that any row reads; -1 where there is no row."""
 
     @property
     def items(self) -> numpy.ndarray:
         """
-        int32 [items, 6]: index into pages, first position, tokens, index into entries, entries, unit.
+        int32 [items, 6]: index into pages of the item's first page, position of its first token, number of tokens that its rows see at most, index into entries of its first row, number of rows, unit. No row has items in two units.
         """
 
     @property
     def entries(self) -> numpy.ndarray:
-        """int32 [entries, 2]: row, partial slot."""
+        """
+        int32 [entries, 2]: row that reads an item, slot of its partial result.
+        """
 
     @property
     def pages(self) -> numpy.ndarray:
-        """int32: the pages of the items, one after the other."""
+        """int32: pages of all items, item by item."""
 
     @property
     def position(self) -> numpy.ndarray:
-        """int32 [rows]: where each row stands."""
+        """int32 [rows]: position of each row in its sequence."""
 
     @property
     def row_partial(self) -> numpy.ndarray:
         """
-        int32 [rows + 1]: the row's first partial slot; they follow in the order of segments.
+        int32 [rows + 1]: slot of each row's first partial result; one slot per segment follows, in the order of segments.
         """
 
     @property
     def slot(self) -> numpy.ndarray:
         """
-        int64 [rows]: where the row's own token lies, page * page_size + offset.
+        int64 [rows]: slot of each row's own token in the cache, page * page_size + offset.
         """
-
-def instruction_set() -> str | None:
-    """
-    The kernels in use, at first the best for this processor; None: there are none.
-    """
-
-def instruction_sets() -> list[str]:
-    """All that run on this processor, the best first."""
-
-def use_instruction_set(name: str) -> None:
-    """
-    Change the kernels of this process, for tests and measurements. Results of other sets differ in their roundings.
-    """
 
 def segment_table(tables: torch.Tensor, table: torch.Tensor, first: torch.Tensor, rows: torch.Tensor, page_size: int, segment: int, window: int, unit_rows: int) -> SegmentTable:
     """
-    Build the table of a batch: sequence i has the pages tables[table[i]] and rows at first[i], first[i] + 1, ...
+    Build the segment table of a batch: sequence i has the pages tables[table[i]], and rows[i] query rows at the positions first[i], first[i] + 1, ...; a unit has at most unit_rows rows.
+    """
+
+def instruction_set() -> str | None:
+    """
+    Return the instruction set in use, at first the best of this processor; None where it runs none.
+    """
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that this processor runs, the best first."""
+
+def use_instruction_set(name: str) -> None:
+    """
+    Switch this process to another instruction set, for tests and measurements. Results of the sets differ in their rounding. Raises ValueError where this processor does not run it.
     """
 
 def gumbel_noise(keys: torch.Tensor, out: torch.Tensor, threads: int) -> None:
@@ -82,35 +84,43 @@ def gumbel_noise(keys: torch.Tensor, out: torch.Tensor, threads: int) -> None:
     Fill out[row, token] with Gumbel(0, 1) noise that depends on (keys[row], token) alone.
     """
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, threads: int) -> None:
-    """
-    out = x @ weight.T + bias, summed in float32; out in the dtype of x or float32.
-    """
-
-def packed_rows(weight: torch.Tensor, rows: int, index: torch.Tensor, out: torch.Tensor) -> None:
-    """Rows of a packed weight of so many rows: out[i] = weight[index[i]]."""
-
 def linear_logprob(hidden: torch.Tensor, weight: torch.Tensor, vocabulary: int, target: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float, stats: torch.Tensor, rank: torch.Tensor, top_ids: torch.Tensor, top_logprob: torch.Tensor, threads: int) -> None:
     """
     Score targets under a head: stats [4, rows] are logprob, logsumexp, entropy and sum_p2; softcap 0: none.
     """
 
 def linear_sample(hidden: torch.Tensor, weight: torch.Tensor, vocabulary: int, key: torch.Tensor, bias: torch.Tensor | None, temperature: float, softcap: float, drawable: int, tokens: torch.Tensor, logprob: torch.Tensor, threads: int) -> None:
-    """Draw a token per row from a head; -1 where its logits are not finite."""
+    """
+    Draw a token per row from a head, of the ids below drawable; -1 where the logits of the row are not finite.
+    """
 
 def sample(logits: torch.Tensor, key: torch.Tensor, temperature: float, top_k: int, top_p: float, log_min_p: float, tokens: torch.Tensor, threads: int) -> None:
     """
-    Draw a token per row of logits behind top-k, top-p and min-p; -1 where they are not finite.
+    Draw a token per row of logits after top-k, top-p and min-p; -1 where the logits of the row are not finite.
+    """
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, threads: int) -> None:
+    """
+    Compute out = x @ weight.T + bias, summed in float32; out has the dtype of x or float32.
+    """
+
+def packed_rows(weight: torch.Tensor, rows: int, index: torch.Tensor, out: torch.Tensor) -> None:
+    """
+    Copy rows of a packed weight that has `rows` rows: out[i] = weight[index[i]].
     """
 
 def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor, sum: torch.Tensor | None, threads: int) -> None:
-    """out = norm of x, or of sum = residual + x."""
+    """
+    Compute out = RMS norm of x, or of sum = residual + x, which is stored, too.
+    """
 
 def gated(gate_up: torch.Tensor, gelu: bool, out: torch.Tensor, threads: int) -> None:
-    """out = silu(gate) * up, or gelu(gate) * up with gelu by tanh."""
+    """Compute out = silu(gate) * up, or gelu(gate) * up with gelu by tanh."""
 
 def rotary_angles(position: torch.Tensor, frequency: torch.Tensor, factor: float, cos: torch.Tensor, sin: torch.Tensor, threads: int) -> None:
-    """cos and sin [rows, frequencies] of position * frequency, times factor."""
+    """
+    Compute cos and sin [rows, frequencies] of position * frequency, times factor.
+    """
 
 def copy_pages(kv: torch.Tensor, source: torch.Tensor, destination: torch.Tensor, threads: int) -> None:
     """
@@ -118,9 +128,11 @@ def copy_pages(kv: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
     """
 
 def write_kv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, q: torch.Tensor, threads: int) -> None:
-    """Rotate queries into q, and keys, with the values, into the cache."""
+    """
+    Write rotated queries to q, and rotated keys and the values to the slots of the cache; a negative slot is not written.
+    """
 
 def paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: SegmentTable, out: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None, threads: int) -> None:
     """
-    Attend each row of q [rows, heads, head_dim] over what the table says, into out.
+    Compute into out the attention of each row of q [rows, heads, head_dim] over its segments in the table.
     """

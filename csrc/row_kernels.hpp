@@ -1,0 +1,106 @@
+// Kernels that compute one row at a time: norms, cache writes with rotary embeddings, gated activations. Only for
+// isa.cpp.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace {
+
+using namespace genssd;
+
+// out = RMS norm of x, times weight. Intermediate results are rounded where torch's own operators round them.
+template <typename T>
+INLINE void normalize(const T* x, const T* weight, std::int64_t n, float eps, T* out) {
+  Vec squares = zero();
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Vec value = load_bounded(x, i, n);
+    squares = fma(value, value, squares);
+  }
+  const Vec scale = broadcast(1.0f / __builtin_sqrtf(reduce_sum(squares) / static_cast<float>(n) + eps));
+  for (std::int64_t i = 0; i < n; i += kLanes)
+    store_bounded(out, mul(load_bounded(weight, i, n), rounded(mul(load_bounded(x, i, n), scale), T{})), i, n);
+}
+
+// Computes one row of RmsNormParams.
+template <typename T>
+void rms_norm(const RmsNormParams& p, std::int64_t row) {
+  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+  if (p.residual) {
+    const T* residual = static_cast<const T*>(p.residual) + row * p.width;
+    T* sum = static_cast<T*>(p.sum) + row * p.width;
+    for (std::int64_t i = 0; i < p.width; i += kLanes)
+      store_bounded(sum, add(load_bounded(residual, i, p.width), load_bounded(x, i, p.width)), i, p.width);
+    x = sum;
+  }
+  normalize(x, static_cast<const T*>(p.weight), p.width, p.eps, static_cast<T*>(p.out) + row * p.width);
+}
+
+// Computes one row of GatedParams.
+template <typename T>
+void gated(const GatedParams& p, std::int64_t row) {
+  const T *gate = static_cast<const T*>(p.gate_up) + row * 2 * p.width, *up = gate + p.width;
+  T* out = static_cast<T*>(p.out) + row * p.width;
+  for (std::int64_t i = 0; i < p.width; i += kLanes) {
+    const Vec x = load_bounded(gate, i, p.width);
+    // gelu by tanh, as Gemma's: 0.5 (1 + tanh u) is 1 / (1 + e^-2u), which keeps its digits where tanh is near -1
+    const Vec slope =
+        p.gelu ? mul(broadcast(2.0f * 0.7978845608028654f), fma(mul(mul(x, x), x), broadcast(0.044715f), x)) : x;
+    // e^-slope as a square, which becomes infinite; exponential itself is bounded, and x over that need not be small
+    const Vec root = exponential(mul(broadcast(-0.5f), slope));
+    const Vec y = div(x, fma(root, root, broadcast(1.0f)));
+    store_bounded(out, mul(y, load_bounded(up, i, p.width)), i, p.width);
+  }
+}
+
+// Applies the rotary embedding to one head, of which x[i] and x[half + i] turn by the same angle.
+template <typename T>
+INLINE void rotate(const T* x, const float* cos, const float* sin, std::int64_t half, T* out) {
+  for (std::int64_t i = 0; i < half; i += kLanes) {
+    const Vec first = load_bounded(x, i, half), second = load_bounded(x + half, i, half);
+    const Vec c = load_bounded(cos, i, half), s = load_bounded(sin, i, half);
+    store_bounded(out, sub(mul(first, c), mul(second, s)), i, half);
+    store_bounded(out + half, add(mul(second, c), mul(first, s)), i, half);
+  }
+}
+
+// Rotates the queries of one row, and writes its rotated keys and its values to its slot of the cache.
+template <typename T>
+void write_kv(const WriteKvParams& p, std::int64_t row) {
+  const std::int64_t half = p.head_dim / 2, slot = p.slot[row];
+  const float *cos = p.cos + row * half, *sin = p.sin + row * half;
+  const T* x = static_cast<const T*>(p.qkv) + row * (p.heads + 2 * p.kv_heads) * p.head_dim;
+  const auto norm_and_rotate = [&](const T* head, const void* norm, T* out) {
+    T normed[kMaxHeadDim];
+    if (norm) {
+      normalize(head, static_cast<const T*>(norm), p.head_dim, p.eps, normed);
+      head = normed;
+    }
+    rotate(head, cos, sin, half, out);
+  };
+  T* q = static_cast<T*>(p.q) + row * p.heads * p.head_dim;
+  for (std::int64_t h = 0; h < p.heads; ++h) norm_and_rotate(x + h * p.head_dim, p.q_norm, q + h * p.head_dim);
+  if (slot < 0) return;
+  T* k = static_cast<T*>(p.k_pages) + slot * p.kv_heads * p.head_dim;
+  T* v = static_cast<T*>(p.v_pages) + slot * p.kv_heads * p.head_dim;
+  for (std::int64_t h = 0; h < p.kv_heads; ++h)
+    norm_and_rotate(x + (p.heads + h) * p.head_dim, p.k_norm, k + h * p.head_dim);
+  const T* values = x + (p.heads + p.kv_heads) * p.head_dim;
+  std::memcpy(v, values, p.kv_heads * p.head_dim * sizeof(T));
+}
+
+void rms_norm_row(const RmsNormParams& p, std::int64_t row) {
+  with_dtype(p.dtype, [&]<typename T>(Tag<T>) { rms_norm<T>(p, row); });
+}
+
+void gated_row(const GatedParams& p, std::int64_t row) {
+  with_dtype(p.dtype, [&]<typename T>(Tag<T>) { gated<T>(p, row); });
+}
+
+void write_kv_row(const WriteKvParams& p, std::int64_t row) {
+  with_dtype(p.dtype, [&]<typename T>(Tag<T>) { write_kv<T>(p, row); });
+}
+
+}  // namespace

@@ -1,0 +1,36 @@
+// What every instruction set shares before its primitives: scalar helpers and conversions. Only for isa.cpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include <bit>
+#include <cstdint>
+
+#include "dtypes.hpp"
+
+namespace {
+
+using genssd::BFloat16;
+using genssd::Float16;
+
+#define INLINE [[gnu::always_inline]] inline
+
+INLINE std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+INLINE std::int64_t max(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+constexpr float kInfinity = __builtin_inff();
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(BFloat16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+INLINE float widen(Float16 x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
+
+INLINE void narrow(float x, float* out) { *out = x; }
+INLINE void narrow(float x, BFloat16* out) {  // round to nearest even; NaN stays NaN
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  out->bits = static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40u : (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+INLINE void narrow(float x, Float16* out) {
+  out->bits = static_cast<std::uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
+}
+
+}  // namespace
