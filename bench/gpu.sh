@@ -24,7 +24,7 @@ for set in $sets; do
     head)
         part 150 python -m pytest -q -m gpu tests/kernels --ignore=tests/kernels/gpu/test_attention.py
         part 45 python -m bench.kernels.memory --width 1024 --json "$results/gpu-memory.json"
-        part 120 python -m bench.tuning.head_tiles --json "$results/gpu-sweep.json"
+        part 120 python -m bench.tuning.head_tiles --json "$results/gpu-head-tiles.json"
         bench 240 bench_head.py gpu-kernels.json
         bench 45 bench_forward.py gpu-forward.json
         ;;
@@ -34,7 +34,7 @@ for set in $sets; do
         part 150 python -m bench.engine.decode_step --json "$results/gpu-decode-step.json"
         ;;
     tuning)
-        part 590 python -m bench.tuning.attention_tiles --json "$results/gpu-sweep-attention.json"
+        part 590 python -m bench.tuning.attention_tiles --json "$results/gpu-attention-tiles.json"
         ;;
     *)
         echo "no set is called $set" >&2

@@ -56,12 +56,15 @@ class DemoConfig:
     train_tokens: int = 1_000_000
     """Number of completion tokens that each student is trained on."""
     learning_rate: float = 2e-3
+    """Learning rate of each student's training."""
     batch_size: int = 48
+    """Number of examples in one optimizer step."""
     eval_problems: int = 200
     """Number of held-out problems that every student is evaluated on."""
     post_hoc: bool = False
     """Train a third student on the best of the same number of whole solutions, chosen after they are written."""
     seed: int = 0
+    """Seed of the problems, of sampling and of training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,7 @@ class Arm:
 
     name: str
     data: SelectSummary
-    correct_share: float
+    correct_fraction: float
     """Fraction of the kept trajectories whose answer is right."""
     mean_tokens: float
     styles: Mapping[str, float]
@@ -195,7 +198,7 @@ def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evalu
     return Arm(
         name=name,
         data=data,
-        correct_share=right / len(texts),
+        correct_fraction=right / len(texts),
         mean_tokens=data.tokens_kept / len(texts),
         styles={style: count / styles.total() for style, count in styles.most_common()},
         evaluation=evaluation,
@@ -249,7 +252,7 @@ def _show_results(before: Evaluation, arms: Sequence[Arm], config: DemoConfig, s
             arm.name,
             f"{arm.data.tokens_kept / 1000:.0f}k",
             f"{arm.data.tokens_sampled / 1000:.0f}k",
-            f"{100 * arm.correct_share:.0f} %",
+            f"{100 * arm.correct_fraction:.0f} %",
             *(f"{100 * arm.styles.get(style, 0.0):.0f} %" for style in STYLES),
             str(arm.evaluation.accuracy),
         )
@@ -276,7 +279,7 @@ def _arm_fields(arm: Arm) -> dict[str, Any]:
     return {
         "tokens_kept": arm.data.tokens_kept,
         "tokens_sampled": arm.data.tokens_sampled,
-        "correct_share": arm.correct_share,
+        "correct_share": arm.correct_fraction,
         "mean_tokens": arm.mean_tokens,
         "styles": dict(arm.styles),
         "evaluation": _report_fields(arm.evaluation),

@@ -68,7 +68,7 @@ class Candidate:
         """Return the candidate as the search judges it: a last chunk of fewer tokens includes the end of its history.
 
         Otherwise an ending of two tokens would nearly always win over chunks that continue, and under criteria that
-        leave the end of sequence out one without other tokens would always lose. The rule is not from a paper.
+        leave the end of sequence out a chunk of nothing else would always lose. The rule is not from a paper.
         """
         num_borrowed = min(len(self.history_ids), min_tokens - len(self.token_ids))
         if not self.final or num_borrowed < 1:

@@ -42,7 +42,10 @@ class Fork:
 
 
 class NodeReader:
-    """A reader of one model's predictions at nodes. vocabulary: ids from it on are padding, and have no probability."""
+    """A reader of one model's predictions at nodes.
+
+    vocabulary: number of ids that can be predicted; larger ids are padding.
+    """
 
     def __init__(self, runner: ModelRunner, vocabulary: int, usage: Usage) -> None:
         self._runner = runner
@@ -137,7 +140,7 @@ class PrefixPath:
         return self._runner.extend([self._path], [ids])[0]
 
     def fork(self) -> PrefixPath:
-        """Return a second one with the same tokens."""
+        """Return a second PrefixPath with the same tokens."""
         return PrefixPath(self._runner, self._usage, self._label, self.fork_path())
 
     def fork_path(self) -> Path:

@@ -16,10 +16,10 @@ from genssd.kernels.logprob import TokenStats
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt and of its response."""
 
-Prompt = tuple[int, ...]
+PromptKey = tuple[int, ...]
 """Token ids of a prompt, as a key."""
 
-CachedPrompts = dict[Prompt, tuple[Path, Tensor]]
+CachedPrompts = dict[PromptKey, tuple[Path, Tensor]]
 """Prompts in the cache: the path of each, and its last hidden state, [D]."""
 
 
@@ -49,7 +49,7 @@ def score(runner: ModelRunner, pairs: Sequence[Pair]) -> list[TokenStats]:
     return results
 
 
-def _drop(runner: ModelRunner, cached: CachedPrompts, prompts: Sequence[Prompt]) -> None:
+def _drop(runner: ModelRunner, cached: CachedPrompts, prompts: Sequence[PromptKey]) -> None:
     for prompt in prompts:
         runner.tree.drop(cached.pop(prompt)[0])
 
@@ -74,7 +74,7 @@ def _first_batch(runner: ModelRunner, pairs: Sequence[Pair], cached: CachedPromp
 
 @torch.inference_mode()
 def _score_batch(
-    runner: ModelRunner, pairs: Sequence[Pair], num_remaining: Counter[Prompt], cached: CachedPrompts, first: int
+    runner: ModelRunner, pairs: Sequence[Pair], num_remaining: Counter[PromptKey], cached: CachedPrompts, first: int
 ) -> list[TokenStats]:
     """Score some pairs in one go; compute and cache the prompts that several of the remaining pairs share.
 
@@ -107,7 +107,7 @@ def _score_batch(
 
 
 def _cache_shared(
-    runner: ModelRunner, keys: Sequence[Prompt], num_remaining: Counter[Prompt], cached: CachedPrompts
+    runner: ModelRunner, keys: Sequence[PromptKey], num_remaining: Counter[PromptKey], cached: CachedPrompts
 ) -> None:
     """Compute those of some prompts that several of the remaining pairs share and that are not in the cache."""
     fresh = list(dict.fromkeys(key for key in keys if num_remaining[key] > 1 and key not in cached))

@@ -14,8 +14,8 @@ class Usage:
     scored_tokens: int = 0
     """Number of candidate tokens scored by the student."""
     prefill_tokens: int = 0
-    """Number of prompt tokens computed, over both models; computed again after a preemption counts again. The
-    responses whose nodes are read (see nodes.py) count as well."""
+    """Number of prompt tokens computed, over both models; a prompt that is computed again after a suspension counts
+    again. The responses whose nodes are read (see nodes.py) count as well."""
     forced_tokens: int = 0
     """Number of tokens put in place of sampled ones, each computed once (see nodes.py)."""
     window_tokens: int = 0

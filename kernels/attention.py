@@ -64,8 +64,9 @@ def build_segment_table(
     rows_B: position of the first query row of every sequence, and how many consecutive rows it has; keys and values up
     to the last row's position must be in the cache when the table is used. segment: tokens of a segment. window: the
     largest number of positions that a row sees, its own included; 0 means all. unit_rows: the largest number of rows of
-    an item. Sequences that share pages may have any order in the batch. Raises ValueError on a sequence whose pages are
-    not in its table, and unless segment is a multiple of page_size.
+    a unit, which is a set of rows that are computed together. Sequences that share pages may have any order in the
+    batch. Raises ValueError on a sequence whose pages are not in its table, and unless segment is a multiple of
+    page_size.
     """
     return _core.segment_table(tables, table_B, first_B, rows_B, page_size, segment, window, unit_rows)
 

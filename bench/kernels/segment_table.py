@@ -51,7 +51,7 @@ def grow(problems: int, branches: int, prefix: int) -> tuple[BranchTree, list[Pa
 
 
 def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
-    """Build the segment table for the last token of every path, as engine/layout.py does."""
+    """Build the segment table for the last token of every path, as engine/segments.py does."""
     numbers = [[path.leaf.table for path in paths], [path.length - 1 for path in paths], [1] * len(paths)]
     return build_segment_table(
         torch.from_numpy(tree.tables.rows),

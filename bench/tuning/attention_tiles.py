@@ -1,6 +1,6 @@
 """Time the attention kernel at many tile configurations on this GPU, and list the fastest first.
 
-    python -m bench.tuning.attention_tiles --json bench/results/sweep-attention.json
+    python -m bench.tuning.attention_tiles --json bench/results/attention_tiles.json
 
 A configuration is timed only if its results equal those of the shipped one up to rounding. A faster one goes into
 kernels/attention_triton.py and must then pass tests/kernels/test_ahead_of_time.py.
@@ -93,7 +93,11 @@ def main() -> None:
         for row in measured[:5]:
             print(row)
     if options.json:
-        machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "roofs": dataclasses.asdict(limits)}
+        machine = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "limits": dataclasses.asdict(limits),
+        }
         options.json.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
 
 

@@ -34,7 +34,7 @@ from genssd.distill.diagnose.page import render_page
 from genssd.distill.diagnose.placement import place_nodes
 from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOptions, read_nodes
 from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
-from genssd.distill.diagnose.tables import diagnose
+from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.runs.journal import write_jsonl, write_text
 from genssd.distill.runs.run import Run
 from genssd.engine.checkpoint import locate
@@ -126,7 +126,9 @@ def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     rows = list(run.done())
     nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(run.path("nodes.jsonl"), nodes)
-    diagnosis = diagnose(rows, nodes, [reader.name for reader in config.readers()[1:]], config.losses, config.seed)
+    diagnosis = build_diagnosis(
+        rows, nodes, [reader.name for reader in config.readers()[1:]], config.losses, config.seed
+    )
     run.write_summary(diagnosis.as_json())
     write_text(run.path("diagnosis.html"), render_page(diagnosis, rows, nodes, config.student, config.page_questions))
     return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis)

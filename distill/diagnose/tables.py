@@ -37,7 +37,7 @@ GROUPS: dict[str, Callable[[Row], bool]] = {
 """Function that returns whether a line of nodes.jsonl is in a group, by the group's name."""
 
 
-def diagnose(
+def build_diagnosis(
     rows: Sequence[Row], nodes: Sequence[Row], teachers: Sequence[str], losses: Sequence[LossName], seed: int
 ) -> Diagnosis:
     """Return the tables of a run. rows: lines of questions.jsonl, in order. nodes: lines of nodes.jsonl.

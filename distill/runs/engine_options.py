@@ -21,7 +21,7 @@ class EngineOptions:
     memory_bytes: Operational[int | None] = None
     """Size of the KV caches in bytes; if given, it replaces memory_utilization."""
     max_batch: Operational[int] = 256
-    """Maximum number of candidates decoded in one batch."""
+    """Maximum number of sequences decoded in one batch."""
 
     def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:
         """Return an engine over these models (hub ids or local directories)."""

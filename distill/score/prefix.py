@@ -40,7 +40,7 @@ Beginning of the solution:
 Could you finish the solution correctly from here, without further help? Answer [ENOUGH] if the beginning suffices, \
 else [NOT_ENOUGH]."""
 
-Judge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]]
+PrefixJudge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]]
 """A function from prefixes of traces to whether each of them is sufficient."""
 
 
@@ -60,16 +60,16 @@ class PrefixConfig(EngineOptions):
     """Take only the first rows of each file."""
     judge: Literal["says", "solves"] = "says"
     """says: the student is asked whether the prefix is sufficient (the paper). solves: the prefix is sufficient if the
-    student's greedy continuation is right (ours; it needs reference answers, and no model that follows
-    instructions)."""
+    student's greedy continuation gives the reference answer (our own rule, for models that do not follow instructions;
+    every trace needs a reference answer)."""
     judge_tokens: int = 256
     """Maximum number of tokens in the student's reply when it is asked."""
     max_tokens: int = 4096
     """Maximum number of tokens in a continuation."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, top_p=0.9))
-    """How the student continues. The paper adds a repetition penalty of 1.05, which is not built."""
+    """How the student continues. The paper adds a repetition penalty of 1.05, which is not implemented."""
     batch: int = 64
-    """Traces worked on at once; each batch is on disk when it is finished."""
+    """Number of traces that are processed together; a batch is written to disk when all of it is finished."""
     seed: int = 0
     """Seed of all random draws."""
 
@@ -93,7 +93,7 @@ class PrefixSummary:
     """Number of rows in aligned.jsonl."""
     whole: int
     """Number of traces of which no proper prefix was found to be sufficient."""
-    mean_share: float
+    mean_fraction: float
     """Mean fraction of a trace's steps that was kept."""
     bad_rows: tuple[str, ...]
 
@@ -154,10 +154,10 @@ def _summarise(run: Run, bad_rows: Sequence[str]) -> PrefixSummary:
         traces=len(rows),
         kept=len(aligned),
         whole=sum(row["kept_steps"] == row["steps"] for row in rows),
-        mean_share=sum(row["kept_steps"] / row["steps"] for row in rows) / len(rows),
+        mean_fraction=sum(row["kept_steps"] / row["steps"] for row in rows) / len(rows),
         bad_rows=tuple(bad_rows),
     )
-    counts = {name: getattr(summary, name) for name in ("traces", "kept", "whole", "mean_share")}
+    counts = {name: getattr(summary, name) for name in ("traces", "kept", "whole", "mean_fraction")}
     run.write_summary({**counts, "bad_rows": len(bad_rows)})
     return summary
 
@@ -181,7 +181,7 @@ def shortest_prefixes(
     return high
 
 
-def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge: Judge) -> list[dict[str, Any]]:
+def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge: PrefixJudge) -> list[dict[str, Any]]:
     """Return a batch of traces as journal rows: the sufficient prefix of each, and the student's continuation."""
     tokenizer = engine.tokenizer("student")
     contents = [trace.response_ids[: len(trace.response_ids) - trace.finished] for trace in traces]
@@ -234,7 +234,7 @@ def _continue(
     return [written[i] for i in range(len(prefixes))]
 
 
-def _asking(engine: Engine, config: PrefixConfig) -> Judge:
+def _asking(engine: Engine, config: PrefixConfig) -> PrefixJudge:
     """Return the judge that asks the student, greedily. A prefix that is too long to ask about is not sufficient."""
     tokenizer = engine.tokenizer("student")
 
@@ -260,7 +260,7 @@ def _asking(engine: Engine, config: PrefixConfig) -> Judge:
     return judge
 
 
-def _solving(engine: Engine, config: PrefixConfig) -> Judge:
+def _solving(engine: Engine, config: PrefixConfig) -> PrefixJudge:
     """Return the judge that lets the student continue, greedily, and checks the answer."""
     tokenizer = engine.tokenizer("student")
 

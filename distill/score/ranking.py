@@ -14,7 +14,7 @@ from genssd.engine.candidate import AnyCriterion, PoolCriterion
 BOOTSTRAP_DRAWS = 2000
 
 FeatureRow = Mapping[str, Any]
-"""A line of features.jsonl, see run.py."""
+"""A line of features.jsonl, see score/run.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,14 +44,15 @@ BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig(EngineOptions):
-    """Score finished traces as a student sees them; pick responses and teachers by it."""
+    """Compute criteria of finished traces with a student; pick the best responses and rank the teachers by them."""
 
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
     data: tuple[str, ...]
     """JSONL files of traces: selections, generations, messages, or prompt and completion."""
     criteria: tuple[str, ...] = ("ppl",)
-    """Names, with options: ppl rsr "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp"."""
+    """Criteria to compute: names, names with options, weighted sums or import paths, for instance ppl rsr
+    "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp"."""
     output_dir: Operational[str] = "runs/score"
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False
@@ -289,7 +290,7 @@ def _score_batch(
 
 
 def _jsonable(value: float) -> float | str:
-    """JSON has no infinity."""
+    """Return the value, or its text where it is infinite, for which JSON has no number."""
     return value if math.isfinite(value) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""A threshold from data: what share of the teacher's plain chunks the student would let pass."""
+"""A threshold from data: the criterion value that a given fraction of the teacher's plain chunks reaches."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from genssd.engine.text import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Values of chunks that nobody chose. threshold: `share` of them are no worse."""
+    """A threshold, and the sampled chunks that it comes from."""
 
     criterion: str
     share: float
+    """Fraction of the chunks whose value is no worse than the threshold."""
     threshold: float
     prompts: int
     chunks: int
     shares: dict[str, float | None]
-    """The thresholds of other shares; None where infinite."""
+    """Threshold for each of some other fractions; None where it is infinite."""
 
 
 def check_calibration(criterion: str | AnyCriterion, share: float) -> None:
-    """Raise InputError when no threshold can be had."""
+    """Raise InputError when no threshold can be computed."""
     if not 0.0 < share <= 1.0:
         raise InputError(f"calibrate.share must lie in (0, 1], not {share}")
     if isinstance(resolve(criterion), PoolCriterion):
@@ -46,9 +47,9 @@ def calibrate(
     labels: Sequence[str],
     answers: Sequence[str | None],
 ) -> Calibration:
-    """One plain response of the teacher per prompt, chunk by chunk; the values of all chunks give the threshold.
+    """Sample one plain response per prompt and return the threshold that `share` of its chunks reach.
 
-    Take prompts that are not selected from later: on those the threshold would fit too well.
+    The prompts should be others than those of the run, to which the threshold would be fitted too well.
     """
     criterion = options.criterion
     check_calibration(criterion, share)
@@ -82,5 +83,5 @@ def calibrate(
 
 
 def share_passes(values: Sequence[float], share: float) -> float:
-    """The value that at least this share of them, sorted best first, is no worse than."""
+    """Return the worst value among the best `share` of the values, which are sorted best first."""
     return values[min(len(values), max(1, math.ceil(share * len(values) - 1e-9))) - 1]

@@ -35,13 +35,14 @@ from genssd.engine.selection import Selection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrate:
-    """A threshold that a share of the teacher's plain chunks passes."""
+    """A threshold chosen so that a given fraction of the teacher's plain chunks passes it."""
 
     data: str | None = None
-    """JSONL file of problems that are not selected from."""
+    """JSONL file of problems for the calibration, other ones than those of the run. None: no calibration."""
     share: float = 0.95
+    """Fraction of the teacher's chunks that the threshold lets pass, in (0, 1]."""
     limit: int = 64
-    """Problems taken."""
+    """Maximum number of problems that are read from calibrate.data."""
 
     def __post_init__(self) -> None:
         if self.limit < 1:
@@ -58,7 +59,7 @@ class SelectSettings(SearchOptions, EngineOptions):
     loop_guard: bool = True
     """Whether candidates that end in a repetition are rejected."""
     calibrate: Calibrate = field(default_factory=Calibrate)
-    """Plain samples of the teacher from which the threshold is taken instead."""
+    """Options for computing the threshold from plain samples of the teacher, in place of `threshold`."""
 
     def __post_init__(self) -> None:
         # the options of the search are checked in run_select: what is raised here, the command line breaks into a frame

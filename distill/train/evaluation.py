@@ -17,7 +17,7 @@ from genssd.distill.train.models import save_model
 from genssd.engine.errors import NumericsError
 
 
-def evaluate(training: Training, state: TrainerState) -> dict[str, float]:
+def measure_eval_loss(training: Training, state: TrainerState) -> dict[str, float]:
     """Measure the losses on eval_data and return them as a row of metrics.jsonl.
 
     The model is saved to best/ if its loss is smaller than all before. Raises NumericsError when it is not finite.

@@ -31,7 +31,7 @@ from genssd.distill.train.build import Training, build_training, read_inputs
 from genssd.distill.train.checkpoints import TrainerState, get_rng_state, remove_old_checkpoints, save_checkpoint
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
-from genssd.distill.train.evaluation import evaluate
+from genssd.distill.train.evaluation import measure_eval_loss
 from genssd.distill.train.metrics import Metrics, NoMetrics
 from genssd.distill.train.models import save_model
 from genssd.distill.train.resume import collect_settings, find_checkpoint, resume
@@ -157,7 +157,7 @@ class Trainer:
                 if schedule.is_logging_due:
                     metrics.log(_build_row(progress, result.grad_norm))
                 if training.inputs.held_out and schedule.is_evaluation_due:
-                    metrics.log(evaluate(training, state))
+                    metrics.log(measure_eval_loss(training, state))
                 if schedule.is_checkpoint_due:
                     self._save_checkpoint()
         save_model(training.trained.model, training.trained.tokenizer, training.output_dir, write=is_main)

@@ -31,7 +31,8 @@ class Random(CheckedOptions):
     """A number from the candidate's own random stream: the control that any criterion has to beat."""
 
     def score(self, candidate: Candidate) -> float:
-        # where it ends: the first child has its parent's stream, and a short ending borrows from its history
+        # the position of the chunk's end: the first child has its parent's stream, and a short last chunk is judged
+        # with a part of its history
         return uniform(candidate.stream, len(candidate.history_ids) + len(candidate.token_ids))
 
     def higher_is_better(self) -> bool:

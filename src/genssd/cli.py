@@ -25,13 +25,13 @@ from rich.console import Console
 import genssd
 from genssd.engine.errors import GenssdError, InputError
 
-COMMANDS = {
+SUMMARIES = {
     "demo": "the whole job on the small pair that ships with genssd: select, train, evaluate, compare",
     "select": "let the student choose what the teacher writes: problems in, selected trajectories out",
     "score": "criteria over finished traces: columns, the best response per prompt, a ranking of teachers",
     "reselect": "another criterion over the decisions of a finished search; preference pairs, stepwise rows",
     "generate": "responses without selection: standard distillation, pools for score; or token by token (RSD)",
-    "prefix": "the shortest beginning of a trace from which the student goes on by itself (P-ALIGN)",
+    "prefix": "the shortest prefix of a trace that the student can continue by itself (P-ALIGN)",
     "leaf": "training rows without the words that distract the student (LeaF)",
     "train": "fine-tune the student on selected trajectories",
     "distill": "rounds of select and train: the trained student chooses in the next round",
@@ -43,7 +43,7 @@ USAGE = "\n".join(
     [
         "usage: genssd COMMAND [--config FILE.yaml] [--flag value ...]",
         "",
-        *(f"  {name:<10}{what}" for name, what in COMMANDS.items()),
+        *(f"  {name:<10}{summary}" for name, summary in SUMMARIES.items()),
         "",
         "`genssd COMMAND --help` lists the flags of a command.",
     ]
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(command: str, flags: list[str]) -> None:
     """Read the config of a command from its flags, and run the command."""
-    if command not in COMMANDS:
-        raise InputError(f"unknown command {command!r}{_closest(command, COMMANDS)}\n{USAGE}")
+    if command not in SUMMARIES:
+        raise InputError(f"unknown command {command!r}{_closest(command, SUMMARIES)}\n{USAGE}")
     _quiet_libraries()
     commands = import_module("genssd.commands")
     config_class, run = commands.COMMANDS[command]

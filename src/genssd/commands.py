@@ -1,4 +1,4 @@
-"""What the commands print: one function per command, which runs the function of distill with the same name."""
+"""Functions that run the commands and print their results: `select` calls `run_select`, and so on."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def prefix(config: PrefixConfig, console: Console) -> None:
     with ProgressLine("prefix", console) as line:
         summary = run_prefix(config, report=report_counts(line, "traces"))
     print(
-        f"{summary.traces} traces: {summary.mean_share:.0%} of the steps kept on average, {summary.whole} left whole; "
-        f"{summary.kept} are finished and not known to be wrong"
+        f"{summary.traces} traces: {summary.mean_fraction:.0%} of the steps kept on average, {summary.whole} left "
+        f"whole; {summary.kept} are finished and not known to be wrong"
     )
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)

@@ -15,7 +15,7 @@ from genssd.distill.diagnose.alignment import LossName
 from genssd.distill.diagnose.diagnosis import Diagnosis
 from genssd.distill.diagnose.page import render_page
 from genssd.distill.diagnose.rows import make_node_rows
-from genssd.distill.diagnose.tables import diagnose
+from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.verdict import write_verdict
 
 LOSSES: tuple[LossName, ...] = ("forward_kl", "reverse_kl")
@@ -75,7 +75,7 @@ def make_rows(count: int) -> list[dict[str, Any]]:
 
 def diagnose_rows(rows: Sequence[dict[str, Any]]) -> tuple[Diagnosis, list[dict[str, Any]]]:
     nodes = [node_row for row in rows for node_row in make_node_rows(row, LOSSES, 0.5, 0.1)]
-    return diagnose(rows, nodes, TEACHERS, LOSSES, seed=0), nodes
+    return build_diagnosis(rows, nodes, TEACHERS, LOSSES, seed=0), nodes
 
 
 def test_groups_and_counts() -> None:
@@ -158,7 +158,7 @@ def test_a_token_without_probability_is_written_as_null() -> None:
     (row,) = make_node_rows(question(0, correct=False, nodes=[banned]), LOSSES, 0.5, 0.1)
     assert row["alignment"]["good"] == {"forward_kl": pytest.approx(1.0), "reverse_kl": "infinite"}
     assert row["q"]["good"] == [1.0, 0.0]
-    diagnosis = diagnose([question(0, correct=False, nodes=[banned])], [row], TEACHERS, LOSSES, seed=0)
+    diagnosis = build_diagnosis([question(0, correct=False, nodes=[banned])], [row], TEACHERS, LOSSES, seed=0)
     assert diagnosis.groups[0].undefined["good"] == {"infinite": 1}
     assert "good gives a candidate no probability at 1 node that could say more." in write_verdict(diagnosis)
 

@@ -92,7 +92,7 @@ def test_the_student_goes_on_behind_the_prefix(
         assert row["prefix_tokens"] < len(row["completion_ids"]) <= row["prefix_tokens"] + 8
         assert row["correct"] is False
     assert lines(tmp_path / "out" / "aligned.jsonl") == [row for row in rows if row["correct"]]
-    assert (summary.kept, summary.whole, summary.mean_share) == (3, 3, 0.75)
+    assert (summary.kept, summary.whole, summary.mean_fraction) == (3, 3, 0.75)
 
 
 def test_the_student_is_asked_and_the_answer_is_read(
@@ -124,7 +124,7 @@ def test_what_is_too_long_to_ask_about_is_not_enough(tiny_pair: TinyPair, write_
     long = ". ".join(["word " * 12] * 4)
     data = write_rows([{"question": "q?", "answer": "1", "generations": [long]}])
     summary = run(tiny_pair, data, tmp_path / "out", judge_tokens=400)
-    assert (summary.whole, summary.mean_share) == (1, 1.0)
+    assert (summary.whole, summary.mean_fraction) == (1, 1.0)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"sampling": Sampling(temperature=2.0)}, {"batch": 1}])
