@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 
 from genssd import Engine
@@ -18,17 +18,6 @@ from genssd import Engine
 # a busy machine is no failure, and a failure should be found again: no deadlines, the same examples every time
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-@dataclass(frozen=True, slots=True)
-class TinyPair:
-    """A random teacher and student with the byte tokenizer, and an engine over them."""
-
-    teacher: Path
-    student: Path
-    engine: Engine
 
 
 @pytest.fixture(scope="session")

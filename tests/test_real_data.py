@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SHARED_DATA
+from support.shared_data import SHARED_DATA
 
 from genssd.cli import main
 from genssd.distill import small_pair

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 from support.toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
 from genssd.cli import flags_of_file, main, merge_list_flags

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 from support.toys import VOCAB, save_markov, token_of
 
 from genssd import Sampling

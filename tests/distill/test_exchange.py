@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 from support.training_runs import config_for, metrics
 
 from genssd import Chunk

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 from support.training_runs import weights
 
 from genssd.distill import rounds

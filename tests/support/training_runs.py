@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 from transformers import AutoModelForCausalLM
 
 from genssd.distill.train.config import TrainConfig

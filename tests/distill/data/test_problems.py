@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED_DATA
+from support.shared_data import SHARED_DATA
 
 from genssd.distill.data.problems import read_problems
 from genssd.engine.errors import InputError

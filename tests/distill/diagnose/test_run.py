@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyPair
 from support.exact_tree import ExactTree, Floats
+from support.tiny_pair import TinyPair
 from support.toys import EOS, edit_json, save_checkpoint, save_markov, token_of
 
 from genssd.distill.diagnose.alignment import ideal_gradient, measure_alignment, renormalise, teacher_advantage

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 from transformers import AutoModelForCausalLM
 
 from genssd.distill.data.examples import read_examples

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyPair
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny_pair import TinyPair
 
 from genssd.distill.score import prefix as prefixes
 from genssd.distill.score.prefix import PrefixConfig, PrefixSummary, run_prefix, shortest_prefixes

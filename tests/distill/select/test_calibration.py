@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyPair
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny_pair import TinyPair
 
 from genssd.distill.select.calibration import share_passes
 from genssd.distill.select.run import Calibrate, SelectConfig, run_select

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 
 from genssd import Engine
 from genssd.distill.data.examples import read_examples

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 
 from genssd.distill.select.decisions import read_decisions
 from genssd.distill.select.reselect import ReselectConfig, ReselectSummary, run_reselect

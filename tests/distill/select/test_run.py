@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 
 from genssd import Chunk, Engine, Sampling
 from genssd.distill.data.problems import read_problems

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 from transformers import AutoModelForCausalLM
 

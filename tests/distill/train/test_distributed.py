@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 from support.training_runs import ROWS, config_for, metrics, weights
 
 from genssd.distill.train.config import TrainConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair
+from support.tiny_pair import TinyPair
 from support.training_runs import ROWS, config_for, metrics, weights
 
 from genssd import Engine

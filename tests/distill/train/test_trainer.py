@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair
 from safetensors.torch import load_file, save_file
+from support.tiny_pair import TinyPair
 from support.toys import VOCAB, save_tokenizer
 from support.training_runs import ROWS, config_for, metrics, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
