@@ -97,6 +97,7 @@ def run_evaluate(
         engine = engine or config.load(student=config.model)
         results = _generate_and_judge(config, engine, problems, report)
         evaluation = _summarise(results, config)
+        run.record()
         write_jsonl(run.journal_path, [result.row() for result in results])
         fields = {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "correct"}
         identity = {"fingerprint": engine.fingerprints["student"], "config": dataclasses.asdict(config)}

@@ -123,6 +123,7 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
     free = () if training_begun else ("train",)
     with Run.open(config, "distill", journal="rounds.jsonl", parts="round-*", free=free) as run:
         summaries = _finished_rounds(run)
+        run.record()
         yield from summaries
         student = summaries[-1].student if summaries else config.student
         if config.eval_data is not None and not summaries:

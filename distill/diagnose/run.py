@@ -123,6 +123,7 @@ def _diagnose_questions(
 
 def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     """Write what follows from the finished journal: nodes.jsonl, summary.json and the page."""
+    run.record()
     rows = list(run.done())
     nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(run.path("nodes.jsonl"), nodes)

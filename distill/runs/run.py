@@ -54,6 +54,8 @@ class Run:
         self._journal_path = None if journal is None else self.output_dir / journal
         self._journal: Journal | None = None
         self._stack = stack
+        self._record: dict[str, Any] = {}
+        self._is_recorded = False
         self._ends: list[int] | None = None
 
     @classmethod
@@ -68,7 +70,7 @@ class Run:
         parts: str | None = None,
         free: Collection[str] = (),
     ) -> Iterator[Run]:
-        """Hold the output directory while the block runs, and begin or resume the run in it.
+        """Hold the output directory while the block runs, and begin or resume the run in it (see `record`).
 
         journal: name of the file with one line per finished piece of work. The other arguments are those of `begin`.
         Raises InputError when the directory cannot be written, belongs to another command or process, holds finished
@@ -92,7 +94,7 @@ class Run:
     def begin(
         self, *, fingerprints: Fingerprints | None = None, parts: str | None = None, free: Collection[str] = ()
     ) -> None:
-        """Refuse, resume or record the run. Nothing is written before everything has been checked.
+        """Decide whether the run is begun or resumed, and refuse it where it may not be; write nothing yet.
 
         A run has begun when its journal has a row, or when a file matches the glob `parts`. fingerprints: those of
         models that are loaded already. free: fields of the config that may still change, although they count for the
@@ -102,8 +104,7 @@ class Run:
         self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
         if self.resumed:
             self._require_resume(self.journal_path if has_rows else self.output_dir)
-        path = self.path("run.json")
-        record: dict[str, Any] = {
+        self._record = {
             "command": self._command,
             "config": json.loads(json.dumps(dataclasses.asdict(self._config))),  # type: ignore[call-overload]
             "settings": settings_of(self._config, fingerprints),
@@ -111,10 +112,24 @@ class Run:
             "python": platform.python_version(),
         }
         if self.resumed:
-            begun = read_json(path)
-            self._check_settings(begun, record["settings"], free)
-            record = {**record, "versions": begun["versions"], "python": begun["python"]}
-        write_json(path, record)
+            begun = read_json(self.path("run.json"))
+            self._check_settings(begun, self._record["settings"], free)
+            self._record |= {"versions": begun["versions"], "python": begun["python"]}
+
+    def record(self) -> None:
+        """Write run.json, remove the summary of an earlier part, and cut a torn last line off the journal.
+
+        The first use of `journal`, `write_bad_rows` or `write_summary` does this. A command that writes anything else
+        before calls it itself, when all that it can refuse has been checked: until then a run that is refused leaves
+        the record of an earlier part as it was, and a directory without one to other commands.
+        """
+        if self._is_recorded:
+            return
+        self._is_recorded = True
+        write_json(self.path("run.json"), self._record)
+        self.path("summary.json").unlink(missing_ok=True)
+        if self._journal_path is not None:
+            self.keep(len(self._row_ends()) - 1)
 
     @property
     def journal_path(self) -> Path:
@@ -126,7 +141,7 @@ class Run:
     def journal(self) -> Journal:
         """The journal, open for appending after the rows that are kept."""
         if self._journal is None:
-            self.keep(len(self._row_ends()) - 1)
+            self.record()
             self._journal = self._stack.enter_context(Journal(self.journal_path))
         return self._journal
 
@@ -151,10 +166,12 @@ class Run:
 
     def write_bad_rows(self, messages: Sequence[str]) -> None:
         """Write bad_rows.txt: a line for every row of the input that could not be used."""
+        self.record()
         write_text(self.path("bad_rows.txt"), "".join(f"{message}\n" for message in messages))
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json."""
+        self.record()
         write_json(self.path("summary.json"), values)
 
     def _require_resume(self, held: Path) -> None:

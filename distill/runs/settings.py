@@ -98,8 +98,14 @@ def check_same_settings(begun: Mapping[str, Any], now: Mapping[str, Any], subjec
 
     subject: the beginning of the message, such as "runs/select was begun".
     """
-    for name in {**now, **begun}:
-        before, after = begun.get(name), now.get(name)
+    if begun.keys() != now.keys():
+        name = next(name for name in {**begun, **now} if name not in begun or name not in now)
+        raise InputError(
+            f"{subject} by another version of genssd, for which {name} is {'a' if name in begun else 'no'} setting; "
+            "choose another output_dir"
+        )
+    for name in now:
+        before, after = begun[name], now[name]
         if _content(before) != _content(after):
             raise InputError(
                 f"{subject} with {name}={_shown(before)}, not {_shown(after)}; resume with the same settings, or "

@@ -104,8 +104,8 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
                 )
                 report(index + 1, len(traces))
         rows = list(_rows(traces, run.done(), tokenizer))
-        write_jsonl(run.path("counterfactuals.jsonl"), rows)
         run.write_bad_rows(bad_rows)
+        write_jsonl(run.path("counterfactuals.jsonl"), rows)
         counts = {"traces": len(traces), "counterfactuals": len(rows) - len(traces)}
         run.write_summary({**counts, "bad_rows": len(bad_rows)})
     return LeafSummary(output_dir=run.output_dir, **counts, bad_rows=tuple(bad_rows))

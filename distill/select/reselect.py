@@ -97,6 +97,7 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
         for decisions in read_decisions(selection_run, tokenizer, local_logprob):
             results.add(decisions, config.criterion, criterion, shortest, tokenizer)
         own = recorded["config"]["criterion"] == config.criterion
+        run.record()
         write_jsonl(run.path("reselected.jsonl"), results.rows)
         write_jsonl(run.path("pairs.jsonl"), results.pairs)
         write_jsonl(run.path("steps.jsonl"), results.steps)

@@ -107,6 +107,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
         world.wait()  # until all processes have read the directory
         if run is not None:
             run.begin()
+            run.record()
         loss = Trainer(training, state).train(report)
         world.wait()
         summary = TrainSummary(
@@ -120,7 +121,8 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             best_eval_loss=state.best_eval_loss,
         )
         if run is not None:
-            run.write_summary({**dataclasses.asdict(summary), "output_dir": config.output_dir})
+            known_loss = summary.loss if math.isfinite(summary.loss) else None  # None: no step was left to take
+            run.write_summary({**dataclasses.asdict(summary), "loss": known_loss, "output_dir": config.output_dir})
     return summary
 
 

@@ -52,10 +52,11 @@ USAGE = "\n".join(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with 0, with 2 on bad input, with 130 when interrupted."""
-    command, *flags = (sys.argv[1:] if arguments is None else arguments) or [""]
-    if command in ("", "-h", "--help"):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
         print(USAGE)
-        sys.exit(0 if command else 2)
+        sys.exit(0 if words else 2)
+    command, *flags = words
     if command == "--version":
         print(f"genssd {genssd.__version__}")
         return

@@ -101,7 +101,8 @@ def test_a_command_that_cannot_resume_asks_for_another_directory(tmp_path: Path)
 
 def test_parts_on_disk_are_a_run_that_has_begun(tmp_path: Path) -> None:
     config = Config(output_dir=str(tmp_path / "run"))
-    with Run.open(config, "count", journal="numbers.jsonl", parts="part-*"):
+    with Run.open(config, "count", journal="numbers.jsonl", parts="part-*") as run:
+        run.record()
         (tmp_path / "run/part-1").mkdir()
     with (
         pytest.raises(InputError, match="run holds finished work already"),
@@ -111,6 +112,7 @@ def test_parts_on_disk_are_a_run_that_has_begun(tmp_path: Path) -> None:
     again = Config(output_dir=config.output_dir, resume=True, size=2)
     with Run.open(again, "count", journal="numbers.jsonl", parts="part-*", free=("size",)) as run:
         assert run.resumed
+        run.record()
     assert json.loads((tmp_path / "run/run.json").read_text())["settings"] == {"size": 2}
 
 
@@ -118,7 +120,7 @@ def test_the_directory_belongs_to_one_process_and_one_command(tmp_path: Path) ->
     config = Config(output_dir=str(tmp_path / "run"))
     with claim_directory(tmp_path / "run", "count"), pytest.raises(InputError, match="another run is at work in"):
         work(config)
-    work(config)
+    work(config, 1)
     with (
         pytest.raises(InputError, match="belongs to a run of `genssd count`"),
         Run.open(config, "other", journal="numbers.jsonl"),
@@ -141,3 +143,44 @@ def test_what_could_not_be_used_and_the_summary_are_written_whole(tmp_path: Path
     assert (tmp_path / "run/bad_rows.txt").read_text() == "a, line 1: bad\nb, line 2: worse\n"
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"rows": 2}
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_run_that_fails_before_its_first_result_leaves_the_directory_to_others(tmp_path: Path) -> None:
+    directory = str(tmp_path / "run")
+    with (
+        pytest.raises(InputError, match="no such model"),
+        Run.open(Config(output_dir=directory), "count", journal="numbers.jsonl"),
+    ):
+        raise InputError("no such model")
+    assert not (tmp_path / "run/run.json").exists()
+    with Run.open(Config(output_dir=directory), "other", journal="others.jsonl") as run:
+        run.write_summary({})
+
+
+def test_a_resume_that_its_command_refuses_leaves_the_record_as_it_was(tmp_path: Path) -> None:
+    directory = str(tmp_path / "run")
+    work(Config(output_dir=directory), 1)
+    before = (tmp_path / "run/run.json").read_bytes()
+    again = Config(output_dir=directory, resume=True, threads=9)
+    with pytest.raises(InputError, match="other data"), Run.open(again, "count", journal="numbers.jsonl") as run:
+        raise InputError(f"other data than {list(run.done())}")
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+def test_a_resumed_run_has_no_summary_until_it_ends(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"), resume=True)
+    with Run.open(config, "count", journal="numbers.jsonl") as run:
+        run.journal.append({"number": 1})
+        run.write_summary({"rows": 1})
+    work(config, 2)
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_a_torn_line_is_cut_even_if_nothing_is_left_to_do(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"), resume=True)
+    work(config, 1)
+    whole = (tmp_path / "run/numbers.jsonl").read_bytes()
+    (tmp_path / "run/numbers.jsonl").write_bytes(whole + b'{"number')
+    with Run.open(config, "count", journal="numbers.jsonl") as run:
+        run.write_summary({})
+    assert (tmp_path / "run/numbers.jsonl").read_bytes() == whole

@@ -110,10 +110,13 @@ def test_what_does_not_belong_together_is_named(tiny_pair: TinyPair, write_rows:
         again(tiny_pair, run, "aslec_casl")
     with pytest.raises(InputError, match=r"run\.json cannot be read"):
         again(tiny_pair, tmp_path, "ppl")
+    again(tiny_pair, run, "ppl")
+    earlier = {path.name: path.read_bytes() for path in (run / "again").iterdir()}
     log = run / "decisions.jsonl"
     log.write_text("".join(reversed(log.read_text().splitlines(keepends=True))))
     with pytest.raises(InputError, match=r"decisions\.jsonl, line 1 does not hold the decisions"):
-        again(tiny_pair, run, "ppl")
+        again(tiny_pair, run, "rsr")
+    assert {path.name: path.read_bytes() for path in (run / "again").iterdir()} == earlier, "nothing is half replaced"
     log.write_text("\n".join(json.dumps({"index": i, "candidates": [{}]}) for i in range(2)) + "\n")
     with pytest.raises(InputError, match=r"decisions\.jsonl, line \d is no decision of ours"):
         again(tiny_pair, run, "ppl", "b")

@@ -101,6 +101,7 @@ def test_resume_refuses_other_settings_data_and_models(tiny_pair: TinyPair, writ
     data = write_rows(PROMPTS)
     config = config_for(tiny_pair, data, tmp_path / "run")
     run_select(config, tiny_pair.engine)
+    record = (tmp_path / "run" / "run.json").read_bytes()
     with pytest.raises(InputError, match=r"begun with candidates=2, not 5"):
         run_select(dataclasses.replace(config, resume=True, candidates=5), tiny_pair.engine)
     swapped = Engine.from_pretrained(tiny_pair.student, tiny_pair.teacher, memory_bytes=1 << 24)
@@ -108,7 +109,8 @@ def test_resume_refuses_other_settings_data_and_models(tiny_pair: TinyPair, writ
         run_select(dataclasses.replace(config, resume=True), swapped)
     write_rows([{"prompt": "else"}, *PROMPTS[1:]])
     with pytest.raises(InputError, match=r"data\.jsonl is not the file .* row 0 differs"):
-        run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+        run_select(dataclasses.replace(config, resume=True, max_batch=7), tiny_pair.engine)
+    assert (tmp_path / "run" / "run.json").read_bytes() == record
 
 
 @pytest.mark.parametrize("file", ["selections.jsonl", "decisions.jsonl"])
