@@ -150,10 +150,10 @@ def _judge(problem: ProblemRow, greedy: Completion, samples: Sequence[Completion
 
 def _summarise(results: Sequence[_Result], config: EvaluateConfig) -> Evaluation:
     correct = tuple(result.correct for result in results)
-    shares = [float(np.mean([right for _, right in result.samples])) for result in results if result.samples]
+    fractions = [float(np.mean([right for _, right in result.samples])) for result in results if result.samples]
     return Evaluation(
         accuracy=wilson(correct),
-        avg_at_k=bootstrap(shares, config.seed) if shares else None,
+        avg_at_k=bootstrap(fractions, config.seed) if fractions else None,
         samples=config.samples,
         correct=correct,
         unfinished=sum(result.greedy.status == "length" for result in results),

@@ -19,19 +19,30 @@ class Calibration:
     """A threshold, and the sampled chunks that it comes from."""
 
     criterion: str
-    share: float
+    fraction: float
     """Fraction of the chunks whose value is no worse than the threshold."""
     threshold: float
     prompts: int
     chunks: int
-    shares: dict[str, float | None]
+    thresholds: dict[str, float | None]
     """Threshold for each of some other fractions; None where it is infinite."""
 
+    def as_json(self) -> dict[str, object]:
+        """Return the content of calibration.json."""
+        return {
+            "criterion": self.criterion,
+            "share": self.fraction,
+            "threshold": self.threshold,
+            "prompts": self.prompts,
+            "chunks": self.chunks,
+            "shares": self.thresholds,
+        }
 
-def check_calibration(criterion: str | AnyCriterion, share: float) -> None:
+
+def check_calibration(criterion: str | AnyCriterion, fraction: float) -> None:
     """Raise InputError when no threshold can be computed."""
-    if not 0.0 < share <= 1.0:
-        raise InputError(f"calibrate.share must lie in (0, 1], not {share}")
+    if not 0.0 < fraction <= 1.0:
+        raise InputError(f"calibrate.share must lie in (0, 1], not {fraction}")
     if isinstance(resolve(criterion), PoolCriterion):
         raise InputError(
             f"{criterion} judges candidates against each other: its values have no threshold that holds for all prompts"
@@ -43,16 +54,16 @@ def calibrate(
     prompts: Sequence[Prompt],
     options: SearchOptions,
     *,
-    share: float,
+    fraction: float,
     labels: Sequence[str],
     answers: Sequence[str | None],
 ) -> Calibration:
-    """Sample one plain response per prompt and return the threshold that `share` of its chunks reach.
+    """Sample one plain response per prompt and return the threshold that `fraction` of its chunks reach.
 
     The prompts should be others than those of the run, to which the threshold would be fitted too well.
     """
     criterion = options.criterion
-    check_calibration(criterion, share)
+    check_calibration(criterion, fraction)
     selections = engine.select_expand(
         prompts,
         options,
@@ -68,20 +79,20 @@ def calibrate(
     if not values:
         raise InputError("calibration: no prompt fits into the key-value cache; raise memory_bytes")
     values.sort(reverse=resolve(criterion).higher_is_better())
-    threshold = share_passes(values, share)
+    threshold = worst_of_best(values, fraction)
     if not math.isfinite(threshold):
-        raise InputError(f"calibration: {criterion} is infinite at the share {share}; lower calibrate.share")
-    others = {f"{of:g}": share_passes(values, of) for of in (0.5, 0.75, 0.9, 0.95, 0.99)}
+        raise InputError(f"calibration: {criterion} is infinite at the share {fraction}; lower calibrate.share")
+    others = {f"{other:g}": worst_of_best(values, other) for other in (0.5, 0.75, 0.9, 0.95, 0.99)}
     return Calibration(
         criterion=str(criterion),
-        share=share,
+        fraction=fraction,
         threshold=threshold,
         prompts=sum(selection.error is None for selection in selections),
         chunks=len(values),
-        shares={of: value if math.isfinite(value) else None for of, value in others.items()},
+        thresholds={other: value if math.isfinite(value) else None for other, value in others.items()},
     )
 
 
-def share_passes(values: Sequence[float], share: float) -> float:
-    """Return the worst value among the best `share` of the values, which are sorted best first."""
-    return values[min(len(values), max(1, math.ceil(share * len(values) - 1e-9))) - 1]
+def worst_of_best(values: Sequence[float], fraction: float) -> float:
+    """Return the worst value among the best `fraction` of the values, which are sorted best first."""
+    return values[min(len(values), max(1, math.ceil(fraction * len(values) - 1e-9))) - 1]

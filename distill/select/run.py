@@ -184,22 +184,22 @@ def _search(
 
 
 def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
-    """The threshold of this run: measured once, read again when it is resumed."""
+    """Return the threshold of this run, which is measured once and read again when the run is resumed."""
     path = Path(config.output_dir) / "calibration.json"
     if resumed:
         return float(read_json(path)["threshold"])
     assert config.calibrate.data is not None
     problems = read_problems(config.calibrate.data, config.calibrate.limit)
-    found = calibrate(
+    calibration = calibrate(
         engine,
         [problem.prompt for problem in problems],
         config,
-        share=config.calibrate.share,
+        fraction=config.calibrate.share,
         labels=[f"{config.calibrate.data}, line {problem.line}" for problem in problems],
         answers=[problem.answer for problem in problems],
     )
-    write_json(path, dataclasses.asdict(found))
-    return found.threshold
+    write_json(path, calibration.as_json())
+    return calibration.threshold
 
 
 def _select(

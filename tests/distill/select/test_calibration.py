@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_pair import TinyPair
 
-from genssd.distill.select.calibration import share_passes
+from genssd.distill.select.calibration import worst_of_best
 from genssd.distill.select.run import Calibrate, SelectConfig, run_select
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria.likelihood import Perplexity
@@ -24,11 +24,11 @@ CHUNK = Chunk(tokens=4, until=None)
 
 
 @given(st.lists(st.integers(0, 20).map(float), min_size=1, max_size=30), st.floats(0.01, 1.0), st.booleans())
-def test_at_least_the_share_passes_and_no_smaller_value_would_do(
+def test_at_least_the_worst_of_best_and_no_smaller_value_would_do(
     values: list[float], share: float, higher: bool
 ) -> None:
     ordered = sorted(values, reverse=higher)
-    threshold = share_passes(ordered, share)
+    threshold = worst_of_best(ordered, share)
 
     def passing(limit: float) -> int:
         return sum(value >= limit if higher else value <= limit for value in values)
