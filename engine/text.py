@@ -12,14 +12,23 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from genssd.engine.config import ModelConfig
+from genssd.engine.config import (
+    ModelConfig,
+    is_known_to_transformers,
+    make_transformers_config,
+    read_fields,
+    refuse_pointer,
+)
 from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.messages import one_line
 
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Messages | Sequence[int]
 """A prompt: raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+"""Names of the files that a tokenizer is loaded from, each of which may be a Git LFS pointer."""
 PROMPT_KINDS = "a prompt is a string, a list of chat messages or a list of token ids"
 REPLACEMENT = "\ufffd"
 """Character that decoders write for bytes which do not form a character."""
@@ -32,10 +41,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        try:
-            self.hf: Any = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {error}") from None
+        self.hf = _load_tokenizer(directory)
         self._token_text: dict[int, str] = {}
         vocabulary = json.dumps(sorted(self.hf.get_vocab().items()))
         self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
@@ -145,6 +151,28 @@ class Tokenizer:
         if wrong:
             raise InputError(f"token id {wrong[0]} is not in the vocabulary of {self.directory}")
         return ids
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer object of transformers. Raises CheckpointError where it cannot be loaded.
+
+    No Python file of the checkpoint is run, and nothing is fetched.
+    """
+    for name in TOKENIZER_FILES:
+        refuse_pointer(directory / name)
+    path = directory / "config.json"
+    fields = read_fields(path) if path.is_file() else {}
+    # transformers would read the config again, and refuse fields of older versions
+    options = {"config": make_transformers_config(fields, path)} if is_known_to_transformers(fields) else {}
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # tokenizer classes raise what the parsing of their files does
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{directory}: the tokenizer needs a Python file of the checkpoint (auto_map), which is never run: use "
+                "a checkpoint whose tokenizer is one of transformers' own classes"
+            ) from None
+        raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {one_line(error)}") from None
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

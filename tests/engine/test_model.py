@@ -10,12 +10,12 @@ import torch
 from support.toys import VOCAB, save_checkpoint, save_model
 
 from genssd.engine import runner as runners
-from genssd.engine.checkpoint import read_tensors
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
 from genssd.engine.runner import ModelRunner
+from genssd.engine.weights import read_tensors
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
