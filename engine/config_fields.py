@@ -19,6 +19,8 @@ REQUIRED = {
     "max_position_embeddings": (1 << 31) - 1,
 }
 """Fields that a config must have, and the largest value of each."""
+MAX_INTEGER = (1 << 31) - 1
+"""Largest value of any other integer."""
 OPTIONAL = {"num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "sliding_window": (1 << 31) - 1}
 """Fields that a config may leave out or set to null, and the largest value of each."""
 ROPE_NUMBERS = (
@@ -32,6 +34,27 @@ ROPE_NUMBERS = (
     "attention_factor",
 )
 """Fields of the RoPE parameters that must be positive numbers where they are given."""
+FOREIGN_FIELDS = frozenset(
+    (
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "base_model_pp_plan",
+        "base_model_tp_plan",
+        "distributed_config",
+        "experts_implementation",
+        "fusion_config",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "use_return_dict",
+    )
+)
+"""Fields that a language model does without: options of a run, labels, and in `auto_map` Python files."""
 
 
 def check_fields(fields: Mapping[str, object], path: Path) -> None:
@@ -48,6 +71,11 @@ def check_fields(fields: Mapping[str, object], path: Path) -> None:
     heads, kv_heads = fields["num_attention_heads"], fields.get("num_key_value_heads")
     if isinstance(kv_heads, int) and isinstance(heads, int) and heads % kv_heads:
         raise CheckpointError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    pad, vocabulary = fields.get("pad_token_id"), fields["vocab_size"]
+    if isinstance(pad, int) and isinstance(vocabulary, int) and not -vocabulary <= pad < vocabulary:
+        raise CheckpointError(f"{path}: pad_token_id {quote(pad)} is outside the vocabulary of {vocabulary} tokens")
+    if fields.get("text_config") is not None:
+        raise CheckpointError(f"{path}: text_config is not supported: extract the language model from its wrapper")
     full = fields.get("max_window_layers")
     if full is not None and (not isinstance(full, int) or isinstance(full, bool) or full < 0):
         raise CheckpointError(f"{path}: max_window_layers must be an integer, not {quote(full)}")
@@ -63,10 +91,11 @@ def check_fields(fields: Mapping[str, object], path: Path) -> None:
 
 def check_sizes(fields: Mapping[str, object], path: Path) -> None:
     """Check that no size in a config of any class is beyond all models. Raises CheckpointError naming the field."""
-    for name, largest in (REQUIRED | OPTIONAL).items():
-        value = fields.get(name)
-        if isinstance(value, int) and value > largest:
-            raise CheckpointError(f"{path}: {name} must be at most {largest}, not {quote(value)}")
+    limits = REQUIRED | OPTIONAL
+    for name, value in fields.items():
+        largest = limits.get(name, MAX_INTEGER)
+        if isinstance(value, int) and value > largest and name not in FOREIGN_FIELDS:
+            raise CheckpointError(f"{path}: {quote(name)[1:-1]} must be at most {largest}, not {quote(value)}")
 
 
 def refuse_quantized(fields: Mapping[str, object], path: Path) -> None:
@@ -78,12 +107,12 @@ def refuse_quantized(fields: Mapping[str, object], path: Path) -> None:
 def modernize(fields: Mapping[str, object]) -> dict[str, object]:
     """Return the fields as transformers 5 takes them, whose types are strict: a float field is not an integer.
 
-    `auto_map`, which names Python files of the checkpoint, is left out.
+    FOREIGN_FIELDS are left out.
     """
     current = {
         name: dict(value) if isinstance(value, Mapping) else value
         for name, value in fields.items()
-        if name != "auto_map" and not (name in ("quantization_config", "compression_config") and not value)
+        if name not in FOREIGN_FIELDS and not (name in ("quantization_config", "compression_config") and not value)
     }
     for name in ("rms_norm_eps", "initializer_range"):
         value = current.get(name)

@@ -64,7 +64,12 @@ def load_model(
         raise CheckpointError(
             f"{directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has {rows} rows"
         )
-    _check_head(model, directory)
+    try:
+        _check_head(model, directory)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{directory}: a forward pass with transformers fails: {one_line(error)}") from None
     return model.to(device)
 
 

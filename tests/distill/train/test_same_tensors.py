@@ -175,7 +175,19 @@ def older_yarn(directory: Path) -> None:
     edit_json(directory / "config.json", rope_parameters=None, rope_theta=1e4, rope_scaling=scaling)
 
 
+def fields_of_a_run(directory: Path) -> None:
+    save_checkpoint(directory)
+    changes: dict[str, Any] = {
+        "num_labels": 10**12,
+        "return_dict": False,
+        "output_attentions": True,
+        "fusion_config": 3,
+    }
+    edit_json(directory / "config.json", **changes, experts_implementation="none", base_model_tp_plan=7)
+
+
 LOADING = [
+    fields_of_a_run,
     plain,
     stale_index_beside_one_file,
     stale_index_without_its_shards,
@@ -367,13 +379,16 @@ REFUSED: dict[str, Refused] = {
     "long-type": (with_config(model_type="x" * 5000), r"model_type 'xxx.*\.\.\.x*'"),
     "tie": (with_config(tie_word_embeddings="yes"), r"tie_word_embeddings"),
     "bias-type": (with_config(attention_bias="no"), r"attention_bias"),
-    "eos-boolean": (with_config(dtype="x" * 5000), r"config\.json"),
+    "long-dtype": (with_config(dtype="x" * 5000), r"config\.json"),
     "theta": (with_config(rope_parameters={"rope_type": "default", "rope_theta": "10000"}), r"rope_theta"),
     "theta-boolean": (with_config(rope_parameters={"rope_type": "default", "rope_theta": True}), r"rope_theta"),
     "factor": (with_config(rope_parameters={"rope_type": "yarn", "factor": 1e30, "rope_theta": 1e4}), r"context of"),
     "layer-types": (with_config("qwen2", layer_types=["full_attention"]), r"layer_types"),
     "layer-kinds": (with_config("qwen2", layer_types=["chunked_attention"] * 2), r"layer_types"),
     "no-window": (with_config("qwen2", layer_types=["sliding_attention"] * 2), r"layer_types has sliding_attention"),
+    "huge": (with_config(num_key_value_heads=10**400), r"num_key_value_heads must be at most"),
+    "padding": (with_config(pad_token_id=10**6), r"pad_token_id 1000000 is outside the vocabulary of 259"),
+    "wrapper": (with_config(text_config={}), r"text_config is not supported"),
     "deep": (deep_config, r"config\.json is not valid JSON"),
 }
 
