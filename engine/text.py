@@ -29,6 +29,8 @@ Prompt = str | Messages | Sequence[int]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 """Names of the files that a tokenizer is loaded from, each of which may be a Git LFS pointer."""
+PROBE = "one two three"
+"""Text that a tokenizer encodes and decodes when it is loaded, to show that its class keeps spaces."""
 PROMPT_KINDS = "a prompt is a string, a list of chat messages or a list of token ids"
 REPLACEMENT = "\ufffd"
 """Character that decoders write for bytes which do not form a character."""
@@ -165,7 +167,8 @@ def _load_tokenizer(directory: Path) -> Any:
     # transformers would read the config again, and refuse fields of older versions
     options = {"config": make_transformers_config(fields, path)} if is_known_to_transformers(fields) else {}
     try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **options)
+        hf = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **options)
+        probe = str(hf.decode(hf.encode(PROBE, add_special_tokens=False)))
     except Exception as error:  # tokenizer classes raise what the parsing of their files does
         if "trust_remote_code" in str(error):
             raise CheckpointError(
@@ -173,6 +176,12 @@ def _load_tokenizer(directory: Path) -> Any:
                 "a checkpoint whose tokenizer is one of transformers' own classes"
             ) from None
         raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {one_line(error)}") from None
+    if len(probe.split()) < len(PROBE.split()) and "".join(probe.split()) == "".join(PROBE.split()):
+        raise CheckpointError(
+            f"{directory}: the tokenizer class {type(hf).__name__} loses spaces ({PROBE!r} becomes {probe!r}): set "
+            "tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast, which takes tokenizer.json as it is"
+        )
+    return hf
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

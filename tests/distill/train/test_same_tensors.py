@@ -410,6 +410,13 @@ def test_a_pointer_in_place_of_the_tokenizer(tmp_path: Path, name: str) -> None:
         Tokenizer(tmp_path / "model")
 
 
+def test_a_tokenizer_that_loses_spaces(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    edit_json(tmp_path / "tokenizer.json", pre_tokenizer={"type": "Whitespace"}, decoder={"type": "Fuse"})
+    with pytest.raises(CheckpointError, match=r"loses spaces \('one two three' becomes 'onetwothree'\)"):
+        Tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.gguf", "pytorch_model.bin", "model.safetensors"])
 def test_a_file_in_place_of_a_directory(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
