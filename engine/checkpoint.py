@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from genssd.engine.errors import CheckpointError
+from genssd.engine.messages import one_line, quote
 from genssd.engine.weights import weight_files
 
 IDENTITY_FILES = (
@@ -36,18 +37,24 @@ def locate(name_or_path: str | Path) -> Path:
 
     Raises CheckpointError when neither exists.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
     name = str(name_or_path)
-    if path.is_file() and path.suffix in STEPS:
+    try:
+        path = Path(name_or_path).expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long, a home directory of nobody
+        raise CheckpointError(f"model directory {quote(name)} does not exist") from None
+    if is_file and path.suffix in STEPS:
         raise CheckpointError(f"{name} is a file, not a model directory: {STEPS[path.suffix]}")
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"model directory {name} does not exist")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name} is no local directory and cannot be had from the hub: {error}") from None
+        raise CheckpointError(
+            f"{name} is no local directory and cannot be had from the hub: {one_line(error)}"
+        ) from None
 
 
 def fingerprint(directory: Path) -> str:
@@ -57,7 +64,7 @@ def fingerprint(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     for name in IDENTITY_FILES:
-        if (directory / name).exists():
+        if (directory / name).is_file():
             digest.update(name.encode() + (directory / name).read_bytes())
     for file in weight_files(directory):
         size = file.stat().st_size

@@ -67,7 +67,7 @@ def read_config(directory: Path) -> Mapping[str, object]:
     Raises CheckpointError when it is missing, holds no JSON object or names a quantization.
     """
     path = directory / "config.json"
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face model directory")
     fields = read_fields(path)
     refuse_quantized(fields, path)
@@ -88,6 +88,8 @@ def read_fields(path: Path) -> Mapping[str, object]:
 
 def refuse_pointer(path: Path) -> None:
     """Check that a file is not the pointer that Git LFS leaves in its place. Raises CheckpointError if it is."""
+    if not path.is_file():
+        return
     try:
         with path.open("rb") as stream:
             start = stream.read(len(LFS_POINTER))
@@ -200,7 +202,7 @@ def _eos(fields: Mapping[str, object], path: Path) -> tuple[int, ...]:
     """Return the tokens that end a sequence. generation_config.json overrides config.json: chat models list several ids
     there."""
     generation = path.with_name("generation_config.json")
-    value = read_fields(generation).get("eos_token_id") if generation.exists() else None
+    value = read_fields(generation).get("eos_token_id") if generation.is_file() else None
     value = fields.get("eos_token_id") if value is None else value
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):

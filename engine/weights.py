@@ -21,6 +21,8 @@ from genssd.engine.errors import CheckpointError
 from genssd.engine.messages import one_line, quote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_NAME = 255
+"""Maximum number of bytes in the name of a file, on the file systems in use."""
 DTYPES = ("F32", "F16", "BF16")
 """Data types of weights that are read, by their names in safetensors."""
 UNUSED = re.compile(
@@ -134,7 +136,10 @@ def _read_index(directory: Path) -> Mapping[str, str] | None:
         raise CheckpointError(f'{path} has no field metadata, which transformers reads: add "metadata": {{}}')
     for name, shard in shards.items():
         place = PurePosixPath(shard)
-        if place.is_absolute() or ".." in place.parts or "\0" in shard or not shard.endswith(".safetensors"):
+        is_name = (
+            shard.endswith(".safetensors") and "\0" not in shard and len(shard.encode(errors="replace")) <= MAX_NAME
+        )
+        if place.is_absolute() or ".." in place.parts or not is_name:
             raise CheckpointError(
                 f"{path} places {quote(name)} in {quote(shard)}, which is no safetensors file of this directory"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -339,6 +340,7 @@ REFUSED: dict[str, Refused] = {
     "index-alone": (tensor_that_is_only_in_the_index, r"model-\S+ has no tensor model\.extra\.weight"),
     "outside": (shard_outside("../outside.safetensors"), r"index\.json places 'model.*\.\./outside"),
     "absolute": (shard_outside("{}"), r"index\.json places 'model.*outside\.safetensors"),
+    "endless": (shard_outside("x" * 5000 + ".safetensors"), r"index\.json places 'model.*' in 'xxx"),
     "no-index": (shards_without_index, r"no safetensors weights.*model-00001-of-.*copy the model\.safetensors\.index"),
     "head-bias": (extra("lm_head.bias", VOCAB), r"model\.safetensors has a tensor lm_head\.bias"),
     "bias": (extra("model.layers.0.self_attn.q_proj.bias", 64), r"layers\.0\.self_attn\.q_proj\.bias"),
@@ -422,6 +424,22 @@ def test_a_file_in_place_of_a_directory(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
     with pytest.raises(CheckpointError, match=rf"{name} is a file, not a model directory: .*"):
         locate(tmp_path / name)
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    for name in ("x" * 5000, f"{tmp_path}/" + "x" * 5000, "x" * 5000 + "/model", "a\0b", "~nobody-here/model"):
+        with pytest.raises(CheckpointError, match="does not exist") as caught:
+            locate(name)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"no config|no tokenizer|no safetensors"):
+        training_logits(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "own_model"])
