@@ -118,8 +118,10 @@ def modernize(fields: Mapping[str, object]) -> dict[str, object]:
         value = current.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
             current[name] = float(value)
-    if current.get("initializer_range", 0) is None:
-        del current["initializer_range"]
+    # null stands for the default; Qwen2's config class has no field head_dim, and its model takes null for a number
+    for name in ("initializer_range", *(("head_dim",) if fields.get("model_type") == "qwen2" else ())):
+        if current.get(name, 0) is None:
+            del current[name]
     dtype = current.pop("torch_dtype", None)
     dtype = current.pop("dtype", None) or dtype
     if dtype is not None and dtype != "auto":

@@ -102,6 +102,8 @@ def _check_head(model: Any, directory: Path) -> None:
     ids = torch.arange(8)[None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = hidden @ model.get_output_embeddings().weight.T
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(f"{directory}: the model gives NaN or infinite logits; check the weights")
     if not torch.allclose(logits, model(input_ids=ids, use_cache=False).logits, atol=1e-3, rtol=1e-3):
         raise CheckpointError(
             f"{directory}: the head of {model.config.model_type} is more than a matrix product (a bias, a softcap or a "

@@ -151,7 +151,13 @@ def older_config(directory: Path) -> None:
     for name in ("rope_parameters", "layer_types", "dtype"):
         fields.pop(name, None)
     fields |= {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "torch.bfloat16", "rms_norm_eps": 1}
-    fields |= {"initializer_range": None, "use_sliding_window": False, "sliding_window": 7, "max_window_layers": 1}
+    fields |= {
+        "initializer_range": None,
+        "head_dim": None,
+        "use_sliding_window": False,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+    }
     (directory / "config.json").write_text(json.dumps(fields))
 
 
@@ -410,6 +416,13 @@ def test_a_pointer_in_place_of_the_tokenizer(tmp_path: Path, name: str) -> None:
     pointer(name)(tmp_path / "model")
     with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer"):
         Tokenizer(tmp_path / "model")
+
+
+def test_weights_that_are_no_numbers_are_not_trained(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    edit_tensors(tmp_path, lambda t: t["model.norm.weight"].fill_(torch.nan))
+    with pytest.raises(CheckpointError, match="NaN or infinite logits"):
+        training_logits(tmp_path)
 
 
 def test_a_tokenizer_that_loses_spaces(tmp_path: Path) -> None:
