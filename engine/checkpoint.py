@@ -1,19 +1,16 @@
-"""A Hugging Face model directory on disk: its place, its tensors, its fingerprint. Only safetensors are read."""
+"""A Hugging Face model directory on disk: its place and its fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from genssd.engine.config import read_fields
 from genssd.engine.errors import CheckpointError
+from genssd.engine.messages import one_line, quote
+from genssd.engine.weights import weight_files
 
 IDENTITY_FILES = (
     "config.json",
@@ -23,6 +20,14 @@ IDENTITY_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+STEPS = {
+    ".gguf": "GGUF is not read; take the checkpoint from which it was converted",
+    ".bin": "pickles are never read; save the model with safetensors and give the directory",
+    ".pt": "pickles are never read; save the model with safetensors and give the directory",
+    ".pth": "pickles are never read; save the model with safetensors and give the directory",
+    ".safetensors": "give the directory that holds it together with config.json and the tokenizer",
+}
+"""Step that helps where a model is given as one file, by the file's ending."""
 EDGE_BYTES = 1 << 20
 """Number of bytes at the beginning and at the end of each weight file that enter the fingerprint."""
 
@@ -32,49 +37,24 @@ def locate(name_or_path: str | Path) -> Path:
 
     Raises CheckpointError when neither exists.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
     name = str(name_or_path)
+    try:
+        path = Path(name_or_path).expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long, a home directory of nobody
+        raise CheckpointError(f"model directory {quote(name)} does not exist") from None
+    if is_file and path.suffix in STEPS:
+        raise CheckpointError(f"{name} is a file, not a model directory: {STEPS[path.suffix]}")
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"model directory {name} does not exist")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name} is no local directory and cannot be had from the hub: {error}") from None
-
-
-def read_tensors(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint, sharded or not. Raises CheckpointError naming the file at fault."""
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(directory):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as shard:
-                for name in shard.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                    tensors[name] = shard.get_tensor(name).to(dtype)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from None
-    return tensors
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint, in order. Raises CheckpointError where they are missing."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        shards = read_fields(index).get("weight_map")
-        if not isinstance(shards, Mapping) or not all(isinstance(name, str) for name in shards.values()):
-            raise CheckpointError(f"{index} is no safetensors index: its weight_map must name a file for each tensor")
-        files = [directory / name for name in sorted(set(shards.values()))]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise CheckpointError(f"{directory}: weight files named by {index.name} are missing: {', '.join(missing)}")
-        return files
-    files = sorted(directory.glob("model*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
-    hint = f" (it has {', '.join(pickles)}: pickles are never read; save it with safetensors)" if pickles else ""
-    raise CheckpointError(f"{directory} has no safetensors weights{hint}")
+        raise CheckpointError(
+            f"{name} is no local directory and cannot be had from the hub: {one_line(error)}"
+        ) from None
 
 
 def fingerprint(directory: Path) -> str:
@@ -84,7 +64,7 @@ def fingerprint(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     for name in IDENTITY_FILES:
-        if (directory / name).exists():
+        if (directory / name).is_file():
             digest.update(name.encode() + (directory / name).read_bytes())
     for file in weight_files(directory):
         size = file.stat().st_size
@@ -93,13 +73,3 @@ def fingerprint(directory: Path) -> str:
             stream.seek(max(0, size - EDGE_BYTES))
             digest.update(stream.read())
     return digest.hexdigest()[:16]
-
-
-def take(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], directory: Path) -> Tensor:
-    """Return the named tensor. Raises CheckpointError when it is missing or has another shape."""
-    tensor = tensors.get(name)
-    if tensor is None:
-        raise CheckpointError(f"{directory}: the weights have no tensor {name}")
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{directory}: {name} has shape {tuple(tensor.shape)}, config.json implies {shape}")
-    return tensor

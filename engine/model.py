@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genssd.engine.checkpoint import read_tensors, take
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
 from genssd.engine.forward_batch import ForwardBatch
+from genssd.engine.parameters import EMBEDDING, HEAD, match_parameters, take
+from genssd.engine.weights import WeightFiles
 from genssd.kernels.activation import swiglu
 from genssd.kernels.attention import paged_attention
 from genssd.kernels.cache import write_kv
@@ -59,9 +60,9 @@ class Decoder:
     @torch.inference_mode()
     def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
         """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported."""
-        return Decoder.from_tensors(
-            ModelConfig.load(directory), read_tensors(directory, dtype, device), directory, frozen=True
-        )
+        config, weights = ModelConfig.load(directory), WeightFiles.open(directory)
+        tensors = weights.read(match_parameters(weights, config), dtype, device)
+        return Decoder.from_tensors(config, tensors, directory, frozen=True)
 
     @staticmethod
     def from_tensors(
@@ -72,13 +73,12 @@ class Decoder:
         frozen: the tensors never change; on the CPU the matrices are then packed for the kernels, which is a copy.
         directory: used in messages. Raises CheckpointError on a tensor that is missing or misshapen.
         """
-        width = (config.vocab_size, config.hidden_size)
-        embedding = take(tensors, "model.embed_tokens.weight", width, directory)
         prepare = pack_weight if frozen else _unchanged
-        if config.tie_word_embeddings:
+        embedding, separate_head = _vocabulary_tables(tensors, config, directory)
+        if separate_head is None:
             table = head = prepare(embedding)
         else:
-            table, head = embedding, prepare(take(tensors, "lm_head.weight", width, directory))
+            table, head = embedding, prepare(separate_head)
         try:
             frequency, factor = rope_frequencies(
                 config.rope_parameters, config.head_dim, config.max_position_embeddings
@@ -185,6 +185,23 @@ class Decoder:
             eps=c.rms_norm_eps,
         )
         return paged_attention(q, k_pages, v_pages, batch.tables[window], scale=c.head_dim**-0.5).flatten(1)
+
+
+def _vocabulary_tables(
+    tensors: Mapping[str, Tensor], config: ModelConfig, directory: Path
+) -> tuple[Tensor, Tensor | None]:
+    """Return the embedding and the head, each [V, D]; None for a head that is the embedding.
+
+    transformers' rule: where the config ties them, but the checkpoint has two that differ, they are not tied.
+    """
+    shape = (config.vocab_size, config.hidden_size)
+    tied = config.tie_word_embeddings
+    embedding = take(tensors, HEAD if tied and EMBEDDING not in tensors else EMBEDDING, shape, directory)
+    if tied and HEAD not in tensors:
+        return embedding, None
+    head = take(tensors, HEAD, shape, directory)
+    is_same = tied and (head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding))
+    return embedding, None if is_same else head
 
 
 def _unchanged(weight: Tensor) -> Weight:

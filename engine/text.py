@@ -12,14 +12,25 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from genssd.engine.config import ModelConfig
+from genssd.engine.config import (
+    ModelConfig,
+    is_known_to_transformers,
+    make_transformers_config,
+    read_fields,
+    refuse_pointer,
+)
 from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.messages import one_line
 
 Messages = Sequence[Mapping[str, str]]
 Prompt = str | Messages | Sequence[int]
 """A prompt: raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+"""Names of the files that a tokenizer is loaded from, each of which may be a Git LFS pointer."""
+PROBE = "one two three"
+"""Text that a tokenizer encodes and decodes when it is loaded, to show that its class keeps spaces."""
 PROMPT_KINDS = "a prompt is a string, a list of chat messages or a list of token ids"
 REPLACEMENT = "\ufffd"
 """Character that decoders write for bytes which do not form a character."""
@@ -32,10 +43,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        try:
-            self.hf: Any = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {error}") from None
+        self.hf = _load_tokenizer(directory)
         self._token_text: dict[int, str] = {}
         vocabulary = json.dumps(sorted(self.hf.get_vocab().items()))
         self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
@@ -145,6 +153,35 @@ class Tokenizer:
         if wrong:
             raise InputError(f"token id {wrong[0]} is not in the vocabulary of {self.directory}")
         return ids
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer object of transformers. Raises CheckpointError where it cannot be loaded.
+
+    No Python file of the checkpoint is run, and nothing is fetched.
+    """
+    for name in TOKENIZER_FILES:
+        refuse_pointer(directory / name)
+    path = directory / "config.json"
+    fields = read_fields(path) if path.is_file() else {}
+    # transformers would read the config again, and refuse fields of older versions
+    options = {"config": make_transformers_config(fields, path)} if is_known_to_transformers(fields) else {}
+    try:
+        hf = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True, **options)
+        probe = str(hf.decode(hf.encode(PROBE, add_special_tokens=False)))
+    except Exception as error:  # tokenizer classes raise what the parsing of their files does
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{directory}: the tokenizer needs a Python file of the checkpoint (auto_map), which is never run: use "
+                "a checkpoint whose tokenizer is one of transformers' own classes"
+            ) from None
+        raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {one_line(error)}") from None
+    if len(probe.split()) < len(PROBE.split()) and "".join(probe.split()) == "".join(PROBE.split()):
+        raise CheckpointError(
+            f"{directory}: the tokenizer class {type(hf).__name__} loses spaces ({PROBE!r} becomes {probe!r}): set "
+            "tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast, which takes tokenizer.json as it is"
+        )
+    return hf
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ The student is trained on all weights or on low-rank adapters; the teacher is fr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from transformers import AutoModelForCausalLM
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.distributed import gather_shards
 from genssd.distill.train.key_attention import AttentionCollector
-from genssd.engine.checkpoint import weight_files
+from genssd.engine.config import ARCHITECTURES, ModelConfig, make_transformers_config, read_config
 from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.messages import one_line
+from genssd.engine.parameters import match_parameters
 from genssd.engine.text import Tokenizer
+from genssd.engine.weights import UNUSED, WeightFiles
 
 
 def load_model(
@@ -32,30 +36,64 @@ def load_model(
 ) -> Any:
     """Load a causal language model with transformers.
 
-    Raises CheckpointError when a weight is missing or misshapen, the tokenizer does not fit, or the head is more than a
+    The weights are checked as those of the engine's decoder are, so both read the same tensors. Raises CheckpointError
+    when a weight is missing, misshapen or none of the model's, the tokenizer does not fit, or the head is more than a
     matrix product.
     """
-    weight_files(directory)
+    fields = read_config(directory)
+    config = make_transformers_config(fields, directory / "config.json")
+    weights = WeightFiles.open(directory)
+    if fields.get("model_type") in ARCHITECTURES:
+        match_parameters(weights, ModelConfig.load(directory))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
-    absent = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind])
-    if absent:
-        raise CheckpointError(f"{directory}: weights are missing or misshapen: {', '.join(absent[:5])}")
+    except Exception as error:  # model classes raise what their construction does
+        raise CheckpointError(f"{directory} cannot be loaded by transformers: {one_line(error)}") from None
+    _check_weights(model, info, weights)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.largest_id >= rows:
         raise CheckpointError(
             f"{directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has {rows} rows"
         )
-    _check_head(model, directory)
+    try:
+        _check_head(model, directory)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{directory}: a forward pass with transformers fails: {one_line(error)}") from None
     return model.to(device)
+
+
+def _check_weights(model: Any, info: Mapping[str, Any], weights: WeightFiles) -> None:
+    """Check what transformers reports on loading a model, and separate a head that only the config ties.
+
+    Raises CheckpointError when a weight is missing or misshapen, holds no plain floats, or has the model's own prefix
+    and is unknown to the model.
+    """
+    absent = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind])
+    if absent:
+        raise CheckpointError(f"{weights.directory}: weights are missing or misshapen: {', '.join(absent[:5])}")
+    own = (f"{model.base_model_prefix}.", "lm_head.")
+    unknown = sorted(name for name in info["unexpected_keys"] if name.startswith(own) and not UNUSED.search(name))
+    if unknown:
+        file = weights.tensors[unknown[0]].file if unknown[0] in weights.tensors else weights.directory
+        raise CheckpointError(f"{file} has a tensor {unknown[0]} that {type(model).__name__} does not have")
+    for name in weights.tensors:
+        if name not in info["unexpected_keys"] and not UNUSED.search(name):
+            weights.check_dtype(name)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        # the checkpoint has two different tables: a config that ties them would lose the head at the next loading
+        model.config.tie_word_embeddings = False
 
 
 @torch.no_grad()
@@ -64,6 +102,8 @@ def _check_head(model: Any, directory: Path) -> None:
     ids = torch.arange(8)[None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = hidden @ model.get_output_embeddings().weight.T
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(f"{directory}: the model gives NaN or infinite logits; check the weights")
     if not torch.allclose(logits, model(input_ids=ids, use_cache=False).logits, atol=1e-3, rtol=1e-3):
         raise CheckpointError(
             f"{directory}: the head of {model.config.model_type} is more than a matrix product (a bias, a softcap or a "

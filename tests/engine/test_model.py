@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.toys import VOCAB, save_checkpoint, save_model
+from support.toys import VOCAB, edit_json, save_checkpoint, save_model
 
 from genssd.engine import runner as runners
-from genssd.engine.checkpoint import read_tensors
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
+from genssd.engine.parameters import parameter_shapes
 from genssd.engine.runner import ModelRunner
+from genssd.engine.weights import read_tensors
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
@@ -132,6 +133,43 @@ def test_old_style_rope_fields_mean_the_same(tmp_path: Path) -> None:
     fields["rope_scaling"] = rope
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert ModelConfig.load(tmp_path) == new
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 64),
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        (LLAMA3, 64),
+        (LONGROPE, 64),
+    ],
+    ids=str,
+)
+def test_the_context_length_is_that_of_vllm(tmp_path: Path, scaling: dict[str, Any] | None, context: int) -> None:
+    """vLLM: linear scaling multiplies max_position_embeddings, YaRN the original length; others change nothing."""
+    save_model(tmp_path, "qwen3", max_position_embeddings=64)
+    edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=1e4, rope_scaling=scaling)
+    assert ModelConfig.load(tmp_path).max_position_embeddings == context
+
+
+@pytest.mark.parametrize(("kind", "options"), CONFIGS)
+def test_the_parameters_are_those_of_transformers(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    model = save_model(tmp_path, kind, **options)
+    assert parameter_shapes(ModelConfig.load(tmp_path)) == {n: tuple(p.shape) for n, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("content", ['{"a": 1, "a": 1}', "[]", '{"__metadata__": 3}', '{"a": {}}', "[" * 100_000])
+def test_a_header_that_is_none(tmp_path: Path, content: str) -> None:
+    save_model(tmp_path)
+    body = content.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(body).to_bytes(8, "little") + body)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read as safetensors"):
+        Decoder.load(tmp_path, torch.float32, torch.device("cpu"))
 
 
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:

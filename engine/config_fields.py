@@ -1,0 +1,162 @@
+"""Checks of the fields of a config.json before they size anything, and the fields of older versions renewed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from genssd.engine.errors import CheckpointError
+from genssd.engine.messages import quote
+from genssd.kernels.rotary import ROPE_TYPES
+
+REQUIRED = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 16,
+    "max_position_embeddings": (1 << 31) - 1,
+}
+"""Fields that a config must have, and the largest value of each."""
+MAX_INTEGER = (1 << 31) - 1
+"""Largest value of any other integer."""
+OPTIONAL = {"num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "sliding_window": (1 << 31) - 1}
+"""Fields that a config may leave out or set to null, and the largest value of each."""
+ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+)
+"""Fields of the RoPE parameters that must be positive numbers where they are given."""
+FOREIGN_FIELDS = frozenset(
+    (
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "base_model_pp_plan",
+        "base_model_tp_plan",
+        "distributed_config",
+        "experts_implementation",
+        "fusion_config",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "use_return_dict",
+    )
+)
+"""Fields that a language model does without: options of a run, labels, and in `auto_map` Python files."""
+
+
+def check_fields(fields: Mapping[str, object], path: Path) -> None:
+    """Check the types and the ranges of all fields that size a model. Raises CheckpointError naming the field."""
+    activation = fields.get("hidden_act", "silu")
+    if activation != "silu":
+        raise CheckpointError(f"{path}: hidden_act {quote(activation)} is not supported; supported: silu")
+    for name in REQUIRED | OPTIONAL:
+        value = fields.get(name)
+        if name in fields if name in REQUIRED else value is not None:
+            _check_integer(name, value, path)
+        elif name in REQUIRED:
+            raise CheckpointError(f"{path} has no field {name!r}")
+    heads, kv_heads = fields["num_attention_heads"], fields.get("num_key_value_heads")
+    if isinstance(kv_heads, int) and isinstance(heads, int) and heads % kv_heads:
+        raise CheckpointError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    pad, vocabulary = fields.get("pad_token_id"), fields["vocab_size"]
+    if isinstance(pad, int) and isinstance(vocabulary, int) and not -vocabulary <= pad < vocabulary:
+        raise CheckpointError(f"{path}: pad_token_id {quote(pad)} is outside the vocabulary of {vocabulary} tokens")
+    if fields.get("text_config") is not None:
+        raise CheckpointError(f"{path}: text_config is not supported: extract the language model from its wrapper")
+    full = fields.get("max_window_layers")
+    if full is not None and (not isinstance(full, int) or isinstance(full, bool) or full < 0):
+        raise CheckpointError(f"{path}: max_window_layers must be an integer, not {quote(full)}")
+    eps = fields.get("rms_norm_eps", 1e-6)
+    if not _is_number(eps) or not 0 < float(eps) <= 1:  # type: ignore[arg-type]
+        raise CheckpointError(f"{path}: rms_norm_eps must be a number above 0 and up to 1, not {quote(eps)}")
+    for name in ("rope_parameters", "rope_scaling"):
+        _check_rope(fields.get(name), name, path)
+    _check_rope({name: fields.get(name) for name in ROPE_NUMBERS if name != "factor"}, "config", path)
+    if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise CheckpointError(f"{path}: partial_rotary_factor is not supported")
+
+
+def check_sizes(fields: Mapping[str, object], path: Path) -> None:
+    """Check that no size in a config of any class is beyond all models. Raises CheckpointError naming the field."""
+    limits = REQUIRED | OPTIONAL
+    for name, value in fields.items():
+        largest = limits.get(name, MAX_INTEGER)
+        if isinstance(value, int) and value > largest and name not in FOREIGN_FIELDS:
+            raise CheckpointError(f"{path}: {quote(name)[1:-1]} must be at most {largest}, not {quote(value)}")
+
+
+def refuse_quantized(fields: Mapping[str, object], path: Path) -> None:
+    """Check that a config names no quantization. Raises CheckpointError if it does."""
+    if fields.get("quantization_config") or fields.get("compression_config"):
+        raise CheckpointError(f"{path}: quantized weights are not supported; use the original checkpoint")
+
+
+def modernize(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields as transformers 5 takes them, whose types are strict: a float field is not an integer.
+
+    FOREIGN_FIELDS are left out.
+    """
+    current = {
+        name: dict(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+        if name not in FOREIGN_FIELDS and not (name in ("quantization_config", "compression_config") and not value)
+    }
+    for name in ("rms_norm_eps", "initializer_range"):
+        value = current.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            current[name] = float(value)
+    # null stands for the default; Qwen2's config class has no field head_dim, and its model takes null for a number
+    for name in ("initializer_range", *(("head_dim",) if fields.get("model_type") == "qwen2" else ())):
+        if current.get(name, 0) is None:
+            del current[name]
+    dtype = current.pop("torch_dtype", None)
+    dtype = current.pop("dtype", None) or dtype
+    if dtype is not None and dtype != "auto":
+        current["dtype"] = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    return current
+
+
+def _check_integer(name: str, value: object, path: Path) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise CheckpointError(f"{path}: {name} must be a positive integer, not {quote(value)}")
+
+
+def _check_rope(scaling: object, field: str, path: Path) -> None:
+    """Check RoPE parameters: `rope_parameters` of transformers 5, or `rope_scaling` of earlier versions."""
+    if scaling is None:
+        return
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError(f"{path}: {field} must be an object, not {quote(scaling)}")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise CheckpointError(f"{path}: rope_type {quote(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise CheckpointError(f"{path}: partial_rotary_factor is not supported")
+    for name in ROPE_NUMBERS:
+        value = scaling.get(name)
+        if value is not None and not (_is_number(value) and float(value) > 0):
+            raise CheckpointError(f"{path}: {name} of {field} must be a positive number, not {quote(value)}")
+    nested = [name for name, value in scaling.items() if isinstance(value, Mapping)]
+    if nested:
+        raise CheckpointError(f"{path}: {field} that differ by layer are not supported: {quote(nested[0])}")
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a finite number; a boolean is none."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False

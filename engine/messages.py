@@ -1,0 +1,24 @@
+"""Values and foreign errors as parts of a one-line message."""
+
+from __future__ import annotations
+
+import reprlib
+
+MAX_ERROR = 400
+"""Maximum number of characters of another library's error in a message."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlong = 40
+_short.maxlevel = 3
+
+
+def quote(value: object) -> str:
+    """Return the repr of a value, shortened in the middle where it is long or deep."""
+    return _short.repr(value)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error on one line, cut where it is long; the name of its class where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."

@@ -1,0 +1,198 @@
+"""The weight files of a Hugging Face model directory and the tensors in them. Only safetensors are read.
+
+The files are those that transformers reads: model.safetensors, else the shards of model.safetensors.index.json. What
+would be read otherwise, or twice, or not at all, is refused, so that every reader of a directory has the same tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from genssd.engine.config import read_fields, refuse_pointer
+from genssd.engine.errors import CheckpointError
+from genssd.engine.messages import one_line, quote
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_NAME = 255
+"""Maximum number of bytes in the name of a file, on the file systems in use."""
+DTYPES = ("F32", "F16", "BF16")
+"""Data types of weights that are read, by their names in safetensors."""
+UNUSED = re.compile(
+    r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.attn\.(masked_)?bias$"
+    r"|(^|\.)mtp(_|\.)|(^|\.)(visual|vision\w*|image\w*|audio\w*|multi_modal_projector|mm_projector)\."
+)
+"""Names of tensors that a language model does without: buffers of older versions, multi-token prediction, encoders."""
+DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+"""Names of the weight files of torch's distributed checkpoints, which transformers reads before all others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Place, data type and shape of a tensor in a weight file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The tensors of a checkpoint by name, as the headers of its weight files list them."""
+
+    directory: Path
+    tensors: Mapping[str, StoredTensor]
+
+    @staticmethod
+    def open(directory: Path) -> WeightFiles:
+        """Read the headers of the weight files.
+
+        Raises CheckpointError naming the file and the tensor where a file is missing or broken, and where a tensor is
+        in two shards, in a shard that the index does not name for it, or missing from the one that the index names.
+        """
+        index = _read_index(directory)
+        tensors: dict[str, StoredTensor] = {}
+        for file in weight_files(directory):
+            for name, stored in _read_header(file).items():
+                owner = file if index is None else directory / index.get(name, "")
+                if owner == file:
+                    tensors[name] = stored
+                elif index is not None and name in index:
+                    raise CheckpointError(f"{file} has the tensor {name} a second time: {INDEX} names {owner.name}")
+                elif not UNUSED.search(name):
+                    raise CheckpointError(
+                        f"{file} has a tensor {name} that {INDEX} does not name: write the index anew"
+                    )
+        lost = sorted(set(index or ()) - set(tensors))
+        if index and lost:
+            raise CheckpointError(
+                f"{directory / index[lost[0]]} has no tensor {lost[0]}, although {INDEX} names it there"
+            )
+        return WeightFiles(directory=directory, tensors=tensors)
+
+    def check_dtype(self, name: str) -> None:
+        """Check that a tensor holds plain floating-point weights. Raises CheckpointError naming file and tensor."""
+        stored = self.tensors[name]
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{stored.file}: {name} has the data type {stored.dtype}; weights must be {', '.join(DTYPES)}: "
+                "use the checkpoint before quantization or conversion"
+            )
+
+    def read(self, names: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Read tensors, converted to dtype, under new names. names: the name in the files by the new one."""
+        tensors: dict[str, Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for new, name in names.items():
+            by_file.setdefault(self.tensors[name].file, []).append(new)
+        for file, members in by_file.items():
+            try:
+                with safe_open(file, framework="pt", device=str(device)) as shard:
+                    for new in members:
+                        tensors[new] = shard.get_tensor(names[new]).to(dtype)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read as safetensors: {one_line(error)}") from None
+        return tensors
+
+
+def read_tensors(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint, sharded or not. Raises CheckpointError naming the file at fault."""
+    weights = WeightFiles.open(directory)
+    return weights.read({name: name for name in weights.tensors}, dtype, device)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, in order. Raises CheckpointError where they are missing."""
+    _refuse_other_formats(directory)
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    index = _read_index(directory)
+    if index is None:
+        raise CheckpointError(f"{directory} has no safetensors weights{_hint(directory)}")
+    files = [directory / name for name in sorted(set(index.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{directory}: weight files named by {INDEX} are missing: {', '.join(missing)}")
+    return files
+
+
+def _read_index(directory: Path) -> Mapping[str, str] | None:
+    """Return the file name of each tensor by the index; None where model.safetensors or nothing is there."""
+    path = directory / INDEX
+    if (directory / SINGLE).is_file() or not path.is_file():
+        return None
+    fields = read_fields(path)
+    shards = fields.get("weight_map")
+    if not isinstance(shards, Mapping) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{path} is no safetensors index: its weight_map must name a file for each tensor")
+    if not isinstance(fields.get("metadata"), Mapping):
+        raise CheckpointError(f'{path} has no field metadata, which transformers reads: add "metadata": {{}}')
+    for name, shard in shards.items():
+        place = PurePosixPath(shard)
+        is_name = (
+            shard.endswith(".safetensors") and "\0" not in shard and len(shard.encode(errors="replace")) <= MAX_NAME
+        )
+        if place.is_absolute() or ".." in place.parts or not is_name:
+            raise CheckpointError(
+                f"{path} places {quote(name)} in {quote(shard)}, which is no safetensors file of this directory"
+            )
+    return {str(name): str(PurePosixPath(shard)) for name, shard in shards.items()}
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors that a safetensors file lists."""
+    refuse_pointer(file)
+    try:
+        with safe_open(file, framework="pt") as shard:  # checks the header against the size of the file
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
+            tensors = {
+                name: StoredTensor(file=file, dtype=str(part.get_dtype()), shape=tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+        with file.open("rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little"))
+        names = json.loads(header, object_pairs_hook=lambda pairs: [name for name, _ in pairs])
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {one_line(error)}") from None
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise CheckpointError(f"{file} has the tensor {repeated[0]} twice")
+    return tensors
+
+
+def _refuse_other_formats(directory: Path) -> None:
+    """Check that a directory holds no weights that transformers would read before or on top of the safetensors."""
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} has an adapter_config.json: merge the adapter into its base model with peft "
+            "(merge_and_unload, save_pretrained) and give that directory; next to full weights, remove the adapter"
+        )
+    for file in directory.glob("shard-*.safetensors"):
+        if DISTRIBUTED.fullmatch(file.name):
+            raise CheckpointError(f"{file} is part of a distributed checkpoint: save the model with save_pretrained")
+    config = directory / "config.json"
+    if config.is_file() and read_fields(config).get("transformers_weights") is not None:
+        raise CheckpointError(f"{config}: transformers_weights is not supported: rename the weights to {SINGLE}")
+
+
+def _hint(directory: Path) -> str:
+    """Return what a directory without weights has instead, and the step that helps, for the end of a message."""
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+    others = sorted(p.name for p in directory.glob("*.safetensors"))
+    gguf = sorted(p.name for p in directory.glob("*.gguf"))
+    if others:
+        return (
+            f" by the name {SINGLE} (it has {quote(others[0])}: rename a single file so, copy the {INDEX} of several)"
+        )
+    if pickles:
+        return f" (it has {', '.join(pickles[:3])}: pickles are never read; save it with safetensors)"
+    if gguf:
+        return f" (it has {quote(gguf[0])}: GGUF is not read; take the checkpoint from which it was converted)"
+    return ""
