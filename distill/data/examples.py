@@ -9,6 +9,9 @@ Rows of any other origin go through the tokenizer and its chat template:
 
     {"prompt": text, "chosen": text, "rejected": text}  a preference pair: two examples; genssd's own have ids, too
 
+A completion that its row states to be cut off ("finish_reason": "length" and the like, see endings.py), or that opens
+a thought and never closes it, has the status "length": no end of sequence is added to it.
+
 A number in the field `weight` multiplies the loss of a row's tokens. An element of the field `chunks` has the number of
 its `tokens`, and may have a `weight` that multiplies the loss of these. Rows with ids may also have the prompt as the
 teacher reads it (`prompt_ids`) and the location of the teacher's most likely tokens (`teacher_topk`, see
@@ -24,10 +27,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.endings import is_finished
 from genssd.distill.data.problems import QUESTION_FIELDS, check_messages, read_objects
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
 from genssd.engine.errors import InputError
 from genssd.engine.text import Messages, Tokenizer
+from genssd.engine.thoughts import is_open_thought
 
 COMPLETION_FIELDS = ("completion", "response", "output", "solution", "answer")
 
@@ -89,14 +94,14 @@ def read_examples(
     left_out: Counter[str] = Counter()
     for path in paths:
         for number, fields in read_objects(path):
-            status = fields.get("status")
+            where = f"{path}, line {number}"
+            status = _find_status(fields, where)
             if status is not None and status not in statuses:
                 left_out[f"status {status}"] += 1
                 continue
             if status is not None and fields.get("completion_ids") == []:
                 left_out["without a token: pruned at once"] += 1
                 continue
-            where = f"{path}, line {number}"
             if "rejected" in fields:
                 encoded = _encode_pair(fields, tokenizer, where)
             else:
@@ -109,6 +114,16 @@ def read_examples(
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the files are empty"
         raise InputError(f"{', '.join(map(str, paths))}: nothing to train on ({reasons})")
     return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
+
+
+def _find_status(fields: Mapping[str, Any], where: str) -> str | None:
+    """Return a row's status; "length" where another field states that the completion is cut off, else None."""
+    if "status" in fields:
+        return str(fields["status"])
+    is_cut_off = is_finished(fields, where) is False or any(
+        isinstance(fields.get(name), str) and is_open_thought(fields[name]) for name in COMPLETION_FIELDS
+    )
+    return "length" if is_cut_off else None
 
 
 def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[Example, ...]:
@@ -199,16 +214,21 @@ def _check_ids(value: object, tokenizer: Tokenizer, where: str) -> list[int]:
 
 def _encode(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
     """Return the token ids of a row's prompt and of its completion, from their text."""
+    finished = is_finished(fields, where) is not False
     if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
         if not fields["completion"].strip():
             raise InputError(f"{where}: the completion has no token to train on")
         prompt = tokenizer.encode(fields["prompt"], special=True)
-        return prompt, _append_end(tokenizer.encode_plain(fields["completion"]), tokenizer)
+        completion = tokenizer.encode_plain(fields["completion"])
+        finished = finished and not is_open_thought(fields["completion"])
+        return prompt, _append_end(completion, tokenizer) if finished else completion
     turns = _parse_turns(fields, where)
     if turns[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message must be the assistant's, it is the {turns[-1]['role']}'s")
     if not turns[-1]["content"].strip():
         raise InputError(f"{where}: the completion has no token to train on")
+    if not finished or is_open_thought(turns[-1]["content"]):
+        return tokenizer.encode_prompt(turns[:-1]), tokenizer.encode_plain(turns[-1]["content"])
     return _encode_turns(turns, tokenizer, where)
 
 

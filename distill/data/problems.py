@@ -4,6 +4,8 @@
 {"prompt": [{"role": ..., "content": ...}]} or {"messages": [...]}      rendered with the chat template
 {"question" | "problem" | "instruction" | "query" | "input": "..."}    becomes one user message
 {"answer" | "target" | "solution": ...}     the reference answer, optional; GSM8K's "... #### 72" is understood
+
+A field that is null is absent, so that the columns of united data sets do no harm.
 """
 
 from __future__ import annotations
@@ -85,7 +87,10 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object in one line of a file. Raises InputError naming `where`, the file and line."""
+    """Return the JSON object in one line of a file, without the fields that are null, at any depth: null is absent.
+
+    Raises InputError naming `where`, the file and line.
+    """
     try:
         fields = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -98,7 +103,14 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no text")
     if not isinstance(fields, dict):
         raise InputError(f"{where}: a row must be a JSON object, not {type(fields).__name__}")
-    return fields
+    return {name: _drop_nulls(value) for name, value in fields.items() if value is not None}
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Return a JSON value without the fields that are null; elements of lists that are null stay in their places."""
+    if isinstance(value, dict):
+        return {name: _drop_nulls(element) for name, element in value.items() if element is not None}
+    return [_drop_nulls(element) for element in value] if isinstance(value, list) else value
 
 
 def _is_unicode(fields: object) -> bool:

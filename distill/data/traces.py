@@ -4,6 +4,9 @@
     {"problem": ..., "generations": [...]}  several responses, with "correctness_math_verify" where known (OpenR1)
     a training example, see examples.py     messages, prompt and completion, question and response: one response
 
+Fields such as "finish_reasons" and "is_reasoning_complete" state which responses are finished (see endings.py). Text
+that no field calls cut off is taken for finished, unless it begins with a thought that it does not close.
+
 {"teacher" | "model" | "generator": name} names the responses' teacher; without it the file's name is taken.
 """
 
@@ -16,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.endings import select_endings
 from genssd.distill.data.examples import Example, encode_example
 from genssd.distill.data.problems import QUESTION_FIELDS, parse_answer, parse_object, read_lines
 from genssd.engine.errors import InputError
@@ -83,6 +87,9 @@ def read_traces(
                 continue
             for index, (row, correct) in enumerate(responses):
                 response_where = where if len(responses) == 1 else f"{where}, response {index}"
+                if "generations" in fields and not isinstance(row["completion"], str):
+                    yield f"{response_where}: an element of generations must be text, not {row['completion']!r}"
+                    continue
                 try:
                     example = encode_example(row, tokenizer, response_where)
                 except InputError as error:
@@ -173,7 +180,7 @@ def _split_responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mappin
     """Return for every response of a row a row of its own, as training would read it, and whether it is correct."""
     if "generations" in fields:
         texts = fields["generations"]
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list) or not texts:
             raise InputError(f"{where}: generations must be a non-empty list of texts")
         prompt = next((fields[name] for name in ("prompt", *QUESTION_FIELDS) if fields.get(name)), None)
         if prompt is None:
@@ -185,7 +192,10 @@ def _split_responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mappin
         if verdicts and len(verdicts) != len(texts):
             raise InputError(f"{where}: {len(texts)} generations but {len(verdicts)} verdicts")
         correct = [v if isinstance(v, bool) else None for v in verdicts] or [None] * len(texts)
-        return [({"prompt": turns, "completion": text}, verdict) for text, verdict in zip(texts, correct, strict=True)]
+        return [
+            ({"prompt": turns, "completion": text, **select_endings(fields, i, len(texts), where)}, correct[i])
+            for i, text in enumerate(texts)
+        ]
     verdict = next((fields[name] for name in VERDICT_FIELDS if isinstance(fields.get(name), bool)), None)
     others = fields.get("others")
     rows = [fields]
