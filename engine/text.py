@@ -21,6 +21,8 @@ Prompt = str | Messages | Sequence[int]
 
 
 PROMPT_KINDS = "a prompt is a string, a list of chat messages or a list of token ids"
+PROBE = "genssd7probe"
+"""Content of a message that shows what a chat template writes around it."""
 REPLACEMENT = "\ufffd"
 """Character that decoders write for bytes which do not form a character."""
 LONGEST_CHARACTER = 4
@@ -61,7 +63,7 @@ class Tokenizer:
         """Return the token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
         ids: list[int] = []
         if isinstance(prompt, str):
-            ids = self.encode(prompt, special=True) if prompt.strip() else []
+            ids = self.encode_raw(prompt) if prompt.strip() else []
         else:
             parts = _parts(prompt)
             if parts and all(isinstance(part, Mapping) for part in parts):
@@ -75,6 +77,29 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return the token ids of a text. special: add the tokens that the tokenizer puts around a sequence (BOS)."""
         return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Return the token ids of a raw prompt, in which the names of special tokens are tokens.
+
+        What the tokenizer puts before a sequence (BOS) stands there once, also where the text begins with its name;
+        what it puts after a sequence (EOS) is left out, because a response follows.
+        """
+        ids = self.encode(text, special=False)
+        before = self._ids_before_text
+        return [*before, *ids] if before and ids[:1] != before[:1] else ids
+
+    def split_end(self, text: str) -> tuple[str, int | None]:
+        """Return a response without the names of end tokens at its end, and the id of the first of these.
+
+        The id is None, and the text unchanged, where the response does not end in such a name.
+        """
+        end = None
+        while True:
+            trimmed = text.rstrip()
+            name = next((name for name in self._end_names if trimmed.endswith(name)), None)
+            if name is None:
+                return text, end
+            text, end = trimmed.removesuffix(name), self._end_names[name]
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the token ids of a text in which the names of special tokens are ordinary characters."""
@@ -134,6 +159,32 @@ class Tokenizer:
         """Whether the texts of tokens join to the text of all. SentencePiece drops the space before the first one."""
         spaced = next((i for piece, i in self.hf.get_vocab().items() if piece[:1] == "\u2581" and len(piece) > 1), None)
         return spaced is None or str(self.hf.decode([spaced, spaced])) == 2 * self.token_text(spaced)
+
+    @cached_property
+    def _ids_before_text(self) -> list[int]:
+        """Tokens that the tokenizer puts before a sequence: the BOS, or none."""
+        with_special, ids = self.encode("a", special=True), self.encode("a", special=False)
+        starts = range(len(with_special) - len(ids) + 1)
+        return with_special[: next((i for i in starts if with_special[i : i + len(ids)] == ids), 0)]
+
+    @cached_property
+    def _end_names(self) -> dict[str, int]:
+        """Names and ids of the special tokens that end a response or, in the chat template, the assistant's turn."""
+        added = {str(name): int(i) for name, i in self.hf.get_added_vocab().items()}
+        names = [name for name, i in added.items() if i in self.end_token_ids]
+        if self.hf.chat_template:
+            after = self._probe_turn_end()
+            positions = {name: after.find(name) for name in added if name in after}
+            names += sorted(positions, key=lambda name: (positions[name], -len(name)))[:1]
+        return {name: added[name] for name in names}
+
+    def _probe_turn_end(self) -> str:
+        """Return what the chat template writes after the last message's content; empty where it rejects a probe."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        try:
+            return self.render(turns, generate=False).rpartition(PROBE)[2]
+        except InputError:
+            return ""
 
     def _check_ids(self, parts: Sequence[Any]) -> list[int]:
         """Return a prompt's parts as token ids. Raises InputError on anything else."""

@@ -216,19 +216,21 @@ def _encode(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tupl
     """Return the token ids of a row's prompt and of its completion, from their text."""
     finished = is_finished(fields, where) is not False
     if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
-        if not fields["completion"].strip():
+        text, end = tokenizer.split_end(fields["completion"])
+        if not text.strip():
             raise InputError(f"{where}: the completion has no token to train on")
-        prompt = tokenizer.encode(fields["prompt"], special=True)
-        completion = tokenizer.encode_plain(fields["completion"])
-        finished = finished and not is_open_thought(fields["completion"])
-        return prompt, _append_end(completion, tokenizer) if finished else completion
+        prompt, completion = tokenizer.encode_raw(fields["prompt"]), tokenizer.encode_plain(text)
+        is_cut_off = end is None and (not finished or is_open_thought(text))
+        return prompt, completion if is_cut_off else _append_end(completion, tokenizer, end)
     turns = _parse_turns(fields, where)
     if turns[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message must be the assistant's, it is the {turns[-1]['role']}'s")
-    if not turns[-1]["content"].strip():
+    content, end = tokenizer.split_end(turns[-1]["content"])
+    if not content.strip():
         raise InputError(f"{where}: the completion has no token to train on")
-    if not finished or is_open_thought(turns[-1]["content"]):
-        return tokenizer.encode_prompt(turns[:-1]), tokenizer.encode_plain(turns[-1]["content"])
+    turns[-1] = {**turns[-1], "content": content}
+    if end is None and (not finished or is_open_thought(content)):
+        return tokenizer.encode_prompt(turns[:-1]), tokenizer.encode_plain(content)
     return _encode_turns(turns, tokenizer, where)
 
 
@@ -276,7 +278,12 @@ def _encode_turns(turns: Messages, tokenizer: Tokenizer, where: str) -> tuple[li
     return tokenizer.encode(prompt, special=False), completion if ends else _append_end(completion, tokenizer)
 
 
-def _append_end(completion: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Return the completion with the end of sequence, which is trained, too."""
-    end = tokenizer.eos_token_id
-    return completion if end is None else [*completion, end]
+def _append_end(completion: list[int], tokenizer: Tokenizer, end: int | None = None) -> list[int]:
+    """Return the completion with one end of sequence, which is trained, too.
+
+    end: the token by whose name the completion's text ended, None where it ended in no such name.
+    """
+    ending = [] if end is None else [end]
+    if end not in tokenizer.end_token_ids and tokenizer.eos_token_id is not None:
+        ending.append(tokenizer.eos_token_id)
+    return [*completion, *ending]
