@@ -12,17 +12,15 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from genssd.engine.chat import ChatTemplate, Messages
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError, InputError
 
-Messages = Sequence[Mapping[str, str]]
 Prompt = str | Messages | Sequence[int]
 """A prompt: raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
 
 
 PROMPT_KINDS = "a prompt is a string, a list of chat messages or a list of token ids"
-PROBE = "genssd7probe"
-"""Content of a message that shows what a chat template writes around it."""
 REPLACEMENT = "\ufffd"
 """Character that decoders write for bytes which do not form a character."""
 LONGEST_CHARACTER = 4
@@ -41,6 +39,11 @@ class Tokenizer:
         self._token_text: dict[int, str] = {}
         vocabulary = json.dumps(sorted(self.hf.get_vocab().items()))
         self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The checkpoint's chat template."""
+        return ChatTemplate(self.hf, self.directory)
 
     @cached_property
     def largest_id(self) -> int:
@@ -67,7 +70,7 @@ class Tokenizer:
         else:
             parts = _parts(prompt)
             if parts and all(isinstance(part, Mapping) for part in parts):
-                ids = self.encode(self.render(parts), special=False)
+                ids = self.encode(self.chat.render(parts), special=False)
             elif parts:
                 ids = self._check_ids(parts)
         if not ids:
@@ -96,32 +99,14 @@ class Tokenizer:
         end = None
         while True:
             trimmed = text.rstrip()
-            name = next((name for name in self._end_names if trimmed.endswith(name)), None)
+            name = next((name for name in self.end_names if trimmed.endswith(name)), None)
             if name is None:
                 return text, end
-            text, end = trimmed.removesuffix(name), self._end_names[name]
+            text, end = trimmed.removesuffix(name), self.end_names[name]
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the token ids of a text in which the names of special tokens are ordinary characters."""
         return [int(i) for i in self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)]
-
-    def render(self, messages: Messages, *, generate: bool = True) -> str:
-        """Return the text of chat messages under the chat template. generate: add the opening of the assistant's turn.
-
-        Raises InputError on messages that are malformed or that the template rejects, and where no template exists.
-        """
-        if not self.hf.chat_template:
-            raise InputError(
-                f"{self.directory} has no chat template, but the prompt is a list of messages; "
-                "pass plain text or add chat_template.jinja"
-            )
-        for message in messages:
-            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise InputError(f"a chat message needs a string role and a string content, not {dict(message)!r}")
-        try:
-            return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
-        except Exception as error:  # a template is a program of its own
-            raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of some tokens, without special tokens."""
@@ -168,23 +153,15 @@ class Tokenizer:
         return with_special[: next((i for i in starts if with_special[i : i + len(ids)] == ids), 0)]
 
     @cached_property
-    def _end_names(self) -> dict[str, int]:
+    def end_names(self) -> dict[str, int]:
         """Names and ids of the special tokens that end a response or, in the chat template, the assistant's turn."""
         added = {str(name): int(i) for name, i in self.hf.get_added_vocab().items()}
         names = [name for name, i in added.items() if i in self.end_token_ids]
-        if self.hf.chat_template:
-            after = self._probe_turn_end()
+        if self.chat.exists:
+            after = self.chat.write_after([{"role": "user", "content": "a"}]) or ""
             positions = {name: after.find(name) for name in added if name in after}
             names += sorted(positions, key=lambda name: (positions[name], -len(name)))[:1]
         return {name: added[name] for name in names}
-
-    def _probe_turn_end(self) -> str:
-        """Return what the chat template writes after the last message's content; empty where it rejects a probe."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-        try:
-            return self.render(turns, generate=False).rpartition(PROBE)[2]
-        except InputError:
-            return ""
 
     def _check_ids(self, parts: Sequence[Any]) -> list[int]:
         """Return a prompt's parts as token ids. Raises InputError on anything else."""

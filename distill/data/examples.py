@@ -27,14 +27,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.encoding import encode_conversation
 from genssd.distill.data.endings import is_finished
-from genssd.distill.data.problems import QUESTION_FIELDS, check_messages, read_objects
+from genssd.distill.data.messages import (
+    CONTEXT_FIELDS,
+    OPTION_FIELDS,
+    QUESTION_FIELDS,
+    REFUSED_FIELDS,
+    SYSTEM_FIELDS,
+    parse_conversation,
+)
+from genssd.distill.data.problems import read_objects
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
 from genssd.engine.errors import InputError
-from genssd.engine.text import Messages, Tokenizer
-from genssd.engine.thoughts import is_open_thought
+from genssd.engine.text import Tokenizer
 
 COMPLETION_FIELDS = ("completion", "response", "output", "solution", "answer")
+PAIR_FIELDS = frozenset(
+    ("prompt", "weight", "tools", *QUESTION_FIELDS, *SYSTEM_FIELDS, *CONTEXT_FIELDS, *OPTION_FIELDS, *REFUSED_FIELDS)
+)
+"""Fields of a preference pair that both of its completions share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +67,8 @@ class Example:
     """Location of the teacher's most likely tokens along the completion."""
     rejected: bool = False
     """Whether this is the worse completion of a preference pair."""
+    is_cut_off: bool = False
+    """Whether the completion is text that was cut off, so that it has no end of sequence."""
     where: str = ""
     """File and line of the row, for messages."""
 
@@ -94,18 +108,21 @@ def read_examples(
     left_out: Counter[str] = Counter()
     for path in paths:
         for number, fields in read_objects(path):
-            where = f"{path}, line {number}"
-            status = _find_status(fields, where)
+            status = fields.get("status")
             if status is not None and status not in statuses:
                 left_out[f"status {status}"] += 1
                 continue
             if status is not None and fields.get("completion_ids") == []:
                 left_out["without a token: pruned at once"] += 1
                 continue
+            where = f"{path}, line {number}"
             if "rejected" in fields:
                 encoded = _encode_pair(fields, tokenizer, where)
             else:
                 encoded = (encode_example(fields, tokenizer, where, Path(path).parent),)
+            if status is None and "length" not in statuses and any(example.is_cut_off for example in encoded):
+                left_out["status length"] += 1
+                continue
             if max(len(example.input_ids) for example in encoded) > max_length:
                 left_out[f"longer than {max_length} tokens"] += 1
                 continue
@@ -116,22 +133,12 @@ def read_examples(
     return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
 
 
-def _find_status(fields: Mapping[str, Any], where: str) -> str | None:
-    """Return a row's status; "length" where another field states that the completion is cut off, else None."""
-    if "status" in fields:
-        return str(fields["status"])
-    is_cut_off = is_finished(fields, where) is False or any(
-        isinstance(fields.get(name), str) and is_open_thought(fields[name]) for name in COMPLETION_FIELDS
-    )
-    return "length" if is_cut_off else None
-
-
 def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[Example, ...]:
     """Return the examples of the chosen and of the rejected completion of a preference pair."""
     has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint
     pair = []
     for name in ("chosen", "rejected"):
-        row = {key: fields[key] for key in ("prompt", "weight") if key in fields} | {"completion": fields.get(name)}
+        row = {key: value for key, value in fields.items() if key in PAIR_FIELDS} | {"completion": fields.get(name)}
         if has_usable_ids:
             row |= {
                 "tokenizer": fields["tokenizer"],
@@ -150,12 +157,15 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
     directory: of the row's file; names of other files in the row are relative to it.
     """
     has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint and bool(fields.get("completion_ids"))
+    is_cut_off = False
     try:
         if has_usable_ids:
             prompt = _check_ids(fields.get("student_prompt_ids"), tokenizer, f"{where}: student_prompt_ids")
             completion = _check_ids(fields["completion_ids"], tokenizer, f"{where}: completion_ids")
         else:
-            prompt, completion = _encode(fields, tokenizer, where)
+            conversation = parse_conversation(fields, COMPLETION_FIELDS, where)
+            encoded = encode_conversation(conversation, tokenizer, is_finished(fields, where))
+            prompt, completion, is_cut_off = encoded.prompt, encoded.completion, encoded.is_cut_off
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     if not completion:
@@ -163,7 +173,11 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
     if not prompt:
         raise InputError(f"{where}: the prompt is empty")
     example = Example(
-        input_ids=(*prompt, *completion), num_prompt=len(prompt), weight=_parse_weight(fields, where), where=where
+        input_ids=(*prompt, *completion),
+        num_prompt=len(prompt),
+        weight=_parse_weight(fields, where),
+        is_cut_off=is_cut_off,
+        where=where,
     )
     return _add_journal_fields(example, fields, tokenizer, where, directory) if has_usable_ids else example
 
@@ -210,80 +224,3 @@ def _check_ids(value: object, tokenizer: Tokenizer, where: str) -> list[int]:
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i <= tokenizer.largest_id for i in value):
         raise InputError(f"{where} must be a list of token ids of the tokenizer")
     return value
-
-
-def _encode(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of a row's prompt and of its completion, from their text."""
-    finished = is_finished(fields, where) is not False
-    if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
-        text, end = tokenizer.split_end(fields["completion"])
-        if not text.strip():
-            raise InputError(f"{where}: the completion has no token to train on")
-        prompt, completion = tokenizer.encode_raw(fields["prompt"]), tokenizer.encode_plain(text)
-        is_cut_off = end is None and (not finished or is_open_thought(text))
-        return prompt, completion if is_cut_off else _append_end(completion, tokenizer, end)
-    turns = _parse_turns(fields, where)
-    if turns[-1]["role"] != "assistant":
-        raise InputError(f"{where}: the last message must be the assistant's, it is the {turns[-1]['role']}'s")
-    content, end = tokenizer.split_end(turns[-1]["content"])
-    if not content.strip():
-        raise InputError(f"{where}: the completion has no token to train on")
-    turns[-1] = {**turns[-1], "content": content}
-    if end is None and (not finished or is_open_thought(content)):
-        return tokenizer.encode_prompt(turns[:-1]), tokenizer.encode_plain(content)
-    return _encode_turns(turns, tokenizer, where)
-
-
-def _parse_turns(fields: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """Return a row's prompt and completion as chat messages, the completion last."""
-    if "messages" in fields:
-        return check_messages(fields["messages"], "messages", where)
-    if "prompt" in fields and "completion" in fields:
-        prompt, completion = fields["prompt"], fields["completion"]
-        prompt_turns = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else check_messages(prompt, "prompt", where)
-        )
-        if isinstance(completion, str):
-            return [*prompt_turns, {"role": "assistant", "content": completion}]
-        return [*prompt_turns, *check_messages(completion, "completion", where)]
-    question = next((fields[name] for name in QUESTION_FIELDS if isinstance(fields.get(name), str)), None)
-    answer = next((fields[name] for name in COMPLETION_FIELDS if isinstance(fields.get(name), str)), None)
-    if question is None or answer is None:
-        raise InputError(
-            f"{where}: no prompt with a completion; a row needs messages, or prompt and completion, or a question with "
-            f"one of {', '.join(COMPLETION_FIELDS)}; this one has {', '.join(fields) or 'nothing'}"
-        )
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _encode_turns(turns: Messages, tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of all turns but the last, and of the last one with the end of its turn."""
-    prompt = tokenizer.render(turns[:-1])
-    conversation = tokenizer.render(turns, generate=False)
-    if not conversation.startswith(prompt):
-        raise InputError(
-            f"{where}: the chat template writes the conversation differently with and without its answer, so the "
-            "completion cannot be told from the prompt; give prompt and completion as text"
-        )
-    rendered = conversation[len(prompt) :]
-    content = next((c for c in (turns[-1]["content"], turns[-1]["content"].strip()) if rendered.startswith(c)), None)
-    if content is None:
-        raise InputError(f"{where}: the chat template changes the answer; give prompt and completion as text")
-    # the name of a special token is text inside the answer, but after it that is the template's end of turn
-    ending = tokenizer.encode(rendered[len(content) :], special=False)
-    ends = [i for i, token in enumerate(ending) if token in tokenizer.end_token_ids]
-    completion = [*tokenizer.encode_plain(content), *(ending[: ends[0] + 1] if ends else ending)]
-    return tokenizer.encode(prompt, special=False), completion if ends else _append_end(completion, tokenizer)
-
-
-def _append_end(completion: list[int], tokenizer: Tokenizer, end: int | None = None) -> list[int]:
-    """Return the completion with one end of sequence, which is trained, too.
-
-    end: the token by whose name the completion's text ended, None where it ended in no such name.
-    """
-    ending = [] if end is None else [end]
-    if end not in tokenizer.end_token_ids and tokenizer.eos_token_id is not None:
-        ending.append(tokenizer.eos_token_id)
-    return [*completion, *ending]
