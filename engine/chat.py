@@ -67,7 +67,12 @@ class ChatTemplate:
         try:
             text = self._apply(prepared, tools, generate=generate)
         except Exception as error:  # a template is a program of its own
-            raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
+            # the arguments of a call are an object for most templates, and JSON text for some
+            prepared = [self._prepare(message, parse_calls=False) for message in messages]
+            text_or_none = self._try(prepared, tools, generate=generate)
+            if text_or_none is None:
+                raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
+            text = text_or_none
         if strict:
             self._check_use(text, prepared, tools, generate=generate)
         return text
@@ -95,8 +100,8 @@ class ChatTemplate:
             raise InputError(f"a message has one thought in its content and another one in {_name_thought(message)}")
         return compose(thought, content, self.tags)
 
-    def _prepare(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a message as the template reads it."""
+    def _prepare(self, message: Mapping[str, Any], *, parse_calls: bool = True) -> dict[str, Any]:
+        """Return a message as the template reads it. parse_calls: give the arguments of tool calls as objects."""
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise InputError(f"a chat message needs a string role and a string content, not {dict(message)!r}")
         prepared = {name: value for name, value in message.items() if name not in THOUGHT_FIELDS}
@@ -105,7 +110,7 @@ class ChatTemplate:
             prepared[self.thought_field] = thought
         elif thought is not None:
             prepared["content"] = self.compose(message)
-        if isinstance(message.get("tool_calls"), list):
+        if parse_calls and isinstance(message.get("tool_calls"), list):
             prepared["tool_calls"] = [_parse_arguments(call) for call in message["tool_calls"]]
         return prepared
 

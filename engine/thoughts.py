@@ -50,6 +50,16 @@ def compose(thought: str, content: str, tags: ThoughtTags) -> str:
     return f"{tags.opening}\n{stripped}\n{tags.closing}\n\n{content.lstrip(chr(10))}"
 
 
+def split_thought(text: str) -> tuple[str, str] | None:
+    """Return the thought at the beginning of a response, and what follows it; None unless it has this one thought."""
+    start = text.lstrip()
+    for tags in KNOWN_TAGS:
+        if start.startswith(tags.opening) and start.count(tags.closing) == 1:
+            thought, _, content = start.removeprefix(tags.opening).partition(tags.closing)
+            return thought.strip("\n"), content.lstrip("\n")
+    return None
+
+
 def split_texts(text: str, tags: ThoughtTags) -> list[str]:
     """Return the texts between the tags of a response, stripped, empty ones left out."""
     parts = re.split(f"{re.escape(tags.opening)}|{re.escape(tags.closing)}", text)

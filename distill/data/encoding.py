@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from genssd.distill.data.messages import Conversation
+from genssd.engine.chat import find_thought
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
-from genssd.engine.thoughts import is_open_thought, remove_opening, split_texts
+from genssd.engine.thoughts import is_open_thought, remove_opening, split_texts, split_thought
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +76,9 @@ def _encode_turns(
     message: the last turn. text: its content, with its thought.
     """
     assert not isinstance(conversation.prompt, str)
-    turns, tools = conversation.prompt, conversation.tools
-    prompt = tokenizer.chat.render(turns, tools=tools)
-    rendered = tokenizer.chat.render([*turns, message], tools=tools, generate=False)
+    turns, tools, chat = conversation.prompt, conversation.tools, tokenizer.chat
+    prompt = chat.render(turns, tools=tools)
+    rendered = chat.render([*turns, message], tools=tools, generate=False)
     prompt_ids = tokenizer.encode(prompt, special=False)
     if rendered.startswith(prompt):
         written = rendered[len(prompt) :]
@@ -85,22 +86,53 @@ def _encode_turns(
         if content is not None:
             # the name of a special token is text inside the answer, but after it that is the template's end of turn
             return prompt_ids, _encode_ending(tokenizer.encode_plain(content), written[len(content) :], tokenizer)
-    else:
-        written = None
-    after = tokenizer.chat.write_after(turns, tools=tools)
-    if after is None or (written is not None and not written.endswith(after)):
+    after = chat.write_after(turns, tools=tools)
+    if after is None:
         raise InputError("the chat template changes the answer; give prompt and completion as text")
-    body = None if written is None else written.removesuffix(after)
-    if body is None or not _holds(body, split_texts(text, tokenizer.chat.tags)):
-        if body is None and not _find_opening(prompt, rendered, tokenizer):
-            raise InputError(
-                "the chat template writes the conversation differently with and without its answer, so the completion "
-                "cannot be told from the prompt; give prompt and completion as text"
-            )
-        if message.get("tool_calls") or (body is not None and tokenizer.chat.tags.closing not in text):
-            raise InputError("the chat template changes the answer; give prompt and completion as text")
+    body = None
+    split = split_thought(str(message["content"])) if chat.thought_field and find_thought(message) is None else None
+    if split is not None:
+        # the thought in the field of its own, from which the template writes the model's format
+        apart = {**message, str(chat.thought_field): split[0], "content": split[1]}
+        rendered_apart = chat.render([*turns, apart], tools=tools, generate=False)
+        body = _find_written(prompt, rendered_apart, after, text, tokenizer)
+    if body is None:
+        body = _find_written(prompt, rendered, after, text, tokenizer)
+    if body is None:
+        _check_composition(prompt, rendered, message, text, tokenizer)
         body = _continue(prompt, text, tokenizer, is_cut_off=False)
     return prompt_ids, _encode_written(prompt, prompt_ids, body, text, after, tokenizer)
+
+
+def _find_written(prompt: str, rendered: str, after: str, text: str, tokenizer: Tokenizer) -> str | None:
+    """Return the response as the template writes it after the prompt; None where that is not the whole response.
+
+    rendered: the conversation with the response. after: what the template writes after a response.
+    """
+    tags, base = tokenizer.chat.tags, _remove_opened(prompt, tokenizer)
+    if rendered.startswith(prompt):
+        written = rendered[len(prompt) :]
+    elif base is not None and rendered.startswith(base) and rendered[len(base) :].lstrip().startswith(tags.opening):
+        written = remove_opening(rendered[len(base) :], tags)
+    else:
+        return None
+    body = written.removesuffix(after)
+    is_nested = body.count(tags.closing) > max(text.count(tags.closing), 1)
+    return body if written.endswith(after) and not is_nested and _holds(body, split_texts(text, tags)) else None
+
+
+def _check_composition(prompt: str, rendered: str, message: Mapping[str, Any], text: str, tokenizer: Tokenizer) -> None:
+    """Check that a response may follow the prompt as its own text: only thoughts keep the template from writing it."""
+    base = _remove_opened(prompt, tokenizer)
+    if not rendered.startswith(prompt) and (base is None or not rendered.startswith(base)):
+        raise InputError(
+            "the chat template writes the conversation differently with and without its answer, so the completion "
+            "cannot be told from the prompt; give prompt and completion as text"
+        )
+    if message.get("tool_calls"):
+        raise InputError("tool_calls: the chat template writes them otherwise than after the prompt; give text instead")
+    if rendered.startswith(prompt) and tokenizer.chat.tags.closing not in text:
+        raise InputError("the chat template changes the answer; give prompt and completion as text")
 
 
 def _holds(body: str, texts: Sequence[str]) -> bool:
@@ -114,16 +146,16 @@ def _holds(body: str, texts: Sequence[str]) -> bool:
     return True
 
 
-def _find_opening(prompt: str, rendered: str, tokenizer: Tokenizer) -> bool:
-    """Return whether the prompt opens a thought, and is the beginning of the conversation otherwise."""
+def _remove_opened(prompt: str, tokenizer: Tokenizer) -> str | None:
+    """Return a prompt without the tag that opens the thought at its end; None where it opens none."""
     opening = tokenizer.chat.tags.opening
-    return prompt.rstrip().endswith(opening) and rendered.startswith(prompt.rstrip().removesuffix(opening))
+    return prompt.rstrip().removesuffix(opening) if prompt.rstrip().endswith(opening) else None
 
 
 def _continue(prompt: str, text: str, tokenizer: Tokenizer, *, is_cut_off: bool) -> str:
     """Return the response after a prompt that may have opened its thought."""
     tags = tokenizer.chat.tags
-    if not prompt.rstrip().endswith(tags.opening):
+    if _remove_opened(prompt, tokenizer) is None:
         return text
     if text.lstrip().startswith(tags.opening):
         return remove_opening(text, tags)

@@ -48,6 +48,25 @@ SPACED = """
 """
 """As Llama 2: spaces around the answer; roles other than user and assistant are ignored."""
 
+FIELD_OPENER = """
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' -%}{{- '<think>' + (m.reasoning_content or '') + '</think>' -}}{%- endif -%}
+{{- m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}
+"""
+"""As Nemotron 3: the generation prompt opens a thought, which the messages have in a field of its own alone."""
+
+CHANNELS = """
+{%- for m in messages -%}
+{%- if m.thinking -%}{{- '<|im_start|>assistant<|thought|>' + m.thinking + '<|im_end|>' -}}{%- endif -%}
+{{- '<|im_start|>' + m.role + '<|final|>' + m.content + '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant' -}}{%- endif -%}
+"""
+"""As gpt-oss: the thought is a turn of its own, without tags."""
+
 TOOLS = """
 {%- if tools %}{{- '<|im_start|>tools\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif -%}
 {%- for m in messages -%}

@@ -24,7 +24,8 @@ NAMES = [
     "prompt", "messages", "completion", "generations", "question", "problem", "instruction", "query", "input",
     "response", "output", "solution", "body", "context", "passage", "options", "choices", "system",
     "system_prompt", "tools", "reasoning_content", "thinking", "reasoning", "chosen", "rejected", "history",
-    "finish_reason", "finish_reasons", "stop_reason", "is_reasoning_complete", "truncated", "correct", "teacher", "others", "weight",
+    "finish_reason", "finish_reasons", "stop_reason", "is_reasoning_complete", "truncated", "correct", "teacher",
+    "others", "weight",
 ]  # fmt: skip
 TEXTS = st.sampled_from(
     ["", " ", "a", "<think>", "</think>", "<think>a</think>b", "<|im_end|>", "stop", "length", "[{}]"]

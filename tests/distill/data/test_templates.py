@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.templates import SPACED, THINK_OPENER, THINKING_WRAPPER, TOOLS, make_bos_tokenizer, make_tokenizer
+from support.templates import (
+    CHANNELS,
+    FIELD_OPENER,
+    SPACED,
+    THINK_OPENER,
+    THINKING_WRAPPER,
+    TOOLS,
+    make_bos_tokenizer,
+    make_tokenizer,
+)
 from support.toys import CHATML, save_checkpoint
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, processors
@@ -32,13 +41,8 @@ def bos(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    templates = {
-        "wrapper": THINKING_WRAPPER,
-        "opener": THINK_OPENER,
-        "spaced": SPACED,
-        "tools": TOOLS,
-        "chatml": CHATML,
-    }
+    templates = {"wrapper": THINKING_WRAPPER, "opener": THINK_OPENER, "spaced": SPACED, "tools": TOOLS}
+    templates |= {"chatml": CHATML, "field": FIELD_OPENER, "channels": CHANNELS}
     return {name: make_tokenizer(tmp_path_factory.mktemp(name), text) for name, text in templates.items()}
 
 
@@ -119,6 +123,9 @@ THOUGHT = "<think>\nwhy\n</think>\n\na"
         ("opener", THOUGHT, OPENED, "why\n</think>\n\na<|im_end|>"),
         ("opener", "<think>why</think>a", OPENED, "why</think>a<|im_end|>"),
         ("opener", "why</think>a", OPENED, "why</think>a<|im_end|>"),
+        ("field", "a", OPENED, "</think>a<|im_end|>"),
+        ("field", THOUGHT, OPENED, "why</think>a<|im_end|>"),
+        ("field", "<think>why</think>2 <|im_end|> a", OPENED, "why</think>2 <|im_end|> a<|im_end|>"),
         ("spaced", "a", INST, " a <|im_end|>"),
         ("spaced", THOUGHT, INST, f" {THOUGHT} <|im_end|>"),
         ("chatml", THOUGHT, CHAT, THOUGHT + "<|im_end|>"),
@@ -139,6 +146,21 @@ def test_what_the_template_writes_after_the_prompt_is_trained(
     assert trace.finished
     assert list(trace.prompt_ids) == tokenizer.encode_prompt(TURNS)
     assert list(trace.response_ids).count(256) == 1
+
+
+def test_a_thought_goes_where_the_template_writes_it(tokenizers: dict[str, Tokenizer], write_rows: Write) -> None:
+    question = "<|im_start|>user<|final|>q<|im_end|><|im_start|>assistant"
+    rows = [
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answer": THOUGHT},
+        {"question": "q", "answer": "a", "reasoning_content": "why"},
+    ]
+    tokenizer = tokenizers["channels"]
+    examples = read_examples([write_rows(rows)], tokenizer, max_length=1000, statuses=("finished",)).examples
+    assert {tokenizer.hf.decode(e.input_ids[: e.num_prompt]) for e in examples} == {question}
+    composed = "<|thought|>why<|im_end|><|im_start|>assistant<|final|>a<|im_end|>"
+    texts = [tokenizer.hf.decode(e.completion_ids) for e in examples]
+    assert texts == ["<|final|>a<|im_end|>", composed, composed]
 
 
 def test_thoughts_in_the_history_are_the_templates_affair(tokenizers: dict[str, Tokenizer], write_rows: Write) -> None:
