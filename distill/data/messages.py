@@ -207,22 +207,20 @@ def _compose_question(fields: Mapping[str, Any], where: str) -> str:
     question = check_text(fields[names[0]], names[0], where)
     for name in names[1:]:
         text = fields[name].strip()
-        if text in question:
-            continue
         if name == "instruction":
-            question = f"{text}\n\n{question}"
+            question = question if question.startswith(text) else f"{text}\n\n{question}"
         elif name == "input" or names[0] == "instruction":
-            question = f"{question}\n\n{text}"
-        else:
+            question = question if question.strip() == text else f"{question}\n\n{text}"
+        elif text not in question:
             raise InputError(f"{where}: {names[0]} and {name} hold different texts; keep one of them")
     if "input" in fields and not isinstance(fields["input"], str):
         check_text(fields["input"], "input", where)
     for name in reversed(CONTEXT_FIELDS):
-        if fields.get(name) and (text := check_text(fields[name], name, where).strip()) not in question:
+        if fields.get(name) and not question.startswith(text := check_text(fields[name], name, where).strip()):
             question = f"{text}\n\n{question}"
     for name in OPTION_FIELDS:
         options = _format_options(fields.get(name), name, where)
-        if not all(line in question for line in options):
+        if not {line.strip() for line in options} <= {line.strip() for line in question.splitlines()}:
             question = "\n".join((question, *options))
     return question
 

@@ -15,6 +15,7 @@ from genssd.engine.errors import InputError
     [
         ({"instruction": "Add.", "input": "2 and 3"}, "Add.\n\n2 and 3"),
         ({"instruction": "Add.", "input": ""}, "Add."),
+        ({"instruction": "Add 3 to 4 and 3", "input": "3"}, "Add 3 to 4 and 3\n\n3"),
         ({"instruction": "Add.", "question": "2 and 3?"}, "Add.\n\n2 and 3?"),
         ({"body": "Tom has 2 pens.", "question": "How many?"}, "Tom has 2 pens.\n\nHow many?"),
         ({"context": "Text.", "question": "Who?"}, "Text.\n\nWho?"),
@@ -47,6 +48,7 @@ def test_a_system_message_comes_first(name: str) -> None:
     ("fields", "message"),
     [
         ({"question": "q", "problem": "p"}, "row: question and problem hold different texts"),
+        ({"question": "q", "query": "Q: q"}, "row: question and query hold different texts"),
         ({"question": "q", "options": [["x"]]}, "row: options must be a list of texts"),
         ({"question": "q", "options": 3}, "row: options must be a list of texts"),
         ({"question": "q", "context": {"a": 1}}, "row: context must be text, not dict"),
