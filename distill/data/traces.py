@@ -94,6 +94,7 @@ def read_traces(
                     continue
                 try:
                     example = encode_example(row, tokenizer, response_where)
+                    question = _find_question(row, example, tokenizer)
                 except InputError as error:
                     yield str(error)
                     continue
@@ -108,7 +109,7 @@ def read_traces(
                     teacher=teacher,
                     answer=answer,
                     correct=correct,
-                    question=_find_question(row, example, tokenizer),
+                    question=question,
                     file=str(path),
                     line=number,
                     response=index,
@@ -236,7 +237,8 @@ def _find_question(row: Mapping[str, Any], example: Example, tokenizer: Tokenize
     turns = row.get("messages") or row.get("prompt")
     question = None
     if isinstance(turns, list):
-        question = next((t["content"] for t in reversed(turns) if t.get("role") != "assistant"), None)
+        readable = [t for t in turns if isinstance(t, dict) and t.get("role") != "assistant"]
+        question = readable[-1].get("content") if readable else None
     elif isinstance(turns, str):
         question = turns
     elif any(isinstance(row.get(name), str) for name in QUESTION_FIELDS):

@@ -42,7 +42,19 @@ MESSAGES = st.fixed_dictionaries(
 )
 VALUES = SCALARS | st.lists(MESSAGES | SCALARS, max_size=3) | st.lists(MESSAGES, max_size=3)
 VALUES |= st.dictionaries(st.sampled_from(["A", "label", "text", "role"]), SCALARS | st.lists(SCALARS, max_size=2))
-ROWS = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5)
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+USABLE = [
+    {},
+    {"question": "q", "response": "a"},
+    {"prompt": "q", "completion": "a"},
+    {"prompt": [QUESTION], "completion": [ANSWER]},
+    {"messages": [QUESTION, ANSWER]},
+    {"problem": "q", "generations": ["a", "b"]},
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"student_prompt_ids": [1], "completion_ids": [2]},
+]
+EXTRA = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4)
+ROWS = st.builds(lambda usable, extra: usable | extra, st.sampled_from(USABLE), EXTRA)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +65,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
 @given(row=ROWS)
 def test_a_row_is_read_or_refused(tokenizers: list[Tokenizer], tmp_path_factory: Any, row: dict[str, Any]) -> None:
     path: Path = tmp_path_factory.getbasetemp() / "odd.jsonl"
+    if "completion_ids" in row:
+        row |= {"tokenizer": tokenizers[0].fingerprint}
     path.write_text(json.dumps(row))
     messages: list[str] = []
 
