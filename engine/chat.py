@@ -48,15 +48,12 @@ class ChatTemplate:
                 return name
         return None
 
-    def render(
-        self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = (), generate: bool = True, strict: bool = True
-    ) -> str:
+    def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = (), generate: bool = True) -> str:
         """Return the text of chat messages. generate: add the opening of the assistant's turn.
 
-        A thought in a field that the template ignores stands in tags before the content. strict: raise InputError
-        where the template ignores tools, a message that is neither the user's nor the assistant's, or a field of
-        CONTENT_FIELDS. Raises InputError on messages that are malformed or that the template rejects, and where no
-        template exists.
+        A thought in a field that the template ignores stands in tags before the content. Raises InputError where the
+        template ignores tools, a message that is neither the user's nor the assistant's, or a field of CONTENT_FIELDS;
+        on messages that are malformed or that the template rejects; and where no template exists.
         """
         if not self.exists:
             raise InputError(
@@ -73,8 +70,7 @@ class ChatTemplate:
             if text_or_none is None:
                 raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
             text = text_or_none
-        if strict:
-            self._check_use(text, prepared, tools, generate=generate)
+        self._check_use(text, prepared, tools, generate=generate)
         return text
 
     def write_after(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = ()) -> str | None:

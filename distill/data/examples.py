@@ -121,7 +121,7 @@ def read_examples(
             else:
                 encoded = (encode_example(fields, tokenizer, where, Path(path).parent),)
             if status is None and "length" not in statuses and any(example.is_cut_off for example in encoded):
-                left_out["status length"] += 1
+                left_out["cut off, by a field of the row or within a thought"] += 1
                 continue
             if max(len(example.input_ids) for example in encoded) > max_length:
                 left_out[f"longer than {max_length} tokens"] += 1

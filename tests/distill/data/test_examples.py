@@ -167,6 +167,6 @@ def test_a_completion_that_was_cut_off_is_left_out_or_has_no_end(tokenizer: Toke
         {"prompt": "a", "completion": "b", "finish_reason": "stop"},
     ]
     data = read(write_rows(rows), tokenizer)
-    assert (len(data.examples), data.left_out) == (1, {"status length": 2})
+    assert (len(data.examples), data.left_out) == (1, {"cut off, by a field of the row or within a thought": 2})
     cut, thought, whole = read(write_rows(rows), tokenizer, statuses=("finished", "length")).examples
     assert [text(tokenizer, e.completion_ids) for e in (cut, thought, whole)] == ["b", "<think>\nb", "b<|im_end|>"]
