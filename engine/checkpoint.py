@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from genssd.engine.errors import CheckpointError
-from genssd.engine.messages import one_line, quote
+from genssd.engine.quoting import one_line, quote
 from genssd.engine.weights import weight_files
 
 IDENTITY_FILES = (

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING
 
 from genssd.engine.config_fields import check_fields, check_sizes, modernize, refuse_quantized
 from genssd.engine.errors import CheckpointError
-from genssd.engine.messages import one_line, quote
+from genssd.engine.quoting import one_line, quote
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 MAX_POSITIONS = (1 << 31) - 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from genssd.engine.errors import CheckpointError
-from genssd.engine.messages import quote
+from genssd.engine.quoting import quote
 from genssd.kernels.rotary import ROPE_TYPES
 
 REQUIRED = {

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from genssd.engine.chat import ChatTemplate, Messages
 from genssd.engine.config import (
     ModelConfig,
     is_known_to_transformers,
@@ -20,9 +21,8 @@ from genssd.engine.config import (
     refuse_pointer,
 )
 from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.messages import one_line
+from genssd.engine.quoting import one_line
 
-Messages = Sequence[Mapping[str, str]]
 Prompt = str | Messages | Sequence[int]
 """A prompt: raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
 
@@ -49,6 +49,11 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
     @cached_property
+    def chat(self) -> ChatTemplate:
+        """The checkpoint's chat template."""
+        return ChatTemplate(self.hf, self.directory)
+
+    @cached_property
     def largest_id(self) -> int:
         """Largest token id of the vocabulary."""
         return int(max(self.hf.get_vocab().values()))
@@ -69,11 +74,11 @@ class Tokenizer:
         """Return the token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
         ids: list[int] = []
         if isinstance(prompt, str):
-            ids = self.encode(prompt, special=True) if prompt.strip() else []
+            ids = self.encode_raw(prompt) if prompt.strip() else []
         else:
             parts = _parts(prompt)
             if parts and all(isinstance(part, Mapping) for part in parts):
-                ids = self.encode(self.render(parts), special=False)
+                ids = self.encode(self.chat.render(parts), special=False)
             elif parts:
                 ids = self._check_ids(parts)
         if not ids:
@@ -84,27 +89,32 @@ class Tokenizer:
         """Return the token ids of a text. special: add the tokens that the tokenizer puts around a sequence (BOS)."""
         return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
 
+    def encode_raw(self, text: str) -> list[int]:
+        """Return the token ids of a raw prompt, in which the names of special tokens are tokens.
+
+        What the tokenizer puts before a sequence (BOS) stands there once, also where the text begins with its name;
+        what it puts after a sequence (EOS) is left out, because a response follows.
+        """
+        ids = self.encode(text, special=False)
+        before = self._ids_before_text
+        return [*before, *ids] if before and ids[:1] != before[:1] else ids
+
+    def split_end(self, text: str) -> tuple[str, int | None]:
+        """Return a response without the names of end tokens at its end, and the id of the first of these.
+
+        The id is None, and the text unchanged, where the response does not end in such a name.
+        """
+        end = None
+        while True:
+            trimmed = text.rstrip()
+            name = next((name for name in self.end_names if trimmed.endswith(name)), None)
+            if name is None:
+                return text, end
+            text, end = trimmed.removesuffix(name), self.end_names[name]
+
     def encode_plain(self, text: str) -> list[int]:
         """Return the token ids of a text in which the names of special tokens are ordinary characters."""
         return [int(i) for i in self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)]
-
-    def render(self, messages: Messages, *, generate: bool = True) -> str:
-        """Return the text of chat messages under the chat template. generate: add the opening of the assistant's turn.
-
-        Raises InputError on messages that are malformed or that the template rejects, and where no template exists.
-        """
-        if not self.hf.chat_template:
-            raise InputError(
-                f"{self.directory} has no chat template, but the prompt is a list of messages; "
-                "pass plain text or add chat_template.jinja"
-            )
-        for message in messages:
-            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise InputError(f"a chat message needs a string role and a string content, not {dict(message)!r}")
-        try:
-            return str(self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
-        except Exception as error:  # a template is a program of its own
-            raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of some tokens, without special tokens."""
@@ -142,6 +152,24 @@ class Tokenizer:
         """Whether the texts of tokens join to the text of all. SentencePiece drops the space before the first one."""
         spaced = next((i for piece, i in self.hf.get_vocab().items() if piece[:1] == "\u2581" and len(piece) > 1), None)
         return spaced is None or str(self.hf.decode([spaced, spaced])) == 2 * self.token_text(spaced)
+
+    @cached_property
+    def _ids_before_text(self) -> list[int]:
+        """Tokens that the tokenizer puts before a sequence: the BOS, or none."""
+        with_special, ids = self.encode("a", special=True), self.encode("a", special=False)
+        starts = range(len(with_special) - len(ids) + 1)
+        return with_special[: next((i for i in starts if with_special[i : i + len(ids)] == ids), 0)]
+
+    @cached_property
+    def end_names(self) -> dict[str, int]:
+        """Names and ids of the special tokens that end a response or, in the chat template, the assistant's turn."""
+        added = {str(name): int(i) for name, i in self.hf.get_added_vocab().items()}
+        names = [name for name, i in added.items() if i in self.end_token_ids]
+        if self.chat.exists:
+            after = self.chat.write_after([{"role": "user", "content": "a"}]) or ""
+            positions = {name: after.find(name) for name in added if name in after}
+            names += sorted(positions, key=lambda name: (positions[name], -len(name)))[:1]
+        return {name: added[name] for name in names}
 
     def _check_ids(self, parts: Sequence[Any]) -> list[int]:
         """Return a prompt's parts as token ids. Raises InputError on anything else."""

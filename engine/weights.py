@@ -18,7 +18,7 @@ from torch import Tensor
 
 from genssd.engine.config import read_fields, refuse_pointer
 from genssd.engine.errors import CheckpointError
-from genssd.engine.messages import one_line, quote
+from genssd.engine.quoting import one_line, quote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_NAME = 255

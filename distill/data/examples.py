@@ -9,6 +9,9 @@ Rows of any other origin go through the tokenizer and its chat template:
 
     {"prompt": text, "chosen": text, "rejected": text}  a preference pair: two examples; genssd's own have ids, too
 
+A completion that its row states to be cut off ("finish_reason": "length" and the like, see endings.py), or that opens
+a thought and never closes it, has the status "length": no end of sequence is added to it.
+
 A number in the field `weight` multiplies the loss of a row's tokens. An element of the field `chunks` has the number of
 its `tokens`, and may have a `weight` that multiplies the loss of these. Rows with ids may also have the prompt as the
 teacher reads it (`prompt_ids`) and the location of the teacher's most likely tokens (`teacher_topk`, see
@@ -24,12 +27,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.problems import QUESTION_FIELDS, check_messages, read_objects
+from genssd.distill.data.encoding import encode_conversation
+from genssd.distill.data.endings import is_finished
+from genssd.distill.data.messages import (
+    CONTEXT_FIELDS,
+    OPTION_FIELDS,
+    QUESTION_FIELDS,
+    REFUSED_FIELDS,
+    SYSTEM_FIELDS,
+    parse_conversation,
+)
+from genssd.distill.data.problems import read_objects
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
 from genssd.engine.errors import InputError
-from genssd.engine.text import Messages, Tokenizer
+from genssd.engine.text import Tokenizer
 
 COMPLETION_FIELDS = ("completion", "response", "output", "solution", "answer")
+PAIR_FIELDS = frozenset(
+    ("prompt", "weight", "tools", *QUESTION_FIELDS, *SYSTEM_FIELDS, *CONTEXT_FIELDS, *OPTION_FIELDS, *REFUSED_FIELDS)
+)
+"""Fields of a preference pair that both of its completions share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +67,8 @@ class Example:
     """Location of the teacher's most likely tokens along the completion."""
     rejected: bool = False
     """Whether this is the worse completion of a preference pair."""
+    is_cut_off: bool = False
+    """Whether the completion is text that was cut off, so that it has no end of sequence."""
     where: str = ""
     """File and line of the row, for messages."""
 
@@ -101,6 +120,9 @@ def read_examples(
                 encoded = _encode_pair(fields, tokenizer, where)
             else:
                 encoded = (encode_example(fields, tokenizer, where, Path(path).parent),)
+            if status is None and "length" not in statuses and any(example.is_cut_off for example in encoded):
+                left_out["cut off, by a field of the row or within a thought"] += 1
+                continue
             if max(len(example.input_ids) for example in encoded) > max_length:
                 left_out[f"longer than {max_length} tokens"] += 1
                 continue
@@ -116,7 +138,7 @@ def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) ->
     has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint
     pair = []
     for name in ("chosen", "rejected"):
-        row = {key: fields[key] for key in ("prompt", "weight") if key in fields} | {"completion": fields.get(name)}
+        row = {key: value for key, value in fields.items() if key in PAIR_FIELDS} | {"completion": fields.get(name)}
         if has_usable_ids:
             row |= {
                 "tokenizer": fields["tokenizer"],
@@ -135,12 +157,15 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
     directory: of the row's file; names of other files in the row are relative to it.
     """
     has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint and bool(fields.get("completion_ids"))
+    is_cut_off = False
     try:
         if has_usable_ids:
             prompt = _check_ids(fields.get("student_prompt_ids"), tokenizer, f"{where}: student_prompt_ids")
             completion = _check_ids(fields["completion_ids"], tokenizer, f"{where}: completion_ids")
         else:
-            prompt, completion = _encode(fields, tokenizer, where)
+            conversation = parse_conversation(fields, COMPLETION_FIELDS, where)
+            encoded = encode_conversation(conversation, tokenizer, is_finished(fields, where))
+            prompt, completion, is_cut_off = encoded.prompt, encoded.completion, encoded.is_cut_off
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     if not completion:
@@ -148,7 +173,11 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
     if not prompt:
         raise InputError(f"{where}: the prompt is empty")
     example = Example(
-        input_ids=(*prompt, *completion), num_prompt=len(prompt), weight=_parse_weight(fields, where), where=where
+        input_ids=(*prompt, *completion),
+        num_prompt=len(prompt),
+        weight=_parse_weight(fields, where),
+        is_cut_off=is_cut_off,
+        where=where,
     )
     return _add_journal_fields(example, fields, tokenizer, where, directory) if has_usable_ids else example
 
@@ -195,68 +224,3 @@ def _check_ids(value: object, tokenizer: Tokenizer, where: str) -> list[int]:
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i <= tokenizer.largest_id for i in value):
         raise InputError(f"{where} must be a list of token ids of the tokenizer")
     return value
-
-
-def _encode(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of a row's prompt and of its completion, from their text."""
-    if isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str):
-        if not fields["completion"].strip():
-            raise InputError(f"{where}: the completion has no token to train on")
-        prompt = tokenizer.encode(fields["prompt"], special=True)
-        return prompt, _append_end(tokenizer.encode_plain(fields["completion"]), tokenizer)
-    turns = _parse_turns(fields, where)
-    if turns[-1]["role"] != "assistant":
-        raise InputError(f"{where}: the last message must be the assistant's, it is the {turns[-1]['role']}'s")
-    if not turns[-1]["content"].strip():
-        raise InputError(f"{where}: the completion has no token to train on")
-    return _encode_turns(turns, tokenizer, where)
-
-
-def _parse_turns(fields: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """Return a row's prompt and completion as chat messages, the completion last."""
-    if "messages" in fields:
-        return check_messages(fields["messages"], "messages", where)
-    if "prompt" in fields and "completion" in fields:
-        prompt, completion = fields["prompt"], fields["completion"]
-        prompt_turns = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else check_messages(prompt, "prompt", where)
-        )
-        if isinstance(completion, str):
-            return [*prompt_turns, {"role": "assistant", "content": completion}]
-        return [*prompt_turns, *check_messages(completion, "completion", where)]
-    question = next((fields[name] for name in QUESTION_FIELDS if isinstance(fields.get(name), str)), None)
-    answer = next((fields[name] for name in COMPLETION_FIELDS if isinstance(fields.get(name), str)), None)
-    if question is None or answer is None:
-        raise InputError(
-            f"{where}: no prompt with a completion; a row needs messages, or prompt and completion, or a question with "
-            f"one of {', '.join(COMPLETION_FIELDS)}; this one has {', '.join(fields) or 'nothing'}"
-        )
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _encode_turns(turns: Messages, tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of all turns but the last, and of the last one with the end of its turn."""
-    prompt = tokenizer.render(turns[:-1])
-    conversation = tokenizer.render(turns, generate=False)
-    if not conversation.startswith(prompt):
-        raise InputError(
-            f"{where}: the chat template writes the conversation differently with and without its answer, so the "
-            "completion cannot be told from the prompt; give prompt and completion as text"
-        )
-    rendered = conversation[len(prompt) :]
-    content = next((c for c in (turns[-1]["content"], turns[-1]["content"].strip()) if rendered.startswith(c)), None)
-    if content is None:
-        raise InputError(f"{where}: the chat template changes the answer; give prompt and completion as text")
-    # the name of a special token is text inside the answer, but after it that is the template's end of turn
-    ending = tokenizer.encode(rendered[len(content) :], special=False)
-    ends = [i for i, token in enumerate(ending) if token in tokenizer.end_token_ids]
-    completion = [*tokenizer.encode_plain(content), *(ending[: ends[0] + 1] if ends else ending)]
-    return tokenizer.encode(prompt, special=False), completion if ends else _append_end(completion, tokenizer)
-
-
-def _append_end(completion: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Return the completion with the end of sequence, which is trained, too."""
-    end = tokenizer.eos_token_id
-    return completion if end is None else [*completion, end]

@@ -2,8 +2,10 @@
 
 {"prompt": "raw text"}                      completed without a chat template
 {"prompt": [{"role": ..., "content": ...}]} or {"messages": [...]}      rendered with the chat template
-{"question" | "problem" | "instruction" | "query" | "input": "..."}    becomes one user message
+{"question" | "problem" | "instruction" | "query" | "input": "..."}    becomes one user message, see messages.py
 {"answer" | "target" | "solution": ...}     the reference answer, optional; GSM8K's "... #### 72" is understood
+
+A field that is null is absent, so that the columns of united data sets do no harm.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.messages import parse_prompt, parse_tools
+from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
-from genssd.engine.text import Messages
 
-QUESTION_FIELDS = ("question", "problem", "instruction", "query", "input")
 ANSWER_FIELDS = ("answer", "target", "solution")
 
 
@@ -85,7 +87,10 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object in one line of a file. Raises InputError naming `where`, the file and line."""
+    """Return the JSON object in one line of a file, without the fields that are null, at any depth: null is absent.
+
+    Raises InputError naming `where`, the file and line.
+    """
     try:
         fields = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -98,7 +103,14 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no text")
     if not isinstance(fields, dict):
         raise InputError(f"{where}: a row must be a JSON object, not {type(fields).__name__}")
-    return fields
+    return {name: _drop_nulls(value) for name, value in fields.items() if value is not None}
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Return a JSON value without the fields that are null; elements of lists that are null stay in their places."""
+    if isinstance(value, dict):
+        return {name: _drop_nulls(element) for name, element in value.items() if element is not None}
+    return [_drop_nulls(element) for element in value] if isinstance(value, list) else value
 
 
 def _is_unicode(fields: object) -> bool:
@@ -110,51 +122,9 @@ def _is_unicode(fields: object) -> bool:
 
 
 def _parse_prompt(fields: Mapping[str, Any], where: str) -> str | Messages:
-    if "prompt" in fields:
-        prompt = fields["prompt"]
-        if isinstance(prompt, str):
-            return _check_text(prompt, "prompt", where)
-        return _parse_open_turns(prompt, "prompt", where)
-    if "messages" in fields:
-        return _parse_open_turns(fields["messages"], "messages", where)
-    for name in QUESTION_FIELDS:
-        if name in fields:
-            return [{"role": "user", "content": _check_text(fields[name], name, where)}]
-    names = ", ".join(("prompt", "messages", *QUESTION_FIELDS))
-    raise InputError(f"{where}: no prompt; a row needs one of {names}, this one has {', '.join(fields) or 'nothing'}")
-
-
-def _parse_open_turns(value: object, name: str, where: str) -> list[dict[str, str]]:
-    """Return the messages up to the last turn that is not the assistant's."""
-    messages = check_messages(value, name, where)
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise InputError(f"{where}: {name} holds no turn to answer")
-    return messages
-
-
-def _check_text(value: object, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {name} must be text, not {type(value).__name__}")
-    if not value.strip():
-        raise InputError(f"{where}: {name} is empty")
-    return value
-
-
-def check_messages(value: object, name: str, where: str) -> list[dict[str, str]]:
-    """Return the value as chat messages with role and content only. Raises InputError naming `where` if it is none.
-
-    name: the row's field, for the message.
-    """
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: {name} must be text or a non-empty list of messages")
-    messages = []
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise InputError(f"{where}: {name}: a message needs a string role and a string content, not {message!r}")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
+    if parse_tools(fields, where):
+        raise InputError(f"{where}: tools cannot be used in a problem, only in a finished conversation; remove them")
+    return parse_prompt(fields, where)
 
 
 def parse_answer(fields: Mapping[str, Any], where: str) -> str | None:

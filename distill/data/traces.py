@@ -4,6 +4,9 @@
     {"problem": ..., "generations": [...]}  several responses, with "correctness_math_verify" where known (OpenR1)
     a training example, see examples.py     messages, prompt and completion, question and response: one response
 
+Fields such as "finish_reasons" and "is_reasoning_complete" state which responses are finished (see endings.py). Text
+that no field calls cut off is taken for finished, unless it begins with a thought that it does not close.
+
 {"teacher" | "model" | "generator": name} names the responses' teacher; without it the file's name is taken.
 """
 
@@ -16,8 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.endings import select_endings
 from genssd.distill.data.examples import Example, encode_example
-from genssd.distill.data.problems import QUESTION_FIELDS, parse_answer, parse_object, read_lines
+from genssd.distill.data.messages import QUESTION_FIELDS, parse_messages, parse_question
+from genssd.distill.data.problems import parse_answer, parse_object, read_lines
+from genssd.engine.chat import THOUGHT_FIELDS, Messages
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
@@ -83,8 +89,12 @@ def read_traces(
                 continue
             for index, (row, correct) in enumerate(responses):
                 response_where = where if len(responses) == 1 else f"{where}, response {index}"
+                if "generations" in fields and not isinstance(row["completion"], str):
+                    yield f"{response_where}: an element of generations must be text, not {row['completion']!r}"
+                    continue
                 try:
                     example = encode_example(row, tokenizer, response_where)
+                    question = _find_question(row, example, tokenizer)
                 except InputError as error:
                     yield str(error)
                     continue
@@ -95,11 +105,11 @@ def read_traces(
                 yield Trace(
                     prompt_ids=example.input_ids[: example.num_prompt],
                     response_ids=example.input_ids[example.num_prompt :],
-                    finished=example.input_ids[-1] in tokenizer.end_token_ids,
+                    finished=not example.is_cut_off and example.input_ids[-1] in tokenizer.end_token_ids,
                     teacher=teacher,
                     answer=answer,
                     correct=correct,
-                    question=_find_question(row, example, tokenizer),
+                    question=question,
                     file=str(path),
                     line=number,
                     response=index,
@@ -173,35 +183,66 @@ def _split_responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mappin
     """Return for every response of a row a row of its own, as training would read it, and whether it is correct."""
     if "generations" in fields:
         texts = fields["generations"]
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list) or not texts:
             raise InputError(f"{where}: generations must be a non-empty list of texts")
-        prompt = next((fields[name] for name in ("prompt", *QUESTION_FIELDS) if fields.get(name)), None)
-        if prompt is None:
-            raise InputError(
-                f"{where}: generations without a prompt; a row needs prompt or {', '.join(QUESTION_FIELDS)}"
-            )
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        shared = {"prompt": _parse_turns(fields, where), "tools": fields.get("tools")}
         verdicts: list[Any] = next((fields[name] for name in VERDICT_FIELDS if isinstance(fields.get(name), list)), [])
         if verdicts and len(verdicts) != len(texts):
             raise InputError(f"{where}: {len(texts)} generations but {len(verdicts)} verdicts")
         correct = [v if isinstance(v, bool) else None for v in verdicts] or [None] * len(texts)
-        return [({"prompt": turns, "completion": text}, verdict) for text, verdict in zip(texts, correct, strict=True)]
+        rows_of_responses: list[tuple[Mapping[str, Any], bool | None]] = []
+        for i, text in enumerate(texts):
+            own = {"completion": text, **select_endings(fields, i, len(texts), where)}
+            rows_of_responses.append(({**shared, **own, **_select_thought(fields, i, len(texts), where)}, correct[i]))
+        return rows_of_responses
     verdict = next((fields[name] for name in VERDICT_FIELDS if isinstance(fields.get(name), bool)), None)
     others = fields.get("others")
     rows = [fields]
     if isinstance(others, list) and "completion_ids" in fields:
-        rows += [{**fields, **other} for other in others if isinstance(other, dict) and other.get("completion_ids")]
+        # the messages are those of the best trajectory
+        shared = {name: value for name, value in fields.items() if name != "messages"}
+        rows += [{**shared, **other} for other in others if isinstance(other, dict) and other.get("completion_ids")]
     return [(row, verdict if row is fields else None) for row in rows]
+
+
+def _parse_turns(fields: Mapping[str, Any], where: str) -> Messages:
+    """Return the messages before the responses of a row with generations."""
+    if isinstance(fields.get("prompt"), str):
+        return parse_messages({**fields, "prompt": [{"role": "user", "content": fields["prompt"]}]}, "prompt", where)
+    if "prompt" in fields:
+        return parse_messages(fields, "prompt", where)
+    if any(isinstance(fields.get(name), str) for name in QUESTION_FIELDS):
+        return parse_question(fields, where)
+    raise InputError(f"{where}: generations without a prompt; a row needs prompt or {', '.join(QUESTION_FIELDS)}")
+
+
+def _select_thought(fields: Mapping[str, Any], index: int, count: int, where: str) -> dict[str, Any]:
+    """Return the fields with the thought of one of `count` responses."""
+    selected = {}
+    for name in THOUGHT_FIELDS:
+        thoughts = fields.get(name)
+        if not thoughts:
+            continue
+        if isinstance(thoughts, str):
+            thoughts = [thoughts]
+        if not isinstance(thoughts, list) or len(thoughts) != count:
+            raise InputError(f"{where}: {name} must be a list with one thought for each of the {count} generations")
+        if thoughts[index]:
+            selected[name] = thoughts[index]
+    return selected
 
 
 def _find_question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> str:
     """Return the text of a row's last turn that is not the assistant's; the whole prompt where the row has ids only."""
     turns = row.get("messages") or row.get("prompt")
-    question = next((row[name] for name in QUESTION_FIELDS if isinstance(row.get(name), str)), None)
+    question = None
     if isinstance(turns, list):
-        question = next((t["content"] for t in reversed(turns) if t.get("role") != "assistant"), question)
+        readable = [t for t in turns if isinstance(t, dict) and t.get("role") != "assistant"]
+        question = readable[-1].get("content") if readable else None
     elif isinstance(turns, str):
         question = turns
+    elif any(isinstance(row.get(name), str) for name in QUESTION_FIELDS):
+        question = parse_question(row, example.where)[-1]["content"]
     return str(question) if question else tokenizer.decode(example.input_ids[: example.num_prompt])
 
 

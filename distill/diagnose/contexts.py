@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from genssd.distill.data.problems import ProblemRow, read_objects
+from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
 from genssd.engine.runner import Role
-from genssd.engine.text import Messages, Prompt
+from genssd.engine.text import Prompt
 
 TEMPLATED_CONTEXTS = ("hint", "solution", "summary")
 """Contexts with a template of their own."""

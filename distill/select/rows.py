@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from genssd.distill.data.problems import ProblemRow
+from genssd.engine.chat import Messages
 from genssd.engine.generation import Completion
 from genssd.engine.selection import CandidateRecord, Selection, Trajectory
-from genssd.engine.text import Messages
 from genssd.kernels.logprob import TokenStats
 
 

@@ -20,8 +20,8 @@ from genssd.distill.train.distributed import gather_shards
 from genssd.distill.train.key_attention import AttentionCollector
 from genssd.engine.config import ARCHITECTURES, ModelConfig, make_transformers_config, read_config
 from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.messages import one_line
 from genssd.engine.parameters import match_parameters
+from genssd.engine.quoting import one_line
 from genssd.engine.text import Tokenizer
 from genssd.engine.weights import UNUSED, WeightFiles
 

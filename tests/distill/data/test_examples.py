@@ -158,3 +158,15 @@ def test_ids_that_are_none_of_the_tokenizer(tokenizer: Tokenizer, write_rows: Wr
     row = {"tokenizer": tokenizer.fingerprint, "completion_ids": [3], "student_prompt_ids": ids}
     with pytest.raises(InputError, match="line 1: student_prompt_ids must be a list of token ids"):
         read(write_rows([row]), tokenizer)
+
+
+def test_a_completion_that_was_cut_off_is_left_out_or_has_no_end(tokenizer: Tokenizer, write_rows: Write) -> None:
+    rows = [
+        {"prompt": "a", "completion": "b", "finish_reason": "length"},
+        {"question": "q", "response": "<think>\nb", "finish_reason": None},
+        {"prompt": "a", "completion": "b", "finish_reason": "stop"},
+    ]
+    data = read(write_rows(rows), tokenizer)
+    assert (len(data.examples), data.left_out) == (1, {"cut off, by a field of the row or within a thought": 2})
+    cut, thought, whole = read(write_rows(rows), tokenizer, statuses=("finished", "length")).examples
+    assert [text(tokenizer, e.completion_ids) for e in (cut, thought, whole)] == ["b", "<think>\nb", "b<|im_end|>"]

@@ -27,6 +27,11 @@ Write = Callable[..., Path]
         ({"question": "q"}, [{"role": "user", "content": "q"}]),
         ({"problem": "p"}, [{"role": "user", "content": "p"}]),
         ({"instruction": "i"}, [{"role": "user", "content": "i"}]),
+        ({"prompt": None, "messages": None, "question": None, "input": "i"}, [{"role": "user", "content": "i"}]),
+        (
+            {"prompt": None, "messages": [{"role": "user", "content": "q", "tool_calls": None}]},
+            [{"role": "user", "content": "q"}],
+        ),
     ],
 )
 def test_prompt_fields(write_rows: Write, row: dict[str, Any], prompt: Any) -> None:

@@ -1,0 +1,172 @@
+"""A checkpoint's chat template: messages to text, with every field that carries content used or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from genssd.engine.errors import InputError
+from genssd.engine.thoughts import ThoughtTags, compose, find_tags
+
+Messages = Sequence[Mapping[str, Any]]
+"""Chat messages: a text `role`, a text `content`, and further fields that the chat template may read."""
+
+THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Fields of a message that hold the thought before its content."""
+CONTENT_FIELDS = ("tool_calls", "function_call", "images", "audio", "videos", "documents", "refusal")
+"""Further fields of a message that hold content."""
+PROBE = "genssd7probe"
+"""Text of a message that shows what a chat template writes around it."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer of transformers."""
+
+    def __init__(self, hf: Any, directory: Path) -> None:
+        self.hf = hf
+        self.directory = directory
+
+    @property
+    def exists(self) -> bool:
+        return bool(self.hf.chat_template)
+
+    @cached_property
+    def tags(self) -> ThoughtTags:
+        """Tags around thoughts, as the template names them."""
+        return find_tags(str(self.hf.chat_template or ""))
+
+    @cached_property
+    def thought_field(self) -> str | None:
+        """Name of the message field that the template writes as the last message's thought; None if it writes none."""
+        user = {"role": "user", "content": "a"}
+        for name in THOUGHT_FIELDS:
+            text = self._try([user, {"role": "assistant", "content": "b", name: PROBE}], (), generate=False)
+            if text is not None and PROBE in text:
+                return name
+        return None
+
+    def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = (), generate: bool = True) -> str:
+        """Return the text of chat messages. generate: add the opening of the assistant's turn.
+
+        A thought in a field that the template ignores stands in tags before the content. Raises InputError where the
+        template ignores tools, a message that is neither the user's nor the assistant's, or a field of CONTENT_FIELDS;
+        on messages that are malformed or that the template rejects; and where no template exists.
+        """
+        if not self.exists:
+            raise InputError(
+                f"{self.directory} has no chat template, but the prompt is a list of messages; "
+                "pass plain text or add chat_template.jinja"
+            )
+        prepared = [self._prepare(message) for message in messages]
+        try:
+            text = self._apply(prepared, tools, generate=generate)
+        except Exception as error:  # a template is a program of its own
+            # the arguments of a call are an object for most templates, and JSON text for some
+            prepared = [self._prepare(message, parse_calls=False) for message in messages]
+            text_or_none = self._try(prepared, tools, generate=generate)
+            if text_or_none is None:
+                raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
+            text = text_or_none
+        self._check_use(text, prepared, tools, generate=generate)
+        return text
+
+    def write_after(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = ()) -> str | None:
+        """Return what the template writes after the content of an assistant's turn that follows the messages.
+
+        The result is None where the template does not write the content.
+        """
+        probe = {"role": "assistant", "content": PROBE}
+        text = self._try([*(self._prepare(message) for message in messages), probe], tools, generate=False)
+        return None if text is None or PROBE not in text else text.rpartition(PROBE)[2]
+
+    def compose(self, message: Mapping[str, Any]) -> str:
+        """Return a message's content with its thought, if it has one in a field, in tags before it.
+
+        Raises InputError where the content has another thought.
+        """
+        content, thought = str(message.get("content", "")), find_thought(message)
+        if thought is None:
+            return content
+        if self.tags.closing in content:
+            if thought.strip() in content:
+                return content
+            raise InputError(f"a message has one thought in its content and another one in {_name_thought(message)}")
+        return compose(thought, content, self.tags)
+
+    def _prepare(self, message: Mapping[str, Any], *, parse_calls: bool = True) -> dict[str, Any]:
+        """Return a message as the template reads it. parse_calls: give the arguments of tool calls as objects."""
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise InputError(f"a chat message needs a string role and a string content, not {dict(message)!r}")
+        prepared = {name: value for name, value in message.items() if name not in THOUGHT_FIELDS}
+        thought = find_thought(message)
+        if thought is not None and self.thought_field is not None and self.tags.closing not in message["content"]:
+            prepared[self.thought_field] = thought
+        elif thought is not None:
+            prepared["content"] = self.compose(message)
+        if parse_calls and isinstance(message.get("tool_calls"), list):
+            prepared["tool_calls"] = [_parse_arguments(call) for call in message["tool_calls"]]
+        return prepared
+
+    def _check_use(self, text: str, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> None:
+        """Raise InputError naming what the text does not depend on."""
+        if tools and text == self._try(messages, (), generate=generate):
+            raise InputError(f"tools: the chat template of {self.directory} ignores them")
+        for index, message in enumerate(messages):
+            before, after = messages[:index], messages[index + 1 :]
+            if message["role"] not in ("user", "assistant"):
+                without = self._try([*before, *after], tools, generate=generate) if before or after else ""
+                # a template may write the same text by itself, as its default system message
+                if message["content"].strip() not in text and text == without:
+                    role = message["role"]
+                    raise InputError(f"the chat template of {self.directory} ignores messages of the role {role!r}")
+            for name in CONTENT_FIELDS:
+                if message.get(name):
+                    rest = {key: value for key, value in message.items() if key != name}
+                    if text == self._try([*before, rest, *after], tools, generate=generate):
+                        raise InputError(f"the chat template of {self.directory} ignores the field {name} of a message")
+
+    def _try(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str | None:
+        """Return the text of prepared messages; None where the template rejects them."""
+        try:
+            return self._apply(messages, tools, generate=generate)
+        except Exception:  # a template is a program of its own
+            return None
+
+    def _apply(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
+        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        return str(
+            self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **options)
+        )
+
+
+def find_thought(message: Mapping[str, Any]) -> str | None:
+    """Return the thought in a message's fields; None where it has none. Raises InputError on two different ones."""
+    thoughts = {name: message[name] for name in THOUGHT_FIELDS if message.get(name)}
+    for name, thought in thoughts.items():
+        if not isinstance(thought, str):
+            raise InputError(f"{name} must be text, not {type(thought).__name__}")
+    texts = {thought.strip() for thought in thoughts.values() if thought.strip()}
+    if len(texts) > 1:
+        raise InputError(f"a message has different thoughts in {' and '.join(thoughts)}")
+    return next((thought for thought in thoughts.values() if thought.strip()), None)
+
+
+def _name_thought(message: Mapping[str, Any]) -> str:
+    return next(name for name in THOUGHT_FIELDS if message.get(name))
+
+
+def _parse_arguments(call: Any) -> Any:
+    """Return a tool call whose arguments, a JSON text in the servers' format, are the object that templates expect."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
