@@ -23,15 +23,24 @@ MAX_PARTS = 32
 MAX_WORDS = 8
 """Number of words above which a reference is prose, of which other wordings can be right as well."""
 
-_WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{3,}")
+_WORD = re.compile(r"(?<![\\a-zA-Z])(?:[^\W\d_]{3,}|(?i:it|is|he|we|so|of|to|at|by|an|my|if|be|do|no|us|on|up|as)\b)")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{\w+\*?\}(?:\{[clr|]+\})?")
-_FUNCTIONS = frozenset("sin cos tan cot sec csc log exp sqrt frac pmod mod lim max min gcd lcm det arcsin arccos".split())
+_FUNCTION = re.compile(
+    r"a?(?:sin|cos|tan|cot|sec|csc)h?|arc(?:sin|cos|tan)|log|exp|sqrt|frac|pmod|mod|lim|max|min|gcd|lcm|det|and"
+)
+"""Names that a formula can contain without a backslash."""
 _CHOICE = re.compile(r"\(?([A-Z])\)?[.):]?")
-_OPTION = re.compile(r"(?:(?:option|choice)\s+)?(?:\(([A-Z])\)[.:]?|([A-Z])[).:])\s*(?P<content>\S.*)", re.DOTALL | re.I)
-_ASSIGNMENT = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([a-z, ]*\))?\s*(?<![<>!\\])=(?!=)\s*(?P<right>[^=]+)", re.DOTALL)
+_OPTION = re.compile(
+    r"(?:(?i:option|choice)\s+)?(?:\(([A-Z])\)[.:]?|([A-Z])[).:])\s*(?P<content>[^\s(^_*/+=].*)", re.DOTALL
+)
+_ASSIGNMENT = re.compile(
+    r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([a-z, ]*\))?\s*(?<![<>!\\])=(?!=)\s*(?P<right>[^=]+)", re.DOTALL
+)
 _BASE = re.compile(r"([0-9A-Z]+)(?:_\{?(\d+)\}?)?")
 _RATIO = re.compile(r"\d+(?::\d+)+")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|neq?|cup|cap|infty|mathbb|setminus|in)(?![a-z])")
+_FACTOR = re.compile(r"(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})\s*(?=\d)")
+"""A fraction before a number, which math-verify would ignore."""
 _BRACKETS = {"(": ")]", "[": ")]", r"\lbrace": (r"\rbrace",), "{": "}", r"\langle": (r"\rangle",)}
 
 
@@ -78,7 +87,7 @@ def is_choice(text: str) -> bool:
 def has_words(text: str) -> bool:
     """Return whether a normalised answer has words that are neither LaTeX commands nor names of functions."""
     text = _ENVIRONMENT.sub(" ", text)
-    return any(word.lower() not in _FUNCTIONS for word in _WORD.findall(text))
+    return any(not _FUNCTION.fullmatch(word.lower()) for word in _WORD.findall(text))
 
 
 def is_mathematics(text: str) -> bool:
@@ -107,9 +116,12 @@ def _compare(reference: str, response: str) -> Verdict:
     if expected is not None and given is not None:
         return _compare_quantities(expected, given)
     verdict = _compare_choices(reference, response)
+    in_words = expected is None and has_words(reference)
+    if verdict is None and in_words and _parse_collection(reference) is None:
+        verdict = _compare_words(reference, response)
     if verdict is None:
         verdict = _compare_collections(reference, response)
-    if verdict is None and expected is None and has_words(reference):
+    if verdict is None and in_words:
         verdict = _compare_words(reference, response)
     if verdict is None:
         verdict = _compare_notations(reference, response)
@@ -148,7 +160,7 @@ def _split_option(text: str) -> tuple[str, str]:
     if match := _CHOICE.fullmatch(text):
         return match[1], ""
     if match := _OPTION.fullmatch(text):
-        return (match[1] or match[2]).upper(), match["content"].strip()
+        return match[1] or match[2], match["content"].strip()
     return "", ""
 
 
@@ -290,7 +302,8 @@ def _compare_formulas(reference: str, response: str) -> Verdict:
         return WRONG
     if max(len(reference), len(response)) > MAX_LENGTH:
         return undecidable(f"a formula is longer than {MAX_LENGTH} characters")
-    plain = [text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}") for text in (reference, response)]
+    plain = [_FACTOR.sub(r"\1 \\cdot ", text) for text in (reference, response)]
+    plain = [text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}") for text in plain]
     comparison = compare_formulas(*plain)
     if comparison == "unreadable":
         return undecidable("math-verify finds no mathematics in the reference")

@@ -40,7 +40,8 @@ class _Worker:
         with self._lock:
             if self._process is None or self._owner != os.getpid():
                 self._start()
-            assert self._process is not None and self._process.stdin is not None
+            assert self._process is not None
+            assert self._process.stdin is not None
             try:
                 self._process.stdin.write(json.dumps([reference, response]).encode() + b"\n")
                 self._process.stdin.flush()
@@ -71,7 +72,8 @@ class _Worker:
             raise GenssdError(f"math-verify does not start; `{' '.join(command)}` shows why")
 
     def _read_line(self, seconds: float) -> str:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         readable, _, _ = select.select([self._process.stdout], [], [], seconds)
         return self._process.stdout.readline().decode().strip() if readable else ""
 

@@ -1,4 +1,4 @@
-"""Numbers as answers have them: with a currency, a percent sign, a unit, as fractions and powers of ten; exact values."""
+"""Exact values of numbers as answers have them: with a currency, a percent sign, a unit, as fractions, as powers."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ _SYNONYMS = {
     "mph": "mph",
 }
 _UNITS = {word: unit for unit, words in _SYNONYMS.items() for word in (unit, *words.split())}
-_NO_NOUNS = frozenset(
-    "sin cos tan cot log ln exp sqrt or and pi if not mod infinity per over plus minus times divided january february "
-    "march april may june july august september october november december am pm a.m. p.m. bc ad".split()
+_NO_NOUN = re.compile(
+    r"sin|cos|tan|cot|log|ln|exp|sqrt|or|and|pi|if|not|mod|infinity|per|over|plus|minus|times|divided|january|february|"
+    r"march|april|may|june|july|august|september|october|november|december|[ap]\.?m\.?|bc|ad"
 )
 """Words after a number that make it something else than a count of things."""
 _NOUN = re.compile(r"[^\W\d_][^\W\d_.'/-]*(?:[.'/-][^\W\d_]+)*\.?")
@@ -110,7 +110,7 @@ def parse_quantity(text: str) -> Quantity | None:
 
 def _is_noun(word: str) -> bool:
     readable = len(word) > 2 and _NOUN.fullmatch(word) is not None and (not word.isascii() or set(word) & set("aeiouy"))
-    return word in ("of", "in", "to", "a", "by") or bool(readable and word not in _NO_NOUNS)
+    return word in ("of", "in", "to", "a", "by") or bool(readable and not _NO_NOUN.fullmatch(word))
 
 
 def _read_value(match: re.Match[str]) -> Fraction | None:

@@ -35,13 +35,15 @@ _LEAD = re.compile(
     r"|\b(?:answer|(?:correct|right|best)\s+(?:option|choice))s?(?:\s+(?:to|for|of)\s+[^.\n:=]{1,80}?)?[*_]*"
     r"(?:\s*[:=]|\s+(?:is|are|was|would be|must be|should be|equals|will be)\b:?)"
     r"|^[^\w\n]{0,12}(?:the\s+)?(?:final\s+)?answers?[ \t*_#]*$"
-    r"|答案(?:是|为|：|:)",
+    r"|答案(?:是|为|\uff1a|:)",
     re.IGNORECASE | re.MULTILINE,
 )
 _FILLER = re.compile(
     r"(?:[\s:*_]|(?:therefore|thus|then|simply|indeed|also|hence|so|option|choice|equal to|given by)\b)+", re.IGNORECASE
 )
-_REFUSAL = re.compile(r"(?:not|never|wrong|correct|right|incorrect|clear|found|unknown|in|between|yet)\b", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"(?:not|never|wrong|correct|right|incorrect|clear|found|unknown|in|between|yet)\b", re.IGNORECASE
+)
 _AMOUNT = r"\$(?>-?\d+(?:,\d+)*(?:\.\d+)?)(?![\w$])(?!,?\s*[-+*/^=\\_])(?!\s*[,;][^$a-zA-Z\n]*\$)"
 _SPAN = (
     r"\$\$(?P<display>[^$]+)\$\$|\$(?P<inline>(?:\\\$|[^$\n]){1,400})\$|\\\((?P<round>[^\n]{1,400}?)\\\)"
@@ -54,10 +56,14 @@ _NUMBER = (
 )
 _ITEM = re.compile(rf"{_AMOUNT}|{_SPAN}|{_NUMBER}", re.DOTALL)
 _PLAIN_NUMBER = re.compile(_NUMBER)
-_UNFINISHED = re.compile(r"(?:[=+*/×÷·^]|\\times|\\cdot|\\div|\s-|[=+\-*/×÷·]\s*(?:\.{2,}|…|_+|\?+))[\s$*)\\\]]*$")
-_OPERATOR_BEFORE = re.compile(r"[\d)%}]\s*(?:[-+*/×÷·^]|\\times|\\cdot|\\div|\bx|\btimes|\bplus|\bminus)\s*\$?\s*\(?$")
-_OPERATOR_AFTER = re.compile(r"\s*(?:[+*×÷=^](?!\*)|\\times|\\cdot|\\div|/\s*\(?\d|-\s?\(?\d)")
-_ARITHMETIC = re.compile(r"[\d.,\s()+\-*/×÷·$%]|\\times|\\cdot|\\div|\\?[$%]")
+_UNFINISHED = re.compile(
+    r"(?:[=+*/\u00d7÷·^]|\\times|\\cdot|\\div|\s-|[=+\-*/\u00d7÷·]\s*(?:\.{2,}|…|_+|\?+))[\s$*)\\\]]*$"
+)
+_OPERATOR_BEFORE = re.compile(
+    r"[\d)%}]\s*(?:[-+*/\u00d7÷·^]|\\times|\\cdot|\\div|\bx|\btimes|\bplus|\bminus)\s*\$?\s*\(?$"
+)
+_OPERATOR_AFTER = re.compile(r"\s*(?:[+*\u00d7÷=^](?!\*)|\\times|\\cdot|\\div|/\s*\(?\d|-\s?\(?\d)")
+_ARITHMETIC = re.compile(r"[\d.,\s()+\-*/\u00d7÷·$%]|\\times|\\cdot|\\div|\\?[$%]")
 _SENTENCE_END = re.compile(r"[.!?。](?=\s|$|\*|\")|\n|</answer>")
 
 
@@ -131,7 +137,7 @@ def _iter_statements(text: str) -> list[str]:
 
 
 def _read_statement(text: str, start: int) -> str:
-    """Return the rest of the sentence that begins at a position: a formula as a whole, otherwise up to its full stop."""
+    """Return the rest of the sentence that begins at a position; a full stop in a formula does not end it."""
     text = text[start : start + MAX_STATEMENT]
     filler = _FILLER.match(text)
     text = text[filler.end() :] if filler else text
@@ -166,7 +172,10 @@ def _strip_sentence(statement: str, kind: Kind) -> str:
     option = re.match(r"(?:\([A-Z]\)|[A-Z][.):])\s*(?=\S)", text)
     if option and is_mathematics(text[option.end() :]):
         return text[option.end() :]
-    for pattern in (r".*(?:=|\bis\b|\bare\b|:)\s*(.+)", r"(.*?)(?:,? (?:because|since|as|which|where|for|per|each|when)\b.*)"):
+    for pattern in (
+        r".*(?:=|\bis\b|\bare\b|:)\s*(.+)",
+        r"(.*?)(?:,? (?:because|since|as|which|where|for|per|each|when)\b.*)",
+    ):
         match = re.fullmatch(pattern, text, re.DOTALL)
         if match and is_mathematics(match[1]):
             return match[1]
@@ -176,7 +185,8 @@ def _strip_sentence(statement: str, kind: Kind) -> str:
     first = re.match(rf"(?:{_NUMBER})(?:\s+[^\W\d_]+)?", text)
     if first:
         quantity = first[0] if parse_quantity(first[0]) else first[0].rsplit(maxsplit=1)[0]
-        return "" if _OPERATOR_AFTER.match(text, first.end()) else quantity
+        is_part = _OPERATOR_AFTER.match(text, first.end()) or re.compile(r"[\w\\({^]").match(text, first.end())
+        return "" if is_part else quantity
     return _read_last_mathematics(text) or "" if re.search(r"\d", text) and has_words(text) else text
 
 
@@ -204,7 +214,8 @@ def _is_unevaluated(answer: str) -> bool:
 def _read_last_mathematics(text: str) -> str | None:
     """Return the last number or formula of a text; None where it is a part of arithmetic without a result."""
     text = text.rstrip()[-MAX_TAIL:]
-    if _UNFINISHED.search(text[-40:]):
+    heading = re.search(r"(?:^|\n)#{1,6}\s+([^\n]*)$", text)
+    if _UNFINISHED.search(text[-40:]) or (heading and _HEADING.match(heading[1])):
         return None
     plain = normalise(text) if len(text) < MAX_STATEMENT else ""
     if plain and is_mathematics(plain) and "\n" not in text:
@@ -222,7 +233,7 @@ def _read_last_mathematics(text: str) -> str | None:
         return _finish_formula(_content(last) + (" %" if re.match(r"\s?\\?%|\s?percent", after) else ""))
     if _OPERATOR_AFTER.match(after) or _OPERATOR_BEFORE.search(before):
         return None
-    sign = "-" if re.search(r"(?:^|[\s=(:$*])[-−]\s?\$?$", before) else ""
+    sign = "-" if re.search(r"(?:^|[\s=(:$*])[-\u2212]\s?\$?$", before) else ""
     unit = re.match(r"\s?([^\W\d_]+)", after)
     number = sign + last[0]
     named = f"{number} {unit[1]}" if unit else number
@@ -266,7 +277,9 @@ def _read_last_words(text: str) -> str | None:
     """Return the words after the last verb of a text without a statement, or all of a text that is one short line."""
     sentence = _last_sentence(text)
     spans = [match for match in _ITEM.finditer(sentence) if match.lastgroup]
-    match = re.fullmatch(r".*?(?:\b(?:is|are|was|were|be|becomes?|equals)\s+|[:=]\s*)(?!not\b)(.+)", sentence, re.DOTALL)
+    match = re.fullmatch(
+        r".*?(?:\b(?:is|are|was|were|be|becomes?|equals)\s+|[:=]\s*)(?!not\b)(.+)", sentence, re.DOTALL
+    )
     if spans and spans[-1].end() == len(sentence):
         return _content(spans[-1])
     if match:

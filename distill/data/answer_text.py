@@ -8,8 +8,8 @@ import unicodedata
 _SUPERSCRIPTS = {ord(sign): f"^{{{digit}}}" for sign, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)}
 _SIGNS = {
     **_SUPERSCRIPTS,
-    **{ord(sign): "-" for sign in "−–—‐‑﹣"},
-    ord("×"): r"\times ",
+    **{ord(sign): "-" for sign in "\u2212\u2013—\u2010\u2011﹣"},
+    ord("\u00d7"): r"\times ",
     ord("·"): r"\cdot ",
     ord("⋅"): r"\cdot ",
     ord("÷"): "/",
@@ -18,24 +18,26 @@ _SIGNS = {
     ord("≤"): r"\le ",
     ord("≥"): r"\ge ",
     ord("±"): r"\pm ",
-    ord("∪"): r"\cup ",
+    ord("\u222a"): r"\cup ",
     ord("∩"): r"\cap ",
     ord("∈"): r"\in ",
     ord("∅"): r"\emptyset ",
     ord("°"): r"^\circ ",
-    ord("⁄"): "/",
-    ord("，"): ",",
+    ord("\u2044"): "/",
+    ord("\uff0c"): ",",
     ord("。"): ".",
     ord("“"): '"',
     ord("”"): '"',
-    ord("’"): "'",
+    ord("\u2019"): "'",
     ord("…"): "...",
 }
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\w+))")
 _VULGAR = re.compile(r"(\d?)([¼-¾⅐-⅞])")
 _SPACING = re.compile(r"\\[!,;:> ]|\\(?:q?quad|hspace|vspace)\b(?:\{[^{}]*\})?|(?<!\\)~")
 _SIZING = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])\s*")
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|operatorname|boldsymbol)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|operatorname|boldsymbol)\s*\{([^{}]*)\}"
+)
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\})\s?\d{3})+(?![\d,])")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(\d)\s*(\d)|\\frac\s*(\d)\s*\{|\\frac\s*\{([^{}]*)\}\s*(\d)")
@@ -51,7 +53,7 @@ def unify_signs(text: str) -> str:
 
 
 def strip_delimiters(text: str) -> str:
-    """Return a text without the delimiters of formulas and of emphasis around it, and without a full stop at its end."""
+    """Return a text without the delimiters of formulas and emphasis around it, and without a full stop at its end."""
     while True:
         before = text
         text = text.strip().rstrip(";!,")

@@ -5,8 +5,8 @@ This module decides what is compared; numbers are compared exactly, words as str
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 from genssd.distill.data.answer_forms import (
     WRONG,
@@ -26,9 +26,7 @@ MAX_REFERENCE = 20_000
 """Number of characters above which a reference answer is not read."""
 
 
-def judge(
-    response: str, answer: str | None, *, tags: Tags = KNOWN_TAGS, thought_is_open: bool = False
-) -> Verdict:
+def judge(response: str, answer: str | None, *, tags: Tags = KNOWN_TAGS, thought_is_open: bool = False) -> Verdict:
     """Judge whether a response gives the reference answer, by what follows its last closed thought.
 
     tags: pairs of the tags around thoughts. thought_is_open: whether the prompt opened a thought. A response without an
@@ -66,11 +64,10 @@ class AnswerJudge:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._reader = ThoughtReader(tokenizer)
 
+    def for_prompt(self, prompt_ids: Sequence[int]) -> Callable[[str, str | None], Verdict]:
+        """Return the function that judges texts of responses to a prompt against a reference answer."""
+        return partial(judge, tags=self._reader.tags, thought_is_open=self._reader.opens_thought(prompt_ids))
+
     def judge(self, prompt_ids: Sequence[int], response_ids: Sequence[int], answer: str | None) -> Verdict:
         """Judge a response by its token ids; a thought that the prompt opened must be closed in the response."""
-        return judge(
-            self._reader.read(response_ids),
-            answer,
-            tags=self._reader.tags,
-            thought_is_open=self._reader.opens_thought(prompt_ids),
-        )
+        return self.for_prompt(prompt_ids)(self._reader.read(response_ids), answer)

@@ -11,13 +11,18 @@ import logging
 import resource
 import sys
 
+from latex2sympy2_extended import NormalizationConfig
 from math_verify import parse, verify
 from math_verify.parser import LatexExtractionConfig
 
 MAX_MEMORY = 4 << 30
 """Bytes of address space that the process may take; towers of powers would take all that there is."""
 
-_CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
+_NORMALISATION = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
+)
+"""Units are compared by `answer_forms`: math-verify would drop the variable of 5m."""
+_CONFIG = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION)]
 
 
 def compare(reference: str, response: str) -> str:

@@ -22,7 +22,7 @@ KNOWN_TAGS: Tags = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )
-"""Tags of published models: DeepSeek-R1 and Qwen3, Claude-like data, Seed, Magistral, Kimi, Sky-T1, Command A, gpt-oss."""
+"""Tags of published models, among them DeepSeek-R1, Qwen3, Seed-OSS, Magistral, Kimi, Sky-T1, Command A, gpt-oss."""
 
 _CLOSING_TAG = re.compile(r"([<\[])/([\w:|.-]*(?:think|thought|reason)[\w:|.-]*)([>\]])", re.IGNORECASE)
 
