@@ -39,6 +39,9 @@ _ASSIGNMENT = re.compile(
 _BASE = re.compile(r"([0-9A-Z]+)(?:_\{?(\d+)\}?)?")
 _RATIO = re.compile(r"\d+(?::\d+)+")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|neq?|cup|cap|infty|mathbb|setminus|in)(?![a-z])")
+_MEMBERSHIP = re.compile(
+    r"^(?:\\?[a-zA-Z]+\s*\\in(?![a-z])|(?:\([a-z](?:\s*,\s*[a-z])+\)|[a-zA-Z])\s*=(?=\s*[(\[{\\]))\s*"
+)
 _FACTOR = re.compile(r"(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})\s*(?=\d)")
 """A fraction before a number, which math-verify would ignore."""
 _BRACKETS = {"(": ")]", "[": ")]", r"\lbrace": (r"\rbrace",), "{": "}", r"\langle": (r"\rangle",)}
@@ -179,7 +182,7 @@ def _compare_words(reference: str, response: str) -> Verdict:
 
 def _parse_collection(text: str) -> _Collection | None:
     """Return the parts of a list, a set, a tuple or an interval; None where the answer is none."""
-    text = re.sub(r"^\\?[a-zA-Z]+\s*(?:\\in(?![a-z])|∈)\s*", "", text).strip()
+    text = _MEMBERSHIP.sub("", text).strip()
     for opening, closings in _BRACKETS.items():
         if text.startswith(opening) and (closing := next((c for c in closings if text.endswith(c)), None)):
             inner = text[len(opening) : -len(closing)]

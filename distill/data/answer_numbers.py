@@ -67,6 +67,13 @@ _NO_NOUN = re.compile(
 _NOUN = re.compile(r"[^\W\d_][^\W\d_.'/-]*(?:[.'/-][^\W\d_]+)*\.?")
 
 
+_NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_VALUES_OF_WORDS = {word: str(value) for value, word in enumerate(re.findall(r"\w+", _NUMBER_WORDS))}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
     """A number with what stands around it."""
@@ -85,6 +92,7 @@ def parse_quantity(text: str) -> Quantity | None:
     """Return the number in a normalised answer, with its unit; None where the answer is not one number."""
     if len(text) > MAX_DIGITS:
         return None
+    text = _VALUES_OF_WORDS.get(text.lower(), text)
     match = _VALUE.fullmatch(text.strip())
     value = None if match is None else _read_value(match)
     if match is None or value is None:
@@ -133,6 +141,9 @@ def _find_unit(words: str) -> str | None:
 
     A unit of one letter needs a space before it: 5m is 5 times m.
     """
+    if len(quotient := re.split(r"\s*/\s*|\s+per\s+", words)) == 2:
+        above, below = (_find_unit(f" {part.strip()}") for part in quotient)
+        return f"{above}/{below}" if above and below else None
     match = re.fullmatch(
         r"(square|sq\.?|cubic)?\s*([a-zA-Z]+)\.?\s*(?:\^\s*\{?(\d)\}?|(squared|cubed))?", words.strip()
     )

@@ -40,6 +40,9 @@ _TEXT = re.compile(
 )
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\})\s?\d{3})+(?![\d,])")
+_APPROXIMATELY = re.compile(
+    r"^(?:\\approx|\\sim|≈|~|about|approximately|approx\.?|roughly)(?![a-z])\s*|(?<=\.\d)\.{3}$"
+)
 _SHORT_FRACTION = re.compile(r"\\frac\s*(\d)\s*(\d)|\\frac\s*(\d)\s*\{|\\frac\s*\{([^{}]*)\}\s*(\d)")
 
 
@@ -56,7 +59,7 @@ def strip_delimiters(text: str) -> str:
     """Return a text without the delimiters of formulas and emphasis around it, and without a full stop at its end."""
     while True:
         before = text
-        text = text.strip().rstrip(";!,")
+        text = text.strip().rstrip(";,")
         text = text[:-1] if text.endswith(".") and not text.endswith("..") else text
         for opening, closing in _DELIMITERS:
             inner = text[len(opening) : len(text) - len(closing)]
@@ -80,12 +83,14 @@ def normalise(text: str) -> str:
     text = _SIZING.sub("", text.replace(r"\{", r"\lbrace ").replace(r"\}", r"\rbrace "))
     text = _SPACING.sub(" ", text.replace(r"\\", "\0").replace(r"\,", "").replace(r"\!", "")).replace("\0", r"\\")
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\deg\b", " degrees ", text)
+    if not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+        text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\deg\b", " degrees ", text)
     text = unwrap_text(text)
     text = text.replace(r"\%", "%").replace(r"\leq", r"\le").replace(r"\geq", r"\ge")
     text = _THOUSANDS.sub(lambda m: re.sub(r"[,{}\s]", "", m[0]), text)
     text = _SHORT_FRACTION.sub(_brace_fraction, text)
-    return re.sub(r"\s+", " ", strip_delimiters(text)).strip()
+    text = _APPROXIMATELY.sub("", strip_delimiters(text))
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def _brace_fraction(match: re.Match[str]) -> str:
