@@ -226,7 +226,7 @@ def _compare_collections(reference: str, response: str) -> Verdict | None:
         single = _merge_equal(expected or given)
         if single is not None:
             return _compare(single, response) if expected else _compare(reference, single)
-        can_be_equal = _RELATION.search(reference) and _RELATION.search(response)
+        can_be_equal = _RELATION.search(reference) or _RELATION.search(response)
         return None if can_be_equal else WRONG
     if expected.brackets and given.brackets and expected.brackets != given.brackets:
         return WRONG

@@ -41,9 +41,8 @@ _LEAD = re.compile(
 _FILLER = re.compile(
     r"(?:[\s:*_]|(?:therefore|thus|then|simply|indeed|also|hence|so|option|choice|equal to|given by)\b)+", re.IGNORECASE
 )
-_REFUSAL = re.compile(
-    r"(?:not|never|wrong|correct|right|incorrect|clear|found|unknown|in|between|yet)\b", re.IGNORECASE
-)
+_REFUSAL = re.compile(r"(?:not|never|wrong|correct|right|incorrect|clear|found|unknown|in|yet)\b", re.IGNORECASE)
+_RANGE = re.compile(r"(?:between\b.*\band|from\b.*\bto)\s", re.IGNORECASE)
 _AMOUNT = r"\$(?>-?\d+(?:,\d+)*(?:\.\d+)?)(?![\w$])(?!,?\s*[-+*/^=\\_])(?!\s*[,;][^$a-zA-Z\n]*\$)"
 _SPAN = (
     r"\$\$(?P<display>[^$]+)\$\$|\$(?P<inline>(?:\\\$|[^$\n]){1,400})\$|\\\((?P<round>[^\n]{1,400}?)\\\)"
@@ -88,6 +87,8 @@ def read_answer(text: str, kind: Kind) -> str | None:
         return _finish(closing, kind)
     for statement in _iter_statements(text):
         if not statement or _UNFINISHED.search(statement):
+            return None
+        if _RANGE.match(statement):
             return None
         if not _REFUSAL.match(statement):
             return _finish(statement, kind)
@@ -167,6 +168,9 @@ def _finish(statement: str, kind: Kind) -> str | None:
 def _strip_sentence(statement: str, kind: Kind) -> str:
     """Return the answer in a statement without the words around it, where the reference is mathematics."""
     text = normalise(_drop_dollars(statement))
+    if kind == "choice":
+        letter = re.match(r"\(?([A-Z])\)?(?:,| (?:because|since|as|which)\b)", text)
+        return letter[1] if letter else text
     if kind != "mathematics" or is_mathematics(text) or is_choice(text):
         return text
     option = re.match(r"(?:\([A-Z]\)|[A-Z][.):])\s*(?=\S)", text)
@@ -220,9 +224,9 @@ def _read_last_mathematics(text: str) -> str | None:
     plain = normalise(text) if len(text) < MAX_STATEMENT else ""
     if plain and is_mathematics(plain) and "\n" not in text:
         return _finish_formula(plain)
-    if len(text) < MAX_STATEMENT and (sentence := _last_sentence(text)) != text:
-        tail = re.split(r"(?:\bis\b|\bare\b|\bgives?\b|:)\s*", sentence)[-1]
-        if "\\" in tail and "$" not in tail and is_mathematics(normalise(tail)):
+    if len(text) < MAX_STATEMENT:
+        tail = re.split(r"(?:\b(?:is|are|gives?|equals?)\b|:)\s*", _last_sentence(text))[-1]
+        if re.match(r"[^$]*\\[^$]*$|[(\[{][^$]*$", tail) and is_mathematics(normalise(tail)):
             return _finish_formula(normalise(tail))
     items = list(_ITEM.finditer(text))
     if not items:
@@ -261,7 +265,7 @@ def _read_last_choice(text: str) -> str | None:
     if is_choice(normalise(text)):
         return normalise(text)
     sentence = _last_sentence(text)
-    end = re.search(r"\b(?:is|option|choice|choose|pick|select|:)\s*\W{0,3}\(?([A-Z])\)?\W{0,3}$", sentence)
+    end = re.search(r"\b(?:is|be|option|choice|choose|pick|select|:)\s*\W{0,3}\(?([A-Z])\)?\W{0,3}$", sentence)
     formulas = [match for match in _ITEM.finditer(sentence) if match.lastgroup]
     if formulas and is_choice(normalise(_content(formulas[-1]))):
         return normalise(_content(formulas[-1]))

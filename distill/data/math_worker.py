@@ -33,7 +33,8 @@ def compare(reference: str, response: str) -> str:
     )
     if not expected:
         return "unreadable"
-    return "equal" if given and verify(expected, given, timeout_seconds=None) else "different"
+    is_equal = bool(given) and verify(expected, given, allow_set_relation_comp=True, timeout_seconds=None)
+    return "equal" if is_equal else "different"
 
 
 def main() -> None:
