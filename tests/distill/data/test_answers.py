@@ -6,13 +6,15 @@ import json
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.shared_data import SHARED_DATA
 
 from genssd.distill.data import answer_math
-from genssd.distill.data.answers import judge
+from genssd.distill.data.answers import AnswerJudge, judge
 from genssd.distill.data.problems import parse_answer, read_problems
 from genssd.distill.data.thoughts import find_tags, opens_thought
 
@@ -53,6 +55,31 @@ def test_tags_of_a_template_are_found() -> None:
     assert len(set(tags)) == len(tags)
     assert judge("<my_thoughts>\\boxed{3}</my_thoughts>\\boxed{5}", "5", tags=tags).is_correct
     assert not judge("<my_thoughts>\\boxed{5}", "5", tags=tags).is_correct
+
+
+class SpelledTokens:
+    """A tokenizer whose tokens are the given texts, and whose tokens in angle brackets with bars are special."""
+
+    def __init__(self, *texts: str, template: str) -> None:
+        self.hf = self
+        self.chat_template = template
+        self.texts = texts
+        self.all_special_tokens = [text for text in texts if text.startswith("<|")]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return "".join(self.texts[i] for i in ids if not (skip_special_tokens and self.texts[i].startswith("<|")))
+
+
+def test_special_tokens_that_enclose_thoughts_are_read() -> None:
+    tokenizer: Any = SpelledTokens(
+        "<|START_THINKING|>", "<|END_THINKING|>", "\\boxed{3}", "\\boxed{5}", "<|end|>", template=""
+    )
+    by_ids = AnswerJudge(tokenizer)
+    assert by_ids.judge([4], [0, 2, 1, 3, 4], "5").is_correct
+    assert not by_ids.judge([4], [0, 3, 4], "5").is_correct
+    assert not by_ids.judge([4, 0], [3, 4], "5").is_correct
+    assert by_ids.judge([4, 0], [2, 1, 3], "5").is_correct
+    assert by_ids.for_prompt([4])("\\boxed{5}", "5").is_correct
 
 
 @pytest.mark.parametrize(
