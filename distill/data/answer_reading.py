@@ -167,7 +167,7 @@ def _finish(statement: str, kind: Kind) -> str | None:
 
 def _strip_sentence(statement: str, kind: Kind) -> str:
     """Return the answer in a statement without the words around it, where the reference is mathematics."""
-    text = normalise(_drop_dollars(statement))
+    text = normalise(drop_dollars(statement))
     if kind == "choice":
         letter = re.match(r"\(?([A-Z])\)?(?:,| (?:because|since|as|which)\b)", text)
         return letter[1] if letter else text
@@ -194,7 +194,7 @@ def _strip_sentence(statement: str, kind: Kind) -> str:
     return _read_last_mathematics(text) or "" if re.search(r"\d", text) and has_words(text) else text
 
 
-def _drop_dollars(statement: str) -> str:
+def drop_dollars(statement: str) -> str:
     """Return a statement in which formulas have no delimiters."""
     return _ITEM.sub(lambda match: _content(match) if match.lastgroup else match[0], statement)
 
@@ -226,7 +226,7 @@ def _read_last_mathematics(text: str) -> str | None:
         return _finish_formula(plain)
     if len(text) < MAX_STATEMENT:
         tail = re.split(r"(?:\b(?:is|are|gives?|equals?)\b|:)\s*", _last_sentence(text))[-1]
-        if re.match(r"[^$]*\\[^$]*$|[(\[{][^$]*$", tail) and is_mathematics(normalise(tail)):
+        if re.match(r"[^$]*\\[a-zA-Z][^$]*$|[(\[{][^$]*$", tail) and is_mathematics(normalise(tail)):
             return _finish_formula(normalise(tail))
     items = list(_ITEM.finditer(text))
     if not items:

@@ -39,7 +39,7 @@ _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|operatorname|boldsymbol)\s*\{([^{}]*)\}"
 )
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\})\s?\d{3})+(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
 _APPROXIMATELY = re.compile(
     r"^(?:\\approx|\\sim|≈|~|about|approximately|approx\.?|roughly)(?![a-z])\s*|(?<=\.\d)\.{3}$"
 )
@@ -80,6 +80,7 @@ def unwrap_text(text: str) -> str:
 def normalise(text: str) -> str:
     r"""Return an answer in one spelling: without delimiters, LaTeX spacing, \text{}, thousands separators."""
     text = strip_delimiters(unify_signs(text))
+    text = re.sub(r",\\!\s*", ",", text)
     text = _SIZING.sub("", text.replace(r"\{", r"\lbrace ").replace(r"\}", r"\rbrace "))
     text = _SPACING.sub(" ", text.replace(r"\\", "\0").replace(r"\,", "").replace(r"\!", "")).replace("\0", r"\\")
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)

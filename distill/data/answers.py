@@ -17,7 +17,7 @@ from genssd.distill.data.answer_forms import (
     undecidable,
 )
 from genssd.distill.data.answer_numbers import parse_quantity
-from genssd.distill.data.answer_reading import Kind, read_answer, read_reference
+from genssd.distill.data.answer_reading import Kind, drop_dollars, read_answer, read_reference
 from genssd.distill.data.answer_text import fold_words, normalise
 from genssd.distill.data.thoughts import KNOWN_TAGS, Tags, ThoughtReader, drop_thoughts
 from genssd.engine.text import Tokenizer
@@ -51,7 +51,7 @@ def judge(response: str, answer: str | None, *, tags: Tags = KNOWN_TAGS, thought
 @lru_cache(maxsize=4096)
 def _read_reference(answer: str) -> tuple[str, Kind]:
     """Return a reference answer, normalised, and its kind."""
-    reference = normalise(read_reference(answer))
+    reference = normalise(drop_dollars(read_reference(answer)))
     if is_choice(reference):
         return reference, "choice"
     words = parse_quantity(reference) is None and has_words(reference)
