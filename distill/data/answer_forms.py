@@ -101,8 +101,8 @@ def is_mathematics(text: str) -> bool:
 def compare_answers(reference: str, response: str) -> Verdict:
     """Compare the answer of a response with the reference answer; both are texts without anything around them."""
     expected, given = normalise(reference), normalise(response)
-    if len(given) > 2 * MAX_LENGTH and expected != given:
-        return undecidable(f"the answer in the response is longer than {2 * MAX_LENGTH} characters")
+    if max(len(expected), len(given)) > 2 * MAX_LENGTH and expected != given:
+        return undecidable(f"an answer is longer than {2 * MAX_LENGTH} characters")
     try:
         return _compare(expected, given)
     except RecursionError:

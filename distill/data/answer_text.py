@@ -39,7 +39,7 @@ _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathit|operatorname|boldsymbol)\s*\{([^{}]*)\}"
 )
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\})\d{3})+(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _APPROXIMATELY = re.compile(
     r"^(?:\\approx|\\sim|≈|~|about|approximately|approx\.?|roughly)(?![a-z])\s*|(?<=\.\d)\.{3}$"
 )
@@ -80,7 +80,7 @@ def unwrap_text(text: str) -> str:
 def normalise(text: str) -> str:
     r"""Return an answer in one spelling: without delimiters, LaTeX spacing, \text{}, thousands separators."""
     text = strip_delimiters(unify_signs(text))
-    text = re.sub(r",\\!\s*", ",", text)
+    text = re.sub(r"(?<=\d)(?:,\\!|\{,\})\s*(?=\d{3})", "", text)
     text = _SIZING.sub("", text.replace(r"\{", r"\lbrace ").replace(r"\}", r"\rbrace "))
     text = _SPACING.sub(" ", text.replace(r"\\", "\0").replace(r"\,", "").replace(r"\!", "")).replace("\0", r"\\")
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
@@ -88,10 +88,17 @@ def normalise(text: str) -> str:
         text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\deg\b", " degrees ", text)
     text = unwrap_text(text)
     text = text.replace(r"\%", "%").replace(r"\leq", r"\le").replace(r"\geq", r"\ge")
-    text = _THOUSANDS.sub(lambda m: re.sub(r"[,{}\s]", "", m[0]), text)
+    text = _THOUSANDS.sub(_join_thousands, text)
     text = _SHORT_FRACTION.sub(_brace_fraction, text)
     text = _APPROXIMATELY.sub("", strip_delimiters(text))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _join_thousands(match: re.Match[str]) -> str:
+    """Return a number without its thousands separators; inside brackets a comma separates two numbers."""
+    before = match.string[: match.start()].replace(r"\lbrace", "(").replace(r"\rbrace", ")")
+    is_inside = sum(before.count(sign) for sign in "([") > sum(before.count(sign) for sign in ")]")
+    return match[0] if is_inside else match[0].replace(",", "")
 
 
 def _brace_fraction(match: re.Match[str]) -> str:
