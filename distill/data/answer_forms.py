@@ -53,7 +53,7 @@ class Verdict:
 
     outcome: Outcome
     reason: str | None = None
-    """Why it is undecidable, or why the response has no answer; None otherwise."""
+    """Why it is undecidable; None where it is not."""
 
     @property
     def is_correct(self) -> bool:
@@ -280,9 +280,9 @@ def _compare_notations(reference: str, response: str) -> Verdict | None:
         return _compare(expected["right"].strip(), given["right"].strip())
     if expected and not _RELATION.search(response):
         return _compare(expected["right"].strip(), response)
-    if "=" in response and not re.search(r"[<>=]|\\[lg]e|\\neq?", reference):
-        left, *_, right = re.split(r"(?<![<>!\\])=", response)
-        return _compare(reference, left.strip() if re.fullmatch(r"\s*[a-zA-Z]\s*", right) else right.strip())
+    left, *others = re.split(r"(?<![<>!\\])=", response)
+    if others and not re.search(r"[<>=]|\\[lg]e|\\neq?", reference):
+        return _compare(reference, left.strip() if re.fullmatch(r"\s*[a-zA-Z]\s*", others[-1]) else others[-1].strip())
     digits, other_digits = _BASE.fullmatch(squeeze(reference)), _BASE.fullmatch(squeeze(response))
     if digits and other_digits and (digits[2] or other_digits[2]):
         has_both = digits[2] and other_digits[2]

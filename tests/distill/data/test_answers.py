@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import threading
 import time
@@ -150,6 +151,20 @@ def test_long_responses_are_judged_quickly(text: str) -> None:
     judge(text * 10_000, "5")
     judge(text * 10_000, "Paris")
     assert time.monotonic() - start < 3
+
+
+def test_random_texts_are_judged_without_an_error() -> None:
+    pieces = re.findall(
+        r"\S+",
+        r"\boxed{ } { ( ) [ ] $ \( \) 5 12 1,234 3.14 - + * / = ^ _ \frac \sqrt \text{ \pm \cup \in x ab A (B) or "
+        r"\circ \begin{pmatrix} \\ & <think> </think> e10 1e9 \left \{ \infty 5:3 _8 cm % , . #### the|answer|is|",
+    )
+    draws = random.Random(5)
+    for _ in range(1000):
+        answer, response = ("".join(draws.choices(pieces, k=draws.randint(1, k))).replace("|", " ") for k in (6, 20))
+        for text in (response, f"\\boxed{{{response}}}", f"The answer is {answer}"):
+            verdict = judge(text, answer)
+            assert (verdict.reason is None) == (verdict.outcome != "undecidable")
 
 
 def read_shared(name: str) -> list[dict[str, str]]:
