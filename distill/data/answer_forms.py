@@ -311,7 +311,7 @@ def _compare_formulas(reference: str, response: str) -> Verdict:
     if comparison == "unreadable":
         return undecidable("math-verify finds no mathematics in the reference")
     if comparison == "slow":
-        return undecidable(f"math-verify takes longer than {TIME_LIMIT:.0f} s, or too much memory")
+        return undecidable(f"math-verify takes longer than {TIME_LIMIT:g} s, or too much memory")
     return CORRECT if comparison == "equal" else WRONG
 
 
