@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.answers import is_correct
+from genssd.distill.data.answers import AnswerJudge
 from genssd.distill.data.problems import read_lines, read_problems
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.runs.engine_options import EngineOptions
@@ -33,6 +33,7 @@ from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import TrainProgress, run_train
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,8 @@ class RoundSummary:
     """Number of selections by status."""
     kept: int
     """Number of the round's trajectories that were trained on."""
+    undecided: int = 0
+    """Number of the round's trajectories that could not be judged; they are left out like wrong ones."""
     mean_tokens: float
     """Mean number of tokens in the kept trajectories."""
     mean_score: float | None
@@ -167,7 +170,7 @@ def _round(config: DistillConfig, number: int, student: str, report: Report) -> 
     if selected.failures:
         listed = "".join(f"\n  {failure}" for failure in selected.failures[:10])
         raise CapacityError(f"round {number}: {len(selected.failures)} prompts do not fit into the cache:{listed}")
-    kept = _keep(config, selected.path, directory / "kept.jsonl")
+    kept, undecided = _keep(config, selected.path, directory / "kept.jsonl")
     if not kept:
         raise InputError(
             f"round {number}: no trajectory is left to train on ({dict(selected.statuses)}); look at {selected.path}, "
@@ -181,6 +184,7 @@ def _round(config: DistillConfig, number: int, student: str, report: Report) -> 
         prompts=selected.prompts,
         statuses=selected.statuses,
         kept=len(kept),
+        undecided=undecided,
         mean_tokens=sum(len(row["completion_ids"]) for row in kept) / len(kept),
         mean_score=sum(scores) / len(scores) if scores else None,
         loss=loss,
@@ -198,18 +202,22 @@ def _problems(config: DistillConfig, number: int) -> list[bytes]:
     return [lines[i % len(lines)] for i in range((number - 1) * count, number * count)]
 
 
-def _keep(config: DistillConfig, selections: Path, path: Path) -> Sequence[Mapping[str, Any]]:
-    """Write the trajectories that are trained on, and return them."""
-    rows = []
+def _keep(config: DistillConfig, selections: Path, path: Path) -> tuple[Sequence[Mapping[str, Any]], int]:
+    """Write the trajectories that are trained on; return them, and how many could not be judged."""
+    rows, undecided = [], 0
+    judge = AnswerJudge(Tokenizer(locate(config.teacher))) if config.require_correct else None
     for row, _ in complete_rows(selections):
-        text = row["messages"][-1]["content"]
-        wrong = config.require_correct and row["answer"] is not None and not is_correct(text, row["answer"])
+        wrong = False
+        if judge is not None and row["answer"] is not None:
+            verdict = judge.judge(row["prompt_ids"], row["completion_ids"], row["answer"])
+            wrong = not verdict.is_correct
+            undecided += verdict.undecided is not None
         if row["status"] in config.train.statuses and not wrong:
             if row["teacher_topk"] is not None:
                 row["teacher_topk"]["file"] = f"select/{row['teacher_topk']['file']}"
             rows.append(row)
     write_jsonl(path, rows)
-    return rows
+    return rows, undecided
 
 
 def _train(config: DistillConfig, number: int, student: str, report: Report) -> float:

@@ -1,24 +1,73 @@
-"""The one judge of answers: whether a response gives the reference answer, compared as mathematics by math-verify."""
+"""The one judge of answers: whether a response gives the reference answer.
+
+This module decides what is compared; numbers are compared exactly, words as strings, and formulas by math-verify.
+"""
 
 from __future__ import annotations
 
-import logging
-import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
-from math_verify import parse, verify
+from genssd.distill.data.answer_forms import (
+    WRONG,
+    Verdict,
+    compare_answers,
+    has_words,
+    is_choice,
+    undecidable,
+)
+from genssd.distill.data.answer_numbers import parse_quantity
+from genssd.distill.data.answer_reading import Kind, drop_dollars, read_answer, read_reference
+from genssd.distill.data.answer_text import fold_words, normalise
+from genssd.distill.data.answer_thoughts import KNOWN_TAGS, Tags, ThoughtReader, drop_thoughts
+from genssd.engine.text import Tokenizer
 
-TIME_LIMIT = 5
-"""Seconds that math-verify may take to read one text, and again to compare two."""
+MAX_REFERENCE = 20_000
+"""Number of characters above which a reference answer is not read."""
 
 
-def is_correct(response: str, answer: str | None) -> bool:
-    """Return whether math-verify finds the reference answer in the response; False where there is no answer."""
-    if answer is None:
-        return False
-    # math-verify logs a warning for every text that holds no formula
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    # its time limit is a signal, which only the main thread can take
-    limit = TIME_LIMIT if threading.current_thread() is threading.main_thread() else None
-    reference = parse(answer if "\\" in answer or "$" in answer else f"${answer}$", parsing_timeout=limit)
-    prediction = parse(response, parsing_timeout=limit)
-    return bool(reference) and bool(verify(reference, prediction, timeout_seconds=limit))
+def judge(response: str, answer: str | None, *, tags: Tags = KNOWN_TAGS, thought_is_open: bool = False) -> Verdict:
+    """Judge whether a response gives the reference answer, by what follows its last closed thought.
+
+    tags: pairs of the tags around thoughts. thought_is_open: whether the prompt opened a thought. A response without an
+    answer is wrong; undecidable is what cannot be compared, with the reason.
+    """
+    if answer is None or not answer.strip():
+        return undecidable("there is no reference answer")
+    if len(answer) > MAX_REFERENCE:
+        return undecidable(f"the reference answer is longer than {MAX_REFERENCE} characters")
+    reference, kind = _read_reference(answer)
+    if not reference:
+        return undecidable("the reference answer is empty")
+    text = drop_thoughts(response, tags, thought_is_open=thought_is_open)
+    if text is None or not text.strip():
+        return WRONG
+    given = read_answer(text, kind)
+    if given is not None:
+        return compare_answers(reference, given)
+    return compare_answers(reference, text) if kind != "mathematics" and len(text) <= 2 * len(answer) else WRONG
+
+
+@lru_cache(maxsize=4096)
+def _read_reference(answer: str) -> tuple[str, Kind]:
+    """Return a reference answer, normalised, and its kind."""
+    reference = normalise(drop_dollars(read_reference(answer)))
+    if is_choice(reference):
+        return reference, "choice"
+    words = parse_quantity(reference) is None and has_words(reference)
+    return reference, "words" if words or not fold_words(reference) else "mathematics"
+
+
+class AnswerJudge:
+    """The judge of the responses of one tokenizer's model: it knows the tags of thoughts in the chat template."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._reader = ThoughtReader(tokenizer)
+
+    def for_prompt(self, prompt_ids: Sequence[int]) -> Callable[[str, str | None], Verdict]:
+        """Return the function that judges texts of responses to a prompt against a reference answer."""
+        return partial(judge, tags=self._reader.tags, thought_is_open=self._reader.opens_thought(prompt_ids))
+
+    def judge(self, prompt_ids: Sequence[int], response_ids: Sequence[int], answer: str | None) -> Verdict:
+        """Judge a response by its token ids; a thought that the prompt opened must be closed in the response."""
+        return self.for_prompt(prompt_ids)(self._reader.read(response_ids), answer)

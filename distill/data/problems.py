@@ -14,10 +14,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.answer_reading import read_closing_line
 from genssd.distill.data.messages import parse_prompt, parse_tools
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
@@ -137,8 +139,8 @@ def parse_answer(fields: Mapping[str, Any], where: str) -> str | None:
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
         if isinstance(value, str):
-            return value.rsplit("####", 1)[-1].strip()
+            return read_closing_line(value) or value.strip()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return str(int(value)) if value == int(value) else str(value)
+            return str(int(value)) if value == int(value) else format(Decimal(str(value)), "f")
         raise InputError(f"{where}: {name} must be text or a number, not {value!r}")
     return None

@@ -101,6 +101,8 @@ class Diagnosis:
     rollouts: int
     correct_rollouts: int
     truncated_rollouts: int
+    undecided: int
+    """Number of rollouts and completions that could not be judged; they count as failures."""
     mass: float
     """Mean probability of the candidates together, under the student."""
     signal: float

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from genssd.distill.data.answer_forms import Verdict
 from genssd.distill.diagnose.placement import count_affordable
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion
@@ -17,8 +18,8 @@ from genssd.engine.nodes import Fork
 from genssd.engine.sampling import Sampling
 from genssd.engine.text import Prompt
 
-Verify = Callable[[str, str | None], bool]
-"""Function that returns whether a response (first argument) gives a reference answer (second argument)."""
+Verify = Callable[[str, str | None], Verdict]
+"""Function that judges whether a response (first argument) gives a reference answer (second argument)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,8 @@ class Outcome:
     """Number of successes of every candidate, among the first half of its completions and among the second."""
     truncated: tuple[int, ...]
     """Number of every candidate's completions that were cut off; these count as failures."""
+    undecided: int
+    """Number of completions that could not be judged; these count as failures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +156,7 @@ def force_nodes(
             naive_prefix_tokens += len(question.prompt_ids) + fork.position + 1
             report(written)
     # many completions have the same text, so each text is judged once
-    verdicts: dict[str, bool] = {}
+    verdicts: dict[str, Verdict] = {}
     cost = QuestionCost(
         completions=written,
         truncated=truncated,
@@ -165,13 +168,13 @@ def force_nodes(
     return [_count_successes(question, node, completed, verify, verdicts) for node in nodes], cost
 
 
-def succeeds(completion: Completion, answer: str | None, verify: Verify, verdicts: dict[str, bool]) -> bool:
+def succeeds(completion: Completion, answer: str | None, verify: Verify, verdicts: dict[str, Verdict]) -> bool:
     """Return whether a response ends by itself and is correct. verdicts: by text, extended by new ones."""
     if completion.status != "finished":
         return False
     if completion.text not in verdicts:
         verdicts[completion.text] = verify(completion.text, answer)
-    return verdicts[completion.text]
+    return verdicts[completion.text].is_correct
 
 
 def _count_successes(
@@ -179,10 +182,11 @@ def _count_successes(
     node: DecisionNode,
     completed: dict[tuple[int, Fork], list[Completion]],
     verify: Verify,
-    verdicts: dict[str, bool],
+    verdicts: dict[str, Verdict],
 ) -> Outcome:
     halves: tuple[list[int], list[int]] = ([], [])
     truncated = []
+    undecided = 0
     for token in node.candidates if node.has_choice else ():
         completions = completed[node.rollout, Fork(position=node.position, token=token)]
         succeeded = [succeeds(c, question.answer, verify, verdicts) for c in completions]
@@ -190,4 +194,7 @@ def _count_successes(
         halves[0].append(sum(succeeded[:middle]))
         halves[1].append(sum(succeeded[middle:]))
         truncated.append(sum(c.status == "length" for c in completions))
-    return Outcome(node=node, successes=(tuple(halves[0]), tuple(halves[1])), truncated=tuple(truncated))
+        judged = [verdicts[c.text] for c in completions if c.status == "finished"]
+        undecided += sum(verdict.undecided is not None for verdict in judged)
+    successes = (tuple(halves[0]), tuple(halves[1]))
+    return Outcome(node=node, successes=successes, truncated=tuple(truncated), undecided=undecided)

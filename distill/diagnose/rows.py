@@ -45,6 +45,8 @@ class Findings:
 
     correct: Sequence[bool]
     """Whether each rollout is correct."""
+    undecided: Sequence[str | None]
+    """Why each rollout could not be judged; None where it was."""
     planned_nodes: int
     """Number of nodes before the budget is applied."""
     readings: Sequence[NodeReading]
@@ -70,8 +72,11 @@ def make_question_row(
                 "pieces": tokenizer.pieces(rollout.token_ids),
                 "status": rollout.status,
                 "correct": is_correct,
+                "undecided": undecided,
             }
-            for rollout, is_correct in zip(question.rollouts, findings.correct, strict=True)
+            for rollout, is_correct, undecided in zip(
+                question.rollouts, findings.correct, findings.undecided, strict=True
+            )
         ],
         "planned_nodes": findings.planned_nodes,
         "nodes": [
@@ -100,6 +105,7 @@ def _describe_node(
         "completions": completions,
         "successes": [list(half) for half in outcome.successes],
         "truncated": list(outcome.truncated),
+        "undecided": outcome.undecided,
     }
 
 

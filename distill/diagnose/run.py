@@ -24,7 +24,8 @@ from typing import Literal
 
 import numpy as np
 
-from genssd.distill.data.answers import is_correct
+from genssd.distill.data.answer_forms import Verdict
+from genssd.distill.data.answers import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import build_prompt, read_contexts
@@ -77,12 +78,13 @@ def run_diagnose(
     config: DiagnoseConfig,
     load: Load | None = None,
     report: Report = lambda progress: None,
-    verify: Verify = is_correct,
+    verify: Verify | None = None,
 ) -> DiagnoseSummary:
     """Diagnose over a file of problems.
 
-    load: returns the engine over a model, instead of loading one as the config says. verify: returns whether a response
-    gives the reference answer. Raises GenssdError on bad input; finished questions are in the journal.
+    load: returns the engine over a model, instead of loading one as the config says. verify: judges whether a response
+    gives the reference answer, instead of `AnswerJudge`. Raises GenssdError on bad input; finished questions are in
+    the journal.
     """
     problems = read_problems(config.data, config.limit)
     for problem in problems:
@@ -210,7 +212,7 @@ def _count_finished(
 class _Measurement:
     """The phases of the questions that are not in the journal: rollouts, reading, forcing."""
 
-    def __init__(self, config: DiagnoseConfig, models: Models, report: Report, verify: Verify) -> None:
+    def __init__(self, config: DiagnoseConfig, models: Models, report: Report, verify: Verify | None) -> None:
         self._config = config
         self._models = models
         self._report = report
@@ -292,10 +294,13 @@ class _Measurement:
 
         report_forcing(0)
         nodes = [reading.node for reading in readings]
-        outcomes, cost = force_nodes(self._student(), question, nodes, self._verify, options, report_forcing)
-        verdicts: dict[str, bool] = {}
+        verify = self._verify or AnswerJudge(self._student().tokenizer("student")).for_prompt(question.prompt_ids)
+        outcomes, cost = force_nodes(self._student(), question, nodes, verify, options, report_forcing)
+        verdicts: dict[str, Verdict] = {}
+        correct = [succeeds(rollout, question.answer, verify, verdicts) for rollout in question.rollouts]
         return Findings(
-            correct=[succeeds(rollout, question.answer, self._verify, verdicts) for rollout in question.rollouts],
+            correct=correct,
+            undecided=[verdicts[r.text].undecided if r.text in verdicts else None for r in question.rollouts],
             planned_nodes=planned_nodes,
             readings=readings,
             outcomes=outcomes,

@@ -56,6 +56,8 @@ def build_diagnosis(
         rollouts=len(rollouts),
         correct_rollouts=sum(rollout["correct"] for rollout in rollouts),
         truncated_rollouts=sum(rollout["status"] == "length" for rollout in rollouts),
+        undecided=sum(rollout.get("undecided") is not None for rollout in rollouts)
+        + sum(node.get("undecided", 0) for row in rows for node in row["nodes"]),
         mass=float(np.mean([node["mass"] for node in nodes])) if nodes else math.nan,
         signal=1.0 - noise / square if square else math.nan,
         costs=_sum_costs(rows),

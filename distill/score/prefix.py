@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from genssd.distill.data.answers import is_correct
+from genssd.distill.data.answer_forms import Verdict
+from genssd.distill.data.answers import AnswerJudge
 from genssd.distill.data.traces import Trace, check_same_traces, make_training_row, read_usable_traces
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
@@ -93,6 +94,8 @@ class PrefixSummary:
     """Number of rows in aligned.jsonl."""
     whole: int
     """Number of traces of which no proper prefix was found to be sufficient."""
+    undecided: int
+    """Number of responses that could not be judged; they do not count as correct."""
     mean_fraction: float
     """Mean fraction of a trace's steps that was kept."""
     bad_rows: tuple[str, ...]
@@ -154,10 +157,11 @@ def _summarise(run: Run, bad_rows: Sequence[str]) -> PrefixSummary:
         traces=len(rows),
         kept=len(aligned),
         whole=sum(row["kept_steps"] == row["steps"] for row in rows),
+        undecided=sum(row.get("undecided") is not None for row in rows),
         mean_fraction=sum(row["kept_steps"] / row["steps"] for row in rows) / len(rows),
         bad_rows=tuple(bad_rows),
     )
-    counts = {name: getattr(summary, name) for name in ("traces", "kept", "whole", "mean_fraction")}
+    counts = {name: getattr(summary, name) for name in ("traces", "kept", "whole", "undecided", "mean_fraction")}
     run.write_summary({**counts, "bad_rows": len(bad_rows)})
     return summary
 
@@ -196,20 +200,23 @@ def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge:
     shortened = [i for i in range(len(traces)) if kept[i] < len(spans[i])]
     prefixes = [(traces[i], prefix(i, kept[i])) for i in shortened]
     written = dict(zip(shortened, _continue(engine, config, prefixes, sampling=config.sampling), strict=True))
+    answer_judge = AnswerJudge(tokenizer)
     rows = []
     for i, trace in enumerate(traces):
         ids, finished = trace.response_ids, trace.finished
         if i in written:
             ids, finished = (*prefix(i, kept[i]), *written[i].token_ids), written[i].status == "finished"
         fields = make_training_row(trace, ids, tokenizer)
-        correct = trace.correct if i not in written else None
+        verdict: Verdict | None = None
         if trace.answer is not None:
-            correct = is_correct(fields["completion"], trace.answer)
+            verdict = answer_judge.judge(trace.prompt_ids, ids, trace.answer)
+        known = trace.correct if i not in written else None
         rows.append(
             {
                 **fields,
                 "status": "finished" if finished else "length",
-                "correct": correct,
+                "correct": known if verdict is None else verdict.is_correct,
+                "undecided": None if verdict is None else verdict.undecided,
                 "steps": len(spans[i]),
                 "kept_steps": kept[i],
                 "prefix_tokens": len(prefix(i, kept[i])),
@@ -262,12 +269,12 @@ def _asking(engine: Engine, config: PrefixConfig) -> PrefixJudge:
 
 def _solving(engine: Engine, config: PrefixConfig) -> PrefixJudge:
     """Return the judge that lets the student continue, greedily, and checks the answer."""
-    tokenizer = engine.tokenizer("student")
+    answer_judge = AnswerJudge(engine.tokenizer("student"))
 
     def judge(prefixes: Sequence[tuple[Trace, tuple[int, ...]]]) -> list[bool]:
         continued = _continue(engine, config, prefixes, sampling=Sampling(temperature=0.0))
         return [
-            is_correct(tokenizer.decode((*ids, *reply.token_ids)), trace.answer)
+            answer_judge.judge(trace.prompt_ids, (*ids, *reply.token_ids), trace.answer).is_correct
             for (trace, ids), reply in zip(prefixes, continued, strict=True)
         ]
 

@@ -20,7 +20,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.answers import is_correct
+from genssd.distill.data.answer_forms import Verdict
+from genssd.distill.data.answers import AnswerJudge
 from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl, write_text
@@ -60,7 +61,7 @@ class ScoreConfig(EngineOptions):
     limit: int | None = None
     """Take only the first rows of each file."""
     verify: bool = True
-    """Check answers by math-verify where a reference answer is known and the row has no verdict."""
+    """Judge answers where a reference answer is known and the row has no verdict."""
     pick: Recomputed[PickOptions] = field(default_factory=PickOptions)
     """Which responses go to selected.jsonl."""
 
@@ -99,6 +100,8 @@ class ScoreSummary:
     bad_rows: tuple[str, ...]
     teachers: Mapping[str, tuple[TeacherRank, ...]]
     """The teachers by criterion, best first. Empty with fewer than two teachers."""
+    undecided: int
+    """Number of responses that could not be judged; they do not count as correct."""
     incomplete: int
     """Number of prompts left out of the ranking because a teacher has no response to them."""
 
@@ -171,11 +174,11 @@ def _evaluate(
         selected=len(selected),
         bad_rows=tuple(bad_rows),
         teachers=ranks,
+        undecided=sum(row.get("undecided") is not None for row in rows),
         incomplete=incomplete,
     )
-    run.write_summary(
-        {"traces": summary.traces, "prompts": summary.prompts, "selected": summary.selected, "bad_rows": len(bad_rows)}
-    )
+    counts = {name: getattr(summary, name) for name in ("traces", "prompts", "selected", "undecided")}
+    run.write_summary({**counts, "bad_rows": len(bad_rows)})
     return summary
 
 
@@ -256,6 +259,7 @@ def _score_batch(
 ) -> Iterator[dict[str, Any]]:
     stats = engine.score([trace.prompt_ids for trace in batch], [trace.response_ids for trace in batch])
     tokenizer, guard = engine.tokenizer("student"), LoopGuard()
+    judge = AnswerJudge(tokenizer)
     for trace, of_trace in zip(batch, stats, strict=True):
         candidate = candidate_of(trace, engine, of_trace)
         features = {
@@ -267,9 +271,9 @@ def _score_batch(
         for name, values in features.items():
             if any(math.isnan(value) for value in values):
                 raise InputError(f"the criterion {name} gave NaN for {trace.where}")
-        correct = trace.correct
-        if correct is None and config.verify and trace.answer is not None:
-            correct = is_correct(tokenizer.decode(trace.response_ids), trace.answer)
+        verdict: Verdict | None = None
+        if trace.correct is None and config.verify and trace.answer is not None:
+            verdict = judge.judge(trace.prompt_ids, trace.response_ids, trace.answer)
         content = trace.response_ids[: len(trace.response_ids) - trace.finished]
         yield {
             "source": describe_source(trace),
@@ -279,7 +283,8 @@ def _score_batch(
             "steps": len(step_spans(tokenizer.pieces(content))),
             "finished": trace.finished,
             "loop": bool(guard.period(trace.response_ids)),
-            "correct": correct,
+            "correct": trace.correct if verdict is None else verdict.is_correct,
+            "undecided": None if verdict is None else verdict.undecided,
             "ratios": {
                 name: [_jsonable(part) for part in criterion.ratio(candidate)]
                 for name, criterion in criteria.items()

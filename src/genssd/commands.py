@@ -69,6 +69,7 @@ def prefix(config: PrefixConfig, console: Console) -> None:
         f"{summary.traces} traces: {summary.mean_fraction:.0%} of the steps kept on average, {summary.whole} left "
         f"whole; {summary.kept} are finished and not known to be wrong"
     )
+    _print_undecided(summary.undecided)
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
@@ -102,10 +103,11 @@ def distill(config: DistillConfig, console: Console) -> None:
         for summary in run_distill(config, report=lines.report):
             lines.close()
             score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
+            undecided = f", {summary.undecided} could not be judged" if summary.undecided else ""
             accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
             print(
-                f"round {summary.round}: {summary.kept} of {summary.prompts} kept, {summary.mean_tokens:.0f} tokens on "
-                f"average{score}; last loss {summary.loss:.4f}{accuracy}"
+                f"round {summary.round}: {summary.kept} of {summary.prompts} kept{undecided}, "
+                f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
             )
     print(f"written to {config.output_dir}; the student is {summary.student}")
 
@@ -117,6 +119,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     if result.avg_at_k is not None:
         print(f"avg@{result.samples} {result.avg_at_k}")
     print(f"{result.mean_tokens:.0f} tokens per response, {result.unfinished} cut at max_tokens")
+    _print_undecided(result.undecided)
     print(f"written to {config.output_dir}")
 
 
@@ -124,6 +127,7 @@ def score(config: ScoreConfig, console: Console) -> None:
     with ProgressLine("score", console) as line:
         summary = run_score(config, report=report_counts(line, "traces"))
     print(f"{summary.traces} traces of {summary.prompts} prompts scored, {summary.selected} responses picked")
+    _print_undecided(summary.undecided)
     for name, ranks in summary.teachers.items():
         print(f"teachers by {name} (95 % interval over {ranks[0].prompts} prompts; share of draws in front):")
         for rank in ranks:
@@ -139,12 +143,19 @@ def diagnose(config: DiagnoseConfig, console: Console) -> None:
         summary = run_diagnose(config, report=report_diagnosis(line))
     for sentence in write_verdict(summary.diagnosis):
         print(f"* {sentence}")
+    _print_undecided(summary.diagnosis.undecided)
     costs = summary.diagnosis.costs
     print(
         f"{costs.completions:,} completions, {costs.sampled_tokens:,} tokens in them; {costs.prefix_tokens:,} tokens "
         f"computed in front of them, {costs.naive_prefix_tokens:,} with a fresh generation per forced token"
     )
     print(f"written to {summary.output_dir}; look at {summary.output_dir / 'diagnosis.html'}")
+
+
+def _print_undecided(count: int) -> None:
+    """Print how many responses could not be judged, where there are any."""
+    if count:
+        print(f"{count} responses could not be judged and count as not correct; their rows give the reason (undecided)")
 
 
 def _raise_for_bad_rows(outcome: str, bad_rows: Sequence[str], output_dir: Path) -> None:

@@ -70,10 +70,32 @@ def test_a_model_whose_answers_are_known(tmp_path: Path, write_rows: Write) -> N
     shares = [np.mean([s["correct"] for s in row["samples"]]) for row in rows]
     assert np.mean(shares[0::2]) == pytest.approx(0.75, abs=0.06)
     assert rows[0]["response"] == "3"
+    assert result.undecided == 0
+    assert rows[0]["undecided"] is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy"]["value"] == 0.5
     assert seen[0] == (1, 80)
     assert seen[-1] == (80, 80)
+
+
+def test_responses_that_cannot_be_judged_are_counted(tmp_path: Path, write_rows: Write) -> None:
+    letters = [token_of("="), token_of("3"), VOCAB - 3]
+    logits = torch.full((3, 3), -50.0)
+    logits[0, 1] = logits[1, 2] = 0.0
+    save_markov(tmp_path / "model", letters, logits)
+    data = write_rows([{"prompt": "1+2=", "answer": "3"}, {"prompt": "1+2=", "answer": "B"}])
+    config = EvaluateConfig(
+        model=str(tmp_path / "model"),
+        data=str(data),
+        output_dir=str(tmp_path / "run"),
+        max_tokens=4,
+        memory_bytes=1 << 22,
+    )
+    result = run_evaluate(config)
+    assert (result.correct, result.undecided) == ((True, False), 1)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["undecided"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert rows[1]["undecided"] == "the reference is the letter of an option, the response gives something else"
 
 
 def test_rows_need_answers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

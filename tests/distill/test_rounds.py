@@ -15,6 +15,8 @@ from support.tiny_pair import TinyPair
 from support.training_runs import weights
 
 from genssd.distill import rounds
+from genssd.distill.data.answer_forms import CORRECT, WRONG, Verdict
+from genssd.distill.data.answers import AnswerJudge
 from genssd.distill.rounds import DistillConfig, RoundSummary, run_distill
 from genssd.distill.select.run import SelectSettings
 from genssd.distill.train.config import TrainSettings
@@ -177,7 +179,10 @@ def test_problems_start_again_at_the_end_and_statuses_count(tiny_pair: TinyPair,
 def test_right_answers_are_kept(
     tiny_pair: TinyPair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "is_correct", lambda text, answer: answer in ("2", "4"))
+    def judge(self: AnswerJudge, prompt_ids: object, response_ids: object, answer: str) -> Verdict:
+        return CORRECT if answer in ("2", "4") else WRONG
+
+    monkeypatch.setattr(AnswerJudge, "judge", judge)
     out = tmp_path / "run"
     (summary,) = run_distill(config_for(tiny_pair, data, out, rounds=1, require_correct=True))
     assert summary.kept == 2

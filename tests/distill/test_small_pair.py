@@ -11,7 +11,7 @@ import pytest
 
 from genssd import Chunk, Engine, Sampling
 from genssd.distill import small_pair
-from genssd.distill.data.answers import is_correct
+from genssd.distill.data.answers import judge
 from genssd.distill.small_pair.chat import build_tokenizer, write_corpus
 from genssd.distill.small_pair.models import build_student, save
 from genssd.distill.small_pair.problems import STYLES, detect_style, make_problems, write_solution, write_step
@@ -41,7 +41,7 @@ def test_a_solution_is_right_in_every_style() -> None:
         assert sum(problem.operands) == int(problem.answer)
         assert all(str(operand) in problem.question for operand in problem.operands)
         solution = write_solution(problem, rng)
-        assert is_correct(solution, problem.answer)
+        assert judge(solution, problem.answer).is_correct
         *steps, last = solution.split("\n")
         assert len(steps) == len(problem.operands) - 1
         assert last == f"\\boxed{{{problem.answer}}}"
@@ -81,7 +81,7 @@ def test_the_teacher_is_right_and_selection_turns_its_steps_to_what_the_student_
     prompts = [[{"role": "user", "content": p.question}] for p in problems]
     engine = Engine.from_pretrained(PAIR / "teacher", PAIR / "student", memory_bytes=1 << 28)
     greedy = engine.generate(prompts, sampling=Sampling(temperature=0.0), max_tokens=192)
-    assert sum(is_correct(c[0].text, p.answer) for c, p in zip(greedy, problems, strict=True)) >= 36
+    assert sum(judge(c[0].text, p.answer).is_correct for c, p in zip(greedy, problems, strict=True)) >= 36
 
     def spelled(candidates: int) -> float:
         chunk = Chunk(tokens=1, until="\n", limit=64)

@@ -17,6 +17,7 @@ from support.exact_tree import ExactTree, Floats
 from support.tiny_pair import TinyPair
 from support.toys import EOS, edit_json, save_checkpoint, save_markov, token_of
 
+from genssd.distill.data.answer_forms import CORRECT, WRONG, Verdict
 from genssd.distill.diagnose.alignment import ideal_gradient, measure_alignment, renormalise, teacher_advantage
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import Templates
@@ -44,6 +45,11 @@ TREE = ExactTree(
     STUDENT, DEPTH, frozenset(leaf for leaf in product(range(3), repeat=DEPTH) if finished_text(leaf) == "77")
 )
 """Tree of the student's responses to a prompt that ends in 7; "77" succeeds. Tokens after the end are summed out."""
+
+
+def verdict_on_text(text: str, answer: str | None) -> Verdict:
+    """Judge a response by its whole text."""
+    return CORRECT if text == answer else WRONG
 
 
 class World:
@@ -79,7 +85,7 @@ class World:
             **options,
         }
         config = DiagnoseConfig(student=str(self.root / "student"), data=str(data), output_dir=str(out), **settings)
-        return run_diagnose(config, self.load, verify=lambda text, answer: text == answer)
+        return run_diagnose(config, self.load, verify=verdict_on_text)
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,29 @@ def test_filters_choose_among_what_is_left(tiny_pair: TinyPair, write_rows: Writ
     assert "Three" in lines(tmp_path / "c" / "selected.jsonl")[0]["completion"], "the row's verdict counts"
 
 
+JUDGED: list[dict[str, Any]] = [
+    {"problem": "a?", "answer": "3\\sqrt{2}", "generations": ["\\boxed{3\\sqrt{2}}", "\\boxed{3}"]},
+    {"problem": "b?", "answer": "\\text{Ada}", "generations": ["\\boxed{\\text{Bob}}", "\\boxed{\\text{Ada}}"]},
+    {"problem": "c?", "answer": 1e-05, "generations": ["\\boxed{0.00001}", "\\boxed{0.00002}"]},
+    {"problem": "d?", "answer": "5", "generations": ["<think>\\boxed{5}</think>3", "<think>\\boxed{3}</think>5"]},
+    {"problem": "e?", "answer": "5", "generations": ["<think>It is \\boxed{5}", "The answer is 5."]},
+    {"problem": "f?", "answer": "C", "generations": ["\\boxed{4}", "The answer is (C)."]},
+]
+
+
+def test_answers_are_judged_after_the_thought_and_undecided_ones_are_counted(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    summary = score(tiny_pair, write_rows(JUDGED), tmp_path / "out", pick=PickOptions(correct=True))
+    rows = lines(tmp_path / "out" / "scores.jsonl")
+    expected = [[True, False], [False, True], [True, False], [False, True], [False, True], [False, True]]
+    assert [row["correct"] for row in rows] == [verdict for pair in expected for verdict in pair]
+    assert [row["undecided"] is not None for row in rows] == [i == 10 for i in range(12)]
+    assert "letter of an option" in rows[10]["undecided"]
+    assert (summary.selected, summary.undecided) == (6, 1)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["undecided"] == 1
+
+
 def test_several_responses_are_kept_with_larks_weights(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
     summary = score(tiny_pair, data, tmp_path / "out", criteria=("lark",), pick=PickOptions(keep=2, weigh=True))
