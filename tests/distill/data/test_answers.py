@@ -18,6 +18,7 @@ from genssd.distill.data import answer_math
 from genssd.distill.data.answer_thoughts import find_all_tags, opens_thought
 from genssd.distill.data.answers import AnswerJudge, judge
 from genssd.distill.data.problems import parse_answer, read_problems
+from genssd.engine.thoughts import ThoughtTags
 
 FORMS = [
     tuple(part.replace("⏎", "\n") for part in line.split("\t"))
@@ -52,7 +53,7 @@ def test_a_thought_that_the_prompt_opened_must_be_closed() -> None:
 def test_tags_of_a_template_are_found() -> None:
     tags = find_all_tags("{{ '<my_thoughts>' }} {%- if '</my_thoughts>' in content %} </tool_call> </think>")
     assert ThoughtTags("<my_thoughts>", "</my_thoughts>") in tags
-    assert not any("tool" in opening for opening, _ in tags)
+    assert not any("tool" in pair.opening for pair in tags)
     assert len(set(tags)) == len(tags)
     assert judge("<my_thoughts>\\boxed{3}</my_thoughts>\\boxed{5}", "5", tags=tags).is_correct
     assert not judge("<my_thoughts>\\boxed{5}", "5", tags=tags).is_correct
