@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from genssd.distill.data.answer_forms import Verdict
-from genssd.distill.data.answers import AnswerJudge
+from genssd.distill.answers.forms import Verdict
+from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.answers import AnswerJudge
+from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import read_lines, read_problems
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.runs.engine_options import EngineOptions

@@ -1,7 +1,7 @@
 """The structure of the code: the direction of imports, the size of files and functions, docstrings that read alone.
 
 csrc  <-  kernels  <-  engine  <-  distill  <-  genssd
-within distill:  runs  <-  data  <-  select, train, diagnose  <-  score  <-  evaluating, rounds, console, demo
+within distill:  runs, answers  <-  data  <-  select, train, diagnose  <-  score  <-  evaluating, rounds, console, demo
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ RANKS = {
     "kernels": 1,
     "engine": 2,
     "distill.runs": 3,
-    "distill.data": 4,
+    "distill.answers": 4,
     "distill.small_pair": 4,
-    "distill.select": 5,
-    "distill.train": 5,
-    "distill.diagnose": 5,
-    "distill.score": 6,  # leaf.py loads models as training does
-    "distill": 7,
+    "distill.data": 5,
+    "distill.select": 6,
+    "distill.train": 6,
+    "distill.diagnose": 6,
+    "distill.score": 7,  # leaf.py loads models as training does
+    "distill": 8,
 }
-TOP = 8
+TOP = 9
 
 OPTIONAL = {"triton", "peft", "wandb", "torch.utils.tensorboard"}
 """Packages that a function may import when it runs, because they need not be installed."""

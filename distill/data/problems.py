@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.answer_reading import read_closing_line
+from genssd.distill.answers.reading import read_closing_line
 from genssd.distill.data.messages import parse_prompt, parse_tools
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError

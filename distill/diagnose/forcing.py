@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from genssd.distill.data.answer_forms import Verdict
+from genssd.distill.answers.forms import Verdict
 from genssd.distill.diagnose.placement import count_affordable
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion

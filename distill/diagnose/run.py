@@ -24,8 +24,8 @@ from typing import Literal
 
 import numpy as np
 
-from genssd.distill.data.answer_forms import Verdict
-from genssd.distill.data.answers import AnswerJudge
+from genssd.distill.answers.forms import Verdict
+from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import build_prompt, read_contexts

@@ -20,8 +20,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.answer_forms import Verdict
-from genssd.distill.data.answers import AnswerJudge
+from genssd.distill.answers.forms import Verdict
+from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl, write_text

@@ -15,8 +15,8 @@ from support.tiny_pair import TinyPair
 from support.training_runs import weights
 
 from genssd.distill import rounds
-from genssd.distill.data.answer_forms import CORRECT, WRONG, Verdict
-from genssd.distill.data.answers import AnswerJudge
+from genssd.distill.answers.forms import CORRECT, WRONG, Verdict
+from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.rounds import DistillConfig, RoundSummary, run_distill
 from genssd.distill.select.run import SelectSettings
 from genssd.distill.train.config import TrainSettings

@@ -11,7 +11,7 @@ import pytest
 
 from genssd import Chunk, Engine, Sampling
 from genssd.distill import small_pair
-from genssd.distill.data.answers import judge
+from genssd.distill.answers.judge import judge
 from genssd.distill.small_pair.chat import build_tokenizer, write_corpus
 from genssd.distill.small_pair.models import build_student, save
 from genssd.distill.small_pair.problems import STYLES, detect_style, make_problems, write_solution, write_step

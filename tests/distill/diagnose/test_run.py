@@ -17,7 +17,7 @@ from support.exact_tree import ExactTree, Floats
 from support.tiny_pair import TinyPair
 from support.toys import EOS, edit_json, save_checkpoint, save_markov, token_of
 
-from genssd.distill.data.answer_forms import CORRECT, WRONG, Verdict
+from genssd.distill.answers.forms import CORRECT, WRONG, Verdict
 from genssd.distill.diagnose.alignment import ideal_gradient, measure_alignment, renormalise, teacher_advantage
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import Templates

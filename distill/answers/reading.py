@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from genssd.distill.data.answer_forms import has_words, is_choice, is_mathematics
-from genssd.distill.data.answer_numbers import CURRENCY, parse_quantity
-from genssd.distill.data.answer_text import normalise, strip_delimiters, unify_signs
+from genssd.distill.answers.forms import has_words, is_choice, is_mathematics
+from genssd.distill.answers.numbers import CURRENCY, parse_quantity
+from genssd.distill.answers.text import normalise, strip_delimiters, unify_signs
 
 Kind = Literal["mathematics", "choice", "words"]
 """Kind of the reference answer, which decides what of a sentence is read."""

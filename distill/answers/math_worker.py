@@ -1,4 +1,4 @@
-"""The process that runs math-verify, started by `answer_math` as a script.
+"""The process that runs math-verify, started by `formulas.py` as a script.
 
 It reads lines of JSON, each a pair (reference, response) of LaTeX, and writes a line for each: "equal", "different" or
 "unreadable" where math-verify finds no mathematics in the reference.
@@ -21,7 +21,7 @@ MAX_MEMORY = 4 << 30
 _NORMALISATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last", equations=False
 )
-"""Units are compared by `answer_forms`: math-verify would drop the variable of 5m."""
+"""Units are compared by `forms.py`: math-verify would drop the variable of 5m."""
 _CONFIG = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALISATION)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
-from genssd.distill.data.answer_forms import (
+from genssd.distill.answers.forms import (
     WRONG,
     Verdict,
     compare_answers,
@@ -16,10 +16,10 @@ from genssd.distill.data.answer_forms import (
     is_choice,
     undecidable,
 )
-from genssd.distill.data.answer_numbers import parse_quantity
-from genssd.distill.data.answer_reading import Kind, drop_dollars, read_answer, read_reference
-from genssd.distill.data.answer_text import fold_words, normalise
-from genssd.distill.data.answer_thoughts import KNOWN_TAGS, Tags, ThoughtReader, drop_thoughts
+from genssd.distill.answers.numbers import parse_quantity
+from genssd.distill.answers.reading import Kind, drop_dollars, read_answer, read_reference
+from genssd.distill.answers.text import fold_words, normalise
+from genssd.distill.answers.thoughts import KNOWN_TAGS, Tags, ThoughtReader, drop_thoughts
 from genssd.engine.text import Tokenizer
 
 MAX_REFERENCE = 20_000

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from genssd.distill.data.answer_math import TIME_LIMIT, compare_formulas
-from genssd.distill.data.answer_numbers import Quantity, are_equal, parse_quantity
-from genssd.distill.data.answer_text import fold_words, normalise, split_top_level, squeeze
+from genssd.distill.answers.formulas import TIME_LIMIT, compare_formulas
+from genssd.distill.answers.numbers import Quantity, are_equal, parse_quantity
+from genssd.distill.answers.text import fold_words, normalise, split_top_level, squeeze
 
 Outcome = Literal["correct", "wrong", "undecidable"]
 

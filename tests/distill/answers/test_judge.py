@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from support.shared_data import SHARED_DATA
 
-from genssd.distill.data import answer_math
-from genssd.distill.data.answer_thoughts import find_all_tags, opens_thought
-from genssd.distill.data.answers import AnswerJudge, judge
+from genssd.distill.answers import formulas
+from genssd.distill.answers.judge import AnswerJudge, judge
+from genssd.distill.answers.thoughts import find_all_tags, opens_thought
 from genssd.distill.data.problems import parse_answer, read_problems
 from genssd.engine.thoughts import ThoughtTags
 
 FORMS = [
     tuple(part.replace("⏎", "\n") for part in line.split("\t"))
-    for line in Path(__file__).with_name("answer_forms.tsv").read_text().splitlines()
+    for line in Path(__file__).with_name("forms.tsv").read_text().splitlines()
     if not line.startswith("#")
 ]
 
@@ -104,8 +104,8 @@ HARD = ("\\binom{10^9}{10^8}", "5 + x")
 
 
 def test_the_time_limit_holds_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer_math, "TIME_LIMIT", 1.0)
-    answer_math.compare_formulas.cache_clear()
+    monkeypatch.setattr(formulas, "TIME_LIMIT", 1.0)
+    formulas.compare_formulas.cache_clear()
     verdicts = []
     thread = threading.Thread(target=lambda: verdicts.append(judge(f"\\boxed{{{HARD[0]}}}", HARD[1])))
     start = time.monotonic()
