@@ -117,7 +117,7 @@ def read_examples(
                 continue
             where = f"{path}, line {number}"
             if "rejected" in fields:
-                encoded = _encode_pair(fields, tokenizer, where)
+                encoded = _encode_pair(fields, tokenizer, where, Path(path).parent)
             else:
                 encoded = (encode_example(fields, tokenizer, where, Path(path).parent),)
             if status is None and "length" not in statuses and any(example.is_cut_off for example in encoded):
@@ -133,7 +133,7 @@ def read_examples(
     return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
 
 
-def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> tuple[Example, ...]:
+def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> tuple[Example, ...]:
     """Return the examples of the chosen and of the rejected completion of a preference pair."""
     has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint
     pair = []
@@ -146,12 +146,12 @@ def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str) ->
                 "prompt_ids": fields.get("teacher_prompt_ids"),
                 "completion_ids": fields.get(f"{name}_token_ids"),
             }
-        example = encode_example(row, tokenizer, f"{where}, {name}")
+        example = encode_example(row, tokenizer, f"{where}, {name}", directory)
         pair.append(replace(example, rejected=name == "rejected"))
     return tuple(pair)
 
 
-def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path = Path()) -> Example:
+def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> Example:
     """Encode a row, by its own token ids where this tokenizer made them. Raises InputError naming `where`.
 
     directory: of the row's file; names of other files in the row are relative to it.

@@ -93,7 +93,7 @@ def read_traces(
                     yield f"{response_where}: an element of generations must be text, not {row['completion']!r}"
                     continue
                 try:
-                    example = encode_example(row, tokenizer, response_where)
+                    example = encode_example(row, tokenizer, response_where, Path(path).parent)
                     question = _find_question(row, example, tokenizer)
                 except InputError as error:
                     yield str(error)
@@ -199,8 +199,8 @@ def _split_responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mappin
     others = fields.get("others")
     rows = [fields]
     if isinstance(others, list) and "completion_ids" in fields:
-        # the messages are those of the best trajectory
-        shared = {name: value for name, value in fields.items() if name != "messages"}
+        # these two belong to the best trajectory
+        shared = {name: value for name, value in fields.items() if name not in ("messages", "teacher_topk")}
         rows += [{**shared, **other} for other in others if isinstance(other, dict) and other.get("completion_ids")]
     return [(row, verdict if row is fields else None) for row in rows]
 

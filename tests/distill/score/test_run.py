@@ -20,6 +20,7 @@ from genssd.distill.score.ranking import rank_teachers
 from genssd.distill.score.run import ScoreConfig, ScoreSummary, run_score
 from genssd.distill.select.run import SelectConfig, run_select
 from genssd.engine import criterion_names
+from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 
@@ -272,3 +273,19 @@ def test_wrong_options_are_named(
 
     with pytest.raises(InputError, match=message):
         run()
+
+
+def test_selections_with_the_teachers_topk_are_read_from_any_directory(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select = SelectConfig(
+        teacher=str(tiny_pair.teacher), student=str(tiny_pair.student), data=str(write_rows([{"prompt": "one"}])),
+        output_dir=str(tmp_path / "run"), candidates=3, beam=2, chunk=Chunk(tokens=3, until=None), max_tokens=6,
+        teacher_topk=2,
+    )  # fmt: skip
+    path = run_select(select, tiny_pair.engine).path
+    monkeypatch.chdir(tmp_path)
+    data = (str(path.relative_to(tmp_path)),)
+    config = ScoreConfig(student=str(tiny_pair.student), data=data, output_dir=str(tmp_path / "scored"))
+    summary = run_score(config, tiny_pair.engine)
+    assert (summary.traces, summary.bad_rows) == (2, ())
