@@ -109,7 +109,6 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             run.begin()
             run.record()
         loss = Trainer(training, state).train(report)
-        world.wait()
         summary = TrainSummary(
             output_dir=Path(config.output_dir),
             steps=state.step,
@@ -123,6 +122,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
         if run is not None:
             known_loss = summary.loss if math.isfinite(summary.loss) else None  # None: no step was left to take
             run.write_summary({**dataclasses.asdict(summary), "loss": known_loss, "output_dir": config.output_dir})
+        world.wait()  # until everything is written: a process that leaves early may abort on its way out
     return summary
 
 
