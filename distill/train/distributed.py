@@ -7,6 +7,7 @@ FSDP2           weights, gradients and optimizer states are sharded over the pro
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -57,7 +58,7 @@ class World:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             # without this the process aborts at its end, because the group's threads still run
-            atexit.register(dist.destroy_process_group)
+            atexit.register(_leave_group)
         mesh = init_device_mesh(device.type, (size,)) if fsdp else None
         return World(rank=dist.get_rank(), size=size, device=device, mesh=mesh)
 
@@ -122,6 +123,12 @@ class World:
             for layer in model.base_model.layers:
                 fully_shard(layer, mesh=self.mesh)
             fully_shard(wrapper, mesh=self.mesh)
+
+
+def _leave_group() -> None:
+    """Leave the process group, once what is left of a sharded model no longer holds it."""
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def gather_shards(value: Tensor) -> Tensor:
