@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from support.head_problems import Result, assert_close, assert_equal
 from support.operations import Operations
 from torch import Tensor
 
@@ -114,9 +115,6 @@ def naive_topk(
     return (rows if row_weight is None else rows * row_weight.double()).sum(), rows
 
 
-Result = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
 def evaluate(
     loss: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, weight: Tensor, *rest: Tensor, **options: Any
 ) -> Result:
@@ -132,22 +130,6 @@ def exact(hidden: Tensor, weight: Tensor, *teacher: Tensor, **options: Any) -> R
 
 def exact_topk(hidden: Tensor, weight: Tensor, ids: Tensor, logprob: Tensor, **options: Any) -> Result:
     return evaluate(naive_topk, hidden.double(), weight.double(), ids, logprob.double(), **options)
-
-
-def assert_close(ours: Result, expected: Result, tolerance: float) -> None:
-    for name, value, truth in zip(("total", "rows", "d_hidden", "d_weight"), ours, expected, strict=True):
-        torch.testing.assert_close(
-            value.double(),
-            truth.double(),
-            atol=tolerance,
-            rtol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
-def assert_equal(ours: Result, others: Result) -> None:
-    for name, value, other in zip(("total", "rows", "d_hidden", "d_weight"), ours, others, strict=True):
-        assert torch.equal(value, other), name
 
 
 def problem(
