@@ -159,7 +159,8 @@ def score_rows(
     S, per_split = divide_vocabulary(V, tiles.block)
     blocks = -(-N // tiles.block)
     partial = torch.empty(5, S, N, dtype=torch.float32, device=device)
-    chosen, logprob, logsumexp, entropy, sum_p2 = torch.empty(5, N, dtype=torch.float32, device=device)
+    # five tensors: an operator may not return two tensors that share storage
+    chosen, logprob, logsumexp, entropy, sum_p2 = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(5))
     rank = torch.empty(N, dtype=torch.int32, device=device)
     bias = bias_V if bias_V is not None else weight_VD
     strides = hidden_ND.stride(0), weight_VD.stride(0)
