@@ -5,70 +5,173 @@ Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTiles:
-    """Sizes of one configuration of a kernel over the head.
+    """Sizes of one configuration of a kernel over tiles of the head's logits.
 
-    block: rows, and also vocabulary entries, of a tile. block_d: entries of the model width multiplied at a time.
+    block_n: rows of a tile. block_v: its vocabulary entries. block_d: entries of the model width multiplied at a time.
+    descriptors: whether tiles are loaded by tensor descriptors (the tensor memory accelerator of Hopper and later)
+    rather than through pointers.
     """
 
-    block: int
+    block_n: int
+    block_v: int
     block_d: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadLaunch:
     """Launch configuration of a kernel over the head.
 
-    programs: number of programs, on which no result depends. interpret: whether Triton's interpreter runs the kernel.
+    programs: number of programs, and group: number of blocks of rows that walk the vocabulary at the same time; no
+    result depends on them. splits: number of parts of the vocabulary that are summed up on their own; results depend on
+    it in their last bits. interpret: whether Triton's interpreter runs the kernel.
     """
 
     programs: int
     tiles: HeadTiles
+    splits: int = 132
+    group: int = 16
     interpret: bool = False
 
+    def divide(self, vocabulary: int) -> tuple[int, int]:
+        """Return the number of splits and of tiles per split, which do not depend on the number of rows."""
+        tiles = -(-vocabulary // self.tiles.block_v)
+        per_split = -(-tiles // self.splits)
+        return -(-tiles // per_split), per_split
 
-HALF_HOPPER = HeadTiles(block=128, block_d=64, num_warps=8, num_stages=3)
-HALF_AMPERE = HeadTiles(block=128, block_d=32, num_warps=8, num_stages=4)  # with 64, the addresses spill registers
-HALF_AMD = HeadTiles(block=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
-DRAWING = HeadTiles(block=64, block_d=64, num_warps=8, num_stages=3)
-SINGLE = HeadTiles(
-    block=32, block_d=32, num_warps=4, num_stages=3
-)  # no matrix unit computes float32, and larger tiles spill
-DRAWING_SINGLE = HeadTiles(block=32, block_d=64, num_warps=4, num_stages=3)
+
+HOPPER_FEW = HeadTiles(block_n=64, block_v=128, block_d=64, num_warps=4, num_stages=3, descriptors=True)
+HOPPER_MANY = HeadTiles(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4, descriptors=True)
+AMPERE = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=4)  # block_d 64 spills registers
+AMD = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
+# no matrix unit computes float32, and larger tiles spill
+SINGLE = HeadTiles(block_n=32, block_v=32, block_d=32, num_warps=4, num_stages=3)
 ROW_BLOCK = 4096  # entries of a row that a row-wise program holds at once
 
 
-def choose_tiles(dtype: torch.dtype, *, amd: bool, capability: int, drawing: bool = False) -> HeadTiles:
-    """Return the shipped tile sizes for a dtype. capability: NVIDIA's compute capability, 80 for sm_80; ignored on AMD.
-
-    drawing: for the kernel that draws tokens, which needs registers for the noise of every tile.
-    """
+def choose_tiles(dtype: torch.dtype, rows: int, *, amd: bool, capability: int) -> HeadTiles:
+    """Return the shipped tile sizes. capability: NVIDIA's compute capability, 80 for sm_80; ignored on AMD."""
     if dtype == torch.float32:
-        return DRAWING_SINGLE if drawing else SINGLE
-    if drawing:
-        return DRAWING
+        return SINGLE
     if amd:
-        return HALF_AMD
-    return HALF_HOPPER if capability >= 90 else HALF_AMPERE
+        return AMD
+    if capability < 90:
+        return AMPERE
+    return HOPPER_FEW if rows <= HOPPER_FEW.block_n else HOPPER_MANY
 
 
-def choose_launch(hidden: Tensor, *, drawing: bool = False) -> HeadLaunch:
-    """Choose the launch configuration for the device and dtype of the hidden states."""
+def choose_launch(hidden: Tensor, weight: Tensor) -> HeadLaunch:
+    """Choose the launch configuration for the device, dtype, number and layout of the hidden states and the weight."""
     device = torch.cuda.get_device_properties(hidden.device)
     capability = 10 * device.major + device.minor
-    tiles = choose_tiles(hidden.dtype, amd=torch.version.hip is not None, capability=capability, drawing=drawing)
-    return HeadLaunch(programs=device.multi_processor_count, tiles=tiles)
+    tiles = choose_tiles(hidden.dtype, len(hidden), amd=torch.version.hip is not None, capability=capability)
+    if tiles.descriptors and not (fits_descriptor(hidden) and fits_descriptor(weight)):
+        tiles = dataclasses.replace(tiles, descriptors=False)
+    per_multiprocessor = 8 // tiles.num_warps
+    return HeadLaunch(programs=per_multiprocessor * device.multi_processor_count, tiles=tiles)
+
+
+def fits_descriptor(x: Tensor) -> bool:
+    """Return whether a tensor descriptor can describe a matrix: it begins, and its rows begin, at 16 bytes."""
+    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def describe(x: Tensor, rows: int, tiles: HeadTiles) -> Any:
+    """Return what a kernel takes for a matrix: a descriptor of tiles [rows, block_d], or the matrix itself."""
+    if not tiles.descriptors:
+        return x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, tiles.block_d])
+
+
+@triton.jit
+def load_tile(
+    x, first, start, N, D, stride,  # a descriptor, or a pointer to [N, D]
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Return the tile [BLOCK, BLOCK_D] of x that begins at row `first` and column `start`.
+
+    Columns beyond the last one are 0. Rows beyond the last one are 0 or repeat it.
+    """
+    if DESCRIPTORS:
+        return x.load([first, start])
+    else:
+        n = tl.minimum(first + tl.arange(0, BLOCK), N - 1).to(tl.int64)
+        d = start + tl.arange(0, BLOCK_D)
+        return tl.load(x + n[:, None] * stride + d[None, :], mask=d[None, :] < D, other=0.0)
+
+
+@triton.jit
+def add_product(x, a, b, INTERPRET: tl.constexpr):
+    """Return x + a @ b, each entry of which is summed in the order of the shared dimension."""
+    # the interpreter would multiply the bits of bf16 as integers, and round differently at other places of a tile
+    if INTERPRET:
+        return x + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+    return tl.dot(a, b, x, input_precision="ieee")
+
+
+@triton.jit
+def multiply_tile(
+    hidden, weight, n_first, v_first, N, V, D, stride_n, stride_v,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Return the products x of BLOCK_N rows from n_first with BLOCK_V vocabulary entries from v_first, in float32.
+
+    Every product is summed in the order of D with the same instruction, whatever the sizes of the tile.
+    """
+    x = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        h = load_tile(hidden, n_first, start, N, D, stride_n, BLOCK_N, BLOCK_D, DESCRIPTORS)
+        w = load_tile(weight, v_first, start, V, D, stride_v, BLOCK_V, BLOCK_D, DESCRIPTORS)
+        x = add_product(x, h, w.T, INTERPRET)
+    return x
+
+
+@triton.jit
+def place_of(task, blocks, splits, group):
+    """Return the split and the block of rows of a task.
+
+    `group` blocks of rows walk the vocabulary together, so that their hidden states and the weights of the current
+    splits stay in the L2 cache.
+    """
+    group_tasks = group * splits
+    first = task // group_tasks * group
+    size = tl.minimum(group, blocks - first)
+    within = task % group_tasks
+    return within // size, first + within % size
+
+
+@triton.jit
+def finish_logits(
+    x, bias, v_first, V, temperature, softcap,
+    BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Return the logits z of the products x; entries beyond the vocabulary are -inf. SCALED: temperature is not 1."""
+    v = v_first + tl.arange(0, BLOCK_V)
+    if HAS_BIAS:
+        x += tl.load(bias + tl.minimum(v, V - 1)).to(tl.float32)[None, :]
+    if SOFTCAP:
+        x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
+    if SCALED:
+        x = x / temperature
+    if v_first + BLOCK_V > V:
+        x = tl.where(v[None, :] < V, x, -float("inf"))
+    return x
 
 
 @triton.jit
@@ -86,32 +189,6 @@ def unsquash_gradient(dz, z, temperature, softcap, SOFTCAP: tl.constexpr):
         t = z * temperature / softcap
         dz = dz * (1.0 - t * t)
     return dz / temperature
-
-
-@triton.jit
-def logits_tile(
-    hidden, weight, bias,  # [N, D] [V, D] [V]
-    n, v, N, V, D, stride_n, stride_v,
-    temperature, softcap,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Return the logits z of rows n and vocabulary entries v, float32 [BLOCK, BLOCK].
-
-    Indices beyond the last row or entry are replaced by the last one.
-    """
-    z = tl.zeros([BLOCK, BLOCK], tl.float32)
-    n_at = tl.minimum(n, N - 1)[:, None] * stride_n
-    v_at = tl.minimum(v, V - 1)[None, :] * stride_v
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        h = tl.load(hidden + n_at + d[None, :], mask=d[None, :] < D, other=0.0)
-        w = tl.load(weight + v_at + d[:, None], mask=d[:, None] < D, other=0.0)
-        if INTERPRET:  # the interpreter would multiply the bits of bf16 as integers
-            h, w = h.to(tl.float32), w.to(tl.float32)
-        z = tl.dot(h, w, z, input_precision="ieee")
-    if HAS_BIAS:
-        z += tl.load(bias + tl.minimum(v, V - 1)).to(tl.float32)[None, :]
-    return squash(z, temperature, softcap, SOFTCAP)
 
 
 @triton.jit

@@ -122,14 +122,17 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     topk: int = 0,
+    checked: bool = True,
 ) -> TokenStats:
     """Return the statistics of target_N (int64 [N], in [0, V)) under softmax(z).
 
     The product is taken in the dtype of hidden (or autocast's), everything after it in float32 (float64 stays
     float64). bias: [V], not differentiated. All outputs but rank and the top k are differentiable in hidden and weight;
     with a packed weight, which must have hidden's dtype, none is. topk: number of most likely tokens to return as well.
-    Raises ValueError on shapes that do not agree, a target outside the vocabulary or an option out of range, and
-    NonFiniteLogits on a row with a NaN, a +inf or no finite logit.
+    Raises ValueError on shapes that do not agree or an option out of range and, where checked, ValueError on a target
+    outside the vocabulary and NonFiniteLogits on a row with a NaN, a +inf or no finite logit. Without checked the host
+    does not wait for the device; such a target is then taken for the nearest id, and the logsumexp of such a row is not
+    finite.
     """
     check_head("linear_logprob", hidden_ND, weight_VD)
     check_positive("linear_logprob", temperature=temperature, softcap=softcap)
@@ -153,6 +156,8 @@ def linear_logprob(
             *values, ids, logprob = _linear_logprob(
                 hidden_ND.to(dtype), weight_VD, target_N, bias, temperature, softcap, topk
             )
+    if checked:
+        _check_outputs(target_N, values[1], weight_VD.shape[0])
     stats = TokenStats.from_values(values)
     return dataclasses.replace(stats, topk=TopK(ids, logprob)) if topk else stats
 
@@ -233,7 +238,6 @@ def _score_in_blocks(
             parts = _score_reference(x[part], in_range_N[block][part], temperature, softcap, topk)
             for value, computed in zip(values, parts, strict=True):
                 value[block][part] = computed
-    _check_outputs(target_N, values[1], V)
     return values
 
 
@@ -252,7 +256,6 @@ def _score_natively(
         hidden_ND.detach(), cells_of(weight_VD), V, target_N.clamp(0, V - 1), detach(bias),
         temperature, softcap or 0.0, stats_4N, *values[4:], torch.get_num_threads(),
     )  # fmt: skip
-    _check_outputs(target_N, stats_4N[1], V)
     for value, computed in zip(values, stats_4N, strict=False):
         value.copy_(computed)
     return values
@@ -297,17 +300,9 @@ def _linear_logprob_triton(
     from genssd.kernels.head_triton import choose_launch
     from genssd.kernels.logprob_triton import score_rows
 
-    V = weight_VD.shape[0]
-    stats = score_rows(
-        hidden_ND.contiguous(),
-        weight_VD.to(hidden_ND.dtype).contiguous(),
-        target_N.clamp(0, V - 1),
-        bias,
-        temperature,
-        softcap,
-        launch=choose_launch(hidden_ND),
-    )
-    _check_outputs(target_N, stats[1], V)
+    hidden_ND, weight_VD = hidden_ND.contiguous(), weight_VD.to(hidden_ND.dtype).contiguous()
+    launch = choose_launch(hidden_ND, weight_VD)
+    stats = score_rows(hidden_ND, weight_VD, target_N, bias, temperature, softcap, launch=launch)
     return (*stats, target_N.new_empty(len(target_N), 0), stats[0].new_empty(len(target_N), 0))
 
 

@@ -6,10 +6,11 @@ row
     peak = max z        total = sum e^(z - peak)        slope = sum (z - peak) e^(z - peak)
     square = sum e^2(z - peak)        above = number of z > z[target]
 
-Another kernel merges the splits in order. The boundaries of splits and tiles depend on the vocabulary alone, every
-product is added up in the same order with the same instruction, and no operation is atomic: a row's bits depend on that
-row alone. A first kernel computes the targets' logits: it multiplies each block of rows with the weights of the block's
-own targets and keeps the diagonal. It uses the same tile function, so comparing logits with them yields exact ranks.
+Another kernel merges the splits. The boundaries of splits and tiles do not depend on the rows, every product is added
+up in the same order with the same instruction, and no operation is atomic: a row's bits depend on that row alone. A
+first kernel computes the targets' logits: it multiplies each block of rows with the weights of the block's own targets
+and keeps the diagonal. It uses the same instruction in the same order, so comparing logits with them yields exact
+ranks.
 
 Shapes:  N rows   V vocabulary   D model width   S splits
 """
@@ -21,14 +22,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels.head_triton import HeadLaunch, logits_tile, rescale, safe_peak
+from genssd.kernels.head_triton import (
+    HeadLaunch,
+    add_product,
+    describe,
+    finish_logits,
+    multiply_tile,
+    place_of,
+    rescale,
+    safe_peak,
+    squash,
+)
 
-SPLITS = 128
-"""Number of splits of the vocabulary: about one per multiprocessor of a large GPU, so that all of them read weights
-even for a few rows."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+MERGED_ROWS = 8  # rows that a merging program takes
+MERGED_SPLITS = 64  # splits that it reads at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def _target_kernel(
     hidden, weight, bias, target,  # [N, D] [V, D] [V] int64 [N]
     chosen,  # [N]
@@ -37,107 +49,126 @@ def _target_kernel(
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)
     n = tl.program_id(0).to(tl.int64) * BLOCK + lane
-    token = tl.load(target + n, mask=n < N, other=0)
-    z = logits_tile(
-        hidden, weight, bias, n, token, N, V, D, stride_n, stride_v, temperature, softcap,
-        BLOCK, BLOCK_D, HAS_BIAS, SOFTCAP, INTERPRET,
-    )  # fmt: skip
+    token = tl.minimum(tl.maximum(tl.load(target + n, mask=n < N, other=0), 0), V - 1)
+    n_at = tl.minimum(n, N - 1)[:, None] * stride_n
+    v_at = token[None, :] * stride_v
+    x = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden + n_at + d[None, :], mask=d[None, :] < D, other=0.0)
+        w = tl.load(weight + v_at + d[:, None], mask=d[:, None] < D, other=0.0)
+        x = add_product(x, h, w, INTERPRET)
+    if HAS_BIAS:
+        x += tl.load(bias + token).to(tl.float32)[None, :]
+    z = squash(x, temperature, softcap, SOFTCAP)
     tl.store(chosen + n, tl.sum(tl.where(lane[:, None] == lane[None, :], z, 0.0), 1), mask=n < N)
 
 
-@triton.jit
+# code specialised on the number of rows might round differently
+@triton.jit(do_not_specialize=("N", "tiles_per_split", "group"))
 def _score_split_kernel(
     hidden, weight, bias, target, chosen,  # [N, D] [V, D] [V] int64 [N] [N]
     partial,  # [5, S, N]
-    N, V, D, stride_n, stride_v, tiles_per_split, temperature, softcap,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
+    N, V, D, stride_n, stride_v, tiles_per_split, group, temperature, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(N, BLOCK)
-    splits = tl.cdiv(tl.cdiv(V, BLOCK), tiles_per_split)
-    lane = tl.arange(0, BLOCK)
-    # neighbouring programs take the same split, so its weights are read from memory once, then from the L2 cache
+    blocks, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
+    splits = tl.cdiv(tiles, tiles_per_split)
     for task in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
-        split = task // blocks
-        n = ((task % blocks) * BLOCK + lane).to(tl.int64)
-        token = tl.load(target + n, mask=n < N, other=0)
+        split, block = place_of(task, blocks, splits, group)
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = tl.load(target + n, mask=n < N, other=0).to(tl.int32)
         z_target = tl.load(chosen + n, mask=n < N, other=0.0)
-        peak = tl.full([BLOCK], -float("inf"), tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        slope = tl.zeros([BLOCK], tl.float32)
-        square = tl.zeros([BLOCK], tl.float32)
-        above = tl.zeros([BLOCK], tl.float32)
-        for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tl.cdiv(V, BLOCK))):
-            v = (tile * BLOCK + lane).to(tl.int64)
-            z = logits_tile(
-                hidden, weight, bias, n, v, N, V, D, stride_n, stride_v, temperature, softcap,
-                BLOCK, BLOCK_D, HAS_BIAS, SOFTCAP, INTERPRET,
+        peak = tl.full([BLOCK_N], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        slope = tl.zeros([BLOCK_N], tl.float32)
+        square = tl.zeros([BLOCK_N], tl.float32)
+        above = tl.zeros([BLOCK_N], tl.float32)
+        for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
+            v_first = tile * BLOCK_V
+            x = multiply_tile(
+                hidden, weight, block * BLOCK_N, v_first, N, V, D, stride_n, stride_v,
+                BLOCK_N, BLOCK_V, BLOCK_D, DESCRIPTORS, INTERPRET,
             )  # fmt: skip
-            z = tl.where(v[None, :] < V, z, -float("inf"))
-            above += tl.sum(((z > z_target[:, None]) & (v[None, :] != token[:, None])).to(tl.float32), 1)
+            z = finish_logits(x, bias, v_first, V, temperature, softcap, BLOCK_V, HAS_BIAS, SCALED, SOFTCAP)
+            above += tl.sum((z > z_target[:, None]).to(tl.float32), 1)
+            inside = (token >= v_first) & (token < v_first + BLOCK_V)
+            if tl.sum(inside.to(tl.int32), 0) > 0:  # the target is not above itself
+                v = v_first + tl.arange(0, BLOCK_V)
+                itself = (v[None, :] == token[:, None]) & (z > z_target[:, None])
+                above -= tl.sum(itself.to(tl.float32), 1)
             new_peak = tl.maximum(peak, tl.max(z, 1))
             base = safe_peak(new_peak)
             scale = rescale(peak, base)
-            shift = tl.where(peak == -float("inf"), 0.0, peak - base)
-            away = z - base[:, None]
-            e = tl.exp(away)
-            # 0 * -inf would be NaN: an entry of probability 0 must add 0
-            slope = scale * (slope + shift * total) + tl.sum(tl.where(e > 0.0, away * e, 0.0), 1)
+            shift = tl.where(peak == -float("inf"), 0.0, (peak - base) * LOG2_E)
+            # in units of ln 2, in which exponentials are one instruction
+            away = (z - base[:, None]) * LOG2_E
+            e = tl.exp2(away)
+            # 0 * -inf would be NaN: an entry of probability 0 must add 0, and 2^-200 is 0 in float32
+            slope = scale * (slope + shift * total) + tl.sum(tl.maximum(away, -200.0) * e, 1)
             total = scale * total + tl.sum(e, 1)
             square = scale * scale * square + tl.sum(e * e, 1)
             peak = new_peak
 
         kept = n < N
-        at = split * N + n
+        at = split.to(tl.int64) * N + n
+        size = splits.to(tl.int64) * N
         tl.store(partial + at, peak, mask=kept)
-        tl.store(partial + splits * N + at, total, mask=kept)
-        tl.store(partial + 2 * splits * N + at, slope, mask=kept)
-        tl.store(partial + 3 * splits * N + at, square, mask=kept)
-        tl.store(partial + 4 * splits * N + at, above, mask=kept)
+        tl.store(partial + size + at, total, mask=kept)
+        tl.store(partial + 2 * size + at, slope * LN_2, mask=kept)
+        tl.store(partial + 3 * size + at, square, mask=kept)
+        tl.store(partial + 4 * size + at, above, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "S"))
 def _merge_splits_kernel(
     partial, chosen,  # [5, S, N] [N]
     logprob, logsumexp, entropy, sum_p2, rank,  # [N] each
     N, S,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kept = n < N
-    peak = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    slope = tl.zeros([BLOCK], tl.float32)
-    square = tl.zeros([BLOCK], tl.float32)
-    above = tl.zeros([BLOCK], tl.float32)
-    for split in range(0, S):
-        at = partial + split * N + n
-        split_peak = tl.load(at, mask=kept, other=0.0)
-        split_total = tl.load(at + S * N, mask=kept, other=1.0)
-        split_slope = tl.load(at + 2 * S * N, mask=kept, other=0.0)
-        split_square = tl.load(at + 3 * S * N, mask=kept, other=0.0)
-        above += tl.load(at + 4 * S * N, mask=kept, other=0.0)
-        new_peak = tl.maximum(peak, split_peak)
-        base = safe_peak(new_peak)
-        shift = tl.where(peak == -float("inf"), 0.0, peak - base)
-        split_shift = tl.where(split_peak == -float("inf"), 0.0, split_peak - base)
-        a, b = rescale(peak, base), rescale(split_peak, base)
-        slope = a * (slope + shift * total) + b * (split_slope + split_shift * split_total)
-        total = a * total + b * split_total
-        square = a * a * square + b * b * split_square
-        peak = new_peak
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    kept = (n < N)[None, :]
+    size = tl.cast(S, tl.int64) * N
+    highest = tl.full([BLOCK_S, ROWS], -float("inf"), tl.float32)
+    for first in range(0, S, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        at = partial + s[:, None].to(tl.int64) * N + n[None, :]
+        highest = tl.maximum(highest, tl.load(at, mask=kept & (s < S)[:, None], other=-float("inf")))
+    peak = tl.max(highest, 0)
+    base = safe_peak(peak)
+    total = tl.zeros([BLOCK_S, ROWS], tl.float32)
+    slope = tl.zeros([BLOCK_S, ROWS], tl.float32)
+    square = tl.zeros([BLOCK_S, ROWS], tl.float32)
+    above = tl.zeros([BLOCK_S, ROWS], tl.float32)
+    for first in range(0, S, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        at = partial + s[:, None].to(tl.int64) * N + n[None, :]
+        read = kept & (s < S)[:, None]
+        split_peak = tl.load(at, mask=read, other=-float("inf"))
+        split_total = tl.load(at + size, mask=read, other=0.0)
+        shift = tl.where(split_peak == -float("inf"), 0.0, split_peak - base[None, :])
+        scale = rescale(split_peak, base[None, :])
+        total += scale * split_total
+        slope += scale * (tl.load(at + 2 * size, mask=read, other=0.0) + shift * split_total)
+        square += scale * scale * tl.load(at + 3 * size, mask=read, other=0.0)
+        above += tl.load(at + 4 * size, mask=read, other=0.0)
+    log_total = tl.log(tl.sum(total, 0))
     # subtracted one after the other: the sum peak + log(total) would lose the low bits of the logarithm
-    tl.store(logprob + n, tl.load(chosen + n, mask=kept, other=0.0) - peak - tl.log(total), mask=kept)
-    tl.store(logsumexp + n, peak + tl.log(total), mask=kept)
-    tl.store(entropy + n, tl.log(total) - slope / total, mask=kept)
-    tl.store(sum_p2 + n, square / (total * total), mask=kept)
-    tl.store(rank + n, above.to(tl.int32) + 1, mask=kept)
+    z = tl.load(chosen + n, mask=n < N, other=0.0)
+    tl.store(logprob + n, z - peak - log_total, mask=n < N)
+    tl.store(logsumexp + n, peak + log_total, mask=n < N)
+    tl.store(entropy + n, log_total - tl.sum(slope, 0) / tl.sum(total, 0), mask=n < N)
+    tl.store(sum_p2 + n, tl.sum(square, 0) / (tl.sum(total, 0) * tl.sum(total, 0)), mask=n < N)
+    tl.store(rank + n, tl.sum(above, 0).to(tl.int32) + 1, mask=n < N)
 
 
-def divide_vocabulary(vocabulary: int, block: int) -> tuple[int, int]:
-    """Return the number of splits and of tiles per split, which depend on the vocabulary and the tile size alone."""
-    tiles = -(-vocabulary // block)
-    per_split = -(-tiles // SPLITS)
-    return -(-tiles // per_split), per_split
+def choose_target_tiling(dtype: torch.dtype) -> dict[str, int]:
+    """Return the launch options of the kernel that computes the targets' logits."""
+    if dtype == torch.float32:
+        return {"BLOCK": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
 
 
 def score_rows(
@@ -152,35 +183,31 @@ def score_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logprob, logsumexp, entropy and sum_p2 (float32 [N]) and rank (int32 [N]) on a CUDA device.
 
-    Targets must lie in the vocabulary.
+    The host does not wait for the device. A target outside the vocabulary is taken for the nearest id.
     """
     N, D = hidden_ND.shape
     V, tiles, device = weight_VD.shape[0], launch.tiles, hidden_ND.device
-    S, per_split = divide_vocabulary(V, tiles.block)
-    blocks = -(-N // tiles.block)
+    S, per_split = launch.divide(V)
+    blocks = -(-N // tiles.block_n)
     partial = torch.empty(5, S, N, dtype=torch.float32, device=device)
     # five tensors: an operator may not return two tensors that share storage
     chosen, logprob, logsumexp, entropy, sum_p2 = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(5))
     rank = torch.empty(N, dtype=torch.int32, device=device)
     bias = bias_V if bias_V is not None else weight_VD
     strides = hidden_ND.stride(0), weight_VD.stride(0)
-    options = {
-        "BLOCK": tiles.block,
-        "BLOCK_D": tiles.block_d,
-        "HAS_BIAS": bias_V is not None,
-        "SOFTCAP": softcap is not None,
-        "INTERPRET": launch.interpret,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
-    _target_kernel[(blocks,)](
-        hidden_ND, weight_VD, bias, target_N, chosen, N, V, D, *strides, temperature, softcap or 1.0, **options
-    )
-    _score_split_kernel[(min(launch.programs, blocks * S),)](
-        hidden_ND, weight_VD, bias, target_N, chosen, partial,
-        N, V, D, *strides, per_split, temperature, softcap or 1.0, **options,
+    shared = {"HAS_BIAS": bias_V is not None, "SOFTCAP": softcap is not None, "INTERPRET": launch.interpret}
+    targets = choose_target_tiling(hidden_ND.dtype)
+    _target_kernel[(-(-N // targets["BLOCK"]),)](
+        hidden_ND, weight_VD, bias, target_N, chosen, N, V, D, *strides, temperature, softcap or 1.0,
+        **shared, **targets,
     )  # fmt: skip
-    _merge_splits_kernel[(-(-N // 128),)](
-        partial, chosen, logprob, logsumexp, entropy, sum_p2, rank, N, S, BLOCK=128
+    _score_split_kernel[(min(launch.programs, blocks * S),)](
+        describe(hidden_ND, tiles.block_n, tiles), describe(weight_VD, tiles.block_v, tiles), bias, target_N, chosen,
+        partial, N, V, D, *strides, per_split, min(launch.group, blocks), temperature, softcap or 1.0,
+        BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, BLOCK_D=tiles.block_d, DESCRIPTORS=tiles.descriptors,
+        SCALED=temperature != 1.0, **shared, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    _merge_splits_kernel[(-(-N // MERGED_ROWS),)](
+        partial, chosen, logprob, logsumexp, entropy, sum_p2, rank, N, S, ROWS=MERGED_ROWS, BLOCK_S=MERGED_SPLITS
     )  # fmt: skip
     return logprob, logsumexp, entropy, sum_p2, rank

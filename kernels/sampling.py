@@ -201,18 +201,19 @@ def _linear_sample_triton(
     softcap: float | None,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
+    from genssd.kernels.draw_triton import draw_rows
     from genssd.kernels.head_triton import choose_launch
-    from genssd.kernels.sampling_triton import draw_rows
 
+    hidden_BD, weight_VD = hidden_BD.contiguous(), weight_VD.contiguous()
     return draw_rows(
-        hidden_BD.contiguous(),
-        weight_VD.contiguous(),
+        hidden_BD,
+        weight_VD,
         key_B,
         bias,
         temperature,
         softcap,
         vocabulary,
-        launch=choose_launch(hidden_BD, drawing=True),
+        launch=choose_launch(hidden_BD, weight_VD),
     )
 
 

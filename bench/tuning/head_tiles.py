@@ -1,9 +1,9 @@
-"""Time the scoring kernel at many tile configurations on this GPU, and list the fastest first.
+"""Time the kernels over the head at many configurations on this GPU: scoring, and the logits that a draw reads.
 
-    python -m bench.tuning.head_tiles --json bench/results/head_tiles.json
+    python -m bench.tuning.head_tiles --json bench/results/gpu-head-tiles.jsonl
 
-A configuration is timed only if its log-probabilities equal those of the shipped one up to rounding. A faster one goes
-into kernels/head_triton.py and must then pass tests/kernels/test_ahead_of_time.py.
+Every configuration is checked against float32 before it is timed, and one line per configuration is written at once. A
+faster one goes into kernels/head_triton.py and must then pass tests/kernels/test_ahead_of_time.py.
 """
 
 from __future__ import annotations
@@ -11,72 +11,188 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench.support.device_limits import best_seconds, measure_device_limits
+from bench.support.device_limits import measure_device_limits
+from bench.support.gpu_timing import captured_seconds, compile_in_parallel, kernel_microseconds
+from torch import Tensor
 
-SHAPES = [(64, 151936, 4096), (8192, 151936, 1024), (8192, 151936, 4096)]
-BLOCKS, BLOCKS_D, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+from genssd.kernels.draw_triton import draw_from_logits, draw_rows, write_logits
+from genssd.kernels.head_triton import HeadLaunch, HeadTiles
+from genssd.kernels.logprob_triton import score_rows
+
+VOCABULARY = 151936
+FEW = [(64, 4096), (64, 1024), (16, 4096)]
+MIDDLE = [(128, 4096), (256, 4096), (512, 1024)]
+MANY = [(8192, 1024), (8192, 4096)]
+
+
+Timer = Callable[[Sequence[Callable[[], object]]], float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variant:
+    """A configuration to time: its launch, and how many programs run on a multiprocessor."""
+
+    tiles: HeadTiles
+    splits: int
+    per_multiprocessor: int
+    group: int = 16
+
+    def launch(self) -> HeadLaunch:
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        return HeadLaunch(
+            programs=self.per_multiprocessor * processors, tiles=self.tiles, splits=self.splits, group=self.group
+        )
+
+
+def few_variants() -> list[Variant]:
+    sizes = [
+        # block_v, block_d, stages, programs per multiprocessor, splits
+        (128, 64, 3, 3, 396), (128, 64, 4, 2, 264), (128, 64, 3, 3, 132), (128, 64, 3, 2, 264), (128, 64, 8, 1, 132),
+        (128, 128, 2, 2, 264), (128, 128, 4, 1, 132), (256, 64, 2, 2, 297), (256, 64, 2, 2, 198), (256, 64, 5, 1, 119),
+        (256, 64, 5, 1, 149), (256, 128, 2, 1, 149), (64, 64, 4, 3, 396), (64, 128, 3, 2, 264), (64, 64, 6, 2, 264),
+    ]  # fmt: skip
+    return [
+        Variant(HeadTiles(block_n=64, block_v=v, block_d=d, num_warps=4, num_stages=s, descriptors=True), splits, per)
+        for v, d, s, per, splits in sizes
+    ] + [
+        Variant(HeadTiles(block_n=64, block_v=128, block_d=64, num_warps=4, num_stages=4), 264, 2),
+    ]
+
+
+def many_variants() -> list[Variant]:
+    sizes = [
+        # block_n, block_v, block_d, warps, stages, programs per multiprocessor, splits, group
+        (128, 256, 64, 8, 4, 1, 119, 16), (128, 256, 64, 8, 3, 1, 119, 16), (128, 256, 64, 8, 4, 1, 119, 64),
+        (128, 256, 64, 8, 4, 1, 119, 8), (128, 256, 64, 8, 4, 1, 297, 16), (128, 256, 128, 8, 2, 1, 119, 16),
+        (256, 128, 64, 8, 4, 1, 132, 16), (128, 128, 64, 4, 3, 2, 132, 16), (128, 128, 64, 8, 3, 2, 132, 16),
+        (64, 256, 64, 4, 2, 2, 119, 16), (128, 256, 32, 8, 6, 1, 119, 16),
+    ]  # fmt: skip
+    return [
+        Variant(
+            HeadTiles(block_n=n, block_v=v, block_d=d, num_warps=w, num_stages=s, descriptors=True), splits, per, group
+        )
+        for n, v, d, w, s, per, splits, group in sizes
+    ]
+
+
+def variants() -> list[Variant]:
+    return few_variants() + many_variants()
+
+
+def inputs(rows: int, width: int, vocabulary: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(rows, width, device="cuda", generator=generator).bfloat16()
+    weight = (3 / width**0.5 * torch.randn(vocabulary, width, device="cuda", generator=generator)).bfloat16()
+    return hidden, weight, torch.randint(0, vocabulary, (rows,), device="cuda", generator=generator)
+
+
+def compile_variant(index: int) -> None:
+    """Compile the kernels of one variant, by running them on few rows."""
+    launch = variants()[index].launch()
+    hidden, weight, target = inputs(launch.tiles.block_n, 1024, 4096)
+    score_rows(hidden, weight, target, None, 1.0, None, launch=launch)
+    draw_rows(hidden, weight, target, None, 1.0, None, 4096, launch=launch)
+    torch.cuda.synchronize()
+
+
+def check(hidden: Tensor, weight: Tensor, target: Tensor, launch: HeadLaunch) -> None:
+    """Raise AssertionError unless the kernels agree with float32 on the first rows."""
+    logits = hidden[:64].float() @ weight.float().T
+    exact = logits.log_softmax(1)
+    values = score_rows(hidden, weight, target, None, 1.0, None, launch=launch)
+    rows = slice(0, 64)
+    torch.testing.assert_close(values[0][rows], exact.gather(1, target[rows, None])[:, 0], atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(values[2][rows], -(exact.exp() * exact).sum(1), atol=2e-3, rtol=1e-4)
+    best = score_rows(hidden[rows], weight, logits.argmax(1), None, 1.0, None, launch=launch)
+    assert int((best[4] != 1).sum()) <= 1, f"ranks of the most likely tokens: {best[4].tolist()}"
+    if len(hidden) <= 512:
+        own = write_logits(hidden, weight, None, None, launch=launch)[rows]
+        torch.testing.assert_close(own, logits, atol=2e-3, rtol=1e-3)
+
+
+def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        logprob = (hidden @ weight.T).float().log_softmax(1)
+        chosen = logprob.gather(1, target[:, None])
+        return chosen, -(logprob.exp() * logprob).sum(1), 1 + (logprob > chosen).sum(1)
+
+    return run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=Path("head-tiles.jsonl"), help="file of the rows")
+    parser.add_argument("--seconds", type=float, default=90.0, help="time after which no further shape begins")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning tile sizes needs a GPU")
-    from genssd.kernels.head_triton import HeadLaunch, HeadTiles, choose_launch
-    from genssd.kernels.logprob_triton import score_rows
-
+    started = time.perf_counter()
+    compile_in_parallel(compile_variant, len(variants()))
+    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
     limits = measure_device_limits("cuda", torch.bfloat16)
-    rows: list[dict[str, Any]] = []
-    for N, V, D in SHAPES:
-        hidden = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16) / D**0.5
-        target = torch.randint(0, V, (N,), device="cuda")
-        shipped = choose_launch(hidden)
-        expected = score_rows(hidden, weight, target, None, 1.0, None, launch=shipped)[0]
-        measured: list[dict[str, Any]] = []
-        for block, block_d, warps, stages in itertools.product(BLOCKS, BLOCKS_D, WARPS, STAGES):
-            tiles = HeadTiles(block=block, block_d=block_d, num_warps=warps, num_stages=stages)
-            for per_sm in (1, 2):
-                launch = HeadLaunch(programs=per_sm * shipped.programs, tiles=tiles)
-                run = functools.partial(score_rows, hidden, weight, target, None, 1.0, None, launch=launch)
-                try:
-                    logprob = run()[0]
-                    torch.testing.assert_close(logprob, expected, atol=1e-3, rtol=1e-3)
-                    seconds = best_seconds(run, "cuda", rounds=3 if N > 1000 else 10)
-                except Exception as error:  # a configuration that does not fit the device is left out
-                    print(f"{tiles}: {type(error).__name__}", file=sys.stderr)
-                    continue
-                measured.append(
-                    {
-                        "shape": [N, V, D],
-                        "tiles": dataclasses.asdict(tiles),
-                        "programs_per_multiprocessor": per_sm,
-                        "seconds": seconds,
-                        "share_of_matmul": 2 * N * V * D / seconds / limits.flops,
-                        "share_of_copy": weight.nbytes / seconds / limits.bytes,
-                        "same_bits_as_shipped": torch.equal(logprob, expected),
-                        "shipped": tiles == shipped.tiles and per_sm == 1,
-                    }
-                )
-        measured.sort(key=lambda row: row["seconds"])
-        rows += measured
-        for row in measured[:5]:
-            print(row)
-    if options.json:
-        machine = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "limits": dataclasses.asdict(limits),
-        }
-        options.json.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
+    with options.json.open("w") as file:
+
+        def write(**row: Any) -> None:
+            print(json.dumps(row), f"[{time.perf_counter() - started:.0f} s]", flush=True)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        write(gpu=torch.cuda.get_device_name(), torch=torch.__version__, limits=dataclasses.asdict(limits))
+        for rows, width in [*FEW, *MIDDLE, *MANY]:
+            if time.perf_counter() - started < options.seconds:
+                time_shape(rows, width, limits.flops, limits.bytes, write)
+
+
+def time_shape(rows: int, width: int, flops: float, rate: float, write: Callable[..., None]) -> None:
+    """Time every variant that suits a number of rows, and the library's product and plain torch next to them."""
+    hidden, weight, target = inputs(rows, width)
+    floor = max(2 * rows * VOCABULARY * width / flops, weight.nbytes / rate)
+    seconds: Timer = functools.partial(captured_seconds, per_graph=5)
+    if rows > 1024:
+        seconds = functools.partial(captured_seconds, per_graph=1, repeats=4)
+    shape = {"rows": rows, "width": width, "floor_us": 1e6 * floor}
+    out = torch.empty(rows, VOCABULARY, dtype=torch.bfloat16, device="cuda")
+    product = seconds([functools.partial(torch.mm, hidden, weight.T, out=out)])
+    wide = seconds([functools.partial(torch.mm, hidden, weight.T, out_dtype=torch.float32)])
+    plain = seconds([eager(hidden, weight, target)])
+    write(**shape, product_us=1e6 * product, float32_product_us=1e6 * wide, eager_us=1e6 * plain)
+    candidates = {64: few_variants(), 8192: many_variants()}.get(rows, few_variants()[:10:2] + many_variants()[:8:3])
+    for variant in candidates if rows != 16 else few_variants()[:9:2]:
+        launch = variant.launch()
+        name = {**dataclasses.asdict(variant.tiles), "splits": variant.splits, "per_sm": variant.per_multiprocessor,
+                "group": variant.group}  # fmt: skip
+        try:
+            write(**shape, **name, **time_variant(hidden, weight, target, launch, seconds, floor))
+        except Exception as error:  # a configuration that does not fit the device is left out
+            write(**shape, **name, failed=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def time_variant(
+    hidden: Tensor, weight: Tensor, target: Tensor, launch: HeadLaunch, seconds: Timer, floor: float
+) -> dict[str, Any]:
+    """Check one configuration, and return its times in microseconds and a checksum of its bits."""
+    check(hidden, weight, target, launch)
+    score = functools.partial(score_rows, hidden, weight, target, None, 1.0, None, launch=launch)
+    took = seconds([score])
+    bits = score()[1][:16].view(torch.int32).sum().item()  # rows of all shapes of a width are equal
+    row: dict[str, Any] = {"score_us": 1e6 * took, "share": floor / took, "bits": bits}
+    if len(hidden) <= 512:
+        write_all = functools.partial(write_logits, hidden, weight, None, None, launch=launch)
+        pass_only = functools.partial(draw_from_logits, write_all(), target, 1.0, VOCABULARY)
+        both = functools.partial(draw_rows, hidden, weight, target, None, 1.0, None, VOCABULARY, launch=launch)
+        for name, run in [("logits_us", write_all), ("draw_pass_us", pass_only), ("draw_us", both)]:
+            row[name] = 1e6 * seconds([run])
+    row["kernels_us"] = {key.split("(")[0][:40]: value for key, value in kernel_microseconds(score).items()}
+    return row
 
 
 if __name__ == "__main__":

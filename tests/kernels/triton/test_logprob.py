@@ -5,6 +5,7 @@ The interpreter multiplies the bits of bf16: half precision is checked on a GPU,
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from genssd.kernels.head_triton import HeadLaunch, HeadTiles
 from genssd.kernels.logprob import STATISTICS, TokenStats, linear_logprob
 from genssd.kernels.logprob_triton import score_rows
 
-SMALL = HeadTiles(block=16, block_d=16, num_warps=4, num_stages=2)
+SMALL = HeadTiles(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=2)
+DESCRIPTORS = dataclasses.replace(SMALL, descriptors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,8 @@ def run(
     temperature: float = 1.0,
     softcap: float | None = None,
     programs: int = 3,
+    tiles: HeadTiles = SMALL,
+    group: int = 2,
 ) -> TokenStats:
     return TokenStats.from_values(
         score_rows(
@@ -57,7 +61,7 @@ def run(
             bias,
             temperature,
             softcap,
-            launch=HeadLaunch(programs=programs, tiles=SMALL, interpret=True),
+            launch=HeadLaunch(programs=programs, tiles=tiles, splits=5, group=group, interpret=True),
         )
     )
 
@@ -145,10 +149,17 @@ def test_the_number_of_programs_changes_no_bit() -> None:
     assert all(torch.equal(getattr(one, name), getattr(many, name)) for name in STATISTICS)
 
 
+@pytest.mark.parametrize(("rows", "vocabulary", "width"), [(1, 31, 4), (16, 64, 16), (37, 301, 24), (50, 1000, 20)])
+def test_descriptors_load_what_pointers_load(rows: int, vocabulary: int, width: int) -> None:
+    operands = inputs(rows, vocabulary, width)
+    pointers = run(*operands)
+    for group in (1, 3):
+        described = run(*operands, tiles=DESCRIPTORS, group=group)
+        assert all(torch.equal(getattr(pointers, name), getattr(described, name)) for name in STATISTICS)
+
+
 def test_permuting_rows_permutes_the_results() -> None:
     hidden, weight, target = inputs(32, 120, 24)
-    # eighths make every sum of products exact, whatever order the interpreter's BLAS adds in on this machine
-    hidden, weight = (hidden * 8).round() / 8, (weight * 8).round() / 8
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     whole, permuted = run(hidden, weight, target), run(hidden[order], weight, target[order])
     for name in STATISTICS:

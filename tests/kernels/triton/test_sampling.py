@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from genssd.kernels import draw_triton
+from genssd.kernels.draw_triton import draw_rows
 from genssd.kernels.head_triton import HeadLaunch, HeadTiles
 from genssd.kernels.sampling import linear_sample, sample
-from genssd.kernels.sampling_triton import draw_rows, sample_rows
+from genssd.kernels.sampling_triton import sample_rows
 
-LAUNCH = HeadLaunch(programs=3, tiles=HeadTiles(block=16, block_d=16, num_warps=4, num_stages=2), interpret=True)
+TILES = HeadTiles(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=2)
+LAUNCH = HeadLaunch(programs=3, tiles=TILES, interpret=True)
 
 
 def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
@@ -78,6 +82,34 @@ def test_drawing_in_the_vocabulary_pass(options: dict[str, float], vocabulary: i
     )  # fmt: skip
     assert torch.equal(tokens, expected.tokens)
     torch.testing.assert_close(logprob, expected.logprob, atol=2e-5, rtol=1e-5)
+    described = dataclasses.replace(LAUNCH, tiles=dataclasses.replace(TILES, descriptors=True))
+    again, _ = draw_rows(
+        hidden, weight, keys, bias, options.get("temperature", 1.0), options.get("softcap"), vocabulary or 301,
+        launch=described,
+    )  # fmt: skip
+    assert torch.equal(again, tokens)
+
+
+def test_rows_beyond_one_block_of_logits_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(7, 24, generator=generator), torch.randn(301, 24, generator=generator)
+    whole = draw_rows(hidden, weight, torch.arange(7), None, 1.0, None, 301, launch=LAUNCH)
+    monkeypatch.setattr(draw_triton, "LOGITS_BYTES", 3 * 301 * 4)
+    parts = draw_rows(hidden, weight, torch.arange(7), None, 1.0, None, 301, launch=LAUNCH)
+    assert torch.equal(parts[0], whole[0])
+    assert torch.equal(parts[1], whole[1])
+
+
+def test_a_split_of_a_row_ends_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw_triton, "SPLIT", 128)
+    monkeypatch.setattr(draw_triton, "BLOCK", 64)
+    generator = torch.Generator().manual_seed(2)
+    for vocabulary in (1, 127, 128, 129, 700):
+        hidden, weight = torch.randn(5, 8, generator=generator), torch.randn(vocabulary, 8, generator=generator)
+        for temperature in (0.0, 1.0):
+            drawn = draw_rows(hidden, weight, torch.arange(5), None, temperature, None, vocabulary, launch=LAUNCH)
+            expected = linear_sample(hidden, weight, torch.arange(5), temperature=temperature)
+            assert torch.equal(drawn[0], expected.tokens)
 
 
 def test_drawing_flags_a_broken_row_and_breaks_ties_downwards() -> None:
