@@ -9,6 +9,8 @@ Shapes:  B rows   V vocabulary   D model width   S splits
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -23,11 +25,10 @@ from genssd.kernels.head_triton import (
     rescale,
     safe_peak,
 )
-from genssd.kernels.sampling_triton import gumbel
+from genssd.kernels.sampling_triton import gumbel, uniform
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 LOGITS_BYTES = 256 << 20  # largest size of the float32 logits of one block of rows
-SPLIT = 8192  # entries of a row that a program takes
-BLOCK = 1024  # entries that it holds at once
 MERGED_SPLITS = 32  # splits that a merging program reads at once
 MERGED_ROWS = 4
 
@@ -79,42 +80,57 @@ def _draw_split_kernel(
     logits, key,  # [B, V] int64 [B]
     partial, winner,  # [4, S, B] int32 [S, B]
     B, V, vocabulary, stride, temperature,
-    GREEDY: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute, for one row and split, the peak and sum of the softmax, the best noisy logit, its token and logit."""
+    """Compute, for one row and split, the peak and sum of the softmax, the best noisy logit, its token and logit.
+
+    The noise g = -log(-log(1 - u)) is at most -log(u), because -log(1 - u) >= u. So an entry whose e^(z / temperature)
+    is less than u times e^(best score) cannot win, and a block in which none can is left after its random bits.
+    """
     row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     z_row = logits + row.to(tl.int64) * stride
     seed = tl.load(key + row)
     lane = tl.arange(0, BLOCK)
-    peak = tl.full([BLOCK], -float("inf"), tl.float32)
+    begin, end = split * SPLIT, tl.minimum((split + 1) * SPLIT, V)
+    highest = tl.full([BLOCK], -float("inf"), tl.float32)
+    for start in range(begin, end, BLOCK):
+        v = start + lane
+        highest = tl.maximum(highest, tl.load(z_row + v, mask=v < end, other=-float("inf")))
+    peak = tl.max(highest, 0)
+    base = safe_peak(peak)
     total = tl.zeros([BLOCK], tl.float32)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     z_best = tl.zeros([BLOCK], tl.float32)
-    token = tl.zeros([BLOCK], tl.int32)
-    for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, V), BLOCK):
+    token = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    bound = tl.zeros([], tl.float32)  # e^(best score - base / temperature), a little less for rounding
+    for start in range(begin, end, BLOCK):
         v = start + lane
-        z = tl.load(z_row + v, mask=v < V, other=-float("inf"))
-        new_peak = tl.maximum(peak, z)
-        base = safe_peak(new_peak)
-        total = total * rescale(peak, base) + tl.exp(z - base)
-        peak = new_peak
+        z = tl.load(z_row + v, mask=v < end, other=-float("inf"))
+        e = tl.exp2((z - base) * LOG2_E)
+        total += e
+        kept = (v < vocabulary) & (z > -float("inf"))
         if GREEDY:
-            score = z
+            better = kept & (z > best)
+            best = tl.where(better, z, best)
+            z_best = best
+            token = tl.where(better, v, token)
         else:
-            score = z / temperature + gumbel(seed, v)
-        better = (score > best) & (v < vocabulary) & (z > -float("inf"))
-        best = tl.where(better, score, best)
-        z_best = tl.where(better, z, z_best)
-        token = tl.where(better, v, token)
-    top = tl.max(peak, 0)
-    base = safe_peak(top)
+            u = uniform(seed, v)
+            weight = tl.exp2((z - base) * (LOG2_E / temperature)) if SCALED else e
+            if tl.sum((kept & (weight >= u * bound)).to(tl.int32), 0) > 0:
+                score = z / temperature + gumbel(u)
+                better = kept & (score > best)
+                best = tl.where(better, score, best)
+                z_best = tl.where(better, z, z_best)
+                token = tl.where(better, v, token)
+                bound = tl.exp(tl.max(best, 0) - base / temperature) * 0.9999
     at = split * B + row
     size = splits * B
-    tl.store(partial + at, top)
-    tl.store(partial + size + at, tl.sum(total * rescale(peak, base), 0))
-    highest = tl.max(best, 0)
-    first = tl.min(tl.where(best == highest, token, 0x7FFFFFFF), 0)
-    tl.store(partial + 2 * size + at, highest)
+    tl.store(partial + at, peak)
+    tl.store(partial + size + at, tl.sum(total, 0))
+    score = tl.max(best, 0)
+    first = tl.min(tl.where(best == score, token, 0x7FFFFFFF), 0)
+    tl.store(partial + 2 * size + at, score)
     tl.store(partial + 3 * size + at, tl.max(tl.where(token == first, z_best, -float("inf")), 0))
     tl.store(winner + at, first)
 
@@ -160,17 +176,33 @@ def _draw_merge_kernel(
     tl.store(logprob + b, tl.where(sound, z_token - lse, float("nan")), mask=b < B)
 
 
-def draw_from_logits(logits_BV: Tensor, key_B: Tensor, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawTiling:
+    """Sizes of the pass over logits that draws. split: entries of a row that a program takes. block: at once."""
+
+    split: int
+    block: int
+    num_warps: int
+
+
+DRAW_TILING = DrawTiling(split=16384, block=1024, num_warps=4)
+
+
+def draw_from_logits(
+    logits_BV: Tensor, key_B: Tensor, temperature: float, vocabulary: int, *, tiling: DrawTiling | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row among the first `vocabulary` ids of float32 logits; see `draw_rows`."""
     B, V = logits_BV.shape
-    S = -(-V // SPLIT)
+    tiling = tiling or DRAW_TILING
+    S = -(-V // tiling.split)
     partial = torch.empty(4, S, B, dtype=torch.float32, device=logits_BV.device)
     winner = torch.empty(S, B, dtype=torch.int32, device=logits_BV.device)
     tokens = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
     logprob = torch.empty(B, dtype=torch.float32, device=logits_BV.device)
     _draw_split_kernel[(B, S)](
         logits_BV, key_B, partial, winner, B, V, vocabulary, logits_BV.stride(0), temperature or 1.0,
-        GREEDY=temperature == 0.0, SPLIT=SPLIT, BLOCK=BLOCK, num_warps=4,
+        GREEDY=temperature == 0.0, SCALED=temperature != 1.0, SPLIT=tiling.split, BLOCK=tiling.block,
+        num_warps=tiling.num_warps,
     )  # fmt: skip
     _draw_merge_kernel[(-(-B // MERGED_ROWS),)](
         partial, winner, tokens, logprob, B, S, ROWS=MERGED_ROWS, BLOCK_S=MERGED_SPLITS

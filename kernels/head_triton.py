@@ -55,7 +55,8 @@ class HeadLaunch:
         return -(-tiles // per_split), per_split
 
 
-HOPPER_FEW = HeadTiles(block_n=64, block_v=128, block_d=64, num_warps=4, num_stages=3, descriptors=True)
+# both sum over the same tiles of the vocabulary, so that a row has the same bits in either
+HOPPER_FEW = HeadTiles(block_n=64, block_v=256, block_d=64, num_warps=4, num_stages=5, descriptors=True)
 HOPPER_MANY = HeadTiles(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4, descriptors=True)
 AMPERE = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=4)  # block_d 64 spills registers
 AMD = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory

@@ -150,14 +150,14 @@ def linear_logprob(
         refuse_gradients("linear_logprob with a packed weight", hidden_ND)
         outputs, hidden_ND = _allocate_outputs(hidden_ND, target_N, topk), hidden_ND.contiguous()
         *values, ids, logprob = _score_natively(hidden_ND, weight_VD, target_N, bias, temperature, softcap, outputs)
+        if checked:
+            _check_outputs(target_N, values[1], weight_VD.shape[0])
     else:
         dtype = choose_product_dtype(hidden_ND)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             *values, ids, logprob = _linear_logprob(
-                hidden_ND.to(dtype), weight_VD, target_N, bias, temperature, softcap, topk
+                hidden_ND.to(dtype), weight_VD, target_N, bias, temperature, softcap, topk, checked
             )
-    if checked:
-        _check_outputs(target_N, values[1], weight_VD.shape[0])
     stats = TokenStats.from_values(values)
     return dataclasses.replace(stats, topk=TopK(ids, logprob)) if topk else stats
 
@@ -218,12 +218,31 @@ def _score_in_blocks(
     temperature: float,
     softcap: float | None,
     topk: int,
+    checked: bool,
 ) -> OperatorOutputs:
     """Compute the outputs with the native kernel where it runs, else with the reference, a block of rows at a time."""
     values = _allocate_outputs(hidden_ND, target_N, topk)
     weight_VD = weight_VD.to(hidden_ND.dtype)
     if runs_natively(hidden_ND, weight_VD, bias):
-        return _score_natively(hidden_ND, weight_VD, target_N, bias, temperature, softcap, values)
+        _score_natively(hidden_ND, weight_VD, target_N, bias, temperature, softcap, values)
+    else:
+        _score_rows(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk, values)
+    if checked:
+        _check_outputs(target_N, values[1], len(weight_VD))
+    return values
+
+
+def _score_rows(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    topk: int,
+    values: OperatorOutputs,
+) -> None:
+    """Write the outputs into values with the reference, a block of rows at a time."""
     in_range_N = target_N.clamp(0, weight_VD.shape[0] - 1)
     N, V = len(hidden_ND), len(weight_VD)
     rows = max(1, LOGITS_BYTES // (4 * V))
@@ -238,7 +257,6 @@ def _score_in_blocks(
             parts = _score_reference(x[part], in_range_N[block][part], temperature, softcap, topk)
             for value, computed in zip(values, parts, strict=True):
                 value[block][part] = computed
-    return values
 
 
 def _score_natively(
@@ -293,9 +311,10 @@ def _linear_logprob_triton(
     temperature: float,
     softcap: float | None,
     topk: int,
+    checked: bool,
 ) -> OperatorOutputs:
     if hidden_ND.dtype == torch.float64 or topk:  # the Triton kernel computes no top k
-        return _score_in_blocks(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk)
+        return _score_in_blocks(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk, checked)
     # imported here, because Triton need not be installed where there is no GPU
     from genssd.kernels.head_triton import choose_launch
     from genssd.kernels.logprob_triton import score_rows
@@ -303,12 +322,14 @@ def _linear_logprob_triton(
     hidden_ND, weight_VD = hidden_ND.contiguous(), weight_VD.to(hidden_ND.dtype).contiguous()
     launch = choose_launch(hidden_ND, weight_VD)
     stats = score_rows(hidden_ND, weight_VD, target_N, bias, temperature, softcap, launch=launch)
+    if checked:
+        _check_outputs(target_N, stats[1], len(weight_VD))
     return (*stats, target_N.new_empty(len(target_N), 0), stats[0].new_empty(len(target_N), 0))
 
 
 @_linear_logprob.register_fake
 def _(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *rest: Any) -> OperatorOutputs:
-    return _allocate_outputs(hidden_ND, target_N, rest[-1])
+    return _allocate_outputs(hidden_ND, target_N, rest[-2])
 
 
 _linear_logprob.register_autograd(backward, setup_context=save_context)

@@ -26,7 +26,7 @@ from genssd.kernels.head import (
 
 def save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save what the backward pass of genssd::linear_logprob requires."""
-    hidden, weight, target, bias, *ctx.options, _ = inputs
+    hidden, weight, target, bias, *ctx.options, _, _ = inputs
     logprob, logsumexp, entropy, sum_p2, rank, ids, values = output
     ctx.mark_non_differentiable(rank, ids, values)
     ctx.save_for_backward(hidden, weight, target, bias, logprob, logsumexp, entropy, sum_p2)
@@ -44,7 +44,7 @@ def backward(
         hidden, weight, target, bias, torch.stack((logprob, logsumexp, entropy, sum_p2)),
         torch.stack((d_logprob, d_logsumexp, d_entropy, d_sum_p2)), temperature, softcap, want_hidden, want_weight,
     )  # fmt: skip
-    return d_hidden if want_hidden else None, d_weight if want_weight else None, None, None, None, None, None
+    return d_hidden if want_hidden else None, d_weight if want_weight else None, *(None,) * 6
 
 
 @torch.library.custom_op("genssd::linear_logprob_backward", mutates_args=())

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from genssd.kernels.head_triton import (
     HeadLaunch,
+    HeadTiles,
     add_product,
     describe,
     finish_logits,
@@ -45,14 +46,17 @@ def _target_kernel(
     hidden, weight, bias, target,  # [N, D] [V, D] [V] int64 [N]
     chosen,  # [N]
     N, V, D, stride_n, stride_v, temperature, softcap,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    lane = tl.arange(0, BLOCK)
-    n = tl.program_id(0).to(tl.int64) * BLOCK + lane
+    """Compute the targets' logits of BLOCK rows, which are repeated to the BLOCK_M rows that the matrix unit takes."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    m, lane = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
+    n = first + lane
     token = tl.minimum(tl.maximum(tl.load(target + n, mask=n < N, other=0), 0), V - 1)
-    n_at = tl.minimum(n, N - 1)[:, None] * stride_n
+    n_at = tl.minimum(first + m % BLOCK, N - 1)[:, None] * stride_n
     v_at = token[None, :] * stride_v
-    x = tl.zeros([BLOCK, BLOCK], tl.float32)
+    x = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         h = tl.load(hidden + n_at + d[None, :], mask=d[None, :] < D, other=0.0)
@@ -61,13 +65,30 @@ def _target_kernel(
     if HAS_BIAS:
         x += tl.load(bias + token).to(tl.float32)[None, :]
     z = squash(x, temperature, softcap, SOFTCAP)
-    tl.store(chosen + n, tl.sum(tl.where(lane[:, None] == lane[None, :], z, 0.0), 1), mask=n < N)
+    tl.store(chosen + n, tl.sum(tl.where(m[:, None] == lane[None, :], z, 0.0), 0), mask=n < N)
+
+
+@triton.jit
+def add_logits(z, peak, total, slope, square):
+    """Return the sums of a block of rows after a tile of their logits z. slope is in units of ln 2."""
+    new_peak = tl.maximum(peak, tl.max(z, 1))
+    base = safe_peak(new_peak)
+    scale = rescale(peak, base)
+    shift = tl.where(peak == -float("inf"), 0.0, (peak - base) * LOG2_E)
+    # in units of ln 2, in which exponentials are one instruction
+    away = (z - base[:, None]) * LOG2_E
+    e = tl.exp2(away)
+    # 0 * -inf would be NaN: an entry of probability 0 must add 0, and 2^-200 is 0 in float32
+    slope = scale * (slope + shift * total) + tl.sum(tl.maximum(away, -200.0) * e, 1)
+    total = scale * total + tl.sum(e, 1)
+    square = scale * scale * square + tl.sum(e * e, 1)
+    return new_peak, total, slope, square
 
 
 # code specialised on the number of rows might round differently
 @triton.jit(do_not_specialize=("N", "tiles_per_split", "group"))
 def _score_split_kernel(
-    hidden, weight, bias, target, chosen,  # [N, D] [V, D] [V] int64 [N] [N]
+    hidden, weight, bias, chosen,  # [N, D] [V, D] [V] [N]
     partial,  # [5, S, N]
     N, V, D, stride_n, stride_v, tiles_per_split, group, temperature, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -78,7 +99,6 @@ def _score_split_kernel(
     for task in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
         split, block = place_of(task, blocks, splits, group)
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        token = tl.load(target + n, mask=n < N, other=0).to(tl.int32)
         z_target = tl.load(chosen + n, mask=n < N, other=0.0)
         peak = tl.full([BLOCK_N], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_N], tl.float32)
@@ -93,23 +113,7 @@ def _score_split_kernel(
             )  # fmt: skip
             z = finish_logits(x, bias, v_first, V, temperature, softcap, BLOCK_V, HAS_BIAS, SCALED, SOFTCAP)
             above += tl.sum((z > z_target[:, None]).to(tl.float32), 1)
-            inside = (token >= v_first) & (token < v_first + BLOCK_V)
-            if tl.sum(inside.to(tl.int32), 0) > 0:  # the target is not above itself
-                v = v_first + tl.arange(0, BLOCK_V)
-                itself = (v[None, :] == token[:, None]) & (z > z_target[:, None])
-                above -= tl.sum(itself.to(tl.float32), 1)
-            new_peak = tl.maximum(peak, tl.max(z, 1))
-            base = safe_peak(new_peak)
-            scale = rescale(peak, base)
-            shift = tl.where(peak == -float("inf"), 0.0, (peak - base) * LOG2_E)
-            # in units of ln 2, in which exponentials are one instruction
-            away = (z - base[:, None]) * LOG2_E
-            e = tl.exp2(away)
-            # 0 * -inf would be NaN: an entry of probability 0 must add 0, and 2^-200 is 0 in float32
-            slope = scale * (slope + shift * total) + tl.sum(tl.maximum(away, -200.0) * e, 1)
-            total = scale * total + tl.sum(e, 1)
-            square = scale * scale * square + tl.sum(e * e, 1)
-            peak = new_peak
+            peak, total, slope, square = add_logits(z, peak, total, slope, square)
 
         kept = n < N
         at = split.to(tl.int64) * N + n
@@ -164,11 +168,19 @@ def _merge_splits_kernel(
     tl.store(rank + n, tl.sum(above, 0).to(tl.int32) + 1, mask=n < N)
 
 
-def choose_target_tiling(dtype: torch.dtype) -> dict[str, int]:
-    """Return the launch options of the kernel that computes the targets' logits."""
-    if dtype == torch.float32:
-        return {"BLOCK": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+def choose_target_tiling(tiles: HeadTiles) -> dict[str, int]:
+    """Return the launch options of the kernel that computes the targets' logits, which go with tiles of the head.
+
+    Few rows per program spread the work over the multiprocessors. Elsewhere than on Hopper and later, the tile is large
+    enough for the instruction that the large tiles take: the bits must be equal, or a target would rank above itself.
+    """
+    return {
+        "BLOCK_M": min(64, tiles.block_n),
+        "BLOCK": 16 if tiles.descriptors else min(64, tiles.block_n, tiles.block_v),
+        "BLOCK_D": 2 * tiles.block_d if tiles.descriptors else tiles.block_d,
+        "num_warps": 4,
+        "num_stages": min(4, tiles.num_stages),
+    }
 
 
 def score_rows(
@@ -196,14 +208,14 @@ def score_rows(
     bias = bias_V if bias_V is not None else weight_VD
     strides = hidden_ND.stride(0), weight_VD.stride(0)
     shared = {"HAS_BIAS": bias_V is not None, "SOFTCAP": softcap is not None, "INTERPRET": launch.interpret}
-    targets = choose_target_tiling(hidden_ND.dtype)
+    targets = choose_target_tiling(tiles)
     _target_kernel[(-(-N // targets["BLOCK"]),)](
         hidden_ND, weight_VD, bias, target_N, chosen, N, V, D, *strides, temperature, softcap or 1.0,
         **shared, **targets,
     )  # fmt: skip
     _score_split_kernel[(min(launch.programs, blocks * S),)](
-        describe(hidden_ND, tiles.block_n, tiles), describe(weight_VD, tiles.block_v, tiles), bias, target_N, chosen,
-        partial, N, V, D, *strides, per_split, min(launch.group, blocks), temperature, softcap or 1.0,
+        describe(hidden_ND, tiles.block_n, tiles), describe(weight_VD, tiles.block_v, tiles), bias, chosen, partial,
+        N, V, D, *strides, per_split, min(launch.group, blocks), temperature, softcap or 1.0,
         BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, BLOCK_D=tiles.block_d, DESCRIPTORS=tiles.descriptors,
         SCALED=temperature != 1.0, **shared, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

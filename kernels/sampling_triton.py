@@ -17,14 +17,16 @@ BLOCK = 2048  # entries of a row that a program holds at once
 
 
 @triton.jit
-def gumbel(key, v):
-    """Return -log(-log(1 - u)) with u in (0, 1) from the 32 random bits of (key, v).
-
-    It is precise for small u, which yield the large noise that decides draws.
-    """
+def uniform(key, v):
+    """Return a number in (0, 1) from the 32 random bits of (key, v), with full precision where it is small."""
     zero = v * 0
     bits, _, _, _ = tl.philox(key, v, zero, zero, zero)
-    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-8)
+    return tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-8)
+
+
+@triton.jit
+def gumbel(u):
+    """Return -log(-log(1 - u)). It is precise for small u, which yield the large noise that decides draws."""
     w = 1.0 - u
     # Kahan's log1p: the quotient corrects the rounding error of 1 - u
     t = tl.where(w == 1.0, u, -tl.log(w) * (u / tl.where(w == 1.0, 1.0, 1.0 - w)))
@@ -116,7 +118,7 @@ def _sample_kernel(
             z = tl.load(x + v, mask=v < V, other=-float("inf")) / temperature
             score = z
             if not GREEDY:
-                score += gumbel(seed, v)
+                score += gumbel(uniform(seed, v))
             score = tl.where((_ordered(z) >= floor) & (z > -float("inf")), score, -float("inf"))
             chosen = tl.where(score > best, v, chosen)
             best = tl.maximum(best, score)

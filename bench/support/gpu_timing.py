@@ -18,7 +18,7 @@ def captured_seconds(runs: Sequence[Callable[[], object]], *, repeats: int = 7, 
     """
     for run in runs:
         run()
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for run in runs:
@@ -29,9 +29,9 @@ def captured_seconds(runs: Sequence[Callable[[], object]], *, repeats: int = 7, 
     with torch.cuda.graph(graph):
         for run in calls:
             run()
-    seconds = []
+    seconds: list[float] = []
     for _ in range(repeats + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
@@ -43,9 +43,9 @@ def captured_seconds(runs: Sequence[Callable[[], object]], *, repeats: int = 7, 
 def event_seconds(run: Callable[[], object], *, repeats: int = 5) -> float:
     """Return the median time in seconds of run() between two events, for calls that take a millisecond or more."""
     run()
-    seconds = []
+    seconds: list[float] = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
         end.record()

@@ -23,7 +23,7 @@ from bench.support.device_limits import measure_device_limits
 from bench.support.gpu_timing import captured_seconds, compile_in_parallel, kernel_microseconds
 from torch import Tensor
 
-from genssd.kernels.draw_triton import draw_from_logits, draw_rows, write_logits
+from genssd.kernels.draw_triton import DrawTiling, draw_from_logits, draw_rows, write_logits
 from genssd.kernels.head_triton import HeadLaunch, HeadTiles
 from genssd.kernels.logprob_triton import score_rows
 
@@ -55,25 +55,20 @@ class Variant:
 def few_variants() -> list[Variant]:
     sizes = [
         # block_v, block_d, stages, programs per multiprocessor, splits
-        (128, 64, 3, 3, 396), (128, 64, 4, 2, 264), (128, 64, 3, 3, 132), (128, 64, 3, 2, 264), (128, 64, 8, 1, 132),
-        (128, 128, 2, 2, 264), (128, 128, 4, 1, 132), (256, 64, 2, 2, 297), (256, 64, 2, 2, 198), (256, 64, 5, 1, 119),
-        (256, 64, 5, 1, 149), (256, 128, 2, 1, 149), (64, 64, 4, 3, 396), (64, 128, 3, 2, 264), (64, 64, 6, 2, 264),
+        (256, 64, 5, 1, 132), (256, 64, 2, 2, 132), (256, 64, 2, 2, 264), (256, 128, 2, 1, 132), (256, 64, 4, 1, 132),
+        (128, 64, 3, 3, 396), (128, 64, 3, 2, 264), (128, 128, 4, 1, 132), (64, 64, 4, 3, 396),
     ]  # fmt: skip
     return [
         Variant(HeadTiles(block_n=64, block_v=v, block_d=d, num_warps=4, num_stages=s, descriptors=True), splits, per)
         for v, d, s, per, splits in sizes
-    ] + [
-        Variant(HeadTiles(block_n=64, block_v=128, block_d=64, num_warps=4, num_stages=4), 264, 2),
     ]
 
 
 def many_variants() -> list[Variant]:
     sizes = [
         # block_n, block_v, block_d, warps, stages, programs per multiprocessor, splits, group
-        (128, 256, 64, 8, 4, 1, 119, 16), (128, 256, 64, 8, 3, 1, 119, 16), (128, 256, 64, 8, 4, 1, 119, 64),
-        (128, 256, 64, 8, 4, 1, 119, 8), (128, 256, 64, 8, 4, 1, 297, 16), (128, 256, 128, 8, 2, 1, 119, 16),
-        (256, 128, 64, 8, 4, 1, 132, 16), (128, 128, 64, 4, 3, 2, 132, 16), (128, 128, 64, 8, 3, 2, 132, 16),
-        (64, 256, 64, 4, 2, 2, 119, 16), (128, 256, 32, 8, 6, 1, 119, 16),
+        (128, 256, 64, 8, 4, 1, 132, 16), (128, 256, 64, 8, 3, 1, 132, 16), (128, 256, 64, 8, 4, 1, 132, 12),
+        (128, 256, 64, 8, 4, 1, 132, 24), (256, 128, 64, 8, 4, 1, 132, 16),
     ]  # fmt: skip
     return [
         Variant(
@@ -81,6 +76,15 @@ def many_variants() -> list[Variant]:
         )
         for n, v, d, w, s, per, splits, group in sizes
     ]
+
+
+DRAW_TILINGS = [
+    DrawTiling(split=split, block=block, num_warps=warps)
+    for split, block, warps in [
+        (16384, 1024, 4), (8192, 1024, 4), (32768, 2048, 8), (4096, 256, 1), (8192, 256, 1), (8192, 512, 2),
+        (16384, 2048, 4),
+    ]
+]  # fmt: skip
 
 
 def variants() -> list[Variant]:
@@ -99,7 +103,8 @@ def compile_variant(index: int) -> None:
     launch = variants()[index].launch()
     hidden, weight, target = inputs(launch.tiles.block_n, 1024, 4096)
     score_rows(hidden, weight, target, None, 1.0, None, launch=launch)
-    draw_rows(hidden, weight, target, None, 1.0, None, 4096, launch=launch)
+    logits = write_logits(hidden, weight, None, None, launch=launch)
+    draw_from_logits(logits, target, 1.0, 4096, tiling=DRAW_TILINGS[index % len(DRAW_TILINGS)])
     torch.cuda.synchronize()
 
 
@@ -165,8 +170,17 @@ def time_shape(rows: int, width: int, flops: float, rate: float, write: Callable
     wide = seconds([functools.partial(torch.mm, hidden, weight.T, out_dtype=torch.float32)])
     plain = seconds([eager(hidden, weight, target)])
     write(**shape, product_us=1e6 * product, float32_product_us=1e6 * wide, eager_us=1e6 * plain)
-    candidates = {64: few_variants(), 8192: many_variants()}.get(rows, few_variants()[:10:2] + many_variants()[:8:3])
-    for variant in candidates if rows != 16 else few_variants()[:9:2]:
+    if rows <= 512:
+        logits = hidden.float() @ weight.float().T
+        for tiling in DRAW_TILINGS:
+            run = functools.partial(draw_from_logits, logits, target, 1.0, VOCABULARY, tiling=tiling)
+            greedy = functools.partial(draw_from_logits, logits, target, 0.0, VOCABULARY, tiling=tiling)
+            write(
+                **shape, **dataclasses.asdict(tiling), draw_pass_us=1e6 * seconds([run]),
+                greedy_pass_us=1e6 * seconds([greedy]), tokens=int(run()[0].sum()),
+            )  # fmt: skip
+    candidates = {64: few_variants(), 8192: many_variants()}.get(rows, few_variants()[:2] + many_variants())
+    for variant in candidates if rows != 16 else few_variants():
         launch = variant.launch()
         name = {**dataclasses.asdict(variant.tiles), "splits": variant.splits, "per_sm": variant.per_multiprocessor,
                 "group": variant.group}  # fmt: skip
@@ -187,10 +201,8 @@ def time_variant(
     row: dict[str, Any] = {"score_us": 1e6 * took, "share": floor / took, "bits": bits}
     if len(hidden) <= 512:
         write_all = functools.partial(write_logits, hidden, weight, None, None, launch=launch)
-        pass_only = functools.partial(draw_from_logits, write_all(), target, 1.0, VOCABULARY)
         both = functools.partial(draw_rows, hidden, weight, target, None, 1.0, None, VOCABULARY, launch=launch)
-        for name, run in [("logits_us", write_all), ("draw_pass_us", pass_only), ("draw_us", both)]:
-            row[name] = 1e6 * seconds([run])
+        row |= {"logits_us": 1e6 * seconds([write_all]), "draw_us": 1e6 * seconds([both])}
     row["kernels_us"] = {key.split("(")[0][:40]: value for key, value in kernel_microseconds(score).items()}
     return row
 

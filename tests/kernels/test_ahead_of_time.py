@@ -6,6 +6,7 @@ loads without overlapping is a defect, and none of these is an error to the comp
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from genssd.kernels import (  # noqa: E402
     attention_triton,
     cache_triton,
     divergence_triton,
+    draw_triton,
     head_triton,
     logprob_triton,
     norm_triton,
@@ -74,9 +76,11 @@ def compile_for(target: Target, kernel: Any, types: dict[str, str], constants: d
     return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
 
 
-ALIGNED = ("V", "U", "D", "stride", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student",
-           "stride_teacher", "F", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page",
-           "stride_slot", "stride_group", "stride_qt", "stride_qh", "stride_kt", "stride_kh")  # fmt: skip
+ALIGNED = (
+    "V", "U", "D", "stride", "stride_z", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx",
+    "stride_student", "stride_teacher", "F", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin",
+    "stride_page", "stride_slot", "stride_group", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
+)  # fmt: skip
 
 
 def machine_code(compiled: Any, target: Target, directory: Path) -> str:
@@ -97,10 +101,12 @@ def machine_code(compiled: Any, target: Target, directory: Path) -> str:
     return text
 
 
-SIZES = ("N", "B", "C", "S", "V", "U", "D", "vocabulary", "tiles_per_split", "top_k", "stride", "stride_n", "stride_v",
-         "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G", "P", "entries",
-         "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
-         "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh")  # fmt: skip
+SIZES = (
+    "N", "B", "C", "S", "V", "U", "D", "vocabulary", "tiles_per_split", "group", "stride_z", "top_k", "stride",
+    "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G",
+    "P", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
+    "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
+)  # fmt: skip
 FACTORS = ("scale", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps")
 
 
@@ -109,52 +115,91 @@ def types_of(**pointers: str) -> dict[str, str]:
 
 
 def compile_tiles(
-    target: Target, kernel: Any, dtype: str, extras: bool, directory: Path, drawing: bool, **more: Any
-) -> None:
-    """Compile a kernel over tiles of the head as it ships, and check what only the machine code shows."""
-    tiles = head_triton.choose_tiles(
-        DTYPES[dtype], amd=target.backend == "hip", capability=target.capability, drawing=drawing
-    )
-    types = types_of(
-        **dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}"), target="*i64", key="*i64", partial="*fp32",
-        chosen="*fp32", winner="*i32",
-    )  # fmt: skip
-    sizes = {"BLOCK": tiles.block, "BLOCK_D": tiles.block_d}
-    constants = {**sizes, "HAS_BIAS": extras, "SOFTCAP": extras, "INTERPRET": False, **more}
+    target: Target, kernel: Any, dtype: str, tiles: head_triton.HeadTiles, directory: Path, **constants: bool
+) -> str:
+    """Compile a kernel over tiles of the head, check what only the machine code shows, and return the machine code."""
+    pointers = dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}")
+    if tiles.descriptors:
+        pointers["hidden"] = f"tensordesc<{dtype}[{tiles.block_n}, {tiles.block_d}]>"
+        pointers["weight"] = f"tensordesc<{dtype}[{tiles.block_v}, {tiles.block_d}]>"
+    types = types_of(**pointers, target="*i64", partial="*fp32", chosen="*fp32", logits="*fp32")
+    sizes = {"BLOCK_N": tiles.block_n, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d}
+    constants = {**sizes, "DESCRIPTORS": tiles.descriptors, "INTERPRET": False, **constants}
     compiled = compile_for(target, kernel, types, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     assert compiled.metadata.shared <= target.shared_bytes
     code = machine_code(compiled, target, directory)
-    assert re.search(target.asynchronous, code)
+    assert re.search("UTMALDG" if tiles.descriptors else target.asynchronous, code)
     if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
         assert re.search(target.matrix, code)
+    return code
+
+
+def shipped_tiles(target: Target, dtype: str) -> set[head_triton.HeadTiles]:
+    """Return the tiles that a device takes for few and for many rows, with and without descriptors."""
+    tiles = {
+        head_triton.choose_tiles(DTYPES[dtype], rows, amd=target.backend == "hip", capability=target.capability)
+        for rows in (1, 64, 65, 8192)
+    }
+    return tiles | {dataclasses.replace(tile, descriptors=False) for tile in tiles}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias-softcap"])
-@pytest.mark.parametrize("kernel", ["_target_kernel", "_score_split_kernel"])
-def test_scoring_tiles(target: Target, dtype: str, extras: bool, kernel: str, tmp_path: Path) -> None:
-    compile_tiles(target, getattr(logprob_triton, kernel), dtype, extras, tmp_path, drawing=False)
+def test_scoring_tiles(target: Target, dtype: str, extras: bool, tmp_path: Path) -> None:
+    for tiles in shipped_tiles(target, dtype):
+        code = compile_tiles(
+            target, logprob_triton._score_split_kernel, dtype, tiles, tmp_path,
+            HAS_BIAS=extras, SOFTCAP=extras, SCALED=extras,
+        )  # fmt: skip
+        if target.arch == 90 and tiles.descriptors:
+            assert "HGMMA.64x256x16" in code
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias-softcap"])
-@pytest.mark.parametrize("greedy", [False, True], ids=["noise", "greedy"])
-def test_drawing_tiles(target: Target, dtype: str, extras: bool, greedy: bool, tmp_path: Path) -> None:
-    compile_tiles(target, sampling_triton._draw_split_kernel, dtype, extras, tmp_path, drawing=True, GREEDY=greedy)
+def test_logits_tiles(target: Target, dtype: str, extras: bool, tmp_path: Path) -> None:
+    for tiles in shipped_tiles(target, dtype):
+        compile_tiles(target, draw_triton._logits_kernel, dtype, tiles, tmp_path, HAS_BIAS=extras, SOFTCAP=extras)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_target_tiles(target: Target, dtype: str, tmp_path: Path) -> None:
+    for tiles in shipped_tiles(target, dtype):
+        tiling = logprob_triton.choose_target_tiling(tiles)
+        types = types_of(**dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}"), target="*i64", chosen="*fp32")
+        options = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
+        constants = {**tiling, "HAS_BIAS": True, "SOFTCAP": True, "INTERPRET": False}
+        compiled = compile_for(target, logprob_triton._target_kernel, types, constants, **options)
+        assert compiled.metadata.shared <= target.shared_bytes
+        code = machine_code(compiled, target, tmp_path)
+        assert dtype == "fp32" or re.search(target.matrix, code)
 
 
 ROWWISE = {
     "merge-scores": (
         logprob_triton._merge_splits_kernel,
         dict.fromkeys(("partial", "chosen", "logprob", "logsumexp", "entropy", "sum_p2"), "*fp32") | {"rank": "*i32"},
-        {"BLOCK": 128}, 4,
+        {"ROWS": logprob_triton.MERGED_ROWS, "BLOCK_S": logprob_triton.MERGED_SPLITS}, 4,
     ),
+    **{
+        f"draw-greedy-{greedy}": (
+            draw_triton._draw_split_kernel,
+            {"logits": "*fp32", "key": "*i64", "partial": "*fp32", "winner": "*i32"},
+            {
+                "GREEDY": greedy, "SCALED": True, "SPLIT": draw_triton.DRAW_TILING.split,
+                "BLOCK": draw_triton.DRAW_TILING.block,
+            },
+            draw_triton.DRAW_TILING.num_warps,
+        )
+        for greedy in (False, True)
+    },
     "merge-draws": (
-        sampling_triton._draw_merge_kernel,
+        draw_triton._draw_merge_kernel,
         {"partial": "*fp32", "winner": "*i32", "tokens": "*i64", "logprob": "*fp32"},
-        {"BLOCK": 128}, 4,
+        {"ROWS": draw_triton.MERGED_ROWS, "BLOCK_S": draw_triton.MERGED_SPLITS}, 4,
     ),
     "logsumexp": (
         head_triton._logsumexp_kernel,

@@ -231,5 +231,5 @@ def test_a_row_with_nan_is_named_in_any_block(bad: float, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("bias", [None, torch.ones(7)], ids=["plain", "bias"])
 def test_torch_sees_one_operator(bias: torch.Tensor | None) -> None:
     """Schema, fake tensors and dispatch, by torch's own checker."""
-    arguments = (torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 6]), bias, 1.0, None, 2)
+    arguments = (torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 6]), bias, 1.0, None, 2, True)
     torch.library.opcheck(torch.ops.genssd.linear_logprob.default, arguments)

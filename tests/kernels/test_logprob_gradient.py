@@ -281,7 +281,7 @@ def test_topk_is_sliced_and_joined_with_the_rest() -> None:
 @pytest.mark.parametrize("bias", [None, torch.ones(7)], ids=["plain", "bias"])
 def test_torch_sees_the_operators_of_the_statistics(bias: Tensor | None) -> None:
     hidden, weight, target = problem(5, 7)
-    forward = (hidden.requires_grad_(), weight.requires_grad_(), target, bias, 0.9, 8.0, 2)
+    forward = (hidden.requires_grad_(), weight.requires_grad_(), target, bias, 0.9, 8.0, 2, True)
     torch.library.opcheck(torch.ops.genssd.linear_logprob.default, forward)
     stats, upstream = torch.randn(4, 5), torch.randn(4, 5)
     backward = (hidden.detach(), weight.detach(), target, bias, stats, upstream, 0.9, 8.0, True, True)

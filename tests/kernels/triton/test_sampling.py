@@ -101,8 +101,7 @@ def test_rows_beyond_one_block_of_logits_are_drawn_alike(monkeypatch: pytest.Mon
 
 
 def test_a_split_of_a_row_ends_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draw_triton, "SPLIT", 128)
-    monkeypatch.setattr(draw_triton, "BLOCK", 64)
+    monkeypatch.setattr(draw_triton, "DRAW_TILING", draw_triton.DrawTiling(split=128, block=64, num_warps=4))
     generator = torch.Generator().manual_seed(2)
     for vocabulary in (1, 127, 128, 129, 700):
         hidden, weight = torch.randn(5, 8, generator=generator), torch.randn(vocabulary, 8, generator=generator)
