@@ -177,7 +177,7 @@ def choose_target_tiling(tiles: HeadTiles) -> dict[str, int]:
     return {
         "BLOCK_M": min(64, tiles.block_n),
         "BLOCK": 16 if tiles.descriptors else min(64, tiles.block_n, tiles.block_v),
-        "BLOCK_D": 2 * tiles.block_d if tiles.descriptors else tiles.block_d,
+        "BLOCK_D": 128 if tiles.block_d == 64 else tiles.block_d,
         "num_warps": 4,
         "num_stages": min(4, tiles.num_stages),
     }
