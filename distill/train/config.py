@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from genssd.distill.runs.settings import DataFile, ModelPath, Operational
+from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.train.batches import Layout
 from genssd.distill.train.losses import LossOptions
 from genssd.distill.train.on_policy import RolloutOptions
@@ -143,11 +143,11 @@ class TrainConfig(TrainSettings):
     model_name_or_path: ModelPath[str]
     """Hub id or local directory of the student to start from."""
     # the examples of the data are compared, not their files
-    data: Operational[tuple[str, ...]]
+    data: Operational[FileName[tuple[str, ...]]]
     """JSONL files whose rows are selections of `genssd select`, or have messages, or have a prompt and a completion."""
-    output_dir: Operational[str] = "runs/train"
+    output_dir: Operational[FileName[str]] = "runs/train"
     """Directory for the trained model, its checkpoints and metrics."""
-    resume_from_checkpoint: Operational[str | None] = None
+    resume_from_checkpoint: Operational[FileName[str | None]] = None
     """Checkpoint directory to resume from, or "last" for the newest checkpoint in output_dir."""
 
     def __post_init__(self) -> None:
