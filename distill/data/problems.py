@@ -74,10 +74,11 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
     """
     index = row.get("index")
     if not isinstance(index, int) or not 0 <= index < len(problems):
-        raise InputError(f"{journal} was begun with more rows than {data} has, or a larger limit")
+        raise InputError(f"{journal} was begun with more rows than {describe(str(data))} has, or a larger limit")
     if (problems[index].prompt, problems[index].answer) != (row.get("prompt"), row.get("answer")):
         raise InputError(
-            f"{data} is not the file that {journal} was begun with: row {index} differs; choose another output_dir"
+            f"{describe(str(data))} is not the file that {journal} was begun with: row {index} differs; choose another "
+            "output_dir"
         )
 
 

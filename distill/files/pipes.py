@@ -33,7 +33,9 @@ def open_pipe(name: str) -> BinaryIO:
     try:
         return open(_spool(name).name, "rb")
     except OSError as error:
-        raise InputError(f"{describe(name)} cannot be read: {error.strerror}") from None
+        raise InputError(
+            f"{describe(name)} cannot be copied to the directory of temporary files (TMPDIR): {error.strerror}"
+        ) from None
 
 
 def describe(name: str) -> str:

@@ -111,14 +111,14 @@ def open_data_file(name: str | Path) -> BinaryIO:
         raise InputError("the name of a data file is empty")
     try:
         mode = os.stat(name).st_mode
-        if stat.S_ISFIFO(mode):
-            return open_pipe(str(name))
         if stat.S_ISREG(mode):
             return Path(name).open("rb")
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}") from None
     except ValueError:  # a zero byte
         raise InputError(f"{quote(str(name))} cannot be read: it is no name of a file") from None
+    if stat.S_ISFIFO(mode):
+        return open_pipe(str(name))
     if stat.S_ISDIR(mode):
         raise InputError(f"{name} is a directory, not a data file{_list_files(Path(name))}")
     raise InputError(f"{name} is a device or a socket, not a data file; pipe its rows into the command, as --data -")
