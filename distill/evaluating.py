@@ -40,7 +40,7 @@ class EvaluateConfig(EngineOptions):
     model: ModelPath[str]
     """Hub id or local directory of the model."""
     data: FileName[str]
-    """JSONL file of problems with an answer | solution | target field."""
+    """Data file of problems, as for select, with an answer | solution | target field."""
     output_dir: Operational[FileName[str]] = "runs/evaluate"
     """Directory that the results are written to."""
     limit: int | None = None

@@ -46,7 +46,7 @@ class DistillConfig:
     student: ModelPath[str]
     """Hub id or local directory of the model to train; it scores in the first round."""
     data: DataFile[str]
-    """JSONL file of problems, as for select."""
+    """Data file of problems, as for select."""
     output_dir: Operational[FileName[str]] = "runs/distill"
     """Directory that all rounds are written to."""
     resume: Operational[bool] = False
@@ -62,7 +62,7 @@ class DistillConfig:
     require_correct: bool = True
     """Leave out trajectories that miss the reference answer, where a problem has one."""
     eval_data: DataFile[str | None] = None
-    """JSONL file of problems with answers on which every round's student is evaluated."""
+    """Data file of problems with answers, on which every round's student is evaluated."""
     eval_limit: int | None = None
     """Take only the first rows of eval_data."""
     select: SelectSettings = field(default_factory=SelectSettings)

@@ -30,7 +30,7 @@ class DiagnoseConfig(EngineOptions):
     """Texts of the prompts that hold a context."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
     data: Operational[FileName[str]]
-    """JSONL file of problems with answers."""
+    """Data file of problems with answers, as for select."""
     output_dir: Operational[FileName[str]] = "runs/diagnose"
     """Directory that the journal, the tables and the page are written to."""
     resume: Operational[bool] = False

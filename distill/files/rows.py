@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from genssd.distill.files.compression import CORRUPTION_ERRORS, decompress
 from genssd.distill.files.hub import HubName, parse_hub_name, read_hub
-from genssd.distill.files.lines import iter_lines
+from genssd.distill.files.lines import BOM, iter_lines
 from genssd.distill.files.pipes import STANDARD_INPUT, describe, open_pipe
 from genssd.distill.files.tables import (
     ARROW_FILE,
@@ -66,8 +66,7 @@ def read_rows(name: str | Path) -> Iterator[RawRow]:
     hub_name = _find_hub_name(name)
     shown = describe(str(name))
     if hub_name is not None:
-        unit, rows = "row", read_hub(hub_name)
-        for number, text in rows:
+        for number, text in read_hub(hub_name):
             yield RawRow(number=number, where=f"{shown}, row {number}", text=text)
         return
     with open_data_file(name) as stream:
@@ -179,5 +178,7 @@ def _refuse_other_formats(head: bytes, name: str, suffix: str, *, is_compressed:
         raise InputError(f"{name} is a zip archive; unpack it and name the file in it")
     if head.startswith(UTF16) and not head.startswith(ARROW_STREAM):
         raise InputError(f"{name} is UTF-16 text; save it as UTF-8")
+    if suffix == ".json" and head.removeprefix(BOM).lstrip().startswith(b"["):
+        raise InputError(f"{name} is one JSON array, which is not read; write a row on every line: jq -c '.[]' {name}")
     if head and suffix in (".parquet", ".arrow"):
         raise InputError(f"{name} is no {suffix[1:].capitalize()} file: its first bytes are others")

@@ -47,7 +47,7 @@ class LeafConfig:
     teacher: ModelPath[str]
     """Hub id or local directory of a teacher with the student's tokenizer. It reads the prompts as the student does."""
     data: FileName[tuple[str, ...]]
-    """JSONL files of traces, as for score."""
+    """Data files of traces, as for score."""
     output_dir: Operational[FileName[str]] = "runs/leaf"
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False

@@ -52,7 +52,7 @@ class PrefixConfig(EngineOptions):
     student: ModelPath[str]
     """Hub id or local directory of the model that judges and continues."""
     data: FileName[tuple[str, ...]]
-    """JSONL files of traces, as for score."""
+    """Data files of traces, as for score."""
     output_dir: Operational[FileName[str]] = "runs/prefix"
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False

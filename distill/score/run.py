@@ -50,7 +50,8 @@ class ScoreConfig(EngineOptions):
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
     data: FileName[tuple[str, ...]]
-    """JSONL files of traces: selections, generations, messages, or prompt and completion."""
+    """Data files of traces (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or
+    ORG/NAME:SPLIT of the Hugging Face hub: selections, generations, messages, or prompt and completion."""
     criteria: tuple[str, ...] = ("ppl",)
     """Criteria to compute: names, names with options, weighted sums or import paths, for instance ppl rsr
     "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp"."""

@@ -40,7 +40,7 @@ class GenerateConfig(EngineOptions):
     None: the rows use the teacher's chat template."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
     data: Operational[FileName[str]]
-    """JSONL file of problems, as for select."""
+    """Data file of problems, as for select."""
     output_dir: Operational[FileName[str]] = "runs/generate"
     """Directory that the journal is written to."""
     resume: Operational[bool] = False

@@ -38,7 +38,7 @@ class Calibrate:
     """A threshold chosen so that a given fraction of the teacher's plain chunks passes it."""
 
     data: FileName[str | None] = None
-    """JSONL file of problems for the calibration, other ones than those of the run. None: no calibration."""
+    """Data file of problems for the calibration, other ones than those of the run. None: no calibration."""
     share: float = 0.95
     """Fraction of the teacher's chunks that the threshold lets pass, in (0, 1]."""
     limit: int = 64
@@ -79,7 +79,9 @@ class SelectConfig(SelectSettings):
     """Hub id or local directory of the model that scores."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
     data: Operational[FileName[str]]
-    """JSONL file of problems: prompt (text or messages), messages, or question | problem | instruction."""
+    """Data file of problems (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or
+    ORG/NAME:SPLIT of the Hugging Face hub. Its rows have prompt (text or messages), messages, or question | problem |
+    instruction."""
     output_dir: Operational[FileName[str]] = "runs/select"
     """Directory that the journal is written to."""
     resume: Operational[bool] = False

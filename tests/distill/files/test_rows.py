@@ -233,6 +233,7 @@ def test_rows_before_the_damage_are_read(tmp_path: Path) -> None:
         ("x.zip", b"PK\x03\x04....", "is a zip archive; unpack it and name the file in it"),
         ("x.jsonl", '{"a": 1}'.encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
         ("x.parquet", b'{"a": 1}\n', "is no Parquet file: its first bytes are others"),
+        ("x.json", b'\xef\xbb\xbf[\n{"a": 1}]', "is one JSON array, which is not read; write a row on every line"),
         ("x.arrow", b'{"a": 1}\n', "is no Arrow file: its first bytes are others"),
         ("x.parquet.gz", gzip.compress(as_parquet(ROWS)), "is a table that was compressed again; decompress it"),
     ],
