@@ -34,7 +34,7 @@ def open_pipe(name: str) -> BinaryIO:
         return open(_spool(name).name, "rb")
     except OSError as error:
         raise InputError(
-            f"{describe(name)} cannot be copied to the directory of temporary files (TMPDIR): {error.strerror}"
+            f"{describe(name)} cannot be read into a temporary file (in TMPDIR): {error.strerror}"
         ) from None
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from genssd.distill.files.compression import CORRUPTION_ERRORS, decompress
+from genssd.distill.files.compression import DamagedFileError, decompress
 from genssd.distill.files.hub import HubName, parse_hub_name, read_hub
 from genssd.distill.files.lines import BOM, iter_lines
 from genssd.distill.files.pipes import STANDARD_INPUT, describe, open_pipe
@@ -74,11 +74,10 @@ def read_rows(name: str | Path) -> Iterator[RawRow]:
             unit, rows = _read_format(stream, shown, _suffix(name))
             for number, text in rows:
                 yield RawRow(number=number, where=f"{shown}, {unit} {number}", text=text)
-        except CORRUPTION_ERRORS as error:
+        except DamagedFileError as error:
             raise InputError(f"{shown} is damaged or cut off: {one_line(error)}") from None
         except OSError as error:
-            reason = f"cannot be read: {error.strerror}" if error.errno else f"is damaged or cut off: {one_line(error)}"
-            raise InputError(f"{shown} {reason}") from None
+            raise InputError(f"{shown} cannot be read: {error.strerror}") from None
 
 
 def hash_content(name: str | Path) -> str:
@@ -108,6 +107,8 @@ def open_data_file(name: str | Path) -> BinaryIO:
         return open_pipe(STANDARD_INPUT)
     if not str(name):
         raise InputError("the name of a data file is empty")
+    if "://" in str(name) and not os.path.lexists(name):
+        raise InputError(f"{name} is a URL, which is not read; download it, or pipe it into the command, as --data -")
     try:
         mode = os.stat(name).st_mode
         if stat.S_ISREG(mode):

@@ -106,6 +106,17 @@ def test_a_file_as_standard_input(tmp_path: Path) -> None:
         assert len(list(read_rows("/dev/stdin"))) == 10000
 
 
+def test_standard_input_that_is_closed() -> None:
+    before = os.dup(0)
+    try:
+        os.close(0)
+        with pytest.raises(InputError, match=r"standard input cannot be read into a temporary file .*: Bad file"):
+            list(read_rows("-"))
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
 def test_several_processes_refuse_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="standard input can be read by one process only; under torchrun, name a file"):

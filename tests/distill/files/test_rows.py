@@ -28,6 +28,7 @@ from genssd.distill.files.rows import hash_content, read_rows, stem_of
 from genssd.engine.errors import InputError
 
 ROWS = [{"question": f"{i}+{i} = ü?\r\n", "answer": f"0{2 * i}"} for i in range(700)]
+SKIPPED = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
@@ -75,6 +76,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "plain.jsonl.gz": lambda: as_lines(ROWS),
     "zstd.gz": lambda: zstandard.compress(as_lines(ROWS)),
     "parquet.jsonl": lambda: as_parquet(ROWS),
+    # a frame to skip before and after the data, as pzstd writes them
+    "skip.zst": lambda: b"".join((SKIPPED, zstandard.compress(as_lines(ROWS)), SKIPPED)),
     # two members, as `cat a.gz b.gz` makes them
     **{
         f"joined.{suffix}": lambda c=c: c(as_lines(ROWS[:10])) + c(as_lines(ROWS[10:]))  # type: ignore[misc]
@@ -255,6 +258,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         assert "is a device or a socket" in refusal(tmp_path / "s")
     assert refusal("") == "the name of a data file is empty"
     assert "cannot be read: it is no name of a file" in refusal("a\0b")
+    assert refusal("https://a.b/x.jsonl").startswith("https://a.b/x.jsonl is a URL, which is not read; download it")
     assert "cannot be read: File name too long" in refusal("a" * 5000)
     assert refusal("nowhere.jsonl") == "nowhere.jsonl cannot be read: No such file or directory"
     assert "cannot be read: Not a directory" in refusal(write(tmp_path, "x", b"") / "y")
@@ -265,6 +269,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     [
         ("pyarrow", "x.parquet", r"is a Parquet file, which needs a package: pip install 'genssd\[data\]'"),
         ("pyarrow", "file.arrow", r"is an Arrow file, which needs a package: pip install 'genssd\[data\]'"),
+        ("lzma", "x.jsonl.xz", r"is compressed, and this Python was built without its module lzma"),
         ("zstandard", "x.jsonl.zst", r"is compressed with zstd, which needs a package: pip install zstandard"),
     ],
 )
