@@ -14,7 +14,7 @@ from genssd.distill.files.lines import LINE_TOO_LONG, MAX_LINE_BYTES
 from genssd.engine.errors import InputError
 
 STANDARD_INPUT = "-"
-WRITER_SECONDS = 10.0
+WRITER_SECONDS = 5.0
 """How long a named pipe that no process has opened for writing is waited for."""
 MAX_BYTES = 1 << 34
 """Maximum size of what a pipe may hold."""
