@@ -25,6 +25,7 @@ from rich.text import Text
 from genssd.distill.console import ProgressLine, report_counts, report_selection, report_training
 from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
+from genssd.distill.runs.settings import FileName
 from genssd.distill.select.run import SelectConfig, SelectSummary, run_select
 from genssd.distill.small_pair.problems import STYLES, Problem, detect_style, make_problems, solves
 from genssd.distill.train.config import TrainConfig
@@ -47,7 +48,7 @@ CHUNK_OF_ARM = {"standard": STEP, "selected": STEP, "post-hoc": SOLUTION}
 class DemoConfig:
     """Distil the small teacher into the small student twice, with and without selection, and compare."""
 
-    output_dir: str = "runs/demo"
+    output_dir: FileName[str] = "runs/demo"
     """Directory of the demo; an earlier demo in it is replaced."""
     prompts: int = 800
     """Number of problems that the teacher writes solutions for."""

@@ -24,7 +24,7 @@ from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import ModelPath, Operational
+from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -39,9 +39,9 @@ class EvaluateConfig(EngineOptions):
 
     model: ModelPath[str]
     """Hub id or local directory of the model."""
-    data: str
-    """JSONL file of problems with an answer | solution | target field."""
-    output_dir: Operational[str] = "runs/evaluate"
+    data: FileName[str]
+    """Data file of problems, as for select, with an answer | solution | target field."""
+    output_dir: Operational[FileName[str]] = "runs/evaluate"
     """Directory that the results are written to."""
     limit: int | None = None
     """Take only the first rows of the data."""
@@ -95,7 +95,7 @@ def run_evaluate(
     problems = read_problems(config.data, config.limit)
     for problem in problems:
         if problem.answer is None:
-            raise InputError(f"{config.data}, line {problem.line}: no answer; a row needs answer, target or solution")
+            raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
         engine = engine or config.load(student=config.model)
@@ -210,7 +210,7 @@ def _generate(
         sampling=sampling,
         max_tokens=config.max_tokens,
         seed=config.seed,
-        labels=[f"{config.data}, line {problem.line}" for problem in problems],
+        labels=[problem.where for problem in problems],
     )
     for done, (index, responses) in enumerate(generated, start=1):
         completions[index] = responses

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.problems import read_lines, read_problems
+from genssd.distill.data.problems import read_problems
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import DataFile, ModelPath, Operational
+from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.select.run import SelectConfig, SelectProgress, SelectSettings, run_select
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
@@ -45,8 +46,8 @@ class DistillConfig:
     student: ModelPath[str]
     """Hub id or local directory of the model to train; it scores in the first round."""
     data: DataFile[str]
-    """JSONL file of problems, as for select."""
-    output_dir: Operational[str] = "runs/distill"
+    """Data file of problems, as for select."""
+    output_dir: Operational[FileName[str]] = "runs/distill"
     """Directory that all rounds are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run. More rounds may be asked for than before."""
@@ -61,7 +62,7 @@ class DistillConfig:
     require_correct: bool = True
     """Leave out trajectories that miss the reference answer, where a problem has one."""
     eval_data: DataFile[str | None] = None
-    """JSONL file of problems with answers on which every round's student is evaluated."""
+    """Data file of problems with answers, on which every round's student is evaluated."""
     eval_limit: int | None = None
     """Take only the first rows of eval_data."""
     select: SelectSettings = field(default_factory=SelectSettings)
@@ -121,7 +122,7 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
     if config.train.teacher_model_name_or_path is not None:
         locate(config.train.teacher_model_name_or_path)
     for path in (*config.train.eval_data, *((config.eval_data,) if config.eval_data else ())):
-        next(read_lines(path), None)  # before hours of selecting
+        next(read_rows(path), None)  # before hours of selecting
     training_begun = any(Path(config.output_dir).glob("round-*/train/metrics.jsonl"))
     free = () if training_begun else ("train",)
     with Run.open(config, "distill", journal="rounds.jsonl", parts="round-*", free=free) as run:
@@ -194,8 +195,8 @@ def _round(config: DistillConfig, number: int, student: str, report: Report) -> 
 
 
 def _problems(config: DistillConfig, number: int) -> list[bytes]:
-    """Return the lines of the data file that belong to a round."""
-    lines = [raw.rstrip(b"\n") + b"\n" for _, raw in read_lines(config.data)]
+    """Return the rows of the data file that belong to a round, as lines of JSON."""
+    lines = [row.text + b"\n" for row in read_rows(config.data)]
     count = config.prompts_per_round
     if count is None:
         return lines

@@ -1,7 +1,7 @@
 """The structure of the code: the direction of imports, the size of files and functions, docstrings that read alone.
 
 csrc  <-  kernels  <-  engine  <-  distill  <-  genssd
-within distill:  runs, answers  <-  data  <-  select, train, diagnose  <-  score  <-  evaluating, rounds, console, demo
+within distill:  files  <-  runs  <-  answers  <-  data  <-  select, train, diagnose  <-  score  <-  the commands above
 """
 
 from __future__ import annotations
@@ -21,19 +21,29 @@ RANKS = {
     "_core": 0,
     "kernels": 1,
     "engine": 2,
-    "distill.runs": 3,
-    "distill.answers": 4,
-    "distill.small_pair": 4,
-    "distill.data": 5,
-    "distill.select": 6,
-    "distill.train": 6,
-    "distill.diagnose": 6,
-    "distill.score": 7,  # leaf.py loads models as training does
-    "distill": 8,
+    "distill.files": 3,
+    "distill.runs": 4,
+    "distill.answers": 5,
+    "distill.small_pair": 5,
+    "distill.data": 6,
+    "distill.select": 7,
+    "distill.train": 7,
+    "distill.diagnose": 7,
+    "distill.score": 8,  # leaf.py loads models as training does
+    "distill": 9,
 }
-TOP = 9
+TOP = 10
 
-OPTIONAL = {"triton", "peft", "wandb", "torch.utils.tensorboard"}
+OPTIONAL = {
+    "triton",
+    "peft",
+    "wandb",
+    "torch.utils.tensorboard",
+    "datasets",
+    "pyarrow",
+    "zstandard",
+    "compression",
+}
 """Packages that a function may import when it runs, because they need not be installed."""
 
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines

@@ -98,7 +98,7 @@ class ExampleSet:
 def read_examples(
     paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, statuses: Sequence[str]
 ) -> ExampleSet:
-    """Read the examples of JSONL files. Rows with a `status` not in `statuses`, or longer than max_length tokens, are
+    """Read the examples of data files. Rows with a `status` not in `statuses`, or longer than max_length tokens, are
     left out.
 
     Raises InputError naming file and line on a row without a trainable token, or with none of the known fields; and
@@ -107,7 +107,7 @@ def read_examples(
     examples: list[Example] = []
     left_out: Counter[str] = Counter()
     for path in paths:
-        for number, fields in read_objects(path):
+        for raw_row, fields in read_objects(path):
             status = fields.get("status")
             if status is not None and status not in statuses:
                 left_out[f"status {status}"] += 1
@@ -115,7 +115,7 @@ def read_examples(
             if status is not None and fields.get("completion_ids") == []:
                 left_out["without a token: pruned at once"] += 1
                 continue
-            where = f"{path}, line {number}"
+            where = raw_row.where
             if "rejected" in fields:
                 encoded = _encode_pair(fields, tokenizer, where, Path(path).parent)
             else:

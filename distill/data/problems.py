@@ -1,4 +1,4 @@
-"""Reading of problems: JSONL rows with a prompt and, where known, its reference answer.
+"""Reading of problems: rows of data files with a prompt and, where known, its reference answer.
 
 {"prompt": "raw text"}                      completed without a chat template
 {"prompt": [{"role": ..., "content": ...}]} or {"messages": [...]}      rendered with the chat template
@@ -21,6 +21,8 @@ from typing import Any
 
 from genssd.distill.answers.reading import read_closing_line
 from genssd.distill.data.messages import parse_prompt, parse_tools
+from genssd.distill.files.pipes import describe
+from genssd.distill.files.rows import RawRow, read_rows
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
 
@@ -35,42 +37,33 @@ class ProblemRow:
     answer: str | None
     """Reference answer; None where the row has none."""
     line: int
-    """Number of the row's line in its file, from 1."""
+    """Number of the row's line in its file, or, in a table, of the row; from 1."""
+    where: str
+    """Name of the file and number of the line or row, for messages."""
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with their numbers, from 1, blank ones left out. Raises InputError naming the file."""
-    try:
-        with Path(path).open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                if raw.strip():
-                    yield number, raw
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the JSON objects of a JSONL file with their line numbers, from 1.
+def read_objects(path: str | Path) -> Iterator[tuple[RawRow, dict[str, Any]]]:
+    """Yield the rows of a data file (see files/rows.py), each with the JSON object in it.
 
     Raises InputError naming file and line of a line that holds no object.
     """
-    for number, raw in read_lines(path):
-        yield number, parse_object(raw, f"{path}, line {number}")
+    for row in read_rows(path):
+        yield row, parse_object(row.text, row.where)
 
 
 def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow]:
-    """Return the first `limit` problems of a JSONL file.
+    """Return the first `limit` problems of a data file.
 
     Raises InputError naming file and line of a row that is no problem, and on a file without rows.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
     rows: list[ProblemRow] = []
-    for number, fields in islice(read_objects(path), limit):
-        where = f"{path}, line {number}"
-        rows.append(ProblemRow(prompt=_parse_prompt(fields, where), answer=parse_answer(fields, where), line=number))
+    for row, fields in islice(read_objects(path), limit):
+        prompt, answer = _parse_prompt(fields, row.where), parse_answer(fields, row.where)
+        rows.append(ProblemRow(prompt=prompt, answer=answer, line=row.number, where=row.where))
     if not rows:
-        raise InputError(f"{path} has no rows")
+        raise InputError(f"{describe(str(path))} has no rows")
     return rows
 
 
@@ -81,10 +74,11 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
     """
     index = row.get("index")
     if not isinstance(index, int) or not 0 <= index < len(problems):
-        raise InputError(f"{journal} was begun with more rows than {data} has, or a larger limit")
+        raise InputError(f"{journal} was begun with more rows than {describe(str(data))} has, or a larger limit")
     if (problems[index].prompt, problems[index].answer) != (row.get("prompt"), row.get("answer")):
         raise InputError(
-            f"{data} is not the file that {journal} was begun with: row {index} differs; choose another output_dir"
+            f"{describe(str(data))} is not the file that {journal} was begun with: row {index} differs; choose another "
+            "output_dir"
         )
 
 

@@ -22,7 +22,8 @@ from typing import Any
 from genssd.distill.data.endings import select_endings
 from genssd.distill.data.examples import Example, encode_example
 from genssd.distill.data.messages import QUESTION_FIELDS, parse_messages, parse_question
-from genssd.distill.data.problems import parse_answer, parse_object, read_lines
+from genssd.distill.data.problems import parse_answer, parse_object
+from genssd.distill.files.rows import read_rows, stem_of
 from genssd.engine.chat import THOUGHT_FIELDS, Messages
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
@@ -49,9 +50,11 @@ class Trace:
     """Text of the prompt's last turn that is not the assistant's."""
     file: str
     line: int
-    """Number of the row's line in its file, from 1."""
+    """Number of the row's line in its file, or, in a table, of the row; from 1."""
     response: int
     """Index of the response in its row, from 0."""
+    row_where: str
+    """Name of the file and number of the line or row, for messages."""
 
     @property
     def prompt_key(self) -> str:
@@ -65,22 +68,22 @@ class Trace:
     @property
     def where(self) -> str:
         """File, line and response, for messages."""
-        return f"{self.file}, line {self.line}" + (f", response {self.response}" if self.response else "")
+        return self.row_where + (f", response {self.response}" if self.response else "")
 
 
 def read_traces(
     paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, limit: int | None = None
 ) -> Iterator[Trace | str]:
-    """Yield the traces of JSONL files in order; for a row or response that is none, a message naming file and line.
+    """Yield the traces of data files in order; for a row or response that is none, a message naming file and line.
 
     max_length: maximum number of tokens in prompt and response. limit: maximum number of rows per file. Raises
     InputError only on a file that cannot be read.
     """
     for path in paths:
-        for number, raw in islice(read_lines(path), limit):
-            where = f"{path}, line {number}"
+        for raw_row in islice(read_rows(path), limit):
+            where = raw_row.where
             try:
-                fields = parse_object(raw, where)
+                fields = parse_object(raw_row.text, where)
                 responses = _split_responses(fields, where)
                 answer = _find_answer(fields, where)
                 teacher = _find_teacher(fields, path)
@@ -111,8 +114,9 @@ def read_traces(
                     correct=correct,
                     question=question,
                     file=str(path),
-                    line=number,
+                    line=raw_row.number,
                     response=index,
+                    row_where=where,
                 )
 
 
@@ -124,7 +128,7 @@ def read_usable_traces(
     limit: int | None,
     find_fault: Callable[[Trace], str | None] = lambda trace: None,
 ) -> tuple[list[Trace], list[str]]:
-    """Return the traces of JSONL files, and messages naming file and line for the rows and responses that are unusable.
+    """Return the traces of data files, and messages naming file and line for the rows and responses that are unusable.
 
     max_length, limit: as for `read_traces`. find_fault: returns the reason why the caller cannot use a trace, None if
     it can. Raises InputError when no trace is usable.
@@ -260,4 +264,4 @@ def _find_teacher(fields: Mapping[str, Any], path: str | Path) -> str:
             value = value.get("name")
         if isinstance(value, str) and value:
             return value
-    return Path(path).stem
+    return stem_of(path)

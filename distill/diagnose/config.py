@@ -8,7 +8,7 @@ from typing import Literal
 from genssd.distill.diagnose.alignment import LOSSES, LossName
 from genssd.distill.diagnose.contexts import Reader, Templates, list_readers
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.settings import ModelPath, NamedModelPath, Operational, Recomputed
+from genssd.distill.runs.settings import FileName, ModelPath, NamedModelPath, Operational, Recomputed
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
 
@@ -29,9 +29,9 @@ class DiagnoseConfig(EngineOptions):
     templates: Templates = field(default_factory=Templates)
     """Texts of the prompts that hold a context."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
-    data: Operational[str]
-    """JSONL file of problems with answers."""
-    output_dir: Operational[str] = "runs/diagnose"
+    data: Operational[FileName[str]]
+    """Data file of problems with answers, as for select."""
+    output_dir: Operational[FileName[str]] = "runs/diagnose"
     """Directory that the journal, the tables and the page are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run; of a finished one the tables and the page are written again."""

@@ -96,12 +96,12 @@ def _shorten_names(models: Sequence[str]) -> list[str]:
 
 
 def read_contexts(path: str, names: Sequence[str], limit: int | None) -> list[dict[str, str]]:
-    """Return the contexts of the first `limit` rows of a JSONL file. Raises InputError naming the line that lacks one.
+    """Return the contexts of the first `limit` rows of a data file. Raises InputError naming the line that lacks one.
 
     names: the fields to read; numbers become text.
     """
     rows = []
-    for line, fields in islice(read_objects(path), limit):
+    for row, fields in islice(read_objects(path), limit):
         contexts = {}
         for name in names:
             value = fields.get(name)
@@ -109,7 +109,7 @@ def read_contexts(path: str, names: Sequence[str], limit: int | None) -> list[di
                 value = f"{value:g}"
             if not isinstance(value, str) or not value.strip():
                 raise InputError(
-                    f"{path}, line {line}: the context {name!r} must be text or a number, and is "
+                    f"{row.where}: the context {name!r} must be text or a number, and is "
                     f"{'missing' if value is None else repr(value)}; add it, or leave it out of contexts"
                 )
             contexts[name] = value

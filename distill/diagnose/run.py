@@ -89,7 +89,7 @@ def run_diagnose(
     problems = read_problems(config.data, config.limit)
     for problem in problems:
         if problem.answer is None:
-            raise InputError(f"{config.data}, line {problem.line}: no answer; a row needs answer, target or solution")
+            raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     with Run.open(config, "diagnose", journal="questions.jsonl") as run:
         contexts = read_contexts(config.data, config.contexts, config.limit)
         measurement = _Measurement(config, Models(load or _make_loader(config)), report, verify)
@@ -167,11 +167,11 @@ def _encode_prompts(
             try:
                 ids = prompts[reader.name, index] = tokenizers[reader.model].encode_prompt(prompt)
             except InputError as error:
-                raise InputError(f"{config.data}, line {problem.line}: {error}") from None
+                raise InputError(f"{problem.where}: {error}") from None
             student_room = positions[config.student] - len(prompts["itself", index])
             if len(ids) + min(config.max_tokens, max(student_room, 0)) > positions[reader.model]:
                 raise CapacityError(
-                    f"{config.data}, line {problem.line}: the prompt of {reader.name!r} has {len(ids)} tokens, and "
+                    f"{problem.where}: the prompt of {reader.name!r} has {len(ids)} tokens, and "
                     f"with {config.max_tokens} of the response more than the {positions[reader.model]} positions of "
                     f"{reader.model}; lower max_tokens, or shorten the context"
                 )
@@ -183,7 +183,7 @@ def _make_questions(config: DiagnoseConfig, problems: Sequence[ProblemRow], toke
     questions = []
     for index, problem in enumerate(problems):
         ids = tuple(tokenizer.encode_prompt(problem.prompt))
-        label = f"{config.data}, line {problem.line}"
+        label = problem.where
         questions.append(
             Question(
                 index=index, label=label, prompt=problem.prompt, prompt_ids=ids, occurrence=seen[ids],

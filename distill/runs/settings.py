@@ -5,24 +5,30 @@ Every field of a config counts for the result. A declaration that says otherwise
     device: Operational[str | None] = None     decides where or how fast the work is done, not what comes out
     pick: Recomputed[Pick] = ...               is applied anew to the finished journal at every call
     teacher: ModelPath[str]                   counts by the fingerprint of the model that it names
-    eval_data: DataFile[str]                   counts by the content of the file that it names
+    eval_data: DataFile[str]                  counts by the content of the file that it names
+
+A declaration also says which other fields name a file or directory, `FileName[...]`, so that `~` is expanded there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import os
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from genssd.distill.files.rows import hash_content
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.errors import InputError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+C = TypeVar("C", bound="DataclassInstance")
 
 
 class Kind(Enum):
@@ -44,7 +50,21 @@ ModelPath = Annotated[T, Kind.MODEL]
 NamedModelPath = Annotated[T, Kind.NAMED_MODEL]
 """A `ModelPath` whose name counts as well, because results are stored under it."""
 DataFile = Annotated[T, Kind.DATA_FILE]
-"""The path of a data file (or a tuple of paths, or None), compared by a hash of its content."""
+"""The name of a data file (or a tuple of names, or None; see files/rows.py), compared by a hash of its content."""
+
+
+class Marker(Enum):
+    """What a field of a config is, in addition to its kind."""
+
+    FILE_NAME = "file name"
+
+
+FileName = Annotated[T, Marker.FILE_NAME]
+"""The name of a file or directory (or a tuple of names, or None) in a field of another kind, or without one."""
+
+
+_NAMES = frozenset((Marker.FILE_NAME, Kind.MODEL, Kind.NAMED_MODEL, Kind.DATA_FILE))
+"""Markers and kinds of the fields that name something in the file system."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +89,21 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[Setting]:
             yield Setting(name=name, value=value, kind=kind)
 
 
+def expand_home(config: C) -> C:
+    """Return a config in which every name of a model, data file, file or directory has its leading `~` or `~user`
+    replaced by that home directory; nested configs included."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changes[field.name] = expand_home(value)
+        elif not _NAMES.isdisjoint(getattr(hints[field.name], "__metadata__", ())) and value is not None:
+            is_single = isinstance(value, str)
+            changes[field.name] = os.path.expanduser(value) if is_single else tuple(map(os.path.expanduser, value))
+    return dataclasses.replace(config, **changes)
+
+
 def settings_of(config: Any, fingerprints: Mapping[Any, str] | None = None) -> dict[str, Any]:
     """Return the settings that decide the result of a run, by dotted name, as JSON reads them back.
 
@@ -86,7 +121,7 @@ def settings_of(config: Any, fingerprints: Mapping[Any, str] | None = None) -> d
         elif setting.kind is Kind.NAMED_MODEL and value is not None:
             value = {"name": value, "content": _each(value, lambda name: f"{name} {fingerprint(locate(name))}")}
         elif setting.kind is Kind.DATA_FILE and value is not None:
-            value = {"name": value, "content": _each(value, content_hash)}
+            value = {"name": value, "content": _each(value, hash_content)}
         elif setting.kind in (Kind.OPERATIONAL, Kind.RECOMPUTED):
             continue
         settings[setting.name] = json.loads(json.dumps(value))
@@ -111,15 +146,6 @@ def check_same_settings(begun: Mapping[str, Any], now: Mapping[str, Any], subjec
                 f"{subject} with {name}={_shown(before)}, not {_shown(after)}; resume with the same settings, or "
                 "choose another output_dir"
             )
-
-
-def content_hash(path: str | Path) -> str:
-    """Return 16 hex digits that change with the bytes of a file. Raises InputError when it cannot be read."""
-    try:
-        with Path(path).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _each(names: str | Sequence[str], identify: Callable[[str], str]) -> str | list[str]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import ModelPath, Operational
+from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.train.models import load_model, load_teacher
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
@@ -46,9 +46,9 @@ class LeafConfig:
     """Hub id or local directory of the student."""
     teacher: ModelPath[str]
     """Hub id or local directory of a teacher with the student's tokenizer. It reads the prompts as the student does."""
-    data: tuple[str, ...]
-    """JSONL files of traces, as for score."""
-    output_dir: Operational[str] = "runs/leaf"
+    data: FileName[tuple[str, ...]]
+    """Data files of traces, as for score."""
+    output_dir: Operational[FileName[str]] = "runs/leaf"
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: traces that are in the journal are not computed again."""

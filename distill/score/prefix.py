@@ -23,7 +23,7 @@ from genssd.distill.data.traces import Trace, check_same_traces, make_training_r
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import ModelPath, Operational
+from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -51,9 +51,9 @@ class PrefixConfig(EngineOptions):
 
     student: ModelPath[str]
     """Hub id or local directory of the model that judges and continues."""
-    data: tuple[str, ...]
-    """JSONL files of traces, as for score."""
-    output_dir: Operational[str] = "runs/prefix"
+    data: FileName[tuple[str, ...]]
+    """Data files of traces, as for score."""
+    output_dir: Operational[FileName[str]] = "runs/prefix"
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: whole batches that are in the journal are not done again."""

@@ -26,7 +26,7 @@ from genssd.distill.data.traces import Trace, check_same_traces, describe_source
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl, write_text
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import ModelPath, Operational, Recomputed
+from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
 from genssd.distill.score.comparison import compare
 from genssd.distill.score.page import render_page
 from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
@@ -49,12 +49,13 @@ class ScoreConfig(EngineOptions):
 
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
-    data: tuple[str, ...]
-    """JSONL files of traces: selections, generations, messages, or prompt and completion."""
+    data: FileName[tuple[str, ...]]
+    """Data files of traces (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or
+    ORG/NAME:SPLIT of the Hugging Face hub: selections, generations, messages, or prompt and completion."""
     criteria: tuple[str, ...] = ("ppl",)
     """Criteria to compute: names, names with options, weighted sums or import paths, for instance ppl rsr
     "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp"."""
-    output_dir: Operational[str] = "runs/score"
+    output_dir: Operational[FileName[str]] = "runs/score"
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: traces that are in the journal are not scored again."""

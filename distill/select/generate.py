@@ -20,7 +20,7 @@ from typing import Literal
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import ModelPath, Operational
+from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.rows import make_response_row
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -39,9 +39,9 @@ class GenerateConfig(EngineOptions):
     """Hub id or local directory of the model whose chat template the rows use, and which judges tokens under rsd.
     None: the rows use the teacher's chat template."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
-    data: Operational[str]
-    """JSONL file of problems, as for select."""
-    output_dir: Operational[str] = "runs/generate"
+    data: Operational[FileName[str]]
+    """Data file of problems, as for select."""
+    output_dir: Operational[FileName[str]] = "runs/generate"
     """Directory that the journal is written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: prompts that are in the journal are not run again."""
@@ -123,7 +123,7 @@ def _generate(
         seed=config.seed,
         rsd=config.rsd if config.method == "rsd" else None,
         skip=done,
-        labels=[f"{config.data}, line {problem.line}" for problem in problems],
+        labels=[problem.where for problem in problems],
     )
     for finished, (index, completions) in enumerate(responses, start=1):
         problem = problems[index]
@@ -143,7 +143,7 @@ def _encode_prompt(config: GenerateConfig, engine: Engine, problem: ProblemRow) 
     try:
         teacher_ids, reader_ids = (engine.tokenizer(role).encode_prompt(problem.prompt) for role in roles)
     except InputError as error:
-        raise InputError(f"{config.data}, line {problem.line}: {error}") from None
+        raise InputError(f"{problem.where}: {error}") from None
     return teacher_ids, reader_ids
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import read_json, write_jsonl
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import ModelPath, Operational
+from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.decisions import Decisions, LoggedCandidate, read_decisions
 from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate_distinct, needs_answer
 from genssd.engine.checkpoint import locate
@@ -41,13 +41,13 @@ FIXED_VERDICTS = ("duplicate", "loop")
 class ReselectConfig(EngineOptions):
     """Judge the candidates of a finished `genssd select` again, and export them."""
 
-    run: str
+    run: FileName[str]
     """Output directory of the finished `genssd select`."""
     criterion: str = "ppl"
     """Name of the criterion that judges the candidates now."""
     student: ModelPath[str | None] = None
     """Hub id or local directory of the run's student. None: as the run recorded it."""
-    output_dir: Operational[str] = "runs/reselect"
+    output_dir: Operational[FileName[str]] = "runs/reselect"
     """Directory that the results are written to; earlier results there are replaced."""
 
 

@@ -24,7 +24,7 @@ from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import ModelPath, Operational
+from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.calibration import calibrate, check_calibration
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
 from genssd.engine.engine import Engine
@@ -37,8 +37,8 @@ from genssd.engine.selection import Selection
 class Calibrate:
     """A threshold chosen so that a given fraction of the teacher's plain chunks passes it."""
 
-    data: str | None = None
-    """JSONL file of problems for the calibration, other ones than those of the run. None: no calibration."""
+    data: FileName[str | None] = None
+    """Data file of problems for the calibration, other ones than those of the run. None: no calibration."""
     share: float = 0.95
     """Fraction of the teacher's chunks that the threshold lets pass, in (0, 1]."""
     limit: int = 64
@@ -78,9 +78,11 @@ class SelectConfig(SelectSettings):
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
-    data: Operational[str]
-    """JSONL file of problems: prompt (text or messages), messages, or question | problem | instruction."""
-    output_dir: Operational[str] = "runs/select"
+    data: Operational[FileName[str]]
+    """Data file of problems (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or
+    ORG/NAME:SPLIT of the Hugging Face hub. Its rows have prompt (text or messages), messages, or question | problem |
+    instruction."""
+    output_dir: Operational[FileName[str]] = "runs/select"
     """Directory that the journal is written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: prompts that are in the journal are not run again."""
@@ -169,7 +171,7 @@ def _search(
                 selections.append({**make_selection_row(selection, problem, origin), "teacher_topk": place})
                 tokens_kept += len(selection.best.token_ids)
             else:
-                failures.append(f"{config.data}, line {problem.line}: {selection.error}")
+                failures.append(f"{problem.where}: {selection.error}")
             report(
                 SelectProgress(
                     done=len(done) + finished,
@@ -195,7 +197,7 @@ def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
         [problem.prompt for problem in problems],
         config,
         fraction=config.calibrate.share,
-        labels=[f"{config.calibrate.data}, line {problem.line}" for problem in problems],
+        labels=[problem.where for problem in problems],
         answers=[problem.answer for problem in problems],
     )
     write_json(path, calibration.as_json())
@@ -215,7 +217,7 @@ def _select(
         threshold=threshold,
         answers=[problem.answer for problem in problems],
         skip=done,
-        labels=[f"{config.data}, line {problem.line}" for problem in problems],
+        labels=[problem.where for problem in problems],
     )
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from genssd.distill.runs.settings import DataFile, ModelPath, Operational
+from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.train.batches import Layout
 from genssd.distill.train.losses import LossOptions
 from genssd.distill.train.on_policy import RolloutOptions
@@ -76,8 +76,8 @@ class TrainSettings(LossOptions):
     """Shard weights, gradients and optimizer states over the processes of torchrun (FSDP2); otherwise every process has
     the full model."""
     eval_data: DataFile[tuple[str, ...]] = ()
-    """JSONL files on which the loss is measured during the training; the model with the smallest loss is kept in
-    OUTPUT_DIR/best."""
+    """Data files, as for data, on which the loss is measured during the training; the model with the smallest loss is
+    kept in OUTPUT_DIR/best."""
     eval_steps: int | None = None
     """Number of optimizer steps between two measurements on eval_data; None: an epoch. The last step is always
     measured."""
@@ -138,16 +138,17 @@ class TrainSettings(LossOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig(TrainSettings):
-    """Fine-tuning and distillation on the completions of JSONL rows."""
+    """Fine-tuning and distillation on the completions of rows."""
 
     model_name_or_path: ModelPath[str]
     """Hub id or local directory of the student to start from."""
     # the examples of the data are compared, not their files
-    data: Operational[tuple[str, ...]]
-    """JSONL files whose rows are selections of `genssd select`, or have messages, or have a prompt and a completion."""
-    output_dir: Operational[str] = "runs/train"
+    data: Operational[FileName[tuple[str, ...]]]
+    """Data files (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or ORG/NAME:SPLIT of the
+    Hugging Face hub. Their rows are selections of `genssd select`, or have messages, or a prompt and a completion."""
+    output_dir: Operational[FileName[str]] = "runs/train"
     """Directory for the trained model, its checkpoints and metrics."""
-    resume_from_checkpoint: Operational[str | None] = None
+    resume_from_checkpoint: Operational[FileName[str | None]] = None
     """Checkpoint directory to resume from, or "last" for the newest checkpoint in output_dir."""
 
     def __post_init__(self) -> None:

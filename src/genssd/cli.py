@@ -80,7 +80,7 @@ def _run(command: str, flags: list[str]) -> None:
         raise InputError(f"unknown command {command!r}{_closest(command, SUMMARIES)}\n{USAGE}")
     _quiet_libraries()
     commands = import_module("genssd.commands")
-    config_class, run = commands.COMMANDS[command]
+    config_class, _ = commands.COMMANDS[command]
     file, flags = _split_config_file(flags)
     flags_from_file = [] if file is None else flags_of_file(file, config_class)
     config = tyro.cli(
@@ -89,7 +89,7 @@ def _run(command: str, flags: list[str]) -> None:
         args=[*flags_from_file, *merge_list_flags(flags, config_class)],
         description=config_class.__doc__,
     )
-    run(config, Console(stderr=True))
+    commands.run_command(command, config, Console(stderr=True))
 
 
 def _quiet_libraries() -> None:
@@ -107,9 +107,9 @@ def _split_config_file(flags: list[str]) -> tuple[Path | None, list[str]]:
         if flag == "--config":
             if i + 1 == len(flags):
                 raise InputError("--config needs a file")
-            return Path(flags[i + 1]), flags[:i] + flags[i + 2 :]
+            return Path(os.path.expanduser(flags[i + 1])), flags[:i] + flags[i + 2 :]
         if flag.startswith("--config="):
-            return Path(flag.removeprefix("--config=")), flags[:i] + flags[i + 1 :]
+            return Path(os.path.expanduser(flag.removeprefix("--config="))), flags[:i] + flags[i + 1 :]
     return None, flags
 
 

@@ -23,6 +23,7 @@ from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.diagnose.verdict import write_verdict
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.rounds import DistillConfig, run_distill
+from genssd.distill.runs.settings import expand_home
 from genssd.distill.score.leaf import LeafConfig, run_leaf
 from genssd.distill.score.prefix import PrefixConfig, run_prefix
 from genssd.distill.score.run import ScoreConfig, run_score
@@ -190,3 +191,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "distill": (DistillConfig, distill),
     "diagnose": (DiagnoseConfig, diagnose),
 }
+
+
+def run_command(name: str, config: Any, console: Console) -> None:
+    """Run a command, after replacing a leading `~` in the config's names of files, directories and models."""
+    COMMANDS[name][1](expand_home(config), console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 
 from genssd.commands import COMMANDS
 from genssd.distill import small_pair
-from genssd.distill.runs.settings import Kind, check_same_settings, fields_of, settings_of
+from genssd.distill.demo import DemoConfig
+from genssd.distill.runs.settings import Kind, check_same_settings, expand_home, fields_of, settings_of
 from genssd.engine.errors import InputError
 
 PAIR = Path(next(iter(small_pair.__path__)))
@@ -162,3 +164,62 @@ def test_a_setting_that_only_one_side_has_is_of_another_version() -> None:
 def test_a_data_file_that_is_not_there_is_named(data: list[str]) -> None:
     with pytest.raises(InputError, match=r"missing\.jsonl cannot be read: No such file"):
         settings_of(changed(config_of("distill", data), "data", "missing.jsonl"))
+
+
+PATHS = {
+    "demo": {"output_dir"},
+    "select": {"teacher", "student", "data", "output_dir", "calibrate.data"},
+    "generate": {"teacher", "student", "data", "output_dir"},
+    "score": {"student", "data", "output_dir"},
+    "reselect": {"run", "student", "output_dir"},
+    "prefix": {"student", "data", "output_dir"},
+    "leaf": {"student", "teacher", "data", "output_dir"},
+    "evaluate": {"model", "data", "output_dir"},
+    "diagnose": {"student", "teacher", "data", "output_dir"},
+    "train": {"model_name_or_path", "teacher_model_name_or_path", "data", "eval_data", "output_dir"}
+    | {"resume_from_checkpoint"},
+    "distill": {"teacher", "student", "data", "eval_data", "output_dir"}
+    | {"select.calibrate.data", "train.teacher_model_name_or_path", "train.eval_data"},
+}
+"""Every option that names something in the file system."""
+NO_PATHS = {"device", "dtype", "criterion", "criteria", "contexts", "statuses", "until", "lora_target_modules"} | {
+    *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by")
+}
+"""Fields of text that name nothing there."""
+
+
+def make_with_home(config_class: type, prefix: str = "") -> tuple[Any, set[str]]:
+    """Return a config that names "~/x" in every field of text or texts, and the dotted names of these fields."""
+    hints = typing.get_type_hints(config_class)
+    values: dict[str, Any] = {}
+    names = set()
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        kinds = typing.get_args(hint) or (hint,)
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            values[field.name], nested = make_with_home(hint, f"{prefix}{field.name}.")
+            names |= nested
+        elif str in kinds and field.name not in NO_PATHS:
+            values[field.name] = ("~/x", "~/y") if typing.get_origin(hint) is tuple else "~/x"
+            names.add(f"{prefix}{field.name}")
+        elif field.name == "kd_ratio":
+            values[field.name] = 1.0  # without it a teacher is refused
+    return config_class(**values), names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_home_is_expanded_in_every_path(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config, names = make_with_home(COMMANDS[command][0])
+    assert names == PATHS[command]
+    expanded = {setting.name: setting.value for setting in fields_of(expand_home(config))}
+    assert {name for name, value in expanded.items() if value in ("/home/me/x", ("/home/me/x", "/home/me/y"))} == names
+    assert not any("~" in str(value) for value in expanded.values())
+
+
+def test_a_tilde_elsewhere_is_part_of_the_name() -> None:
+    config = DemoConfig(output_dir="./~")
+    assert expand_home(config) == config
+    config = DemoConfig(output_dir="runs~/x")
+    assert expand_home(config) == config
