@@ -13,7 +13,7 @@ Shapes:  N rows   D model width
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,17 +74,12 @@ class StepLayout:
 
     def pack(self, tables: Mapping[int, SegmentTable], into: NDArray[np.int32]) -> None:
         """Write a step without its ids into a buffer of the host."""
+        self._int64(into, 0)[:] = 0
         slot_N, slots = self._int64(into, 1), next(iter(tables.values())).slot
         slot_N[:] = -1
         slot_N[: len(slots)] = slots
         for window, start in self._starts().items():
             write_table(tables[window], self.tables[window], into[start : start + self.tables[window].length])
-
-    def pack_ids(self, ids: Sequence[int], into: NDArray[np.int32]) -> None:
-        """Write the token ids of a step into a buffer of the host."""
-        ids_N = self._int64(into, 0)
-        ids_N[:] = 0
-        ids_N[: len(ids)] = ids
 
     def read(self, buffer: Tensor, tables: Mapping[int, SegmentTable]) -> tuple[Tensor, ForwardBatch]:
         """Return the ids and the batch of the forward pass as views of the buffer.
@@ -131,10 +126,11 @@ class StagedStep:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A captured graph, its input buffer and its output."""
+    """A captured graph, its input buffer, the ids in it, and its output."""
 
     layout: StepLayout
     buffer: Tensor
+    ids_N: Tensor
     graph: torch.cuda.CUDAGraph
     hidden_ND: Tensor
 
@@ -169,22 +165,23 @@ class DecodeGraphs:
         return StagedStep(layout, tables, host)
 
     @torch.inference_mode()
-    def forward(self, staged: StagedStep, ids: Sequence[int]) -> Tensor:
-        """Compute a staged step and return its hidden states, [N, D]."""
+    def forward(self, staged: StagedStep, ids_N: Tensor) -> Tensor:
+        """Compute a staged step and return its hidden states, [N, D]. ids: int64, on the device."""
         layout = staged.layout
-        layout.pack_ids(ids, staged.host.numpy())
         step = self._captured.get(layout.rows)
         if step is None or step.layout is not layout:
-            step = self._captured[layout.rows] = self._capture(staged)
+            step = self._captured[layout.rows] = self._capture(staged, ids_N)
         else:
             step.buffer.copy_(staged.host, non_blocking=True)
+            step.ids_N[: len(ids_N)].copy_(ids_N)
         step.graph.replay()
-        return step.hidden_ND[: len(ids)].clone()  # the next replay overwrites it
+        return step.hidden_ND[: len(ids_N)].clone()  # the next replay overwrites it
 
-    def _capture(self, staged: StagedStep) -> _Captured:
+    def _capture(self, staged: StagedStep, drawn_N: Tensor) -> _Captured:
         """Capture a step as a graph. Waits for the device."""
         buffer = staged.host.to(self._kv.device)
         ids_N, batch = staged.layout.read(buffer, staged.tables)
+        ids_N[: len(drawn_N)].copy_(drawn_N)
         # once without capture, which compiles the kernels; the graph writes the same into the cache again
         side = torch.cuda.Stream(self._kv.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._kv.device))
@@ -194,4 +191,4 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             hidden_ND = self._decoder.forward(ids_N, batch, self._kv)
-        return _Captured(staged.layout, buffer, graph, hidden_ND)
+        return _Captured(staged.layout, buffer, ids_N, graph, hidden_ND)

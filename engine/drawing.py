@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from genssd.engine.branch import Branch
 from genssd.engine.expansion import Lane
+from genssd.engine.pending_read import PendingRead
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, noise_key
 from genssd.engine.token_runs import nonfinite_logits, response_place
+from genssd.kernels.device_table import upload
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
 
@@ -63,20 +66,21 @@ class WriterDrawing:
     def draw(self, lanes: Sequence[Lane], source_C: Tensor, candidates: Sequence[Lane]) -> Drawn:
         """Draw a token for every candidate, and let the writer read it at once where the device works by itself.
 
-        There the next step is laid out before the tokens of this one are known, and begins as soon as they are, also
-        for candidates that turn out to be complete: their last token is what they would have pending.
+        There the next step is queued before the host knows the tokens of this one, also for candidates that turn out
+        to be complete: their last token is what they would have pending.
         """
         writer = self.writer
         tokens_C, logprob_C = self._draw(lanes, source_C, candidates)
-        following = None
+        arriving, arriving_logprob, hidden_CD = PendingRead(tokens_C), PendingRead(logprob_C), None
         if writer.runs_ahead:
             paths = [path for lane in candidates if (path := lane.branch.state(writer.role).path) is not None]
-            following = writer.prepare(paths, [1] * len(paths))
-        tokens, logprob = tokens_C.tolist(), logprob_C.tolist()
+            # a row without a token, whose logits are not finite, reads any: the error follows
+            hidden_CD = writer.run(writer.prepare(paths, [1] * len(paths)), tokens_C.clamp_min(0))
+        tokens, logprob = arriving.tolist(), arriving_logprob.tolist()
         for lane, token in zip(candidates, tokens, strict=True):
             if token < 0:
                 raise nonfinite_logits(writer, response_place(lane.expansion.label, lane.branch.length))
-        return Drawn(tokens, logprob, None if following is None else writer.run(following, tokens))
+        return Drawn(tokens, logprob, hidden_CD)
 
     def _draw(self, lanes: Sequence[Lane], source_C: Tensor, candidates: Sequence[Lane]) -> tuple[Tensor, Tensor]:
         """Return tokens and their log-probabilities at temperature 1, on the device; -1 where logits are not finite."""
@@ -84,8 +88,8 @@ class WriterDrawing:
         if self._num_topk:
             for lane, row in zip(candidates, source_C.tolist(), strict=True):
                 lane.branch.chunk_states.append((hidden_LD, row))
-        keys_C = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in candidates])
-        keys_C, source_C = keys_C.to(hidden_LD.device), source_C.to(hidden_LD.device)
+        keys = np.array([noise_key(lane.branch.stream, lane.branch.length) for lane in candidates])
+        keys_C, source_C = upload(keys, hidden_LD.device), upload(source_C.numpy(), hidden_LD.device)
         if not self._sampling.filters:
             return linear_sample(
                 hidden_LD.index_select(0, source_C),

@@ -106,13 +106,17 @@ class ModelRunner:
             return self._graphs.stage(tables)
         return ForwardBatch.from_tables(tables, kv.device, output)
 
-    def run(self, prepared: Prepared, ids: Sequence[int]) -> Tensor:
-        """Compute the tokens of a prepared pass and return the hidden states that it asks for, [M, D]."""
+    def run(self, prepared: Prepared, ids: Sequence[int] | Tensor) -> Tensor:
+        """Compute the tokens of a prepared pass and return the hidden states that it asks for, [M, D].
+
+        ids: those of the tokens, or int64 [N] on the runner's device, which the host need not know yet.
+        """
         kv = self.tree.pool.kv
+        ids_N = ids if isinstance(ids, Tensor) else upload(np.array(ids), kv.device)
         if isinstance(prepared, ForwardBatch):
-            return self.decoder.forward(upload(np.array(ids), kv.device), prepared, kv)
+            return self.decoder.forward(ids_N, prepared, kv)
         assert self._graphs is not None
-        return self._graphs.forward(prepared, ids)
+        return self._graphs.forward(prepared, ids_N)
 
     def _forward(self, paths: Sequence[Path], batch: Sequence[_Piece], hidden: list[list[Tensor]]) -> None:
         """Compute some pieces in one pass; append the hidden states of each to those of its path."""

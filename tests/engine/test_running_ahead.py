@@ -16,6 +16,7 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import NumericsError
 from genssd.engine.expander import Expander
 from genssd.engine.pages import PagePool
+from genssd.engine.pending_read import PendingRead
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import Selection
@@ -72,7 +73,7 @@ def test_a_response_may_fill_all_positions(pair: Pair) -> None:
     assert [c.token_ids for c in actual[0]] == [c.token_ids for c in reference[0]]
 
 
-def test_a_step_is_laid_out_while_tokens_are_drawn_and_runs_before_they_are_taken(
+def test_a_step_is_queued_before_the_host_reads_the_tokens_of_the_one_before(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
@@ -81,13 +82,15 @@ def test_a_step_is_laid_out_while_tokens_are_drawn_and_runs_before_they_are_take
         (engine._resources.runners["teacher"], "prepare"),
         (engine._resources.runners["teacher"], "run"),
         (WriterDrawing, "_draw"),
+        (PendingRead, "tolist"),
         (Expander, "_take_token"),
     ):
         monkeypatch.setattr(target, name, recorded(getattr(target, name), name, order))
     root = engine.branch([1, 2, 3])
     for branch in (*root.expand(2, Chunk(tokens=3, until=None)), root):
         branch.drop()
-    assert order == ["prepare", "run", *(["_draw", "prepare", "run", "_take_token", "_take_token"] * 3)]
+    step = ["_draw", "prepare", "run", "tolist", "tolist", "_take_token", "_take_token"]
+    assert order == ["prepare", "run", *step * 3]
 
 
 def recorded(function: Callable[..., Any], name: str, order: list[str]) -> Callable[..., Any]:
