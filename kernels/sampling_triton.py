@@ -17,10 +17,31 @@ BLOCK = 2048  # entries of a row that a program holds at once
 
 
 @triton.jit
+def random_bits(key, v):
+    """Return the first output word of Philox 4x32-10 (Salmon et al., 2011) with the counter v, uint32, like tl.philox.
+
+    Products in 64 bits are one instruction each; tl.philox takes two for their halves.
+    """
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    c0 = v.to(tl.uint32)
+    c1 = c0 * 0
+    c2, c3 = c1, c1
+    for _ in tl.static_range(10):
+        a = c0.to(tl.uint64) * tl.full([], 0xD2511F53, tl.uint64)
+        b = c2.to(tl.uint64) * tl.full([], 0xCD9E8D57, tl.uint64)
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = b.to(tl.uint32)
+        c3 = a.to(tl.uint32)
+        k0 += tl.full([], 0x9E3779B9, tl.uint32)
+        k1 += tl.full([], 0xBB67AE85, tl.uint32)
+    return c0
+
+
+@triton.jit
 def uniform(key, v):
     """Return a number in (0, 1) from the 32 random bits of (key, v), with full precision where it is small."""
-    zero = v * 0
-    bits, _, _, _ = tl.philox(key, v, zero, zero, zero)
+    bits = random_bits(key, v)
     return tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-8)
 
 
