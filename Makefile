@@ -25,6 +25,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	MYPYPATH=src:tests:. $(BIN)/mypy $(UNRUN_MYPY) $(UNRUN)
+	MYPYPATH=src:. $(BIN)/mypy --follow-imports silent --namespace-packages --explicit-package-bases bench/gpu
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
 
 bench: $(VENV)/.installed-dev

@@ -1,45 +1,57 @@
 #!/usr/bin/env bash
-# Run the GPU tests and benchmarks on a machine with a GPU, in sets of at most ten minutes each. Rows are written to
-# bench/results/gpu-*.json; a part that fails does not stop the others.
+# On a machine with a GPU, which needs no network: build, run the GPU tests, time the operators beside those of other
+# libraries, and print a table. Under four minutes on 16 cores; a part that fails or runs out of time does not stop the
+# others.
 #
-#   bash bench/gpu.sh [RESULTS_DIRECTORY] [head|attention|tuning]        default: head and attention
+#   bash bench/gpu.sh [WHEELS] [RESULTS]
+#
+# WHEELS: folder of wheels, from which the packages that this Python lacks are installed; "" for none. RESULTS: folder
+# of the logs and of gpu-probe.jsonl (default: bench/results), to which a row is added per operation, shape and
+# implementation. Nothing is installed into this Python: packages go into a temporary folder.
 set -u
-cd "$(dirname "$0")/.."
-results=${1:-bench/results}
-sets=${2:-head attention}
-mkdir -p "$results"
+cd "$(dirname "$0")/.." || exit 1
+wheels=${1:-}
+results=${2:-bench/results}
+limit=235
 failed=0
-part() {
-    local seconds=$1
-    shift
-    echo "== $*"
-    timeout "$seconds" "$@" || { echo "== failed or out of time ($?): $*"; failed=1; }
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+mkdir -p "$results"
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+export CMAKE_BUILD_PARALLEL_LEVEL=16
+
+part() { # NAME SECONDS COMMAND...: its output goes to RESULTS/gpu-NAME.log
+    local name=$1 seconds=$2 left=$((limit - SECONDS))
+    shift 2
+    timeout "$((seconds < left ? seconds : left > 0 ? left : 1))" "$@" > "$results/gpu-$name.log" 2>&1
+    local code=$?
+    echo "== [$SECONDS s] $name: $([ $code = 0 ] && echo ok || echo "failed or out of time ($code)")"
+    [ $code = 0 ] || { failed=1; tail -n 15 "$results/gpu-$name.log"; }
+    return $code
 }
-bench() {
-    part "$1" python -m pytest -q bench -o python_files="$2" --benchmark-columns=median,iqr,rounds \
-        --benchmark-json="$results/$3"
+install() { python3 -m pip --disable-pip-version-check install -q --no-index --no-deps --no-cache-dir --target "$site" "$@"; }
+missing() { # the wheels of a folder whose package cannot be found
+    python3 - "$1" << 'EOF'
+import pathlib, sys
+from importlib.metadata import PackageNotFoundError, version
+for wheel in sorted(pathlib.Path(sys.argv[1]).glob("*.whl")):
+    try:
+        version(wheel.name.split("-")[0])
+    except PackageNotFoundError:
+        print(wheel)
+EOF
 }
-for set in $sets; do
-    case $set in
-    head)
-        part 150 python -m pytest -q -m gpu tests/kernels --ignore=tests/kernels/gpu/test_attention.py
-        part 45 python -m bench.kernels.memory --width 1024 --json "$results/gpu-memory.json"
-        part 120 python -m bench.tuning.head_tiles --json "$results/gpu-head-tiles.json"
-        bench 240 bench_head.py gpu-kernels.json
-        bench 45 bench_forward.py gpu-forward.json
-        ;;
-    attention)
-        part 180 python -m pytest -q -m gpu tests/kernels/gpu/test_attention.py tests/engine
-        bench 260 bench_attention.py gpu-attention.json
-        part 150 python -m bench.engine.decode_step --json "$results/gpu-decode-step.json"
-        ;;
-    tuning)
-        part 590 python -m bench.tuning.attention_tiles --json "$results/gpu-attention-tiles.json"
-        ;;
-    *)
-        echo "no set is called $set" >&2
-        failed=1
-        ;;
-    esac
-done
+export -f install
+export site
+
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+if [ -n "$wheels" ]; then
+    mapfile -t packages < <(missing "$wheels")
+    [ ${#packages[@]} = 0 ] || part wheels 30 bash -c 'install "$@"' _ "${packages[@]}"
+fi
+part build 60 bash -c 'install --no-build-isolation .' || exit 1
+part tests 100 python3 -m pytest -q -m gpu -n 12 -p no:cacheprovider --tb=short -rfE tests
+tail -n 1 "$results/gpu-tests.log"
+part probe 100 python3 -m bench.gpu.probe --seconds 75 --json "$results/gpu-probe.jsonl"
+awk '/^operation  / { print machine; found = 1 } found { print } { machine = $0 }' "$results/gpu-probe.log"
 exit $failed

@@ -46,8 +46,8 @@ def attention_mass(
         if tokens and not -1 <= int(index.min()) <= int(index.max()) < count:
             raise ValueError(f"attention_mass: {name} must lie in -1..{count - 1}")
     if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16) and q_THE.shape[2] <= MAX_WIDTH:
-        step_T, word_T = step_T.to(q_THE.device), word_T.to(q_THE.device)
-        mass_SW: Tensor = _attention_mass(q_THE, k_TGE, step_T, word_T, steps, words, scale)[0]
+        places = step_T.to(q_THE.device), word_T.to(q_THE.device)
+        mass_SW: Tensor = _attention_mass(q_THE, k_TGE, *places, steps, words, scale)[0]
         return mass_SW
     return attention_mass_reference(q_THE, k_TGE, step_T, word_T, steps=steps, words=words, scale=scale)
 
@@ -56,6 +56,7 @@ def attention_mass_reference(
     q_THE: Tensor, k_TGE: Tensor, step_T: Tensor, word_T: Tensor, *, steps: int, words: int, scale: float
 ) -> Tensor:
     """Compute `attention_mass` in plain torch, a chunk of rows at a time."""
+    step_T, word_T = step_T.to(q_THE.device), word_T.to(q_THE.device)
     wide = torch.promote_types(q_THE.dtype, torch.float32)
     # tokens that belong to no word fall into one more column, which is cut off
     word_one_hot_TW = torch.nn.functional.one_hot(word_T.where(word_T >= 0, words), words + 1).to(wide)[:, :words]

@@ -78,6 +78,7 @@ def compute_losses_and_gradients(
             torch.mm(dx, w, out=d_hidden[span])
         if want_weight:
             add_product(d_weight, dx.T, h)
+        del dx  # before the next chunk makes another
     return losses_N, d_hidden, d_weight.to(weight_VD.dtype)
 
 
@@ -87,7 +88,8 @@ def multiply_into(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
     The product of bfloat16 or float16 inputs is not rounded to their dtype.
     """
     if hidden_ND.is_cuda and hidden_ND.dtype != out.dtype:
-        return out.copy_(torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype))
+        # without out=, a temporary would double the memory of a chunk
+        return torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype, out=out)
     if hidden_ND.dtype != out.dtype:
         return linear(hidden_ND, weight_VD, out=out)
     return torch.mm(hidden_ND, weight_VD.T, out=out)

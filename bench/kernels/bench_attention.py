@@ -1,6 +1,6 @@
 """Benchmarks of decode attention of branches after a shared prefix, with and without sharing, against other libraries.
 
-Run: `make bench` (small shapes on a CPU), `bench/gpu.sh` (the shapes of an 8B model on a GPU). Every implementation is
+Run: `make bench` (small shapes on a CPU, those of an 8B model on a GPU). Every implementation is
 checked against float64 before it is timed, and the cache is flushed before every round. All read the same pages.
 share_of_copy in extra_info is the rate at which the distinct keys and values are read, divided by the rate of a copy,
 so 1 is the limit of the device. The preparation of a step (tables, plans, masks) is not timed;
@@ -24,7 +24,7 @@ from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, bui
 from genssd.kernels.device_table import DeviceTable
 
 GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
+DEVICE = torch.device("cuda:0" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 HEADS, KV_HEADS, WIDTH, PAGE = (32, 8, 128, 16) if GPU else (8, 4, 64, 16)
 OWN = 64  # tokens of a branch after the prefix

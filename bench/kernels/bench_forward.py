@@ -1,6 +1,6 @@
 """Benchmarks of the forward pass's operators, cache copies and attention mass against eager torch.
 
-Run: `make bench` (small shapes on a CPU), `bench/gpu.sh` (the shapes of an 8B model on a GPU). Every implementation is
+Run: `make bench` (small shapes on a CPU, those of an 8B model on a GPU). Every implementation is
 checked against float64 before it is timed, on a cold cache. share_of_copy in extra_info is the rate at which the
 necessary bytes were moved, divided by the rate of a copy. With few rows on a GPU it shows the cost of a launch.
 """

@@ -1,6 +1,6 @@
 """Benchmarks of scoring, losses and sampling over a linear head against eager torch, torch.compile and other libraries.
 
-Run: `make bench` (small shapes on a CPU), `bench/gpu.sh` (the shapes of real models on a GPU). Every implementation is
+Run: `make bench` (small shapes on a CPU, those of real models on a GPU). Every implementation is
 checked against float64 on a few rows before it is timed; the cache is flushed before every round. extra_info has the
 fraction that was reached of the device's measured limits: the rate of a matrix product and the rate of a copy. A
 library that is not installed is skipped.

@@ -221,11 +221,14 @@ def compute_key_attention_loss(
 
 
 def _compute_kl(teacher_SW: Tensor, student_SW: Tensor, visible_SW: Tensor) -> Tensor:
-    """Return the mean KL(teacher | student) over the steps to which two words or more are visible."""
+    """Return the mean KL(teacher | student) over the steps to which two words or more are visible.
+
+    visible_SW: see `KeyWords.find_visible`; it may lie on the CPU.
+    """
     counted = visible_SW.sum(1) > 1
     if not bool(counted.any()):
         return student_SW.sum() * 0.0
-    visible_SW = visible_SW[counted]
+    visible_SW = visible_SW[counted].to(student_SW.device)
     least = torch.finfo(student_SW.dtype).min
     log_q, log_p = (x[counted].masked_fill(~visible_SW, least).log_softmax(1) for x in (teacher_SW, student_SW))
     return (log_q.exp() * (log_q - log_p)).masked_fill(~visible_SW, 0.0).sum(1).mean()

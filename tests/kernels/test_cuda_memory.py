@@ -1,0 +1,45 @@
+"""Memory that the operators over a head take on a CUDA device, at real sizes and without a GPU.
+
+The device is fake (support/fake_cuda.py): no kernel runs, and the storages that are in use are added up. What cuBLAS
+and torch's own kernels allocate is not seen; tests/kernels/gpu/test_head.py measures the same on a real device.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.fake_cuda import FakeCuda
+from support.head_memory import BUDGETS, MIB, ROWS, VOCABULARY, WIDTH
+
+pytest.importorskip("triton")
+
+
+def peak_mib(name: str) -> float:
+    hidden = torch.empty(ROWS, WIDTH, device="cuda:0", dtype=torch.bfloat16)
+    weight = torch.empty(VOCABULARY, WIDTH, device="cuda:0", dtype=torch.bfloat16)
+    target = torch.empty(ROWS, device="cuda:0", dtype=torch.int64)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    BUDGETS[name][0](hidden, weight, target)
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_memory_beyond_the_inputs(name: str) -> None:
+    with FakeCuda(computes=False):
+        assert peak_mib(name) < BUDGETS[name][1]
+
+
+def test_the_sum_counts_what_is_in_use() -> None:
+    with FakeCuda(computes=False) as device:
+        kept = torch.empty(MIB, device="cuda:0")
+        dropped = kept + 1
+        view = kept[5:]
+        assert device.memory_allocated() == 8 * MIB
+        del dropped
+        assert device.memory_allocated() == 4 * MIB
+        assert device.max_memory_allocated() == 8 * MIB
+        del kept
+        assert device.memory_allocated() == 4 * MIB, "a view keeps its storage"
+        del view
+        assert device.memory_allocated() == 0

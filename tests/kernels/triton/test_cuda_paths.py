@@ -1,0 +1,181 @@
+"""The engine and the training on a fake CUDA device: no devices are mixed, and values are those of the CPU.
+
+The kernels run in Triton's interpreter, and captured steps are recorded and run again (support/fake_cuda.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.fake_cuda import FakeCuda
+from support.tiny_pair import TinyPair
+from support.toys import Pair, edit_json, save_checkpoint
+from support.training_runs import config_for, metrics
+
+from genssd.distill.answers.forms import CORRECT, WRONG, Verdict
+from genssd.distill.diagnose.config import DiagnoseConfig
+from genssd.distill.diagnose.run import run_diagnose
+from genssd.distill.score.leaf import LeafConfig, run_leaf
+from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.train.key_attention import KeyAttentionOptions
+from genssd.distill.train.on_policy import RolloutOptions
+from genssd.distill.train.trainer import run_train
+from genssd.engine.chunk import Chunk
+from genssd.engine.engine import Engine
+from genssd.engine.reverse_speculation import ReverseSpeculation
+from genssd.engine.runner import Role
+from genssd.engine.sampling import Sampling
+
+DEVICE = "cuda:0"
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A random teacher and student whose trajectories end and differ."""
+    base = tmp_path_factory.mktemp("pair")
+    models = [save_checkpoint(base / role, "qwen3", seed=s, scale=12.0) for s, role in enumerate(("big", "small"))]
+    for role in ("big", "small"):
+        for file in ("config.json", "generation_config.json"):
+            edit_json(base / role / file, eos_token_id=list(range(250, 257)))
+    return Pair(base / "big", base / "small", *models)
+
+
+PROMPTS = [list(range(40, 60)), [7, 8, 9]]
+
+
+def test_scores(pair: Pair) -> None:
+    responses = [[1, 2, 3, 4], [5, 6]]
+    expected = pair.engine().score(PROMPTS, responses, model="student")
+    with FakeCuda() as device:
+        scores = pair.engine(device=DEVICE).score(PROMPTS, responses, model="student")
+        assert "genssd::linear_logprob" in device.operators
+        for ours, plain in zip(scores, expected, strict=True):
+            torch.testing.assert_close(ours.logprob.cpu(), plain.logprob, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours.entropy.cpu(), plain.entropy, atol=1e-4, rtol=1e-4)
+
+
+SEARCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "beam": {"beam": 2, "teacher_topk": 3},
+    "filtered": {"sampling": Sampling(temperature=0.8, top_p=0.9)},
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_trajectories(name: str, pair: Pair) -> None:
+    """Also over captured steps: the second token of a chunk is decoded by a replay."""
+    options: dict[str, Any] = {"candidates": 2, "chunk": Chunk(tokens=3, until=None), "max_tokens": 6, "seed": 3}
+    options |= SEARCHES[name]
+    expected = pair.engine().select_expand(PROMPTS, **options)
+    with FakeCuda() as device:
+        selections = pair.engine(device=DEVICE).select_expand(PROMPTS, **options)
+        assert max(graph.replays for graph in device.graphs) > 1
+        for ours, plain in zip(selections, expected, strict=True):
+            assert ours.best.token_ids == plain.best.token_ids
+
+
+def test_reverse_speculation(pair: Pair) -> None:
+    rules = ReverseSpeculation(probability=0.002, top=60, tries=2, student=Sampling())
+    expected = pair.engine().generate(PROMPTS, max_tokens=3, rsd=rules, seed=1)
+    with FakeCuda():
+        completions = pair.engine(device=DEVICE).generate(PROMPTS, max_tokens=3, rsd=rules, seed=1)
+    for (ours,), (plain,) in zip(completions, expected, strict=True):
+        assert (ours.token_ids, ours.substituted) == (plain.token_ids, plain.substituted)
+
+
+def judge_by_length(text: str, answer: str | None) -> Verdict:
+    return CORRECT if len(text) % 2 else WRONG
+
+
+def test_diagnosis(pair: Pair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows([{"prompt": "7", "answer": "77"}])
+
+    def diagnose(name: str, **device: str) -> Any:
+        def load(model: str, role: Role) -> Engine:
+            models = {"student" if role == "student" else "teacher": model}
+            return Engine.from_pretrained(**models, dtype="float32", memory_bytes=1 << 22, **device)  # type: ignore[arg-type]
+
+        config = DiagnoseConfig(
+            student=str(pair.student), teacher=(str(pair.teacher),), data=str(data), output_dir=str(tmp_path / name),
+            max_tokens=2, rollouts=1, completions=2, top_k=2, teacher_top_k=1, min_probability=0.0,
+        )  # fmt: skip
+        run_diagnose(config, load, verify=judge_by_length)
+        return [json.loads(row)["rollouts"] for row in (tmp_path / name / "questions.jsonl").read_text().splitlines()]
+
+    expected = diagnose("cpu")
+    with FakeCuda():
+        assert diagnose("cuda", device=DEVICE) == expected
+
+
+def test_traces_without_distracting_words(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows([{"question": "Tom has 3 and 4 pens. How many?", "generations": ["He has 3 + 4 = 7."]}])
+
+    def leave_out(name: str, **device: str) -> list[str]:
+        config = LeafConfig(
+            student=str(tiny_pair.student), teacher=str(tiny_pair.teacher), data=(str(data),), share=0.2,
+            output_dir=str(tmp_path / name), **device,
+        )  # fmt: skip
+        run_leaf(config)
+        rows = (tmp_path / name / "counterfactuals.jsonl").read_text().splitlines()
+        return [json.loads(row)["left_out"] for row in rows]
+
+    expected = leave_out("cpu")
+    with FakeCuda():
+        assert leave_out("cuda", device=DEVICE) == expected
+
+
+def test_training_on_the_teachers_top_k_of_a_selection(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data = write_rows([{"question": f"{i}+{i}?"} for i in range(2)], "problems.jsonl")
+    with FakeCuda():
+        engine = Engine.from_pretrained(
+            tiny_pair.teacher, tiny_pair.student, memory_bytes=1 << 22, dtype="float32", device=DEVICE
+        )
+        select = SelectConfig(
+            teacher=str(tiny_pair.teacher), student=str(tiny_pair.student), data=str(data),
+            output_dir=str(tmp_path / "select"), candidates=2, chunk=Chunk(tokens=2, until=None), max_tokens=4,
+            teacher_topk=5,
+        )  # fmt: skip
+        rows = run_select(select, engine).path
+    assert_trains_the_same(tiny_pair, rows, tmp_path, {"kd_ratio": 0.5, "statuses": ("finished", "length")})
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "packed": {"layout": "pack", "gradient_checkpointing": True},
+    "tree": {"layout": "tree"},
+    "jsd": {"kd_ratio": 0.5, "kd_loss": "jsd", "mask_special_tokens": True},
+    "top-k": {"kd_ratio": 0.5, "kd_topk": 5},
+    "standardized": {"kd_ratio": 0.5, "kd_standardize": True},
+    "on-policy": {"kd_ratio": 0.5, "lmbda": 1.0, "rollout": RolloutOptions(max_tokens=3, memory_bytes=1 << 20)},
+    "sampled": {
+        "kd_ratio": 0.5, "lmbda": 1.0, "kd_loss": "sampled_reverse_kl",
+        "rollout": RolloutOptions(max_tokens=3, memory_bytes=1 << 20),
+    },
+    "key attention": {"key_attention": KeyAttentionOptions(weight=1.0)},
+    "key attention of means": {"key_attention": KeyAttentionOptions(weight=1.0, rows="mean")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_trainings(name: str, tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    changes = dict(TRAININGS[name])
+    if changes.get("kd_ratio") or changes.get("key_attention"):
+        changes["teacher_model_name_or_path"] = str(tiny_pair.teacher)
+    rows = [{"prompt": f"{i} and {i + 1} is", "completion": f"{2 * i + 1}. So {i}!"} for i in range(2)]
+    assert_trains_the_same(tiny_pair, write_rows(rows), tmp_path, changes)
+
+
+def assert_trains_the_same(pair: TinyPair, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    options = {"gradient_accumulation_steps": 1, **changes}
+    run_train(config_for(pair, data, tmp_path / "cpu", **options))
+    with FakeCuda():
+        run_train(config_for(pair, data, tmp_path / "cuda", device=DEVICE, **options))
+    for ours, plain in zip(metrics(tmp_path / "cuda"), metrics(tmp_path / "cpu"), strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-3, abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)
