@@ -46,6 +46,7 @@ from genssd.engine.generation import Completion
 from genssd.engine.runner import Role
 from genssd.engine.sampling import prompt_stream
 from genssd.engine.text import Tokenizer
+from genssd.engine.token_map import TokenMap, match_tokenizers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,15 +113,16 @@ def _diagnose_questions(
     measurement: _Measurement,
 ) -> None:
     """Journal a row for every question that is not in the journal yet."""
-    tokenizers = _load_tokenizers(config)
-    prompts = _encode_prompts(config, problems, contexts, tokenizers)
+    tokenizers = _Tokenizers.load(config)
+    prompts = _encode_prompts(config, problems, contexts, tokenizers.by_model)
     done = _count_finished(run, config, problems, contexts)
     if done == len(problems):
         return
-    questions = _make_questions(config, problems, tokenizers[config.student])
-    for q, findings in measurement.iter_findings(questions, done, prompts):
+    student_tokenizer = tokenizers.by_model[config.student]
+    questions = _make_questions(config, problems, student_tokenizer)
+    for q, findings in measurement.iter_findings(questions, done, prompts, tokenizers):
         source = QuestionSource(file=config.data, problem=problems[q.index], contexts=contexts[q.index])
-        run.journal.append(make_question_row(q, source, findings, tokenizers[config.student]))
+        run.journal.append(make_question_row(q, source, findings, student_tokenizer))
 
 
 def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
@@ -137,16 +139,34 @@ def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis)
 
 
-def _load_tokenizers(config: DiagnoseConfig) -> dict[str, Tokenizer]:
-    """Return the tokenizer of every model. Raises InputError when a teacher's differs from the student's."""
-    tokenizers = {model: Tokenizer(locate(model)) for model in (config.student, *config.teacher)}
-    for model, tokenizer in tokenizers.items():
-        if tokenizer.fingerprint != tokenizers[config.student].fingerprint:
-            raise InputError(
-                f"teacher {model} and student {config.student} have different vocabularies; a teacher reads the "
-                "student's token ids, so it needs the same tokenizer"
-            )
-    return tokenizers
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tokenizers:
+    """The tokenizers of all models, which match."""
+
+    by_model: Mapping[str, Tokenizer]
+    student_to_teacher: Sequence[TokenMap]
+    """How every teacher reads the student's tokens."""
+    excluded_ids: frozenset[int]
+    """Tokens that the student and one of the teachers do not share."""
+
+    @staticmethod
+    def load(config: DiagnoseConfig) -> _Tokenizers:
+        """Load them. Raises InputError when a teacher's does not match the student's, or an id is two tokens."""
+        by_model = {model: Tokenizer(locate(model)) for model in (config.student, *config.teacher)}
+        student, student_name = by_model[config.student], f"student {config.student}"
+        forward, excluded = [], set()
+        for model in config.teacher:
+            forward.append(match_tokenizers(student, by_model[model], student_name, f"teacher {model}"))
+            forward[-1].check_no_conflict()
+            backward = match_tokenizers(by_model[model], student, f"teacher {model}", student_name)
+            excluded |= {*forward[-1].strings, *backward.strings}
+        return _Tokenizers(by_model=by_model, student_to_teacher=forward, excluded_ids=frozenset(excluded))
+
+    def check_rollouts(self, question: Question) -> None:
+        """Raise InputError on a rollout with a token that a teacher does not have."""
+        for rollout in question.rollouts:
+            for token_map in self.student_to_teacher:
+                token_map.translate(rollout.token_ids, question.label)
 
 
 def _encode_prompts(
@@ -219,14 +239,21 @@ class _Measurement:
         self._verify = verify
 
     def iter_findings(
-        self, questions: Sequence[Question], done: int, prompts: Mapping[tuple[str, int], Sequence[int]]
+        self,
+        questions: Sequence[Question],
+        done: int,
+        prompts: Mapping[tuple[str, int], Sequence[int]],
+        tokenizers: _Tokenizers,
     ) -> Iterator[tuple[Question, Findings]]:
         """Yield all questions but the first `done`, in order, each as it is finished.
 
         questions: all of them, because equal prompts are distinguished by how many of them come before. prompts: the
-        token ids of every reader's prompt, by the reader's name and the question's index.
+        token ids of every reader's prompt, by the reader's name and the question's index. Raises InputError on a
+        rollout with a token that a teacher does not have.
         """
         open_questions = self._write_rollouts(questions, done)
+        for q in open_questions:
+            tokenizers.check_rollouts(q)
         positions = {q.index: self._choose_positions(q) for q in open_questions}
         config = self._config
         options = ReadingOptions(
@@ -236,6 +263,7 @@ class _Measurement:
             completions=config.completions,
             budget=config.budget,
             end_ids=self._student().tokenizer("student").end_token_ids,
+            excluded_ids=tokenizers.excluded_ids,
         )
 
         def report_reading(read: int, total: int) -> None:
