@@ -144,7 +144,7 @@ def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtyp
         token_map = match_tokenizers(student, tokenizer, f"student {student.directory}", f"teacher {directory}")
         token_map.check_no_conflict()
     except InputError as error:
-        raise InputError(f"{error}. To train on the teacher's text instead: kd_ratio 0") from None
+        raise InputError(f"{error}. Train on the teacher's text instead: kd_ratio 0") from None
     model = load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
     return Teacher(model=model, token_map=token_map, largest_id=tokenizer.largest_id)
 
