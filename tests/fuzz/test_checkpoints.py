@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fuzzing import fuzz_settings, mutated_bytes, mutated_file, mutated_json, succeeds_or_refuses
+from support.fuzzing import fuzz_settings, limited, mutated_bytes, mutated_file, mutated_json, succeeds_or_refuses
 from support.templates import TOOLS
 from support.tokenizer_families import QWEN25, build_backend, save_backend
 from support.toys import save_model
 
+from genssd.cli import main
 from genssd.distill.train.models import load_model
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.engine import Engine
@@ -112,12 +116,45 @@ def use_tokenizer(directory: Path) -> None:
     tokenizer.split_end("a<|im_end|>")
 
 
+@st.composite
+def mutated_tensors(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
+    """Draw a header of a weight file with other types, shapes, names or places of one or two tensors."""
+    names = [name for name in fields if name != "__metadata__"]
+    for _ in range(draw(st.integers(1, 2))):
+        name, other = (draw(st.sampled_from([n for n in names if n in fields])) for _ in range(2))
+        entry = fields[name]
+        kind = draw(st.sampled_from(["dtype", "shape", "name", "swap", "remove", "metadata"]))
+        if kind == "dtype":  # of the same size, mostly
+            entry["dtype"] = draw(
+                st.sampled_from(["I32", "U32", "F32", "F16", "BF16", "I8", "BOOL", "F8_E4M3", "F64", "X"])
+            )
+        elif kind == "shape":
+            count = math.prod(entry["shape"])
+            entry["shape"] = draw(
+                st.sampled_from([[count], [1, *entry["shape"]], entry["shape"][::-1], [2, count // 2], []])
+            )
+        elif kind == "name":
+            fields[draw(st.sampled_from([f"model.{name}", name.removeprefix("model."), "a", "", f"{name}.bias"]))] = (
+                entry
+            )
+            fields.pop(name)
+        elif kind == "swap":
+            fields[name], fields[other] = fields[other], fields[name]
+        elif kind == "remove":
+            fields.pop(name)
+        else:
+            fields["__metadata__"] = draw(
+                st.sampled_from([{}, {"format": "tf"}, {"format": "pt", "a": "b"}, {"a": "x" * 999}])
+            )
+    return fields
+
+
 def base_config(directory: Path) -> dict[str, object]:
     fields: dict[str, object] = json.loads((directory / "config.json").read_text())
     return fields
 
 
-@fuzz_settings(60, 0.3)
+@fuzz_settings(60, 0.28)
 @given(data=st.data())
 def test_any_config(single: Path, sharded: Path, data: st.DataObject) -> None:
     directory = data.draw(st.sampled_from([single, sharded]))
@@ -152,10 +189,13 @@ def test_any_weight_file(single: Path, data: st.DataObject) -> None:
     file = single / "model.safetensors"
     stored = file.read_bytes()
     size = int.from_bytes(stored[:8], "little")
-    if data.draw(st.booleans()):
+    fields = json.loads(stored[8 : 8 + size])
+    kind = data.draw(st.sampled_from(["bytes", "json", "tensor", "tensor", "tensor"]))
+    if kind == "bytes":
         content = data.draw(mutated_bytes(stored[: 8 + size])) + stored[8 + size :]
     else:
-        header = json.dumps(data.draw(mutated_json(json.loads(stored[8 : 8 + size])))).encode()
+        changed_fields = data.draw(mutated_json(fields) if kind == "json" else mutated_tensors(fields))
+        header = json.dumps(changed_fields).encode()
         content = len(header).to_bytes(8, "little") + header + stored[8 + size :]
     with changed(file, content):
         succeeds_or_refuses(lambda: use_model(single))
@@ -169,6 +209,31 @@ def test_any_tokenizer(single: Path, data: st.DataObject) -> None:
     base = json.loads(file.read_text()) if file.exists() else {"eos_token": "<|im_end|>", "pad_token": {"content": "a"}}
     with changed(file, data.draw(mutated_file(base, TOKENIZER_FIELDS))):
         succeeds_or_refuses(lambda: use_tokenizer(single))
+
+
+@fuzz_settings(12, 0.02)
+@given(data=st.data())
+def test_the_command_line_ends_in_success_or_with_one_line(
+    single: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Exit code 0, or exit code 2 after one line on stderr."""
+    out = tmp_path_factory.mktemp("out")
+    problems = out / "problems.jsonl"
+    problems.write_text('{"prompt": "q", "answer": "1"}\n')
+    flags = f"--model {single} --data {problems} --max-tokens 2 --memory-bytes {1 << 18} --output-dir {out / 'run'}"
+    name = data.draw(st.sampled_from(["config.json", "tokenizer.json", "tokenizer_config.json"]))
+    base = json.loads((single / name).read_text())
+    errors = io.StringIO()
+    code: object = 0
+    with changed(single / name, data.draw(mutated_file(base, CONFIG_FIELDS))), redirect_stderr(errors), limited():
+        try:
+            main(["evaluate", *flags.split()])
+        except SystemExit as ended:
+            code = ended.code
+    lines = [line for line in errors.getvalue().splitlines() if line.startswith("genssd: ")]
+    assert code in (0, 2)
+    assert len(lines) == (code == 2)
+    assert "Traceback" not in errors.getvalue()
 
 
 def test_the_base_is_fine(single: Path, sharded: Path, tmp_path: Path) -> None:

@@ -76,11 +76,32 @@ def render_all(tokenizer: Tokenizer, template: str) -> None:
     assert chat.tags
 
 
-TEMPLATES = st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("".join) | st.builds(
+BLOCKS = [
+    ("{% for m in messages %}", "{% endfor %}"), ("{% if add_generation_prompt %}", "{% endif %}"),
+    ("{% for i in range(99999) %}", "{% endfor %}"), ("{% macro f(n) %}", "{% endmacro %}{{ f(9) }}"),
+    ("{% set x %}", "{% endset %}{{ x ~ x }}"), ("{% filter upper %}", "{% endfilter %}"),
+    ("{% generation %}", "{% endgeneration %}"),
+    ("{% for i in messages recursive %}", "{{ loop(messages) }}{% endfor %}"),
+    ("{% call f(1) %}", "{% endcall %}"), ("{% set ns = namespace(s='aa') %}", "{{ ns.s }}"),
+    ("{% for k, v in messages[0].items() %}", "{% else %}b{% endfor %}"), ("{% raw %}", "{% endraw %}"),
+]  # fmt: skip
+"""Openings and endings of blocks."""
+COMPLETE = [part for part in PARTS if "{%" not in part or part.startswith(("{% set", "{% do"))]
+NESTED = st.recursive(
+    st.sampled_from(COMPLETE),
+    lambda inner: st.builds(
+        lambda block, bodies: block[0] + "".join(bodies) + block[1],
+        st.sampled_from(BLOCKS),
+        st.lists(inner, min_size=1, max_size=3),
+    ),
+    max_leaves=6,
+)
+TEMPLATES = NESTED | st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map("".join)
+TEMPLATES |= st.builds(
     lambda base, place, part: base[: place % len(base)] + part + base[place % len(base) :],
     st.sampled_from(USABLE),
     st.integers(0, 2000),
-    st.sampled_from(PARTS),
+    st.sampled_from(PARTS) | NESTED,
 )
 TEMPLATES |= st.builds(
     lambda base, start, end: base[: start % len(base)] + base[(start + end) % len(base) :],
@@ -90,7 +111,7 @@ TEMPLATES |= st.builds(
 )
 
 
-@fuzz_settings(120, 0.1)
+@fuzz_settings(80, 0.1)
 @given(template=TEMPLATES)
 def test_any_template(tokenizer: Tokenizer, template: str) -> None:
     render_all(tokenizer, template)

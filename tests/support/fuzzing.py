@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 
 from genssd.engine.errors import GenssdError
@@ -21,15 +21,20 @@ NUM_INPUTS = int(os.environ.get("GENSSD_FUZZ", "0"))
 """Number of inputs of all fuzz tests together; 0: the few that belong to the normal tests."""
 
 
+SEED = int(os.environ.get("GENSSD_FUZZ_SEED", "0"))
+"""Seed of the inputs."""
+
+
 class HangError(BaseException):
     """An input that took too long; no `except Exception` of the code under test catches it."""
 
 
-def fuzz_settings(few: int, share: float) -> settings:
-    """Return the number of inputs of one test: few, or its share of GENSSD_FUZZ. The inputs are always the same."""
+def fuzz_settings(few: int, share: float) -> Callable[[Any], Any]:
+    """Give a test its number of inputs: few, or its share of GENSSD_FUZZ. A seed makes the same inputs every time."""
     count = max(1, round(share * NUM_INPUTS)) if NUM_INPUTS else few
     unimportant = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=unimportant)
+    options = settings(max_examples=count, deadline=None, suppress_health_check=unimportant, database=None)
+    return lambda test: seed(SEED)(settings(options, derandomize=False)(test))
 
 
 @contextmanager
