@@ -90,6 +90,9 @@ def match_tokenizers(writer: Tokenizer, reader: Tokenizer, writer_name: str, rea
     The names say role and model ("teacher Qwen/Qwen3-8B"). Raises InputError where the tokenizers differ in more than
     added tokens; the message lists ids that mean different text.
     """
+    state, reader_state = _serialize(writer), _serialize(reader)
+    if state is not None and state == reader_state:
+        return TokenMap(writer=writer_name, reader=reader_name)
     strings, reader_strings = _strings_by_id(writer), _strings_by_id(reader)
     added, reader_added = set(writer.hf.get_added_vocab().values()), set(reader.hf.get_added_vocab().values())
     differing = {i: name for i, name in strings.items() if reader_strings.get(i) != name}
@@ -118,6 +121,12 @@ def match_tokenizers(writer: Tokenizer, reader: Tokenizer, writer_name: str, rea
         replaced=replaced,
         conflicts={i: reader_strings[i] for i in differing if i in reader_strings},
     )
+
+
+def _serialize(tokenizer: Tokenizer) -> str | None:
+    """Return a tokenizer as the text of tokenizer.json; None where it is written in Python."""
+    backend = getattr(tokenizer.hf, "backend_tokenizer", None)
+    return None if backend is None or not hasattr(backend, "to_str") else str(backend.to_str())
 
 
 def _strings_by_id(tokenizer: Tokenizer) -> dict[int, str]:
@@ -159,10 +168,10 @@ def _describe_entry(entry: Any, ids: Mapping[str, int]) -> str:
 
 def _read_parts(tokenizer: Tokenizer, added: set[int]) -> dict[str, Any]:
     """Return what decides which tokens a text becomes, in one form for settings that mean the same."""
-    backend = getattr(tokenizer.hf, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "to_str"):  # a tokenizer in Python: its class is its rules
+    text = _serialize(tokenizer)
+    if text is None:  # its class is its rules
         return {"tokenizer class": type(tokenizer.hf).__name__}
-    state = json.loads(backend.to_str())
+    state = json.loads(text)
     model = state["model"]
     vocabulary = model.pop("vocab", None)
     parts = {name: value if isinstance(value, list) else value or None for name, value in model.items()}
