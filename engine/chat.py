@@ -12,7 +12,7 @@ from genssd.engine.errors import InputError
 from genssd.engine.quoting import one_line
 from genssd.engine.template_limits import find_huge_step
 from genssd.engine.thoughts import ThoughtTags, compose, find_tags
-from genssd.engine.time_limit import TimeLimitError, limit_time
+from genssd.engine.time_limit import TimeLimitError, call_within
 
 Messages = Sequence[Mapping[str, Any]]
 """Chat messages: a text `role`, a text `content`, and further fields that the chat template may read."""
@@ -154,10 +154,13 @@ class ChatTemplate:
         options: dict[str, Any] = {"tools": list(tools)} if tools else {}
         if self._huge_step is not None:
             raise TimeLimitError(f"the chat template of {self.directory} has {self._huge_step}, which is not computed")
-        with limit_time(MAX_SECONDS, f"the chat template of {self.directory}"):
-            return str(
+        return call_within(
+            MAX_SECONDS,
+            f"the chat template of {self.directory}",
+            lambda: str(
                 self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **options)
-            )
+            ),
+        )
 
 
 def find_thought(message: Mapping[str, Any]) -> str | None:

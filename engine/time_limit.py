@@ -1,4 +1,4 @@
-"""A limit on the time that a block of Python code computes, in any thread.
+"""A limit on the time that a function computes, in any thread.
 
 A chat template is a program of its own, which may run for ever. A watching thread raises an exception in the thread
 that exceeds its limit; a single step that does not return to Python (a huge power) is not stopped.
@@ -7,19 +7,22 @@ that exceeds its limit; a single step that does not return to Python (a huge pow
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
-from genssd.engine.errors import InputError
+from genssd.engine.errors import CheckpointError
+
+T = TypeVar("T")
 
 INTERVAL = 0.25
 """Seconds between two looks of the watching thread."""
 
 
-class TimeLimitError(InputError):
-    """A computation that took longer than its limit."""
+class TimeLimitError(CheckpointError):
+    """A chat template that computes for longer than its limit: the fault of a checkpoint, not of a row."""
 
 
 class _Expired(BaseException):
@@ -27,7 +30,7 @@ class _Expired(BaseException):
 
 
 class _Block:
-    """A block that runs under a limit."""
+    """A call that runs under a limit."""
 
     def __init__(self, seconds: float) -> None:
         self.thread = threading.get_ident()
@@ -44,6 +47,10 @@ class _Watcher:
     """A thread that stops the blocks which exceed their limits."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all blocks, as a forked process must, which has none of its parent's threads."""
         self._lock = threading.Lock()
         self._blocks: set[_Block] = set()
         self._thread: threading.Thread | None = None
@@ -51,7 +58,7 @@ class _Watcher:
     def add(self, block: _Block) -> None:
         with self._lock:
             self._blocks.add(block)
-            if self._thread is None or not self._thread.is_alive():  # a fork has none
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="genssd time limits", daemon=True)
                 self._thread.start()
 
@@ -70,19 +77,20 @@ class _Watcher:
 
 
 _watcher = _Watcher()
+os.register_at_fork(after_in_child=_watcher.reset)
 
 
-@contextmanager
-def limit_time(seconds: float, name: str) -> Iterator[None]:
-    """Run a block of at most so many seconds of computing. Raises TimeLimitError, which begins with `name`, after them.
+def call_within(seconds: float, name: str, work: Callable[[], T]) -> T:
+    """Return the result of a function that may compute for so many seconds.
 
-    Blocks are not nested.
+    Raises TimeLimitError, whose message begins with the name, when it takes longer. Calls are not nested.
     """
     block = _Block(seconds)
+    # one frame holds all of it, so that the exception cannot arrive between the work and what catches it
     try:
         try:
             _watcher.add(block)
-            yield
+            result = work()
         finally:
             _watcher.remove(block)
             if block.is_expired:  # the exception may still be on its way
@@ -91,6 +99,7 @@ def limit_time(seconds: float, name: str) -> Iterator[None]:
         _watcher.remove(block)
     if block.is_expired:
         raise TimeLimitError(f"{name} takes more than {seconds:g} seconds")
+    return result
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
