@@ -54,15 +54,26 @@ class TokenMap:
         """
         if self.is_identity:
             return list(token_ids)
-        missing = next((i for i in token_ids if i in self.strings and i not in self.replaced), None)
-        if missing is not None:
-            name = self.strings[missing]
-            raise InputError(
-                f"{label}: the {self.writer} wrote the token {quote(name)} (id {missing}), which the tokenizer of the "
-                f"{self.reader} does not have. Add it there (add_tokens([{quote(name)}]) and save_pretrained of its "
-                "transformers tokenizer, with an id that the embedding has a row for), or choose another pair"
-            )
+        self._refuse_first([i for i in token_ids if i in self.strings and i not in self.replaced], label)
         return [self.replaced.get(i, i) for i in token_ids]
+
+    def check_same(self, token_ids: Sequence[int], label: str) -> None:
+        """Check that the reader has the writer's tokens under the same ids.
+
+        Raises InputError, with the label in its message, on one that it does not have.
+        """
+        if not self.is_identity:
+            self._refuse_first([i for i in token_ids if i in self.strings], label)
+
+    def _refuse_first(self, missing: Sequence[int], label: str) -> None:
+        """Raise InputError naming the first of the tokens that the reader does not have, if there is one."""
+        if missing:
+            name = self.strings[missing[0]]
+            raise InputError(
+                f"{label}: the {self.writer} wrote the token {quote(name)} (id {missing[0]}), which the tokenizer of "
+                f"the {self.reader} does not have. Add it there (add_tokens([{quote(name)}]) and save_pretrained of "
+                "its transformers tokenizer, with an id that the embedding has a row for), or choose another pair"
+            )
 
     def check_no_conflict(self) -> None:
         """Check that no id means two things, so that distributions over ids compare. Raises InputError else."""

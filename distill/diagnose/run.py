@@ -36,6 +36,7 @@ from genssd.distill.diagnose.placement import place_nodes
 from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOptions, read_nodes
 from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import build_diagnosis
+from genssd.distill.diagnose.tokenizers import ReaderTokenizers
 from genssd.distill.runs.journal import write_jsonl, write_text
 from genssd.distill.runs.run import Run
 from genssd.engine.checkpoint import locate
@@ -46,7 +47,6 @@ from genssd.engine.generation import Completion
 from genssd.engine.runner import Role
 from genssd.engine.sampling import prompt_stream
 from genssd.engine.text import Tokenizer
-from genssd.engine.token_map import TokenMap, match_tokenizers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ def _diagnose_questions(
     measurement: _Measurement,
 ) -> None:
     """Journal a row for every question that is not in the journal yet."""
-    tokenizers = _Tokenizers.load(config)
+    tokenizers = ReaderTokenizers.load(config.student, config.teacher)
     prompts = _encode_prompts(config, problems, contexts, tokenizers.by_model)
     done = _count_finished(run, config, problems, contexts)
     if done == len(problems):
@@ -137,36 +137,6 @@ def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     run.write_summary(diagnosis.as_json())
     write_text(run.path("diagnosis.html"), render_page(diagnosis, rows, nodes, config.student, config.page_questions))
     return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tokenizers:
-    """The tokenizers of all models, which match."""
-
-    by_model: Mapping[str, Tokenizer]
-    student_to_teacher: Sequence[TokenMap]
-    """How every teacher reads the student's tokens."""
-    excluded_ids: frozenset[int]
-    """Tokens that the student and one of the teachers do not share."""
-
-    @staticmethod
-    def load(config: DiagnoseConfig) -> _Tokenizers:
-        """Load them. Raises InputError when a teacher's does not match the student's, or an id is two tokens."""
-        by_model = {model: Tokenizer(locate(model)) for model in (config.student, *config.teacher)}
-        student, student_name = by_model[config.student], f"student {config.student}"
-        forward, excluded = [], set()
-        for model in config.teacher:
-            forward.append(match_tokenizers(student, by_model[model], student_name, f"teacher {model}"))
-            forward[-1].check_no_conflict()
-            backward = match_tokenizers(by_model[model], student, f"teacher {model}", student_name)
-            excluded |= {*forward[-1].strings, *backward.strings}
-        return _Tokenizers(by_model=by_model, student_to_teacher=forward, excluded_ids=frozenset(excluded))
-
-    def check_rollouts(self, question: Question) -> None:
-        """Raise InputError on a rollout with a token that a teacher does not have."""
-        for rollout in question.rollouts:
-            for token_map in self.student_to_teacher:
-                token_map.translate(rollout.token_ids, question.label)
 
 
 def _encode_prompts(
@@ -243,7 +213,7 @@ class _Measurement:
         questions: Sequence[Question],
         done: int,
         prompts: Mapping[tuple[str, int], Sequence[int]],
-        tokenizers: _Tokenizers,
+        tokenizers: ReaderTokenizers,
     ) -> Iterator[tuple[Question, Findings]]:
         """Yield all questions but the first `done`, in order, each as it is finished.
 

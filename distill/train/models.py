@@ -127,7 +127,7 @@ class Teacher:
 
         Raises InputError, with the label in its message, on one that it lacks.
         """
-        self.token_map.translate(completion_ids, label)
+        self.token_map.check_same(completion_ids, label)
         wrong = next((i for i in prompt_ids if i > self.largest_id), None)
         if wrong is not None:
             raise InputError(f"{label}: token id {wrong} of the prompt is not in the teacher's vocabulary")

@@ -262,3 +262,16 @@ def test_a_teacher_of_a_training_has_the_students_tokens(families: Families) -> 
         teacher.check_reads([1], [2, 277], "row 1")
     with pytest.raises(InputError, match="row 1: token id 277 of the prompt is not in the teacher's vocabulary"):
         teacher.check_reads([277], [2], "row 1")
+
+
+def test_a_token_under_another_id_is_read_by_search_alone(tmp_path: Path) -> None:
+    """Where ids are not translated, the same string under another id is another token."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for directory, added in ((one, [*QWEN25, "<x>"]), (other, [*QWEN25, "<y>", "<x>"])):
+        save_backend(directory, build_backend(added), "<|im_end|>")
+        save_model(directory, vocab_size=EMBEDDING_ROWS, eos_token_id=265)
+    token_map, back = match(one, other), match(other, one)
+    assert token_map.translate([1, 275], "x") == [1, 276]
+    assert back.translate([1, 276], "x") == [1, 275]
+    with pytest.raises(InputError, match=r"x: the teacher T wrote the token '<x>' \(id 275\)"):
+        token_map.check_same([1, 275], "x")
