@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, TemplateError
 
-LARGEST_NUMBER = 10_000_000
-"""Largest integer that a template may compute with; it may compare with larger ones."""
+LARGEST_NUMBER = 1_000_000
+"""Largest number that may stand in a template."""
 
 
 def find_huge_step(template: str | Mapping[str, str] | None) -> str | None:
     """Return the part of a chat template that one step of it could compute for ever; None where it has none.
 
-    template: the text, or texts by name. A template that cannot be parsed has none: rendering it names the error.
+    template: the text, or texts by name. Only its words are read, so that tags of extensions do not matter; one that
+    cannot be read has no such part, and rendering it names the error.
     """
     texts = template.values() if isinstance(template, Mapping) else (template or "",)
     for text in texts:
         try:
-            tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(str(text))
-        except (TemplateError, RecursionError, ValueError):
+            words = list(Environment().lex(str(text)))
+        except TemplateError:
             continue
-        for node in _iter_computed(tree):
-            if isinstance(node, nodes.Pow):
-                return f"a power in line {node.lineno}"
-            if isinstance(node, nodes.Const) and isinstance(node.value, int) and abs(node.value) > LARGEST_NUMBER:
-                return f"a number above {LARGEST_NUMBER} in line {node.lineno}"
+        for line, kind, word in words:
+            if kind == "operator" and word == "**":
+                return f"a power in line {line}"
+            if kind in ("integer", "float") and _parse_number(word) > LARGEST_NUMBER:
+                return f"a number above {LARGEST_NUMBER} in line {line}"
     return None
 
 
-def _iter_computed(node: nodes.Node) -> Iterator[nodes.Node]:
-    """Yield all nodes of a template but those of comparisons."""
-    for child in node.iter_child_nodes():
-        if not isinstance(child, nodes.Compare):
-            yield child
-            yield from _iter_computed(child)
+def _parse_number(word: str) -> float:
+    """Return the value of a number in a template; infinity where Python has none for it."""
+    try:
+        return float(int(word, 0)) if word[:1] == "0" and len(word) > 1 else float(word)
+    except (ValueError, OverflowError):
+        return float("inf") if len(word) > 7 else 0.0

@@ -137,8 +137,11 @@ def test_a_template_that_never_ends_is_stopped(tokenizer: Tokenizer, tmp_path: P
     ("template", "message"),
     [
         ("{{ 2 ** 9 }}", "has a power in line 1, which is not computed"),
-        ("\n{{ 'a' * 999999999 }}", "has a number above 10000000 in line 2"),
-        ("{{ messages | length < 999999999 }}", None),
+        ("{% generation %}{{ 2 ** 9 }}{% endgeneration %}", "has a power in line 1, which is not computed"),
+        ("\n{{ 'a' * 999999999 }}", "has a number above 1000000 in line 2"),
+        ("\n{{ 'a' * 0xffffffff }}", "has a number above 1000000 in line 2"),
+        ("{{ 'a' * (1e9 | int) }}", "has a number above 1000000 in line 1"),
+        ("9999999 ** 9999999 {# 2 ** 3 #}{{ '2 ** 3' }}{{ 1_000 < 200000 and 0.5 < 7 }}", None),
     ],
 )
 def test_steps_that_cannot_be_stopped_are_refused(
