@@ -37,6 +37,8 @@ class BranchSession(Protocol):
 
     def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]: ...
 
+    def student_ids(self, branch: Branch) -> Sequence[int]: ...
+
     def free_pages(self, branch: Branch) -> None: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
@@ -237,7 +239,7 @@ class Branch:
         assert not self.chunk, "only committed branches are suspended"
         self.session.free_pages(self)
         self.teacher = ModelState(pending=[*self.prompt.teacher, *self.history])
-        self.student = ModelState(pending=[*self.prompt.student, *self.history])
+        self.student = ModelState(pending=[*self.prompt.student, *self.session.student_ids(self)])
 
     def _committed_stats(self) -> TokenStats:
         return TokenStats.concatenate(self.history_stats) if self.history_stats else TokenStats.empty()

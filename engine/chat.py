@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from genssd.engine.errors import InputError
+from genssd.engine.quoting import one_line
+from genssd.engine.template_limits import find_huge_step
 from genssd.engine.thoughts import ThoughtTags, compose, find_tags
+from genssd.engine.time_limit import TimeLimitError, call_within
 
 Messages = Sequence[Mapping[str, Any]]
 """Chat messages: a text `role`, a text `content`, and further fields that the chat template may read."""
@@ -18,6 +21,8 @@ THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Fields of a message that hold the thought before its content."""
 CONTENT_FIELDS = ("tool_calls", "function_call", "images", "audio", "videos", "documents", "refusal")
 """Further fields of a message that hold content."""
+MAX_SECONDS = 2.0
+"""Seconds that the chat template may compute for one conversation."""
 PROBE = "genssd7probe"
 """Text of a message that shows what a chat template writes around it."""
 
@@ -32,6 +37,10 @@ class ChatTemplate:
     @property
     def exists(self) -> bool:
         return bool(self.hf.chat_template)
+
+    @cached_property
+    def _huge_step(self) -> str | None:
+        return find_huge_step(self.hf.chat_template)
 
     @cached_property
     def tags(self) -> ThoughtTags:
@@ -63,12 +72,16 @@ class ChatTemplate:
         prepared = [self._prepare(message) for message in messages]
         try:
             text = self._apply(prepared, tools, generate=generate)
+        except TimeLimitError:
+            raise
         except Exception as error:  # a template is a program of its own
             # the arguments of a call are an object for most templates, and JSON text for some
             prepared = [self._prepare(message, parse_calls=False) for message in messages]
             text_or_none = self._try(prepared, tools, generate=generate)
             if text_or_none is None:
-                raise InputError(f"the chat template of {self.directory} rejects the messages: {error}") from None
+                raise InputError(
+                    f"the chat template of {self.directory} rejects the messages: {one_line(error)}"
+                ) from None
             text = text_or_none
         self._check_use(text, prepared, tools, generate=generate)
         return text
@@ -132,13 +145,21 @@ class ChatTemplate:
         """Return the text of prepared messages; None where the template rejects them."""
         try:
             return self._apply(messages, tools, generate=generate)
+        except TimeLimitError:
+            raise
         except Exception:  # a template is a program of its own
             return None
 
     def _apply(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
         options: dict[str, Any] = {"tools": list(tools)} if tools else {}
-        return str(
-            self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **options)
+        if self._huge_step is not None:
+            raise TimeLimitError(f"the chat template of {self.directory} has {self._huge_step}, which is not computed")
+        return call_within(
+            MAX_SECONDS,
+            f"the chat template of {self.directory}",
+            lambda: str(
+                self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **options)
+            ),
         )
 
 

@@ -17,7 +17,7 @@ from genssd.engine.errors import InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
 from genssd.engine.judging import Judge
-from genssd.engine.loading import load_models, make_runners
+from genssd.engine.loading import LoadedModels, load_models
 from genssd.engine.memory import cache_budget, choose_device
 from genssd.engine.model import Decoder
 from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
@@ -33,6 +33,7 @@ from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
 from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.token_map import TokenMap
 from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TokenStats
 
@@ -42,8 +43,7 @@ BOTH: tuple[Role, Role] = ("teacher", "student")
 class Engine:
     """A teacher, a student or both, with the caches that their searches run in.
 
-    Made by `Engine.from_pretrained`. Not thread-safe. A prompt is raw text, a list of chat messages or a list of token
-    ids everywhere.
+    Made by `Engine.from_pretrained`. Not thread-safe. A prompt is raw text, chat messages or token ids everywhere.
     """
 
     def __init__(self, resources: Resources) -> None:
@@ -67,7 +67,7 @@ class Engine:
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
         number of candidates decoded at once.
-        Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers differ.
+        Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers do not match.
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
@@ -76,10 +76,8 @@ class Engine:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, not {max_batch}")
         target = choose_device(device)
-        directories, decoders, tokenizers = load_models(teacher, student, dtype, target)
-        budget = cache_budget(target, memory_bytes, memory_utilization)
-        runners = make_runners(directories, decoders, budget)
-        return Engine(Resources(runners=runners, tokenizers=tokenizers, max_batch=max_batch))
+        models = load_models(teacher, student, dtype, target)
+        return Engine(models.open_resources(cache_budget(target, memory_bytes, memory_utilization), max_batch))
 
     @staticmethod
     def from_decoder(
@@ -90,8 +88,7 @@ class Engine:
         memory_bytes: size of its cache in bytes; None takes a third of the free memory.
         """
         budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
-        runners = make_runners({role: tokenizer.directory}, {role: decoder}, budget)
-        return Engine(Resources(runners=runners, tokenizers={role: tokenizer}, max_batch=max_batch))
+        return Engine(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget, max_batch))
 
     def select_expand(
         self,
@@ -340,8 +337,13 @@ class Engine:
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
         runner = self._resources.runner(model)
-        pool = runner.tree.pool
-        return min(runner.decoder.config.max_position_embeddings, (pool.num_pages - 2) * pool.page_size)
+        num_cached = (runner.tree.pool.num_pages - 2) * runner.tree.pool.page_size
+        return min(runner.decoder.config.max_position_embeddings, num_cached)
+
+    @property
+    def token_map(self) -> TokenMap:
+        """The ids by which the student reads the teacher's tokens."""
+        return self._resources.token_map
 
     def tokenizer(self, model: Role) -> Tokenizer:
         """Return the tokenizer of a loaded model. Raises InputError when the engine was made without the model."""

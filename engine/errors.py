@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from genssd.engine.quoting import make_printable
+
 
 class GenssdError(ValueError):
-    """Base of all errors that a user can cause: by files, options, or too little memory."""
+    """Base of all errors that a user can cause: by files, options, or too little memory.
+
+    Names of fields and texts of files may be in the message: what cannot be printed is escaped, long lines are cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(make_printable(message))
 
 
 class InputError(GenssdError):

@@ -7,7 +7,7 @@ The first token of a chunk is scored from the last hidden state of the branch, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ class Expander:
     """The decoding batch of one session: it runs expansions with one way of drawing tokens.
 
     scorer: the model that scores complete candidates, None for none; a scorer that is one of the drawing's readers has
-    judged them token by token already, and scores nothing. end_token_ids: tokens that end a response. max_batch:
-    maximum number of candidates decoded at once.
+    judged them token by token already, and scores nothing. translate: returns the scorer's ids of drawn tokens; the
+    prompt's label is for messages. end_token_ids: tokens that end a response. max_batch: maximum number of candidates
+    decoded at once.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Expander:
         scorer: ModelRunner | None,
         tokenizer: Tokenizer,
         *,
+        translate: Callable[[Sequence[int], str], Sequence[int]],
         end_token_ids: frozenset[int],
         max_batch: int,
         usage: Usage,
@@ -46,6 +48,7 @@ class Expander:
         self._drawing = drawing
         self._scorer = scorer
         self._tokenizer = tokenizer
+        self._translate = translate
         self._end_token_ids = end_token_ids
         self._max_batch = max_batch
         self._usage = usage
@@ -168,12 +171,13 @@ class Expander:
     def _score(self, scorer: ModelRunner, complete: Sequence[Expansion]) -> None:
         """Extend the scorer over the new tokens of every candidate and set their statistics."""
         scored = [(expansion, child) for expansion in complete for child in expansion.children]
+        chunks = [self._translate(child.chunk, expansion.label) for expansion, child in scored]
         paths = [_fork_path(scorer, expansion.parent, child) for expansion, child in scored]
-        states = scorer.extend(paths, [child.chunk for _, child in scored])
+        states = scorer.extend(paths, chunks)
         runs = []
-        for (expansion, child), states_ND in zip(scored, states, strict=True):
+        for (expansion, child), chunk, states_ND in zip(scored, chunks, states, strict=True):
             before_D = expansion.parent.state(scorer.role).hidden
-            runs.append(TokenRun(tokens=child.chunk, before_D=before_D, states_ND=states_ND[:-1]))
+            runs.append(TokenRun(tokens=chunk, before_D=before_D, states_ND=states_ND[:-1]))
             child.state(scorer.role).hidden = states_ND[-1].clone()  # a view would keep the whole batch alive
 
         def place(index: int, offset: int) -> str:

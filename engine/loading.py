@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from genssd.engine.checkpoint import locate
-from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
 from genssd.engine.requests import check_vocabulary
+from genssd.engine.resources import Resources
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Tokenizer
+from genssd.engine.token_map import TokenMap, match_tokenizers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModels:
+    """The models of one engine, by role, and how the student reads the teacher's tokens."""
+
+    directories: dict[Role, Path]
+    decoders: dict[Role, Decoder]
+    tokenizers: dict[Role, Tokenizer]
+    token_map: TokenMap = field(default_factory=TokenMap)
+
+    @staticmethod
+    def of_one(role: Role, decoder: Decoder, tokenizer: Tokenizer) -> LoadedModels:
+        """Return one model that is in memory already."""
+        return LoadedModels(
+            directories={role: tokenizer.directory}, decoders={role: decoder}, tokenizers={role: tokenizer}
+        )
+
+    def open_resources(self, budget_bytes: int, max_batch: int) -> Resources:
+        """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each."""
+        num_pages = pages_within(budget_bytes, list(self.decoders.values()))
+        runners = {
+            role: ModelRunner(role, self.directories[role], decoder, PagePool.for_model(decoder, num_pages))
+            for role, decoder in self.decoders.items()
+        }
+        return Resources(runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map)
 
 
 def load_models(
     teacher: str | Path | None, student: str | Path | None, dtype: str, device: torch.device
-) -> tuple[dict[Role, Path], dict[Role, Decoder], dict[Role, Tokenizer]]:
-    """Load models and tokenizers from hub ids or local directories; return directories, decoders and tokenizers.
+) -> LoadedModels:
+    """Load models and tokenizers from hub ids or local directories.
 
-    Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers differ.
+    Logs a warning that lists added tokens which differ. Raises CheckpointError on a directory that cannot be used,
+    InputError on models whose tokenizers differ in more than added tokens.
     """
     names: dict[Role, str | Path | None] = {"teacher": teacher, "student": student}
     directories = {role: locate(name) for role, name in names.items() if name is not None}
@@ -32,20 +63,10 @@ def load_models(
     tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
     for role, decoder in decoders.items():
         check_vocabulary(tokenizers[role], decoder)
-    if len({tokenizer.fingerprint for tokenizer in tokenizers.values()}) > 1:
-        raise InputError(
-            f"teacher {teacher} and student {student} have different vocabularies; the student "
-            "scores the teacher's token ids, so both need the same tokenizer"
-        )
-    return directories, decoders, tokenizers
-
-
-def make_runners(
-    directories: Mapping[Role, Path], decoders: Mapping[Role, Decoder], budget_bytes: int
-) -> dict[Role, ModelRunner]:
-    """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each."""
-    num_pages = pages_within(budget_bytes, list(decoders.values()))
-    return {
-        role: ModelRunner(role, directories[role], decoder, PagePool.for_model(decoder, num_pages))
-        for role, decoder in decoders.items()
-    }
+    token_map = TokenMap()
+    if len(tokenizers) == 2:
+        names_in_messages = f"teacher {teacher}", f"student {student}"
+        token_map = match_tokenizers(tokenizers["teacher"], tokenizers["student"], *names_in_messages)
+    if not token_map.is_identity:
+        logger.warning("%s", token_map.describe())
+    return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, token_map=token_map)

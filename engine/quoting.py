@@ -7,6 +7,9 @@ import reprlib
 MAX_ERROR = 400
 """Maximum number of characters of another library's error in a message."""
 
+MAX_LINE = 1500
+"""Maximum number of characters in a line of a message."""
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxlong = 40
@@ -22,3 +25,13 @@ def one_line(error: BaseException) -> str:
     """Return the text of an error on one line, cut where it is long; the name of its class where it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."
+
+
+def make_printable(message: str) -> str:
+    """Return a message without control characters, which have their escapes; long lines are cut in the middle."""
+    lines = []
+    for line in message.split("\n"):
+        text = line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        half = MAX_LINE // 2
+        lines.append(text if len(text) <= MAX_LINE else f"{text[:half]}...{text[-half:]}")
+    return "\n".join(lines)

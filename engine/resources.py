@@ -15,6 +15,7 @@ from genssd.engine.page_budget import Reservations
 from genssd.engine.requests import check_ids, check_positions
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.token_map import TokenMap
 from genssd.engine.usage import Usage
 from genssd.engine.windows import local_logprob
 
@@ -41,6 +42,8 @@ class Resources:
     tokenizers: Mapping[Role, Tokenizer]
     max_batch: int
     """Maximum number of candidates decoded at once."""
+    token_map: TokenMap = field(default_factory=TokenMap)
+    """The ids by which the student reads the teacher's tokens."""
     usage: Usage = field(default_factory=Usage)
     reservations: Reservations = field(default_factory=dict)
     """Pages that expansions in flight may still take."""

@@ -54,12 +54,14 @@ class Session:
             drawing = WriterDrawing(runner, sampling, vocabulary=vocabulary, num_topk=num_topk)
         else:
             assert scorer is not None
+            _check_same_tokens(resources)
             drawing = ReverseSpeculativeDrawing(rsd, runner, scorer, sampling, vocabulary=vocabulary)
             writers.append("student")
         self.expander = Expander(
             drawing,
             scorer,
             self._tokenizer,
+            translate=self._translate,
             # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
             max_batch=resources.max_batch,
@@ -87,6 +89,10 @@ class Session:
             self.expander.cancel(expansion)
             raise
         return expansion.children
+
+    def student_ids(self, branch: Branch) -> Sequence[int]:
+        """Return the student's ids of a branch's committed response."""
+        return self._translate(branch.history, "the branch")
 
     def free_pages(self, branch: Branch) -> None:
         """Drop the paths of a branch in both caches."""
@@ -118,4 +124,17 @@ class Session:
         longest = len(prompt.student) + max((end - context for context, _, end in windows), default=0) - 1
         if longest >= positions:  # not a CapacityError, after which the search would wait for room
             raise InputError(f"the criterion reads {longest} tokens at once; the student has {positions} positions")
-        return self._resources.local_logprob("student", prompt.student, ids, windows)
+        translated = self._translate(ids, "the response")
+        return self._resources.local_logprob("student", prompt.student, translated, windows)
+
+    def _translate(self, token_ids: Sequence[int], label: str) -> Sequence[int]:
+        """Return the student's ids of tokens that the session has written. Raises InputError on one that it lacks."""
+        if self._writer.role == "student":
+            return token_ids
+        return self._resources.token_map.translate(token_ids, label)
+
+
+def _check_same_tokens(resources: Resources) -> None:
+    """Raise InputError where an id of the teacher is not the student's: in reverse speculation both write."""
+    if not resources.token_map.is_identity:
+        raise InputError(f"rsd needs models whose tokens are the same: {resources.token_map.describe()}")

@@ -47,6 +47,8 @@ PAIR_FIELDS = frozenset(
     ("prompt", "weight", "tools", *QUESTION_FIELDS, *SYSTEM_FIELDS, *CONTEXT_FIELDS, *OPTION_FIELDS, *REFUSED_FIELDS)
 )
 """Fields of a preference pair that both of its completions share."""
+LARGEST_ID = (1 << 31) - 1
+"""Largest token id of any tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +190,7 @@ def _add_journal_fields(
     """Return the example with the chunks' weights, the teacher's prompt and the top k of its row."""
     teacher_prompt: list[int] = []
     if fields.get("prompt_ids"):
-        teacher_prompt = _check_ids(fields["prompt_ids"], tokenizer, f"{where}: prompt_ids")
+        teacher_prompt = _check_ids(fields["prompt_ids"], None, f"{where}: prompt_ids")
     is_same_prompt = tuple(teacher_prompt) == example.input_ids[: example.num_prompt]
     return replace(
         example,
@@ -220,7 +222,9 @@ def _parse_weight(fields: Mapping[str, Any], where: str) -> float:
     return float(weight)
 
 
-def _check_ids(value: object, tokenizer: Tokenizer, where: str) -> list[int]:
-    if not isinstance(value, list) or not all(type(i) is int and 0 <= i <= tokenizer.largest_id for i in value):
+def _check_ids(value: object, tokenizer: Tokenizer | None, where: str) -> list[int]:
+    """Return a row's token ids; None stands for the teacher's tokenizer, whose added tokens may have larger ids."""
+    largest = LARGEST_ID if tokenizer is None else tokenizer.largest_id
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i <= largest for i in value):
         raise InputError(f"{where} must be a list of token ids of the tokenizer")
     return value

@@ -72,6 +72,8 @@ class ReadingOptions:
     """Maximum number of completions per question."""
     end_ids: frozenset[int]
     """Tokens that end a response, after which the student writes nothing."""
+    excluded_ids: frozenset[int] = frozenset()
+    """Tokens that not all models have, which are no candidates."""
 
 
 Prompts = Mapping[tuple[str, int], Sequence[int]]
@@ -109,7 +111,10 @@ def read_nodes(
             responses = [rollout.token_ids for rollout in q.rollouts]
             states[key] = node_reader.states(prompts[key], responses, positions[q.index], q.label)
             likeliest[key] = [
-                node_reader.likeliest(rollout_states, k, q.label, least=options.min_probability)
+                [
+                    [token for token in tokens if token not in options.excluded_ids]
+                    for tokens in node_reader.likeliest(rollout_states, k, q.label, least=options.min_probability)
+                ]
                 for rollout_states in states[key]
             ]
             del node_reader  # it would keep this model in memory while the next one is loaded

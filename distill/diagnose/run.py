@@ -36,6 +36,7 @@ from genssd.distill.diagnose.placement import place_nodes
 from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOptions, read_nodes
 from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import build_diagnosis
+from genssd.distill.diagnose.tokenizers import ReaderTokenizers
 from genssd.distill.runs.journal import write_jsonl, write_text
 from genssd.distill.runs.run import Run
 from genssd.engine.checkpoint import locate
@@ -112,15 +113,16 @@ def _diagnose_questions(
     measurement: _Measurement,
 ) -> None:
     """Journal a row for every question that is not in the journal yet."""
-    tokenizers = _load_tokenizers(config)
-    prompts = _encode_prompts(config, problems, contexts, tokenizers)
+    tokenizers = ReaderTokenizers.load(config.student, config.teacher)
+    prompts = _encode_prompts(config, problems, contexts, tokenizers.by_model)
     done = _count_finished(run, config, problems, contexts)
     if done == len(problems):
         return
-    questions = _make_questions(config, problems, tokenizers[config.student])
-    for q, findings in measurement.iter_findings(questions, done, prompts):
+    student_tokenizer = tokenizers.by_model[config.student]
+    questions = _make_questions(config, problems, student_tokenizer)
+    for q, findings in measurement.iter_findings(questions, done, prompts, tokenizers):
         source = QuestionSource(file=config.data, problem=problems[q.index], contexts=contexts[q.index])
-        run.journal.append(make_question_row(q, source, findings, tokenizers[config.student]))
+        run.journal.append(make_question_row(q, source, findings, student_tokenizer))
 
 
 def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
@@ -135,18 +137,6 @@ def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     run.write_summary(diagnosis.as_json())
     write_text(run.path("diagnosis.html"), render_page(diagnosis, rows, nodes, config.student, config.page_questions))
     return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis)
-
-
-def _load_tokenizers(config: DiagnoseConfig) -> dict[str, Tokenizer]:
-    """Return the tokenizer of every model. Raises InputError when a teacher's differs from the student's."""
-    tokenizers = {model: Tokenizer(locate(model)) for model in (config.student, *config.teacher)}
-    for model, tokenizer in tokenizers.items():
-        if tokenizer.fingerprint != tokenizers[config.student].fingerprint:
-            raise InputError(
-                f"teacher {model} and student {config.student} have different vocabularies; a teacher reads the "
-                "student's token ids, so it needs the same tokenizer"
-            )
-    return tokenizers
 
 
 def _encode_prompts(
@@ -219,14 +209,21 @@ class _Measurement:
         self._verify = verify
 
     def iter_findings(
-        self, questions: Sequence[Question], done: int, prompts: Mapping[tuple[str, int], Sequence[int]]
+        self,
+        questions: Sequence[Question],
+        done: int,
+        prompts: Mapping[tuple[str, int], Sequence[int]],
+        tokenizers: ReaderTokenizers,
     ) -> Iterator[tuple[Question, Findings]]:
         """Yield all questions but the first `done`, in order, each as it is finished.
 
         questions: all of them, because equal prompts are distinguished by how many of them come before. prompts: the
-        token ids of every reader's prompt, by the reader's name and the question's index.
+        token ids of every reader's prompt, by the reader's name and the question's index. Raises InputError on a
+        rollout with a token that a teacher does not have.
         """
         open_questions = self._write_rollouts(questions, done)
+        for q in open_questions:
+            tokenizers.check_rollouts(q)
         positions = {q.index: self._choose_positions(q) for q in open_questions}
         config = self._config
         options = ReadingOptions(
@@ -236,6 +233,7 @@ class _Measurement:
             completions=config.completions,
             budget=config.budget,
             end_ids=self._student().tokenizer("student").end_token_ids,
+            excluded_ids=tokenizers.excluded_ids,
         )
 
         def report_reading(read: int, total: int) -> None:

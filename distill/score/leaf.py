@@ -93,7 +93,7 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
         traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
         done = check_same_traces(run.done(), traces, run.journal_path)
         if done < len(traces):
-            student, teacher = _load_models(config, tokenizer)
+            student, teacher = _load_models(config, tokenizer, traces[done:])
             for index, trace in enumerate(traces[done:], start=done):
                 places = question_places(trace, tokenizer)
                 student_norms, teacher_norms = (gradient_norms(model, trace)[places] for model in (student, teacher))
@@ -111,13 +111,18 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
     return LeafSummary(output_dir=run.output_dir, **counts, bad_rows=tuple(bad_rows))
 
 
-def _load_models(config: LeafConfig, tokenizer: Tokenizer) -> tuple[Any, Any]:
-    """Return student and teacher as transformers' models, in the types of their checkpoints."""
+def _load_models(config: LeafConfig, tokenizer: Tokenizer, traces: Sequence[Trace]) -> tuple[Any, Any]:
+    """Return student and teacher as transformers' models, in the types of their checkpoints.
+
+    Raises InputError on a trace with a token that the teacher does not have.
+    """
     device = choose_device(config.device)
     sources = locate(config.student), locate(config.teacher)
     student = load_model(sources[0], tokenizer, device, dtype=choose_dtype(sources[0], "auto", device)).eval()
     teacher = load_teacher(sources[1], tokenizer, device, choose_dtype(sources[1], "auto", device))
-    return student, teacher
+    for trace in traces:
+        teacher.check_reads((), (*trace.prompt_ids, *trace.response_ids), trace.where)
+    return student, teacher.model
 
 
 def _rows(traces: Sequence[Trace], journal: Iterator[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:

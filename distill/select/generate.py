@@ -109,10 +109,12 @@ def _generate(
 ) -> None:
     """Generate for the prompts that are not done, and journal each as it ends."""
     prompt_ids = [_encode_prompt(config, engine, problem) for problem in problems]
+    has_student_ids = config.student is not None and engine.token_map.is_identity
     origin = {
         "seed": config.seed,
         "method": config.method,
-        "tokenizer": engine.tokenizer("student" if config.student else "teacher").fingerprint,
+        # training reads the text of rows whose ids are not the student's
+        "tokenizer": engine.tokenizer("student" if has_student_ids else "teacher").fingerprint,
         "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
     }
     responses = engine.iter_generate(

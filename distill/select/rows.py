@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from genssd.distill.data.problems import ProblemRow
 from genssd.engine.chat import Messages
 from genssd.engine.generation import Completion
 from genssd.engine.selection import CandidateRecord, Selection, Trajectory
+from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TokenStats
 
 
@@ -30,7 +31,24 @@ class Origin:
     fingerprints: Mapping[str, str]
     """Fingerprints of teacher and student, by role."""
     tokenizer: str
-    """Fingerprint of the tokenizer."""
+    """Fingerprint of the student's tokenizer, whose token ids the rows have."""
+
+
+def translate_selection(selection: Selection, token_map: TokenMap) -> Selection:
+    """Return a selection whose responses and candidates have the student's token ids, which training reads."""
+    if token_map.is_identity:
+        return selection
+    label = f"prompt {selection.index}"
+    return replace(
+        selection,
+        trajectories=tuple(
+            replace(trajectory, token_ids=tuple(token_map.translate(trajectory.token_ids, label)))
+            for trajectory in selection.trajectories
+        ),
+        tree=tuple(
+            replace(record, token_ids=tuple(token_map.translate(record.token_ids, label))) for record in selection.tree
+        ),
+    )
 
 
 def make_selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> dict[str, Any]:

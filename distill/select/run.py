@@ -26,7 +26,7 @@ from genssd.distill.runs.journal import Journal, complete_rows, read_json, trunc
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.calibration import calibrate, check_calibration
-from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
+from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.search_options import SearchOptions
@@ -152,8 +152,10 @@ def _search(
         teacher=config.teacher,
         student=config.student,
         fingerprints={role: engine.fingerprints[role] for role in ("teacher", "student")},
-        tokenizer=engine.tokenizer("teacher").fingerprint,
+        tokenizer=engine.tokenizer("student").fingerprint,
     )
+    if config.teacher_topk and not engine.token_map.is_identity:
+        raise InputError(f"teacher_topk needs models whose tokens are the same: {engine.token_map.describe()}")
     failures: list[str] = []
     tokens_kept, sampled_before = 0, engine.usage.sampled_tokens
     topk_end = max(map(find_topk_end, run.done()), default=0)
@@ -162,7 +164,8 @@ def _search(
         Journal(run.path("decisions.jsonl")) as decisions,
         TopkStore(run.path("teacher_topk.bin"), topk_end) if config.teacher_topk else nullcontext() as topk_store,
     ):
-        for finished, selection in enumerate(_select(engine, config, threshold, problems, done), start=1):
+        for finished, selected in enumerate(_select(engine, config, threshold, problems, done), start=1):
+            selection = translate_selection(selected, engine.token_map)
             problem = problems[selection.index]
             if selection.error is None:
                 decisions.append(make_decision_row(selection))

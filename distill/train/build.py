@@ -14,7 +14,7 @@ from genssd.distill.train.checkpoints import TrainedModel, list_trainable
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.forward import ForwardPass
-from genssd.distill.train.models import add_adapters, check_layout, load_model, load_teacher
+from genssd.distill.train.models import Teacher, add_adapters, check_layout, load_model, load_teacher
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
@@ -137,13 +137,13 @@ def _load_student(config: TrainConfig, inputs: TrainingInputs, device: torch.dev
     return model
 
 
-def _load_teacher(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Any:
+def _load_teacher(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Teacher | None:
     """Load the teacher; return None where the loss does not need one in memory."""
     if config.teacher_model_name_or_path is None:
         return None
     directory = locate(config.teacher_model_name_or_path)
     teacher = load_teacher(directory, tokenizer, device, choose_dtype(directory, "auto", device))
-    check_layout(teacher, config.layout)
+    check_layout(teacher.model, config.layout)
     return teacher
 
 

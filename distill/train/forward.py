@@ -19,7 +19,7 @@ from genssd.distill.train.key_attention import (
     find_key_words,
 )
 from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, LossSums, compute_loss, read_topk
-from genssd.distill.train.models import compute_completion_states
+from genssd.distill.train.models import Teacher, compute_completion_states
 from genssd.engine.errors import CapacityError
 from genssd.engine.text import Tokenizer
 from genssd.kernels.logprob import TopK
@@ -71,7 +71,7 @@ class ForwardPass:
     """Forward pass over examples: through the student and, where the loss needs one, the teacher."""
 
     def __init__(
-        self, module: CompletionLoss, teacher: Any, tokenizer: Tokenizer, *, layout: Layout, bf16: bool
+        self, module: CompletionLoss, teacher: Teacher | None, tokenizer: Tokenizer, *, layout: Layout, bf16: bool
     ) -> None:
         self.module = module
         self._teacher = teacher
@@ -81,7 +81,7 @@ class ForwardPass:
 
     @staticmethod
     def build(
-        model: Any, teacher: Any, tokenizer: Tokenizer, options: LossOptions, *, layout: Layout, bf16: bool
+        model: Any, teacher: Teacher | None, tokenizer: Tokenizer, options: LossOptions, *, layout: Layout, bf16: bool
     ) -> ForwardPass:
         """Build the module that computes the loss. teacher: None where the loss does not need one.
 
@@ -90,7 +90,8 @@ class ForwardPass:
         router = None
         if options.key_attention.weight:
             model.set_attn_implementation(IMPLEMENTATION)
-            teacher.set_attn_implementation(IMPLEMENTATION)
+            assert teacher is not None
+            teacher.model.set_attn_implementation(IMPLEMENTATION)
             shape = model.config
             width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
             router = LayerRouter(shape.num_key_value_heads * width, shape.num_hidden_layers)
@@ -154,6 +155,11 @@ class ForwardPass:
         self, examples: Sequence[Example], batch: TokenBatch, key_words: Sequence[KeyWords | None]
     ) -> TeacherTargets:
         """Run the teacher on the completions, each after the prompt as the teacher reads it."""
+        assert self._teacher is not None
+        model = self._teacher.model
+        for example in examples:
+            prompt = example.teacher_prompt_ids or example.input_ids[: example.num_prompt]
+            self._teacher.check_reads(prompt, example.completion_ids, example.where)
         if any(example.teacher_prompt_ids for example in examples):
             prompts = [e.teacher_prompt_ids or e.input_ids[: e.num_prompt] for e in examples]
             batch = self._build_token_batch(
@@ -164,8 +170,8 @@ class ForwardPass:
                 for example, prompt, words in zip(examples, prompts, key_words, strict=True)
             ]
         collector = None if self.module.router is None else AttentionCollector(key_words)
-        states = compute_completion_states(self._teacher, batch, collector)
-        head = Head(states, self._teacher.get_output_embeddings().weight)
+        states = compute_completion_states(model, batch, collector)
+        head = Head(states, model.get_output_embeddings().weight)
         return TeacherTargets(distributions=head, attention=collector)
 
     def _find_key_words(self, example: Example, prompt_ids: Sequence[int]) -> KeyWords | None:

@@ -5,7 +5,8 @@ The student is trained on all weights or on low-rank adapters; the teacher is fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.parameters import match_parameters
 from genssd.engine.quoting import one_line
 from genssd.engine.text import Tokenizer
+from genssd.engine.token_map import TokenMap, match_tokenizers
 from genssd.engine.weights import UNUSED, WeightFiles
 
 
@@ -111,15 +113,40 @@ def _check_head(model: Any, directory: Path) -> None:
         )
 
 
-def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a model to distil from, frozen. Raises InputError when its tokenizer differs from the student's."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """A model to distil from, frozen, and how it reads the student's tokens."""
+
+    model: Any
+    token_map: TokenMap
+    largest_id: int
+    """Largest token id of its tokenizer."""
+
+    def check_reads(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], label: str) -> None:
+        """Check that the teacher has all tokens of a prompt of its own, and of the student's completion.
+
+        Raises InputError, with the label in its message, on one that it lacks.
+        """
+        self.token_map.check_same(completion_ids, label)
+        wrong = next((i for i in prompt_ids if i > self.largest_id), None)
+        if wrong is not None:
+            raise InputError(f"{label}: token id {wrong} of the prompt is not in the teacher's vocabulary")
+
+
+def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """Load a model to distil from. Raises InputError when its tokenizer does not match the student's.
+
+    An id that both have must be the same token in both; a token that the student alone has is refused when the teacher
+    would have to read it.
+    """
     tokenizer = Tokenizer(directory)
-    if tokenizer.fingerprint != student.fingerprint:
-        raise InputError(
-            f"teacher {directory} and student {student.directory} have different vocabularies: their distributions do "
-            "not compare token by token. Train on the teacher's text instead: kd_ratio 0"
-        )
-    return load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
+    try:
+        token_map = match_tokenizers(student, tokenizer, f"student {student.directory}", f"teacher {directory}")
+        token_map.check_no_conflict()
+    except InputError as error:
+        raise InputError(f"{error}. Train on the teacher's text instead: kd_ratio 0") from None
+    model = load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
+    return Teacher(model=model, token_map=token_map, largest_id=tokenizer.largest_id)
 
 
 def check_layout(model: Any, layout: str) -> None:

@@ -176,7 +176,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_built(monkeypatch: pytest.Monke
     hidden, weight, target = problem(200, 4099, width=16)
     with Operations() as seen:
         # the function behind the operator: a mode sees operators from outside
-        logprob, *_ = _score_in_blocks(hidden, weight, target, None, 0.9, 20.0, 0)
+        logprob, *_ = _score_in_blocks(hidden, weight, target, None, 0.9, 20.0, 0, True)
     assert len(logprob) == 200
     assert 4099 <= seen.elements <= 16 * 4099  # the weight itself, or two blocks
 

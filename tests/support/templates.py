@@ -81,6 +81,67 @@ TOOLS = """
 """ChatML that writes tools and calls of tools."""
 
 
+QWEN3_TEMPLATE = """
+{%- set ns = namespace(query=messages | length - 1) -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{%- set ns.query = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- if tools -%}
+{{- '<|im_start|>system\\n' + (messages[0].content + '\\n\\n' if messages[0].role == 'system' else '') -}}
+{{- '# Tools\\n<tools>' -}}
+{%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}
+{{- '\\n</tools><|im_end|>\\n' -}}
+{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' or (m.role == 'system' and not (loop.first and tools)) -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}
+{%- elif m.role == 'assistant' -%}
+{%- set text = m.content -%}{%- set thought = '' -%}
+{%- if m.reasoning_content is string -%}{%- set thought = m.reasoning_content -%}
+{%- elif '</think>' in text -%}
+{%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+{%- set text = text.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if loop.index0 > ns.query and (loop.last or thought) -%}
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' -}}
+{%- endif -%}
+{{- text -}}
+{%- for call in m.tool_calls or [] -%}
+{{- ('\\n' if text or not loop.first else '') + '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' -}}
+{{- (call.function.arguments | tojson) + '}\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- elif m.role == 'tool' -%}
+{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""As Qwen3 with its tools, whose description is shorter here."""
+
+R1_TEMPLATE = """
+{%- for m in messages if m.role == 'system' -%}{{- m.content -}}{%- endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{- '<\uff5cUser\uff5c>' + m.content -}}
+{%- elif m.role == 'assistant' -%}
+{{- '<\uff5cAssistant\uff5c>' + m.content.split('</think>')[-1] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<\uff5cAssistant\uff5c><think>\\n' -}}{%- endif -%}
+"""
+"""As DeepSeek-R1-Distill-Qwen, with its own tokens and without its tools."""
+
+SMOLLM2 = """
+{%- if messages[0].role != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""As SmolLM2-Instruct: ChatML with a system message of its own where the conversation has none."""
+
+
 def make_tokenizer(directory: Path, template: str) -> Tokenizer:
     """Return the tokenizer of a tiny checkpoint with another chat template."""
     save_checkpoint(directory)

@@ -339,10 +339,27 @@ def test_a_teacher_with_another_tokenizer_is_refused(world: World, data: Path, t
     other = tmp_path / "other"
     save_checkpoint(other)
     fields = json.loads((other / "tokenizer.json").read_text())
-    fields["added_tokens"].append({**fields["added_tokens"][-1], "id": 259, "content": "<more>"})
-    edit_json(other / "tokenizer.json", added_tokens=fields["added_tokens"])
-    with pytest.raises(InputError, match="have different vocabularies; a teacher reads the student's token ids"):
+    renamed = [{**token, "content": token["content"].replace("im_end", "stop")} for token in fields["added_tokens"]]
+    edit_json(other / "tokenizer.json", added_tokens=renamed)
+    with pytest.raises(InputError, match=r"use the same ids for different tokens: id 256 is '<\|im_end\|>' in one and"):
         world.run(data, tmp_path / "run", teacher=(str(other),))
+    vocabulary = fields["model"]["vocab"]
+    edit_json(other / "tokenizer.json", model={**fields["model"], "vocab": {**vocabulary, "!": 1, '"': 0}})
+    with pytest.raises(InputError, match="have different vocabularies: id 0 is"):
+        world.run(data, tmp_path / "run", teacher=(str(other),))
+
+
+def test_added_tokens_of_the_teacher_alone_are_no_candidates(world: World, data: Path, tmp_path: Path) -> None:
+    """The student cannot read them, so it is not forced to write them."""
+    other = tmp_path / "other"
+    save_checkpoint(other, vocab_size=300)
+    fields = json.loads((other / "tokenizer.json").read_text())
+    more = [{**fields["added_tokens"][-1], "id": 259 + i, "content": f"<more{i}>"} for i in range(40)]
+    edit_json(other / "tokenizer.json", added_tokens=[*fields["added_tokens"], *more])
+    summary = world.run(data, tmp_path / "run", teacher=(str(other),), teacher_top_k=20, min_probability=0.0)
+    nodes = lines(summary.output_dir / "nodes.jsonl")
+    assert max(len(node["candidates"]) for node in nodes) > 10
+    assert max(token for node in nodes for token in node["candidates"]) < 259
 
 
 def test_the_loader_is_the_configs_own(world: World, data: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import ExampleBatch, TokenRow, build_token_batch
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.losses import LossOptions
-from genssd.distill.train.models import check_layout, compute_completion_states
+from genssd.distill.train.models import Teacher, check_layout, compute_completion_states
 from genssd.engine.errors import InputError
+from genssd.engine.token_map import TokenMap
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
 ROWS = st.lists(
@@ -81,7 +82,8 @@ def test_a_split_batch_has_the_gradient_of_the_whole(tiny_pair: TinyPair, layout
         chunks = ((1, 2.0), (length - 1, 0.5)) if i % 2 else ()
         examples.append(Example(input_ids=ids, num_prompt=3, weight=1.0 + i, chunk_weights=chunks))
     batch = ExampleBatch(examples=examples, on_policy=False)
-    forward = ForwardPass.build(model, teacher if kd else None, tokenizer, options, layout=layout, bf16=False)
+    read = Teacher(model=teacher, token_map=TokenMap(), largest_id=tokenizer.largest_id)
+    forward = ForwardPass.build(model, read if kd else None, tokenizer, options, layout=layout, bf16=False)
     gradients = []
     for size in (6, 4, 3, 1):
         model.zero_grad()

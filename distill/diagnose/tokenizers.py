@@ -1,0 +1,46 @@
+"""The tokenizers of a student and its teachers, and the tokens that they do not share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from genssd.distill.diagnose.forcing import Question
+from genssd.engine.checkpoint import locate
+from genssd.engine.text import Tokenizer
+from genssd.engine.token_map import TokenMap, match_tokenizers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderTokenizers:
+    """The tokenizers of all models, which match."""
+
+    by_model: Mapping[str, Tokenizer]
+    student_to_teacher: Sequence[TokenMap]
+    """How every teacher reads the student's tokens."""
+    excluded_ids: frozenset[int]
+    """Tokens that the student and one of the teachers do not share."""
+
+    @staticmethod
+    def load(student: str, teachers: Sequence[str]) -> ReaderTokenizers:
+        """Load the tokenizers of models by their names.
+
+        Raises InputError when a teacher's does not match the student's, or an id that both have is not one token.
+        """
+        by_model = {model: Tokenizer(locate(model)) for model in (student, *teachers)}
+        forward: list[TokenMap] = []
+        excluded: set[int] = set()
+        for model in teachers:
+            forward.append(
+                match_tokenizers(by_model[student], by_model[model], f"student {student}", f"teacher {model}")
+            )
+            forward[-1].check_no_conflict()
+            backward = match_tokenizers(by_model[model], by_model[student], f"teacher {model}", f"student {student}")
+            excluded |= {*forward[-1].strings, *backward.strings}
+        return ReaderTokenizers(by_model=by_model, student_to_teacher=forward, excluded_ids=frozenset(excluded))
+
+    def check_rollouts(self, question: Question) -> None:
+        """Raise InputError on a rollout with a token that a teacher does not have."""
+        for rollout in question.rollouts:
+            for token_map in self.student_to_teacher:
+                token_map.check_same(rollout.token_ids, question.label)
