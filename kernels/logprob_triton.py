@@ -55,13 +55,13 @@ def _target_kernel(
     n = first + lane
     token = tl.minimum(tl.maximum(tl.load(target + n, mask=n < N, other=0), 0), V - 1)
     n_at = tl.minimum(first + m % BLOCK, N - 1)[:, None] * stride_n
-    v_at = token[None, :] * stride_v
+    v_at = token[:, None] * stride_v
     x = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         h = tl.load(hidden + n_at + d[None, :], mask=d[None, :] < D, other=0.0)
-        w = tl.load(weight + v_at + d[:, None], mask=d[:, None] < D, other=0.0)
-        x = add_product(x, h, w, INTERPRET)
+        w = tl.load(weight + v_at + d[None, :], mask=d[None, :] < D, other=0.0)
+        x = add_product(x, h, w.T, INTERPRET)
     if HAS_BIAS:
         x += tl.load(bias + token).to(tl.float32)[None, :]
     z = squash(x, temperature, softcap, SOFTCAP)

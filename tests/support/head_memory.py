@@ -60,7 +60,7 @@ def _topk_divergence(hidden: Tensor, weight: Tensor, target: Tensor) -> object:
 
 BUDGETS: dict[str, tuple[Run, int]] = {
     "score": (linear_logprob, 64),
-    "draw": (linear_sample, 64),
+    "draw": (linear_sample, 320),  # 256 of logits
     "score with top k": (lambda h, w, t: linear_logprob(h, w, t, topk=64), 128),
     "gradient of the score": (_logprob_gradient, 2400),
     "cross-entropy": (_cross_entropy(frozen=False), 2400),
