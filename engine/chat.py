@@ -8,6 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
+from genssd.engine.chat_options import RENDERER_VARIABLES, ChatOptions, fix_date, read_variables
+from genssd.engine.control_tokens import OPTION, ControlTokens, iter_texts
 from genssd.engine.errors import InputError
 from genssd.engine.thoughts import ThoughtTags, compose, find_tags
 
@@ -20,14 +24,17 @@ CONTENT_FIELDS = ("tool_calls", "function_call", "images", "audio", "videos", "d
 """Further fields of a message that hold content."""
 PROBE = "genssd7probe"
 """Text of a message that shows what a chat template writes around it."""
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of a system message."""
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer of transformers."""
+    """The chat template of a tokenizer of transformers, with the options of its rendering."""
 
-    def __init__(self, hf: Any, directory: Path) -> None:
+    def __init__(self, hf: Any, directory: Path, options: ChatOptions = ChatOptions()) -> None:
         self.hf = hf
         self.directory = directory
+        self.options = options
 
     @property
     def exists(self) -> bool:
@@ -37,6 +44,36 @@ class ChatTemplate:
     def tags(self) -> ThoughtTags:
         """Tags around thoughts, as the template names them."""
         return find_tags(str(self.hf.chat_template or ""))
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """Control tokens of the tokenizer."""
+        return ControlTokens(self.hf)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names of the variables that the template reads, those of the renderer included."""
+        template: str | Mapping[str, str] = self.hf.chat_template or ""
+        texts = (template,) if isinstance(template, str) else template.values()
+        try:
+            names = {name for text in texts for name in read_variables(text)}
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template of {self.directory} cannot be parsed: {error}") from None
+        return frozenset(names)
+
+    def check_options(self) -> None:
+        """Raise InputError naming a variable of the options that the template does not read."""
+        unread = [name for name in self.options.template_kwargs if name not in self._settable_variables]
+        if unread:
+            known = ", ".join(sorted(self._settable_variables)) or "none"
+            raise InputError(
+                f"chat_template_kwargs: the chat template of {self.directory} does not read {unread[0]}; it reads: "
+                f"{known}"
+            )
+
+    @cached_property
+    def _settable_variables(self) -> frozenset[str]:
+        return self.variables - RENDERER_VARIABLES - self.hf.special_tokens_map.keys()
 
     @cached_property
     def thought_field(self) -> str | None:
@@ -51,15 +88,47 @@ class ChatTemplate:
     def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = (), generate: bool = True) -> str:
         """Return the text of chat messages. generate: add the opening of the assistant's turn.
 
-        A thought in a field that the template ignores stands in tags before the content. Raises InputError where the
-        template ignores tools, a message that is neither the user's nor the assistant's, or a field of CONTENT_FIELDS;
-        on messages that are malformed or that the template rejects; and where no template exists.
+        Where a message that is not the assistant's, or a tool, holds the name of a control token, the text holds a mask
+        in its place (see `ControlTokens`), unless the options say otherwise. A thought in a field that the template
+        ignores stands in tags before the content. Raises InputError where the template ignores tools, a message that
+        is neither the user's nor the assistant's, or a field of CONTENT_FIELDS; where it alters contents that hold the
+        name of a control token; on messages that are malformed or that the template rejects; and where no template
+        exists.
         """
         if not self.exists:
             raise InputError(
                 f"{self.directory} has no chat template, but the prompt is a list of messages; "
                 "pass plain text or add chat_template.jinja"
             )
+        messages = add_system_prompt(messages, self.options.system_prompt)
+        if self.options.special_tokens_in_text:
+            return self._render(messages, tools, generate=generate)
+        masked, masked_tools = self._mask(messages, tools)
+        text = self._render(masked, masked_tools, generate=generate)
+        if (masked, masked_tools) != (list(messages), list(tools)):
+            try:
+                plain = self._render(messages, tools, generate=generate)
+            except InputError:
+                plain = None
+            if self.control_tokens.unmask(text) != plain:
+                written = self.control_tokens.find_names("\n".join(iter_texts([*messages, *tools])))
+                raise InputError(
+                    f"the chat template of {self.directory} alters a message that holds the name of a control token "
+                    f"({', '.join(dict.fromkeys(written))}), so that it cannot be kept as text; remove the name, or "
+                    f"pass {OPTION} to have it as the token"
+                )
+        return text
+
+    def _mask(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+        """Return messages and tools with masks in place of the names of control tokens that are text."""
+        tokens = self.control_tokens
+        tokens.check_unmasked([*messages, *tools])
+        masked = [message if message.get("role") == "assistant" else tokens.mask(message) for message in messages]
+        return masked, tokens.mask(tools)
+
+    def _render(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
         prepared = [self._prepare(message) for message in messages]
         try:
             text = self._apply(prepared, tools, generate=generate)
@@ -79,6 +148,7 @@ class ChatTemplate:
         The result is None where the template does not write the content.
         """
         probe = {"role": "assistant", "content": PROBE}
+        messages = add_system_prompt(messages, self.options.system_prompt)
         text = self._try([*(self._prepare(message) for message in messages), probe], tools, generate=False)
         return None if text is None or PROBE not in text else text.rpartition(PROBE)[2]
 
@@ -136,10 +206,23 @@ class ChatTemplate:
             return None
 
     def _apply(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
-        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        options: dict[str, Any] = {**self.options.template_kwargs}
+        if tools:
+            options["tools"] = list(tools)
+        if self.options.date is not None and "strftime_now" in self.variables:
+            template = self.hf.get_chat_template(tools=options.get("tools"))
+            options["chat_template"] = fix_date(template, self.options.date)
         return str(
             self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **options)
         )
+
+
+def add_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:
+    """Return messages that begin with the system prompt, unless they have a system message of their own."""
+    has_system = bool(messages) and messages[0].get("role") in SYSTEM_ROLES
+    return (
+        messages if system_prompt is None or has_system else [{"role": "system", "content": system_prompt}, *messages]
+    )
 
 
 def find_thought(message: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.candidate import Window
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
@@ -92,6 +95,16 @@ class Engine:
         budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
         runners = make_runners({role: tokenizer.directory}, {role: decoder}, budget)
         return Engine(Resources(runners=runners, tokenizers={role: tokenizer}, max_batch=max_batch))
+
+    def with_chat(self, options: ChatOptions) -> Engine:
+        """Return this engine, its caches and counts shared, with other options of rendering chats.
+
+        Raises InputError naming a variable of the options that a chat template does not read.
+        """
+        tokenizers = {role: tokenizer.with_chat(options) for role, tokenizer in self._resources.tokenizers.items()}
+        other = copy.copy(self)
+        other._resources = dataclasses.replace(self._resources, tokenizers=tokenizers)
+        return other
 
     def select_expand(
         self,
