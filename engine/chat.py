@@ -24,6 +24,8 @@ CONTENT_FIELDS = ("tool_calls", "function_call", "images", "audio", "videos", "d
 """Further fields of a message that hold content."""
 PROBE = "genssd7probe"
 """Text of a message that shows what a chat template writes around it."""
+NO_SYSTEM_PROMPT = "the prompt is text, to which no system prompt can be added; give messages or a question"
+"""Message about raw text where a system prompt is given."""
 SYSTEM_ROLES = ("system", "developer")
 """Roles of a system message."""
 
@@ -73,7 +75,7 @@ class ChatTemplate:
 
     @cached_property
     def _settable_variables(self) -> frozenset[str]:
-        return self.variables - RENDERER_VARIABLES - self.hf.special_tokens_map.keys()
+        return self.variables - RENDERER_VARIABLES - frozenset(map(str, self.hf.special_tokens_map))
 
     @cached_property
     def thought_field(self) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -101,9 +100,8 @@ class Engine:
 
         Raises InputError naming a variable of the options that a chat template does not read.
         """
-        tokenizers = {role: tokenizer.with_chat(options) for role, tokenizer in self._resources.tokenizers.items()}
         other = copy.copy(self)
-        other._resources = dataclasses.replace(self._resources, tokenizers=tokenizers)
+        other._resources = self._resources.with_chat(options)
         return other
 
     def select_expand(
@@ -287,19 +285,7 @@ class Engine:
         of `select_expand`.
         """
         labels_of(prompts, None)
-        if len(prompts) != len(responses):
-            raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
-        runner, tokenizer = self._resources.runner(model), self.tokenizer(model)
-        pairs = []
-        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            prompt_ids = self._resources.encode(prompt, model, f"prompt {index}")
-            ids = tokenizer.encode(response, special=False) if isinstance(response, str) else list(response)
-            if not ids:
-                raise InputError(f"response {index} is empty")
-            check_ids(ids, runner, f"response {index}")
-            check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
-            pairs.append((prompt_ids, ids))
-        return score(runner, pairs)
+        return score(self._resources.runner(model), self._resources.encode_pairs(prompts, responses, model))
 
     def local_logprob(
         self, prompt: Prompt, response: Sequence[int], windows: Sequence[Window], *, model: Role = "student"

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from genssd.engine.chat import ChatTemplate, Messages
+from genssd.engine.chat import NO_SYSTEM_PROMPT, ChatTemplate, Messages
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.config import (
     ModelConfig,
@@ -114,7 +114,7 @@ class Tokenizer:
     def check_raw(self) -> None:
         """Raise InputError where prompts may not be raw text: no system prompt can be added to it."""
         if self.chat.options.system_prompt is not None:
-            raise InputError("the prompt is text, to which no system prompt can be added; give messages or a question")
+            raise InputError(NO_SYSTEM_PROMPT)
 
     def encode_raw(self, text: str) -> list[int]:
         """Return the token ids of a raw prompt, in which the names of special tokens are tokens.

@@ -21,7 +21,7 @@ from typing import Any
 
 from genssd.distill.answers.reading import read_closing_line
 from genssd.distill.data.messages import parse_prompt, parse_tools
-from genssd.engine.chat import Messages
+from genssd.engine.chat import NO_SYSTEM_PROMPT, Messages, add_system_prompt
 from genssd.engine.errors import InputError
 
 ANSWER_FIELDS = ("answer", "target", "solution")
@@ -58,17 +58,23 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, parse_object(raw, f"{path}, line {number}")
 
 
-def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow]:
+def read_problems(path: str | Path, limit: int | None = None, *, system_prompt: str | None = None) -> list[ProblemRow]:
     """Return the first `limit` problems of a JSONL file.
 
-    Raises InputError naming file and line of a row that is no problem, and on a file without rows.
+    system_prompt: system message of the problems that have none. Raises InputError naming file and line of a row that
+    is no problem, or whose prompt is text where a system prompt is given; and on a file without rows.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
     rows: list[ProblemRow] = []
     for number, fields in islice(read_objects(path), limit):
         where = f"{path}, line {number}"
-        rows.append(ProblemRow(prompt=_parse_prompt(fields, where), answer=parse_answer(fields, where), line=number))
+        prompt = _parse_prompt(fields, where)
+        if system_prompt is not None and isinstance(prompt, str):
+            raise InputError(f"{where}: {NO_SYSTEM_PROMPT}")
+        if not isinstance(prompt, str):
+            prompt = add_system_prompt(prompt, system_prompt)
+        rows.append(ProblemRow(prompt=prompt, answer=parse_answer(fields, where), line=number))
     if not rows:
         raise InputError(f"{path} has no rows")
     return rows

@@ -38,6 +38,7 @@ from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_row
 from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.runs.journal import write_jsonl, write_text
 from genssd.distill.runs.run import Run
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.engine import Engine
@@ -86,13 +87,14 @@ def run_diagnose(
     gives the reference answer, instead of `AnswerJudge`. Raises GenssdError on bad input; finished questions are in
     the journal.
     """
-    problems = read_problems(config.data, config.limit)
+    problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
     for problem in problems:
         if problem.answer is None:
             raise InputError(f"{config.data}, line {problem.line}: no answer; a row needs answer, target or solution")
     with Run.open(config, "diagnose", journal="questions.jsonl") as run:
         contexts = read_contexts(config.data, config.contexts, config.limit)
-        measurement = _Measurement(config, Models(load or _make_loader(config)), report, verify)
+        models = Models(_add_chat_options(load or _make_loader(config), run.chat_options))
+        measurement = _Measurement(config, models, report, verify)
         _diagnose_questions(run, config, problems, contexts, measurement)
         return _summarise(run, config)
 
@@ -104,6 +106,10 @@ def _make_loader(config: DiagnoseConfig) -> Load:
     return load
 
 
+def _add_chat_options(load: Load, options: ChatOptions) -> Load:
+    return lambda model, role: load(model, role).with_chat(options)
+
+
 def _diagnose_questions(
     run: Run,
     config: DiagnoseConfig,
@@ -112,7 +118,7 @@ def _diagnose_questions(
     measurement: _Measurement,
 ) -> None:
     """Journal a row for every question that is not in the journal yet."""
-    tokenizers = _load_tokenizers(config)
+    tokenizers = _load_tokenizers(config, run.chat_options)
     prompts = _encode_prompts(config, problems, contexts, tokenizers)
     done = _count_finished(run, config, problems, contexts)
     if done == len(problems):
@@ -137,9 +143,9 @@ def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis)
 
 
-def _load_tokenizers(config: DiagnoseConfig) -> dict[str, Tokenizer]:
+def _load_tokenizers(config: DiagnoseConfig, options: ChatOptions) -> dict[str, Tokenizer]:
     """Return the tokenizer of every model. Raises InputError when a teacher's differs from the student's."""
-    tokenizers = {model: Tokenizer(locate(model)) for model in (config.student, *config.teacher)}
+    tokenizers = {model: Tokenizer(locate(model)).with_chat(options) for model in (config.student, *config.teacher)}
     for model, tokenizer in tokenizers.items():
         if tokenizer.fingerprint != tokenizers[config.student].fingerprint:
             raise InputError(
