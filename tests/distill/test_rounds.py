@@ -50,7 +50,9 @@ def data(write_rows: Write) -> Path:
 
 def test_the_trained_student_chooses_in_the_next_round(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    first, second = run_distill(config_for(tiny_pair, data, out, eval_data=str(data), eval_limit=2))
+    first, second = run_distill(
+        config_for(tiny_pair, data, out, eval_data=str(data), eval_limit=2, allow_eval_overlap=True)
+    )
     assert (first.round, second.round) == (1, 2)
     assert first.student == str(out / "round-1" / "train")
     for number, student in ((1, tiny_pair.student), (2, Path(first.student))):
@@ -152,7 +154,16 @@ def test_a_finished_training_is_not_done_again(
     tiny_pair: TinyPair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = dataclasses.replace(TRAIN, save_steps=None)
-    config = config_for(tiny_pair, data, tmp_path / "run", rounds=1, eval_data=str(data), eval_limit=2, train=train)
+    config = config_for(
+        tiny_pair,
+        data,
+        tmp_path / "run",
+        rounds=1,
+        eval_data=str(data),
+        eval_limit=2,
+        allow_eval_overlap=True,
+        train=train,
+    )
     real = rounds.run_evaluate
     monkeypatch.setattr(
         rounds, "run_evaluate", lambda c, report: real(c, report=report) if "round-0" in c.output_dir else 1 / 0
