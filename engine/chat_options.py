@@ -16,6 +16,8 @@ RENDERER_VARIABLES = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 )
 """Variables and functions of chat templates that the renderer itself sets."""
+ASKS_DEFINED = frozenset(("defined", "undefined", "none", "default", "d"))
+"""Tests and filters by which a chat template asks whether a variable is set."""
 DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxXuVGeFDTRhnt"
 """Letters of the directives of strftime that a template may use."""
 UNPADDED_DIRECTIVES = "dmHIMSj"
@@ -47,13 +49,18 @@ class _Generation(Extension):
 
 
 def read_variables(template: str) -> frozenset[str]:
-    """Return the names of the variables that a chat template reads and does not set itself.
+    """Return the names of the variables that a chat template reads and that may be set from outside.
 
-    Raises jinja2.TemplateError where the template cannot be parsed.
+    A variable that the template sets itself is one of them only where the template asks whether it is defined. Raises
+    jinja2.TemplateError where the template cannot be parsed.
     """
     environment = jinja2.Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    names = meta.find_undeclared_variables(environment.parse(template))
-    return frozenset(names) - environment.globals.keys()
+    tree = environment.parse(template)
+    names = meta.find_undeclared_variables(tree) - environment.globals.keys()
+    assigned = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
+    questions = [*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter)]
+    optional = {q.node.name for q in questions if q.name in ASKS_DEFINED and isinstance(q.node, nodes.Name)}
+    return frozenset(names - (assigned - optional))
 
 
 def fix_date(template: str, date: datetime.date) -> str:

@@ -78,4 +78,9 @@ def choose_date(config: object, recorded: str | None = None) -> str | None:
     """
     if not isinstance(config, ChatSettings):
         return None
-    return config.template_date or recorded or datetime.date.today().isoformat()
+    return config.template_date or recorded or read_clock().isoformat()
+
+
+def read_clock() -> datetime.date:
+    """Return today's date."""
+    return datetime.date.today()

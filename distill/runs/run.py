@@ -57,6 +57,7 @@ class Run:
         self._journal: Journal | None = None
         self._stack = stack
         self._record: dict[str, Any] = {}
+        self._chat_options: ChatOptions | None = None
         self._is_recorded = False
         self._ends: list[int] | None = None
 
@@ -119,8 +120,9 @@ class Run:
             self._check_settings(begun, self._record["settings"], free)
             self._record |= {"versions": begun["versions"], "python": begun["python"]}
             date = choose_date(self._config, begun.get("template_date"))
-        if date is not None:
+        if isinstance(self._config, ChatSettings) and date is not None:
             self._record["template_date"] = date
+            self._chat_options = self._config.make_chat_options(date)
 
     def record(self) -> None:
         """Write run.json, remove the summary of an earlier part, and cut a torn last line off the journal.
@@ -144,9 +146,9 @@ class Run:
 
     @property
     def chat_options(self) -> ChatOptions:
-        """Options of the rendering of chats in this run. Raises InputError on options that cannot be read."""
-        assert isinstance(self._config, ChatSettings), f"{self._command} renders no chats"
-        return self._config.make_chat_options(self.template_date)
+        """Options of the rendering of chats in this run."""
+        assert self._chat_options is not None, f"{self._command} renders no chats"
+        return self._chat_options
 
     @property
     def journal_path(self) -> Path:

@@ -294,6 +294,10 @@ class TestOptions:
         template = (
             "{% generation %}{{ a }}{% endgeneration %}{% for x in b %}{% if x %}{% break %}{% endif %}{% endfor %}"
         )
+        assigned = (
+            "{% if a %}{% set f = 1 %}{% else %}{% set f = 2 %}{% endif %}{{ f }}{% set g = g | default(3) %}{{ g }}"
+        )
+        assert read_variables(assigned) == {"a", "g"}
         assert read_variables(template + "{% set c = d %}{{ c }}{{ namespace(e=range(2)) }}") == {"a", "b", "d"}
 
     def test_the_system_prompt_stands_where_none_is(self, thinking: Tokenizer) -> None:

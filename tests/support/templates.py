@@ -204,4 +204,6 @@ def make_merging_tokenizer(directory: Path, template: str, kind: str = "bytes") 
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=True) for name in ("genssd", "        ")])
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    save_model(directory, vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, eos_token_id=end)
     return Tokenizer(directory)
