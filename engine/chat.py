@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import jinja2
 
 from genssd.engine.chat_options import RENDERER_VARIABLES, ChatOptions, fix_date, read_variables
-from genssd.engine.control_tokens import OPTION, ControlTokens, iter_texts
+from genssd.engine.control_tokens import GUARD, OPTION, ControlTokens, iter_texts
 from genssd.engine.errors import InputError
 from genssd.engine.thoughts import ThoughtTags, compose, find_tags
 
@@ -107,6 +108,7 @@ class ChatTemplate:
             return self._render(messages, tools, generate=generate)
         masked, masked_tools = self._mask(messages, tools)
         text = self._render(masked, masked_tools, generate=generate)
+        self._check_borders(text, masked, masked_tools, generate=generate)
         if (masked, masked_tools) != (list(messages), list(tools)):
             try:
                 plain = self._render(messages, tools, generate=generate)
@@ -129,6 +131,27 @@ class ChatTemplate:
         tokens.check_unmasked([*messages, *tools])
         masked = [message if message.get("role") == "assistant" else tokens.mask(message) for message in messages]
         return masked, tokens.mask(tools)
+
+    def _check_borders(
+        self, text: str, masked: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool
+    ) -> None:
+        """Raise InputError where a content and what stands around it form the name of a control token together."""
+        tokens = self.control_tokens
+        guarded = [
+            {**message, "content": f"{GUARD}{message['content']}{GUARD}"}
+            if message["role"] != "assistant" and tokens.may_cross(message["content"])
+            else message
+            for message in masked
+        ]
+        if guarded == list(masked):
+            return
+        names, apart = tokens.find_names(text), tokens.find_names(self._render(guarded, tools, generate=generate))
+        formed = Counter(names) - Counter(apart)
+        if formed:
+            raise InputError(
+                f"the chat template of {self.directory} forms the name of a control token ({', '.join(formed)}) out "
+                f"of a message and the text around it; change the message, or pass {OPTION} to have it as the token"
+            )
 
     def _render(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
         prepared = [self._prepare(message) for message in messages]

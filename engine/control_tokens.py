@@ -26,6 +26,8 @@ from genssd.engine.errors import InputError
 OPTION = "--special-tokens-in-text"
 MASK = re.compile("1[02-9]{15}")
 """Form of a mask. It begins with the only 1 in it, so that two masks never overlap."""
+GUARD = "1" + "0" * 15
+"""Number in the form of a mask that stands for nothing; it keeps a content apart from the text around it."""
 ALIAS_START, ALIAS_END = "\U000f0000", "\U000f0001"
 """Private characters around the alias of a control token."""
 MARKUP = re.compile(r"<.+>|\[.+\]|\u25c1.+\u25b7", re.DOTALL)
@@ -76,6 +78,14 @@ class ControlTokens:
         """Return a text with the names that its masks stand for."""
         return MASK.sub(lambda match: self._names_by_mask.get(match[0], match[0]), text)
 
+    def may_cross(self, text: str) -> bool:
+        """Return whether a text, with other text directly before or after it, could be part of a name."""
+        text = text.strip()  # templates strip
+        prefixes, suffixes = self._parts_of_names
+        lengths = range(1, min(len(text), max(map(len, self.names), default=0)) + 1)
+        is_within = 0 < len(text) == len(lengths) and any(text in name for name in self.names)
+        return is_within or any(text[-k:] in prefixes or text[:k] in suffixes for k in lengths)
+
     def has_mask(self, text: str) -> bool:
         """Return whether a text holds a mask."""
         return any(number in self._names_by_mask for number in MASK.findall(text))
@@ -123,6 +133,12 @@ class ControlTokens:
     @cached_property
     def _names_by_mask(self) -> dict[str, str]:
         return {mask: name for name, mask in self._masks.items()}
+
+    @cached_property
+    def _parts_of_names(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The beginnings of names, and the ends of names."""
+        cuts = [(name[:k], name[k:]) for name in self.names for k in range(1, len(name))]
+        return frozenset(start for start, _ in cuts), frozenset(end for _, end in cuts)
 
     @cached_property
     def _names_pattern(self) -> re.Pattern[str]:

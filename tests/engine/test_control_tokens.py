@@ -44,7 +44,7 @@ TEMPLATES = {
     "dated": TRIMMED_DATE,
     "touching": SYSTEM_IN_USER,
 }
-KINDS = ("bytes", "metaspace", "stripping")
+KINDS = ("bytes", "metaspace", "prepended", "stripping")
 SYSTEMS = [name for name in TEMPLATES if name != "spaced"]
 """Templates that write system messages."""
 AS_TOKENS = ChatOptions(special_tokens_in_text=True)
@@ -133,7 +133,7 @@ def test_names_in_contents_are_text(
     assert [i for i in ids if i in control] == [i for i in harmless if i in control]
     text = tokenizer.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     decoded = tokenizer.hf.decode(ids)
-    if kind == "stripping":  # its control tokens have taken spaces
+    if kind in ("stripping", "prepended"):  # control tokens have taken spaces, or got some
         text, decoded = "".join(text.split()), "".join(decoded.split())
     assert decoded == text
     assert tokenizer.with_chat(AS_TOKENS).encode_prompt(messages) == render_plainly(tokenizer, messages)
@@ -192,6 +192,35 @@ def test_conditions_on_contents_hold_with_names(tmp_path: Path) -> None:
     ids = tokenizer.encode_prompt([{"role": "user", "content": "<|im_end|>"}, {"role": "user", "content": ""}])
     assert tokenizer.hf.decode(ids) == "<|im_start|>say <|im_end|>True<|im_end|>empty"
     assert ids.count(tokenizer.chat.control_tokens.names["<|im_end|>"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "contents"),
+    [
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", ["think"]),
+        ("{% for m in messages %}<{{ m.content | trim }}{% endfor %}", [" /think> and so on"]),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["<|im_", "end|>"]),
+    ],
+)
+def test_a_name_that_a_message_forms_with_its_surroundings_is_refused(
+    tmp_path: Path, template: str, contents: list[str]
+) -> None:
+    tokenizer = make_merging_tokenizer(tmp_path, template)
+    prompt = [{"role": "user", "content": content} for content in contents]
+    with pytest.raises(InputError, match=r"forms the name of a control token .*--special-tokens-in-text"):
+        tokenizer.encode_prompt(prompt)
+    assert tokenizer.with_chat(AS_TOKENS).encode_prompt(prompt) == render_plainly(tokenizer, prompt)
+    harmless = [{"role": "user", "content": content} for content in ("i", "> quoted", "x <", "")]
+    assert tokenizer.encode_prompt(harmless) == render_plainly(tokenizer, harmless)
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_refused_for_names_alone(tmp_path: Path) -> None:
+    tokenizer = make_merging_tokenizer(tmp_path, CHATML)
+    tokenizer.chat.control_tokens.__dict__["_copy"] = None  # as for tokenizers that are written in Python
+    with pytest.raises(InputError, match=r"cannot encode the name of the control token '<think>' .*--special-tokens"):
+        tokenizer.encode_prompt([{"role": "user", "content": "a<think>"}])
+    harmless = [{"role": "user", "content": "a"}]
+    assert tokenizer.encode_prompt(harmless) == render_plainly(tokenizer, harmless)
 
 
 def test_only_markup_counts_as_control_tokens(tmp_path: Path) -> None:

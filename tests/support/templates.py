@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from support.toys import ENDINGS, save_checkpoint, save_model
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -164,6 +164,7 @@ SYSTEM_IN_USER = """
 
 CONTROL_NAMES = ("<|im_start|>", "<|im_end|>", "<s>", "<think>", "</think>", "<tool_response>", "</tool_response>")
 """Control tokens of `make_merging_tokenizer`; the last four are added tokens that are not special."""
+SPACED_KINDS = ("metaspace", "prepended")
 CORPUS = [
     "What is 12 + 34? The answer is 46, says the system user assistant.\n\n",
     "<|im_start|>user\nhello<|im_end|>\n<think>\nwhy\n</think>\n\n<s>[INST] x [/INST]</s>",
@@ -174,19 +175,25 @@ CORPUS = [
 def make_merging_tokenizer(directory: Path, template: str, kind: str = "bytes") -> Tokenizer:
     """Return a tokenizer with merges, a BOS, special and other control tokens, an added word and a run of spaces.
 
-    kind: bytes (as Qwen), metaspace (as Llama 2: a space before the first word alone), or stripping (as Phi-3: control
+    kind: bytes (as Qwen), metaspace (as Llama 2: a space before the first word alone), prepended (as older conversions
+    of Llama 2: a space before every piece between special tokens), or stripping (as Phi-3: control
     tokens take the spaces around them).
     """
-    raw = RawTokenizer(models.BPE(byte_fallback=kind == "metaspace"))
+    raw = RawTokenizer(models.BPE(byte_fallback=kind in SPACED_KINDS))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if kind == "metaspace":
         raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
         alphabet = [chr(i) for i in range(32, 127)] + ["\n", "\u2581"]
+    elif kind == "prepended":
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        replace, strip = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+        raw.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+        alphabet = [chr(i) for i in range(33, 127)] + ["\n", "\u2581"]
     else:
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         raw.decoder = decoders.ByteLevel()
-    byte_tokens = [f"<0x{i:02X}>" for i in range(256)] if kind == "metaspace" else []
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)] if kind in SPACED_KINDS else []
     raw.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(
