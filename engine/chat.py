@@ -91,8 +91,8 @@ class ChatTemplate:
     def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = (), generate: bool = True) -> str:
         """Return the text of chat messages. generate: add the opening of the assistant's turn.
 
-        Where a message that is not the assistant's, or a tool, holds the name of a control token, the text holds a mask
-        in its place (see `ControlTokens`), unless the options say otherwise. A thought in a field that the template
+        Where a message that is not the assistant's, or a tool, holds the name of a control token, the text holds a
+        placeholder in its place (see control_tokens.py), unless the options make it a token. A thought in a field that the template
         ignores stands in tags before the content. Raises InputError where the template ignores tools, a message that
         is neither the user's nor the assistant's, or a field of CONTENT_FIELDS; where it alters contents that hold the
         name of a control token; on messages that are malformed or that the template rejects; and where no template
@@ -106,15 +106,15 @@ class ChatTemplate:
         messages = add_system_prompt(messages, self.options.system_prompt)
         if self.options.special_tokens_in_text:
             return self._render(messages, tools, generate=generate)
-        masked, masked_tools = self._mask(messages, tools)
-        text = self._render(masked, masked_tools, generate=generate)
-        self._check_borders(text, masked, masked_tools, generate=generate)
-        if (masked, masked_tools) != (list(messages), list(tools)):
+        replaced, replaced_tools = self._replace_names(messages, tools)
+        text = self._render(replaced, replaced_tools, generate=generate)
+        self._check_borders(text, replaced, replaced_tools, generate=generate)
+        if (replaced, replaced_tools) != (list(messages), list(tools)):
             try:
                 plain = self._render(messages, tools, generate=generate)
             except InputError:
                 plain = None
-            if self.control_tokens.unmask(text) != plain:
+            if self.control_tokens.restore_names(text) != plain:
                 written = self.control_tokens.find_names("\n".join(iter_texts([*messages, *tools])))
                 raise InputError(
                     f"the chat template of {self.directory} alters a message that holds the name of a control token "
@@ -123,17 +123,19 @@ class ChatTemplate:
                 )
         return text
 
-    def _mask(
+    def _replace_names(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]]
     ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-        """Return messages and tools with masks in place of the names of control tokens that are text."""
+        """Return messages and tools with placeholders in place of the names of control tokens that are text."""
         tokens = self.control_tokens
-        tokens.check_unmasked([*messages, *tools])
-        masked = [message if message.get("role") == "assistant" else tokens.mask(message) for message in messages]
-        return masked, tokens.mask(tools)
+        tokens.check_no_placeholder([*messages, *tools])
+        replaced = [
+            message if message.get("role") == "assistant" else tokens.replace_names(message) for message in messages
+        ]
+        return replaced, tokens.replace_names(tools)
 
     def _check_borders(
-        self, text: str, masked: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool
+        self, text: str, replaced: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool
     ) -> None:
         """Raise InputError where a content and what stands around it form the name of a control token together."""
         tokens = self.control_tokens
@@ -141,9 +143,9 @@ class ChatTemplate:
             {**message, "content": f"{GUARD}{message['content']}{GUARD}"}
             if message["role"] != "assistant" and tokens.may_cross(message["content"])
             else message
-            for message in masked
+            for message in replaced
         ]
-        if guarded == list(masked):
+        if guarded == list(replaced):
             return
         names, apart = tokens.find_names(text), tokens.find_names(self._render(guarded, tools, generate=generate))
         formed = Counter(names) - Counter(apart)

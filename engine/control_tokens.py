@@ -1,12 +1,12 @@
 """Control tokens, and the encoding of texts in which some of their names are ordinary text.
 
 A chat template renders one string, in which the name of a control token in a user's message looks like the template's
-own. So the names in contents are replaced by masks before the template sees them. A mask is a number of 16 digits,
-which templates do not strip, split or escape; it stands for the same name wherever it is rendered.
+own. So the names in messages are replaced by placeholders before the template sees them. A placeholder is a number of
+16 digits, which templates do not strip, split or escape; it stands for the same name wherever it is rendered.
 
-A rendered text with masks is encoded as a whole, so that tokens merge across the borders of contents as in any other
-text: by a copy of the tokenizer in which the control tokens have aliases. The template's names are written as aliases,
-and the masks as the names that they stand for, which this copy does not know as tokens.
+A rendered text with placeholders is encoded as a whole, so that tokens merge across the borders of contents as in any
+other text: by a copy of the tokenizer in which the control tokens have aliases. The template's names are written as
+aliases, and the placeholders as the names that they stand for, which this copy does not know as tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tokenizers import Tokenizer as RawTokenizer
 from genssd.engine.errors import InputError
 
 OPTION = "--special-tokens-in-text"
-MASK = re.compile("1[02-9]{15}")
-"""Form of a mask. It begins with the only 1 in it, so that two masks never overlap."""
+PLACEHOLDER = re.compile("1[02-9]{15}")
+"""Form of a placeholder. It begins with the only 1 in it, so that two placeholders never overlap."""
 GUARD = "1" + "0" * 15
-"""Number in the form of a mask that stands for nothing; it keeps a content apart from the text around it."""
+"""Number in the form of a placeholder that stands for nothing; it keeps a content apart from the text around it."""
 ALIAS_START, ALIAS_END = "\U000f0000", "\U000f0001"
 """Private characters around the alias of a control token."""
 MARKUP = re.compile(r"<.+>|\[.+\]|\u25c1.+\u25b7", re.DOTALL)
@@ -56,27 +56,27 @@ class ControlTokens:
         """Return the names of control tokens in a text, in order."""
         return [match[0] for match in self._names_pattern.finditer(text)]
 
-    def mask(self, value: Any) -> Any:
-        """Return a JSON value with masks in place of the names of control tokens in its texts.
+    def replace_names(self, value: Any) -> Any:
+        """Return a JSON value with placeholders in place of the names of control tokens in its texts.
 
-        Raises InputError on a text that holds a mask already, and on one that becomes a control token in another way.
+        Raises InputError on a text that the tokenizer takes for a control token although it spells no name exactly.
         """
         if isinstance(value, str):
-            return self._mask_text(value)
+            return self._replace_names(value)
         if isinstance(value, Mapping):
-            return {self.mask(name): self.mask(element) for name, element in value.items()}
-        return [self.mask(element) for element in value] if isinstance(value, list | tuple) else value
+            return {self.replace_names(name): self.replace_names(element) for name, element in value.items()}
+        return [self.replace_names(element) for element in value] if isinstance(value, list | tuple) else value
 
-    def check_unmasked(self, value: Any) -> None:
-        """Raise InputError on a JSON value with a text that holds a mask."""
+    def check_no_placeholder(self, value: Any) -> None:
+        """Raise InputError on a JSON value with a text that holds a placeholder."""
         for text in iter_texts(value):
-            for number in MASK.findall(text):
-                if number in self._names_by_mask:
+            for number in PLACEHOLDER.findall(text):
+                if number in self._names_by_placeholder:
                     raise InputError(f"the text holds the number {number}, which genssd keeps for itself; change it")
 
-    def unmask(self, text: str) -> str:
-        """Return a text with the names that its masks stand for."""
-        return MASK.sub(lambda match: self._names_by_mask.get(match[0], match[0]), text)
+    def restore_names(self, text: str) -> str:
+        """Return a text with the names that its placeholders stand for."""
+        return PLACEHOLDER.sub(lambda match: self._names_by_placeholder.get(match[0], match[0]), text)
 
     def may_cross(self, text: str) -> bool:
         """Return whether a text, with other text directly before or after it, could be part of a name."""
@@ -86,53 +86,55 @@ class ControlTokens:
         is_within = 0 < len(text) == len(lengths) and any(text in name for name in self.names)
         return is_within or any(text[-k:] in prefixes or text[:k] in suffixes for k in lengths)
 
-    def has_mask(self, text: str) -> bool:
-        """Return whether a text holds a mask."""
-        return any(number in self._names_by_mask for number in MASK.findall(text))
+    def has_placeholder(self, text: str) -> bool:
+        """Return whether a text holds a placeholder."""
+        return any(number in self._names_by_placeholder for number in PLACEHOLDER.findall(text))
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a rendered text; what its masks stand for is text, and all other names are tokens.
+        """Return the token ids of a rendered text.
 
-        Raises InputError where the tokenizer cannot do this.
+        The names that its placeholders stand for are text, all other names of control tokens are tokens. Raises InputError where the tokenizer cannot do this.
         """
         copy = self._copy
         if copy is None or ALIAS_START in text:
             raise InputError(f"the tokenizer {self._refusal(text)}")
         expected = [self.names[name] for name in self.find_names(text)]
         aliased = self._names_pattern.sub(lambda match: copy.aliases[match[0]], text)
-        ids = copy.encode(self.unmask(aliased))
+        ids = copy.encode(self.restore_names(aliased))
         # an alias that is no token here, or a name that the copy reads as its token in another way
         if [i for i in ids if i in copy.control_ids] != [i for i in expected if i in copy.control_ids]:
             raise InputError(f"the tokenizer {self._refusal(text)}")
         return ids
 
     def _refusal(self, text: str) -> str:
-        names = dict.fromkeys(self._names_by_mask[m] for m in MASK.findall(text) if m in self._names_by_mask)
+        names = dict.fromkeys(
+            self._names_by_placeholder[m] for m in PLACEHOLDER.findall(text) if m in self._names_by_placeholder
+        )
         return (
             f"cannot encode the name of the control token {', '.join(map(repr, names)) or '(an alias)'} in a message "
             f"as text; remove it, or pass {OPTION} to have it as the token"
         )
 
-    def _mask_text(self, text: str) -> str:
-        masked = self._names_pattern.sub(lambda match: self._masks[match[0]], text)
-        if self._is_normalised and not self.names.keys().isdisjoint(self._hf.tokenize(masked)):
+    def _replace_names(self, text: str) -> str:
+        replaced = self._names_pattern.sub(lambda match: self._placeholders[match[0]], text)
+        if self._is_normalised and not self.names.keys().isdisjoint(self._hf.tokenize(replaced)):
             raise InputError(
                 f"a message holds a control token in another spelling; remove it, or pass {OPTION} to have it as the "
                 "token"
             )
-        return masked
+        return replaced
 
     @cached_property
-    def _masks(self) -> dict[str, str]:
-        """Masks of the names of control tokens: the same for a name in every tokenizer."""
+    def _placeholders(self) -> dict[str, str]:
+        """Placeholders by the name that they stand for; they are the same in every tokenizer."""
         digits = {name: int.from_bytes(blake2b(name.encode(), digest_size=16).digest(), "big") for name in self.names}
-        masks = {name: "1" + _write_without_one(number, 15) for name, number in digits.items()}
-        assert len(set(masks.values())) == len(masks), "two control tokens have the same mask"
-        return masks
+        placeholders = {name: "1" + _write_without_one(number, 15) for name, number in digits.items()}
+        assert len(set(placeholders.values())) == len(placeholders), "two control tokens have the same placeholder"
+        return placeholders
 
     @cached_property
-    def _names_by_mask(self) -> dict[str, str]:
-        return {mask: name for name, mask in self._masks.items()}
+    def _names_by_placeholder(self) -> dict[str, str]:
+        return {placeholder: name for name, placeholder in self._placeholders.items()}
 
     @cached_property
     def _parts_of_names(self) -> tuple[frozenset[str], frozenset[str]]:

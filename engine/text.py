@@ -104,12 +104,12 @@ class Tokenizer:
         return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Return the token ids of a text that `chat.render` returned, in which masks stand for text.
+        """Return the token ids of a text that `chat.render` returned, in which placeholders stand for text.
 
         Raises InputError where the tokenizer cannot encode the name of a control token as text.
         """
         tokens = self.chat.control_tokens
-        return tokens.encode(text) if tokens.has_mask(text) else self.encode(text, special=False)
+        return tokens.encode(text) if tokens.has_placeholder(text) else self.encode(text, special=False)
 
     def check_raw(self) -> None:
         """Raise InputError where prompts may not be raw text: no system prompt can be added to it."""

@@ -247,14 +247,14 @@ def test_another_spelling_of_a_normalised_name_is_refused(tmp_path: Path) -> Non
     assert tokenizer.with_chat(AS_TOKENS).encode_prompt(prompt)
 
 
-def test_a_text_that_holds_a_mask_is_refused(tmp_path: Path) -> None:
+def test_a_text_that_holds_a_placeholder_is_refused(tmp_path: Path) -> None:
     tokenizer = make_merging_tokenizer(tmp_path, CHATML)
-    mask = tokenizer.chat.control_tokens.mask("<|im_end|>")
-    assert len(mask) == 16
-    assert mask.isdigit()
+    placeholder = tokenizer.chat.control_tokens.replace_names("<|im_end|>")
+    assert len(placeholder) == 16
+    assert placeholder.isdigit()
     for role in ("user", "assistant"):
-        with pytest.raises(InputError, match=f"the text holds the number {mask}"):
-            tokenizer.chat.render([{"role": role, "content": f"3{mask}"}])
+        with pytest.raises(InputError, match=f"the text holds the number {placeholder}"):
+            tokenizer.chat.render([{"role": role, "content": f"3{placeholder}"}])
 
 
 def test_raw_text_keeps_its_markup(tmp_path: Path) -> None:
