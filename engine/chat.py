@@ -92,11 +92,12 @@ class ChatTemplate:
         """Return the text of chat messages. generate: add the opening of the assistant's turn.
 
         Where a message that is not the assistant's, or a tool, holds the name of a control token, the text holds a
-        placeholder in its place (see control_tokens.py), unless the options make it a token. A thought in a field that the template
-        ignores stands in tags before the content. Raises InputError where the template ignores tools, a message that
-        is neither the user's nor the assistant's, or a field of CONTENT_FIELDS; where it alters contents that hold the
-        name of a control token; on messages that are malformed or that the template rejects; and where no template
-        exists.
+        placeholder in its place (see control_tokens.py), unless the options make it a token. A thought in a field that
+        the template ignores stands in tags before the content.
+
+        Raises InputError where the template ignores tools, a message that is neither the user's nor the assistant's, or
+        a field of CONTENT_FIELDS; where it alters contents that hold the name of a control token, or forms such a name
+        out of them; on messages that are malformed or that the template rejects; and where no template exists.
         """
         if not self.exists:
             raise InputError(

@@ -93,7 +93,8 @@ class ControlTokens:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a rendered text.
 
-        The names that its placeholders stand for are text, all other names of control tokens are tokens. Raises InputError where the tokenizer cannot do this.
+        The names that its placeholders stand for are text, all other names of control tokens are tokens. Raises
+        InputError where the tokenizer cannot do this.
         """
         copy = self._copy
         if copy is None or ALIAS_START in text:

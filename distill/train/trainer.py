@@ -37,6 +37,7 @@ from genssd.distill.train.models import save_model
 from genssd.distill.train.resume import collect_settings, find_checkpoint, fix_date, resume
 from genssd.distill.train.schedule import Schedule
 from genssd.distill.train.step import StepResult, take_step, write_completions
+from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device
 
 
@@ -103,6 +104,8 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     config = fix_date(config)
     inputs = read_inputs(config)
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
+    if len(set(world.gather([config.template_date]))) > 1:
+        raise InputError("the processes began on different days: give --template-date, or start them again")
     with world.claim_run(config, "train") as run:
         settings = collect_settings(config, inputs, world)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
