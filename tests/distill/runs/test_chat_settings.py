@@ -122,7 +122,9 @@ def test_a_run_keeps_the_date_of_its_begin(
     assert "thinking: " in engine.tokenizer("teacher").chat.render([{"role": "user", "content": "q"}])
 
 
-def test_options_are_checked_before_anything_is_written(dated: Path, write_rows: Write, tmp_path: Path) -> None:
+def test_options_are_checked_before_anything_is_written(
+    dated: Path, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Engine.from_pretrained(student=dated, memory_bytes=1 << 24)
     config = EvaluateConfig(
         model=str(dated),
@@ -133,6 +135,10 @@ def test_options_are_checked_before_anything_is_written(dated: Path, write_rows:
     )
     with pytest.raises(InputError, match=r"does not read thinking; it reads: date_string, enable_thinking$"):
         run_evaluate(config, engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "from_pretrained", None)
+        with pytest.raises(InputError, match="does not read thinking"):  # before weights are loaded
+            run_evaluate(config)
     with pytest.raises(InputError, match="template_date must be a date"):
         run_evaluate(dataclasses.replace(config, template_date="soon"), engine)
     raw = write_rows([{"question": "a", "answer": "2"}, {"prompt": "1+1=", "answer": "2"}], "raw.jsonl")
