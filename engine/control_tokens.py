@@ -37,8 +37,8 @@ MARKUP = re.compile(r"<.+>|\[.+\]|\u25c1.+\u25b7", re.DOTALL)
 class ControlTokens:
     """The control tokens of a tokenizer of transformers.
 
-    These are its special tokens, and its other added tokens that are written in brackets, such as <think> and
-    <tool_call>. Added tokens for words or runs of spaces are text.
+    These are its special tokens, unless text has the same token without them (as "!" that is used for padding), and
+    its other added tokens that are written in brackets, such as <think>. Added words and runs of spaces are text.
     """
 
     def __init__(self, hf: Any) -> None:
@@ -47,10 +47,15 @@ class ControlTokens:
     @cached_property
     def names(self) -> dict[str, int]:
         """Names and ids of the control tokens."""
-        added = {
-            str(token.content): (int(i), bool(token.special)) for i, token in self._hf.added_tokens_decoder.items()
-        }
-        return {name: i for name, (i, special) in added.items() if name and (special or MARKUP.fullmatch(name))}
+        tokens = {str(token.content): (int(i), token) for i, token in self._hf.added_tokens_decoder.items()}
+        names = {name: i for name, (i, token) in tokens.items() if name and (token.special or MARKUP.fullmatch(name))}
+        plain_names = [name for name in names if not MARKUP.fullmatch(name)]
+        raw = getattr(self._hf, "backend_tokenizer", None)
+        if plain_names and raw is not None:
+            copy = _AliasedCopy.make(raw, names)
+            words = {name for name in plain_names if names[name] in copy.encode(name)}
+            return {name: i for name, i in names.items() if name not in words}
+        return names
 
     def find_names(self, text: str) -> list[str]:
         """Return the names of control tokens in a text, in order."""

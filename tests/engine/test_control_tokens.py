@@ -232,6 +232,20 @@ def test_only_markup_counts_as_control_tokens(tmp_path: Path) -> None:
         assert word in tokenizer.encode_prompt([{"role": "user", "content": content}])
 
 
+def test_a_special_token_that_is_a_word_of_the_vocabulary_is_text(tmp_path: Path) -> None:
+    """Some checkpoints take a rare word for their padding."""
+    tokenizer = make_merging_tokenizer(tmp_path, CHATML)
+    tokenizer.hf.add_special_tokens({"pad_token": "!"})
+    tokenizer.hf.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert set(tokenizer.chat.control_tokens.names) == set(CONTROL_NAMES)
+    for content in ("Stop!", "Stop! <think>!"):
+        ids = tokenizer.encode_prompt([{"role": "user", "content": content}])
+        assert ids.count(tokenizer.hf.pad_token_id) == content.count("!")
+    prompt = [{"role": "user", "content": "Stop!!"}]
+    assert tokenizer.encode_prompt(prompt) == render_plainly(tokenizer, prompt)
+
+
 def test_another_spelling_of_a_normalised_name_is_refused(tmp_path: Path) -> None:
     tokenizer = make_merging_tokenizer(tmp_path, CHATML)
     fields = tokenizer.hf.backend_tokenizer.to_str()

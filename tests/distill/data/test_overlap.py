@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.templates import make_tokenizer
+from support.toys import CHATML
 
+from genssd.distill.data.examples import read_examples
 from genssd.distill.data.overlap import (
     QuestionRow,
     find_eval_overlap,
     iter_file_questions,
+    list_examples,
     list_problems,
     normalise_question,
 )
 from genssd.distill.data.problems import read_problems
+from genssd.distill.data.traces import Trace, make_training_row, read_traces
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
@@ -89,6 +94,18 @@ def test_the_message_lists_the_first_rows() -> None:
     ]
     overlap.check(is_allowed=True)
     find_eval_overlap(rows("a"), rows("b")).check(is_allowed=False)
+
+
+def test_a_question_is_found_in_a_rendered_prompt(write_rows: Write, tmp_path: Path) -> None:
+    """The rows of genssd score have the rendered prompt as text, and its ids."""
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", CHATML)
+    data = write_rows([{"question": "What is 1+1?", "answer": "2"}, {"question": "what is 1 + 1", "answer": "2"}])
+    traces = [trace for trace in read_traces([data], tokenizer, max_length=200) if isinstance(trace, Trace)]
+    trained = write_rows([make_training_row(t, t.response_ids, tokenizer) for t in traces], "trained.jsonl")
+    first, second = (read_examples([path], tokenizer, max_length=200, statuses=()).examples for path in (trained, data))
+    overlap = find_eval_overlap(list_examples(first, tokenizer), list_examples(second[:1], tokenizer))
+    assert overlap.exact == ((f"{trained}, line 1", f"{data}, line 1"),)
+    assert overlap.near == ((f"{trained}, line 2", f"{data}, line 1"),)
 
 
 def test_questions_of_problems_and_of_training_rows(write_rows: Write) -> None:
