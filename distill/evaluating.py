@@ -3,7 +3,7 @@
 Greedy decoding gives accuracy (Wilson interval); `samples` draws per problem give avg@k (bootstrap over problems).
 Answers are judged by `data.answers`; one that cannot be judged is not correct, and is counted.
 
-OUTPUT_DIR/evaluation.jsonl   one line per problem: prompt, answer, responses, verdicts
+OUTPUT_DIR/evaluation.jsonl   one line per problem: prompt, its token ids, answer, responses, verdicts
 OUTPUT_DIR/summary.json
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, read_problems
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
@@ -34,7 +35,7 @@ BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig(EngineOptions):
+class EvaluateConfig(EngineOptions, ChatSettings):
     """Measure a model's accuracy."""
 
     model: ModelPath[str]
@@ -92,13 +93,13 @@ def run_evaluate(
     """Evaluate on a file. engine: a loaded engine whose student is the model. Raises GenssdError on bad input."""
     if config.samples < 0:
         raise InputError(f"samples must be >= 0, not {config.samples}")
-    problems = read_problems(config.data, config.limit)
+    problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
     for problem in problems:
         if problem.answer is None:
             raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
-        engine = engine or config.load(student=config.model)
+        engine = config.open_engine(engine, run.chat_options, student=config.model)
         results = _generate_and_judge(config, engine, problems, report)
         evaluation = _summarise(results, config)
         run.record()
@@ -130,6 +131,7 @@ def _generate_and_judge(
         results.append(
             _Result(
                 problem=problem,
+                prompt_ids=prompt_ids,
                 greedy=response,
                 verdict=verdicts[0],
                 samples=tuple(zip(drawn, verdicts[1:], strict=True)),
@@ -141,6 +143,7 @@ def _generate_and_judge(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
     problem: ProblemRow
+    prompt_ids: Sequence[int]
     greedy: Completion
     verdict: Verdict
     samples: tuple[tuple[Completion, Verdict], ...]
@@ -148,6 +151,7 @@ class _Result:
     def row(self) -> dict[str, Any]:
         return {
             "prompt": self.problem.prompt,
+            "prompt_ids": list(self.prompt_ids),
             "answer": self.problem.answer,
             "response": self.greedy.text,
             "status": self.greedy.status,

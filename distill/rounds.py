@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.problems import read_problems
+from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, iter_file_questions, list_problems
+from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.files.rows import read_rows
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.run import Run
@@ -38,7 +40,7 @@ from genssd.engine.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig:
+class DistillConfig(ChatSettings):
     """Rounds in which the student chooses what the teacher writes and is then trained on it."""
 
     teacher: ModelPath[str]
@@ -65,6 +67,10 @@ class DistillConfig:
     """Data file of problems with answers, on which every round's student is evaluated."""
     eval_limit: int | None = None
     """Take only the first rows of eval_data."""
+    # a guard, which changes no result
+    allow_eval_overlap: Operational[bool] = False
+    """Run also where questions of the data stand in eval_data or train.eval_data, exactly or with other case, spaces
+    or punctuation; summary.json counts them."""
     select: SelectSettings = field(default_factory=SelectSettings)
     """How every round selects. The seed of round N is this seed plus N - 1."""
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -116,16 +122,20 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
 
     Raises GenssdError on bad input; what was finished is on disk.
     """
-    read_problems(config.data)
+    problems = read_problems(config.data, system_prompt=config.system_prompt)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("distill runs in one process, not under torchrun")
     if config.train.teacher_model_name_or_path is not None:
         locate(config.train.teacher_model_name_or_path)
     for path in (*config.train.eval_data, *((config.eval_data,) if config.eval_data else ())):
         next(read_rows(path), None)  # before hours of selecting
+    overlap = _find_overlap(config, problems)
+    if overlap is not None:
+        overlap.check(is_allowed=config.allow_eval_overlap)
     training_begun = any(Path(config.output_dir).glob("round-*/train/metrics.jsonl"))
     free = () if training_begun else ("train",)
     with Run.open(config, "distill", journal="rounds.jsonl", parts="round-*", free=free) as run:
+        config = dataclasses.replace(config, template_date=run.template_date)
         summaries = _finished_rounds(run)
         run.record()
         yield from summaries
@@ -137,7 +147,23 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
             run.journal.append(dataclasses.asdict(summary))
             student = summary.student
             yield summary
-        run.write_summary({"rounds": max(config.rounds, len(summaries)), "student": student})
+        counts = None if overlap is None else overlap.counts()
+        done = max(config.rounds, len(summaries))
+        run.write_summary({"rounds": done, "student": student, "eval_overlap": counts})
+
+
+def _find_overlap(config: DistillConfig, problems: Sequence[ProblemRow]) -> EvalOverlap | None:
+    """Return the problems whose question stands in the evaluation data; None without such data."""
+    held_out = list(iter_file_questions(config.train.eval_data))
+    if config.eval_data is not None:
+        eval_problems = read_problems(config.eval_data, config.eval_limit, system_prompt=config.system_prompt)
+        held_out += list_problems(eval_problems)
+    return find_eval_overlap(list_problems(problems), held_out) if held_out else None
+
+
+def _chat_settings(config: DistillConfig) -> dict[str, Any]:
+    """Return the options of rendering chats, for the commands of a round."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(ChatSettings)}
 
 
 def _finished_rounds(run: Run) -> list[RoundSummary]:
@@ -160,7 +186,7 @@ def _round(config: DistillConfig, number: int, student: str, report: Report) -> 
     problems.write_bytes(b"".join(_problems(config, number)))
     settings = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(config.select)}
     selecting = SelectConfig(
-        **{**settings, "seed": config.select.seed + number - 1},
+        **{**settings, **_chat_settings(config), "seed": config.select.seed + number - 1},
         teacher=config.teacher,
         student=student,
         data=str(problems),
@@ -233,6 +259,8 @@ def _train(config: DistillConfig, number: int, student: str, report: Report) -> 
     settings = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(config.train)}
     training = TrainConfig(
         **settings,
+        **_chat_settings(config),
+        allow_eval_overlap=config.allow_eval_overlap,
         model_name_or_path=config.student if config.restart else student,
         data=tuple(str(Path(config.output_dir) / f"round-{r}" / "kept.jsonl") for r in rounds),
         output_dir=str(directory),
@@ -253,6 +281,7 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Report) ->
     engine = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(EngineOptions)}
     evaluating = EvaluateConfig(
         **engine,
+        **_chat_settings(config),
         model=model,
         data=config.eval_data,
         limit=config.eval_limit,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
+from genssd.engine.chat_options import RENDERER_VARIABLES, ChatOptions, fix_date, read_variables
+from genssd.engine.control_tokens import GUARD, OPTION, ControlTokens, iter_texts
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import one_line
 from genssd.engine.template_limits import find_huge_step
@@ -25,14 +30,19 @@ MAX_SECONDS = 2.0
 """Seconds that the chat template may compute for one conversation."""
 PROBE = "genssd7probe"
 """Text of a message that shows what a chat template writes around it."""
+NO_SYSTEM_PROMPT = "the prompt is text, to which no system prompt can be added; give messages or a question"
+"""Message about raw text where a system prompt is given."""
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of a system message."""
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer of transformers."""
+    """The chat template of a tokenizer of transformers, with the options of its rendering."""
 
-    def __init__(self, hf: Any, directory: Path) -> None:
+    def __init__(self, hf: Any, directory: Path, options: ChatOptions = ChatOptions()) -> None:
         self.hf = hf
         self.directory = directory
+        self.options = options
 
     @property
     def exists(self) -> bool:
@@ -48,6 +58,36 @@ class ChatTemplate:
         return find_tags(str(self.hf.chat_template or ""))
 
     @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """Control tokens of the tokenizer."""
+        return ControlTokens(self.hf)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names of the variables that the template reads, those of the renderer included."""
+        template: str | Mapping[str, str] = self.hf.chat_template or ""
+        texts = (template,) if isinstance(template, str) else template.values()
+        try:
+            names = {name for text in texts for name in read_variables(text)}
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template of {self.directory} cannot be parsed: {error}") from None
+        return frozenset(names)
+
+    def check_options(self) -> None:
+        """Raise InputError naming a variable of the options that the template does not read."""
+        unread = [name for name in self.options.template_kwargs if name not in self._settable_variables]
+        if unread:
+            known = ", ".join(sorted(self._settable_variables)) or "none"
+            raise InputError(
+                f"chat_template_kwargs: the chat template of {self.directory} does not read {unread[0]}; it reads: "
+                f"{known}"
+            )
+
+    @cached_property
+    def _settable_variables(self) -> frozenset[str]:
+        return self.variables - RENDERER_VARIABLES - frozenset(map(str, self.hf.special_tokens_map))
+
+    @cached_property
     def thought_field(self) -> str | None:
         """Name of the message field that the template writes as the last message's thought; None if it writes none."""
         user = {"role": "user", "content": "a"}
@@ -60,15 +100,72 @@ class ChatTemplate:
     def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] = (), generate: bool = True) -> str:
         """Return the text of chat messages. generate: add the opening of the assistant's turn.
 
-        A thought in a field that the template ignores stands in tags before the content. Raises InputError where the
-        template ignores tools, a message that is neither the user's nor the assistant's, or a field of CONTENT_FIELDS;
-        on messages that are malformed or that the template rejects; and where no template exists.
+        Where a message that is not the assistant's, or a tool, holds the name of a control token, the text holds a
+        placeholder in its place (see control_tokens.py), unless the options make it a token. A thought in a field that
+        the template ignores stands in tags before the content.
+
+        Raises InputError where the template ignores tools, a message that is neither the user's nor the assistant's, or
+        a field of CONTENT_FIELDS; where it alters contents that hold the name of a control token, or forms such a name
+        out of them; on messages that are malformed or that the template rejects; and where no template exists.
         """
         if not self.exists:
             raise InputError(
                 f"{self.directory} has no chat template, but the prompt is a list of messages; "
                 "pass plain text or add chat_template.jinja"
             )
+        messages = add_system_prompt(messages, self.options.system_prompt)
+        if self.options.special_tokens_in_text:
+            return self._render(messages, tools, generate=generate)
+        replaced, replaced_tools = self._replace_names(messages, tools)
+        text = self._render(replaced, replaced_tools, generate=generate)
+        self._check_borders(text, replaced, replaced_tools, generate=generate)
+        if (replaced, replaced_tools) != (list(messages), list(tools)):
+            try:
+                plain = self._render(messages, tools, generate=generate)
+            except InputError:
+                plain = None
+            if self.control_tokens.restore_names(text) != plain:
+                written = self.control_tokens.find_names("\n".join(iter_texts([*messages, *tools])))
+                raise InputError(
+                    f"the chat template of {self.directory} alters a message that holds the name of a control token "
+                    f"({', '.join(dict.fromkeys(written))}), so that it cannot be kept as text; remove the name, or "
+                    f"pass {OPTION} to have it as the token"
+                )
+        return text
+
+    def _replace_names(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+        """Return messages and tools with placeholders in place of the names of control tokens that are text."""
+        tokens = self.control_tokens
+        tokens.check_no_placeholder([*messages, *tools])
+        replaced = [
+            message if message.get("role") == "assistant" else tokens.replace_names(message) for message in messages
+        ]
+        return replaced, tokens.replace_names(tools)
+
+    def _check_borders(
+        self, text: str, replaced: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool
+    ) -> None:
+        """Raise InputError where a content and what stands around it form the name of a control token together."""
+        tokens = self.control_tokens
+        guarded = [
+            {**message, "content": f"{GUARD}{message['content']}{GUARD}"}
+            if message["role"] != "assistant" and tokens.may_cross(message["content"])
+            else message
+            for message in replaced
+        ]
+        if guarded == list(replaced):
+            return
+        names, apart = tokens.find_names(text), tokens.find_names(self._render(guarded, tools, generate=generate))
+        formed = Counter(names) - Counter(apart)
+        if formed:
+            raise InputError(
+                f"the chat template of {self.directory} forms the name of a control token ({', '.join(formed)}) out "
+                f"of a message and the text around it; change the message, or pass {OPTION} to have it as the token"
+            )
+
+    def _render(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
         prepared = [self._prepare(message) for message in messages]
         try:
             text = self._apply(prepared, tools, generate=generate)
@@ -92,6 +189,7 @@ class ChatTemplate:
         The result is None where the template does not write the content.
         """
         probe = {"role": "assistant", "content": PROBE}
+        messages = add_system_prompt(messages, self.options.system_prompt)
         text = self._try([*(self._prepare(message) for message in messages), probe], tools, generate=False)
         return None if text is None or PROBE not in text else text.rpartition(PROBE)[2]
 
@@ -151,9 +249,14 @@ class ChatTemplate:
             return None
 
     def _apply(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str:
-        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        options: dict[str, Any] = {**self.options.template_kwargs}
+        if tools:
+            options["tools"] = list(tools)
         if self._huge_step is not None:
             raise TimeLimitError(f"the chat template of {self.directory} has {self._huge_step}, which is not computed")
+        if self.options.date is not None and "strftime_now" in self.variables:
+            template = self.hf.get_chat_template(tools=options.get("tools"))
+            options["chat_template"] = fix_date(template, self.options.date)
         return call_within(
             MAX_SECONDS,
             f"the chat template of {self.directory}",
@@ -161,6 +264,14 @@ class ChatTemplate:
                 self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **options)
             ),
         )
+
+
+def add_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:
+    """Return messages that begin with the system prompt, unless they have a system message of their own."""
+    has_system = bool(messages) and messages[0].get("role") in SYSTEM_ROLES
+    return (
+        messages if system_prompt is None or has_system else [{"role": "system", "content": system_prompt}, *messages]
+    )
 
 
 def find_thought(message: Mapping[str, Any]) -> str | None:

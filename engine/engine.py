@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.candidate import Window
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
@@ -89,6 +91,15 @@ class Engine:
         """
         budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
         return Engine(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget, max_batch))
+
+    def with_chat(self, options: ChatOptions) -> Engine:
+        """Return this engine, its caches and counts shared, with other options of rendering chats.
+
+        Raises InputError naming a variable of the options that a chat template does not read.
+        """
+        other = copy.copy(self)
+        other._resources = self._resources.with_chat(options)
+        return other
 
     def select_expand(
         self,
@@ -271,19 +282,7 @@ class Engine:
         of `select_expand`.
         """
         labels_of(prompts, None)
-        if len(prompts) != len(responses):
-            raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
-        runner, tokenizer = self._resources.runner(model), self.tokenizer(model)
-        pairs = []
-        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            prompt_ids = self._resources.encode(prompt, model, f"prompt {index}")
-            ids = tokenizer.encode(response, special=False) if isinstance(response, str) else list(response)
-            if not ids:
-                raise InputError(f"response {index} is empty")
-            check_ids(ids, runner, f"response {index}")
-            check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
-            pairs.append((prompt_ids, ids))
-        return score(runner, pairs)
+        return score(self._resources.runner(model), self._resources.encode_pairs(prompts, responses, model))
 
     def local_logprob(
         self, prompt: Prompt, response: Sequence[int], windows: Sequence[Window], *, model: Role = "student"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from genssd.engine.branch import PromptIds
 from genssd.engine.candidate import AnyCriterion, Window, needs_answer
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.page_budget import Reservations
 from genssd.engine.requests import check_ids, check_positions
@@ -60,6 +61,10 @@ class Resources:
         self.runner(role)
         return self.tokenizers[role]
 
+    def with_chat(self, options: ChatOptions) -> Resources:
+        """Return the same models, caches and counts with other options of rendering chats."""
+        return replace(self, tokenizers={role: t.with_chat(options) for role, t in self.tokenizers.items()})
+
     def encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         """Return a prompt's token ids as a model reads it. Raises InputError or CapacityError naming the label."""
         runner = self.runner(role)
@@ -90,6 +95,28 @@ class Resources:
             key = ids[roles[0]]
             yield EncodedPrompt(index=index, ids=rendered, label=labels[index], occurrence=seen[key])
             seen[key] += 1
+
+    def encode_pairs(
+        self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]], role: Role
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return the token ids of every prompt and its response. responses: token ids, or text, encoded as it is.
+
+        Raises InputError on an empty response or unequal counts, CapacityError on a pair that is longer than the
+        model's positions.
+        """
+        if len(prompts) != len(responses):
+            raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
+        runner, tokenizer = self.runner(role), self.tokenizer(role)
+        pairs = []
+        for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            prompt_ids = self.encode(prompt, role, f"prompt {index}")
+            ids = tokenizer.encode(response, special=False) if isinstance(response, str) else list(response)
+            if not ids:
+                raise InputError(f"response {index} is empty")
+            check_ids(ids, runner, f"response {index}")
+            check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
+            pairs.append((prompt_ids, ids))
+        return pairs
 
     def response_limit(self, prompt: PromptIds, max_tokens: int, roles: Sequence[Role]) -> int:
         """Return the maximum number of tokens in a response: max_tokens, or the positions that the models have free."""

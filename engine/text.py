@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import operator
@@ -12,7 +13,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from genssd.engine.chat import ChatTemplate, Messages
+from genssd.engine.chat import NO_SYSTEM_PROMPT, ChatTemplate, Messages
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.config import (
     ModelConfig,
     is_known_to_transformers,
@@ -53,6 +55,17 @@ class Tokenizer:
         """The checkpoint's chat template."""
         return ChatTemplate(self.hf, self.directory)
 
+    def with_chat(self, options: ChatOptions) -> Tokenizer:
+        """Return this tokenizer with other options of rendering chats.
+
+        Raises InputError naming a variable of the options that the chat template does not read.
+        """
+        other = copy.copy(self)
+        other.__dict__.pop("end_names", None)  # it depends on the chat template
+        other.chat = ChatTemplate(self.hf, self.directory, options)
+        other.chat.check_options()
+        return other
+
     @cached_property
     def largest_id(self) -> int:
         """Largest token id of the vocabulary."""
@@ -74,11 +87,12 @@ class Tokenizer:
         """Return the token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
         ids: list[int] = []
         if isinstance(prompt, str):
+            self.check_raw()
             ids = self.encode_raw(prompt) if prompt.strip() else []
         else:
             parts = _parts(prompt)
             if parts and all(isinstance(part, Mapping) for part in parts):
-                ids = self.encode(self.chat.render(parts), special=False)
+                ids = self.encode_rendered(self.chat.render(parts))
             elif parts:
                 ids = self._check_ids(parts)
         if not ids:
@@ -88,6 +102,19 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return the token ids of a text. special: add the tokens that the tokenizer puts around a sequence (BOS)."""
         return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the token ids of a text that `chat.render` returned, in which placeholders stand for text.
+
+        Raises InputError where the tokenizer cannot encode the name of a control token as text.
+        """
+        tokens = self.chat.control_tokens
+        return tokens.encode(text) if tokens.has_placeholder(text) else self.encode(text, special=False)
+
+    def check_raw(self) -> None:
+        """Raise InputError where prompts may not be raw text: no system prompt can be added to it."""
+        if self.chat.options.system_prompt is not None:
+            raise InputError(NO_SYSTEM_PROMPT)
 
     def encode_raw(self, text: str) -> list[int]:
         """Return the token ids of a raw prompt, in which the names of special tokens are tokens.

@@ -45,12 +45,13 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, finish
     if is_cut_off and has_calls:
         raise InputError("tool_calls of a response that was cut off cannot be used")
     if isinstance(conversation.prompt, str):
+        tokenizer.check_raw()
         prompt, completion = tokenizer.encode_raw(conversation.prompt), tokenizer.encode_plain(text)
         if not is_cut_off:
             completion = append_end(completion, tokenizer, end)
     elif is_cut_off:
         rendered = tokenizer.chat.render(conversation.prompt, tools=conversation.tools)
-        prompt = tokenizer.encode(rendered, special=False)
+        prompt = tokenizer.encode_rendered(rendered)
         completion = tokenizer.encode_plain(_continue(rendered, text, tokenizer, is_cut_off=True))
     else:
         prompt, completion = _encode_turns(conversation, message, text, tokenizer)
@@ -79,7 +80,7 @@ def _encode_turns(
     turns, tools, chat = conversation.prompt, conversation.tools, tokenizer.chat
     prompt = chat.render(turns, tools=tools)
     rendered = chat.render([*turns, message], tools=tools, generate=False)
-    prompt_ids = tokenizer.encode(prompt, special=False)
+    prompt_ids = tokenizer.encode_rendered(prompt)
     if rendered.startswith(prompt):
         written = rendered[len(prompt) :]
         content = next((c for c in (text, text.strip()) if written.startswith(c)), None)
@@ -177,7 +178,7 @@ def _encode_written(
         before_end, ending = _split_at_end(after, tokenizer)
         body += before_end
         ids = tokenizer.encode(body, special=False)
-        joined = tokenizer.encode(prompt + body, special=False)  # tokenizers that put a space before a text do not here
+        joined = tokenizer.encode_rendered(prompt + body)  # tokenizers that put a space before a text do not here
         if joined[: len(prompt_ids)] == prompt_ids:
             ids = joined[len(prompt_ids) :]
         return _encode_ending(ids, ending, tokenizer)

@@ -35,6 +35,7 @@ from genssd.distill.data.messages import (
     QUESTION_FIELDS,
     REFUSED_FIELDS,
     SYSTEM_FIELDS,
+    find_question,
     parse_conversation,
 )
 from genssd.distill.data.problems import read_objects
@@ -71,6 +72,8 @@ class Example:
     """Whether this is the worse completion of a preference pair."""
     is_cut_off: bool = False
     """Whether the completion is text that was cut off, so that it has no end of sequence."""
+    question: str = ""
+    """Text of the prompt's last turn that is not the assistant's; empty where the row has token ids alone."""
     where: str = ""
     """File and line of the row, for messages."""
 
@@ -168,6 +171,7 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
             conversation = parse_conversation(fields, COMPLETION_FIELDS, where)
             encoded = encode_conversation(conversation, tokenizer, is_finished(fields, where))
             prompt, completion, is_cut_off = encoded.prompt, encoded.completion, encoded.is_cut_off
+        question = find_question(fields, where)
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     if not completion:
@@ -179,6 +183,7 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
         num_prompt=len(prompt),
         weight=_parse_weight(fields, where),
         is_cut_off=is_cut_off,
+        question=question or "",
         where=where,
     )
     return _add_journal_fields(example, fields, tokenizer, where, directory) if has_usable_ids else example

@@ -83,6 +83,23 @@ def parse_question(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]
     return _add_system([{"role": "user", "content": _compose_question(fields, where)}], fields, where)
 
 
+def find_question(fields: Mapping[str, Any], where: str) -> str | None:
+    """Return the text of a row's last turn that is not the assistant's; None where the row has none.
+
+    Raises InputError naming `where` on a question that is unusable.
+    """
+    turns = fields.get("messages") or fields.get("prompt")
+    question = None
+    if isinstance(turns, list):
+        readable = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") != "assistant"]
+        question = readable[-1].get("content") if readable else None
+    elif isinstance(turns, str):
+        question = turns
+    elif any(isinstance(fields.get(name), str) for name in QUESTION_FIELDS):
+        question = parse_question(fields, where)[-1]["content"]
+    return str(question) if question else None
+
+
 def parse_conversation(fields: Mapping[str, Any], completion_fields: Sequence[str], where: str) -> Conversation:
     """Return a row's prompt and response.
 

@@ -23,7 +23,7 @@ from genssd.distill.answers.reading import read_closing_line
 from genssd.distill.data.messages import parse_prompt, parse_tools
 from genssd.distill.files.pipes import describe
 from genssd.distill.files.rows import RawRow, read_rows
-from genssd.engine.chat import Messages
+from genssd.engine.chat import NO_SYSTEM_PROMPT, Messages, add_system_prompt
 from genssd.engine.errors import InputError
 
 ANSWER_FIELDS = ("answer", "target", "solution")
@@ -51,16 +51,22 @@ def read_objects(path: str | Path) -> Iterator[tuple[RawRow, dict[str, Any]]]:
         yield row, parse_object(row.text, row.where)
 
 
-def read_problems(path: str | Path, limit: int | None = None) -> list[ProblemRow]:
+def read_problems(path: str | Path, limit: int | None = None, *, system_prompt: str | None = None) -> list[ProblemRow]:
     """Return the first `limit` problems of a data file.
 
-    Raises InputError naming file and line of a row that is no problem, and on a file without rows.
+    system_prompt: system message of the problems that have none. Raises InputError naming file and line of a row that
+    is no problem, or whose prompt is text where a system prompt is given; and on a file without rows.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
     rows: list[ProblemRow] = []
     for row, fields in islice(read_objects(path), limit):
-        prompt, answer = _parse_prompt(fields, row.where), parse_answer(fields, row.where)
+        prompt = _parse_prompt(fields, row.where)
+        if system_prompt is not None and isinstance(prompt, str):
+            raise InputError(f"{row.where}: {NO_SYSTEM_PROMPT}")
+        if not isinstance(prompt, str):
+            prompt = add_system_prompt(prompt, system_prompt)
+        answer = parse_answer(fields, row.where)
         rows.append(ProblemRow(prompt=prompt, answer=answer, line=row.number, where=row.where))
     if not rows:
         raise InputError(f"{describe(str(path))} has no rows")

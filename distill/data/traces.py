@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.data.endings import select_endings
-from genssd.distill.data.examples import Example, encode_example
+from genssd.distill.data.examples import encode_example
 from genssd.distill.data.messages import QUESTION_FIELDS, parse_messages, parse_question
 from genssd.distill.data.problems import parse_answer, parse_object
 from genssd.distill.files.rows import read_rows, stem_of
@@ -47,7 +47,7 @@ class Trace:
     correct: bool | None
     """Whether the response is correct according to its row; None where the row has no verdict."""
     question: str
-    """Text of the prompt's last turn that is not the assistant's."""
+    """Text of the prompt's last turn that is not the assistant's; the whole prompt where the row has ids only."""
     file: str
     line: int
     """Number of the row's line in its file, or, in a table, of the row; from 1."""
@@ -97,7 +97,6 @@ def read_traces(
                     continue
                 try:
                     example = encode_example(row, tokenizer, response_where, Path(path).parent)
-                    question = _find_question(row, example, tokenizer)
                 except InputError as error:
                     yield str(error)
                     continue
@@ -112,7 +111,7 @@ def read_traces(
                     teacher=teacher,
                     answer=answer,
                     correct=correct,
-                    question=question,
+                    question=example.question or tokenizer.decode(example.input_ids[: example.num_prompt]),
                     file=str(path),
                     line=raw_row.number,
                     response=index,
@@ -234,20 +233,6 @@ def _select_thought(fields: Mapping[str, Any], index: int, count: int, where: st
         if thoughts[index]:
             selected[name] = thoughts[index]
     return selected
-
-
-def _find_question(row: Mapping[str, Any], example: Example, tokenizer: Tokenizer) -> str:
-    """Return the text of a row's last turn that is not the assistant's; the whole prompt where the row has ids only."""
-    turns = row.get("messages") or row.get("prompt")
-    question = None
-    if isinstance(turns, list):
-        readable = [t for t in turns if isinstance(t, dict) and t.get("role") != "assistant"]
-        question = readable[-1].get("content") if readable else None
-    elif isinstance(turns, str):
-        question = turns
-    elif any(isinstance(row.get(name), str) for name in QUESTION_FIELDS):
-        question = parse_question(row, example.where)[-1]["content"]
-    return str(question) if question else tokenizer.decode(example.input_ids[: example.num_prompt])
 
 
 def _find_answer(fields: Mapping[str, Any], where: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from genssd.distill.diagnose.alignment import LOSSES, LossName
 from genssd.distill.diagnose.contexts import Reader, Templates, list_readers
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.settings import FileName, ModelPath, NamedModelPath, Operational, Recomputed
 from genssd.engine.errors import InputError
@@ -14,7 +15,7 @@ from genssd.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiagnoseConfig(EngineOptions):
+class DiagnoseConfig(EngineOptions, ChatSettings):
     """Measure how teachers, losses and contexts are aligned with the student's success, without training."""
 
     student: ModelPath[str]

@@ -63,6 +63,7 @@ def make_question_row(
     return {
         "index": question.index,
         "prompt": source.problem.prompt,
+        "student_prompt_ids": list(question.prompt_ids),
         "answer": source.problem.answer,
         "contexts": dict(source.contexts),
         "source": {"file": source.file, "line": source.problem.line},

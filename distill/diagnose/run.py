@@ -39,6 +39,7 @@ from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
 from genssd.distill.runs.journal import write_jsonl, write_text
 from genssd.distill.runs.run import Run
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.engine import Engine
@@ -87,13 +88,14 @@ def run_diagnose(
     gives the reference answer, instead of `AnswerJudge`. Raises GenssdError on bad input; finished questions are in
     the journal.
     """
-    problems = read_problems(config.data, config.limit)
+    problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
     for problem in problems:
         if problem.answer is None:
             raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     with Run.open(config, "diagnose", journal="questions.jsonl") as run:
         contexts = read_contexts(config.data, config.contexts, config.limit)
-        measurement = _Measurement(config, Models(load or _make_loader(config)), report, verify)
+        models = Models(_add_chat_options(load or _make_loader(config), run.chat_options))
+        measurement = _Measurement(config, models, report, verify)
         _diagnose_questions(run, config, problems, contexts, measurement)
         return _summarise(run, config)
 
@@ -105,6 +107,10 @@ def _make_loader(config: DiagnoseConfig) -> Load:
     return load
 
 
+def _add_chat_options(load: Load, options: ChatOptions) -> Load:
+    return lambda model, role: load(model, role).with_chat(options)
+
+
 def _diagnose_questions(
     run: Run,
     config: DiagnoseConfig,
@@ -113,7 +119,7 @@ def _diagnose_questions(
     measurement: _Measurement,
 ) -> None:
     """Journal a row for every question that is not in the journal yet."""
-    tokenizers = ReaderTokenizers.load(config.student, config.teacher)
+    tokenizers = ReaderTokenizers.load(config.student, config.teacher, run.chat_options)
     prompts = _encode_prompts(config, problems, contexts, tokenizers.by_model)
     done = _count_finished(run, config, problems, contexts)
     if done == len(problems):

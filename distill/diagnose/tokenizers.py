@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from genssd.distill.diagnose.forcing import Question
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
@@ -22,12 +23,12 @@ class ReaderTokenizers:
     """Tokens that the student and one of the teachers do not share."""
 
     @staticmethod
-    def load(student: str, teachers: Sequence[str]) -> ReaderTokenizers:
-        """Load the tokenizers of models by their names.
+    def load(student: str, teachers: Sequence[str], options: ChatOptions) -> ReaderTokenizers:
+        """Load the tokenizers of models by their names. options: how they render chats.
 
         Raises InputError when a teacher's does not match the student's, or an id that both have is not one token.
         """
-        by_model = {model: Tokenizer(locate(model)) for model in (student, *teachers)}
+        by_model = {model: Tokenizer(locate(model)).with_chat(options) for model in (student, *teachers)}
         forward: list[TokenMap] = []
         excluded: set[int] = set()
         for model in teachers:

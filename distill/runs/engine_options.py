@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from genssd.distill.runs.settings import Operational
+from genssd.engine.chat_options import ChatOptions
+from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
+from genssd.engine.text import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
@@ -34,3 +37,15 @@ class EngineOptions:
             memory_bytes=self.memory_bytes,
             max_batch=self.max_batch,
         )
+
+    def open_engine(
+        self, engine: Engine | None, chat: ChatOptions, *, teacher: str | None = None, student: str | None = None
+    ) -> Engine:
+        """Return an engine that renders chats under the options: the given one, or a new one over these models.
+
+        Raises InputError naming a variable that a chat template does not read, before any weights are loaded.
+        """
+        if engine is None and chat.template_kwargs:
+            for name in filter(None, (teacher, student)):
+                Tokenizer(locate(name)).with_chat(chat)
+        return (engine or self.load(teacher=teacher, student=student)).with_chat(chat)

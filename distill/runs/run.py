@@ -5,7 +5,7 @@
         run.journal.append(row)           what this part finishes, on disk at once
         run.write_summary(...)
 
-OUTPUT_DIR/run.json       the config, the settings that decide the result, versions
+OUTPUT_DIR/run.json       the config, the settings that decide the result, the date in chat templates, versions
 OUTPUT_DIR/JOURNAL        one line per finished piece of work
 OUTPUT_DIR/bad_rows.txt   input that could not be used, by file and line
 OUTPUT_DIR/summary.json   counts and results of the finished run
@@ -25,9 +25,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_text
 from genssd.distill.runs.settings import check_same_settings, settings_of
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
 from genssd.engine.runner import Role
 
@@ -55,6 +57,7 @@ class Run:
         self._journal: Journal | None = None
         self._stack = stack
         self._record: dict[str, Any] = {}
+        self._chat_options: ChatOptions | None = None
         self._is_recorded = False
         self._ends: list[int] | None = None
 
@@ -111,10 +114,15 @@ class Run:
             "versions": {name: version(name) for name in ("genssd", "torch", "transformers")},
             "python": platform.python_version(),
         }
+        date = choose_date(self._config)
         if self.resumed:
             begun = read_json(self.path("run.json"))
             self._check_settings(begun, self._record["settings"], free)
             self._record |= {"versions": begun["versions"], "python": begun["python"]}
+            date = choose_date(self._config, begun.get("template_date"))
+        if isinstance(self._config, ChatSettings) and date is not None:
+            self._record["template_date"] = date
+            self._chat_options = self._config.make_chat_options(date)
 
     def record(self) -> None:
         """Write run.json, remove the summary of an earlier part, and cut a torn last line off the journal.
@@ -130,6 +138,17 @@ class Run:
         self.path("summary.json").unlink(missing_ok=True)
         if self._journal_path is not None:
             self.keep(len(self._row_ends()) - 1)
+
+    @property
+    def template_date(self) -> str:
+        """Date that chat templates print in this run, also when it is resumed on another day."""
+        return str(self._record["template_date"])
+
+    @property
+    def chat_options(self) -> ChatOptions:
+        """Options of the rendering of chats in this run."""
+        assert self._chat_options is not None, f"{self._command} renders no chats"
+        return self._chat_options
 
     @property
     def journal_path(self) -> Path:

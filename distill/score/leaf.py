@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
@@ -39,7 +40,7 @@ from genssd.kernels.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeafConfig:
+class LeafConfig(ChatSettings):
     """Find the words of the questions that distract the student, and write rows without them."""
 
     student: ModelPath[str]
@@ -88,7 +89,7 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
     """
     with Run.open(config, "leaf", journal="journal.jsonl") as run:
         source = locate(config.student)
-        tokenizer = Tokenizer(source)
+        tokenizer = Tokenizer(source).with_chat(run.chat_options)
         longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
         traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
         done = check_same_traces(run.done(), traces, run.journal_path)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, check_same_traces, make_training_row, read_usable_traces
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
@@ -46,7 +47,7 @@ PrefixJudge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixConfig(EngineOptions):
+class PrefixConfig(EngineOptions, ChatSettings):
     """Keep as much of every trace as the student needs, and let the student write the rest."""
 
     student: ModelPath[str]
@@ -110,7 +111,7 @@ def run_prefix(
     """
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run:
-        engine = engine or config.load(student=config.student)
+        engine = config.open_engine(engine, run.chat_options, student=config.student)
         traces, bad_rows = _read_traces(config, engine)
         done = _keep_whole_batches(run, traces, config.batch)
         judge = _asking(engine, config) if config.judge == "says" else _solving(engine, config)

@@ -23,6 +23,7 @@ from typing import Any
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl, write_text
 from genssd.distill.runs.run import Run
@@ -44,7 +45,7 @@ BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreConfig(EngineOptions):
+class ScoreConfig(EngineOptions, ChatSettings):
     """Compute criteria of finished traces with a student; pick the best responses and rank the teachers by them."""
 
     student: ModelPath[str]
@@ -117,7 +118,7 @@ def run_score(
     criteria = {name: resolve(name) for name in config.criteria}
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
-        engine = engine or config.load(student=config.student)
+        engine = config.open_engine(engine, run.chat_options, student=config.student)
         traces, bad_rows = _read_traces(config, criteria, engine)
         _score(run, config, criteria, engine, traces, report)
         run.write_bad_rows(bad_rows)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
@@ -30,7 +31,7 @@ from genssd.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(EngineOptions):
+class GenerateConfig(EngineOptions, ChatSettings):
     """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
 
     teacher: ModelPath[str]
@@ -88,11 +89,11 @@ def run_generate(
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
-    problems = read_problems(config.data, config.limit)
+    problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, problems)
-        engine = engine or config.load(teacher=config.teacher, student=config.student)
+        engine = config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student)
         _generate(run, config, engine, problems, done, report)
         summary = _summary(run)
         run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})

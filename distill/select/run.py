@@ -21,6 +21,7 @@ from pathlib import Path
 
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
 from genssd.distill.runs.run import Run
@@ -70,7 +71,7 @@ class SelectSettings(SearchOptions, EngineOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectConfig(SelectSettings):
+class SelectConfig(SelectSettings, ChatSettings):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
     teacher: ModelPath[str]
@@ -123,13 +124,13 @@ def run_select(
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
     config.with_changes()  # checks the options of the search before anything is read or loaded
-    problems = read_problems(config.data, config.limit)
+    problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
     if config.calibrate.data is not None and not config.resume:
-        read_problems(config.calibrate.data, config.calibrate.limit)  # before any model is loaded
+        _read_calibration(config)  # before any model is loaded
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
         done = keep_complete(run, config, problems)
-        engine = engine or config.load(teacher=config.teacher, student=config.student)
+        engine = config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student)
         failures = _search(run, config, engine, problems, done, report)
         summary = _summary(run, failures)
         run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})
@@ -188,13 +189,17 @@ def _search(
     return failures
 
 
+def _read_calibration(config: SelectConfig) -> list[ProblemRow]:
+    assert config.calibrate.data is not None
+    return read_problems(config.calibrate.data, config.calibrate.limit, system_prompt=config.system_prompt)
+
+
 def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
     """Return the threshold of this run, which is measured once and read again when the run is resumed."""
     path = Path(config.output_dir) / "calibration.json"
     if resumed:
         return float(read_json(path)["threshold"])
-    assert config.calibrate.data is not None
-    problems = read_problems(config.calibrate.data, config.calibrate.limit)
+    problems = _read_calibration(config)
     calibration = calibrate(
         engine,
         [problem.prompt for problem in problems],

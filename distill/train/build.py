@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from genssd.distill.data.examples import Example, read_examples
+from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, list_examples
 from genssd.distill.train.checkpoints import TrainedModel, list_trainable
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
@@ -35,6 +36,8 @@ class TrainingInputs:
     """Examples to train on."""
     held_out: tuple[Example, ...]
     """Examples of eval_data."""
+    overlap: EvalOverlap | None
+    """Rows of the data whose question stands in eval_data; None without eval_data."""
     left_out: Mapping[str, int]
     """Number of rows that are not trained on, by reason."""
 
@@ -60,18 +63,23 @@ class Training:
 def read_inputs(config: TrainConfig) -> TrainingInputs:
     """Read the examples that the student, and a teacher in memory, have positions for.
 
-    Raises InputError when the rows do not have what the loss needs: the teacher's top k, or pairs for distillm2 alone.
+    config: one with a template_date. Raises InputError when the rows do not have what the loss needs: the teacher's
+    top k, or pairs for distillm2 alone; and when a question of the data stands in eval_data, unless that is allowed.
     """
     student = locate(config.model_name_or_path)
-    tokenizer = Tokenizer(student)
+    assert config.template_date is not None, "fix_date has not been called"
+    tokenizer = Tokenizer(student).with_chat(config.make_chat_options(config.template_date))
     max_length = min(config.max_length, ModelConfig.load(student).max_position_embeddings)
     if config.teacher_model_name_or_path is not None:
         teacher = ModelConfig.load(locate(config.teacher_model_name_or_path))
         max_length = min(max_length, teacher.max_position_embeddings)
     data = read_examples(config.data, tokenizer, max_length=max_length, statuses=config.statuses)
     held_out: tuple[Example, ...] = ()
+    overlap: EvalOverlap | None = None
     if config.eval_data:
         held_out = read_examples(config.eval_data, tokenizer, max_length=max_length, statuses=config.statuses).examples
+        overlap = find_eval_overlap(list_examples(data.examples, tokenizer), list_examples(held_out, tokenizer))
+        overlap.check(is_allowed=config.allow_eval_overlap)
     if config.kd_loss != "distillm2" and any(example.rejected for example in (*data.examples, *held_out)):
         raise InputError(
             "the data hold preference pairs, which kd_loss distillm2 alone learns from (or TRL's trainers)"
@@ -84,7 +92,12 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
                     "--teacher-topk, or name a teacher_model_name_or_path"
                 )
     return TrainingInputs(
-        student=student, tokenizer=tokenizer, examples=data.examples, held_out=held_out, left_out=data.left_out
+        student=student,
+        tokenizer=tokenizer,
+        examples=data.examples,
+        held_out=held_out,
+        overlap=overlap,
+        left_out=data.left_out,
     )
 
 

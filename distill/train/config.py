@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.train.batches import Layout
 from genssd.distill.train.losses import LossOptions
@@ -137,7 +138,7 @@ class TrainSettings(LossOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig(TrainSettings):
+class TrainConfig(TrainSettings, ChatSettings):
     """Fine-tuning and distillation on the completions of rows."""
 
     model_name_or_path: ModelPath[str]
@@ -148,6 +149,10 @@ class TrainConfig(TrainSettings):
     Hugging Face hub. Their rows are selections of `genssd select`, or have messages, or a prompt and a completion."""
     output_dir: Operational[FileName[str]] = "runs/train"
     """Directory for the trained model, its checkpoints and metrics."""
+    # a guard, which changes no result
+    allow_eval_overlap: Operational[bool] = False
+    """Train also where questions of the data stand in eval_data, exactly or with other case, spaces or punctuation;
+    summary.json counts them."""
     resume_from_checkpoint: Operational[FileName[str | None]] = None
     """Checkpoint directory to resume from, or "last" for the newest checkpoint in output_dir."""
 

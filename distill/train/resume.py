@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from genssd.distill.data.examples import Example
+from genssd.distill.runs.chat_settings import choose_date
 from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.train.build import Training, TrainingInputs
@@ -67,6 +69,20 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Pat
     if not (path / "trainer_state.json").exists():
         raise InputError(f"{path} is no checkpoint: it has no trainer_state.json")
     return path
+
+
+def fix_date(config: TrainConfig) -> TrainConfig:
+    """Return the config with the date that chat templates print: its own, that of the checkpoint, or today's.
+
+    Raises InputError when there is no checkpoint to resume from.
+    """
+    recorded = None
+    if config.resume_from_checkpoint is not None:
+        path = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+        assert path is not None
+        settings = read_json(path / "trainer_state.json").get("settings")
+        recorded = settings.get("template_date") if isinstance(settings, dict) else None
+    return dataclasses.replace(config, template_date=choose_date(config, recorded))
 
 
 def resume(training: Training, path: Path | None, settings: Mapping[str, object]) -> TrainerState:

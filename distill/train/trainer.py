@@ -34,9 +34,10 @@ from genssd.distill.train.distributed import World
 from genssd.distill.train.evaluation import measure_eval_loss
 from genssd.distill.train.metrics import Metrics, NoMetrics
 from genssd.distill.train.models import save_model
-from genssd.distill.train.resume import collect_settings, find_checkpoint, resume
+from genssd.distill.train.resume import collect_settings, find_checkpoint, fix_date, resume
 from genssd.distill.train.schedule import Schedule
 from genssd.distill.train.step import StepResult, take_step, write_completions
+from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device
 
 
@@ -81,6 +82,9 @@ class TrainSummary:
     """Number of examples in the data."""
     left_out: dict[str, int]
     """Number of rows that were not trained on, by reason."""
+    eval_overlap: dict[str, int] | None
+    """Number of rows of the data, and of those whose question stands in eval_data exactly or nearly; None without
+    eval_data."""
     seconds: float
     """Duration of the run."""
     best_eval_loss: float | None
@@ -97,8 +101,11 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     Raises GenssdError on bad input, and on a loss that is not finite (its batch is written to bad_batch.jsonl).
     """
     started = time.monotonic()
+    config = fix_date(config)
     inputs = read_inputs(config)
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
+    if len(set(world.gather([config.template_date]))) > 1:
+        raise InputError("the processes began on different days: give --template-date, or start them again")
     with world.claim_run(config, "train") as run:
         settings = collect_settings(config, inputs, world)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
@@ -116,6 +123,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             loss=loss,
             examples=len(inputs.examples),
             left_out=dict(inputs.left_out),
+            eval_overlap=None if inputs.overlap is None else inputs.overlap.counts(),
             seconds=time.monotonic() - started,
             best_eval_loss=state.best_eval_loss,
         )

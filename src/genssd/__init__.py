@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from genssd.engine.branch import Branch as Branch
     from genssd.engine.candidate import Candidate as Candidate
     from genssd.engine.candidate import Criterion as Criterion
+    from genssd.engine.chat_options import ChatOptions as ChatOptions
     from genssd.engine.chunk import Chunk as Chunk
     from genssd.engine.criteria.likelihood import Perplexity as Perplexity
     from genssd.engine.criterion_names import register_criterion as register_criterion
@@ -30,6 +31,7 @@ __version__ = version("genssd")
 
 _HOME = {
     "Branch": "genssd.engine.branch",
+    "ChatOptions": "genssd.engine.chat_options",
     "Chunk": "genssd.engine.chunk",
     "Candidate": "genssd.engine.candidate",
     "Criterion": "genssd.engine.candidate",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import logging
 import os
 import sys
@@ -48,6 +49,10 @@ USAGE = "\n".join(
         "`genssd COMMAND --help` lists the flags of a command.",
     ]
 )
+
+
+JSON_KEYS = frozenset(("chat_template_kwargs",))
+"""Keys whose value may be an object in a YAML file; its flag takes the JSON text of an object."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -163,6 +168,8 @@ def _flags(fields: Mapping[Any, Any], config_class: type, path: Path, prefix: st
                 raise InputError(f"config file {path}: {name} must hold keys and values, not {value!r}")
             assert isinstance(known[key], type)
             flags += _flags(value, known[key], path, f"{name}.")
+        elif isinstance(value, Mapping) and key in JSON_KEYS:
+            flags += [f"--{name}", json.dumps(value)]
         elif isinstance(value, Mapping):
             raise InputError(f"config file {path}: {name} must be a single value, not {dict(value)!r}")
         elif isinstance(value, bool):

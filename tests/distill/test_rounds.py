@@ -50,7 +50,9 @@ def data(write_rows: Write) -> Path:
 
 def test_the_trained_student_chooses_in_the_next_round(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    first, second = run_distill(config_for(tiny_pair, data, out, eval_data=str(data), eval_limit=2))
+    first, second = run_distill(
+        config_for(tiny_pair, data, out, eval_data=str(data), eval_limit=2, allow_eval_overlap=True)
+    )
     assert (first.round, second.round) == (1, 2)
     assert first.student == str(out / "round-1" / "train")
     for number, student in ((1, tiny_pair.student), (2, Path(first.student))):
@@ -148,11 +150,64 @@ def test_what_was_wrong_may_be_put_right(tiny_pair: TinyPair, data: Path, tmp_pa
         dataclasses.replace(TRAIN, statuses=("finishd",))
 
 
+def test_questions_of_the_evaluation_data_are_refused_before_anything_is_done(
+    tiny_pair: TinyPair, data: Path, write_rows: Write, tmp_path: Path
+) -> None:
+    exam = write_rows([{"question": "x"}, {"question": " 3 + 3", "answer": "6"}], "exam.jsonl")
+    for options in ({"eval_data": str(exam)}, {"train": dataclasses.replace(TRAIN, eval_data=(str(exam),))}):
+        config = config_for(tiny_pair, data, tmp_path / "run", **options)
+        with pytest.raises(
+            InputError, match=r"of 1 of 5 rows .*, 0 exactly and 1 with .*\n .*line 4 = .*exam.*line 2$"
+        ):
+            next(run_distill(config))
+    assert not (tmp_path / "run").exists()
+    # a limit leaves the question out
+    next(
+        run_distill(config_for(tiny_pair, write_exam(write_rows), tmp_path / "few", eval_data=str(data), eval_limit=1))
+    )
+
+
+def write_exam(write_rows: Write) -> Path:
+    return write_rows([{"question": "1+1?", "answer": "2"}], "one.jsonl")
+
+
+def test_a_round_renders_chats_as_the_run_does(
+    tiny_pair: TinyPair, data: Path, write_rows: Write, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    exam = write_rows([{"question": "9+9?", "answer": "18"}, {"question": "0+0?", "answer": "0"}], "exam.jsonl")
+    config = config_for(
+        tiny_pair, data, out, rounds=1, eval_data=str(exam), allow_eval_overlap=True, system_prompt="Be brief.",
+        template_date="2026-11-26", special_tokens_in_text=True,
+    )  # fmt: skip
+    list(run_distill(config))
+    assert json.loads((out / "summary.json").read_text())["eval_overlap"] == {"rows": 5, "exact": 1, "near": 0}
+    for part in ("round-0/evaluate", "round-1/select", "round-1/train", "round-1/evaluate"):
+        record = json.loads((out / part / "run.json").read_text())
+        assert record["template_date"] == "2026-11-26"
+        assert record["config"]["system_prompt"] == "Be brief."
+        assert record["config"]["special_tokens_in_text"]
+    (row, *_) = lines(out / "round-1" / "select" / "selections.jsonl")
+    assert row["messages"][0] == {"role": "system", "content": "Be brief."}
+    (result, *_) = lines(out / "round-1" / "evaluate" / "evaluation.jsonl")
+    decode = tiny_pair.engine.tokenizer("student").hf.decode
+    assert decode(result["prompt_ids"]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n9+9?")
+
+
 def test_a_finished_training_is_not_done_again(
     tiny_pair: TinyPair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = dataclasses.replace(TRAIN, save_steps=None)
-    config = config_for(tiny_pair, data, tmp_path / "run", rounds=1, eval_data=str(data), eval_limit=2, train=train)
+    config = config_for(
+        tiny_pair,
+        data,
+        tmp_path / "run",
+        rounds=1,
+        eval_data=str(data),
+        eval_limit=2,
+        allow_eval_overlap=True,
+        train=train,
+    )
     real = rounds.run_evaluate
     monkeypatch.setattr(
         rounds, "run_evaluate", lambda c, report: real(c, report=report) if "round-0" in c.output_dir else 1 / 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from support.toys import ENDINGS, save_checkpoint, save_model
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from genssd.engine.text import Tokenizer
@@ -169,4 +170,108 @@ def make_bos_tokenizer(directory: Path) -> Tokenizer:
     )
     tokenizer.save_pretrained(directory)
     save_model(directory, "llama", eos_token_id=ENDINGS)
+    return Tokenizer(directory)
+
+
+MULTI_STEP = """
+{%- set ns = namespace(last=-1) -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) -%}
+{%- set ns.last = loop.index0 -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'tool' -%}
+{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' -}}
+{%- elif m.role == 'assistant' and loop.index0 < ns.last -%}
+{{- '<|im_start|>assistant\\n' + m.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' -}}
+{%- else -%}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
+{%- endif -%}
+"""
+"""As Qwen3: wraps results of tools, drops earlier thoughts, and reads enable_thinking."""
+
+TRIMMED_DATE = """
+{%- if not date_string is defined -%}
+{%- if strftime_now is defined -%}{%- set date_string = strftime_now("%d %b %Y") -%}
+{%- else -%}{%- set date_string = "26 Jul 2024" -%}{%- endif -%}
+{%- endif -%}
+{%- if messages[0].role == 'system' -%}
+{%- set system = messages[0].content | trim -%}{%- set messages = messages[1:] -%}
+{%- else -%}{%- set system = '' -%}{%- endif -%}
+{{- '<|im_start|>system\\nToday Date: ' + date_string + '\\n\\n' + system + '<|im_end|>' -}}
+{%- for m in messages -%}
+{%- if m.role == 'tool' -%}{{- '<|im_start|>ipython\\n' + (m.content | tojson) + '<|im_end|>' -}}
+{%- else -%}{{- '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""As Llama 3.2: prints the date, trims contents, and writes results of tools as JSON."""
+
+SYSTEM_IN_USER = """
+{%- set ns = namespace(system='') -%}
+{%- for m in messages -%}{%- if m.role == 'system' -%}{%- set ns.system = m.content -%}{%- endif -%}{%- endfor -%}
+{{- bos_token + ns.system -}}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{- '<|im_start|>' + m.content -}}
+{%- elif m.role == 'assistant' -%}{{- '<think>' + m.content + '<|im_end|>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant' -}}{%- endif -%}
+"""
+"""As DeepSeek: the system message stands before all turns, and contents touch the names of tokens."""
+
+CONTROL_NAMES = ("<|im_start|>", "<|im_end|>", "<s>", "<think>", "</think>", "<tool_response>", "</tool_response>")
+"""Control tokens of `make_merging_tokenizer`; the last four are added tokens that are not special."""
+SPACED_KINDS = ("metaspace", "prepended")
+CORPUS = [
+    "What is 12 + 34? The answer is 46, says the system user assistant.\n\n",
+    "<|im_start|>user\nhello<|im_end|>\n<think>\nwhy\n</think>\n\n<s>[INST] x [/INST]</s>",
+    "def f(x):\n    return x ** 2  # im_start im_end think tool_response\n",
+]
+
+
+def make_merging_tokenizer(directory: Path, template: str, kind: str = "bytes") -> Tokenizer:
+    """Return a tokenizer with merges, a BOS, special and other control tokens, an added word and a run of spaces.
+
+    kind: bytes (as Qwen), metaspace (as Llama 2: a space before the first word alone), prepended (as older conversions
+    of Llama 2: a space before every piece between special tokens), or stripping (as Phi-3: control
+    tokens take the spaces around them).
+    """
+    raw = RawTokenizer(models.BPE(byte_fallback=kind in SPACED_KINDS))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if kind == "metaspace":
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+        alphabet = [chr(i) for i in range(32, 127)] + ["\n", "\u2581"]
+    elif kind == "prepended":
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        replace, strip = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+        raw.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+        alphabet = [chr(i) for i in range(33, 127)] + ["\n", "\u2581"]
+    else:
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)] if kind in SPACED_KINDS else []
+    raw.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=700, initial_alphabet=alphabet, special_tokens=byte_tokens, show_progress=False, min_frequency=1
+        ),
+    )
+    if byte_tokens:  # the trainer adds them as tokens; they belong to the model alone
+        fields = json.loads(raw.to_str())
+        raw = RawTokenizer.from_str(json.dumps({**fields, "added_tokens": []}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<|im_end|>")
+    strips = {"lstrip": kind == "stripping", "rstrip": kind == "stripping", "normalized": False}
+    special = [AddedToken(name, special=True, **strips) for name in CONTROL_NAMES[:3]]
+    tokenizer.add_tokens(special, special_tokens=True)
+    tokenizer.add_tokens([AddedToken(name, special=False, **strips) for name in CONTROL_NAMES[3:]])
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=True) for name in ("genssd", "        ")])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    save_model(directory, vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, eos_token_id=end)
     return Tokenizer(directory)

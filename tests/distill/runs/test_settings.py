@@ -32,8 +32,9 @@ NOT_COUNTED = {
     | {"output_dir", "resume", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions"},  # applied to the finished journal
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
-    | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"},
-    "distill": {"output_dir", "resume", "rounds"}
+    | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
+    | {"allow_eval_overlap"},  # a guard, which changes no result
+    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap"}
     | {f"select.{name}" for name in ENGINE}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
@@ -183,7 +184,8 @@ PATHS = {
 }
 """Every option that names something in the file system."""
 NO_PATHS = {"device", "dtype", "criterion", "criteria", "contexts", "statuses", "until", "lora_target_modules"} | {
-    *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by")
+    *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
+    *("system_prompt", "chat_template_kwargs", "template_date"),
 }
 """Fields of text that name nothing there."""
 

@@ -316,7 +316,9 @@ def test_a_crash_while_the_best_is_written_is_survived(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_rows(ROWS)
-    uninterrupted = config_for(tiny_pair, data, tmp_path / "whole", eval_data=(str(data),), eval_steps=2, save_steps=1)
+    uninterrupted = config_for(
+        tiny_pair, data, tmp_path / "whole", eval_data=(str(data),), allow_eval_overlap=True, eval_steps=2, save_steps=1
+    )
     expected = run_train(uninterrupted)
     real = evaluation.write_json
 
@@ -346,7 +348,14 @@ def test_a_loss_on_held_out_rows_that_is_not_finite_stops(
 ) -> None:
     data = write_rows(ROWS)
     config = config_for(
-        tiny_pair, data, tmp_path / "run", eval_data=(str(data),), learning_rate=1e30, warmup_ratio=0.0, max_steps=1
+        tiny_pair,
+        data,
+        tmp_path / "run",
+        eval_data=(str(data),),
+        allow_eval_overlap=True,
+        learning_rate=1e30,
+        warmup_ratio=0.0,
+        max_steps=1,
     )
     with pytest.raises(NumericsError, match="the loss on eval_data is nan after step 1"):
         run_train(config)
@@ -366,7 +375,14 @@ def test_adapters_alone_are_trained_and_merged(tiny_pair: TinyPair, write_rows: 
     peft = pytest.importorskip("peft")
     data = write_rows(ROWS)
     config = config_for(
-        tiny_pair, data, tmp_path / "run", use_peft=True, lora_r=4, num_train_epochs=4, eval_data=(str(data),)
+        tiny_pair,
+        data,
+        tmp_path / "run",
+        use_peft=True,
+        lora_r=4,
+        num_train_epochs=4,
+        eval_data=(str(data),),
+        allow_eval_overlap=True,
     )
     run_train(config)
     before, after = weights(tiny_pair.student), weights(tmp_path / "run")
@@ -405,7 +421,14 @@ def test_the_best_model_on_held_out_rows_is_kept(tiny_pair: TinyPair, write_rows
     held_out = write_rows([{"prompt": "1+1=", "completion": "2"}], "held.jsonl")
     data = write_rows([{"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "77"}] * 2)
     config = config_for(
-        tiny_pair, data, tmp_path / "run", eval_data=(str(held_out),), eval_steps=2, max_steps=12, learning_rate=2e-2
+        tiny_pair,
+        data,
+        tmp_path / "run",
+        eval_data=(str(held_out),),
+        allow_eval_overlap=True,
+        eval_steps=2,
+        max_steps=12,
+        learning_rate=2e-2,
     )
     summary = run_train(config)
     measured = {row["step"]: row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row}

@@ -49,11 +49,13 @@ def test_two_processes_train_what_one_trains(
     held_out = write_rows(ROWS[:3], "held.jsonl")
     single = config_for(
         tiny_pair, write_rows(ROWS[:9]), tmp_path / "one", kd_ratio=0.5, layout="tree", eval_data=(str(held_out),),
+        allow_eval_overlap=True,
         teacher_model_name_or_path=str(tiny_pair.teacher), gradient_accumulation_steps=4, save_steps=2,
     )  # fmt: skip
     run_train(single)
     names = (
-        "model_name_or_path", "data", "eval_data", "kd_ratio", "layout", "teacher_model_name_or_path", "save_steps",
+        "model_name_or_path", "data", "eval_data", "allow_eval_overlap", "kd_ratio", "layout",
+        "teacher_model_name_or_path", "save_steps",
         "learning_rate", "num_train_epochs", "logging_steps", "per_device_train_batch_size",
     )  # fmt: skip
     options = {name: getattr(single, name) for name in names}
