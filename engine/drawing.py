@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from genssd.engine.branch import Branch
 from genssd.engine.expansion import Lane
 from genssd.engine.pending_read import PendingRead
 from genssd.engine.runner import ModelRunner
-from genssd.engine.sampling import Sampling, noise_key
+from genssd.engine.sampling import Sampling, noise_keys
 from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.device_table import upload
 from genssd.kernels.logprob import TopK, linear_logprob
@@ -88,7 +87,8 @@ class WriterDrawing:
         if self._num_topk:
             for lane, row in zip(candidates, source_C.tolist(), strict=True):
                 lane.branch.chunk_states.append((hidden_LD, row))
-        keys = np.array([noise_key(lane.branch.stream, lane.branch.length) for lane in candidates])
+        branches = [lane.branch for lane in candidates]
+        keys = noise_keys([branch.stream for branch in branches], [branch.length for branch in branches])
         keys_C, source_C = upload(keys, hidden_LD.device), upload(source_C.numpy(), hidden_LD.device)
         if not self._sampling.filters:
             return linear_sample(

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
+from numpy.typing import NDArray
+
 from genssd.engine.errors import InputError
 from genssd.kernels.sampling import check_options
 
@@ -66,6 +69,12 @@ def noise_key(stream: int, position: int) -> int:
     return key - (1 << 64) if key >> 63 else key
 
 
+def noise_keys(streams: Sequence[int], positions: Sequence[int]) -> NDArray[np.int64]:
+    """Return the `noise_key` of every pair of a stream and a position, int64."""
+    after = np.array(positions, dtype=np.uint64) + np.uint64(1)
+    return _mix_words(np.array(streams, dtype=np.uint64) + _mix_words(after)).view(np.int64)
+
+
 def attempt_key(stream: int, position: int, attempt: int) -> int:
     """Return the key of a repeated draw at one position; that of attempt 0 is `noise_key`."""
     key = noise_key(stream, position)
@@ -86,3 +95,11 @@ def _mix(word: int) -> int:
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
     return word ^ (word >> 31)
+
+
+def _mix_words(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Apply `_mix` to every word; sums and products of arrays wrap without a warning."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling, child_stream, noise_key, prompt_stream, uniform
+from genssd.engine.sampling import Sampling, child_stream, noise_key, noise_keys, prompt_stream, uniform
 
 WORDS = st.integers(0, (1 << 64) - 1)
 
@@ -38,6 +38,8 @@ def test_a_key_is_a_signed_64_bit_integer(stream: int, position: int) -> None:
 def test_keys_of_nearby_positions_and_streams_differ() -> None:
     streams = [child_stream(prompt_stream(0, [7], 0), p, i) for p in range(8) for i in range(1, 9)]
     keys = [noise_key(stream, position) for stream in streams for position in range(100)]
+    pairs = [(stream, position) for stream in streams for position in range(100)]
+    assert noise_keys(*zip(*pairs, strict=True)).tolist() == keys
     assert len(set(keys)) == 64 * 100
     assert min(keys) < 0 < max(keys)
 
