@@ -165,6 +165,26 @@ def check_text(value: object, name: str, where: str) -> str:
     return value
 
 
+def _join_parts(content: Any, where: str) -> Any:
+    """Return a message's content; one that is a list of texts and text parts as one text, a line for each.
+
+    Raises InputError naming a part that is no text, such as an image.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"
+        text = part.get("text") if is_text else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise InputError(
+                f"{where}: a part of a content must be text, not {kind!r}; only text is trained and scored"
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
 def check_messages(value: object, name: str, where: str) -> list[dict[str, Any]]:
     """Return the value as chat messages, without their empty fields. Raises InputError naming `where` if it is none.
 
@@ -177,7 +197,7 @@ def check_messages(value: object, name: str, where: str) -> list[dict[str, Any]]
         if not isinstance(message, dict):
             raise InputError(f"{where}: {name}: a message needs a string role and a string content, not {message!r}")
         further = {k: v for k, v in message.items() if k not in ("role", "content") and v not in (None, "", [], {})}
-        content = message.get("content")
+        content = _join_parts(message.get("content"), f"{where}: {name}")
         if content is None and any(name in further for name in ("tool_calls", "function_call", *THOUGHT_FIELDS)):
             content = ""
         if not isinstance(message.get("role"), str) or not isinstance(content, str):

@@ -60,3 +60,21 @@ def test_a_system_message_comes_first(name: str) -> None:
 def test_fields_that_cannot_be_used(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_prompt(fields, "row")
+
+
+TEXT_PART = {"type": "text", "text": "How many?"}
+
+
+@pytest.mark.parametrize("parts", [[TEXT_PART], [{"text": "How many?"}], ["How many?"], [{**TEXT_PART, "image": None}]])
+def test_a_content_of_text_parts_is_their_text(parts: list[Any]) -> None:
+    assert parse_prompt({"prompt": [{"role": "user", "content": parts}]}, "row") == [
+        {"role": "user", "content": "How many?"}
+    ]
+    twice = [{"role": "user", "content": [*parts, *parts]}]
+    assert parse_prompt({"prompt": twice}, "row") == [{"role": "user", "content": "How many?\nHow many?"}]
+
+
+@pytest.mark.parametrize("part", [{"type": "image", "image": "x.png"}, {"type": "image_url"}, 3, {"type": "text"}])
+def test_a_part_that_is_no_text_is_named(part: Any) -> None:
+    with pytest.raises(InputError, match=r"row: prompt: a part of a content must be text, not "):
+        parse_prompt({"prompt": [{"role": "user", "content": [TEXT_PART, part]}]}, "row")
