@@ -116,7 +116,7 @@ def test_questions_of_problems_and_of_training_rows(write_rows: Write) -> None:
             {"prompt": "q"},
         ]
     )
-    assert [row.texts for row in list_problems(read_problems(data), data)] == [("q",)] * 3
+    assert [row.texts for row in list_problems(read_problems(data))] == [("q",)] * 3
     data = write_rows(
         [
             {"problem": "q", "solution": "1"},
