@@ -89,7 +89,7 @@ def _logprob_gradients(
         hidden_ND,
         weight_VD,
         torch.ones_like(logprob),
-        rows=rows_per_chunk(weight_VD.shape[0], hidden_ND.device),
+        rows=rows_per_chunk(len(hidden_ND), weight_VD.shape[0], hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )

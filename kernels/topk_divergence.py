@@ -161,7 +161,7 @@ def _topk_divergence(
         student_hidden_ND,
         student_weight_VD,
         row_weight_N,
-        rows=rows_per_chunk(2 * V, student_hidden_ND.device),
+        rows=rows_per_chunk(len(student_hidden_ND), 2 * V, student_hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )

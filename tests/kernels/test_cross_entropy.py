@@ -284,7 +284,7 @@ def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     whole = evaluate(linear_cross_entropy, hidden, weight, target, **options)
     for rows in (1, 2, 7, 22, 23):
         monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 257 * rows)
-        assert head.rows_per_chunk(257, torch.device("cpu")) == rows
+        assert head.rows_per_chunk(1 << 20, 257, torch.device("cpu")) == rows
         assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)  # less than a row still does a row at a time
     assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)

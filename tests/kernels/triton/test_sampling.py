@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from genssd.kernels.filter_triton import FilterTiles, sample_rows
 from genssd.kernels.head_triton import HeadLaunch, HeadTiles
 from genssd.kernels.sampling import linear_sample, sample
-from genssd.kernels.sampling_triton import draw_rows, sample_rows
+from genssd.kernels.sampling_triton import draw_rows
 
 LAUNCH = HeadLaunch(programs=3, tiles=HeadTiles(block=16, block_d=16, num_warps=4, num_stages=2), interpret=True)
+
+TILES = FilterTiles(split=64, split_warps=4, tile=16, row_warps=4)
 
 
 def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     log_min_p = math.log(min_p) if min_p else 0.0
-    return sample_rows(logits, keys, temperature, top_k, top_p, min_p, log_min_p, block=64)
+    return sample_rows(logits, keys, temperature, top_k, top_p, min_p, log_min_p, tiles=TILES)
 
 
 FILTERS = [

@@ -1,0 +1,190 @@
+"""Triton kernels over the rows of a chunk of a head's logits: log-sum-exps, and losses with their gradients.
+
+One program computes one row, and reads it as few times as possible. The gradient overwrites the logits: a pass from the
+end of a row to its beginning, whose first entries are the ones that the pass before it has left in the L2 cache, writes
+to the upper half of the row's memory, which it has already read.
+
+Shapes:  C rows of a chunk   V vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from genssd.kernels.head_triton import rescale, safe_peak, squash
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowTiles:
+    """Sizes of one configuration of a kernel over rows."""
+
+    block: int
+    """Number of entries of a row that a program holds at once."""
+    num_warps: int
+
+
+ROWS = RowTiles(block=4096, num_warps=8)
+"""Shipped configuration of the kernels over rows of one model's logits."""
+
+
+@triton.jit
+def unsquash_gradient(dz, z, temperature, softcap, SOFTCAP: tl.constexpr):
+    """Return dx, the gradient in the products x, from dz, the gradient in the logits, at the logits z."""
+    if SOFTCAP:
+        t = z * temperature / softcap
+        dz = dz * (1.0 - t * t)
+    return dz / temperature
+
+
+@triton.jit
+def row_normalizer(x, V, temperature, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return m and s with log sum e^z = m + s over the V entries that start at pointer x.
+
+    They are returned separately, because z - m - s keeps its precision where the logits are far from 0. Sums stay in
+    lanes until the end, so a row takes one reduction.
+    """
+    lane = tl.arange(0, BLOCK)
+    peak = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        v = start + lane
+        z = squash(tl.load(x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
+        z = tl.where(v < V, z, -float("inf"))
+        new_peak = tl.maximum(peak, z)
+        base = safe_peak(new_peak)
+        total = total * rescale(peak, base) + tl.exp(z - base)
+        # tl.maximum drops a NaN, which must reach the result
+        peak = tl.where(z != z, z, new_peak)
+    base = safe_peak(tl.max(peak, 0))
+    return base, tl.log(tl.sum(total * rescale(peak, base), 0))
+
+
+@triton.jit
+def _logsumexp_kernel(x, out, V, stride, temperature, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    peak, log_total = row_normalizer(x + row * stride, V, temperature, softcap, BLOCK, SOFTCAP)
+    tl.store(out + row, peak + log_total)
+
+
+def logsumexp_rows(x_CV: Tensor, temperature: float, softcap: float | None, *, tiles: RowTiles = ROWS) -> Tensor:
+    """Compute `head.row_logsumexp`, float32 [C], for float32 logits on a CUDA device."""
+    C, V = x_CV.shape
+    out = torch.empty(C, dtype=torch.float32, device=x_CV.device)
+    _logsumexp_kernel[(C,)](
+        x_CV, out, V, x_CV.stride(0), temperature, softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None,
+        num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def upper_half(x_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the memory of x, float32, as a tensor of its shape and of a 16-bit dtype in every row's upper half, or x
+    itself for float32."""
+    return x_CV if dtype == torch.float32 else x_CV.view(dtype)[:, x_CV.shape[1] :]
+
+
+def lower_half(x_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the memory of x, float32, as a tensor of its shape and of a 16-bit dtype in every row's lower half, or x
+    itself for float32."""
+    return x_CV if dtype == torch.float32 else x_CV.view(dtype)[:, : x_CV.shape[1]]
+
+
+@triton.jit
+def _softmax_gradient_kernel(
+    x, logsumexp, coefficients, dx,  # [C, V] [C] [1 or 3, C] [C, V], the upper half of x
+    C, V, stride_x, stride_dx, temperature, softcap,
+    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, LINEAR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    lse = tl.load(logsumexp + row)
+    a = tl.load(coefficients + row)
+    for i in range(0, tl.cdiv(V, BLOCK)):
+        v = (tl.cdiv(V, BLOCK) - 1 - i) * BLOCK + lane
+        z = squash(tl.load(x + row * stride_x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
+        log_p = z - lse
+        p = tl.exp(log_p)
+        dz = p * a
+        if not LINEAR:
+            b, c = tl.load(coefficients + C + row), tl.load(coefficients + 2 * C + row)
+            dz += p * (tl.where(p == 0.0, 0.0, b * log_p) + c * p)
+        out = unsquash_gradient(dz, z, temperature, softcap, SOFTCAP)
+        tl.debug_barrier()  # all threads have read the block's entries before one is overwritten
+        tl.store(dx + row * stride_dx + v, out.to(dx.dtype.element_ty), mask=v < V)
+
+
+def softmax_gradient_rows(
+    x_CV: Tensor,
+    logsumexp_C: Tensor,
+    coefficients_KC: Tensor,
+    temperature: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    *,
+    tiles: RowTiles = ROWS,
+) -> Tensor:
+    """Compute `head.softmax_gradient` for float32 logits on a CUDA device; the result overwrites x."""
+    C, V = x_CV.shape
+    dx_CV = upper_half(x_CV, dtype)
+    _softmax_gradient_kernel[(C,)](
+        x_CV, logsumexp_C.contiguous(), coefficients_KC.contiguous(), dx_CV, C, V, x_CV.stride(0), dx_CV.stride(0),
+        temperature, softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None, LINEAR=len(coefficients_KC) == 1,
+        num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return dx_CV
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    x, target, row_weight, loss, dx,  # [C, V] int64 [C] [C] [C] [C, V], the upper half of x
+    V, stride_x, stride_dx, temperature, softcap,
+    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x += row * stride_x
+    dx += row * stride_dx
+    lane = tl.arange(0, BLOCK)
+    weight, token = tl.load(row_weight + row), tl.load(target + row)
+    z_target = squash(tl.load(x + token), temperature, softcap, SOFTCAP)
+    peak, log_total = row_normalizer(x, V, temperature, softcap, BLOCK, SOFTCAP)
+    nll = tl.where(weight == 0.0, 0.0, peak + log_total - z_target)
+    tl.store(loss + row, nll)
+    # dz is p, and at the target p - 1 = expm1(-nll), by Kahan's quotient, which corrects the rounding of p
+    p = tl.exp(-nll)
+    dz_target = tl.where(p == 1.0, -nll, tl.where(p - 1.0 == -1.0, -1.0, (p - 1.0) * (-nll / tl.log(p))))
+    for i in range(0, tl.cdiv(V, BLOCK)):
+        v = (tl.cdiv(V, BLOCK) - 1 - i) * BLOCK + lane
+        z = squash(tl.load(x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
+        dz = weight * tl.where(v == token, dz_target, tl.exp(z - peak - log_total))
+        out = unsquash_gradient(dz, z, temperature, softcap, SOFTCAP)
+        tl.debug_barrier()  # all threads have read the block's entries before one is overwritten
+        tl.store(dx + v, out.to(dx.dtype.element_ty), mask=v < V)
+
+
+def cross_entropy_rows(
+    x_CV: Tensor,
+    target_C: Tensor,
+    row_weight_C: Tensor,
+    temperature: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    *,
+    tiles: RowTiles = ROWS,
+) -> tuple[Tensor, Tensor]:
+    """Return the losses, float32 [C], and their gradients in x times row_weight, [C, V] of the given dtype.
+
+    x: float32 logits on a CUDA device, before softcap and temperature; the gradients overwrite them.
+    """
+    C, V = x_CV.shape
+    loss_C = torch.empty(C, dtype=torch.float32, device=x_CV.device)
+    dx_CV = upper_half(x_CV, dtype)
+    _cross_entropy_kernel[(C,)](
+        x_CV, target_C, row_weight_C, loss_C, dx_CV, V, x_CV.stride(0), dx_CV.stride(0), temperature, softcap or 1.0,
+        BLOCK=tiles.block, SOFTCAP=softcap is not None, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return loss_C, dx_CV
