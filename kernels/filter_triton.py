@@ -73,13 +73,13 @@ def _unordered(key):
 @triton.jit
 def _split_statistics_kernel(
     logits, peaks, totals, counts, masses,  # [B, V] [B, S] [B, S] [B, S, C] [B, S, C]
-    V, S, stride, temperature, STEP: tl.constexpr, CUTS: tl.constexpr, SPLIT: tl.constexpr,
+    V, S, stride, scale, STEP: tl.constexpr, CUTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Compute a split's peak (NaN where it has a NaN), its sum of e^(z - peak), and the number and weight of the
     entries at or above each of its cuts, of which the first is the largest multiple of STEP not above the peak."""
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     v = split * SPLIT + tl.arange(0, SPLIT)
-    z = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf")) / temperature
+    z = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf")) * scale
     broken = tl.sum((z != z).to(tl.int32), 0) > 0
     peak = tl.max(tl.where(z != z, -float("inf"), z), 0)
     e = tl.where(z > -float("inf"), tl.exp(z - peak), 0.0)
@@ -145,7 +145,7 @@ def _row_statistics(
 @triton.jit
 def _list_kernel(
     logits, peaks, totals, counts, masses, values, ids,  # [B, V] [B, S] [B, S] [B, S, C] [B, S, C] [B, L] int32 [B, L]
-    V, S, L, stride, temperature, top_k, top_p, log_min_p,
+    V, S, L, stride, scale, top_k, top_p, log_min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     STEP: tl.constexpr, CUTS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +159,7 @@ def _list_kernel(
     s = tl.arange(0, SPLITS)
     mine = tl.sum(tl.where(s == split, entries, 0), 0)
     if sound & (tl.sum(entries, 0) <= L) & (mine > 0):
-        kept = (x / temperature >= low) & (v < V)
+        kept = (x * scale >= low) & (v < V)
         place = tl.sum(tl.where(s < split, entries, 0), 0) + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(values + row * L + place, x, mask=kept)
         tl.store(ids + row * L + place, v, mask=kept)
@@ -167,7 +167,7 @@ def _list_kernel(
 
 @triton.jit
 def _smallest_cut(
-    x, scratch, n, temperature, peak, low, high, bound,
+    x, scratch, n, scale, peak, low, high, bound,
     COUNT: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr, CUTS: tl.constexpr,
 ):  # fmt: skip
     """Return the smallest ordered value t in [low, high] such that the entries above t weigh less than bound together.
@@ -194,7 +194,7 @@ def _smallest_cut(
             cut = tl.minimum(tl.maximum(spaced, low.to(tl.int32)), high.to(tl.int32))
         above = tl.zeros([CUTS, TILE], tl.float32)
         for start in range(0, n, TILE):
-            z = tl.load(x + start + lane, mask=start + lane < n, other=-float("inf")) / temperature
+            z = tl.load(x + start + lane, mask=start + lane < n, other=-float("inf")) * scale
             weight = tl.where(start + lane < n, 1.0, 0.0) if COUNT else tl.exp(z - peak)
             above += tl.where(_ordered(z)[None, :] > cut[:, None], weight[None, :], 0.0)
         fits = tl.sum(above, 1) < bound
@@ -205,7 +205,7 @@ def _smallest_cut(
             sums = tl.zeros([TILE], tl.float32)
             for start in range(0, n, TILE):
                 value = tl.load(x + start + lane, mask=start + lane < n, other=-float("inf"))
-                z = value / temperature
+                z = value * scale
                 key = _ordered(z).to(tl.int64)
                 weight = tl.where(start + lane < n, 1.0, 0.0) if COUNT else tl.exp(z - peak)
                 sums += tl.where(key > high, weight, 0.0)
@@ -218,7 +218,7 @@ def _smallest_cut(
             resident = held <= TILE
             source = scratch
     if low < high:
-        z = tl.load(source + lane, mask=lane < held, other=-float("inf")) / temperature
+        z = tl.load(source + lane, mask=lane < held, other=-float("inf")) * scale
         key = _ordered(z)
         weight = tl.where(lane < held, 1.0, 0.0) if COUNT else tl.exp(z - peak)
         while low < high:
@@ -231,7 +231,7 @@ def _smallest_cut(
 
 
 @triton.jit
-def _best_of(x, ids, key, n, listed, temperature, floor, TILE: tl.constexpr):
+def _best_of(x, ids, key, n, listed, scale, floor, TILE: tl.constexpr):
     """Return the id of the entry with the largest noisy logit among n entries whose ordered value is at least floor.
 
     listed: n where ids holds the ids of the entries, 0 where their places are the ids.
@@ -241,7 +241,7 @@ def _best_of(x, ids, key, n, listed, temperature, floor, TILE: tl.constexpr):
     chosen = tl.full([TILE], 0x7FFFFFFF, tl.int32)
     for start in range(0, n, TILE):
         i = start + lane
-        z = tl.load(x + i, mask=i < n, other=-float("inf")) / temperature
+        z = tl.load(x + i, mask=i < n, other=-float("inf")) * scale
         kept = (_ordered(z) >= floor) & (z > -float("inf"))
         if tl.max(kept.to(tl.int32), 0) > 0:
             v = tl.load(ids + i, mask=i < listed, other=0) + tl.where(i < listed, 0, i)
@@ -255,7 +255,7 @@ def _best_of(x, ids, key, n, listed, temperature, floor, TILE: tl.constexpr):
 def _select_kernel(
     logits, key, peaks, totals, counts, masses,  # [B, V] int64 [B] [B, S] [B, S] [B, S, C] [B, S, C]
     values, ids, scratch, tokens,  # [B, L] int32 [B, L] [B, TILE] int64 [B]
-    V, S, L, stride, temperature, top_k, top_p, log_min_p,
+    V, S, L, stride, scale, top_k, top_p, log_min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     STEP: tl.constexpr, CUTS: tl.constexpr, SPLITS: tl.constexpr,
     ROUNDS: tl.constexpr, TILE: tl.constexpr, SEARCH: tl.constexpr,
@@ -282,7 +282,7 @@ def _select_kernel(
             if not TOP_P:
                 floor = tl.maximum(floor, least)
             floor = _smallest_cut(
-                x, scratch + row * TILE, n, temperature, peak, floor.to(tl.int64), high.to(tl.int64),
+                x, scratch + row * TILE, n, scale, peak, floor.to(tl.int64), high.to(tl.int64),
                 tl.minimum(top_k, V).to(tl.float32), True, ROUNDS, TILE, SEARCH,
             ).to(tl.int32)  # fmt: skip
         if TOP_P:
@@ -290,31 +290,31 @@ def _select_kernel(
                 sums = tl.zeros([TILE], tl.float32)
                 for start in range(0, n, TILE):
                     i = start + tl.arange(0, TILE)
-                    z = tl.load(x + i, mask=i < n, other=-float("inf")) / temperature
+                    z = tl.load(x + i, mask=i < n, other=-float("inf")) * scale
                     sums += tl.where(_ordered(z) >= floor, tl.exp(z - peak), 0.0)
                 total = tl.sum(sums, 0)
                 high = top
             else:
                 floor = tl.maximum(floor, least)
             floor = _smallest_cut(
-                x, scratch + row * TILE, n, temperature, peak, floor.to(tl.int64), high.to(tl.int64),
+                x, scratch + row * TILE, n, scale, peak, floor.to(tl.int64), high.to(tl.int64),
                 top_p * total, False, ROUNDS, TILE, SEARCH,
             ).to(tl.int32)  # fmt: skip
         floor = tl.maximum(floor, least)
         seed = tl.load(key + row)
-        token = _best_of(x, ids + row * L, seed, n, tl.where(listed, n, 0), temperature, floor, TILE)
+        token = _best_of(x, ids + row * L, seed, n, tl.where(listed, n, 0), scale, floor, TILE)
     tl.store(tokens + row, token.to(tl.int64))
 
 
 @triton.jit
 def _noisy_split_kernel(
     logits, key, best, chosen,  # [B, V] int64 [B] [B, S] int32 [B, S]
-    V, S, stride, temperature, GREEDY: tl.constexpr, SPLIT: tl.constexpr,
+    V, S, stride, scale, GREEDY: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Compute a split's largest noisy logit and its id: NaN where it has a NaN or +inf."""
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     v = split * SPLIT + tl.arange(0, SPLIT)
-    z = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf")) / temperature
+    z = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf")) * scale
     broken = tl.sum(((z != z) | (z == float("inf"))).to(tl.int32), 0) > 0
     if not GREEDY:
         z = tl.where(z > -float("inf"), z + _gumbel(tl.load(key + row), v), -float("inf"))
@@ -353,12 +353,12 @@ def sample_rows(
     device = logits_BV.device
     tokens = torch.empty(B, dtype=torch.int64, device=device)
     filters = {"TOP_K": 0 < top_k < V, "TOP_P": top_p < 1.0, "MIN_P": min_p > 0.0}
-    stride, grid = logits_BV.stride(0), (S, B)
+    stride, scale, grid = logits_BV.stride(0), 1.0 / (temperature or 1.0), (S, B)
     if temperature == 0.0 or not any(filters.values()):
         best = torch.empty(B, S, dtype=torch.float32, device=device)
         chosen = torch.empty(B, S, dtype=torch.int32, device=device)
         _noisy_split_kernel[grid](
-            logits_BV, key_B, best, chosen, V, S, stride, temperature or 1.0, GREEDY=temperature == 0.0,
+            logits_BV, key_B, best, chosen, V, S, stride, scale, GREEDY=temperature == 0.0,
             SPLIT=tiles.split, num_warps=tiles.split_warps,
         )  # fmt: skip
         _noisy_merge_kernel[(B,)](best, chosen, tokens, S, SPLITS=splits, num_warps=1)
@@ -374,9 +374,9 @@ def sample_rows(
     scratch = torch.empty(B, tiles.tile, dtype=torch.float32, device=device)
     cuts = {"STEP": tiles.step, "CUTS": C}
     _split_statistics_kernel[grid](
-        logits_BV, *statistics, V, S, stride, temperature, **cuts, SPLIT=tiles.split, num_warps=tiles.split_warps
+        logits_BV, *statistics, V, S, stride, scale, **cuts, SPLIT=tiles.split, num_warps=tiles.split_warps
     )
-    options = (V, S, L, stride, temperature, top_k, top_p, log_min_p)
+    options = (V, S, L, stride, scale, top_k, top_p, log_min_p)
     _list_kernel[grid](
         logits_BV, *statistics, values, ids, *options, **filters, **cuts, SPLITS=splits, SPLIT=tiles.split,
         num_warps=tiles.split_warps,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels.head_triton import rescale, safe_peak, squash
+from genssd.kernels.head_triton import rescale, safe_peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,9 @@ class RowTiles:
     block: int
     """Number of entries of a row that a program holds at once."""
     num_warps: int
+    programs: int | None = None
+    """Number of programs that compute the rows of a loss one after the other; None for one program per row. Fewer
+    programs leave more of a row in the L2 cache until its second pass. No result depends on it."""
 
 
 ROWS = RowTiles(block=4096, num_warps=8)
@@ -33,41 +36,50 @@ ROWS = RowTiles(block=4096, num_warps=8)
 
 
 @triton.jit
-def unsquash_gradient(dz, z, temperature, softcap, SOFTCAP: tl.constexpr):
-    """Return dx, the gradient in the products x, from dz, the gradient in the logits, at the logits z."""
+def squash(x, scale, softcap, SOFTCAP: tl.constexpr):
+    """Return the logits z of the products x: capped by softcap, then multiplied by scale, 1 / temperature."""
     if SOFTCAP:
-        t = z * temperature / softcap
-        dz = dz * (1.0 - t * t)
-    return dz / temperature
+        x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
+    return x * scale
 
 
 @triton.jit
-def row_normalizer(x, V, temperature, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+def unsquash_gradient(dz, z, scale, softcap, SOFTCAP: tl.constexpr):
+    """Return dx, the gradient in the products x, from dz, the gradient in the logits times scale, at the logits z."""
+    if SOFTCAP:
+        t = z / (scale * softcap)
+        dz = dz * (1.0 - t * t)
+    return dz
+
+
+@triton.jit
+def row_normalizer(x, V, scale, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return m and s with log sum e^z = m + s over the V entries that start at pointer x.
 
     They are returned separately, because z - m - s keeps its precision where the logits are far from 0. Sums stay in
-    lanes until the end, so a row takes one reduction.
+    lanes until the end, so a row takes one reduction. A lane adds four entries at a time to the sum relative to its
+    peak, because these are what one thread loads at once, and rescaling the sum costs more than adding to it.
     """
-    lane = tl.arange(0, BLOCK)
-    peak = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    LANES: tl.constexpr = BLOCK // 4
+    peak = tl.full([LANES], -float("inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
     for start in range(0, V, BLOCK):
-        v = start + lane
-        z = squash(tl.load(x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
-        z = tl.where(v < V, z, -float("inf"))
-        new_peak = tl.maximum(peak, z)
+        v = start + tl.arange(0, BLOCK)
+        z = squash(tl.load(x + v, mask=v < V, other=0.0), scale, softcap, SOFTCAP)
+        z = tl.reshape(tl.where(v < V, z, -float("inf")), [LANES, 4])
+        new_peak = tl.maximum(peak, tl.max(z, 1))
         base = safe_peak(new_peak)
-        total = total * rescale(peak, base) + tl.exp(z - base)
-        # tl.maximum drops a NaN, which must reach the result
-        peak = tl.where(z != z, z, new_peak)
+        # a NaN does not reach the peak, but it stays in the sum
+        total = total * rescale(peak, base) + tl.sum(tl.exp(z - base[:, None]), 1)
+        peak = new_peak
     base = safe_peak(tl.max(peak, 0))
     return base, tl.log(tl.sum(total * rescale(peak, base), 0))
 
 
 @triton.jit
-def _logsumexp_kernel(x, out, V, stride, temperature, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+def _logsumexp_kernel(x, out, V, stride, scale, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    peak, log_total = row_normalizer(x + row * stride, V, temperature, softcap, BLOCK, SOFTCAP)
+    peak, log_total = row_normalizer(x + row * stride, V, scale, softcap, BLOCK, SOFTCAP)
     tl.store(out + row, peak + log_total)
 
 
@@ -76,7 +88,7 @@ def logsumexp_rows(x_CV: Tensor, temperature: float, softcap: float | None, *, t
     C, V = x_CV.shape
     out = torch.empty(C, dtype=torch.float32, device=x_CV.device)
     _logsumexp_kernel[(C,)](
-        x_CV, out, V, x_CV.stride(0), temperature, softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None,
+        x_CV, out, V, x_CV.stride(0), 1.0 / temperature, softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None,
         num_warps=tiles.num_warps,
     )  # fmt: skip
     return out
@@ -97,7 +109,7 @@ def lower_half(x_CV: Tensor, dtype: torch.dtype) -> Tensor:
 @triton.jit
 def _softmax_gradient_kernel(
     x, logsumexp, coefficients, dx,  # [C, V] [C] [1 or 3, C] [C, V], the upper half of x
-    C, V, stride_x, stride_dx, temperature, softcap,
+    C, V, stride_x, stride_dx, scale, softcap,
     BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -106,14 +118,14 @@ def _softmax_gradient_kernel(
     a = tl.load(coefficients + row)
     for i in range(0, tl.cdiv(V, BLOCK)):
         v = (tl.cdiv(V, BLOCK) - 1 - i) * BLOCK + lane
-        z = squash(tl.load(x + row * stride_x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
+        z = squash(tl.load(x + row * stride_x + v, mask=v < V, other=0.0), scale, softcap, SOFTCAP)
         log_p = z - lse
         p = tl.exp(log_p)
         dz = p * a
         if not LINEAR:
             b, c = tl.load(coefficients + C + row), tl.load(coefficients + 2 * C + row)
             dz += p * (tl.where(p == 0.0, 0.0, b * log_p) + c * p)
-        out = unsquash_gradient(dz, z, temperature, softcap, SOFTCAP)
+        out = unsquash_gradient(dz * scale, z, scale, softcap, SOFTCAP)
         tl.debug_barrier()  # all threads have read the block's entries before one is overwritten
         tl.store(dx + row * stride_dx + v, out.to(dx.dtype.element_ty), mask=v < V)
 
@@ -133,8 +145,8 @@ def softmax_gradient_rows(
     dx_CV = upper_half(x_CV, dtype)
     _softmax_gradient_kernel[(C,)](
         x_CV, logsumexp_C.contiguous(), coefficients_KC.contiguous(), dx_CV, C, V, x_CV.stride(0), dx_CV.stride(0),
-        temperature, softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None, LINEAR=len(coefficients_KC) == 1,
-        num_warps=tiles.num_warps,
+        1.0 / temperature, softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None,
+        LINEAR=len(coefficients_KC) == 1, num_warps=tiles.num_warps,
     )  # fmt: skip
     return dx_CV
 
@@ -142,28 +154,31 @@ def softmax_gradient_rows(
 @triton.jit
 def _cross_entropy_kernel(
     x, target, row_weight, loss, dx,  # [C, V] int64 [C] [C] [C] [C, V], the upper half of x
-    V, stride_x, stride_dx, temperature, softcap,
+    C, V, stride_x, stride_dx, scale, softcap,
     BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x += row * stride_x
-    dx += row * stride_dx
     lane = tl.arange(0, BLOCK)
-    weight, token = tl.load(row_weight + row), tl.load(target + row)
-    z_target = squash(tl.load(x + token), temperature, softcap, SOFTCAP)
-    peak, log_total = row_normalizer(x, V, temperature, softcap, BLOCK, SOFTCAP)
-    nll = tl.where(weight == 0.0, 0.0, peak + log_total - z_target)
-    tl.store(loss + row, nll)
-    # dz is p, and at the target p - 1 = expm1(-nll), by Kahan's quotient, which corrects the rounding of p
-    p = tl.exp(-nll)
-    dz_target = tl.where(p == 1.0, -nll, tl.where(p - 1.0 == -1.0, -1.0, (p - 1.0) * (-nll / tl.log(p))))
-    for i in range(0, tl.cdiv(V, BLOCK)):
-        v = (tl.cdiv(V, BLOCK) - 1 - i) * BLOCK + lane
-        z = squash(tl.load(x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
-        dz = weight * tl.where(v == token, dz_target, tl.exp(z - peak - log_total))
-        out = unsquash_gradient(dz, z, temperature, softcap, SOFTCAP)
-        tl.debug_barrier()  # all threads have read the block's entries before one is overwritten
-        tl.store(dx + v, out.to(dx.dtype.element_ty), mask=v < V)
+    for number in range(tl.program_id(0), C, tl.num_programs(0)):
+        row = tl.zeros([], tl.int64) + number
+        x_row, dx_row = x + row * stride_x, dx + row * stride_dx
+        weight, token = tl.load(row_weight + row), tl.load(target + row)
+        z_target = squash(tl.load(x_row + token), scale, softcap, SOFTCAP)
+        peak, log_total = row_normalizer(x_row, V, scale, softcap, BLOCK, SOFTCAP)
+        nll = tl.where(weight == 0.0, 0.0, peak + log_total - z_target)
+        tl.store(loss + row, nll)
+        weight *= scale
+        for i in range(0, tl.cdiv(V, BLOCK)):
+            v = (tl.cdiv(V, BLOCK) - 1 - i) * BLOCK + lane
+            z = squash(tl.load(x_row + v, mask=v < V, other=0.0), scale, softcap, SOFTCAP)
+            out = unsquash_gradient(weight * tl.exp(z - peak - log_total), z, scale, softcap, SOFTCAP)
+            tl.debug_barrier()  # all threads have read the block's entries before one is overwritten
+            tl.store(dx_row + v, out.to(dx.dtype.element_ty), mask=v < V)
+        # dz is p, and at the target p - 1 = expm1(-nll), by Kahan's quotient, which corrects the rounding of p
+        p = tl.exp(-nll)
+        dz = tl.where(p == 1.0, -nll, tl.where(p - 1.0 == -1.0, -1.0, (p - 1.0) * (-nll / tl.log(p))))
+        out = unsquash_gradient(weight * dz, z_target, scale, softcap, SOFTCAP)
+        tl.debug_barrier()
+        tl.store(dx_row + token, out.to(dx.dtype.element_ty))
 
 
 def cross_entropy_rows(
@@ -183,8 +198,8 @@ def cross_entropy_rows(
     C, V = x_CV.shape
     loss_C = torch.empty(C, dtype=torch.float32, device=x_CV.device)
     dx_CV = upper_half(x_CV, dtype)
-    _cross_entropy_kernel[(C,)](
-        x_CV, target_C, row_weight_C, loss_C, dx_CV, V, x_CV.stride(0), dx_CV.stride(0), temperature, softcap or 1.0,
-        BLOCK=tiles.block, SOFTCAP=softcap is not None, num_warps=tiles.num_warps,
+    _cross_entropy_kernel[(min(C, tiles.programs or C),)](
+        x_CV, target_C, row_weight_C, loss_C, dx_CV, C, V, x_CV.stride(0), dx_CV.stride(0), 1.0 / temperature,
+        softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None, num_warps=tiles.num_warps,
     )  # fmt: skip
     return loss_C, dx_CV

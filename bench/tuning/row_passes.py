@@ -300,8 +300,9 @@ def measure_row_passes(report: Report, rows: int) -> None:
         "forward_kl": (18, divergence("forward_kl")),
         "jsd": (26, divergence("jsd")),
     }
-    variants = [RowTiles(block=b, num_warps=n) for b, n in ((4096, 8), (2048, 8), (8192, 16), (4096, 16), (8192, 32))]
-    variants += [RowTiles(block=b, num_warps=n) for b, n in ((1024, 4), (2048, 4), (16384, 32))]
+    variants = [RowTiles(block=b, num_warps=n) for b, n in ((4096, 8), (2048, 8), (4096, 16), (2048, 4), (16384, 32))]
+    variants += [RowTiles(block=16384, num_warps=32, programs=count) for count in (66, 88, 132)]
+    variants += [RowTiles(block=8192, num_warps=16, programs=count) for count in (132, 264)]
     warm([lambda r=run, t=tiles: r(few, t) for _, run in runs.values() for tiles in variants])  # type: ignore[misc]
     report.add(done="compiling the row passes")
     x.normal_()
@@ -316,12 +317,12 @@ def measure_row_passes(report: Report, rows: int) -> None:
         x.normal_()
         ms = event_milliseconds(lambda: run(slice(None), tiles), 3)
         report.add(
-            op="row pass", name=name, rows=rows, block=tiles.block, warps=tiles.num_warps, ms=ms,
+            op="row pass", name=name, rows=rows, **dataclasses.asdict(tiles), ms=ms,
             gbps_as_if_uncached=num_bytes * total / ms / 1e6,
         )  # fmt: skip
 
     for name, (num_bytes, run) in runs.items():
-        for tiles in variants if name != "softmax gradient" else variants[:3]:
+        for tiles in variants if num_bytes > 6 else variants[:5]:
             report.attempt(
                 lambda a=(name, num_bytes, run, tiles): timed(*a),  # type: ignore[misc]
                 op="row pass", name=name, tiles=str(tiles),

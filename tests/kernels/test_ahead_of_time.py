@@ -100,8 +100,8 @@ def machine_code(compiled: Any, target: Target, directory: Path) -> str:
 
 
 SIZES = ("N", "B", "C", "S", "L", "V", "U", "D", "vocabulary", "tiles_per_split", "top_k", "stride", "stride_n",
-         "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G", "P", "entries",
-         "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
+         "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G", "P",
+         "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
          "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh")  # fmt: skip
 FACTORS = ("scale", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps")
 
