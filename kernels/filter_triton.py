@@ -1,12 +1,13 @@
 """Triton kernels of `sample`: top-k, top-p and min-p of given logits, and a draw among the tokens that they keep.
 
-Three kernels, of which the first two run many programs per row and the third one program per row:
+Of four kernels, the first and the third run many programs per row, the others one program per row:
 
 1. For every split of a row: its peak and sum of e^(z - peak), and the number and weight of the entries at or above a
    few cuts. The cuts are multiples of STEP, the same for all splits, so the splits' numbers add up to the row's.
-2. The highest cut below which no filter keeps an entry follows from these sums. The entries at or above it are copied
-   to a short list per row, in the order of their ids: the sums of step 1 give every split its place in the list.
-3. The exact threshold is searched in the list, and the token is drawn among the entries above it.
+2. The highest cut below which no filter keeps an entry follows from these sums.
+3. The entries at or above it are copied to a short list per row, in the order of their ids: the sums of step 1 give
+   every split its place in the list.
+4. The exact threshold is searched in the list, and the token is drawn among the entries above it.
 
 A row whose list would not fit (more than a quarter of the vocabulary), or that needs a cut below the lowest, is
 searched in the logits themselves. Without filters, or at temperature 0, one pass over splits and a merge draw the
@@ -34,20 +35,24 @@ from genssd.kernels.sampling_triton import _gumbel
 class FilterTiles:
     """Sizes of one configuration of the filters' kernels. Results up to the rounding of sums do not depend on them."""
 
-    split: int = 4096
-    """Number of entries of a row that one program of the first two kernels holds at once."""
+    split: int = 8192
+    """Number of entries of a row that one program of the kernels over splits computes."""
+    part: int = 1024
+    """Number of entries whose sums the first kernel adds up at a time."""
+    list_part: int = 2048
+    """Number of entries that the kernel that fills the lists holds at once."""
     cuts: int = 8
     """Number of cuts below a row's peak."""
     step: float = 2.0
     """Distance between two cuts in nats, a power of 2."""
     split_warps: int = 8
-    """Warps of a program of the first two kernels."""
+    """Warps of a program of the kernels over splits."""
     tile: int = 1024
-    """Number of entries of a row's list that the third kernel holds at once."""
+    """Number of entries of a row's list that the last kernel holds at once."""
     rounds: int = 1
     """Number of passes over a list longer than a tile that narrow the search before the rest is copied to a tile."""
     row_warps: int = 8
-    """Warps of a program of the third kernel."""
+    """Warps of a program of the last kernel."""
     capacity: int = 4
     """A row's list holds at most the vocabulary's size divided by this number."""
 
@@ -73,47 +78,58 @@ def _unordered(key):
 @triton.jit
 def _split_statistics_kernel(
     logits, peaks, totals, counts, masses,  # [B, V] [B, S] [B, S] [B, S, C] [B, S, C]
-    V, S, stride, scale, STEP: tl.constexpr, CUTS: tl.constexpr, SPLIT: tl.constexpr,
+    V, S, stride, scale, STEP: tl.constexpr, CUTS: tl.constexpr, SPLIT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Compute a split's peak (NaN where it has a NaN), its sum of e^(z - peak), and the number and weight of the
     entries at or above each of its cuts, of which the first is the largest multiple of STEP not above the peak."""
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    v = split * SPLIT + tl.arange(0, SPLIT)
-    z = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf")) * scale
-    broken = tl.sum((z != z).to(tl.int32), 0) > 0
-    peak = tl.max(tl.where(z != z, -float("inf"), z), 0)
-    e = tl.where(z > -float("inf"), tl.exp(z - peak), 0.0)
-    cut = (tl.floor(peak / STEP) - tl.arange(0, CUTS).to(tl.float32)) * STEP
+    all_v = split * SPLIT + tl.arange(0, SPLIT)
+    all_z = tl.load(logits + row * stride + all_v, mask=all_v < V, other=-float("inf")) * scale
+    broken = tl.sum((all_z != all_z).to(tl.int32), 0) > 0
+    peak = tl.max(tl.where(all_z != all_z, -float("inf"), all_z), 0)
+    c = tl.arange(0, CUTS)
+    cut = (tl.floor(peak / STEP) - c.to(tl.float32)) * STEP
     cut = tl.where(peak > -float("inf"), cut, float("inf"))
-    mass = tl.sum(tl.where(z[None, :] >= cut[:, None], e[None, :], 0.0), 1)
-    # compared as integers, so that the compiler does not keep every comparison of the line above in a register
-    count = tl.sum(tl.where(_ordered(z)[None, :] >= _ordered(cut)[:, None], 1, 0), 1)
+    count = tl.zeros([CUTS, PART], tl.float32)
+    mass = tl.zeros([CUTS, PART], tl.float32)
+    total = tl.zeros([PART], tl.float32)
+    # read again, now from the nearest cache, in parts for which all sums fit the registers
+    for start in range(0, SPLIT, PART):
+        v = split * SPLIT + start + tl.arange(0, PART)
+        z = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf")) * scale
+        e = tl.where(z > -float("inf"), tl.exp(z - peak), 0.0)
+        reached = tl.where(z[None, :] >= cut[:, None], 1.0, 0.0)
+        count += reached
+        mass += reached * e[None, :]
+        total += e
     at = row * S + split
     tl.store(peaks + at, tl.where(broken, float("nan"), peak))
-    tl.store(totals + at, tl.sum(e, 0))
-    tl.store(counts + at * CUTS + tl.arange(0, CUTS), count)
-    tl.store(masses + at * CUTS + tl.arange(0, CUTS), mass)
+    tl.store(totals + at, tl.sum(total, 0))
+    tl.store(counts + at * CUTS + c, tl.sum(count, 1).to(tl.int32))
+    tl.store(masses + at * CUTS + c, tl.sum(mass, 1))
 
 
 @triton.jit
-def _row_statistics(
-    peaks, totals, counts, masses, row, V, S, top_k, top_p, log_min_p,
+def _bracket_kernel(
+    peaks, totals, counts, masses,  # [B, S] [B, S] [B, S, C] [B, S, C]
+    bracket, places,  # [B, 4] int32 [B, S + 1]
+    V, S, top_k, top_p, log_min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     STEP: tl.constexpr, CUTS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Return, for one row: whether it is sound, its peak and its sum of e^(z - peak); the highest cut that no filter's
-    threshold is below, the cut above it, and how many entries of each split reach the former, int32 [SPLITS].
+    """Compute, for one row, its peak (NaN where it is not sound), its sum of e^(z - peak), the highest cut that no
+    filter's threshold is below, and the cut above that; and how many entries reach the former before each split.
 
-    Where no cut is low enough, the cut is -inf and the numbers add up to V.
+    Where no cut is low enough, the cut is -inf and all V entries count as reaching it.
     """
+    row = tl.program_id(0).to(tl.int64)
     s, c = tl.arange(0, SPLITS), tl.arange(0, CUTS)
     at = row * S + s
     split_peak = tl.load(peaks + at, mask=s < S, other=-float("inf"))
     broken = tl.sum(((split_peak != split_peak) | (split_peak == float("inf"))).to(tl.int32), 0) > 0
     peak = tl.max(tl.where(split_peak != split_peak, -float("inf"), split_peak), 0)
-    sound = (broken == 0) & (peak > -float("inf"))
-    scale = tl.where(split_peak > -float("inf"), tl.exp(split_peak - peak), 0.0)
-    total = tl.sum(tl.load(totals + at, mask=s < S, other=0.0) * scale, 0)
+    weight = tl.where(split_peak > -float("inf"), tl.exp(split_peak - peak), 0.0)
+    total = tl.sum(tl.load(totals + at, mask=s < S, other=0.0) * weight, 0)
 
     first = tl.floor(peak / STEP)
     cut = (first - c.to(tl.float32)) * STEP
@@ -122,7 +138,7 @@ def _row_statistics(
     index = c[None, :] - lag[:, None]
     known = (index >= 0) & (index < CUTS) & (s < S)[:, None]
     count = tl.load(counts + at[:, None] * CUTS + index, mask=known, other=0)
-    mass = tl.load(masses + at[:, None] * CUTS + index, mask=known, other=0.0) * scale[:, None]
+    mass = tl.load(masses + at[:, None] * CUTS + index, mask=known, other=0.0) * weight[:, None]
     if TOP_K:
         reached = tl.sum(count, 0) >= top_k
     elif TOP_P:
@@ -139,30 +155,35 @@ def _row_statistics(
     high = tl.where(place > 0, tl.max(tl.where(c == place - 1, cut, -float("inf")), 0), float("inf"))
     entries = tl.sum(tl.where(c[None, :] == place, count, 0), 1)
     entries = tl.where(place < CUTS, entries, tl.where(s == 0, V, 0))
-    return sound, peak, total, low, high, entries
+    tl.store(bracket + row * 4, tl.where((broken == 0) & (peak > -float("inf")), peak, float("nan")))
+    tl.store(bracket + row * 4 + 1, total)
+    tl.store(bracket + row * 4 + 2, low)
+    tl.store(bracket + row * 4 + 3, high)
+    tl.store(places + row * (S + 1) + s, tl.cumsum(entries, 0) - entries, mask=s < S)
+    tl.store(places + row * (S + 1) + S, tl.sum(entries, 0))
 
 
 @triton.jit
 def _list_kernel(
-    logits, peaks, totals, counts, masses, values, ids,  # [B, V] [B, S] [B, S] [B, S, C] [B, S, C] [B, L] int32 [B, L]
-    V, S, L, stride, scale, top_k, top_p, log_min_p,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-    STEP: tl.constexpr, CUTS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+    logits, bracket, places, values, ids,  # [B, V] [B, 4] int32 [B, S + 1] [B, L] int32 [B, L]
+    V, S, L, stride, scale, SPLIT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Copy the logits (before temperature) and ids of a split's entries at or above the row's cut to the row's list."""
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    v = split * SPLIT + tl.arange(0, SPLIT)
-    x = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf"))
-    sound, _peak, _total, low, _high, entries = _row_statistics(
-        peaks, totals, counts, masses, row, V, S, top_k, top_p, log_min_p, TOP_K, TOP_P, MIN_P, STEP, CUTS, SPLITS
-    )
-    s = tl.arange(0, SPLITS)
-    mine = tl.sum(tl.where(s == split, entries, 0), 0)
-    if sound & (tl.sum(entries, 0) <= L) & (mine > 0):
-        kept = (x * scale >= low) & (v < V)
-        place = tl.sum(tl.where(s < split, entries, 0), 0) + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(values + row * L + place, x, mask=kept)
-        tl.store(ids + row * L + place, v, mask=kept)
+    low = tl.load(bracket + row * 4 + 2)
+    place = tl.load(places + row * (S + 1) + split)
+    end = tl.load(places + row * (S + 1) + split + 1)
+    if (end > place) & (tl.load(places + row * (S + 1) + S) <= L):
+        for start in range(split * SPLIT, (split + 1) * SPLIT, PART):
+            v = start + tl.arange(0, PART)
+            x = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf"))
+            kept = ((x * scale >= low) & (v < V)).to(tl.int32)
+            number = tl.sum(kept, 0)
+            if number > 0:
+                at = row * L + place + tl.cumsum(kept, 0) - 1
+                tl.store(values + at, x, mask=kept > 0)
+                tl.store(ids + at, v, mask=kept > 0)
+            place += number
 
 
 @triton.jit
@@ -253,21 +274,19 @@ def _best_of(x, ids, key, n, listed, scale, floor, TILE: tl.constexpr):
 
 @triton.jit
 def _select_kernel(
-    logits, key, peaks, totals, counts, masses,  # [B, V] int64 [B] [B, S] [B, S] [B, S, C] [B, S, C]
-    values, ids, scratch, tokens,  # [B, L] int32 [B, L] [B, TILE] int64 [B]
+    logits, key, bracket, places, values, ids,  # [B, V] int64 [B] [B, 4] int32 [B, S + 1] [B, L] int32 [B, L]
+    scratch, tokens,  # [B, TILE] int64 [B]
     V, S, L, stride, scale, top_k, top_p, log_min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-    STEP: tl.constexpr, CUTS: tl.constexpr, SPLITS: tl.constexpr,
     ROUNDS: tl.constexpr, TILE: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """Search a row's threshold and draw its token: -1 where the row has a NaN, a +inf or no finite entry."""
     row = tl.program_id(0).to(tl.int64)
-    sound, peak, total, low_cut, high_cut, entries = _row_statistics(
-        peaks, totals, counts, masses, row, V, S, top_k, top_p, log_min_p, TOP_K, TOP_P, MIN_P, STEP, CUTS, SPLITS
-    )
-    n = tl.sum(entries, 0)
+    peak, total = tl.load(bracket + row * 4), tl.load(bracket + row * 4 + 1)
+    low_cut, high_cut = tl.load(bracket + row * 4 + 2), tl.load(bracket + row * 4 + 3)
+    n = tl.load(places + row * (S + 1) + S)
     token = tl.full([], -1, tl.int32)
-    if sound:
+    if peak == peak:
         listed = n <= L
         x = logits + row * stride
         if listed:
@@ -369,20 +388,24 @@ def sample_rows(
         torch.empty(B, S, C, dtype=torch.int32, device=device),
         torch.empty(B, S, C, dtype=torch.float32, device=device),
     )
+    bracket = torch.empty(B, 4, dtype=torch.float32, device=device)
+    places = torch.empty(B, S + 1, dtype=torch.int32, device=device)
     values = torch.empty(B, L, dtype=torch.float32, device=device)
     ids = torch.empty(B, L, dtype=torch.int32, device=device)
     scratch = torch.empty(B, tiles.tile, dtype=torch.float32, device=device)
-    cuts = {"STEP": tiles.step, "CUTS": C}
+    cuts, options = {"STEP": tiles.step, "CUTS": C}, (top_k, top_p, log_min_p)
     _split_statistics_kernel[grid](
-        logits_BV, *statistics, V, S, stride, scale, **cuts, SPLIT=tiles.split, num_warps=tiles.split_warps
-    )
-    options = (V, S, L, stride, scale, top_k, top_p, log_min_p)
+        logits_BV, *statistics, V, S, stride, scale, **cuts, SPLIT=tiles.split, PART=tiles.part,
+        num_warps=tiles.split_warps,
+    )  # fmt: skip
+    _bracket_kernel[(B,)](*statistics, bracket, places, V, S, *options, **filters, **cuts, SPLITS=splits, num_warps=4)
+    lists = (bracket, places, values, ids)
     _list_kernel[grid](
-        logits_BV, *statistics, values, ids, *options, **filters, **cuts, SPLITS=splits, SPLIT=tiles.split,
+        logits_BV, *lists, V, S, L, stride, scale, SPLIT=tiles.split, PART=tiles.list_part,
         num_warps=tiles.split_warps,
     )  # fmt: skip
     _select_kernel[(B,)](
-        logits_BV, key_B, *statistics, values, ids, scratch, tokens, *options, **filters, **cuts, SPLITS=splits,
+        logits_BV, key_B, *lists, scratch, tokens, V, S, L, stride, scale, *options, **filters,
         ROUNDS=tiles.rounds, TILE=tiles.tile, SEARCH=SEARCH_CUTS, num_warps=tiles.row_warps,
     )  # fmt: skip
     return tokens

@@ -161,11 +161,13 @@ def measure_filters(report: Report) -> None:
         )  # fmt: skip
 
     variants = [SHIPPED]
-    for split, split_warps in ((4096, 4), (8192, 8), (8192, 16), (2048, 4)):
-        variants.append(dataclasses.replace(SHIPPED, split=split, split_warps=split_warps))
+    for split, warps, part in ((8192, 4, 512), (8192, 8, 512), (4096, 8, 1024), (16384, 8, 1024), (16384, 16, 2048)):
+        variants.append(dataclasses.replace(SHIPPED, split=split, split_warps=warps, part=part))
+    for list_part in (1024, 4096):
+        variants.append(dataclasses.replace(SHIPPED, list_part=list_part))
     for cuts, step in ((16, 1.0), (4, 4.0), (8, 1.0)):
         variants.append(dataclasses.replace(SHIPPED, cuts=cuts, step=step))
-    for tile, row_warps in ((512, 4), (1024, 16), (2048, 16), (1024, 4), (2048, 8)):
+    for tile, row_warps in ((512, 4), (1024, 16), (1024, 4), (2048, 8)):
         variants.append(dataclasses.replace(SHIPPED, tile=tile, row_warps=row_warps))
     variants.append(dataclasses.replace(SHIPPED, rounds=2))
     one, key = make_logits(1, "peaked"), torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -198,7 +200,7 @@ def measure_filters(report: Report) -> None:
                 if value != dataclasses.asdict(SHIPPED)[key]
             }
         if eager:
-            row["kernels"] = kernel_times(lambda: draw(logits[1], keys, options, tiles), 4)
+            row["kernels"] = kernel_times(lambda: draw(logits[1], keys, options, tiles), 5)
             if "top_p" in options:
 
                 def sorted_draw() -> Tensor:

@@ -207,14 +207,16 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["_split_statistics_kernel", "_noisy_split_kernel", "_noisy_merge_kernel"])
-def test_filters_statistics_and_plain_draws(target: Target, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["_split_statistics_kernel", "_list_kernel", "_noisy_split_kernel", "_noisy_merge_kernel"]
+)
+def test_filters_passes_over_splits_and_plain_draws(target: Target, name: str, tmp_path: Path) -> None:
     compile_filters(target, getattr(filter_triton, name), {}, tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize("name", ["_list_kernel", "_select_kernel"])
+@pytest.mark.parametrize("name", ["_bracket_kernel", "_select_kernel"])
 def test_filters(target: Target, filters: str, name: str, tmp_path: Path) -> None:
     compile_filters(target, getattr(filter_triton, name), FILTERS[filters], tmp_path)
 
@@ -222,16 +224,19 @@ def test_filters(target: Target, filters: str, name: str, tmp_path: Path) -> Non
 def compile_filters(target: Target, kernel: Any, filters: dict[str, bool], directory: Path) -> None:
     """Compile a kernel of the filters as it ships for a vocabulary of 151936, and check its machine code."""
     tiles = filter_triton.SHIPPED
+    part = tiles.list_part if kernel is filter_triton._list_kernel else tiles.part
     sizes = {
-        "STEP": tiles.step, "CUTS": tiles.cuts, "SPLIT": tiles.split, "SPLITS": 64, "ROUNDS": tiles.rounds,
-        "TILE": tiles.tile, "SEARCH": filter_triton.SEARCH_CUTS, "GREEDY": False,
+        "STEP": tiles.step, "CUTS": tiles.cuts, "SPLIT": tiles.split, "PART": part, "SPLITS": 32, "GREEDY": False,
+        "ROUNDS": tiles.rounds, "TILE": tiles.tile, "SEARCH": filter_triton.SEARCH_CUTS,
     }  # fmt: skip
     constants = {name: value for name, value in (sizes | filters).items() if name in kernel.arg_names}
     types = types_of(
-        **dict.fromkeys(("logits", "peaks", "totals", "masses", "values", "scratch", "best"), "*fp32"),
-        **dict.fromkeys(("counts", "ids", "chosen"), "*i32"), key="*i64", tokens="*i64",
+        **dict.fromkeys(("logits", "peaks", "totals", "masses", "bracket", "values", "scratch", "best"), "*fp32"),
+        **dict.fromkeys(("counts", "places", "ids", "chosen"), "*i32"), key="*i64", tokens="*i64",
     )  # fmt: skip
-    num_warps = {"_select_kernel": tiles.row_warps, "_noisy_merge_kernel": 1}.get(kernel.__name__, tiles.split_warps)
+    num_warps = {"_select_kernel": tiles.row_warps, "_noisy_merge_kernel": 1, "_bracket_kernel": 4}.get(
+        kernel.__name__, tiles.split_warps
+    )
     compiled = compile_for(target, kernel, types, constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
     code = machine_code(compiled, target, directory)

@@ -15,7 +15,7 @@ from genssd.kernels.sampling_triton import draw_rows
 
 LAUNCH = HeadLaunch(programs=3, tiles=HeadTiles(block=16, block_d=16, num_warps=4, num_stages=2), interpret=True)
 
-TILES = FilterTiles(split=64, split_warps=4, tile=16, row_warps=4)
+TILES = FilterTiles(split=64, part=32, list_part=16, split_warps=4, tile=16, row_warps=4)
 
 
 def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
