@@ -113,14 +113,14 @@ def _split_statistics_kernel(
 def _bracket_kernel(
     peaks, totals, counts, masses,  # [B, S] [B, S] [B, S, C] [B, S, C]
     bracket, places,  # [B, 4] int32 [B, S + 1]
-    V, S, top_k, top_p, log_min_p,
+    S, top_k, top_p, log_min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     STEP: tl.constexpr, CUTS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Compute, for one row, its peak (NaN where it is not sound), its sum of e^(z - peak), the highest cut that no
     filter's threshold is below, and the cut above that; and how many entries reach the former before each split.
 
-    Where no cut is low enough, the cut is -inf and all V entries count as reaching it.
+    Where no cut is low enough, the cut is -inf and the number of entries too large for any list.
     """
     row = tl.program_id(0).to(tl.int64)
     s, c = tl.arange(0, SPLITS), tl.arange(0, CUTS)
@@ -154,13 +154,12 @@ def _bracket_kernel(
     low = tl.where(place < CUTS, tl.max(tl.where(c == place, cut, -float("inf")), 0), -float("inf"))
     high = tl.where(place > 0, tl.max(tl.where(c == place - 1, cut, -float("inf")), 0), float("inf"))
     entries = tl.sum(tl.where(c[None, :] == place, count, 0), 1)
-    entries = tl.where(place < CUTS, entries, tl.where(s == 0, V, 0))
     tl.store(bracket + row * 4, tl.where((broken == 0) & (peak > -float("inf")), peak, float("nan")))
     tl.store(bracket + row * 4 + 1, total)
     tl.store(bracket + row * 4 + 2, low)
     tl.store(bracket + row * 4 + 3, high)
     tl.store(places + row * (S + 1) + s, tl.cumsum(entries, 0) - entries, mask=s < S)
-    tl.store(places + row * (S + 1) + S, tl.sum(entries, 0))
+    tl.store(places + row * (S + 1) + S, tl.where(place < CUTS, tl.sum(entries, 0), 0x7FFFFFFF))
 
 
 @triton.jit
@@ -398,7 +397,7 @@ def sample_rows(
         logits_BV, *statistics, V, S, stride, scale, **cuts, SPLIT=tiles.split, PART=tiles.part,
         num_warps=tiles.split_warps,
     )  # fmt: skip
-    _bracket_kernel[(B,)](*statistics, bracket, places, V, S, *options, **filters, **cuts, SPLITS=splits, num_warps=4)
+    _bracket_kernel[(B,)](*statistics, bracket, places, S, *options, **filters, **cuts, SPLITS=splits, num_warps=4)
     lists = (bracket, places, values, ids)
     _list_kernel[grid](
         logits_BV, *lists, V, S, L, stride, scale, SPLIT=tiles.split, PART=tiles.list_part,

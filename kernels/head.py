@@ -96,8 +96,6 @@ def multiply_into(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
 
     The product of bfloat16 or float16 inputs is not rounded to their dtype.
     """
-    if hidden_ND.is_cuda and hidden_ND.dtype != out.dtype:
-        return torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype, out=out)
     if hidden_ND.dtype != out.dtype:
         return linear(hidden_ND, weight_VD, out=out)
     return torch.mm(hidden_ND, weight_VD.T, out=out)

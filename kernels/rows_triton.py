@@ -77,21 +77,44 @@ def row_normalizer(x, V, scale, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.conste
 
 
 @triton.jit
-def _logsumexp_kernel(x, out, V, stride, scale, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    peak, log_total = row_normalizer(x + row * stride, V, scale, softcap, BLOCK, SOFTCAP)
-    tl.store(out + row, peak + log_total)
+def _logsumexp_kernel(
+    x, peaks, log_totals,  # [C, V] [C, S] [C, S]
+    V, S, stride, scale, softcap, SPLIT: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start = split * SPLIT
+    peak, log_total = row_normalizer(
+        x + row * stride + start, tl.minimum(V - start, SPLIT), scale, softcap, BLOCK, SOFTCAP
+    )
+    tl.store(peaks + row * S + split, peak)
+    tl.store(log_totals + row * S + split, log_total)
+
+
+@triton.jit
+def _merge_logsumexp_kernel(peaks, log_totals, out, S, SPLITS: tl.constexpr):
+    row, s = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS)
+    peak = tl.load(peaks + row * S + s, mask=s < S, other=-float("inf"))
+    log_total = tl.load(log_totals + row * S + s, mask=s < S, other=-float("inf"))
+    highest = safe_peak(tl.max(tl.where(log_total > -float("inf"), peak, -float("inf")), 0))
+    total = tl.sum(tl.where(log_total == -float("inf"), 0.0, tl.exp(peak - highest + log_total)), 0)
+    tl.store(out + row, highest + tl.log(total))
 
 
 def logsumexp_rows(x_CV: Tensor, temperature: float, softcap: float | None, *, tiles: RowTiles = ROWS) -> Tensor:
-    """Compute `head.row_logsumexp`, float32 [C], for float32 logits on a CUDA device."""
+    """Compute `head.row_logsumexp`, float32 [C], for float32 logits on a CUDA device.
+
+    Several programs compute a row, whose splits depend on V and the tiles alone, so that few rows are fast as well.
+    """
     C, V = x_CV.shape
-    out = torch.empty(C, dtype=torch.float32, device=x_CV.device)
-    _logsumexp_kernel[(C,)](
-        x_CV, out, V, x_CV.stride(0), 1.0 / temperature, softcap or 1.0, BLOCK=tiles.block, SOFTCAP=softcap is not None,
-        num_warps=tiles.num_warps,
+    split = 8 * tiles.block
+    S = -(-V // split)
+    out, peaks, log_totals = (torch.empty(C, n, dtype=torch.float32, device=x_CV.device) for n in (1, S, S))
+    _logsumexp_kernel[(S, C)](
+        x_CV, peaks, log_totals, V, S, x_CV.stride(0), 1.0 / temperature, softcap or 1.0,
+        SPLIT=split, BLOCK=tiles.block, SOFTCAP=softcap is not None, num_warps=tiles.num_warps,
     )  # fmt: skip
-    return out
+    _merge_logsumexp_kernel[(C,)](peaks, log_totals, out, S, SPLITS=triton.next_power_of_2(S), num_warps=1)
+    return out[:, 0]
 
 
 def upper_half(x_CV: Tensor, dtype: torch.dtype) -> Tensor:

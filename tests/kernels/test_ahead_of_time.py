@@ -160,8 +160,14 @@ ROWWISE = {
     ),
     "logsumexp": (
         rows_triton._logsumexp_kernel,
-        {"x": "*fp32", "out": "*fp32"},
-        {"BLOCK": rows_triton.ROWS.block, "SOFTCAP": True}, rows_triton.ROWS.num_warps,
+        {"x": "*fp32", "peaks": "*fp32", "log_totals": "*fp32"},
+        {"SPLIT": 8 * rows_triton.ROWS.block, "BLOCK": rows_triton.ROWS.block, "SOFTCAP": True},
+        rows_triton.ROWS.num_warps,
+    ),
+    "merge-logsumexp": (
+        rows_triton._merge_logsumexp_kernel,
+        {"peaks": "*fp32", "log_totals": "*fp32", "out": "*fp32"},
+        {"SPLITS": 8}, 1,
     ),
     **{
         f"softmax-gradient-{linear}": (
