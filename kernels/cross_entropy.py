@@ -91,7 +91,7 @@ def _linear_cross_entropy(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the total, the losses [N], and the gradients of hidden and weight (empty where not requested)."""
+    """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
     valid_N = (target_N >= 0) & (target_N < weight_VD.shape[0])
     if target_N.device.type == "cpu":
         require_in_vocabulary("linear_cross_entropy", target_N, weight_VD.shape[0])

@@ -121,7 +121,7 @@ def _topk_divergence(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the total, the losses [N], and the gradients of hidden and weight (empty if not requested)."""
+    """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
     V = student_weight_VD.shape[0]
     used_NK = (teacher_ids_NK >= 0) & (teacher_ids_NK < V)
     rounding = torch.finfo(teacher_logprob_NK.dtype).eps

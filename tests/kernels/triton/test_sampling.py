@@ -90,17 +90,17 @@ def normal(rows: int, vocabulary: int, scale: float = 3.0, seed: int = 0) -> Ten
 
 
 ROWS = {
-    "equal": lambda v: torch.full((4, v), 0.25),
-    "equal and far from 0": lambda v: torch.full((4, v), -3e7),
-    "two values": lambda v: torch.where(torch.arange(4 * v).reshape(4, v) % 3 == 0, 1.5, -0.5),
-    "nearly flat": lambda v: normal(4, v, 0.01),
-    "flat": lambda v: normal(4, v, 0.5),
-    "huge spread": lambda v: normal(4, v, 1e6),
-    "around 0": lambda v: normal(4, v, 1e-30),
-    "mostly banned": lambda v: normal(4, v).masked_fill(torch.arange(v) % 7 != v % 7, -torch.inf),
-    "on the cuts": lambda v: normal(4, v).round() * 2.0,
-    "a long tail": lambda v: torch.cat((torch.zeros(4, 1), torch.full((4, v - 1), -13.7)), 1),
-    "one far ahead": lambda v: torch.cat((torch.full((4, 1), 40.0), normal(4, v - 1)), 1),
+    "equal": lambda v: torch.full((2, v), 0.25),
+    "equal and far from 0": lambda v: torch.full((2, v), -3e7),
+    "two values": lambda v: torch.where(torch.arange(2 * v).reshape(2, v) % 3 == 0, 1.5, -0.5),
+    "nearly flat": lambda v: normal(2, v, 0.01),
+    "flat": lambda v: normal(2, v, 0.5),
+    "huge spread": lambda v: normal(2, v, 1e6),
+    "around 0": lambda v: normal(2, v, 1e-30),
+    "mostly banned": lambda v: normal(2, v).masked_fill(torch.arange(v) % 7 != v % 7, -torch.inf),
+    "on the cuts": lambda v: normal(2, v).round() * 2.0,
+    "a long tail": lambda v: torch.cat((torch.zeros(2, 1), torch.full((2, v - 1), -13.7)), 1),
+    "one far ahead": lambda v: torch.cat((torch.full((2, 1), 40.0), normal(2, v - 1)), 1),
 }
 
 
@@ -111,7 +111,7 @@ ROWS = {
 )
 def test_filters_of_odd_rows(name: str, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Lists that overflow, thresholds below the lowest cut and ties longer than a tile change nothing."""
-    logits, keys = ROWS[name](211), torch.arange(4) * 104729
+    logits, keys = ROWS[name](211), torch.arange(2) * 104729
     expected = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert torch.equal(draw(logits, keys, temperature, top_k, top_p, min_p), expected)
 
@@ -139,7 +139,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     row=st.lists(VALUES, min_size=1, max_size=90).filter(lambda row: max(row) > -math.inf),
     top_k=st.integers(0, 100),
