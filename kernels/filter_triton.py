@@ -6,10 +6,10 @@ Of four kernels, the first and the third run many programs per row, the others o
    few cuts. The cuts are multiples of STEP, the same for all splits, so the splits' numbers add up to the row's.
 2. The highest cut below which no filter keeps an entry follows from these sums.
 3. The entries at or above it are copied to a short list per row, in the order of their ids: the sums of step 1 give
-   every split its place in the list.
-4. The exact threshold is searched in the list, and the token is drawn among the entries above it.
+   every split its place in the list. Noise is made for these entries alone.
+4. The exact threshold is searched in the list, and the token with the largest noisy logit above it is drawn.
 
-A row whose list would not fit (more than a quarter of the vocabulary), or that needs a cut below the lowest, is
+A row whose list would not fit (more than half of the vocabulary), or that needs a cut below the lowest, is
 searched in the logits themselves. Without filters, or at temperature 0, one pass over splits and a merge draw the
 token.
 
@@ -53,7 +53,7 @@ class FilterTiles:
     """Number of passes over a list longer than a tile that narrow the search before the rest is copied to a tile."""
     row_warps: int = 8
     """Warps of a program of the last kernel."""
-    capacity: int = 4
+    capacity: int = 2
     """A row's list holds at most the vocabulary's size divided by this number."""
 
 
@@ -164,15 +164,18 @@ def _bracket_kernel(
 
 @triton.jit
 def _list_kernel(
-    logits, bracket, places, values, ids,  # [B, V] [B, 4] int32 [B, S + 1] [B, L] int32 [B, L]
-    V, S, L, stride, scale, SPLIT: tl.constexpr, PART: tl.constexpr,
+    logits, key, bracket, places,  # [B, V] int64 [B] [B, 4] int32 [B, S + 1]
+    values, ids, scores,  # [B, L] int32 [B, L] [B, L]
+    V, S, L, stride, scale, SPLIT: tl.constexpr, PART: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """Copy the logits (before temperature) and ids of a split's entries at or above the row's cut to the row's list."""
+    """Copy the logits (before temperature), ids and noisy logits of a split's entries at or above the row's cut to the
+    row's list."""
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     low = tl.load(bracket + row * 4 + 2)
-    place = tl.load(places + row * (S + 1) + split)
+    first = tl.load(places + row * (S + 1) + split)
     end = tl.load(places + row * (S + 1) + split + 1)
-    if (end > place) & (tl.load(places + row * (S + 1) + S) <= L):
+    if (end > first) & (tl.load(places + row * (S + 1) + S) <= L):
+        place = first
         for start in range(split * SPLIT, (split + 1) * SPLIT, PART):
             v = start + tl.arange(0, PART)
             x = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf"))
@@ -183,6 +186,14 @@ def _list_kernel(
                 tl.store(values + at, x, mask=kept > 0)
                 tl.store(ids + at, v, mask=kept > 0)
             place += number
+        # noise is dear: it is made for the entries of the list alone, once they lie side by side
+        tl.debug_barrier()
+        seed = tl.load(key + row)
+        for start in range(first, end, NOISE):
+            i = start + tl.arange(0, NOISE)
+            value = tl.load(values + row * L + i, mask=i < end, other=0.0)
+            entry = tl.load(ids + row * L + i, mask=i < end, other=0)
+            tl.store(scores + row * L + i, value * scale + _gumbel(seed, entry), mask=i < end)
 
 
 @triton.jit
@@ -251,10 +262,10 @@ def _smallest_cut(
 
 
 @triton.jit
-def _best_of(x, ids, key, n, listed, scale, floor, TILE: tl.constexpr):
+def _best_of(x, ids, scores, key, n, listed, scale, floor, TILE: tl.constexpr):
     """Return the id of the entry with the largest noisy logit among n entries whose ordered value is at least floor.
 
-    listed: n where ids holds the ids of the entries, 0 where their places are the ids.
+    listed: whether ids and scores hold the ids and noisy logits of the entries; else their places are the ids.
     """
     lane = tl.arange(0, TILE)
     best = tl.full([TILE], -float("inf"), tl.float32)
@@ -263,18 +274,25 @@ def _best_of(x, ids, key, n, listed, scale, floor, TILE: tl.constexpr):
         i = start + lane
         z = tl.load(x + i, mask=i < n, other=-float("inf")) * scale
         kept = (_ordered(z) >= floor) & (z > -float("inf"))
-        if tl.max(kept.to(tl.int32), 0) > 0:
-            v = tl.load(ids + i, mask=i < listed, other=0) + tl.where(i < listed, 0, i)
-            score = tl.where(kept, z + _gumbel(key, v), -float("inf"))
-            chosen = tl.where(score > best, v, chosen)
-            best = tl.maximum(best, score)
-    return tl.min(tl.where(best == tl.max(best, 0), chosen, 0x7FFFFFFF), 0)
+        if listed:
+            score = tl.load(scores + i, mask=i < n, other=-float("inf"))
+        else:
+            score = z
+            if tl.max(kept.to(tl.int32), 0) > 0:
+                score += _gumbel(key, i)
+        score = tl.where(kept, score, -float("inf"))
+        chosen = tl.where(score > best, i, chosen)
+        best = tl.maximum(best, score)
+    token = tl.min(tl.where(best == tl.max(best, 0), chosen, 0x7FFFFFFF), 0)
+    if listed:
+        token = tl.load(ids + token)
+    return token
 
 
 @triton.jit
 def _select_kernel(
-    logits, key, bracket, places, values, ids,  # [B, V] int64 [B] [B, 4] int32 [B, S + 1] [B, L] int32 [B, L]
-    scratch, tokens,  # [B, TILE] int64 [B]
+    logits, key, bracket, places,  # [B, V] int64 [B] [B, 4] int32 [B, S + 1]
+    values, ids, scores, scratch, tokens,  # [B, L] int32 [B, L] [B, L] [B, TILE] int64 [B]
     V, S, L, stride, scale, top_k, top_p, log_min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     ROUNDS: tl.constexpr, TILE: tl.constexpr, SEARCH: tl.constexpr,
@@ -320,7 +338,7 @@ def _select_kernel(
             ).to(tl.int32)  # fmt: skip
         floor = tl.maximum(floor, least)
         seed = tl.load(key + row)
-        token = _best_of(x, ids + row * L, seed, n, tl.where(listed, n, 0), scale, floor, TILE)
+        token = _best_of(x, ids + row * L, scores + row * L, seed, n, listed, scale, floor, TILE)
     tl.store(tokens + row, token.to(tl.int64))
 
 
@@ -391,6 +409,7 @@ def sample_rows(
     places = torch.empty(B, S + 1, dtype=torch.int32, device=device)
     values = torch.empty(B, L, dtype=torch.float32, device=device)
     ids = torch.empty(B, L, dtype=torch.int32, device=device)
+    scores = torch.empty(B, L, dtype=torch.float32, device=device)
     scratch = torch.empty(B, tiles.tile, dtype=torch.float32, device=device)
     cuts, options = {"STEP": tiles.step, "CUTS": C}, (top_k, top_p, log_min_p)
     _split_statistics_kernel[grid](
@@ -398,13 +417,13 @@ def sample_rows(
         num_warps=tiles.split_warps,
     )  # fmt: skip
     _bracket_kernel[(B,)](*statistics, bracket, places, S, *options, **filters, **cuts, SPLITS=splits, num_warps=4)
-    lists = (bracket, places, values, ids)
+    lists = (logits_BV, key_B, bracket, places, values, ids, scores)
     _list_kernel[grid](
-        logits_BV, *lists, V, S, L, stride, scale, SPLIT=tiles.split, PART=tiles.list_part,
+        *lists, V, S, L, stride, scale, SPLIT=tiles.split, PART=tiles.list_part, NOISE=tiles.part // 2,
         num_warps=tiles.split_warps,
     )  # fmt: skip
     _select_kernel[(B,)](
-        logits_BV, key_B, *lists, scratch, tokens, V, S, L, stride, scale, *options, **filters,
-        ROUNDS=tiles.rounds, TILE=tiles.tile, SEARCH=SEARCH_CUTS, num_warps=tiles.row_warps,
+        *lists, scratch, tokens, V, S, L, stride, scale, *options, **filters, ROUNDS=tiles.rounds, TILE=tiles.tile,
+        SEARCH=SEARCH_CUTS, num_warps=tiles.row_warps,
     )  # fmt: skip
     return tokens

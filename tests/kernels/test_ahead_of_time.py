@@ -233,11 +233,13 @@ def compile_filters(target: Target, kernel: Any, filters: dict[str, bool], direc
     part = tiles.list_part if kernel is filter_triton._list_kernel else tiles.part
     sizes = {
         "STEP": tiles.step, "CUTS": tiles.cuts, "SPLIT": tiles.split, "PART": part, "SPLITS": 32, "GREEDY": False,
+        "NOISE": tiles.part // 2,
         "ROUNDS": tiles.rounds, "TILE": tiles.tile, "SEARCH": filter_triton.SEARCH_CUTS,
     }  # fmt: skip
     constants = {name: value for name, value in (sizes | filters).items() if name in kernel.arg_names}
     types = types_of(
-        **dict.fromkeys(("logits", "peaks", "totals", "masses", "bracket", "values", "scratch", "best"), "*fp32"),
+        **dict.fromkeys(("logits", "peaks", "totals", "masses", "bracket"), "*fp32"),
+        **dict.fromkeys(("values", "scores", "scratch", "best"), "*fp32"),
         **dict.fromkeys(("counts", "places", "ids", "chosen"), "*i32"), key="*i64", tokens="*i64",
     )  # fmt: skip
     num_warps = {"_select_kernel": tiles.row_warps, "_noisy_merge_kernel": 1, "_bracket_kernel": 4}.get(
