@@ -34,7 +34,8 @@ for set in $sets; do
         part 150 python -m bench.engine.decode_step --json "$results/gpu-decode-step.json"
         ;;
     tuning)
-        part 590 python -m bench.tuning.attention_tiles --json "$results/gpu-attention-tiles.json"
+        part 490 python -m bench.tuning.attention_tiles --json "$results/gpu-attention-tiles.json"
+        part 100 python -m bench.tuning.row_passes --json "$results/gpu-row-passes.jsonl"
         ;;
     *)
         echo "no set is called $set" >&2
