@@ -21,6 +21,7 @@ from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, noise_keys
 from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.device_table import upload
+from genssd.kernels.head import row_logsumexp
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
 
@@ -99,7 +100,10 @@ class WriterDrawing:
                 vocabulary=self._vocabulary,
                 checked=False,
             )
-        logits_CV = self.writer.logits(hidden_LD).index_select(0, source_C)
+        if len(candidates) <= len(lanes):
+            logits_CV = self.writer.logits(hidden_LD.index_select(0, source_C))
+        else:
+            logits_CV = self.writer.logits(hidden_LD).index_select(0, source_C)
         tokens_C = draw_filtered(logits_CV[:, : self._vocabulary], keys_C, self._sampling, checked=False)
         return tokens_C, logprob_of(logits_CV, tokens_C.clamp_min(0))
 
@@ -129,7 +133,7 @@ def draw_filtered(logits_CV: Tensor, keys_C: Tensor, sampling: Sampling, *, chec
 
 def logprob_of(logits_CV: Tensor, tokens_C: Tensor) -> Tensor:
     """Return the log-probability of one token in every row of logits, [C]."""
-    return logits_CV.gather(1, tokens_C[:, None])[:, 0] - logits_CV.logsumexp(1)
+    return logits_CV.gather(1, tokens_C[:, None])[:, 0] - row_logsumexp(logits_CV, 1.0, None)
 
 
 @torch.inference_mode()

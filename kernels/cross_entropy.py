@@ -91,13 +91,17 @@ def _linear_cross_entropy(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the total, the losses [N], and the gradients of hidden and weight (empty where not requested)."""
+    """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
     valid_N = (target_N >= 0) & (target_N < weight_VD.shape[0])
     if target_N.device.type == "cpu":
         require_in_vocabulary("linear_cross_entropy", target_N, weight_VD.shape[0])
     target_N = torch.where(valid_N, target_N, 0)
 
     def row_loss(x_CV: Tensor, span: slice) -> tuple[Tensor, Tensor]:
+        if (want_hidden or want_weight) and x_CV.is_cuda and x_CV.dtype == torch.float32:
+            from genssd.kernels.rows_triton import cross_entropy_rows
+
+            return cross_entropy_rows(x_CV, target_N[span], row_weight_N[span], temperature, softcap, hidden_ND.dtype)
         scale_C, target_C1 = row_weight_N[span], target_N[span, None]
         x_target = x_CV.gather(1, target_C1)
         logsumexp = row_logsumexp(x_CV, temperature, softcap)
@@ -116,7 +120,7 @@ def _linear_cross_entropy(
         hidden_ND,
         weight_VD,
         row_weight_N,
-        rows=rows_per_chunk(weight_VD.shape[0], hidden_ND.device),
+        rows=rows_per_chunk(len(hidden_ND), weight_VD.shape[0], hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )

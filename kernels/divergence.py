@@ -151,9 +151,10 @@ def _linear_divergence(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the total, the losses [N], and the gradients of hidden and weight (empty if not requested)."""
+    """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
     teacher_weight_UE = teacher_weight_UE.to(teacher_hidden_NE.dtype)
-    rows = rows_per_chunk(student_weight_VD.shape[0] + teacher_weight_UE.shape[0], student_hidden_ND.device)
+    both = student_weight_VD.shape[0] + teacher_weight_UE.shape[0]
+    rows = rows_per_chunk(len(student_hidden_ND), both, student_hidden_ND.device)
     buffer_CU = torch.empty(
         min(rows, len(teacher_hidden_NE)),
         len(teacher_weight_UE),

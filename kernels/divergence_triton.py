@@ -1,7 +1,9 @@
 """Triton kernel of `linear_divergence`: from a row of both models' logits to the row's divergence and its gradient.
 
 One program computes one row. Its first pass yields both log-sum-exps, its second the divergence and the mean of f under
-the student, its third the gradient.
+the student, its third the gradient. Where the mean is known (forward KL), the second pass yields both. The second pass
+runs from the end of the row to its beginning, so that it begins with what the first has left in the L2 cache, and the
+third like the first. The gradient overwrites the student's logits.
 
 Shapes:  C rows of a chunk   V student's vocabulary   U teacher's vocabulary
 """
@@ -13,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels.head_triton import row_normalizer, squash, unsquash_gradient
+from genssd.kernels.rows_triton import RowTiles, lower_half, row_normalizer, squash, unsquash_gradient, upper_half
 
 KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_forward_kl": 3, "skew_reverse_kl": 4}
-BLOCK = 2048  # entries of a row that a program holds at once
+TILES = RowTiles(block=2048, num_warps=8)
+"""Shipped configuration of the kernel."""
 
 
 @triton.jit
@@ -47,47 +50,56 @@ def divergence_terms(log_p, log_q, mix, KIND: tl.constexpr):
 
 @triton.jit
 def _divergence_kernel(
-    student, teacher, row_weight, loss, dx,  # [C, V] [C, U] [C] [C] [C, V]
-    V, U, stride_student, stride_teacher, stride_dx, mix, temperature, student_softcap, teacher_softcap,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr, TEACHER_SOFTCAP: tl.constexpr,
+    student, teacher, row_weight, loss, dx,  # [C, V] [C, U] [C] [C] [C, V], the upper half (MEAN_KNOWN) or lower half
+    C, V, U, stride_student, stride_teacher, stride_dx, mix, scale, student_softcap, teacher_softcap,
+    KIND: tl.constexpr, MEAN_KNOWN: tl.constexpr, BLOCK: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    student += row * stride_student
-    teacher += row * stride_teacher
-    dx += row * stride_dx
-    weight = tl.load(row_weight + row)
-    peak_p, sum_p = row_normalizer(student, V, temperature, student_softcap, BLOCK, STUDENT_SOFTCAP)
-    peak_q, sum_q = row_normalizer(teacher, U, temperature, teacher_softcap, BLOCK, TEACHER_SOFTCAP)
-    shared = tl.minimum(V, U)
-    # a constant in f matters where the sum leaves out entries of the student's softmax
-    constant = tl.where((shared < V) & (KIND == 1 or KIND == 4), 1.0, 0.0)
-    lane = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    mean = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, shared, BLOCK):
-        v = start + lane
-        kept = v < shared
-        log_p = squash(tl.load(student + v, mask=kept, other=0.0), temperature, student_softcap, STUDENT_SOFTCAP)
-        log_q = squash(tl.load(teacher + v, mask=kept, other=0.0), temperature, teacher_softcap, TEACHER_SOFTCAP)
-        log_p, log_q = log_p - peak_p - sum_p, log_q - peak_q - sum_q
-        term, g = divergence_terms(log_p, log_q, mix, KIND)
-        total += tl.where(kept, term, 0.0)
-        mean += tl.where(kept, g + constant * tl.exp(log_p), 0.0)
-    tl.store(loss + row, tl.sum(total, 0))
-    f_mean = tl.sum(mean, 0)
-    if KIND == 0:
-        # all of the teacher's probabilities take part, so they sum to 1: with the exact sum the gradient is p - q
-        f_mean = tl.where(shared == U, -1.0, f_mean)
-    for start in range(0, V, BLOCK):
-        v = start + lane
-        z = squash(tl.load(student + v, mask=v < V, other=0.0), temperature, student_softcap, STUDENT_SOFTCAP)
-        log_q = squash(tl.load(teacher + v, mask=v < shared, other=0.0), temperature, teacher_softcap, TEACHER_SOFTCAP)
-        log_p = z - peak_p - sum_p
-        p = tl.exp(log_p)
-        _, g = divergence_terms(log_p, log_q - peak_q - sum_q, mix, KIND)
-        dz = tl.where(v < shared, g + constant * p, 0.0) - p * f_mean
-        out = unsquash_gradient(dz * weight, z, temperature, student_softcap, STUDENT_SOFTCAP)
-        tl.store(dx + v, out.to(dx.dtype.element_ty), mask=v < V)
+    for number in range(tl.program_id(0), C, tl.num_programs(0)):
+        row = tl.zeros([], tl.int64) + number
+        student_row, teacher_row = student + row * stride_student, teacher + row * stride_teacher
+        dx_row = dx + row * stride_dx
+        weight = tl.load(row_weight + row)
+        peak_p, sum_p = row_normalizer(student_row, V, scale, student_softcap, BLOCK, STUDENT_SOFTCAP)
+        peak_q, sum_q = row_normalizer(teacher_row, U, scale, teacher_softcap, BLOCK, TEACHER_SOFTCAP)
+        shared = tl.minimum(V, U)
+        # a constant in f matters where the sum leaves out entries of the student's softmax
+        constant = tl.where((shared < V) & (KIND == 1 or KIND == 4), 1.0, 0.0)
+        lane = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        mean = tl.zeros([BLOCK], tl.float32)
+        blocks = tl.cdiv(V, BLOCK)
+        for i in range(0, blocks):
+            v = (blocks - 1 - i) * BLOCK + lane
+            kept = v < shared
+            z = squash(tl.load(student_row + v, mask=v < V, other=0.0), scale, student_softcap, STUDENT_SOFTCAP)
+            log_q = squash(tl.load(teacher_row + v, mask=kept, other=0.0), scale, teacher_softcap, TEACHER_SOFTCAP)
+            log_p, log_q = z - peak_p - sum_p, log_q - peak_q - sum_q
+            term, g = divergence_terms(log_p, log_q, mix, KIND)
+            total += tl.where(kept, term, 0.0)
+            if MEAN_KNOWN:
+                # all of the teacher's probabilities take part, so they sum to 1: with that sum the gradient is p - q
+                dz = tl.where(kept, g, 0.0) + tl.exp(log_p)
+                out = unsquash_gradient(dz * (weight * scale), z, scale, student_softcap, STUDENT_SOFTCAP)
+                tl.debug_barrier()  # all threads have read the block's entries before one is overwritten
+                tl.store(dx_row + v, out.to(dx.dtype.element_ty), mask=v < V)
+            else:
+                mean += tl.where(kept, g + constant * tl.exp(log_p), 0.0)
+        tl.store(loss + row, tl.sum(total, 0))
+        if not MEAN_KNOWN:
+            f_mean = tl.sum(mean, 0)
+            for start in range(0, V, BLOCK):
+                v = start + lane
+                kept = v < shared
+                z = squash(tl.load(student_row + v, mask=v < V, other=0.0), scale, student_softcap, STUDENT_SOFTCAP)
+                log_q = squash(tl.load(teacher_row + v, mask=kept, other=0.0), scale, teacher_softcap, TEACHER_SOFTCAP)
+                log_p = z - peak_p - sum_p
+                p = tl.exp(log_p)
+                _, g = divergence_terms(log_p, log_q - peak_q - sum_q, mix, KIND)
+                dz = tl.where(kept, g + constant * p, 0.0) - p * f_mean
+                out = unsquash_gradient(dz * (weight * scale), z, scale, student_softcap, STUDENT_SOFTCAP)
+                tl.debug_barrier()
+                tl.store(dx_row + v, out.to(dx.dtype.element_ty), mask=v < V)
 
 
 def divergence_rows(
@@ -101,17 +113,19 @@ def divergence_rows(
     teacher_softcap: float | None,
     dtype: torch.dtype,
     *,
-    block: int = BLOCK,
+    tiles: RowTiles = TILES,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `divergence.divergence_rows` for float32 logits on a CUDA device."""
-    C, V = student_x_CV.shape
+    """Compute `divergence.divergence_rows` for float32 logits on a CUDA device; the gradient overwrites student_x."""
+    (C, V), U = student_x_CV.shape, teacher_x_CU.shape[1]
     loss_C = torch.empty(C, dtype=torch.float32, device=student_x_CV.device)
-    dx_CV = torch.empty(C, V, dtype=dtype, device=student_x_CV.device)
-    _divergence_kernel[(C,)](
-        student_x_CV, teacher_x_CU, row_weight_C, loss_C, dx_CV, V, teacher_x_CU.shape[1],
+    mean_known = kind == "forward_kl" and U <= V
+    dx_CV = (upper_half if mean_known else lower_half)(student_x_CV, dtype)
+    _divergence_kernel[(min(C, tiles.programs or C),)](
+        student_x_CV, teacher_x_CU, row_weight_C, loss_C, dx_CV, C, V, U,
         student_x_CV.stride(0), teacher_x_CU.stride(0), dx_CV.stride(0),
-        mix, temperature, student_softcap or 1.0, teacher_softcap or 1.0,
-        KIND=KINDS[kind], BLOCK=block,
-        STUDENT_SOFTCAP=student_softcap is not None, TEACHER_SOFTCAP=teacher_softcap is not None, num_warps=8,
+        mix, 1.0 / temperature, student_softcap or 1.0, teacher_softcap or 1.0,
+        KIND=KINDS[kind], MEAN_KNOWN=mean_known, BLOCK=tiles.block,
+        STUDENT_SOFTCAP=student_softcap is not None, TEACHER_SOFTCAP=teacher_softcap is not None,
+        num_warps=tiles.num_warps,
     )  # fmt: skip
     return loss_C, dx_CV

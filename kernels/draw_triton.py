@@ -25,7 +25,7 @@ from genssd.kernels.head_triton import (
     rescale,
     safe_peak,
 )
-from genssd.kernels.sampling_triton import gumbel, uniform
+from genssd.kernels.noise_triton import gumbel, uniform
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOGITS_BYTES = 256 << 20  # largest size of the float32 logits of one block of rows

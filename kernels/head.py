@@ -22,9 +22,10 @@ from torch.autograd.function import once_differentiable
 from genssd.kernels.linear import linear
 from genssd.kernels.weight import Weight
 
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2380 << 20}
 """Largest size of the float32 logits of one chunk, by device type. More rows per chunk mean fewer passes over the
-gradient of the weight."""
+gradient of the weight. On CUDA the gradient of the logits takes no memory of its own, and 4096 rows of a vocabulary of
+151936 fit."""
 
 SLICE = 1 << 20
 """Number of entries that a pass in plain torch computes at a time."""
@@ -43,9 +44,16 @@ RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Function from x of a chunk of rows (which it may overwrite) and the chunk's slice of the batch to losses and dx."""
 
 
-def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
-    """Return how many rows of float32 logits fit into CHUNK_BYTES, at least one."""
-    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
+def rows_per_chunk(num_rows: int, vocabulary: int, device: torch.device) -> int:
+    """Return the number of rows of a chunk: those whose float32 logits fit into CHUNK_BYTES, at least one.
+
+    On CUDA the chunks of num_rows rows have about the same size, in multiples of 128 rows where that fits.
+    """
+    fitting = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (4 * vocabulary))
+    if device.type != "cuda" or num_rows <= fitting:
+        return fitting
+    even = -(-num_rows // -(-num_rows // fitting))
+    return min(-(-even // 128) * 128, fitting)
 
 
 def compute_losses_and_gradients(
@@ -58,18 +66,20 @@ def compute_losses_and_gradients(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses [N] and the requested gradients, in the shape and dtype of hidden and weight (else empty).
+    """Return the losses [N] and the requested gradients of hidden and weight, in their shapes (else empty).
 
     rows: rows of a chunk. Rows of row weight 0 are read as zeros, so that a value that is not finite in them changes no
-    result. A weight of another dtype than hidden is cast for the products; its gradient is summed in float32 (float64
-    for float64 hidden states), whatever its dtype.
+    result. A weight of another dtype than hidden is cast for the products. The gradient of hidden has the dtype of
+    hidden; that of weight is summed and returned in float32 (float64 for float64 hidden states), whatever its dtype.
     """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     w = weight_VD.to(hidden_ND.dtype)
     losses_N = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
     x_CV = torch.empty(min(rows, len(hidden_ND)), len(weight_VD), dtype=wide, device=hidden_ND.device)
     d_hidden = hidden_ND.new_empty(hidden_ND.shape if want_hidden else 0)
-    d_weight = torch.zeros(weight_VD.shape, dtype=wide, device=w.device) if want_weight else weight_VD.new_empty(0)
+    d_weight = torch.empty(weight_VD.shape if want_weight else 0, dtype=wide, device=w.device)
+    if not len(hidden_ND):
+        d_weight.zero_()
     for start in range(0, hidden_ND.shape[0], rows):
         span = slice(start, start + rows)
         h = hidden_ND[span].masked_fill(row_weight_N[span, None] == 0, 0)
@@ -77,9 +87,9 @@ def compute_losses_and_gradients(
         if want_hidden:
             torch.mm(dx, w, out=d_hidden[span])
         if want_weight:
-            add_product(d_weight, dx.T, h)
+            add_product(d_weight, dx.T, h, first=start == 0)
         del dx  # before the next chunk makes another
-    return losses_N, d_hidden, d_weight.to(weight_VD.dtype)
+    return losses_N, d_hidden, d_weight
 
 
 def multiply_into(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
@@ -87,20 +97,21 @@ def multiply_into(hidden_ND: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
 
     The product of bfloat16 or float16 inputs is not rounded to their dtype.
     """
-    if hidden_ND.is_cuda and hidden_ND.dtype != out.dtype:
-        # without out=, a temporary would double the memory of a chunk
-        return torch.mm(hidden_ND, weight_VD.T, out_dtype=out.dtype, out=out)
     if hidden_ND.dtype != out.dtype:
         return linear(hidden_ND, weight_VD, out=out)
     return torch.mm(hidden_ND, weight_VD.T, out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to total, in place; total is float32 or float64."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """Add a @ b to total, float32 or float64, in place. first: overwrite total, which may be uninitialised."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    elif a.is_cuda and first:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(a @ b)
     else:
         total += a @ b
 
@@ -133,7 +144,7 @@ def unsquash_gradient(dz: Tensor, x: Tensor, temperature: float, softcap: float 
 def row_logsumexp(x_CV: Tensor, temperature: float, softcap: float | None) -> Tensor:
     """Return log sum_v e^z_v of every row, [C], for z = squash(x). A row with nothing but -inf gives -inf."""
     if x_CV.is_cuda and x_CV.dtype == torch.float32:
-        from genssd.kernels.head_triton import logsumexp_rows
+        from genssd.kernels.rows_triton import logsumexp_rows
 
         return logsumexp_rows(x_CV, temperature, softcap)
     out_C = x_CV.new_empty(x_CV.shape[0])
@@ -157,7 +168,7 @@ def softmax_gradient(
     writes afterwards.
     """
     if x_CV.is_cuda and x_CV.dtype == torch.float32:
-        from genssd.kernels.head_triton import softmax_gradient_rows
+        from genssd.kernels.rows_triton import softmax_gradient_rows
 
         return softmax_gradient_rows(x_CV, logsumexp_C, coefficients_KC, temperature, softcap, dtype)
     for part in iter_slices(*x_CV.shape):
@@ -179,7 +190,7 @@ def make_fake_outputs(
         hidden_ND.new_empty((), dtype=wide),
         hidden_ND.new_empty(hidden_ND.shape[0], dtype=wide),
         hidden_ND.new_empty(hidden_ND.shape if want_hidden else 0),
-        weight_VD.new_empty(weight_VD.shape if want_weight else 0),
+        weight_VD.new_empty(weight_VD.shape if want_weight else 0, dtype=wide),
     )
 
 
@@ -189,6 +200,7 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(losses, d_hidden, d_weight)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.requested, ctx.num_inputs = inputs[-2:], len(inputs)
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
 
 @once_differentiable
@@ -198,16 +210,19 @@ def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | No
     The upstream gradient keeps its precision: a loss scale may not even fit the dtype of the gradients.
     """
     hidden, weight = (
-        _scale(gradient, upstream) if is_requested else None
-        for gradient, is_requested in zip(ctx.saved_tensors, ctx.requested, strict=True)
+        _scale(gradient, upstream, dtype) if is_requested else None
+        for gradient, dtype, is_requested in zip(ctx.saved_tensors, ctx.dtypes, ctx.requested, strict=True)
     )
     return hidden, weight, *[None] * (ctx.num_inputs - 2)
 
 
-def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    if gradient.dtype == upstream.dtype:
+def _scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient times upstream, a scalar tensor, rounded to dtype once."""
+    if gradient.dtype == upstream.dtype == dtype:
         return gradient * upstream
-    out = torch.empty_like(gradient)
+    out = torch.empty_like(gradient, dtype=dtype)
+    if out.is_cuda:  # one kernel, which casts as it reads and writes
+        return torch.mul(gradient, upstream[None], out=out)
     for target, part in zip(torch.split(out, 8192), torch.split(gradient, 8192), strict=True):
         target.copy_(part * upstream[None])
     return out

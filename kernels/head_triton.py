@@ -1,6 +1,6 @@
-"""Triton functions and kernels for a linear head: tiles of its logits, and row-wise passes over a chunk of logits.
+"""Triton functions for a linear head: tiles of its logits. Passes over stored logits are in rows_triton.py.
 
-Shapes:  N rows   C rows of a chunk   V vocabulary   D model width
+Shapes:  N rows   V vocabulary   D model width
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ AMPERE = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages
 AMD = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
 # no matrix unit computes float32, and larger tiles spill
 SINGLE = HeadTiles(block_n=32, block_v=32, block_d=32, num_warps=4, num_stages=3)
-ROW_BLOCK = 4096  # entries of a row that a row-wise program holds at once
 
 
 def choose_tiles(dtype: torch.dtype, rows: int, *, amd: bool, capability: int) -> HeadTiles:
@@ -184,14 +183,6 @@ def squash(x, temperature, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def unsquash_gradient(dz, z, temperature, softcap, SOFTCAP: tl.constexpr):
-    """Return dx, the gradient in the products x, from dz, the gradient in the logits, at the logits z."""
-    if SOFTCAP:
-        t = z * temperature / softcap
-        dz = dz * (1.0 - t * t)
-    return dz / temperature
-
-
 @triton.jit
 def safe_peak(peak):
     """Return the value to subtract before exponentiating: the peak, or 0 for -inf, where differences would be NaN."""
@@ -202,83 +193,3 @@ def safe_peak(peak):
 def rescale(old_peak, base):
     """Return e^(old_peak - base), the factor of sums relative to old_peak; 0 for an old peak of -inf (empty sums)."""
     return tl.where(old_peak == -float("inf"), 0.0, tl.exp(tl.where(old_peak == -float("inf"), 0.0, old_peak - base)))
-
-
-@triton.jit
-def row_normalizer(x, V, temperature, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return m and s with log sum e^z = m + s over the V entries that start at pointer x.
-
-    They are returned separately, because z - m - s keeps its precision where the logits are far from 0. Sums stay in
-    lanes until the end, so a row takes one reduction.
-    """
-    lane = tl.arange(0, BLOCK)
-    peak = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        v = start + lane
-        z = squash(tl.load(x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
-        z = tl.where(v < V, z, -float("inf"))
-        new_peak = tl.maximum(peak, z)
-        base = safe_peak(new_peak)
-        total = total * rescale(peak, base) + tl.exp(z - base)
-        # tl.maximum drops a NaN, which must reach the result
-        peak = tl.where(z != z, z, new_peak)
-    base = safe_peak(tl.max(peak, 0))
-    return base, tl.log(tl.sum(total * rescale(peak, base), 0))
-
-
-@triton.jit
-def _logsumexp_kernel(x, out, V, stride, temperature, softcap, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    peak, log_total = row_normalizer(x + row * stride, V, temperature, softcap, BLOCK, SOFTCAP)
-    tl.store(out + row, peak + log_total)
-
-
-def logsumexp_rows(x_CV: Tensor, temperature: float, softcap: float | None, *, block: int = ROW_BLOCK) -> Tensor:
-    """Compute `head.row_logsumexp`, float32 [C], for float32 logits on a CUDA device."""
-    C, V = x_CV.shape
-    out = torch.empty(C, dtype=torch.float32, device=x_CV.device)
-    _logsumexp_kernel[(C,)](
-        x_CV, out, V, x_CV.stride(0), temperature, softcap or 1.0, BLOCK=block, SOFTCAP=softcap is not None, num_warps=8
-    )
-    return out
-
-
-@triton.jit
-def _softmax_gradient_kernel(
-    x, logsumexp, coefficients, dx,  # [C, V] [C] [1 or 3, C] [C, V]
-    C, V, stride_x, stride_dx, temperature, softcap,
-    BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, LINEAR: tl.constexpr,
-):  # fmt: skip
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    v = column * BLOCK + tl.arange(0, BLOCK)
-    z = squash(tl.load(x + row * stride_x + v, mask=v < V, other=0.0), temperature, softcap, SOFTCAP)
-    log_p = z - tl.load(logsumexp + row)
-    p = tl.exp(log_p)
-    dz = p * tl.load(coefficients + row)
-    if not LINEAR:
-        b, c = tl.load(coefficients + C + row), tl.load(coefficients + 2 * C + row)
-        dz += p * (tl.where(p == 0.0, 0.0, b * log_p) + c * p)
-    out = unsquash_gradient(dz, z, temperature, softcap, SOFTCAP)
-    tl.store(dx + row * stride_dx + v, out.to(dx.dtype.element_ty), mask=v < V)
-
-
-def softmax_gradient_rows(
-    x_CV: Tensor,
-    logsumexp_C: Tensor,
-    coefficients_KC: Tensor,
-    temperature: float,
-    softcap: float | None,
-    dtype: torch.dtype,
-    *,
-    block: int = ROW_BLOCK,
-) -> Tensor:
-    """Compute `head.softmax_gradient` for float32 logits on a CUDA device."""
-    C, V = x_CV.shape
-    dx_CV = torch.empty(C, V, dtype=dtype, device=x_CV.device)
-    _softmax_gradient_kernel[(C, -(-V // block))](
-        x_CV, logsumexp_C.contiguous(), coefficients_KC.contiguous(), dx_CV, C, V, x_CV.stride(0), dx_CV.stride(0),
-        temperature, softcap or 1.0, BLOCK=block, SOFTCAP=softcap is not None, LINEAR=len(coefficients_KC) == 1,
-        num_warps=8,
-    )  # fmt: skip
-    return dx_CV

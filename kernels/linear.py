@@ -16,7 +16,8 @@ from genssd.kernels.weight import PackedWeight, Weight, cells_of
 def linear(x_ND: Tensor, weight_MD: Weight, bias_M: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias, [N, M] in the dtype of the inputs, or write it into out and return that.
 
-    out may also be float32 for narrower inputs. The native kernel records no gradient. On the CPU (float32, bfloat16,
+    out may also be float32 for narrower inputs, and is then not rounded to their dtype on the CPU and on CUDA. The
+    native kernel records no gradient. On the CPU (float32, bfloat16,
     float16) a row's bits depend on that row and the weight alone, neither on the number of rows nor on the number of
     threads, and the sum is taken in float32.
     """
@@ -26,5 +27,7 @@ def linear(x_ND: Tensor, weight_MD: Weight, bias_M: Tensor | None = None, *, out
         x_ND = x_ND if x_ND.stride(-1) == 1 else x_ND.contiguous()
         _core.linear(x_ND.detach(), cells_of(weight_MD), detach(bias_M), y, torch.get_num_threads())
         return y
+    if out is not None and bias_M is None and x_ND.is_cuda and out.dtype != x_ND.dtype:
+        return torch.mm(x_ND, weight_MD.T, out_dtype=out.dtype, out=out)
     y = torch.nn.functional.linear(x_ND, weight_MD, bias_M)
     return y if out is None else out.copy_(y)

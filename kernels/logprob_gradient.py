@@ -44,6 +44,7 @@ def backward(
         hidden, weight, target, bias, torch.stack((logprob, logsumexp, entropy, sum_p2)),
         torch.stack((d_logprob, d_logsumexp, d_entropy, d_sum_p2)), temperature, softcap, want_hidden, want_weight,
     )  # fmt: skip
+    d_weight = d_weight.to(weight.dtype)
     return d_hidden if want_hidden else None, d_weight if want_weight else None, *(None,) * 6
 
 
@@ -60,7 +61,7 @@ def _logprob_gradients(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of hidden and weight (empty where not requested).
+    """Return the gradients of hidden and weight, the latter in float32 or float64 (empty where not requested).
 
     With p the probability of token j, the statistics have these derivatives in its logit z_j:
 
@@ -89,7 +90,7 @@ def _logprob_gradients(
         hidden_ND,
         weight_VD,
         torch.ones_like(logprob),
-        rows=rows_per_chunk(weight_VD.shape[0], hidden_ND.device),
+        rows=rows_per_chunk(len(hidden_ND), weight_VD.shape[0], hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )

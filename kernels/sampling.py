@@ -128,7 +128,7 @@ def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, to
 def _sample_triton(
     logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> Tensor:
-    from genssd.kernels.sampling_triton import sample_rows
+    from genssd.kernels.filter_triton import sample_rows
 
     log_min_p = math.log(min_p) if min_p > 0.0 else 0.0
     logits_BV = logits_BV.float()

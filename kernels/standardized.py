@@ -59,7 +59,7 @@ def linear_standardized_kl(
     with torch.autocast(student_hidden_ND.device.type, enabled=False):
         student, teacher = student_hidden_ND.to(dtype)[used], teacher_hidden_NE.detach().to(dtype)[used]
         heads = student_weight_VD[:shared].to(dtype), teacher_weight_UE.detach()[:shared].to(dtype)
-        size = rows_per_chunk(shared, student.device)
+        size = rows_per_chunk(len(used), 2 * shared, student.device)  # both models' logits
         parts = [
             checkpoint(
                 _chunk_losses,

@@ -121,7 +121,7 @@ def _topk_divergence(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the total, the losses [N], and the gradients of hidden and weight (empty if not requested)."""
+    """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
     V = student_weight_VD.shape[0]
     used_NK = (teacher_ids_NK >= 0) & (teacher_ids_NK < V)
     rounding = torch.finfo(teacher_logprob_NK.dtype).eps
@@ -161,7 +161,7 @@ def _topk_divergence(
         student_hidden_ND,
         student_weight_VD,
         row_weight_N,
-        rows=rows_per_chunk(2 * V, student_hidden_ND.device),
+        rows=rows_per_chunk(len(student_hidden_ND), 2 * V, student_hidden_ND.device),
         want_hidden=want_hidden,
         want_weight=want_weight,
     )

@@ -28,10 +28,11 @@ from genssd.kernels import (  # noqa: E402
     cache_triton,
     divergence_triton,
     draw_triton,
+    filter_triton,
     head_triton,
     logprob_triton,
     norm_triton,
-    sampling_triton,
+    rows_triton,
 )
 
 
@@ -77,7 +78,7 @@ def compile_for(target: Target, kernel: Any, types: dict[str, str], constants: d
 
 
 ALIGNED = (
-    "V", "U", "D", "stride", "stride_z", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx",
+    "V", "U", "D", "L", "stride", "stride_z", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx",
     "stride_student", "stride_teacher", "F", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin",
     "stride_page", "stride_slot", "stride_group", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
 )  # fmt: skip
@@ -102,7 +103,7 @@ def machine_code(compiled: Any, target: Target, directory: Path) -> str:
 
 
 SIZES = (
-    "N", "B", "C", "S", "V", "U", "D", "vocabulary", "tiles_per_split", "group", "stride_z", "top_k", "stride",
+    "N", "B", "C", "S", "L", "V", "U", "D", "vocabulary", "tiles_per_split", "group", "stride_z", "top_k", "stride",
     "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G",
     "P", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
     "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
@@ -202,30 +203,40 @@ ROWWISE = {
         {"ROWS": draw_triton.MERGED_ROWS, "BLOCK_S": draw_triton.MERGED_SPLITS}, 4,
     ),
     "logsumexp": (
-        head_triton._logsumexp_kernel,
-        {"x": "*fp32", "out": "*fp32"},
-        {"BLOCK": head_triton.ROW_BLOCK, "SOFTCAP": True}, 8,
+        rows_triton._logsumexp_kernel,
+        {"x": "*fp32", "peaks": "*fp32", "log_totals": "*fp32"},
+        {"SPLIT": 8 * rows_triton.ROWS.block, "BLOCK": rows_triton.ROWS.block, "SOFTCAP": True},
+        rows_triton.ROWS.num_warps,
+    ),
+    "merge-logsumexp": (
+        rows_triton._merge_logsumexp_kernel,
+        {"peaks": "*fp32", "log_totals": "*fp32", "out": "*fp32"},
+        {"SPLITS": 8}, 1,
     ),
     **{
         f"softmax-gradient-{linear}": (
-            head_triton._softmax_gradient_kernel,
+            rows_triton._softmax_gradient_kernel,
             {"x": "*fp32", "logsumexp": "*fp32", "coefficients": "*fp32", "dx": "*bf16"},
-            {"BLOCK": head_triton.ROW_BLOCK, "SOFTCAP": True, "LINEAR": linear}, 8,
+            {"BLOCK": rows_triton.ROWS.block, "SOFTCAP": True, "LINEAR": linear}, rows_triton.ROWS.num_warps,
         )
         for linear in (False, True)
     },
-    "sample": (
-        sampling_triton._sample_kernel,
-        {"logits": "*fp32", "key": "*i64", "tokens": "*i64"},
-        {"BLOCK": sampling_triton.BLOCK, "GREEDY": False, "TOP_K": True, "TOP_P": True, "MIN_P": True}, 8,
+    "cross-entropy": (
+        rows_triton._cross_entropy_kernel,
+        {"x": "*fp32", "target": "*i64", "row_weight": "*fp32", "loss": "*fp32", "dx": "*bf16"},
+        {"BLOCK": rows_triton.ROWS.block, "SOFTCAP": True}, rows_triton.ROWS.num_warps,
     ),
     **{
-        f"divergence-{kind}": (
+        f"divergence-{kind}{'-in-two-passes' if known else ''}": (
             divergence_triton._divergence_kernel,
             dict.fromkeys(("student", "teacher", "row_weight", "loss"), "*fp32") | {"dx": "*bf16"},
-            {"BLOCK": divergence_triton.BLOCK, "KIND": code, "STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True}, 8,
+            {
+                "BLOCK": divergence_triton.TILES.block, "KIND": code, "MEAN_KNOWN": known, "STUDENT_SOFTCAP": True,
+                "TEACHER_SOFTCAP": True,
+            },
+            divergence_triton.TILES.num_warps,
         )
-        for kind, code in divergence_triton.KINDS.items()
+        for kind, code in divergence_triton.KINDS.items() for known in (False, True)[: 2 if kind == "forward_kl" else 1]
     },
 }  # fmt: skip
 
@@ -237,6 +248,48 @@ def test_rowwise_kernels(target: Target, name: str, tmp_path: Path) -> None:
     compiled = compile_for(target, kernel, types_of(**pointers), constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
     machine_code(compiled, target, tmp_path)
+
+
+FILTERS = {
+    "-".join(names): {name: name in names for name in ("TOP_K", "TOP_P", "MIN_P")}
+    for names in (("TOP_K",), ("TOP_P",), ("MIN_P",), ("TOP_K", "TOP_P", "MIN_P"))
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["_split_statistics_kernel", "_list_kernel"])
+def test_filters_passes_over_splits(target: Target, name: str, tmp_path: Path) -> None:
+    compile_filters(target, getattr(filter_triton, name), {}, tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("name", ["_bracket_kernel", "_select_kernel"])
+def test_filters(target: Target, filters: str, name: str, tmp_path: Path) -> None:
+    compile_filters(target, getattr(filter_triton, name), FILTERS[filters], tmp_path)
+
+
+def compile_filters(target: Target, kernel: Any, filters: dict[str, bool], directory: Path) -> None:
+    """Compile a kernel of the filters as it ships for a vocabulary of 151936, and check its machine code."""
+    tiles = filter_triton.SHIPPED
+    part = tiles.list_part if kernel is filter_triton._list_kernel else tiles.part
+    sizes = {
+        "STEP": tiles.step, "CUTS": tiles.cuts, "SPLIT": tiles.split, "PART": part, "SPLITS": 32,
+        "NOISE": tiles.part // 2,
+        "ROUNDS": tiles.rounds, "TILE": tiles.tile, "SEARCH": filter_triton.SEARCH_CUTS,
+    }  # fmt: skip
+    constants = {name: value for name, value in (sizes | filters).items() if name in kernel.arg_names}
+    types = types_of(
+        **dict.fromkeys(("logits", "peaks", "totals", "masses", "bracket"), "*fp32"),
+        **dict.fromkeys(("values", "scores", "scratch", "best"), "*fp32"),
+        **dict.fromkeys(("counts", "places", "ids", "chosen"), "*i32"), key="*i64", tokens="*i64",
+    )  # fmt: skip
+    num_warps = {"_select_kernel": tiles.row_warps, "_bracket_kernel": 4}.get(kernel.__name__, tiles.split_warps)
+    compiled = compile_for(target, kernel, types, constants, num_warps=num_warps)
+    assert compiled.metadata.shared <= target.shared_bytes
+    code = machine_code(compiled, target, directory)
+    if "SPLIT" in constants:
+        assert re.search(target.wide, code), "memory is read in small pieces"
 
 
 def of_norm(width: int, add: bool) -> tuple[Any, dict[str, Any], int]:

@@ -284,7 +284,7 @@ def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     whole = evaluate(linear_cross_entropy, hidden, weight, target, **options)
     for rows in (1, 2, 7, 22, 23):
         monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 257 * rows)
-        assert head.rows_per_chunk(257, torch.device("cpu")) == rows
+        assert head.rows_per_chunk(1 << 20, 257, torch.device("cpu")) == rows
         assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)  # less than a row still does a row at a time
     assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
@@ -292,6 +292,18 @@ def test_chunks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     for entries in (1, 257 * 5):
         monkeypatch.setattr(head, "SLICE", entries)
         assert_close(evaluate(linear_cross_entropy, hidden, weight, target, **options), whole, 5e-6)
+
+
+@pytest.mark.parametrize("num_rows", [1, 127, 4096, 4097, 8192, 9000, 100_000])
+@pytest.mark.parametrize("vocabulary", [1000, 151936, 303872, 1 << 30])
+def test_chunks_on_cuda_are_even_and_fit(num_rows: int, vocabulary: int) -> None:
+    fitting = max(1, head.CHUNK_BYTES["cuda"] // (4 * vocabulary))
+    rows = head.rows_per_chunk(num_rows, vocabulary, torch.device("cuda"))
+    assert 1 <= rows <= fitting
+    assert -(-num_rows // rows) == -(-num_rows // fitting), "no more chunks than needed"
+    last = num_rows - (-(-num_rows // rows) - 1) * rows
+    assert rows >= num_rows or rows == fitting or rows - last <= 128 * -(-num_rows // rows)
+    assert head.rows_per_chunk(8192, 151936, torch.device("cuda")) == 4096
 
 
 def test_a_batch_is_the_sum_of_its_parts() -> None:

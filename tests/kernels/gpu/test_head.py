@@ -14,7 +14,7 @@ from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.divergence_terms import DivergenceKind
 from genssd.kernels.logprob import STATISTICS, NonFiniteLogits, TokenStats, linear_logprob
-from genssd.kernels.sampling import linear_sample, sample
+from genssd.kernels.sampling import gumbel_reference, keep_likely, linear_sample, sample
 from genssd.kernels.topk_divergence import topk_divergence
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -178,6 +178,36 @@ def test_draws_equal_the_cpus(options: dict[str, Any]) -> None:
     keys = torch.arange(200) * 7919
     ours, theirs = sample(logits.cuda(), keys.cuda(), **options).cpu(), sample(logits, keys, **options)
     assert (ours != theirs).sum() <= 1  # two candidates within a rounding of each other
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.5, 3.0, 30.0])
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_draws_from_a_large_vocabulary_equal_the_references(options: dict[str, Any], scale: float) -> None:
+    """Flat rows, whose kept tokens fill no list, and peaked ones, alone and in a batch of strided rows."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = scale * torch.randn(24, 151936, device="cuda", generator=generator)
+    logits[3, ::2] = -torch.inf
+    logits[4] = logits[4].round()
+    keys = torch.arange(24, device="cuda") * 7919
+    drawn = sample(logits, keys, **options)
+    z = logits / options.get("temperature", 1.0) if options.get("temperature", 1.0) else logits
+    kept = keep_likely(z.double(), options.get("top_k", 0), options.get("top_p", 1.0), options.get("min_p", 0.0))
+    noisy = kept if options.get("temperature") == 0.0 else kept + gumbel_reference(keys, 151936)
+    # of two equal ones torch may take any, and two candidates may lie within a rounding of each other
+    assert (noisy.gather(1, drawn[:, None])[:, 0] < noisy.amax(1)).sum() <= 1
+    padded = torch.zeros(24, 152064, device="cuda")[:, :151936].copy_(logits)
+    assert torch.equal(sample(padded, keys, **options), drawn)
+    assert torch.equal(sample(logits[7:8], keys[7:8], **options), drawn[7:8])
+
+
+def test_a_draw_does_not_wait_for_the_device() -> None:
+    logits, keys = torch.randn(8, 5003, device="cuda"), torch.arange(8, device="cuda")
+    sample(logits, keys, top_k=50, top_p=0.9, min_p=0.01, checked=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(logits, keys, top_k=50, top_p=0.9, min_p=0.01, checked=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_drawing_in_the_vocabulary_pass_follows_the_softmax() -> None:

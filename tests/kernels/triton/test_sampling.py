@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from genssd.kernels import draw_triton
+from genssd.kernels import draw_triton, filter_triton
 from genssd.kernels.draw_triton import draw_rows
+from genssd.kernels.filter_triton import FilterTiles, sample_rows
 from genssd.kernels.head_triton import HeadLaunch, HeadTiles
-from genssd.kernels.sampling import linear_sample, sample
-from genssd.kernels.sampling_triton import sample_rows
+from genssd.kernels.sampling import gumbel_reference, keep_likely, linear_sample, sample
 
-TILES = HeadTiles(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=2)
-LAUNCH = HeadLaunch(programs=3, tiles=TILES, interpret=True)
+HEAD_TILES = HeadTiles(block_n=16, block_v=32, block_d=16, num_warps=4, num_stages=2)
+LAUNCH = HeadLaunch(programs=3, tiles=HEAD_TILES, interpret=True)
+
+TILES = FilterTiles(split=64, part=32, list_part=16, split_warps=4, tile=16, row_warps=4)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN, so that reading it shows."""
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> Tensor:
+        tensor = empty(*size, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(-1)
+
+    monkeypatch.setattr(filter_triton.torch, "empty", poisoned)
 
 
 def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
     log_min_p = math.log(min_p) if min_p else 0.0
-    return sample_rows(logits, keys, temperature, top_k, top_p, min_p, log_min_p, block=64)
+    return sample_rows(logits, keys, temperature, top_k, top_p, min_p, log_min_p, tiles=TILES)
 
 
 FILTERS = [
@@ -69,6 +86,94 @@ def test_a_broken_row_is_flagged_and_leaves_the_others_alone() -> None:
     assert torch.equal(broken[[0, 2, 5]], clean[[0, 2, 5]])
 
 
+def normal(rows: int, vocabulary: int, scale: float = 3.0, seed: int = 0) -> Tensor:
+    return scale * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+ROWS = {
+    "equal": lambda v: torch.full((2, v), 0.25),
+    "equal and far from 0": lambda v: torch.full((2, v), -3e7),
+    "two values": lambda v: torch.where(torch.arange(2 * v).reshape(2, v) % 3 == 0, 1.5, -0.5),
+    "nearly flat": lambda v: normal(2, v, 0.01),
+    "flat": lambda v: normal(2, v, 0.5),
+    "huge spread": lambda v: normal(2, v, 1e6),
+    "around 0": lambda v: normal(2, v, 1e-30),
+    "mostly banned": lambda v: normal(2, v).masked_fill(torch.arange(v) % 7 != v % 7, -torch.inf),
+    "on the cuts": lambda v: normal(2, v).round() * 2.0,
+    "a long tail": lambda v: torch.cat((torch.zeros(2, 1), torch.full((2, v - 1), -13.7)), 1),
+    "one far ahead": lambda v: torch.cat((torch.full((2, 1), 40.0), normal(2, v - 1)), 1),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, 0, 0.9, 0.0), (1.0, 40, 1.0, 0.0), (1.0, 0, 1.0, 0.02), (2.0, 60, 0.7, 0.01), (1.0, 9, 1.0, 0.3)],
+)
+def test_filters_of_odd_rows(name: str, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Lists that overflow, thresholds below the lowest cut and ties longer than a tile change nothing."""
+    logits, keys = ROWS[name](211), torch.arange(2) * 104729
+    expected = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert torch.equal(draw(logits, keys, temperature, top_k, top_p, min_p), expected)
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        dataclasses.replace(TILES, capacity=1),
+        dataclasses.replace(TILES, capacity=1000),
+        dataclasses.replace(TILES, capacity=1, rounds=2, tile=8),
+        dataclasses.replace(TILES, capacity=1, rounds=3, tile=8, cuts=2),
+        dataclasses.replace(TILES, split=256, part=256, list_part=128, cuts=16, step=0.5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (70, 1.0), (90, 0.8)])
+def test_no_token_depends_on_the_sizes_of_tiles(tiles: FilterTiles, top_k: int, top_p: float) -> None:
+    logits, keys = normal(6, 300, 2.0, seed=3), torch.arange(6)
+    drawn = sample_rows(logits, keys, 1.0, top_k, top_p, 0.0, 0.0, tiles=tiles)
+    assert torch.equal(drawn, sample(logits, keys, top_k=top_k, top_p=top_p))
+
+
+VALUES = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -torch.inf, -torch.inf, 3.5]), st.floats(-30, 30, width=32)
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    row=st.lists(VALUES, min_size=1, max_size=90).filter(lambda row: max(row) > -math.inf),
+    top_k=st.integers(0, 100),
+    top_p=st.sampled_from([1.0, 0.99, 0.9, 0.5, 0.1, 1e-4]),
+    min_p=st.sampled_from([0.0, 1e-6, 0.05, 0.5]),
+    temperature=st.sampled_from([1.0, 0.5, 4.0]),
+    key=st.integers(-(1 << 62), 1 << 62),
+)
+def test_any_row_draws_what_keep_likely_keeps(
+    row: list[float], top_k: int, top_p: float, min_p: float, temperature: float, key: int
+) -> None:
+    """Up to the rounding of the sums: a token outside of what float32 keeps must be at the boundary in float64."""
+    logits, keys = torch.tensor([row]), torch.tensor([key])
+    drawn = draw(logits, keys, temperature, top_k, top_p, min_p)
+    noisy = gumbel_reference(keys, len(row))
+    z = logits / temperature
+    candidates = {
+        int((keep_likely(values, top_k, p, m) + noisy).argmax())
+        for values in (z, z.double())
+        for p in (top_p, *((top_p - 1e-6, top_p + 1e-6) if top_p < 1.0 else ()))
+        for m in (min_p, min_p * (1 - 1e-6), min_p * (1 + 1e-6))
+    }
+    assert int(drawn) in candidates
+
+
+def test_a_row_draws_the_same_in_any_batch_and_memory() -> None:
+    logits, keys = normal(9, 211), torch.arange(9) * 31
+    together = draw(logits, keys, 1.0, 60, 0.9, 0.0)
+    apart = torch.zeros(9, 300)[:, :211].copy_(logits)
+    assert torch.equal(draw(apart, keys, 1.0, 60, 0.9, 0.0), together)
+    assert torch.equal(draw(logits[4:5], keys[4:5], 1.0, 60, 0.9, 0.0), together[4:5])
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"temperature": 0.0}, {"softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("vocabulary", [None, 90])
 def test_drawing_in_the_vocabulary_pass(options: dict[str, float], vocabulary: int | None) -> None:
@@ -82,7 +187,7 @@ def test_drawing_in_the_vocabulary_pass(options: dict[str, float], vocabulary: i
     )  # fmt: skip
     assert torch.equal(tokens, expected.tokens)
     torch.testing.assert_close(logprob, expected.logprob, atol=2e-5, rtol=1e-5)
-    described = dataclasses.replace(LAUNCH, tiles=dataclasses.replace(TILES, descriptors=True))
+    described = dataclasses.replace(LAUNCH, tiles=dataclasses.replace(HEAD_TILES, descriptors=True))
     again, _ = draw_rows(
         hidden, weight, keys, bias, options.get("temperature", 1.0), options.get("softcap"), vocabulary or 301,
         launch=described,

@@ -1,0 +1,117 @@
+"""Measurement of many configurations in little time: a report with a time limit, and times of short and long runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Report:
+    """Measurements, printed and written one JSON object per line, until a time limit."""
+
+    def __init__(self, path: Path | None, seconds: float) -> None:
+        self._file = path.open("w") if path else None
+        self._started = time.monotonic()
+        self._deadline = self._started + seconds
+
+    def add(self, **values: Any) -> None:
+        """Print a measurement and write it to the file."""
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in values.items()}
+        line = json.dumps({**rounded, "at_s": round(time.monotonic() - self._started, 1)})
+        print(line, flush=True)
+        if self._file:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def attempt(self, run: Callable[[], object], **names: Any) -> None:
+        """Call run() unless the time is over; a failure becomes a line of its own."""
+        if time.monotonic() > self._deadline:
+            return
+        try:
+            run()
+        except Exception as error:
+            self.add(**names, failed=f"{type(error).__name__}: {str(error)[:300]}")
+            torch.cuda.empty_cache()
+
+
+def graph_microseconds(runs: list[Callable[[], object]], rounds: int = 10) -> float:
+    """Return the median time of one of several runs over different memory, captured together in a graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    times = []
+    for _ in range(rounds + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return 1e3 * statistics.median(times[2:]) / len(runs)
+
+
+def event_milliseconds(run: Callable[[], object], rounds: int = 4) -> float:
+    """Return the median time of run(), which takes at least some hundred microseconds."""
+    run()
+    times = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def kernel_times(run: Callable[[], object], most: int = 14) -> dict[str, str]:
+    """Return the total microseconds and the number of calls of the longest kernels of one run, by their names."""
+    run()
+    torch.cuda.synchronize()
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    return {event.key[:70]: f"{event.self_device_time_total:.1f} us x{event.count}" for event in events[:most]}
+
+
+def warm(runs: Iterable[Callable[[], object]]) -> None:
+    """Compile the kernels of several runs side by side; what does not compile fails again where it is timed."""
+
+    def attempt(run: Callable[[], object]) -> None:
+        try:
+            run()
+        except Exception as error:
+            print(f"warming: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(attempt, runs))
+    torch.cuda.synchronize()
+
+
+def gibibytes_of(run: Callable[[], object]) -> float:
+    """Return the peak of memory that run() allocates beyond what is allocated before it."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
