@@ -183,7 +183,6 @@ def squash(x, temperature, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-@triton.jit
 def safe_peak(peak):
     """Return the value to subtract before exponentiating: the peak, or 0 for -inf, where differences would be NaN."""
     return tl.where(peak == -float("inf"), 0.0, peak)

@@ -158,6 +158,18 @@ def test_files_and_functions_fit_on_a_screen() -> None:
 RIDDLE = re.compile(r"(Of|The same|And|That|What it|Behind|As|Onto|Nothing|Under)\b")
 
 
+def test_no_function_has_a_decorator_twice() -> None:
+    """Later versions of Triton take a kernel that is compiled twice, earlier ones do not."""
+    twice = [
+        f"{path.name}: {node.name}"
+        for path in (ROOT / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and len({ast.unparse(decorator) for decorator in node.decorator_list}) < len(node.decorator_list)
+    ]
+    assert not twice
+
+
 def test_docstrings_can_be_read_alone() -> None:
     """Attribute docstrings (strings after a field) count as well: they are the help texts of the commands."""
     for module, path in modules().items():
