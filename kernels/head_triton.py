@@ -61,7 +61,7 @@ HOPPER_MANY = HeadTiles(block_n=128, block_v=256, block_d=64, num_warps=8, num_s
 AMPERE = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=4)  # block_d 64 spills registers
 AMD = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
 # no matrix unit computes float32, and larger tiles spill
-SINGLE = HeadTiles(block_n=32, block_v=32, block_d=32, num_warps=4, num_stages=3)
+SINGLE = HeadTiles(block_n=32, block_v=32, block_d=32, num_warps=8, num_stages=3)
 
 
 def choose_tiles(dtype: torch.dtype, rows: int, *, amd: bool, capability: int) -> HeadTiles:

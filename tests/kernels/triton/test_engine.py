@@ -149,13 +149,14 @@ def test_steps_that_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     decoder = Decoder.load(tmp_path, torch.float32, CPU)
     captures: list[int] = []
 
-    def capture(self: DecodeGraphs, staged: StagedStep) -> _Captured:
+    def capture(self: DecodeGraphs, staged: StagedStep, drawn_N: Tensor) -> _Captured:
         layout, buffer = staged.layout, staged.host.clone()
         captures.append(layout.rows)
         ids_N, batch = layout.read(buffer, staged.tables)
+        ids_N[: len(drawn_N)] = drawn_N
         hidden_ND = torch.full((layout.rows, decoder.config.hidden_size), torch.nan)
         replay: Any = Replay(lambda: hidden_ND.copy_(decoder.forward(ids_N, batch, self._kv)))
-        return _Captured(layout, buffer, replay, hidden_ND)
+        return _Captured(layout, buffer, ids_N, replay, hidden_ND)
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
