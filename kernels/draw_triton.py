@@ -185,7 +185,7 @@ class DrawTiling:
     num_warps: int
 
 
-DRAW_TILING = DrawTiling(split=16384, block=1024, num_warps=4)
+DRAW_TILING = DrawTiling(split=4096, block=256, num_warps=1)
 
 
 def draw_from_logits(

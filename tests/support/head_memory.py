@@ -63,9 +63,9 @@ BUDGETS: dict[str, tuple[Run, int]] = {
     "draw": (linear_sample, 320),  # 256 of logits
     "score with top k": (lambda h, w, t: linear_logprob(h, w, t, topk=64), 128),
     "gradient of the score": (_logprob_gradient, 2400),
-    "cross-entropy": (_cross_entropy(frozen=False), 2400),
+    "cross-entropy": (_cross_entropy(frozen=False), 2600),
     "cross-entropy, frozen head": (_cross_entropy(frozen=True), 2400),
-    "divergence": (_divergence, 2000),
+    "divergence": (_divergence, 2600),
     "divergence from top k": (_topk_divergence, 1600),
 }
 """Each operator and the largest number of MiB that it allocates at once, its results and gradients included."""

@@ -152,8 +152,10 @@ def wide_products(x: Inputs) -> Any:
     a, b = x.normal(3, 16, dtype=torch.float16), x.normal(6, 16, dtype=torch.float16)
     out = torch.empty(3, 6, device=x.device)
     total = torch.ones(3, 6, device=x.device)
-    head.add_product(total, a, b.T)
-    return [head.multiply_into(a, b, out).clone(), total]
+    head.add_product(total, a, b.T, first=False)
+    written = torch.full((3, 6), torch.nan, device=x.device)
+    head.add_product(written, a, b.T, first=True)
+    return [head.multiply_into(a, b, out).clone(), total, written]
 
 
 def row_passes(x: Inputs) -> Any:
@@ -194,7 +196,9 @@ OPERATORS: dict[str, list[Case]] = {
 """Cases by the name of the operator that torch sees, without its namespace."""
 
 FUNCTIONS: dict[str, list[Case]] = {
+    "_linear_cross_entropy": OPERATORS["linear_cross_entropy"],
     "_linear_divergence": OPERATORS["linear_divergence"],
+    "_scale": OPERATORS["linear_cross_entropy"],
     "attention_mass": [functools.partial(key_attention, dtype=torch.float32)],
     "paged_attention": [functools.partial(attend, uploaded=uploaded) for uploaded in (False, True)],
     "write_kv": [write],
@@ -203,7 +207,7 @@ FUNCTIONS: dict[str, list[Case]] = {
     "add_rms_norm": [add_and_normalize],
     "swiglu": [functools.partial(gate, function=swiglu)],
     "geglu": [functools.partial(gate, function=geglu)],
-    "multiply_into": [wide_products],
+    "linear": [wide_products],
     "add_product": [wide_products],
     "row_logsumexp": [row_passes],
     "softmax_gradient": [row_passes],
