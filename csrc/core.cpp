@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "device_records.hpp"
 #include "operators.hpp"
 
 namespace nb = nanobind;
@@ -33,6 +34,34 @@ Int32Matrix as_matrix(const std::vector<Struct>& rows) {
 #define INT(name) nb::sig("def " name "(self) -> int")
 #define ARRAY(name) nb::sig("def " name "(self) -> numpy.ndarray")
 
+void bind_device_records(nb::module_& m) {
+  using Records = DeviceRecords;
+  const auto internal = nb::rv_policy::reference_internal;
+  nb::class_<Records>(m, "DeviceRecords",
+                      "Segment table as the kernels on a GPU read it; see genssd.kernels.device_table.")
+      .def(nb::init<const SegmentTable&>(), nb::arg("table"),
+           nb::sig("def __init__(self, table: SegmentTable) -> None"))
+      .def_prop_ro(
+          "items", [](const Records& r) { return as_matrix(r.items); }, internal, ARRAY("items"),
+          "int32 [items, 8]: the items whose partial results are stored, the longest first.")
+      .def_prop_ro(
+          "entries", [](const Records& r) { return as_matrix(r.entries); }, internal, ARRAY("entries"),
+          "int32 [entries, 4]: the rows of the items.")
+      .def_prop_ro(
+          "units", [](const Records& r) { return as_matrix(r.units); }, internal, ARRAY("units"),
+          "int32 [units, 8]: the units whose rows are computed from their first to their last segment at once, the "
+          "longest first.")
+      .def_prop_ro(
+          "rows", [](const Records& r) { return as_matrix(r.rows); }, internal, ARRAY("rows"),
+          "int32 [rows, 8]: the partial results of every row, and its last segment where it alone reads that.")
+      .def_ro("num_partials", &Records::num_partials, INT("num_partials"),
+              "Number of partial results that are stored.")
+      .def_ro("largest_item", &Records::largest_item, INT("largest_item"), "Largest number of rows of an item.")
+      .def_ro("largest_unit", &Records::largest_unit, INT("largest_unit"), "Largest number of rows of a unit.")
+      .def_ro("has_other_rows", &Records::has_other_rows, nb::sig("def has_other_rows(self) -> bool"),
+              "Whether some row is in no unit.");
+}
+
 void bind_segment_table(nb::module_& m) {
   using Table = SegmentTable;
   const auto internal = nb::rv_policy::reference_internal;
@@ -42,6 +71,7 @@ void bind_segment_table(nb::module_& m) {
       .def_prop_ro("num_rows", &Table::num_rows, INT("num_rows"), "Number of query rows.")
       .def_ro("page_size", &Table::page_size, INT("page_size"), "Number of tokens of a page.")
       .def_ro("segment", &Table::segment, INT("segment"), "Number of positions of a segment.")
+      .def_prop_ro("shortest", &Table::shortest, INT("shortest"), "Number of positions of the first segment.")
       .def_ro("window", &Table::window, INT("window"),
               "Maximum number of positions that a row sees, its own included; 0: all.")
       .def_ro("largest_page", &Table::largest_page, INT("largest_page"),
@@ -180,6 +210,7 @@ void bind_cache_operators(nb::module_& m) {
 NB_MODULE(_core, m) {
   m.doc() = "Native CPU kernels of genssd; genssd.kernels holds their contracts.";
   bind_segment_table(m);
+  bind_device_records(m);
   bind_instruction_sets(m);
   bind_head_operators(m);
   bind_layer_operators(m);

@@ -113,6 +113,7 @@ std::vector<SegmentTable::RowRange> SegmentTable::ordered_ranges(const Sequences
 void SegmentTable::add_unit(const Sequences& s, const RowRange* begin, const RowRange* end) {
   const auto unit = static_cast<std::int32_t>(unit_item.size());
   unit_item.push_back(static_cast<std::int32_t>(items.size()));
+  unit_sequence.push_back({begin->first_row, begin->first_position, end - begin == 1 ? begin->rows : 0});
   std::int64_t low = INT64_MAX, high = 0;
   for (const RowRange* range = begin; range != end; ++range) {
     low = std::min(low, first_segment(range->first_position));

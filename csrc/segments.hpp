@@ -21,6 +21,11 @@ struct Sequences {
   std::int64_t end_of(std::int64_t sequence) const { return std::int64_t{first[sequence]} + rows[sequence]; }
 };
 
+// The rows of a unit where they are consecutive rows of one sequence; otherwise count is 0.
+struct UnitRows {
+  std::int32_t first_row, first_position, count;
+};
+
 // Positions are divided into segments at absolute multiples of a constant, and below the first of these at its halves,
 // quarters and so on, so that short prefixes have whole segments, too: at 128, 256, 512, 1024, 2048, 3072, say.
 //
@@ -50,6 +55,10 @@ class SegmentTable {
   std::vector<std::int64_t> slot;         // [rows]: slot of the row's own token, page * page_size + offset
   std::vector<std::int32_t> row_partial;  // [rows + 1]: slot of the row's first partial result, one per segment
   std::vector<std::int32_t> unit_item;    // [units + 1]: first item of the unit
+  std::vector<UnitRows> unit_sequence;    // [units]
+
+  // Returns the length of the first segment.
+  std::int64_t shortest() const { return shortest_; }
 
  private:
   // Consecutive rows of one sequence.

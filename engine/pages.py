@@ -14,12 +14,16 @@ from genssd.engine.model import Decoder
 from genssd.kernels.cache import copy_pages
 from genssd.kernels.device_table import upload
 
-PAGE_SIZE = 16
-"""Number of tokens that a page holds."""
+PAGE_SIZE = {"cpu": 16, "cuda": 64}
+"""Number of tokens that a page holds, by device type. On a GPU a page of one head is a tile of its attention kernel."""
 
 
 class PagePool:
-    """The owner of `kv`, [L, 2, P, S, G, E], and of its free list: a page is free or held by exactly one tree node."""
+    """The owner of `kv`, [L, 2, P, S, G, E], and of its free list: a page is free or held by exactly one tree node.
+
+    On a GPU `kv` is a view of memory in the order [L, 2, P, G, S, E], in which the tokens of a page and head are
+    contiguous.
+    """
 
     def __init__(self, kv_L2PSGE: Tensor) -> None:
         self.kv = kv_L2PSGE
@@ -29,15 +33,21 @@ class PagePool:
         self._is_free = [True] * kv_L2PSGE.shape[2]
 
     @staticmethod
-    def for_model(decoder: Decoder, num_pages: int, page_size: int = PAGE_SIZE) -> PagePool:
+    def for_model(decoder: Decoder, num_pages: int, page_size: int | None = None) -> PagePool:
         """Allocate an uninitialised pool on the decoder's device, in its dtype.
 
-        Raises CapacityError when the device has too little memory.
+        page_size: number of tokens that a page holds; None for that of PAGE_SIZE. Raises CapacityError when the device
+        has too little memory.
         """
         c = decoder.config
-        shape = (c.num_hidden_layers, 2, num_pages, page_size, c.num_key_value_heads, c.head_dim)
+        size, heads = page_size or PAGE_SIZE[decoder.device.type], c.num_key_value_heads
+        on_gpu = decoder.device.type == "cuda"
+        page = (heads, size) if on_gpu else (size, heads)
         try:
-            return PagePool(torch.empty(shape, dtype=decoder.dtype, device=decoder.device))
+            kv = torch.empty(
+                c.num_hidden_layers, 2, num_pages, *page, c.head_dim, dtype=decoder.dtype, device=decoder.device
+            )
+            return PagePool(kv.transpose(3, 4) if on_gpu else kv)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise CapacityError(f"a key-value cache of {num_pages} pages cannot be had: {reason}") from None
@@ -76,12 +86,14 @@ class PagePool:
         copy_pages(self.kv, pages[:1], pages[1:])
 
 
-def pages_within(budget_bytes: int, decoders: list[Decoder], page_size: int = PAGE_SIZE) -> int:
+def pages_within(budget_bytes: int, decoders: list[Decoder], page_size: int | None = None) -> int:
     """Return how many pages each pool gets when one budget is split so that all models hold as many tokens.
 
-    Raises CapacityError when not even one page fits.
+    All decoders are on one device. page_size: as for `PagePool.for_model`. Raises CapacityError when not even one page
+    fits.
     """
-    pages = budget_bytes // (page_size * sum(d.kv_bytes_per_token for d in decoders))
+    size = page_size or PAGE_SIZE[decoders[0].device.type]
+    pages = budget_bytes // (size * sum(d.kv_bytes_per_token for d in decoders))
     if pages < 1:
         raise CapacityError(f"a key-value budget of {budget_bytes} bytes does not hold one page; raise memory_bytes")
     return pages

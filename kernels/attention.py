@@ -38,11 +38,11 @@ int32, the pages of all items. position: int32 [N], position of every row. slot:
 token in the cache, page * page_size + offset. row_partial: int32 [N + 1], slot of a row's first partial result; its
 others follow in the order of segments."""
 
-SEGMENT_TOKENS = {"cpu": 256, "cuda": 1024}
+SEGMENT_TOKENS = {"cpu": 256, "cuda": 512}
 """Tokens of a segment, by device type. On a GPU longer segments keep the traffic of partial results small compared with
 that of the cache."""
 
-QUERY_VECTORS_PER_UNIT = {"cpu": 128, "cuda": 64}
+QUERY_VECTORS_PER_UNIT = {"cpu": 128, "cuda": 128}
 """Largest number of query vectors (rows times query heads per kv head) that read a segment together, by device type."""
 
 

@@ -88,7 +88,7 @@ def copy_pages(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor) -> No
 
     source_N, destination_N: int64; a destination must be neither a source nor another destination.
     """
-    if kv_L2PSGE.is_cuda and kv_L2PSGE.is_contiguous():
+    if kv_L2PSGE.is_cuda and (kv_L2PSGE.is_contiguous() or kv_L2PSGE.transpose(3, 4).is_contiguous()):
         from genssd.kernels.cache_triton import copy_page_rows
 
         copy_page_rows(kv_L2PSGE, source_N, destination_N)

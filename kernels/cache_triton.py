@@ -103,11 +103,14 @@ def write_kv_rows(
 
 @triton.jit
 def _copy_kernel(
-    kv, source, destination,  # [L, 2, P, S, G, E] int64 [N] int64 [N]
+    kv, source, destination,  # [L, 2, P, S * G * E] int64 [N] int64 [N]
     P, entries,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy BLOCK entries of one page, of the keys or the values of one layer. entries: S * G * E, entries of a page."""
+    """Copy BLOCK entries of one page, of the keys or the values of one layer, in whatever order they lie in memory.
+
+    entries: S * G * E, entries of a page.
+    """
     n, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     first = layer * P
@@ -117,7 +120,7 @@ def _copy_kernel(
 
 
 def copy_page_rows(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor, *, block: int = BLOCK) -> None:
-    """Compute `cache.copy_pages` on a CUDA device, for a contiguous cache."""
+    """Compute `cache.copy_pages` on a CUDA device, for a cache whose pages follow each other in memory."""
     L, _, P, *page = kv_L2PSGE.shape
     entries = page[0] * page[1] * page[2]
     _copy_kernel[(len(source_N), 2 * L, -(-entries // block))](

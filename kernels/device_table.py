@@ -1,9 +1,21 @@
 """Segment tables in device memory: each is one int32 buffer, which one copy fills.
 
-    header | items | entries | pages | position | row_partial        each begins at a multiple of 16 bytes
+    header | items | entries | units | rows | pages | position        each begins at a multiple of 16 bytes
 
-The first entry of the header is the number of items. The other parts can be larger than a table requires, so that a
-captured graph can read another table from the same buffer: rows after the table's own see no position.
+header      number of items, number of units
+items       items whose partial results are stored, the longest first: page index, number of tokens up to the last that
+            some row sees (high), index of the first entry, number of entries, number of tokens up to the last that
+            every row sees (full_high), first token that some row sees (low) and that every row sees (full_low)
+entries     of the items: row, slot of its partial result, last token of the item that it sees
+units       units whose rows are consecutive rows of one sequence, the longest first: page index, position of the first
+            token of the first page, first row, its position, number of rows
+rows        every row: its first partial result, how many it has (-1: a unit computes the row), and its last segment
+            where no other row reads it: page index, tokens (0: it is an item), first token that the row sees
+pages       page numbers
+position    position of every row
+
+The parts can be larger than a table requires, so that a captured graph can read another table from the same buffer:
+rows after the table's own see no position.
 
 No function of this file waits for the device. A copy starts from pinned memory, which the allocator does not reuse
 before the copies from it are done: the next table is prepared while the device still reads this one.
@@ -11,6 +23,7 @@ before the copies from it are done: the next table is prepared while the device 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,39 +33,48 @@ from torch import Tensor
 
 from genssd import _core
 
-HEADER = 4  # int32 entries of the header
+HEADER, ITEM, ENTRY, UNIT, ROW = 4, 8, 4, 8, 8  # int32 entries of the header and of a record of each part
 ALIGNMENT = 4  # int32 entries of 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """Sizes that the parts of a buffer have room for. item_rows: largest number of rows of one item."""
+    """Sizes that the parts of a buffer have room for.
+
+    item_rows, unit_rows: largest number of rows of one item and of one unit. finishes: whether a row exists that no
+    unit computes.
+    """
 
     items: int
     entries: int
+    units: int
     pages: int
     rows: int
     partials: int
     item_rows: int
+    unit_rows: int
+    finishes: bool
 
     @staticmethod
     def required_by(table: _core.SegmentTable) -> Capacity:
         """Return the sizes that a table requires."""
-        items = table.items
+        records = _core.DeviceRecords(table)
         return Capacity(
-            items=len(items),
-            entries=len(table.entries),
+            items=len(records.items),
+            entries=len(records.entries),
+            units=len(records.units),
             pages=len(table.pages),
             rows=table.num_rows,
-            partials=int(table.row_partial[-1]),
-            item_rows=int(items[:, 4].max()) if len(items) else 0,
+            partials=records.num_partials,
+            item_rows=records.largest_item,
+            unit_rows=records.largest_unit,
+            finishes=records.has_other_rows,
         )
 
     def covers(self, other: Capacity) -> bool:
         """Return whether every size is at least that of the other capacity."""
-        pairs = zip(self._growing_sizes(), other._growing_sizes(), strict=True)
-        fixed = self.rows >= other.rows and self.item_rows >= other.item_rows
-        return fixed and all(size >= required for size, required in pairs)
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return all(size >= required for size, required in pairs)
 
     def enlarge(self, other: Capacity, *, rows: int, item_rows: int) -> Capacity:
         """Return a capacity for both, with the given rows and item_rows and powers of two for the other sizes.
@@ -62,7 +84,10 @@ class Capacity:
         pairs = zip(self._growing_sizes(), other._growing_sizes(), strict=True)
         sizes = (1 << max(a, b, 1).bit_length() for a, b in pairs)
         items, entries, pages, partials = sizes
-        return Capacity(items=items, entries=entries, pages=pages, rows=rows, partials=partials, item_rows=item_rows)
+        return Capacity(
+            items=items, entries=entries, units=max(self.units, other.units), pages=pages, rows=rows,
+            partials=partials, item_rows=item_rows, unit_rows=max(self.unit_rows, other.unit_rows), finishes=True,
+        )  # fmt: skip
 
     @property
     def length(self) -> int:
@@ -70,10 +95,17 @@ class Capacity:
         return self.offsets[-1]
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of int32 entries of each part."""
+        return (
+            HEADER, ITEM * self.items, ENTRY * self.entries, UNIT * self.units, ROW * self.rows, self.pages, self.rows,
+        )  # fmt: skip
+
+    @property
     def offsets(self) -> tuple[int, ...]:
         """Index of the first entry of each part, then the length of the buffer."""
         bounds = [0]
-        for size in (HEADER, 6 * self.items, 2 * self.entries, self.pages, self.rows, self.rows + 1):
+        for size in self.sizes:
             bounds.append(bounds[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
         return tuple(bounds)
 
@@ -91,6 +123,10 @@ class DeviceTable:
     capacity: Capacity
     page_size: int
     window: int
+    segment: int
+    """Tokens of a segment, except for the shorter ones before the first multiple."""
+    shortest: int
+    """Tokens of the first segment."""
     largest_page: int
     """Largest page number of the table that it was made for."""
 
@@ -110,6 +146,8 @@ class DeviceTable:
             capacity=capacity,
             page_size=table.page_size,
             window=table.window,
+            segment=table.segment,
+            shortest=table.shortest,
             largest_page=table.largest_page,
         )
 
@@ -119,45 +157,48 @@ class DeviceTable:
 
     @property
     def header(self) -> Tensor:
-        return self._part(0, HEADER)
+        return self._part(0)
 
     @property
     def items(self) -> Tensor:
-        """The items, int32 [6 * items]: like all parts, without a second dimension."""
-        return self._part(1, 6 * self.capacity.items)
+        """The items, int32 [ITEM * items]: like all parts, without a second dimension."""
+        return self._part(1)
 
     @property
     def entries(self) -> Tensor:
-        return self._part(2, 2 * self.capacity.entries)
+        return self._part(2)
+
+    @property
+    def units(self) -> Tensor:
+        return self._part(3)
+
+    @property
+    def rows(self) -> Tensor:
+        return self._part(4)
 
     @property
     def pages(self) -> Tensor:
-        return self._part(3, self.capacity.pages)
+        return self._part(5)
 
     @property
     def position(self) -> Tensor:
-        return self._part(4, self.capacity.rows)
+        return self._part(6)
 
-    @property
-    def row_partial(self) -> Tensor:
-        return self._part(5, self.capacity.rows + 1)
-
-    def _part(self, index: int, size: int) -> Tensor:
+    def _part(self, index: int) -> Tensor:
         start = self.capacity.offsets[index]
-        return self.buffer[start : start + size]
+        return self.buffer[start : start + self.capacity.sizes[index]]
 
 
 def write_table(table: _core.SegmentTable, capacity: Capacity, into: NDArray[np.int32]) -> None:
     """Write a table into a host buffer of capacity.length entries; rows after the table's own see no position."""
     assert capacity.covers(Capacity.required_by(table)), "the table outgrew its buffer"
-    into[0] = len(table.items)
-    parts = (table.items.reshape(-1), table.entries.reshape(-1), table.pages, table.position, table.row_partial)
-    offsets = capacity.offsets[1:]
-    for start, part in zip(offsets, parts, strict=False):
-        into[start : start + len(part)] = part
-    rows, positions, partials = table.num_rows, offsets[3], offsets[4]
-    into[positions + rows : positions + capacity.rows] = 0
-    into[partials + rows : partials + capacity.rows + 1] = table.row_partial[-1]
+    records, offsets, rows = _core.DeviceRecords(table), capacity.offsets, table.num_rows
+    into[:HEADER] = (len(records.items), len(records.units), 0, 0)
+    parts = (records.items, records.entries, records.units, records.rows, table.pages, table.position)
+    for start, part in zip(offsets[1:], parts, strict=False):
+        into[start : start + part.size] = part.reshape(-1)
+    into[offsets[4] + ROW * rows : offsets[4] + ROW * capacity.rows] = 0
+    into[offsets[6] + rows : offsets[6] + capacity.rows] = 0
 
 
 def upload(array: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:

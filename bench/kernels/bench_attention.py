@@ -26,7 +26,7 @@ from genssd.kernels.device_table import DeviceTable
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
-HEADS, KV_HEADS, WIDTH, PAGE = (32, 8, 128, 16) if GPU else (8, 4, 64, 16)
+HEADS, KV_HEADS, WIDTH, PAGE = (32, 8, 128, 64) if GPU else (8, 4, 64, 16)
 OWN = 64  # tokens of a branch after the prefix
 LARGEST_COPY = 8 << 30  # largest size in bytes of the keys and values that an implementation may gather
 
@@ -55,7 +55,9 @@ class Step:
         total = shared + branches * own
         order = torch.randperm(total, generator=generator, device=DEVICE).int()
         pages = torch.cat((order[:shared].expand(branches, -1), order[shared:].view(branches, own)), 1)
-        kv = torch.randn(2, total, PAGE, KV_HEADS, WIDTH, generator=generator, device=DEVICE).to(DTYPE)
+        sizes = (KV_HEADS, PAGE) if GPU else (PAGE, KV_HEADS)
+        kv = torch.randn(2, total, *sizes, WIDTH, generator=generator, device=DEVICE).to(DTYPE)
+        kv = kv.transpose(2, 3) if GPU else kv  # the engine's layout
         q = torch.randn(branches, HEADS, WIDTH, generator=generator, device=DEVICE).to(DTYPE)
         return Step(branches, prefix, q, kv, pages)
 
@@ -174,8 +176,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Step], Callable[[], Tensor]]] = {
     "genssd-segments-of-256": lambda step: genssd(
         step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS), 256
     ),
-    "genssd-segments-of-512": lambda step: genssd(
-        step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS), 512
+    "genssd-segments-of-1024": lambda step: genssd(
+        step, QUERY_VECTORS_PER_UNIT[DEVICE.type] // (HEADS // KV_HEADS), 1024
     ),
     "genssd-unshared": lambda step: genssd(step, 1),
     "eager": eager,

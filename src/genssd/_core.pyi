@@ -22,6 +22,10 @@ class SegmentTable:
         """Number of positions of a segment."""
 
     @property
+    def shortest(self) -> int:
+        """Number of positions of the first segment."""
+
+    @property
     def window(self) -> int:
         """Maximum number of positions that a row sees, its own included; 0: all."""
 
@@ -65,6 +69,51 @@ def segment_table(tables: torch.Tensor, table: torch.Tensor, first: torch.Tensor
     """
     Build the segment table of a batch: sequence i has the pages tables[table[i]], and rows[i] query rows at the positions first[i], first[i] + 1, ...; a unit has at most unit_rows rows.
     """
+
+class DeviceRecords:
+    """
+    Segment table as the kernels on a GPU read it; see genssd.kernels.device_table.
+    """
+
+    def __init__(self, table: SegmentTable) -> None: ...
+
+    @property
+    def items(self) -> numpy.ndarray:
+        """
+        int32 [items, 8]: the items whose partial results are stored, the longest first.
+        """
+
+    @property
+    def entries(self) -> numpy.ndarray:
+        """int32 [entries, 4]: the rows of the items."""
+
+    @property
+    def units(self) -> numpy.ndarray:
+        """
+        int32 [units, 8]: the units whose rows are computed from their first to their last segment at once, the longest first.
+        """
+
+    @property
+    def rows(self) -> numpy.ndarray:
+        """
+        int32 [rows, 8]: the partial results of every row, and its last segment where it alone reads that.
+        """
+
+    @property
+    def num_partials(self) -> int:
+        """Number of partial results that are stored."""
+
+    @property
+    def largest_item(self) -> int:
+        """Largest number of rows of an item."""
+
+    @property
+    def largest_unit(self) -> int:
+        """Largest number of rows of a unit."""
+
+    @property
+    def has_other_rows(self) -> bool:
+        """Whether some row is in no unit."""
 
 def instruction_set() -> str | None:
     """

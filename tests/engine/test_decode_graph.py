@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from genssd import _core
 from genssd.engine.decode_graph import BUCKETS, StepLayout, bucket_for
 from genssd.kernels.attention import SegmentTable, build_segment_table
 
@@ -43,8 +44,9 @@ def test_a_step_is_read_back(rows: int) -> None:
         table = batch.tables[window]
         assert table.window == window
         assert table.num_rows == bucket
-        for name in ("items", "entries", "pages", "row_partial"):
-            expected = getattr(table, name).reshape(-1)
+        records = _core.DeviceRecords(tables[window])
+        for name in ("items", "entries", "rows"):
+            expected = getattr(records, name).reshape(-1)
             assert getattr(table, name)[: len(expected)].tolist() == expected.tolist()
 
 

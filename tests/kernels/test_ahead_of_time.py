@@ -26,6 +26,7 @@ from genssd.kernels import (  # noqa: E402
     attention_mass_triton,
     attention_triton,
     cache_triton,
+    device_table,
     divergence_triton,
     draw_triton,
     filter_triton,
@@ -34,6 +35,7 @@ from genssd.kernels import (  # noqa: E402
     norm_triton,
     rows_triton,
 )
+from genssd.kernels.attention_triton import AttentionTiles  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,24 +363,37 @@ def test_sums_over_steps(target: Target, tmp_path: Path) -> None:
     machine_code(compile_for(target, attention_mass_triton._sum_steps_kernel, types, constants), target, tmp_path)
 
 
-def compile_attention(target: Target, dtype: str, width: int, extras: bool) -> Any:
-    """The kernel over items as it ships. extras: a window and a cap on the scores."""
+def compile_attention(target: Target, kernel: str, dtype: str, width: int, extras: bool) -> tuple[Any, AttentionTiles]:
+    """Compile one of attention's kernels as it ships. extras: a window, sinks and a cap on the scores."""
     tiles = attention_triton.choose_tiles(
         DTYPES[dtype], width, amd=target.backend == "hip", capability=target.capability
     )
+    block_e = int(triton.next_power_of_2(width))
+    boxes = f"tensordesc<{dtype}[{tiles.block_t}, {block_e}]>" if tiles.tma else f"*{dtype}"
     pointers = {
-        **dict.fromkeys(("q", "k_pages", "v_pages"), f"*{dtype}"),
-        **dict.fromkeys(("header", "items", "entries", "pages", "position"), "*i32"),
-        **dict.fromkeys(("peaks", "totals", "values"), "*fp32"),
+        **dict.fromkeys(("q", "k_pages", "v_pages", "out"), f"*{dtype}"),
+        **dict.fromkeys(("k_tiles", "v_tiles"), boxes),
+        **dict.fromkeys(("header", "items", "entries", "units", "rows", "pages"), "*i32"),
+        **dict.fromkeys(("peaks", "totals", "values", "sinks"), "*fp32"),
     }
+    table = {name: getattr(device_table, name) for name in ("ITEM", "ENTRY", "UNIT", "ROW")}
+    block_m, num_warps, num_stages = {
+        "_item_kernel": (tiles.block_m, tiles.num_warps, tiles.num_stages),
+        "_unit_kernel": (tiles.unit_m, tiles.unit_warps, tiles.unit_stages),
+        "_finish_kernel": (tiles.tail_m, tiles.tail_warps, tiles.tail_stages),
+    }[kernel]
+    masked_tma = tiles.window_tma if extras else tiles.masked_tma
+    masked_tma = tiles.tail_tma if kernel == "_finish_kernel" else masked_tma
     constants = {
-        "S": 16, "E": width, "GROUP": 4, "BLOCK_M": tiles.block_m, "BLOCK_T": tiles.block_t,
-        "BLOCK_E": int(triton.next_power_of_2(width)), "WINDOW": extras, "SOFTCAP": extras, "INTERPRET": False,
+        "S": 64, "E": width, "GROUP": 4, "BLOCK_M": block_m, "BLOCK_T": tiles.block_t, "BLOCK_E": block_e,
+        "WINDOW": extras, "SOFTCAP": extras, "FUSED": tiles.fused, "FLAT": tiles.flat, "HEADS": 4,
+        "TMA": tiles.tma, "MASKED_TMA": masked_tma,
+        "OVERLAP": tiles.overlap, "SINKS": extras, "SEGMENT": 512, "SHORTEST": 128, "INTERPRET": False, **table,
     }  # fmt: skip
-    types = {**types_of(**pointers), "strips": "i32", "window": "i32", "scale": "fp32"}
-    return compile_for(
-        target, attention_triton._item_kernel, types, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages
-    )
+    function = getattr(attention_triton, kernel)
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    types = {**types_of(**pointers), "strips": "i32", "window": "i32", **dict.fromkeys(("inner", "factor"), "fp32")}
+    return compile_for(target, function, types, constants, num_warps=num_warps, num_stages=num_stages), tiles
 
 
 ATTENTION = [
@@ -394,22 +409,16 @@ ON_HOPPER = [("bf16", 80, True), ("bf16", 96, True), ("fp16", 64, False), ("fp16
     [pytest.param(*target.values, *case, id=f"{target.id}-{case[0]}-{case[1]}-{'extras' if case[2] else 'plain'}")
      for target in TARGETS for case in (ATTENTION + ON_HOPPER if target.id == "sm_90" else ATTENTION)],
 )  # fmt: skip
-def test_attention_over_items(target: Target, dtype: str, width: int, extras: bool, tmp_path: Path) -> None:
-    compiled = compile_attention(target, dtype, width, extras)
+@pytest.mark.parametrize("kernel", ["_item_kernel", "_unit_kernel", "_finish_kernel"])
+def test_attention(target: Target, dtype: str, width: int, extras: bool, kernel: str, tmp_path: Path) -> None:
+    compiled, tiles = compile_attention(target, kernel, dtype, width, extras)
     assert compiled.metadata.shared <= target.shared_bytes
     code = machine_code(compiled, target, tmp_path)
     assert re.search(target.asynchronous, code)
     assert re.search(target.wide, code)  # of queries
+    masked_tma = tiles.tail_tma if kernel == "_finish_kernel" else tiles.window_tma
+    if masked_tma or (tiles.tma and not extras):  # with a window every tile is masked
+        assert re.search("UTMALDG", code)
     if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
-        assert re.search(target.matrix, code)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("width", [64, 80, 128, 256])
-def test_merging_attention(target: Target, width: int, tmp_path: Path) -> None:
-    block, num_warps = attention_triton.choose_merge_tiling(width)
-    pointers = {**dict.fromkeys(("peaks", "totals", "values", "sinks"), "*fp32"), "row_partial": "*i32", "out": "*bf16"}
-    constants = {"E": width, "HEADS": attention_triton.HEADS, "BLOCK_E": block, "SINKS": True}
-    compiled = compile_for(target, attention_triton._merge_kernel, types_of(**pointers), constants, num_warps=num_warps)
-    assert compiled.metadata.shared <= target.shared_bytes
-    assert re.search(target.wide, machine_code(compiled, target, tmp_path))
+        few = target.backend == "cuda" and tiles.block_m < 64  # rows, for the instruction of a warp group
+        assert re.search(r"\bHMMA" if few else target.matrix, code)

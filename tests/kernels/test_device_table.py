@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from genssd import _core
 from genssd.kernels.attention import SegmentTable, build_segment_table, paged_attention
-from genssd.kernels.device_table import ALIGNMENT, Capacity, DeviceTable, upload, write_table
+from genssd.kernels.device_table import ALIGNMENT, ENTRY, ITEM, ROW, UNIT, Capacity, DeviceTable, upload, write_table
 
 CPU = torch.device("cpu")
 
@@ -26,9 +27,11 @@ def table_of(rows: int, window: int = 0, first: int = 20) -> SegmentTable:
 
 
 def assert_holds(there: DeviceTable, table: SegmentTable) -> None:
-    assert int(there.header[0]) == len(table.items)
-    for name in ("items", "entries", "pages", "position", "row_partial"):
-        expected = torch.tensor(getattr(table, name)).flatten()
+    records = _core.DeviceRecords(table)
+    assert there.header[:2].tolist() == [len(records.items), len(records.units)]
+    parts = {name: getattr(records, name) for name in ("items", "entries", "units", "rows")}
+    for name, part in {**parts, "pages": table.pages, "position": table.position}.items():
+        expected = torch.tensor(part).flatten()
         assert torch.equal(getattr(there, name)[: len(expected)], expected), name
 
 
@@ -40,8 +43,8 @@ def test_a_table_is_read_back(rows: int, window: int) -> None:
     assert_holds(there, table)
     assert (there.num_rows, there.window, there.page_size) == (rows, window, 4)
     assert there.largest_page == table.largest_page
-    assert there.capacity.item_rows == max(table.items[:, 4])
-    for part in (there.items, there.entries, there.pages, there.position, there.row_partial):
+    assert there.capacity.item_rows == max(_core.DeviceRecords(table).items[:, 3], default=0)
+    for part in (there.items, there.entries, there.units, there.rows, there.pages, there.position):
         assert part.data_ptr() % 16 == there.buffer.data_ptr() % 16
 
 
@@ -54,8 +57,8 @@ def test_a_buffer_is_filled_again_with_other_tables() -> None:
         there = DeviceTable.from_buffer(torch.from_numpy(host), capacity, table)
         assert_holds(there, table)
         assert there.num_rows == 8
-        # the rows that fill it up have no partial result and stand at 0
-        assert there.row_partial[rows:].unique().tolist() == [int(table.row_partial[-1])]
+        # the rows that fill it up have no partial result, no segment, and stand at 0
+        assert not bool(there.rows[ROW * rows :].any())
         assert not bool(there.position[rows:].any())
 
 
@@ -70,7 +73,9 @@ def test_growth_covers_both_and_is_rare() -> None:
     grown = small.enlarge(small, rows=4, item_rows=4)
     assert grown.covers(small)
     assert not small.covers(grown)
-    assert all(not small.covers(dataclasses.replace(small, **{name: 10**6})) for name in small.__slots__)
+    unmet = dict.fromkeys(small.__slots__, 10**6) | {"finishes": True}
+    small = dataclasses.replace(small, finishes=False)
+    assert all(not small.covers(dataclasses.replace(small, **{name: unmet[name]})) for name in small.__slots__)
     sizes, capacity = set(), grown
     for rows in range(3, 200):
         needed = Capacity.required_by(table_of(rows))
@@ -85,7 +90,8 @@ def test_parts_do_not_overlap() -> None:
     for rows in range(1, 9):
         capacity = Capacity.required_by(table_of(rows))
         offsets = capacity.offsets
-        lengths = (4, 6 * capacity.items, 2 * capacity.entries, capacity.pages, capacity.rows, capacity.rows + 1)
+        sizes = (ITEM * capacity.items, ENTRY * capacity.entries, UNIT * capacity.units, ROW * capacity.rows)
+        lengths = (4, *sizes, capacity.pages, capacity.rows)
         for start, end, length in zip(offsets[:-1], offsets[1:], lengths, strict=True):
             assert start % ALIGNMENT == 0
             assert start + length <= end

@@ -19,7 +19,7 @@ from genssd.kernels.device_table import Capacity, DeviceTable, allocate_host_buf
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 HALVES = [torch.bfloat16, torch.float16]
-PAGE = 16
+PAGE = 64
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -40,15 +40,21 @@ class Branches:
         dtype: torch.dtype = torch.bfloat16,
         shared: bool = True,
         seed: int = 0,
+        page: int = PAGE,
+        boxes: bool = True,
     ) -> None:
-        whole, count = prefix // PAGE, len(ends)
+        """Fill the cache. boxes: the tokens of a page and head are contiguous, as in the engine's cache."""
+        self.page = page
+        whole, count = prefix // page, len(ends)
         self.lengths = [prefix + end for end in ends]
-        pages = [-(-length // PAGE) for length in self.lengths]
+        pages = [-(-length // page) for length in self.lengths]
         total = (whole if shared else 0) + sum(n - whole if shared else n for n in pages)
         order = np.random.default_rng(seed).permutation(total + 3).astype(np.int32)
         self.tables = np.zeros((count, max(pages)), dtype=np.int32)
         common = normal(2, prefix, kv_heads, width, dtype=dtype)
-        self.kv = torch.full((2, total + 3, PAGE, kv_heads, width), torch.nan, device="cuda", dtype=dtype)
+        sizes = (kv_heads, page) if boxes else (page, kv_heads)
+        kv = torch.full((2, total + 3, *sizes, width), torch.nan, device="cuda", dtype=dtype)
+        self.kv = kv.transpose(2, 3) if boxes else kv
         self.dense = []
         used = whole if shared else 0
         for i, (end, n) in enumerate(zip(ends, pages, strict=True)):
@@ -59,15 +65,15 @@ class Branches:
             self.tables[i, first:n] = order[used : used + n - first]
             used += n - first
             slot = torch.arange(self.lengths[i], device="cuda")
-            page = torch.tensor(self.tables[i], device="cuda")[slot // PAGE].long()
-            self.kv[:, page, slot % PAGE] = self.dense[i]
+            pages_of_slots = torch.tensor(self.tables[i], device="cuda")[slot // page].long()
+            self.kv[:, pages_of_slots, slot % page] = self.dense[i]
         self.q = normal(count, heads, width, dtype=dtype, seed=7)
 
     def table(self, which: list[int] | None = None, *, unit_rows: int = 16, window: int = 0) -> SegmentTable:
         chosen = np.arange(len(self.lengths), dtype=np.int32) if which is None else np.array(which, dtype=np.int32)
         last = np.array(self.lengths, dtype=np.int32)[chosen] - 1
         return build_segment_table(
-            *map(torch.from_numpy, (self.tables, chosen, last, np.ones_like(last))), page_size=PAGE,
+            *map(torch.from_numpy, (self.tables, chosen, last, np.ones_like(last))), page_size=self.page,
             segment=SEGMENT_TOKENS["cuda"], window=window, unit_rows=unit_rows,
         )  # fmt: skip
 
@@ -151,14 +157,38 @@ def test_a_row_has_the_same_bits_however_it_is_computed(window: int, dtype: torc
     reordered = [*range(63, -1, -1)]
     assert torch.equal(branches.run(reordered, window=window)[reordered], together)
     assert torch.equal(Branches(2100, ends, dtype=dtype, shared=False, seed=5).run(window=window), together)
+    for page, boxes in ((64, False), (128, True), (16, True), (4, False)):
+        assert torch.equal(Branches(2100, ends, dtype=dtype, page=page, boxes=boxes).run(window=window), together)
     for _ in range(10):
         assert torch.equal(branches.run(window=window), together)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("window", [0, 1300])
+def test_a_row_has_the_same_bits_in_prefill_and_in_decoding(window: int, dtype: torch.dtype) -> None:
+    """Rows that a unit computes from first to last segment, that share items, and that stand alone in a batch."""
+    branches = Branches(2100, [75], dtype=dtype)
+    length = branches.lengths[0]
+    q = normal(length, 32, 128, dtype=dtype, seed=9)
+    pages = torch.from_numpy(branches.tables)
+
+    def run(rows: int, unit_rows: int) -> Tensor:
+        first, one = length - rows, torch.ones(1, dtype=torch.int32)
+        table = build_segment_table(
+            pages, one * 0, one * first, one * rows, page_size=PAGE, segment=SEGMENT_TOKENS["cuda"], window=window,
+            unit_rows=unit_rows,
+        )  # fmt: skip
+        return paged_attention(q[first:], *branches.kv, table, scale=128**-0.5)
+
+    cold = run(length, 32)
+    for rows, unit_rows in ((length, 1), (length, 16), (300, 32), (40, 7), (5, 32), (1, 32)):
+        assert torch.equal(run(rows, unit_rows), cold[-rows:])
+
+
 def test_pages_beyond_two_to_the_31_entries() -> None:
     """8.6 GB of keys and values in bf16."""
-    kv = torch.zeros(2, 65536 + 8, PAGE, 16, 128, device="cuda", dtype=torch.bfloat16)
-    last = 65536 + 7
+    kv = torch.zeros(2, 16384 + 8, 16, PAGE, 128, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
+    last = 16384 + 7
     kv[:, last] = normal(2, PAGE, 16, 128, dtype=torch.bfloat16)
     q = normal(1, 16, 128, dtype=torch.bfloat16)
     one = torch.ones(1, dtype=torch.int32)

@@ -95,8 +95,11 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
     assert torch.equal(k, keys)
 
 
-def test_copied_pages() -> None:
-    kv = normal(4, 2, 40, 16, 8, 128, dtype=torch.bfloat16)
+@pytest.mark.parametrize("boxes", [False, True])
+def test_copied_pages(boxes: bool) -> None:
+    """boxes: the tokens of a page and head are contiguous, as in the engine's cache."""
+    kv = normal(4, 2, 40, 8, 16, 128, dtype=torch.bfloat16)
+    kv = kv.transpose(3, 4) if boxes else kv
     expected = kv.clone()
     order = torch.randperm(40, device="cuda")
     copy_pages(kv, order[:15], order[20:35])

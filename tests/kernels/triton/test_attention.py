@@ -5,6 +5,7 @@ The interpreter multiplies the bits of bf16: half precision is checked on a GPU,
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from genssd import _core
 from genssd.kernels import attention_triton
 from genssd.kernels.attention import SegmentTable, build_segment_table, paged_attention_reference
 from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows
 from genssd.kernels.device_table import Capacity, DeviceTable, write_table
 
-SMALL = AttentionTiles(block_m=16, block_t=8, num_warps=4, num_stages=2)
+SMALL = AttentionTiles(
+    block_m=16, block_t=8, num_warps=4, num_stages=2, tail_m=8, tail_warps=1, unit_m=32, unit_warps=4, unit_stages=2
+)
 CPU = torch.device("cpu")
 
 
@@ -48,6 +52,8 @@ class Cache:
     order: int = 0
     num_pages: int = 700
     dtype: torch.dtype = torch.float32
+    boxes: bool = False
+    """Whether the tokens of a page and head are contiguous, as in the engine's cache on a GPU."""
     sequences: list[list[int]] = field(default_factory=list)
     """The tokens of each: the values of equal tokens at equal positions are equal, wherever they lie."""
     tables: list[list[int]] = field(default_factory=list)
@@ -55,6 +61,8 @@ class Cache:
     def __post_init__(self) -> None:
         shape = (2, self.num_pages, self.page_size, self.kv_heads, self.width)
         self.kv = torch.full(shape, torch.nan, dtype=self.dtype)
+        if self.boxes:
+            self.kv = self.kv.transpose(2, 3).contiguous().transpose(2, 3)
         self._free = torch.randperm(self.num_pages, generator=torch.Generator().manual_seed(self.order)).tolist()
 
     kv: Tensor = field(init=False)
@@ -121,7 +129,7 @@ class Case:
         )
 
     def run(self, *, programs: int = 3, tiles: AttentionTiles = SMALL, table: DeviceTable | None = None) -> Tensor:
-        launch = AttentionLaunch(programs=programs, tiles=tiles, interpret=True)
+        launch = AttentionLaunch(multiprocessors=programs, tiles=tiles, interpret=True)
         table = DeviceTable.upload(self.host_table(), CPU) if table is None else table
         k, v = self.cache.kv
         return attend_rows(self.queries(), k, v, table, self.cache.width**-0.5, self.softcap, self.sinks, launch=launch)
@@ -213,7 +221,7 @@ def test_a_prefix_of_32k() -> None:
     cache = Cache(16, kv_heads=1, width=16, num_pages=2100)
     trunk = cache.add(tokens_of(32768, 0))
     kids = [cache.add(cache.sequences[trunk] + tokens_of(n, n), trunk, 32768) for n in (1, 30)]
-    wide = AttentionTiles(block_m=16, block_t=512, num_warps=4, num_stages=2)
+    wide = dataclasses.replace(SMALL, block_t=512)
     case = Case(cache, kids, [1, 2], heads=2, segment=1024, unit_rows=8)
     assert len(case.host_table().items) == 32 + 3 + 2, "the first of them in four"
     assert (case.run(tiles=wide).double() - case.attention(torch.float64)).abs().max() < 1e-6
@@ -238,7 +246,7 @@ def test_scores_of_minus_infinity_are_nothing_and_no_nan(sinks: Tensor | None) -
     k[cache.tables[1], :, :, 0] = -torch.inf
     case = Case(cache, [0, 1], [1, 1], sinks=sinks)
     queries = torch.full((2, 4, 4), 0.5)
-    launch = AttentionLaunch(programs=2, tiles=SMALL, interpret=True)
+    launch = AttentionLaunch(multiprocessors=2, tiles=SMALL, interpret=True)
     out = attend_rows(queries, *cache.kv, DeviceTable.upload(case.host_table(), CPU), 0.5, None, sinks, launch=launch)
     assert bool(out.isfinite().all())
     assert torch.equal(out[1], torch.zeros(4, 4))
@@ -338,6 +346,39 @@ def test_a_warm_and_a_cold_prefix_have_the_same_bits() -> None:
     assert torch.equal(Case(cache, [0], [1]).run(), cold[-1:])
 
 
+@pytest.mark.parametrize(("page_size", "window"), [(4, 0), (16, 0), (16, 30)])
+def test_rows_of_a_unit_have_the_bits_of_items(page_size: int, window: int) -> None:
+    """Rows that one program computes from first to last segment, against the same rows item by item."""
+    cache = Cache(page_size)
+    cache.add(tokens_of(43, 0))
+    cache.add(tokens_of(9, 1))
+    options: dict[str, Any] = {"window": window, "sinks": torch.linspace(-3, 3, 4) if window else None}
+    case = Case(cache, [0, 1], [43, 9], unit_rows=32, **options)
+    assert len(_core.DeviceRecords(case.host_table()).units) == 3
+    together = case.run()
+    nested = dataclasses.replace(SMALL, flat=False, unit_m=16, block_m=32)
+    assert torch.equal(case.run(tiles=nested), together)
+    for rows, unit_rows in ((43, 5), (12, 7), (1, 32)):
+        one = Case(cache, [0], [rows], unit_rows=unit_rows, **options).run()
+        assert torch.equal(one, together[43 - rows : 43])
+    assert (together.double() - case.attention(torch.float64)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("page_size", "masked"), [(8, False), (16, True)])
+def test_tiles_from_descriptors_have_the_bits_of_pointers(page_size: int, masked: bool) -> None:
+    """Descriptors need pages of complete tiles, in which the tokens of a head are contiguous; others take pointers."""
+    runs = []
+    for boxes in (False, True):
+        cache, leaves = grow(3, page_size, boxes=boxes)
+        counts = [min(12, len(cache.sequences[i])) for i in leaves[:4]]
+        assert (attention_triton.tile_descriptor(cache.kv[0], 8, 16) is not None) == boxes
+        for tma in (False, True):
+            tiles = dataclasses.replace(SMALL, tma=tma, masked_tma=masked, tail_tma=masked)
+            runs += [Case(cache, leaves[:4], counts, unit_rows=unit_rows).run(tiles=tiles) for unit_rows in (4, 16)]
+    assert bool(runs[0].isfinite().all())
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
 @pytest.mark.parametrize("changed", [{"programs": 1}, {"programs": 64}], ids=str)
 def test_the_number_of_programs_changes_no_bit(changed: dict[str, int]) -> None:
     cache, leaves = grow(3, 4)
@@ -364,7 +405,7 @@ def test_a_table_in_a_larger_buffer() -> None:
     write_table(table, capacity, packed)
     there = DeviceTable.from_buffer(torch.from_numpy(packed), capacity, table)
     q = torch.cat((case.queries(), torch.full((2, 4, 16), torch.nan)))
-    launch = AttentionLaunch(programs=3, tiles=SMALL, interpret=True)
+    launch = AttentionLaunch(multiprocessors=3, tiles=SMALL, interpret=True)
     out = attend_rows(q, *cache.kv, there, 0.25, None, None, launch=launch)
     assert torch.equal(out[:3], case.run())
     assert torch.equal(out[3:], torch.zeros(2, 4, 16))
@@ -374,7 +415,7 @@ def test_views_of_queries_and_pages() -> None:
     cache, leaves = grow(3, 4)
     case = Case(cache, leaves[:3], [1] * 3)
     table = DeviceTable.upload(case.host_table(), CPU)
-    launch = AttentionLaunch(programs=3, tiles=SMALL, interpret=True)
+    launch = AttentionLaunch(multiprocessors=3, tiles=SMALL, interpret=True)
     wide_q, wide_kv = torch.full((3, 9, 40), torch.nan), torch.full((2, 700, 4, 4, 16), torch.nan)
     wide_q[:, 1:5, :16], wide_kv[:, :, :, ::2] = case.queries(), cache.kv
     k, v = wide_kv[:, :, :, ::2]
@@ -388,7 +429,7 @@ def test_no_rows() -> None:
     cache = Cache(4)
     cache.add([1])
     none = DeviceTable.upload(cache.table([], [], segment=16, window=0, unit_rows=4), CPU)
-    launch = AttentionLaunch(programs=3, tiles=SMALL, interpret=True)
+    launch = AttentionLaunch(multiprocessors=3, tiles=SMALL, interpret=True)
     assert attend_rows(torch.empty(0, 4, 16), *cache.kv, none, 1.0, None, None, launch=launch).shape == (0, 4, 16)
 
 

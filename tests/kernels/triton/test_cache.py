@@ -92,8 +92,11 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("block", [4, 64])
-def test_copied_pages(dtype: torch.dtype, block: int) -> None:
+@pytest.mark.parametrize("boxes", [False, True])
+def test_copied_pages(dtype: torch.dtype, block: int, boxes: bool) -> None:
+    """boxes: the tokens of a page and head are contiguous."""
     kv = torch.randn(3, 2, 6, 3, 2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kv = kv.transpose(3, 4) if boxes else kv
     expected = kv.clone()
     source, destination = torch.tensor([1, 5, 1]), torch.tensor([4, 0, 2])
     cache_triton.copy_page_rows(kv, source, destination, block=block)

@@ -37,7 +37,19 @@ from genssd.kernels.norm_triton import add_rms_norm_rows, rms_norm_rows
 
 CPU = torch.device("cpu")
 LAUNCH = AttentionLaunch(
-    programs=5, tiles=AttentionTiles(block_m=16, block_t=16, num_warps=4, num_stages=2), interpret=True
+    multiprocessors=5,
+    tiles=AttentionTiles(
+        block_m=16,
+        block_t=16,
+        num_warps=4,
+        num_stages=2,
+        tail_m=16,
+        tail_warps=4,
+        unit_m=16,
+        unit_warps=4,
+        unit_stages=2,
+    ),
+    interpret=True,
 )
 WINDOWED = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1, "vocab_size": 260}
 
