@@ -21,7 +21,7 @@ from genssd.engine.segments import rows_per_unit
 from genssd.kernels.attention import SEGMENT_TOKENS, build_segment_table, paged_attention
 from genssd.kernels.device_table import DeviceTable
 
-H, G, E, S = 32, 8, 128, 16
+H, G, E, S = 32, 8, 128, 64
 DECODED = [(64, 4096), (64, 16384), (8, 4096), (256, 4096), (64, 512), (512, 1024)]
 """(branches, tokens of the prefix that they share)."""
 PREFILLED = [2048, 8192]
@@ -80,7 +80,7 @@ def make_table(pages: Tensor, first: int, new: int) -> DeviceTable:
 
 def paged(pages: Tensor, first: int, new: int) -> Implementation:
     """Return our attention of `new` tokens of every sequence."""
-    q, kv = normal(len(pages) * new, H, E), normal(2, int(pages.max()) + 1, S, G, E, seed=1)
+    q, kv = normal(len(pages) * new, H, E), normal(2, int(pages.max()) + 1, G, S, E, seed=1).transpose(2, 3)
     table = make_table(pages, first, new)
     return Implementation(calls=[lambda: paged_attention(q, kv[0], kv[1], table, scale=E**-0.5)], method="graph")
 
