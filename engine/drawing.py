@@ -21,6 +21,7 @@ from genssd.engine.sampling import Sampling, noise_key
 from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
+from genssd.kernels.tuned import launch_mode
 
 
 class Drawn(NamedTuple):
@@ -87,14 +88,15 @@ class WriterDrawing:
         keys_C = torch.tensor([noise_key(lane.branch.stream, lane.branch.length) for lane in candidates])
         keys_C, source_C = keys_C.to(hidden_LD.device), source_C.to(hidden_LD.device)
         if not self._sampling.filters:
-            return linear_sample(
-                hidden_LD.index_select(0, source_C),
-                self.writer.decoder.head,
-                keys_C,
-                temperature=self._sampling.temperature,
-                vocabulary=self._vocabulary,
-                checked=False,
-            )
+            with launch_mode(deterministic=self.writer.decoder.deterministic):
+                return linear_sample(
+                    hidden_LD.index_select(0, source_C),
+                    self.writer.decoder.head,
+                    keys_C,
+                    temperature=self._sampling.temperature,
+                    vocabulary=self._vocabulary,
+                    checked=False,
+                )
         logits_CV = self.writer.logits(hidden_LD).index_select(0, source_C)
         tokens_C = draw_filtered(logits_CV[:, : self._vocabulary], keys_C, self._sampling, checked=False)
         return tokens_C, logprob_of(logits_CV, tokens_C.clamp_min(0))

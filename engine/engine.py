@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from genssd.engine.errors import InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
 from genssd.engine.judging import Judge
+from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.loading import load_models, make_runners
 from genssd.engine.memory import cache_budget, choose_device
 from genssd.engine.model import Decoder
@@ -35,6 +37,8 @@ from genssd.engine.session import Session
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TokenStats
+
+log = logging.getLogger(__name__)
 
 BOTH: tuple[Role, Role] = ("teacher", "student")
 
@@ -59,6 +63,7 @@ class Engine:
         memory_utilization: float = 0.9,
         memory_bytes: int | None = None,
         max_batch: int = 256,
+        deterministic: bool = True,
     ) -> Engine:
         """Load one or both models and return an engine over them.
 
@@ -66,7 +71,9 @@ class Engine:
         model work. device: None takes CUDA where a device is found, else the CPU. dtype: "auto" is the checkpoint's
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
-        number of candidates decoded at once.
+        number of candidates decoded at once. deterministic: on a GPU, take kernel configurations with which a token's
+        bits do not depend on how many are scored or drawn with it; False takes the fastest ones that ship or that
+        `genssd tune` measured for every number of tokens (docs/tuning.md). On a CPU bits never depend on it.
         Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers differ.
         """
         if teacher is None and student is None:
@@ -76,10 +83,13 @@ class Engine:
         if max_batch < 1:
             raise InputError(f"max_batch must be at least 1, not {max_batch}")
         target = choose_device(device)
-        directories, decoders, tokenizers = load_models(teacher, student, dtype, target)
+        directories, decoders, tokenizers = load_models(teacher, student, dtype, target, deterministic=deterministic)
         budget = cache_budget(target, memory_bytes, memory_utilization)
         runners = make_runners(directories, decoders, budget)
-        return Engine(Resources(runners=runners, tokenizers=tokenizers, max_batch=max_batch))
+        engine = Engine(Resources(runners=runners, tokenizers=tokenizers, max_batch=max_batch))
+        if engine.launches is not None:
+            log.info("kernel configurations: %s", engine.launches.description)
+        return engine
 
     @staticmethod
     def from_decoder(
@@ -336,6 +346,11 @@ class Engine:
     def fingerprints(self) -> dict[Role, str]:
         """Identification of each loaded checkpoint: 16 hex digits."""
         return {role: fingerprint(runner.directory) for role, runner in self._resources.runners.items()}
+
+    @cached_property
+    def launches(self) -> LaunchRecord | None:
+        """Configurations of the GPU kernels that the engine takes, and where they come from; None on a CPU."""
+        return describe_launches([runner.decoder for runner in self._resources.runners.values()])
 
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""

@@ -18,16 +18,18 @@ from genssd.engine.text import Tokenizer
 
 
 def load_models(
-    teacher: str | Path | None, student: str | Path | None, dtype: str, device: torch.device
+    teacher: str | Path | None, student: str | Path | None, dtype: str, device: torch.device, *, deterministic: bool
 ) -> tuple[dict[Role, Path], dict[Role, Decoder], dict[Role, Tokenizer]]:
     """Load models and tokenizers from hub ids or local directories; return directories, decoders and tokenizers.
 
+    deterministic: whether kernels over the heads must give a row the same bits for every number of rows.
     Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers differ.
     """
     names: dict[Role, str | Path | None] = {"teacher": teacher, "student": student}
     directories = {role: locate(name) for role, name in names.items() if name is not None}
     decoders = {
-        role: Decoder.load(path, choose_dtype(path, dtype, device), device) for role, path in directories.items()
+        role: Decoder.load(path, choose_dtype(path, dtype, device), device, deterministic=deterministic)
+        for role, path in directories.items()
     }
     tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
     for role, decoder in decoders.items():

@@ -22,6 +22,7 @@ Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head di
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genssd.kernels import tuned
 from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.head_triton import safe_peak
 
@@ -44,6 +46,28 @@ class AttentionTiles:
     block_t: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfiguration:
+    """Launch configuration for any device of one kind, as a tune file keeps it; bits of results depend on it.
+
+    segment: tokens of a segment (see `attention.choose_segment`). per_multiprocessor: number of programs.
+    """
+
+    tiles: AttentionTiles
+    segment: int
+    per_multiprocessor: int
+
+    @staticmethod
+    def from_values(values: tuned.Configuration) -> AttentionConfiguration:
+        """Build from the values of a tune file. Raises ValueError where they are not those of `values`."""
+        return tuned.build_from(AttentionConfiguration, values, {"tiles": AttentionTiles})
+
+    def values(self) -> dict[str, int]:
+        """Return the values of the tune file."""
+        fields = dataclasses.asdict(self)
+        return {**fields.pop("tiles"), **fields}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,17 +95,39 @@ def choose_tiles(dtype: torch.dtype, head_dim: int, *, amd: bool, capability: in
     return AttentionTiles(block_m=64, block_t=64, num_warps=4 if 90 <= capability < 100 else 8, num_stages=3)
 
 
-def choose_launch(q_NHE: Tensor) -> AttentionLaunch:
-    """Choose the launch configuration for the device and dtype of the queries."""
-    device = torch.cuda.get_device_properties(q_NHE.device)
+def find_tuned(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> AttentionConfiguration | None:
+    """Return the configuration that was tuned for a device, one for all numbers of rows; None where none was.
+
+    shape: query heads, kv heads and head dim.
+    """
+    return tuned.find("attention", dtype, shape, device, 1, AttentionConfiguration.from_values)
+
+
+def choose_configuration(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], segment: int
+) -> AttentionConfiguration:
+    """Return the configuration on a device: what was tuned for it, else the shipped one, with that segment length."""
+    found = find_tuned(device, dtype, shape)
+    if found is not None:
+        return found
+    properties = torch.cuda.get_device_properties(device)
     tiles = choose_tiles(
-        q_NHE.dtype,
-        q_NHE.shape[2],
-        amd=torch.version.hip is not None,
-        capability=10 * device.major + device.minor,
+        dtype, shape[2], amd=torch.version.hip is not None, capability=10 * properties.major + properties.minor
     )
     # as many programs as the registers of all multiprocessors hold at once
-    return AttentionLaunch(programs=8 // tiles.num_warps * device.multi_processor_count, tiles=tiles)
+    return AttentionConfiguration(tiles=tiles, segment=segment, per_multiprocessor=8 // tiles.num_warps)
+
+
+def choose_launch(q_NHE: Tensor, kv_heads: int) -> AttentionLaunch:
+    """Choose the launch configuration for the device, dtype and shape of the queries."""
+    shape = (q_NHE.shape[1], kv_heads, q_NHE.shape[2])
+    return make_launch(choose_configuration(q_NHE.device, q_NHE.dtype, shape, 1), q_NHE.device)
+
+
+def make_launch(configuration: AttentionConfiguration, device: torch.device) -> AttentionLaunch:
+    """Return the launch of a configuration on a device."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return AttentionLaunch(programs=configuration.per_multiprocessor * multiprocessors, tiles=configuration.tiles)
 
 
 @triton.jit
