@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from genssd.engine.loading import load_models, make_runners
 from genssd.engine.memory import cache_budget, choose_device
 from genssd.engine.model import Decoder
 from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
-from genssd.engine.requests import check_answers, check_ids, check_positions, labels_of
+from genssd.engine.requests import check_answers, check_ids, check_positions, check_sizes, check_windows, labels_of
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role
@@ -37,8 +36,6 @@ from genssd.engine.session import Session
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TokenStats
-
-log = logging.getLogger(__name__)
 
 BOTH: tuple[Role, Role] = ("teacher", "student")
 
@@ -78,18 +75,12 @@ class Engine:
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
-        if not 0.0 < memory_utilization <= 1.0:
-            raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
-        if max_batch < 1:
-            raise InputError(f"max_batch must be at least 1, not {max_batch}")
+        check_sizes(memory_utilization, max_batch)
         target = choose_device(device)
         directories, decoders, tokenizers = load_models(teacher, student, dtype, target, deterministic=deterministic)
         budget = cache_budget(target, memory_bytes, memory_utilization)
         runners = make_runners(directories, decoders, budget)
-        engine = Engine(Resources(runners=runners, tokenizers=tokenizers, max_batch=max_batch))
-        if engine.launches is not None:
-            log.info("kernel configurations: %s", engine.launches.description)
-        return engine
+        return Engine(Resources(runners=runners, tokenizers=tokenizers, max_batch=max_batch))
 
     @staticmethod
     def from_decoder(
@@ -310,11 +301,7 @@ class Engine:
         runner = self._resources.runner(model)
         prompt_ids = self._resources.encode(prompt, model, "the prompt")
         check_ids(response, runner, "the response")
-        for window in windows:
-            if len(window) != 3 or not 0 <= window[0] <= window[1] < window[2] <= len(response):
-                raise InputError(
-                    f"{tuple(window)} is no window (context, start, end) of a response of {len(response)} tokens"
-                )
+        check_windows(windows, len(response))
         longest = max((end - context - 1 for context, _, end in windows), default=0)
         check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
         return self._resources.local_logprob(model, prompt_ids, response, windows)

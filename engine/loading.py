@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch
 
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import InputError
+from genssd.engine.launches import describe_launches
 from genssd.engine.memory import choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
 from genssd.engine.requests import check_vocabulary
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def load_models(
@@ -39,6 +43,8 @@ def load_models(
             f"teacher {teacher} and student {student} have different vocabularies; the student "
             "scores the teacher's token ids, so both need the same tokenizer"
         )
+    if (launches := describe_launches(list(decoders.values()))) is not None:
+        log.info("kernel configurations: %s", launches.description)
     return directories, decoders, tokenizers
 
 
