@@ -92,16 +92,18 @@ def run_diagnose(
             raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     with Run.open(config, "diagnose", journal="questions.jsonl") as run:
         contexts = read_contexts(config.data, config.contexts, config.limit)
-        measurement = _Measurement(config, Models(load or _make_loader(config)), report, verify)
+        measurement = _Measurement(config, Models(_make_loader(config, run, load)), report, verify)
         _diagnose_questions(run, config, problems, contexts, measurement)
         return _summarise(run, config)
 
 
-def _make_loader(config: DiagnoseConfig) -> Load:
-    def load(model: str, role: Role) -> Engine:
+def _make_loader(config: DiagnoseConfig, run: Run, load: Load | None) -> Load:
+    """Return the function that loads the engine over a model, with `load` or as the config says, and records it."""
+
+    def load_as_configured(model: str, role: Role) -> Engine:
         return config.load(student=model) if role == "student" else config.load(teacher=model)
 
-    return load
+    return lambda model, role: run.use((load or load_as_configured)(model, role))
 
 
 def _diagnose_questions(

@@ -117,7 +117,7 @@ def run_score(
     criteria = {name: resolve(name) for name in config.criteria}
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
-        engine = engine or config.load(student=config.student)
+        engine = run.use(engine or config.load(student=config.student))
         traces, bad_rows = _read_traces(config, criteria, engine)
         _score(run, config, criteria, engine, traces, report)
         run.write_bad_rows(bad_rows)
