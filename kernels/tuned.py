@@ -175,13 +175,16 @@ def read_entries(path: Path) -> list[tuple[Card, Problem, Entry]]:
     for index, fields in enumerate(content["entries"]):
         try:
             entries.append(_read_entry(fields))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TuneFileError(f"tune file {path}: entry {index} is damaged ({error!r})") from None
     return entries
 
 
 def _read_entry(fields: Any) -> tuple[Card, Problem, Entry]:
-    """Return one entry. Raises KeyError, TypeError or ValueError where it is not as `_write_entry` writes it."""
+    """Return one entry of the file.
+
+    Raises AttributeError, KeyError, TypeError or ValueError where it is not as `_write_entry` writes it.
+    """
     if fields["operator"] not in get_args(Operator):
         raise ValueError(f"operator {fields['operator']!r}")
     versions = tuple(str(fields["versions"][package]) for package in PACKAGES)
@@ -191,7 +194,8 @@ def _read_entry(fields: Any) -> tuple[Card, Problem, Entry]:
     deterministic, fastest = (_read_classes(fields[mode]) for mode in MODES)
     if fastest is None:
         raise ValueError("fastest is null")
-    return card, problem, Entry(deterministic=deterministic, fastest=fastest)
+    microseconds = tuple(map(float, fields["microseconds"].values()))
+    return card, problem, Entry(deterministic=deterministic, fastest=fastest, microseconds=microseconds)
 
 
 def _read_classes(classes: Any) -> tuple[Configuration, ...] | None:
