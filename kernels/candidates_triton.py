@@ -72,18 +72,17 @@ def head_candidates(device: Device, dtype: torch.dtype, rows: int) -> list[HeadC
     if dtype == torch.float32:
         sizes = [(32, 32, 32, 4, 3, 132, 16, 2), (64, 32, 32, 4, 3, 132, 16, 2), (32, 64, 32, 4, 3, 132, 16, 2)]
     elif device.has_descriptors:
+        splits = dict.fromkeys((132, one))
         if rows <= 512:
-            sizes += [
-                (64, 256, 64, 4, 5, 132, 16, 1), (64, 256, 64, 4, 4, 132, 16, 1), (64, 256, 128, 4, 2, 132, 16, 1),
-                (64, 128, 128, 4, 4, 132, 16, 1), (64, 128, 64, 4, 3, 3 * one, 16, 3),
-            ]  # fmt: skip
+            sizes += [(64, 256, 64, 4, stages, n, 16, 1) for stages in (5, 4) for n in splits]
+            sizes += [(64, 128, 128, 4, 4, n, 16, 1) for n in splits]
+            sizes += [(64, 256, 128, 4, 2, 132, 16, 1), (64, 128, 64, 4, 3, 3 * one, 16, 3)]
         if rows > 64:
-            sizes += [
-                (128, 256, 64, 8, 4, 132, 16, 1), (128, 256, 64, 8, 3, 132, 16, 1), (128, 256, 64, 8, 4, 132, 12, 1),
-                (128, 256, 64, 8, 3, 132, 12, 1), (128, 128, 64, 8, 4, 132, 16, 1),
-            ]  # fmt: skip
+            sizes += [(128, 256, 64, 8, stages, n, 16, 1) for stages in (4, 3) for n in splits]
+            sizes += [(128, 256, 64, 8, stages, 132, group, 1) for stages in (4, 3) for group in (8, 12, 24)]
+            sizes += [(128, 128, 64, 8, 4, 132, 16, 1)]
         if rows > 128:
-            sizes += [(256, 128, 64, 8, 4, 132, 16, 1)]
+            sizes += [(256, 128, 64, 8, 4, 132, group, 1) for group in (16, 8)]
     else:
         stages = (2,) if device.amd else (4, 3)
         sizes += [(128, 128, 32, 8, n, splits, 16, 1) for n in stages for splits in dict.fromkeys((132, one))]

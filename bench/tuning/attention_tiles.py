@@ -57,7 +57,7 @@ def main() -> None:
         table, pages = build_table(branches, prefix, count)
         q = torch.randn(branches * count, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
         kv = torch.randn(2, pages, PAGE, KV_HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
-        shipped = choose_launch(q)
+        shipped = choose_launch(q, KV_HEADS)
         expected = attend_rows(q, kv[0], kv[1], table, WIDTH**-0.5, None, None, launch=shipped)
         measured: list[dict[str, Any]] = []
         for m, t, warps, stages, per_sm in itertools.product(BLOCKS_M, BLOCKS_T, WARPS, STAGES, PER_SM):

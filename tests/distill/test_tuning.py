@@ -47,7 +47,10 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     return seen
 
 
-def test_without_a_gpu_it_ends_with_one_line(tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_ends_with_one_line(
+    tiny_pair: TinyPair, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
         main(["tune", "--student", str(tiny_pair.student)])
     assert exit.value.code == 2
