@@ -2,7 +2,7 @@
 # Run the GPU tests and benchmarks on a machine with a GPU, in sets of at most ten minutes each. Rows are written to
 # bench/results/gpu-*.json; a part that fails does not stop the others.
 #
-#   bash bench/gpu.sh [RESULTS_DIRECTORY] [head|attention|tuning]        default: head and attention
+#   bash bench/gpu.sh [RESULTS_DIRECTORY] [head|attention|tuning|tune]        default: head and attention
 set -u
 cd "$(dirname "$0")/.."
 results=${1:-bench/results}
@@ -35,6 +35,9 @@ for set in $sets; do
         ;;
     tuning)
         part 590 python -m bench.tuning.attention_tiles --json "$results/gpu-attention-tiles.json"
+        ;;
+    tune)
+        part 240 python -m bench.tuning.tune_command --json "$results/gpu-tune.jsonl"
         ;;
     *)
         echo "no set is called $set" >&2

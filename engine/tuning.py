@@ -159,7 +159,8 @@ def tune(
         try:
             timing = measure(workload, row_class, values, timer)
         except Exception as error:  # a candidate that does not fit the device, or is wrong on it, is left out
-            report(f"{workload.operator} {dict(values)}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            reason = f"{type(error).__name__}: {error!s}".splitlines()[0][:200]
+            report(f"{workload.operator} {dict(values)}: {reason}")
             continue
         timings.append(timing)
         if is_shipped:

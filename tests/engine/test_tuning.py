@@ -111,7 +111,8 @@ class Made:
         return run
 
     def check(self, outputs: Sequence[Tensor], sample: int) -> None:
-        assert torch.equal(outputs[0], torch.arange(sample).double()), "other than float32"
+        if not torch.equal(outputs[0], torch.arange(sample).double()):
+            raise AssertionError  # as some libraries do, without a word
 
 
 def test_candidates_that_are_wrong_or_fail_are_left_out_in_one_line_each() -> None:
@@ -127,7 +128,7 @@ def test_candidates_that_are_wrong_or_fail_are_left_out_in_one_line_each() -> No
     assert result.entry.fastest == (values(32),) * 4
     assert len(timed) == 3
     assert [line.split("}: ")[1] for line in lines] == [
-        "AssertionError: other than float32", "RuntimeError: out of shared memory",
+        "AssertionError: ", "RuntimeError: out of shared memory",
     ] * 2  # fmt: skip
     assert result.describe().startswith("score 1000 x 64 bfloat16: 1..64: 1000000 us (shipped 1000000)")
 
