@@ -263,15 +263,13 @@ def compile_candidate(jobs: Sequence[tuple[Workload, Configuration, int]], devic
 
 
 def list_jobs(workloads: Sequence[Workload]) -> list[tuple[Workload, Configuration, int]]:
-    """Return every candidate of every workload once, with one of its samples."""
-    jobs: list[tuple[Workload, Configuration, int]] = []
+    """Return what must be compiled: candidates with one of their samples, those of equal small workloads once."""
+    jobs: dict[tuple[Problem, str], tuple[Workload, Configuration, int]] = {}
     for workload in workloads:
-        listed: list[Configuration] = []
+        small = workload.make_small().problem
         for row_class, values in _order(workload, [workload.shipped(c) for c in range(len(workload.samples))]):
-            if values not in listed:
-                listed.append(values)
-                jobs.append((workload, values, workload.samples[row_class][0]))
-    return jobs
+            jobs.setdefault((small, json.dumps(values)), (workload, values, workload.samples[row_class][0]))
+    return list(jobs.values())
 
 
 def make_workloads(models: Sequence[tuple[torch.dtype, ModelConfig]], device: torch.device) -> list[Workload]:

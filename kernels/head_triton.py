@@ -113,7 +113,7 @@ def choose_shipped(
     if capability < 90:
         return HeadConfiguration(tiles=AMPERE)
     of_class = [HOPPER_FEW, HOPPER_SOME, HOPPER_SOME, HOPPER_MANY]
-    if operator == "score" and not deterministic:
+    if operator == "score" and not deterministic and capability < 100:  # without descriptors it spills on sm_100
         of_class[2] = HOPPER_TALL
     return HeadConfiguration(tiles=of_class[tuned.row_class(rows)])
 

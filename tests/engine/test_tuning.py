@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from support.toys import Pair
 from torch import Tensor
 
-from genssd.engine.launches import describe_launches
+from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.sampling import Sampling
 from genssd.engine.tuning import VARIES, Timing, list_jobs, measure, select_winners, tune
 from genssd.kernels import tuned
@@ -169,12 +171,79 @@ def test_bits_that_differ_alone_are_measured() -> None:
 
 def test_every_candidate_is_compiled_once() -> None:
     jobs = list_jobs([Made(), Made()])
-    assert [job[1] for job in jobs] == [values(32), values(64), values(128)] * 2
+    assert [job[1] for job in jobs] == [values(32), values(64), values(128)]
 
 
 def test_on_a_cpu_there_is_nothing_to_describe(engine: Any) -> None:
     assert engine.launches is None
     assert describe_launches([runner.decoder for runner in engine._resources.runners.values()]) is None
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """A function that returns a decoder which claims to be on a GPU of a name and compute capability."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("GENSSD_TUNE_FILE", str(tmp_path / "tune.json"))
+
+    def make(name: str, major: int, minor: int = 0, *, deterministic: bool = True) -> Any:
+        properties = SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        tuned.card_of.cache_clear()
+        tuned.forget()
+        config = SimpleNamespace(
+            vocab_size=1000, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=128
+        )
+        device = torch.device("cuda", 0)
+        return SimpleNamespace(config=config, device=device, dtype=torch.bfloat16, deterministic=deterministic)
+
+    yield make
+    tuned.card_of.cache_clear()
+    tuned.forget()
+
+
+def test_where_the_configurations_come_from(on_card: Callable[..., Any]) -> None:
+    records = [
+        describe_launches([on_card(*card)])
+        for card in (("H100", 9), ("H200", 9), ("A100", 8), ("L40", 8, 9), ("B200", 10))
+    ]
+    assert [record.source for record in records if record is not None] == [
+        "shipped for sm_90", "shipped for sm_90", "shipped for sm_80", "generic", "generic",
+    ]  # fmt: skip
+    h100, h200, a100, _, _ = (record.digest for record in records if record is not None)
+    assert h100 == h200 != a100
+    fastest = describe_launches([on_card("H100", 9, deterministic=False)])
+    assert fastest is not None
+    assert fastest.digest != h100
+    assert fastest.description == "shipped for sm_90, the fastest for every number of rows"
+
+
+def test_a_tune_file_changes_source_and_digest(on_card: Callable[..., Any], tmp_path: Path) -> None:
+    from genssd.kernels.head_triton import HOPPER_SOME, HeadConfiguration
+
+    decoder = on_card("H200", 9)
+    shipped = describe_launches([decoder])
+    best = HeadConfiguration(tiles=HOPPER_SOME, group=8).values()
+    problem = Problem(operator="score", dtype="bfloat16", shape=(1000, 64))
+    entry = tuned.Entry(deterministic=(best,) * 4, fastest=(best,) * 4)
+    tuned.add_entries(tmp_path / "tune.json", tuned.card_of(decoder.device), {problem: entry})
+    tuned.forget()
+    partly = describe_launches([decoder])
+    assert shipped is not None
+    assert partly is not None
+    assert partly.source == "partly tuned for H200"
+    assert partly.digest != shipped.digest
+
+
+def test_the_engine_logs_one_line(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = LaunchRecord(source="tuned for NVIDIA H200", deterministic=True, digest="aa")
+    monkeypatch.setattr("genssd.engine.loading.describe_launches", lambda decoders: record)
+    caplog.set_level("INFO", logger="genssd")
+    pair.engine()
+    assert [r.message for r in caplog.records if r.name.startswith("genssd")] == [
+        "kernel configurations: tuned for NVIDIA H200, deterministic"
+    ]
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

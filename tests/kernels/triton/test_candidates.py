@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from genssd.engine import tuning
 from genssd.engine.tuning import measure, tune
 from genssd.kernels import candidates_triton, tuned
 from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
@@ -71,6 +72,37 @@ def test_the_shipped_configuration_is_one_of_the_candidates() -> None:
                 workload = HeadWorkload(operator, device, dtype, 4096, 256)
                 for row_class in range(4):
                     assert workload.shipped(row_class) in workload.candidates(row_class), (dtype, capability, row_class)
+
+
+def test_all_kernels_of_two_models_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems that two models have in common are tuned once, and what is compiled is what is timed."""
+    compiled: list[Any] = []
+
+    def compile_in_turn(work: Any, count: int, timeout: float) -> None:
+        compiled.extend(work.args[0])
+        assert count == len(compiled)
+        for index in range(count):
+            work(index)
+
+    for name in ("set_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    monkeypatch.setattr(Device, "of", lambda device: CPU)
+    monkeypatch.setattr(tuning, "compile_in_parallel", compile_in_turn)
+    monkeypatch.setattr(tuning, "time_in_graph", lambda run, is_long: 1e-6)
+    monkeypatch.setattr(HeadWorkload, "make_small", lambda workload: workload)
+    monkeypatch.setattr(DrawWorkload, "make_small", lambda workload: workload)
+    shape = {"vocab_size": 70, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    models: Any = [(torch.float32, SimpleNamespace(hidden_size=width, **shape)) for width in (24, 16)]
+    lines: list[str] = []
+    entries = tuning.tune_models(models, torch.device("cpu"), seconds=100.0, report=lines.append)
+    assert [(problem.operator, problem.shape) for problem in entries] == [
+        ("score", (70, 24)), ("logits", (70, 24)), ("draw", (70,)), ("attention", (4, 2, 16)),
+        ("score", (70, 16)), ("logits", (70, 16)),
+    ]  # fmt: skip
+    assert lines[0].startswith(f"{len(compiled)} candidates compiled in ")
+    assert lines[1].startswith("score 70 x 24 float32: 1..64: 1 us (shipped 1), 65..128: 1 us")
+    assert lines[4] == "attention 4 x 2 x 16 float32: all rows: 1 us (shipped 1)"
+    assert len(lines) == 7, lines
 
 
 def test_the_digest_tells_rows_that_depend_on_their_batch() -> None:
