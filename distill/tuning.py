@@ -24,12 +24,10 @@ from genssd.kernels.tuned import TuneFileError, add_entries, card_of, default_pa
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Time the kernels over the head and of attention on this GPU in many configurations, for the shapes of models.
-
-    The fastest ones are kept in a file that the other commands read. Takes less than two minutes for two models."""
+    """Measure the fastest kernel configurations on this GPU for the shapes of models, and keep them in a file."""
 
     model_name_or_path: ModelPath[str | None] = None
-    """Model to tune for: hub id or local directory. Only its config.json is read."""
+    """Model to tune for: hub id or local directory, of which only config.json is read."""
     teacher: ModelPath[str | None] = None
     """Teacher to tune for: hub id or local directory."""
     student: ModelPath[str | None] = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,8 @@ SAMPLES = ((16, 64), (128,), (256,), (MOST_ROWS,))
 """Numbers of rows that are timed, for each class."""
 ATTENTION_SAMPLES = ((64, 4096, 1), (8, 4096, 1), (1, 2048, 2048))
 """(sequences, tokens of each, query rows of each): decoding after a shared prefix, and a prefill."""
+ROTATED_BYTES = 200 << 20
+"""Size of all copies of a cache of keys and values that take turns, at most four in addition to the first."""
 OWN_TOKENS = 64
 """Tokens of a decoding sequence that it does not share."""
 
@@ -315,7 +318,14 @@ class AttentionWorkload:
         )  # fmt: skip
         on_device = DeviceTable.upload(table, q.device)
         launch = make_attention_launch(configuration, q.device)
-        return lambda: (attend_rows(q, kv[0], kv[1], on_device, E**-0.5, None, None, launch=launch),)
+        # copies take turns, as layers do in a model: one of them would stay in the L2 cache
+        copies = itertools.cycle([kv, *(kv.clone() for _ in range(min(4, ROTATED_BYTES // kv.nbytes)))])
+
+        def run() -> tuple[Tensor, ...]:
+            k, v = next(copies)
+            return (attend_rows(q, k, v, on_device, E**-0.5, None, None, launch=launch),)
+
+        return run
 
     def check(self, outputs: Sequence[Tensor], sample: int) -> None:
         """Raise AssertionError unless the outputs of the first and the last row agree with float32."""
@@ -327,4 +337,5 @@ class AttentionWorkload:
             k, v = kv[:, pages[row // rows].long()].float().view(2, -1, G, E)[:, :seen].repeat_interleave(H // G, 2)
             weights = (torch.einsum("he,the->ht", q[row].float(), k) * E**-0.5).softmax(1)
             exact = torch.einsum("ht,the->he", weights, v)
-            torch.testing.assert_close(outputs[0][row].float(), exact, atol=1e-2, rtol=1e-2)
+            error = (outputs[0][row].float() - exact).norm() / exact.norm()
+            assert error < 2e-2, f"row {row} differs from float32 by {error:.3f} of its norm"

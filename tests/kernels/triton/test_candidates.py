@@ -5,6 +5,7 @@ What no interpreter can run, tensor descriptors of half precision among it, is c
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,12 @@ def test_a_wrong_result_is_found(workload: Any) -> None:
     wrong = tuple(output + 1 for output in run())
     with pytest.raises((AssertionError, RuntimeError)):
         workload.check(wrong, workload.samples[0][-1])
+
+
+def test_a_workload_goes_to_the_processes_that_compile(workload: Any) -> None:
+    again = pickle.loads(pickle.dumps(workload))
+    assert again.problem == workload.problem
+    assert again.shipped(0) == workload.shipped(0)
 
 
 def test_the_shipped_configuration_is_one_of_the_candidates() -> None:
