@@ -94,13 +94,18 @@ def _run(command: str, flags: list[str]) -> None:
     commands.run_command(command, config, Console(stderr=True))
 
 
+class _StderrHandler(logging.Handler):
+    """A handler that prints every record as one line on the stderr of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"genssd: {record.getMessage()}", file=sys.stderr)
+
+
 def _show_log() -> None:
     """Print what genssd logs: the kernel configurations that an engine takes on a GPU, and unusable tune files."""
     log = logging.getLogger("genssd")
     if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("genssd: %(message)s"))
-        log.addHandler(handler)
+        log.addHandler(_StderrHandler())
         log.setLevel(logging.INFO)
 
 
