@@ -71,7 +71,7 @@ def run_tune(config: TuneConfig, *, report: Callable[[str], None] = lambda line:
     device = torch.device("cuda", device.index or 0)
     path = default_path() if config.tune_file is None else Path(config.tune_file)
     directories = [locate(name) for name in names]
-    models = [(choose_dtype(path, config.dtype, device), ModelConfig.load(path)) for path in directories]
+    models = [(choose_dtype(directory, config.dtype, device), ModelConfig.load(directory)) for directory in directories]
     try:
         read_entries(path)  # a file that cannot be used is refused before two minutes of work
         entries = tune_models(models, device, seconds=config.seconds, report=report)

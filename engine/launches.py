@@ -65,8 +65,8 @@ def _choices(decoder: Decoder) -> list[tuple[tuned.Configuration, bool]]:
     for rows in tuned.SAMPLE_ROWS:
         for operator in tuned.HEAD_OPERATORS:
             values = choose_configuration(operator, device, dtype, head, rows).values()
-            found = tuned.find(operator, dtype, head, device, rows, HeadConfiguration.from_values)
-            choices.append((values, found is not None))
+            tuned_head = tuned.find(operator, dtype, head, device, rows, HeadConfiguration.from_values)
+            choices.append((values, tuned_head is not None))
         values = choose_draw_tiling(device, c.vocab_size, rows).values()
         tiling = tuned.find("draw", torch.float32, head[:1], device, rows, DrawTiling.from_values)
         choices.append((values, tiling is not None))

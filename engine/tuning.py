@@ -86,8 +86,8 @@ class Tuned:
         names = tuned.ROW_CLASSES if len(self.shipped) > 1 else ("all rows",)
         parts = []
         for name, shipped, microseconds in zip(names, self.shipped, self.entry.microseconds, strict=False):
-            before = "failed" if shipped is None else f"{1e6 * shipped:.0f}"
-            parts.append(f"{name}: {microseconds:.0f} us (shipped {before})")
+            shipped_time = "failed" if shipped is None else f"{1e6 * shipped:.0f}"
+            parts.append(f"{name}: {microseconds:.0f} us (shipped {shipped_time})")
         shape = " x ".join(map(str, self.problem.shape))
         tail = "" if self.entry.deterministic else "; nothing is deterministic, the shipped configuration stays"
         return f"{self.problem.operator} {shape} {self.problem.dtype}: {', '.join(parts)}{tail}"
@@ -151,7 +151,7 @@ def tune(
     classes = range(len(workload.samples))
     shipped = [workload.shipped(row_class) for row_class in classes]
     timings: list[Timing] = []
-    before: dict[int, float] = {}
+    shipped_seconds: dict[int, float] = {}
     for row_class, values in _order(workload, shipped):
         is_shipped = values == shipped[row_class]
         if is_over() and not is_shipped:
@@ -164,11 +164,11 @@ def tune(
             continue
         timings.append(timing)
         if is_shipped:
-            before[row_class] = _mean(timing.seconds)
+            shipped_seconds[row_class] = _mean(timing.seconds)
     entry = select_winners(workload.operator, len(classes), timings)
     if entry is None:
         return None
-    return Tuned(problem=workload.problem, entry=entry, shipped=tuple(before.get(c) for c in classes))
+    return Tuned(problem=workload.problem, entry=entry, shipped=tuple(shipped_seconds.get(c) for c in classes))
 
 
 def _order(workload: Workload, shipped: Sequence[Configuration]) -> Iterable[tuple[int, Configuration]]:

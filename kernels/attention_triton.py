@@ -107,9 +107,9 @@ def choose_configuration(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], segment: int
 ) -> AttentionConfiguration:
     """Return the configuration on a device: what was tuned for it, else the shipped one, with that segment length."""
-    found = find_tuned(device, dtype, shape)
-    if found is not None:
-        return found
+    configuration = find_tuned(device, dtype, shape)
+    if configuration is not None:
+        return configuration
     properties = torch.cuda.get_device_properties(device)
     tiles = choose_tiles(
         dtype, shape[2], amd=torch.version.hip is not None, capability=10 * properties.major + properties.minor

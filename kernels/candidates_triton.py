@@ -71,15 +71,15 @@ class Device:
 def head_candidates(device: Device, dtype: torch.dtype, rows: int) -> list[HeadConfiguration]:
     """Return the configurations to time for a number of rows; the library's product is one of them."""
     sizes: list[tuple[int, ...]] = []  # block_n, block_v, block_d, warps, stages, splits, group, programs
-    one = device.multiprocessors
+    processors = device.multiprocessors
     if dtype == torch.float32:
         sizes = [(32, 32, 32, 4, 3, 132, 16, 2), (64, 32, 32, 4, 3, 132, 16, 2), (32, 64, 32, 4, 3, 132, 16, 2)]
     elif device.has_descriptors:
-        splits = dict.fromkeys((132, one))
+        splits = dict.fromkeys((132, processors))
         if rows <= 512:
             sizes += [(64, 256, 64, 4, stages, n, 16, 1) for stages in (5, 4) for n in splits]
             sizes += [(64, 128, 128, 4, 4, n, 16, 1) for n in splits]
-            sizes += [(64, 256, 128, 4, 2, 132, 16, 1), (64, 128, 64, 4, 3, 3 * one, 16, 3)]
+            sizes += [(64, 256, 128, 4, 2, 132, 16, 1), (64, 128, 64, 4, 3, 3 * processors, 16, 3)]
         if rows > 64:
             sizes += [(128, 256, 64, 8, stages, n, 16, 1) for stages in (4, 3) for n in splits]
             sizes += [(128, 256, 64, 8, stages, 132, group, 1) for stages in (4, 3) for group in (8, 12, 24)]
@@ -88,11 +88,14 @@ def head_candidates(device: Device, dtype: torch.dtype, rows: int) -> list[HeadC
             sizes += [(256, 128, 64, 8, 4, 132, group, 1) for group in (16, 8)]
     else:
         stages = (2,) if device.amd else (4, 3)
-        sizes += [(128, 128, 32, 8, n, splits, 16, 1) for n in stages for splits in dict.fromkeys((132, one))]
-        sizes += [(128, 256, 32, 8, stages[-1], one, 16, 1), (128, 64, 32, 4, stages[-1], 2 * one, 16, 2)]
+        sizes += [(128, 128, 32, 8, n, splits, 16, 1) for n in stages for splits in dict.fromkeys((132, processors))]
+        sizes += [(128, 256, 32, 8, stages[-1], processors, 16, 1), (128, 64, 32, 4, stages[-1], 2 * processors, 16, 2)]
         if rows <= 512:
-            sizes += [(64, 128, 32, 4, stages[0], splits, 16, 2) for splits in dict.fromkeys((132, one))]
-            sizes += [(64, 256, 32, 8, stages[-1], one, 16, 1), (64, 64, 32, 4, stages[0], 2 * one, 16, 2)]
+            sizes += [(64, 128, 32, 4, stages[0], splits, 16, 2) for splits in dict.fromkeys((132, processors))]
+            sizes += [
+                (64, 256, 32, 8, stages[-1], processors, 16, 1),
+                (64, 64, 32, 4, stages[0], 2 * processors, 16, 2),
+            ]
     fields = ("block_n", "block_v", "block_d", "num_warps", "num_stages")
     candidates = [
         HeadConfiguration(
@@ -144,8 +147,8 @@ class HeadWorkload:
     ) -> None:
         self.operator = operator
         self.problem = tuned.Problem(operator=operator, dtype=tuned.name_of(dtype), shape=(vocabulary, width))
-        most = MOST_ROWS if operator == "score" else max(1, min(MOST_ROWS, LOGITS_BYTES // (4 * vocabulary)))
-        self.samples = tuple(tuple(min(most, rows) for rows in samples) for samples in SAMPLES)
+        max_rows = MOST_ROWS if operator == "score" else max(1, min(MOST_ROWS, LOGITS_BYTES // (4 * vocabulary)))
+        self.samples = tuple(tuple(min(max_rows, rows) for rows in samples) for samples in SAMPLES)
         self._device, self._dtype = device, dtype
 
     @property
@@ -220,16 +223,16 @@ class DrawWorkload:
 
     def __init__(self, device: Device, vocabulary: int) -> None:
         self.problem = tuned.Problem(operator="draw", dtype="float32", shape=(vocabulary,))
-        most = max(1, min(256, LOGITS_BYTES // (4 * vocabulary)))
-        self.samples = tuple(tuple(min(most, rows) for rows in samples) for samples in SAMPLES)
-        self._device, self._most = device, most
+        max_rows = max(1, min(256, LOGITS_BYTES // (4 * vocabulary)))
+        self.samples = tuple(tuple(min(max_rows, rows) for rows in samples) for samples in SAMPLES)
+        self._device, self._max_rows = device, max_rows
 
     @cached_property
     def _inputs(self) -> tuple[Tensor, Tensor]:
         device = self._device.torch_device
         generator = torch.Generator(device).manual_seed(1)
-        logits = torch.randn(self._most, self.problem.shape[0], device=device, generator=generator).mul_(3.0)
-        return logits, torch.randint(1 << 62, (self._most,), device=device, generator=generator)
+        logits = torch.randn(self._max_rows, self.problem.shape[0], device=device, generator=generator).mul_(3.0)
+        return logits, torch.randint(1 << 62, (self._max_rows,), device=device, generator=generator)
 
     @cached_property
     def _exact(self) -> tuple[Tensor, Tensor]:
@@ -310,9 +313,9 @@ class AttentionWorkload:
         q, kv, pages = self._inputs(sample)
         H, G, E = self.problem.shape
         sequences, _, rows = ATTENTION_SAMPLES[sample]
-        one, S = torch.ones(sequences, dtype=torch.int32), self._page_size
+        ones, S = torch.ones(sequences, dtype=torch.int32), self._page_size
         table = build_segment_table(
-            pages, torch.arange(sequences, dtype=torch.int32), one * (pages.shape[1] * S - rows), one * rows,
+            pages, torch.arange(sequences, dtype=torch.int32), ones * (pages.shape[1] * S - rows), ones * rows,
             page_size=S, segment=-(-configuration.segment // S) * S,
             unit_rows=max(1, QUERY_VECTORS_PER_UNIT["cuda"] // (H // G)),
         )  # fmt: skip

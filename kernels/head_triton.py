@@ -125,9 +125,9 @@ def choose_configuration(
 
     shape: vocabulary and model width of the head.
     """
-    found = tuned.find(operator, dtype, shape, device, rows, HeadConfiguration.from_values)
-    if found is not None:
-        return found
+    configuration = tuned.find(operator, dtype, shape, device, rows, HeadConfiguration.from_values)
+    if configuration is not None:
+        return configuration
     properties = torch.cuda.get_device_properties(device)
     return choose_shipped(
         operator, dtype, rows, amd=torch.version.hip is not None,
