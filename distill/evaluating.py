@@ -99,7 +99,7 @@ def run_evaluate(
             raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
-        engine = config.open_engine(engine, run.chat_options, student=config.model)
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model))
         results = _generate_and_judge(config, engine, problems, report)
         evaluation = _summarise(results, config)
         run.record()

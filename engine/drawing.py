@@ -24,6 +24,7 @@ from genssd.kernels.device_table import upload
 from genssd.kernels.head import row_logsumexp
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
+from genssd.kernels.tuned import launch_mode
 
 
 class Drawn(NamedTuple):
@@ -92,14 +93,15 @@ class WriterDrawing:
         keys = noise_keys([branch.stream for branch in branches], [branch.length for branch in branches])
         keys_C, source_C = upload(keys, hidden_LD.device), upload(source_C.numpy(), hidden_LD.device)
         if not self._sampling.filters:
-            return linear_sample(
-                hidden_LD.index_select(0, source_C),
-                self.writer.decoder.head,
-                keys_C,
-                temperature=self._sampling.temperature,
-                vocabulary=self._vocabulary,
-                checked=False,
-            )
+            with launch_mode(deterministic=self.writer.decoder.deterministic):
+                return linear_sample(
+                    hidden_LD.index_select(0, source_C),
+                    self.writer.decoder.head,
+                    keys_C,
+                    temperature=self._sampling.temperature,
+                    vocabulary=self._vocabulary,
+                    checked=False,
+                )
         if len(candidates) <= len(lanes):
             logits_CV = self.writer.logits(hidden_LD.index_select(0, source_C))
         else:

@@ -19,11 +19,12 @@ from genssd.engine.errors import InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
 from genssd.engine.judging import Judge
+from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.loading import LoadedModels, load_models
 from genssd.engine.memory import cache_budget, choose_device
 from genssd.engine.model import Decoder
 from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
-from genssd.engine.requests import check_answers, check_ids, check_positions, labels_of
+from genssd.engine.requests import check_answers, check_ids, check_positions, check_sizes, check_windows, labels_of
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role
@@ -61,6 +62,7 @@ class Engine:
         memory_utilization: float = 0.9,
         memory_bytes: int | None = None,
         max_batch: int = 256,
+        deterministic: bool = True,
     ) -> Engine:
         """Load one or both models and return an engine over them.
 
@@ -68,17 +70,15 @@ class Engine:
         model work. device: None takes CUDA where a device is found, else the CPU. dtype: "auto" is the checkpoint's
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
-        number of candidates decoded at once.
+        number of candidates decoded at once. deterministic: on a GPU, a token's bits do not depend on how many are
+        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md).
         Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers do not match.
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
-        if not 0.0 < memory_utilization <= 1.0:
-            raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
-        if max_batch < 1:
-            raise InputError(f"max_batch must be at least 1, not {max_batch}")
+        check_sizes(memory_utilization, max_batch)
         target = choose_device(device)
-        models = load_models(teacher, student, dtype, target)
+        models = load_models(teacher, student, dtype, target, deterministic=deterministic)
         return Engine(models.open_resources(cache_budget(target, memory_bytes, memory_utilization), max_batch))
 
     @staticmethod
@@ -296,11 +296,7 @@ class Engine:
         runner = self._resources.runner(model)
         prompt_ids = self._resources.encode(prompt, model, "the prompt")
         check_ids(response, runner, "the response")
-        for window in windows:
-            if len(window) != 3 or not 0 <= window[0] <= window[1] < window[2] <= len(response):
-                raise InputError(
-                    f"{tuple(window)} is no window (context, start, end) of a response of {len(response)} tokens"
-                )
+        check_windows(windows, len(response))
         longest = max((end - context - 1 for context, _, end in windows), default=0)
         check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
         return self._resources.local_logprob(model, prompt_ids, response, windows)
@@ -332,6 +328,11 @@ class Engine:
     def fingerprints(self) -> dict[Role, str]:
         """Identification of each loaded checkpoint: 16 hex digits."""
         return {role: fingerprint(runner.directory) for role, runner in self._resources.runners.items()}
+
+    @cached_property
+    def launches(self) -> LaunchRecord | None:
+        """Configurations of the GPU kernels that the engine takes, and where they come from; None on a CPU."""
+        return describe_launches([runner.decoder for runner in self._resources.runners.values()])
 
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from genssd.engine.checkpoint import locate
+from genssd.engine.launches import describe_launches
 from genssd.engine.memory import choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
@@ -48,17 +49,19 @@ class LoadedModels:
 
 
 def load_models(
-    teacher: str | Path | None, student: str | Path | None, dtype: str, device: torch.device
+    teacher: str | Path | None, student: str | Path | None, dtype: str, device: torch.device, *, deterministic: bool
 ) -> LoadedModels:
     """Load models and tokenizers from hub ids or local directories.
 
-    Logs a warning that lists added tokens which differ. Raises CheckpointError on a directory that cannot be used,
-    InputError on models whose tokenizers differ in more than added tokens.
+    deterministic: whether kernels over the heads must give a row the same bits for every number of rows. Logs a warning
+    that lists added tokens which differ. Raises CheckpointError on a directory that cannot be used, InputError on
+    models whose tokenizers differ in more than added tokens.
     """
     names: dict[Role, str | Path | None] = {"teacher": teacher, "student": student}
     directories = {role: locate(name) for role, name in names.items() if name is not None}
     decoders = {
-        role: Decoder.load(path, choose_dtype(path, dtype, device), device) for role, path in directories.items()
+        role: Decoder.load(path, choose_dtype(path, dtype, device), device, deterministic=deterministic)
+        for role, path in directories.items()
     }
     tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
     for role, decoder in decoders.items():
@@ -69,4 +72,6 @@ def load_models(
         token_map = match_tokenizers(tokenizers["teacher"], tokenizers["student"], *names_in_messages)
     if not token_map.is_identity:
         logger.warning("%s", token_map.describe())
+    if (launches := describe_launches(list(decoders.values()))) is not None:
+        logger.info("kernel configurations: %s", launches.description)
     return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, token_map=token_map)

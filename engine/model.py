@@ -5,6 +5,7 @@ Shapes:  N packed tokens   D model width   V vocabulary   H query heads   G kv h
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,14 +56,16 @@ class Decoder:
     layers: tuple[LayerWeights, ...]
     frequency: Tensor  # [E / 2]
     rope_factor: float
+    deterministic: bool = True  # whether kernels over the head must give a row the same bits for every number of rows
 
     @staticmethod
     @torch.inference_mode()
-    def load(directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+    def load(directory: Path, dtype: torch.dtype, device: torch.device, *, deterministic: bool = True) -> Decoder:
         """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported."""
         config, weights = ModelConfig.load(directory), WeightFiles.open(directory)
         tensors = weights.read(match_parameters(weights, config), dtype, device)
-        return Decoder.from_tensors(config, tensors, directory, frozen=True)
+        decoder = Decoder.from_tensors(config, tensors, directory, frozen=True)
+        return dataclasses.replace(decoder, deterministic=deterministic)
 
     @staticmethod
     def from_tensors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from genssd.engine.candidate import AnyCriterion, needs_answer
+from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.errors import CapacityError, CheckpointError, InputError
 from genssd.engine.model import Decoder
 from genssd.engine.runner import ModelRunner
@@ -61,3 +61,18 @@ def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
             f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds "
             f"{pool.num_pages * pool.page_size}: raise memory_bytes or memory_utilization"
         )
+
+
+def check_sizes(memory_utilization: float, max_batch: int) -> None:
+    """Raise InputError on a fraction of the memory outside (0, 1], or a largest batch without a sequence."""
+    if not 0.0 < memory_utilization <= 1.0:
+        raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
+    if max_batch < 1:
+        raise InputError(f"max_batch must be at least 1, not {max_batch}")
+
+
+def check_windows(windows: Sequence[Window], length: int) -> None:
+    """Raise InputError on a window (context, start, end) that is not one of a response of so many tokens."""
+    for window in windows:
+        if len(window) != 3 or not 0 <= window[0] <= window[1] < window[2] <= length:
+            raise InputError(f"{tuple(window)} is no window (context, start, end) of a response of {length} tokens")

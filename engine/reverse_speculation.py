@@ -22,6 +22,7 @@ from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, attempt_key
 from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
+from genssd.kernels.tuned import launch_mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,8 @@ class ReverseSpeculativeDrawing:
     def _are_accepted(self, hidden_RD: Tensor, tokens_R: Tensor, rows: Sequence[Lane]) -> Tensor:
         """Return which tokens the student accepts, bool [R]."""
         try:
-            stats = linear_logprob(hidden_RD, self._student.decoder.head, tokens_R)
+            with launch_mode(deterministic=self._student.decoder.deterministic):
+                stats = linear_logprob(hidden_RD, self._student.decoder.head, tokens_R)
         except NonFiniteLogits as error:
             raise nonfinite_logits(self._student, _place(rows[error.row])) from None
         least = math.log(self._rules.probability) if self._rules.probability else -math.inf

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from genssd.engine.tree import BranchTree, Path
-from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, SegmentTable, build_segment_table
+from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SegmentTable, build_segment_table, choose_segment
 
 
 def rows_per_unit(group: int, device: torch.device) -> int:
@@ -28,7 +28,9 @@ def append_tokens(
     for path, count in zip(paths, counts, strict=True):
         first.append(path.length)
         tree.append(path, count)
-    device, page_size = tree.pool.kv.device, tree.pool.page_size
+    kv, page_size = tree.pool.kv, tree.pool.page_size
+    kv_heads, head_dim = kv.shape[-2:]
+    segment = choose_segment(kv.device, kv.dtype, (group * kv_heads, kv_heads, head_dim))
     page_tables = torch.from_numpy(tree.tables.rows)
     # through numpy, which reads lists three times as fast
     table_first_count = torch.from_numpy(np.array([[path.leaf.table for path in paths], first, counts], dtype=np.int32))
@@ -37,9 +39,9 @@ def append_tokens(
             page_tables,
             *table_first_count,
             page_size=page_size,
-            segment=-(-SEGMENT_TOKENS[device.type] // page_size) * page_size,
+            segment=-(-segment // page_size) * page_size,
             window=window,
-            unit_rows=rows_per_unit(group, device),
+            unit_rows=rows_per_unit(group, kv.device),
         )
         for window in windows
     }

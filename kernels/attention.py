@@ -46,6 +46,20 @@ QUERY_VECTORS_PER_UNIT = {"cpu": 128, "cuda": 128}
 """Largest number of query vectors (rows times query heads per kv head) that read a segment together, by device type."""
 
 
+def choose_segment(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> int:
+    """Return how many tokens a segment has on a device: what was tuned for it, else SEGMENT_TOKENS.
+
+    shape: query heads, kv heads and head dim.
+    """
+    if device.type == "cuda" and dtype != torch.float64:
+        # imported here, because Triton need not be installed where there is no GPU
+        from genssd.kernels.attention_triton import find_tuned
+
+        if (configuration := find_tuned(device, dtype, shape)) is not None:
+            return configuration.segment
+    return SEGMENT_TOKENS[device.type]
+
+
 def build_segment_table(
     tables: Tensor,
     table_B: Tensor,
@@ -99,7 +113,7 @@ def paged_attention(
         refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
         _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
         device_table = table if isinstance(table, DeviceTable) else DeviceTable.upload(table, q_NHE.device)
-        launch = choose_launch(q_NHE)
+        launch = choose_launch(q_NHE, k_pages_PSGE.shape[2])
         return attend_rows(q_NHE, k_pages_PSGE, v_pages_PSGE, device_table, scale, softcap, sinks_H, launch=launch)
     if isinstance(table, DeviceTable):
         raise ValueError(

@@ -35,6 +35,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from genssd.kernels import tuned
 from genssd.kernels.device_table import ENTRY, ITEM, ROW, UNIT, DeviceTable
 from genssd.kernels.head_triton import safe_peak
 
@@ -73,6 +74,27 @@ class AttentionTiles:
     overlap: bool = False
     fused: bool = True
     flat: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfiguration:
+    """Launch configuration for any device of one kind, as a tune file keeps it; bits of results depend on it.
+
+    segment: tokens of a segment (see `attention.choose_segment`).
+    """
+
+    tiles: AttentionTiles
+    segment: int
+
+    @staticmethod
+    def from_values(values: tuned.Configuration) -> AttentionConfiguration:
+        """Build from the values of a tune file. Raises ValueError where they are not those of `values`."""
+        return tuned.build_from(AttentionConfiguration, values, {"tiles": AttentionTiles})
+
+    def values(self) -> dict[str, int]:
+        """Return the values of the tune file."""
+        fields = dataclasses.asdict(self)
+        return {**fields.pop("tiles"), **fields}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -549,16 +571,38 @@ def equal_tiles(
     )  # fmt: skip
 
 
-def choose_launch(q_NHE: Tensor) -> AttentionLaunch:
-    """Choose the launch configuration for the device and dtype of the queries."""
-    device = torch.cuda.get_device_properties(q_NHE.device)
+def find_tuned(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> AttentionConfiguration | None:
+    """Return the configuration that was tuned for a device, one for all numbers of rows; None where none was.
+
+    shape: query heads, kv heads and head dim.
+    """
+    return tuned.find("attention", dtype, shape, device, 1, AttentionConfiguration.from_values)
+
+
+def choose_configuration(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], segment: int
+) -> AttentionConfiguration:
+    """Return the configuration on a device: what was tuned for it, else the shipped one, with that segment length."""
+    configuration = find_tuned(device, dtype, shape)
+    if configuration is not None:
+        return configuration
+    properties = torch.cuda.get_device_properties(device)
     tiles = choose_tiles(
-        q_NHE.dtype,
-        q_NHE.shape[2],
-        amd=torch.version.hip is not None,
-        capability=10 * device.major + device.minor,
+        dtype, shape[2], amd=torch.version.hip is not None, capability=10 * properties.major + properties.minor
     )
-    return AttentionLaunch(multiprocessors=device.multi_processor_count, tiles=tiles)
+    return AttentionConfiguration(tiles=tiles, segment=segment)
+
+
+def choose_launch(q_NHE: Tensor, kv_heads: int) -> AttentionLaunch:
+    """Choose the launch configuration for the device, dtype and shape of the queries."""
+    shape = (q_NHE.shape[1], kv_heads, q_NHE.shape[2])
+    return make_launch(choose_configuration(q_NHE.device, q_NHE.dtype, shape, 1), q_NHE.device)
+
+
+def make_launch(configuration: AttentionConfiguration, device: torch.device) -> AttentionLaunch:
+    """Return the launch of a configuration on a device."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return AttentionLaunch(multiprocessors=multiprocessors, tiles=configuration.tiles)
 
 
 def tile_descriptor(pages_PSGE: Tensor, block_t: int, block_e: int) -> TensorDescriptor | None:

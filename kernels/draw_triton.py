@@ -9,6 +9,7 @@ Shapes:  B rows   V vocabulary   D model width   S splits
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from genssd.kernels import tuned
 from genssd.kernels.head_triton import (
     HeadLaunch,
     describe,
     finish_logits,
+    multiply_by_library,
     multiply_tile,
     place_of,
     rescale,
@@ -58,7 +61,14 @@ def _logits_kernel(
 def write_logits(
     hidden_BD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None, *, launch: HeadLaunch
 ) -> Tensor:
-    """Return the logits at temperature 1, float32 [B, V]. A row's bits depend on that row alone."""
+    """Return the logits at temperature 1, float32 [B, V].
+
+    A row's bits depend on that row alone, unless the launch takes the library's product.
+    """
+    if launch.library:
+        x = multiply_by_library(hidden_BD, weight_VD)
+        x = x if bias_V is None else x.add_(bias_V)
+        return x if softcap is None else x.div_(softcap).tanh_().mul_(softcap)
     B, D = hidden_BD.shape
     V, tiles = weight_VD.shape[0], launch.tiles
     stride = -(-V // 4) * 4
@@ -184,8 +194,23 @@ class DrawTiling:
     block: int
     num_warps: int
 
+    @staticmethod
+    def from_values(values: tuned.Configuration) -> DrawTiling:
+        """Build from the values of a tune file. Raises ValueError where they are not those of this class."""
+        return tuned.build_from(DrawTiling, values)
+
+    def values(self) -> dict[str, int]:
+        """Return the values of the tune file."""
+        return dataclasses.asdict(self)
+
 
 DRAW_TILING = DrawTiling(split=4096, block=256, num_warps=1)
+
+
+def choose_draw_tiling(device: torch.device, vocabulary: int, rows: int) -> DrawTiling:
+    """Return the sizes of the pass that draws on a device: what was tuned for it, else the shipped ones."""
+    shape = (vocabulary,)
+    return tuned.find("draw", torch.float32, shape, device, rows, DrawTiling.from_values) or DRAW_TILING
 
 
 def draw_from_logits(
@@ -220,6 +245,7 @@ def draw_rows(
     vocabulary: int,
     *,
     launch: HeadLaunch,
+    tiling: DrawTiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw tokens from a head: int64 [B], -1 where the logits are not finite, and log-probabilities, float32 [B]."""
     rows = max(1, LOGITS_BYTES // (4 * weight_VD.shape[0]))
@@ -229,6 +255,7 @@ def draw_rows(
             key_B[start : start + rows],
             temperature,
             vocabulary,
+            tiling=tiling,
         )
         for start in range(0, max(1, len(hidden_BD)), rows)
     ]

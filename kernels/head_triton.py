@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from genssd.kernels import tuned
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTiles:
@@ -34,18 +36,47 @@ class HeadTiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadConfiguration:
+    """Launch configuration of a kernel over the head for any device of one kind, as a tune file keeps it.
+
+    splits: number of parts of the vocabulary that are summed up on their own; results depend on it, on block_v and on
+    library in their last bits. group: number of blocks of rows that walk the vocabulary at the same time.
+    per_multiprocessor: number of programs. library: whether the library's product writes logits that another kernel
+    reads, in place of a kernel that multiplies tiles itself; a row's bits then depend on the number of rows.
+    """
+
+    tiles: HeadTiles
+    splits: int = 132
+    group: int = 16
+    per_multiprocessor: int = 1
+    library: bool = False
+
+    @staticmethod
+    def from_values(values: tuned.Configuration) -> HeadConfiguration:
+        """Build from the values of a tune file. Raises ValueError where they are not those of `values`."""
+        return tuned.build_from(HeadConfiguration, values, {"tiles": HeadTiles})
+
+    def values(self) -> dict[str, int]:
+        """Return the values of the tune file."""
+        fields = dataclasses.asdict(self)
+        return {**fields.pop("tiles"), **fields}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadLaunch:
     """Launch configuration of a kernel over the head.
 
     programs: number of programs, and group: number of blocks of rows that walk the vocabulary at the same time; no
     result depends on them. splits: number of parts of the vocabulary that are summed up on their own; results depend on
-    it in their last bits. interpret: whether Triton's interpreter runs the kernel.
+    it in their last bits. library: whether the library's product writes the logits. interpret: whether Triton's
+    interpreter runs the kernel.
     """
 
     programs: int
     tiles: HeadTiles
     splits: int = 132
     group: int = 16
+    library: bool = False
     interpret: bool = False
 
     def divide(self, vocabulary: int) -> tuple[int, int]:
@@ -55,35 +86,77 @@ class HeadLaunch:
         return -(-tiles // per_split), per_split
 
 
-# both sum over the same tiles of the vocabulary, so that a row has the same bits in either
+# all sum over the same tiles of the vocabulary, so that a row has the same bits in each
 HOPPER_FEW = HeadTiles(block_n=64, block_v=256, block_d=64, num_warps=4, num_stages=5, descriptors=True)
-HOPPER_MANY = HeadTiles(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4, descriptors=True)
+HOPPER_SOME = HeadTiles(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4, descriptors=True)
+HOPPER_MANY = dataclasses.replace(HOPPER_SOME, num_stages=3)
+HOPPER_TALL = HeadTiles(block_n=256, block_v=128, block_d=64, num_warps=8, num_stages=4, descriptors=True)
 AMPERE = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=4)  # block_d 64 spills registers
 AMD = HeadTiles(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=2)  # 64 KiB of local memory
 # no matrix unit computes float32, and larger tiles spill
 SINGLE = HeadTiles(block_n=32, block_v=32, block_d=32, num_warps=8, num_stages=3)
 
 
-def choose_tiles(dtype: torch.dtype, rows: int, *, amd: bool, capability: int) -> HeadTiles:
-    """Return the shipped tile sizes. capability: NVIDIA's compute capability, 80 for sm_80; ignored on AMD."""
+def choose_shipped(
+    operator: tuned.Operator, dtype: torch.dtype, rows: int, *, amd: bool, capability: int, deterministic: bool = True
+) -> HeadConfiguration:
+    """Return the shipped configuration of "score" or "logits" for a number of rows.
+
+    capability: NVIDIA's compute capability, 80 for sm_80; ignored on AMD. deterministic: all numbers of rows get
+    configurations with which a row has the same bits. Hopper's were the fastest on an H200 at widths of 1024 and 4096.
+    """
     if dtype == torch.float32:
-        return SINGLE
+        return HeadConfiguration(tiles=SINGLE, per_multiprocessor=2)
     if amd:
-        return AMD
+        return HeadConfiguration(tiles=AMD)
     if capability < 90:
-        return AMPERE
-    return HOPPER_FEW if rows <= HOPPER_FEW.block_n else HOPPER_MANY
+        return HeadConfiguration(tiles=AMPERE)
+    of_class = [HOPPER_FEW, HOPPER_SOME, HOPPER_SOME, HOPPER_MANY]
+    if operator == "score" and not deterministic and capability < 100:  # without descriptors it spills on sm_100
+        of_class[2] = HOPPER_TALL
+    return HeadConfiguration(tiles=of_class[tuned.row_class(rows)])
 
 
-def choose_launch(hidden: Tensor, weight: Tensor) -> HeadLaunch:
-    """Choose the launch configuration for the device, dtype, number and layout of the hidden states and the weight."""
-    device = torch.cuda.get_device_properties(hidden.device)
-    capability = 10 * device.major + device.minor
-    tiles = choose_tiles(hidden.dtype, len(hidden), amd=torch.version.hip is not None, capability=capability)
+def choose_configuration(
+    operator: tuned.Operator, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rows: int
+) -> HeadConfiguration:
+    """Return the configuration of "score" or "logits" on a device: what was tuned for it, else the shipped one.
+
+    shape: vocabulary and model width of the head.
+    """
+    configuration = tuned.find(operator, dtype, shape, device, rows, HeadConfiguration.from_values)
+    if configuration is not None:
+        return configuration
+    properties = torch.cuda.get_device_properties(device)
+    return choose_shipped(
+        operator, dtype, rows, amd=torch.version.hip is not None,
+        capability=10 * properties.major + properties.minor, deterministic=tuned.is_deterministic(),
+    )  # fmt: skip
+
+
+def choose_launch(hidden: Tensor, weight: Tensor, operator: tuned.Operator) -> HeadLaunch:
+    """Choose the launch configuration for the device, dtype, shape and layout of the hidden states and the weight."""
+    shape = (len(weight), weight.shape[1])
+    return make_launch(choose_configuration(operator, hidden.device, hidden.dtype, shape, len(hidden)), hidden, weight)
+
+
+def make_launch(configuration: HeadConfiguration, hidden: Tensor, weight: Tensor) -> HeadLaunch:
+    """Return the launch of a configuration; without descriptors where they do not fit the layout of a matrix."""
+    tiles = configuration.tiles
     if tiles.descriptors and not (fits_descriptor(hidden) and fits_descriptor(weight)):
         tiles = dataclasses.replace(tiles, descriptors=False)
-    per_multiprocessor = 8 // tiles.num_warps
-    return HeadLaunch(programs=per_multiprocessor * device.multi_processor_count, tiles=tiles)
+    multiprocessors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    return HeadLaunch(
+        programs=configuration.per_multiprocessor * multiprocessors, tiles=tiles, splits=configuration.splits,
+        group=configuration.group, library=configuration.library,
+    )  # fmt: skip
+
+
+def multiply_by_library(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return hidden @ weight.T in float32, without rounding to a narrower dtype of the inputs."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
 
 
 def fits_descriptor(x: Tensor) -> bool:

@@ -320,7 +320,7 @@ def _linear_logprob_triton(
     from genssd.kernels.logprob_triton import score_rows
 
     hidden_ND, weight_VD = hidden_ND.contiguous(), weight_VD.to(hidden_ND.dtype).contiguous()
-    launch = choose_launch(hidden_ND, weight_VD)
+    launch = choose_launch(hidden_ND, weight_VD, "score")
     stats = score_rows(hidden_ND, weight_VD, target_N, bias, temperature, softcap, launch=launch)
     if checked:
         _check_outputs(target_N, stats[1], len(weight_VD))

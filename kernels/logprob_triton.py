@@ -28,6 +28,7 @@ from genssd.kernels.head_triton import (
     add_product,
     describe,
     finish_logits,
+    multiply_by_library,
     multiply_tile,
     place_of,
     rescale,
@@ -39,6 +40,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 MERGED_ROWS = 8  # rows that a merging program takes
 MERGED_SPLITS = 64  # splits that it reads at once
+LOGITS_BYTES = 256 << 20  # largest size of the library's products for one block of rows
+LOGITS_SPLIT, LOGITS_BLOCK = 32768, 4096  # entries of a row that a program reads, and at once
 
 
 @triton.jit(do_not_specialize=("N",))
@@ -125,6 +128,44 @@ def _score_split_kernel(
         tl.store(partial + 4 * size + at, above, mask=kept)
 
 
+@triton.jit(do_not_specialize=("N", "first"))
+def _score_logits_kernel(
+    x, bias, target,  # [C, V] [V] int64 [N]
+    chosen, partial,  # [N] [5, S, N]
+    N, V, first, stride, temperature, softcap,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Compute what `_score_split_kernel` does for one row and SPLIT entries of its products x; row 0 is row `first`."""
+    row, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    n = first + row
+    token = tl.minimum(tl.maximum(tl.load(target + n), 0), V - 1).to(tl.int32)
+    x_row = x + row * stride
+    x_target = tl.full([1, 1], 0.0, tl.float32) + tl.load(x_row + token)
+    z_target = finish_logits(x_target, bias, token, V, temperature, softcap, 1, HAS_BIAS, SCALED, SOFTCAP)
+    z_target = tl.sum(tl.sum(z_target, 1), 0)
+    peak = tl.full([1], -float("inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    slope = tl.zeros([1], tl.float32)
+    square = tl.zeros([1], tl.float32)
+    above = tl.zeros([1], tl.float32)
+    for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, V), BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        z = tl.load(x_row + v, mask=v < V, other=0.0)[None, :]
+        z = finish_logits(z, bias, start, V, temperature, softcap, BLOCK, HAS_BIAS, SCALED, SOFTCAP)
+        above += tl.sum((z > z_target).to(tl.float32), 1)
+        peak, total, slope, square = add_logits(z, peak, total, slope, square)
+    one = tl.arange(0, 1)
+    at = partial + split.to(tl.int64) * N + n + one
+    size = splits.to(tl.int64) * N
+    tl.store(at, peak)
+    tl.store(at + size, total)
+    tl.store(at + 2 * size, slope * LN_2)
+    tl.store(at + 3 * size, square)
+    tl.store(at + 4 * size, above)
+    if split == 0:
+        tl.store(chosen + n, z_target)
+
+
 @triton.jit(do_not_specialize=("N", "S"))
 def _merge_splits_kernel(
     partial, chosen,  # [5, S, N] [N]
@@ -197,14 +238,29 @@ def score_rows(
 
     The host does not wait for the device. A target outside the vocabulary is taken for the nearest id.
     """
-    N, D = hidden_ND.shape
-    V, tiles, device = weight_VD.shape[0], launch.tiles, hidden_ND.device
-    S, per_split = launch.divide(V)
-    blocks = -(-N // tiles.block_n)
+    N, V, device = len(hidden_ND), weight_VD.shape[0], hidden_ND.device
+    S = -(-V // LOGITS_SPLIT) if launch.library else launch.divide(V)[0]
     partial = torch.empty(5, S, N, dtype=torch.float32, device=device)
     # five tensors: an operator may not return two tensors that share storage
     chosen, logprob, logsumexp, entropy, sum_p2 = (torch.empty(N, dtype=torch.float32, device=device) for _ in range(5))
     rank = torch.empty(N, dtype=torch.int32, device=device)
+    add_splits = _score_logits if launch.library else _score_tiles
+    add_splits(hidden_ND, weight_VD, target_N, bias_V, temperature, softcap, launch, (chosen, partial))
+    _merge_splits_kernel[(-(-N // MERGED_ROWS),)](
+        partial, chosen, logprob, logsumexp, entropy, sum_p2, rank, N, S, ROWS=MERGED_ROWS, BLOCK_S=MERGED_SPLITS
+    )  # fmt: skip
+    return logprob, logsumexp, entropy, sum_p2, rank
+
+
+def _score_tiles(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: Tensor | None, temperature: float,
+    softcap: float | None, launch: HeadLaunch, out: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Write the targets' logits [N] and the partial results [5, S, N] of all splits into out."""
+    (N, D), V, tiles = hidden_ND.shape, weight_VD.shape[0], launch.tiles
+    S, per_split = launch.divide(V)
+    blocks = -(-N // tiles.block_n)
+    chosen, partial = out
     bias = bias_V if bias_V is not None else weight_VD
     strides = hidden_ND.stride(0), weight_VD.stride(0)
     shared = {"HAS_BIAS": bias_V is not None, "SOFTCAP": softcap is not None, "INTERPRET": launch.interpret}
@@ -219,7 +275,20 @@ def score_rows(
         BLOCK_N=tiles.block_n, BLOCK_V=tiles.block_v, BLOCK_D=tiles.block_d, DESCRIPTORS=tiles.descriptors,
         SCALED=temperature != 1.0, **shared, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    _merge_splits_kernel[(-(-N // MERGED_ROWS),)](
-        partial, chosen, logprob, logsumexp, entropy, sum_p2, rank, N, S, ROWS=MERGED_ROWS, BLOCK_S=MERGED_SPLITS
-    )  # fmt: skip
-    return logprob, logsumexp, entropy, sum_p2, rank
+
+
+def _score_logits(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: Tensor | None, temperature: float,
+    softcap: float | None, launch: HeadLaunch, out: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Do what `_score_tiles` does from the library's products, LOGITS_BYTES of them at a time."""
+    N, V = len(hidden_ND), weight_VD.shape[0]
+    chosen, partial = out
+    rows = max(1, LOGITS_BYTES // (4 * V))
+    for first in range(0, N, rows):
+        x_CV = multiply_by_library(hidden_ND[first : first + rows], weight_VD)
+        _score_logits_kernel[(len(x_CV), partial.shape[1])](
+            x_CV, bias_V if bias_V is not None else x_CV, target_N, chosen, partial, N, V, first, x_CV.stride(0),
+            temperature, softcap or 1.0, SPLIT=LOGITS_SPLIT, BLOCK=LOGITS_BLOCK, HAS_BIAS=bias_V is not None,
+            SCALED=temperature != 1.0, SOFTCAP=softcap is not None, num_warps=8,
+        )  # fmt: skip

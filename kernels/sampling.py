@@ -201,7 +201,7 @@ def _linear_sample_triton(
     softcap: float | None,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    from genssd.kernels.draw_triton import draw_rows
+    from genssd.kernels.draw_triton import choose_draw_tiling, draw_rows
     from genssd.kernels.head_triton import choose_launch
 
     hidden_BD, weight_VD = hidden_BD.contiguous(), weight_VD.contiguous()
@@ -213,7 +213,8 @@ def _linear_sample_triton(
         temperature,
         softcap,
         vocabulary,
-        launch=choose_launch(hidden_BD, weight_VD),
+        launch=choose_launch(hidden_BD, weight_VD, "logits"),
+        tiling=choose_draw_tiling(hidden_BD.device, len(weight_VD), len(hidden_BD)),
     )
 
 

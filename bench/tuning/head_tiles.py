@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from bench.support.device_limits import measure_device_limits
-from bench.support.gpu_timing import captured_seconds, compile_in_parallel, kernel_microseconds
+from bench.support.gpu_timing import kernel_microseconds
 from torch import Tensor
 
 from genssd.kernels.draw_triton import DrawTiling, draw_from_logits, draw_rows, write_logits
+from genssd.kernels.gpu_timing import captured_seconds, compile_in_parallel
 from genssd.kernels.head_triton import HeadLaunch, HeadTiles
 from genssd.kernels.logprob_triton import score_rows
 

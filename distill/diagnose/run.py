@@ -94,17 +94,19 @@ def run_diagnose(
             raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     with Run.open(config, "diagnose", journal="questions.jsonl") as run:
         contexts = read_contexts(config.data, config.contexts, config.limit)
-        models = Models(_add_chat_options(load or _make_loader(config), run.chat_options))
+        models = Models(_add_chat_options(_make_loader(config, run, load), run.chat_options))
         measurement = _Measurement(config, models, report, verify)
         _diagnose_questions(run, config, problems, contexts, measurement)
         return _summarise(run, config)
 
 
-def _make_loader(config: DiagnoseConfig) -> Load:
-    def load(model: str, role: Role) -> Engine:
+def _make_loader(config: DiagnoseConfig, run: Run, load: Load | None) -> Load:
+    """Return the function that loads the engine over a model, with `load` or as the config says, and records it."""
+
+    def load_as_configured(model: str, role: Role) -> Engine:
         return config.load(student=model) if role == "student" else config.load(teacher=model)
 
-    return load
+    return lambda model, role: run.use((load or load_as_configured)(model, role))
 
 
 def _add_chat_options(load: Load, options: ChatOptions) -> Load:

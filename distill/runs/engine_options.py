@@ -25,6 +25,9 @@ class EngineOptions:
     """Size of the KV caches in bytes; if given, it replaces memory_utilization."""
     max_batch: Operational[int] = 256
     """Maximum number of sequences decoded in one batch."""
+    deterministic: Operational[bool] = True
+    """On a GPU: take kernel configurations with which a token's bits do not depend on how many tokens are scored or
+    drawn together. Otherwise the fastest for each number of tokens are taken (docs/tuning.md). On a CPU: no effect."""
 
     def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:
         """Return an engine over these models (hub ids or local directories)."""
@@ -36,6 +39,7 @@ class EngineOptions:
             memory_utilization=self.memory_utilization,
             memory_bytes=self.memory_bytes,
             max_batch=self.max_batch,
+            deterministic=self.deterministic,
         )
 
     def open_engine(

@@ -5,7 +5,8 @@
         run.journal.append(row)           what this part finishes, on disk at once
         run.write_summary(...)
 
-OUTPUT_DIR/run.json       the config, the settings that decide the result, the date in chat templates, versions
+OUTPUT_DIR/run.json       the config, the settings that decide the result, the date in chat templates, versions; on a
+                          GPU: kernel configurations
 OUTPUT_DIR/JOURNAL        one line per finished piece of work
 OUTPUT_DIR/bad_rows.txt   input that could not be used, by file and line
 OUTPUT_DIR/summary.json   counts and results of the finished run
@@ -30,6 +31,7 @@ from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_text
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.engine.chat_options import ChatOptions
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.runner import Role
 
@@ -123,6 +125,29 @@ class Run:
         if isinstance(self._config, ChatSettings) and date is not None:
             self._record["template_date"] = date
             self._chat_options = self._config.make_chat_options(date)
+            self._record |= {"launches": begun["launches"]} if "launches" in begun else {}
+
+    def use(self, engine: Engine) -> Engine:
+        """Record which kernel configurations an engine takes on a GPU, and return the engine.
+
+        Nothing is recorded on a CPU, whose results do not depend on them. Raises InputError where an earlier part of
+        the run took others for the same models.
+        """
+        if engine.launches is None:
+            return engine
+        models = "+".join(engine.fingerprints.values())
+        now = dataclasses.asdict(engine.launches)
+        begun = self._record.get("launches", {}).get(models, now)
+        if begun["digest"] != now["digest"]:
+            raise InputError(
+                f"{self.output_dir} was begun with other kernel configurations ({begun['source']}, deterministic="
+                f"{begun['deterministic']}) than are used now ({now['source']}, deterministic={now['deterministic']}); "
+                "resume on such a GPU with the same tune file and deterministic, or choose another output_dir"
+            )
+        self._record.setdefault("launches", {})[models] = begun
+        if self._is_recorded:
+            write_json(self.path("run.json"), self._record)
+        return engine
 
     def record(self) -> None:
         """Write run.json, remove the summary of an earlier part, and cut a torn last line off the journal.

@@ -111,7 +111,7 @@ def run_prefix(
     """
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run:
-        engine = config.open_engine(engine, run.chat_options, student=config.student)
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.student))
         traces, bad_rows = _read_traces(config, engine)
         done = _keep_whole_batches(run, traces, config.batch)
         judge = _asking(engine, config) if config.judge == "says" else _solving(engine, config)

@@ -118,7 +118,7 @@ def run_score(
     criteria = {name: resolve(name) for name in config.criteria}
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
-        engine = config.open_engine(engine, run.chat_options, student=config.student)
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.student))
         traces, bad_rows = _read_traces(config, criteria, engine)
         _score(run, config, criteria, engine, traces, report)
         run.write_bad_rows(bad_rows)

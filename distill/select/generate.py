@@ -93,7 +93,7 @@ def run_generate(
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, problems)
-        engine = config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student)
+        engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
         _generate(run, config, engine, problems, done, report)
         summary = _summary(run)
         run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})

@@ -84,16 +84,17 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
     student = config.student or recorded["config"]["student"]
     shortest = recorded["config"]["chunk"]["shortest"]
 
-    @cache
-    def engine() -> Engine:
-        return config.load(student=student)
-
-    def local_logprob(*arguments: Any) -> list[Tensor]:  # few criteria run the model: it is loaded when one does
-        return engine().local_logprob(*arguments)
-
     tokenizer = Tokenizer(locate(student))
     results = _Results()
     with Run.open(config, "reselect") as run:
+
+        @cache
+        def engine() -> Engine:
+            return run.use(config.load(student=student))
+
+        def local_logprob(*arguments: Any) -> list[Tensor]:  # few criteria run the model: it is loaded when one does
+            return engine().local_logprob(*arguments)
+
         for decisions in read_decisions(selection_run, tokenizer, local_logprob):
             results.add(decisions, config.criterion, criterion, shortest, tokenizer)
         own = recorded["config"]["criterion"] == config.criterion

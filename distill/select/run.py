@@ -130,7 +130,7 @@ def run_select(
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
         done = keep_complete(run, config, problems)
-        engine = config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student)
+        engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
         failures = _search(run, config, engine, problems, done, report)
         summary = _summary(run, failures)
         run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})

@@ -38,6 +38,7 @@ SUMMARIES = {
     "distill": "rounds of select and train: the trained student chooses in the next round",
     "evaluate": "measure a model's accuracy on problems with known answers",
     "diagnose": "where which teacher, loss or context would help the student, before anything is trained",
+    "tune": "measure the fastest kernel configurations on this GPU for some models, once",
 }
 
 USAGE = "\n".join(
@@ -84,6 +85,7 @@ def _run(command: str, flags: list[str]) -> None:
     if command not in SUMMARIES:
         raise InputError(f"unknown command {command!r}{_closest(command, SUMMARIES)}\n{USAGE}")
     _quiet_libraries()
+    _show_log()
     commands = import_module("genssd.commands")
     config_class, _ = commands.COMMANDS[command]
     file, flags = _split_config_file(flags)
@@ -95,6 +97,21 @@ def _run(command: str, flags: list[str]) -> None:
         description=config_class.__doc__,
     )
     commands.run_command(command, config, Console(stderr=True))
+
+
+class _StderrHandler(logging.Handler):
+    """A handler that prints every record as one line on the stderr of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"genssd: {record.getMessage()}", file=sys.stderr)
+
+
+def _show_log() -> None:
+    """Print what genssd logs: the kernel configurations that an engine takes on a GPU, and unusable tune files."""
+    log = logging.getLogger("genssd")
+    if not log.handlers:
+        log.addHandler(_StderrHandler())
+        log.setLevel(logging.INFO)
 
 
 def _quiet_libraries() -> None:

@@ -32,7 +32,9 @@ from genssd.distill.select.reselect import ReselectConfig, run_reselect
 from genssd.distill.select.run import SelectConfig, run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
+from genssd.distill.tuning import TuneConfig, run_tune
 from genssd.engine.errors import CapacityError, InputError
+from genssd.kernels.tuned import FILE_VARIABLE
 
 MAX_LISTED = 10  # failures or bad rows that are listed one by one
 
@@ -178,6 +180,13 @@ def reselect(config: ReselectConfig, console: Console) -> None:
     print(f"{summary.pairs} preference pairs; written to {summary.output_dir}")
 
 
+def tune(config: TuneConfig, console: Console) -> None:
+    summary = run_tune(config, report=print)
+    print(f"{summary.problems} results for {summary.card} written to {summary.path}")
+    if config.tune_file is not None:
+        print(f"the other commands read it where {FILE_VARIABLE}={summary.path} is set")
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "demo": (DemoConfig, demo),
     "select": (SelectConfig, select),
@@ -190,6 +199,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "evaluate": (EvaluateConfig, evaluate),
     "distill": (DistillConfig, distill),
     "diagnose": (DiagnoseConfig, diagnose),
+    "tune": (TuneConfig, tune),
 }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny_pair import TinyPair
@@ -18,6 +19,7 @@ from genssd.distill.select.generate import GenerateConfig
 from genssd.distill.select.run import SelectConfig
 from genssd.distill.train.config import TrainConfig
 from genssd.engine.errors import InputError
+from genssd.engine.launches import LaunchRecord
 
 Write = Callable[..., Path]
 
@@ -263,3 +265,26 @@ def test_python_m_genssd_exits_with_2_and_says_why(tmp_path: Path) -> None:
     assert done.stdout.startswith("genssd 0.")
     done = subprocess.run([sys.executable, "-m", "genssd"], capture_output=True, text=True)
     assert done.returncode == 2
+
+
+def test_kernel_configurations_are_printed_in_one_line(
+    tiny_pair: TinyPair,
+    write_rows: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU; and the option reaches the engine."""
+    seen: list[bool] = []
+
+    def describe(decoders: list[Any]) -> LaunchRecord:
+        seen.extend(decoder.deterministic for decoder in decoders)
+        return LaunchRecord(source="shipped for sm_90", deterministic=decoders[0].deterministic, digest="aa")
+
+    monkeypatch.setattr("genssd.engine.loading.describe_launches", describe)
+    data = write_rows([{"question": "2 + 3?"}])
+    main([*select_flags(tiny_pair, data, tmp_path / "out"), "--no-deterministic"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "kernel configurations" in line]
+    assert len(lines) == 1
+    assert "genssd: kernel configurations: shipped for sm_90, the fastest for every number of rows" in lines[0]
+    assert seen == [False, False]

@@ -107,7 +107,7 @@ def machine_code(compiled: Any, target: Target, directory: Path) -> str:
 SIZES = (
     "N", "B", "C", "S", "L", "V", "U", "D", "vocabulary", "tiles_per_split", "group", "stride_z", "top_k", "stride",
     "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G",
-    "P", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
+    "P", "first", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
     "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
 )  # fmt: skip
 FACTORS = ("scale", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps")
@@ -137,12 +137,16 @@ def compile_tiles(
     return code
 
 
-def shipped_tiles(target: Target, dtype: str) -> set[head_triton.HeadTiles]:
-    """Return the tiles that a device takes for few and for many rows, with and without descriptors."""
+def shipped_tiles(target: Target, dtype: str, operator: str = "score") -> set[head_triton.HeadTiles]:
+    """Return the tiles that a device takes for all numbers of rows and modes, with and without descriptors."""
     tiles = {
-        head_triton.choose_tiles(DTYPES[dtype], rows, amd=target.backend == "hip", capability=target.capability)
-        for rows in (1, 64, 65, 8192)
-    }
+        head_triton.choose_shipped(
+            operator, DTYPES[dtype], rows,  # type: ignore[arg-type]
+            amd=target.backend == "hip", capability=target.capability, deterministic=deterministic,
+        ).tiles
+        for rows in (1, 64, 65, 128, 129, 512, 513, 8192)
+        for deterministic in (True, False)
+    }  # fmt: skip
     return tiles | {dataclasses.replace(tile, descriptors=False) for tile in tiles}
 
 
@@ -156,14 +160,14 @@ def test_scoring_tiles(target: Target, dtype: str, extras: bool, tmp_path: Path)
             HAS_BIAS=extras, SOFTCAP=extras, SCALED=extras,
         )  # fmt: skip
         if target.arch == 90 and tiles.descriptors:
-            assert "HGMMA.64x256x16" in code
+            assert f"HGMMA.64x{tiles.block_v}x16" in code
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias-softcap"])
 def test_logits_tiles(target: Target, dtype: str, extras: bool, tmp_path: Path) -> None:
-    for tiles in shipped_tiles(target, dtype):
+    for tiles in shipped_tiles(target, dtype, "logits"):
         compile_tiles(target, draw_triton._logits_kernel, dtype, tiles, tmp_path, HAS_BIAS=extras, SOFTCAP=extras)
 
 
@@ -186,6 +190,15 @@ ROWWISE = {
         logprob_triton._merge_splits_kernel,
         dict.fromkeys(("partial", "chosen", "logprob", "logsumexp", "entropy", "sum_p2"), "*fp32") | {"rank": "*i32"},
         {"ROWS": logprob_triton.MERGED_ROWS, "BLOCK_S": logprob_triton.MERGED_SPLITS}, 4,
+    ),
+    "score-logits": (
+        logprob_triton._score_logits_kernel,
+        {**dict.fromkeys(("x", "chosen", "partial"), "*fp32"), "bias": "*bf16", "target": "*i64"},
+        {
+            "SPLIT": logprob_triton.LOGITS_SPLIT, "BLOCK": logprob_triton.LOGITS_BLOCK, "HAS_BIAS": True,
+            "SCALED": True, "SOFTCAP": True,
+        },
+        8,
     ),
     **{
         f"draw-greedy-{greedy}": (

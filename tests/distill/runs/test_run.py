@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import Operational
 from genssd.engine.errors import InputError
+from genssd.engine.launches import LaunchRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,3 +187,61 @@ def test_a_torn_line_is_cut_even_if_nothing_is_left_to_do(tmp_path: Path) -> Non
     with Run.open(config, "count", journal="numbers.jsonl") as run:
         run.write_summary({})
     assert (tmp_path / "run/numbers.jsonl").read_bytes() == whole
+
+
+def made_engine(source: str | None, digest: str = "aa", *, models: tuple[str, ...] = ("t1", "s1")) -> Any:
+    """An engine on a GPU with kernel configurations of this digest; source None: an engine on a CPU."""
+    launches = None if source is None else LaunchRecord(source=source, deterministic=True, digest=digest)
+    return SimpleNamespace(launches=launches, fingerprints=dict(zip(("teacher", "student"), models, strict=False)))
+
+
+def work_on(engine: Any, config: Config, number: int) -> None:
+    with Run.open(config, "count", journal="numbers.jsonl") as run:
+        assert run.use(engine) is engine
+        run.journal.append({"number": number})
+
+
+def recorded(config: Config) -> Any:
+    return json.loads((Path(config.output_dir) / "run.json").read_text()).get("launches")
+
+
+def test_kernel_configurations_are_recorded_and_not_mixed(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"), resume=True)
+    work_on(made_engine("shipped for sm_90"), config, 1)
+    begun = {"t1+s1": {"source": "shipped for sm_90", "deterministic": True, "digest": "aa"}}
+    assert recorded(config) == begun
+    with pytest.raises(
+        InputError,
+        match=r"run was begun with other kernel configurations \(shipped for sm_90, deterministic=True\) than are used "
+        r"now \(tuned for NVIDIA H200, deterministic=True\); resume .*, or choose another output_dir",
+    ):
+        work_on(made_engine("tuned for NVIDIA H200", "bb"), config, 2)
+    assert recorded(config) == begun
+    # tuning that found what ships; a part on a CPU; other models of the same run
+    work_on(made_engine("tuned for NVIDIA H200"), config, 3)
+    work_on(made_engine(None), config, 4)
+    assert recorded(config) == begun
+    work_on(made_engine("shipped for sm_90", "cc", models=("t2",)), config, 5)
+    assert list(recorded(config)) == ["t1+s1", "t2"]
+    assert [row["number"] for row in work_rows(config)] == [1, 3, 4, 5]
+
+
+def work_rows(config: Config) -> list[dict[str, Any]]:
+    with Run.open(config, "count", journal="numbers.jsonl") as run:
+        return list(run.done())
+
+
+def test_on_a_cpu_no_kernel_configuration_is_recorded(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"), resume=True)
+    work_on(made_engine(None), config, 1)
+    assert recorded(config) is None
+    work_on(made_engine("generic"), config, 2)
+    assert recorded(config)["t1+s1"]["source"] == "generic"
+
+
+def test_configurations_of_a_model_loaded_late_are_recorded_at_once(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"))
+    with Run.open(config, "count", journal="numbers.jsonl") as run:
+        run.journal.append({"number": 1})
+        run.use(made_engine("generic"))
+        assert "t1+s1" in recorded(config)

@@ -19,7 +19,7 @@ from genssd.engine.errors import InputError
 PAIR = Path(next(iter(small_pair.__path__)))
 MODELS = [str(PAIR / "teacher"), str(PAIR / "student")]
 
-ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch"}
+ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic"}
 NOT_COUNTED = {
     "select": ENGINE | {"output_dir", "resume", "data", "limit"},
     "generate": ENGINE | {"output_dir", "resume", "data", "limit"},
@@ -118,7 +118,7 @@ def test_every_field_counts_unless_it_is_declared(command: str, data: list[str])
 
 
 def test_every_command_that_keeps_results_is_looked_at() -> None:
-    assert set(NOT_COUNTED) == set(BY_CONTENT) == set(COMMANDS) - {"demo"}
+    assert set(NOT_COUNTED) == set(BY_CONTENT) == set(COMMANDS) - {"demo", "tune"}
 
 
 @pytest.mark.parametrize("command", sorted(BY_CONTENT))
@@ -181,6 +181,7 @@ PATHS = {
     | {"resume_from_checkpoint"},
     "distill": {"teacher", "student", "data", "eval_data", "output_dir"}
     | {"select.calibrate.data", "train.teacher_model_name_or_path", "train.eval_data"},
+    "tune": {"model_name_or_path", "teacher", "student", "tune_file"},
 }
 """Every option that names something in the file system."""
 NO_PATHS = {"device", "dtype", "criterion", "criteria", "contexts", "statuses", "until", "lora_target_modules"} | {

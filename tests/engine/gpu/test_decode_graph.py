@@ -12,6 +12,7 @@ from genssd.engine import runner as runners
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
 from genssd.engine.runner import ModelRunner
+from genssd.kernels.attention import SEGMENT_TOKENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -85,7 +86,7 @@ def test_a_step_does_not_wait_for_the_device(directory: Path) -> None:
 @torch.inference_mode()
 def test_a_graph_that_is_outgrown_is_captured_anew(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over more and more segments."""
-    monkeypatch.setitem(runners.append_tokens.__globals__["SEGMENT_TOKENS"], "cuda", 16)
+    monkeypatch.setitem(SEGMENT_TOKENS, "cuda", 16)
     runner = load(directory)
     assert runner._graphs is not None
     captured = decode(runner, 4, 300)

@@ -16,7 +16,7 @@ import torch
 from support.toys import Pair, edit_json, save_checkpoint
 from torch import Tensor
 
-from genssd.engine import model, segments
+from genssd.engine import model
 from genssd.engine.chunk import Chunk
 from genssd.engine.decode_graph import DecodeGraphs, StagedStep, StepLayout, _Captured
 from genssd.engine.forward_batch import ForwardBatch
@@ -27,7 +27,7 @@ from genssd.engine.segments import append_tokens
 from genssd.kernels import native
 from genssd.kernels.activation import swiglu_reference
 from genssd.kernels.activation_triton import gated_rows
-from genssd.kernels.attention import SegmentTable, paged_attention_reference
+from genssd.kernels.attention import SEGMENT_TOKENS, SegmentTable, paged_attention_reference
 from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows
 from genssd.kernels.cache import write_kv_reference
 from genssd.kernels.cache_triton import write_kv_rows
@@ -85,7 +85,7 @@ def put_in_place(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, operator in OPERATORS[which].items():
         monkeypatch.setattr(model, name, operator)
     monkeypatch.setattr(native, "has_native_kernels", lambda: False)  # all else is plain torch
-    monkeypatch.setitem(segments.SEGMENT_TOKENS, "cpu", 16)
+    monkeypatch.setitem(SEGMENT_TOKENS, "cpu", 16)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("qwen3", {}), ("qwen2", WINDOWED)], ids=["qwen3", "qwen2-window"])

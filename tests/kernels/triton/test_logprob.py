@@ -164,3 +164,21 @@ def test_permuting_rows_permutes_the_results() -> None:
     whole, permuted = run(hidden, weight, target), run(hidden[order], weight, target[order])
     for name in STATISTICS:
         assert torch.equal(getattr(whole, name)[order], getattr(permuted, name))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 5.0}], ids=["plain", "squashed"])
+def test_from_the_librarys_product(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of three rows at a time, in splits whose last one is not full, with a target at either end."""
+    monkeypatch.setattr(logprob_triton, "LOGITS_BYTES", 3 * 4 * 157)
+    monkeypatch.setattr(logprob_triton, "LOGITS_SPLIT", 64)
+    monkeypatch.setattr(logprob_triton, "LOGITS_BLOCK", 16)
+    hidden, weight, target = inputs(7, 157, 24)
+    target[0] = 0
+    bias = torch.linspace(-2, 2, 157) if options else None
+    launch = HeadLaunch(programs=1, tiles=SMALL, library=True, interpret=True)
+    temperature, softcap = options.get("temperature", 1.0), options.get("softcap")
+    ours = TokenStats.from_values(score_rows(hidden, weight, target, bias, temperature, softcap, launch=launch))
+    wide = None if bias is None else bias.double()
+    exact = linear_logprob(hidden.double(), weight.double(), target, bias=wide, **options)
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(ours, name).double(), getattr(exact, name).double(), atol=1e-5, rtol=1e-5)

@@ -193,6 +193,11 @@ def test_drawing_in_the_vocabulary_pass(options: dict[str, float], vocabulary: i
         launch=described,
     )  # fmt: skip
     assert torch.equal(again, tokens)
+    by_library, _ = draw_rows(
+        hidden, weight, keys, bias, options.get("temperature", 1.0), options.get("softcap"), vocabulary or 301,
+        launch=dataclasses.replace(LAUNCH, library=True),
+    )  # fmt: skip
+    assert torch.equal(by_library, tokens)
 
 
 def test_rows_beyond_one_block_of_logits_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""The command `genssd tune`: the fastest kernel configurations for the user's GPU and models, kept in a file.
+
+    genssd tune --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B
+
+Every later command on this card takes what the file holds for the shapes of its models (see kernels/tuned.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from genssd.distill.runs.settings import FileName, ModelPath
+from genssd.engine.checkpoint import locate
+from genssd.engine.config import ModelConfig
+from genssd.engine.errors import InputError
+from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.tuning import tune_models
+from genssd.kernels.tuned import TuneFileError, add_entries, card_of, default_path, forget, read_entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Measure the fastest kernel configurations on this GPU for the shapes of models, and keep them in a file."""
+
+    model_name_or_path: ModelPath[str | None] = None
+    """Model to tune for: hub id or local directory, of which only config.json is read."""
+    teacher: ModelPath[str | None] = None
+    """Teacher to tune for: hub id or local directory."""
+    student: ModelPath[str | None] = None
+    """Student to tune for: hub id or local directory."""
+    dtype: str = "auto"
+    """Data type of weights and cache, as in the commands that will use the result. auto: the checkpoint's type."""
+    device: str | None = None
+    """CUDA device to tune on. None: the first one."""
+    tune_file: FileName[str | None] = None
+    """File to add the results to. None: the file that the environment variable GENSSD_TUNE_FILE names, else
+    genssd/tune.json in the user's cache directory. The other commands find another file through that variable alone."""
+    seconds: float = 110.0
+    """Time in seconds after which no further candidate is begun; the fastest ones until then are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneSummary:
+    """What a tuning has kept. problems: number of operators times shapes."""
+
+    path: Path
+    card: str
+    problems: int
+
+
+def run_tune(config: TuneConfig, *, report: Callable[[str], None] = lambda line: None) -> TuneSummary:
+    """Tune the kernels for the models of a config and add the winners to the tune file.
+
+    report: receives one line per result. Raises InputError without a model, without a CUDA device, and on a tune file
+    that cannot be written; CheckpointError on a model that cannot be read.
+    """
+    names = [name for name in (config.model_name_or_path, config.teacher, config.student) if name is not None]
+    if not names:
+        raise InputError("tune needs --model-name-or-path, --teacher or --student: their shapes are tuned for")
+    if config.seconds <= 0:
+        raise InputError(f"seconds must be above 0, not {config.seconds}")
+    if not torch.cuda.is_available():
+        raise InputError("tune times kernels on a CUDA device, and torch finds none")
+    device = choose_device(config.device)
+    if device.type != "cuda":
+        raise InputError(f"tune times kernels on a CUDA device, not on {device}")
+    device = torch.device("cuda", device.index or 0)
+    path = default_path() if config.tune_file is None else Path(config.tune_file)
+    directories = [locate(name) for name in names]
+    models = [(choose_dtype(directory, config.dtype, device), ModelConfig.load(directory)) for directory in directories]
+    try:
+        read_entries(path)  # a file that cannot be used is refused before two minutes of work
+        entries = tune_models(models, device, seconds=config.seconds, report=report)
+        add_entries(path, card_of(device), entries)
+    except TuneFileError as error:
+        raise InputError(f"{error}; delete it, or name another file with --tune-file") from None
+    forget()
+    return TuneSummary(path=path, card=card_of(device).name, problems=len(entries))

@@ -1,0 +1,131 @@
+"""The workloads of `genssd tune`, in Triton's interpreter: every candidate runs and is compared with plain torch.
+
+What no interpreter can run, tensor descriptors of half precision among it, is compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from genssd.engine import tuning
+from genssd.engine.tuning import measure, tune
+from genssd.kernels import candidates_triton, tuned
+from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
+
+CPU = Device(torch.device("cpu"), amd=False, capability=90, multiprocessors=2)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, and a device that the launches can ask for its size."""
+    properties = SimpleNamespace(multi_processor_count=2, major=9, minor=0, name="card")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(candidates_triton, "SAMPLES", ((2, 5), (9,), (17,), (33,)))
+    monkeypatch.setattr(candidates_triton, "MOST_ROWS", 33)
+    monkeypatch.setattr(candidates_triton, "ATTENTION_SAMPLES", ((3, 40, 1), (1, 24, 24)))
+    # small integers: the interpreter's products would round differently at other places of a tile, and ranks with them
+    inputs = candidates_triton.head_inputs.__wrapped__
+    monkeypatch.setattr(
+        candidates_triton, "head_inputs", lambda *shape: tuple(x.mul(4).round() for x in inputs(*shape))
+    )
+
+
+@pytest.fixture(params=["score", "logits", "draw", "attention"])
+def workload(request: pytest.FixtureRequest) -> Any:
+    if request.param == "draw":
+        return DrawWorkload(CPU, 1500)
+    if request.param == "attention":
+        return AttentionWorkload(CPU, torch.float32, (4, 2, 16), 16)
+    return HeadWorkload(request.param, CPU, torch.float32, 70, 24)
+
+
+def test_every_candidate_is_correct_and_the_fastest_wins(workload: Any) -> None:
+    failures: list[str] = []
+    seconds = iter(range(1000, 0, -1))  # every candidate is faster than all before it
+    result = tune(workload, timer=lambda run, is_long: next(seconds), is_over=lambda: False, report=failures.append)
+    assert failures == []
+    assert result is not None
+    assert result.problem == workload.problem
+    assert len(result.entry.fastest) == 4
+    assert result.entry.fastest[-1] == workload.candidates(len(workload.samples) - 1)[-1]
+    assert None not in result.shipped
+
+
+def test_a_wrong_result_is_found(workload: Any) -> None:
+    values = workload.shipped(0)
+    run = workload.make_run(values, workload.samples[0][-1])
+    workload.check(run(), workload.samples[0][-1])
+    wrong = tuple(output + 1 for output in run())
+    with pytest.raises((AssertionError, RuntimeError)):
+        workload.check(wrong, workload.samples[0][-1])
+
+
+def test_a_workload_goes_to_the_processes_that_compile(workload: Any) -> None:
+    again = pickle.loads(pickle.dumps(workload))
+    assert again.problem == workload.problem
+    assert again.shipped(0) == workload.shipped(0)
+
+
+def test_the_shipped_configuration_is_one_of_the_candidates() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for capability in (80, 90):
+            device = Device(torch.device("cpu"), amd=False, capability=capability, multiprocessors=132)
+            for operator in tuned.HEAD_OPERATORS:
+                workload = HeadWorkload(operator, device, dtype, 4096, 256)
+                for row_class in range(4):
+                    assert workload.shipped(row_class) in workload.candidates(row_class), (dtype, capability, row_class)
+
+
+def test_all_kernels_of_two_models_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems that two models have in common are tuned once, and what is compiled is what is timed."""
+    compiled: list[Any] = []
+
+    def compile_in_turn(work: Any, count: int, timeout: float) -> None:
+        compiled.extend(work.args[0])
+        assert count == len(compiled)
+        for index in range(count):
+            work(index)
+
+    for name in ("set_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    monkeypatch.setattr(Device, "of", lambda device: CPU)
+    monkeypatch.setattr(tuning, "compile_in_parallel", compile_in_turn)
+    monkeypatch.setattr(tuning, "time_in_graph", lambda run, is_long: 1e-6)
+    monkeypatch.setattr(HeadWorkload, "make_small", lambda workload: workload)
+    monkeypatch.setattr(DrawWorkload, "make_small", lambda workload: workload)
+    shape = {"vocab_size": 70, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    models: Any = [(torch.float32, SimpleNamespace(hidden_size=width, **shape)) for width in (24, 16)]
+    lines: list[str] = []
+    entries = tuning.tune_models(models, torch.device("cpu"), seconds=100.0, report=lines.append)
+    assert [(problem.operator, problem.shape) for problem in entries] == [
+        ("score", (70, 24)), ("logits", (70, 24)), ("draw", (70,)), ("attention", (4, 2, 16)),
+        ("score", (70, 16)), ("logits", (70, 16)),
+    ]  # fmt: skip
+    assert lines[0].startswith(f"{len(compiled)} candidates compiled in ")
+    assert lines[1].startswith("score 70 x 24 float32: 1..64: 1 us (shipped 1), 65..128: 1 us")
+    assert lines[4] == "attention 4 x 2 x 16 float32: all rows: 1 us (shipped 1)"
+    assert len(lines) == 7, lines
+
+
+def test_the_digest_tells_rows_that_depend_on_their_batch() -> None:
+    class Batched:
+        operator, samples = "draw", ((3,), (4,))
+
+        def make_run(self, values: Any, sample: int, first: int = 0) -> Any:
+            rows = torch.arange(first, first + sample).float()
+            return lambda: (rows + sample if values["bad"] else rows,)
+
+        def check(self, outputs: Any, sample: int) -> None:
+            pass
+
+    alone: Any = Batched()
+    digests = {
+        bad: [measure(alone, c, {"bad": bad}, lambda run, is_long: 1.0).digest for c in (0, 1)] for bad in (False, True)
+    }
+    assert digests[True][0] == "varies"
+    assert digests[False][0] != "varies"
