@@ -122,10 +122,10 @@ class Run:
             self._check_settings(begun, self._record["settings"], free)
             self._record |= {"versions": begun["versions"], "python": begun["python"]}
             date = choose_date(self._config, begun.get("template_date"))
+            self._record |= {"launches": begun["launches"]} if "launches" in begun else {}
         if isinstance(self._config, ChatSettings) and date is not None:
             self._record["template_date"] = date
             self._chat_options = self._config.make_chat_options(date)
-            self._record |= {"launches": begun["launches"]} if "launches" in begun else {}
 
     def use(self, engine: Engine) -> Engine:
         """Record which kernel configurations an engine takes on a GPU, and return the engine.

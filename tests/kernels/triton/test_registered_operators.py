@@ -29,6 +29,7 @@ from genssd.kernels.cache import copy_pages, write_kv
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.divergence import linear_divergence
+from genssd.kernels.head_triton import multiply_by_library
 from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import rotary_angles
@@ -158,6 +159,11 @@ def wide_products(x: Inputs) -> Any:
     return [head.multiply_into(a, b, out).clone(), total, written]
 
 
+def library_product(x: Inputs) -> Any:
+    x_ND, w_VD = x.normal(3, 16, dtype=torch.float16), x.normal(6, 16, dtype=torch.float16)
+    return multiply_by_library(x_ND, w_VD)
+
+
 def row_passes(x: Inputs) -> Any:
     z = x.normal(3, VOCABULARY)
     lse = head.row_logsumexp(z, 1.5, 8.0)
@@ -208,6 +214,7 @@ FUNCTIONS: dict[str, list[Case]] = {
     "swiglu": [functools.partial(gate, function=swiglu)],
     "geglu": [functools.partial(gate, function=geglu)],
     "linear": [wide_products],
+    "multiply_by_library": [library_product],
     "add_product": [wide_products],
     "row_logsumexp": [row_passes],
     "softmax_gradient": [row_passes],
