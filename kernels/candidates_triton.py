@@ -74,7 +74,7 @@ def head_candidates(device: Device, dtype: torch.dtype, rows: int) -> list[HeadC
     sizes: list[tuple[int, ...]] = []  # block_n, block_v, block_d, warps, stages, splits, group, programs
     processors = device.multiprocessors
     if dtype == torch.float32:
-        sizes = [(32, 32, 32, 4, 3, 132, 16, 2), (64, 32, 32, 4, 3, 132, 16, 2), (32, 64, 32, 4, 3, 132, 16, 2)]
+        sizes = [(32, 32, 32, 8, 3, 132, 16, 2), (32, 32, 32, 4, 2, 132, 16, 2), (32, 64, 32, 8, 3, 132, 16, 1)]
     elif device.has_descriptors:
         splits = dict.fromkeys((132, processors))
         if rows <= 512:
@@ -337,7 +337,7 @@ class AttentionWorkload:
         rows = ATTENTION_SAMPLES[sample][2]
         for row in (0, len(q) - 1):
             seen = pages.shape[1] * self._page_size - rows + row % rows + 1
-            k, v = kv[:, pages[row // rows].long()].float().view(2, -1, G, E)[:, :seen].repeat_interleave(H // G, 2)
+            k, v = kv[:, pages[row // rows].long()].float().reshape(2, -1, G, E)[:, :seen].repeat_interleave(H // G, 2)
             weights = (torch.einsum("he,the->ht", q[row].float(), k) * E**-0.5).softmax(1)
             exact = torch.einsum("ht,the->he", weights, v)
             error = (outputs[0][row].float() - exact).norm() / exact.norm()
