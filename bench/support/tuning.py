@@ -1,9 +1,8 @@
-"""Measurement of many configurations in little time: a report with a time limit, and times of short and long runs."""
+"""Measurement of many configurations in little time: a report with a time limit, times of kernels, and memory."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -40,42 +39,6 @@ class Report:
         except Exception as error:
             self.add(**names, failed=f"{type(error).__name__}: {str(error)[:300]}")
             torch.cuda.empty_cache()
-
-
-def graph_microseconds(runs: list[Callable[[], object]], rounds: int = 10) -> float:
-    """Return the median time of one of several runs over different memory, captured together in a graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    times = []
-    for _ in range(rounds + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return 1e3 * statistics.median(times[2:]) / len(runs)
-
-
-def event_milliseconds(run: Callable[[], object], rounds: int = 4) -> float:
-    """Return the median time of run(), which takes at least some hundred microseconds."""
-    run()
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def kernel_times(run: Callable[[], object], most: int = 14) -> dict[str, str]:

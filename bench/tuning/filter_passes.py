@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench.support.tuning import Report, event_milliseconds, graph_microseconds, kernel_times, warm
+from bench.support.gpu_timing import event_seconds
+from bench.support.tuning import Report, kernel_times, warm
 from torch import Tensor
+
+from genssd.kernels.gpu_timing import captured_seconds
 
 V = 151936
 FILTERS: dict[str, dict[str, float]] = {
@@ -86,7 +89,7 @@ def measure_one(report: Report, rows: int, shape: str, name: str, tiles: Any, *,
     def run(z: Tensor) -> Callable[[], object]:
         return lambda: draw(z, keys, options, tiles)
 
-    micros = graph_microseconds([run(z) for z in logits])
+    micros = 1e6 * captured_seconds([run(z) for z in logits])
     row: dict[str, Any] = {
         "op": "filters", "rows": rows, "logits": shape, "filters": name, "us": micros, "differing": differing,
         "gbps_of_one_read": logits[0].nbytes / micros / 1e3, "tiles": dataclasses.asdict(tiles),
@@ -94,7 +97,7 @@ def measure_one(report: Report, rows: int, shape: str, name: str, tiles: Any, *,
     if in_detail:
         row["kernels"] = kernel_times(run(logits[1]), 5)
         if "top_p" in options:
-            row["eager_us"] = 1e3 * event_milliseconds(lambda: draw_sorted(logits[0], options["top_p"]))
+            row["eager_us"] = 1e6 * event_seconds(lambda: draw_sorted(logits[0], options["top_p"]))
     report.add(**row)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.support.tuning import Report, event_milliseconds, gibibytes_of, kernel_times, warm
+from bench.support.gpu_timing import event_seconds
+from bench.support.tuning import Report, gibibytes_of, kernel_times, warm
 from bench.tuning.filter_passes import V, measure_filters
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def measure_products(report: Report, rows: int, width: int) -> None:
     for name, run in runs.items():
 
         def timed(name: str = name, run: Callable[[], object] = run) -> None:
-            ms = event_milliseconds(run, 3)
+            ms = 1e3 * event_seconds(run, repeats=3)
             report.add(op="product", product=name, rows=rows, width=width, ms=ms, tflops=2e-9 * rows * V * width / ms)
 
         report.attempt(timed, op="product", product=name)
@@ -130,7 +131,7 @@ def measure_row_passes(report: Report, rows: int) -> None:
 
     def measure(name: str, num_bytes: int, run: Pass, tiles: RowTiles) -> None:
         x.normal_()
-        ms = event_milliseconds(lambda: run(slice(None), tiles), 3)
+        ms = 1e3 * event_seconds(lambda: run(slice(None), tiles), repeats=3)
         report.add(
             op="row pass", name=name, rows=rows, **dataclasses.asdict(tiles), ms=ms,
             gbps_as_if_uncached=num_bytes * x.numel() / ms / 1e6,
@@ -162,7 +163,7 @@ def measure_losses(report: Report) -> None:
             h.grad = w.grad = None
             loss(h, w).backward()  # type: ignore[no-untyped-call]
 
-        ms = event_milliseconds(step)
+        ms = 1e3 * event_seconds(step)
         more = {} if mib != shipped else {"kernels": kernel_times(step), "gib": gibibytes_of(step)}
         report.add(op="loss", loss=name, width=width, frozen=frozen, chunk_mib=mib, ms=ms, **more)
 

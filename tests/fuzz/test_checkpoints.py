@@ -73,7 +73,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in one file, without shards."""
+    """Return a small checkpoint whose weights are in one file, without shards."""
     directory = save_small(tmp_path_factory.mktemp("single") / "model", "qwen2")
     for file in directory.glob("model*"):
         file.unlink()
