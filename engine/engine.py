@@ -23,7 +23,7 @@ from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.loading import LoadedModels, load_models
 from genssd.engine.memory import cache_budget, choose_device
 from genssd.engine.model import Decoder
-from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
+from genssd.engine.nodes import Forcing, Fork, NodeReader, check_forks, iter_force
 from genssd.engine.requests import check_answers, check_ids, check_positions, check_sizes, check_windows, labels_of
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation
@@ -245,14 +245,9 @@ class Engine:
         """
         if n < 1 or max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
-        if len(responses) != len(forks):
-            raise InputError(f"{len(responses)} responses but forks of {len(forks)}")
         runner = self._resources.runner(model)
         ids = tuple(self._resources.encode(prompt, model, label))
-        for response, forks_here in zip(responses, forks, strict=True):
-            check_ids([*response, *(fork.token for fork in forks_here)], runner, label)
-            if not all(0 <= fork.position <= min(len(response), max_tokens - 1) for fork in forks_here):
-                raise InputError(f"{label}: a fork lies outside its response of {len(response)} tokens or max_tokens")
+        check_forks(responses, forks, runner, max_tokens, label)
         rendered = PromptIds(teacher=ids) if model == "teacher" else PromptIds(student=ids)
         request = Forcing(
             prompt=rendered,
@@ -321,8 +316,12 @@ class Engine:
     @property
     def pages_in_use(self) -> tuple[int, int]:
         """Number of held pages and of all pages, over both caches."""
-        pools = [runner.tree.pool for runner in self._resources.runners.values()]
-        return sum(p.num_pages - p.num_free for p in pools), sum(p.num_pages for p in pools)
+        return self._resources.pages_in_use
+
+    @property
+    def bytes_in_use(self) -> tuple[int, int]:
+        """Number of bytes of the held pages and of all pages, over both caches."""
+        return self._resources.bytes_in_use
 
     @cached_property
     def fingerprints(self) -> dict[Role, str]:
@@ -336,9 +335,7 @@ class Engine:
 
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
-        runner = self._resources.runner(model)
-        num_cached = (runner.tree.pool.num_pages - 2) * runner.tree.pool.page_size
-        return min(runner.decoder.config.max_position_embeddings, num_cached)
+        return self._resources.runner(model).max_sequence_length
 
     @property
     def token_map(self) -> TokenMap:

@@ -29,6 +29,11 @@ class Expansion:
         """Maximum number of tokens in a candidate."""
         return min(self.chunk.longest, self.max_new)
 
+    @property
+    def most_tokens(self) -> int:
+        """Maximum number of tokens in all candidates together."""
+        return self.n * self.longest
+
     def reset(self) -> None:
         """Drop the candidates, as if the expansion had never been submitted."""
         for child in self.children:

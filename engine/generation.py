@@ -32,7 +32,9 @@ def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[tup
 
     Closing the iterator early frees all pages. Raises CapacityError when other branches fill the cache.
     """
+    usage = expander.usage
     key_of = {expansion: key for key, expansion in queue.items()}
+    usage.plan(expansion.most_tokens for expansion in key_of)
     waiting, num_in_flight = list(queue.values())[::-1], 0
     try:
         while waiting or num_in_flight:
@@ -46,6 +48,7 @@ def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[tup
                 )
             for expansion in expander.step():
                 num_in_flight -= 1
+                usage.finish(expansion.most_tokens, sum(len(child.chunk) for child in expansion.children))
                 yield key_of[expansion], [_completion(child) for child in expansion.children]
                 for branch in (expansion.parent, *expansion.children):
                     branch.drop()

@@ -18,6 +18,7 @@ from genssd.engine.resources import Resources
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,14 @@ class LoadedModels:
     def open_resources(self, budget_bytes: int, max_batch: int) -> Resources:
         """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each."""
         num_pages = pages_within(budget_bytes, list(self.decoders.values()))
+        usage = Usage()
         runners = {
-            role: ModelRunner(role, self.directories[role], decoder, PagePool.for_model(decoder, num_pages))
+            role: ModelRunner(role, self.directories[role], decoder, PagePool.for_model(decoder, num_pages), usage)
             for role, decoder in self.decoders.items()
         }
-        return Resources(runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map)
+        return Resources(
+            runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map, usage=usage
+        )
 
 
 def load_models(

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError
+from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
+from genssd.engine.requests import check_ids
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import forced_stream
 from genssd.engine.session import Session
@@ -173,6 +174,22 @@ class Forcing:
     """Tokens that end a response."""
     label: str
     """Name of the prompt in messages."""
+
+
+def check_forks(
+    responses: Sequence[Sequence[int]],
+    forks: Sequence[Sequence[Fork]],
+    runner: ModelRunner,
+    max_tokens: int,
+    label: str,
+) -> None:
+    """Raise InputError on a fork outside its response or max_tokens, unequal counts, or an unknown token id."""
+    if len(responses) != len(forks):
+        raise InputError(f"{len(responses)} responses but forks of {len(forks)}")
+    for response, forks_here in zip(responses, forks, strict=True):
+        check_ids([*response, *(fork.token for fork in forks_here)], runner, label)
+        if not all(0 <= fork.position <= min(len(response), max_tokens - 1) for fork in forks_here):
+            raise InputError(f"{label}: a fork lies outside its response of {len(response)} tokens or max_tokens")
 
 
 def iter_force(

@@ -61,6 +61,19 @@ class Resources:
         self.runner(role)
         return self.tokenizers[role]
 
+    @property
+    def pages_in_use(self) -> tuple[int, int]:
+        """Number of held pages and of all pages, over both caches."""
+        pools = [runner.tree.pool for runner in self.runners.values()]
+        return sum(p.num_pages - p.num_free for p in pools), sum(p.num_pages for p in pools)
+
+    @property
+    def bytes_in_use(self) -> tuple[int, int]:
+        """Number of bytes of the held pages and of all pages, over both caches."""
+        pools = [runner.tree.pool for runner in self.runners.values()]
+        held = sum((p.num_pages - p.num_free) * p.page_bytes for p in pools)
+        return held, sum(p.num_pages * p.page_bytes for p in pools)
+
     def with_chat(self, options: ChatOptions) -> Resources:
         """Return the same models, caches and counts with other options of rendering chats."""
         return replace(self, tokenizers={role: t.with_chat(options) for role, t in self.tokenizers.items()})

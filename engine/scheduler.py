@@ -34,6 +34,7 @@ class SearchScheduler:
         """Active prompts whose round is decoded and not judged yet."""
         self._prompt_of: dict[Expansion, PromptSearch] = {}
         """Prompts of the expansions that are being decoded."""
+        expander.usage.plan(prompt.most_tokens for prompt in prompts)
 
     def run(self) -> Iterator[Selection]:
         """Run all prompts and yield each outcome as soon as it is known. Closing the iterator early frees all pages."""
@@ -46,7 +47,7 @@ class SearchScheduler:
                 else:
                     failed = self._make_room()
                     if failed is not None:
-                        yield failed.outcome(error=NO_ROOM)
+                        yield self._count(failed, failed.outcome(error=NO_ROOM))
                 yield from self._judge_rounds()
         finally:
             for prompt in self._active:
@@ -85,7 +86,12 @@ class SearchScheduler:
             self._decoded.remove(prompt)
             if selection is not None:
                 self._active.remove(prompt)
-                yield selection
+                yield self._count(prompt, selection)
+
+    def _count(self, prompt: PromptSearch, selection: Selection) -> Selection:
+        """Count a prompt as finished, and return its outcome."""
+        self._expander.usage.finish(prompt.most_tokens, selection.tokens_sampled)
+        return selection
 
     def _make_room(self) -> PromptSearch | None:
         """Suspend the youngest prompt, as no round is being decoded and none fits; return it if it does not fit alone.
