@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from genssd.distill.console import ProgressLine, report_counts, report_selection, report_training
+from genssd.distill.console import ProgressLine, report_training
 from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.settings import FileName
@@ -162,7 +162,7 @@ def _run_arm(
         seed=config.seed,
     )
     with ProgressLine(f"{name}: teacher writes", progress) as line:
-        data = run_select(select, engine, report_selection(line))
+        data = run_select(select, engine, line)
     train = TrainConfig(
         model_name_or_path=str(PAIR / "student"),
         data=(str(data.path),),
@@ -189,7 +189,7 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         seed=config.seed,
     )
     with ProgressLine(f"{name}: examination", progress) as line:
-        return run_evaluate(evaluate, report=report_counts(line, "problems"))
+        return run_evaluate(evaluate, report=line)
 
 
 def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evaluation: Evaluation) -> Arm:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,11 @@ import numpy as np
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.problems import ProblemRow, read_problems
+from genssd.distill.data.problems import ProblemRow, describe_problems, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
@@ -87,9 +88,7 @@ class Evaluation:
     """Mean number of tokens in the greedy responses."""
 
 
-def run_evaluate(
-    config: EvaluateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> Evaluation:
+def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: Progress = SILENT) -> Evaluation:
     """Evaluate on a file. engine: a loaded engine whose student is the model. Raises GenssdError on bad input."""
     if config.samples < 0:
         raise InputError(f"samples must be >= 0, not {config.samples}")
@@ -99,7 +98,8 @@ def run_evaluate(
             raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model))
+        report.note(describe_problems(problems, config.data))
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model, report=report))
         results = _generate_and_judge(config, engine, problems, report)
         evaluation = _summarise(results, config)
         run.record()
@@ -111,17 +111,13 @@ def run_evaluate(
 
 
 def _generate_and_judge(
-    config: EvaluateConfig, engine: Engine, problems: Sequence[ProblemRow], report: Callable[[int, int], None]
+    config: EvaluateConfig, engine: Engine, problems: Sequence[ProblemRow], report: Progress
 ) -> list[_Result]:
     """Return the greedy response and the samples of every problem, with their verdicts."""
-    total = len(problems) * (2 if config.samples else 1)
-    greedy = _generate(engine, problems, config, Sampling(temperature=0.0), 1, lambda n: report(n, total))
+    greedy = _generate(engine, problems, config, Sampling(temperature=0.0), 1, report)
     samples: list[list[Completion]] = [[] for _ in problems]
     if config.samples:
-        first = len(problems)
-        samples = _generate(
-            engine, problems, config, config.sampling, config.samples, lambda n: report(first + n, total)
-        )
+        samples = _generate(engine, problems, config, config.sampling, config.samples, report)
     tokenizer = engine.tokenizer("student")
     judge = AnswerJudge(tokenizer)
     results = []
@@ -203,9 +199,11 @@ def _generate(
     config: EvaluateConfig,
     sampling: Sampling,
     n: int,
-    report: Callable[[int], None],
+    report: Progress,
 ) -> list[list[Completion]]:
-    """Return n responses to each problem. report: takes the number of finished problems."""
+    """Return n responses to each problem."""
+    kind = "greedy responses" if sampling.temperature == 0.0 else "samples"
+    report.begin(kind, unit="problems", total=len(problems), engine=engine, work="writing")
     completions: list[list[Completion]] = [[] for _ in problems]
     generated = engine.iter_generate(
         [problem.prompt for problem in problems],
@@ -218,5 +216,5 @@ def _generate(
     )
     for done, (index, responses) in enumerate(generated, start=1):
         completions[index] = responses
-        report(done)
+        report(done, len(problems))
     return completions

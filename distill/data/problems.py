@@ -88,6 +88,12 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
         )
 
 
+def describe_problems(problems: Sequence[ProblemRow], data: str, done: int = 0) -> str:
+    """Return how many problems were read, and how many of them an earlier part of the run has finished."""
+    earlier = f", {done} of them finished in an earlier part of the run" if done else ""
+    return f"{len(problems)} problems read from {describe(data)}{earlier}"
+
+
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """Return the JSON object in one line of a file, without the fields that are null, at any depth: null is absent.
 

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_problems
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import build_prompt, read_contexts
 from genssd.distill.diagnose.diagnosis import Diagnosis
@@ -38,6 +37,7 @@ from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_row
 from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
 from genssd.distill.runs.journal import write_jsonl, write_text
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
@@ -51,20 +51,6 @@ from genssd.engine.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiagnoseProgress:
-    """Progress of a run."""
-
-    phase: Literal["rollouts", "reading", "forcing"]
-    done: int
-    """Number of questions that are done; in the phase "reading", of pairs of a reader and a question."""
-    total: int
-    completions: int = 0
-    """Number of completions written for the current question, in the phase "forcing"."""
-    budget: int = 0
-    """Maximum number of completions per question."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DiagnoseSummary:
     """Result of a finished run."""
 
@@ -72,14 +58,10 @@ class DiagnoseSummary:
     diagnosis: Diagnosis
 
 
-Report = Callable[[DiagnoseProgress], None]
-"""Function that takes the progress."""
-
-
 def run_diagnose(
     config: DiagnoseConfig,
     load: Load | None = None,
-    report: Report = lambda progress: None,
+    report: Progress = SILENT,
     verify: Verify | None = None,
 ) -> DiagnoseSummary:
     """Diagnose over a file of problems.
@@ -94,17 +76,18 @@ def run_diagnose(
             raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
     with Run.open(config, "diagnose", journal="questions.jsonl") as run:
         contexts = read_contexts(config.data, config.contexts, config.limit)
-        models = Models(_add_chat_options(_make_loader(config, run, load), run.chat_options))
+        models = Models(_add_chat_options(_make_loader(config, run, load, report), run.chat_options))
         measurement = _Measurement(config, models, report, verify)
         _diagnose_questions(run, config, problems, contexts, measurement)
         return _summarise(run, config)
 
 
-def _make_loader(config: DiagnoseConfig, run: Run, load: Load | None) -> Load:
+def _make_loader(config: DiagnoseConfig, run: Run, load: Load | None, report: Progress) -> Load:
     """Return the function that loads the engine over a model, with `load` or as the config says, and records it."""
 
     def load_as_configured(model: str, role: Role) -> Engine:
-        return config.load(student=model) if role == "student" else config.load(teacher=model)
+        names = {"student": model} if role == "student" else {"teacher": model}
+        return config.load(**names, report=report)
 
     return lambda model, role: run.use((load or load_as_configured)(model, role))
 
@@ -124,6 +107,7 @@ def _diagnose_questions(
     tokenizers = ReaderTokenizers.load(config.student, config.teacher, run.chat_options)
     prompts = _encode_prompts(config, problems, contexts, tokenizers.by_model)
     done = _count_finished(run, config, problems, contexts)
+    measurement.report.note(describe_problems(problems, config.data, done))
     if done == len(problems):
         return
     student_tokenizer = tokenizers.by_model[config.student]
@@ -210,10 +194,10 @@ def _count_finished(
 class _Measurement:
     """The phases of the questions that are not in the journal: rollouts, reading, forcing."""
 
-    def __init__(self, config: DiagnoseConfig, models: Models, report: Report, verify: Verify | None) -> None:
+    def __init__(self, config: DiagnoseConfig, models: Models, report: Progress, verify: Verify | None) -> None:
         self._config = config
         self._models = models
-        self._report = report
+        self.report = report
         self._verify = verify
 
     def iter_findings(
@@ -243,13 +227,8 @@ class _Measurement:
             end_ids=self._student().tokenizer("student").end_token_ids,
             excluded_ids=tokenizers.excluded_ids,
         )
-
-        def report_reading(read: int, total: int) -> None:
-            self._report(DiagnoseProgress(phase="reading", done=read, total=total))
-
-        readings = read_nodes(
-            self._models, config.readers(), open_questions, prompts, positions, options, report_reading
-        )
+        readings = read_nodes(self._models, config.readers(), open_questions, prompts, positions, options, self.report)
+        self.report.begin("forced tokens", unit="questions", total=len(questions), done=done, engine=self._student())
         for q in open_questions:
             planned_nodes = sum(map(len, positions[q.index]))
             yield q, self._force(q, readings[q.index], planned_nodes, len(questions))
@@ -261,7 +240,9 @@ class _Measurement:
         """Return the questions that are not done, with the student's rollouts."""
         config = self._config
         rollouts: dict[int, tuple[Completion, ...]] = {}
-        generated = self._student().iter_generate(
+        student = self._student()
+        self.report.begin("rollouts", unit="questions", total=len(questions), done=done, engine=student, work="writing")
+        generated = student.iter_generate(
             [q.prompt for q in questions],
             model="student",
             n=config.rollouts,
@@ -273,7 +254,7 @@ class _Measurement:
         )
         for index, completions in generated:
             rollouts[index] = tuple(completions)
-            self._report(DiagnoseProgress(phase="rollouts", done=done + len(rollouts), total=len(questions)))
+            self.report(done + len(rollouts), len(questions))
         return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions[done:]]
 
     def _choose_positions(self, question: Question) -> list[list[int]]:
@@ -292,11 +273,7 @@ class _Measurement:
         )
 
         def report_forcing(completions: int) -> None:
-            self._report(
-                DiagnoseProgress(
-                    phase="forcing", done=question.index, total=total, completions=completions, budget=config.budget
-                )
-            )
+            self.report(question.index, total, f"{completions} of at most {config.budget} completions of the next one")
 
         report_forcing(0)
         nodes = [reading.node for reading in readings]

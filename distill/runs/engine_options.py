@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.settings import Operational
+from genssd.engine.amounts import format_bytes
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
@@ -29,9 +32,11 @@ class EngineOptions:
     """On a GPU: take kernel configurations with which a token's bits do not depend on how many tokens are scored or
     drawn together. Otherwise the fastest for each number of tokens are taken (docs/tuning.md). On a CPU: no effect."""
 
-    def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:
-        """Return an engine over these models (hub ids or local directories)."""
-        return Engine.from_pretrained(
+    def load(self, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT) -> Engine:
+        """Return an engine over these models (hub ids or local directories), and report how long they took to load."""
+        report.begin(f"loading {_name_models(teacher, student)}")
+        started = time.monotonic()
+        engine = Engine.from_pretrained(
             teacher=teacher,
             student=student,
             device=self.device,
@@ -41,9 +46,21 @@ class EngineOptions:
             max_batch=self.max_batch,
             deterministic=self.deterministic,
         )
+        (_, pages), (_, num_bytes) = engine.pages_in_use, engine.bytes_in_use
+        report.note(
+            f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
+            f"the caches hold {pages:,} pages ({format_bytes(num_bytes)})"
+        )
+        return engine
 
     def open_engine(
-        self, engine: Engine | None, chat: ChatOptions, *, teacher: str | None = None, student: str | None = None
+        self,
+        engine: Engine | None,
+        chat: ChatOptions,
+        *,
+        teacher: str | None = None,
+        student: str | None = None,
+        report: Progress = SILENT,
     ) -> Engine:
         """Return an engine that renders chats under the options: the given one, or a new one over these models.
 
@@ -52,4 +69,12 @@ class EngineOptions:
         if engine is None and chat.template_kwargs:
             for name in filter(None, (teacher, student)):
                 Tokenizer(locate(name)).with_chat(chat)
-        return (engine or self.load(teacher=teacher, student=student)).with_chat(chat)
+        return (engine or self.load(teacher=teacher, student=student, report=report)).with_chat(chat)
+
+
+def _name_models(teacher: str | None, student: str | None) -> str:
+    """Return the models of an engine as part of a sentence."""
+    if teacher == student:
+        return f"teacher and student {teacher}"
+    names = [f"{role} {name}" for role, name in (("teacher", teacher), ("student", student)) if name is not None]
+    return " and ".join(names)

@@ -23,6 +23,7 @@ from genssd.distill.data.traces import Trace, check_same_traces, make_training_r
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
@@ -102,9 +103,7 @@ class PrefixSummary:
     bad_rows: tuple[str, ...]
 
 
-def run_prefix(
-    config: PrefixConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> PrefixSummary:
+def run_prefix(config: PrefixConfig, engine: Engine | None = None, report: Progress = SILENT) -> PrefixSummary:
     """Shorten and continue traces. engine: a loaded engine to use instead of loading the student.
 
     Raises GenssdError on bad input; traces that were finished before are in the journal.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -22,10 +22,18 @@ from typing import Any
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
+from genssd.distill.data.traces import (
+    Trace,
+    check_same_traces,
+    describe_reading,
+    describe_source,
+    make_training_row,
+    read_usable_traces,
+)
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl, write_text
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
 from genssd.distill.score.comparison import compare
@@ -108,9 +116,7 @@ class ScoreSummary:
     """Number of prompts left out of the ranking because a teacher has no response to them."""
 
 
-def run_score(
-    config: ScoreConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> ScoreSummary:
+def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progress = SILENT) -> ScoreSummary:
     """Score, pick and rank. engine: a loaded engine to use instead of loading the student.
 
     Raises GenssdError on bad input; traces that were scored before are in the journal.
@@ -118,8 +124,10 @@ def run_score(
     criteria = {name: resolve(name) for name in config.criteria}
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.student))
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.student, report=report))
+        report.begin("reading the traces")
         traces, bad_rows = _read_traces(config, criteria, engine)
+        report.note(describe_reading(traces, bad_rows))
         _score(run, config, criteria, engine, traces, report)
         run.write_bad_rows(bad_rows)
         return _evaluate(run, config, criteria, engine, traces, bad_rows)
@@ -131,10 +139,12 @@ def _score(
     criteria: Mapping[str, AnyCriterion],
     engine: Engine,
     traces: Sequence[Trace],
-    report: Callable[[int, int], None],
+    report: Progress,
 ) -> None:
     """Journal the features of every trace that is not in the journal yet."""
     done = check_same_traces(run.done(), traces, run.journal_path)
+    to_read = sum(trace.num_tokens for trace in traces[done:])
+    report.begin("", unit="traces", total=len(traces), done=done, engine=engine, work="reading", to_read=to_read)
     for batch in _batches(traces[done:]):
         for row in _score_batch(engine, criteria, batch, config):
             run.journal.append(row)

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.rows import make_response_row
@@ -82,9 +83,7 @@ class GenerateSummary:
     """Tokens that the student wrote in the teacher's place."""
 
 
-def run_generate(
-    config: GenerateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> GenerateSummary:
+def run_generate(config: GenerateConfig, engine: Engine | None = None, report: Progress = SILENT) -> GenerateSummary:
     """Generate over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
@@ -93,7 +92,10 @@ def run_generate(
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, problems)
-        engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
+        report.note(describe_problems(problems, config.data, len(done)))
+        engine = run.use(
+            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
+        )
         _generate(run, config, engine, problems, done, report)
         summary = _summary(run)
         run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})
@@ -106,7 +108,7 @@ def _generate(
     engine: Engine,
     problems: Sequence[ProblemRow],
     done: frozenset[int],
-    report: Callable[[int, int], None],
+    report: Progress,
 ) -> None:
     """Generate for the prompts that are not done, and journal each as it ends."""
     prompt_ids = [_encode_prompt(config, engine, problem) for problem in problems]
@@ -118,6 +120,7 @@ def _generate(
         "tokenizer": engine.tokenizer("student" if has_student_ids else "teacher").fingerprint,
         "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
     }
+    report.begin("", unit="prompts", total=len(problems), done=len(done), engine=engine, work="writing")
     responses = engine.iter_generate(
         [problem.prompt for problem in problems],
         n=config.n,

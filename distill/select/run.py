@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_problems
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.calibration import calibrate, check_calibration
@@ -92,18 +93,6 @@ class SelectConfig(SelectSettings, ChatSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectProgress:
-    """How far a run is. Token counts are those of this process; tokens_kept counts the best trajectories."""
-
-    done: int
-    total: int
-    tokens_kept: int
-    tokens_sampled: int
-    pages_in_use: int
-    pages: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SelectSummary:
     """What a finished run has written. `statuses` counts over the whole journal, earlier parts of the run included."""
 
@@ -116,9 +105,7 @@ class SelectSummary:
     """Prompts that did not fit into the cache, and why. They are in no journal: resuming tries them again."""
 
 
-def run_select(
-    config: SelectConfig, engine: Engine | None = None, report: Callable[[SelectProgress], None] = lambda progress: None
-) -> SelectSummary:
+def run_select(config: SelectConfig, engine: Engine | None = None, report: Progress = SILENT) -> SelectSummary:
     """Select over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
@@ -130,7 +117,10 @@ def run_select(
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
         done = keep_complete(run, config, problems)
-        engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
+        report.note(describe_problems(problems, config.data, len(done)))
+        engine = run.use(
+            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
+        )
         failures = _search(run, config, engine, problems, done, report)
         summary = _summary(run, failures)
         run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})
@@ -143,9 +133,11 @@ def _search(
     engine: Engine,
     problems: Sequence[ProblemRow],
     done: frozenset[int],
-    report: Callable[[SelectProgress], None],
+    report: Progress,
 ) -> list[str]:
     """Run the prompts that are not done and journal each as it ends; return what did not fit into the cache."""
+    if config.calibrate.data is not None and not run.resumed:
+        report.begin("calibrating the threshold", engine=engine, work="writing")
     threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, run.resumed)
     origin = Origin(
         data=config.data,
@@ -158,7 +150,7 @@ def _search(
     if config.teacher_topk and not engine.token_map.is_identity:
         raise InputError(f"teacher_topk needs models whose tokens are the same: {engine.token_map.describe()}")
     failures: list[str] = []
-    tokens_kept, sampled_before = 0, engine.usage.sampled_tokens
+    report.begin("", unit="prompts", total=len(problems), done=len(done), engine=engine, work="writing")
     topk_end = max(map(find_topk_end, run.done()), default=0)
     selections = run.journal
     with (
@@ -173,19 +165,9 @@ def _search(
                 topk = selection.best.teacher_topk
                 place = topk_store.append(topk) if topk_store is not None and topk is not None else None
                 selections.append({**make_selection_row(selection, problem, origin), "teacher_topk": place})
-                tokens_kept += len(selection.best.token_ids)
             else:
                 failures.append(f"{problem.where}: {selection.error}")
-            report(
-                SelectProgress(
-                    done=len(done) + finished,
-                    total=len(problems),
-                    tokens_kept=tokens_kept,
-                    tokens_sampled=engine.usage.sampled_tokens - sampled_before,
-                    pages_in_use=engine.pages_in_use[0],
-                    pages=engine.pages_in_use[1],
-                )
-            )
+            report(len(done) + finished, len(problems))
     return failures
 
 

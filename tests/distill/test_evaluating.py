@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.progress import Recorder
 from support.tiny_pair import TinyPair
 from support.toys import VOCAB, save_markov, token_of
 
@@ -58,8 +59,8 @@ def test_a_model_whose_answers_are_known(tmp_path: Path, write_rows: Write) -> N
         max_tokens=4,
         memory_bytes=1 << 22,
     )
-    seen: list[tuple[int, int]] = []
-    result = run_evaluate(config, report=lambda done, total: seen.append((done, total)))
+    progress = Recorder()
+    result = run_evaluate(config, report=progress)
     assert result.accuracy.value == 0.5
     assert result.correct == (True, False) * 20
     assert result.mean_tokens == 2.0
@@ -74,8 +75,8 @@ def test_a_model_whose_answers_are_known(tmp_path: Path, write_rows: Write) -> N
     assert rows[0]["undecided"] is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy"]["value"] == 0.5
-    assert seen[0] == (1, 80)
-    assert seen[-1] == (80, 80)
+    assert progress.stages[-2:] == ["greedy responses", "samples"]
+    assert progress.counts == [(done, 40) for done in range(1, 41)] * 2
 
 
 def test_responses_that_cannot_be_judged_are_counted(tmp_path: Path, write_rows: Write) -> None:

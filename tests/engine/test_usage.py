@@ -59,7 +59,7 @@ def test_the_tokens_that_models_compute_are_counted_whatever_they_are_for(tiny_p
 
 def test_bytes_of_the_pages_in_use(tiny_pair: TinyPair) -> None:
     engine = open_engine(tiny_pair)
-    pages, all_pages = engine.pages_in_use
+    pages, _ = engine.pages_in_use
     assert engine.bytes_in_use[0] == pages == 0
     assert 0 < engine.bytes_in_use[1] <= 1 << 22
     branch = engine.branch("3+4=")
