@@ -61,7 +61,7 @@ class Engine:
         dtype: str = "auto",
         memory_utilization: float = 0.9,
         memory_bytes: int | None = None,
-        max_batch: int = 256,
+        max_batch: int | None = None,
         deterministic: bool = True,
     ) -> Engine:
         """Load one or both models and return an engine over them.
@@ -70,8 +70,9 @@ class Engine:
         model work. device: None takes CUDA where a device is found, else the CPU. dtype: "auto" is the checkpoint's
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
-        number of candidates decoded at once. deterministic: on a GPU, a token's bits do not depend on how many are
-        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md).
+        number of candidates decoded at once; None for 256, or, on a CPU, as few as keep the rate (batching.py).
+        deterministic: on a GPU, a token's bits do not depend on how many are scored or drawn with it; False takes the
+        fastest kernels for every number of tokens (docs/tuning.md).
         Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers do not match.
         """
         if teacher is None and student is None:
@@ -82,15 +83,13 @@ class Engine:
         return Engine(models.open_resources(cache_budget(target, memory_bytes, memory_utilization), max_batch))
 
     @staticmethod
-    def from_decoder(
-        role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None, max_batch: int = 256
-    ) -> Engine:
+    def from_decoder(role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None) -> Engine:
         """Return an engine over one decoder that is in memory already.
 
         memory_bytes: size of its cache in bytes; None takes a third of the free memory.
         """
         budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
-        return Engine(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget, max_batch))
+        return Engine(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget))
 
     def with_chat(self, options: ChatOptions) -> Engine:
         """Return this engine, its caches and counts shared, with other options of rendering chats.

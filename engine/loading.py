@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from genssd.engine.batching import choose_max_batch
 from genssd.engine.checkpoint import locate
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import choose_dtype
@@ -39,8 +40,15 @@ class LoadedModels:
             directories={role: tokenizer.directory}, decoders={role: decoder}, tokenizers={role: tokenizer}
         )
 
-    def open_resources(self, budget_bytes: int, max_batch: int) -> Resources:
-        """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each."""
+    def open_resources(self, budget_bytes: int, max_batch: int | None = None) -> Resources:
+        """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each.
+
+        max_batch: None for the default of the models' sizes and their device.
+        """
+        if max_batch is None:
+            decoders = list(self.decoders.values())
+            configs = [decoder.config for decoder in decoders]
+            max_batch = choose_max_batch(configs, decoders[0].device, torch.get_num_threads())
         num_pages = pages_within(budget_bytes, list(self.decoders.values()))
         usage = Usage()
         runners = {

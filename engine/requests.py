@@ -63,11 +63,11 @@ def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
         )
 
 
-def check_sizes(memory_utilization: float, max_batch: int) -> None:
+def check_sizes(memory_utilization: float, max_batch: int | None) -> None:
     """Raise InputError on a fraction of the memory outside (0, 1], or a largest batch without a sequence."""
     if not 0.0 < memory_utilization <= 1.0:
         raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
-    if max_batch < 1:
+    if max_batch is not None and max_batch < 1:
         raise InputError(f"max_batch must be at least 1, not {max_batch}")
 
 
