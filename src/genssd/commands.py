@@ -19,6 +19,7 @@ from genssd.distill.rounds import DistillConfig, run_distill
 from genssd.distill.runs.settings import expand_home
 from genssd.distill.score.leaf import LeafConfig, run_leaf
 from genssd.distill.score.prefix import PrefixConfig, run_prefix
+from genssd.distill.score.prefix_judges import warn_of_unmarked
 from genssd.distill.score.run import ScoreConfig, run_score
 from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.select.reselect import ReselectConfig, run_reselect
@@ -65,6 +66,13 @@ def prefix(config: PrefixConfig, console: Console) -> None:
         f"{summary.traces} traces: {summary.mean_fraction:.0%} of the steps kept on average, {summary.whole} left "
         f"whole; {summary.kept} are finished and not known to be wrong"
     )
+    if (counts := summary.replies).unmarked:
+        print(
+            f"{counts.unmarked} of {counts.replies} replies of the judge have no verdict and count as not enough; "
+            f"{counts.unmarked_whole} traces are whole because all replies about them have none"
+        )
+    if (warning := warn_of_unmarked(counts)) is not None:
+        console.print(f"genssd: {warning}", highlight=False, soft_wrap=True, markup=False)
     _print_undecided(summary.undecided)
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
