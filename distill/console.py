@@ -16,7 +16,7 @@ from rich.text import Text
 
 from genssd.distill.runs.progress import Measurement, Progress, Stage, measure
 from genssd.distill.train.trainer import TrainProgress
-from genssd.engine.amounts import format_bytes
+from genssd.engine.amounts import format_part
 
 FIRST_PLAIN = 5.0
 """Seconds after which a command prints its first plain line; shorter commands print none."""
@@ -157,7 +157,7 @@ def _describe_engine(stage: Stage, measured: Measurement) -> list[str]:
     if measured.written or measured.read:
         parts.append(f"{_short(measured.rate)} tokens/s")
     (held, pages), (held_bytes, all_bytes) = engine.pages_in_use, engine.bytes_in_use
-    return [*parts, f"{held:,}/{pages:,} pages ({format_bytes(held_bytes)} of {format_bytes(all_bytes)})"]
+    return [*parts, f"{held:,}/{pages:,} pages ({format_part(held_bytes, all_bytes)})"]
 
 
 def _fraction_done(stage: Stage, measured: Measurement) -> float | None:

@@ -19,6 +19,7 @@ from genssd.distill.runs.progress import Progress, Stage, measure
 from genssd.distill.score.run import ScoreConfig, run_score
 from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.train.trainer import TrainProgress
+from genssd.engine.amounts import format_bytes, format_part
 from genssd.engine.usage import Usage
 
 
@@ -59,7 +60,7 @@ def test_a_search_is_shown_token_by_token_and_its_end_is_estimated() -> None:
     usage.finish(100, 100)
     usage.sampled_tokens = usage.computed_tokens = 100  # an earlier call on the same engine
     stage = begin(engine, unit="prompts", total=12, done=2, work="writing")
-    pages = "1,234/4,096 pages (1.5 GiB of 5.0 GiB)"
+    pages = "1,234/4,096 pages (1.5 of 5 GiB)"
     assert line_of(stage, 105.0) == f"select: 2/12 prompts, 0 tokens of prompts read, {pages}, 5 s so far"
     usage.computed_tokens += 500
     assert line_of(stage, 105.0) == (
@@ -91,11 +92,10 @@ def test_what_is_read_and_what_has_no_tokens() -> None:
     stage = begin(engine, unit="traces", total=4, work="reading", to_read=20_000)
     engine.usage.computed_tokens = 5000
     assert line_of(stage, 110.0) == (
-        "select: 0/4 traces, 5000 of at most 20.0k tokens read, 500 tokens/s, 0/8 pages (0 bytes of 8.0 KiB), "
-        "at most 30 s left"
+        "select: 0/4 traces, 5000 of at most 20.0k tokens read, 500 tokens/s, 0/8 pages (0 of 8 KiB), at most 30 s left"
     )
     stage.done = 2
-    assert line_of(stage, 200.0).endswith("8.0 KiB), 1:40 left"), "finished traces tell it better"
+    assert line_of(stage, 200.0).endswith("8 KiB), 1:40 left"), "finished traces tell it better"
     loading = Stage(name="loading teacher A", started=100.0)
     assert line_of(loading, 103.0) == "select, loading teacher A: 3 s so far"
     judging = begin(engine, unit="traces", total=4)
@@ -105,6 +105,16 @@ def test_what_is_read_and_what_has_no_tokens() -> None:
     assert line_of(Stage(name="", unit="traces", total=8, done=5, done_before=1, started=0.0), 7200.0) == (
         "select: 5/8 traces, 1:30:00 left"
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 KiB"), (1536, "1.5 KiB"), (300 << 20, "300 MiB"), (5 << 40, "5 TiB"),
+     ((285 << 20) + (1 << 19), "286 MiB"), (1 << 50, "1024 TiB"), (1010 << 20, "1 GiB")],
+)  # fmt: skip
+def test_bytes_in_a_unit_that_reads_well(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+    assert format_part(0, count) == f"0 of {text}"
 
 
 def test_a_stage_keeps_no_engine_in_memory() -> None:
@@ -154,7 +164,7 @@ def test_plain_lines_come_while_the_models_work(
     )
     running = [s for s in shown if s.startswith("generate: 0/4 prompts, ") and "of at most 240 tokens" in s]
     assert len(running) > 1, "several lines before the first prompt has ended"
-    assert all(re.search(r"\d tokens/s, \d+/\d+ pages \(.* of 4\.0 MiB\), at most \d+ s left$", s) for s in running)
+    assert all(re.search(r"\d tokens/s, \d+/\d+ pages \(.* of 4 MiB\), at most \d+ s left$", s) for s in running)
     assert len(set(running)) > 1
 
 
