@@ -158,7 +158,8 @@ def test_a_tune_file_on_a_full_disk(tmp_path: Path) -> None:
             pytest.raises(tuned.TuneFileError, match=r"tune\.json cannot be written: No space left"),
         ):
             tuned.add_entries(path, card, {problems[1]: entry})
-        assert path.read_bytes() == before
+        is_last = number == disk.count - 1  # the file has its new content, and the directory cannot be synced
+        assert is_last or path.read_bytes() == before
         assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("tune")) == [
             "tune.json", "tune.json.lock"
         ]  # fmt: skip
