@@ -7,7 +7,6 @@ checkpoint-N/trainer_state.json      how far the training is, and its settings
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genssd.distill.runs.journal import read_json, write_json
+from genssd.distill.runs.writing import remove_directory, replace_directory
 from genssd.distill.train.distributed import World, gather_shards, shard_like
 from genssd.distill.train.models import has_adapters, load_adapters, save_model
 from genssd.engine.errors import CheckpointError, InputError
@@ -92,8 +92,8 @@ def save_checkpoint(
     final = output_dir / f"checkpoint-{state.step}"
     temporary = final.with_suffix(".tmp")
     if write:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
+        remove_directory(temporary)
+        remove_directory(final)
     save_model(trained.model, trained.tokenizer, temporary, write=write)
     tensors = {f"rng/{rank}": rng_state for rank, rng_state in enumerate(rng_states)}
     tensors |= {f"extra/{name}": p.detach().cpu() for name, p in trained.extra_parameters.items()}
@@ -107,7 +107,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise InputError(f"{temporary} cannot be written: {error}; earlier checkpoints are kept") from None
     write_json(temporary / "trainer_state.json", dataclasses.asdict(state))
-    temporary.rename(final)
+    replace_directory(temporary, final)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -181,6 +181,6 @@ def remove_later_checkpoints(output_dir: Path, step: int) -> None:
 def _remove(checkpoint: Path) -> None:
     """Rename a checkpoint and then remove it, so that a crash leaves no incomplete checkpoint."""
     renamed = checkpoint.with_suffix(".old")
-    shutil.rmtree(renamed, ignore_errors=True)
-    checkpoint.rename(renamed)
-    shutil.rmtree(renamed)
+    remove_directory(renamed)
+    replace_directory(checkpoint, renamed)
+    remove_directory(renamed)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 
 import torch
 
 from genssd.distill.runs.journal import write_json
+from genssd.distill.runs.writing import remove_directory, replace_directory
 from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.build import Training
 from genssd.distill.train.checkpoints import TrainerState
@@ -52,9 +52,9 @@ def _save_best(training: Training, step: int, means: Mapping[str, float]) -> Non
     trained, is_main = training.trained, training.world.is_main
     temporary, final = training.output_dir / "best.tmp", training.output_dir / "best"
     if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_directory(temporary)
     save_model(trained.model, trained.tokenizer, temporary, write=is_main)
     if is_main:
         write_json(temporary / "best.json", {"step": step, **means})
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        remove_directory(final)
+        replace_directory(temporary, final)

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from genssd.distill.runs.writing import sync_files
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.distributed import gather_shards
 from genssd.distill.train.key_attention import AttentionCollector
 from genssd.engine.config import ARCHITECTURES, ModelConfig, make_transformers_config, read_config
-from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.errors import CheckpointError, GenssdError, InputError
 from genssd.engine.parameters import match_parameters
 from genssd.engine.quoting import one_line
 from genssd.engine.text import Tokenizer
@@ -199,8 +199,11 @@ def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool
             save_adapters(model, directory / "adapter")
         model.save_pretrained(directory, state_dict=state)
         tokenizer.hf.save_pretrained(directory)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{directory} cannot be written: {error}") from None
+        sync_files(directory)
+    except GenssdError:
+        raise
+    except Exception as error:  # safetensors and tokenizers report a full disk by types of their own, or by Exception
+        raise InputError(f"{directory} cannot be written: {one_line(error)}") from None
 
 
 def _copy_to_cpu(value: Tensor) -> Tensor:

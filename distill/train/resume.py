@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from genssd.distill.data.examples import Example
 from genssd.distill.runs.chat_settings import choose_date
 from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.settings import check_same_settings, settings_of
+from genssd.distill.runs.writing import remove_directory
 from genssd.distill.train.build import Training, TrainingInputs
 from genssd.distill.train.checkpoints import (
     TrainerState,
@@ -111,4 +111,4 @@ def _remove_later_files(training: Training, state: TrainerState) -> None:
     if world.is_main:
         remove_later_checkpoints(output_dir, state.step)
         if best_step is not None and best_step > state.step:
-            shutil.rmtree(best)
+            remove_directory(best)
