@@ -37,8 +37,9 @@ from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOp
 from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
-from genssd.distill.runs.journal import write_jsonl, write_text
+from genssd.distill.runs.journal import damaged_line, write_jsonl
 from genssd.distill.runs.run import Run
+from genssd.distill.runs.writing import write_text
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
@@ -123,8 +124,8 @@ def _diagnose_questions(
     """Journal a row for every question that is not in the journal yet."""
     tokenizers = ReaderTokenizers.load(config.student, config.teacher, run.chat_options)
     prompts = _encode_prompts(config, problems, contexts, tokenizers.by_model)
-    done = _count_finished(run, config, problems, contexts)
-    if done == len(problems):
+    done = _find_finished(run, config, problems, contexts)
+    if len(done) == len(problems):
         return
     student_tokenizer = tokenizers.by_model[config.student]
     questions = _make_questions(config, problems, student_tokenizer)
@@ -136,7 +137,7 @@ def _diagnose_questions(
 def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     """Write what follows from the finished journal: nodes.jsonl, summary.json and the page."""
     run.record()
-    rows = list(run.done())
+    rows = sorted(run.done(), key=lambda row: int(row["index"]))
     nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(run.path("nodes.jsonl"), nodes)
     diagnosis = build_diagnosis(
@@ -192,19 +193,20 @@ def _make_questions(config: DiagnoseConfig, problems: Sequence[ProblemRow], toke
     return questions
 
 
-def _count_finished(
+def _find_finished(
     run: Run, config: DiagnoseConfig, problems: Sequence[ProblemRow], contexts: Sequence[Mapping[str, str]]
-) -> int:
-    """Return the number of questions in the journal. Raises InputError when they are not the first of the data."""
-    done = 0
-    for row in run.done():
+) -> frozenset[int]:
+    """Return the indices of the questions in the journal. Raises InputError when they are not of the data."""
+    done: set[int] = set()
+    for number, row in enumerate(run.done(), start=1):
         check_same_problem(row, problems, config.data, run.journal_path)
-        if row["index"] != done:
-            raise InputError(f"{run.journal_path}, line {done + 1} is damaged; restore it or remove it before resuming")
-        if row.get("contexts") != contexts[done]:
-            raise InputError(f"{config.data}: row {done} has other contexts than {run.journal_path} was begun with")
-        done += 1
-    return done
+        index = row["index"]
+        if index in done:
+            raise damaged_line(run.journal_path, number, f"question {index} is also in an earlier line")
+        if row.get("contexts") != contexts[index]:
+            raise InputError(f"{config.data}: row {index} has other contexts than {run.journal_path} was begun with")
+        done.add(index)
+    return frozenset(done)
 
 
 class _Measurement:
@@ -219,11 +221,11 @@ class _Measurement:
     def iter_findings(
         self,
         questions: Sequence[Question],
-        done: int,
+        done: frozenset[int],
         prompts: Mapping[tuple[str, int], Sequence[int]],
         tokenizers: ReaderTokenizers,
     ) -> Iterator[tuple[Question, Findings]]:
-        """Yield all questions but the first `done`, in order, each as it is finished.
+        """Yield all questions but those whose indices are in `done`, in order, each as it is finished.
 
         questions: all of them, because equal prompts are distinguished by how many of them come before. prompts: the
         token ids of every reader's prompt, by the reader's name and the question's index. Raises InputError on a
@@ -257,7 +259,7 @@ class _Measurement:
     def _student(self) -> Engine:
         return self._models.engine(self._config.student, "student")
 
-    def _write_rollouts(self, questions: Sequence[Question], done: int) -> list[Question]:
+    def _write_rollouts(self, questions: Sequence[Question], done: frozenset[int]) -> list[Question]:
         """Return the questions that are not done, with the student's rollouts."""
         config = self._config
         rollouts: dict[int, tuple[Completion, ...]] = {}
@@ -268,13 +270,13 @@ class _Measurement:
             sampling=config.sampling,
             max_tokens=config.max_tokens,
             seed=config.seed,
-            skip=frozenset(range(done)),
+            skip=done,
             labels=[q.label for q in questions],
         )
         for outcome in generated:
             rollouts[outcome.index] = tuple(outcome.completions)
-            self._report(DiagnoseProgress(phase="rollouts", done=done + len(rollouts), total=len(questions)))
-        return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions[done:]]
+            self._report(DiagnoseProgress(phase="rollouts", done=len(done) + len(rollouts), total=len(questions)))
+        return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions if q.index not in done]
 
     def _choose_positions(self, question: Question) -> list[list[int]]:
         """Return the positions of every rollout's nodes, the ones that the budget should cover first."""
