@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from genssd.distill.console import ProgressLine, report_counts, report_selection
 from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.settings import FileName
+from genssd.distill.runs.writing import remove_directory
 from genssd.distill.select.run import SelectConfig, SelectSummary, run_select
 from genssd.distill.small_pair.problems import STYLES, Problem, detect_style, make_problems, solves
 from genssd.distill.train.config import TrainConfig
@@ -131,7 +131,7 @@ def _clear(output_dir: Path) -> None:
         if not mark.exists() or read_json(mark).get("command") != "demo":
             raise InputError(f"{output_dir} is not empty and not of an earlier demo; choose another output_dir")
         for arm in (*CHUNK_OF_ARM, "cold-start"):
-            shutil.rmtree(output_dir / arm, ignore_errors=True)
+            remove_directory(output_dir / arm)
     write_json(mark, {"command": "demo"})
 
 

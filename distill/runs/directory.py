@@ -90,6 +90,8 @@ def _check_owner(output_dir: Path, command: str) -> None:
         if owner != command:
             raise InputError(f"{output_dir} belongs to a run of `genssd {owner}`; choose another output_dir")
         return
+    if command == "train" and any(output_dir.glob("checkpoint-*/trainer_state.json")):
+        return  # copied checkpoints, which training resumes or refuses by itself
     foreign = sorted(entry.name for entry in os.scandir(output_dir) if _is_foreign(entry))
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
