@@ -27,7 +27,7 @@ from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import complete_rows, damaged_line, read_number, write_json, write_jsonl
+from genssd.distill.runs.journal import complete_rows, damaged_line, read_json, read_number, write_json, write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.runs.writing import remove_directory, write_bytes
@@ -291,9 +291,9 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Report) ->
     """Return the greedy accuracy of a model; it is measured once and then read from summary.json."""
     assert config.eval_data is not None
     directory = Path(config.output_dir) / f"round-{number}" / "evaluate"
-    if (directory / "summary.json").exists():
-        return read_number(directory / "summary.json", "accuracy", "value")
-    remove_directory(directory)
+    summary = directory / "summary.json"
+    if summary.exists() and not read_json(summary).get("not_evaluated"):
+        return read_number(summary, "accuracy", "value")
     engine = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(EngineOptions)}
     evaluating = EvaluateConfig(
         **engine,
@@ -303,6 +303,10 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Report) ->
         limit=config.eval_limit,
         output_dir=str(directory),
         max_tokens=config.select.max_tokens,
-        samples=0,
+        resume=True,
     )
-    return run_evaluate(evaluating, report=lambda *p: report(f"round {number} evaluate", p)).accuracy.value
+    evaluation = run_evaluate(evaluating, report=lambda *p: report(f"round {number} evaluate", p))
+    if evaluation.not_evaluated:
+        listed = "".join(f"\n  {failure}" for failure in evaluation.not_evaluated[:10])
+        raise CapacityError(f"{len(evaluation.not_evaluated)} problems of eval_data are not evaluated:{listed}")
+    return evaluation.accuracy.value

@@ -117,13 +117,14 @@ def distill(config: DistillConfig, console: Console) -> None:
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
     with ProgressLine("evaluate", console) as line:
-        result = run_evaluate(config, report=report_counts(line, "responses"))
+        result = run_evaluate(config, report=report_counts(line, "problems"))
     print(f"greedy accuracy {result.accuracy} over {len(result.correct)} problems (95 % interval)")
     if result.avg_at_k is not None:
-        print(f"avg@{result.samples} {result.avg_at_k}")
+        print(f"avg@{result.samples} {result.avg_at_k} (95 % interval over problems)")
     print(f"{result.mean_tokens:.0f} tokens per response, {result.unfinished} cut at max_tokens")
     _print_undecided(result.undecided)
     print(f"written to {config.output_dir}")
+    _raise_for_bad_rows("were not evaluated; all others were", result.not_evaluated, Path(config.output_dir))
 
 
 def score(config: ScoreConfig, console: Console) -> None:
