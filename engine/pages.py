@@ -58,11 +58,6 @@ class PagePool:
         return len(self._is_free)
 
     @property
-    def page_bytes(self) -> int:
-        """Number of bytes of one page: the keys and values of all layers."""
-        return self.kv.nbytes // self.num_pages
-
-    @property
     def num_free(self) -> int:
         """Number of free pages."""
         return len(self._free)

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,10 @@ from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOp
 from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
-from genssd.distill.runs.journal import write_jsonl, write_text
+from genssd.distill.runs.journal import damaged_line, write_jsonl
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
+from genssd.distill.runs.writing import write_text
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
@@ -106,9 +108,9 @@ def _diagnose_questions(
     """Journal a row for every question that is not in the journal yet."""
     tokenizers = ReaderTokenizers.load(config.student, config.teacher, run.chat_options)
     prompts = _encode_prompts(config, problems, contexts, tokenizers.by_model)
-    done = _count_finished(run, config, problems, contexts)
-    measurement.report.note(describe_problems(problems, config.data, done))
-    if done == len(problems):
+    done = _find_finished(run, config, problems, contexts)
+    measurement.report.note(describe_problems(problems, config.data, len(done)))
+    if len(done) == len(problems):
         return
     student_tokenizer = tokenizers.by_model[config.student]
     questions = _make_questions(config, problems, student_tokenizer)
@@ -120,7 +122,7 @@ def _diagnose_questions(
 def _summarise(run: Run, config: DiagnoseConfig) -> DiagnoseSummary:
     """Write what follows from the finished journal: nodes.jsonl, summary.json and the page."""
     run.record()
-    rows = list(run.done())
+    rows = sorted(run.done(), key=lambda row: int(row["index"]))
     nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(run.path("nodes.jsonl"), nodes)
     diagnosis = build_diagnosis(
@@ -176,19 +178,20 @@ def _make_questions(config: DiagnoseConfig, problems: Sequence[ProblemRow], toke
     return questions
 
 
-def _count_finished(
+def _find_finished(
     run: Run, config: DiagnoseConfig, problems: Sequence[ProblemRow], contexts: Sequence[Mapping[str, str]]
-) -> int:
-    """Return the number of questions in the journal. Raises InputError when they are not the first of the data."""
-    done = 0
-    for row in run.done():
+) -> frozenset[int]:
+    """Return the indices of the questions in the journal. Raises InputError when they are not of the data."""
+    done: set[int] = set()
+    for number, row in enumerate(run.done(), start=1):
         check_same_problem(row, problems, config.data, run.journal_path)
-        if row["index"] != done:
-            raise InputError(f"{run.journal_path}, line {done + 1} is damaged; restore it or remove it before resuming")
-        if row.get("contexts") != contexts[done]:
-            raise InputError(f"{config.data}: row {done} has other contexts than {run.journal_path} was begun with")
-        done += 1
-    return done
+        index = row["index"]
+        if index in done:
+            raise damaged_line(run.journal_path, number, f"question {index} is also in an earlier line")
+        if row.get("contexts") != contexts[index]:
+            raise InputError(f"{config.data}: row {index} has other contexts than {run.journal_path} was begun with")
+        done.add(index)
+    return frozenset(done)
 
 
 class _Measurement:
@@ -203,11 +206,11 @@ class _Measurement:
     def iter_findings(
         self,
         questions: Sequence[Question],
-        done: int,
+        done: frozenset[int],
         prompts: Mapping[tuple[str, int], Sequence[int]],
         tokenizers: ReaderTokenizers,
     ) -> Iterator[tuple[Question, Findings]]:
-        """Yield all questions but the first `done`, in order, each as it is finished.
+        """Yield all questions but those whose indices are in `done`, in order, each as it is finished.
 
         questions: all of them, because equal prompts are distinguished by how many of them come before. prompts: the
         token ids of every reader's prompt, by the reader's name and the question's index. Raises InputError on a
@@ -228,20 +231,29 @@ class _Measurement:
             excluded_ids=tokenizers.excluded_ids,
         )
         readings = read_nodes(self._models, config.readers(), open_questions, prompts, positions, options, self.report)
-        self.report.begin("forced tokens", unit="questions", total=len(questions), done=done, engine=self._student())
-        for q in open_questions:
+        self.report.begin(
+            "forced tokens", unit="questions", total=len(questions), done=len(done), engine=self._student()
+        )
+        for finished, q in enumerate(open_questions, start=len(done)):
             planned_nodes = sum(map(len, positions[q.index]))
-            yield q, self._force(q, readings[q.index], planned_nodes, len(questions))
+            report_forcing = partial(self._report_forcing, finished, len(questions))
+            yield q, self._force(q, readings[q.index], planned_nodes, report_forcing)
+
+    def _report_forcing(self, finished: int, total: int, completions: int) -> None:
+        """Report the finished questions, and the completions written for the one that is running."""
+        self.report(finished, total, f"{completions} of at most {self._config.budget} completions of the next one")
 
     def _student(self) -> Engine:
         return self._models.engine(self._config.student, "student")
 
-    def _write_rollouts(self, questions: Sequence[Question], done: int) -> list[Question]:
+    def _write_rollouts(self, questions: Sequence[Question], done: frozenset[int]) -> list[Question]:
         """Return the questions that are not done, with the student's rollouts."""
         config = self._config
         rollouts: dict[int, tuple[Completion, ...]] = {}
         student = self._student()
-        self.report.begin("rollouts", unit="questions", total=len(questions), done=done, engine=student, work="writing")
+        self.report.begin(
+            "rollouts", unit="questions", total=len(questions), done=len(done), engine=student, work="writing"
+        )
         generated = student.iter_generate(
             [q.prompt for q in questions],
             model="student",
@@ -249,13 +261,13 @@ class _Measurement:
             sampling=config.sampling,
             max_tokens=config.max_tokens,
             seed=config.seed,
-            skip=frozenset(range(done)),
+            skip=done,
             labels=[q.label for q in questions],
         )
-        for index, completions in generated:
-            rollouts[index] = tuple(completions)
-            self.report(done + len(rollouts), len(questions))
-        return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions[done:]]
+        for outcome in generated:
+            rollouts[outcome.index] = tuple(outcome.completions)
+            self.report(len(done) + len(rollouts), len(questions))
+        return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions if q.index not in done]
 
     def _choose_positions(self, question: Question) -> list[list[int]]:
         """Return the positions of every rollout's nodes, the ones that the budget should cover first."""
@@ -265,20 +277,19 @@ class _Measurement:
             for i, rollout in enumerate(question.rollouts)
         ]
 
-    def _force(self, question: Question, readings: Sequence[NodeReading], planned_nodes: int, total: int) -> Findings:
-        """Force every candidate at every node of a question. total: the number of questions, for the progress."""
+    def _force(
+        self, question: Question, readings: Sequence[NodeReading], planned_nodes: int, report: Callable[[int], None]
+    ) -> Findings:
+        """Force every candidate at every node of a question. report: takes the number of completions written."""
         config = self._config
         options = CompletionOptions(
             completions=config.completions, sampling=config.sampling, max_tokens=config.max_tokens, seed=config.seed
         )
 
-        def report_forcing(completions: int) -> None:
-            self.report(question.index, total, f"{completions} of at most {config.budget} completions of the next one")
-
-        report_forcing(0)
+        report(0)
         nodes = [reading.node for reading in readings]
         verify = self._verify or AnswerJudge(self._student().tokenizer("student")).for_prompt(question.prompt_ids)
-        outcomes, cost = force_nodes(self._student(), question, nodes, verify, options, report_forcing)
+        outcomes, cost = force_nodes(self._student(), question, nodes, verify, options, report)
         verdicts: dict[str, Verdict] = {}
         correct = [succeeds(rollout, question.answer, verify, verdicts) for rollout in question.rollouts]
         return Findings(

@@ -29,11 +29,12 @@ from torch import Tensor
 
 from genssd.distill.data.traces import (
     Trace,
-    check_same_traces,
     describe_reading,
     describe_source,
+    find_traces,
     make_training_row,
     read_usable_traces,
+    sort_by_trace,
 )
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.journal import write_jsonl
@@ -106,14 +107,15 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
         report.begin("reading the traces")
         traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
         report.note(describe_reading(traces, bad_rows))
-        done = check_same_traces(run.done(), traces, run.journal_path)
-        if done < len(traces):
+        done = set(find_traces(run.done(), traces, run.journal_path))
+        missing = [trace for i, trace in enumerate(traces) if i not in done]
+        if missing:
             report.begin(f"loading student {config.student} and teacher {config.teacher}")
             started = time.monotonic()
-            student, teacher = _load_models(config, tokenizer, traces[done:])
+            student, teacher = _load_models(config, tokenizer, missing)
             report.note(f"the models loaded in {time.monotonic() - started:.1f} s")
-            report.begin("", unit="traces", total=len(traces), done=done)
-            for index, trace in enumerate(traces[done:], start=done):
+            report.begin("", unit="traces", total=len(traces), done=len(done))
+            for finished, trace in enumerate(missing, start=len(done) + 1):
                 places = question_places(trace, tokenizer)
                 student_norms, teacher_norms = (gradient_norms(model, trace)[places] for model in (student, teacher))
                 words = words_of_places(trace, places, tokenizer)
@@ -121,8 +123,8 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
                 run.journal.append(
                     {"source": describe_source(trace), "runs": [[places[i] for i in span] for span in spans]}
                 )
-                report(index + 1, len(traces))
-        rows = list(_rows(traces, run.done(), tokenizer))
+                report(finished, len(traces))
+        rows = list(_rows(traces, sort_by_trace(run.done(), traces, run.journal_path), tokenizer))
         run.write_bad_rows(bad_rows)
         write_jsonl(run.path("counterfactuals.jsonl"), rows)
         counts = {"traces": len(traces), "counterfactuals": len(rows) - len(traces)}
@@ -144,7 +146,7 @@ def _load_models(config: LeafConfig, tokenizer: Tokenizer, traces: Sequence[Trac
     return student, teacher.model
 
 
-def _rows(traces: Sequence[Trace], journal: Iterator[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def _rows(traces: Sequence[Trace], journal: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """Yield every trace as a training row, followed by one row per span with that span removed from the question."""
     for trace, row in zip(traces, journal, strict=True):
         yield {**make_training_row(trace, trace.response_ids, tokenizer), "left_out": None}

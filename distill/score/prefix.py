@@ -14,6 +14,7 @@ same, or is the whole trace.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,14 @@ from typing import Any, Literal
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.traces import Trace, check_same_traces, describe_reading, make_training_row, read_usable_traces
+from genssd.distill.data.traces import (
+    Trace,
+    describe_reading,
+    find_traces,
+    make_training_row,
+    read_usable_traces,
+    sort_by_trace,
+)
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
@@ -116,20 +124,22 @@ def run_prefix(config: PrefixConfig, engine: Engine | None = None, report: Progr
         report.note(describe_reading(traces, bad_rows))
         done = _keep_whole_batches(run, traces, config.batch)
         judge = _make_judge(config, engine)
-        report.begin("", unit="traces", total=len(traces), done=done, engine=engine)
-        is_warned = False
-        while done < len(traces):
-            batch = traces[done : done + config.batch]
-            rows = _align(engine, config, batch, judge, partial(report, done, len(traces)))
+        count, is_warned = len(done), False
+        report.begin("", unit="traces", total=len(traces), done=count, engine=engine)
+        for start in range(0, len(traces), config.batch):
+            if start in done:
+                continue
+            batch = traces[start : start + config.batch]
+            rows = _align(engine, config, batch, judge, partial(report, count, len(traces)))
             for row in rows:
                 run.journal.append(row)
-            done += len(batch)
-            report(done, len(traces))
+            count += len(batch)
+            report(count, len(traces))
             if not is_warned and (warning := warn_of_unmarked(count_replies(rows))) is not None:
                 is_warned = True
                 report.note(warning)
         run.write_bad_rows(bad_rows)
-        return _summarise(run, bad_rows)
+        return _summarise(run, traces, bad_rows)
 
 
 def _make_judge(config: PrefixConfig, engine: Engine) -> PrefixJudge:
@@ -150,20 +160,22 @@ def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], lis
     )
 
 
-def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> int:
-    """Cut the journal to whole batches and return its number of rows.
+def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> set[int]:
+    """Cut the journal to whole batches and return the indices of the traces in it.
 
     Equal prompts of one batch draw different continuations, so a batch is done again as a whole.
     """
-    done = check_same_traces(run.done(), traces, run.journal_path)
-    done -= 0 if done == len(traces) else done % batch
-    run.keep(done)
-    return done
+    found = find_traces(run.done(), traces, run.journal_path)
+    counts = Counter(index // batch for index in found)
+    whole = {number for number, count in counts.items() if count == min(batch, len(traces) - number * batch)}
+    kept = [row for row, index in enumerate(found) if index // batch in whole]
+    run.keep_rows(kept)
+    return {found[row] for row in kept}
 
 
-def _summarise(run: Run, bad_rows: Sequence[str]) -> PrefixSummary:
+def _summarise(run: Run, traces: Sequence[Trace], bad_rows: Sequence[str]) -> PrefixSummary:
     """Write aligned.jsonl and summary.json from the finished journal."""
-    rows = list(run.done())
+    rows = sort_by_trace(run.done(), traces, run.journal_path)
     aligned = [
         {name: value for name, value in row.items() if name != "judgements"}
         for row in rows

@@ -60,7 +60,7 @@ def continue_prefixes(
         seed=seed,
         labels=[trace.where for trace, _ in prefixes],
     )
-    written = {index: completion for index, (completion,) in generated}
+    written = {outcome.index: outcome.completions[0] for outcome in generated}
     return [written[i] for i in range(len(prefixes))]
 
 
@@ -83,7 +83,7 @@ def make_asking_judge(engine: Engine, judge_tokens: int) -> PrefixJudge:
             max_tokens=judge_tokens,
             labels=[prefixes[i][0].where for i in short],
         )
-        texts = {short[index]: reply.text for index, (reply,) in replies}
+        texts = {short[outcome.index]: outcome.completions[0].text for outcome in replies}
         return [Judgement(is_sufficient=ENOUGH in texts.get(i, ""), reply=texts.get(i)) for i in range(len(prompts))]
 
     return judge

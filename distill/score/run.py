@@ -24,18 +24,20 @@ from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import (
     Trace,
-    check_same_traces,
     describe_reading,
     describe_source,
+    find_traces,
     make_training_row,
     read_usable_traces,
+    sort_by_trace,
 )
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import write_json, write_jsonl, write_text
+from genssd.distill.runs.journal import write_json, write_jsonl
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
+from genssd.distill.runs.writing import write_text
 from genssd.distill.score.comparison import compare
 from genssd.distill.score.page import render_page
 from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
@@ -142,14 +144,16 @@ def _score(
     report: Progress,
 ) -> None:
     """Journal the features of every trace that is not in the journal yet."""
-    done = check_same_traces(run.done(), traces, run.journal_path)
-    to_read = sum(trace.num_tokens for trace in traces[done:])
-    report.begin("", unit="traces", total=len(traces), done=done, engine=engine, work="reading", to_read=to_read)
-    for batch in _batches(traces[done:]):
+    done = set(find_traces(run.done(), traces, run.journal_path))
+    count = len(done)
+    missing = [trace for i, trace in enumerate(traces) if i not in done]
+    to_read = sum(trace.num_tokens for trace in missing)
+    report.begin("", unit="traces", total=len(traces), done=count, engine=engine, work="reading", to_read=to_read)
+    for batch in _batches(missing):
         for row in _score_batch(engine, criteria, batch, config):
             run.journal.append(row)
-            done += 1
-        report(done, len(traces))
+            count += 1
+        report(count, len(traces))
 
 
 def _evaluate(
@@ -161,7 +165,7 @@ def _evaluate(
     bad_rows: Sequence[str],
 ) -> ScoreSummary:
     """Write what follows from the finished journal: columns, picked responses, the ranking of teachers, the page."""
-    rows = list(run.done())
+    rows = sort_by_trace(run.done(), traces, run.journal_path)
     columns = {name: compute_values(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(run.path("scores.jsonl"), _score_rows(rows, columns))
     higher_is_better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
@@ -214,7 +218,7 @@ def _write_selected(
     )
     write_jsonl(
         run.path("selected.jsonl"),
-        (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in selected),
+        (_training_row(engine, traces[i], rows[i], name, columns[name][i], weights[i]) for i in selected),
     )
     return selected
 
@@ -317,6 +321,10 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequenc
         yield {**described, **{name: _jsonable(column[i]) for name, column in columns.items()}}
 
 
-def _training_row(engine: Engine, trace: Trace, criterion: str, score: float, weight: float) -> dict[str, Any]:
+def _training_row(
+    engine: Engine, trace: Trace, scored: Mapping[str, Any], criterion: str, score: float, weight: float
+) -> dict[str, Any]:
+    """Return a row of selected.jsonl. scored: the trace's row of the journal, which has the verdict."""
     fields = make_training_row(trace, trace.response_ids, engine.tokenizer("student"))
-    return {**fields, "criterion": criterion, "score": _jsonable(score), "weight": weight}
+    verdict = {name: scored[name] for name in ("correct", "undecided")}
+    return {**fields, **verdict, "criterion": criterion, "score": _jsonable(score), "weight": weight}

@@ -20,6 +20,7 @@ from typing import Literal
 from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
@@ -131,11 +132,11 @@ def _generate(
         skip=done,
         labels=[problem.where for problem in problems],
     )
-    for finished, (index, completions) in enumerate(responses, start=1):
-        problem = problems[index]
+    for finished, outcome in enumerate(responses, start=1):
+        index, problem = outcome.index, problems[outcome.index]
         source = {"file": config.data, "line": problem.line}
         run.journal.append(
-            make_response_row(index, problem, *prompt_ids[index], completions, {"source": source, **origin})
+            make_response_row(index, problem, *prompt_ids[index], outcome.completions, {"source": source, **origin})
         )
         report(len(done) + finished, len(problems))
 
@@ -159,8 +160,8 @@ def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) 
     journal = run.journal_path
     for number, row in enumerate(run.done(), start=1):
         check_same_problem(row, problems, config.data, journal)
-        if row["index"] in done or not isinstance(row.get("others"), list):
-            raise InputError(f"{journal}, line {number} is damaged; restore it or remove it before resuming")
+        if row["index"] in done:
+            raise damaged_line(journal, number, f"prompt {row['index']} is also in an earlier line")
         done.add(row["index"])
     return frozenset(done)
 

@@ -20,19 +20,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_problems
-from genssd.distill.data.topk_store import TopkStore, find_topk_end
+from genssd.distill.data.topk_store import TopkStore, check_topk_file, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json
+from genssd.distill.runs.journal import Journal, complete_rows, damaged_line, has_lines, read_number, write_json
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
+from genssd.distill.runs.writing import keep_spans
 from genssd.distill.select.calibration import calibrate, check_calibration
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
+
+TOPK_FILE = "teacher_topk.bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +141,7 @@ def _search(
     """Run the prompts that are not done and journal each as it ends; return what did not fit into the cache."""
     if config.calibrate.data is not None and not run.resumed:
         report.begin("calibrating the threshold", engine=engine, work="writing")
-    threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, run.resumed)
+    threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, run)
     origin = Origin(
         data=config.data,
         criterion=config.criterion,
@@ -155,7 +158,7 @@ def _search(
     selections = run.journal
     with (
         Journal(run.path("decisions.jsonl")) as decisions,
-        TopkStore(run.path("teacher_topk.bin"), topk_end) if config.teacher_topk else nullcontext() as topk_store,
+        TopkStore(run.path(TOPK_FILE), topk_end) if config.teacher_topk else nullcontext() as topk_store,
     ):
         for finished, selected in enumerate(_select(engine, config, threshold, problems, done), start=1):
             selection = translate_selection(selected, engine.token_map)
@@ -176,11 +179,11 @@ def _read_calibration(config: SelectConfig) -> list[ProblemRow]:
     return read_problems(config.calibrate.data, config.calibrate.limit, system_prompt=config.system_prompt)
 
 
-def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
+def _calibrated(engine: Engine, config: SelectConfig, run: Run) -> float:
     """Return the threshold of this run, which is measured once and read again when the run is resumed."""
-    path = Path(config.output_dir) / "calibration.json"
-    if resumed:
-        return float(read_json(path)["threshold"])
+    path = run.path("calibration.json")
+    if run.resumed:
+        return read_number(path, "threshold")
     problems = _read_calibration(config)
     calibration = calibrate(
         engine,
@@ -190,6 +193,7 @@ def _calibrated(engine: Engine, config: SelectConfig, resumed: bool) -> float:
         labels=[problem.where for problem in problems],
         answers=[problem.answer for problem in problems],
     )
+    run.record()
     write_json(path, calibration.as_json())
     return calibration.threshold
 
@@ -212,31 +216,39 @@ def _select(
 
 
 def keep_complete(run: Run, config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
-    """Cut both journals back to the prompts that are in both; return their indices.
+    """Cut both journals back to the prompts that are in both, in the order of the selections; return their indices.
 
-    Raises InputError when the run was begun with other data, or decisions of finished prompts are lost.
+    A prompt that only one of them holds is done again: a crash, or the user who removed a damaged line, left it so.
+    Raises InputError when the run was begun with other data, and when a file of finished prompts is lost.
     """
     decisions = run.path("decisions.jsonl")
-    done: list[int] = []
-    decisions_end = 0
-    decided = complete_rows(decisions)
-    selected = run.done()
-    for row in selected:
+    _check_neither_lost(run.journal_path, decisions)
+    selected: dict[int, int] = {}
+    for number, row in enumerate(run.done()):
         check_same_problem(row, problems, config.data, run.journal_path)
-        decision, end = next(decided, ({}, 0))
-        if decision.get("index") != row["index"]:
-            # a torn last line is done again; more than that was not lost in a crash
-            if decision or next(selected, None) is not None:
-                raise InputError(
-                    f"{decisions} lacks the decisions of prompt {row['index']}, which {run.path('selections.jsonl')} "
-                    "holds: restore it, or choose another output_dir"
-                )
-            break
-        done.append(row["index"])
-        decisions_end = end
-    run.keep(len(done))
-    truncate(decisions, decisions_end)
+        if row["index"] in selected:
+            raise damaged_line(run.journal_path, number + 1, f"prompt {row['index']} is also in an earlier line")
+        selected[row["index"]] = number
+    decided: dict[object, tuple[int, int]] = {}
+    start = 0
+    for row, end in complete_rows(decisions):
+        decided[row.get("index")] = (start, end)
+        start = end
+    if config.teacher_topk:
+        check_topk_file(run.path(TOPK_FILE), run.done(), run.journal_path, decisions)
+    done = [index for index in selected if index in decided]
+    run.keep_rows([selected[index] for index in done])
+    keep_spans(decisions, [decided[index] for index in done])
     return frozenset(done)
+
+
+def _check_neither_lost(selections: Path, decisions: Path) -> None:
+    """Raise InputError where one of the two journals holds lines and the other is missing."""
+    for lost, held in ((selections, decisions), (decisions, selections)):
+        if not lost.exists() and has_lines(held):
+            raise InputError(
+                f"{lost} is lost, and {held.name} beside it is not; restore it, or remove {held} to begin anew"
+            )
 
 
 def _summary(run: Run, failures: Sequence[str]) -> SelectSummary:

@@ -13,13 +13,14 @@ import pytest
 from support.tiny_pair import TinyPair
 from support.toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
-from genssd.cli import flags_of_file, main, merge_list_flags
+from genssd.cli import main
 from genssd.distill.score.prefix import PrefixConfig
 from genssd.distill.select.generate import GenerateConfig
 from genssd.distill.select.run import SelectConfig
 from genssd.distill.train.config import TrainConfig
 from genssd.engine.errors import InputError
 from genssd.engine.launches import LaunchRecord
+from genssd.flags import flags_of_file, merge_list_flags
 
 Write = Callable[..., Path]
 

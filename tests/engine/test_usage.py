@@ -32,7 +32,7 @@ def test_plain_generation_is_planned_at_its_longest_and_counted_as_it_ends(tiny_
     assert next(rows) == first
     assert engine.usage.planned_prompts == 6
     assert engine.usage.finished_prompts == 4
-    ended = sum(len(completion.token_ids) for completion in first[1])
+    ended = sum(len(completion.token_ids) for completion in first.completions)
     assert engine.usage.planned_tokens == before + ended + 2 * 2 * 8, "two prompts of two responses of eight tokens"
     assert list(rows) == rest
 

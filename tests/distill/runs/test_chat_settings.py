@@ -15,7 +15,6 @@ from support.templates import TRIMMED_DATE
 from support.tiny_pair import TinyPair
 
 from genssd import Engine
-from genssd.cli import flags_of_file
 from genssd.commands import COMMANDS
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.runs import chat_settings
@@ -24,6 +23,7 @@ from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
+from genssd.flags import flags_of_file
 
 Write = Callable[..., Path]
 TEMPLATE = TRIMMED_DATE.replace(

@@ -65,6 +65,11 @@ def run(pair: TinyPair, data: Path, out: Path, **options: Any) -> PrefixSummary:
     )
 
 
+def without_checksum(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a journal's row as files that are written from the journal have it."""
+    return {key: value for key, value in row.items() if key != "checksum"}
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -96,7 +101,7 @@ def test_the_student_goes_on_behind_the_prefix(
         assert row["completion"].startswith(begun)
         assert row["prefix_tokens"] < len(row["completion_ids"]) <= row["prefix_tokens"] + 8
         assert row["correct"] is False
-    correct = [{k: v for k, v in row.items() if k != "judgements"} for row in rows if row["correct"]]
+    correct = [{k: v for k, v in without_checksum(row).items() if k != "judgements"} for row in rows if row["correct"]]
     assert lines(tmp_path / "out" / "aligned.jsonl") == correct
     assert summary.replies == ReplyCounts(), "nobody was asked"
     assert (summary.kept, summary.whole, summary.mean_fraction) == (3, 3, 0.75)
@@ -109,14 +114,15 @@ def test_the_student_is_asked_and_the_answer_is_read(
     real, asked = tiny_pair.engine.iter_generate, []
 
     def generate(prompts: Any, **options: Any) -> Any:
-        for index, (reply,) in real(prompts, **options):
+        for outcome in real(prompts, **options):
             if options["max_tokens"] == 4:
                 assert options["sampling"].temperature == 0.0
-                text = tiny_pair.engine.tokenizer("student").decode(prompts[index])
+                text = tiny_pair.engine.tokenizer("student").decode(prompts[outcome.index])
                 asked.append(text)
                 word = "[ENOUGH]" if "carry" in text else "[NOT_ENOUGH] ENOUGH"
-                reply = dataclasses.replace(reply, text=f"I say {word}.")
-            yield index, [reply]
+                reply = dataclasses.replace(outcome.completions[0], text=f"I say {word}.")
+                outcome = dataclasses.replace(outcome, sampled=(reply,))
+            yield outcome
 
     monkeypatch.setattr(tiny_pair.engine, "iter_generate", generate)
     summary = run(tiny_pair, write_rows(ROWS[:1]), tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from genssd.distill.data.problems import read_problems
 from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.run import Run
 from genssd.distill.select.run import SelectConfig, keep_complete, run_select
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
 PROMPTS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "one"}, {"prompt": "four"}]
@@ -155,8 +156,7 @@ def append(self, row):
     calls += 1
     if calls == victim:
         if torn:
-            self._stream.write(b'{"messages": [{"role": "us')
-            self._stream.flush()
+            self._file.append(b'{"messages": [{"role": "us')
         os.kill(os.getpid(), signal.SIGKILL)
     whole(self, row)
 
@@ -187,11 +187,14 @@ def test_kill_9_and_resume(tiny_pair: TinyPair, write_rows: Write, tmp_path: Pat
         assert sorted(resumed, key=key) == sorted(whole, key=key)
 
 
-def test_bad_prompts_are_named_by_file_and_line(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    data = write_rows([{"prompt": "fine"}, {"prompt": "x" * 600}])
-    with pytest.raises(CapacityError, match=r"data\.jsonl, line 2 has 600 tokens; the teacher .* has 512 positions"):
-        run_select(config_for(tiny_pair, data, tmp_path / "run"), tiny_pair.engine)
-    assert (tmp_path / "run" / "selections.jsonl").read_bytes() == b""
+def test_a_prompt_that_is_too_long_is_named_by_file_and_line_and_the_others_run(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    data = write_rows([{"prompt": "x" * 600}, {"prompt": "fine"}])
+    summary = run_select(config_for(tiny_pair, data, tmp_path / "run"), tiny_pair.engine)
+    (failure,) = summary.failures
+    assert re.search(r"data\.jsonl, line 1: the prompt has 600 tokens; the teacher .* has 512 positions$", failure)
+    assert [row["index"] for row in lines(tmp_path / "run" / "selections.jsonl")] == [1]
 
 
 def test_an_output_dir_that_is_a_file(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
@@ -212,27 +215,57 @@ def test_progress_counts_up(tiny_pair: TinyPair, write_rows: Write, tmp_path: Pa
     ]
 
 
-def test_lost_decisions_stop_a_resume_and_nothing_is_cut(
+def test_a_lost_journal_stops_a_resume_and_nothing_is_cut(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
 ) -> None:
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
     run_select(config, tiny_pair.engine)
-    journal, decisions = tmp_path / "run" / "selections.jsonl", tmp_path / "run" / "decisions.jsonl"
-    whole, decided = journal.read_bytes(), decisions.read_bytes().splitlines(keepends=True)
-    for damaged in ([], decided[:2], [decided[1], decided[0], *decided[2:]]):
-        decisions.write_bytes(b"".join(damaged))
+    files = [tmp_path / "run" / name for name in ("selections.jsonl", "decisions.jsonl")]
+    whole = [file.read_bytes() for file in files]
+    for lost, held in ((0, 1), (1, 0)):
+        files[lost].unlink()
         with pytest.raises(
-            InputError, match=r"decisions\.jsonl lacks the decisions of prompt \d, which .* holds: restore"
+            InputError, match=rf"{files[lost]} is lost, and {files[held].name} .* remove {files[held]} to begin anew"
         ):
             run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
-        assert journal.read_bytes() == whole
-        assert decisions.read_bytes() == b"".join(damaged)
+        assert files[held].read_bytes() == whole[held]
+        assert not files[lost].exists()
+        files[held].unlink()  # as the message says
+        run_select(config, tiny_pair.engine)
+        assert [file.read_bytes() for file in files] == whole
+
+
+def test_what_only_one_journal_holds_is_done_again_and_their_order_is_mended(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
+    run_select(config, tiny_pair.engine)
+    selections, decisions = (tmp_path / "run" / name for name in ("selections.jsonl", "decisions.jsonl"))
+    selected, decided = (file.read_bytes().splitlines(keepends=True) for file in (selections, decisions))
+    a, b, c, d = range(4)
+    for left, left_decisions in (
+        ([a, c, d], [a, b, c, d]),  # the user removed a damaged line of one journal
+        ([a, b, c, d], [b, c, d]),  # or of the other
+        ([a, b, c, d], [a, b]),
+        ([a, b, c, d], [d, c, b, a]),
+        ([c, a, b], [a, b, d]),
+    ):
+        selections.write_bytes(b"".join(selected[i] for i in left))
+        decisions.write_bytes(b"".join(decided[i] for i in left_decisions))
+        run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+        kept = [i for i in left if i in left_decisions]
+        lines_now = selections.read_bytes().splitlines(keepends=True)
+        assert lines_now[: len(kept)] == [selected[i] for i in kept]
+        assert sorted(lines_now) == sorted(selected)
+        order = [selected.index(line) for line in lines_now]
+        assert decisions.read_bytes().splitlines(keepends=True) == [decided[i] for i in order]
 
 
 def test_two_runs_do_not_share_a_directory(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
     with claim_directory(tmp_path / "run", "select"), pytest.raises(InputError, match="another run is at work in"):
         run_select(config, tiny_pair.engine)
+    (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "run.json").write_text('{"command": "train"}')
     with pytest.raises(InputError, match="belongs to a run of `genssd train`"):
         run_select(config, tiny_pair.engine)
