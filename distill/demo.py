@@ -155,7 +155,7 @@ def _run_arm(
         max_tokens=MAX_TOKENS,
         seed=config.seed,
     )
-    with ProgressLine(f"{name}: teacher writes", progress) as line:
+    with ProgressLine(f"{name}, the teacher writes", progress) as line:
         data = run_select(select, engine, line)
     train = TrainConfig(
         model_name_or_path=str(PAIR / "student"),
@@ -167,7 +167,7 @@ def _run_arm(
         warmup_ratio=0.05,
         seed=config.seed,
     )
-    with ProgressLine(f"{name}: student learns", progress) as line:
+    with ProgressLine(f"{name}, the student learns", progress) as line:
         run_train(train, report_training(line))
     evaluation = _evaluate(output_dir / name / "student", name, config, output_dir, progress)
     return _describe(name, data, problems, evaluation)
@@ -181,7 +181,7 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         max_tokens=MAX_TOKENS,
         memory_bytes=MEMORY_BYTES,
     )
-    with ProgressLine(f"{name}: examination", progress) as line:
+    with ProgressLine(f"{name}, examination", progress) as line:
         return run_evaluate(evaluate, report=line)
 
 
