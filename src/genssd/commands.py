@@ -172,12 +172,15 @@ def _raise_for_bad_rows(outcome: str, bad_rows: Sequence[str], output_dir: Path)
 
 def reselect(config: ReselectConfig, console: Console) -> None:
     summary = run_reselect(config)
-    print(f"{summary.rounds} rounds of {summary.prompts} prompts judged again by {config.criterion}")
+    print(f"{summary.rounds} rounds of {summary.prompts} prompts judged again by {summary.criterion}")
     share = summary.differing / max(1, summary.contested)
     print(f"{summary.differing} of {summary.contested} contested rounds come out differently ({share:.0%})")
     if summary.largest_change == summary.largest_change:
         print(f"the run's own criterion: no value moved by more than {summary.largest_change:.2g}")
-    print(f"{summary.pairs} preference pairs; written to {summary.output_dir}")
+    print(
+        f"{summary.pairs} preference pairs ({summary.exact_pairs} exact) and {summary.steps} stepwise rows by "
+        f"{summary.criterion}; written to {summary.output_dir}"
+    )
 
 
 def tune(config: TuneConfig, console: Console) -> None:
