@@ -216,7 +216,7 @@ def _generate(
         seed=config.seed,
         labels=[problem.where for problem in problems],
     )
-    for done, (index, responses) in enumerate(generated, start=1):
-        completions[index] = responses
+    for done, outcome in enumerate(generated, start=1):
+        completions[outcome.index] = outcome.completions
         report(done)
     return completions

@@ -76,7 +76,9 @@ class Session:
         if max_new < 1:
             raise CapacityError("the branch has reached the last position of a model")
         expansion = Expansion(branch, n, chunk, max_new, "the branch")
-        self.expander.check_fits_alone(expansion)
+        misfit = self.expander.find_misfit(expansion)
+        if misfit is not None:
+            raise CapacityError(f"{expansion.label}: {misfit}")
         if not self.expander.fits([expansion]):
             raise CapacityError(
                 "the candidates do not fit into the key-value cache beside the branches that are held; drop some"
