@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from genssd.distill.answers.intervals import Estimate, bootstrap
 from genssd.distill.console import ProgressLine, report_counts, report_selection, report_training
-from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
+from genssd.distill.evaluating import EvaluateConfig, Evaluation, run_evaluate
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.settings import FileName
 from genssd.distill.select.run import SelectConfig, SelectSummary, run_select

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from genssd.distill.answers.forms import Verdict
+from genssd.distill.answers.intervals import Estimate, bootstrap, wilson
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
@@ -30,8 +30,6 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
 from genssd.engine.sampling import Sampling
-
-BOOTSTRAP_DRAWS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,18 +52,6 @@ class EvaluateConfig(EngineOptions, ChatSettings):
     """Maximum number of tokens in a response."""
     seed: int = 0
     """Seed of the samples."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A fraction or a mean with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,22 +165,6 @@ def _summarise(results: Sequence[_Result], config: EvaluateConfig) -> Evaluation
         undecided=sum(verdict.undecided is not None for verdict in verdicts),
         mean_tokens=float(np.mean([len(result.greedy.token_ids) for result in results])),
     )
-
-
-def wilson(outcomes: Sequence[bool], z: float = 1.96) -> Estimate:
-    """Return the fraction of successes with Wilson's score interval (1927)."""
-    n, p = len(outcomes), sum(outcomes) / len(outcomes)
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Estimate(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half))
-
-
-def bootstrap(values: Sequence[float], seed: int) -> Estimate:
-    """Return the mean with its percentile bootstrap interval over the given values."""
-    sample = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(sample), (BOOTSTRAP_DRAWS, len(sample)))
-    low, high = np.percentile(sample[draws].mean(axis=1), [2.5, 97.5])
-    return Estimate(value=float(sample.mean()), low=float(low), high=float(high))
 
 
 def _generate(

@@ -14,7 +14,8 @@ from support.tiny_pair import TinyPair
 from support.toys import VOCAB, save_markov, token_of
 
 from genssd import Sampling
-from genssd.distill.evaluating import Estimate, EvaluateConfig, bootstrap, run_evaluate, wilson
+from genssd.distill.answers.intervals import Estimate, bootstrap, wilson
+from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]

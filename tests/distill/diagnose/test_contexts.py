@@ -54,16 +54,19 @@ def test_the_last_turn_is_changed() -> None:
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     templates, contexts = Templates(hint="{question} ({text})"), {"hint": "h"}
     messages = build_prompt(
-        reader, ProblemRow(prompt=turns, answer="1", line=1, where="data, line 1"), contexts, templates
+        reader, ProblemRow(prompt=turns, answer="1", line=1, where="data, line 1", index=0), contexts, templates
     )
     assert messages == [turns[0], {"role": "user", "content": "q (h)"}]
     assert (
-        build_prompt(reader, ProblemRow(prompt="raw", answer="1", line=1, where="data, line 1"), contexts, templates)
+        build_prompt(
+            reader, ProblemRow(prompt="raw", answer="1", line=1, where="data, line 1", index=0), contexts, templates
+        )
         == "raw (h)"
     )
     plain = Reader(name="r", model="m", role="student", context=None)
     assert (
-        build_prompt(plain, ProblemRow(prompt=turns, answer="1", line=1, where="data, line 1"), {}, templates) is turns
+        build_prompt(plain, ProblemRow(prompt=turns, answer="1", line=1, where="data, line 1", index=0), {}, templates)
+        is turns
     )
 
 
