@@ -40,6 +40,10 @@ class TrainingInputs:
     """Rows of the data whose question stands in eval_data; None without eval_data."""
     left_out: Mapping[str, int]
     """Number of rows that are not trained on, by reason."""
+    wrong: int
+    """Number of rows that are trained on although their field `correct` is false."""
+    undecided: int
+    """Number of rows that are trained on although their response could not be judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,13 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
     if config.teacher_model_name_or_path is not None:
         teacher = ModelConfig.load(locate(config.teacher_model_name_or_path))
         max_length = min(max_length, teacher.max_position_embeddings)
-    data = read_examples(config.data, tokenizer, max_length=max_length, statuses=config.statuses)
+    data = read_examples(
+        config.data,
+        tokenizer,
+        max_length=max_length,
+        statuses=config.statuses,
+        require_correct=config.require_correct,
+    )
     held_out: tuple[Example, ...] = ()
     overlap: EvalOverlap | None = None
     if config.eval_data:
@@ -98,6 +108,8 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         held_out=held_out,
         overlap=overlap,
         left_out=data.left_out,
+        wrong=data.wrong,
+        undecided=data.undecided,
     )
 
 

@@ -20,6 +20,7 @@ A training has these phases: read the inputs and build (build.py), resume (resum
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genssd.distill.runs.journal import complete_rows, truncate
-from genssd.distill.train.build import Training, build_training, read_inputs
+from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
 from genssd.distill.train.checkpoints import TrainerState, get_rng_state, remove_old_checkpoints, save_checkpoint
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
@@ -82,6 +83,10 @@ class TrainSummary:
     """Number of examples in the data."""
     left_out: dict[str, int]
     """Number of rows that were not trained on, by reason."""
+    wrong: int
+    """Number of rows that were trained on although their field `correct` is false."""
+    undecided: int
+    """Number of rows that were trained on although their response could not be judged."""
     eval_overlap: dict[str, int] | None
     """Number of rows of the data, and of those whose question stands in eval_data exactly or nearly; None without
     eval_data."""
@@ -106,6 +111,8 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
     if len(set(world.gather([config.template_date]))) > 1:
         raise InputError("the processes began on different days: give --template-date, or start them again")
+    if world.is_main:
+        _warn_of_wrong_rows(inputs)
     with world.claim_run(config, "train") as run:
         settings = collect_settings(config, inputs, world)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
@@ -123,6 +130,8 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             loss=loss,
             examples=len(inputs.examples),
             left_out=dict(inputs.left_out),
+            wrong=inputs.wrong,
+            undecided=inputs.undecided,
             eval_overlap=None if inputs.overlap is None else inputs.overlap.counts(),
             seconds=time.monotonic() - started,
             best_eval_loss=state.best_eval_loss,
@@ -132,6 +141,17 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             run.write_summary({**dataclasses.asdict(summary), "loss": known_loss, "output_dir": config.output_dir})
         world.wait()  # until everything is written: a process that leaves early may abort on its way out
     return summary
+
+
+def _warn_of_wrong_rows(inputs: TrainingInputs) -> None:
+    """Say how many rows are trained on although their response is not known to be correct, if there are any."""
+    if inputs.wrong or inputs.undecided:
+        logging.getLogger("genssd.train").warning(
+            "%d of the rows that are trained on have a wrong response, and %d one that could not be judged; "
+            "--require-correct leaves them out",
+            inputs.wrong,
+            inputs.undecided,
+        )
 
 
 class Trainer:

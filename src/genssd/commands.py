@@ -113,10 +113,10 @@ def distill(config: DistillConfig, console: Console) -> None:
         for summary in run_distill(config, report=lines.report):
             lines.close()
             score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
-            undecided = f", {summary.undecided} could not be judged" if summary.undecided else ""
+            left_out = "".join(f", {count} {reason}" for reason, count in summary.left_out.items())
             accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
             print(
-                f"round {summary.round}: {summary.kept} of {summary.prompts} kept{undecided}, "
+                f"round {summary.round}: {summary.kept} of {summary.prompts} kept{left_out}, "
                 f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
             )
     print(f"written to {config.output_dir}; the student is {summary.student}")
