@@ -23,7 +23,6 @@ from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
@@ -88,8 +87,8 @@ def run_evaluate(
         engine = run.use(config.open_engine(engine, run.chat_options, student=config.model))
         results = _generate_and_judge(config, engine, problems, report)
         evaluation = _summarise(results, config)
-        run.record()
-        write_jsonl(run.journal_path, [result.row() for result in results])
+        for result in results:
+            run.journal.append(result.row())
         fields = {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "correct"}
         identity = {"fingerprint": engine.fingerprints["student"], "config": dataclasses.asdict(config)}
         run.write_summary({**fields, **identity})

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +27,10 @@ from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
+from genssd.distill.runs.journal import complete_rows, damaged_line, read_number, write_json, write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.writing import remove_directory, write_bytes
 from genssd.distill.select.run import SelectConfig, SelectProgress, SelectSettings, run_select
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
@@ -146,17 +146,18 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
         config = dataclasses.replace(config, template_date=run.template_date)
         summaries = _finished_rounds(run)
         run.record()
-        yield from summaries
-        student = summaries[-1].student if summaries else config.student
+        student = config.student
         if config.eval_data is not None and not summaries:
             _evaluate(config, 0, student, report)
-        for number in range(len(summaries) + 1, config.rounds + 1):
-            summary = _round(config, number, student, report)
-            run.journal.append(dataclasses.asdict(summary))
+        done = max(config.rounds, *summaries) if summaries else config.rounds
+        for number in range(1, done + 1):
+            summary = summaries.get(number)
+            if summary is None:  # what is finished of the round is read from its directory
+                summary = _round(config, number, student, report)
+                run.journal.append(dataclasses.asdict(summary))
             student = summary.student
             yield summary
         counts = None if overlap is None else overlap.counts()
-        done = max(config.rounds, len(summaries))
         run.write_summary({"rounds": done, "student": student, "eval_overlap": counts})
 
 
@@ -174,24 +175,24 @@ def _chat_settings(config: DistillConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(ChatSettings)}
 
 
-def _finished_rounds(run: Run) -> list[RoundSummary]:
-    """Return the rounds in the journal. Raises InputError on a damaged line."""
-    summaries: list[RoundSummary] = []
-    for row in run.done():
+def _finished_rounds(run: Run) -> dict[int, RoundSummary]:
+    """Return the rounds in the journal by their numbers. Raises InputError on a damaged line."""
+    summaries: dict[int, RoundSummary] = {}
+    for number, row in enumerate(run.done(), start=1):
         try:
-            summaries.append(RoundSummary(**row))
+            summary = RoundSummary(**row)
         except TypeError:
-            raise InputError(
-                f"{run.journal_path}, line {len(summaries) + 1} is damaged; restore it or remove it"
-            ) from None
+            raise damaged_line(run.journal_path, number, "it is no round") from None
+        if summary.round in summaries:
+            raise damaged_line(run.journal_path, number, f"round {summary.round} is also in an earlier line")
+        summaries[summary.round] = summary
     return summaries
 
 
 def _round(config: DistillConfig, number: int, student: str, report: Report) -> RoundSummary:
     directory = Path(config.output_dir) / f"round-{number}"
     problems = directory / "problems.jsonl"
-    problems.parent.mkdir(exist_ok=True)
-    problems.write_bytes(b"".join(_problems(config, number)))
+    write_bytes(problems, _problems(config, number))
     settings = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(config.select)}
     selecting = SelectConfig(
         **{**settings, **_chat_settings(config), "seed": config.select.seed + number - 1},
@@ -266,10 +267,10 @@ def _train(config: DistillConfig, number: int, student: str, report: Report) -> 
     directory = Path(config.output_dir) / f"round-{number}" / "train"
     finished = directory / "finished.json"
     if finished.exists():
-        return float(read_json(finished)["loss"])
+        return read_number(finished, "loss")
     begun = bool(list_checkpoints(directory))
     if directory.exists() and not begun:
-        shutil.rmtree(directory)  # it ended before its first checkpoint
+        remove_directory(directory)  # it ended before its first checkpoint
     rounds = range(1, number + 1) if config.restart else (number,)
     settings = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(config.train)}
     training = TrainConfig(
@@ -291,8 +292,8 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Report) ->
     assert config.eval_data is not None
     directory = Path(config.output_dir) / f"round-{number}" / "evaluate"
     if (directory / "summary.json").exists():
-        return float(read_json(directory / "summary.json")["accuracy"]["value"])
-    shutil.rmtree(directory, ignore_errors=True)
+        return read_number(directory / "summary.json", "accuracy", "value")
+    remove_directory(directory)
     engine = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(EngineOptions)}
     evaluating = EvaluateConfig(
         **engine,

@@ -12,6 +12,7 @@ that no field calls cut off is taken for finished, unless it begins with a thoug
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,6 +25,7 @@ from genssd.distill.data.examples import encode_example
 from genssd.distill.data.messages import QUESTION_FIELDS, parse_messages, parse_question
 from genssd.distill.data.problems import parse_answer, parse_object
 from genssd.distill.files.rows import read_rows, stem_of
+from genssd.distill.runs.journal import damaged_line
 from genssd.engine.chat import THOUGHT_FIELDS, Messages
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
@@ -155,17 +157,34 @@ def describe_source(trace: Trace) -> dict[str, Any]:
     return {"file": trace.file, "line": trace.line, "response": trace.response, "fingerprint": fingerprint}
 
 
-def check_same_traces(rows: Iterable[Mapping[str, Any]], traces: Sequence[Trace], journal: Path) -> int:
-    """Return the number of rows of a journal with one row per trace.
+def find_traces(rows: Iterable[Mapping[str, Any]], traces: Sequence[Trace], journal: Path) -> list[int]:
+    """Return the index of its trace for every row of a journal with one row per trace, in any order.
 
-    Raises InputError when they are not the rows of the first traces.
+    Raises InputError on a row of another trace, and on a second one of the same.
     """
-    count = 0
-    for row in rows:
-        if count == len(traces) or row.get("source") != describe_source(traces[count]):
+    indices: dict[str, list[int]] = {}
+    for index in reversed(range(len(traces))):  # a file that is given twice has every source twice
+        indices.setdefault(_make_key(describe_source(traces[index])), []).append(index)
+    found: list[int] = []
+    for number, row in enumerate(rows, start=1):
+        same = indices.get(_make_key(row.get("source")))
+        if same is None:
             raise InputError(f"{journal} was begun with other data; choose another output_dir")
-        count += 1
-    return count
+        if not same:
+            raise damaged_line(journal, number, "an earlier line holds the same trace")
+        found.append(same.pop())
+    return found
+
+
+def sort_by_trace(rows: Iterable[Mapping[str, Any]], traces: Sequence[Trace], journal: Path) -> list[dict[str, Any]]:
+    """Return the rows of a journal with one row per trace, in the order of the traces."""
+    rows = list(rows)
+    order = find_traces(rows, traces, journal)
+    return [dict(rows[number]) for number in sorted(range(len(rows)), key=order.__getitem__)]
+
+
+def _make_key(source: object) -> str:
+    return json.dumps(source, sort_keys=True)
 
 
 def make_training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:

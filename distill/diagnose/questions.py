@@ -10,6 +10,7 @@ from genssd.distill.data.problems import ProblemRow, ProblemSet, check_same_prob
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import build_prompt, read_contexts
 from genssd.distill.diagnose.forcing import Question
+from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.run import Run
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
@@ -91,7 +92,7 @@ def find_done(run: Run, config: DiagnoseConfig, data: QuestionData) -> frozenset
         check_same_problem(row, data.usable.problems, config.data, run.journal_path)
         index = row["index"]
         if index in done:
-            raise InputError(f"{run.journal_path}, line {number} is damaged; restore it or remove it before resuming")
+            raise damaged_line(run.journal_path, number, f"question {index} is also in an earlier line")
         if row.get("contexts") != data.contexts[index]:
             raise InputError(f"{config.data}: row {index} has other contexts than {run.journal_path} was begun with")
         done.add(index)

@@ -43,9 +43,10 @@ from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOp
 from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
-from genssd.distill.runs.journal import write_jsonl, write_text
+from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.run import Run
+from genssd.distill.runs.writing import write_text
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion

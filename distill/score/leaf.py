@@ -25,7 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
+from genssd.distill.data.traces import (
+    Trace,
+    describe_source,
+    find_traces,
+    make_training_row,
+    read_usable_traces,
+    sort_by_trace,
+)
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
@@ -92,10 +99,11 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
         tokenizer = Tokenizer(source).with_chat(run.chat_options)
         longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
         traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
-        done = check_same_traces(run.done(), traces, run.journal_path)
-        if done < len(traces):
-            student, teacher = _load_models(config, tokenizer, traces[done:])
-            for index, trace in enumerate(traces[done:], start=done):
+        done = set(find_traces(run.done(), traces, run.journal_path))
+        missing = [trace for i, trace in enumerate(traces) if i not in done]
+        if missing:
+            student, teacher = _load_models(config, tokenizer, missing)
+            for finished, trace in enumerate(missing, start=len(done) + 1):
                 places = question_places(trace, tokenizer)
                 student_norms, teacher_norms = (gradient_norms(model, trace)[places] for model in (student, teacher))
                 texts = [tokenizer.token_text(trace.prompt_ids[i]) for i in places]
@@ -103,8 +111,8 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
                 run.journal.append(
                     {"source": describe_source(trace), "runs": [[places[i] for i in span] for span in spans]}
                 )
-                report(index + 1, len(traces))
-        rows = list(_rows(traces, run.done(), tokenizer))
+                report(finished, len(traces))
+        rows = list(_rows(traces, sort_by_trace(run.done(), traces, run.journal_path), tokenizer))
         run.write_bad_rows(bad_rows)
         write_jsonl(run.path("counterfactuals.jsonl"), rows)
         counts = {"traces": len(traces), "counterfactuals": len(rows) - len(traces)}
@@ -126,7 +134,7 @@ def _load_models(config: LeafConfig, tokenizer: Tokenizer, traces: Sequence[Trac
     return student, teacher.model
 
 
-def _rows(traces: Sequence[Trace], journal: Iterator[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def _rows(traces: Sequence[Trace], journal: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """Yield every trace as a training row, followed by one row per span with that span removed from the question."""
     for trace, row in zip(traces, journal, strict=True):
         yield {**make_training_row(trace, trace.response_ids, tokenizer), "left_out": None}

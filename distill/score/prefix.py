@@ -12,6 +12,7 @@ same, or is the whole trace.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.traces import Trace, check_same_traces, make_training_row, read_usable_traces
+from genssd.distill.data.traces import Trace, find_traces, make_training_row, read_usable_traces, sort_by_trace
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
@@ -115,14 +116,17 @@ def run_prefix(
         traces, bad_rows = _read_traces(config, engine)
         done = _keep_whole_batches(run, traces, config.batch)
         judge = _asking(engine, config) if config.judge == "says" else _solving(engine, config)
-        while done < len(traces):
-            batch = traces[done : done + config.batch]
+        count = len(done)
+        for start in range(0, len(traces), config.batch):
+            if start in done:
+                continue
+            batch = traces[start : start + config.batch]
             for row in _align(engine, config, batch, judge):
                 run.journal.append(row)
-            done += len(batch)
-            report(done, len(traces))
+            count += len(batch)
+            report(count, len(traces))
         run.write_bad_rows(bad_rows)
-        return _summarise(run, bad_rows)
+        return _summarise(run, traces, bad_rows)
 
 
 def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]:
@@ -137,20 +141,22 @@ def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], lis
     )
 
 
-def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> int:
-    """Cut the journal to whole batches and return its number of rows.
+def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> set[int]:
+    """Cut the journal to whole batches and return the indices of the traces in it.
 
     Equal prompts of one batch draw different continuations, so a batch is done again as a whole.
     """
-    done = check_same_traces(run.done(), traces, run.journal_path)
-    done -= 0 if done == len(traces) else done % batch
-    run.keep(done)
-    return done
+    found = find_traces(run.done(), traces, run.journal_path)
+    counts = Counter(index // batch for index in found)
+    whole = {number for number, count in counts.items() if count == min(batch, len(traces) - number * batch)}
+    kept = [row for row, index in enumerate(found) if index // batch in whole]
+    run.keep_rows(kept)
+    return {found[row] for row in kept}
 
 
-def _summarise(run: Run, bad_rows: Sequence[str]) -> PrefixSummary:
+def _summarise(run: Run, traces: Sequence[Trace], bad_rows: Sequence[str]) -> PrefixSummary:
     """Write aligned.jsonl and summary.json from the finished journal."""
-    rows = list(run.done())
+    rows = sort_by_trace(run.done(), traces, run.journal_path)
     aligned = [row for row in rows if row["status"] == "finished" and row["correct"] is not False]
     write_jsonl(run.path("aligned.jsonl"), aligned)
     summary = PrefixSummary(

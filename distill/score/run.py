@@ -22,12 +22,20 @@ from typing import Any
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
+from genssd.distill.data.traces import (
+    Trace,
+    describe_source,
+    find_traces,
+    make_training_row,
+    read_usable_traces,
+    sort_by_trace,
+)
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import write_json, write_jsonl, write_text
+from genssd.distill.runs.journal import write_json, write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
+from genssd.distill.runs.writing import write_text
 from genssd.distill.score.comparison import compare
 from genssd.distill.score.page import render_page
 from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
@@ -134,12 +142,13 @@ def _score(
     report: Callable[[int, int], None],
 ) -> None:
     """Journal the features of every trace that is not in the journal yet."""
-    done = check_same_traces(run.done(), traces, run.journal_path)
-    for batch in _batches(traces[done:]):
+    done = set(find_traces(run.done(), traces, run.journal_path))
+    count = len(done)
+    for batch in _batches([trace for i, trace in enumerate(traces) if i not in done]):
         for row in _score_batch(engine, criteria, batch, config):
             run.journal.append(row)
-            done += 1
-        report(done, len(traces))
+            count += 1
+        report(count, len(traces))
 
 
 def _evaluate(
@@ -151,7 +160,7 @@ def _evaluate(
     bad_rows: Sequence[str],
 ) -> ScoreSummary:
     """Write what follows from the finished journal: columns, picked responses, the ranking of teachers, the page."""
-    rows = list(run.done())
+    rows = sort_by_trace(run.done(), traces, run.journal_path)
     columns = {name: compute_values(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(run.path("scores.jsonl"), _score_rows(rows, columns))
     higher_is_better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}

@@ -22,6 +22,7 @@ from genssd.distill.data.problems import ProblemRow, ProblemSet, check_same_prob
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
@@ -180,8 +181,8 @@ def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) 
     journal = run.journal_path
     for number, row in enumerate(run.done(), start=1):
         check_same_problem(row, problems, config.data, journal)
-        if row["index"] in done or not isinstance(row.get("others"), list):
-            raise InputError(f"{journal}, line {number} is damaged; restore it or remove it before resuming")
+        if row["index"] in done:
+            raise damaged_line(journal, number, f"prompt {row['index']} is also in an earlier line")
         done.add(row["index"])
     return frozenset(done)
 

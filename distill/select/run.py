@@ -23,13 +23,14 @@ from typing import Any
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
 from genssd.distill.data.problems import ProblemRow, ProblemSet, check_same_problem, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
-from genssd.distill.data.topk_store import TopkStore, find_topk_end
+from genssd.distill.data.topk_store import TopkStore, check_topk_file, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import Journal, complete_rows, truncate, write_json
+from genssd.distill.runs.journal import Journal, complete_rows, damaged_line, has_lines, write_json
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
+from genssd.distill.runs.writing import keep_spans
 from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
@@ -42,6 +43,7 @@ from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
 
 ROLES: tuple[Role, Role] = ("teacher", "student")
+TOPK_FILE = "teacher_topk.bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +155,7 @@ def run_select(
         done = keep_complete(run, config, data.problems)
         engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
         readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
-        calibration = None if config.calibrate.data is None else _calibrate(engine, config, run.resumed)
+        calibration = None if config.calibrate.data is None else _calibrate(engine, config, run)
         failures = _Search(run, config, engine, readable, done, calibration).run(report)
         summary = _summarise(run, config, readable.data, failures, calibration)
         run.write_bad_rows(summary.bad_rows)
@@ -200,7 +202,7 @@ class _Search:
         topk_end = max(map(find_topk_end, self._run.done()), default=0)
         with (
             Journal(self._run.path("decisions.jsonl")) as decisions,
-            TopkStore(self._run.path("teacher_topk.bin"), topk_end)
+            TopkStore(self._run.path(TOPK_FILE), topk_end)
             if self._config.teacher_topk
             else nullcontext() as topk_store,
         ):
@@ -251,42 +253,51 @@ def _read_calibration_data(config: SelectConfig) -> ProblemSet:
     return read_usable_problems(config.calibrate.data, config.calibrate.limit, system_prompt=config.system_prompt)
 
 
-def _calibrate(engine: Engine, config: SelectConfig, resumed: bool) -> Calibration:
+def _calibrate(engine: Engine, config: SelectConfig, run: Run) -> Calibration:
     """Return the calibration of this run, which is measured once and read again when the run is resumed."""
-    path = Path(config.output_dir) / "calibration.json"
-    if resumed:
+    path = run.path("calibration.json")
+    if run.resumed:
         return Calibration.read(path)
     calibration = calibrate(engine, _read_calibration_data(config), config, fraction=config.calibrate.share)
+    run.record()
     write_json(path, calibration.as_json())
     return calibration
 
 
 def keep_complete(run: Run, config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
-    """Cut both journals back to the prompts that are in both; return their indices.
+    """Cut both journals back to the prompts that are in both, in the order of the selections; return their indices.
 
-    Raises InputError when the run was begun with other data, or decisions of finished prompts are lost.
+    A prompt that only one of them holds is done again: a crash, or the user who removed a damaged line, left it so.
+    Raises InputError when the run was begun with other data, and when a file of finished prompts is lost.
     """
     decisions = run.path("decisions.jsonl")
-    done: list[int] = []
-    decisions_end = 0
-    decided = complete_rows(decisions)
-    selected = run.done()
-    for row in selected:
+    _check_neither_lost(run.journal_path, decisions)
+    selected: dict[int, int] = {}
+    for number, row in enumerate(run.done()):
         check_same_problem(row, problems, config.data, run.journal_path)
-        decision, end = next(decided, ({}, 0))
-        if decision.get("index") != row["index"]:
-            # a torn last line is done again; more than that was not lost in a crash
-            if decision or next(selected, None) is not None:
-                raise InputError(
-                    f"{decisions} lacks the decisions of prompt {row['index']}, which {run.path('selections.jsonl')} "
-                    "holds: restore it, or choose another output_dir"
-                )
-            break
-        done.append(row["index"])
-        decisions_end = end
-    run.keep(len(done))
-    truncate(decisions, decisions_end)
+        if row["index"] in selected:
+            raise damaged_line(run.journal_path, number + 1, f"prompt {row['index']} is also in an earlier line")
+        selected[row["index"]] = number
+    decided: dict[object, tuple[int, int]] = {}
+    start = 0
+    for row, end in complete_rows(decisions):
+        decided[row.get("index")] = (start, end)
+        start = end
+    if config.teacher_topk:
+        check_topk_file(run.path(TOPK_FILE), run.done(), run.journal_path, decisions)
+    done = [index for index in selected if index in decided]
+    run.keep_rows([selected[index] for index in done])
+    keep_spans(decisions, [decided[index] for index in done])
     return frozenset(done)
+
+
+def _check_neither_lost(selections: Path, decisions: Path) -> None:
+    """Raise InputError where one of the two journals holds lines and the other is missing."""
+    for lost, held in ((selections, decisions), (decisions, selections)):
+        if not lost.exists() and has_lines(held):
+            raise InputError(
+                f"{lost} is lost, and {held.name} beside it is not; restore it, or remove {held} to begin anew"
+            )
 
 
 def _summarise(

@@ -27,7 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from genssd.distill.runs.journal import complete_rows, truncate
+from genssd.distill.runs.journal import complete_rows
+from genssd.distill.runs.writing import truncate
 from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
 from genssd.distill.train.checkpoints import TrainerState, get_rng_state, remove_old_checkpoints, save_checkpoint
 from genssd.distill.train.config import TrainConfig

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.tiny_pair import TinyPair
 
+from genssd.distill.runs.journal import make_line
 from genssd.distill.select.decisions import read_decisions
 from genssd.distill.select.reselect import ReselectConfig, ReselectSummary, run_reselect
 from genssd.distill.select.run import SelectConfig, run_select
@@ -189,8 +190,11 @@ def test_what_does_not_belong_together_is_named(tiny_pair: TinyPair, write_rows:
     again(tiny_pair, run, "ppl")
     log = run / "decisions.jsonl"
     log.write_text("".join(reversed(log.read_text().splitlines(keepends=True))))
-    with pytest.raises(InputError, match=r"decisions\.jsonl, line 1 does not hold the decisions"):
+    with pytest.raises(
+        InputError, match=r"decisions\.jsonl does not hold the decisions of .*selections\.jsonl, line 2, in"
+    ):
         again(tiny_pair, run, "rsr", "b")
-    log.write_text("\n".join(json.dumps({"index": i, "candidates": [{}]}) for i in range(2)) + "\n")
+    indices = [json.loads(line)["index"] for line in (run / "selections.jsonl").read_text().splitlines()]
+    log.write_bytes(b"".join(make_line({"index": i, "candidates": [{}]}) for i in indices))
     with pytest.raises(InputError, match=r"decisions\.jsonl, line \d is no decision of ours"):
         again(tiny_pair, run, "ppl", "b")
