@@ -76,6 +76,8 @@ class Example:
     """Whether this is the worse completion of a preference pair."""
     is_cut_off: bool = False
     """Whether the completion is text that was cut off, so that it has no end of sequence."""
+    has_own_ids: bool = False
+    """Whether the token ids are those of the row, and not made from its text."""
     question: str = ""
     """Text of the prompt's last turn that is not the assistant's; empty where the row has token ids alone."""
     where: str = ""
@@ -209,6 +211,7 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
         num_prompt=len(prompt),
         weight=_parse_weight(fields, where),
         is_cut_off=is_cut_off,
+        has_own_ids=has_usable_ids,
         question=question or "",
         where=where,
     )

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from genssd.distill.data.problems import ProblemRow
+from genssd.distill.data.written_rows import TextPrompt, make_conversation
 from genssd.distill.select.notes import ResponseNotes
-from genssd.engine.chat import Messages
 from genssd.engine.generation import Completion
 from genssd.engine.selection import CandidateRecord, Selection, Trajectory
 from genssd.engine.token_map import TokenMap
@@ -63,7 +63,7 @@ def make_selection_row(
     """
     best = selection.best
     return {
-        **_make_conversation(problem, best.text),
+        **make_conversation(TextPrompt(text=problem.prompt), best.text, problem.answer),
         "status": best.status,
         **notes[0].as_json(),
         "score": _to_json(best.score),
@@ -111,7 +111,7 @@ def make_response_row(
         for completion, note in zip(completions, notes, strict=True)
     )
     return {
-        **_make_conversation(problem, completions[0].text),
+        **make_conversation(TextPrompt(text=problem.prompt), completions[0].text, problem.answer),
         **first,
         "prompt_ids": list(prompt_ids),
         "student_prompt_ids": list(student_prompt_ids),
@@ -120,21 +120,6 @@ def make_response_row(
         ],
         "index": problem.index,
         **run_fields,
-    }
-
-
-def _make_conversation(problem: ProblemRow, text: str) -> dict[str, Any]:
-    """Return prompt and response in the forms that trainers read."""
-    response_turn = [{"role": "assistant", "content": text}]
-    is_plain = isinstance(problem.prompt, str)
-    prompt_turns: Messages = (
-        [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
-    )
-    return {
-        "messages": [*prompt_turns, *response_turn],
-        "prompt": problem.prompt,
-        "completion": text if is_plain else response_turn,
-        "answer": problem.answer,
     }
 
 
