@@ -23,6 +23,7 @@ from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
@@ -32,7 +33,7 @@ from genssd.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig(EngineOptions, ChatSettings):
+class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Measure a model's accuracy."""
 
     model: ModelPath[str]
@@ -78,6 +79,10 @@ def run_evaluate(
     """Evaluate on a file. engine: a loaded engine whose student is the model. Raises GenssdError on bad input."""
     if config.samples < 0:
         raise InputError(f"samples must be >= 0, not {config.samples}")
+    if config.samples:
+        config = choose_sampling(config, config.model, "student", engine)
+    elif config.generation_config:
+        raise InputError("generation_config says how the samples are drawn: give samples as well")
     problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
     for problem in problems:
         if problem.answer is None:

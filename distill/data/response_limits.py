@@ -54,8 +54,11 @@ class ResponseLimits:
         counted: they are reported by themselves.
         """
         parts = []
+        readable = [
+            lengths for lengths in prompts if all(lengths[role] < free for role, free in self.positions.items())
+        ]
         for role, positions in self.positions.items():
-            lengths = [lengths[role] for lengths in prompts if 0 < positions - lengths[role] < self.max_tokens]
+            lengths = [lengths[role] for lengths in readable if positions - lengths[role] < self.max_tokens]
             if lengths:
                 low, high = min(lengths), max(lengths)
                 tokens = f"{low}" if low == high else f"{low} to {high}"

@@ -137,6 +137,11 @@ def make_pairs(
                     "chosen_token_ids": list(d.candidate.token_ids),
                     "rejected_token_ids": list(last.candidate.token_ids),
                     "tokenizer": selection["tokenizer"],
+                    # by these another student's chat template renders the pair
+                    "problem_prompt": selection["prompt"],
+                    "response_so_far": texts.read_before(d),
+                    "chosen_finished": d.candidate.finished,
+                    "rejected_finished": last.candidate.finished,
                     "chosen_score": score,
                     "rejected_score": last_score,
                     "round": len(d.trace) - 1,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from support.tiny_pair import TinyPair
 
+from genssd.distill.data.examples import read_examples
 from genssd.distill.runs.journal import make_line
 from genssd.distill.select.decisions import read_decisions
 from genssd.distill.select.reselect import ReselectConfig, ReselectSummary, run_reselect
@@ -19,6 +22,8 @@ from genssd.engine.candidate import evaluate
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
+from genssd.engine.sampling import Sampling
+from genssd.engine.text import Tokenizer
 
 Write = Callable[..., Path]
 
@@ -154,6 +159,32 @@ def test_exports_are_by_the_criterion_that_is_asked_for(
     assert all(all(row["labels"][:-1]) for row in steps if row["exact"])
     assert any(not all(row["labels"][:-1]) for row in steps if not row["exact"])
     assert {row["criterion"] for row in (*pairs, *steps)} == {"teacher_logprob"}
+
+
+def test_pairs_are_rendered_by_another_students_template(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    """Prompt and response so far are the prompt, and only a chunk that ends the response gets an end."""
+    rows = [{"question": "1+1?"}, {"prompt": "2+2="}]
+    select(tiny_pair, write_rows(rows), tmp_path / "run", "ppl", sampling=Sampling(temperature=0.3))
+    again(tiny_pair, tmp_path / "run", None)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_pair.student, other)
+    (other / "chat_template.jinja").write_text("{% for m in messages %}Q {{ m.content }} {% endfor %}A ")
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    vocabulary["added_tokens"][-1]["content"] += "!"  # another tokenizer: the ids of the rows are not its own
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    tokenizer = Tokenizer(other)
+    path = tmp_path / "run" / "again" / "pairs.jsonl"
+    examples = read_examples([path], tokenizer, max_length=512, statuses=()).examples
+    pairs = lines(path)
+    assert len(examples) == 2 * len(pairs) > 4
+    for example, (pair, name) in zip(examples, product(pairs, ("chosen", "rejected")), strict=True):
+        prompt = "Q 1+1? A " if pair["index"] == 0 else "2+2="
+        assert tokenizer.decode(example.input_ids[: example.num_prompt]) == prompt + pair["response_so_far"]
+        assert tokenizer.decode(example.completion_ids) == pair[name]
+        ends = example.completion_ids[-1] in tokenizer.end_token_ids
+        assert ends == pair[f"{name}_finished"] == (pair[f"{name}_token_ids"][-1] in tokenizer.end_token_ids)
 
 
 def test_results_are_not_overwritten(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
