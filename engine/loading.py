@@ -40,9 +40,14 @@ class LoadedModels:
 
     def open_resources(self, budget_bytes: int, max_batch: int) -> Resources:
         """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each."""
-        num_pages = pages_within(budget_bytes, list(self.decoders.values()))
+        decoders = list(self.decoders.values())
+        num_pages = pages_within(budget_bytes, decoders)
+        pools = {role: PagePool.for_model(decoder, num_pages) for role, decoder in self.decoders.items()}
+        page_bytes = sum(pool.page_bytes for pool in pools.values())
+        for pool in pools.values():
+            pool.page_bytes = page_bytes
         runners = {
-            role: ModelRunner(role, self.directories[role], decoder, PagePool.for_model(decoder, num_pages))
+            role: ModelRunner(role, self.directories[role], decoder, pools[role])
             for role, decoder in self.decoders.items()
         }
         return Resources(runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map)

@@ -13,7 +13,7 @@ Shapes:  N nodes   D model width   V vocabulary   K most likely tokens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError
+from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
-from genssd.engine.runner import ModelRunner
+from genssd.engine.requests import check_ids
+from genssd.engine.resources import Resources
+from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import forced_stream
 from genssd.engine.session import Session
 from genssd.engine.token_runs import nonfinite_logits
@@ -129,10 +131,11 @@ class PrefixPath:
                 f"{self._label}: prompt and response have more tokens than the {config.max_position_embeddings} "
                 f"positions of the {self._runner.role} {self._runner.directory}"
             )
-        if tree.pages_to_append(self._path, len(ids)) > tree.pool.num_free:
+        num_pages, num_free = tree.pages_to_append(self._path, len(ids)), tree.num_free
+        if num_pages > num_free:
             raise CapacityError(
-                f"{self._label}: prompt and response do not fit into the {tree.pool.num_free} free pages of the "
-                f"{self._runner.role}'s cache; raise memory_bytes or memory_utilization"
+                f"{self._label}: prompt and response need {num_pages} more pages, and {num_free} are free of the "
+                f"{tree.pool.describe()} of the {self._runner.role}'s cache; raise memory_bytes or memory_utilization"
             )
         self._usage.prefill_tokens += len(ids)
         if not ids:
@@ -176,15 +179,32 @@ class Forcing:
 
 
 def iter_force(
-    request: Forcing, session: Session, runner: ModelRunner, usage: Usage
+    request: Forcing, session: Session, resources: Resources, model: Role
 ) -> Iterator[tuple[int, Fork, list[Completion]]]:
-    """Yield the response's index, the fork and its n completions, as soon as they end.
+    """Check a request at once; yield the response's index, the fork and its n completions, as soon as they end.
 
     A completion's tokens are those after the forced one; its text is that of the whole response. After a token that
     ends a response all n are empty. The prompt is computed once, every response once up to its last fork; as many
-    responses at a time as half of the free pages hold. Closing the iterator early frees all pages. Raises CapacityError
-    when a response does not fit.
+    responses at a time as half of the free pages hold. Closing the iterator early frees all pages. Raises InputError on
+    a fork outside its response, CapacityError when a response does not fit.
     """
+    runner = resources.runner(model)
+    if len(request.responses) != len(request.forks):
+        raise InputError(f"{len(request.responses)} responses but forks of {len(request.forks)}")
+    for response, forks in zip(request.responses, request.forks, strict=True):
+        check_ids([*response, *(fork.token for fork in forks)], runner, request.label)
+        last = min(len(response), request.max_tokens - 1)
+        if not all(0 <= fork.position <= last for fork in forks):
+            raise InputError(
+                f"{request.label}: a fork lies outside its response of {len(response)} tokens or max_tokens"
+            )
+    limit = resources.response_limit(request.prompt, request.max_tokens, [model])
+    return _force(replace(request, max_tokens=limit), session, runner, resources.usage)
+
+
+def _force(
+    request: Forcing, session: Session, runner: ModelRunner, usage: Usage
+) -> Iterator[tuple[int, Fork, list[Completion]]]:
     with PrefixPath(runner, usage, request.label) as prompt:
         prompt.extend(request.prompt_ids)
         for group in _groups(request, runner):
@@ -217,7 +237,7 @@ def _groups(request: Forcing, runner: ModelRunner) -> Iterator[list[int]]:
     for index, forks in enumerate(request.forks):
         # one page more: a half-filled page of the prompt is copied on the first write
         num_pages = max((fork.position for fork in forks), default=0) // pool.page_size + 2
-        if group and num_held + num_pages > pool.num_free // 2:
+        if group and num_held + num_pages > runner.tree.num_free // 2:
             yield group
             group, num_held = [], 0
         group.append(index)

@@ -67,7 +67,7 @@ def _first_batch(runner: ModelRunner, pairs: Sequence[Pair], cached: CachedPromp
         num_rows += sum(lengths)
         # one more page each: a half-filled page of a shared prompt is copied on the first write
         num_pages += sum(-(-length // pool.page_size) + 1 for length in lengths)
-        if (count and num_rows > MAX_ROWS) or num_pages > pool.num_free:
+        if (count and num_rows > MAX_ROWS) or num_pages > runner.tree.num_free:
             return pairs[:count]
     return pairs
 
