@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from genssd.distill.answers.intervals import paired_difference
-from genssd.distill.console import ProgressLine, report_counts, report_selection, report_training
+from genssd.distill.console import ProgressLine, report_training
 from genssd.distill.evaluating import EvaluateConfig, Evaluation, run_evaluate
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.settings import FileName
@@ -156,7 +156,7 @@ def _run_arm(
         seed=config.seed,
     )
     with ProgressLine(f"{name}: teacher writes", progress) as line:
-        data = run_select(select, engine, report_selection(line))
+        data = run_select(select, engine, line)
     train = TrainConfig(
         model_name_or_path=str(PAIR / "student"),
         data=(str(data.path),),
@@ -182,7 +182,7 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         memory_bytes=MEMORY_BYTES,
     )
     with ProgressLine(f"{name}: examination", progress) as line:
-        return run_evaluate(evaluate, report=report_counts(line, "problems"))
+        return run_evaluate(evaluate, report=line)
 
 
 def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evaluation: Evaluation) -> Arm:

@@ -15,17 +15,18 @@ are put into the order of the data, so that an interrupted run ends with the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from genssd.distill.answers.intervals import Estimate, wilson, wilson_of_groups
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
@@ -88,9 +89,7 @@ class Evaluation:
     cache. They are in no journal: resuming tries them again."""
 
 
-def run_evaluate(
-    config: EvaluateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> Evaluation:
+def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: Progress = SILENT) -> Evaluation:
     """Evaluate on a file. engine: a loaded engine whose student is the model.
 
     Raises GenssdError on bad input, and when no problem can be evaluated; problems that were finished before are in the
@@ -107,7 +106,8 @@ def run_evaluate(
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
         done = _find_done(run, config, problems)
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model))
+        report.note(describe_problems(problems, config.data, len(done)))
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model, report=report))
         failures = _evaluate(run, config, engine, problems, done, report)
         if len(failures) == len(problems):
             listed = "".join(f"\n  {failure}" for failure in failures[:MAX_LISTED])
@@ -141,11 +141,12 @@ def _evaluate(
     engine: Engine,
     problems: Sequence[ProblemRow],
     done: frozenset[int],
-    report: Callable[[int, int], None],
+    report: Progress,
 ) -> list[str]:
     """Run the problems that are not done and journal each as it ends; return those that cannot be run, and why."""
     tokenizer = engine.tokenizer("student")
     judge = AnswerJudge(tokenizer)
+    report.begin("", unit="problems", total=len(problems), done=len(done), engine=engine, work="writing")
     # the greedy response and the samples of a problem share its prompt, and end about together
     generated = engine.iter_generate(
         [problem.prompt for problem in problems],

@@ -22,7 +22,7 @@ from genssd.engine.sampling import Sampling
 from genssd.engine.session import Session
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap
-from genssd.engine.usage import Usage
+from genssd.engine.usage import CacheUse, Usage
 
 
 class LoadedEngine:
@@ -50,7 +50,7 @@ class LoadedEngine:
         dtype: str = "auto",
         memory_utilization: float = 0.9,
         memory_bytes: int | None = None,
-        max_batch: int = 256,
+        max_batch: int | None = None,
         deterministic: bool = True,
     ) -> Self:
         """Load one or both models and return an engine over them.
@@ -59,8 +59,9 @@ class LoadedEngine:
         model work. device: None takes CUDA where a device is found, else the CPU. dtype: "auto" is the checkpoint's
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
-        number of candidates decoded at once. deterministic: on a GPU, a token's bits do not depend on how many are
-        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md).
+        number of candidates decoded at once; None for 256, or, on a CPU, as few as keep the rate (batching.py).
+        deterministic: on a GPU, a token's bits do not depend on how many are scored or drawn with it; False takes the
+        fastest kernels for every number of tokens (docs/tuning.md).
         Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers do not match.
         """
         if teacher is None and student is None:
@@ -73,20 +74,14 @@ class LoadedEngine:
     @classmethod
     @check_arguments()
     def from_decoder(
-        cls,
-        role: Role,
-        decoder: Decoder,
-        tokenizer: Tokenizer,
-        *,
-        memory_bytes: int | None = None,
-        max_batch: int = 256,
+        cls, role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None
     ) -> Self:
         """Return an engine over one decoder that is in memory already.
 
         memory_bytes: size of its cache in bytes; None takes a third of the free memory.
         """
         budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
-        return cls(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget, max_batch))
+        return cls(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget))
 
     @check_arguments()
     def with_chat(self, options: ChatOptions) -> Self:
@@ -104,8 +99,28 @@ class LoadedEngine:
     @property
     def pages_in_use(self) -> tuple[int, int]:
         """Number of held pages and of all pages, over both caches."""
-        trees = [runner.tree for runner in self._resources.runners.values()]
-        return sum(t.pool.num_pages - t.num_free for t in trees), sum(t.pool.num_pages for t in trees)
+        use = self._collect()
+        return use.held_pages, use.pages
+
+    @property
+    def bytes_in_use(self) -> tuple[int, int]:
+        """Number of bytes of the held pages and of all pages, over both caches."""
+        use = self._collect()
+        return use.held_bytes, use.bytes
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """Pages and bytes of both caches, read by any thread while the engine works.
+
+        Pages of branches that nobody holds any more count as held until the engine works again.
+        """
+        return self._resources.cache_use
+
+    def _collect(self) -> CacheUse:
+        """Free the pages of branches that nobody holds any more; return what is in use then."""
+        for runner in self._resources.runners.values():
+            runner.tree.free_abandoned()
+        return self._resources.cache_use
 
     @cached_property
     def fingerprints(self) -> dict[Role, str]:
@@ -125,9 +140,7 @@ class LoadedEngine:
     @check_arguments()
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
-        runner = self._resources.runner(model)
-        num_cached = (runner.tree.pool.num_pages - 2) * runner.tree.pool.page_size
-        return min(runner.decoder.config.max_position_embeddings, num_cached)
+        return self._resources.runner(model).max_sequence_length
 
     @property
     def token_map(self) -> TokenMap:

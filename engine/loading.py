@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from genssd.engine.batching import choose_max_batch
 from genssd.engine.checkpoint import locate
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import choose_dtype
@@ -18,6 +19,7 @@ from genssd.engine.resources import Resources
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +40,28 @@ class LoadedModels:
             directories={role: tokenizer.directory}, decoders={role: decoder}, tokenizers={role: tokenizer}
         )
 
-    def open_resources(self, budget_bytes: int, max_batch: int) -> Resources:
-        """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each."""
+    def open_resources(self, budget_bytes: int, max_batch: int | None = None) -> Resources:
+        """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each.
+
+        max_batch: None for the default of the models' sizes and their device.
+        """
         decoders = list(self.decoders.values())
+        if max_batch is None:
+            configs = [decoder.config for decoder in decoders]
+            max_batch = choose_max_batch(configs, decoders[0].device, torch.get_num_threads())
         num_pages = pages_within(budget_bytes, decoders)
         pools = {role: PagePool.for_model(decoder, num_pages) for role, decoder in self.decoders.items()}
         page_bytes = sum(pool.page_bytes for pool in pools.values())
         for pool in pools.values():
             pool.page_bytes = page_bytes
+        usage = Usage()
         runners = {
-            role: ModelRunner(role, self.directories[role], decoder, pools[role])
+            role: ModelRunner(role, self.directories[role], decoder, pools[role], usage)
             for role, decoder in self.decoders.items()
         }
-        return Resources(runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map)
+        return Resources(
+            runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map, usage=usage
+        )
 
 
 def load_models(
