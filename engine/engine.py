@@ -21,9 +21,9 @@ from genssd.engine.generation import Completion, generate
 from genssd.engine.judging import Judge
 from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.loading import LoadedModels, load_models
-from genssd.engine.memory import cache_budget, choose_device
+from genssd.engine.memory import choose_device
 from genssd.engine.model import Decoder
-from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
+from genssd.engine.nodes import Forcing, Fork, NodeReader, check_forks, iter_force
 from genssd.engine.requests import check_answers, check_ids, check_positions, check_sizes, check_windows, labels_of
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation
@@ -36,9 +36,11 @@ from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
 from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.threads import effective_threads
 from genssd.engine.token_map import TokenMap
 from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TokenStats
+from genssd.kernels.threads import torch_threads
 
 BOTH: tuple[Role, Role] = ("teacher", "student")
 
@@ -63,6 +65,7 @@ class Engine:
         memory_bytes: int | None = None,
         max_batch: int = 256,
         deterministic: bool = True,
+        threads: int | None = None,
     ) -> Engine:
         """Load one or both models and return an engine over them.
 
@@ -71,15 +74,17 @@ class Engine:
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
         number of candidates decoded at once. deterministic: on a GPU, a token's bits do not depend on how many are
-        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md).
-        Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers do not match.
+        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md). threads:
+        number of CPU threads, on which no result depends; None: torch's number, at most the cores that are given.
+        Raises CheckpointError on an unusable directory, InputError on different tokenizers, CapacityError without room.
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
         check_sizes(memory_utilization, max_batch)
         target = choose_device(device)
-        models = load_models(teacher, student, dtype, target, deterministic=deterministic)
-        return Engine(models.open_resources(cache_budget(target, memory_bytes, memory_utilization), max_batch))
+        with torch_threads(effective_threads(threads)):
+            models = load_models(teacher, student, dtype, target, deterministic=deterministic)
+        return Engine(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
 
     @staticmethod
     def from_decoder(
@@ -89,8 +94,8 @@ class Engine:
 
         memory_bytes: size of its cache in bytes; None takes a third of the free memory.
         """
-        budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
-        return Engine(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget, max_batch))
+        models = LoadedModels.of_one(role, decoder, tokenizer)
+        return Engine(models.open_resources(memory_bytes, 1 / 3, max_batch))
 
     def with_chat(self, options: ChatOptions) -> Engine:
         """Return this engine, its caches and counts shared, with other options of rendering chats.
@@ -243,16 +248,9 @@ class Engine:
         completions depend on it, the seed, the prompt, the response's index, position and token alone.
         Raises InputError on a fork outside its response or max_tokens, else the errors of `generate`.
         """
-        if n < 1 or max_tokens < 1:
-            raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
-        if len(responses) != len(forks):
-            raise InputError(f"{len(responses)} responses but forks of {len(forks)}")
         runner = self._resources.runner(model)
         ids = tuple(self._resources.encode(prompt, model, label))
-        for response, forks_here in zip(responses, forks, strict=True):
-            check_ids([*response, *(fork.token for fork in forks_here)], runner, label)
-            if not all(0 <= fork.position <= min(len(response), max_tokens - 1) for fork in forks_here):
-                raise InputError(f"{label}: a fork lies outside its response of {len(response)} tokens or max_tokens")
+        check_forks(responses, forks, n, max_tokens, runner, label)
         rendered = PromptIds(teacher=ids) if model == "teacher" else PromptIds(student=ids)
         request = Forcing(
             prompt=rendered,
@@ -321,8 +319,12 @@ class Engine:
     @property
     def pages_in_use(self) -> tuple[int, int]:
         """Number of held pages and of all pages, over both caches."""
-        pools = [runner.tree.pool for runner in self._resources.runners.values()]
-        return sum(p.num_pages - p.num_free for p in pools), sum(p.num_pages for p in pools)
+        return self._resources.count_pages()
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads that compute."""
+        return effective_threads(next(iter(self._resources.runners.values())).threads)
 
     @cached_property
     def fingerprints(self) -> dict[Role, str]:
@@ -336,9 +338,7 @@ class Engine:
 
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
-        runner = self._resources.runner(model)
-        num_cached = (runner.tree.pool.num_pages - 2) * runner.tree.pool.page_size
-        return min(runner.decoder.config.max_position_embeddings, num_cached)
+        return self._resources.max_sequence_length(model)
 
     @property
     def token_map(self) -> TokenMap:

@@ -19,6 +19,7 @@ from genssd.engine.expansion import Expansion, Lane
 from genssd.engine.page_budget import PageBudget, Reservations
 from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, response_place, run_statistics
 from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
@@ -57,6 +58,11 @@ class Expander:
         self._lanes: list[Lane] = []
 
     @property
+    def threads(self) -> int | None:
+        """Number of threads that compute; None for the default."""
+        return self._runners[0].threads
+
+    @property
     def has_room(self) -> bool:
         """Whether the decoding batch has a row for another expansion."""
         return sum(lane.num_rows for lane in self._lanes) < self._max_batch
@@ -90,7 +96,7 @@ class Expander:
         self._budget.release(expansion)
         expansion.reset()
 
-    @torch.inference_mode()
+    @computes
     def step(self) -> list[Expansion]:
         """Decode one token of every candidate in the batch; return the expansions that are complete and scored."""
         batch, waiting = self._split_lanes()

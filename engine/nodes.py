@@ -21,12 +21,14 @@ from torch import Tensor
 
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError
+from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
+from genssd.engine.requests import check_ids
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import forced_stream
 from genssd.engine.session import Session
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import nonfinite_logits
 from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
@@ -51,6 +53,7 @@ class NodeReader:
         self._runner = runner
         self._vocabulary = vocabulary
         self._usage = usage
+        self.threads = runner.threads
 
     def states(
         self,
@@ -73,7 +76,7 @@ class NodeReader:
                 states.append(states_ND[list(nodes)].cpu())
         return states
 
-    @torch.inference_mode()
+    @computes
     def likeliest(self, states_ND: Tensor, k: int, label: str, *, least: float = 0.0) -> list[list[int]]:
         """Return the ids of the k most likely tokens at every node that have at least the probability `least`.
 
@@ -86,7 +89,7 @@ class NodeReader:
             likeliest += [ids[:count] for ids, count in zip(ids_NK.tolist(), counts_N.tolist(), strict=True)]
         return likeliest
 
-    @torch.inference_mode()
+    @computes
     def logprob(self, states_ND: Tensor, ids: Sequence[Sequence[int]], label: str) -> list[list[float]]:
         """Return the log-probabilities of given tokens at every node, at temperature 1, normalised in float64.
 
@@ -116,8 +119,9 @@ class PrefixPath:
         self._usage = usage
         self._label = label
         self._path = runner.tree.root() if path is None else path
+        self.threads = runner.threads
 
-    @torch.inference_mode()
+    @computes
     def extend(self, ids: Sequence[int]) -> Tensor:
         """Compute further tokens and return their hidden states, [len(ids), D].
 
@@ -173,6 +177,25 @@ class Forcing:
     """Tokens that end a response."""
     label: str
     """Name of the prompt in messages."""
+
+
+def check_forks(
+    responses: Sequence[Sequence[int]],
+    forks: Sequence[Sequence[Fork]],
+    n: int,
+    max_tokens: int,
+    runner: ModelRunner,
+    label: str,
+) -> None:
+    """Check that every fork lies inside its response, and that the model has all tokens. label: for messages."""
+    if n < 1 or max_tokens < 1:
+        raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
+    if len(responses) != len(forks):
+        raise InputError(f"{len(responses)} responses but forks of {len(forks)}")
+    for response, forks_here in zip(responses, forks, strict=True):
+        check_ids([*response, *(fork.token for fork in forks_here)], runner, label)
+        if not all(0 <= fork.position <= min(len(response), max_tokens - 1) for fork in forks_here):
+            raise InputError(f"{label}: a fork lies outside its response of {len(response)} tokens or max_tokens")
 
 
 def iter_force(

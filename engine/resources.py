@@ -140,6 +140,17 @@ class Resources:
             raise CapacityError(f"{prompt.label}: prompt and reference answer leave no position for a response")
         return min(limit, before_answer)
 
+    def count_pages(self) -> tuple[int, int]:
+        """Return the number of held pages and of all pages, over all caches."""
+        pools = [runner.tree.pool for runner in self.runners.values()]
+        return sum(p.num_pages - p.num_free for p in pools), sum(p.num_pages for p in pools)
+
+    def max_sequence_length(self, role: Role) -> int:
+        """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
+        runner = self.runner(role)
+        num_cached = (runner.tree.pool.num_pages - 2) * runner.tree.pool.page_size
+        return min(runner.decoder.config.max_position_embeddings, num_cached)
+
     def local_logprob(
         self, role: Role, prompt_ids: Sequence[int], ids: Sequence[int], windows: Sequence[Window]
     ) -> list[Tensor]:

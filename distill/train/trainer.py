@@ -37,8 +37,10 @@ from genssd.distill.train.models import save_model
 from genssd.distill.train.resume import collect_settings, find_checkpoint, fix_date, resume
 from genssd.distill.train.schedule import Schedule
 from genssd.distill.train.step import StepResult, take_step, write_completions
+from genssd.distill.train.threads import fix_threads
 from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device
+from genssd.kernels.threads import torch_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,9 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
     if len(set(world.gather([config.template_date]))) > 1:
         raise InputError("the processes began on different days: give --template-date, or start them again")
-    with world.claim_run(config, "train") as run:
+    config = fix_threads(config, world)
+    assert config.threads is not None
+    with torch_threads(config.threads), world.claim_run(config, "train") as run:
         settings = collect_settings(config, inputs, world)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
         training = build_training(config, inputs, world, checkpoint)

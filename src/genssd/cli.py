@@ -52,6 +52,9 @@ USAGE = "\n".join(
 )
 
 
+OPENMP_SETTINGS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+"""Settings of GNU's and of Intel's OpenMP library with which threads that wait for work sleep."""
+
 JSON_KEYS = frozenset(("chat_template_kwargs",))
 """Keys whose value may be an object in a YAML file; its flag takes the JSON text of an object."""
 
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"genssd {genssd.__version__}")
         return
+    _let_idle_threads_sleep()
     try:
         _run(command, flags)
     except GenssdError as error:
@@ -112,6 +116,16 @@ def _show_log() -> None:
     if not log.handlers:
         log.addHandler(_StderrHandler())
         log.setLevel(logging.INFO)
+
+
+def _let_idle_threads_sleep() -> None:
+    """Set the environment so that OpenMP threads without work leave their core, unless the user has decided otherwise.
+
+    By default they wait in a loop, which on a busy machine takes the time of the threads that work. Has no effect once
+    torch is imported.
+    """
+    if not {*OPENMP_SETTINGS, "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ.update(OPENMP_SETTINGS)
 
 
 def _quiet_libraries() -> None:
