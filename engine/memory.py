@@ -26,7 +26,7 @@ DTYPE_OF_NAME = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 """Data types by their names in safetensors."""
 
 
-BASE_BYTES = 96 << 20
+BASE_BYTES = 64 << 20
 """Memory that a CPU process keeps free besides tensors: results and texts, stacks and arenas of threads, libraries."""
 
 
@@ -66,6 +66,15 @@ def cache_budget(
     return memory_bytes
 
 
+def check_bytes_fit(needed: int, purpose: str, device: torch.device) -> None:
+    """Check that a CPU has so many bytes of free memory. Raises CapacityError that names them and their purpose."""
+    if device.type == "cpu" and needed > (free := available_bytes(device)):
+        raise CapacityError(
+            f"{purpose} take {needed:,} bytes, and {free:,} bytes of memory are free for this process; raise the limit "
+            "of memory, or take a smaller model"
+        )
+
+
 def check_weights_fit(
     directories: Mapping[Role, Path], dtypes: Mapping[Role, torch.dtype], device: torch.device
 ) -> None:
@@ -75,21 +84,17 @@ def check_weights_fit(
     """
     if device.type != "cpu":
         return
-    needed = 0
+    packed = copied = 0
     for role, directory in directories.items():
         dtype = dtypes[role]
         weights = WeightFiles.open(directory)
-        sizes = [stored.num_elements * dtype.itemsize for stored in weights.tensors.values()]
-        converted = any(DTYPE_OF_NAME.get(stored.dtype) != dtype for stored in weights.tensors.values())
-        # a matrix is packed into a copy; the file itself is mapped, unless its numbers are converted first
-        needed += sum(sizes) * (2 if converted else 1)
-    free = available_bytes(device)
-    if needed > free:
-        names = " and ".join(f"{role} {directory}" for role, directory in directories.items())
-        raise CapacityError(
-            f"the weights of {names} take {needed:,} bytes while they are loaded, and {free:,} bytes of memory are "
-            "free for this process; raise the limit of memory, or take smaller models"
-        )
+        tensors = weights.tensors.values()
+        packed += sum(tensor.num_elements for tensor in tensors) * dtype.itemsize
+        # tensors of another type are converted before they are packed, and freed after the model; others are mapped
+        others = sum(tensor.num_elements for tensor in tensors if DTYPE_OF_NAME.get(tensor.dtype) != dtype)
+        copied = max(copied, others * dtype.itemsize)
+    names = " and ".join(f"{role} {directory}" for role, directory in directories.items())
+    check_bytes_fit(packed + copied, f"the weights of {names} with the copies made while they are loaded", device)
 
 
 def choose_device(name: str | None) -> torch.device:

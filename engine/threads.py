@@ -54,7 +54,7 @@ class ThreadChoice:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.count} thread{'s' if self.count > 1 else ''} ({self.reason})"
+        return f"computing with {self.count} thread{'s' if self.count > 1 else ''} ({self.reason})"
 
 
 def choose_engine_threads(

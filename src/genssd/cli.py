@@ -11,6 +11,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 import types
 import typing
@@ -25,6 +26,7 @@ from rich.console import Console
 
 import genssd
 from genssd.engine.errors import GenssdError, InputError
+from genssd.engine.machine import available_memory
 
 SUMMARIES = {
     "demo": "the whole job on the small pair that ships with genssd: select, train, evaluate, compare",
@@ -55,6 +57,9 @@ USAGE = "\n".join(
 OPENMP_SETTINGS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 """Settings of GNU's and of Intel's OpenMP library with which threads that wait for work sleep."""
 
+OUT_OF_MEMORY = re.compile("allocate memory|out of memory|failed to map segment", re.IGNORECASE)
+"""Messages of errors that mean refused memory: those of Python, torch and CUDA, and of a library that is loaded."""
+
 JSON_KEYS = frozenset(("chat_template_kwargs",))
 """Keys whose value may be an object in a YAML file; its flag takes the JSON text of an object."""
 
@@ -82,6 +87,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the reader of our output has gone; what is left in the buffer goes nowhere, without a second complaint
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"genssd: {_describe_memory_error(str(error))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory was refused: Python's, that of a library, of torch, or of CUDA."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def _describe_memory_error(message: str) -> str:
+    """Return one line about memory that was refused. message: that of the error, which may be empty."""
+    reason = f"out of memory{f': {message.strip().splitlines()[0]}' if message.strip() else ''}"
+    remedy = "raise the limit (ulimit -v, the container's), or take smaller batches or models"
+    try:
+        return f"{reason}; {available_memory():,} bytes of memory are left for this process: {remedy}"
+    except MemoryError:
+        return f"{reason}; {remedy}"
 
 
 def _run(command: str, flags: list[str]) -> None:
