@@ -11,7 +11,7 @@ from genssd.engine.checkpoint import fingerprint
 from genssd.engine.errors import InputError
 from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.loading import LoadedModels, load_models
-from genssd.engine.memory import cache_budget, choose_device
+from genssd.engine.memory import choose_device
 from genssd.engine.model import Decoder
 from genssd.engine.nodes import NodeReader
 from genssd.engine.options_check import check_arguments
@@ -21,8 +21,10 @@ from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.session import Session
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import effective_threads
 from genssd.engine.token_map import TokenMap
 from genssd.engine.usage import CacheUse, Usage
+from genssd.kernels.threads import torch_threads
 
 
 class LoadedEngine:
@@ -52,6 +54,7 @@ class LoadedEngine:
         memory_bytes: int | None = None,
         max_batch: int | None = None,
         deterministic: bool = True,
+        threads: int | None = None,
     ) -> Self:
         """Load one or both models and return an engine over them.
 
@@ -61,15 +64,17 @@ class LoadedEngine:
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
         number of candidates decoded at once; None for 256, or, on a CPU, as few as keep the rate (batching.py).
         deterministic: on a GPU, a token's bits do not depend on how many are scored or drawn with it; False takes the
-        fastest kernels for every number of tokens (docs/tuning.md).
-        Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers do not match.
+        fastest kernels for every number of tokens (docs/tuning.md). threads: number of CPU threads, on which no result
+        depends; None: torch's number, at most the cores that are given.
+        Raises CheckpointError on an unusable directory, InputError on different tokenizers, CapacityError without room.
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
         check_sizes(memory_utilization, max_batch)
         target = choose_device(device)
-        models = load_models(teacher, student, dtype, target, deterministic=deterministic)
-        return cls(models.open_resources(cache_budget(target, memory_bytes, memory_utilization), max_batch))
+        with torch_threads(effective_threads(threads)):
+            models = load_models(teacher, student, dtype, target, deterministic=deterministic)
+        return cls(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
 
     @classmethod
     @check_arguments()
@@ -80,8 +85,8 @@ class LoadedEngine:
 
         memory_bytes: size of its cache in bytes; None takes a third of the free memory.
         """
-        budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
-        return cls(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget))
+        models = LoadedModels.of_one(role, decoder, tokenizer)
+        return cls(models.open_resources(memory_bytes, 1 / 3))
 
     @check_arguments()
     def with_chat(self, options: ChatOptions) -> Self:
@@ -121,6 +126,11 @@ class LoadedEngine:
         for runner in self._resources.runners.values():
             runner.tree.free_abandoned()
         return self._resources.cache_use
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads that compute."""
+        return effective_threads(next(iter(self._resources.runners.values())).threads)
 
     @cached_property
     def fingerprints(self) -> dict[Role, str]:
