@@ -158,8 +158,8 @@ def _describe_engine(stage: Stage, measured: Measurement) -> list[str]:
         parts.append(f"{_short(measured.read)} tokens read")
     if measured.written or measured.read:
         parts.append(f"{_short(measured.rate)} tokens/s")
-    (held, pages), (held_bytes, all_bytes) = engine.pages_in_use, engine.bytes_in_use
-    return [*parts, f"{held:,}/{pages:,} pages ({format_part(held_bytes, all_bytes)})"]
+    use = engine.cache_use
+    return [*parts, f"{use.held_pages:,}/{use.pages:,} pages ({format_part(use.held_bytes, use.bytes)})"]
 
 
 def _fraction_done(stage: Stage, measured: Measurement) -> float | None:

@@ -30,15 +30,18 @@ class Expansion:
         return min(self.chunk.longest, self.max_new)
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether candidates are still to be made or decoded."""
+        return not self.children or self.num_unfinished > 0
+
+    @property
     def most_tokens(self) -> int:
         """Maximum number of tokens in all candidates together."""
         return self.n * self.longest
 
     def reset(self) -> None:
         """Drop the candidates, as if the expansion had never been submitted."""
-        for child in self.children:
-            child.drop()
-        self.parent.num_children -= len(self.children)
+        self.parent.take_back(self.children)
         self.children = []
         self.num_unfinished = 0
 

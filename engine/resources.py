@@ -13,11 +13,11 @@ from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
 from genssd.engine.page_budget import Reservations
-from genssd.engine.requests import check_ids, check_positions, find_misfit
+from genssd.engine.requests import check_ids, check_list, check_positions, find_misfit
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.token_map import TokenMap
-from genssd.engine.usage import Usage
+from genssd.engine.usage import CacheUse, Usage
 from genssd.engine.windows import local_logprob
 
 ANSWER_ROOM = 32
@@ -64,17 +64,16 @@ class Resources:
         return self.tokenizers[role]
 
     @property
-    def pages_in_use(self) -> tuple[int, int]:
-        """Number of held pages and of all pages, over both caches."""
+    def cache_use(self) -> CacheUse:
+        """Pages and bytes of both caches, without changing them: safe in any thread."""
         pools = [runner.tree.pool for runner in self.runners.values()]
-        return sum(p.num_pages - p.num_free for p in pools), sum(p.num_pages for p in pools)
-
-    @property
-    def bytes_in_use(self) -> tuple[int, int]:
-        """Number of bytes of the held pages and of all pages, over both caches."""
-        pools = [runner.tree.pool for runner in self.runners.values()]
-        held = sum((p.num_pages - p.num_free) * (p.kv.nbytes // p.num_pages) for p in pools)
-        return held, sum(p.kv.nbytes for p in pools)
+        held = [pool.num_pages - pool.num_free for pool in pools]
+        return CacheUse(
+            held_pages=sum(held),
+            pages=sum(pool.num_pages for pool in pools),
+            held_bytes=sum(count * (p.kv.nbytes // p.num_pages) for count, p in zip(held, pools, strict=True)),
+            bytes=sum(pool.kv.nbytes for pool in pools),
+        )
 
     def with_chat(self, options: ChatOptions) -> Resources:
         """Return the same models, caches and counts with other options of rendering chats."""
@@ -132,16 +131,21 @@ class Resources:
         Raises InputError on an empty response or unequal counts, CapacityError on a pair that is longer than the
         model's positions.
         """
+        check_list("responses", responses, "responses")
         if len(prompts) != len(responses):
             raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
         runner, tokenizer = self.runner(role), self.tokenizer(role)
         pairs = []
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             prompt_ids = self.encode(prompt, role, f"prompt {index}")
-            ids = tokenizer.encode(response, special=False) if isinstance(response, str) else list(response)
+            label = f"response {index}"
+            try:
+                ids = tokenizer.encode(response, special=False) if isinstance(response, str) else response
+            except InputError as error:
+                raise InputError(f"{label}: {error}") from None
+            ids = check_ids(ids, runner, label)
             if not ids:
-                raise InputError(f"response {index} is empty")
-            check_ids(ids, runner, f"response {index}")
+                raise InputError(f"{label} is empty")
             check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
             pairs.append((prompt_ids, ids))
         return pairs

@@ -45,16 +45,25 @@ class _Piece(NamedTuple):
 class ModelRunner:
     """One model over the branch tree of its cache. `directory` is used in messages only.
 
-    usage: counts of the engine that the model belongs to.
+    usage: counts of the engine that the model belongs to; None for counts of its own.
     """
 
     def __init__(
-        self, role: Role, directory: FilePath, decoder: Decoder, pool: PagePool, usage: Usage | None = None
+        self,
+        role: Role,
+        directory: FilePath,
+        decoder: Decoder,
+        pool: PagePool,
+        *,
+        usage: Usage | None = None,
+        threads: int | None = None,
     ) -> None:
         self.role = role
         self.directory = directory
         self.decoder = decoder
         self.tree = BranchTree(pool)
+        self.threads = threads
+        """Number of threads that compute; None for the default of `threads.effective_threads`."""
         self._graphs = DecodeGraphs(decoder, pool.kv) if pool.kv.is_cuda else None
         self._usage = usage or Usage()
         self.runs_ahead = pool.kv.is_cuda

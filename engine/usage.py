@@ -1,9 +1,21 @@
-"""Counts of the tokens that an engine has processed."""
+"""Counts of the tokens that an engine has processed, and of the pages that its caches hold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheUse:
+    """How much of an engine's caches is held, over both models."""
+
+    held_pages: int
+    pages: int
+    """Number of all pages."""
+    held_bytes: int
+    bytes: int
+    """Number of bytes of all pages."""
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import announce, choose_engine_threads
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
@@ -34,8 +35,17 @@ class EngineOptions:
     """On a GPU: take kernel configurations with which a token's bits do not depend on how many tokens are scored or
     drawn together. Otherwise the fastest for each number of tokens are taken (docs/tuning.md). On a CPU: no effect."""
 
+    threads: Operational[int | None] = None
+    """Number of CPU threads; results do not depend on it. None: OMP_NUM_THREADS where it is set, else the cores that
+    the process is given."""
+
     def load(self, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT) -> Engine:
-        """Return an engine over these models (hub ids or local directories), and report how long they took to load."""
+        """Return an engine over these models (hub ids or local directories).
+
+        Logs the number of threads; reports how long the models took to load.
+        """
+        threads = choose_engine_threads(self.threads)
+        announce(threads)
         report.begin(f"loading {_name_models(teacher, student)}")
         started = time.monotonic()
         engine = Engine.from_pretrained(
@@ -47,11 +57,12 @@ class EngineOptions:
             memory_bytes=self.memory_bytes,
             max_batch=self.max_batch,
             deterministic=self.deterministic,
+            threads=threads.count,
         )
-        (_, pages), (_, num_bytes) = engine.pages_in_use, engine.bytes_in_use
+        use = engine.cache_use
         report.note(
             f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
-            f"the caches hold {pages:,} pages ({format_bytes(num_bytes)})"
+            f"the caches hold {use.pages:,} pages ({format_bytes(use.bytes)})"
         )
         return engine
 

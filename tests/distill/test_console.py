@@ -21,7 +21,9 @@ from genssd.distill.score.run import ScoreConfig, run_score
 from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.train.trainer import TrainProgress
 from genssd.engine.amounts import format_bytes, format_part
-from genssd.engine.usage import Usage
+from genssd.engine.usage import CacheUse, Usage
+
+PAGES = CacheUse(held_pages=1234, pages=4096, held_bytes=1536 << 20, bytes=5 << 30)
 
 
 @dataclass
@@ -29,8 +31,7 @@ class CountedEngine:
     """The counts of an engine, set by hand."""
 
     usage: Usage = field(default_factory=Usage)
-    pages_in_use: tuple[int, int] = (1234, 4096)
-    bytes_in_use: tuple[int, int] = (1536 << 20, 5 << 30)
+    cache_use: CacheUse = PAGES
 
 
 class Keeper(Progress):
@@ -89,7 +90,7 @@ def test_a_search_is_shown_token_by_token_and_its_end_is_estimated() -> None:
 
 
 def test_what_is_read_and_what_has_no_tokens() -> None:
-    engine = CountedEngine(pages_in_use=(0, 8), bytes_in_use=(0, 8192))
+    engine = CountedEngine(cache_use=CacheUse(held_pages=0, pages=8, held_bytes=0, bytes=8192))
     stage = begin(engine, unit="traces", total=4, work="reading", to_read=20_000)
     engine.usage.computed_tokens = 5000
     assert line_of(stage, 110.0) == (

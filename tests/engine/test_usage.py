@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from support.tiny_pair import TinyPair
 
 from genssd.engine.chunk import Chunk
@@ -67,3 +69,16 @@ def test_bytes_of_the_pages_in_use(tiny_pair: TinyPair) -> None:
     held, _ = engine.bytes_in_use
     assert 0 < held < engine.bytes_in_use[1]
     branch.drop()
+
+
+def test_the_pages_in_use_can_be_read_without_changing_the_caches(tiny_pair: TinyPair) -> None:
+    engine = open_engine(tiny_pair)
+    branch = engine.branch("3+4=")
+    branch.expand(2, Chunk(tokens=4))
+    held = engine.cache_use.held_pages
+    assert held > 0
+    del branch
+    gc.collect()
+    assert engine.cache_use.held_pages == held, "another thread may be changing the tree of branches"
+    assert engine.bytes_in_use == (0, engine.cache_use.bytes)
+    assert engine.cache_use.held_pages == engine.pages_in_use[0] == 0
