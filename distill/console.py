@@ -1,4 +1,7 @@
-"""Progress while a command runs: a live line on a terminal; elsewhere a plain line after a few seconds, then rarely."""
+"""Progress while a command runs: a live line on a terminal; elsewhere a plain line after a few seconds, then rarely.
+
+Notes, such as how many rows were read, stay on the screen; a command that takes a few seconds only prints none.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from genssd.distill.train.trainer import TrainProgress
 from genssd.engine.amounts import format_part
 
 FIRST_PLAIN = 5.0
-"""Seconds after which a command prints its first plain line; shorter commands print none."""
+"""Seconds after which a command prints its notes and a stage its first plain line."""
 PLAIN_INTERVAL = 30.0
 """Seconds between two plain lines of one stage."""
 TICK = 0.2
@@ -38,9 +41,9 @@ class ProgressLine(Progress):
         self._started = time.monotonic()
         self._live: Live | None = None
         self._notes: list[str] = []
-        """Notes that are not printed yet; plain ones wait until the first plain line is due."""
+        """Notes that are not printed yet."""
         self._stopped = threading.Event()
-        self._printer = threading.Thread(target=self._print_plain_lines, daemon=True)
+        self._printer = threading.Thread(target=self._print_when_due, daemon=True)
 
     def show(self, stage: Stage) -> None:
         self._stage = stage
@@ -49,25 +52,22 @@ class ProgressLine(Progress):
         self._stage.done, self._stage.total, self._stage.detail = done, total, detail
 
     def note(self, text: str) -> None:
-        if self._live is not None:
-            self._print(text)
-        else:
-            self._notes.append(text)
+        self._notes.append(text)
 
     def __enter__(self) -> ProgressLine:
+        if not self._console.quiet:
+            self._printer.start()
         if self._console.is_terminal:
             self._start_live()
-        elif not self._console.quiet:
-            self._printer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_live()
         self._stopped.set()
         if self._printer.is_alive():
             self._printer.join()
+        self._stop_live()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -99,8 +99,8 @@ class ProgressLine(Progress):
         line.add_row(bar, Text(describe(self._title, stage, measured)))
         return line
 
-    def _print_plain_lines(self) -> None:
-        """Print notes and plain lines until the command ends; the body of a thread."""
+    def _print_when_due(self) -> None:
+        """Print notes, and plain lines where there is no terminal, until the command ends; the body of a thread."""
         printed_stage, due = None, self._started + FIRST_PLAIN
         while not self._stopped.wait(TICK):
             now = time.monotonic()
@@ -110,6 +110,8 @@ class ProgressLine(Progress):
                 while self._notes:
                     self._print(self._notes.pop(0))
                 stage = self._stage
+                if self._console.is_terminal:
+                    continue
                 if now >= (due if stage is printed_stage else stage.started + FIRST_PLAIN):
                     self._print(describe(self._title, stage, measure(stage, now)))
                     printed_stage, due = stage, now + PLAIN_INTERVAL

@@ -164,7 +164,7 @@ def _run_arm(
         seed=config.seed,
         threads=config.threads,
     )
-    with ProgressLine(f"{name}: teacher writes", progress) as line:
+    with ProgressLine(f"{name}, the teacher writes", progress) as line:
         data = run_select(select, engine, line)
     train = TrainConfig(
         model_name_or_path=str(PAIR / "student"),
@@ -177,7 +177,7 @@ def _run_arm(
         seed=config.seed,
         threads=config.threads,
     )
-    with ProgressLine(f"{name}: student learns", progress) as line:
+    with ProgressLine(f"{name}, the student learns", progress) as line:
         run_train(train, report_training(line))
     evaluation = _evaluate(output_dir / name / "student", name, config, output_dir, progress)
     return _describe(name, data, problems, evaluation)
@@ -192,7 +192,7 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         memory_bytes=MEMORY_BYTES,
         threads=config.threads,
     )
-    with ProgressLine(f"{name}: examination", progress) as line:
+    with ProgressLine(f"{name}, examination", progress) as line:
         return run_evaluate(evaluate, report=line)
 
 

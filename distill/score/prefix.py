@@ -137,8 +137,9 @@ def run_prefix(config: PrefixConfig, engine: Engine | None = None, report: Progr
                 run.journal.append(row)
             count += len(batch)
             report(count, len(traces))
-            if not is_warned and (warning := warn_of_unmarked(count_replies(rows))) is not None:
-                is_warned = True
+            warning = warn_of_unmarked(count_replies(rows))
+            if warning is not None and not is_warned and count < len(traces):
+                is_warned = True  # now, and not at the end alone: there is more work to come, perhaps in vain
                 report.note(warning)
         run.write_bad_rows(bad_rows)
         return _summarise(run, traces, bad_rows)

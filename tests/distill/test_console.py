@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,9 @@ def test_short_commands_print_no_progress(
     assert text.getvalue() == ""
 
 
-def test_a_terminal_has_a_live_line_and_notes_above_it() -> None:
+def test_a_terminal_has_a_live_line_and_notes_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consoles, "FIRST_PLAIN", 0.0)
+    monkeypatch.setattr(consoles, "TICK", 0.005)
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100)
     with ProgressLine("select", console) as line:
@@ -195,6 +198,8 @@ def test_a_terminal_has_a_live_line_and_notes_above_it() -> None:
         with line.paused():
             assert line._live is None
         assert line._live is not None
+        while line._notes:
+            time.sleep(0.01)
     shown = text.getvalue()
     assert "select: 4 problems read from x.jsonl" in shown
     assert "select, loading teacher A: 0 s so far" in shown
