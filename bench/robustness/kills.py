@@ -153,7 +153,8 @@ def _kill_until_finished(
     """Run a command in parts, each of which is killed at a random moment, until one ends by itself."""
     kills, failures = 0, []
     for part in range(MAX_PARTS + 1):
-        kill_after = None if part == MAX_PARTS else draws.uniform(0.0, seconds)
+        # a part that begins anew needs all of the time, which grows while other programs are at work
+        kill_after = None if part == MAX_PARTS else draws.uniform(0.0, seconds * (1.0 + part / 10.0))
         code, message = _run_part([*words, *_resume_words(words[0], output_dir)], output_dir, kill_after=kill_after)
         if code == -signal.SIGKILL:
             kills += 1
