@@ -14,24 +14,21 @@ from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.candidate import Window
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError
-from genssd.engine.expansion import Expansion
-from genssd.engine.generation import Completion, generate
+from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.generation import Completion, Generation
 from genssd.engine.judging import Judge
 from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.loading import LoadedModels, load_models
 from genssd.engine.memory import cache_budget, choose_device
 from genssd.engine.model import Decoder
 from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
+from genssd.engine.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
 from genssd.engine.requests import check_answers, check_ids, check_positions, check_sizes, check_windows, labels_of
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling, prompt_stream
-from genssd.engine.scheduler import SearchScheduler
 from genssd.engine.scoring import score
-from genssd.engine.search import PromptSearch
 from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
@@ -118,8 +115,9 @@ class Engine:
         Raises InputError on an unusable prompt or option (naming the prompt's index), CapacityError on a prompt that is
         longer than the models' positions or the cache, NumericsError on NaN or infinite logits.
         """
-        selections = self.iter_select_expand(prompts, options, answers=answers, labels=labels, **changes)
-        return sorted(selections, key=lambda selection: selection.index)
+        plan = self._plan_search(prompts, options.with_changes(**changes), answers, labels, frozenset())
+        plan.require_all()
+        return sorted(plan.run(), key=lambda selection: selection.index)
 
     def iter_select_expand(
         self,
@@ -133,35 +131,29 @@ class Engine:
     ) -> Iterator[Selection]:
         """Run the search of `select_expand` and yield each Selection as soon as its prompt ends.
 
-        skip: indices of prompts that are not run, because they were done before; the others get what they would have
-        got without it. Arguments are checked at once, and raise the errors of `select_expand`.
+        A prompt that is longer than a model's positions or than the cache yields a Selection with `error` set, before
+        all others. skip: indices of prompts that are not run, because they were done before; the others get what they
+        would have got without it. Arguments are checked at once, and raise the errors of `select_expand`.
         """
-        options = options.with_changes(**changes)
-        session = Session(self._resources, options.sampling, "teacher", num_topk=options.teacher_topk)
+        return self._plan_search(prompts, options.with_changes(**changes), answers, labels, skip).run()
+
+    def _plan_search(
+        self,
+        prompts: Sequence[Prompt],
+        options: SearchOptions,
+        answers: Sequence[str | None] | None,
+        labels: Sequence[str] | None,
+        skip: frozenset[int],
+    ) -> SearchPlan:
+        judge = Judge.from_options(options)
         vocabulary = self._resources.runner("teacher").decoder.config.vocab_size
         if options.teacher_topk > vocabulary:
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {options.teacher_topk}")
-        judge = Judge.from_options(options)
         names = labels_of(prompts, labels)
         check_answers(answers, judge.criterion, names)
-        searches = []
-        for prompt in self._resources.encode_all(prompts, names, BOTH, answers):
-            limit = self._resources.search_limit(prompt, options.max_tokens, judge.criterion)
-            if prompt.index in skip:
-                continue
-            stream = prompt_stream(options.seed, prompt.ids.teacher, prompt.occurrence)
-            search = PromptSearch(
-                index=prompt.index,
-                label=prompt.label,
-                occurrence=prompt.occurrence,
-                root=Branch.root(session, prompt.ids, stream),
-                max_tokens=limit,
-                judge=judge,
-            )
-            for expansion in search.round:
-                session.expander.check_fits_alone(expansion)
-            searches.append(search)
-        return SearchScheduler(searches, session.expander).run()
+        session = Session(self._resources, options.sampling, "teacher", num_topk=options.teacher_topk)
+        encoded = self._resources.encode_all(prompts, names, BOTH, answers)
+        return plan_search(self._resources, session, judge, (p for p in encoded if p.index not in skip))
 
     def generate(
         self,
@@ -180,9 +172,10 @@ class Engine:
         teacher, and writes those that it refuses itself; None lets the model write alone. Errors as in
         `select_expand`.
         """
-        completions = dict(
-            self.iter_generate(prompts, model=model, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed, rsd=rsd)
+        outcomes = self.iter_generate(
+            prompts, model=model, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed, rsd=rsd
         )
+        completions = {outcome.index: outcome.completions for outcome in outcomes}
         return [completions[i] for i in range(len(prompts))]
 
     def iter_generate(
@@ -195,31 +188,27 @@ class Engine:
         max_tokens: int = 4096,
         seed: int = 0,
         rsd: ReverseSpeculation | None = None,
+        greedy_first: bool = False,
         skip: frozenset[int] = frozenset(),
         labels: Sequence[str] | None = None,
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """Sample as `generate` does and yield each prompt's index and completions as soon as its last one ends.
+    ) -> Iterator[Generation]:
+        """Sample as `generate` does and yield each prompt's Generation as soon as its last completion ends.
 
-        skip and labels: as in `iter_select_expand`. Arguments are checked at once.
+        A prompt that is longer than the model's positions or than the cache yields a Generation with `error` set,
+        before all others. greedy_first: the first of the n completions takes the most likely tokens, whatever the
+        sampling. skip and labels: as in `iter_select_expand`. Arguments are checked at once.
         """
         if n < 1 or max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
         if rsd is not None and model != "teacher":
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
+        if rsd is not None and greedy_first:
+            raise InputError("greedy_first is for a model that writes alone: leave rsd out")
         roles: Sequence[Role] = [model] if rsd is None else BOTH
-        session = Session(self._resources, sampling, model, scored=False, rsd=rsd)
-        chunk = Chunk(tokens=max_tokens, until=None)
-        queue: dict[int, Expansion] = {}
-        for prompt in self._resources.encode_all(prompts, labels_of(prompts, labels), roles):
-            if prompt.index in skip:
-                continue
-            ids = prompt.ids.teacher if model == "teacher" else prompt.ids.student
-            root = Branch.root(session, prompt.ids, prompt_stream(seed, ids, prompt.occurrence))
-            limit = self._resources.response_limit(prompt.ids, max_tokens, roles)
-            queue[prompt.index] = Expansion(root, n, chunk, limit, prompt.label)
-        for expansion in queue.values():
-            session.expander.check_fits_alone(expansion)
-        return generate(queue, session.expander)
+        session = Session(self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first)
+        encoded = self._resources.encode_all(prompts, labels_of(prompts, labels), roles)
+        request = GenerationRequest(roles=roles, n=n, max_tokens=max_tokens, seed=seed)
+        return iter_generations(self._resources, session, request, (p for p in encoded if p.index not in skip))
 
     def iter_force(
         self,
@@ -311,6 +300,8 @@ class Engine:
         roles: Sequence[Role] = BOTH if "student" in self._resources.runners else ["teacher"]
         session = Session(self._resources, sampling, "teacher", scored=len(roles) == 2)
         (encoded,) = self._resources.encode_all([prompt], ["the prompt"], roles, [answer])
+        if encoded.misfit is not None:
+            raise CapacityError(encoded.misfit)
         return Branch.root(session, encoded.ids, prompt_stream(seed, encoded.ids.teacher, encoded.occurrence))
 
     @property

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from genssd.engine.branch import Branch
 from genssd.engine.drawing import Drawing
-from genssd.engine.errors import CapacityError
 from genssd.engine.expansion import Expansion, Lane
 from genssd.engine.page_budget import PageBudget, Reservations
 from genssd.engine.runner import ModelRunner
@@ -65,15 +64,15 @@ class Expander:
         """Return whether the cache can take these expansions, at their longest, in addition to all in flight."""
         return self._budget.fits(expansions)
 
-    def check_fits_alone(self, expansion: Expansion) -> None:
-        """Raise CapacityError when an expansion would not fit into an otherwise empty cache."""
+    def find_misfit(self, expansion: Expansion) -> str | None:
+        """Return why an expansion does not fit into an otherwise empty cache; None if it does."""
         missing = self._budget.missing_pages(expansion)
-        if missing:
-            raise CapacityError(
-                f"{expansion.label}: {expansion.n} candidates of up to {expansion.longest} tokens need {missing} pages "
-                "more than the key-value cache has; raise memory_bytes or memory_utilization, or ask for fewer or "
-                "shorter ones"
-            )
+        if not missing:
+            return None
+        return (
+            f"{expansion.n} candidates of up to {expansion.longest} tokens need {missing} pages more than the "
+            "key-value cache has; raise memory_bytes or memory_utilization, or ask for fewer or shorter ones"
+        )
 
     def submit(self, expansion: Expansion) -> None:
         """Add an expansion that fits."""

@@ -11,6 +11,11 @@ from genssd.engine.errors import CapacityError
 from genssd.engine.expander import Expander
 from genssd.engine.expansion import Expansion
 
+NO_ROOM = (
+    "the responses do not fit into the key-value cache beside the branches that others hold; drop them, or raise "
+    "memory_bytes or memory_utilization"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
@@ -27,10 +32,31 @@ class Completion:
     """Number of tokens that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
 
 
-def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[tuple[int, list[Completion]]]:
-    """Run the expansions, first come first served; yield the key and completions of each as soon as it ends.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """The outcome of one prompt: the responses that were sampled, or why there are none."""
 
-    Closing the iterator early frees all pages. Raises CapacityError when other branches fill the cache.
+    index: int
+    """Index of the prompt in the call."""
+    label: str
+    """Name of the prompt in messages."""
+    sampled: tuple[Completion, ...] = ()
+    """Responses to the prompt; none when it failed."""
+    error: str | None = None
+    """Why the prompt failed: it is longer than a model's positions, or does not fit into the cache."""
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Responses to the prompt. Raises CapacityError naming the prompt when it failed."""
+        if self.error is not None:
+            raise CapacityError(f"{self.label}: {self.error}")
+        return list(self.sampled)
+
+
+def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[Generation]:
+    """Run the expansions, first come first served; yield the outcome of each as soon as it ends, under its key.
+
+    An expansion fails where branches of other calls fill the cache. Closing the iterator early frees all pages.
     """
     key_of = {expansion: key for key, expansion in queue.items()}
     waiting, num_in_flight = list(queue.values())[::-1], 0
@@ -40,13 +66,13 @@ def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[tup
                 expander.submit(waiting.pop())
                 num_in_flight += 1
             if not num_in_flight:
-                raise CapacityError(
-                    f"{waiting[-1].label} does not fit into the key-value cache beside the branches that others hold; "
-                    "drop them, or raise memory_bytes or memory_utilization"
-                )
+                failed = waiting.pop()
+                yield Generation(index=key_of[failed], label=failed.label, error=NO_ROOM)
+                continue
             for expansion in expander.step():
                 num_in_flight -= 1
-                yield key_of[expansion], [_completion(child) for child in expansion.children]
+                sampled = tuple(_completion(child) for child in expansion.children)
+                yield Generation(index=key_of[expansion], label=expansion.label, sampled=sampled)
                 for branch in (expansion.parent, *expansion.children):
                     branch.drop()
     finally:

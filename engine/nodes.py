@@ -198,8 +198,8 @@ def iter_force(
                         yield index, fork, completions
             queue = _open(request, to_write, prompt, session, runner)
             usage.forced_tokens += len(queue)
-            for key, completions in generate(dict(enumerate(queue)), session.expander):
-                yield *to_write[key], completions
+            for generation in generate(dict(enumerate(queue)), session.expander):
+                yield *to_write[generation.index], generation.completions
 
 
 def _ended_completions(request: Forcing, index: int, fork: Fork, session: Session) -> list[Completion] | None:

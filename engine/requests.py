@@ -48,19 +48,28 @@ def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> None:
         raise InputError(f"{label}: token id {wrong[0]} is outside the {runner.role}'s vocabulary of {size}")
 
 
-def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
-    """Check that the model has positions for so many tokens, and an empty cache room for them."""
+def find_misfit(tokens: int, runner: ModelRunner, label: str) -> str | None:
+    """Return why a sequence of so many tokens cannot be run: the model's positions, or an empty cache; None if it can.
+
+    label: name of the sequence, with which the sentence begins.
+    """
     positions = runner.decoder.config.max_position_embeddings
     pool = runner.tree.pool
     if tokens >= positions:
-        raise CapacityError(
-            f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions"
-        )
+        return f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions"
     if tokens > pool.num_pages * pool.page_size:
-        raise CapacityError(
+        return (
             f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds "
             f"{pool.num_pages * pool.page_size}: raise memory_bytes or memory_utilization"
         )
+    return None
+
+
+def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
+    """Raise CapacityError where `find_misfit` finds a reason."""
+    misfit = find_misfit(tokens, runner, label)
+    if misfit is not None:
+        raise CapacityError(misfit)
 
 
 def check_sizes(memory_utilization: float, max_batch: int) -> None:

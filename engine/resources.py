@@ -11,9 +11,9 @@ from torch import Tensor
 from genssd.engine.branch import PromptIds
 from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.chat_options import ChatOptions
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.errors import InputError
 from genssd.engine.page_budget import Reservations
-from genssd.engine.requests import check_ids, check_positions
+from genssd.engine.requests import check_ids, check_positions, find_misfit
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.token_map import TokenMap
@@ -33,6 +33,8 @@ class EncodedPrompt:
     label: str
     occurrence: int
     """Number of equal prompts before this one."""
+    misfit: str | None = None
+    """Why the prompt cannot be run: it is longer than a model's positions or than an empty cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +69,18 @@ class Resources:
 
     def encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         """Return a prompt's token ids as a model reads it. Raises InputError or CapacityError naming the label."""
+        ids = self._encode_any(prompt, role, label)
+        check_positions(len(ids), self.runners[role], label)
+        return ids
+
+    def _encode_any(self, prompt: Prompt, role: Role, label: str) -> list[int]:
+        """Return a prompt's token ids, however many they are. Raises InputError naming the label."""
         runner = self.runner(role)
         try:
             ids = self.tokenizers[role].encode_prompt(prompt)
         except InputError as error:
             raise InputError(f"{label}: {error}") from None
         check_ids(ids, runner, label)
-        check_positions(len(ids), runner, label)
         return ids
 
     def encode_all(
@@ -83,17 +90,25 @@ class Resources:
         roles: Sequence[Role],
         answers: Sequence[str | None] | None = None,
     ) -> Iterator[EncodedPrompt]:
-        """Yield every prompt as the models of these roles read it.
+        """Yield every prompt as the models of these roles read it, with the reason where it is too long for one.
 
-        Prompts are equal, for `occurrence`, when the model of the first role reads the same tokens.
+        Prompts are equal, for `occurrence`, when the model of the first role reads the same tokens. Raises InputError
+        on a prompt that cannot be encoded.
         """
         seen: Counter[tuple[int, ...]] = Counter()
         for index, prompt in enumerate(prompts):
-            ids = {role: tuple(self.encode(prompt, role, labels[index])) for role in roles}
+            ids = {role: tuple(self._encode_any(prompt, role, labels[index])) for role in roles}
+            misfits = (find_misfit(len(ids[role]), self.runners[role], "the prompt") for role in roles)
             answer = None if answers is None else answers[index]
             rendered = PromptIds(teacher=ids.get("teacher", ()), student=ids.get("student", ()), answer=answer)
             key = ids[roles[0]]
-            yield EncodedPrompt(index=index, ids=rendered, label=labels[index], occurrence=seen[key])
+            yield EncodedPrompt(
+                index=index,
+                ids=rendered,
+                label=labels[index],
+                occurrence=seen[key],
+                misfit=next(filter(None, misfits), None),
+            )
             seen[key] += 1
 
     def encode_pairs(
@@ -127,18 +142,15 @@ class Resources:
     def search_limit(self, prompt: EncodedPrompt, max_tokens: int, criterion: AnyCriterion) -> int:
         """Return the maximum number of tokens in a response that the search writes and the criterion can judge.
 
-        Where the criterion reads the reference answer, the student has positions left for it. Raises CapacityError when
-        that leaves none for the response.
+        Where the criterion reads the reference answer, the student has positions left for it; the result is less than 1
+        where that leaves none for the response.
         """
         limit = self.response_limit(prompt.ids, max_tokens, ["teacher", "student"])
         if not needs_answer(criterion):
             return limit
         num_answer = len(self.tokenizers["student"].encode_plain(prompt.ids.answer or "")) + ANSWER_ROOM
         positions = self.runner("student").decoder.config.max_position_embeddings
-        before_answer = positions - len(prompt.ids.student) - num_answer
-        if before_answer < 1:
-            raise CapacityError(f"{prompt.label}: prompt and reference answer leave no position for a response")
-        return min(limit, before_answer)
+        return min(limit, positions - len(prompt.ids.student) - num_answer)
 
     def local_logprob(
         self, role: Role, prompt_ids: Sequence[int], ids: Sequence[int], windows: Sequence[Window]

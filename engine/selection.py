@@ -95,7 +95,7 @@ class Selection:
     occurrence: int
     """Number of equal prompts before this one; it enters the random stream."""
     error: str | None = field(default=None)
-    """Why the prompt failed: it did not fit into the cache."""
+    """Why the prompt failed: it is longer than a model's positions, or did not fit into the cache."""
 
     @property
     def best(self) -> Trajectory:

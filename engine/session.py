@@ -27,7 +27,7 @@ class Session:
 
     writer: the model that writes. scored: whether the student scores complete candidates. rsd: rules by which the
     student judges every single token of the teacher instead. num_topk: how many of the writer's most likely tokens are
-    kept along committed chunks.
+    kept along committed chunks. greedy_first: whether the first candidate of an expansion takes the most likely tokens.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Session:
         scored: bool = True,
         rsd: ReverseSpeculation | None = None,
         num_topk: int = 0,
+        greedy_first: bool = False,
     ) -> None:
         runner = resources.runner(writer)
         scorer = resources.runner("student") if scored or rsd is not None else None
@@ -51,7 +52,9 @@ class Session:
         writers: list[Role] = [writer]
         drawing: Drawing
         if rsd is None:
-            drawing = WriterDrawing(runner, sampling, vocabulary=vocabulary, num_topk=num_topk)
+            drawing = WriterDrawing(
+                runner, sampling, vocabulary=vocabulary, num_topk=num_topk, greedy_first=greedy_first
+            )
         else:
             assert scorer is not None
             _check_same_tokens(resources)
@@ -76,7 +79,9 @@ class Session:
         if max_new < 1:
             raise CapacityError("the branch has reached the last position of a model")
         expansion = Expansion(branch, n, chunk, max_new, "the branch")
-        self.expander.check_fits_alone(expansion)
+        misfit = self.expander.find_misfit(expansion)
+        if misfit is not None:
+            raise CapacityError(f"{expansion.label}: {misfit}")
         if not self.expander.fits([expansion]):
             raise CapacityError(
                 "the candidates do not fit into the key-value cache beside the branches that are held; drop some"

@@ -7,6 +7,8 @@ Rows of any other origin go through the tokenizer and its chat template:
     {"prompt": text or messages, "completion": text or messages}
     {"question" | "problem" | ...: text, "completion" | "response" | "output" | "solution" | "answer": text}
 
+The answer of a problem ("113") is no response: such rows are refused (final_answers.py).
+
     {"prompt": text, "chosen": text, "rejected": text}  a preference pair: two examples; genssd's own have ids, too
 
 A completion that its row states to be cut off ("finish_reason": "length" and the like, see endings.py), or that opens
@@ -29,6 +31,7 @@ from typing import Any
 
 from genssd.distill.data.encoding import encode_conversation
 from genssd.distill.data.endings import is_finished
+from genssd.distill.data.final_answers import check_is_no_problem
 from genssd.distill.data.messages import (
     CONTEXT_FIELDS,
     OPTION_FIELDS,
@@ -40,6 +43,7 @@ from genssd.distill.data.messages import (
 )
 from genssd.distill.data.problems import read_objects
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
+from genssd.distill.data.verdicts import read_verdict, require_verdict
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
@@ -98,19 +102,30 @@ class ExampleSet:
     examples: tuple[Example, ...]
     left_out: Mapping[str, int]
     """Number of rows that were left out, by reason."""
+    wrong: int
+    """Number of rows among the examples whose field `correct` is false."""
+    undecided: int
+    """Number of rows among the examples whose response could not be judged."""
 
 
 def read_examples(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, statuses: Sequence[str]
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    statuses: Sequence[str],
+    require_correct: bool = False,
 ) -> ExampleSet:
     """Read the examples of data files. Rows with a `status` not in `statuses`, or longer than max_length tokens, are
     left out.
 
-    Raises InputError naming file and line on a row without a trainable token, or with none of the known fields; and
-    when all rows are left out.
+    require_correct: leave out all rows but those whose field `correct` is true, too. Raises InputError naming file and
+    line on a row without a trainable token, with none of the known fields, or without the field `correct` where it is
+    required; and when all rows are left out.
     """
     examples: list[Example] = []
     left_out: Counter[str] = Counter()
+    verdicts: Counter[str | None] = Counter()
     for path in paths:
         for raw_row, fields in read_objects(path):
             status = fields.get("status")
@@ -121,6 +136,10 @@ def read_examples(
                 left_out["without a token: pruned at once"] += 1
                 continue
             where = raw_row.where
+            verdict = read_verdict(fields, raw_row.text, where)
+            if require_correct and require_verdict(verdict, where) != "correct":
+                left_out[str(verdict)] += 1
+                continue
             if "rejected" in fields:
                 encoded = _encode_pair(fields, tokenizer, where, Path(path).parent)
             else:
@@ -132,10 +151,16 @@ def read_examples(
                 left_out[f"longer than {max_length} tokens"] += 1
                 continue
             examples += encoded
+            verdicts[verdict] += 1
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the files are empty"
         raise InputError(f"{', '.join(map(str, paths))}: nothing to train on ({reasons})")
-    return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
+    return ExampleSet(
+        examples=tuple(examples),
+        left_out=dict(left_out),
+        wrong=verdicts["wrong"],
+        undecided=verdicts["undecided"],
+    )
 
 
 def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> tuple[Example, ...]:
@@ -168,6 +193,7 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
             prompt = _check_ids(fields.get("student_prompt_ids"), tokenizer, f"{where}: student_prompt_ids")
             completion = _check_ids(fields["completion_ids"], tokenizer, f"{where}: completion_ids")
         else:
+            check_is_no_problem(fields, COMPLETION_FIELDS, where)
             conversation = parse_conversation(fields, COMPLETION_FIELDS, where)
             encoded = encode_conversation(conversation, tokenizer, is_finished(fields, where))
             prompt, completion, is_cut_off = encoded.prompt, encoded.completion, encoded.is_cut_off

@@ -188,11 +188,15 @@ def _make_key(source: object) -> str:
 
 
 def make_training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return a row with a trace's prompt and a response to it: ids, which genssd trains on, and text for others."""
+    """Return a row with a trace's prompt and a response to it: ids, which genssd trains on, and text for others.
+
+    Its field `correct` is the verdict that the data give; a command that judges replaces it.
+    """
     return {
         "prompt": str(tokenizer.hf.decode(list(trace.prompt_ids))),
         "completion": tokenizer.decode(response_ids),
         "answer": trace.answer,
+        "correct": trace.correct,
         "teacher": trace.teacher,
         "student_prompt_ids": list(trace.prompt_ids),
         "completion_ids": list(response_ids),

@@ -273,8 +273,8 @@ class _Measurement:
             skip=done,
             labels=[q.label for q in questions],
         )
-        for index, completions in generated:
-            rollouts[index] = tuple(completions)
+        for outcome in generated:
+            rollouts[outcome.index] = tuple(outcome.completions)
             self._report(DiagnoseProgress(phase="rollouts", done=len(done) + len(rollouts), total=len(questions)))
         return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions if q.index not in done]
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -223,6 +223,12 @@ class Run:
         ends = self._row_ends()
         keep_spans(self.journal_path, [(ends[number], ends[number + 1]) for number in numbers])
         self._ends = None
+
+    def sort_rows(self, key: Callable[[Mapping[str, Any]], int]) -> None:
+        """Put the rows of the journal into the order of a number of each. Nothing is appended to it afterwards."""
+        self._journal = None
+        order = sorted((key(row), number) for number, row in enumerate(self.done()))
+        self.keep_rows(number for _, number in order)
 
     def describe(self) -> str:
         """Return what the output directory holds of this run now, and how the run goes on, for whoever stopped it."""

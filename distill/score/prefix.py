@@ -244,7 +244,7 @@ def _continue(
         seed=config.seed,
         labels=[trace.where for trace, _ in prefixes],
     )
-    written = {index: completion for index, (completion,) in generated}
+    written = {outcome.index: outcome.completions[0] for outcome in generated}
     return [written[i] for i in range(len(prefixes))]
 
 
@@ -268,7 +268,7 @@ def _asking(engine: Engine, config: PrefixConfig) -> PrefixJudge:
             labels=[prefixes[i][0].where for i in short],
         )
         # "[NOT_ENOUGH]" does not contain "[ENOUGH]"
-        sufficient = {short[index] for index, (reply,) in replies if "[ENOUGH]" in reply.text}
+        sufficient = {short[reply.index] for reply in replies if "[ENOUGH]" in reply.completions[0].text}
         return [i in sufficient for i in range(len(prompts))]
 
     return judge

@@ -213,7 +213,7 @@ def _write_selected(
     )
     write_jsonl(
         run.path("selected.jsonl"),
-        (_training_row(engine, traces[i], name, columns[name][i], weights[i]) for i in selected),
+        (_training_row(engine, traces[i], rows[i], name, columns[name][i], weights[i]) for i in selected),
     )
     return selected
 
@@ -316,6 +316,10 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequenc
         yield {**described, **{name: _jsonable(column[i]) for name, column in columns.items()}}
 
 
-def _training_row(engine: Engine, trace: Trace, criterion: str, score: float, weight: float) -> dict[str, Any]:
+def _training_row(
+    engine: Engine, trace: Trace, scored: Mapping[str, Any], criterion: str, score: float, weight: float
+) -> dict[str, Any]:
+    """Return a row of selected.jsonl. scored: the trace's row of the journal, which has the verdict."""
     fields = make_training_row(trace, trace.response_ids, engine.tokenizer("student"))
-    return {**fields, "criterion": criterion, "score": _jsonable(score), "weight": weight}
+    verdict = {name: scored[name] for name in ("correct", "undecided")}
+    return {**fields, **verdict, "criterion": criterion, "score": _jsonable(score), "weight": weight}

@@ -129,11 +129,11 @@ def _generate(
         skip=done,
         labels=[problem.where for problem in problems],
     )
-    for finished, (index, completions) in enumerate(responses, start=1):
-        problem = problems[index]
+    for finished, outcome in enumerate(responses, start=1):
+        index, problem = outcome.index, problems[outcome.index]
         source = {"file": config.data, "line": problem.line}
         run.journal.append(
-            make_response_row(index, problem, *prompt_ids[index], completions, {"source": source, **origin})
+            make_response_row(index, problem, *prompt_ids[index], outcome.completions, {"source": source, **origin})
         )
         report(len(done) + finished, len(problems))
 

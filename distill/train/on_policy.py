@@ -94,7 +94,7 @@ class Rollouts:
             skip=frozenset(range(len(examples))) - frozenset(indices),
             labels=[example.where for example in examples],
         )
-        token_ids = {index: completion.token_ids for index, (completion,) in generated}
+        token_ids = {outcome.index: outcome.completions[0].token_ids for outcome in generated}
         return [self._replace_completion(examples[i], token_ids[i]) for i in indices]
 
     def _replace_completion(self, example: Example, token_ids: Sequence[int]) -> Example:

@@ -106,10 +106,10 @@ def distill(config: DistillConfig, console: Console) -> None:
         for summary in run_distill(config, report=lines.report):
             lines.close()
             score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
-            undecided = f", {summary.undecided} could not be judged" if summary.undecided else ""
+            left_out = "".join(f", {count} {reason}" for reason, count in summary.left_out.items())
             accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
             print(
-                f"round {summary.round}: {summary.kept} of {summary.prompts} kept{undecided}, "
+                f"round {summary.round}: {summary.kept} of {summary.prompts} kept{left_out}, "
                 f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
             )
     print(f"written to {config.output_dir}; the student is {summary.student}")
@@ -117,13 +117,14 @@ def distill(config: DistillConfig, console: Console) -> None:
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
     with ProgressLine("evaluate", console) as line:
-        result = run_evaluate(config, report=report_counts(line, "responses"))
+        result = run_evaluate(config, report=report_counts(line, "problems"))
     print(f"greedy accuracy {result.accuracy} over {len(result.correct)} problems (95 % interval)")
     if result.avg_at_k is not None:
-        print(f"avg@{result.samples} {result.avg_at_k}")
+        print(f"avg@{result.samples} {result.avg_at_k} (95 % interval over problems)")
     print(f"{result.mean_tokens:.0f} tokens per response, {result.unfinished} cut at max_tokens")
     _print_undecided(result.undecided)
     print(f"written to {config.output_dir}")
+    _raise_for_bad_rows("were not evaluated; all others were", result.not_evaluated, Path(config.output_dir))
 
 
 def score(config: ScoreConfig, console: Console) -> None:

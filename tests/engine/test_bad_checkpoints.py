@@ -252,7 +252,9 @@ def test_messages_are_rendered_with_the_template(engine: Engine) -> None:
 
 def test_a_prompt_longer_than_the_positions(engine: Engine) -> None:
     for call in (engine.select_expand, engine.generate):
-        with pytest.raises(CapacityError, match=r"prompt 1 has 600 tokens; the teacher .* has 512 positions"):
+        with pytest.raises(
+            CapacityError, match=r"prompt 1: the prompt has 600 tokens; the teacher .* has 512 positions"
+        ):
             call(["fine", "x" * 600], max_tokens=4)
     (completion,) = engine.generate(["x" * 511], max_tokens=50)[0]
     assert len(completion.token_ids) == 1
@@ -260,7 +262,9 @@ def test_a_prompt_longer_than_the_positions(engine: Engine) -> None:
 
 def test_a_prompt_longer_than_the_cache(pair: Pair) -> None:
     tight = pair.engine(memory_bytes=4 * 16 * 1024)  # four pages of 16 tokens per model
-    with pytest.raises(CapacityError, match=r"prompt 1 has 65 tokens; the teacher's .* holds 64: raise memory_bytes"):
+    with pytest.raises(
+        CapacityError, match=r"prompt 1: the prompt has 65 tokens; the teacher's .* holds 64: raise memory_bytes"
+    ):
         tight.generate(["fine", "x" * 65], max_tokens=1)
     with pytest.raises(CapacityError, match=r"prompt 0: 4 candidates of up to 30 tokens need \d+ pages more"):
         tight.select_expand(["fine"], candidates=4, chunk=Chunk(tokens=30, until=None))

@@ -117,7 +117,7 @@ def test_nothing_is_left_behind(engine: Engine, pair: Pair) -> None:
     with pytest.raises(CapacityError, match=r"the prompt: prompt and response do not fit into the \d+ free pages"):
         list(tiny.iter_force(PROMPT, [RESPONSE], [[Fork(position=39, token=9)]], max_tokens=45))
     assert tiny.pages_in_use[0] == 0
-    with pytest.raises(CapacityError, match="the prompt does not fit"):
+    with pytest.raises(CapacityError, match="the prompt: the responses do not fit"):
         list(tiny.iter_force(PROMPT, [RESPONSE], [[Fork(position=3, token=9)]], max_tokens=400))
     assert tiny.pages_in_use[0] == 0
 

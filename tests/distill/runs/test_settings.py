@@ -27,7 +27,7 @@ NOT_COUNTED = {
     "reselect": ENGINE | {"output_dir"},
     "prefix": ENGINE | {"output_dir", "resume"},
     "leaf": {"device", "output_dir", "resume"},
-    "evaluate": ENGINE | {"output_dir"},
+    "evaluate": ENGINE | {"output_dir", "resume", "data", "limit"},
     "diagnose": ENGINE
     | {"output_dir", "resume", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions"},  # applied to the finished journal

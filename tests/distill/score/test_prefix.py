@@ -107,14 +107,15 @@ def test_the_student_is_asked_and_the_answer_is_read(
     real, asked = tiny_pair.engine.iter_generate, []
 
     def generate(prompts: Any, **options: Any) -> Any:
-        for index, (reply,) in real(prompts, **options):
+        for outcome in real(prompts, **options):
             if options["max_tokens"] == 4:
                 assert options["sampling"].temperature == 0.0
-                text = tiny_pair.engine.tokenizer("student").decode(prompts[index])
+                text = tiny_pair.engine.tokenizer("student").decode(prompts[outcome.index])
                 asked.append(text)
                 word = "[ENOUGH]" if "carry" in text else "[NOT_ENOUGH] ENOUGH"
-                reply = dataclasses.replace(reply, text=f"I say {word}.")
-            yield index, [reply]
+                reply = dataclasses.replace(outcome.completions[0], text=f"I say {word}.")
+                outcome = dataclasses.replace(outcome, sampled=(reply,))
+            yield outcome
 
     monkeypatch.setattr(tiny_pair.engine, "iter_generate", generate)
     run(tiny_pair, write_rows(ROWS[:1]), tmp_path / "out")

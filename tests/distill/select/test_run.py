@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from genssd.distill.data.problems import read_problems
 from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.run import Run
 from genssd.distill.select.run import SelectConfig, keep_complete, run_select
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
 PROMPTS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "one"}, {"prompt": "four"}]
@@ -185,11 +186,14 @@ def test_kill_9_and_resume(tiny_pair: TinyPair, write_rows: Write, tmp_path: Pat
         assert sorted(resumed, key=key) == sorted(whole, key=key)
 
 
-def test_bad_prompts_are_named_by_file_and_line(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    data = write_rows([{"prompt": "fine"}, {"prompt": "x" * 600}])
-    with pytest.raises(CapacityError, match=r"data\.jsonl, line 2 has 600 tokens; the teacher .* has 512 positions"):
-        run_select(config_for(tiny_pair, data, tmp_path / "run"), tiny_pair.engine)
-    assert (tmp_path / "run" / "selections.jsonl").read_bytes() == b""
+def test_a_prompt_that_is_too_long_is_named_by_file_and_line_and_the_others_run(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    data = write_rows([{"prompt": "x" * 600}, {"prompt": "fine"}])
+    summary = run_select(config_for(tiny_pair, data, tmp_path / "run"), tiny_pair.engine)
+    (failure,) = summary.failures
+    assert re.search(r"data\.jsonl, line 1: the prompt has 600 tokens; the teacher .* has 512 positions$", failure)
+    assert [row["index"] for row in lines(tmp_path / "run" / "selections.jsonl")] == [1]
 
 
 def test_an_output_dir_that_is_a_file(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

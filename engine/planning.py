@@ -1,0 +1,113 @@
+"""From the prompts of a call to what runs: which prompts can be run at all, and the outcome of those that cannot.
+
+A prompt is left out before anything runs when it is longer than a model's positions, or when the first candidates after
+it would not fit into an empty cache. Its outcome then says why, and the others run as if it were not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from genssd.engine.branch import Branch
+from genssd.engine.chunk import Chunk
+from genssd.engine.errors import CapacityError
+from genssd.engine.expander import Expander
+from genssd.engine.expansion import Expansion
+from genssd.engine.generation import Generation, generate
+from genssd.engine.judging import Judge
+from genssd.engine.resources import EncodedPrompt, Resources
+from genssd.engine.runner import Role
+from genssd.engine.sampling import prompt_stream
+from genssd.engine.scheduler import SearchScheduler
+from genssd.engine.search import PromptSearch
+from genssd.engine.selection import Selection
+from genssd.engine.session import Session
+
+NO_ANSWER_ROOM = "prompt and reference answer leave no position for a response"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchPlan:
+    """The searches of one call, and the prompts that cannot be run."""
+
+    expander: Expander
+    searches: Sequence[PromptSearch]
+    misfits: Sequence[tuple[PromptSearch, str]]
+    """Prompts that cannot be run, and why."""
+
+    def require_all(self) -> None:
+        """Raise CapacityError naming the first prompt that cannot be run."""
+        for search, misfit in self.misfits:
+            raise CapacityError(f"{search.label}: {misfit}")
+
+    def run(self) -> Iterator[Selection]:
+        """Yield the outcomes of the prompts that cannot be run, then every other one as soon as it is known."""
+        for search, misfit in self.misfits:
+            yield search.outcome(error=misfit)
+        yield from SearchScheduler(self.searches, self.expander).run()
+
+
+def plan_search(resources: Resources, session: Session, judge: Judge, prompts: Iterable[EncodedPrompt]) -> SearchPlan:
+    """Make the search of every prompt, and find those that cannot be run."""
+    searches: list[PromptSearch] = []
+    misfits: list[tuple[PromptSearch, str]] = []
+    for prompt in prompts:
+        limit = resources.search_limit(prompt, judge.options.max_tokens, judge.criterion)
+        search = PromptSearch(
+            index=prompt.index,
+            label=prompt.label,
+            occurrence=prompt.occurrence,
+            root=_root(session, prompt, judge.options.seed, "teacher"),
+            max_tokens=limit,
+            judge=judge,
+        )
+        misfit = prompt.misfit or (NO_ANSWER_ROOM if limit < 1 else None)
+        misfit = misfit or next(filter(None, map(session.expander.find_misfit, search.round)), None)
+        if misfit is None:
+            searches.append(search)
+        else:
+            misfits.append((search, misfit))
+    return SearchPlan(expander=session.expander, searches=searches, misfits=misfits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """The options of one call of `generate` other than its prompts and sampling."""
+
+    roles: Sequence[Role]
+    """Models that read the prompts, the writing one first."""
+    n: int
+    max_tokens: int
+    seed: int
+
+
+def iter_generations(
+    resources: Resources, session: Session, request: GenerationRequest, prompts: Iterable[EncodedPrompt]
+) -> Iterator[Generation]:
+    """Check the prompts at once; return an iterator over the outcomes, those that cannot be run first."""
+    chunk = Chunk(tokens=request.max_tokens, until=None)
+    queue: dict[int, Expansion] = {}
+    failed: list[Generation] = []
+    for prompt in prompts:
+        root = _root(session, prompt, request.seed, request.roles[0])
+        limit = resources.response_limit(prompt.ids, request.max_tokens, request.roles)
+        expansion = Expansion(root, request.n, chunk, limit, prompt.label)
+        misfit = prompt.misfit or session.expander.find_misfit(expansion)
+        if misfit is None:
+            queue[prompt.index] = expansion
+        else:
+            failed.append(Generation(index=prompt.index, label=prompt.label, error=misfit))
+    return _run_generation(failed, queue, session.expander)
+
+
+def _run_generation(
+    failed: Sequence[Generation], queue: dict[int, Expansion], expander: Expander
+) -> Iterator[Generation]:
+    yield from failed
+    yield from generate(queue, expander)
+
+
+def _root(session: Session, prompt: EncodedPrompt, seed: int, writer: Role) -> Branch:
+    ids = prompt.ids.teacher if writer == "teacher" else prompt.ids.student
+    return Branch.root(session, prompt.ids, prompt_stream(seed, ids, prompt.occurrence))
