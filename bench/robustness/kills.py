@@ -181,9 +181,10 @@ def _run_part(words: Sequence[str], output_dir: Path, *, kill_after: float | Non
     """Run a command in a forked process; return its exit code (-9 if it was killed) and what it printed."""
     printed = output_dir.with_suffix(".log")
     printed.parent.mkdir(parents=True, exist_ok=True)
+    printed.write_text("")
     process = os.fork()
     if process == 0:
-        descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(printed, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
         try:

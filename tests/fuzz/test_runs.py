@@ -28,7 +28,6 @@ from support.tiny_pair import TinyPair
 
 from genssd.commands import COMMANDS
 from genssd.distill.runs.journal import make_line
-from genssd.distill.train.checkpoints import read_checkpoint
 from genssd.engine.errors import InputError
 from genssd.flags import read_config
 
@@ -136,12 +135,15 @@ def test_any_record(
 
 @fuzz_settings(20, 0.05)
 @given(data=st.data())
-def test_any_trainer_state(finished: dict[str, Path], scratch: Path, data: st.DataObject) -> None:
+def test_any_trainer_state(
+    small_runs: dict[str, SmallRun], finished: dict[str, Path], scratch: Path, data: st.DataObject
+) -> None:
     output_dir = copy_run(finished["train"], scratch)
     (checkpoint,) = output_dir.glob("checkpoint-*")
     path = checkpoint / "trainer_state.json"
     path.write_bytes(data.draw(mutated_file(json.loads(path.read_text()), ("step", "epoch", "settings"))))
-    succeeds_or_refuses(lambda: read_checkpoint(checkpoint))
+    with no_sync():
+        succeeds_or_refuses(lambda: small_runs["train"].run(output_dir, resume=True))
 
 
 def fields_of(command: str) -> dict[str, object]:

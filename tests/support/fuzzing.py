@@ -63,7 +63,7 @@ def succeeds_or_refuses(work: Callable[[], object]) -> str | None:
             message = str(error)
             assert message
             assert len(message) < 2000, f"a message of {len(message)} characters: {message[:300]}"
-            assert all(c.isprintable() for c in message), f"not printable: {message!r}"
+            assert all(c.isprintable() for c in message), f"not printable, or several lines: {message!r}"
             return message
     return None
 
