@@ -200,6 +200,13 @@ def test_streams_that_cannot_be_written_end_in_one_line_and_the_exit_code() -> N
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+def test_names_that_the_output_cannot_encode_are_escaped() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([*GENSSD, "s\u00e9lect"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "genssd: unknown command 's\\xe9lect'; did you mean 'select'?\n"
+
+
 def test_a_reader_that_has_gone() -> None:
     reading, writing = os.pipe()
     os.close(reading)
