@@ -17,12 +17,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from genssd.distill.answers.intervals import Estimate, wilson, wilson_of_groups
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.run import Run
@@ -39,6 +40,10 @@ MAX_LISTED = 10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig(EngineOptions, ChatSettings):
     """Measure a model's accuracy."""
+
+    NEEDS: ClassVar[Needs] = {
+        name: Need(lambda o: o.samples > 0, "a number of samples above 0") for name in ("sampling", "seed")
+    }
 
     model: ModelPath[str]
     """Hub id or local directory of the model."""

@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.run import Run
@@ -34,6 +35,8 @@ from genssd.engine.sampling import Sampling
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(EngineOptions, ChatSettings):
     """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
+
+    NEEDS: ClassVar[Needs] = {"rsd": Need(lambda o: o.method == "rsd", "method rsd")}
 
     teacher: ModelPath[str]
     """Hub id or local directory of the model that writes."""
