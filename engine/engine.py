@@ -325,6 +325,10 @@ class Engine:
         """Configurations of the GPU kernels that the engine takes, and where they come from; None on a CPU."""
         return describe_launches([runner.decoder for runner in self._resources.runners.values()])
 
+    def positions(self, model: Role) -> int:
+        """Return the number of positions of a model: the maximum number of tokens that it can read after each other."""
+        return self._resources.runner(model).decoder.config.max_position_embeddings
+
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
         runner = self._resources.runner(model)

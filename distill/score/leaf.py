@@ -33,6 +33,7 @@ from genssd.distill.data.traces import (
     read_usable_traces,
     sort_by_trace,
 )
+from genssd.distill.data.written_rows import TextPrompt
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
@@ -140,9 +141,29 @@ def _rows(traces: Sequence[Trace], journal: Sequence[dict[str, Any]], tokenizer:
         yield {**make_training_row(trace, trace.response_ids, tokenizer), "left_out": None}
         for span in row["runs"]:
             prompt = tuple(token for i, token in enumerate(trace.prompt_ids) if i not in span)
-            shorter = dataclasses.replace(trace, prompt_ids=prompt)
+            shorter = dataclasses.replace(trace, prompt_ids=prompt, prompt=_shorten_prompt(trace, span, tokenizer))
             left_out = tokenizer.decode([trace.prompt_ids[i] for i in span])
             yield {**make_training_row(shorter, trace.response_ids, tokenizer), "left_out": left_out}
+
+
+def _shorten_prompt(trace: Trace, span: Sequence[int], tokenizer: Tokenizer) -> TextPrompt | None:
+    """Return the prompt without a span of the question's tokens; None where the row has no text, or another one."""
+    if trace.prompt is None:
+        return None
+    places = question_places(trace, tokenizer)
+    pieces = tokenizer.pieces(trace.prompt_ids)
+    whole, shorter = (
+        "".join(pieces[i] for i in range(places[0], places[-1] + 1) if i not in left_out) for left_out in ((), span)
+    )
+    text = trace.prompt.text
+    last = text if isinstance(text, str) else str(text[-1]["content"])
+    if last.strip() not in whole:
+        return None
+    # the first and the last token of the question may hold characters of the template as well
+    before, after = whole.split(last.strip(), 1)
+    shortened = shorter.removeprefix(before).removesuffix(after)
+    changed = shortened if isinstance(text, str) else [*text[:-1], {**text[-1], "content": shortened}]
+    return dataclasses.replace(trace.prompt, text=changed)
 
 
 def question_places(trace: Trace, tokenizer: Tokenizer) -> list[int]:

@@ -24,6 +24,7 @@ def config_of(command: str, data: list[str]) -> Any:
         "model_name_or_path": MODELS[1],
         "data": (data[0],) if command in ("score", "prefix", "leaf", "train") else data[0],
         "run": "runs/select",
+        "criteria": ("divergence",),
     }
     names = {field.name for field in dataclasses.fields(config_class)}
     return config_class(**{name: value for name, value in given.items() if name in names})

@@ -40,7 +40,7 @@ NOT_COUNTED = {
 BY_CONTENT = {
     "select": {"teacher", "student"},
     "generate": {"teacher", "student"},
-    "score": {"student"},
+    "score": {"student", "teacher"},
     "reselect": {"student"},
     "prefix": {"student"},
     "leaf": {"teacher", "student"},
@@ -134,7 +134,7 @@ PATHS = {
     "demo": {"output_dir"},
     "select": {"teacher", "student", "data", "output_dir", "calibrate.data"},
     "generate": {"teacher", "student", "data", "output_dir"},
-    "score": {"student", "data", "output_dir"},
+    "score": {"student", "teacher", "data", "output_dir"},
     "reselect": {"run", "student", "output_dir"},
     "prefix": {"student", "data", "output_dir"},
     "leaf": {"student", "teacher", "data", "output_dir"},
@@ -169,6 +169,8 @@ def make_with_home(config_class: type, prefix: str = "") -> tuple[Any, set[str]]
         elif str in kinds and field.name not in NO_PATHS:
             values[field.name] = ("~/x", "~/y") if typing.get_origin(hint) is tuple else "~/x"
             names.add(f"{prefix}{field.name}")
+        elif field.name == "criteria":
+            values[field.name] = ("divergence",)  # without it a teacher is refused
         elif field.name == "kd_ratio":
             values[field.name] = 1.0  # without it a teacher is refused
     return config_class(**values), names
