@@ -21,7 +21,8 @@ from genssd.engine.errors import InputError
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
 ENGINE = {"device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
-SEARCH = SAMPLING | ENGINE | {
+WRITING = SAMPLING | {"generation_config"}
+SEARCH = WRITING | ENGINE | {
     "candidates", "chunk.tokens", "chunk.until", "chunk.limit", "chunk.shortest", "criterion", "threshold",
     "max_tokens", "teacher_topk", "loop_guard", "seed", "calibrate.data", "beam",
 }  # fmt: skip
@@ -37,15 +38,15 @@ ALWAYS = {
     "demo": {"output_dir", "prompts", "candidates", "train_tokens", "learning_rate", "batch_size", "eval_problems"}
     | {"post_hoc", "seed"},
     "select": SEARCH | CHAT | RUN | {"teacher", "student"},
-    "generate": ENGINE | CHAT | SAMPLING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
-    "score": ENGINE | CHAT | RUN | {"student", "criteria", "verify"}
+    "generate": ENGINE | CHAT | WRITING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
+    "score": ENGINE | CHAT | RUN | {"student", "teacher", "criteria", "verify"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},
-    "prefix": ENGINE | CHAT | SAMPLING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
+    "prefix": ENGINE | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
     "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device"},
     "evaluate": ENGINE | CHAT | RUN | {"model", "samples", "max_tokens"},
-    "diagnose": ENGINE | CHAT | SAMPLING | RUN
+    "diagnose": ENGINE | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"},
     "train": TRAINING | CHAT
@@ -73,7 +74,7 @@ OFF: dict[str, set[str]] = {
     "generate": {f"rsd.{name}" for name in ("probability", "top", "tries")}
     | {f"rsd.student.{name.rpartition('.')[2]}" for name in SAMPLING},
     "score": {"pick.similarity"},
-    "evaluate": SAMPLING | {"seed"},
+    "evaluate": WRITING | {"seed"},
     "diagnose": {"context_readers"} | {f"templates.{name}" for name in ("hint", "solution", "summary", "other")},
     "train": OFF_IN_TRAINING | {"allow_eval_overlap"},
     "distill": {f"train.{name}" for name in OFF_IN_TRAINING} | {f"select.{name}" for name in CALIBRATE}
