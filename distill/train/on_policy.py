@@ -18,7 +18,7 @@ from torch import Tensor
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.settings import Operational
 from genssd.engine.config import ModelConfig
-from genssd.engine.engine import Engine
+from genssd.engine.engine import Engine, open_engine
 from genssd.engine.errors import InputError
 from genssd.engine.model import Decoder
 from genssd.engine.sampling import Sampling
@@ -76,7 +76,7 @@ class Rollouts:
         for name, view in decoder.stacked().items():
             model.get_parameter(name).data = view
         # the engine's messages name the option memory_bytes, which is rollout.memory_bytes here
-        engine = Engine.from_decoder("student", decoder, tokenizer, memory_bytes=plan.options.memory_bytes)
+        engine = open_engine("student", decoder, tokenizer, memory_bytes=plan.options.memory_bytes)
         return Rollouts(engine, plan)
 
     def write(self, examples: Sequence[Example], step: int, indices: Sequence[int]) -> list[Example]:
