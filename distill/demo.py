@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,10 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from genssd.distill.answers.intervals import paired_difference
 from genssd.distill.console import ProgressLine, report_counts, report_selection, report_training
-from genssd.distill.evaluating import Estimate, EvaluateConfig, Evaluation, bootstrap, run_evaluate
+from genssd.distill.evaluating import EvaluateConfig, Evaluation, run_evaluate
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.settings import FileName
+from genssd.distill.runs.writing import remove_directory
 from genssd.distill.select.run import SelectConfig, SelectSummary, run_select
 from genssd.distill.small_pair.problems import STYLES, Problem, detect_style, make_problems, solves
 from genssd.distill.train.config import TrainConfig
@@ -108,20 +109,13 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
         "cold_start": _report_fields(before),
         "arms": {arm.name: _arm_fields(arm) for arm in arms},
         "minus_standard": {
-            arm.name: dataclasses.asdict(
-                paired_difference(arm.evaluation.correct, arms[0].evaluation.correct, config.seed)
-            )
+            arm.name: dataclasses.asdict(paired_difference(arm.evaluation.correct, arms[0].evaluation.correct))
             for arm in arms[1:]
         },
     }
     write_json(output_dir / "demo.json", result)
     screen.print(f"{seconds:.0f} s in all. Journals, decisions, students and demo.json are in {output_dir}")
     return result
-
-
-def paired_difference(left: Sequence[bool], right: Sequence[bool], seed: int) -> Estimate:
-    """Return the mean of left - right over the same problems, with a percentile bootstrap interval over problems."""
-    return bootstrap([float(a) - float(b) for a, b in zip(left, right, strict=True)], seed)
 
 
 def _clear(output_dir: Path) -> None:
@@ -131,7 +125,7 @@ def _clear(output_dir: Path) -> None:
         if not mark.exists() or read_json(mark).get("command") != "demo":
             raise InputError(f"{output_dir} is not empty and not of an earlier demo; choose another output_dir")
         for arm in (*CHUNK_OF_ARM, "cold-start"):
-            shutil.rmtree(output_dir / arm, ignore_errors=True)
+            remove_directory(output_dir / arm)
     write_json(mark, {"command": "demo"})
 
 
@@ -186,7 +180,6 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         output_dir=str(output_dir / name.replace(" ", "-") / "evaluation"),
         max_tokens=MAX_TOKENS,
         memory_bytes=MEMORY_BYTES,
-        seed=config.seed,
     )
     with ProgressLine(f"{name}: examination", progress) as line:
         return run_evaluate(evaluate, report=report_counts(line, "problems"))
@@ -265,7 +258,7 @@ def _show_results(before: Evaluation, arms: Sequence[Arm], config: DemoConfig, s
     )
     standard = arms[0].evaluation.correct
     for arm in arms[1:]:
-        screen.print(f"{arm.name} - standard: {paired_difference(arm.evaluation.correct, standard, config.seed)}")
+        screen.print(f"{arm.name} - standard: {paired_difference(arm.evaluation.correct, standard)}")
     screen.print(
         "The task is made to show the effect: styles change within a solution, the student can imitate only some, and "
         "the teacher prefers one that it cannot. How much selection gives elsewhere has to be measured there."

@@ -5,7 +5,7 @@ OUTPUT_DIR/rounds.jsonl            one line per finished round: what was kept, t
 OUTPUT_DIR/summary.json            the number of rounds and the last student
 OUTPUT_DIR/round-N/problems.jsonl  the problems of the round
 OUTPUT_DIR/round-N/select/         as `genssd select` leaves it
-OUTPUT_DIR/round-N/kept.jsonl      finished trajectories that are not known to be wrong: what is trained on
+OUTPUT_DIR/round-N/kept.jsonl      finished trajectories with the right answer: what is trained on
 OUTPUT_DIR/round-N/train/          as `genssd train` leaves it: the student of the next round
 OUTPUT_DIR/round-N/evaluate/       with eval_data; round-0 is the student at the start
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +27,10 @@ from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
+from genssd.distill.runs.journal import complete_rows, damaged_line, read_json, read_number, write_json, write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.writing import remove_directory, write_bytes
 from genssd.distill.select.run import SelectConfig, SelectProgress, SelectSettings, run_select
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
@@ -62,7 +63,8 @@ class DistillConfig(ChatSettings):
     """Train every round from the first student, on the trajectories of all rounds so far. Otherwise each round trains
     the student of the round before, on its own trajectories."""
     require_correct: bool = True
-    """Leave out trajectories that miss the reference answer, where a problem has one."""
+    """Train only on trajectories that give the reference answer of their problem. A problem without a reference answer
+    is refused; --no-require-correct trains on all trajectories."""
     eval_data: DataFile[str | None] = None
     """Data file of problems with answers, on which every round's student is evaluated."""
     eval_limit: int | None = None
@@ -99,8 +101,8 @@ class RoundSummary:
     """Number of selections by status."""
     kept: int
     """Number of the round's trajectories that were trained on."""
-    undecided: int = 0
-    """Number of the round's trajectories that could not be judged; they are left out like wrong ones."""
+    left_out: Mapping[str, int]
+    """Number of the round's trajectories that were not trained on, by reason."""
     mean_tokens: float
     """Mean number of tokens in the kept trajectories."""
     mean_score: float | None
@@ -125,6 +127,12 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
     problems = read_problems(config.data, system_prompt=config.system_prompt)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("distill runs in one process, not under torchrun")
+    unanswered = next((problem for problem in problems if problem.answer is None), None)
+    if config.require_correct and unanswered is not None:
+        raise InputError(
+            f"{unanswered.where}: no reference answer, by which require_correct chooses what is trained on; give "
+            "--no-require-correct to train on all trajectories"
+        )
     if config.train.teacher_model_name_or_path is not None:
         locate(config.train.teacher_model_name_or_path)
     for path in (*config.train.eval_data, *((config.eval_data,) if config.eval_data else ())):
@@ -138,17 +146,18 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
         config = dataclasses.replace(config, template_date=run.template_date)
         summaries = _finished_rounds(run)
         run.record()
-        yield from summaries
-        student = summaries[-1].student if summaries else config.student
+        student = config.student
         if config.eval_data is not None and not summaries:
             _evaluate(config, 0, student, report)
-        for number in range(len(summaries) + 1, config.rounds + 1):
-            summary = _round(config, number, student, report)
-            run.journal.append(dataclasses.asdict(summary))
+        done = max(config.rounds, *summaries) if summaries else config.rounds
+        for number in range(1, done + 1):
+            summary = summaries.get(number)
+            if summary is None:  # what is finished of the round is read from its directory
+                summary = _round(config, number, student, report)
+                run.journal.append(dataclasses.asdict(summary))
             student = summary.student
             yield summary
         counts = None if overlap is None else overlap.counts()
-        done = max(config.rounds, len(summaries))
         run.write_summary({"rounds": done, "student": student, "eval_overlap": counts})
 
 
@@ -166,24 +175,24 @@ def _chat_settings(config: DistillConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(ChatSettings)}
 
 
-def _finished_rounds(run: Run) -> list[RoundSummary]:
-    """Return the rounds in the journal. Raises InputError on a damaged line."""
-    summaries: list[RoundSummary] = []
-    for row in run.done():
+def _finished_rounds(run: Run) -> dict[int, RoundSummary]:
+    """Return the rounds in the journal by their numbers. Raises InputError on a damaged line."""
+    summaries: dict[int, RoundSummary] = {}
+    for number, row in enumerate(run.done(), start=1):
         try:
-            summaries.append(RoundSummary(**row))
+            summary = RoundSummary(**row)
         except TypeError:
-            raise InputError(
-                f"{run.journal_path}, line {len(summaries) + 1} is damaged; restore it or remove it"
-            ) from None
+            raise damaged_line(run.journal_path, number, "it is no round") from None
+        if summary.round in summaries:
+            raise damaged_line(run.journal_path, number, f"round {summary.round} is also in an earlier line")
+        summaries[summary.round] = summary
     return summaries
 
 
 def _round(config: DistillConfig, number: int, student: str, report: Report) -> RoundSummary:
     directory = Path(config.output_dir) / f"round-{number}"
     problems = directory / "problems.jsonl"
-    problems.parent.mkdir(exist_ok=True)
-    problems.write_bytes(b"".join(_problems(config, number)))
+    write_bytes(problems, _problems(config, number))
     settings = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(config.select)}
     selecting = SelectConfig(
         **{**settings, **_chat_settings(config), "seed": config.select.seed + number - 1},
@@ -197,10 +206,10 @@ def _round(config: DistillConfig, number: int, student: str, report: Report) -> 
     if selected.failures:
         listed = "".join(f"\n  {failure}" for failure in selected.failures[:10])
         raise CapacityError(f"round {number}: {len(selected.failures)} prompts do not fit into the cache:{listed}")
-    kept, undecided = _keep(config, selected.path, directory / "kept.jsonl")
+    kept, left_out = _keep(config, selected.path, directory / "kept.jsonl")
     if not kept:
         raise InputError(
-            f"round {number}: no trajectory is left to train on ({dict(selected.statuses)}); look at {selected.path}, "
+            f"round {number}: no trajectory is left to train on ({_list_counts(left_out)}); look at {selected.path}, "
             "raise max_tokens or the threshold, or give --no-require-correct"
         )
     loss = _train(config, number, student, report)
@@ -211,13 +220,17 @@ def _round(config: DistillConfig, number: int, student: str, report: Report) -> 
         prompts=selected.prompts,
         statuses=selected.statuses,
         kept=len(kept),
-        undecided=undecided,
+        left_out=left_out,
         mean_tokens=sum(len(row["completion_ids"]) for row in kept) / len(kept),
         mean_score=sum(scores) / len(scores) if scores else None,
         loss=loss,
         accuracy=None if config.eval_data is None else _evaluate(config, number, trained, report),
         student=trained,
     )
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 def _problems(config: DistillConfig, number: int) -> list[bytes]:
@@ -229,32 +242,35 @@ def _problems(config: DistillConfig, number: int) -> list[bytes]:
     return [lines[i % len(lines)] for i in range((number - 1) * count, number * count)]
 
 
-def _keep(config: DistillConfig, selections: Path, path: Path) -> tuple[Sequence[Mapping[str, Any]], int]:
-    """Write the trajectories that are trained on; return them, and how many could not be judged."""
-    rows, undecided = [], 0
+def _keep(config: DistillConfig, selections: Path, path: Path) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, int]]:
+    """Write the trajectories that are trained on; return them, and the number of the others by reason."""
+    rows: list[Mapping[str, Any]] = []
+    left_out: Counter[str] = Counter()
     judge = AnswerJudge(Tokenizer(locate(config.teacher))) if config.require_correct else None
     for row, _ in complete_rows(selections):
-        wrong = False
-        if judge is not None and row["answer"] is not None:
+        if row["status"] not in config.train.statuses:
+            left_out[f"status {row['status']}"] += 1
+            continue
+        if judge is not None:
             verdict = judge.judge(row["prompt_ids"], row["completion_ids"], row["answer"])
-            wrong = not verdict.is_correct
-            undecided += verdict.undecided is not None
-        if row["status"] in config.train.statuses and not wrong:
-            if row["teacher_topk"] is not None:
-                row["teacher_topk"]["file"] = f"select/{row['teacher_topk']['file']}"
-            rows.append(row)
+            if not verdict.is_correct:
+                left_out["wrong" if verdict.undecided is None else "undecided"] += 1
+                continue
+        if row["teacher_topk"] is not None:
+            row["teacher_topk"]["file"] = f"select/{row['teacher_topk']['file']}"
+        rows.append(row)
     write_jsonl(path, rows)
-    return rows, undecided
+    return rows, dict(left_out)
 
 
 def _train(config: DistillConfig, number: int, student: str, report: Report) -> float:
     directory = Path(config.output_dir) / f"round-{number}" / "train"
     finished = directory / "finished.json"
     if finished.exists():
-        return float(read_json(finished)["loss"])
+        return read_number(finished, "loss")
     begun = bool(list_checkpoints(directory))
     if directory.exists() and not begun:
-        shutil.rmtree(directory)  # it ended before its first checkpoint
+        remove_directory(directory)  # it ended before its first checkpoint
     rounds = range(1, number + 1) if config.restart else (number,)
     settings = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(config.train)}
     training = TrainConfig(
@@ -275,9 +291,9 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Report) ->
     """Return the greedy accuracy of a model; it is measured once and then read from summary.json."""
     assert config.eval_data is not None
     directory = Path(config.output_dir) / f"round-{number}" / "evaluate"
-    if (directory / "summary.json").exists():
-        return float(read_json(directory / "summary.json")["accuracy"]["value"])
-    shutil.rmtree(directory, ignore_errors=True)
+    summary = directory / "summary.json"
+    if summary.exists() and not read_json(summary).get("not_evaluated"):
+        return read_number(summary, "accuracy", "value")
     engine = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(EngineOptions)}
     evaluating = EvaluateConfig(
         **engine,
@@ -287,6 +303,10 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Report) ->
         limit=config.eval_limit,
         output_dir=str(directory),
         max_tokens=config.select.max_tokens,
-        samples=0,
+        resume=True,
     )
-    return run_evaluate(evaluating, report=lambda *p: report(f"round {number} evaluate", p)).accuracy.value
+    evaluation = run_evaluate(evaluating, report=lambda *p: report(f"round {number} evaluate", p))
+    if evaluation.not_evaluated:
+        listed = "".join(f"\n  {failure}" for failure in evaluation.not_evaluated[:10])
+        raise CapacityError(f"{len(evaluation.not_evaluated)} problems of eval_data are not evaluated:{listed}")
+    return evaluation.accuracy.value

@@ -171,6 +171,11 @@ def needs_answer(criterion: AnyCriterion) -> bool:
     return bool(getattr(criterion, "needs_answer", False))
 
 
+def needs_teacher(criterion: AnyCriterion) -> bool:
+    """Return whether a criterion declares, by an attribute of this name, that it reads `Candidate.teacher_logprob`."""
+    return bool(getattr(criterion, "needs_teacher", False))
+
+
 def evaluate(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
     """Return the values of candidates that compete with each other."""
     if isinstance(criterion, PoolCriterion):

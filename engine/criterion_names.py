@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion, needs_answer
+from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion, needs_answer, needs_teacher
 from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
 from genssd.engine.criteria.controls import Length, Random
 from genssd.engine.criteria.learning_gain import Lark
@@ -90,6 +90,10 @@ class WeightedRank:
     def needs_answer(self) -> bool:
         """Whether the prompts need reference answers."""
         return any(needs_answer(part) for _, part in self.parts)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(needs_teacher(part) for _, part in self.parts)
 
     @property
     def num_features(self) -> int:

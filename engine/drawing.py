@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from genssd.engine.branch import Branch
@@ -25,6 +27,8 @@ from genssd.kernels.head import row_logsumexp
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.sampling import linear_sample, sample
 from genssd.kernels.tuned import launch_mode
+
+GREEDY = Sampling(temperature=0.0)
 
 
 class Drawn(NamedTuple):
@@ -55,12 +59,25 @@ class Drawing(Protocol):
 
 
 class WriterDrawing:
-    """Drawing by the writing model without the student. num_topk: how many of its most likely tokens are kept later."""
+    """Drawing by the writing model without the student.
 
-    def __init__(self, writer: ModelRunner, sampling: Sampling, *, vocabulary: int, num_topk: int = 0) -> None:
+    num_topk: how many of its most likely tokens are kept later. greedy_first: whether the first candidate of every
+    expansion takes the most likely tokens, whatever the sampling of the others.
+    """
+
+    def __init__(
+        self,
+        writer: ModelRunner,
+        sampling: Sampling,
+        *,
+        vocabulary: int,
+        num_topk: int = 0,
+        greedy_first: bool = False,
+    ) -> None:
         self.writer = writer
         self.readers = (writer,)
         self._sampling = sampling
+        self._greedy_first = greedy_first
         self._vocabulary = vocabulary
         self._num_topk = num_topk
 
@@ -91,22 +108,41 @@ class WriterDrawing:
                 lane.branch.chunk_states.append((hidden_LD, row))
         branches = [lane.branch for lane in candidates]
         keys = noise_keys([branch.stream for branch in branches], [branch.length for branch in branches])
-        keys_C, source_C = upload(keys, hidden_LD.device), upload(source_C.numpy(), hidden_LD.device)
-        if not self._sampling.filters:
+        is_greedy = np.array(
+            [self._greedy_first and lane.branch is lane.expansion.children[0] for lane in candidates], dtype=bool
+        )
+        if not is_greedy.any():
+            return self._draw_rows(hidden_LD, source_C.numpy(), keys, self._sampling)
+        groups = ((np.flatnonzero(is_greedy), GREEDY), (np.flatnonzero(~is_greedy), self._sampling))
+        drawn = [
+            self._draw_rows(hidden_LD, source_C.numpy()[rows], keys[rows], sampling)
+            for rows, sampling in groups
+            if len(rows)
+        ]
+        place_C = upload(np.argsort(np.concatenate([rows for rows, _ in groups])), hidden_LD.device)
+        tokens, logprobs = zip(*drawn, strict=True)
+        return torch.cat(tokens)[place_C], torch.cat(logprobs)[place_C]
+
+    def _draw_rows(
+        self, hidden_LD: Tensor, source: NDArray[np.int64], keys: NDArray[np.int64], sampling: Sampling
+    ) -> tuple[Tensor, Tensor]:
+        """Draw one token for each of C rows, by the lane and the noise key of each. Returns what `_draw` returns."""
+        keys_C, source_C = upload(keys, hidden_LD.device), upload(source, hidden_LD.device)
+        if not sampling.filters:
             with launch_mode(deterministic=self.writer.decoder.deterministic):
                 return linear_sample(
                     hidden_LD.index_select(0, source_C),
                     self.writer.decoder.head,
                     keys_C,
-                    temperature=self._sampling.temperature,
+                    temperature=sampling.temperature,
                     vocabulary=self._vocabulary,
                     checked=False,
                 )
-        if len(candidates) <= len(lanes):
+        if len(source) <= len(hidden_LD):
             logits_CV = self.writer.logits(hidden_LD.index_select(0, source_C))
         else:
             logits_CV = self.writer.logits(hidden_LD).index_select(0, source_C)
-        tokens_C = draw_filtered(logits_CV[:, : self._vocabulary], keys_C, self._sampling, checked=False)
+        tokens_C = draw_filtered(logits_CV[:, : self._vocabulary], keys_C, sampling, checked=False)
         return tokens_C, logprob_of(logits_CV, tokens_C.clamp_min(0))
 
 

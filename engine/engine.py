@@ -136,20 +136,24 @@ class Engine(LoadedEngine):
         max_tokens: int = 4096,
         seed: int = 0,
         rsd: ReverseSpeculation | None = None,
+        greedy_first: bool = False,
         skip: frozenset[int] = frozenset(),
         labels: Sequence[str] | None = None,
     ) -> Iterator[Generation]:
         """Sample as `generate` does and yield each prompt's Generation as soon as its last completion ends.
 
         A prompt that is longer than the model's positions or than the cache yields a Generation with `error` set,
-        before all others. skip and labels: as in `iter_select_expand`. Arguments are checked at once.
+        before all others. greedy_first: the first of the n completions takes the most likely tokens, whatever the
+        sampling. skip and labels: as in `iter_select_expand`. Arguments are checked at once.
         """
         check_count("n", n)
         check_count("max_tokens", max_tokens)
         if rsd is not None and model != "teacher":
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
+        if rsd is not None and greedy_first:
+            raise InputError("greedy_first is for a model that writes alone: leave rsd out")
         roles: Sequence[Role] = [model] if rsd is None else BOTH
-        session = Session(self._resources, sampling, model, scored=False, rsd=rsd)
+        session = Session(self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first)
         encoded = self._resources.encode_all(prompts, labels_of(prompts, labels), roles)
         request = GenerationRequest(roles=roles, n=n, max_tokens=max_tokens, seed=seed)
         return iter_generations(self._resources, session, request, (p for p in encoded if p.index not in skip))

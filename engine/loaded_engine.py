@@ -99,6 +99,11 @@ class LoadedEngine:
         return describe_launches([runner.decoder for runner in self._resources.runners.values()])
 
     @check_arguments()
+    def positions(self, model: Role) -> int:
+        """Return the number of positions of a model: the maximum number of tokens that it can read after each other."""
+        return self._resources.runner(model).decoder.config.max_position_embeddings
+
+    @check_arguments()
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
         runner = self._resources.runner(model)

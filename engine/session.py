@@ -27,7 +27,7 @@ class Session:
 
     writer: the model that writes. scored: whether the student scores complete candidates. rsd: rules by which the
     student judges every single token of the teacher instead. num_topk: how many of the writer's most likely tokens are
-    kept along committed chunks.
+    kept along committed chunks. greedy_first: whether the first candidate of an expansion takes the most likely tokens.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Session:
         scored: bool = True,
         rsd: ReverseSpeculation | None = None,
         num_topk: int = 0,
+        greedy_first: bool = False,
     ) -> None:
         runner = resources.runner(writer)
         scorer = resources.runner("student") if scored or rsd is not None else None
@@ -51,7 +52,9 @@ class Session:
         writers: list[Role] = [writer]
         drawing: Drawing
         if rsd is None:
-            drawing = WriterDrawing(runner, sampling, vocabulary=vocabulary, num_topk=num_topk)
+            drawing = WriterDrawing(
+                runner, sampling, vocabulary=vocabulary, num_topk=num_topk, greedy_first=greedy_first
+            )
         else:
             assert scorer is not None
             _check_same_tokens(resources)

@@ -7,6 +7,8 @@ Rows of any other origin go through the tokenizer and its chat template:
     {"prompt": text or messages, "completion": text or messages}
     {"question" | "problem" | ...: text, "completion" | "response" | "output" | "solution" | "answer": text}
 
+The answer of a problem ("113") is no response: such rows are refused (final_answers.py).
+
     {"prompt": text, "chosen": text, "rejected": text}  a preference pair: two examples; genssd's own have ids, too
 
 A completion that its row states to be cut off ("finish_reason": "length" and the like, see endings.py), or that opens
@@ -27,19 +29,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.encoding import encode_conversation
+from genssd.distill.data.encoding import append_end, encode_conversation
 from genssd.distill.data.endings import is_finished
+from genssd.distill.data.final_answers import check_is_no_problem
 from genssd.distill.data.messages import (
     CONTEXT_FIELDS,
     OPTION_FIELDS,
     QUESTION_FIELDS,
     REFUSED_FIELDS,
     SYSTEM_FIELDS,
+    check_messages,
     find_question,
     parse_conversation,
 )
 from genssd.distill.data.problems import read_objects
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
+from genssd.distill.data.verdicts import read_verdict, require_verdict
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
@@ -72,6 +77,8 @@ class Example:
     """Whether this is the worse completion of a preference pair."""
     is_cut_off: bool = False
     """Whether the completion is text that was cut off, so that it has no end of sequence."""
+    has_own_ids: bool = False
+    """Whether the token ids are those of the row, and not made from its text."""
     question: str = ""
     """Text of the prompt's last turn that is not the assistant's; empty where the row has token ids alone."""
     where: str = ""
@@ -98,19 +105,30 @@ class ExampleSet:
     examples: tuple[Example, ...]
     left_out: Mapping[str, int]
     """Number of rows that were left out, by reason."""
+    wrong: int
+    """Number of rows among the examples whose field `correct` is false."""
+    undecided: int
+    """Number of rows among the examples whose response could not be judged."""
 
 
 def read_examples(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, statuses: Sequence[str]
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    statuses: Sequence[str],
+    require_correct: bool = False,
 ) -> ExampleSet:
     """Read the examples of data files. Rows with a `status` not in `statuses`, or longer than max_length tokens, are
     left out.
 
-    Raises InputError naming file and line on a row without a trainable token, or with none of the known fields; and
-    when all rows are left out.
+    require_correct: leave out all rows but those whose field `correct` is true, too. Raises InputError naming file and
+    line on a row without a trainable token, with none of the known fields, or without the field `correct` where it is
+    required; and when all rows are left out.
     """
     examples: list[Example] = []
     left_out: Counter[str] = Counter()
+    verdicts: Counter[str | None] = Counter()
     for path in paths:
         for raw_row, fields in read_objects(path):
             status = fields.get("status")
@@ -121,6 +139,10 @@ def read_examples(
                 left_out["without a token: pruned at once"] += 1
                 continue
             where = raw_row.where
+            verdict = read_verdict(fields, raw_row.text, where)
+            if require_correct and require_verdict(verdict, where) != "correct":
+                left_out[str(verdict)] += 1
+                continue
             if "rejected" in fields:
                 encoded = _encode_pair(fields, tokenizer, where, Path(path).parent)
             else:
@@ -132,10 +154,16 @@ def read_examples(
                 left_out[f"longer than {max_length} tokens"] += 1
                 continue
             examples += encoded
+            verdicts[verdict] += 1
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the files are empty"
         raise InputError(f"{', '.join(map(str, paths))}: nothing to train on ({reasons})")
-    return ExampleSet(examples=tuple(examples), left_out=dict(left_out))
+    return ExampleSet(
+        examples=tuple(examples),
+        left_out=dict(left_out),
+        wrong=verdicts["wrong"],
+        undecided=verdicts["undecided"],
+    )
 
 
 def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> tuple[Example, ...]:
@@ -143,6 +171,9 @@ def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, di
     has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint
     pair = []
     for name in ("chosen", "rejected"):
+        if not has_usable_ids and "problem_prompt" in fields:
+            pair.append(_encode_continuation(fields, name, tokenizer, f"{where}, {name}"))
+            continue
         row = {key: value for key, value in fields.items() if key in PAIR_FIELDS} | {"completion": fields.get(name)}
         if has_usable_ids:
             row |= {
@@ -154,6 +185,36 @@ def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, di
         example = encode_example(row, tokenizer, f"{where}, {name}", directory)
         pair.append(replace(example, rejected=name == "rejected"))
     return tuple(pair)
+
+
+def _encode_continuation(fields: Mapping[str, Any], name: str, tokenizer: Tokenizer, where: str) -> Example:
+    """Return one completion of a pair of genssd's own as another model's chat template renders it.
+
+    The prompt is the problem and the response before the pair; a completion that does not end the response gets no end.
+    """
+    problem, before, text = fields["problem_prompt"], fields.get("response_so_far", ""), fields.get(name)
+    if not isinstance(before, str) or not isinstance(text, str):
+        raise InputError(f"{where}: {name} and response_so_far must be text")
+    is_raw = isinstance(problem, str)
+    try:
+        prompt = tokenizer.encode_prompt(problem if is_raw else check_messages(problem, "problem_prompt", where))
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    prompt += tokenizer.encode_plain(before)
+    completion = tokenizer.encode_plain(text)
+    if fields.get(f"{name}_finished") is True:
+        completion = append_end(completion, tokenizer)
+    if not completion:
+        raise InputError(f"{where}: the completion has no token to train on")
+    question = problem if is_raw else str(problem[-1]["content"])
+    return Example(
+        input_ids=(*prompt, *completion),
+        num_prompt=len(prompt),
+        weight=_parse_weight(fields, where),
+        rejected=name == "rejected",
+        question=question,
+        where=where,
+    )
 
 
 def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> Example:
@@ -168,6 +229,7 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
             prompt = _check_ids(fields.get("student_prompt_ids"), tokenizer, f"{where}: student_prompt_ids")
             completion = _check_ids(fields["completion_ids"], tokenizer, f"{where}: completion_ids")
         else:
+            check_is_no_problem(fields, COMPLETION_FIELDS, where)
             conversation = parse_conversation(fields, COMPLETION_FIELDS, where)
             encoded = encode_conversation(conversation, tokenizer, is_finished(fields, where))
             prompt, completion, is_cut_off = encoded.prompt, encoded.completion, encoded.is_cut_off
@@ -183,6 +245,7 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
         num_prompt=len(prompt),
         weight=_parse_weight(fields, where),
         is_cut_off=is_cut_off,
+        has_own_ids=has_usable_ids,
         question=question or "",
         where=where,
     )

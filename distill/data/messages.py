@@ -126,11 +126,15 @@ def parse_conversation(fields: Mapping[str, Any], completion_fields: Sequence[st
         if answer is None or not any(isinstance(fields.get(name), str) for name in QUESTION_FIELDS):
             raise InputError(
                 f"{where}: no prompt with a completion; a row needs messages, or prompt and completion, or a question "
-                f"with one of {', '.join(completion_fields)}; this one has {', '.join(fields) or 'nothing'}"
+                f"with one of {', '.join(completion_fields)}; this one has {', '.join(fields) or 'nothing'}. `genssd "
+                "select` or `genssd generate` writes responses to problems"
             )
         turns = [*parse_question(fields, where), {"role": "assistant", "content": answer}]
     if turns[-1]["role"] != "assistant":
-        raise InputError(f"{where}: the last message must be the assistant's, it is the {turns[-1]['role']}'s")
+        raise InputError(
+            f"{where}: the last message must be the assistant's, it is the {turns[-1]['role']}'s. `genssd select` or "
+            "`genssd generate` writes responses to problems"
+        )
     return Conversation(prompt=turns[:-1], response={**thought, **turns[-1]}, tools=tools)
 
 

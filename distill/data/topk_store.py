@@ -8,16 +8,15 @@ only ever grows, and the bytes that a row refers to are on disk before the row i
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
+from genssd.distill.runs.writing import GrowingFile, truncate
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TopK
 
@@ -78,14 +77,10 @@ class TopkStore:
 
         Raises InputError when it is shorter, or cannot be written.
         """
-        self._path = path
-        try:
-            self._stream = path.open("ab")
-            if self._stream.tell() < end:
-                raise InputError(f"{path} is shorter than its rows say: restore it, or choose another output_dir")
-            self._stream.truncate(end)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        if (path.stat().st_size if path.exists() else 0) < end:
+            raise InputError(f"{path} is shorter than its rows say: restore it, or choose another output_dir")
+        truncate(path, end)
+        self._file = GrowingFile(path)
 
     def append(self, topk: TopK) -> dict[str, Any]:
         """Write one trajectory's top k, wait until it is on disk, and return the field `teacher_topk` of its row.
@@ -93,22 +88,15 @@ class TopkStore:
         Raises InputError when the file cannot be written.
         """
         ids, logprob = topk.ids.cpu().numpy().astype(np.int32), topk.logprob.float().cpu().numpy()
-        try:
-            offset = self._stream.seek(0, os.SEEK_END)
-            self._stream.write(ids.tobytes() + logprob.tobytes())
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise InputError(f"{self._path} cannot be written: {error.strerror}; what it holds is kept") from None
-        return {"file": self._path.name, "offset": offset, "tokens": len(ids), "k": ids.shape[1]}
+        offset = self._file.size
+        self._file.append(ids.tobytes() + logprob.tobytes())
+        return {"file": self._file.path.name, "offset": offset, "tokens": len(ids), "k": ids.shape[1]}
 
     def __enter__(self) -> TopkStore:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
 
 
 def locate_topk(field: object, directory: Path, tokens: int, where: str) -> TopkLocation | None:
@@ -133,6 +121,22 @@ def locate_topk(field: object, directory: Path, tokens: int, where: str) -> Topk
     if offset + place.num_bytes > size:
         raise InputError(f"{where}: teacher_topk: {place.path} has {size} bytes, too few for byte {offset} and on")
     return place
+
+
+def check_topk_file(path: Path, rows: Iterable[Mapping[str, Any]], journal: Path, decisions: Path) -> None:
+    """Raise InputError where the file lacks the top k of a journal's row, with the remedy. rows: of the journal.
+
+    decisions: the journal beside it, which is removed together with it.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    for number, row in enumerate(rows, start=1):
+        if find_topk_end(row) > size:
+            remedy = (
+                f"remove {journal} and {decisions} to begin anew"
+                if number == 1
+                else f"remove line {number} and all later ones from {journal} and resume: their work is then done again"
+            )
+            raise InputError(f"{path} lacks the top k of {journal}, line {number}; restore it, or {remedy}")
 
 
 def find_topk_end(row: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ that no field calls cut off is taken for finished, unless it begins with a thoug
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,13 +24,23 @@ from genssd.distill.data.endings import select_endings
 from genssd.distill.data.examples import encode_example
 from genssd.distill.data.messages import QUESTION_FIELDS, parse_messages, parse_question
 from genssd.distill.data.problems import parse_answer, parse_object
+from genssd.distill.data.written_rows import (
+    TextPrompt,
+    WriterRecord,
+    make_conversation,
+    read_text_prompt,
+    read_writer_record,
+)
 from genssd.distill.files.rows import read_rows, stem_of
+from genssd.distill.runs.journal import damaged_line
 from genssd.engine.chat import THOUGHT_FIELDS, Messages
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
 TEACHER_FIELDS = ("teacher", "model", "generator")
 VERDICT_FIELDS = ("correctness_math_verify", "correctness", "correct")
+FIELDS_OF_BEST = ("messages", "teacher_topk", "teacher_logprobs", "chunks", *VERDICT_FIELDS, "undecided", "cut_by")
+"""Fields of a row with several responses that belong to the first of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +66,10 @@ class Trace:
     """Index of the response in its row, from 0."""
     row_where: str
     """Name of the file and number of the line or row, for messages."""
+    prompt: TextPrompt | None
+    """Prompt as any model's chat template renders it; None where the row has ids alone."""
+    writer: WriterRecord | None
+    """What the row records of the model that wrote the response; None in rows without ids of the student's."""
 
     @property
     def prompt_key(self) -> str:
@@ -97,6 +112,9 @@ def read_traces(
                     continue
                 try:
                     example = encode_example(row, tokenizer, response_where, Path(path).parent)
+                    writer = None
+                    if example.has_own_ids:
+                        writer = read_writer_record(row, example.num_completion, response_where)
                 except InputError as error:
                     yield str(error)
                     continue
@@ -116,6 +134,8 @@ def read_traces(
                     line=raw_row.number,
                     response=index,
                     row_where=where,
+                    prompt=read_text_prompt(row, response_where),
+                    writer=writer,
                 )
 
 
@@ -155,25 +175,51 @@ def describe_source(trace: Trace) -> dict[str, Any]:
     return {"file": trace.file, "line": trace.line, "response": trace.response, "fingerprint": fingerprint}
 
 
-def check_same_traces(rows: Iterable[Mapping[str, Any]], traces: Sequence[Trace], journal: Path) -> int:
-    """Return the number of rows of a journal with one row per trace.
+def find_traces(rows: Iterable[Mapping[str, Any]], traces: Sequence[Trace], journal: Path) -> list[int]:
+    """Return the index of its trace for every row of a journal with one row per trace, in any order.
 
-    Raises InputError when they are not the rows of the first traces.
+    Raises InputError on a row of another trace, and on a second one of the same.
     """
-    count = 0
-    for row in rows:
-        if count == len(traces) or row.get("source") != describe_source(traces[count]):
+    indices: dict[str, list[int]] = {}
+    for index in reversed(range(len(traces))):  # a file that is given twice has every source twice
+        indices.setdefault(_make_key(describe_source(traces[index])), []).append(index)
+    found: list[int] = []
+    for number, row in enumerate(rows, start=1):
+        same = indices.get(_make_key(row.get("source")))
+        if same is None:
             raise InputError(f"{journal} was begun with other data; choose another output_dir")
-        count += 1
-    return count
+        if not same:
+            raise damaged_line(journal, number, "an earlier line holds the same trace")
+        found.append(same.pop())
+    return found
+
+
+def sort_by_trace(rows: Iterable[Mapping[str, Any]], traces: Sequence[Trace], journal: Path) -> list[dict[str, Any]]:
+    """Return the rows of a journal with one row per trace, in the order of the traces."""
+    rows = list(rows)
+    order = find_traces(rows, traces, journal)
+    return [dict(rows[number]) for number in sorted(range(len(rows)), key=order.__getitem__)]
+
+
+def _make_key(source: object) -> str:
+    return json.dumps(source, sort_keys=True)
 
 
 def make_training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return a row with a trace's prompt and a response to it: ids, which genssd trains on, and text for others."""
+    """Return a row with a trace's prompt and a response to it: ids, which genssd trains on, and messages for others.
+
+    Its field `correct` is the verdict that the data give; a command that judges replaces it.
+    """
+    text = tokenizer.decode(response_ids)
+    if trace.prompt is None:
+        rendered = str(tokenizer.hf.decode(list(trace.prompt_ids)))
+        conversation = {"prompt": rendered, "completion": text, "answer": trace.answer}
+    else:
+        conversation = make_conversation(trace.prompt, text, trace.answer)
     return {
-        "prompt": str(tokenizer.hf.decode(list(trace.prompt_ids))),
-        "completion": tokenizer.decode(response_ids),
-        "answer": trace.answer,
+        **conversation,
+        "status": "finished" if response_ids[-1] in tokenizer.end_token_ids else "length",
+        "correct": trace.correct,
         "teacher": trace.teacher,
         "student_prompt_ids": list(trace.prompt_ids),
         "completion_ids": list(response_ids),
@@ -202,10 +248,13 @@ def _split_responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mappin
     others = fields.get("others")
     rows = [fields]
     if isinstance(others, list) and "completion_ids" in fields:
-        # these two belong to the best trajectory
-        shared = {name: value for name, value in fields.items() if name not in ("messages", "teacher_topk")}
+        shared = {name: value for name, value in fields.items() if name not in FIELDS_OF_BEST}
         rows += [{**shared, **other} for other in others if isinstance(other, dict) and other.get("completion_ids")]
-    return [(row, verdict if row is fields else None) for row in rows]
+    return [(row, verdict if row is fields else _as_verdict(row.get("correct"))) for row in rows]
+
+
+def _as_verdict(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _parse_turns(fields: Mapping[str, Any], where: str) -> Messages:

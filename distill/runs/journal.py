@@ -1,54 +1,61 @@
-"""Crash-safe JSONL: one line per finished piece of work, on disk as soon as it is finished.
+"""JSON on disk: journals, with one line per finished piece of work, and whole files.
 
-A line counts when it ends in a newline and parses. A crash leaves at most one torn line, at the end of the file; it is
-cut off when the run is resumed, and its work is done again.
+A line of a journal is on disk as soon as its work is finished. Its last key is a checksum of the bytes before it, so
+that a changed line is recognised. Whoever reads the file as data may ignore the checksum; the command that resumes its
+run, and `genssd reselect`, do not. A crash leaves at most one torn line, at the end of the file; it is cut off when
+the run is resumed, and its work is done again. So is the work of a line that the user removed.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+from zlib import crc32
 
+from genssd.distill.runs.writing import GrowingFile, write_bytes, write_text
 from genssd.engine.errors import InputError
+
+CHECKSUM = "checksum"
+"""Name of the last key of a journal's line: the CRC-32 of the bytes before it, as eight hexadecimal digits."""
+MAX_JSON_BYTES = 1 << 28
+"""Maximum size of a file that is read as one JSON object."""
+_TAIL = re.compile(rb'(?:, )?"checksum": "([0-9a-f]{8})"\}\n')
 
 
 class Journal:
-    """An append-only JSONL file. Use as a context manager."""
+    """An append-only JSONL file whose lines carry a checksum. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._stream = path.open("ab")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        """Open the file, which is made if it does not exist. Raises InputError when it cannot be written."""
+        self._file = GrowingFile(path)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one line and wait until it is on disk. Raises InputError when the disk refuses it."""
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
-        try:
-            self._stream.write(line)
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror}; what it holds is kept") from None
+        self._file.append(make_line(row))
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+
+def make_line(row: Mapping[str, Any]) -> bytes:
+    """Return a row as a line of a journal, with its checksum."""
+    body = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))[:-1].encode()
+    return body + b'%s"%s": "%08x"}\n' % (b", " if row else b"", CHECKSUM.encode(), crc32(body))
 
 
 def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the rows of a journal, each with the byte offset at which its line ends, without a torn last line.
 
-    Raises InputError naming a damaged line that is not the last, which no crash leaves.
+    The rows are without their checksums. Raises InputError naming a line that is damaged or doubled, which no crash
+    leaves, and what to do about it.
     """
     if not path.exists():
         return
@@ -57,33 +64,69 @@ def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     end = 0
+    seen: dict[bytes, int] = {}
     with stream:
         for number, line in enumerate(stream, start=1):
             row = _parse(line)
             if row is None:
                 if stream.readline():
-                    raise InputError(f"{path}, line {number} is damaged; restore it or remove it before resuming")
+                    raise damaged_line(path, number, "it is no JSON object")
                 return
+            if _split_checksum(line) is None:
+                raise damaged_line(path, number, "its checksum does not match")
+            digest = blake2b(line, digest_size=16).digest()
+            if digest in seen:
+                raise InputError(f"{path}, line {number} repeats line {seen[digest]}: remove one of them, and resume")
+            seen[digest] = number
             end += len(line)
+            row.pop(CHECKSUM, None)
             yield row, end
+
+
+def damaged_line(path: Path, number: int, fault: str) -> InputError:
+    """Return the error for a damaged line of a journal, with a remedy that works for every command."""
+    return InputError(
+        f"{path}, line {number} is damaged: {fault}; restore the file, or remove this line and resume: its work is "
+        "then done again"
+    )
+
+
+def has_lines(path: Path) -> bool:
+    """Return whether a journal has a complete line, damaged or not. Raises InputError where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.readline().endswith(b"\n")
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of complete lines of a journal, damaged or not; 0 where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return sum(line.endswith(b"\n") for line in stream)
+    except OSError:
+        return 0
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Return the row of a complete line, or None."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
 
-def truncate(path: Path, size: int) -> None:
-    """Cut a file to its first `size` bytes, and wait until that is on disk."""
-    if not path.exists() or path.stat().st_size == size:
-        return
-    with path.open("r+b") as stream:
-        stream.truncate(size)
-        os.fsync(stream.fileno())
+def _split_checksum(line: bytes) -> bytes | None:
+    """Return the part of a line that its checksum covers; None where the checksum is missing or another."""
+    match = _TAIL.search(line, max(0, len(line) - 32))
+    if match is None or match.end() != len(line):
+        return None
+    body = line[: match.start()]
+    return body if crc32(body) == int(match[1], 16) else None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -93,31 +136,32 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a whole JSONL file atomically. Raises InputError if it cannot."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file atomically, as UTF-8. Raises InputError if it cannot."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    write_bytes(path, (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises InputError naming the file when it holds none."""
     try:
-        value = json.loads(path.read_text())
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} is no file of JSON: it is no regular file, or a very large one")
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object")
     return value
+
+
+def read_number(path: Path, *names: str) -> float:
+    """Return a number in a JSON file, by the names of the objects around it and its own. Raises InputError."""
+    value: Any = read_json(path)
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InputError(f"{path} is damaged: {'.'.join(names)} is no number; restore it, or choose another output_dir")
+    return float(value)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +28,11 @@ from typing import Any, Protocol
 
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.directory import claim_directory
-from genssd.distill.runs.journal import Journal, complete_rows, read_json, truncate, write_json, write_text
+from genssd.distill.runs.journal import Journal, complete_rows, has_lines, write_json
+from genssd.distill.runs.record import PACKAGES, read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
+from genssd.distill.runs.stopped import describe_stopped
+from genssd.distill.runs.writing import keep_spans, remove_leftovers, write_text
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -94,7 +97,12 @@ class Run:
         """
         with ExitStack() as stack:
             stack.enter_context(claim_directory(Path(config.output_dir), command))
-            yield cls(config, command, journal, stack)
+            run = cls(config, command, journal, stack)
+            try:
+                yield run
+            except KeyboardInterrupt as error:  # a signal: the command line prints the notes
+                error.add_note(run.describe())
+                raise
 
     def begin(
         self, *, fingerprints: Fingerprints | None = None, parts: str | None = None, free: Collection[str] = ()
@@ -103,22 +111,24 @@ class Run:
 
         A run has begun when its journal has a row, or when a file matches the glob `parts`. fingerprints: those of
         models that are loaded already. free: fields of the config that may still change, although they count for the
-        result. Raises InputError as `open` does.
+        result. Raises InputError as `open` does, and on a journal with a damaged line.
         """
-        has_rows = self._journal_path is not None and next(complete_rows(self._journal_path), None) is not None
+        has_rows = self._journal_path is not None and has_lines(self._journal_path)
         self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
         if self.resumed:
             self._require_resume(self.journal_path if has_rows else self.output_dir)
+        if has_rows:
+            self._row_ends()  # a damaged line is refused before anything is loaded
         self._record = {
             "command": self._command,
             "config": json.loads(json.dumps(dataclasses.asdict(self._config))),  # type: ignore[call-overload]
             "settings": settings_of(self._config, fingerprints),
-            "versions": {name: version(name) for name in ("genssd", "torch", "transformers")},
+            "versions": {name: version(name) for name in PACKAGES},
             "python": platform.python_version(),
         }
         date = choose_date(self._config)
         if self.resumed:
-            begun = read_json(self.path("run.json"))
+            begun = read_record(self.path("run.json"))
             self._check_settings(begun, self._record["settings"], free)
             self._record |= {"versions": begun["versions"], "python": begun["python"]}
             date = choose_date(self._config, begun.get("template_date"))
@@ -150,7 +160,8 @@ class Run:
         return engine
 
     def record(self) -> None:
-        """Write run.json, remove the summary of an earlier part, and cut a torn last line off the journal.
+        """Write run.json, remove the summary and the temporary files of an earlier part, and cut a torn last line off
+        the journal.
 
         The first use of `journal`, `write_bad_rows` or `write_summary` does this. A command that writes anything else
         before calls it itself, when all that it can refuse has been checked: until then a run that is refused leaves
@@ -158,8 +169,9 @@ class Run:
         """
         if self._is_recorded:
             return
-        self._is_recorded = True
         write_json(self.path("run.json"), self._record)
+        self._is_recorded = True
+        remove_leftovers(self.output_dir)
         self.path("summary.json").unlink(missing_ok=True)
         if self._journal_path is not None:
             self.keep(len(self._row_ends()) - 1)
@@ -203,10 +215,25 @@ class Run:
 
     def keep(self, count: int) -> None:
         """Cut the journal to its first `count` rows; what they leave out is done again."""
+        self.keep_rows(range(count))
+
+    def keep_rows(self, numbers: Iterable[int]) -> None:
+        """Keep only some rows of the journal, by their numbers from 0; what the others hold is done again."""
         assert self._journal is None, "the journal is open already"
         ends = self._row_ends()
-        self._ends = ends[: count + 1]
-        truncate(self.journal_path, ends[count])
+        keep_spans(self.journal_path, [(ends[number], ends[number + 1]) for number in numbers])
+        self._ends = None
+
+    def sort_rows(self, key: Callable[[Mapping[str, Any]], int]) -> None:
+        """Put the rows of the journal into the order of a number of each. Nothing is appended to it afterwards."""
+        self._journal = None
+        order = sorted((key(row), number) for number, row in enumerate(self.done()))
+        self.keep_rows(number for _, number in order)
+
+    def describe(self) -> str:
+        """Return what the output directory holds of this run now, and how the run goes on, for whoever stopped it."""
+        can_resume = hasattr(self._config, "resume")
+        return describe_stopped(self.output_dir, self._command, self._journal_path, can_resume=can_resume)
 
     def write_bad_rows(self, messages: Sequence[str]) -> None:
         """Write bad_rows.txt: a line for every row of the input that could not be used."""
@@ -228,8 +255,6 @@ class Run:
         def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: value for name, value in values.items() if name.split(".")[0] not in free}
 
-        if "settings" not in begun:
-            raise InputError(f"{self.path('run.json')} was written by another version of genssd: it has no settings")
         check_same_settings(fixed(begun["settings"]), fixed(settings), f"{self.output_dir} was begun")
 
     def _row_ends(self) -> list[int]:

@@ -25,7 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genssd.distill.data.traces import Trace, check_same_traces, describe_source, make_training_row, read_usable_traces
+from genssd.distill.data.traces import (
+    Trace,
+    describe_source,
+    find_traces,
+    make_training_row,
+    read_usable_traces,
+    sort_by_trace,
+)
+from genssd.distill.data.written_rows import TextPrompt
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
@@ -92,10 +100,11 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
         tokenizer = Tokenizer(source).with_chat(run.chat_options)
         longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
         traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
-        done = check_same_traces(run.done(), traces, run.journal_path)
-        if done < len(traces):
-            student, teacher = _load_models(config, tokenizer, traces[done:])
-            for index, trace in enumerate(traces[done:], start=done):
+        done = set(find_traces(run.done(), traces, run.journal_path))
+        missing = [trace for i, trace in enumerate(traces) if i not in done]
+        if missing:
+            student, teacher = _load_models(config, tokenizer, missing)
+            for finished, trace in enumerate(missing, start=len(done) + 1):
                 places = question_places(trace, tokenizer)
                 student_norms, teacher_norms = (gradient_norms(model, trace)[places] for model in (student, teacher))
                 texts = [tokenizer.token_text(trace.prompt_ids[i]) for i in places]
@@ -103,8 +112,8 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
                 run.journal.append(
                     {"source": describe_source(trace), "runs": [[places[i] for i in span] for span in spans]}
                 )
-                report(index + 1, len(traces))
-        rows = list(_rows(traces, run.done(), tokenizer))
+                report(finished, len(traces))
+        rows = list(_rows(traces, sort_by_trace(run.done(), traces, run.journal_path), tokenizer))
         run.write_bad_rows(bad_rows)
         write_jsonl(run.path("counterfactuals.jsonl"), rows)
         counts = {"traces": len(traces), "counterfactuals": len(rows) - len(traces)}
@@ -126,15 +135,35 @@ def _load_models(config: LeafConfig, tokenizer: Tokenizer, traces: Sequence[Trac
     return student, teacher.model
 
 
-def _rows(traces: Sequence[Trace], journal: Iterator[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def _rows(traces: Sequence[Trace], journal: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """Yield every trace as a training row, followed by one row per span with that span removed from the question."""
     for trace, row in zip(traces, journal, strict=True):
         yield {**make_training_row(trace, trace.response_ids, tokenizer), "left_out": None}
         for span in row["runs"]:
             prompt = tuple(token for i, token in enumerate(trace.prompt_ids) if i not in span)
-            shorter = dataclasses.replace(trace, prompt_ids=prompt)
+            shorter = dataclasses.replace(trace, prompt_ids=prompt, prompt=_shorten_prompt(trace, span, tokenizer))
             left_out = tokenizer.decode([trace.prompt_ids[i] for i in span])
             yield {**make_training_row(shorter, trace.response_ids, tokenizer), "left_out": left_out}
+
+
+def _shorten_prompt(trace: Trace, span: Sequence[int], tokenizer: Tokenizer) -> TextPrompt | None:
+    """Return the prompt without a span of the question's tokens; None where the row has no text, or another one."""
+    if trace.prompt is None:
+        return None
+    places = question_places(trace, tokenizer)
+    pieces = tokenizer.pieces(trace.prompt_ids)
+    whole, shorter = (
+        "".join(pieces[i] for i in range(places[0], places[-1] + 1) if i not in left_out) for left_out in ((), span)
+    )
+    text = trace.prompt.text
+    last = text if isinstance(text, str) else str(text[-1]["content"])
+    if last.strip() not in whole:
+        return None
+    # the first and the last token of the question may hold characters of the template as well
+    before, after = whole.split(last.strip(), 1)
+    shortened = shorter.removeprefix(before).removesuffix(after)
+    changed = shortened if isinstance(text, str) else [*text[:-1], {**text[-1], "content": shortened}]
+    return dataclasses.replace(trace.prompt, text=changed)
 
 
 def question_places(trace: Trace, tokenizer: Tokenizer) -> list[int]:

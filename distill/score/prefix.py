@@ -12,6 +12,7 @@ same, or is the whole trace.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import Any, Literal
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.traces import Trace, check_same_traces, make_training_row, read_usable_traces
+from genssd.distill.data.traces import Trace, find_traces, make_training_row, read_usable_traces, sort_by_trace
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
+from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
@@ -47,7 +49,7 @@ PrefixJudge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixConfig(EngineOptions, ChatSettings):
+class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
     """Keep as much of every trace as the student needs, and let the student write the rest."""
 
     student: ModelPath[str]
@@ -109,20 +111,24 @@ def run_prefix(
 
     Raises GenssdError on bad input; traces that were finished before are in the journal.
     """
+    config = choose_sampling(config, config.student, "student", engine)
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run:
         engine = run.use(config.open_engine(engine, run.chat_options, student=config.student))
         traces, bad_rows = _read_traces(config, engine)
         done = _keep_whole_batches(run, traces, config.batch)
         judge = _asking(engine, config) if config.judge == "says" else _solving(engine, config)
-        while done < len(traces):
-            batch = traces[done : done + config.batch]
+        count = len(done)
+        for start in range(0, len(traces), config.batch):
+            if start in done:
+                continue
+            batch = traces[start : start + config.batch]
             for row in _align(engine, config, batch, judge):
                 run.journal.append(row)
-            done += len(batch)
-            report(done, len(traces))
+            count += len(batch)
+            report(count, len(traces))
         run.write_bad_rows(bad_rows)
-        return _summarise(run, bad_rows)
+        return _summarise(run, traces, bad_rows)
 
 
 def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]:
@@ -137,20 +143,22 @@ def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], lis
     )
 
 
-def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> int:
-    """Cut the journal to whole batches and return its number of rows.
+def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> set[int]:
+    """Cut the journal to whole batches and return the indices of the traces in it.
 
     Equal prompts of one batch draw different continuations, so a batch is done again as a whole.
     """
-    done = check_same_traces(run.done(), traces, run.journal_path)
-    done -= 0 if done == len(traces) else done % batch
-    run.keep(done)
-    return done
+    found = find_traces(run.done(), traces, run.journal_path)
+    counts = Counter(index // batch for index in found)
+    whole = {number for number, count in counts.items() if count == min(batch, len(traces) - number * batch)}
+    kept = [row for row, index in enumerate(found) if index // batch in whole]
+    run.keep_rows(kept)
+    return {found[row] for row in kept}
 
 
-def _summarise(run: Run, bad_rows: Sequence[str]) -> PrefixSummary:
+def _summarise(run: Run, traces: Sequence[Trace], bad_rows: Sequence[str]) -> PrefixSummary:
     """Write aligned.jsonl and summary.json from the finished journal."""
-    rows = list(run.done())
+    rows = sort_by_trace(run.done(), traces, run.journal_path)
     aligned = [row for row in rows if row["status"] == "finished" and row["correct"] is not False]
     write_jsonl(run.path("aligned.jsonl"), aligned)
     summary = PrefixSummary(

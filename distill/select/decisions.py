@@ -54,9 +54,12 @@ def read_decisions(run: Path, tokenizer: Tokenizer, local_logprob: LocalLogprob 
     logged = complete_rows(log)
     number = 0
     for number, (selection, _) in enumerate(complete_rows(journal), start=1):
-        row, _ = next(logged, ({}, 0))
-        if row.get("index") != selection.get("index"):
-            raise InputError(f"{log}, line {number} does not hold the decisions of {journal}, line {number}")
+        row = next((row for row, _ in logged if row.get("index") == selection.get("index")), None)
+        if row is None:
+            raise InputError(
+                f"{log} does not hold the decisions of {journal}, line {number}, in the order of that file; resume the "
+                "run (genssd select --resume with its settings), which puts them in order or makes them again"
+            )
         if selection.get("tokenizer") != tokenizer.fingerprint:
             raise InputError(f"{journal}, line {number} was written with another tokenizer than {tokenizer.directory}")
         try:

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from genssd.distill.runs.journal import write_json
 from genssd.distill.small_pair.chat import CONTEXT
 
 
@@ -69,5 +70,4 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: 
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     settings = directory / "tokenizer_config.json"
-    portable = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings.write_text(json.dumps(portable, indent=2) + "\n")
+    write_json(settings, json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})

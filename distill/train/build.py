@@ -11,15 +11,17 @@ import torch
 
 from genssd.distill.data.examples import Example, read_examples
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, list_examples
-from genssd.distill.train.checkpoints import TrainedModel, list_trainable
+from genssd.distill.train.adapters import add_adapters
+from genssd.distill.train.checkpoints import TrainedModel, describe_remedy, list_trainable
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.forward import ForwardPass
-from genssd.distill.train.models import Teacher, add_adapters, check_layout, load_model, load_teacher
+from genssd.distill.train.models import Teacher, check_layout, load_model, load_teacher
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts
+from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
-from genssd.engine.errors import InputError
+from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.memory import choose_dtype, cpu_has_bf16
 from genssd.engine.text import Tokenizer
 
@@ -40,6 +42,10 @@ class TrainingInputs:
     """Rows of the data whose question stands in eval_data; None without eval_data."""
     left_out: Mapping[str, int]
     """Number of rows that are not trained on, by reason."""
+    wrong: int
+    """Number of rows that are trained on although their field `correct` is false."""
+    undecided: int
+    """Number of rows that are trained on although their response could not be judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +79,13 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
     if config.teacher_model_name_or_path is not None:
         teacher = ModelConfig.load(locate(config.teacher_model_name_or_path))
         max_length = min(max_length, teacher.max_position_embeddings)
-    data = read_examples(config.data, tokenizer, max_length=max_length, statuses=config.statuses)
+    data = read_examples(
+        config.data,
+        tokenizer,
+        max_length=max_length,
+        statuses=config.statuses,
+        require_correct=config.require_correct,
+    )
     held_out: tuple[Example, ...] = ()
     overlap: EvalOverlap | None = None
     if config.eval_data:
@@ -98,6 +110,8 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         held_out=held_out,
         overlap=overlap,
         left_out=data.left_out,
+        wrong=data.wrong,
+        undecided=data.undecided,
     )
 
 
@@ -130,6 +144,7 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
         tokenizer=inputs.tokenizer,
         extra_parameters=extra_parameters,
         optimizer=_create_optimizer(config, list_trainable(model, extra_parameters)),
+        saved_dtype=find_stored_dtype(inputs.student),
     )
     return Training(config=config, world=world, inputs=inputs, trained=trained, forward=forward, rollouts=rollouts)
 
@@ -137,7 +152,14 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
 def _load_student(config: TrainConfig, inputs: TrainingInputs, device: torch.device, checkpoint: Path | None) -> Any:
     # adapters belong to the student they were trained on, and are restored over it
     source = inputs.student if checkpoint is None or config.use_peft else checkpoint
-    model = load_model(source, inputs.tokenizer, device, attn_implementation=config.attn_implementation)
+    try:
+        model = load_model(source, inputs.tokenizer, device, attn_implementation=config.attn_implementation)
+        if source == checkpoint and find_stored_dtype(source) != torch.float32:
+            raise CheckpointError(f"{source}: the weights are {find_stored_dtype(source)}, not float32")
+    except CheckpointError as error:
+        if source != checkpoint:
+            raise
+        raise CheckpointError(f"{error}; {describe_remedy(source)}") from None
     check_layout(model, config.layout)
     if config.use_peft:
         add_adapters(

@@ -1,28 +1,38 @@
 """Training checkpoints: a save_pretrained directory, plus the state from which training continues exactly.
 
 checkpoint-N/optimizer.safetensors   Adam's moments by parameter name, and the state of torch's random generators
-checkpoint-N/trainer_state.json      how far the training is, and its settings
+checkpoint-N/trainer_state.json      how far the training is, its settings, and checksums; written last
+
+The weights of a checkpoint are float32, whatever the type of the model that the training began from.
+reading.py reads and checks a checkpoint, restoring.py puts it back.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from genssd.distill.runs.journal import read_json, write_json
-from genssd.distill.train.distributed import World, gather_shards, shard_like
-from genssd.distill.train.models import has_adapters, load_adapters, save_model
-from genssd.engine.errors import CheckpointError, InputError
+from genssd.distill.runs.journal import write_json
+from genssd.distill.train.directories import TEMPORARY, publish_directory, remove_directory
+from genssd.distill.train.distributed import gather_shards
+from genssd.distill.train.saving import name_save_failure, save_model
+from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
+
+STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's state of a parameter, in addition to `step`."""
 
 
 @dataclass(slots=True)
@@ -53,6 +63,8 @@ class TrainedModel:
     extra_parameters: Mapping[str, torch.nn.Parameter]
     """Parameters, by name, that are trained in addition to the model's own."""
     optimizer: torch.optim.Optimizer
+    saved_dtype: torch.dtype
+    """Data type in which the result of the training is saved: that of the checkpoint that it began from."""
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield the model's parameters and then the extra ones, with their names."""
@@ -69,77 +81,68 @@ def list_trainable(model: Any, extra_parameters: Mapping[str, torch.nn.Parameter
     return [p for p in (*model.parameters(), *extra_parameters.values()) if p.requires_grad]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """Files of a checkpoint other than the weights, as read from disk."""
-
-    path: Path
-    state: TrainerState
-    tensors: Mapping[str, Tensor]
-    """Extra parameters and the optimizer's state, by name."""
-    rng_states: Sequence[Tensor]
-    """State of the random generators of every process, uint8."""
-
-
 def save_checkpoint(
     output_dir: Path, trained: TrainedModel, state: TrainerState, rng_states: Sequence[Tensor], *, write: bool = True
 ) -> None:
     """Write a checkpoint under a temporary name and rename it, so that a crash leaves no incomplete checkpoint.
 
     rng_states: of every process, see `get_rng_state`. Every process of a training has to call this, because sharded
-    tensors are gathered from all; only one of them with write. Raises InputError when it cannot be written.
+    tensors are gathered from all; only one of them with write. Raises InputError when it cannot be written; nothing of
+    it is left then, and earlier checkpoints are as they were.
     """
     final = output_dir / f"checkpoint-{state.step}"
-    temporary = final.with_suffix(".tmp")
+    temporary = final.with_name(final.name + TEMPORARY)
     if write:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-    save_model(trained.model, trained.tokenizer, temporary, write=write)
+    try:
+        save_model(trained.model, trained.tokenizer, temporary, write=write)
+        tensors = _collect_tensors(trained, rng_states)
+        if not write:
+            return
+        with name_save_failure(final):
+            save_file(tensors, temporary / OPTIMIZER)
+            fields = {**dataclasses.asdict(state), "files": compute_checksums(temporary)}
+            write_json(temporary / STATE, {**fields, "checksum": compute_checksum(fields)})
+        publish_directory(temporary, final)
+    except InputError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{error}; {_describe_kept(output_dir)}") from None
+
+
+def _collect_tensors(trained: TrainedModel, rng_states: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of optimizer.safetensors, gathered from all processes."""
     tensors = {f"rng/{rank}": rng_state for rank, rng_state in enumerate(rng_states)}
     tensors |= {f"extra/{name}": p.detach().cpu() for name, p in trained.extra_parameters.items()}
     for name, parameter in trained.named_parameters():
-        for key, value in trained.optimizer.state[parameter].items():
-            tensors[f"{name}/{key}"] = gather_shards(value).cpu().contiguous()
-    if not write:
-        return
-    try:
-        save_file(tensors, temporary / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{temporary} cannot be written: {error}; earlier checkpoints are kept") from None
-    write_json(temporary / "trainer_state.json", dataclasses.asdict(state))
-    temporary.rename(final)
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read all files of a checkpoint other than the weights. Raises CheckpointError when they are damaged."""
-    fields = read_json(path / "trainer_state.json")
-    try:
-        state = TrainerState(**fields)
-        tensors = load_file(path / "optimizer.safetensors")
-        processes = sum(name.startswith("rng/") for name in tensors)
-        rng_states = [tensors.pop(f"rng/{rank}") for rank in range(max(1, processes))]
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}; resume from an earlier checkpoint") from None
-    return Checkpoint(path=path, state=state, tensors=tensors, rng_states=rng_states)
-
-
-@torch.no_grad()
-def restore_checkpoint(checkpoint: Checkpoint, trained: TrainedModel, world: World) -> None:
-    """Put adapters, extra parameters, the optimizer's state and this process's random generators back."""
-    set_rng_state(checkpoint.rng_states[world.rank], world.device)
-    if has_adapters(trained.model):
-        load_adapters(trained.model, checkpoint.path / "adapter")
-    for name, parameter in trained.extra_parameters.items():
-        parameter.copy_(checkpoint.tensors[f"extra/{name}"])
-    for name, parameter in trained.named_parameters():
-        keys = [key for key in checkpoint.tensors if key.startswith(f"{name}/")]
-        # Adam counts its steps on the CPU
-        trained.optimizer.state[parameter] = {
-            key.rsplit("/", 1)[1]: checkpoint.tensors[key]
-            if key.endswith("/step")
-            else shard_like(checkpoint.tensors[key].to(parameter.device), parameter)
-            for key in keys
+        if not parameter.requires_grad:
+            continue
+        # AdamW makes this state at a parameter's first gradient, which may be still to come
+        moments = trained.optimizer.state[parameter] or {
+            "step": torch.zeros(()),
+            **{key: torch.zeros_like(parameter) for key in MOMENTS},
         }
+        for key, value in moments.items():
+            tensors[f"{name}/{key}"] = gather_shards(value).cpu().contiguous()
+    return tensors
+
+
+def compute_checksums(directory: Path) -> dict[str, str]:
+    """Return the CRC-32 of every file that a training is resumed from, by its name in the directory."""
+    files = sorted([*directory.rglob("*.safetensors"), *directory.glob("model*.json"), directory / "config.json"])
+    return {path.relative_to(directory).as_posix(): _checksum_file(path) for path in files}
+
+
+def _checksum_file(path: Path) -> str:
+    value = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            value = crc32(block, value)
+    return f"{value:08x}"
+
+
+def compute_checksum(fields: Mapping[str, object]) -> str:
+    """Return the CRC-32 of the fields of trainer_state.json."""
+    return f"{crc32(json.dumps(fields, sort_keys=True).encode()):08x}"
 
 
 def get_rng_state(device: torch.device) -> Tensor:
@@ -150,37 +153,42 @@ def get_rng_state(device: torch.device) -> Tensor:
     return torch.cat(states)
 
 
-def set_rng_state(state: Tensor, device: torch.device) -> None:
-    """Restore the random generators to a state that `get_rng_state` returned."""
-    size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size].clone())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[size:].clone(), device)
+def find_step(path: Path) -> int | None:
+    """Return the N of a directory's name checkpoint-N; None for another name."""
+    match = re.fullmatch(r"checkpoint-(\d{1,18})", path.name)
+    return None if match is None else int(match[1])
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a training, oldest first."""
-    steps = {p: p.name.removeprefix("checkpoint-") for p in output_dir.glob("checkpoint-*")}
-    complete = [p for p, step in steps.items() if step.isdecimal() and (p / "trainer_state.json").exists()]
-    return sorted(complete, key=lambda p: int(steps[p]))
+    steps = {path: find_step(path) for path in output_dir.glob("checkpoint-*")}
+    complete = [(step, path) for path, step in steps.items() if step is not None and (path / STATE).exists()]
+    return [path for _, path in sorted(complete)]
 
 
 def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
     """Remove all checkpoints except the newest `keep`."""
     for path in list_checkpoints(output_dir)[:-keep]:
-        _remove(path)
+        remove_directory(path)
 
 
 def remove_later_checkpoints(output_dir: Path, step: int) -> None:
     """Remove the checkpoints after a step from which the training is resumed: their steps are taken again."""
     for path in list_checkpoints(output_dir):
-        if int(path.name.removeprefix("checkpoint-")) > step:
-            _remove(path)
+        if (find_step(path) or 0) > step:
+            remove_directory(path)
 
 
-def _remove(checkpoint: Path) -> None:
-    """Rename a checkpoint and then remove it, so that a crash leaves no incomplete checkpoint."""
-    renamed = checkpoint.with_suffix(".old")
-    shutil.rmtree(renamed, ignore_errors=True)
-    checkpoint.rename(renamed)
-    shutil.rmtree(renamed)
+def describe_remedy(path: Path) -> str:
+    """Return what to do about a damaged checkpoint: which one before it to resume from."""
+    step = find_step(path)
+    earlier = [p for p in list_checkpoints(path.parent) if step is None or (find_step(p) or 0) < step]
+    earlier = [p for p in earlier if p != path]
+    if not earlier:
+        return "there is no checkpoint before it: begin the training again in another output_dir"
+    return f"resume from the checkpoint before it: --resume-from-checkpoint {earlier[-1]}"
+
+
+def _describe_kept(output_dir: Path) -> str:
+    kept = list_checkpoints(output_dir)
+    return f"{kept[-1].name} is kept, from which the training can be resumed" if kept else "there is no checkpoint yet"

@@ -153,8 +153,13 @@ class TrainConfig(TrainSettings, ChatSettings):
     allow_eval_overlap: Operational[bool] = False
     """Train also where questions of the data stand in eval_data, exactly or with other case, spaces or punctuation;
     summary.json counts them."""
+    require_correct: bool = False
+    """Train only on rows whose field `correct` is true, as select, generate, score and prefix write it; other rows are
+    left out, and counted. A row without that field is refused. Without this option wrong responses are trained on as
+    well, and the console gives their number."""
     resume_from_checkpoint: Operational[FileName[str | None]] = None
-    """Checkpoint directory to resume from, or "last" for the newest checkpoint in output_dir."""
+    """Checkpoint directory to resume from; "last" for the newest checkpoint in output_dir, which must have one; "auto"
+    for the newest one or, where output_dir has none, the start of the training."""
 
     def __post_init__(self) -> None:
         TrainSettings.__post_init__(self)

@@ -12,9 +12,10 @@ from genssd.distill.runs.journal import write_json
 from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.build import Training
 from genssd.distill.train.checkpoints import TrainerState
+from genssd.distill.train.directories import TEMPORARY, publish_directory
 from genssd.distill.train.loss_totals import LossTotals
-from genssd.distill.train.models import save_model
-from genssd.engine.errors import NumericsError
+from genssd.distill.train.saving import save_model
+from genssd.engine.errors import InputError, NumericsError
 
 
 def measure_eval_loss(training: Training, state: TrainerState) -> dict[str, float]:
@@ -50,11 +51,12 @@ def _compute_means(training: Training, *, when: str) -> dict[str, float]:
 def _save_best(training: Training, step: int, means: Mapping[str, float]) -> None:
     """Write the model to best/ under a temporary name and rename it, so that a crash leaves no incomplete model."""
     trained, is_main = training.trained, training.world.is_main
-    temporary, final = training.output_dir / "best.tmp", training.output_dir / "best"
-    if is_main:
+    temporary, final = training.output_dir / f"best{TEMPORARY}", training.output_dir / "best"
+    try:
+        save_model(trained.model, trained.tokenizer, temporary, dtype=trained.saved_dtype, write=is_main)
+        if is_main:
+            write_json(temporary / "best.json", {"step": step, **means})
+            publish_directory(temporary, final)
+    except InputError:
         shutil.rmtree(temporary, ignore_errors=True)
-    save_model(trained.model, trained.tokenizer, temporary, write=is_main)
-    if is_main:
-        write_json(temporary / "best.json", {"step": step, **means})
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        raise

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from genssd.distill.runs.journal import Journal
+from genssd.distill.runs.writing import name_failure
 from genssd.engine.errors import InputError
 
 
@@ -23,21 +25,24 @@ class Monitor(Protocol):
 class Metrics:
     """metrics.jsonl together with a monitor. Use as a context manager."""
 
-    def __init__(self, journal: Journal, monitor: Monitor | None) -> None:
+    def __init__(self, journal: Journal, monitor: Monitor | None, directory: Path) -> None:
         self._journal = journal
         self._monitor = monitor
+        self._directory = directory
 
     @staticmethod
     def open(path: Path, report_to: str) -> Metrics:
         """Open metrics.jsonl to append to it, and the named monitor. Raises InputError when it is not installed."""
-        monitor = open_monitor(report_to, path.parent)
-        return Metrics(Journal(path), monitor)
+        with name_failure(path.parent):
+            monitor = open_monitor(report_to, path.parent)
+        return Metrics(Journal(path), monitor, path.parent)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Write a row of numbers by name, one of which is `step`."""
+        """Write a row of numbers by name, one of which is `step`. Raises InputError when the disk refuses it."""
         self._journal.append(row)
         if self._monitor is not None:
-            self._monitor.log(row["step"], {name: value for name, value in row.items() if name != "step"})
+            with name_failure(self._directory, kept="; metrics.jsonl is kept"):
+                self._monitor.log(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def __enter__(self) -> Metrics:
         self._journal.__enter__()
@@ -46,7 +51,8 @@ class Metrics:
     def __exit__(self, *error: Any) -> None:
         self._journal.__exit__(*error)
         if self._monitor is not None:
-            self._monitor.close()
+            with suppress(OSError):  # a monitor that cannot be finished hides no error, and spoils no training
+                self._monitor.close()
 
 
 class NoMetrics:

@@ -1,7 +1,4 @@
-"""Loading and saving the models of a training, which are transformers' own classes.
-
-The student is trained on all weights or on low-rank adapters; the teacher is frozen.
-"""
+"""Loading the models of a training, which are transformers' own classes. The teacher is frozen."""
 
 from __future__ import annotations
 
@@ -11,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from genssd.distill.train.batches import TokenBatch
-from genssd.distill.train.distributed import gather_shards
 from genssd.distill.train.key_attention import AttentionCollector
 from genssd.engine.config import ARCHITECTURES, ModelConfig, make_transformers_config, read_config
 from genssd.engine.errors import CheckpointError, InputError
@@ -179,112 +173,3 @@ def compute_completion_states(model: Any, batch: TokenBatch, attention: Attentio
     # only positions that predict a completion token go through the head
     hidden: Tensor = out.last_hidden_state.flatten(0, 1)[batch.source]
     return hidden
-
-
-def save_model(model: Any, tokenizer: Tokenizer, directory: Path, *, write: bool = True) -> None:
-    """Write a save_pretrained directory with tokenizer and chat template. Raises InputError when it cannot be written.
-
-    Adapters are merged into the weights, and also written on their own into adapter/. Every process of a training has
-    to call this, because sharded weights are gathered from all; only one of them with write.
-    """
-    state = (
-        _merge_adapters(model) if has_adapters(model) else {k: _copy_to_cpu(v) for k, v in model.state_dict().items()}
-    )
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    if not write:
-        return
-    try:
-        if has_adapters(model):
-            save_adapters(model, directory / "adapter")
-        model.save_pretrained(directory, state_dict=state)
-        tokenizer.hf.save_pretrained(directory)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{directory} cannot be written: {error}") from None
-
-
-def _copy_to_cpu(value: Tensor) -> Tensor:
-    """Return the full tensor on the CPU, as a copy if its memory holds more than this tensor."""
-    value = gather_shards(value).detach().cpu()
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
-
-
-def add_adapters(model: Any, *, r: int, alpha: int, dropout: float, targets: tuple[str, ...]) -> None:
-    """Put trainable low-rank adapters into the layers of a model and freeze its other weights.
-
-    targets: module names, or "all-linear" alone. Raises InputError when peft is not installed, when no module has one
-    of the names, and when a name is that of the embedding or the head, whose weights the loss uses directly.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError("use_peft needs the package peft: pip install peft") from None
-    if targets != ("all-linear",):
-        _check_targets(model, targets)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets[0] if targets == ("all-linear",) else list(targets),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model.name_or_path,
-    )
-    try:
-        inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise InputError(f"lora_target_modules: {error}") from None
-    model.peft_config = {"default": config}
-
-
-def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
-    """Check that every target is the name of a module inside the layers. Raises InputError if it is not."""
-    names = [name for name, _ in model.named_modules()]
-    outside_layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    outside = [name for name, module in model.named_modules() if module in outside_layers]
-    for target in targets:
-        matching = [name for name in names if name == target or name.endswith(f".{target}")]
-        if not matching:
-            known = sorted({name.rsplit(".", 1)[-1] for name in names if name.endswith("_proj")})
-            raise InputError(f"lora_target_modules: no module is called {target!r}; there are {', '.join(known)}")
-        if set(matching) & set(outside):
-            raise InputError(f"lora_target_modules: {target} is no part of a layer; adapters go to projections")
-
-
-def has_adapters(model: Any) -> bool:
-    """Return whether `add_adapters` has put adapters into the model."""
-    return hasattr(model, "peft_config")
-
-
-def save_adapters(model: Any, directory: Path) -> None:
-    """Write the adapters on their own, in the format of peft."""
-    from peft import get_peft_model_state_dict
-
-    directory.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model)
-    save_file(
-        {f"base_model.model.{name}": value.contiguous() for name, value in state.items()},
-        directory / "adapter_model.safetensors",
-    )
-    model.peft_config["default"].save_pretrained(directory)
-
-
-def load_adapters(model: Any, directory: Path) -> None:
-    """Load adapters from a directory into a model that has adapters of the same shapes."""
-    from peft import set_peft_model_state_dict
-
-    state = load_file(directory / "adapter_model.safetensors")
-    set_peft_model_state_dict(model, {name.removeprefix("base_model.model."): value for name, value in state.items()})
-
-
-def _merge_adapters(model: Any) -> dict[str, Tensor]:
-    """Return the weights with the adapters added, by the names of the model without adapters; change no weight."""
-    from peft.tuners.lora import LoraLayer
-
-    state = {
-        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            layer: Any = module
-            state[f"{name}.weight"] = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach()
-    return state

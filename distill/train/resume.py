@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,16 +12,15 @@ from genssd.distill.runs.chat_settings import choose_date
 from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.train.build import Training, TrainingInputs
-from genssd.distill.train.checkpoints import (
-    TrainerState,
-    list_checkpoints,
-    read_checkpoint,
-    remove_later_checkpoints,
-    restore_checkpoint,
-)
+from genssd.distill.train.checkpoints import STATE, TrainerState, list_checkpoints, remove_later_checkpoints
 from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.directories import remove_directory
 from genssd.distill.train.distributed import World
-from genssd.engine.errors import InputError
+from genssd.distill.train.reading import check_files, make_damaged_error, read_checkpoint, read_state
+from genssd.distill.train.restoring import restore_checkpoint
+from genssd.distill.train.schedule import Schedule
+from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.quoting import quote
 
 
 def collect_settings(config: TrainConfig, inputs: TrainingInputs, world: World) -> dict[str, object]:
@@ -48,8 +46,9 @@ def fingerprint_examples(examples: Sequence[Example]) -> str:
 def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
     """Return the checkpoint to resume from, or None for a new training.
 
-    resume_from_checkpoint: a directory, or "last" for the newest checkpoint in output_dir. Raises InputError when there
-    is no such checkpoint, and when a new training would overwrite an earlier one.
+    resume_from_checkpoint: a directory, "last" for the newest checkpoint in output_dir, or "auto" for the newest one
+    or, where there is none, a new training. Raises InputError when there is no such checkpoint, and when a new training
+    would overwrite an earlier one.
     """
     checkpoints = list_checkpoints(output_dir)
     if resume_from_checkpoint is None:
@@ -61,54 +60,111 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: Path) -> Pat
         if any(output_dir.glob("*.safetensors")) or (output_dir / "best").exists():
             raise InputError(f"{output_dir} holds a model already; choose another output_dir")
         return None
+    if resume_from_checkpoint == "auto":
+        if not checkpoints:
+            _check_may_begin_again(output_dir)
+        return checkpoints[-1] if checkpoints else None
     if resume_from_checkpoint == "last":
         if not checkpoints:
-            raise InputError(f"{output_dir} has no checkpoint to resume from")
+            raise InputError(
+                f"{output_dir} has no checkpoint to resume from; --resume-from-checkpoint auto begins the training then"
+            )
         return checkpoints[-1]
     path = Path(resume_from_checkpoint)
-    if not (path / "trainer_state.json").exists():
-        raise InputError(f"{path} is no checkpoint: it has no trainer_state.json")
+    if not (path / STATE).exists():
+        raise InputError(f"{path} is no checkpoint: it has no {STATE}")
     return path
 
 
+def _check_may_begin_again(output_dir: Path) -> None:
+    """Raise InputError when the directory holds a model that no killed training of it has left unfinished."""
+    is_of_a_training = (output_dir / "run.json").exists()
+    is_finished = (output_dir / "config.json").exists()
+    if is_finished or (any(output_dir.glob("*.safetensors")) and not is_of_a_training):
+        raise InputError(
+            f"{output_dir} holds a finished model, and no checkpoint to resume from; choose another output_dir"
+        )
+
+
 def fix_date(config: TrainConfig) -> TrainConfig:
-    """Return the config with the date that chat templates print: its own, that of the checkpoint, or today's.
+    """Return the config with the date that chat templates print: its own, that of an earlier part, or today's.
 
     Raises InputError when there is no checkpoint to resume from.
     """
-    recorded = None
-    if config.resume_from_checkpoint is not None:
-        path = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
-        assert path is not None
-        settings = read_json(path / "trainer_state.json").get("settings")
-        recorded = settings.get("template_date") if isinstance(settings, dict) else None
-    return dataclasses.replace(config, template_date=choose_date(config, recorded))
+    settings: Mapping[str, object] = {}
+    path = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+    if path is not None:
+        settings = read_state(path).settings
+    elif config.resume_from_checkpoint is not None:
+        settings = _read_begun(Path(config.output_dir))
+    date = settings.get("template_date")
+    return dataclasses.replace(config, template_date=choose_date(config, date if isinstance(date, str) else None))
 
 
-def resume(training: Training, path: Path | None, settings: Mapping[str, object]) -> TrainerState:
-    """Restore a training to a checkpoint and return how far it is; path None: a new training.
+def _read_begun(output_dir: Path) -> Mapping[str, object]:
+    """Return the settings in run.json of a training that has no checkpoint yet; empty where it has not begun."""
+    path = output_dir / "run.json"
+    settings = read_json(path).get("settings") if path.exists() else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def read_progress(
+    config: TrainConfig, inputs: TrainingInputs, world: World, path: Path | None, settings: Mapping[str, object]
+) -> TrainerState:
+    """Return how far a training is, from a checkpoint that is checked as far as it can be without a model.
+
+    path: of the checkpoint; None for a new training. Raises CheckpointError when the checkpoint is damaged, and
+    InputError naming a setting that differs.
+    """
+    output_dir = Path(config.output_dir)
+    if path is None:
+        if (output_dir / "best").exists():  # of a training without a checkpoint, which begins again
+            begun = _read_begun(output_dir)
+            now = {name: settings[name] for name in begun if name in settings}
+            check_same_settings(begun, now, f"{output_dir} was begun")
+        return TrainerState(dict(settings))
+    state = read_state(path)
+    check_same_settings(state.settings, settings, f"{path} was trained")
+    if fault := Schedule(config, state, inputs.examples, num_processes=world.size).find_fault():
+        raise make_damaged_error(path, STATE, fault)
+    if world.is_main:
+        check_files(path)
+    return state
+
+
+def resume(training: Training, path: Path | None, state: TrainerState) -> None:
+    """Restore a training to a checkpoint; path None: a new training. state: how far it is, from `read_progress`.
 
     Checkpoints and a best model of later steps are removed, because these steps are taken again. Raises
-    CheckpointError when the checkpoint is damaged, and InputError naming a setting that differs.
+    CheckpointError when the checkpoint is damaged.
     """
-    if path is None:
-        return TrainerState(dict(settings))
-    checkpoint = read_checkpoint(path)
-    check_same_settings(checkpoint.state.settings, settings, f"{path} was trained")
-    restore_checkpoint(checkpoint, training.trained, training.world)
-    _remove_later_files(training, checkpoint.state)
-    return checkpoint.state
+    if path is not None:
+        checkpoint = read_checkpoint(path, training.trained, state, training.world.size)
+        restore_checkpoint(checkpoint, training.trained, training.world)
+    _remove_later_files(training, state)
 
 
 def _remove_later_files(training: Training, state: TrainerState) -> None:
-    """Remove what the steps after the checkpoint have written, and forget a best model that was lost in a crash."""
+    """Remove what the steps after the checkpoint have written, and forget a best model that was lost."""
     output_dir, world = training.output_dir, training.world
     best = output_dir / "best"
-    best_step = read_json(best / "best.json")["step"] if (best / "best.json").exists() else None
+    best_step = _read_best_step(best) if best.exists() else None
     world.wait()  # until all processes have read it
     if best_step is None:
-        state.best_eval_loss = None  # a crash came after the old best model was removed and before the new one was kept
+        state.best_eval_loss = None
     if world.is_main:
         remove_later_checkpoints(output_dir, state.step)
         if best_step is not None and best_step > state.step:
-            shutil.rmtree(best)
+            remove_directory(best)
+
+
+def _read_best_step(best: Path) -> int:
+    """Return the step of the best model. Raises CheckpointError when best.json does not give it."""
+    fields = read_json(best / "best.json")
+    step = fields.get("step")
+    if type(step) is not int or step < 1:
+        raise CheckpointError(
+            f"{best / 'best.json'} is damaged: step must be an integer of at least 1, not {quote(step)}; move {best} "
+            "away, and the best model of the steps to come is kept there"
+        )
+    return step

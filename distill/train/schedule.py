@@ -25,6 +25,7 @@ class Schedule:
         self._config = config
         self._state = state
         self._examples = examples
+        self._num_processes = num_processes
         self._step_size = (
             config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes
         )  # examples of one optimizer step
@@ -37,6 +38,28 @@ class Schedule:
             return (self._state.tokens + more_tokens) / config.max_train_tokens
         total = config.max_steps or math.ceil(config.num_train_epochs * self._steps_per_epoch)
         return (self._state.step + more_steps) / total
+
+    def find_fault(self) -> str | None:
+        """Return why the state is none that this training reaches after some steps, or None."""
+        state, per_epoch = self._state, self._steps_per_epoch
+        if state.batch > per_epoch or state.step != state.epoch * per_epoch + state.batch:
+            return f"step {state.step} is not batch {state.batch} of epoch {state.epoch} with {per_epoch} steps"
+        if self._config.max_train_tokens is None and self.fraction_done() > 1.0:
+            return f"step {state.step} is beyond the end of the training"
+        if self._config.lmbda:
+            return None  # how many tokens the student wrote is not known
+        replayed = TrainerState(settings={})
+        schedule = Schedule(self._config, replayed, self._examples, num_processes=self._num_processes)
+        for batch in schedule.iter_batches():
+            replayed.step += 1
+            replayed.tokens += batch.num_completion
+            if replayed.step == state.step:
+                break
+        if replayed.step < state.step:
+            return f"step {state.step} is beyond the end of the training"
+        if replayed.tokens != state.tokens:
+            return f"tokens is {state.tokens}, but {state.step} steps have {replayed.tokens}"
+        return None
 
     @property
     def is_finished(self) -> bool:

@@ -4,13 +4,14 @@
 
 losses.py defines the loss of a token. The weight of a row is its field `weight`, or 1 if it has none.
 
-OUTPUT_DIR/                   a save_pretrained directory: weights, config, tokenizer, chat template
+OUTPUT_DIR/                   a save_pretrained directory: weights, config, tokenizer, chat template. The weights have
+                              the data type of the checkpoint that the training began from (saving.py)
 OUTPUT_DIR/run.json           the options, and the settings that decide the result
 OUTPUT_DIR/summary.json       counts of steps, tokens and examples, and the losses
 OUTPUT_DIR/metrics.jsonl      one line per logged step, and one per evaluation
 OUTPUT_DIR/best/              the model with the smallest loss on eval_data
-OUTPUT_DIR/checkpoint-N/      a save_pretrained directory with optimizer.safetensors and trainer_state.json, from which
-                              training is resumed exactly
+OUTPUT_DIR/checkpoint-N/      a save_pretrained directory in float32, with optimizer.safetensors and trainer_state.json,
+                              from which training is resumed exactly
 OUTPUT_DIR/bad_batch.jsonl    the examples of a step whose loss is not finite
 
 A training has these phases: read the inputs and build (build.py), resume (resume.py), then in a loop take a step
@@ -20,21 +21,25 @@ A training has these phases: read the inputs and build (build.py), resume (resum
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from genssd.distill.runs.journal import complete_rows, truncate
-from genssd.distill.train.build import Training, build_training, read_inputs
+from genssd.distill.runs.journal import complete_rows
+from genssd.distill.runs.writing import truncate
+from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
 from genssd.distill.train.checkpoints import TrainerState, get_rng_state, remove_old_checkpoints, save_checkpoint
 from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.directories import remove_leftovers
 from genssd.distill.train.distributed import World
 from genssd.distill.train.evaluation import measure_eval_loss
 from genssd.distill.train.metrics import Metrics, NoMetrics
-from genssd.distill.train.models import save_model
-from genssd.distill.train.resume import collect_settings, find_checkpoint, fix_date, resume
+from genssd.distill.train.resume import collect_settings, find_checkpoint, fix_date, read_progress, resume
+from genssd.distill.train.saving import save_final_model
 from genssd.distill.train.schedule import Schedule
 from genssd.distill.train.step import StepResult, take_step, write_completions
 from genssd.engine.errors import InputError
@@ -82,6 +87,10 @@ class TrainSummary:
     """Number of examples in the data."""
     left_out: dict[str, int]
     """Number of rows that were not trained on, by reason."""
+    wrong: int
+    """Number of rows that were trained on although their field `correct` is false."""
+    undecided: int
+    """Number of rows that were trained on although their response could not be judged."""
     eval_overlap: dict[str, int] | None
     """Number of rows of the data, and of those whose question stands in eval_data exactly or nearly; None without
     eval_data."""
@@ -106,11 +115,17 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
     if len(set(world.gather([config.template_date]))) > 1:
         raise InputError("the processes began on different days: give --template-date, or start them again")
+    if world.is_main:
+        _warn_of_wrong_rows(inputs)
     with world.claim_run(config, "train") as run:
+        if run is not None:
+            remove_leftovers(Path(config.output_dir))
+        world.wait()  # until they are gone
         settings = collect_settings(config, inputs, world)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+        state = read_progress(config, inputs, world, checkpoint, settings)
         training = build_training(config, inputs, world, checkpoint)
-        state = resume(training, checkpoint, settings)
+        resume(training, checkpoint, state)
         world.wait()  # until all processes have read the directory
         if run is not None:
             run.begin()
@@ -123,6 +138,8 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             loss=loss,
             examples=len(inputs.examples),
             left_out=dict(inputs.left_out),
+            wrong=inputs.wrong,
+            undecided=inputs.undecided,
             eval_overlap=None if inputs.overlap is None else inputs.overlap.counts(),
             seconds=time.monotonic() - started,
             best_eval_loss=state.best_eval_loss,
@@ -132,6 +149,17 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             run.write_summary({**dataclasses.asdict(summary), "loss": known_loss, "output_dir": config.output_dir})
         world.wait()  # until everything is written: a process that leaves early may abort on its way out
     return summary
+
+
+def _warn_of_wrong_rows(inputs: TrainingInputs) -> None:
+    """Say how many rows are trained on although their response is not known to be correct, if there are any."""
+    if inputs.wrong or inputs.undecided:
+        logging.getLogger("genssd.train").warning(
+            "%d of the rows that are trained on have a wrong response, and %d one that could not be judged; "
+            "--require-correct leaves them out",
+            inputs.wrong,
+            inputs.undecided,
+        )
 
 
 class Trainer:
@@ -170,7 +198,10 @@ class Trainer:
                     metrics.log(measure_eval_loss(training, state))
                 if schedule.is_checkpoint_due:
                     self._save_checkpoint()
-        save_model(training.trained.model, training.trained.tokenizer, training.output_dir, write=is_main)
+        trained = training.trained
+        save_final_model(
+            trained.model, trained.tokenizer, training.output_dir, dtype=trained.saved_dtype, write=is_main
+        )
         return loss
 
     @property
@@ -179,7 +210,14 @@ class Trainer:
 
     def _truncate_metrics(self) -> float:
         """Remove the lines of later steps from metrics.jsonl; return the last loss that remains, or NaN."""
-        rows = [(row, end) for row, end in complete_rows(self._metrics_path) if row.get("step", 0) <= self._state.step]
+        rows: list[tuple[dict[str, Any], int]] = []
+        for number, (row, end) in enumerate(complete_rows(self._metrics_path), start=1):
+            if type(row.get("step")) is not int or not isinstance(row.get("loss", 0.0), float):
+                raise InputError(
+                    f"{self._metrics_path}, line {number} is damaged: it has no step and loss; remove this line"
+                )
+            if row["step"] <= self._state.step:
+                rows.append((row, end))
         if self._training.world.is_main:
             truncate(self._metrics_path, rows[-1][1] if rows else 0)
         return next((float(row["loss"]) for row, _ in reversed(rows) if "loss" in row), math.nan)

@@ -8,9 +8,8 @@ what it keeps. Importing this module loads neither torch nor a kernel.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # importing typing takes longer than everything else here
 if TYPE_CHECKING:
     from genssd.engine.branch import Branch as Branch
     from genssd.engine.branch import Ending as Ending
@@ -71,7 +70,7 @@ if TYPE_CHECKING:
     from genssd.kernels.logprob import TokenStats as TokenStats
     from genssd.kernels.logprob import TopK as TopK
 
-__version__ = version("genssd")
+    __version__: str
 
 _NAMES = {
     "genssd.engine.branch": (
@@ -167,6 +166,8 @@ __all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("genssd")
     if name not in _HOME:
         raise AttributeError(f"module 'genssd' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,30 +1,24 @@
 """The command line: `genssd COMMAND [--config FILE.yaml] [--flag value ...]`.
 
 A command is a config dataclass and the function that runs it. The keys of a YAML file become flags before the typed
-ones, so both are checked in the same way and a typed flag wins. Bad input ends with one line on stderr and exit code 2.
+ones, so both are checked in the same way and a typed flag wins (flags.py). Bad input, and output that cannot be
+written, end with one line on stderr and exit code 2; a signal ends with 128 plus its number (stopping.py).
+
+This file imports little, so that a signal during the imports of the commands is met by our own handlers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import json
 import logging
 import os
 import sys
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import Any
 
-import tyro
-import yaml
-from rich.console import Console
-
-import genssd
 from genssd.engine.errors import GenssdError, InputError
+from genssd.stopping import StopSignals, is_main_process
+from genssd.streams import discard, open_standard_streams, print_error
 
 SUMMARIES = {
     "demo": "the whole job on the small pair that ships with genssd: select, train, evaluate, compare",
@@ -52,58 +46,75 @@ USAGE = "\n".join(
 )
 
 
-JSON_KEYS = frozenset(("chat_template_kwargs",))
-"""Keys whose value may be an object in a YAML file; its flag takes the JSON text of an object."""
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Exits with 0, with 2 on bad input, with 130 when interrupted."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line. Exits with 0, with 2 on bad input, with 128 plus its number after a signal.
+
+    arguments: the words after `genssd`. None: those of this process, whose signals are then handled until it ends.
+    """
+    with StopSignals(restore=arguments is not None) as signals:
+        open_standard_streams()
+        code = _run_guarded(list(sys.argv[1:] if arguments is None else arguments), signals)
+    if code:
+        sys.exit(code)
+
+
+def _run_guarded(words: Sequence[str], signals: StopSignals) -> int:
+    """Run a command, print what ended it, and return the exit code."""
+    try:
+        try:
+            code = _run(words, signals)
+        except SystemExit as stop:  # of --help
+            code = stop.code if isinstance(stop.code, int) else 0
+        sys.stdout.flush()
+        return code
+    except GenssdError as error:
+        message, code = str(error), 2
+    except KeyboardInterrupt as error:
+        message, code = signals.describe(error), signals.exit_code
+    except BrokenPipeError:
+        message, code = "the reader of the output has gone", 1
+    except OSError as error:
+        place = "the output" if error.filename is None else error.filename
+        message, code = f"{place} cannot be read or written: {error.strerror or error}", 2
+    except MemoryError:
+        message, code = "the memory of this machine does not suffice", 2
+    if is_main_process() or code == 2:
+        print_error(message)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard(sys.stdout)
+    return code
+
+
+def _run(words: Sequence[str], signals: StopSignals) -> int:
+    """Read the config of a command from its flags, run the command, and return the exit code."""
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
-        sys.exit(0 if words else 2)
+        return 0 if words else 2
     command, *flags = words
     if command == "--version":
-        print(f"genssd {genssd.__version__}")
-        return
-    try:
-        _run(command, flags)
-    except GenssdError as error:
-        print(f"genssd: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("genssd: interrupted; finished prompts and checkpoints are on disk", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # the reader of our output has gone; what is left in the buffer goes nowhere, without a second complaint
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def _run(command: str, flags: list[str]) -> None:
-    """Read the config of a command from its flags, and run the command."""
+        print(f"genssd {import_module('importlib.metadata').version('genssd')}")
+        return 0
     if command not in SUMMARIES:
-        raise InputError(f"unknown command {command!r}{_closest(command, SUMMARIES)}\n{USAGE}")
+        match = difflib.get_close_matches(command, SUMMARIES, n=1)
+        hint = f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(SUMMARIES)}"
+        raise InputError(f"unknown command {command!r}{hint}\n{USAGE}")
     _quiet_libraries()
     _show_log()
-    commands = import_module("genssd.commands")
-    config_class, _ = commands.COMMANDS[command]
-    file, flags = _split_config_file(flags)
-    flags_from_file = [] if file is None else flags_of_file(file, config_class)
-    config = tyro.cli(
-        config_class,
-        prog=f"genssd {command}",
-        args=[*flags_from_file, *merge_list_flags(flags, config_class)],
-        description=config_class.__doc__,
-    )
-    commands.run_command(command, config, Console(stderr=True))
+    commands, read_config = import_module("genssd.commands"), import_module("genssd.flags").read_config
+    config = read_config(command, flags, commands.COMMANDS[command][0])
+    console = import_module("rich.console").Console(stderr=True)
+    signals.begin_work(getattr(config, "output_dir", None))
+    commands.run_command(command, config, console)
+    return 0
 
 
 class _StderrHandler(logging.Handler):
     """A handler that prints every record as one line on the stderr of the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"genssd: {record.getMessage()}", file=sys.stderr)
+        print_error(record.getMessage())
 
 
 def _show_log() -> None:
@@ -121,91 +132,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.captureWarnings(True)
     import_module("transformers").utils.logging.disable_progress_bar()
-
-
-def _split_config_file(flags: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the FILE of `--config FILE`, if there is one, and the other flags."""
-    for i, flag in enumerate(flags):
-        if flag == "--config":
-            if i + 1 == len(flags):
-                raise InputError("--config needs a file")
-            return Path(os.path.expanduser(flags[i + 1])), flags[:i] + flags[i + 2 :]
-        if flag.startswith("--config="):
-            return Path(os.path.expanduser(flag.removeprefix("--config="))), flags[:i] + flags[i + 1 :]
-    return None, flags
-
-
-def merge_list_flags(flags: Sequence[str], config_class: type) -> list[str]:
-    """Merge repeated flags of list fields into one: `--data a --data b` becomes `--data a b`."""
-    hints = typing.get_type_hints(config_class)
-    list_fields = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
-    other: list[str] = []
-    values: dict[str, list[str]] = {}
-    target = other
-    for word in flags:
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            field = name.removeprefix("--").replace("-", "_")
-            target = values.setdefault(field, []) if field in list_fields else other
-            if field in list_fields:
-                target += [value] if equals else []
-                continue
-        target.append(word)
-    return [*other, *(word for field, words in values.items() for word in (f"--{field}", *words))]
-
-
-def flags_of_file(path: Path, config_class: type) -> list[str]:
-    """Return the flags that a YAML file stands for.
-
-    Raises InputError naming the file and, for an unknown key, the closest known one.
-    """
-    try:
-        fields = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(f"config file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} is not valid YAML: {error}") from None
-    if fields is None:
-        return []
-    if not isinstance(fields, Mapping):
-        raise InputError(f"config file {path} must hold keys and values, not {type(fields).__name__}")
-    return _flags(fields, config_class, path, "")
-
-
-def _flags(fields: Mapping[Any, Any], config_class: type, path: Path, prefix: str) -> list[str]:
-    hints = typing.get_type_hints(config_class)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
-    flags: list[str] = []
-    for key, value in fields.items():
-        if key not in known:
-            raise InputError(f"config file {path}: unknown key {f'{prefix}{key}'!r}{_closest(str(key), known)}")
-        name = f"{prefix}{key}"
-        if dataclasses.is_dataclass(known[key]):
-            if not isinstance(value, Mapping):
-                raise InputError(f"config file {path}: {name} must hold keys and values, not {value!r}")
-            assert isinstance(known[key], type)
-            flags += _flags(value, known[key], path, f"{name}.")
-        elif isinstance(value, Mapping) and key in JSON_KEYS:
-            flags += [f"--{name}", json.dumps(value)]
-        elif isinstance(value, Mapping):
-            raise InputError(f"config file {path}: {name} must be a single value, not {dict(value)!r}")
-        elif isinstance(value, bool):
-            flags += _boolean(name, value, known[key])
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags
-
-
-def _boolean(name: str, value: bool, hint: object) -> list[str]:
-    """Return the flag of a boolean as tyro reads it: `--flag` or `--no-flag`, and `--flag True` for an optional one."""
-    if isinstance(hint, types.UnionType):
-        return [f"--{name}", str(value)]
-    head, _, last = name.rpartition(".")
-    return [f"--{name}" if value else f"--{head}{'.' if head else ''}no-{last}"]
-
-
-def _closest(word: str, known: Mapping[str, object]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from genssd.distill.demo import DemoConfig, paired_difference, run_demo
+from genssd.distill.demo import DemoConfig, run_demo
 from genssd.engine.errors import InputError
 
 
@@ -45,10 +45,3 @@ def test_a_directory_with_other_things_is_not_touched(tmp_path: Path) -> None:
         run_demo(DemoConfig(output_dir=str(tmp_path)), Console(), Console())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.tex", "train.jsonl"]
     assert (tmp_path / "train.jsonl").read_text() == "mine"
-
-
-def test_paired_differences() -> None:
-    estimate = paired_difference([True] * 30 + [False] * 10, [False] * 40, seed=0)
-    assert estimate.value == 0.75
-    assert 0.55 < estimate.low < 0.75 < estimate.high < 0.95
-    assert paired_difference([True, False], [True, False], seed=0).high == 0.0

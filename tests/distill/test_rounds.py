@@ -241,7 +241,17 @@ def test_right_answers_are_kept(
     out = tmp_path / "run"
     (summary,) = run_distill(config_for(tiny_pair, data, out, rounds=1, require_correct=True))
     assert summary.kept == 2
+    assert summary.left_out == {"wrong": 3}
     assert {row["answer"] for row in lines(out / "round-1" / "kept.jsonl")} == {"2", "4"}
+
+
+def test_a_problem_without_an_answer_is_refused_where_answers_decide(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    data = write_rows([{"question": "1+1?", "answer": "2"}, {"question": "why?"}])
+    with pytest.raises(InputError, match=r"data\.jsonl, line 2: no reference answer, .* --no-require-correct"):
+        list(run_distill(config_for(tiny_pair, data, tmp_path / "run", require_correct=True)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_restarting_trains_the_first_student_on_everything(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_the_response_is_that_after_any_question(
 
 def test_a_row_whose_template_alters_a_name_is_named(tmp_path: Path, write_rows: Write) -> None:
     tokenizer = make_merging_tokenizer(tmp_path / "upper", CHATML.replace("m['content']", "m['content'] | upper"))
-    path = write_rows([{"question": "q", "answer": "A"}, {"question": "<think>", "answer": "A"}])
+    path = write_rows([{"question": "q", "response": "A"}, {"question": "<think>", "response": "A"}])
     with pytest.raises(InputError, match=r"data\.jsonl, line 2: .* \(<think>\), .*--special-tokens-in-text"):
         read_examples([path], tokenizer, max_length=1000, statuses=("finished",))
     trace, bad = read_traces([path], tokenizer, max_length=1000)
@@ -80,7 +80,7 @@ def test_a_row_whose_template_alters_a_name_is_named(tmp_path: Path, write_rows:
 
 def test_the_system_prompt_is_trained_on(tokenizers: dict[str, Tokenizer], write_rows: Write) -> None:
     tokenizer = tokenizers["chatml"].with_chat(ChatOptions(system_prompt="s"))
-    path = write_rows([{"question": "q", "answer": "a"}, {"prompt": "raw", "completion": "a"}])
+    path = write_rows([{"question": "q", "response": "a"}, {"prompt": "raw", "completion": "a"}])
     trace, bad = read_traces([path], tokenizer, max_length=1000)
     assert isinstance(trace, Trace)
     assert tokenizer.hf.decode(list(trace.prompt_ids)).startswith(

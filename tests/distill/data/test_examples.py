@@ -50,8 +50,10 @@ CHAT = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
             "a<|im_end|>",
             id="conversational",
         ),
-        pytest.param({"question": "q", "answer": "a"}, CHAT, "a<|im_end|>", id="question"),
-        pytest.param({"problem": "q", "solution": "s", "answer": "a"}, CHAT, "s<|im_end|>", id="solution"),
+        pytest.param({"question": "q", "response": "a"}, CHAT, "a<|im_end|>", id="question"),
+        pytest.param(
+            {"problem": "q", "solution": "so 2 + 1 = 3", "answer": "3"}, CHAT, "so 2 + 1 = 3<|im_end|>", id="solution"
+        ),
     ],
 )
 def test_what_is_trained(
@@ -116,7 +118,7 @@ def test_messages_need_a_template(tmp_path: Path, write_rows: Write) -> None:
     (tmp_path / "model" / "chat_template.jinja").unlink()
     save_tokenizer(tmp_path / "model", template=False)
     with pytest.raises(InputError, match=r"line 1: .*model has no chat template"):
-        read(write_rows([{"question": "q", "answer": "a"}]), Tokenizer(tmp_path / "model"))
+        read(write_rows([{"question": "q", "response": "a"}]), Tokenizer(tmp_path / "model"))
 
 
 def test_a_template_that_rewrites_history_is_refused(tmp_path: Path, write_rows: Write) -> None:
@@ -124,12 +126,12 @@ def test_a_template_that_rewrites_history_is_refused(tmp_path: Path, write_rows:
     tokenizer = Tokenizer(tmp_path)
     tokenizer.hf.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(InputError, match="differently with and without its answer"):
-        read(write_rows([{"question": "q", "answer": "a"}]), tokenizer)
+        read(write_rows([{"question": "q", "response": "a"}]), tokenizer)
 
 
 def test_the_name_of_a_special_token_in_an_answer_is_text(tokenizer: Tokenizer, write_rows: Write) -> None:
     answer = "2 <|im_end|> and more"
-    rows = [{"question": "q", "answer": answer}, {"prompt": "q", "completion": answer}]
+    rows = [{"question": "q", "response": answer}, {"prompt": "q", "completion": answer}]
     for example in read(write_rows(rows), tokenizer).examples:
         completion = example.input_ids[example.num_prompt :]
         assert text(tokenizer, completion) == answer + "<|im_end|>"
@@ -141,7 +143,7 @@ def test_a_template_that_ends_turns_its_own_way(tmp_path: Path, write_rows: Writ
     save_checkpoint(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", eos_token="<|pad|>")
     edit_json(tmp_path / "generation_config.json", eos_token_id=[EOS, EOS + 2])
-    (example,) = read(write_rows([{"question": "q", "answer": "a"}]), Tokenizer(tmp_path)).examples
+    (example,) = read(write_rows([{"question": "q", "response": "a"}]), Tokenizer(tmp_path)).examples
     assert text(Tokenizer(tmp_path), example.input_ids[example.num_prompt :]) == "a<|im_end|>"
 
 
@@ -170,3 +172,43 @@ def test_a_completion_that_was_cut_off_is_left_out_or_has_no_end(tokenizer: Toke
     assert (len(data.examples), data.left_out) == (1, {"cut off, by a field of the row or within a thought": 2})
     cut, thought, whole = read(write_rows(rows), tokenizer, statuses=("finished", "length")).examples
     assert [text(tokenizer, e.completion_ids) for e in (cut, thought, whole)] == ["b", "<think>\nb", "b<|im_end|>"]
+
+
+VERDICTS = [
+    {"prompt": "a", "completion": "b", "correct": True, "undecided": None},
+    {"prompt": "a", "completion": "b", "correct": False, "undecided": None},
+    {"prompt": "a", "completion": "b", "correct": None, "undecided": "the reference is prose"},
+    {"prompt": "a", "completion": "b", "correct": False, "undecided": "the reference is prose"},
+    {"prompt": "a", "completion": "b", "correct": None, "undecided": None},
+    {"prompt": "a", "completion": "b", "correct": False, "status": "length"},
+]
+
+
+def test_only_rows_that_are_known_to_be_correct_are_kept_where_that_is_required(
+    tokenizer: Tokenizer, write_rows: Write
+) -> None:
+    data = read(write_rows(VERDICTS), tokenizer)
+    assert (len(data.examples), data.wrong, data.undecided, data.left_out) == (5, 1, 2, {"status length": 1})
+    data = read(write_rows(VERDICTS), tokenizer, require_correct=True)
+    assert (len(data.examples), data.wrong, data.undecided) == (1, 0, 0)
+    assert data.left_out == {"wrong": 1, "undecided": 2, "no reference answer": 1, "status length": 1}
+    with pytest.raises(InputError, match=r"nothing to train on \(1 wrong\)"):
+        read(write_rows(VERDICTS[1:2]), tokenizer, require_correct=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": "b"}, "line 2: no field `correct`, which --require-correct reads"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "line 2: no field `correct`"),
+        (
+            {"prompt": "a", "completion": "b", "correct": "yes"},
+            "line 2: correct must be true, false or null, not 'yes'",
+        ),
+    ],
+)
+def test_a_row_without_a_verdict_is_named_where_one_is_required(
+    tokenizer: Tokenizer, write_rows: Write, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read(write_rows([VERDICTS[0], row]), tokenizer, require_correct=True)

@@ -151,9 +151,9 @@ def test_what_the_template_writes_after_the_prompt_is_trained(
 def test_a_thought_goes_where_the_template_writes_it(tokenizers: dict[str, Tokenizer], write_rows: Write) -> None:
     question = "<|im_start|>user<|final|>q<|im_end|><|im_start|>assistant"
     rows = [
-        {"question": "q", "answer": "a"},
-        {"question": "q", "answer": THOUGHT},
-        {"question": "q", "answer": "a", "reasoning_content": "why"},
+        {"question": "q", "response": "a"},
+        {"question": "q", "response": THOUGHT},
+        {"question": "q", "response": "a", "reasoning_content": "why"},
     ]
     tokenizer = tokenizers["channels"]
     examples = read_examples([write_rows(rows)], tokenizer, max_length=1000, statuses=("finished",)).examples
@@ -201,7 +201,7 @@ def test_a_thought_in_a_field_is_trained(
 ) -> None:
     rows = [
         {"messages": [*TURNS, {"role": "assistant", "content": "a", field: "why"}]},
-        {"question": "q", "answer": "a", field: "why"},
+        {"question": "q", "response": "a", field: "why"},
         {"prompt": TURNS, "completion": [{"role": "assistant", "content": "a", field: "why"}]},
     ]
     assert [completion for _, completion in trained(write_rows(rows), tokenizers[template])] == [expected] * 3
@@ -239,21 +239,21 @@ def test_calls_and_tools_reach_the_template(tokenizers: dict[str, Tokenizer], wr
          "line 1: the chat template of .* ignores the field tool_calls of a message"),
         ({"messages": [*TURNS, {"role": "assistant", "content": "a", "images": ["x"]}]}, "chatml",
          "line 1: the chat template of .* ignores the field images of a message"),
-        ({"question": "q", "answer": "a", "tools": [{"name": "f"}]}, "chatml",
+        ({"question": "q", "response": "a", "tools": [{"name": "f"}]}, "chatml",
          "line 1: tools: the chat template of .* ignores them"),
-        ({"question": "q", "answer": "a", "tools": "[{"}, "chatml", "line 1: tools is text, but not the JSON"),
-        ({"question": "q", "answer": "a", "system": "s"}, "spaced",
+        ({"question": "q", "response": "a", "tools": "[{"}, "chatml", "line 1: tools is text, but not the JSON"),
+        ({"question": "q", "response": "a", "system": "s"}, "spaced",
          "line 1: the chat template of .* ignores messages of the role 'system'"),
-        ({"question": "q", "answer": "<think>x</think>a", "reasoning": "y"}, "chatml",
+        ({"question": "q", "response": "<think>x</think>a", "reasoning": "y"}, "chatml",
          "line 1: a message has one thought in its content and another one in reasoning"),
-        ({"question": "q", "answer": "a", "reasoning": "x", "thinking": "y"}, "chatml",
+        ({"question": "q", "response": "a", "reasoning": "x", "thinking": "y"}, "chatml",
          "line 1: a message has different thoughts in thinking and reasoning"),
         ({"prompt": "q", "completion": "a", "system": "s"}, "chatml", "line 1: system is not in the row's prompt"),
         ({"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "chatml", "line 1: tools cannot be used with"),
         ({"messages": [*TURNS, {"role": "assistant", "content": "a"}], "input": "i"}, "chatml",
          "line 1: input is not in the row's prompt or messages"),
-        ({"question": "q", "answer": "a", "history": [["b", "c"]]}, "chatml", "line 1: history cannot be used"),
-        ({"question": "q", "answer": "a", "reasoning": ["x"]}, "chatml", "line 1: reasoning must be text, not list"),
+        ({"question": "q", "response": "a", "history": [["b", "c"]]}, "chatml", "line 1: history cannot be used"),
+        ({"question": "q", "response": "a", "reasoning": ["x"]}, "chatml", "line 1: reasoning must be text, not list"),
     ],
 )  # fmt: skip
 def test_content_that_cannot_be_used_is_refused_by_name(
@@ -268,7 +268,7 @@ def test_content_that_cannot_be_used_is_refused_by_name(
 def test_the_templates_own_system_message_may_be_given(tmp_path: Path, write_rows: Write) -> None:
     default = "{% if messages[0].role != 'system' %}<|im_start|>system\ns<|im_end|>\n{% endif %}" + CHATML
     tokenizer = make_tokenizer(tmp_path, default)
-    rows = [{"question": "q", "answer": "a", "system": "s"}, {"question": "q", "answer": "a"}]
+    rows = [{"question": "q", "response": "a", "system": "s"}, {"question": "q", "response": "a"}]
     assert trained(write_rows(rows), tokenizer) == [("<|im_start|>system\ns<|im_end|>\n" + CHAT, "a<|im_end|>")] * 2
 
 
@@ -307,6 +307,6 @@ def test_an_answer_after_a_space_is_one_text_with_it(tmp_path: Path, write_rows:
     hf.save_pretrained(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     (example,) = read_examples(
-        [write_rows([{"question": "q", "answer": "a"}])], tokenizer, max_length=99, statuses=()
+        [write_rows([{"question": "q", "response": "a"}])], tokenizer, max_length=99, statuses=()
     ).examples
     assert tokenizer.hf.convert_ids_to_tokens(list(example.completion_ids)) == ["\u2581a", "\u2581", "</s>"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from genssd.distill.runs.directory import claim_directory
+from genssd.distill.runs.journal import make_line, write_json
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import Operational
 from genssd.engine.errors import InputError
@@ -65,10 +67,10 @@ def test_finished_work_needs_resume_and_the_same_settings(tmp_path: Path) -> Non
 
 def test_a_run_without_finished_work_begins_anew(tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    work(Config(output_dir=str(directory)))
+    work(Config(output_dir=str(directory)), 1)
     (directory / "numbers.jsonl").write_text('{"number": 1')  # the first line was cut
     assert work(Config(output_dir=str(directory), size=2), 5) == []
-    assert (directory / "numbers.jsonl").read_text() == '{"number": 5}\n'
+    assert (directory / "numbers.jsonl").read_bytes() == make_line({"number": 5})
 
 
 def test_a_torn_line_is_cut_before_the_next_is_written(tmp_path: Path) -> None:
@@ -131,12 +133,174 @@ def test_the_directory_belongs_to_one_process_and_one_command(tmp_path: Path) ->
         pass
 
 
-def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+def broken_records() -> dict[str, tuple[dict[str, Any], str]]:
+    """Return changes of run.json, None for a removed key, with what the message says about each."""
+    versions = {"genssd": "0.1.0", "torch": "2", "transformers": "5"}
+    return {
+        "no settings": ({"settings": None}, "was written by another version of genssd: it has no settings"),
+        "settings": ({"settings": [1]}, "is damaged: settings must be an object; restore the file, or choose"),
+        "config": ({"config": "a"}, "is damaged: config must be an object"),
+        "no versions": ({"versions": None}, "is damaged: versions must be an object with the versions of genssd"),
+        "version": ({"versions": {**versions, "torch": 2}}, "is damaged: versions must be an object with"),
+        "python": ({"python": 3.11}, "is damaged: python must be a version"),
+        "date": ({"template_date": 1}, "is damaged: template_date must be a date"),
+        "launches": ({"launches": {"a": 1}}, "is damaged: launches must be objects with source, deterministic, digest"),
+        "later": ({"versions": {**versions, "genssd": "99.1"}}, r"was written by genssd 99.1, which this version"),
+        "odd": (
+            {"versions": {**versions, "genssd": "x"}},
+            r"was written by genssd x, which this version .* resume with",
+        ),
+        "command": ({"command": 7}, "is not of a run of genssd: it names no command; choose another output_dir"),
+        "other": ({"command": "dance"}, "belongs to a run of `genssd dance`; choose another output_dir"),
+    }
+
+
+@pytest.mark.parametrize("name", broken_records())
+def test_a_record_that_cannot_be_used_is_refused_by_file_and_key(tmp_path: Path, name: str) -> None:
+    changes, message = broken_records()[name]
     directory = tmp_path / "run"
     work(Config(output_dir=str(directory)), 1)
-    (directory / "run.json").write_text('{"command": "count", "config": {}}')
-    with pytest.raises(InputError, match=r"run\.json was written by another version of genssd"):
-        work(Config(output_dir=str(directory), resume=True))
+    record = json.loads((directory / "run.json").read_text()) | changes
+    write_json(directory / "run.json", {key: value for key, value in record.items() if value is not None})
+    before = sorted((path.name, path.read_bytes()) for path in directory.iterdir())
+    with pytest.raises(InputError, match=rf"/run(/run\.json)? {message}"):
+        work(Config(output_dir=str(directory), resume=True), 2)
+    assert sorted((path.name, path.read_bytes()) for path in directory.iterdir()) == before
+
+
+def test_a_record_of_an_earlier_version_with_the_same_settings_is_resumed(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"), resume=True)
+    work(config, 1)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    write_json(tmp_path / "run/run.json", record | {"versions": {**record["versions"], "genssd": "0.0.9"}})
+    assert work(config, 2) == [1]
+    assert json.loads((tmp_path / "run/run.json").read_text())["versions"]["genssd"] == "0.0.9"
+
+
+@pytest.mark.parametrize("name", ["numbers.jsonl", "config.json", "model.safetensors", "data/rows.csv"])
+def test_a_directory_with_files_of_no_run_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "theirs"
+    (directory / name).parent.mkdir(parents=True)
+    (directory / name).write_text("theirs")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=rf"theirs holds {name.split('/')[0]}, but no run\.json of a run; restore"):
+            work(Config(output_dir=str(directory), resume=resume), 1)
+    assert [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()] == [Path(name)]
+    assert (directory / name).read_text() == "theirs"
+
+
+def test_an_empty_directory_is_taken_and_harmless_files_may_be_in_it(tmp_path: Path) -> None:
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    for name in ("select.log", "config.yaml", ".gitignore", "run.json.tmp"):
+        (directory / name).write_text("")
+    work(Config(output_dir=str(directory)), 1)
+    assert not (directory / "run.json.tmp").exists()  # a process was killed while it wrote run.json
+    assert (directory / "select.log").exists()
+
+
+def test_a_lost_record_is_named_with_the_remedy(tmp_path: Path) -> None:
+    config = Config(output_dir=str(tmp_path / "run"), resume=True)
+    work(config, 1)
+    record = (tmp_path / "run/run.json").read_bytes()
+    (tmp_path / "run/run.json").unlink()
+    with pytest.raises(InputError, match=r"run holds numbers\.jsonl, but no run\.json of a run; restore run\.json, or"):
+        work(config, 2)
+    (tmp_path / "run/run.json").write_bytes(record)
+    assert work(config, 2) == [1]
+
+
+def test_a_place_that_is_no_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, reason in {
+        "file": "it is a file, not a directory",
+        "file/deeper": "(it is a file, not a directory|Not a directory)",
+        "link": "it is a link to a place that does not exist",
+        "x" * 300: "File name too long",
+        "a\0b": "embedded null byte",
+    }.items():
+        with pytest.raises(InputError, match=rf"output_dir .* cannot be written: {reason}"):
+            work(Config(output_dir=str(tmp_path / name)), 1)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_refused_command_leaves_no_directory_behind(tmp_path: Path) -> None:
+    directory = tmp_path / "a/b/c"
+    with (
+        pytest.raises(InputError, match="no such model"),
+        Run.open(Config(output_dir=str(directory)), "count", journal="numbers.jsonl"),
+    ):
+        raise InputError("no such model")
+    assert not list(tmp_path.iterdir())
+    directory.mkdir(parents=True)  # what the user made stays
+    with pytest.raises(InputError, match="no such model"), claim_directory(directory, "count"):
+        raise InputError("no such model")
+    assert not list(directory.iterdir())
+    (directory.parent / "other").write_text("")
+    directory.rmdir()
+    with pytest.raises(InputError, match="no such model"), claim_directory(directory, "count"):
+        raise InputError("no such model")
+    assert [path.name for path in directory.parent.iterdir()] == ["other"]
+
+
+def test_a_lock_that_another_process_removed_locks_nothing(tmp_path: Path) -> None:
+    """Between the opening of the file and its locking another process may fail and remove it."""
+    directory = tmp_path / "run"
+    real, removed = fcntl.flock, []
+
+    def remove_first(descriptor: int, operation: int) -> None:
+        if not removed:
+            removed.append(True)
+            (directory / ".lock").unlink()
+        real(descriptor, operation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", remove_first)
+        with (
+            claim_directory(directory, "count"),
+            pytest.raises(InputError, match="another run is at work"),
+            claim_directory(directory, "count"),
+        ):
+            pass
+
+
+def stop(config: Config, command: str, *numbers: int) -> str:
+    """Return what a command that is interrupted after some numbers says about its directory."""
+
+    def work_until_stopped() -> None:
+        with Run.open(config, command, journal=None if command == "train" else "numbers.jsonl") as run:
+            if command == "train":
+                run.record()
+            for number in numbers:
+                run.journal.append({"number": number})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        work_until_stopped()
+    (note,) = stopped.value.__notes__
+    return str(note)
+
+
+def test_a_stopped_run_says_what_is_on_disk(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    config = Config(output_dir=str(directory))
+    assert stop(config, "select") == "nothing was written"
+    assert not directory.exists()
+    assert stop(config, "select", 1) == f"{directory}/numbers.jsonl holds 1 finished prompt; --resume continues"
+    again = Config(output_dir=str(directory), resume=True)
+    assert stop(again, "select", 2, 3) == f"{directory}/numbers.jsonl holds 3 finished prompts; --resume continues"
+
+
+def test_a_stopped_training_names_its_newest_checkpoint(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    config = Config(output_dir=str(directory))
+    said = stop(config, "train")
+    assert said == f"{directory} holds no checkpoint (save_steps writes them); the training begins anew"
+    (directory / "checkpoint-99").mkdir()  # incomplete
+    for step in (2, 10):
+        write_json(directory / f"checkpoint-{step}/trainer_state.json", {})
+    assert stop(config, "train") == f"{directory}/checkpoint-10 is complete; --resume-from-checkpoint last continues"
 
 
 def test_what_could_not_be_used_and_the_summary_are_written_whole(tmp_path: Path) -> None:

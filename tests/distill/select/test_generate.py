@@ -87,7 +87,7 @@ def test_settings_of_a_run_do_not_change(tiny_pair: TinyPair, write_rows: Write,
     path = tmp_path / "run" / "responses.jsonl"
     first = path.read_text().splitlines(keepends=True)[0]
     path.write_text(path.read_text() + first)
-    with pytest.raises(InputError, match="line 6 is damaged"):
+    with pytest.raises(InputError, match="line 6 repeats line 1: remove one of them, and resume"):
         run(tiny_pair, data, tmp_path / "run", resume=True)
 
 

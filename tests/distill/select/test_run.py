@@ -155,8 +155,7 @@ def append(self, row):
     calls += 1
     if calls == victim:
         if torn:
-            self._stream.write(b'{"messages": [{"role": "us')
-            self._stream.flush()
+            self._file.append(b'{"messages": [{"role": "us')
         os.kill(os.getpid(), signal.SIGKILL)
     whole(self, row)
 
@@ -210,27 +209,57 @@ def test_progress_counts_up(tiny_pair: TinyPair, write_rows: Write, tmp_path: Pa
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_lost_decisions_stop_a_resume_and_nothing_is_cut(
+def test_a_lost_journal_stops_a_resume_and_nothing_is_cut(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
 ) -> None:
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
     run_select(config, tiny_pair.engine)
-    journal, decisions = tmp_path / "run" / "selections.jsonl", tmp_path / "run" / "decisions.jsonl"
-    whole, decided = journal.read_bytes(), decisions.read_bytes().splitlines(keepends=True)
-    for damaged in ([], decided[:2], [decided[1], decided[0], *decided[2:]]):
-        decisions.write_bytes(b"".join(damaged))
+    files = [tmp_path / "run" / name for name in ("selections.jsonl", "decisions.jsonl")]
+    whole = [file.read_bytes() for file in files]
+    for lost, held in ((0, 1), (1, 0)):
+        files[lost].unlink()
         with pytest.raises(
-            InputError, match=r"decisions\.jsonl lacks the decisions of prompt \d, which .* holds: restore"
+            InputError, match=rf"{files[lost]} is lost, and {files[held].name} .* remove {files[held]} to begin anew"
         ):
             run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
-        assert journal.read_bytes() == whole
-        assert decisions.read_bytes() == b"".join(damaged)
+        assert files[held].read_bytes() == whole[held]
+        assert not files[lost].exists()
+        files[held].unlink()  # as the message says
+        run_select(config, tiny_pair.engine)
+        assert [file.read_bytes() for file in files] == whole
+
+
+def test_what_only_one_journal_holds_is_done_again_and_their_order_is_mended(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
+    run_select(config, tiny_pair.engine)
+    selections, decisions = (tmp_path / "run" / name for name in ("selections.jsonl", "decisions.jsonl"))
+    selected, decided = (file.read_bytes().splitlines(keepends=True) for file in (selections, decisions))
+    a, b, c, d = range(4)
+    for left, left_decisions in (
+        ([a, c, d], [a, b, c, d]),  # the user removed a damaged line of one journal
+        ([a, b, c, d], [b, c, d]),  # or of the other
+        ([a, b, c, d], [a, b]),
+        ([a, b, c, d], [d, c, b, a]),
+        ([c, a, b], [a, b, d]),
+    ):
+        selections.write_bytes(b"".join(selected[i] for i in left))
+        decisions.write_bytes(b"".join(decided[i] for i in left_decisions))
+        run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
+        kept = [i for i in left if i in left_decisions]
+        lines_now = selections.read_bytes().splitlines(keepends=True)
+        assert lines_now[: len(kept)] == [selected[i] for i in kept]
+        assert sorted(lines_now) == sorted(selected)
+        order = [selected.index(line) for line in lines_now]
+        assert decisions.read_bytes().splitlines(keepends=True) == [decided[i] for i in order]
 
 
 def test_two_runs_do_not_share_a_directory(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
     with claim_directory(tmp_path / "run", "select"), pytest.raises(InputError, match="another run is at work in"):
         run_select(config, tiny_pair.engine)
+    (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "run.json").write_text('{"command": "train"}')
     with pytest.raises(InputError, match="belongs to a run of `genssd train`"):
         run_select(config, tiny_pair.engine)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from support.toys import VOCAB, edit_json, save_checkpoint
 from torch import Tensor
 
-from genssd.distill.train.models import load_model, save_model
+from genssd.distill.train.models import load_model
+from genssd.distill.train.saving import save_model
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CheckpointError
 from genssd.engine.model import Decoder

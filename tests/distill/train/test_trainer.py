@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Gra
 
 from genssd import Engine
 from genssd.distill.train import forward
-from genssd.distill.train.checkpoints import read_checkpoint
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.models import load_model
 from genssd.distill.train.schedule import compute_learning_rate_factor
@@ -299,30 +298,16 @@ def test_a_training_is_not_mixed_with_another(tiny_pair: TinyPair, write_rows: W
     write_rows(ROWS[:-1])
     with pytest.raises(InputError, match="was trained with data="):
         run_train(resumed)
-    (tmp_path / "run" / "checkpoint-6" / "optimizer.safetensors").write_bytes(b"torn")
-    write_rows(ROWS)
-    with pytest.raises(CheckpointError, match=r"checkpoint-6 is damaged: .* resume from an earlier checkpoint"):
-        run_train(resumed)
 
 
 def test_bad_checkpoints(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
-    with pytest.raises(InputError, match="has no checkpoint to resume from"):
+    with pytest.raises(InputError, match=r"has no checkpoint to resume from; .* auto begins"):
         run_train(config_for(tiny_pair, data, tmp_path / "run", resume_from_checkpoint="last"))
     with pytest.raises(InputError, match=r"is no checkpoint: it has no trainer_state\.json"):
         run_train(config_for(tiny_pair, data, tmp_path / "run", resume_from_checkpoint=str(tmp_path)))
     with pytest.raises(CheckpointError, match="does not exist"):
         run_train(config_for(tiny_pair, data, tmp_path / "run", model_name_or_path="/nowhere"))
-
-
-def test_every_process_gets_its_own_generators_back(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    """More than ten processes: rank 2 comes before rank 10."""
-    run_train(config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", save_steps=1, max_steps=1))
-    path = tmp_path / "run" / "checkpoint-1"
-    tensors = load_file(path / "optimizer.safetensors")
-    tensors |= {f"rng/{rank}": torch.tensor([rank], dtype=torch.uint8) for rank in range(12)}
-    save_file(tensors, path / "optimizer.safetensors")
-    assert [int(state) for state in read_checkpoint(path).rng_states] == list(range(12))
 
 
 def test_a_finished_model_is_not_overwritten(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

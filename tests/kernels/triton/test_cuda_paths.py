@@ -93,6 +93,15 @@ def judge_by_length(text: str, answer: str | None) -> Verdict:
     return CORRECT if len(text) % 2 else WRONG
 
 
+def test_a_greedy_completion_beside_sampled_ones(pair: Pair) -> None:
+    options: dict[str, Any] = {"n": 2, "sampling": Sampling(top_p=0.9), "max_tokens": 2, "greedy_first": True}
+    expected = {g.index: g.sampled for g in pair.engine().iter_generate(PROMPTS, **options)}
+    with FakeCuda():
+        outcomes = {g.index: g.sampled for g in pair.engine(device=DEVICE).iter_generate(PROMPTS, **options)}
+        for index, completions in outcomes.items():
+            assert [c.token_ids for c in completions] == [c.token_ids for c in expected[index]]
+
+
 def test_diagnosis(pair: Pair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows([{"prompt": "7", "answer": "77"}])
 

@@ -1,0 +1,200 @@
+"""The flags of a command: those that are typed, and those that a YAML file stands for, as the command's config."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from genssd.distill.files.pipes import open_pipe
+from genssd.engine.errors import InputError
+
+JSON_KEYS = frozenset(("chat_template_kwargs",))
+"""Keys whose value may be an object in a YAML file; its flag takes the JSON text of an object."""
+MAX_CONFIG_BYTES = 1 << 18
+"""Maximum size of a config file."""
+MAX_CONFIG_VALUES = 10_000
+"""Maximum number of values in a config file, those that aliases repeat included."""
+RULER = re.compile(r"[\s\-\u2500-\u257f]*")
+HELP_SECTIONS = ("For full helptext", "Argument helptext")
+"""Beginnings of the sections of tyro's messages that only describe flags."""
+WIDE = 10_000
+
+
+def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
+    """Return the config of a command. Raises InputError on flags or a config file that cannot be read."""
+    file, typed = _split_config_file(list(flags))
+    from_file = [] if file is None else flags_of_file(file, config_class)
+    words = [*from_file, *merge_list_flags(typed, config_class)]
+
+    def parse() -> Any:
+        return tyro.cli(config_class, prog=f"genssd {command}", args=words, description=config_class.__doc__)
+
+    if {"-h", "--help"} & {*words}:
+        return parse()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), _terminal_width(WIDE):
+            return parse()
+    except SystemExit:
+        message = _shorten(said.getvalue(), config_class)
+        raise InputError(f"{message}; `genssd {command} --help` lists the flags") from None
+
+
+@contextlib.contextmanager
+def _terminal_width(columns: int) -> Iterator[None]:
+    """Let tyro believe that the terminal is so wide, so that it breaks no lines."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(columns)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _shorten(said: str, config_class: type) -> str:
+    """Return tyro's message, a frame with a title and sections between rulers, as one line."""
+    sections: list[list[str]] = [[]]
+    for line in said.splitlines()[1:]:  # the first one is the title
+        if RULER.fullmatch(line):
+            sections.append([])
+        else:
+            sections[-1].append(" ".join(line.strip(" \u2502").split()))
+    texts = [" ".join(lines) for lines in sections if lines and not lines[0].startswith(HELP_SECTIONS)]
+    message = "; ".join(text.removesuffix(".") for text in texts).removeprefix(
+        f"Error parsing {config_class.__name__}: "
+    )
+    return message or "these flags cannot be read"
+
+
+def _split_config_file(flags: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the FILE of `--config FILE`, if there is one, and the other flags."""
+    for i, flag in enumerate(flags):
+        if flag == "--config":
+            if i + 1 == len(flags):
+                raise InputError("--config needs a file")
+            return Path(os.path.expanduser(flags[i + 1])), flags[:i] + flags[i + 2 :]
+        if flag.startswith("--config="):
+            return Path(os.path.expanduser(flag.removeprefix("--config="))), flags[:i] + flags[i + 1 :]
+    return None, flags
+
+
+def merge_list_flags(flags: Sequence[str], config_class: type) -> list[str]:
+    """Merge repeated flags of list fields into one: `--data a --data b` becomes `--data a b`."""
+    hints = typing.get_type_hints(config_class)
+    list_fields = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
+    other: list[str] = []
+    values: dict[str, list[str]] = {}
+    target = other
+    for word in flags:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            field = name.removeprefix("--").replace("-", "_")
+            target = values.setdefault(field, []) if field in list_fields else other
+            if field in list_fields:
+                target += [value] if equals else []
+                continue
+        target.append(word)
+    return [*other, *(word for field, words in values.items() for word in (f"--{field}", *words))]
+
+
+def flags_of_file(path: Path, config_class: type) -> list[str]:
+    """Return the flags that a YAML file stands for.
+
+    Raises InputError naming the file and, for an unknown key, the closest known one.
+    """
+    fields = _load_yaml(path)
+    if fields is None:
+        return []
+    if not isinstance(fields, Mapping):
+        raise InputError(f"config file {path} must hold keys and values, not {type(fields).__name__}")
+    if sum(1 for _ in zip(range(MAX_CONFIG_VALUES), _walk(fields), strict=False)) == MAX_CONFIG_VALUES:
+        raise InputError(f"config file {path} holds more than {MAX_CONFIG_VALUES} values")
+    return _flags(fields, config_class, path, "")
+
+
+def _load_yaml(path: Path) -> object:
+    try:
+        with open_pipe(str(path)) if path.is_fifo() else path.open("rb") as stream:
+            text = stream.read(MAX_CONFIG_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"config file {path} cannot be read: {reason}") from None
+    if len(text) > MAX_CONFIG_BYTES:
+        raise InputError(f"config file {path} is longer than {MAX_CONFIG_BYTES >> 10} KiB")
+    try:
+        return yaml.safe_load(text.decode("utf-8"))
+    except Exception as error:  # PyYAML raises exceptions of many types on damaged scalars
+        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _walk(value: object) -> Iterator[object]:
+    """Yield all values in a value, once for every path that leads to them: aliases may make them very many."""
+    stack = [value]
+    while stack:
+        yield (top := stack.pop())
+        if isinstance(top, Mapping):
+            stack += [*top.keys(), *top.values()]
+        elif isinstance(top, Sequence | set) and not isinstance(top, str | bytes):
+            stack += top
+
+
+def _flags(fields: Mapping[Any, Any], config_class: type, path: Path, prefix: str) -> list[str]:
+    hints = typing.get_type_hints(config_class)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+    flags: list[str] = []
+    for key, value in fields.items():
+        if key not in known:
+            raise InputError(f"config file {path}: unknown key {f'{prefix}{key}'!r}{find_closest(str(key), known)}")
+        name = f"{prefix}{key}"
+        if dataclasses.is_dataclass(known[key]):
+            if not isinstance(value, Mapping):
+                raise InputError(f"config file {path}: {name} must hold keys and values, not {value!r}")
+            assert isinstance(known[key], type)
+            flags += _flags(value, known[key], path, f"{name}.")
+        elif isinstance(value, Mapping) and key in JSON_KEYS:
+            flags += [f"--{name}", _dump_object(value, f"config file {path}: {name}")]
+        elif isinstance(value, Mapping):
+            raise InputError(f"config file {path}: {name} must be a single value, not {dict(value)!r}")
+        elif isinstance(value, bool):
+            flags += _boolean(name, value, known[key])
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def _dump_object(value: Mapping[Any, Any], where: str) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # dates, sets, keys that are lists
+        raise InputError(f"{where} must hold what JSON can express, not {value!r}") from None
+
+
+def _boolean(name: str, value: bool, hint: object) -> list[str]:
+    """Return the flag of a boolean as tyro reads it: `--flag` or `--no-flag`, and `--flag True` for an optional one."""
+    if isinstance(hint, types.UnionType):
+        return [f"--{name}", str(value)]
+    head, _, last = name.rpartition(".")
+    return [f"--{name}" if value else f"--{head}{'.' if head else ''}no-{last}"]
+
+
+def find_closest(word: str, known: Mapping[str, object]) -> str:
+    """Return the end of a message about an unknown word: the known word that is closest to it, or all of them."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
