@@ -15,7 +15,6 @@ from genssd.distill.demo import DemoConfig
 from genssd.distill.runs.settings import Kind, check_same_settings, expand_home, fields_of, settings_of
 from genssd.engine.errors import InputError
 
-
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
 NOT_COUNTED = {
     "select": ENGINE | {"output_dir", "resume", "data", "limit"},
