@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.settings import Operational
 from genssd.engine.amounts import format_bytes
@@ -18,6 +20,10 @@ from genssd.engine.threads import announce, choose_engine_threads
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
 class EngineOptions:
     """The arguments of `Engine.from_pretrained` other than the models."""
+
+    NEEDS: ClassVar[Needs] = {
+        "memory_utilization": Need(lambda o: o.memory_bytes is None, "no memory_bytes, which replace it")
+    }
 
     device: Operational[str | None] = None
     """Device of the models. None: CUDA where there is one, else the CPU."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
@@ -32,6 +32,7 @@ from genssd.distill.data.traces import (
     sort_by_trace,
 )
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -56,6 +57,8 @@ from genssd.engine.steps import step_spans
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
     """Keep as much of every trace as the student needs, and let the student write the rest."""
+
+    NEEDS: ClassVar[Needs] = {"judge_tokens": Need(lambda o: o.judge == "says", "judge says")}
 
     student: ModelPath[str]
     """Hub id or local directory of the model that judges and continues."""

@@ -106,7 +106,7 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
     if command not in SUMMARIES:
         match = difflib.get_close_matches(command, SUMMARIES, n=1)
         hint = f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(SUMMARIES)}"
-        raise InputError(f"unknown command {command!r}{hint}\n{USAGE}")
+        raise InputError(f"unknown command {command!r}{hint}")
     _let_idle_threads_sleep()
     _quiet_libraries()
     _show_log()
