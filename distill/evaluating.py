@@ -25,6 +25,7 @@ from genssd.distill.data.problems import ProblemRow, check_same_problem, read_pr
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
+from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
@@ -37,7 +38,7 @@ MAX_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig(EngineOptions, ChatSettings):
+class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Measure a model's accuracy."""
 
     model: ModelPath[str]
@@ -95,6 +96,10 @@ def run_evaluate(
     Raises GenssdError on bad input, and when no problem can be evaluated; problems that were finished before are in the
     journal.
     """
+    if config.samples:
+        config = choose_sampling(config, config.model, "student", engine)
+    elif config.generation_config:
+        raise InputError("generation_config says how the samples are drawn: give samples as well")
     problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
     for problem in problems:
         if problem.answer is None:

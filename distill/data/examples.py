@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.encoding import encode_conversation
+from genssd.distill.data.encoding import append_end, encode_conversation
 from genssd.distill.data.endings import is_finished
 from genssd.distill.data.final_answers import check_is_no_problem
 from genssd.distill.data.messages import (
@@ -38,6 +38,7 @@ from genssd.distill.data.messages import (
     QUESTION_FIELDS,
     REFUSED_FIELDS,
     SYSTEM_FIELDS,
+    check_messages,
     find_question,
     parse_conversation,
 )
@@ -76,6 +77,8 @@ class Example:
     """Whether this is the worse completion of a preference pair."""
     is_cut_off: bool = False
     """Whether the completion is text that was cut off, so that it has no end of sequence."""
+    has_own_ids: bool = False
+    """Whether the token ids are those of the row, and not made from its text."""
     question: str = ""
     """Text of the prompt's last turn that is not the assistant's; empty where the row has token ids alone."""
     where: str = ""
@@ -168,6 +171,9 @@ def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, di
     has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint
     pair = []
     for name in ("chosen", "rejected"):
+        if not has_usable_ids and "problem_prompt" in fields:
+            pair.append(_encode_continuation(fields, name, tokenizer, f"{where}, {name}"))
+            continue
         row = {key: value for key, value in fields.items() if key in PAIR_FIELDS} | {"completion": fields.get(name)}
         if has_usable_ids:
             row |= {
@@ -179,6 +185,36 @@ def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, di
         example = encode_example(row, tokenizer, f"{where}, {name}", directory)
         pair.append(replace(example, rejected=name == "rejected"))
     return tuple(pair)
+
+
+def _encode_continuation(fields: Mapping[str, Any], name: str, tokenizer: Tokenizer, where: str) -> Example:
+    """Return one completion of a pair of genssd's own as another model's chat template renders it.
+
+    The prompt is the problem and the response before the pair; a completion that does not end the response gets no end.
+    """
+    problem, before, text = fields["problem_prompt"], fields.get("response_so_far", ""), fields.get(name)
+    if not isinstance(before, str) or not isinstance(text, str):
+        raise InputError(f"{where}: {name} and response_so_far must be text")
+    is_raw = isinstance(problem, str)
+    try:
+        prompt = tokenizer.encode_prompt(problem if is_raw else check_messages(problem, "problem_prompt", where))
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    prompt += tokenizer.encode_plain(before)
+    completion = tokenizer.encode_plain(text)
+    if fields.get(f"{name}_finished") is True:
+        completion = append_end(completion, tokenizer)
+    if not completion:
+        raise InputError(f"{where}: the completion has no token to train on")
+    question = problem if is_raw else str(problem[-1]["content"])
+    return Example(
+        input_ids=(*prompt, *completion),
+        num_prompt=len(prompt),
+        weight=_parse_weight(fields, where),
+        rejected=name == "rejected",
+        question=question,
+        where=where,
+    )
 
 
 def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> Example:
@@ -209,6 +245,7 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
         num_prompt=len(prompt),
         weight=_parse_weight(fields, where),
         is_cut_off=is_cut_off,
+        has_own_ids=has_usable_ids,
         question=question or "",
         where=where,
     )

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from genssd.distill.answers.reading import read_closing_line
@@ -40,6 +42,48 @@ class ProblemRow:
     """Number of the row's line in its file, or, in a table, of the row; from 1."""
     where: str
     """Name of the file and number of the line or row, for messages."""
+    index: int
+    """Index of the row among all rows of its file, from 0; rows that cannot be used count as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemSet:
+    """The problems of a data file that can be used, and the reasons why other rows cannot."""
+
+    name: str
+    """Name of the data file, for messages."""
+    problems: tuple[ProblemRow, ...]
+    """Problems in the order of their rows."""
+    faults: Mapping[int, str]
+    """A message naming file and line for every row that cannot be used, by the row's index."""
+
+    def leave_out(self, find_fault: Callable[[ProblemRow], str | None]) -> ProblemSet:
+        """Return the set without the problems that have a fault. Raises InputError when none is left.
+
+        find_fault: returns the reason why a problem cannot be used, or raises it as InputError; None if it can be used.
+        """
+        faults = dict(self.faults)
+        for problem in self.problems:
+            try:
+                fault = find_fault(problem)
+            except InputError as error:
+                fault = str(error)
+            if fault is not None:
+                faults[problem.index] = f"{problem.where}: {fault}"
+        rest = tuple(problem for problem in self.problems if problem.index not in faults)
+        return replace(self, problems=rest, faults=faults).check_any()
+
+    def list_bad_rows(self, failures: Mapping[int, str] = MappingProxyType({})) -> tuple[str, ...]:
+        """Return the messages in the order of their rows. failures: further ones, by the row's index."""
+        return tuple(message for _, message in sorted({**self.faults, **failures}.items()))
+
+    def check_any(self) -> ProblemSet:
+        """Return the set itself. Raises InputError that lists the first bad rows when no problem is usable."""
+        if not self.problems:
+            bad_rows = self.list_bad_rows()
+            listed = "".join(f"\n  {message}" for message in bad_rows[:10])
+            raise InputError(f"{describe(self.name)}: none of {len(bad_rows)} rows can be used:{listed}")
+        return self
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[RawRow, dict[str, Any]]]:
@@ -52,25 +96,58 @@ def read_objects(path: str | Path) -> Iterator[tuple[RawRow, dict[str, Any]]]:
 
 
 def read_problems(path: str | Path, limit: int | None = None, *, system_prompt: str | None = None) -> list[ProblemRow]:
-    """Return the first `limit` problems of a data file.
+    """Return the first `limit` problems of a data file, of which every row must be one.
 
     system_prompt: system message of the problems that have none. Raises InputError naming file and line of a row that
     is no problem, or whose prompt is text where a system prompt is given; and on a file without rows.
     """
+    rows: list[ProblemRow] = []
+    for _, row in _iter_problems(path, limit, system_prompt):
+        if isinstance(row, InputError):
+            raise row
+        rows.append(row)
+    return rows
+
+
+def read_usable_problems(path: str | Path, limit: int | None = None, *, system_prompt: str | None = None) -> ProblemSet:
+    """Return the usable problems among the first `limit` rows of a data file, and why the other rows are unusable.
+
+    Arguments as for `read_problems`. Raises InputError on a file that cannot be read, and when no row is usable.
+    """
+    rows = dict(_iter_problems(path, limit, system_prompt))
+    return ProblemSet(
+        name=str(path),
+        problems=tuple(row for row in rows.values() if isinstance(row, ProblemRow)),
+        faults={index: str(row) for index, row in rows.items() if isinstance(row, InputError)},
+    ).check_any()
+
+
+def _iter_problems(
+    path: str | Path, limit: int | None, system_prompt: str | None
+) -> Iterator[tuple[int, ProblemRow | InputError]]:
+    """Yield the index of every row, and its problem or the error that makes it unusable."""
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
-    rows: list[ProblemRow] = []
-    for row, fields in islice(read_objects(path), limit):
-        prompt = _parse_prompt(fields, row.where)
-        if system_prompt is not None and isinstance(prompt, str):
-            raise InputError(f"{row.where}: {NO_SYSTEM_PROMPT}")
-        if not isinstance(prompt, str):
-            prompt = add_system_prompt(prompt, system_prompt)
-        answer = parse_answer(fields, row.where)
-        rows.append(ProblemRow(prompt=prompt, answer=answer, line=row.number, where=row.where))
-    if not rows:
+    index = -1
+    for index, row in enumerate(islice(read_rows(path), limit)):
+        try:
+            yield index, _parse_problem(row, index, system_prompt)
+        except InputError as error:
+            yield index, error
+    if index < 0:
         raise InputError(f"{describe(str(path))} has no rows")
-    return rows
+
+
+def _parse_problem(row: RawRow, index: int, system_prompt: str | None) -> ProblemRow:
+    fields = parse_object(row.text, row.where)
+    prompt = _parse_prompt(fields, row.where)
+    if isinstance(prompt, str):
+        if system_prompt is not None:
+            raise InputError(f"{row.where}: {NO_SYSTEM_PROMPT}")
+    else:
+        prompt = add_system_prompt(prompt, system_prompt)
+    answer = parse_answer(fields, row.where)
+    return ProblemRow(prompt=prompt, answer=answer, line=row.number, where=row.where, index=index)
 
 
 def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], data: str | Path, journal: Path) -> None:
@@ -79,9 +156,10 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
     data, journal: the files' names, for the message.
     """
     index = row.get("index")
-    if not isinstance(index, int) or not 0 <= index < len(problems):
+    if not isinstance(index, int) or not problems or not 0 <= index <= problems[-1].index:
         raise InputError(f"{journal} was begun with more rows than {describe(str(data))} has, or a larger limit")
-    if (problems[index].prompt, problems[index].answer) != (row.get("prompt"), row.get("answer")):
+    problem = problems[bisect_left(problems, index, key=lambda problem: problem.index)]
+    if (problem.index, problem.prompt, problem.answer) != (index, row.get("prompt"), row.get("answer")):
         raise InputError(
             f"{describe(str(data))} is not the file that {journal} was begun with: row {index} differs; choose another "
             "output_dir"

@@ -24,6 +24,13 @@ from genssd.distill.data.endings import select_endings
 from genssd.distill.data.examples import encode_example
 from genssd.distill.data.messages import QUESTION_FIELDS, parse_messages, parse_question
 from genssd.distill.data.problems import parse_answer, parse_object
+from genssd.distill.data.written_rows import (
+    TextPrompt,
+    WriterRecord,
+    make_conversation,
+    read_text_prompt,
+    read_writer_record,
+)
 from genssd.distill.files.rows import read_rows, stem_of
 from genssd.distill.runs.journal import damaged_line
 from genssd.engine.chat import THOUGHT_FIELDS, Messages
@@ -32,6 +39,8 @@ from genssd.engine.text import Tokenizer
 
 TEACHER_FIELDS = ("teacher", "model", "generator")
 VERDICT_FIELDS = ("correctness_math_verify", "correctness", "correct")
+FIELDS_OF_BEST = ("messages", "teacher_topk", "teacher_logprobs", "chunks", *VERDICT_FIELDS, "undecided", "cut_by")
+"""Fields of a row with several responses that belong to the first of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +66,10 @@ class Trace:
     """Index of the response in its row, from 0."""
     row_where: str
     """Name of the file and number of the line or row, for messages."""
+    prompt: TextPrompt | None
+    """Prompt as any model's chat template renders it; None where the row has ids alone."""
+    writer: WriterRecord | None
+    """What the row records of the model that wrote the response; None in rows without ids of the student's."""
 
     @property
     def prompt_key(self) -> str:
@@ -99,6 +112,9 @@ def read_traces(
                     continue
                 try:
                     example = encode_example(row, tokenizer, response_where, Path(path).parent)
+                    writer = None
+                    if example.has_own_ids:
+                        writer = read_writer_record(row, example.num_completion, response_where)
                 except InputError as error:
                     yield str(error)
                     continue
@@ -118,6 +134,8 @@ def read_traces(
                     line=raw_row.number,
                     response=index,
                     row_where=where,
+                    prompt=read_text_prompt(row, response_where),
+                    writer=writer,
                 )
 
 
@@ -188,14 +206,19 @@ def _make_key(source: object) -> str:
 
 
 def make_training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return a row with a trace's prompt and a response to it: ids, which genssd trains on, and text for others.
+    """Return a row with a trace's prompt and a response to it: ids, which genssd trains on, and messages for others.
 
     Its field `correct` is the verdict that the data give; a command that judges replaces it.
     """
+    text = tokenizer.decode(response_ids)
+    if trace.prompt is None:
+        rendered = str(tokenizer.hf.decode(list(trace.prompt_ids)))
+        conversation = {"prompt": rendered, "completion": text, "answer": trace.answer}
+    else:
+        conversation = make_conversation(trace.prompt, text, trace.answer)
     return {
-        "prompt": str(tokenizer.hf.decode(list(trace.prompt_ids))),
-        "completion": tokenizer.decode(response_ids),
-        "answer": trace.answer,
+        **conversation,
+        "status": "finished" if response_ids[-1] in tokenizer.end_token_ids else "length",
         "correct": trace.correct,
         "teacher": trace.teacher,
         "student_prompt_ids": list(trace.prompt_ids),
@@ -225,10 +248,13 @@ def _split_responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mappin
     others = fields.get("others")
     rows = [fields]
     if isinstance(others, list) and "completion_ids" in fields:
-        # these two belong to the best trajectory
-        shared = {name: value for name, value in fields.items() if name not in ("messages", "teacher_topk")}
+        shared = {name: value for name, value in fields.items() if name not in FIELDS_OF_BEST}
         rows += [{**shared, **other} for other in others if isinstance(other, dict) and other.get("completion_ids")]
-    return [(row, verdict if row is fields else None) for row in rows]
+    return [(row, verdict if row is fields else _as_verdict(row.get("correct"))) for row in rows]
+
+
+def _as_verdict(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _parse_turns(fields: Mapping[str, Any], where: str) -> Messages:

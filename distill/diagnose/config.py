@@ -9,13 +9,14 @@ from genssd.distill.diagnose.alignment import LOSSES, LossName
 from genssd.distill.diagnose.contexts import Reader, Templates, list_readers
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.model_sampling import ModelSampling
 from genssd.distill.runs.settings import FileName, ModelPath, NamedModelPath, Operational, Recomputed
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiagnoseConfig(EngineOptions, ChatSettings):
+class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
     """Measure how teachers, losses and contexts are aligned with the student's success, without training."""
 
     student: ModelPath[str]

@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from genssd.distill.data.problems import ProblemRow, read_objects
+from genssd.distill.data.problems import ProblemRow, parse_object
+from genssd.distill.files.rows import read_rows
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
 from genssd.engine.runner import Role
@@ -95,26 +96,38 @@ def _shorten_names(models: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) and "itself" not in last else list(models)
 
 
-def read_contexts(path: str, names: Sequence[str], limit: int | None) -> list[dict[str, str]]:
-    """Return the contexts of the first `limit` rows of a data file. Raises InputError naming the line that lacks one.
+def read_contexts(
+    path: str, names: Sequence[str], limit: int | None
+) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
+    """Return the contexts of the first `limit` rows of a data file, and why other rows have none that can be used.
 
-    names: the fields to read; numbers become text.
+    Both are by the row's index. names: the fields to read; numbers become text. Rows that hold no object are left out.
     """
-    rows = []
-    for row, fields in islice(read_objects(path), limit):
-        contexts = {}
-        for name in names:
-            value = fields.get(name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                value = f"{value:g}"
-            if not isinstance(value, str) or not value.strip():
-                raise InputError(
-                    f"{row.where}: the context {name!r} must be text or a number, and is "
-                    f"{'missing' if value is None else repr(value)}; add it, or leave it out of contexts"
-                )
-            contexts[name] = value
-        rows.append(contexts)
-    return rows
+    contexts: dict[int, dict[str, str]] = {}
+    faults: dict[int, str] = {}
+    for index, row in enumerate(islice(read_rows(path), limit)):
+        try:
+            fields = parse_object(row.text, row.where)
+        except InputError:
+            continue  # the reader of problems names it
+        texts = {name: _read_text(fields.get(name)) for name in names}
+        missing = next((name for name, text in texts.items() if text is None), None)
+        if missing is None:
+            contexts[index] = {name: text for name, text in texts.items() if text is not None}
+        else:
+            value = fields.get(missing)
+            faults[index] = (
+                f"the context {missing!r} must be text or a number, and is "
+                f"{'missing' if value is None else repr(value)}; add it, or leave it out of contexts"
+            )
+    return contexts, faults
+
+
+def _read_text(value: object) -> str | None:
+    """Return a field that is text or a number as text; None for another value, and for text without a character."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}"
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def build_prompt(reader: Reader, problem: ProblemRow, contexts: Mapping[str, str], templates: Templates) -> Prompt:

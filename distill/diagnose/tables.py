@@ -44,6 +44,9 @@ def build_diagnosis(
 
     seed: of the bootstrap.
     """
+    places = {row["index"]: place for place, row in enumerate(rows)}  # rows that could not be used have an index, too
+    rows = [{**row, "index": places[row["index"]]} for row in rows]
+    nodes = [{**node, "index": places[node["index"]]} for node in nodes]
     draws_DQ = draw_questions(len(rows), seed)
     rollouts = [rollout for row in rows for rollout in row["rollouts"]]
     windows = sorted({node["window"] for node in nodes})

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -33,6 +34,7 @@ from genssd.distill.data.traces import (
     read_usable_traces,
     sort_by_trace,
 )
+from genssd.distill.data.written_rows import TextPrompt
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.run import Run
@@ -42,8 +44,11 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.parameters import count_parameters
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import announce, check_threads, choose_training_threads
 from genssd.kernels.cross_entropy import linear_cross_entropy
+from genssd.kernels.threads import torch_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +73,12 @@ class LeafConfig(ChatSettings):
     """Maximum number of tokens in prompt and response; longer traces are left out, and named."""
     device: Operational[str | None] = None
     """Device of both models. None: CUDA where there is one, else the CPU."""
+    threads: Operational[int | None] = None
+    """Number of CPU threads. None: OMP_NUM_THREADS where it is set, else at most the cores that the process is given,
+    and one per million parameters of the teacher. A resumed run takes the number that it was begun with."""
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         if not self.data:
             raise InputError("leaf needs at least one data file")
         if self.limit is not None and self.limit < 1:
@@ -94,14 +103,17 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
 
     Raises GenssdError on bad input; traces that were finished before are in the journal.
     """
-    with Run.open(config, "leaf", journal="journal.jsonl") as run:
+    with Run.open(config, "leaf", journal="journal.jsonl") as run, ExitStack() as stack:
         source = locate(config.student)
         tokenizer = Tokenizer(source).with_chat(run.chat_options)
         longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
         traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
         done = set(find_traces(run.done(), traces, run.journal_path))
         missing = [trace for i, trace in enumerate(traces) if i not in done]
+        threads = run.fix_threads(choose_training_threads(config.threads, _count_parameters(config.teacher)))
         if missing:
+            announce(threads)
+            stack.enter_context(torch_threads(threads.count))
             student, teacher = _load_models(config, tokenizer, missing)
             for finished, trace in enumerate(missing, start=len(done) + 1):
                 places = question_places(trace, tokenizer)
@@ -118,6 +130,10 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
         counts = {"traces": len(traces), "counterfactuals": len(rows) - len(traces)}
         run.write_summary({**counts, "bad_rows": len(bad_rows)})
     return LeafSummary(output_dir=run.output_dir, **counts, bad_rows=tuple(bad_rows))
+
+
+def _count_parameters(name: str) -> int:
+    return count_parameters(ModelConfig.load(locate(name)))
 
 
 def _load_models(config: LeafConfig, tokenizer: Tokenizer, traces: Sequence[Trace]) -> tuple[Any, Any]:
@@ -140,9 +156,29 @@ def _rows(traces: Sequence[Trace], journal: Sequence[dict[str, Any]], tokenizer:
         yield {**make_training_row(trace, trace.response_ids, tokenizer), "left_out": None}
         for span in row["runs"]:
             prompt = tuple(token for i, token in enumerate(trace.prompt_ids) if i not in span)
-            shorter = dataclasses.replace(trace, prompt_ids=prompt)
+            shorter = dataclasses.replace(trace, prompt_ids=prompt, prompt=_shorten_prompt(trace, span, tokenizer))
             left_out = tokenizer.decode([trace.prompt_ids[i] for i in span])
             yield {**make_training_row(shorter, trace.response_ids, tokenizer), "left_out": left_out}
+
+
+def _shorten_prompt(trace: Trace, span: Sequence[int], tokenizer: Tokenizer) -> TextPrompt | None:
+    """Return the prompt without a span of the question's tokens; None where the row has no text, or another one."""
+    if trace.prompt is None:
+        return None
+    places = question_places(trace, tokenizer)
+    pieces = tokenizer.pieces(trace.prompt_ids)
+    whole, shorter = (
+        "".join(pieces[i] for i in range(places[0], places[-1] + 1) if i not in left_out) for left_out in ((), span)
+    )
+    text = trace.prompt.text
+    last = text if isinstance(text, str) else str(text[-1]["content"])
+    if last.strip() not in whole:
+        return None
+    # the first and the last token of the question may hold characters of the template as well
+    before, after = whole.split(last.strip(), 1)
+    shortened = shorter.removeprefix(before).removesuffix(after)
+    changed = shortened if isinstance(text, str) else [*text[:-1], {**text[-1], "content": shortened}]
+    return dataclasses.replace(trace.prompt, text=changed)
 
 
 def question_places(trace: Trace, tokenizer: Tokenizer) -> list[int]:

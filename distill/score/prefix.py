@@ -24,6 +24,7 @@ from genssd.distill.data.traces import Trace, find_traces, make_training_row, re
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
+from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
@@ -48,7 +49,7 @@ PrefixJudge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixConfig(EngineOptions, ChatSettings):
+class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
     """Keep as much of every trace as the student needs, and let the student write the rest."""
 
     student: ModelPath[str]
@@ -110,6 +111,7 @@ def run_prefix(
 
     Raises GenssdError on bad input; traces that were finished before are in the journal.
     """
+    config = choose_sampling(config, config.student, "student", engine)
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run:
         engine = run.use(config.open_engine(engine, run.chat_options, student=config.student))

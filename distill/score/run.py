@@ -12,19 +12,13 @@ OUTPUT_DIR/summary.json     counts of traces, prompts and picked responses
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.answers.forms import Verdict
-from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import (
     Trace,
-    describe_source,
     find_traces,
     make_training_row,
     read_usable_traces,
@@ -37,19 +31,16 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
 from genssd.distill.runs.writing import write_text
 from genssd.distill.score.comparison import compare
+from genssd.distill.score.features import Scorer, divide, to_json
 from genssd.distill.score.page import render_page
 from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
 from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
-from genssd.engine.candidate import AnyCriterion, Candidate, PoolCriterion, RatioCriterion, needs_answer
+from genssd.distill.score.teacher import TeacherReader
+from genssd.engine.candidate import AnyCriterion, PoolCriterion, needs_teacher
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.loops import LoopGuard
-from genssd.engine.resources import ANSWER_ROOM
-from genssd.engine.steps import step_spans
-
-BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +49,9 @@ class ScoreConfig(EngineOptions, ChatSettings):
 
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
+    teacher: ModelPath[str | None] = None
+    """Hub id or local directory of the model whose log-probabilities the criteria divergence and teacher_logprob read,
+    with the student's tokenizer. None: those in the field `teacher_logprobs` of rows of select and generate."""
     data: FileName[tuple[str, ...]]
     """Data files of traces (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or
     ORG/NAME:SPLIT of the Hugging Face hub: selections, generations, messages, or prompt and completion."""
@@ -84,6 +78,8 @@ class ScoreConfig(EngineOptions, ChatSettings):
             raise InputError(f"pick.by {self.pick.by!r} is not among the criteria: {', '.join(self.criteria)}")
         if self.pick.weigh and not isinstance(resolve(self.pick.by or self.criteria[0]), Lark):
             raise InputError("pick.weigh gives the weights of lark: list it first among the criteria, or pick by it")
+        if self.teacher is not None and not any(needs_teacher(resolve(name)) for name in self.criteria):
+            raise InputError("teacher is read by divergence and teacher_logprob alone: list one among the criteria")
         judge = resolve(self.pick.by or self.criteria[0])
         relative = isinstance(judge, PoolCriterion) and judge.pool == "prompt"
         if relative and (self.pick.threshold is not None or self.pick.best_share < 1.0):
@@ -126,26 +122,31 @@ def run_score(
     criteria = {name: resolve(name) for name in config.criteria}
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.student))
-        traces, bad_rows = _read_traces(config, criteria, engine)
-        _score(run, config, criteria, engine, traces, report)
+        engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
+        scorer = Scorer(
+            criteria=criteria,
+            engine=engine,
+            teacher=None if config.teacher is None else TeacherReader(engine),
+            verify=config.verify,
+        )
+        traces, bad_rows = read_usable_traces(
+            config.data,
+            engine.tokenizer("student"),
+            max_length=engine.max_sequence_length("student"),
+            limit=config.limit,
+            find_fault=scorer.find_fault,
+        )
+        _score(run, scorer, traces, report)
         run.write_bad_rows(bad_rows)
         return _evaluate(run, config, criteria, engine, traces, bad_rows)
 
 
-def _score(
-    run: Run,
-    config: ScoreConfig,
-    criteria: Mapping[str, AnyCriterion],
-    engine: Engine,
-    traces: Sequence[Trace],
-    report: Callable[[int, int], None],
-) -> None:
+def _score(run: Run, scorer: Scorer, traces: Sequence[Trace], report: Callable[[int, int], None]) -> None:
     """Journal the features of every trace that is not in the journal yet."""
     done = set(find_traces(run.done(), traces, run.journal_path))
     count = len(done)
-    for batch in _batches([trace for i, trace in enumerate(traces) if i not in done]):
-        for row in _score_batch(engine, criteria, batch, config):
+    for batch in divide([trace for i, trace in enumerate(traces) if i not in done]):
+        for row in scorer.iter_features(batch):
             run.journal.append(row)
             count += 1
         report(count, len(traces))
@@ -218,102 +219,10 @@ def _write_selected(
     return selected
 
 
-def _read_traces(
-    config: ScoreConfig, criteria: Mapping[str, AnyCriterion], engine: Engine
-) -> tuple[list[Trace], list[str]]:
-    """Return the traces that the criteria can judge, and a message for each of the others."""
-    tokenizer, longest = engine.tokenizer("student"), engine.max_sequence_length("student")
-    reading = next((name for name, criterion in criteria.items() if needs_answer(criterion)), None)
-
-    def unfit(trace: Trace) -> str | None:
-        if reading is not None and trace.answer is None:
-            return f"no reference answer, which {reading} reads"
-        if (
-            reading is not None
-            and trace.num_tokens + len(tokenizer.encode_plain(trace.answer or "")) > longest - ANSWER_ROOM
-        ):
-            return f"with its reference answer longer than the {longest} tokens that the student takes"
-        return None
-
-    return read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit, find_fault=unfit)
-
-
-def candidate_of(trace: Trace, engine: Engine, stats: Any) -> Candidate:
-    """A trace as criteria see it: a whole response."""
-    return Candidate(
-        token_ids=trace.response_ids,
-        stats=stats,
-        final=True,
-        finished=trace.finished,
-        stream=int.from_bytes(blake2b(trace.where.encode(), digest_size=8).digest(), "little"),
-        pieces_of=engine.tokenizer("student").pieces,
-        local_logprob=partial(engine.local_logprob, trace.prompt_ids),
-        encode=engine.tokenizer("student").encode_plain,
-        answer=trace.answer,
-    )
-
-
-def _batches(traces: Sequence[Trace]) -> Iterator[Sequence[Trace]]:
-    start = tokens = 0
-    for i, trace in enumerate(traces):
-        size = len(trace.prompt_ids) + len(trace.response_ids)
-        if i > start and tokens + size > BATCH_TOKENS:
-            yield traces[start:i]
-            start, tokens = i, 0
-        tokens += size
-    if start < len(traces):
-        yield traces[start:]
-
-
-def _score_batch(
-    engine: Engine, criteria: Mapping[str, AnyCriterion], batch: Sequence[Trace], config: ScoreConfig
-) -> Iterator[dict[str, Any]]:
-    stats = engine.score([trace.prompt_ids for trace in batch], [trace.response_ids for trace in batch])
-    tokenizer, guard = engine.tokenizer("student"), LoopGuard()
-    judge = AnswerJudge(tokenizer)
-    for trace, of_trace in zip(batch, stats, strict=True):
-        candidate = candidate_of(trace, engine, of_trace)
-        features = {
-            name: list(criterion.features(candidate))
-            if isinstance(criterion, PoolCriterion)
-            else [criterion.score(candidate)]
-            for name, criterion in criteria.items()
-        }
-        for name, values in features.items():
-            if any(math.isnan(value) for value in values):
-                raise InputError(f"the criterion {name} gave NaN for {trace.where}")
-        verdict: Verdict | None = None
-        if trace.correct is None and config.verify and trace.answer is not None:
-            verdict = judge.judge(trace.prompt_ids, trace.response_ids, trace.answer)
-        content = trace.response_ids[: len(trace.response_ids) - trace.finished]
-        yield {
-            "source": describe_source(trace),
-            "prompt": trace.prompt_key,
-            "teacher": trace.teacher,
-            "tokens": len(trace.response_ids),
-            "steps": len(step_spans(tokenizer.pieces(content))),
-            "finished": trace.finished,
-            "loop": bool(guard.period(trace.response_ids)),
-            "correct": trace.correct if verdict is None else verdict.is_correct,
-            "undecided": None if verdict is None else verdict.undecided,
-            "ratios": {
-                name: [_jsonable(part) for part in criterion.ratio(candidate)]
-                for name, criterion in criteria.items()
-                if isinstance(criterion, RatioCriterion)
-            },
-            "features": {name: [_jsonable(value) for value in values] for name, values in features.items()},
-        }
-
-
-def _jsonable(value: float) -> float | str:
-    """Return the value, or its text where it is infinite, for which JSON has no number."""
-    return value if math.isfinite(value) else str(value)
-
-
 def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
     for i, row in enumerate(rows):
         described = {key: value for key, value in row.items() if key not in ("features", "ratios")}
-        yield {**described, **{name: _jsonable(column[i]) for name, column in columns.items()}}
+        yield {**described, **{name: to_json(column[i]) for name, column in columns.items()}}
 
 
 def _training_row(
@@ -322,4 +231,4 @@ def _training_row(
     """Return a row of selected.jsonl. scored: the trace's row of the journal, which has the verdict."""
     fields = make_training_row(trace, trace.response_ids, engine.tokenizer("student"))
     verdict = {name: scored[name] for name in ("correct", "undecided")}
-    return {**fields, **verdict, "criterion": criterion, "score": _jsonable(score), "weight": weight}
+    return {**fields, **verdict, "criterion": criterion, "score": to_json(score), "weight": weight}

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from genssd.distill.data.problems import ProblemSet
+from genssd.distill.runs.journal import read_json
+from genssd.distill.select.unfit import leave_out_unfit
 from genssd.engine.candidate import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.search_options import SearchOptions
-from genssd.engine.text import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,8 @@ class Calibration:
     chunks: int
     thresholds: dict[str, float | None]
     """Threshold for each of some other fractions; None where it is infinite."""
+    bad_rows: tuple[str, ...]
+    """Messages that name the rows that could not be used, and why."""
 
     def as_json(self) -> dict[str, object]:
         """Return the content of calibration.json."""
@@ -36,7 +41,31 @@ class Calibration:
             "prompts": self.prompts,
             "chunks": self.chunks,
             "shares": self.thresholds,
+            "bad_rows": list(self.bad_rows),
         }
+
+    @staticmethod
+    def read(path: Path) -> Calibration:
+        """Return the calibration in a file that `as_json` made. Raises InputError naming a file that holds none."""
+        fields = read_json(path)
+        try:
+            return Calibration(
+                criterion=str(fields["criterion"]),
+                fraction=float(fields["share"]),
+                threshold=float(fields["threshold"]),
+                prompts=int(fields["prompts"]),
+                chunks=int(fields["chunks"]),
+                thresholds=dict(fields["shares"]),
+                bad_rows=tuple(fields["bad_rows"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} holds no calibration of this version of genssd: {error!r}") from None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.threshold:.6g}, which {self.fraction:.0%} of the teacher's {self.chunks} plain chunks of "
+            f"{self.prompts} prompts reach"
+        )
 
 
 def check_calibration(criterion: str | AnyCriterion, fraction: float) -> None:
@@ -49,35 +78,37 @@ def check_calibration(criterion: str | AnyCriterion, fraction: float) -> None:
         )
 
 
-def calibrate(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    options: SearchOptions,
-    *,
-    fraction: float,
-    labels: Sequence[str],
-    answers: Sequence[str | None],
-) -> Calibration:
+def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fraction: float) -> Calibration:
     """Sample one plain response per prompt and return the threshold that `fraction` of its chunks reach.
 
-    The prompts should be others than those of the run, to which the threshold would be fitted too well.
+    The prompts should be others than those of the run, to which the threshold would be fitted too well. Rows that
+    cannot be used are left out, and named in the result. Raises InputError when none can be used.
     """
     criterion = options.criterion
     check_calibration(criterion, fraction)
-    selections = engine.select_expand(
-        prompts,
-        options,
-        candidates=1,
-        beam=1,
-        threshold=None,
-        teacher_topk=0,
-        loop_guard=False,
-        answers=answers,
-        labels=labels,
+    usable = leave_out_unfit(data, engine, ("teacher", "student"), resolve(criterion), str(criterion)).data
+    selections = list(
+        engine.iter_select_expand(
+            [problem.prompt for problem in usable.problems],
+            options,
+            candidates=1,
+            beam=1,
+            threshold=None,
+            teacher_topk=0,
+            loop_guard=False,
+            answers=[problem.answer for problem in usable.problems],
+            labels=[problem.where for problem in usable.problems],
+        )
     )
+    failures = {
+        problem.index: f"{problem.where}: {selection.error}"
+        for selection in selections
+        if selection.error is not None and (problem := usable.problems[selection.index])
+    }
     values = [record.score for selection in selections for record in selection.tree]
     if not values:
-        raise InputError("calibration: no prompt fits into the key-value cache; raise memory_bytes")
+        listed = "".join(f"\n  {message}" for message in usable.list_bad_rows(failures)[:10])
+        raise InputError(f"calibration: none of {len(selections)} prompts can be run:{listed}")
     values.sort(reverse=resolve(criterion).higher_is_better())
     threshold = worst_of_best(values, fraction)
     if not math.isfinite(threshold):
@@ -90,6 +121,7 @@ def calibrate(
         prompts=sum(selection.error is None for selection in selections),
         chunks=len(values),
         thresholds={other: value if math.isfinite(value) else None for other, value in others.items()},
+        bad_rows=usable.list_bad_rows(failures),
     )
 
 

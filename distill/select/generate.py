@@ -2,7 +2,8 @@
 
 OUTPUT_DIR/run.json           the settings, model fingerprints and versions
 OUTPUT_DIR/responses.jsonl    one line per finished prompt; training, score and TRL read it like selections.jsonl
-OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens
+OUTPUT_DIR/bad_rows.txt       what could not be used or did not fit, by file and line
+OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens; accuracy where reference answers are known
 
 sample   the teacher writes alone: standard distillation with one response, a pool for best-of-N with several
 rsd      the student accepts or refuses every token of the teacher (Reverse Speculative Decoding)
@@ -10,20 +11,24 @@ rsd      the student accepts or refuses every token of the teacher (Reverse Spec
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
+from genssd.distill.data.problems import ProblemRow, ProblemSet, check_same_problem, read_usable_problems
+from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
+from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
+from genssd.distill.select.notes import NoteMaker, list_responses
 from genssd.distill.select.rows import make_response_row
+from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.reverse_speculation import ReverseSpeculation
@@ -32,7 +37,7 @@ from genssd.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(EngineOptions, ChatSettings):
+class GenerateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
 
     teacher: ModelPath[str]
@@ -77,10 +82,19 @@ class GenerateSummary:
     prompts: int
     statuses: Mapping[str, int]
     """Number of responses by status."""
+    accuracy: Accuracy
+    """Verdicts on all responses."""
+    cuts: Mapping[str, int]
+    """Number of responses that were cut off, by what cut them."""
     tokens: int
     """Tokens in all responses."""
     substituted: int
     """Tokens that the student wrote in the teacher's place."""
+    failures: tuple[str, ...]
+    """Prompts that are too long, or did not fit into the cache, and why. They are in no journal: resuming tries them
+    again."""
+    bad_rows: tuple[str, ...]
+    """Rows of the data that could not be used; the failures are among them."""
 
 
 def run_generate(
@@ -90,14 +104,19 @@ def run_generate(
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
-    problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
+    config = choose_sampling(config, config.teacher, "teacher", engine)
+    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
-        done = _finished(run, config, problems)
+        done = _finished(run, config, data.problems)
         engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
-        _generate(run, config, engine, problems, done, report)
-        summary = _summary(run)
-        run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})
+        # the rows hold the prompt as the student reads it, also where the student does not read the response
+        readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")
+        readable = leave_out_unfit(data, engine, readers)
+        failures = _generate(run, config, engine, readable, done, report)
+        summary = _summarise(run, config, readable.data, failures)
+        run.write_bad_rows(summary.bad_rows)
+        run.write_summary(_describe(summary))
     return summary
 
 
@@ -105,12 +124,16 @@ def _generate(
     run: Run,
     config: GenerateConfig,
     engine: Engine,
-    problems: Sequence[ProblemRow],
+    readable: ReadableProblems,
     done: frozenset[int],
     report: Callable[[int, int], None],
-) -> None:
-    """Generate for the prompts that are not done, and journal each as it ends."""
-    prompt_ids = [_encode_prompt(config, engine, problem) for problem in problems]
+) -> dict[int, str]:
+    """Generate for the prompts that are not done, and journal each as it ends.
+
+    Returns why the others failed, by the index of the row. done: indices of rows.
+    """
+    problems = readable.data.problems
+    reader: Role = "teacher" if config.student is None else "student"
     has_student_ids = config.student is not None and engine.token_map.is_identity
     origin = {
         "seed": config.seed,
@@ -119,36 +142,37 @@ def _generate(
         "tokenizer": engine.tokenizer("student" if has_student_ids else "teacher").fingerprint,
         "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
     }
-    responses = engine.iter_generate(
+    limits = ResponseLimits.of(
+        engine, ("teacher", "student") if config.method == "rsd" else ("teacher",), config.max_tokens
+    )
+    limits.warn_of_shortage(readable.list_lengths(done))
+    notes = NoteMaker(engine.tokenizer("teacher"), limits)
+    outcomes = engine.iter_generate(
         [problem.prompt for problem in problems],
         n=config.n,
         sampling=config.sampling,
         max_tokens=config.max_tokens,
         seed=config.seed,
         rsd=config.rsd if config.method == "rsd" else None,
-        skip=done,
+        skip=readable.find_done(done),
         labels=[problem.where for problem in problems],
     )
-    for finished, outcome in enumerate(responses, start=1):
-        index, problem = outcome.index, problems[outcome.index]
-        source = {"file": config.data, "line": problem.line}
-        run.journal.append(
-            make_response_row(index, problem, *prompt_ids[index], outcome.completions, {"source": source, **origin})
-        )
+    failures: dict[int, str] = {}
+    for finished, outcome in enumerate(outcomes, start=1):
+        problem = problems[outcome.index]
+        if outcome.error is None:
+            prompt_ids, reader_ids = (engine.tokenizer(r).encode_prompt(problem.prompt) for r in ("teacher", reader))
+            of_responses = notes.of_completions(
+                prompt_ids, readable.lengths[problem.index], outcome.completions, problem.answer
+            )
+            fields = {"source": {"file": config.data, "line": problem.line}, **origin}
+            run.journal.append(
+                make_response_row(problem, prompt_ids, reader_ids, outcome.completions, of_responses, fields)
+            )
+        else:
+            failures[problem.index] = f"{problem.where}: {outcome.error}"
         report(len(done) + finished, len(problems))
-
-
-def _encode_prompt(config: GenerateConfig, engine: Engine, problem: ProblemRow) -> tuple[list[int], list[int]]:
-    """Return a prompt's ids for the teacher and for the model that the rows are for.
-
-    Raises InputError naming the line.
-    """
-    roles: tuple[Role, Role] = ("teacher", "student" if config.student else "teacher")
-    try:
-        teacher_ids, reader_ids = (engine.tokenizer(role).encode_prompt(problem.prompt) for role in roles)
-    except InputError as error:
-        raise InputError(f"{problem.where}: {error}") from None
-    return teacher_ids, reader_ids
+    return failures
 
 
 def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
@@ -163,15 +187,37 @@ def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) 
     return frozenset(done)
 
 
-def _summary(run: Run) -> GenerateSummary:
+def _summarise(run: Run, config: GenerateConfig, data: ProblemSet, failures: Mapping[int, str]) -> GenerateSummary:
+    """Return the counts over the journal. failures: why prompts failed, by the index of the row."""
     statuses: Counter[str] = Counter()
-    prompts = tokens = substituted = 0
+    tokens = substituted = 0
+    prompts: list[list[dict[str, Any]]] = []
     for row in run.done():
-        prompts += 1
-        for response in (row, *row["others"]):
+        responses = list_responses(row)
+        for response in responses:
             statuses[response["status"]] += 1
             tokens += len(response["completion_ids"])
             substituted += response["substituted"]
+        prompts.append([{name: r[name] for name in ("correct", "undecided", "cut_by")} for r in responses])
     return GenerateSummary(
-        path=run.journal_path, prompts=prompts, statuses=dict(statuses), tokens=tokens, substituted=substituted
+        path=run.journal_path,
+        prompts=len(prompts),
+        statuses=dict(statuses),
+        accuracy=measure_accuracy(prompts),
+        cuts=count_cuts(response for responses in prompts for response in responses),
+        tokens=tokens,
+        substituted=substituted,
+        failures=tuple(message for _, message in sorted(failures.items())),
+        bad_rows=data.list_bad_rows(failures),
     )
+
+
+def _describe(summary: GenerateSummary) -> dict[str, Any]:
+    """Return the content of summary.json."""
+    return {
+        "path": summary.path.name,
+        **{name: getattr(summary, name) for name in ("prompts", "statuses", "cuts", "tokens", "substituted")},
+        **summary.accuracy.as_json(),
+        "failures": len(summary.failures),
+        "bad_rows": len(summary.bad_rows),
+    }

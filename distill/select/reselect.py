@@ -5,15 +5,16 @@ OUTPUT_DIR/pairs.jsonl        siblings as preference pairs: prompt, chosen, reje
 OUTPUT_DIR/steps.jsonl        prompt, completions and a label for each: stepwise supervision
 OUTPUT_DIR/summary.json
 
-What the teacher would have written after another choice is not known: a round's result holds for that round alone,
-after the path that was taken.
+All of them hold the choices of the criterion that is asked for, at every recorded round, given the recorded text before
+it. What the teacher would have written after another choice is not known. A row is `exact` where every earlier round of
+its prompt comes out as in the run: a search by the criterion would have had these candidates. Other rows are
+conditional: they hold given their text, to which a search by the criterion would not have come.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,16 +26,14 @@ from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import read_json, write_jsonl
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
-from genssd.distill.select.decisions import Decisions, LoggedCandidate, read_decisions
+from genssd.distill.select.decisions import Decisions, read_decisions
+from genssd.distill.select.exports import JudgedRound, make_pairs, make_steps, rank_eligible
 from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate_distinct, needs_answer
 from genssd.engine.checkpoint import locate
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
-
-FIXED_VERDICTS = ("duplicate", "loop")
-"""Verdicts that no criterion changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +42,13 @@ class ReselectConfig(EngineOptions):
 
     run: FileName[str]
     """Output directory of the finished `genssd select`."""
-    criterion: str = "ppl"
-    """Name of the criterion that judges the candidates now."""
+    criterion: str | None = None
+    """Name of the criterion that judges the candidates now, and by which pairs and steps are labelled. None: that of
+    the run."""
     student: ModelPath[str | None] = None
     """Hub id or local directory of the run's student. None: as the run recorded it."""
     output_dir: Operational[FileName[str]] = "runs/reselect"
-    """Directory that the results are written to; earlier results there are replaced."""
+    """Directory that the results are written to; one that holds results already is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,8 @@ class ReselectSummary:
     """How the criterion's choices compare with those of the run."""
 
     output_dir: Path
+    criterion: str
+    """Name of the criterion that judged."""
     prompts: int
     rounds: int
     contested: int
@@ -66,13 +68,14 @@ class ReselectSummary:
     largest_change: float
     """Largest difference of a candidate's value from the logged one, where the criterion is the run's own; else NaN."""
     pairs: int
+    exact_pairs: int
+    """Number of pairs whose text a search by the criterion would have come to."""
+    steps: int
+    """Number of rows of stepwise supervision."""
 
 
 def run_reselect(config: ReselectConfig) -> ReselectSummary:
     """Judge the logged candidates again and export them. Raises GenssdError on bad input."""
-    criterion = resolve(config.criterion)
-    if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
-        raise InputError(f"{config.criterion} is fitted over all of the data; a round has only its candidates")
     selection_run = Path(config.run)
     recorded = read_json(selection_run / "run.json")
     if recorded.get("command") != "select":
@@ -81,12 +84,16 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
         raise InputError(
             f"{selection_run} was written by another version of genssd: its run.json has no chunk.shortest"
         )
+    run_criterion: str = recorded["config"]["criterion"]
+    name = config.criterion or run_criterion
+    criterion = resolve(name)
+    if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
+        raise InputError(f"{name} is fitted over all of the data; a round has only its candidates")
     student = config.student or recorded["config"]["student"]
-    shortest = recorded["config"]["chunk"]["shortest"]
 
     tokenizer = Tokenizer(locate(student))
-    results = _Results()
-    with Run.open(config, "reselect") as run:
+    results = _Results(name, criterion, recorded["config"]["chunk"]["shortest"], is_own=name == run_criterion)
+    with Run.open(config, "reselect", parts="summary.json") as run:
 
         @cache
         def engine() -> Engine:
@@ -96,129 +103,95 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
             return engine().local_logprob(*arguments)
 
         for decisions in read_decisions(selection_run, tokenizer, local_logprob):
-            results.add(decisions, config.criterion, criterion, shortest, tokenizer)
-        own = recorded["config"]["criterion"] == config.criterion
+            results.add(decisions, tokenizer)
         run.record()
         write_jsonl(run.path("reselected.jsonl"), results.rows)
         write_jsonl(run.path("pairs.jsonl"), results.pairs)
         write_jsonl(run.path("steps.jsonl"), results.steps)
-        summary = results.summary(run.output_dir, own)
-        described = {**dataclasses.asdict(summary), "run": config.run, "criterion": config.criterion}
-        described["largest_change"] = summary.largest_change if own else None
+        summary = results.summary(run.output_dir)
+        described = {**dataclasses.asdict(summary), "run": config.run, "run_criterion": run_criterion}
+        described["largest_change"] = summary.largest_change if math.isfinite(summary.largest_change) else None
         run.write_summary({**described, "output_dir": config.output_dir})
     return summary
 
 
 class _Results:
-    """What is written of all rounds: comparisons, preference pairs, stepwise rows."""
+    """What is written of all rounds: comparisons, preference pairs, stepwise rows.
 
-    def __init__(self) -> None:
+    shortest: number of tokens of the shortest chunk that is judged by itself. is_own: whether the criterion is that of
+    the run.
+    """
+
+    def __init__(self, name: str, criterion: AnyCriterion, shortest: int, *, is_own: bool) -> None:
         self.rows: list[dict[str, Any]] = []
         self.pairs: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
+        self._name = name
+        self._criterion = criterion
+        self._shortest = shortest
+        self._is_own = is_own
         self._changes: list[float] = []
 
-    def add(
-        self, decisions: Decisions, name: str, criterion: AnyCriterion, shortest: int, tokenizer: Tokenizer
-    ) -> None:
+    def add(self, decisions: Decisions, tokenizer: Tokenizer) -> None:
         """Judge the rounds of one prompt. Raises InputError when the criterion reads an answer that is not known."""
-        if needs_answer(criterion) and decisions.selection["answer"] is None:
+        if needs_answer(self._criterion) and decisions.selection["answer"] is None:
             source = decisions.selection["source"]
             raise InputError(
-                f"{source['file']}, line {source['line']}: no reference answer, which the criterion {name} reads"
+                f"{source['file']}, line {source['line']}: no reference answer, which the criterion {self._name} reads"
             )
+        rounds: list[JudgedRound] = []
+        is_exact = True
         for number, decided in enumerate(decisions.rounds):
-            scores = evaluate_distinct(criterion, [d.candidate.lengthened(shortest) for d in decided])
-            self.rows.append(_round_row(decisions, number, decided, scores, criterion))
+            scores = evaluate_distinct(self._criterion, [d.candidate.lengthened(self._shortest) for d in decided])
             self._changes += [abs(d.score - s) for d, s in zip(decided, scores, strict=True) if d.score is not None]
-            self.pairs += _pairs(decisions, decided, tokenizer)
-        self.steps += _steps(decisions, tokenizer)
+            if self._is_own:
+                judged = JudgedRound.as_logged(decided)
+            else:
+                judged = JudgedRound.by_criterion(
+                    decided, scores, higher_is_better=self._criterion.higher_is_better(), is_exact=is_exact
+                )
+            row = self._describe(decisions, number, judged, scores)
+            is_exact = judged.is_exact and row["agrees"]
+            self.rows.append(row)
+            rounds.append(judged)
+        labels = {"index": decisions.selection["index"], "criterion": self._name}
+        self.pairs += make_pairs(decisions.selection, rounds, labels, tokenizer)
+        self.steps += make_steps(decisions.selection, rounds, labels, tokenizer)
 
-    def summary(self, output_dir: Path, own: bool) -> ReselectSummary:
-        """Return the counts. own: whether the criterion is the run's own."""
+    def _describe(self, decisions: Decisions, number: int, judged: JudgedRound, scores: list[float]) -> dict[str, Any]:
+        """Return how the criterion judges one round, with as many candidates kept as in the run."""
+        kept = [d.trace for d in judged.decided if d.verdict == "kept"]
+        ranked = rank_eligible(judged.decided, scores, higher_is_better=self._criterion.higher_is_better())
+        reselected = ranked[: len(kept)]
+        return {
+            "index": decisions.selection["index"],
+            "round": number,
+            "kept": [list(trace) for trace in kept],
+            "reselected": [list(d.trace) for d in reselected],
+            "agrees": set(kept) == {d.trace for d in reselected},
+            "contested": len(ranked) > len(kept),
+            "exact": judged.is_exact,
+            "scores": [
+                {"trace": list(d.trace), "score": _json(s)} for d, s in zip(judged.decided, scores, strict=True)
+            ],
+        }
+
+    def summary(self, output_dir: Path) -> ReselectSummary:
+        """Return the counts."""
         return ReselectSummary(
             output_dir=output_dir,
+            criterion=self._name,
             prompts=len({row["index"] for row in self.rows}),
             rounds=len(self.rows),
             contested=sum(row["contested"] for row in self.rows),
             differing=sum(not row["agrees"] for row in self.rows),
             prompts_differing=len({row["index"] for row in self.rows if not row["agrees"]}),
-            largest_change=max(self._changes, default=0.0) if own else math.nan,
+            largest_change=max(self._changes, default=0.0) if self._is_own else math.nan,
             pairs=len(self.pairs),
+            exact_pairs=sum(pair["exact"] for pair in self.pairs),
+            steps=len(self.steps),
         )
-
-
-def _round_row(
-    decisions: Decisions,
-    number: int,
-    decided: Sequence[LoggedCandidate],
-    scores: Sequence[float],
-    criterion: AnyCriterion,
-) -> dict[str, Any]:
-    """Return how the criterion judges one round, with as many candidates kept as in the run."""
-    sign = -1.0 if criterion.higher_is_better() else 1.0
-    eligible = [i for i, d in enumerate(decided) if d.verdict not in FIXED_VERDICTS]
-    kept = [i for i, d in enumerate(decided) if d.verdict == "kept"]
-    reselected = sorted(eligible, key=lambda i: sign * scores[i])[: len(kept)]
-    return {
-        "index": decisions.selection["index"],
-        "round": number,
-        "kept": [list(decided[i].trace) for i in kept],
-        "reselected": [list(decided[i].trace) for i in reselected],
-        "agrees": set(kept) == set(reselected),
-        "contested": len(eligible) > len(kept),
-        "scores": [{"trace": list(d.trace), "score": _json(s)} for d, s in zip(decided, scores, strict=True)],
-    }
 
 
 def _json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _pairs(decisions: Decisions, decided: Sequence[LoggedCandidate], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Yield pairs of a branch's kept candidate and the sibling that the run ranked last."""
-    for d in decided:
-        if d.verdict != "kept" or d.score is None:
-            continue
-        siblings = [
-            o for o in decided if o.trace[:-1] == d.trace[:-1] and o.verdict == "beaten" and o.score is not None
-        ]
-        if siblings:
-            last = max(siblings, key=lambda o: abs(float(o.score or 0.0) - float(d.score or 0.0)))
-            yield {
-                "prompt": _before(decisions.selection, d, tokenizer),
-                "chosen": tokenizer.decode(d.candidate.token_ids),
-                "rejected": tokenizer.decode(last.candidate.token_ids),
-                "student_prompt_ids": [*decisions.selection["student_prompt_ids"], *d.candidate.history_ids],
-                "teacher_prompt_ids": [*decisions.selection["prompt_ids"], *d.candidate.history_ids],
-                "chosen_token_ids": list(d.candidate.token_ids),
-                "rejected_token_ids": list(last.candidate.token_ids),
-                "tokenizer": decisions.selection["tokenizer"],
-                "chosen_score": d.score,
-                "rejected_score": last.score,
-                "index": decisions.selection["index"],
-                "round": len(d.trace) - 1,
-            }
-
-
-def _steps(decisions: Decisions, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Yield every chain of chunks that ends with a kept final chunk or with a beaten one, with a label for each chunk:
-    True for kept chunks, False for a beaten last one."""
-    by_trace = {d.trace: d for decided in decisions.rounds for d in decided}
-    prompt = str(tokenizer.hf.decode(list(decisions.selection["student_prompt_ids"])))
-    for trace, d in by_trace.items():
-        ended = d.verdict == "kept" and d.candidate.final
-        if ended or d.verdict == "beaten":
-            chain = [by_trace[trace[:depth]] for depth in range(1, len(trace) + 1)]
-            yield {
-                "prompt": prompt,
-                "completions": [tokenizer.decode(link.candidate.token_ids) for link in chain],
-                "labels": [link.verdict == "kept" for link in chain],
-                "index": decisions.selection["index"],
-            }
-
-
-def _before(selection: Mapping[str, Any], d: LoggedCandidate, tokenizer: Tokenizer) -> str:
-    """Return the text before a candidate: the prompt as the student reads it, and the response so far."""
-    prompt = str(tokenizer.hf.decode(list(selection["student_prompt_ids"])))
-    return prompt + tokenizer.decode(d.candidate.history_ids)

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from genssd.distill.data.problems import ProblemRow
-from genssd.engine.chat import Messages
+from genssd.distill.data.written_rows import TextPrompt, make_conversation
+from genssd.distill.select.notes import ResponseNotes
 from genssd.engine.generation import Completion
 from genssd.engine.selection import CandidateRecord, Selection, Trajectory
 from genssd.engine.token_map import TokenMap
@@ -34,11 +35,13 @@ class Origin:
     """Fingerprint of the student's tokenizer, whose token ids the rows have."""
 
 
-def translate_selection(selection: Selection, token_map: TokenMap) -> Selection:
-    """Return a selection whose responses and candidates have the student's token ids, which training reads."""
+def translate_selection(selection: Selection, token_map: TokenMap, label: str) -> Selection:
+    """Return a selection whose responses and candidates have the student's token ids, which training reads.
+
+    label: name of the prompt, for messages.
+    """
     if token_map.is_identity:
         return selection
-    label = f"prompt {selection.index}"
     return replace(
         selection,
         trajectories=tuple(
@@ -51,15 +54,18 @@ def translate_selection(selection: Selection, token_map: TokenMap) -> Selection:
     )
 
 
-def make_selection_row(selection: Selection, problem: ProblemRow, origin: Origin) -> dict[str, Any]:
-    """Return a line of selections.jsonl.
+def make_selection_row(
+    selection: Selection, problem: ProblemRow, origin: Origin, notes: Sequence[ResponseNotes]
+) -> dict[str, Any]:
+    """Return a line of selections.jsonl. notes: on every trajectory, in order.
 
     `datasets` loads it and TRL trains on it unchanged; genssd trains on its token ids.
     """
     best = selection.best
     return {
-        **_make_conversation(problem, best.text),
+        **make_conversation(TextPrompt(text=problem.prompt), best.text, problem.answer),
         "status": best.status,
+        **notes[0].as_json(),
         "score": _to_json(best.score),
         "criterion": origin.criterion,
         "chunks": [
@@ -68,9 +74,12 @@ def make_selection_row(selection: Selection, problem: ProblemRow, origin: Origin
         "prompt_ids": list(selection.prompt_ids),
         "student_prompt_ids": list(selection.student_prompt_ids),
         "completion_ids": list(best.token_ids),
-        "others": [_describe_trajectory(trajectory) for trajectory in selection.trajectories[1:]],
+        "others": [
+            {**_describe_trajectory(trajectory), **note.as_json()}
+            for trajectory, note in zip(selection.trajectories[1:], notes[1:], strict=True)
+        ],
         "tokens_sampled": selection.tokens_sampled,
-        "index": selection.index,
+        "index": problem.index,
         "source": {"file": origin.data, "line": problem.line},
         "seed": selection.seed,
         "occurrence": selection.occurrence,
@@ -81,57 +90,45 @@ def make_selection_row(selection: Selection, problem: ProblemRow, origin: Origin
 
 
 def make_response_row(
-    index: int,
     problem: ProblemRow,
     prompt_ids: Sequence[int],
     student_prompt_ids: Sequence[int],
     completions: Sequence[Completion],
+    notes: Sequence[ResponseNotes],
     run_fields: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return a line of responses.jsonl, in the form of a selection whose best trajectory is the first response.
 
-    index: of the prompt in the data. run_fields: fields that describe the run, added to the line.
+    notes: on every completion, in order. run_fields: fields that describe the run, added to the line.
     """
-    first, *others = completions
+    first, *others = (
+        {
+            "status": completion.status,
+            **note.as_json(),
+            "substituted": completion.substituted,
+            "completion_ids": list(completion.token_ids),
+        }
+        for completion, note in zip(completions, notes, strict=True)
+    )
     return {
-        **_make_conversation(problem, first.text),
-        "status": first.status,
-        "substituted": first.substituted,
+        **make_conversation(TextPrompt(text=problem.prompt), completions[0].text, problem.answer),
+        **first,
         "prompt_ids": list(prompt_ids),
         "student_prompt_ids": list(student_prompt_ids),
-        "completion_ids": list(first.token_ids),
         "others": [
-            {
-                "completion": c.text,
-                "completion_ids": list(c.token_ids),
-                "status": c.status,
-                "substituted": c.substituted,
-            }
-            for c in others
+            {"completion": completion.text, **other} for completion, other in zip(completions[1:], others, strict=True)
         ],
-        "index": index,
+        "index": problem.index,
         **run_fields,
     }
 
 
-def _make_conversation(problem: ProblemRow, text: str) -> dict[str, Any]:
-    """Return prompt and response in the forms that trainers read."""
-    response_turn = [{"role": "assistant", "content": text}]
-    is_plain = isinstance(problem.prompt, str)
-    prompt_turns: Messages = (
-        [{"role": "user", "content": problem.prompt}] if isinstance(problem.prompt, str) else problem.prompt
-    )
-    return {
-        "messages": [*prompt_turns, *response_turn],
-        "prompt": problem.prompt,
-        "completion": text if is_plain else response_turn,
-        "answer": problem.answer,
-    }
+def make_decision_row(selection: Selection, index: int) -> dict[str, Any]:
+    """Return a line of decisions.jsonl: all that another criterion needs to judge without generating again.
 
-
-def make_decision_row(selection: Selection) -> dict[str, Any]:
-    """Return a line of decisions.jsonl: all that another criterion needs to judge without generating again."""
-    return {"index": selection.index, "candidates": [_describe_candidate(record) for record in selection.tree]}
+    index: that of the problem's row in the data.
+    """
+    return {"index": index, "candidates": [_describe_candidate(record) for record in selection.tree]}
 
 
 def _describe_trajectory(trajectory: Trajectory) -> dict[str, Any]:

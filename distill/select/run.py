@@ -5,35 +5,44 @@ OUTPUT_DIR/calibration.json   the threshold that was taken from data, if it was
 OUTPUT_DIR/selections.jsonl   one line per finished prompt: what training reads
 OUTPUT_DIR/decisions.jsonl    the same prompts in the same order: every candidate, its scores and its verdict
 OUTPUT_DIR/teacher_topk.bin   the teacher's most likely tokens along each best trajectory, with --teacher-topk
-OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens
+OUTPUT_DIR/bad_rows.txt       what could not be used or did not fit, by file and line
+OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens; accuracy where reference answers are known
 
 A prompt's decisions and top k are on disk before its selection: where there is a selection line, nothing is missing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
+from genssd.distill.data.problems import ProblemRow, ProblemSet, check_same_problem, read_usable_problems
+from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.data.topk_store import TopkStore, check_topk_file, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import Journal, complete_rows, damaged_line, has_lines, read_number, write_json
+from genssd.distill.runs.journal import Journal, complete_rows, damaged_line, has_lines, write_json
+from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.runs.writing import keep_spans
-from genssd.distill.select.calibration import calibrate, check_calibration
+from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
+from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
+from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
+from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
 
+ROLES: tuple[Role, Role] = ("teacher", "student")
 TOPK_FILE = "teacher_topk.bin"
 
 
@@ -54,7 +63,7 @@ class Calibrate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectSettings(SearchOptions, EngineOptions):
+class SelectSettings(SearchOptions, EngineOptions, ModelSampling):
     """Options of the search, of the engine, and of the threshold's calibration."""
 
     criterion: str = "ppl"
@@ -108,15 +117,25 @@ class SelectProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectSummary:
-    """What a finished run has written. `statuses` counts over the whole journal, earlier parts of the run included."""
+    """What a finished run has written. Counts are over the whole journal, earlier parts of the run included."""
 
     path: Path
     prompts: int
     statuses: Mapping[str, int]
+    """Number of best trajectories by status."""
+    accuracy: Accuracy
+    """Verdicts on the best trajectories."""
+    cuts: Mapping[str, int]
+    """Number of best trajectories that were cut off, by what cut them."""
+    calibration: Calibration | None
+    """Where the threshold comes from; None where it is not taken from data."""
     tokens_kept: int
     tokens_sampled: int
     failures: tuple[str, ...]
-    """Prompts that did not fit into the cache, and why. They are in no journal: resuming tries them again."""
+    """Prompts that are too long, or did not fit into the cache, and why. They are in no journal: resuming tries them
+    again."""
+    bad_rows: tuple[str, ...]
+    """Rows that could not be used, of the data and of the calibration's data; the failures are among them."""
 
 
 def run_select(
@@ -127,110 +146,122 @@ def run_select(
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
     config.with_changes()  # checks the options of the search before anything is read or loaded
-    problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
+    config = choose_sampling(config, config.teacher, "teacher", engine)
+    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
     if config.calibrate.data is not None and not config.resume:
-        _read_calibration(config)  # before any model is loaded
+        _read_calibration_data(config)  # before any model is loaded
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
-        done = keep_complete(run, config, problems)
+        done = keep_complete(run, config, data.problems)
         engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
-        failures = _search(run, config, engine, problems, done, report)
-        summary = _summary(run, failures)
-        run.write_summary({**dataclasses.asdict(summary), "path": run.journal_path.name})
+        readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
+        calibration = None if config.calibrate.data is None else _calibrate(engine, config, run)
+        failures = _Search(run, config, engine, readable, done, calibration).run(report)
+        summary = _summarise(run, config, readable.data, failures, calibration)
+        run.write_bad_rows(summary.bad_rows)
+        run.write_summary(_describe(summary))
     return summary
 
 
-def _search(
-    run: Run,
-    config: SelectConfig,
-    engine: Engine,
-    problems: Sequence[ProblemRow],
-    done: frozenset[int],
-    report: Callable[[SelectProgress], None],
-) -> list[str]:
-    """Run the prompts that are not done and journal each as it ends; return what did not fit into the cache."""
-    threshold = config.threshold if config.calibrate.data is None else _calibrated(engine, config, run)
-    origin = Origin(
-        data=config.data,
-        criterion=config.criterion,
-        teacher=config.teacher,
-        student=config.student,
-        fingerprints={role: engine.fingerprints[role] for role in ("teacher", "student")},
-        tokenizer=engine.tokenizer("student").fingerprint,
-    )
-    if config.teacher_topk and not engine.token_map.is_identity:
-        raise InputError(f"teacher_topk needs models whose tokens are the same: {engine.token_map.describe()}")
-    failures: list[str] = []
-    tokens_kept, sampled_before = 0, engine.usage.sampled_tokens
-    topk_end = max(map(find_topk_end, run.done()), default=0)
-    selections = run.journal
-    with (
-        Journal(run.path("decisions.jsonl")) as decisions,
-        TopkStore(run.path(TOPK_FILE), topk_end) if config.teacher_topk else nullcontext() as topk_store,
-    ):
-        for finished, selected in enumerate(_select(engine, config, threshold, problems, done), start=1):
-            selection = translate_selection(selected, engine.token_map)
-            problem = problems[selection.index]
-            if selection.error is None:
-                decisions.append(make_decision_row(selection))
-                topk = selection.best.teacher_topk
-                place = topk_store.append(topk) if topk_store is not None and topk is not None else None
-                selections.append({**make_selection_row(selection, problem, origin), "teacher_topk": place})
-                tokens_kept += len(selection.best.token_ids)
-            else:
-                failures.append(f"{problem.where}: {selection.error}")
-            report(
-                SelectProgress(
-                    done=len(done) + finished,
-                    total=len(problems),
-                    tokens_kept=tokens_kept,
-                    tokens_sampled=engine.usage.sampled_tokens - sampled_before,
-                    pages_in_use=engine.pages_in_use[0],
-                    pages=engine.pages_in_use[1],
-                )
-            )
-    return failures
+class _Search:
+    """The search over the prompts that are not done."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: SelectConfig,
+        engine: Engine,
+        readable: ReadableProblems,
+        done: frozenset[int],
+        calibration: Calibration | None,
+    ) -> None:
+        if config.teacher_topk and not engine.token_map.is_identity:
+            raise InputError(f"teacher_topk needs models whose tokens are the same: {engine.token_map.describe()}")
+        self._run = run
+        self._config = config
+        self._engine = engine
+        self._problems = readable.data.problems
+        self._done = readable.find_done(done)
+        self._threshold = config.threshold if calibration is None else calibration.threshold
+        limits = ResponseLimits.of(engine, ROLES, config.max_tokens)
+        limits.warn_of_shortage(readable.list_lengths(done))
+        self._notes = NoteMaker(engine.tokenizer("teacher"), limits)
+        self._origin = Origin(
+            data=config.data,
+            criterion=config.criterion,
+            teacher=config.teacher,
+            student=config.student,
+            fingerprints={role: engine.fingerprints[role] for role in ROLES},
+            tokenizer=engine.tokenizer("student").fingerprint,
+        )
+        self._tokens_kept, self._sampled_before = 0, engine.usage.sampled_tokens
+
+    def run(self, report: Callable[[SelectProgress], None]) -> dict[int, str]:
+        """Journal each prompt as it ends; return why the others failed, by the index of the row."""
+        failures: dict[int, str] = {}
+        topk_end = max(map(find_topk_end, self._run.done()), default=0)
+        with (
+            Journal(self._run.path("decisions.jsonl")) as decisions,
+            TopkStore(self._run.path(TOPK_FILE), topk_end)
+            if self._config.teacher_topk
+            else nullcontext() as topk_store,
+        ):
+            for finished, selection in enumerate(self._iter_selections(), start=1):
+                problem = self._problems[selection.index]
+                if selection.error is None:
+                    self._write(selection, problem, decisions, topk_store)
+                else:
+                    failures[problem.index] = f"{problem.where}: {selection.error}"
+                report(self._progress(len(self._done) + finished))
+        return failures
+
+    def _iter_selections(self) -> Iterator[Selection]:
+        return self._engine.iter_select_expand(
+            [problem.prompt for problem in self._problems],
+            self._config,
+            threshold=self._threshold,
+            answers=[problem.answer for problem in self._problems],
+            skip=self._done,
+            labels=[problem.where for problem in self._problems],
+        )
+
+    def _write(
+        self, selection: Selection, problem: ProblemRow, decisions: Journal, topk_store: TopkStore | None
+    ) -> None:
+        notes = self._notes.of_selection(selection, problem.answer)  # by the teacher's ids
+        translated = translate_selection(selection, self._engine.token_map, problem.where)
+        decisions.append(make_decision_row(translated, problem.index))
+        topk = selection.best.teacher_topk
+        place = topk_store.append(topk) if topk_store is not None and topk is not None else None
+        row = make_selection_row(translated, problem, self._origin, notes)
+        self._run.journal.append({**row, "teacher_topk": place})
+        self._tokens_kept += len(selection.best.token_ids)
+
+    def _progress(self, done: int) -> SelectProgress:
+        return SelectProgress(
+            done=done,
+            total=len(self._problems),
+            tokens_kept=self._tokens_kept,
+            tokens_sampled=self._engine.usage.sampled_tokens - self._sampled_before,
+            pages_in_use=self._engine.pages_in_use[0],
+            pages=self._engine.pages_in_use[1],
+        )
 
 
-def _read_calibration(config: SelectConfig) -> list[ProblemRow]:
+def _read_calibration_data(config: SelectConfig) -> ProblemSet:
     assert config.calibrate.data is not None
-    return read_problems(config.calibrate.data, config.calibrate.limit, system_prompt=config.system_prompt)
+    return read_usable_problems(config.calibrate.data, config.calibrate.limit, system_prompt=config.system_prompt)
 
 
-def _calibrated(engine: Engine, config: SelectConfig, run: Run) -> float:
-    """Return the threshold of this run, which is measured once and read again when the run is resumed."""
+def _calibrate(engine: Engine, config: SelectConfig, run: Run) -> Calibration:
+    """Return the calibration of this run, which is measured once and read again when the run is resumed."""
     path = run.path("calibration.json")
     if run.resumed:
-        return read_number(path, "threshold")
-    problems = _read_calibration(config)
-    calibration = calibrate(
-        engine,
-        [problem.prompt for problem in problems],
-        config,
-        fraction=config.calibrate.share,
-        labels=[problem.where for problem in problems],
-        answers=[problem.answer for problem in problems],
-    )
+        return Calibration.read(path)
+    calibration = calibrate(engine, _read_calibration_data(config), config, fraction=config.calibrate.share)
     run.record()
     write_json(path, calibration.as_json())
-    return calibration.threshold
-
-
-def _select(
-    engine: Engine,
-    config: SelectConfig,
-    threshold: float | None,
-    problems: Sequence[ProblemRow],
-    done: frozenset[int],
-) -> Iterator[Selection]:
-    return engine.iter_select_expand(
-        [problem.prompt for problem in problems],
-        config,
-        threshold=threshold,
-        answers=[problem.answer for problem in problems],
-        skip=done,
-        labels=[problem.where for problem in problems],
-    )
+    return calibration
 
 
 def keep_complete(run: Run, config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
@@ -269,18 +300,40 @@ def _check_neither_lost(selections: Path, decisions: Path) -> None:
             )
 
 
-def _summary(run: Run, failures: Sequence[str]) -> SelectSummary:
+def _summarise(
+    run: Run, config: SelectConfig, data: ProblemSet, failures: Mapping[int, str], calibration: Calibration | None
+) -> SelectSummary:
+    """Return the counts over the journal. failures: why prompts failed, by the index of the row."""
     statuses: Counter[str] = Counter()
     kept = sampled = 0
+    best: list[dict[str, Any]] = []
     for row in run.done():
         statuses[row["status"]] += 1
         kept += len(row["completion_ids"])
         sampled += row["tokens_sampled"]
+        best.append({name: row[name] for name in ("correct", "undecided", "cut_by")})
     return SelectSummary(
         path=run.journal_path,
         prompts=statuses.total(),
         statuses=dict(statuses),
+        accuracy=measure_accuracy([[row] for row in best]),
+        cuts=count_cuts(best),
+        calibration=calibration,
         tokens_kept=kept,
         tokens_sampled=sampled,
-        failures=tuple(failures),
+        failures=tuple(message for _, message in sorted(failures.items())),
+        bad_rows=(*(calibration.bad_rows if calibration else ()), *data.list_bad_rows(failures)),
     )
+
+
+def _describe(summary: SelectSummary) -> dict[str, Any]:
+    """Return the content of summary.json."""
+    names = ("prompts", "statuses", "cuts", "tokens_kept", "tokens_sampled")
+    return {
+        "path": summary.path.name,
+        **{name: getattr(summary, name) for name in names},
+        **summary.accuracy.as_json(),
+        "threshold": None if summary.calibration is None else summary.calibration.threshold,
+        "failures": len(summary.failures),
+        "bad_rows": len(summary.bad_rows),
+    }

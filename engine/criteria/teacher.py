@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from genssd.engine.candidate import Candidate
-from genssd.engine.criterion_options import CheckedOptions
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import CheckedOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherStudentGap(CheckedOptions):
     """Mean of log p(teacher) - log p(student) over the chunk; higher is better: the teacher is sure where the student
     is not (DASD, 2601.09088)."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
 
     def score(self, candidate: Candidate) -> float:
         return float((_teacher_logprob(candidate, "divergence") - candidate.logprob).mean())
@@ -26,6 +30,10 @@ class TeacherStudentGap(CheckedOptions):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherLogprob(CheckedOptions):
     """The teacher's mean log-probability of the chunk; higher is better. A control that does not ask the student."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
 
     def score(self, candidate: Candidate) -> float:
         return float(_teacher_logprob(candidate, "teacher_logprob").mean())

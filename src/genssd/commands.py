@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from genssd.distill.answers.accuracy import Accuracy
 from genssd.distill.console import (
     ProgressLine,
     TaskLines,
@@ -17,6 +18,7 @@ from genssd.distill.console import (
     report_selection,
     report_training,
 )
+from genssd.distill.data.response_limits import describe_cuts
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
@@ -33,7 +35,8 @@ from genssd.distill.select.run import SelectConfig, run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.distill.tuning import TuneConfig, run_tune
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.errors import InputError
+from genssd.engine.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
 
 MAX_LISTED = 10  # failures or bad rows that are listed one by one
@@ -46,13 +49,15 @@ def demo(config: DemoConfig, console: Console) -> None:
 def select(config: SelectConfig, console: Console) -> None:
     with ProgressLine("select", console) as line:
         summary = run_select(config, report=report_selection(line))
+    if summary.calibration is not None:
+        print(f"threshold {summary.calibration}")
     counts = ", ".join(f"{count} {status}" for status, count in sorted(summary.statuses.items()))
     print(f"{summary.prompts} prompts: {counts}")
     print(f"{summary.tokens_kept:,} tokens kept of {summary.tokens_sampled:,} sampled")
+    _print_accuracy(summary.accuracy)
+    _print_cuts(summary.cuts, summary.prompts)
     print(f"written to {summary.path}")
-    if summary.failures:
-        listed = "".join(f"\n  {failure}" for failure in summary.failures[:MAX_LISTED])
-        raise CapacityError(f"{len(summary.failures)} prompts are missing; --resume tries them again:{listed}")
+    _raise_for_problems(summary.bad_rows, summary.failures, summary.path.parent)
 
 
 def generate(config: GenerateConfig, console: Console) -> None:
@@ -62,7 +67,10 @@ def generate(config: GenerateConfig, console: Console) -> None:
     print(f"{summary.prompts} prompts, {summary.tokens:,} tokens in responses: {counts}")
     if config.method == "rsd":
         print(f"{summary.substituted:,} tokens by the student ({summary.substituted / max(1, summary.tokens):.1%})")
+    _print_accuracy(summary.accuracy)
+    _print_cuts(summary.cuts, sum(summary.statuses.values()))
     print(f"written to {summary.path}")
+    _raise_for_problems(summary.bad_rows, summary.failures, summary.path.parent)
 
 
 def prefix(config: PrefixConfig, console: Console) -> None:
@@ -154,6 +162,31 @@ def diagnose(config: DiagnoseConfig, console: Console) -> None:
         f"computed in front of them, {costs.naive_prefix_tokens:,} with a fresh generation per forced token"
     )
     print(f"written to {summary.output_dir}; look at {summary.output_dir / 'diagnosis.html'}")
+    _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
+
+
+def _print_accuracy(accuracy: Accuracy) -> None:
+    """Print the accuracy of responses with a reference answer, if there are any, and how many are wrong."""
+    if accuracy.estimate is not None:
+        print(
+            f"accuracy {accuracy.estimate} over {accuracy.judged} responses with a reference answer (95 % interval): "
+            f"{accuracy.correct} correct, {accuracy.wrong} wrong, {accuracy.undecided} undecided"
+        )
+        _print_undecided(accuracy.undecided)
+
+
+def _print_cuts(cuts: Mapping[str, int], responses: int) -> None:
+    """Print what cut the responses off, and the remedy, where it was most of them."""
+    line = describe_cuts(cuts, responses)
+    if line is not None:
+        print(line)
+
+
+def _raise_for_problems(bad_rows: Sequence[str], failures: Sequence[str], output_dir: Path) -> None:
+    """Raise an error that lists the first rows that could not be used or did not fit, if there are any."""
+    if bad_rows:
+        again = f" ({len(failures)} of them did not fit: --resume tries them again)" if failures else ""
+        _raise_for_bad_rows(f"could not be used; all others were{again}", bad_rows, output_dir)
 
 
 def _print_undecided(count: int) -> None:
@@ -173,12 +206,15 @@ def _raise_for_bad_rows(outcome: str, bad_rows: Sequence[str], output_dir: Path)
 
 def reselect(config: ReselectConfig, console: Console) -> None:
     summary = run_reselect(config)
-    print(f"{summary.rounds} rounds of {summary.prompts} prompts judged again by {config.criterion}")
+    print(f"{summary.rounds} rounds of {summary.prompts} prompts judged again by {summary.criterion}")
     share = summary.differing / max(1, summary.contested)
     print(f"{summary.differing} of {summary.contested} contested rounds come out differently ({share:.0%})")
     if summary.largest_change == summary.largest_change:
         print(f"the run's own criterion: no value moved by more than {summary.largest_change:.2g}")
-    print(f"{summary.pairs} preference pairs; written to {summary.output_dir}")
+    print(
+        f"{summary.pairs} preference pairs ({summary.exact_pairs} exact) and {summary.steps} stepwise rows by "
+        f"{summary.criterion}; written to {summary.output_dir}"
+    )
 
 
 def tune(config: TuneConfig, console: Console) -> None:
@@ -206,4 +242,5 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
 
 def run_command(name: str, config: Any, console: Console) -> None:
     """Run a command, after replacing a leading `~` in the config's names of files, directories and models."""
+    limit_torch_threads()
     COMMANDS[name][1](expand_home(config), console)

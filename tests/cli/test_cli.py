@@ -235,16 +235,54 @@ def test_bad_data(tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFix
     data = tmp_path / "d.jsonl"
     flags = select_flags(tiny_pair, data, tmp_path / "run")
     assert "d.jsonl cannot be read: No such file" in fails(capsys, *flags)
-    data.write_text('{"prompt": "a"}\n{"prompt"\n')
-    assert "d.jsonl, line 2: not valid JSON" in fails(capsys, *flags)
     data.write_text('{"prompt": ""}\n')
-    assert "d.jsonl, line 1: prompt is empty" in fails(capsys, *flags)
+    assert "none of 1 rows can be used:\n  " in (message := fails(capsys, *flags))
+    assert "d.jsonl, line 1: prompt is empty" in message
     data.write_text(json.dumps({"prompt": "x" * 513}) + "\n")
-    assert "d.jsonl, line 1 has 513 tokens; the teacher" in fails(capsys, *flags)
+    assert "d.jsonl, line 1: the prompt has 513 tokens; the teacher" in fails(capsys, *flags)
     data.write_text('{"prompt": "a"}\n')
     assert "more than the key-value cache has" in fails(capsys, *flags, "--memory-bytes", "50000")
     (tmp_path / "file").write_text("")
     assert "file cannot be written: " in fails(capsys, *flags, "--output-dir", tmp_path / "file")
+
+
+BAD_ROWS = [
+    '{"prompt": "a", "answer": "1"}',
+    '{"prompt"',
+    json.dumps({"prompt": "x" * 600, "answer": "1"}),
+    '{"nothing": 1}',
+    '{"prompt": "b", "answer": "2"}',
+]
+
+
+@pytest.mark.parametrize("command", ["select", "generate", "diagnose"])
+def test_bad_problems_are_named_and_the_others_done(
+    tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """By the rule of `score`: bad_rows.txt, the number in summary.json, exit code 2 after the rest was done."""
+    data, run = tmp_path / "d.jsonl", tmp_path / "run"
+    data.write_text("\n".join(BAD_ROWS) + "\n")
+    flags = [command, "--teacher", tiny_pair.teacher, "--student", tiny_pair.student, "--data", data]
+    flags += ["--output-dir", run, "--max-tokens", 4, "--memory-bytes", 1 << 22]
+    flags += ["--rollouts", 1, "--completions", 2] if command == "diagnose" else []
+    message = fails(capsys, *flags)
+    assert "genssd: 3 rows could not be used; all others were" in message
+    bad_rows = (run / "bad_rows.txt").read_text().splitlines()
+    starts = ["line 2: not valid JSON", "line 3: the prompt", "line 4: no prompt"]
+    for found, start in zip(bad_rows, starts, strict=True):
+        assert found.startswith(f"{data}, {start}")
+        assert found in message
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["bad_rows"] == 3
+    journal = run / {"select": "selections.jsonl", "generate": "responses.jsonl"}.get(command, "questions.jsonl")
+    before = journal.read_bytes()
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert [(row["index"], row["source"]["line"]) for row in rows] == [(0, 1), (4, 5)]
+    # what is mended is done, and nothing else
+    data.write_text("\n".join([*BAD_ROWS[:3], '{"prompt": "c", "answer": "3"}', BAD_ROWS[4]]) + "\n")
+    assert "genssd: 2 rows could not be used" in fails(capsys, *flags, "--resume")
+    assert journal.read_bytes().startswith(before)
+    assert json.loads(journal.read_text().splitlines()[-1])["index"] == 3
 
 
 @pytest.mark.slow

@@ -102,7 +102,10 @@ def test_a_question_is_found_in_a_rendered_prompt(write_rows: Write, tmp_path: P
     data = write_rows([{"question": "What is 1+1?", "response": "2"}, {"question": "what is 1 + 1", "response": "2"}])
     traces = [trace for trace in read_traces([data], tokenizer, max_length=200) if isinstance(trace, Trace)]
     trained = write_rows([make_training_row(t, t.response_ids, tokenizer) for t in traces], "trained.jsonl")
-    first, second = (read_examples([path], tokenizer, max_length=200, statuses=()).examples for path in (trained, data))
+    first, second = (
+        read_examples([path], tokenizer, max_length=200, statuses=("finished", "length")).examples
+        for path in (trained, data)
+    )
     overlap = find_eval_overlap(list_examples(first, tokenizer), list_examples(second[:1], tokenizer))
     assert overlap.exact == ((f"{trained}, line 1", f"{data}, line 1"),)
     assert overlap.near == ((f"{trained}, line 2", f"{data}, line 1"),)

@@ -54,25 +54,32 @@ def test_the_last_turn_is_changed() -> None:
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     templates, contexts = Templates(hint="{question} ({text})"), {"hint": "h"}
     messages = build_prompt(
-        reader, ProblemRow(prompt=turns, answer="1", line=1, where="data, line 1"), contexts, templates
+        reader, ProblemRow(prompt=turns, answer="1", line=1, where="data, line 1", index=0), contexts, templates
     )
     assert messages == [turns[0], {"role": "user", "content": "q (h)"}]
     assert (
-        build_prompt(reader, ProblemRow(prompt="raw", answer="1", line=1, where="data, line 1"), contexts, templates)
+        build_prompt(
+            reader, ProblemRow(prompt="raw", answer="1", line=1, where="data, line 1", index=0), contexts, templates
+        )
         == "raw (h)"
     )
     plain = Reader(name="r", model="m", role="student", context=None)
     assert (
-        build_prompt(plain, ProblemRow(prompt=turns, answer="1", line=1, where="data, line 1"), {}, templates) is turns
+        build_prompt(plain, ProblemRow(prompt=turns, answer="1", line=1, where="data, line 1", index=0), {}, templates)
+        is turns
     )
 
 
 def test_contexts_come_from_the_rows(write_rows: Write) -> None:
     path = write_rows([{"prompt": "a", "hint": "x", "n": 43.0}, {"prompt": "b", "hint": "y", "n": 0.25}])
-    assert read_contexts(str(path), ["hint", "n"], None) == [{"hint": "x", "n": "43"}, {"hint": "y", "n": "0.25"}]
-    assert read_contexts(str(path), [], 1) == [{}]
-    with pytest.raises(InputError, match=r"line 1: the context 'plan' must be text or a number, and is missing"):
-        read_contexts(str(path), ["plan"], None)
-    path = write_rows([{"hint": "x"}, {"hint": [1]}], "bad.jsonl")
-    with pytest.raises(InputError, match=r"bad\.jsonl, line 2: .* and is \[1\]; add it, or leave it out of contexts"):
-        read_contexts(str(path), ["hint"], None)
+    contexts = {0: {"hint": "x", "n": "43"}, 1: {"hint": "y", "n": "0.25"}}
+    assert read_contexts(str(path), ["hint", "n"], None) == (contexts, {})
+    assert read_contexts(str(path), [], 1) == ({0: {}}, {})
+    path = write_rows([{"hint": "x"}, {"hint": [1]}, {"plan": "y"}], "bad.jsonl")
+    path.write_text(path.read_text() + "no object\n")
+    contexts, faults = read_contexts(str(path), ["hint"], None)
+    start = "the context 'hint' must be text or a number, and is"
+    assert contexts == {0: {"hint": "x"}}
+    assert faults == {
+        i: f"{start} {what}; add it, or leave it out of contexts" for i, what in ((1, "[1]"), (2, "missing"))
+    }

@@ -24,7 +24,7 @@ from genssd.distill.diagnose.contexts import Templates
 from genssd.distill.diagnose.reading import Load
 from genssd.distill.diagnose.run import DiagnoseProgress, DiagnoseSummary, run_diagnose
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.errors import InputError
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import Sampling
 
@@ -331,9 +331,9 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(
     refused(InputError, "beta must lie in", beta=1.0)
     refused(InputError, "losses must name each loss once", losses=("jsd", "jsd"))
     refused(InputError, "line 1: the context 'hint' must be text or a number, and is missing", contexts=("hint",))
-    refused(InputError, "line 2: no answer", write_rows([{"prompt": "7", "answer": "7"}, {"prompt": "8"}], "b.jsonl"))
+    refused(InputError, "line 1: no answer", write_rows([{"prompt": "8"}], "b.jsonl"))
     long = write_rows([{"prompt": "7", "answer": "7", "hint": "7" * 600}], "long.jsonl")
-    refused(CapacityError, r"line 1: the prompt of 'itself \+ hint' has \d+ tokens", long, contexts=("hint",))
+    refused(InputError, r"line 1: the prompt of 'itself \+ hint' has \d+ tokens", long, contexts=("hint",))
     assert world.loaded == []
 
 

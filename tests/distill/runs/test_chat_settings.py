@@ -153,10 +153,10 @@ def test_options_are_checked_before_anything_is_written(
 def test_a_training_keeps_the_date_of_its_begin(
     dated: Path, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held_out = write_rows([{"question": "1 + 1 ?", "answer": "2"}], "held.jsonl")
+    held_out = write_rows([{"question": "1 + 1 ?", "response": "2"}], "held.jsonl")
     config = TrainConfig(
         model_name_or_path=str(dated),
-        data=(str(write_rows([{"question": "1+1?", "answer": "2"}, {"question": "2+2?", "answer": "4"}])),),
+        data=(str(write_rows([{"question": "1+1?", "response": "2"}, {"question": "2+2?", "response": "4"}])),),
         output_dir=str(tmp_path / "run"),
         per_device_train_batch_size=1,
         num_train_epochs=2,

@@ -19,14 +19,14 @@ from genssd.engine.errors import InputError
 PAIR = Path(next(iter(small_pair.__path__)))
 MODELS = [str(PAIR / "teacher"), str(PAIR / "student")]
 
-ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic"}
+ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
 NOT_COUNTED = {
     "select": ENGINE | {"output_dir", "resume", "data", "limit"},
     "generate": ENGINE | {"output_dir", "resume", "data", "limit"},
     "score": ENGINE | {"output_dir", "resume", "pick"},
     "reselect": ENGINE | {"output_dir"},
     "prefix": ENGINE | {"output_dir", "resume"},
-    "leaf": {"device", "output_dir", "resume"},
+    "leaf": {"device", "output_dir", "resume", "threads"},
     "evaluate": ENGINE | {"output_dir", "resume", "data", "limit"},
     "diagnose": ENGINE
     | {"output_dir", "resume", "data", "limit"}
@@ -34,7 +34,7 @@ NOT_COUNTED = {
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
-    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap"}
+    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads"}
     | {f"select.{name}" for name in ENGINE}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
@@ -44,7 +44,7 @@ NOT_COUNTED = {
 BY_CONTENT = {
     "select": {"teacher", "student"},
     "generate": {"teacher", "student"},
-    "score": {"student"},
+    "score": {"student", "teacher"},
     "reselect": {"student"},
     "prefix": {"student"},
     "leaf": {"teacher", "student"},
@@ -74,6 +74,7 @@ def config_of(command: str, data: list[str]) -> Any:
         "model_name_or_path": MODELS[1],
         "data": (data[0],) if command in ("score", "prefix", "leaf", "train") else data[0],
         "run": "runs/select",
+        "criteria": ("divergence",),
     }
     names = {field.name for field in dataclasses.fields(config_class)}
     return config_class(**{name: value for name, value in given.items() if name in names})
@@ -171,7 +172,7 @@ PATHS = {
     "demo": {"output_dir"},
     "select": {"teacher", "student", "data", "output_dir", "calibrate.data"},
     "generate": {"teacher", "student", "data", "output_dir"},
-    "score": {"student", "data", "output_dir"},
+    "score": {"student", "teacher", "data", "output_dir"},
     "reselect": {"run", "student", "output_dir"},
     "prefix": {"student", "data", "output_dir"},
     "leaf": {"student", "teacher", "data", "output_dir"},
@@ -206,6 +207,8 @@ def make_with_home(config_class: type, prefix: str = "") -> tuple[Any, set[str]]
         elif str in kinds and field.name not in NO_PATHS:
             values[field.name] = ("~/x", "~/y") if typing.get_origin(hint) is tuple else "~/x"
             names.add(f"{prefix}{field.name}")
+        elif field.name == "criteria":
+            values[field.name] = ("divergence",)  # without it a teacher is refused
         elif field.name == "kd_ratio":
             values[field.name] = 1.0  # without it a teacher is refused
     return config_class(**values), names

@@ -101,7 +101,9 @@ def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> 
             taken = len(whole["student_prompt_ids"]) - len(row["student_prompt_ids"])
             assert taken == len(tokenizer.encode_plain(row["left_out"]))
             assert row["left_out"].strip()
-    examples = read_examples([tmp_path / "run" / "counterfactuals.jsonl"], tokenizer, max_length=512, statuses=())
+    examples = read_examples(
+        [tmp_path / "run" / "counterfactuals.jsonl"], tokenizer, max_length=512, statuses=("finished", "length")
+    )
     assert len(examples.examples) == len(rows)
     with pytest.raises(InputError, match="pass --resume"):
         run_leaf(config)

@@ -87,13 +87,13 @@ def test_the_student_goes_on_behind_the_prefix(
     for row in rows:
         if row["source"]["response"] == 1:
             assert (row["kept_steps"], row["steps"]) == (1, 1), "one step is never asked about"
-            assert row["completion"] == "It is \\boxed{7}"
+            assert row["messages"][-1]["content"] == "It is \\boxed{7}"
             assert (row["status"], row["correct"]) == ("finished", True)
             continue
         assert (row["kept_steps"], row["steps"]) == (2, 4)
         begun = "First we add.\nThen we carry."
         assert tokenizer.decode(row["completion_ids"][: row["prefix_tokens"]]) == begun
-        assert row["completion"].startswith(begun)
+        assert row["messages"][-1]["content"].startswith(begun)
         assert row["prefix_tokens"] < len(row["completion_ids"]) <= row["prefix_tokens"] + 8
         assert row["correct"] is False
     assert lines(tmp_path / "out" / "aligned.jsonl") == [without_checksum(row) for row in rows if row["correct"]]
@@ -169,7 +169,7 @@ def test_a_rows_own_verdict_counts_where_nothing_was_written(
     data = write_rows([{"question": "q", "generations": ["It is 7", "It is 8"], "correctness": [False, True]}])
     run(tiny_pair, data, tmp_path / "out")
     assert [row["correct"] for row in lines(tmp_path / "out" / "prefixes.jsonl")] == [False, True]
-    assert [row["completion"] for row in lines(tmp_path / "out" / "aligned.jsonl")] == ["It is 8"]
+    assert [row["messages"][-1]["content"] for row in lines(tmp_path / "out" / "aligned.jsonl")] == ["It is 8"]
 
 
 def test_changed_data_are_not_gone_on_with(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from support.tiny_pair import TinyPair
 from transformers import AutoModelForCausalLM
 
+from genssd import Engine
 from genssd.distill.data.examples import read_examples
 from genssd.distill.runs.journal import complete_rows
 from genssd.distill.score.picking import PickOptions
@@ -23,6 +25,7 @@ from genssd.engine import criterion_names
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
+from genssd.engine.text import Tokenizer
 
 Write = Callable[..., Path]
 
@@ -78,7 +81,9 @@ def test_columns_equal_transformers(tiny_pair: TinyPair, write_rows: Write, tmp_
 def test_what_was_picked_trains(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     score(tiny_pair, write_rows(ROWS), tmp_path / "out")
     tokenizer = tiny_pair.engine.tokenizer("student")
-    examples = read_examples([tmp_path / "out" / "selected.jsonl"], tokenizer, max_length=512, statuses=())
+    examples = read_examples(
+        [tmp_path / "out" / "selected.jsonl"], tokenizer, max_length=512, statuses=("finished", "length")
+    )
     rows = lines(tmp_path / "out" / "selected.jsonl")
     assert [list(e.input_ids[e.num_prompt :]) for e in examples.examples] == [row["completion_ids"] for row in rows]
 
@@ -88,11 +93,12 @@ def test_filters_choose_among_what_is_left(tiny_pair: TinyPair, write_rows: Writ
     summary = score(tiny_pair, data, tmp_path / "a", criteria=("ppl",), pick=PickOptions(correct=True))
     assert summary.selected == 1
     (row,) = lines(tmp_path / "a" / "selected.jsonl")
-    assert "\\boxed{2}" in row["completion"]
+    assert "\\boxed{2}" in row["messages"][-1]["content"]
     assert score(tiny_pair, data, tmp_path / "b", criteria=("ppl",), pick=PickOptions(min_steps=3)).selected == 1
     verdicts = [{**ROWS[0], "correctness_math_verify": [False, True]}]
     score(tiny_pair, write_rows(verdicts, "v.jsonl"), tmp_path / "c", criteria=("ppl",), pick=PickOptions(correct=True))
-    assert "Three" in lines(tmp_path / "c" / "selected.jsonl")[0]["completion"], "the row's verdict counts"
+    (row,) = lines(tmp_path / "c" / "selected.jsonl")
+    assert "Three" in row["messages"][-1]["content"], "the row's verdict counts"
 
 
 JUDGED: list[dict[str, Any]] = [
@@ -127,7 +133,9 @@ def test_several_responses_are_kept_with_larks_weights(tiny_pair: TinyPair, writ
     assert [row["weight"] for row in rows[2:]] == [1.0, 1.0, 1.0]  # all are kept: no threshold
     assert rows[0]["weight"] + rows[1]["weight"] == pytest.approx(2.0)
     tokenizer = tiny_pair.engine.tokenizer("student")
-    examples = read_examples([tmp_path / "out" / "selected.jsonl"], tokenizer, max_length=512, statuses=())
+    examples = read_examples(
+        [tmp_path / "out" / "selected.jsonl"], tokenizer, max_length=512, statuses=("finished", "length")
+    )
     assert [example.weight for example in examples.examples] == [row["weight"] for row in rows]
 
 
@@ -154,7 +162,7 @@ def test_bad_rows_are_named_and_the_rest_is_scored(tiny_pair: TinyPair, write_ro
 def test_a_run_that_stopped_goes_on(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("genssd.distill.score.run.BATCH_TOKENS", 60)
+    monkeypatch.setattr("genssd.distill.score.features.BATCH_TOKENS", 60)
     data = write_rows(ROWS)
     score(tiny_pair, data, tmp_path / "whole", criteria=CRITERIA)
     score(tiny_pair, data, tmp_path / "torn", criteria=CRITERIA)
@@ -175,7 +183,7 @@ def test_batches_do_not_change_a_value(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(tiny_pair, write_rows(ROWS), tmp_path / "a", criteria=CRITERIA)
-    monkeypatch.setattr("genssd.distill.score.run.BATCH_TOKENS", 1)
+    monkeypatch.setattr("genssd.distill.score.features.BATCH_TOKENS", 1)
     score(tiny_pair, write_rows(list(reversed(ROWS)), "r.jsonl"), tmp_path / "b", criteria=CRITERIA)
     key = lambda row: (row["prompt"], row["teacher"], row["tokens"], row["ppl"])  # noqa: E731
     ours, theirs = (sorted(lines(tmp_path / name / "scores.jsonl"), key=key) for name in "ab")
@@ -200,6 +208,76 @@ def test_online_equals_post_hoc(tiny_pair: TinyPair, write_rows: Write, tmp_path
             online += [row["score"], *(other["score"] for other in row["others"])]
         column = [row[name] for row in lines(out / "score" / "scores.jsonl")]
         assert column == pytest.approx(online, rel=1e-5)
+
+
+TEACHERS = ("divergence", "teacher_logprob", "0.5*divergence + 0.5*ppl")
+
+
+@pytest.mark.parametrize("criterion", TEACHERS)
+@pytest.mark.parametrize("by", ["rows", "teacher", "teacher from text"])
+def test_criteria_of_the_teacher_equal_the_searchs(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, criterion: str, by: str
+) -> None:
+    """From the log-probabilities in the rows, from a teacher in memory, and from one that renders the prompt itself."""
+    student = tmp_path / "student"  # with another chat template than the teacher's
+    shutil.copytree(tiny_pair.student, student)
+    (student / "chat_template.jinja").write_text("{% for m in messages %}Q {{ m.content }} {% endfor %}A ")
+    engine = Engine.from_pretrained(tiny_pair.teacher, student, memory_bytes=1 << 24)
+    config = SelectConfig(
+        teacher=str(tiny_pair.teacher), student=str(student), criterion=criterion, output_dir=str(tmp_path / "run"),
+        data=str(write_rows([{"question": f"{i}+{i}?"} for i in range(3)])), max_tokens=24, candidates=2, beam=2,
+    )  # fmt: skip
+    path = run_select(config, engine).path
+    rows = [row for row, _ in complete_rows(path)]
+    assert all(row["prompt_ids"] != row["student_prompt_ids"] for row in rows)
+    if by != "rows":
+        for row in rows:
+            for response in (row, *row["others"]):
+                del response["teacher_logprobs"]
+        path = write_rows(rows, "without.jsonl")
+    if by == "teacher from text":
+        path = write_rows([{**row, "prompt_ids": None, "teacher": "T"} for row in rows], "text.jsonl")
+    settings = {} if by == "rows" else {"teacher": str(tiny_pair.teacher)}
+    scored = ScoreConfig(
+        student=str(student), data=(str(path),), criteria=(criterion,), output_dir=str(tmp_path / "score"), **settings
+    )
+    assert run_score(scored, engine).bad_rows == ()
+    online = [response["score"] for row in rows for response in (row, *row["others"])]
+    column = [row[criterion] for row in lines(tmp_path / "score" / "scores.jsonl")]
+    assert column == pytest.approx(online, rel=1e-4)
+
+
+def test_what_was_picked_is_rendered_by_another_students_template(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    """selected.jsonl has the problem's messages, tools and all, and the ids of the student that scored."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_pair.student, other)
+    (other / "chat_template.jinja").write_text(
+        "{% for t in tools or [] %}T {{ t.name }} {% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    vocabulary["added_tokens"][-1]["content"] += "!"  # another tokenizer: the ids of the rows are not its own
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "1+1?"}]
+    rows = [
+        {"messages": [*turns, {"role": "assistant", "content": "Two."}]},
+        {"prompt": "2+2=", "completion": "4"},
+        {"problem": "3+3?", "generations": ["6"]},
+    ]
+    score(tiny_pair, write_rows(rows), tmp_path / "out")
+    selected = tmp_path / "out" / "selected.jsonl"
+    written = lines(selected)
+    asked = [turns, [{"role": "user", "content": "2+2="}], [{"role": "user", "content": "3+3?"}]]
+    assert [row["messages"][:-1] for row in written] == asked
+    assert [row["prompt"] for row in written] == [asked[0], "2+2=", asked[2]]
+    examples = read_examples([selected], Tokenizer(other), max_length=512, statuses=("finished",)).examples
+    texts = [Tokenizer(other).decode(example.input_ids[: example.num_prompt]) for example in examples]
+    assert texts == ["<system>Be kind.\n<user>1+1?\n<assistant>", "2+2=", "<user>3+3?\n<assistant>"]
+    own = tiny_pair.engine.tokenizer("student")
+    same = read_examples([selected], own, max_length=512, statuses=("finished",)).examples
+    assert [list(e.input_ids) for e in same] == [[*r["student_prompt_ids"], *r["completion_ids"]] for r in written]
 
 
 class Undefined:
@@ -261,7 +339,9 @@ def test_a_ratio_criterion_ranks_by_the_ratio_of_sums() -> None:
         ({"pick": {"mix": ("Z=1", "long=1")}}, "no teacher is called 'Z'; there are A, B"),
         ({"pick": {"best_share": 0.0}}, "best_share"),
         ({"pick": {"similarity": 1.5}}, "similarity"),
-        ({"criteria": ("divergence",)}, "teacher's log-probabilities"),
+        ({"criteria": ("divergence",)}, r"line 1: .*divergence reads: give --teacher MODEL"),
+        ({"criteria": ("0.5*ppl + 0.5*teacher_logprob",)}, r"of the teacher, .*teacher_logprob reads: give --teacher"),
+        ({"teacher": "T"}, "teacher is read by divergence and teacher_logprob alone"),
     ],
 )
 def test_wrong_options_are_named(

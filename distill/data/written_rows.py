@@ -1,0 +1,78 @@
+"""Rows that other programs and other models read: a prompt and its response as messages, beside the token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from genssd.distill.data.examples import COMPLETION_FIELDS
+from genssd.distill.data.messages import parse_conversation
+from genssd.engine.chat import Messages
+from genssd.engine.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPrompt:
+    """A prompt as a chat template of any model renders it."""
+
+    text: str | Messages
+    """Raw text, or the messages before the response."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Descriptions of the tools that the assistant may call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriterRecord:
+    """What a row records of the model that wrote its response."""
+
+    fingerprint: str | None
+    """Fingerprint of the model; None where the row has none."""
+    prompt_ids: tuple[int, ...]
+    """Prompt as the model read it; empty where the row does not have it."""
+    logprobs: tuple[float, ...] | None
+    """The model's log-probability of every token of the response; None where the row does not have them."""
+
+
+def read_text_prompt(fields: Mapping[str, Any], where: str) -> TextPrompt | None:
+    """Return the prompt of a row with a response; None where the row has it as token ids alone."""
+    try:
+        conversation = parse_conversation(fields, COMPLETION_FIELDS, where)
+    except InputError:
+        return None
+    return TextPrompt(text=conversation.prompt, tools=conversation.tools)
+
+
+def read_writer_record(fields: Mapping[str, Any], num_response: int, where: str) -> WriterRecord:
+    """Return what a row with token ids of this tokenizer records of its writer. num_response: tokens in the response.
+
+    Raises InputError naming `where` on log-probabilities of another number of tokens.
+    """
+    teacher, values = fields.get("teacher"), fields.get("teacher_logprobs")
+    fingerprint = teacher.get("fingerprint") if isinstance(teacher, Mapping) else None
+    if values is not None and (
+        not isinstance(values, list)
+        or len(values) != num_response
+        or not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    ):
+        raise InputError(f"{where}: teacher_logprobs must be a list of {num_response} numbers, one for each token")
+    ids = fields.get("prompt_ids")
+    return WriterRecord(
+        fingerprint=fingerprint if isinstance(fingerprint, str) else None,
+        prompt_ids=tuple(ids) if isinstance(ids, list) and all(type(i) is int for i in ids) else (),
+        logprobs=None if values is None else tuple(map(float, values)),
+    )
+
+
+def make_conversation(prompt: TextPrompt, response: str, answer: str | None) -> dict[str, Any]:
+    """Return the fields of a prompt and its response in the forms that trainers read."""
+    text = prompt.text
+    turn = [{"role": "assistant", "content": response}]
+    turns: Messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    row = {
+        "messages": [*turns, *turn],
+        "prompt": text,
+        "completion": response if isinstance(text, str) else turn,
+        "answer": answer,
+    }
+    return {**row, "tools": list(prompt.tools)} if prompt.tools else row

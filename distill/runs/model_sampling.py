@@ -1,0 +1,120 @@
+"""The sampling that a model's generation_config.json recommends: taken where it is asked for, else named."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from genssd.engine.checkpoint import locate
+from genssd.engine.config import read_fields
+from genssd.engine.engine import Engine
+from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.quoting import quote
+from genssd.engine.runner import Role
+from genssd.engine.sampling import Sampling
+
+logger = logging.getLogger(__name__)
+
+FIELDS = ("temperature", "top_p", "top_k", "min_p")
+"""Fields of generation_config.json that are options of `Sampling`."""
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "no_repeat_ngram_size": 0}
+"""Other fields that change what is drawn, which are not implemented, each with the value that changes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
+class ModelSampling:
+    """The option of a command that samples from a model."""
+
+    generation_config: bool = False
+    """Take temperature, top_p, top_k and min_p from the generation_config.json of the model that writes, in place of
+    the options of `sampling`; what the file does not name filters nothing."""
+
+
+C = TypeVar("C", bound=ModelSampling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommendation:
+    """What a model's generation_config.json says about sampling."""
+
+    sampling: Sampling
+    ignored: tuple[str, ...]
+    """Settings that are not implemented, as name and value."""
+
+
+def read_recommendation(directory: Path) -> Recommendation | None:
+    """Return the recommended sampling of a checkpoint; None where its generation_config.json names none.
+
+    Raises CheckpointError naming the file and the field that has no usable value.
+    """
+    path = directory / "generation_config.json"
+    fields = read_fields(path) if path.is_file() else {}
+    values: dict[str, Any] = {}
+    for name in FIELDS:
+        value: Any = fields.get(name)
+        if value is None:
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or (name == "top_k" and value != int(value)):
+            raise CheckpointError(f"{path}: {name} must be a number, not {quote(value)}")
+        values[name] = int(value) if name == "top_k" else float(value)
+    if not values:
+        return None
+    try:
+        sampling = Sampling(**values)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    unused = {name: fields[name] for name, neutral in NEUTRAL.items() if fields.get(name) not in (None, neutral)}
+    return Recommendation(sampling=sampling, ignored=tuple(f"{name} {value}" for name, value in unused.items()))
+
+
+def choose_sampling(config: C, model: str, role: Role, engine: Engine | None = None) -> C:
+    """Return the config with the sampling of this run, and log what the model recommends.
+
+    model: the one that writes, by the field of the config with the name or the directory. engine: loaded already.
+    Raises InputError where both the file and options of `sampling` are asked for, or the file names nothing.
+    """
+    directory = locate(model) if engine is None else engine.tokenizer(role).directory
+    recommendation = read_recommendation(directory)
+    values: Any = config  # a config class with the field `sampling`
+    chosen, default = values.sampling, _find_default(config)
+    if not config.generation_config:
+        if recommendation is not None and chosen == default and recommendation.sampling != default:
+            logger.info(
+                "the %s's generation_config.json recommends %s; this run samples with %s; take the model's own with "
+                "--generation-config",
+                role, describe_sampling(recommendation.sampling), describe_sampling(chosen),
+            )  # fmt: skip
+        return config
+    if recommendation is None:
+        raise InputError(
+            f"generation_config: {directory / 'generation_config.json'} names none of {', '.join(FIELDS)}; give "
+            "options of sampling instead"
+        )
+    if chosen not in (default, recommendation.sampling):
+        raise InputError("give generation_config or options of sampling, not both")
+    ignored = f"; not implemented: {', '.join(recommendation.ignored)}" if recommendation.ignored else ""
+    logger.info(
+        "the %s samples with %s, by its generation_config.json%s",
+        role, describe_sampling(recommendation.sampling), ignored,
+    )  # fmt: skip
+    changed: C = dataclasses.replace(values, sampling=recommendation.sampling)
+    return changed
+
+
+def describe_sampling(sampling: Sampling) -> str:
+    """Return the temperature and the filters in words, without those that keep all tokens."""
+    neutral = Sampling()
+    filters = [name for name in FIELDS[1:] if getattr(sampling, name) != getattr(neutral, name)]
+    return ", ".join(f"{name} {getattr(sampling, name):g}" for name in ("temperature", *filters))
+
+
+def _find_default(config: ModelSampling) -> Sampling:
+    """Return the sampling of a config that was given no option of it."""
+    field: Any = next(field for field in dataclasses.fields(config) if field.name == "sampling")
+    default: Sampling = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return default

@@ -1,0 +1,139 @@
+"""Features of finished traces: what every criterion is computed from, one row per trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+from torch import Tensor
+
+from genssd.distill.answers.forms import Verdict
+from genssd.distill.answers.judge import AnswerJudge
+from genssd.distill.data.traces import Trace, describe_source
+from genssd.distill.score.teacher import NO_LOGPROBS, TeacherReader, read_recorded
+from genssd.engine.candidate import (
+    AnyCriterion,
+    Candidate,
+    PoolCriterion,
+    RatioCriterion,
+    needs_answer,
+    needs_teacher,
+)
+from genssd.engine.engine import Engine
+from genssd.engine.errors import InputError
+from genssd.engine.loops import LoopGuard
+from genssd.engine.resources import ANSWER_ROOM
+from genssd.engine.steps import step_spans
+from genssd.kernels.logprob import TokenStats
+
+BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorer:
+    """The criteria, and the models that they read."""
+
+    criteria: Mapping[str, AnyCriterion]
+    engine: Engine
+    teacher: TeacherReader | None
+    """Teacher in memory; None takes the log-probabilities that the rows record."""
+    verify: bool
+    """Whether answers are judged where the row has no verdict."""
+
+    def find_fault(self, trace: Trace) -> str | None:
+        """Return why the criteria cannot judge a trace; None if they can."""
+        longest = self.engine.max_sequence_length("student")
+        reading = next((name for name, criterion in self.criteria.items() if needs_answer(criterion)), None)
+        if reading is not None:
+            if trace.answer is None:
+                return f"no reference answer, which {reading} reads"
+            num_answer = len(self.engine.tokenizer("student").encode_plain(trace.answer))
+            if trace.num_tokens + num_answer > longest - ANSWER_ROOM:
+                return f"with its reference answer longer than the {longest} tokens that the student takes"
+        asking = next((name for name, criterion in self.criteria.items() if needs_teacher(criterion)), None)
+        if asking is None:
+            return None
+        if self.teacher is not None:
+            return self.teacher.find_fault(trace)
+        return NO_LOGPROBS.format(criterion=asking) if read_recorded(trace) is None else None
+
+    def iter_features(self, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
+        """Yield the line of features.jsonl of every trace of a batch."""
+        logprobs: Sequence[Tensor | None] = [None] * len(traces)
+        if any(map(needs_teacher, self.criteria.values())):
+            logprobs = [read_recorded(t) for t in traces] if self.teacher is None else self.teacher.read(traces)
+        stats = self.engine.score([trace.prompt_ids for trace in traces], [trace.response_ids for trace in traces])
+        judge = AnswerJudge(self.engine.tokenizer("student"))
+        for trace, of_trace, teacher_logprob in zip(traces, stats, logprobs, strict=True):
+            verdict: Verdict | None = None
+            if trace.correct is None and self.verify and trace.answer is not None:
+                verdict = judge.judge(trace.prompt_ids, trace.response_ids, trace.answer)
+            yield self._describe(trace, make_candidate(trace, self.engine, of_trace, teacher_logprob), verdict)
+
+    def _describe(self, trace: Trace, candidate: Candidate, verdict: Verdict | None) -> dict[str, Any]:
+        """Return a line of features.jsonl. Raises InputError when a criterion gives NaN."""
+        features = {
+            name: list(criterion.features(candidate))
+            if isinstance(criterion, PoolCriterion)
+            else [criterion.score(candidate)]
+            for name, criterion in self.criteria.items()
+        }
+        for name, values in features.items():
+            if any(math.isnan(value) for value in values):
+                raise InputError(f"the criterion {name} gave NaN for {trace.where}")
+        content = trace.response_ids[: len(trace.response_ids) - trace.finished]
+        return {
+            "source": describe_source(trace),
+            "prompt": trace.prompt_key,
+            "teacher": trace.teacher,
+            "tokens": len(trace.response_ids),
+            "steps": len(step_spans(self.engine.tokenizer("student").pieces(content))),
+            "finished": trace.finished,
+            "loop": bool(LoopGuard().period(trace.response_ids)),
+            "correct": trace.correct if verdict is None else verdict.is_correct,
+            "undecided": None if verdict is None else verdict.undecided,
+            "ratios": {
+                name: [to_json(part) for part in criterion.ratio(candidate)]
+                for name, criterion in self.criteria.items()
+                if isinstance(criterion, RatioCriterion)
+            },
+            "features": {name: [to_json(value) for value in values] for name, values in features.items()},
+        }
+
+
+def make_candidate(trace: Trace, engine: Engine, stats: TokenStats, teacher_logprob: Tensor | None) -> Candidate:
+    """Return a trace as criteria see it: a whole response."""
+    return Candidate(
+        token_ids=trace.response_ids,
+        stats=stats,
+        teacher_logprob=teacher_logprob,
+        final=True,
+        finished=trace.finished,
+        stream=int.from_bytes(blake2b(trace.where.encode(), digest_size=8).digest(), "little"),
+        pieces_of=engine.tokenizer("student").pieces,
+        local_logprob=partial(engine.local_logprob, trace.prompt_ids),
+        encode=engine.tokenizer("student").encode_plain,
+        answer=trace.answer,
+    )
+
+
+def divide(traces: Sequence[Trace]) -> Iterator[Sequence[Trace]]:
+    """Yield the traces in batches of at most BATCH_TOKENS tokens, or of one trace."""
+    start = tokens = 0
+    for i, trace in enumerate(traces):
+        size = len(trace.prompt_ids) + len(trace.response_ids)
+        if i > start and tokens + size > BATCH_TOKENS:
+            yield traces[start:i]
+            start, tokens = i, 0
+        tokens += size
+    if start < len(traces):
+        yield traces[start:]
+
+
+def to_json(value: float) -> float | str:
+    """Return the value, or its text where it is infinite, for which JSON has no number."""
+    return value if math.isfinite(value) else str(value)

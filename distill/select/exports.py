@@ -1,0 +1,176 @@
+"""Preference pairs and stepwise rows from the rounds of a finished search, by the choices of one criterion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from genssd.distill.select.decisions import LoggedCandidate
+from genssd.engine.text import REPLACEMENT, Tokenizer
+
+FIXED_VERDICTS = ("duplicate", "loop")
+"""Verdicts that no criterion changes."""
+
+Trace = tuple[int, ...]
+"""Index of a candidate and of its ancestors in each round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedRound:
+    """One recorded round, and what a criterion chooses in it, given the recorded text before it."""
+
+    decided: tuple[LoggedCandidate, ...]
+    scores: Mapping[Trace, float | None]
+    """Value of every candidate; None where it is infinite."""
+    chosen: frozenset[Trace]
+    """Candidates that the criterion keeps."""
+    rejected: frozenset[Trace]
+    """Candidates that the criterion ranks below these."""
+    is_exact: bool
+    """Whether a search by the criterion would have had this round; else its choice is conditional on the text before
+    it."""
+
+    @classmethod
+    def as_logged(cls, decided: Sequence[LoggedCandidate]) -> JudgedRound:
+        """Return a round as the run's own criterion decided it, with the values in the log."""
+        return cls(
+            decided=tuple(decided),
+            scores={d.trace: d.score for d in decided},
+            chosen=frozenset(d.trace for d in decided if d.verdict == "kept"),
+            rejected=frozenset(d.trace for d in decided if d.verdict == "beaten"),
+            is_exact=True,
+        )
+
+    @classmethod
+    def by_criterion(
+        cls, decided: Sequence[LoggedCandidate], scores: Sequence[float], *, higher_is_better: bool, is_exact: bool
+    ) -> JudgedRound:
+        """Return a round as another criterion decides it, which keeps as many candidates as the run did.
+
+        The run's threshold is a value of its own criterion and rejects nothing here; how many candidates the search
+        would have kept without it is not known, so that a round with such a candidate is not exact. is_exact: whether
+        all earlier rounds of the prompt are exact and come out as in the run.
+        """
+        ranked = [d.trace for d in rank_eligible(decided, scores, higher_is_better=higher_is_better)]
+        places = sum(d.verdict == "kept" for d in decided)
+        return cls(
+            decided=tuple(decided),
+            scores={d.trace: s if math.isfinite(s) else None for d, s in zip(decided, scores, strict=True)},
+            chosen=frozenset(ranked[:places]),
+            rejected=frozenset(ranked[places:]),
+            is_exact=is_exact and not any(d.verdict == "threshold" for d in decided),
+        )
+
+
+def rank_eligible(
+    decided: Sequence[LoggedCandidate], scores: Sequence[float], *, higher_is_better: bool
+) -> list[LoggedCandidate]:
+    """Return the candidates of a round that may be kept, best first. scores: of all candidates of the round."""
+    sign = -1.0 if higher_is_better else 1.0
+    eligible = [i for i, d in enumerate(decided) if d.verdict not in FIXED_VERDICTS]
+    return [decided[i] for i in sorted(eligible, key=lambda i: sign * scores[i])]
+
+
+class _Texts:
+    """The texts of one prompt's chunks, which join to the text of the response.
+
+    A chunk's tokens by themselves decode to another text where a chunk ends within a character, or where the tokenizer
+    drops the space at the beginning of a text.
+    """
+
+    def __init__(self, selection: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        self.prompt = str(tokenizer.hf.decode(list(selection["student_prompt_ids"])))
+        """Prompt as the student reads it."""
+        self._tokenizer = tokenizer
+        self._heads: dict[Trace, str] = {(): ""}
+
+    def read_before(self, d: LoggedCandidate) -> str:
+        """Return the response before a candidate, without the bytes of a character that the candidate completes."""
+        return self._read_head(d.trace[:-1], d.candidate.history_ids)
+
+    def read_link(self, d: LoggedCandidate) -> str:
+        """Return the text of a chunk that others follow; bytes of an incomplete character belong to the next one."""
+        before = self.read_before(d)
+        return self._read_head(d.trace, (*d.candidate.history_ids, *d.candidate.token_ids))[len(before) :]
+
+    def read_last(self, d: LoggedCandidate) -> str:
+        """Return the text of a chunk at the end of a chain."""
+        text = self._tokenizer.decode((*d.candidate.history_ids, *d.candidate.token_ids))
+        return text[len(self.read_before(d)) :]
+
+    def _read_head(self, trace: Trace, token_ids: Sequence[int]) -> str:
+        if trace not in self._heads:
+            self._heads[trace] = self._tokenizer.decode(token_ids).rstrip(REPLACEMENT)
+        return self._heads[trace]
+
+
+def make_pairs(
+    selection: Mapping[str, Any], rounds: Sequence[JudgedRound], labels: Mapping[str, Any], tokenizer: Tokenizer
+) -> Iterator[dict[str, Any]]:
+    """Yield a pair of each chosen candidate and the rejected sibling whose value is furthest from its own.
+
+    selection: the prompt's line of selections.jsonl. labels: fields that every row gets.
+    """
+    texts = _Texts(selection, tokenizer)
+    for judged in rounds:
+        for d in judged.decided:
+            score = judged.scores[d.trace]
+            if d.trace not in judged.chosen or score is None:
+                continue
+            siblings = [
+                (other, value)
+                for other in judged.decided
+                if other.trace[:-1] == d.trace[:-1]
+                and other.trace in judged.rejected
+                and (value := judged.scores[other.trace]) is not None
+            ]
+            if siblings:
+                last, last_score = max(siblings, key=lambda pair: abs(pair[1] - score))
+                yield {
+                    "prompt": texts.prompt + texts.read_before(d),
+                    "chosen": texts.read_last(d),
+                    "rejected": texts.read_last(last),
+                    "student_prompt_ids": [*selection["student_prompt_ids"], *d.candidate.history_ids],
+                    "teacher_prompt_ids": [*selection["prompt_ids"], *d.candidate.history_ids],
+                    "chosen_token_ids": list(d.candidate.token_ids),
+                    "rejected_token_ids": list(last.candidate.token_ids),
+                    "tokenizer": selection["tokenizer"],
+                    # by these another student's chat template renders the pair
+                    "problem_prompt": selection["prompt"],
+                    "response_so_far": texts.read_before(d),
+                    "chosen_finished": d.candidate.finished,
+                    "rejected_finished": last.candidate.finished,
+                    "chosen_score": score,
+                    "rejected_score": last_score,
+                    "round": len(d.trace) - 1,
+                    "exact": judged.is_exact,
+                    **labels,
+                }
+
+
+def make_steps(
+    selection: Mapping[str, Any], rounds: Sequence[JudgedRound], labels: Mapping[str, Any], tokenizer: Tokenizer
+) -> Iterator[dict[str, Any]]:
+    """Yield the chain of chunks up to every candidate after which the run wrote nothing, with a label for each chunk:
+    whether the criterion chooses it among its siblings, given the chunks before it.
+
+    selection: the prompt's line of selections.jsonl. labels: fields that every row gets.
+    """
+    by_trace = {d.trace: d for judged in rounds for d in judged.decided}
+    texts = _Texts(selection, tokenizer)
+    for judged in rounds:
+        for d in judged.decided:
+            is_continued = d.verdict == "kept" and not d.candidate.final
+            if is_continued or d.trace not in judged.chosen | judged.rejected:
+                continue
+            chain = [by_trace[d.trace[:depth]] for depth in range(1, len(d.trace) + 1)]
+            yield {
+                "prompt": texts.prompt,
+                "completions": [*(texts.read_link(link) for link in chain[:-1]), texts.read_last(d)],
+                "labels": [link.trace in rounds[depth].chosen for depth, link in enumerate(chain)],
+                "final": d.candidate.final,
+                "exact": judged.is_exact,
+                **labels,
+            }
