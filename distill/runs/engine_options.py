@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import Operational
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
@@ -15,6 +17,10 @@ from genssd.engine.threads import announce, choose_engine_threads
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
 class EngineOptions:
     """The arguments of `Engine.from_pretrained` other than the models."""
+
+    NEEDS: ClassVar[Needs] = {
+        "memory_utilization": Need(lambda o: o.memory_bytes is None, "no memory_bytes, which replace it")
+    }
 
     device: Operational[str | None] = None
     """Device of the models. None: CUDA where there is one, else the CPU."""
