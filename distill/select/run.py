@@ -203,6 +203,7 @@ class _Search:
         """Journal each prompt as it ends; return why the others failed, by the index of the row."""
         failures: dict[int, str] = {}
         topk_end = max(map(find_topk_end, self._run.done()), default=0)
+        journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
             Journal(self._run.path("decisions.jsonl")) as decisions,
             TopkStore(self._run.path(TOPK_FILE), topk_end)
@@ -212,7 +213,7 @@ class _Search:
             for finished, selection in enumerate(self._iter_selections(), start=1):
                 problem = self._problems[selection.index]
                 if selection.error is None:
-                    self._write(selection, problem, decisions, topk_store)
+                    self._write(selection, problem, journal, decisions, topk_store)
                 else:
                     failures[problem.index] = f"{problem.where}: {selection.error}"
                 report(self._progress(len(self._done) + finished))
@@ -229,7 +230,12 @@ class _Search:
         )
 
     def _write(
-        self, selection: Selection, problem: ProblemRow, decisions: Journal, topk_store: TopkStore | None
+        self,
+        selection: Selection,
+        problem: ProblemRow,
+        journal: Journal,
+        decisions: Journal,
+        topk_store: TopkStore | None,
     ) -> None:
         notes = self._notes.of_selection(selection, problem.answer)  # by the teacher's ids
         translated = translate_selection(selection, self._engine.token_map, problem.where)
@@ -237,7 +243,7 @@ class _Search:
         topk = selection.best.teacher_topk
         place = topk_store.append(topk) if topk_store is not None and topk is not None else None
         row = make_selection_row(translated, problem, self._origin, notes)
-        self._run.journal.append({**row, "teacher_topk": place})
+        journal.append({**row, "teacher_topk": place})
         self._tokens_kept += len(selection.best.token_ids)
 
     def _progress(self, done: int) -> SelectProgress:

@@ -96,6 +96,7 @@ def _run_guarded(words: Sequence[str], signals: StopSignals) -> int:
 
 def _run(words: Sequence[str], signals: StopSignals) -> int:
     """Read the config of a command from its flags, run the command, and return the exit code."""
+    _let_idle_threads_sleep()  # before anything imports torch
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
