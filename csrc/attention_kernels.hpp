@@ -21,9 +21,9 @@ template <typename T, typename Emit>
 INLINE void attend_item(const AttentionParams& p, const Item& item, std::int64_t kv_head,
                         const AttentionWorkspace<T>& workspace, const Emit& emit) {
   const std::int64_t group = p.heads / p.kv_heads, queries = item.num_entries * group;
-  workspace.pack_keys_and_values(p, item, kv_head);
-  for (std::int64_t first = 0; first < queries; first += kTileRows) {
-    QueryTile<T> tile{p, item, workspace, min(kTileRows, queries - first), {}, {}};
+  const bool is_finite = workspace.pack_keys_and_values(p, item, kv_head);
+  for (std::int64_t first = 0; first < queries; first += kQueryRows<T>) {
+    QueryTile<T> tile{p, item, workspace, is_finite, min(kQueryRows<T>, queries - first), {}, {}};
     for (std::int64_t i = 0; i < tile.rows; ++i) {
       const std::int64_t row = p.entries[item.entry_index + (first + i) / group].row;
       const std::int64_t head = kv_head * group + (first + i) % group;
@@ -94,10 +94,12 @@ void merge_attention(const AttentionParams& p, std::int64_t row) {
 }
 
 void attention_task(const AttentionParams& p, std::int64_t task) {
+  const TileScope scope;
   with_dtype(p.dtype, [&]<typename T>(Tag<T>) { attention<T>(p, task); });
 }
 
 void partial_attention_task(const AttentionParams& p, std::int64_t task) {
+  const TileScope scope;
   with_dtype(p.dtype, [&]<typename T>(Tag<T>) { partial_attention<T>(p, task); });
 }
 

@@ -51,6 +51,10 @@ INLINE std::int64_t round_up(std::int64_t count, std::int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;
 }
 
+// Query vectors that are computed together.
+template <typename T>
+constexpr std::int64_t kQueryRows = kUsesTiles<T> ? kTileHeight : kTileRows;
+
 // The memory that items are computed in: an item's keys and values packed into panels, with tokens as the columns of
 // the keys and dimensions as the columns of the values; a query tile, its scores, weights and states; and the states
 // of a unit's rows.
@@ -63,27 +67,27 @@ struct AttentionWorkspace {
   std::int64_t state_stride;  // distance of the states of a tile
   std::int64_t* offset;       // [segment]: index of the first value of a token's key, and of its value, in the pages
   Cell<T>*keys, *values;      // [token panels, key_cells, kPanelWidth], [value_panels, token_cells, kPanelWidth]
-  Cell<T>* half_cells;        // [kPanelWidth]
-  T *queries, *weights;       // [kTileRows, head_dim], [kTileRows, score_stride]
-  float *scores, *states;     // [kTileRows, score_stride], [kTileRows, state_stride]
+  Cell<T>* visible_cells;     // [kTileCells, kPanelWidth]: cells of which a row sees a part
+  T *queries, *weights;       // [kQueryRows, head_dim], [kQueryRows, score_stride]
+  float *scores, *states;     // [kQueryRows, score_stride], [kQueryRows, state_stride]
   float* row_states;          // [unit_rows, heads per kv head, head_dim + 2]
   std::int32_t* unit_rows;    // [unit_rows]: row number that each of row_states belongs to
   std::int64_t bytes;         // size of all arrays together
 
   INLINE AttentionWorkspace(const AttentionParams& p, Arena arena)
       : key_cells(round_up(num_cells<T>(p.head_dim), kLanes)),
-        token_cells(num_cells<T>(p.segment)),
+        token_cells(round_up(num_cells<T>(p.segment), kUsesTiles<T> ? kTileCells : 1)),
         value_panels(round_up(p.head_dim, kPanelWidth) / kPanelWidth),
         score_stride(round_up(p.segment, kPanelWidth)),
         state_stride(2 + value_panels * kPanelWidth),
         offset(arena.allocate<std::int64_t>(p.segment)),
         keys(arena.allocate<Cell<T>>(score_stride * key_cells)),
         values(arena.allocate<Cell<T>>(value_panels * token_cells * kPanelWidth)),
-        half_cells(arena.allocate<Cell<T>>(kPanelWidth)),
-        queries(arena.allocate<T>(kTileRows * p.head_dim)),
-        weights(arena.allocate<T>(kTileRows * score_stride)),
-        scores(arena.allocate<float>(kTileRows * score_stride)),
-        states(arena.allocate<float>(kTileRows * state_stride)),
+        visible_cells(arena.allocate<Cell<T>>(kTileCells * kPanelWidth)),
+        queries(arena.allocate<T>(kQueryRows<T> * p.head_dim)),
+        weights(arena.allocate<T>(kQueryRows<T> * score_stride)),
+        scores(arena.allocate<float>(kQueryRows<T> * score_stride)),
+        states(arena.allocate<float>(kQueryRows<T> * state_stride)),
         row_states(arena.allocate<float>(p.unit_rows * (p.heads / p.kv_heads) * (p.head_dim + 2))),
         unit_rows(arena.allocate<std::int32_t>(p.unit_rows)),
         bytes(arena.bytes()) {}
@@ -96,8 +100,8 @@ struct AttentionWorkspace {
     return values + (panel * token_cells + cell) * kPanelWidth;
   }
 
-  // Packs the keys and values of an item for one kv head.
-  INLINE void pack_keys_and_values(const AttentionParams& p, const Item& item, std::int64_t kv_head) const {
+  // Packs the keys and values of an item for one kv head; returns whether all values are known to be finite.
+  INLINE bool pack_keys_and_values(const AttentionParams& p, const Item& item, std::int64_t kv_head) const {
     std::int64_t token = 0;
     for (std::int64_t page = item.page_index; token < item.num_tokens; ++page)
       for (std::int64_t slot = p.pages[page] * p.page_size, i = 0; i < p.page_size && token < item.num_tokens; ++i)
@@ -106,28 +110,39 @@ struct AttentionWorkspace {
     for (std::int64_t first = 0; first < item.num_tokens; first += kPanelWidth)
       pack_columns<T>([&](std::int64_t c) { return k + offset[first + c]; }, min(kPanelWidth, item.num_tokens - first),
                       p.head_dim, keys + first * key_cells);
-    for (std::int64_t cell = 0; cell < num_cells<T>(item.num_tokens); ++cell) {
+    const std::int64_t cells = num_cells<T>(item.num_tokens);
+    unsigned finite_bits = ~0u;
+    for (std::int64_t cell = 0; cell < cells; ++cell) {
       const std::int64_t first = cell * Cells<T>::kValues, last = first + Cells<T>::kValues - 1;
       for (std::int64_t d = 0; d < p.head_dim; d += kLanes) {
         const Vec first_value = load_bounded(v + offset[first], d, p.head_dim);
         const Vec last_value = last < item.num_tokens ? load_bounded(v + offset[last], d, p.head_dim) : zero();
         Cells<T>::store_cells(value_cells(d / kPanelWidth, cell) + d % kPanelWidth,
                               Cells<T>::join(first_value, last_value));
+        if constexpr (kUsesTiles<T>)  // the difference of NaN or infinity with itself is NaN
+          finite_bits &= greater_bits(broadcast(1.0f), sub(first_value, first_value)) &
+                         greater_bits(broadcast(1.0f), sub(last_value, last_value));
       }
     }
+    if constexpr (kUsesTiles<T>)
+      for (std::int64_t panel = 0; panel < value_panels; ++panel)
+        std::memset(value_cells(panel, cells), 0,
+                    (round_up(cells, kTileCells) - cells) * kPanelWidth * sizeof(Cell<T>));
+    return kUsesTiles<T> && (finite_bits & ((1u << kLanes) - 1)) == (1u << kLanes) - 1;
   }
 };
 
-// Up to kTileRows query vectors, which attend to the item whose keys and values are packed in the workspace. Row i
+// Up to kQueryRows query vectors, which attend to the item whose keys and values are packed in the workspace. Row i
 // sees the tokens visible_begin[i]..visible_end[i] - 1, counted from the segment's first. What a row does not see may
-// hold anything, NaN included: it is never multiplied, not even by 0.
+// hold anything, NaN included: it changes nothing.
 template <typename T>
 struct QueryTile {
   const AttentionParams& p;
   const Item& item;
   const AttentionWorkspace<T>& workspace;
+  bool is_finite;  // whether all values of the item are known to be finite
   std::int64_t rows;
-  std::int64_t visible_begin[kTileRows], visible_end[kTileRows];
+  std::int64_t visible_begin[kQueryRows<T>], visible_end[kQueryRows<T>];
 
   INLINE SoftmaxState state(std::int64_t i) const {
     return SoftmaxState(workspace.states + i * workspace.state_stride);
@@ -175,8 +190,98 @@ struct QueryTile {
     *state(i).total = reduce_sum(total);
   }
 
+  // Computes the states of all rows.
+  void attend() {
+    compute_scores();
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t d = 0; d < p.head_dim; ++d) state(i).values[d] = 0.0f;
+      compute_weights(i);
+    }
+    if constexpr (kUsesTiles<T>)
+      add_steps();
+    else
+      add_visible_cells();
+  }
+
+  // Adds weights times values to the states of all rows, in steps of the tile registers that begin at the segment's
+  // first token. A weight of 0 times a finite value adds nothing, which is how tokens that a row does not see are left
+  // out; where a value may not be finite, they are taken out of the values, row by row. The bits are the same.
+  void add_steps() {
+    std::int64_t begin = item.num_tokens, end = 0;
+    for (std::int64_t i = 0; i < rows; ++i)
+      if (visible_begin[i] < visible_end[i]) begin = min(begin, visible_begin[i]), end = max(end, visible_end[i]);
+    if (begin >= end) return;
+    begin = begin / kStepValues * kStepValues;
+    end = round_up(end, kStepValues);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      T* weights = workspace.weights + i * workspace.score_stride;
+      const bool sees_any = visible_begin[i] < visible_end[i];
+      const std::int64_t written_begin = sees_any ? visible_begin[i] / kLanes * kLanes : end;
+      const std::int64_t written_end = sees_any ? round_up(visible_end[i], kLanes) : end;
+      for (std::int64_t k = begin; k < written_begin; k += kLanes) store(weights + k, zero());
+      for (std::int64_t k = written_end; k < end; k += kLanes) store(weights + k, zero());
+    }
+    for (std::int64_t panel = 0; panel < workspace.value_panels; ++panel) {
+      if (is_finite) {
+        add_products(0, rows, begin, end, panel, workspace.value_cells(panel, begin / Cells<T>::kValues));
+        continue;
+      }
+      for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t k = begin; k < end; k += kStepValues) {
+          copy_visible_cells(i, k, panel);
+          add_products(i, 1, k, k + kStepValues, panel, workspace.visible_cells);
+        }
+    }
+  }
+
+  // Adds the weights of the tokens begin..end - 1 times their values, as many dimensions as a panel holds, to the
+  // states of rows i..i + count - 1. cells: the values of these tokens.
+  INLINE void add_products(std::int64_t i, std::int64_t count, std::int64_t begin, std::int64_t end,
+                           std::int64_t panel, const Cell<T>* cells) {
+    dot_tiles(workspace.weights + i * workspace.score_stride + begin, workspace.score_stride, count, cells,
+              min(kPanelWidth, p.head_dim - panel * kPanelWidth), end - begin, false, nullptr,
+              state(i).values + panel * kPanelWidth, workspace.state_stride);
+  }
+
+  // Copies the values of a step from token `begin` on to visible_cells, with zeros for tokens that row i does not see.
+  void copy_visible_cells(std::int64_t i, std::int64_t begin, std::int64_t panel) {
+    const auto sees = [&](std::int64_t token) { return visible_begin[i] <= token && token < visible_end[i]; };
+    for (std::int64_t cell = 0; cell < kTileCells; ++cell) {
+      const Cell<T>* from = workspace.value_cells(panel, begin / Cells<T>::kValues + cell);
+      Cell<T>* to = workspace.visible_cells + cell * kPanelWidth;
+      const bool first = sees(begin + 2 * cell), second = sees(begin + 2 * cell + 1);
+      for (std::int64_t d = 0; d < kPanelWidth; ++d)
+        to[d] = first && second ? from[d] : first || second ? Cells<T>::keep_half(from[d], second) : Cell<T>{};
+    }
+  }
+
+  // Adds weights times values to the states of all rows, cell by cell, and half a cell where a row sees only that.
+  void add_visible_cells() {
+    constexpr std::int64_t kValues = Cells<T>::kValues;
+    std::int64_t first_cell[kQueryRows<T>], end_cell[kQueryRows<T>];    // cells of which row i sees every token
+    std::int64_t shared_first = 0, shared_end = workspace.token_cells;  // cells of which all rows see every token
+    for (std::int64_t i = 0; i < rows; ++i) {
+      first_cell[i] = (visible_begin[i] + kValues - 1) / kValues;
+      end_cell[i] = visible_begin[i] < visible_end[i] ? visible_end[i] / kValues : 0;
+      shared_first = max(shared_first, first_cell[i]);
+      shared_end = min(shared_end, end_cell[i]);
+    }
+    const bool any_shared = shared_first < shared_end;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      if (visible_begin[i] < visible_end[i] && visible_begin[i] % kValues)
+        add_half_cell(i, visible_begin[i] / kValues, true);
+      add_cells(i, 1, first_cell[i], any_shared ? shared_first : end_cell[i]);
+    }
+    if (any_shared) add_cells(0, rows, shared_first, shared_end);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      if (any_shared) add_cells(i, 1, shared_end, end_cell[i]);
+      if (visible_begin[i] < visible_end[i] && visible_end[i] % kValues)
+        add_half_cell(i, visible_end[i] / kValues, false);
+    }
+  }
+
   // Adds weights times values to the states of rows i..i + count - 1, for the cells begin..end - 1 of the tokens.
-  INLINE void add_values(std::int64_t i, std::int64_t count, std::int64_t begin, std::int64_t end) {
+  INLINE void add_cells(std::int64_t i, std::int64_t count, std::int64_t begin, std::int64_t end) {
     if (begin >= end) return;
     const T* weights = workspace.weights + i * workspace.score_stride + begin * Cells<T>::kValues;
     for (std::int64_t panel = 0; panel < workspace.value_panels; ++panel)
@@ -190,37 +295,10 @@ struct QueryTile {
     const T* weights = workspace.weights + i * workspace.score_stride + cell * Cells<T>::kValues;
     for (std::int64_t panel = 0; panel < workspace.value_panels; ++panel) {
       const Cell<T>* cells = workspace.value_cells(panel, cell);
-      for (std::int64_t d = 0; d < kPanelWidth; ++d) workspace.half_cells[d] = Cells<T>::keep_half(cells[d], second);
-      dot_cells(Rows<T>{weights, 0, 1}, workspace.half_cells, min(kPanelWidth, p.head_dim - panel * kPanelWidth), 1,
+      for (std::int64_t d = 0; d < kPanelWidth; ++d)
+        workspace.visible_cells[d] = Cells<T>::keep_half(cells[d], second);
+      dot_cells(Rows<T>{weights, 0, 1}, workspace.visible_cells, min(kPanelWidth, p.head_dim - panel * kPanelWidth), 1,
                 Accumulate::kContinue, nullptr, Output{state(i).values + panel * kPanelWidth, 0});
-    }
-  }
-
-  // Computes the states of all rows.
-  void attend() {
-    constexpr std::int64_t kValues = Cells<T>::kValues;
-    compute_scores();
-    std::int64_t first_cell[kTileRows], end_cell[kTileRows];            // cells of which row i sees every token
-    std::int64_t shared_first = 0, shared_end = workspace.token_cells;  // cells of which all rows see every token
-    for (std::int64_t i = 0; i < rows; ++i) {
-      for (std::int64_t d = 0; d < p.head_dim; ++d) state(i).values[d] = 0.0f;
-      compute_weights(i);
-      first_cell[i] = (visible_begin[i] + kValues - 1) / kValues;
-      end_cell[i] = visible_begin[i] < visible_end[i] ? visible_end[i] / kValues : 0;
-      shared_first = max(shared_first, first_cell[i]);
-      shared_end = min(shared_end, end_cell[i]);
-    }
-    const bool any_shared = shared_first < shared_end;
-    for (std::int64_t i = 0; i < rows; ++i) {
-      if (visible_begin[i] < visible_end[i] && visible_begin[i] % kValues)
-        add_half_cell(i, visible_begin[i] / kValues, true);
-      add_values(i, 1, first_cell[i], any_shared ? shared_first : end_cell[i]);
-    }
-    if (any_shared) add_values(0, rows, shared_first, shared_end);
-    for (std::int64_t i = 0; i < rows; ++i) {
-      if (any_shared) add_values(i, 1, shared_end, end_cell[i]);
-      if (visible_begin[i] < visible_end[i] && visible_end[i] % kValues)
-        add_half_cell(i, visible_end[i] / kValues, false);
     }
   }
 };

@@ -123,14 +123,16 @@ void bind_instruction_sets(nb::module_& m) {
       "Return the instruction sets that this processor runs, the best first.");
   m.def(
       "use_instruction_set",
-      [](const char* name) {
-        if (!use_kernels(name))
+      [](const char* name, bool emulated) {
+        if (!use_kernels(name, emulated))
           throw std::invalid_argument(std::string("this processor has no kernels of the name ") + name);
       },
-      nb::arg("name"), nb::sig("def use_instruction_set(name: str) -> None"),
+      nb::arg("name"), nb::arg("emulated") = false,
+      nb::sig("def use_instruction_set(name: str, emulated: bool = False) -> None"),
       "Switch this process to another instruction set, for tests and measurements. Results of the sets differ in "
       "their "
-      "rounding. Raises ValueError where this processor does not run it.");
+      "rounding. emulated: take also a set that this processor does not run, because something emulates its "
+      "instructions. Raises ValueError where this processor does not run it.");
 }
 
 void bind_head_operators(nb::module_& m) {

@@ -4,6 +4,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 
@@ -25,6 +29,22 @@ bool has_f16c() {
 }
 #endif
 
+#if defined(__x86_64__)
+// Whether the processor has the tile instructions for bfloat16, and the system lets this process use their registers,
+// for which it asks here: the system gives the memory to save them in only on request (Linux 5.16).
+bool has_tiles() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;   // of leaf 7, in EDX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBFloat16) == 0 || (d & kTile) == 0) return false;
+#if defined(__linux__)
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> sets;
 #if defined(__x86_64__)
@@ -38,6 +58,14 @@ std::vector<const Kernels*> detect() {
 #undef HAS
 #endif
   return sets;
+}
+
+std::vector<const Kernels*> compiled_kernels() {
+  return {
+#define INSTRUCTION_SET(name, condition) &kernels_##name,
+#include "instruction_sets.inc"
+#undef INSTRUCTION_SET
+  };
 }
 
 std::atomic<const Kernels*>& active() {
@@ -54,8 +82,8 @@ const std::vector<const Kernels*>& supported_kernels() {
 
 const Kernels* active_kernels() { return active(); }
 
-bool use_kernels(std::string_view name) {
-  for (const Kernels* kernels : supported_kernels())
+bool use_kernels(std::string_view name, bool emulated) {
+  for (const Kernels* kernels : emulated ? compiled_kernels() : supported_kernels())
     if (kernels->name == name) {
       active() = kernels;
       return true;

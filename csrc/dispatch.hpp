@@ -15,6 +15,7 @@ const std::vector<const Kernels*>& supported_kernels();
 const Kernels* active_kernels();
 
 // Switches to the instruction set of a name. Returns false, and changes nothing, where this processor does not run it.
-bool use_kernels(std::string_view name);
+// emulated: whether also a set is taken that this processor does not run, because something emulates its instructions.
+bool use_kernels(std::string_view name, bool emulated = false);
 
 }  // namespace genssd

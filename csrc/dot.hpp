@@ -7,13 +7,16 @@
 //
 // Every dot product is summed in one fixed order: cell by cell within a block of kBlock cells, and then block by
 // block, which loses fewer digits of long sums than a single chain. So neither the number of rows nor where a tile
-// ends changes a bit of a result.
+// ends changes a bit of a result. On instruction sets with tile registers, those of bfloat16 are summed in the order
+// of tiles.hpp.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.hpp"
 #include "simd.hpp"
+#include "tiles.hpp"
 
 namespace {
 
@@ -59,6 +62,10 @@ struct Cells<BFloat16> : PairProduct {
 
 template <typename T>
 using Cell = typename Cells<T>::Cell;
+
+// Whether the products of an element type are computed on tile registers.
+template <typename T>
+constexpr bool kUsesTiles = Tiles::kExist && std::is_same_v<T, BFloat16>;
 
 template <typename T>
 INLINE std::int64_t num_cells(std::int64_t values) {
@@ -181,13 +188,17 @@ void dot_cells(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std
 template <typename T>
 void dot_block(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std::int64_t n, bool first,
                const void* next, Output out) {
-  const std::int64_t cells = n / Cells<T>::kValues;
-  dot_cells(x, panel, columns, cells, first ? Accumulate::kOverwrite : Accumulate::kAdd, next, out);
-  if (cells * Cells<T>::kValues == n) return;
-  for (std::int64_t i = 0; i < x.count; ++i) {
-    const T last[2] = {x.data[i * x.stride + n - 1], T{}};
-    dot_cells(Rows<T>{last, 0, 1}, panel + cells * kPanelWidth, columns, 1, Accumulate::kContinue, nullptr,
-              out.at(i, 0));
+  if constexpr (kUsesTiles<T>) {
+    dot_tiles(x.data, x.stride, x.count, panel, columns, n, first, next, out.data, out.stride);
+  } else {
+    const std::int64_t cells = n / Cells<T>::kValues;
+    dot_cells(x, panel, columns, cells, first ? Accumulate::kOverwrite : Accumulate::kAdd, next, out);
+    if (cells * Cells<T>::kValues == n) return;
+    for (std::int64_t i = 0; i < x.count; ++i) {
+      const T last[2] = {x.data[i * x.stride + n - 1], T{}};
+      dot_cells(Rows<T>{last, 0, 1}, panel + cells * kPanelWidth, columns, 1, Accumulate::kContinue, nullptr,
+                out.at(i, 0));
+    }
   }
 }
 

@@ -30,6 +30,7 @@ void target(const HeadParams& p, std::int64_t row) {
 }
 
 void target_row(const HeadParams& p, std::int64_t row) {
+  const TileScope scope;
   with_dtype(p.dtype, [&]<typename T>(Tag<T>) { target<T>(p, row); });
 }
 
@@ -157,6 +158,7 @@ void head(const HeadParams& p, std::int64_t task) {
 }
 
 void head_task(const HeadParams& p, std::int64_t task) {
+  const TileScope scope;
   with_dtype(p.dtype, [&]<typename T>(Tag<T>) { head<T>(p, task); });
 }
 

@@ -47,30 +47,16 @@ INLINE void dot_weight(const Rows<T>& x, const Weight& weight, std::int64_t firs
 
 // Computes x . (row `output` of the weight), bit for bit as dot_weight does.
 template <typename T>
-INLINE float dot_single(const T* x, const Weight& weight, std::int64_t output, std::int64_t n) {
-  using C = Cells<T>;
-  const T* row = static_cast<const T*>(weight.data) + output * weight.row_stride;
-  const Cell<T>* panel = static_cast<const Cell<T>*>(weight.data) +
-                         output / kPanelWidth * kPanelWidth * num_cells<T>(n) + output % kPanelWidth;
-  Vec sum = zero();
-  for (std::int64_t begin = 0; begin < num_cells<T>(n); begin += C::kBlock) {
-    Vec block_sum = zero();
-    for (std::int64_t cell = begin; cell < min(num_cells<T>(n), begin + C::kBlock); ++cell) {
-      T pair[2] = {x[cell * C::kValues], T{}};
-      if (cell * C::kValues + 1 < n) pair[1] = x[cell * C::kValues + 1];
-      alignas(64) Cell<T> column[kLanes] = {};
-      if (weight.row_stride)
-        std::memcpy(column, row + cell * C::kValues, min(C::kValues, n - cell * C::kValues) * sizeof(T));
-      else
-        column[0] = panel[cell * kPanelWidth];
-      for (int step = 0; step < C::kSteps; ++step)
-        block_sum = C::multiply_add(C::load_column(column, step), C::broadcast_factor(pair, step), block_sum);
-    }
-    sum = begin ? add(sum, block_sum) : block_sum;
+INLINE float dot_single(const T* x, Weight weight, std::int64_t output, std::int64_t n) {
+  LinearWorkspace<T>& workspace = LinearWorkspace<T>::of_thread();
+  if (weight.row_stride) {
+    dot_weight(Rows<T>{x, 0, 1}, weight, output, 1, n, workspace);
+    return workspace.out[0];
   }
-  alignas(64) float out[kLanes];
-  store(out, sum);
-  return out[0];
+  const std::int64_t column = output % kPanelWidth;  // only its vector of columns is read
+  weight.data = static_cast<const Cell<T>*>(weight.data) + column / kLanes * kLanes;
+  dot_weight(Rows<T>{x, 0, 1}, weight, output - column, column % kLanes + 1, n, workspace);
+  return workspace.out[column % kLanes];
 }
 
 // Computes the task (panel, block of rows).
@@ -94,6 +80,7 @@ void linear(const LinearParams& p, std::int64_t task) {
 }
 
 void linear_task(const LinearParams& p, std::int64_t task) {
+  const TileScope scope;
   with_dtype(p.dtype, [&]<typename T>(Tag<T>) { p.float_out ? linear<T, float>(p, task) : linear<T, T>(p, task); });
 }
 

@@ -1,5 +1,5 @@
 // Vectors of floats on one instruction set: the primitives of the set's own header, GENSSD_SIMD, and what is made of
-// them. Only for isa.cpp.
+// them; and the set's tile registers, GENSSD_TILES. Only for isa.cpp.
 //
 // Everything is in an unnamed namespace: the same names are compiled once per instruction set, and the linker must
 // never take one set's copy of a function for another's. For the same reason no inline function of the standard
@@ -19,6 +19,7 @@
 #include "simd_base.hpp"
 
 #include GENSSD_SIMD
+#include GENSSD_TILES
 
 namespace {
 

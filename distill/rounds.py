@@ -37,8 +37,11 @@ from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import TrainProgress, run_train
 from genssd.engine.checkpoint import locate
+from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.parameters import count_parameters
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import check_threads, choose_training_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,9 @@ class DistillConfig(ChatSettings):
     prompts_per_round: int | None = None
     """Number of problems in a round: each round takes the next ones, and starts again at the end of the file. None:
     every round takes all problems."""
+    threads: Operational[int | None] = None
+    """Number of CPU threads of all parts. None: every part chooses, as its command does; --select.threads and
+    --train.threads are those of one part. A resumed run trains with the number that it was begun with."""
     restart: bool = False
     """Train every round from the first student, on the trajectories of all rounds so far. Otherwise each round trains
     the student of the round before, on its own trajectories."""
@@ -90,6 +96,7 @@ class DistillConfig(ChatSettings):
         for name in ("rounds", "prompts_per_round", "eval_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_threads(self.threads)
         if self.train.fsdp:
             raise InputError("distill runs in one process: train.fsdp is for `genssd train` under torchrun")
         if self.train.uses_rows and not self.select.teacher_topk:
@@ -153,6 +160,7 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
     free = () if training_begun else ("train",)
     with Run.open(config, "distill", journal="rounds.jsonl", parts="round-*", free=free) as run:
         config = dataclasses.replace(config, template_date=run.template_date)
+        config = _fix_threads(config, run)
         summaries = _finished_rounds(run)
         run.record()
         student = config.student
@@ -168,6 +176,15 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
             yield summary
         counts = None if overlap is None else overlap.counts()
         run.write_summary({"rounds": done, "student": student, "eval_overlap": counts})
+
+
+def _fix_threads(config: DistillConfig, run: Run) -> DistillConfig:
+    """Return the config with the numbers of threads of its parts; that of the trainings is the recorded one."""
+    student = ModelConfig.load(locate(config.student))
+    wanted = config.train.threads or config.threads
+    training = run.fix_threads(choose_training_threads(wanted, count_parameters(student)))
+    select = dataclasses.replace(config.select, threads=config.select.threads or config.threads)
+    return dataclasses.replace(config, select=select, train=dataclasses.replace(config.train, threads=training.count))
 
 
 def _find_overlap(config: DistillConfig, problems: Sequence[ProblemRow]) -> EvalOverlap | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from genssd.engine.candidate import Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_count
 from genssd.engine.runner import Role
 from genssd.engine.sampling import child_stream
 from genssd.engine.tree import Path
@@ -27,7 +28,9 @@ class PromptIds:
     """Token ids of one prompt as each model reads it; empty for a model that does not read it."""
 
     teacher: tuple[int, ...] = ()
+    """Token ids as the teacher reads the prompt."""
     student: tuple[int, ...] = ()
+    """Token ids as the student reads the prompt."""
     answer: str | None = None
     """Reference answer of the prompt, for criteria that read it."""
 
@@ -35,7 +38,7 @@ class PromptIds:
 class BranchSession(Protocol):
     """The operations of the engine that a branch needs."""
 
-    def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]: ...
+    def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]: ...
 
     def student_ids(self, branch: Branch) -> Sequence[int]: ...
 
@@ -64,20 +67,26 @@ class ModelState:
     """Last hidden state of the tokens in the cache, [D]; it predicts the next token."""
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True, repr=False)
 class Branch:
     """A prompt, the committed response (`history`) and the candidate chunk that continues it (`chunk`).
 
-    Made by `Engine.branch` and `expand`; its cache pages are held until `drop`.
+    Made by `Engine.branch` and `expand`. Its cache pages are held until `drop`, the end of a `with` block over it, or
+    until nothing refers to it any more.
     """
 
-    session: BranchSession = field(repr=False)
+    session: BranchSession
     """Engine call that the branch belongs to."""
     prompt: PromptIds
+    """Token ids of the prompt as each model reads it."""
     stream: int
     """Random stream of the branch, 64 bits."""
-    teacher: ModelState = field(repr=False)
-    student: ModelState = field(repr=False)
+    teacher: ModelState
+    """What the teacher has computed of the branch."""
+    student: ModelState
+    """What the student has computed of the branch."""
+    max_tokens: int | None = None
+    """Maximum number of tokens in the whole response; None: as many as the models have positions for."""
     trace: tuple[int, ...] = ()
     """Index of the candidate in each round: its place in the tree."""
 
@@ -107,12 +116,28 @@ class Branch:
     num_children: int = 0
     """Number of candidates that were sampled from this branch."""
     dropped: bool = False
+    """Whether `drop` was called: the branch has no cache pages and cannot be expanded."""
+
+    def __repr__(self) -> str:
+        state = "dropped" if self.dropped else f"ended: {self.ended}" if self.ended else "open"
+        return (
+            f"<Branch of {len(self.prompt.teacher or self.prompt.student)} prompt tokens: round {len(self.trace)}, "
+            f"{len(self.history)} tokens committed, {len(self.chunk)} in the chunk, {state}>"
+        )
+
+    def __enter__(self) -> Branch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.drop()
 
     @staticmethod
-    def root(session: BranchSession, prompt: PromptIds, stream: int) -> Branch:
+    def root(session: BranchSession, prompt: PromptIds, stream: int, max_tokens: int | None = None) -> Branch:
         """Make the branch of a prompt without a response; its tokens are not computed yet."""
         teacher, student = ModelState(pending=list(prompt.teacher)), ModelState(pending=list(prompt.student))
-        return Branch(session=session, prompt=prompt, stream=stream, teacher=teacher, student=student)
+        return Branch(
+            session=session, prompt=prompt, stream=stream, teacher=teacher, student=student, max_tokens=max_tokens
+        )
 
     @staticmethod
     def from_prefix(
@@ -138,6 +163,7 @@ class Branch:
             stream=child_stream(self.stream, len(self.history), index),
             teacher=ModelState(pending=[]),
             student=ModelState(pending=[]),
+            max_tokens=self.max_tokens,
             trace=(*self.trace, index),
             history=self.history,
             history_stats=self.history_stats,
@@ -200,21 +226,15 @@ class Branch:
             final=True,
         )
 
-    def expand(self, n: int, chunk: Chunk) -> list[Branch]:
+    def expand(self, n: int, chunk: Chunk | int = Chunk()) -> list[Branch]:
         """Sample n candidate chunks, have the student score them, and return them. The branch itself does not change.
 
-        Expanding again gives further candidates, not the same ones. Raises InputError on a candidate that was not
-        committed or has ended, CapacityError when the candidates do not fit into the cache.
+        chunk: rule by which a candidate ends; a number stands for Chunk(tokens=number). Expanding again gives further
+        candidates, not the same ones. Raises InputError on a candidate that was not committed or has ended,
+        CapacityError when the candidates do not fit into the cache.
         """
-        if n < 1:
-            raise InputError(f"n must be at least 1, not {n}")
-        if self.dropped:
-            raise InputError("the branch was dropped: its cache is gone")
-        if self.chunk:
-            raise InputError("only a committed branch can be expanded; call commit() first")
-        if self.ended is not None:
-            raise InputError(f"the branch has ended ({self.ended}) and cannot be expanded")
-        return self.session.expand(self, n, chunk)
+        (children,) = expand_together([self], n, chunk)
+        return children
 
     def commit(self) -> None:
         """Make the candidate chunk part of the response. Its siblings are not touched."""
@@ -234,6 +254,12 @@ class Branch:
         self.chunk_states = []
         self.session.free_pages(self)
 
+    def take_back(self, children: Sequence[Branch]) -> None:
+        """Drop the candidates that were made last, as if they had never been sampled."""
+        for child in children:
+            child.drop()
+        self.num_children -= len(children)
+
     def suspend(self) -> None:
         """Free the cache pages of a committed branch; it is computed again when it is expanded next."""
         assert not self.chunk, "only committed branches are suspended"
@@ -246,3 +272,35 @@ class Branch:
 
     def _committed_writer_logprob(self) -> Tensor:
         return torch.cat(self.history_writer_logprob) if self.history else torch.empty(0)
+
+
+def expand_together(branches: Sequence[Branch], n: int, chunk: Chunk | int) -> list[list[Branch]]:
+    """Sample n candidates of each branch, those of one session in one batch; return the candidates of each.
+
+    Raises InputError naming a branch that cannot be expanded by its index,
+    CapacityError, changing nothing, when the candidates of all do not fit into the cache together.
+    """
+    n, chunk = check_count("n", n), Chunk.of(chunk)
+    for i, branch in enumerate(branches):
+        name = "the branch" if len(branches) == 1 else f"branch {i}"
+        if branch.dropped:
+            raise InputError(f"{name} was dropped: its cache is gone")
+        if branch.chunk:
+            raise InputError(f"{name} is a candidate: only a committed branch can be expanded; call commit() first")
+        if branch.ended is not None:
+            raise InputError(f"{name} has ended ({branch.ended}) and cannot be expanded")
+        if any(branch is other for other in branches[:i]):
+            raise InputError(f"{name} is given twice: ask for more candidates of it instead")
+    sessions: dict[int, list[int]] = {}
+    for i, branch in enumerate(branches):
+        sessions.setdefault(id(branch.session), []).append(i)
+    children: dict[int, list[Branch]] = {}
+    try:
+        for indices in sessions.values():
+            group = [branches[i] for i in indices]
+            children.update(zip(indices, group[0].session.expand(group, n, chunk), strict=True))
+    except BaseException:
+        for i, made in children.items():
+            branches[i].take_back(made)
+        raise
+    return [children[i] for i in range(len(branches))]

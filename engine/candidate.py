@@ -21,7 +21,7 @@ Window = tuple[int, int, int]
 """A part of a response, by token positions: start of the visible context, start and end of the scored tokens."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Candidate:
     """A chunk that may be kept, or a whole response (its history is empty then). Spans are [start, end)."""
 
@@ -53,6 +53,10 @@ class Candidate:
     """Function that returns the token ids of a text without special tokens; None without a tokenizer."""
     answer: str | None = None
     """Reference answer of the prompt, where it is known."""
+
+    def __repr__(self) -> str:
+        ending = "finished" if self.finished else "final" if self.final else "not final"
+        return f"<Candidate of {len(self.token_ids)} tokens after {len(self.history_ids)}, {ending}>"
 
     @property
     def num_content(self) -> int:

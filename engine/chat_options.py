@@ -12,6 +12,8 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from genssd.engine.options_check import check_types
+
 RENDERER_VARIABLES = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 )
@@ -36,6 +38,9 @@ class ChatOptions:
     """Date that the chat template prints as today's. None: the date at which it is rendered."""
     special_tokens_in_text: bool = False
     """Whether the names of control tokens in the messages of users, systems and tools become these tokens."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 class _Generation(Extension):

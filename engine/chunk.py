@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class Chunk:
     """Number of tokens below which a response's last chunk is judged together with the end of its history."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.tokens < 1:
             raise InputError(f"chunk tokens must be at least 1, not {self.tokens}")
         if self.until == "":
@@ -33,6 +36,15 @@ class Chunk:
             raise InputError(f"chunk shortest must be at least 0, not {self.shortest}")
         if self.limit is not None and self.limit < self.tokens:
             raise InputError(f"chunk limit {self.limit} is smaller than chunk tokens {self.tokens}")
+
+    @staticmethod
+    def of(chunk: Chunk | int) -> Chunk:
+        """Return a rule as it is, and Chunk(tokens=number) for a number. Raises InputError on anything else."""
+        if isinstance(chunk, Chunk):
+            return chunk
+        if isinstance(chunk, numbers.Integral) and not isinstance(chunk, bool):
+            return Chunk(tokens=int(chunk))
+        raise InputError(f"chunk must be a Chunk or a number of tokens, not {chunk!r}")
 
     @property
     def longest(self) -> int:

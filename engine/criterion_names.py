@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal, RsdAcce
 from genssd.engine.criteria.reference_answer import RationaleDifficulty
 from genssd.engine.criteria.teacher import TeacherLogprob, TeacherStudentGap
 from genssd.engine.errors import InputError
+from genssd.engine.imported_criteria import describe_failure, import_object
 
 _MAKERS: dict[str, Callable[..., AnyCriterion]] = {
     "ppl": Perplexity,
@@ -87,6 +88,7 @@ class WeightedRank:
 
     @property
     def needs_answer(self) -> bool:
+        """Whether the prompts need reference answers."""
         return any(needs_answer(part) for _, part in self.parts)
 
     @property
@@ -165,16 +167,45 @@ def _named(text: str, full_name: str) -> AnyCriterion:
     """Return the criterion of a name with or without options. full_name: what the user wrote, for messages."""
     name, bracket, _ = text.partition("(")
     options = _options(text, full_name) if bracket else {}
-    maker: Any = _imported(name, full_name) if ":" in name else _MAKERS.get(name)
+    try:
+        return _made(name, options)
+    except InputError as error:
+        raise InputError(f"criterion {full_name!r}: {error}") from None
+
+
+def _made(name: str, options: dict[str, Any]) -> AnyCriterion:
+    """Return the criterion of a name or import path, made with options. Raises InputError without the full name."""
+    maker: Any = import_object(name) if ":" in name else _MAKERS.get(name)
     if maker is None:
         raise InputError(f"unknown criterion {name!r}; registered: {', '.join(registered_criteria())}")
-    if options and not callable(maker):
-        raise InputError(f"criterion {full_name!r}: {name} is an object already and takes no options")
+    if not callable(maker):
+        if options:
+            raise InputError(f"{name} is an object already and takes no options")
+        return resolve(maker)
+    _check_option_names(name, maker, options)
     try:
-        made = maker(**options) if callable(maker) else maker
-    except (TypeError, ValueError) as error:
-        raise InputError(f"criterion {full_name!r}: {error}") from None
-    return resolve(made) if not isinstance(made, str) else _named(made, full_name)
+        made = maker(**options)
+    except InputError:
+        raise
+    except Exception as error:  # the constructor of a user's own class
+        raise InputError(describe_failure(error)) from None
+    return resolve(made)
+
+
+def _check_option_names(name: str, maker: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Raise InputError on an option that a criterion does not have, and on one that it needs."""
+    try:
+        parameters = inspect.signature(maker).parameters.values()
+    except ValueError:  # a function in C without a signature
+        return
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [option for option in options if option not in known]
+    if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+        has = f"it has: {', '.join(known)}" if known else "it has none"
+        raise InputError(f"{name} has no option {unknown[0]}; {has}")
+    missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]
+    if missing:
+        raise InputError(f"{name} needs the option {missing[0]}: {name}({missing[0]}=...)")
 
 
 def _options(text: str, full_name: str) -> dict[str, Any]:
@@ -189,12 +220,3 @@ def _options(text: str, full_name: str) -> dict[str, Any]:
         return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise InputError(f"criterion {full_name!r}: options are written as name(option=value, other='text')") from None
-
-
-def _imported(path: str, full_name: str) -> Any:
-    """Return the object at an import path, "package.module:Name"."""
-    module, _, name = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"criterion {full_name!r}: {error}") from None

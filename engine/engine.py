@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Unpack
 
 from torch import Tensor
 
-from genssd.engine.branch import Branch, PromptIds
+from genssd.engine.branch import Branch, PromptIds, expand_together
 from genssd.engine.candidate import Window
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.checkpoint import fingerprint
+from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.generation import Completion, Generation
 from genssd.engine.judging import Judge
-from genssd.engine.launches import LaunchRecord, describe_launches
-from genssd.engine.loading import LoadedModels, load_models
-from genssd.engine.memory import cache_budget, choose_device
+from genssd.engine.loaded_engine import LoadedEngine
+from genssd.engine.loading import LoadedModels
 from genssd.engine.model import Decoder
-from genssd.engine.nodes import Forcing, Fork, NodeReader, iter_force
+from genssd.engine.nodes import Forcing, Fork, iter_force
+from genssd.engine.options_check import check_arguments, check_count
 from genssd.engine.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
-from genssd.engine.requests import check_answers, check_ids, check_positions, check_sizes, check_windows, labels_of
-from genssd.engine.resources import Resources
+from genssd.engine.requests import check_answers, check_ids, check_positions, check_windows, labels_of
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling, prompt_stream
@@ -33,71 +28,20 @@ from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
 from genssd.engine.text import Prompt, Tokenizer
-from genssd.engine.token_map import TokenMap
-from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TokenStats
 
 BOTH: tuple[Role, Role] = ("teacher", "student")
+MAX_BATCH = 256
+"""Maximum number of candidates that an engine over a decoder in memory decodes at once."""
 
 
-class Engine:
+class Engine(LoadedEngine):
     """A teacher, a student or both, with the caches that their searches run in.
 
     Made by `Engine.from_pretrained`. Not thread-safe. A prompt is raw text, chat messages or token ids everywhere.
     """
 
-    def __init__(self, resources: Resources) -> None:
-        self._resources = resources
-
-    @staticmethod
-    def from_pretrained(
-        teacher: str | Path | None = None,
-        student: str | Path | None = None,
-        *,
-        device: str | None = None,
-        dtype: str = "auto",
-        memory_utilization: float = 0.9,
-        memory_bytes: int | None = None,
-        max_batch: int = 256,
-        deterministic: bool = True,
-    ) -> Engine:
-        """Load one or both models and return an engine over them.
-
-        teacher, student: hub id or local directory; with one of them only `generate`, `score` and `branch` of that
-        model work. device: None takes CUDA where a device is found, else the CPU. dtype: "auto" is the checkpoint's
-        own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
-        loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
-        number of candidates decoded at once. deterministic: on a GPU, a token's bits do not depend on how many are
-        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md).
-        Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers do not match.
-        """
-        if teacher is None and student is None:
-            raise InputError("from_pretrained needs a teacher, a student or both")
-        check_sizes(memory_utilization, max_batch)
-        target = choose_device(device)
-        models = load_models(teacher, student, dtype, target, deterministic=deterministic)
-        return Engine(models.open_resources(cache_budget(target, memory_bytes, memory_utilization), max_batch))
-
-    @staticmethod
-    def from_decoder(
-        role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None, max_batch: int = 256
-    ) -> Engine:
-        """Return an engine over one decoder that is in memory already.
-
-        memory_bytes: size of its cache in bytes; None takes a third of the free memory.
-        """
-        budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
-        return Engine(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget, max_batch))
-
-    def with_chat(self, options: ChatOptions) -> Engine:
-        """Return this engine, its caches and counts shared, with other options of rendering chats.
-
-        Raises InputError naming a variable of the options that a chat template does not read.
-        """
-        other = copy.copy(self)
-        other._resources = self._resources.with_chat(options)
-        return other
-
+    @check_arguments(but=("prompts", "answers", "labels"))
     def select_expand(
         self,
         prompts: Sequence[Prompt],
@@ -119,6 +63,7 @@ class Engine:
         plan.require_all()
         return sorted(plan.run(), key=lambda selection: selection.index)
 
+    @check_arguments(but=("prompts", "answers", "labels"))
     def iter_select_expand(
         self,
         prompts: Sequence[Prompt],
@@ -155,6 +100,7 @@ class Engine:
         encoded = self._resources.encode_all(prompts, names, BOTH, answers)
         return plan_search(self._resources, session, judge, (p for p in encoded if p.index not in skip))
 
+    @check_arguments(but=("prompts", "labels"))
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -178,6 +124,7 @@ class Engine:
         completions = {outcome.index: outcome.completions for outcome in outcomes}
         return [completions[i] for i in range(len(prompts))]
 
+    @check_arguments(but=("prompts", "labels"))
     def iter_generate(
         self,
         prompts: Sequence[Prompt],
@@ -198,8 +145,8 @@ class Engine:
         before all others. greedy_first: the first of the n completions takes the most likely tokens, whatever the
         sampling. skip and labels: as in `iter_select_expand`. Arguments are checked at once.
         """
-        if n < 1 or max_tokens < 1:
-            raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
+        check_count("n", n)
+        check_count("max_tokens", max_tokens)
         if rsd is not None and model != "teacher":
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
         if rsd is not None and greedy_first:
@@ -210,6 +157,7 @@ class Engine:
         request = GenerationRequest(roles=roles, n=n, max_tokens=max_tokens, seed=seed)
         return iter_generations(self._resources, session, request, (p for p in encoded if p.index not in skip))
 
+    @check_arguments(but=("prompt", "responses"))
     def iter_force(
         self,
         prompt: Prompt,
@@ -232,35 +180,24 @@ class Engine:
         completions depend on it, the seed, the prompt, the response's index, position and token alone.
         Raises InputError on a fork outside its response or max_tokens, else the errors of `generate`.
         """
-        if n < 1 or max_tokens < 1:
-            raise InputError(f"n and max_tokens must be at least 1, not {n} and {max_tokens}")
-        if len(responses) != len(forks):
-            raise InputError(f"{len(responses)} responses but forks of {len(forks)}")
-        runner = self._resources.runner(model)
+        check_count("n", n)
+        check_count("max_tokens", max_tokens)
         ids = tuple(self._resources.encode(prompt, model, label))
-        for response, forks_here in zip(responses, forks, strict=True):
-            check_ids([*response, *(fork.token for fork in forks_here)], runner, label)
-            if not all(0 <= fork.position <= min(len(response), max_tokens - 1) for fork in forks_here):
-                raise InputError(f"{label}: a fork lies outside its response of {len(response)} tokens or max_tokens")
-        rendered = PromptIds(teacher=ids) if model == "teacher" else PromptIds(student=ids)
         request = Forcing(
-            prompt=rendered,
+            prompt=PromptIds(teacher=ids) if model == "teacher" else PromptIds(student=ids),
             prompt_ids=ids,
             responses=responses,
             forks=forks,
             stream=prompt_stream(seed, ids, occurrence),
             n=n,
-            max_tokens=self._resources.response_limit(rendered, max_tokens, [model]),
+            max_tokens=max_tokens,
             end_token_ids=self._resources.tokenizer(model).end_token_ids,
             label=label,
         )
         session = Session(self._resources, sampling, model, scored=False)
-        return iter_force(request, session, runner, self.usage)
+        return iter_force(request, session, self._resources, model)
 
-    def node_reader(self, model: Role = "student") -> NodeReader:
-        """Return a reader of one model's predictions at single positions of given responses."""
-        return NodeReader(self._resources.runner(model), self.tokenizer(model).largest_id + 1, self.usage)
-
+    @check_arguments(but=("prompts", "responses"))
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]], *, model: Role = "student"
     ) -> list[TokenStats]:
@@ -273,6 +210,7 @@ class Engine:
         labels_of(prompts, None)
         return score(self._resources.runner(model), self._resources.encode_pairs(prompts, responses, model))
 
+    @check_arguments(but=("prompt", "response", "windows"))
     def local_logprob(
         self, prompt: Prompt, response: Sequence[int], windows: Sequence[Window], *, model: Role = "student"
     ) -> list[Tensor]:
@@ -284,62 +222,54 @@ class Engine:
         """
         runner = self._resources.runner(model)
         prompt_ids = self._resources.encode(prompt, model, "the prompt")
-        check_ids(response, runner, "the response")
-        check_windows(windows, len(response))
+        ids = check_ids(response, runner, "the response")
+        check_windows(windows, len(ids))
         longest = max((end - context - 1 for context, _, end in windows), default=0)
         check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
-        return self._resources.local_logprob(model, prompt_ids, response, windows)
+        return self._resources.local_logprob(model, prompt_ids, ids, windows)
 
+    @check_arguments(but=("prompt",))
     def branch(
-        self, prompt: Prompt, *, sampling: Sampling = Sampling(top_p=0.95), seed: int = 0, answer: str | None = None
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling = Sampling(top_p=0.95),
+        seed: int = 0,
+        answer: str | None = None,
+        max_tokens: int | None = None,
     ) -> Branch:
         """Return the root of a tree for searches of your own; see `Branch`.
 
-        answer: reference answer of the prompt, for criteria that read it. Raises the errors of `select_expand`.
+        answer: reference answer of the prompt, for criteria that read it. max_tokens: maximum number of tokens in a
+        whole response; None for what the models have positions for. Raises the errors of `select_expand`.
         """
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens)
         roles: Sequence[Role] = BOTH if "student" in self._resources.runners else ["teacher"]
-        session = Session(self._resources, sampling, "teacher", scored=len(roles) == 2)
+        session = self._branch_sessions.get(sampling)
+        if session is None:
+            session = Session(self._resources, sampling, "teacher", scored=len(roles) == 2)
+            self._branch_sessions[sampling] = session
         (encoded,) = self._resources.encode_all([prompt], ["the prompt"], roles, [answer])
         if encoded.misfit is not None:
             raise CapacityError(encoded.misfit)
-        return Branch.root(session, encoded.ids, prompt_stream(seed, encoded.ids.teacher, encoded.occurrence))
+        stream = prompt_stream(seed, encoded.ids.teacher, encoded.occurrence)
+        return Branch.root(session, encoded.ids, stream, max_tokens)
 
-    @property
-    def usage(self) -> Usage:
-        """Numbers of tokens that the engine has processed so far."""
-        return self._resources.usage
+    @check_arguments(but=("chunk",))
+    def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk | int = Chunk()) -> list[list[Branch]]:
+        """Sample n candidates of each branch as `Branch.expand` does, those of all branches in one batch.
 
-    @property
-    def pages_in_use(self) -> tuple[int, int]:
-        """Number of held pages and of all pages, over both caches."""
-        pools = [runner.tree.pool for runner in self._resources.runners.values()]
-        return sum(p.num_pages - p.num_free for p in pools), sum(p.num_pages for p in pools)
+        Branches that were made with other sampling options go in a batch of their own. Raises InputError naming a
+        branch by its index, CapacityError, changing nothing, when the candidates of all do not fit together.
+        """
+        return expand_together(branches, n, chunk)
 
-    @cached_property
-    def fingerprints(self) -> dict[Role, str]:
-        """Identification of each loaded checkpoint: 16 hex digits."""
-        return {role: fingerprint(runner.directory) for role, runner in self._resources.runners.items()}
 
-    @cached_property
-    def launches(self) -> LaunchRecord | None:
-        """Configurations of the GPU kernels that the engine takes, and where they come from; None on a CPU."""
-        return describe_launches([runner.decoder for runner in self._resources.runners.values()])
+def open_engine(role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None) -> Engine:
+    """Return an engine over one decoder that is in memory already.
 
-    def positions(self, model: Role) -> int:
-        """Return the number of positions of a model: the maximum number of tokens that it can read after each other."""
-        return self._resources.runner(model).decoder.config.max_position_embeddings
-
-    def max_sequence_length(self, model: Role) -> int:
-        """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
-        runner = self._resources.runner(model)
-        num_cached = (runner.tree.pool.num_pages - 2) * runner.tree.pool.page_size
-        return min(runner.decoder.config.max_position_embeddings, num_cached)
-
-    @property
-    def token_map(self) -> TokenMap:
-        """The ids by which the student reads the teacher's tokens."""
-        return self._resources.token_map
-
-    def tokenizer(self, model: Role) -> Tokenizer:
-        """Return the tokenizer of a loaded model. Raises InputError when the engine was made without the model."""
-        return self._resources.tokenizer(model)
+    memory_bytes: size of its cache in bytes; None takes a third of the free memory.
+    """
+    models = LoadedModels.of_one(role, decoder, tokenizer)
+    return Engine(models.open_resources(memory_bytes, 1 / 3, MAX_BATCH))

@@ -7,6 +7,7 @@ The first token of a chunk is scored from the last hidden state of the branch, s
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,8 +17,10 @@ from genssd.engine.branch import Branch
 from genssd.engine.drawing import Drawing
 from genssd.engine.expansion import Expansion, Lane
 from genssd.engine.page_budget import PageBudget, Reservations
+from genssd.engine.restoring import restore_shared
 from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, response_place, run_statistics
 from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
@@ -56,32 +59,51 @@ class Expander:
         self._lanes: list[Lane] = []
 
     @property
+    def threads(self) -> int | None:
+        """Number of threads that compute; None for the default."""
+        return self._runners[0].threads
+
+    @property
     def has_room(self) -> bool:
         """Whether the decoding batch has a row for another expansion."""
         return sum(lane.num_rows for lane in self._lanes) < self._max_batch
 
-    def fits(self, expansions: Sequence[Expansion]) -> bool:
-        """Return whether the cache can take these expansions, at their longest, in addition to all in flight."""
-        return self._budget.fits(expansions)
+    def fits(self, expansions: Sequence[Expansion], *, collecting: bool = False) -> bool:
+        """Return whether the cache can take these expansions, at their longest, in addition to all in flight.
 
-    def find_misfit(self, expansion: Expansion) -> str | None:
-        """Return why an expansion does not fit into an otherwise empty cache; None if it does."""
-        missing = self._budget.missing_pages(expansion)
-        if not missing:
+        collecting: look for branches in cycles that nobody holds any more before saying no, which takes a moment.
+        """
+        if self._budget.fits(expansions):
+            return True
+        return collecting and gc.collect() > 0 and self._budget.fits(expansions)
+
+    def find_misfit(self, expansions: Sequence[Expansion]) -> str | None:
+        """Return why expansions that start together do not fit into an otherwise empty cache; None if they do."""
+        reason = self._budget.find_misfit(expansions)
+        if reason is None:
             return None
+        longest = max(expansion.longest for expansion in expansions)
         return (
-            f"{expansion.n} candidates of up to {expansion.longest} tokens need {missing} pages more than the "
-            "key-value cache has; raise memory_bytes or memory_utilization, or ask for fewer or shorter ones"
+            f"{sum(expansion.n for expansion in expansions)} candidates of up to {longest} tokens {reason}; raise "
+            "memory_bytes or memory_utilization, or ask for fewer or shorter ones"
         )
 
-    def submit(self, expansion: Expansion) -> None:
-        """Add an expansion that fits."""
+    def describe_need(self, expansions: Sequence[Expansion]) -> str:
+        """Return how many pages expansions take, and how many are free, for messages."""
+        return self._budget.describe_need(expansions)
+
+    @torch.inference_mode()
+    def submit(self, expansions: Sequence[Expansion]) -> None:
+        """Add expansions that fit and start together."""
+        parents = [expansion.parent for expansion in expansions]
         for runner in self._runners:
-            state = expansion.parent.state(runner.role)
-            if state.path is None:
-                state.path = runner.tree.root()
-        self._budget.reserve(expansion)
-        self._lanes.append(Lane(expansion))
+            self._usage.prefill_tokens += restore_shared(runner, parents)
+            for state in (parent.state(runner.role) for parent in parents):
+                if state.path is None:
+                    state.path = runner.tree.root()
+        for expansion in expansions:
+            self._budget.reserve(expansion)
+            self._lanes.append(Lane(expansion))
 
     def cancel(self, expansion: Expansion) -> None:
         """Stop an expansion and drop its candidates, as if it had not been submitted."""
@@ -89,7 +111,7 @@ class Expander:
         self._budget.release(expansion)
         expansion.reset()
 
-    @torch.inference_mode()
+    @computes
     def step(self) -> list[Expansion]:
         """Decode one token of every candidate in the batch; return the expansions that are complete and scored."""
         batch, waiting = self._split_lanes()

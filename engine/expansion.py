@@ -29,11 +29,14 @@ class Expansion:
         """Maximum number of tokens in a candidate."""
         return min(self.chunk.longest, self.max_new)
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether candidates are still to be made or decoded."""
+        return not self.children or self.num_unfinished > 0
+
     def reset(self) -> None:
         """Drop the candidates, as if the expansion had never been submitted."""
-        for child in self.children:
-            child.drop()
-        self.parent.num_children -= len(self.children)
+        self.parent.take_back(self.children)
         self.children = []
         self.num_unfinished = 0
 

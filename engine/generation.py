@@ -10,26 +10,28 @@ from genssd.engine.branch import Branch
 from genssd.engine.errors import CapacityError
 from genssd.engine.expander import Expander
 from genssd.engine.expansion import Expansion
+from genssd.engine.quoting import quote
 
-NO_ROOM = (
-    "the responses do not fit into the key-value cache beside the branches that others hold; drop them, or raise "
-    "memory_bytes or memory_utilization"
-)
+NO_ROOM = "beside the branches that others hold; drop them, or raise memory_bytes or memory_utilization"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Completion:
     """One sampled response."""
 
     token_ids: tuple[int, ...]
     """Token ids of the response, its end-of-sequence token included."""
     text: str
+    """Text of the response, without special tokens."""
     status: Literal["finished", "length"]
     """Whether the response ended by itself, or was cut at the maximum number of tokens."""
     logprob: tuple[float, ...]
     """Log-probability of each token at temperature 1, under the writing model."""
     substituted: int = 0
     """Number of tokens that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
+
+    def __repr__(self) -> str:
+        return f"<Completion of {len(self.token_ids)} tokens, {self.status}: {quote(self.text)}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +65,14 @@ def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[Gen
     try:
         while waiting or num_in_flight:
             while waiting and expander.has_room and expander.fits([waiting[-1]]):
-                expander.submit(waiting.pop())
+                expander.submit([waiting.pop()])
                 num_in_flight += 1
             if not num_in_flight:
+                if expander.fits([waiting[-1]], collecting=True):
+                    continue
                 failed = waiting.pop()
-                yield Generation(index=key_of[failed], label=failed.label, error=NO_ROOM)
+                error = f"the responses need {expander.describe_need([failed])} {NO_ROOM}"
+                yield Generation(index=key_of[failed], label=failed.label, error=error)
                 continue
             for expansion in expander.step():
                 num_in_flight -= 1

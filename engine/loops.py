@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class LoopGuard:
     """Minimum number of tokens in the whole repetition."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.max_period < 1 or self.min_repeats < 2 or self.min_tokens < 2:
             raise InputError(f"a loop guard needs max_period >= 1, min_repeats >= 2, min_tokens >= 2, not {self}")
 

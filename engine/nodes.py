@@ -13,7 +13,7 @@ Shapes:  N nodes   D model width   V vocabulary   K most likely tokens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,12 +21,15 @@ from torch import Tensor
 
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError
+from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
-from genssd.engine.runner import ModelRunner
+from genssd.engine.requests import check_ids
+from genssd.engine.resources import Resources
+from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import forced_stream
 from genssd.engine.session import Session
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import nonfinite_logits
 from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
@@ -38,7 +41,9 @@ class Fork:
     """A token that is put after the first `position` tokens of a response, in place of the token there."""
 
     position: int
+    """Number of the response's tokens before the one that is put there."""
     token: int
+    """Id of the token that is put there."""
 
 
 class NodeReader:
@@ -51,6 +56,7 @@ class NodeReader:
         self._runner = runner
         self._vocabulary = vocabulary
         self._usage = usage
+        self.threads = runner.threads
 
     def states(
         self,
@@ -73,7 +79,7 @@ class NodeReader:
                 states.append(states_ND[list(nodes)].cpu())
         return states
 
-    @torch.inference_mode()
+    @computes
     def likeliest(self, states_ND: Tensor, k: int, label: str, *, least: float = 0.0) -> list[list[int]]:
         """Return the ids of the k most likely tokens at every node that have at least the probability `least`.
 
@@ -86,7 +92,7 @@ class NodeReader:
             likeliest += [ids[:count] for ids, count in zip(ids_NK.tolist(), counts_N.tolist(), strict=True)]
         return likeliest
 
-    @torch.inference_mode()
+    @computes
     def logprob(self, states_ND: Tensor, ids: Sequence[Sequence[int]], label: str) -> list[list[float]]:
         """Return the log-probabilities of given tokens at every node, at temperature 1, normalised in float64.
 
@@ -116,8 +122,9 @@ class PrefixPath:
         self._usage = usage
         self._label = label
         self._path = runner.tree.root() if path is None else path
+        self.threads = runner.threads
 
-    @torch.inference_mode()
+    @computes
     def extend(self, ids: Sequence[int]) -> Tensor:
         """Compute further tokens and return their hidden states, [len(ids), D].
 
@@ -129,10 +136,11 @@ class PrefixPath:
                 f"{self._label}: prompt and response have more tokens than the {config.max_position_embeddings} "
                 f"positions of the {self._runner.role} {self._runner.directory}"
             )
-        if tree.pages_to_append(self._path, len(ids)) > tree.pool.num_free:
+        num_pages, num_free = tree.pages_to_append(self._path, len(ids)), tree.num_free
+        if num_pages > num_free:
             raise CapacityError(
-                f"{self._label}: prompt and response do not fit into the {tree.pool.num_free} free pages of the "
-                f"{self._runner.role}'s cache; raise memory_bytes or memory_utilization"
+                f"{self._label}: prompt and response need {num_pages} more pages, and {num_free} are free of the "
+                f"{tree.pool.describe()} of the {self._runner.role}'s cache; raise memory_bytes or memory_utilization"
             )
         self._usage.prefill_tokens += len(ids)
         if not ids:
@@ -176,15 +184,32 @@ class Forcing:
 
 
 def iter_force(
-    request: Forcing, session: Session, runner: ModelRunner, usage: Usage
+    request: Forcing, session: Session, resources: Resources, model: Role
 ) -> Iterator[tuple[int, Fork, list[Completion]]]:
-    """Yield the response's index, the fork and its n completions, as soon as they end.
+    """Check a request at once; yield the response's index, the fork and its n completions, as soon as they end.
 
     A completion's tokens are those after the forced one; its text is that of the whole response. After a token that
     ends a response all n are empty. The prompt is computed once, every response once up to its last fork; as many
-    responses at a time as half of the free pages hold. Closing the iterator early frees all pages. Raises CapacityError
-    when a response does not fit.
+    responses at a time as half of the free pages hold. Closing the iterator early frees all pages. Raises InputError on
+    a fork outside its response, CapacityError when a response does not fit.
     """
+    runner = resources.runner(model)
+    if len(request.responses) != len(request.forks):
+        raise InputError(f"{len(request.responses)} responses but forks of {len(request.forks)}")
+    for response, forks in zip(request.responses, request.forks, strict=True):
+        check_ids([*response, *(fork.token for fork in forks)], runner, request.label)
+        last = min(len(response), request.max_tokens - 1)
+        if not all(0 <= fork.position <= last for fork in forks):
+            raise InputError(
+                f"{request.label}: a fork lies outside its response of {len(response)} tokens or max_tokens"
+            )
+    limit = resources.response_limit(request.prompt, request.max_tokens, [model])
+    return _force(replace(request, max_tokens=limit), session, runner, resources.usage)
+
+
+def _force(
+    request: Forcing, session: Session, runner: ModelRunner, usage: Usage
+) -> Iterator[tuple[int, Fork, list[Completion]]]:
     with PrefixPath(runner, usage, request.label) as prompt:
         prompt.extend(request.prompt_ids)
         for group in _groups(request, runner):
@@ -217,7 +242,7 @@ def _groups(request: Forcing, runner: ModelRunner) -> Iterator[list[int]]:
     for index, forks in enumerate(request.forks):
         # one page more: a half-filled page of the prompt is copied on the first write
         num_pages = max((fork.position for fork in forks), default=0) // pool.page_size + 2
-        if group and num_held + num_pages > pool.num_free // 2:
+        if group and num_held + num_pages > runner.tree.num_free // 2:
             yield group
             group, num_held = [], 0
         group.append(index)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genssd.engine.expansion import Expansion
+from genssd.engine.pages import count_pages
+from genssd.engine.restoring import innermost_spans, shared_spans
 from genssd.engine.runner import ModelRunner
 
 
@@ -40,20 +42,38 @@ class PageBudget:
         self._reservations = reservations
 
     def fits(self, expansions: Sequence[Expansion]) -> bool:
-        """Return whether the cache can take these expansions at their longest, in addition to all in flight."""
+        """Return whether the cache can take these expansions at their longest, in addition to all in flight.
+
+        The expansions start together: what their suspended parents share counts once (see restoring.py).
+        """
         return all(
-            runner.tree.pool.num_free - self._outstanding(runner)
-            >= sum(_reservation(runner, expansion).total for expansion in expansions)
+            runner.tree.num_free - self._outstanding(runner) >= _pages_to_take(runner, expansions)
             for runner in self._runners
         )
 
-    def missing_pages(self, expansion: Expansion) -> int:
-        """Return how many pages an otherwise empty cache would lack for this expansion; 0 if it fits."""
-        totals = [(runner, _reservation(runner, expansion).total) for runner in self._runners]
-        return max(0, *(total - runner.tree.pool.num_pages for runner, total in totals))
+    def find_misfit(self, expansions: Sequence[Expansion]) -> str | None:
+        """Return why these expansions, which start together, do not fit into an otherwise empty cache; None if they do.
+
+        The pages that their parents hold count as well.
+        """
+        for runner in self._runners:
+            pool, paths = runner.tree.pool, [e.parent.state(runner.role).path for e in expansions]
+            num_pages = _pages_to_take(runner, expansions) + runner.tree.count_held(paths)
+            if num_pages > pool.num_pages:
+                return f"need {pool.describe(num_pages)}; the {runner.role}'s cache has {pool.describe()}"
+        return None
+
+    def describe_need(self, expansions: Sequence[Expansion]) -> str:
+        """Return how many pages expansions take of the fullest cache, and how many are free there, for messages."""
+        needs = [
+            (_pages_to_take(runner, expansions), runner.tree.num_free - self._outstanding(runner), runner)
+            for runner in self._runners
+        ]
+        taken, free, runner = max(needs, key=lambda need: need[0] - need[1])
+        return f"{taken} pages, and {free} are free of the {runner.tree.pool.describe()} of the {runner.role}'s cache,"
 
     def reserve(self, expansion: Expansion) -> None:
-        """Reserve the pages of an expansion that fits."""
+        """Reserve the pages of an expansion that fits and whose parent is restored."""
         self._reservations[expansion] = [_reservation(runner, expansion) for runner in self._runners]
 
     def release(self, expansion: Expansion) -> None:
@@ -72,12 +92,32 @@ class PageBudget:
         return outstanding
 
 
-def _reservation(runner: ModelRunner, expansion: Expansion) -> Reservation:
+def _pages_to_take(runner: ModelRunner, expansions: Sequence[Expansion]) -> int:
+    """Return the most pages that expansions which start together take of one model's pool."""
     size = runner.tree.pool.page_size
-    num_pending = len(expansion.parent.state(runner.role).pending)
-    # one page more each: a half-filled page is copied on the first write
+    spans = shared_spans([expansion.parent for expansion in expansions], runner.role)
+    innermost = innermost_spans(spans)
+    total = sum(count_pages(span.start, span.end, size) for span in spans)
+    for expansion in expansions:
+        span = innermost.get(expansion.parent)
+        total += _reservation(runner, expansion, 0 if span is None else span.end).total
+    return total
+
+
+def _reservation(runner: ModelRunner, expansion: Expansion, num_shared: int = 0) -> Reservation:
+    """Return the most pages that an expansion takes. num_shared: number of its parent's tokens in shared spans."""
+    size = runner.tree.pool.page_size
+    state = expansion.parent.state(runner.role)
+    num_pending = len(state.pending) - num_shared
+    if state.path is None:
+        first = num_shared
+        prefix = count_pages(first, first + num_pending, size)
+    else:
+        first = state.path.length
+        prefix = runner.tree.pages_to_append(state.path, num_pending) if num_pending else 0
+    first += num_pending
     return Reservation(
         runner=runner,
-        prefix=-(-num_pending // size) + 1,
-        candidates=expansion.n * (-(-expansion.longest // size) + 1),
+        prefix=prefix,
+        candidates=expansion.n * count_pages(first, first + expansion.longest, size),
     )

@@ -18,6 +18,14 @@ PAGE_SIZE = {"cpu": 16, "cuda": 64}
 """Number of tokens that a page holds, by device type. On a GPU a page of one head is a tile of its attention kernel."""
 
 
+def count_pages(start: int, end: int, page_size: int) -> int:
+    """Return the number of pages that tokens from position start to end touch: a fork writes them to pages of its own.
+
+    A half-filled page before `start` counts, because its copy is written.
+    """
+    return -(-end // page_size) - start // page_size if end > start else 0
+
+
 class PagePool:
     """The owner of `kv`, [L, 2, P, S, G, E], and of its free list: a page is free or held by exactly one tree node.
 
@@ -28,6 +36,8 @@ class PagePool:
     def __init__(self, kv_L2PSGE: Tensor) -> None:
         self.kv = kv_L2PSGE
         self.page_size = kv_L2PSGE.shape[3]
+        self.page_bytes = kv_L2PSGE.nbytes // kv_L2PSGE.shape[2]
+        """Bytes of the memory budget for one page: of a page in every cache that shares the budget with this one."""
         # a stack: the page freed last is written next, so memory that was never needed is never touched
         self._free = list(range(kv_L2PSGE.shape[2] - 1, -1, -1))
         self._is_free = [True] * kv_L2PSGE.shape[2]
@@ -49,8 +59,10 @@ class PagePool:
             )
             return PagePool(kv.transpose(3, 4) if on_gpu else kv)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise CapacityError(f"a key-value cache of {num_pages} pages cannot be had: {reason}") from None
+            reason, num_bytes = str(error).splitlines()[0], num_pages * size * decoder.kv_bytes_per_token
+            raise CapacityError(
+                f"a key-value cache of {num_pages} pages ({num_bytes} bytes) cannot be had: {reason}"
+            ) from None
 
     @property
     def num_pages(self) -> int:
@@ -62,11 +74,20 @@ class PagePool:
         """Number of free pages."""
         return len(self._free)
 
+    def describe(self, num_pages: int | None = None) -> str:
+        """Return a number of pages with the memory budget that holds them, for messages. None for all pages.
+
+        The bytes are those of memory_bytes: pages in all caches that share the budget.
+        """
+        count = self.num_pages if num_pages is None else num_pages
+        return f"{count} pages (memory_bytes={count * self.page_bytes})"
+
     def allocate(self, count: int) -> list[int]:
         """Take pages out of the free list. Raises CapacityError, taking none, when too few are free."""
         if count > len(self._free):
             raise CapacityError(
-                f"the key-value cache has {len(self._free)} free pages of {self.num_pages}, {count} needed"
+                f"{count} free pages are needed, and {len(self._free)} are free in a key-value cache of "
+                f"{self.describe()}"
             )
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -93,7 +114,10 @@ def pages_within(budget_bytes: int, decoders: list[Decoder], page_size: int | No
     fits.
     """
     size = page_size or PAGE_SIZE[decoders[0].device.type]
-    pages = budget_bytes // (size * sum(d.kv_bytes_per_token for d in decoders))
-    if pages < 1:
-        raise CapacityError(f"a key-value budget of {budget_bytes} bytes does not hold one page; raise memory_bytes")
-    return pages
+    page_bytes = size * sum(d.kv_bytes_per_token for d in decoders)
+    if budget_bytes < page_bytes:
+        raise CapacityError(
+            f"a key-value budget of {budget_bytes} bytes does not hold one page, which takes {page_bytes}; raise "
+            "memory_bytes or memory_utilization"
+        )
+    return budget_bytes // page_bytes

@@ -63,7 +63,7 @@ def plan_search(resources: Resources, session: Session, judge: Judge, prompts: I
             judge=judge,
         )
         misfit = prompt.misfit or (NO_ANSWER_ROOM if limit < 1 else None)
-        misfit = misfit or next(filter(None, map(session.expander.find_misfit, search.round)), None)
+        misfit = misfit or session.expander.find_misfit(search.round)
         if misfit is None:
             searches.append(search)
         else:
@@ -93,7 +93,7 @@ def iter_generations(
         root = _root(session, prompt, request.seed, request.roles[0])
         limit = resources.response_limit(prompt.ids, request.max_tokens, request.roles)
         expansion = Expansion(root, request.n, chunk, limit, prompt.label)
-        misfit = prompt.misfit or session.expander.find_misfit(expansion)
+        misfit = prompt.misfit or session.expander.find_misfit([expansion])
         if misfit is None:
             queue[prompt.index] = expansion
         else:

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.errors import CapacityError, CheckpointError, InputError
 from genssd.engine.model import Decoder
+from genssd.engine.options_check import check_count, check_value
+from genssd.engine.quoting import quote
 from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Prompt, Tokenizer
 
 
 def labels_of(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequence[str]:
     """Return the name of each prompt in messages. Raises InputError on unequal counts."""
-    if isinstance(prompts, str):
-        raise InputError("prompts is a list of prompts; put a single one into a list")
-    if labels is not None and len(labels) != len(prompts):
+    check_list("prompts", prompts, "prompts")
+    if labels is None:
+        return [f"prompt {i}" for i in range(len(prompts))]
+    check_list("labels", labels, "names")
+    if len(labels) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(labels)} labels")
-    return [f"prompt {i}" for i in range(len(prompts))] if labels is None else labels
+    return [check_value(f"labels[{i}]", label, str) for i, label in enumerate(labels)]
+
+
+def check_list(name: str, value: object, elements: str) -> None:
+    """Raise InputError on an argument that is no list: a single text, a mapping, a number. elements: what it lists."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence | np.ndarray):
+        raise InputError(f"{name} is a list of {elements}, not {quote(value)}; put a single one into a list")
 
 
 def check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion, labels: Sequence[str]) -> None:
     """Check that every prompt has its reference answer, where the criterion reads them."""
-    if answers is not None and len(answers) != len(labels):
-        raise InputError(f"{len(labels)} prompts but {len(answers)} answers")
+    if answers is not None:
+        check_list("answers", answers, "answers")
+        if len(answers) != len(labels):
+            raise InputError(f"{len(labels)} prompts but {len(answers)} answers")
+        for label, answer in zip(labels, answers, strict=True):
+            check_value(f"the answer of {label}", answer, str | None)
     if needs_answer(criterion):
         missing = next((label for i, label in enumerate(labels) if answers is None or answers[i] is None), None)
         if missing is not None:
@@ -40,12 +57,18 @@ def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
         )
 
 
-def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> None:
-    """Check that all token ids are in the model's vocabulary."""
+def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> list[int]:
+    """Return token ids as a list. Raises InputError on one that is no integer or not in the model's vocabulary."""
     size = runner.decoder.config.vocab_size
-    wrong = [i for i in ids if not 0 <= i < size]
-    if wrong:
-        raise InputError(f"{label}: token id {wrong[0]} is outside the {runner.role}'s vocabulary of {size}")
+    checked: list[int] = []
+    check_list(label, ids, "token ids")
+    for i in ids:
+        if isinstance(i, bool) or not hasattr(i, "__index__"):
+            raise InputError(f"{label}: a token id must be an integer, not {i!r}")
+        checked.append(operator.index(i))
+        if not 0 <= checked[-1] < size:
+            raise InputError(f"{label}: token id {i} is outside the {runner.role}'s vocabulary of {size}")
+    return checked
 
 
 def find_misfit(tokens: int, runner: ModelRunner, label: str) -> str | None:
@@ -58,9 +81,11 @@ def find_misfit(tokens: int, runner: ModelRunner, label: str) -> str | None:
     if tokens >= positions:
         return f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions"
     if tokens > pool.num_pages * pool.page_size:
+        num_needed = -(-tokens // pool.page_size)
         return (
-            f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds "
-            f"{pool.num_pages * pool.page_size}: raise memory_bytes or memory_utilization"
+            f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds {pool.num_pages * pool.page_size} "
+            f"in {pool.describe()}, and {pool.describe(num_needed)} are needed; raise memory_bytes or "
+            "memory_utilization"
         )
     return None
 
@@ -74,14 +99,15 @@ def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
 
 def check_sizes(memory_utilization: float, max_batch: int) -> None:
     """Raise InputError on a fraction of the memory outside (0, 1], or a largest batch without a sequence."""
+    check_count("max_batch", max_batch)
     if not 0.0 < memory_utilization <= 1.0:
         raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
-    if max_batch < 1:
-        raise InputError(f"max_batch must be at least 1, not {max_batch}")
 
 
 def check_windows(windows: Sequence[Window], length: int) -> None:
     """Raise InputError on a window (context, start, end) that is not one of a response of so many tokens."""
+    check_list("windows", windows, "windows")
     for window in windows:
-        if len(window) != 3 or not 0 <= window[0] <= window[1] < window[2] <= length:
+        check_value("a window", window, tuple[int, int, int])
+        if not 0 <= window[0] <= window[1] < window[2] <= length:
             raise InputError(f"{tuple(window)} is no window (context, start, end) of a response of {length} tokens")

@@ -13,7 +13,7 @@ from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
 from genssd.engine.page_budget import Reservations
-from genssd.engine.requests import check_ids, check_positions, find_misfit
+from genssd.engine.requests import check_ids, check_list, check_positions, find_misfit
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.token_map import TokenMap
@@ -119,16 +119,21 @@ class Resources:
         Raises InputError on an empty response or unequal counts, CapacityError on a pair that is longer than the
         model's positions.
         """
+        check_list("responses", responses, "responses")
         if len(prompts) != len(responses):
             raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
         runner, tokenizer = self.runner(role), self.tokenizer(role)
         pairs = []
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             prompt_ids = self.encode(prompt, role, f"prompt {index}")
-            ids = tokenizer.encode(response, special=False) if isinstance(response, str) else list(response)
+            label = f"response {index}"
+            try:
+                ids = tokenizer.encode(response, special=False) if isinstance(response, str) else response
+            except InputError as error:
+                raise InputError(f"{label}: {error}") from None
+            ids = check_ids(ids, runner, label)
             if not ids:
-                raise InputError(f"response {index} is empty")
-            check_ids(ids, runner, f"response {index}")
+                raise InputError(f"{label} is empty")
             check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
             pairs.append((prompt_ids, ids))
         return pairs

@@ -18,6 +18,7 @@ from torch import Tensor
 from genssd.engine.drawing import Drawn, draw_filtered, hidden_of, logprob_of
 from genssd.engine.errors import InputError
 from genssd.engine.expansion import Lane
+from genssd.engine.options_check import check_types
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, attempt_key
 from genssd.engine.token_runs import nonfinite_logits, response_place
@@ -39,6 +40,7 @@ class ReverseSpeculation:
     """Temperature and filters with which the student writes."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0.0 <= self.probability <= 1.0:
             raise InputError(f"rsd: probability must lie in [0, 1], not {self.probability}")
         if self.top < 1 or self.tries < 1:

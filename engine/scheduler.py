@@ -15,9 +15,10 @@ from genssd.engine.expansion import Expansion
 from genssd.engine.search import PromptSearch
 from genssd.engine.selection import Selection
 
-NO_ROOM = (
-    "the prompt's next round does not fit into the key-value cache beside the branches that others hold; "
-    "raise memory_bytes or memory_utilization, or lower candidates, beam or the chunk limit"
+NO_ROOM = "the prompt's next round does not fit into the key-value cache"
+BESIDE_OTHERS = (
+    "beside the branches that others hold; drop them, raise memory_bytes or memory_utilization, or lower candidates, "
+    "beam or the chunk limit"
 )
 
 
@@ -46,7 +47,7 @@ class SearchScheduler:
                 else:
                     failed = self._make_room()
                     if failed is not None:
-                        yield failed.outcome(error=NO_ROOM)
+                        yield self._fail(failed)
                 yield from self._judge_rounds()
         finally:
             for prompt in self._active:
@@ -63,9 +64,8 @@ class SearchScheduler:
                 ready.popleft()
             else:
                 self._active.append(self._waiting.popleft())
-            for expansion in prompt.start_round():
-                self._expander.submit(expansion)
-                self._prompt_of[expansion] = prompt
+            self._expander.submit(prompt.start_round())
+            self._prompt_of.update((expansion, prompt) for expansion in prompt.round)
 
     def _decode_step(self) -> None:
         """Decode one token of every candidate; note the prompts whose round is complete."""
@@ -76,36 +76,62 @@ class SearchScheduler:
                 self._decoded.append(prompt)
 
     def _judge_rounds(self) -> Iterator[Selection]:
-        """Judge the decoded rounds and yield the prompts that are done."""
-        for prompt in list(self._decoded):
-            try:
-                selection = prompt.finish_round()
-            except CapacityError:  # the criterion runs the student on windows of its own, which do not fit now
-                continue
-            self._decoded.remove(prompt)
-            if selection is not None:
-                self._active.remove(prompt)
-                yield selection
+        """Judge the decoded rounds and yield the prompts that are done.
+
+        A round that is judged frees pages, so those that had no room before it are tried again.
+        """
+        num_waiting = -1
+        while self._decoded and len(self._decoded) != num_waiting:
+            num_waiting = len(self._decoded)
+            for prompt in list(self._decoded):
+                try:
+                    selection = prompt.finish_round()
+                except CapacityError as error:  # the criterion runs the student on windows of its own
+                    prompt.no_room = str(error)
+                    continue
+                prompt.no_room = None
+                self._decoded.remove(prompt)
+                if selection is not None:
+                    self._active.remove(prompt)
+                    yield selection
 
     def _make_room(self) -> PromptSearch | None:
-        """Suspend the youngest prompt, as no round is being decoded and none fits; return it if it does not fit alone.
+        """Suspend the youngest prompt, as no round is being decoded and none fits; return a prompt that fits nowhere.
 
-        Prompts that hold a decoded round are suspended last, because it has to be decoded again.
+        Prompts that hold a decoded round are suspended last, because it has to be decoded again. A prompt without a
+        live branch, whose responses wait for the criterion, holds no pages: it fails only beside no other.
         """
         if not self._active:
-            return self._waiting.popleft()
-        undecoded = [prompt for prompt in self._active if prompt not in self._decoded]
-        youngest = (undecoded or self._active)[-1]
-        self._active.remove(youngest)
-        if youngest in self._decoded:
-            self._decoded.remove(youngest)
-        if not self._active or not youngest.live:
-            self._drop(youngest)
-            return youngest
+            prompt = self._waiting[0]
+            return None if self._expander.fits(prompt.round, collecting=True) else prompt
+        holders = [prompt for prompt in self._active if prompt.live]
+        if not holders or len(self._active) == 1:
+            return self._active[-1]
+        youngest = ([prompt for prompt in holders if prompt not in self._decoded] or holders)[-1]
+        self._leave(youngest)
         self._cancel(youngest)
         youngest.suspend()
         self._waiting.appendleft(youngest)
         return None
+
+    def _fail(self, prompt: PromptSearch) -> Selection:
+        """Give a prompt up for which there is no room; return its outcome, which says what it needs."""
+        need = self._expander.find_misfit(prompt.round)
+        if need is None:
+            need = f"it needs {self._expander.describe_need(prompt.round)} {BESIDE_OTHERS}"
+        error = prompt.no_room or f"{NO_ROOM}: {need}"
+        if prompt in self._active:
+            self._leave(prompt)
+        else:
+            self._waiting.remove(prompt)
+        self._drop(prompt)
+        return prompt.outcome(error=error)
+
+    def _leave(self, prompt: PromptSearch) -> None:
+        """Take a prompt out of the active ones."""
+        self._active.remove(prompt)
+        if prompt in self._decoded:
+            self._decoded.remove(prompt)
 
     def _drop(self, prompt: PromptSearch) -> None:
         """Free all pages of a prompt."""

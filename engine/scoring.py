@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, run_statistics
 from genssd.engine.tree import Path
 from genssd.kernels.logprob import TokenStats
@@ -67,12 +68,12 @@ def _first_batch(runner: ModelRunner, pairs: Sequence[Pair], cached: CachedPromp
         num_rows += sum(lengths)
         # one more page each: a half-filled page of a shared prompt is copied on the first write
         num_pages += sum(-(-length // pool.page_size) + 1 for length in lengths)
-        if (count and num_rows > MAX_ROWS) or num_pages > pool.num_free:
+        if (count and num_rows > MAX_ROWS) or num_pages > runner.tree.num_free:
             return pairs[:count]
     return pairs
 
 
-@torch.inference_mode()
+@computes
 def _score_batch(
     runner: ModelRunner, pairs: Sequence[Pair], num_remaining: Counter[PromptKey], cached: CachedPrompts, first: int
 ) -> list[TokenStats]:

@@ -45,6 +45,8 @@ class PromptSearch:
     """Number of the round's expansions that are still being decoded."""
     is_started: bool = False
     """Whether the round was submitted to the expander."""
+    no_room: str | None = None
+    """Why the criterion could not judge the decoded round yet; None where there was room."""
     records: list[CandidateRecord] = field(default_factory=list)
     chunk_scores: dict[tuple[int, ...], tuple[ChunkScore, ...]] = field(default_factory=dict)
     """Scores of the chunks that led to each kept branch, by the branch's trace."""
@@ -73,7 +75,7 @@ class PromptSearch:
 
     def suspend(self) -> None:
         """Free the pages of all live branches; the round, whose expansions were cancelled, can be started again."""
-        self.is_started = False
+        self.is_started, self.no_room = False, None
         for branch in self.live:
             branch.suspend()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -13,6 +12,7 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
+from genssd.engine.options_check import check_count, check_types
 from genssd.engine.sampling import Sampling
 
 
@@ -23,7 +23,7 @@ class SearchOptions:
     candidates: int = 4
     """Number of continuations sampled per live branch and round."""
     chunk: Chunk = Chunk()
-    """Rule by which a candidate ends."""
+    """Rule by which a candidate ends. In Python, a number stands for Chunk(tokens=number)."""
     beam: int = 1
     """Number of branches kept per prompt after each round."""
     criterion: str | AnyCriterion = "ppl"
@@ -45,13 +45,11 @@ class SearchOptions:
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chunk", Chunk.of(self.chunk))
+        check_types(self, infinite=("threshold",))  # with an infinite one, everything is accepted or nothing
         for name in ("candidates", "beam", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.threshold is not None and math.isnan(self.threshold):
-            raise InputError("threshold must be a number or None, not NaN")
-        if self.teacher_topk < 0:
-            raise InputError(f"teacher_topk must be at least 0, not {self.teacher_topk}")
+            check_count(name, getattr(self, name))
+        check_count("teacher_topk", self.teacher_topk, least=0)
         criterion = resolve(self.criterion)
         if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
             raise InputError(
@@ -77,7 +75,7 @@ class SearchChanges(TypedDict, total=False):
     """The fields of `SearchOptions` as keyword arguments, for type checkers and editors."""
 
     candidates: int
-    chunk: Chunk
+    chunk: Chunk | int
     beam: int
     criterion: str | AnyCriterion
     threshold: float | None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genssd.engine.branch import Ending
 from genssd.engine.errors import InputError
+from genssd.engine.quoting import quote
 from genssd.kernels.logprob import TokenStats, TopK
 
 Verdict = Literal["kept", "beaten", "threshold", "duplicate", "loop"]
@@ -22,7 +23,7 @@ STATUSES: tuple[Status, ...] = ("finished", "length", "pruned")
 """All statuses, best first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CandidateRecord:
     """One sampled candidate and what became of it."""
 
@@ -35,9 +36,14 @@ class CandidateRecord:
     teacher_logprob: Tensor
     """The teacher's log-probabilities of the chunk's tokens, float32 [tokens], at temperature 1."""
     ended: Ending
+    """Why the candidate ended: its chunk is complete, end of sequence, or no more tokens allowed."""
     score: float
     """Criterion value of the candidate."""
     verdict: Verdict
+    """What became of the candidate."""
+
+    def __repr__(self) -> str:
+        return f"<CandidateRecord {self.trace}: {len(self.token_ids)} tokens, score {self.score:.4g}, {self.verdict}>"
 
     @property
     def round(self) -> int:
@@ -57,16 +63,18 @@ class ChunkScore:
     """Best value among the distinct other candidates of its round; None if it was the only one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Trajectory:
     """One response of the search."""
 
     token_ids: tuple[int, ...]
     """Token ids as they were sampled, end of sequence included."""
     text: str
+    """Text of the response, without special tokens."""
     score: float
     """Criterion value of the whole response; NaN for an empty one."""
     status: Status
+    """How the response ended."""
     trace: tuple[int, ...]
     """Index of the kept candidate in each round."""
     chunks: tuple[ChunkScore, ...]
@@ -76,8 +84,13 @@ class Trajectory:
     teacher_topk: TopK | None = None
     """The teacher's most likely tokens at every position, where the option `teacher_topk` keeps them."""
 
+    def __repr__(self) -> str:
+        return (
+            f"<Trajectory of {len(self.token_ids)} tokens, {self.status}, score {self.score:.4g}: {quote(self.text)}>"
+        )
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Selection:
     """The outcome of one prompt."""
 
@@ -92,10 +105,20 @@ class Selection:
     tree: tuple[CandidateRecord, ...]
     """All candidates, round by round."""
     seed: int
+    """Seed of the search's random draws."""
     occurrence: int
     """Number of equal prompts before this one; it enters the random stream."""
     error: str | None = field(default=None)
     """Why the prompt failed: it is longer than a model's positions, or did not fit into the cache."""
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"<Selection {self.index}: failed, {quote(self.error)}>"
+        best = self.best
+        return (
+            f"<Selection {self.index}: {len(self.trajectories)} trajectories of {self.tokens_sampled} tokens sampled, "
+            f"best {best.status} with {len(best.token_ids)} tokens and score {best.score:.4g}>"
+        )
 
     @property
     def best(self) -> Trajectory:

@@ -72,28 +72,38 @@ class Session:
             reservations=resources.reservations,
         )
 
-    def expand(self, branch: Branch, n: int, chunk: Chunk) -> list[Branch]:
-        """Sample n candidates of one branch. Raises CapacityError, taking no page, when they do not fit."""
+    def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]:
+        """Sample n candidates of each branch in one batch. Raises CapacityError, taking no page, if they do not fit."""
+        expansions = [
+            Expansion(branch, n, chunk, self._max_new(branch), "the branch" if len(branches) == 1 else f"branch {i}")
+            for i, branch in enumerate(branches)
+        ]
+        misfit = self.expander.find_misfit(expansions)
+        if misfit is not None:
+            raise CapacityError(f"{expansions[0].label if len(branches) == 1 else 'the branches'}: {misfit}")
+        if not self.expander.fits(expansions, collecting=True):
+            raise CapacityError(
+                f"the candidates need {self.expander.describe_need(expansions)} beside the branches that are held; "
+                "drop some, or raise memory_bytes or memory_utilization"
+            )
+        try:
+            self.expander.submit(expansions)
+            while any(expansion.is_unfinished for expansion in expansions):
+                self.expander.step()
+        except BaseException:
+            for expansion in expansions:
+                self.expander.cancel(expansion)
+            raise
+        return [expansion.children for expansion in expansions]
+
+    def _max_new(self, branch: Branch) -> int:
+        """Return the maximum number of tokens in a candidate of a branch. Raises CapacityError where there is none."""
         roles: list[Role] = ["teacher", "student"] if branch.prompt.student else ["teacher"]
-        max_new = self._resources.response_limit(branch.prompt, UNLIMITED, roles) - branch.length
+        limit = UNLIMITED if branch.max_tokens is None else branch.max_tokens
+        max_new = self._resources.response_limit(branch.prompt, limit, roles) - branch.length
         if max_new < 1:
             raise CapacityError("the branch has reached the last position of a model")
-        expansion = Expansion(branch, n, chunk, max_new, "the branch")
-        misfit = self.expander.find_misfit(expansion)
-        if misfit is not None:
-            raise CapacityError(f"{expansion.label}: {misfit}")
-        if not self.expander.fits([expansion]):
-            raise CapacityError(
-                "the candidates do not fit into the key-value cache beside the branches that are held; drop some"
-            )
-        self.expander.submit(expansion)
-        try:
-            while not self.expander.step():
-                pass
-        except BaseException:
-            self.expander.cancel(expansion)
-            raise
-        return expansion.children
+        return max_new
 
     def student_ids(self, branch: Branch) -> Sequence[int]:
         """Return the student's ids of a branch's committed response."""

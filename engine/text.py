@@ -22,6 +22,7 @@ from genssd.engine.config import (
     read_fields,
     refuse_pointer,
 )
+from genssd.engine.control_tokens import iter_texts
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import one_line
 
@@ -92,6 +93,8 @@ class Tokenizer:
         else:
             parts = _parts(prompt)
             if parts and all(isinstance(part, Mapping) for part in parts):
+                for text in iter_texts(parts):
+                    require_characters(text)
                 ids = self.encode_rendered(self.chat.render(parts))
             elif parts:
                 ids = self._check_ids(parts)
@@ -100,7 +103,11 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return the token ids of a text. special: add the tokens that the tokenizer puts around a sequence (BOS)."""
+        """Return the token ids of a text. special: add the tokens that the tokenizer puts around a sequence (BOS).
+
+        Raises InputError on half of a surrogate pair, which is no character.
+        """
+        require_characters(text)
         return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
 
     def encode_rendered(self, text: str) -> list[int]:
@@ -140,7 +147,11 @@ class Tokenizer:
             text, end = trimmed.removesuffix(name), self.end_names[name]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Return the token ids of a text in which the names of special tokens are ordinary characters."""
+        """Return the token ids of a text in which the names of special tokens are ordinary characters.
+
+        Raises InputError on half of a surrogate pair, which is no character.
+        """
+        require_characters(text)
         return [int(i) for i in self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -201,6 +212,8 @@ class Tokenizer:
     def _check_ids(self, parts: Sequence[Any]) -> list[int]:
         """Return a prompt's parts as token ids. Raises InputError on anything else."""
         try:
+            if any(isinstance(part, bool) for part in parts):
+                raise TypeError
             ids = [operator.index(part) for part in parts]
         except TypeError:
             raise InputError(PROMPT_KINDS) from None
@@ -237,6 +250,15 @@ def _load_tokenizer(directory: Path) -> Any:
             "tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast, which takes tokenizer.json as it is"
         )
     return hf
+
+
+def require_characters(text: str) -> None:
+    """Raise InputError on half of a surrogate pair, which Python's strings can hold and no file or tokenizer can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise InputError(f"half of a surrogate pair ({half} at character {error.start}) is no text") from None
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -9,9 +9,15 @@ A path is one token sequence; it ends in a node of its own, and shares the nodes
 * the first write below a half-filled page copies that page (copy-on-write): sealed pages are never written.
 * drop frees the pages of nodes that no path reaches any more; a node that keeps only one child is merged into it, so a
   long trajectory stays one node and its last page can be filled without a copy.
+* a path that is garbage-collected instead of dropped is noted; its pages are freed before the next page is taken, or
+  when `free_abandoned` is called. The collector may run at any moment, also while the tree is being changed.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from weakref import WeakSet
 
 from genssd.engine.page_tables import PageTables
 from genssd.engine.pages import PagePool
@@ -48,10 +54,15 @@ class Node:
 class Path:
     """A token sequence in the cache. Valid until dropped."""
 
-    __slots__ = ("node",)
+    __slots__ = ("__weakref__", "_abandoned", "node")
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, abandoned: deque[Node]) -> None:
         self.node: Node | None = node
+        self._abandoned = abandoned
+
+    def __del__(self) -> None:
+        if self.node is not None:
+            self._abandoned.append(self.node)
 
     @property
     def leaf(self) -> Node:
@@ -71,7 +82,16 @@ class BranchTree:
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
         self.tables = PageTables()
-        self.paths: set[Path] = set()
+        self.paths: WeakSet[Path] = WeakSet()
+        """Paths that exist: neither dropped nor collected."""
+        self._abandoned: deque[Node] = deque()
+        """Last nodes of paths that were collected without being dropped."""
+
+    @property
+    def num_free(self) -> int:
+        """Number of free pages, those of paths that nobody holds any more included."""
+        self.free_abandoned()
+        return self.pool.num_free
 
     def root(self) -> Path:
         """Return a new empty path."""
@@ -79,6 +99,7 @@ class BranchTree:
 
     def fork(self, path: Path) -> Path:
         """Return a second path with the same tokens. O(1); copies nothing."""
+        self.free_abandoned()
         leaf = path.leaf
         if leaf.length == 0:
             return self._open(Node(leaf.parent))
@@ -90,6 +111,7 @@ class BranchTree:
 
         Raises CapacityError, changing nothing, when the pool has too few free pages.
         """
+        self.free_abandoned()
         leaf, size = path.leaf, self.pool.page_size
         first = leaf.start + leaf.length
         num_held = -(-first // size)
@@ -118,20 +140,27 @@ class BranchTree:
         copied = 1 if path.leaf.length == 0 and path.length % size else 0
         return -(-(path.length + count) // size) - -(-path.length // size) + copied
 
+    def count_held(self, paths: Iterable[Path | None]) -> int:
+        """Return how many pages some paths hold together; None stands for a path that does not exist."""
+        nodes: set[Node] = set()
+        for path in paths:
+            node = None if path is None else path.leaf
+            while node is not None and node not in nodes:
+                nodes.add(node)
+                node = node.parent
+        return sum(len(node.pages) for node in nodes)
+
     def drop(self, path: Path) -> None:
         """Forget a path; pages that no other path reaches are free at once."""
-        node: Node | None = path.leaf
-        self.paths.remove(path)
+        leaf = path.leaf
+        self.paths.discard(path)
         path.node = None
-        while node is not None and not node.children:
-            self.pool.release(node.pages)
-            self.tables.put(node.table)
-            parent = node.parent
-            if parent is not None:
-                parent.children.remove(node)
-            node = parent
-        if node is not None and len(node.children) == 1:
-            self._merge_into_child(node, node.children[0])
+        self._free(leaf)
+
+    def free_abandoned(self) -> None:
+        """Free the pages of paths that were garbage-collected instead of dropped."""
+        while self._abandoned:
+            self._free(self._abandoned.popleft())
 
     def table(self, path: Path) -> list[int]:
         """Return the pages of a path, in the order of positions."""
@@ -140,6 +169,7 @@ class BranchTree:
 
     def check(self) -> None:
         """Assert the invariants: every page is free or owned by one reachable node; tables agree with ownership."""
+        self.free_abandoned()
         nodes = {path.leaf for path in self.paths}
         for path in self.paths:
             assert not path.leaf.children, "a path ends in a sealed node"
@@ -158,9 +188,22 @@ class BranchTree:
         assert self.tables.num_taken == sum(node.length > 0 for node in nodes), "a table leaked"
 
     def _open(self, node: Node) -> Path:
-        path = Path(node)
+        path = Path(node, self._abandoned)
         self.paths.add(path)
         return path
+
+    def _free(self, leaf: Node) -> None:
+        """Free the pages of a path's last node, and of the nodes above it that no other path reaches."""
+        node: Node | None = leaf
+        while node is not None and not node.children:
+            self.pool.release(node.pages)
+            self.tables.put(node.table)
+            parent = node.parent
+            if parent is not None:
+                parent.children.remove(node)
+            node = parent
+        if node is not None and len(node.children) == 1:
+            self._merge_into_child(node, node.children[0])
 
     def _merge_into_child(self, node: Node, child: Node) -> None:
         """Merge a sealed node into its only child."""

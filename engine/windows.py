@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from genssd.engine.candidate import Window
 from genssd.engine.errors import CapacityError
 from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, run_statistics
 from genssd.engine.tree import Path
 
 
-@torch.inference_mode()
+@computes
 def local_logprob(
     runner: ModelRunner, prompt_ids: Sequence[int], ids: Sequence[int], windows: Sequence[Window]
 ) -> list[Tensor]:
@@ -52,13 +52,12 @@ def local_logprob(
 
 def _groups(runner: ModelRunner, root: Path, windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
     """Yield the windows in order, as many at a time as one forward pass and the free pages take."""
-    pool = runner.tree.pool
     group: list[Window] = []
     num_rows = num_pages = 0
     for window in windows:
         num_tokens = window[2] - window[0] - 1
         num_new_pages = _num_pages(runner, root, num_tokens)
-        if group and (num_rows + num_tokens > MAX_ROWS or num_pages + num_new_pages > pool.num_free):
+        if group and (num_rows + num_tokens > MAX_ROWS or num_pages + num_new_pages > runner.tree.num_free):
             yield group
             group, num_rows, num_pages = [], 0, 0
         _require_room(runner, root, num_tokens)
@@ -78,9 +77,9 @@ def _num_pages(runner: ModelRunner, path: Path, num_tokens: int) -> int:
 
 def _require_room(runner: ModelRunner, path: Path, num_tokens: int) -> None:
     """Raise CapacityError when a fork of a path does not fit into the free pages with so many more tokens."""
-    num_free = runner.tree.pool.num_free
-    if _num_pages(runner, path, num_tokens) > num_free:
+    num_free, num_pages = runner.tree.num_free, _num_pages(runner, path, num_tokens)
+    if num_pages > num_free:
         raise CapacityError(
-            f"a prompt or window of {num_tokens} tokens does not fit into the {num_free} free pages of the "
-            f"{runner.role}'s cache; raise memory_bytes or memory_utilization"
+            f"a prompt or window of {num_tokens} tokens needs {num_pages} pages, and {num_free} are free of the "
+            f"{runner.tree.pool.describe()} of the {runner.role}'s cache; raise memory_bytes or memory_utilization"
         )

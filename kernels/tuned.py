@@ -254,6 +254,11 @@ def _replace(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new entry survives a loss of power
+    finally:
+        os.close(directory)
 
 
 @functools.cache

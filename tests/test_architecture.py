@@ -155,6 +155,57 @@ def test_files_and_functions_fit_on_a_screen() -> None:
     assert large == set(OVERSIZE)
 
 
+WRITES = {
+    "write_text", "write_bytes", "save_file", "save_pretrained", "mkstemp", "NamedTemporaryFile", "TemporaryFile",
+    "fdopen", "mkdir", "makedirs", "rename", "move", "copyfile", "copy2", "copytree", "truncate",
+    "ftruncate", "to_json", "to_csv", "dump", "tofile",
+}  # fmt: skip
+"""Names of functions and methods that write files by themselves."""
+OWN_WRITES = {
+    "distill/runs/writing.py": "the room in which every write of a command is done",
+    "distill/train/saving.py": "transformers writes its own format; save_model reports what fails",
+    "distill/train/adapters.py": "peft writes its own format, called by save_model",
+    "distill/train/checkpoints.py": "safetensors writes its own format, under a temporary name",
+    "distill/train/directories.py": "whole directories, which are synced and renamed",
+    "distill/files/pipes.py": "a temporary file that holds what a pipe gave",
+    "distill/small_pair/make.py": "a program of the developers",
+    "distill/small_pair/models.py": "a program of the developers",
+    "kernels/tuned.py": "the tune file, below the room of writes; it is replaced in one step",
+    "src/genssd/streams.py": "the null device in place of a closed stream",
+}
+"""Files that write by themselves, each with the reason."""
+ROOM = {"write_text", "write_bytes", "truncate"}
+"""Functions of distill/runs/writing.py, which are called by their bare names."""
+
+
+def writes(tree: ast.AST) -> Iterator[str]:
+    """Yield the calls that write files by themselves."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        is_method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in WRITES and (is_method or name not in ROOM):
+            yield name
+        elif name == "open":
+            mode = next((k.value for k in node.keywords if k.arg == "mode"), None)
+            place = 0 if is_method else 1
+            mode = node.args[place] if mode is None and len(node.args) > place else mode
+            if isinstance(mode, ast.Constant) and isinstance(mode.value, str) and {*"wax+"} & {*mode.value}:
+                yield "open"
+
+
+def test_files_are_written_in_one_room() -> None:
+    """Elsewhere a full disk would end in a traceback, or leave half of a file."""
+    found = {
+        str(path.relative_to(ROOT)): sorted({*writes(ast.parse(path.read_text()))})
+        for path in modules().values()
+        if [*writes(ast.parse(path.read_text()))]
+    }
+    assert {name: calls for name, calls in found.items() if name not in OWN_WRITES} == {}
+    assert OWN_WRITES.keys() == found.keys()
+
+
 RIDDLE = re.compile(r"(Of|The same|And|That|What it|Behind|As|Onto|Nothing|Under)\b")
 
 

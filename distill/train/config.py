@@ -14,6 +14,7 @@ from genssd.distill.train.losses import LossOptions
 from genssd.distill.train.on_policy import RolloutOptions
 from genssd.engine.errors import InputError
 from genssd.engine.selection import STATUSES
+from genssd.engine.threads import check_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,10 @@ class TrainSettings(LossOptions):
     """Maximum number of checkpoints, of which the oldest are removed; None: all are kept."""
     device: Operational[str | None] = None
     """Device of the training: cpu or cuda; None: cuda where there is one."""
+    threads: int | None = None
+    """Number of CPU threads, on which the last digits of the result depend. None: that of the checkpoint which is
+    resumed; for a new training OMP_NUM_THREADS where it is set, else at most the cores that the process is given, and
+    one per million parameters of the student."""
     seed: int = 0
     """Seed of the order of the examples, of dropout and of rollouts."""
 
@@ -132,6 +137,7 @@ class TrainSettings(LossOptions):
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        check_threads(self.threads)
         if not 0.0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
         if not 0 <= self.seed < 1 << 63:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from genssd.engine.candidate import Candidate, Window
-from genssd.engine.criterion_options import CheckedOptions, check_option_types
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import CheckedOptions, check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class LocalNaturalness(CheckedOptions):
     """Fraction of all preceding steps to score a step with instead, rounded up (the paper's second version)."""
 
     def __post_init__(self) -> None:
-        check_option_types(self)
+        check_types(self)
         if self.steps < 0 or not (self.share is None or 0.0 <= self.share <= 1.0):
             raise InputError("lalp: steps must be at least 0, and share None or in [0, 1]")
 
@@ -70,7 +70,7 @@ class AslecDrop(CheckedOptions):
     """Number of tokens left out at the beginning of every step."""
 
     def __post_init__(self) -> None:
-        check_option_types(self)
+        check_types(self)
         if self.skip_tokens < 0:
             raise InputError("aslec_drop: skip_tokens must be at least 0")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from genssd.engine.candidate import Candidate
 from genssd.engine.criteria.likelihood import Scope
-from genssd.engine.criterion_options import CheckedOptions
+from genssd.engine.options_check import CheckedOptions
 from genssd.engine.sampling import uniform
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from genssd.engine.candidate import Candidate
-from genssd.engine.criterion_options import CheckedOptions
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import CheckedOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 
 from genssd.engine.candidate import Candidate
-from genssd.engine.criterion_options import CheckedOptions, check_option_types
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import CheckedOptions, check_types
 
 Scope = Literal["chunk", "trajectory"]
 """Tokens that a criterion judges: the chunk alone, or the response so far."""
@@ -38,7 +38,7 @@ class Perplexity(CheckedOptions):
     """Tokens that count: all, the least likely one alone, or all but the first, which is often the least likely."""
 
     def __post_init__(self) -> None:
-        check_option_types(self)
+        check_types(self)
         if self.norm != "token" and self.reduce == "max":
             raise InputError(f"ppl: reduce='max' is one token's; it has no norm={self.norm!r}")
         if self.window < 1:
@@ -85,7 +85,7 @@ class RankSurprisal(CheckedOptions):
     """Minimum of the sum of surprisals, in nats: it is next to 0 where the student knows every token by heart."""
 
     def __post_init__(self) -> None:
-        check_option_types(self)
+        check_types(self)
         if self.r_max < 1 or self.eps <= 0.0:
             raise InputError(f"rsr: r_max must be at least 1 and eps positive, not {self.r_max} and {self.eps}")
 
@@ -122,7 +122,7 @@ class RsdAccept(CheckedOptions):
     """Maximum rank of an accepted token."""
 
     def __post_init__(self) -> None:
-        check_option_types(self)
+        check_types(self)
         if not 0.0 < self.probability <= 1.0 or self.top < 1:
             raise InputError("rsd_accept: probability must lie in (0, 1] and top be at least 1")
 
@@ -145,7 +145,7 @@ class SurprisalBand(CheckedOptions):
     """Maximum surprisal in nats."""
 
     def __post_init__(self) -> None:
-        check_option_types(self)
+        check_types(self)
         if not self.low < self.high:
             raise InputError(f"surprisal_band: low must lie below high, not {self.low} and {self.high}")
 

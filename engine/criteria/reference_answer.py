@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from genssd.engine.candidate import Candidate
 from genssd.engine.criteria.likelihood import exp_or_infinity
-from genssd.engine.criterion_options import CheckedOptions, check_option_types
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import CheckedOptions, check_types
 from genssd.engine.text import common_prefix
 
 
@@ -26,12 +26,13 @@ class RationaleDifficulty(CheckedOptions):
     """Number of steps at the end of a complete response that are left out, because they state the answer."""
 
     def __post_init__(self) -> None:
-        check_option_types(self)
+        check_types(self)
         if self.last_steps < 0:
             raise InputError(f"rationale_difficulty: last_steps must be at least 0, not {self.last_steps}")
 
     @property
     def needs_answer(self) -> bool:
+        """Whether the prompts need reference answers."""
         return True
 
     def score(self, candidate: Candidate) -> float:

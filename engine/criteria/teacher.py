@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from genssd.engine.candidate import Candidate
-from genssd.engine.criterion_options import CheckedOptions
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import CheckedOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

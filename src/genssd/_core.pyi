@@ -123,9 +123,9 @@ def instruction_set() -> str | None:
 def instruction_sets() -> list[str]:
     """Return the instruction sets that this processor runs, the best first."""
 
-def use_instruction_set(name: str) -> None:
+def use_instruction_set(name: str, emulated: bool = False) -> None:
     """
-    Switch this process to another instruction set, for tests and measurements. Results of the sets differ in their rounding. Raises ValueError where this processor does not run it.
+    Switch this process to another instruction set, for tests and measurements. Results of the sets differ in their rounding. emulated: take also a set that this processor does not run, because something emulates its instructions. Raises ValueError where this processor does not run it.
     """
 
 def gumbel_noise(keys: torch.Tensor, out: torch.Tensor, threads: int) -> None:

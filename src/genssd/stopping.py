@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from pathlib import Path
-from types import FrameType
-from typing import Any
+
+TYPE_CHECKING = False  # this file imports little: it is read before anything else
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
 
 VERBS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "terminated: the terminal is gone"}
 """What the message of each signal says."""
@@ -23,7 +25,7 @@ class StopSignals:
     def __init__(self, *, restore: bool) -> None:
         self._restore = restore
         self._previous: dict[int, Any] = {}
-        self._output_dir: Path | None = None
+        self._output_dir: str | None = None
         self.is_working = False
         """Whether the command has begun: it may have written something."""
         self.received: signal.Signals | None = None
@@ -44,7 +46,7 @@ class StopSignals:
     def begin_work(self, output_dir: str | None) -> None:
         """Note that the command begins. output_dir: the directory that it writes to, if it has one."""
         self.is_working = True
-        self._output_dir = None if output_dir is None else Path(output_dir).expanduser()
+        self._output_dir = None if output_dir is None else os.path.expanduser(output_dir)
 
     @property
     def exit_code(self) -> int:
@@ -54,7 +56,7 @@ class StopSignals:
     def describe(self, error: KeyboardInterrupt) -> str:
         """Return what has happened, and what is on disk: the note of the outermost run that the error went through."""
         notes = getattr(error, "__notes__", [])
-        if not notes and (self._output_dir is None or not (self._output_dir / "run.json").exists()):
+        if not notes and (self._output_dir is None or not os.path.exists(f"{self._output_dir}/run.json")):
             notes = ["nothing was written"]
         return "; ".join([VERBS[self.received or signal.SIGINT], *notes[-1:]])
 

@@ -180,7 +180,7 @@ def test_a_larger_embedding_with_the_same_tokenizer_is_fine(directory: Path, tmp
         ({"memory_utilization": 1.5}, r"memory_utilization must be in \(0, 1\], not 1.5"),
         ({"memory_utilization": math.nan}, r"memory_utilization"),
         ({"memory_bytes": 0}, r"memory_bytes|0 bytes"),
-        ({"memory_bytes": 100}, r"100 bytes does not hold one page; raise memory_bytes"),
+        ({"memory_bytes": 100}, r"100 bytes does not hold one page, which takes \d+; raise memory_bytes"),
         ({"memory_bytes": -5}, r"-5"),
         ({"max_batch": 0}, r"max_batch"),
         ({"device": "quantum"}, r"quantum"),
@@ -262,11 +262,15 @@ def test_a_prompt_longer_than_the_positions(engine: Engine) -> None:
 
 def test_a_prompt_longer_than_the_cache(pair: Pair) -> None:
     tight = pair.engine(memory_bytes=4 * 16 * 1024)  # four pages of 16 tokens per model
+    message = r"prompt 1: .* 65 tokens; the teacher's .* holds 64 in 4 pages \(memory_bytes=65536\), and 5 pages \(m"
     with pytest.raises(
-        CapacityError, match=r"prompt 1: the prompt has 65 tokens; the teacher's .* holds 64: raise memory_bytes"
+        CapacityError,
+        match=message,
     ):
         tight.generate(["fine", "x" * 65], max_tokens=1)
-    with pytest.raises(CapacityError, match=r"prompt 0: 4 candidates of up to 30 tokens need \d+ pages more"):
+    with pytest.raises(
+        CapacityError, match=r"prompt 0: 4 candidates of up to 30 tokens need 13 pages \(memory_bytes=212992\)"
+    ):
         tight.select_expand(["fine"], candidates=4, chunk=Chunk(tokens=30, until=None))
     assert tight.pages_in_use == (0, 8)
 

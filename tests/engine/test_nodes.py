@@ -114,10 +114,10 @@ def test_nothing_is_left_behind(engine: Engine, pair: Pair) -> None:
     rollouts.close()  # type: ignore[attr-defined]
     assert engine.pages_in_use[0] == 0
     tiny = pair.engine(memory_bytes=1 << 15)
-    with pytest.raises(CapacityError, match=r"the prompt: prompt and response do not fit into the \d+ free pages"):
+    with pytest.raises(CapacityError, match=r"the prompt: prompt and response need 3 more pages, and 1 are free of"):
         list(tiny.iter_force(PROMPT, [RESPONSE], [[Fork(position=39, token=9)]], max_tokens=45))
     assert tiny.pages_in_use[0] == 0
-    with pytest.raises(CapacityError, match="the prompt: the responses do not fit"):
+    with pytest.raises(CapacityError, match=r"the prompt: the responses need 26 pages, and 0 are free of"):
         list(tiny.iter_force(PROMPT, [RESPONSE], [[Fork(position=3, token=9)]], max_tokens=400))
     assert tiny.pages_in_use[0] == 0
 
@@ -128,7 +128,7 @@ def test_bad_requests(engine: Engine) -> None:
         ([[Fork(position=10, token=1)], []], {"max_tokens": 10}, "or max_tokens"),
         ([[Fork(position=1, token=999)], []], {}, "token id 999 is outside"),
         ([[]], {}, "2 responses but forks of 1"),
-        ([[], []], {"n": 0}, "n and max_tokens must be at least 1"),
+        ([[], []], {"n": 0}, "n must be at least 1, not 0"),
     ):
         with pytest.raises(InputError, match=message):
             everything(engine, forks, **options)
@@ -177,7 +177,7 @@ def test_padding_is_never_likely(tmp_path: Path) -> None:
 
 def test_reading_says_what_does_not_fit(pair: Pair) -> None:
     tiny = pair.engine(memory_bytes=1 << 15)
-    with pytest.raises(CapacityError, match="row 3: prompt and response do not fit into"):
+    with pytest.raises(CapacityError, match="row 3: prompt and response need 3 more pages, and 1 are free"):
         tiny.node_reader().states(PROMPT, [RESPONSE], [[39]], "row 3")
     with pytest.raises(CapacityError, match="row 3: prompt and response have more tokens than the 512 positions"):
         tiny.node_reader().states(PROMPT, [RESPONSE * 20], [[600]], "row 3")

@@ -551,7 +551,7 @@ def test_random_selection_is_reproducible_and_not_the_first(engine: Engine, rand
         ({"beam": 0}, "beam must be at least 1, not 0"),
         ({"max_tokens": -3}, "max_tokens must be at least 1, not -3"),
         ({"criterion": "perplexity"}, r"unknown criterion 'perplexity'; registered: .*ppl.*random"),
-        ({"criterion": 3}, r"3 is no criterion"),
+        ({"criterion": 3}, "criterion must be text or a Criterion or a PoolCriterion, not 3"),
         ({"threshold": math.nan}, "threshold"),
     ],
     ids=str,

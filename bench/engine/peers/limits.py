@@ -16,6 +16,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 from bench.engine.peers.workloads import ModelShape, Sizes
@@ -61,7 +62,7 @@ def measure_limits(threads: int) -> Limits:
     array = torch.ones(1 << 28)
     return Limits(
         product_flops=max(_product_flops(*shape) for shape in PRODUCTS),
-        instruction_flops=_instruction_flops(threads),
+        instruction_flops=instruction_flops(threads),
         bytes=array.nbytes / best_seconds(array.sum, "cpu"),
     )
 
@@ -71,15 +72,20 @@ def _product_flops(rows: int, inner: int, columns: int) -> float:
     return 2 * rows * inner * columns / best_seconds(lambda: a @ b.T, "cpu", rounds=5)
 
 
-def _instruction_flops(threads: int) -> float | None:
+def instruction_flops(threads: int, operands: Literal["registers", "cache"] = "registers") -> float | None:
+    """Return the bf16 operations per second of the best multiplying instruction alone (peak.cpp).
+
+    operands: cache loads those of every product from the first cache, on processors with AMX. None without a C++
+    compiler or without such an instruction.
+    """
     with TemporaryDirectory() as directory:
         program = Path(directory) / "peak"
         source = Path(__file__).with_name("peak.cpp")
         try:
-            subprocess.run(["c++", "-O3", "-march=native", "-pthread", source, "-o", program], check=True)
+            subprocess.run(["c++", "-std=c++20", "-O3", "-pthread", source, "-o", program], check=True)
         except (FileNotFoundError, subprocess.CalledProcessError):
             return None
-        done = subprocess.run([program, str(threads)], capture_output=True, text=True)
+        done = subprocess.run([program, str(threads), operands], capture_output=True, text=True)
         return float(done.stdout) if done.returncode == 0 else None
 
 

@@ -15,14 +15,14 @@ from genssd.distill.demo import DemoConfig
 from genssd.distill.runs.settings import Kind, check_same_settings, expand_home, fields_of, settings_of
 from genssd.engine.errors import InputError
 
-ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic"}
+ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
 NOT_COUNTED = {
     "select": ENGINE | {"output_dir", "resume", "data", "limit"},
     "generate": ENGINE | {"output_dir", "resume", "data", "limit"},
     "score": ENGINE | {"output_dir", "resume", "pick"},
     "reselect": ENGINE | {"output_dir"},
     "prefix": ENGINE | {"output_dir", "resume"},
-    "leaf": {"device", "output_dir", "resume"},
+    "leaf": {"device", "output_dir", "resume", "threads"},
     "evaluate": ENGINE | {"output_dir", "resume", "data", "limit"},
     "diagnose": ENGINE
     | {"output_dir", "resume", "data", "limit"}
@@ -30,7 +30,7 @@ NOT_COUNTED = {
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
-    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap"}
+    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads"}
     | {f"select.{name}" for name in ENGINE}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},

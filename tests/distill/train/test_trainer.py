@@ -360,3 +360,29 @@ def test_rows_longer_than_the_positions_are_left_out(tiny_pair: TinyPair, write_
     long = {"prompt": "a", "completion": "b" * 600}  # the model has 512 positions
     summary = run_train(config_for(tiny_pair, write_rows([*ROWS, long]), tmp_path / "run", max_steps=1))
     assert summary.left_out == {"longer than 512 tokens": 1}
+
+
+def test_a_resumed_training_takes_the_recorded_number_of_threads(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number follows from cores and model, or from OMP_NUM_THREADS; the rounding of torch depends on it."""
+    used: list[int] = []
+    data, directory = write_rows(ROWS[:4]), tmp_path / "run"
+    config = config_for(tiny_pair, data, directory, save_steps=1, max_steps=2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    before = torch.get_num_threads()
+    run_train(config, lambda progress: used.append(torch.get_num_threads()))
+    assert torch.get_num_threads() == before
+    assert json.loads((directory / "run.json").read_text())["config"]["threads"] == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    resumed = dataclasses.replace(config, resume_from_checkpoint=str(directory / "checkpoint-1"))
+    run_train(resumed, lambda progress: used.append(torch.get_num_threads()))
+    assert used == [3, 3, 3]
+    with pytest.raises(InputError, match=r"was trained with threads=3, not 2; resume with the same settings"):
+        run_train(dataclasses.replace(resumed, threads=2))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run_train(
+        dataclasses.replace(config, output_dir=str(tmp_path / "tiny"), save_steps=None, max_steps=1),
+        lambda progress: used.append(torch.get_num_threads()),
+    )
+    assert used[-1] == 1  # a tiny model gives work to no second thread

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Measures this CPU in one command: the products of every instruction set that it has beside torch and the limit, then
+# the engine beside transformers, OpenVINO and vLLM (those that are installed).
+#
+#   bash bench/cpu.sh [RESULTS] [PYTHON]
+#
+# RESULTS: folder for cpu-products-<threads>.json and cpu-peers.json (default: bench/results). PYTHON: an interpreter
+# that has genssd (default: .venv/bin/python). About ten minutes on two cores.
+set -eu
+cd "$(dirname "$0")/.."
+results=${1:-bench/results}
+python=${2:-.venv/bin/python}
+mkdir -p "$results"
+grep -m1 "model name" /proc/cpuinfo
+"$python" -c 'from genssd import _core; print("instruction sets:", *_core.instruction_sets())'
+"$python" -m pytest -q tests/kernels/test_tiles.py
+"$python" -m bench.kernels.cpu_products --threads 1 --json "$results/cpu-products-1.json"
+"$python" -m bench.kernels.cpu_products --threads "$(nproc)" --json "$results/cpu-products-$(nproc).json"
+"$python" -m bench.engine.cpu_peers --workloads prefill decode score --json "$results/cpu-peers.json"

@@ -1,0 +1,136 @@
+"""The models and caches of an engine: how they are loaded, and what can be asked about them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from genssd.engine.chat_options import ChatOptions
+from genssd.engine.checkpoint import fingerprint
+from genssd.engine.errors import InputError
+from genssd.engine.launches import LaunchRecord, describe_launches
+from genssd.engine.loading import load_models
+from genssd.engine.memory import choose_device
+from genssd.engine.nodes import NodeReader
+from genssd.engine.options_check import check_arguments
+from genssd.engine.requests import check_sizes
+from genssd.engine.resources import Resources
+from genssd.engine.runner import Role
+from genssd.engine.sampling import Sampling
+from genssd.engine.session import Session
+from genssd.engine.text import Tokenizer
+from genssd.engine.threads import effective_threads
+from genssd.engine.token_map import TokenMap
+from genssd.engine.usage import Usage
+from genssd.kernels.threads import torch_threads
+
+
+class LoadedEngine:
+    """A teacher, a student or both, with their caches and tokenizers. The searches are methods of `Engine`."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._branch_sessions: dict[Sampling, Session] = {}
+
+    def __repr__(self) -> str:
+        models = (f"{role}={runner.directory}" for role, runner in self._resources.runners.items())
+        decoder = next(iter(self._resources.runners.values())).decoder
+        held, total = self.pages_in_use
+        dtype = str(decoder.dtype).removeprefix("torch.")
+        return f"<Engine {', '.join(models)}: {dtype} on {decoder.device}, {held} of {total} pages in use>"
+
+    @classmethod
+    @check_arguments()
+    def from_pretrained(
+        cls,
+        teacher: str | Path | None = None,
+        student: str | Path | None = None,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        memory_utilization: float = 0.9,
+        memory_bytes: int | None = None,
+        max_batch: int = 256,
+        deterministic: bool = True,
+        threads: int | None = None,
+    ) -> Self:
+        """Load one or both models and return an engine over them.
+
+        teacher, student: hub id or local directory; with one of them only `generate`, `score` and `branch` of that
+        model work. device: None takes CUDA where a device is found, else the CPU. dtype: "auto" is the checkpoint's
+        own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
+        loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
+        number of candidates decoded at once. deterministic: on a GPU, a token's bits do not depend on how many are
+        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md). threads:
+        number of CPU threads, on which no result depends; None: torch's number, at most the cores that are given.
+        Raises CheckpointError on an unusable directory, InputError on different tokenizers, CapacityError without room.
+        """
+        if teacher is None and student is None:
+            raise InputError("from_pretrained needs a teacher, a student or both")
+        check_sizes(memory_utilization, max_batch)
+        target = choose_device(device)
+        with torch_threads(effective_threads(threads)):
+            models = load_models(teacher, student, dtype, target, deterministic=deterministic)
+        return cls(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
+
+    @check_arguments()
+    def with_chat(self, options: ChatOptions) -> Self:
+        """Return this engine, its caches and counts shared, with other options of rendering chats.
+
+        Raises InputError naming a variable of the options that a chat template does not read.
+        """
+        return type(self)(self._resources.with_chat(options))
+
+    @property
+    def usage(self) -> Usage:
+        """Numbers of tokens that the engine has processed so far."""
+        return self._resources.usage
+
+    @property
+    def pages_in_use(self) -> tuple[int, int]:
+        """Number of held pages and of all pages, over both caches."""
+        trees = [runner.tree for runner in self._resources.runners.values()]
+        return sum(t.pool.num_pages - t.num_free for t in trees), sum(t.pool.num_pages for t in trees)
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads that compute."""
+        return effective_threads(next(iter(self._resources.runners.values())).threads)
+
+    @cached_property
+    def fingerprints(self) -> dict[Role, str]:
+        """Identification of each loaded checkpoint: 16 hex digits."""
+        return {role: fingerprint(runner.directory) for role, runner in self._resources.runners.items()}
+
+    @cached_property
+    def launches(self) -> LaunchRecord | None:
+        """Configurations of the GPU kernels that the engine takes, and where they come from; None on a CPU."""
+        return describe_launches([runner.decoder for runner in self._resources.runners.values()])
+
+    @check_arguments()
+    def positions(self, model: Role) -> int:
+        """Return the number of positions of a model: the maximum number of tokens that it can read after each other."""
+        return self._resources.runner(model).decoder.config.max_position_embeddings
+
+    @check_arguments()
+    def max_sequence_length(self, model: Role) -> int:
+        """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
+        runner = self._resources.runner(model)
+        num_cached = (runner.tree.pool.num_pages - 2) * runner.tree.pool.page_size
+        return min(runner.decoder.config.max_position_embeddings, num_cached)
+
+    @property
+    def token_map(self) -> TokenMap:
+        """The ids by which the student reads the teacher's tokens."""
+        return self._resources.token_map
+
+    @check_arguments()
+    def tokenizer(self, model: Role) -> Tokenizer:
+        """Return the tokenizer of a loaded model. Raises InputError when the engine was made without the model."""
+        return self._resources.tokenizer(model)
+
+    @check_arguments()
+    def node_reader(self, model: Role = "student") -> NodeReader:
+        """Return a reader of one model's predictions at single positions of given responses."""
+        return NodeReader(self._resources.runner(model), self.tokenizer(model).largest_id + 1, self.usage)

@@ -1,0 +1,96 @@
+"""Suspended branches come back: tokens that several of them share are computed once, into pages that they share.
+
+The branches of a beam form a tree, whose forks lie where chunks end:
+
+    prompt, chunk 1 ---- chunk 2a ---- chunk 3a     "prompt, chunk 1" and "chunk 2a" are shared spans;
+                  \\            \\---- chunk 3b     what follows them each branch computes itself
+                   \\---- chunk 2b, chunk 3c
+
+The nodes and pages are those that the branches held before their suspension. So a round that fitted beside its branches
+fits again when they come back alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from genssd.engine.branch import Branch
+from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.tree import Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedSpan:
+    """Tokens from position `start` to `end` that two or more suspended branches share."""
+
+    start: int
+    end: int
+    parent: SharedSpan | None
+    """Shared tokens before these; None at the beginning of the prompt."""
+    branches: Sequence[Branch]
+
+
+def shared_spans(branches: Sequence[Branch], role: Role) -> list[SharedSpan]:
+    """Return the spans that suspended branches among these share under one model, parents first."""
+    groups: dict[int, list[Branch]] = {}
+    for branch in branches:
+        if branch.state(role).path is None and branch.trace:
+            groups.setdefault(id(branch.prompt), []).append(branch)
+    spans: list[SharedSpan] = []
+    for group in groups.values():
+        _divide(group, 0, None, role, spans)
+    return spans
+
+
+def innermost_spans(spans: Sequence[SharedSpan]) -> Mapping[Branch, SharedSpan]:
+    """Return the last shared span of every branch that has one."""
+    return {branch: span for span in spans for branch in span.branches}
+
+
+def restore_shared(runner: ModelRunner, branches: Sequence[Branch]) -> int:
+    """Compute the shared spans of suspended branches, give each its path, and return the number of tokens computed.
+
+    Call it where the budget has found room for them; the tokens after the spans stay pending.
+    """
+    spans = shared_spans(branches, runner.role)
+    paths: dict[SharedSpan, Path] = {}
+    try:
+        for span in spans:
+            above = None if span.parent is None else paths[span.parent]
+            path = paths[span] = runner.tree.root() if above is None else runner.tree.fork(above)
+            runner.extend([path], [span.branches[0].state(runner.role).pending[span.start : span.end]], last=[1])
+        for branch, span in innermost_spans(spans).items():
+            state = branch.state(runner.role)
+            state.path, state.pending = runner.tree.fork(paths[span]), state.pending[span.end :]
+    finally:
+        for path in paths.values():
+            runner.tree.drop(path)
+    return sum(span.end - span.start for span in spans)
+
+
+def _divide(
+    group: Sequence[Branch], num_chunks: int, parent: SharedSpan | None, role: Role, spans: list[SharedSpan]
+) -> None:
+    """Append the spans of branches whose first chunks are the same. num_chunks: how many of these `parent` holds."""
+    # the last chunk of a branch is never shared: its last token's hidden state predicts the next one
+    num_shareable = min(len(branch.trace) for branch in group) - 1
+    if len(group) < 2 or num_chunks > num_shareable:
+        return
+    while num_chunks < num_shareable and len({branch.trace[: num_chunks + 1] for branch in group}) == 1:
+        num_chunks += 1
+    end = _end_of_chunks(group[0], role, num_chunks)
+    span = SharedSpan(0 if parent is None else parent.end, end, parent, group)
+    spans.append(span)
+    parts: dict[tuple[int, ...], list[Branch]] = {}
+    for branch in group:
+        parts.setdefault(branch.trace[: num_chunks + 1], []).append(branch)
+    for part in parts.values():
+        _divide(part, num_chunks + 1, span, role, spans)
+
+
+def _end_of_chunks(branch: Branch, role: Role, num_chunks: int) -> int:
+    """Return the position after the first chunks of a branch's response under one model."""
+    num_prompt = len(branch.prompt.teacher if role == "teacher" else branch.prompt.student)
+    lengths = [len(logprob) for logprob in branch.history_writer_logprob[:num_chunks]]
+    return num_prompt + sum(lengths)
