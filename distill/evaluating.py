@@ -47,7 +47,7 @@ class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
 
     NEEDS: ClassVar[Needs] = {
         name: Need(lambda o: o.samples > 0, "a number of samples above 0")
-        for name in ("sampling", "seed", "generation_config")
+        for name in ("sampling", "generation_config", "seed")
     }
 
     model: ModelPath[str]
