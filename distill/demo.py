@@ -34,6 +34,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import Selection
 
@@ -67,6 +68,9 @@ class DemoConfig:
     """Train a third student on the best of the same number of whole solutions, chosen after they are written."""
     seed: int = 0
     """Seed of the problems, of sampling and of training."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.generation import Completion
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 
 MAX_LISTED = 10
@@ -62,6 +63,7 @@ class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.samples < 0:
             raise InputError(f"samples must be >= 0, not {self.samples}")
 

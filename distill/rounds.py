@@ -37,6 +37,7 @@ from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import TrainProgress, run_train
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.text import Tokenizer
 
 
@@ -79,6 +80,7 @@ class DistillConfig(ChatSettings):
     """How every round trains. These settings may change until the first training begins."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("rounds", "prompts_per_round", "eval_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -8,6 +8,7 @@ from genssd.distill.runs.settings import Operational
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
+from genssd.engine.options_check import check_types
 from genssd.engine.text import Tokenizer
 
 
@@ -28,6 +29,9 @@ class EngineOptions:
     deterministic: Operational[bool] = True
     """On a GPU: take kernel configurations with which a token's bits do not depend on how many tokens are scored or
     drawn together. Otherwise the fastest for each number of tokens are taken (docs/tuning.md). On a CPU: no effect."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:
         """Return an engine over these models (hub ids or local directories)."""

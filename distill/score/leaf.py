@@ -43,6 +43,7 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.options_check import check_types
 from genssd.engine.text import Tokenizer
 from genssd.kernels.cross_entropy import linear_cross_entropy
 
@@ -71,6 +72,7 @@ class LeafConfig(ChatSettings):
     """Device of both models. None: CUDA where there is one, else the CPU."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.data:
             raise InputError("leaf needs at least one data file")
         if self.limit is not None and self.limit < 1:

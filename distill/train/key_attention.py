@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.steps import step_spans
 from genssd.kernels.attention_mass import attention_mass
 
@@ -58,6 +59,7 @@ class KeyAttentionOptions:
     """Temperature of the softmax over the student's layers."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.weight < 0.0:
             raise InputError(f"key_attention.weight must be at least 0, not {self.weight}")
         if self.max_words < 2:

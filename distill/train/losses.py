@@ -37,6 +37,7 @@ from genssd.distill.data.examples import Example
 from genssd.distill.runs.settings import ModelPath
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import VocabularyRule, linear_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
@@ -87,6 +88,7 @@ class LossOptions:
     that both models have, drop takes each over its own ids."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("kd_ratio", "lmbda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
