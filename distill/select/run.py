@@ -71,7 +71,8 @@ class SelectSettings(SearchOptions, EngineOptions, ModelSampling):
 
     criterion: str = "ppl"
     """Selection criterion: a registered name (rsr), one with options (ppl(norm='byte')), a weighted sum of ranks
-    (0.7*rsr + 0.3*lalp), or an import path (package.module:Name)."""
+    (0.7*rsr + 0.3*lalp), or an import path (package.module:Name) of an installed module or one in the working
+    directory."""
     loop_guard: bool = True
     """Whether candidates that end in a repetition are rejected."""
     calibrate: Calibrate = field(default_factory=Calibrate)

@@ -33,6 +33,7 @@ from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.steps import step_spans
 from genssd.kernels.attention_mass import attention_mass
+from genssd.kernels.head import COLDEST
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 IMPLEMENTATION = "genssd_mass"
@@ -64,8 +65,8 @@ class KeyAttentionOptions:
             raise InputError(f"key_attention.weight must be at least 0, not {self.weight}")
         if self.max_words < 2:
             raise InputError(f"key_attention.max_words must be at least 2, not {self.max_words}")
-        if min(self.teacher_temperature, self.student_temperature) <= 0.0:
-            raise InputError("key_attention: temperatures must be positive")
+        if min(self.teacher_temperature, self.student_temperature) < COLDEST:
+            raise InputError(f"key_attention: temperatures must be at least {COLDEST:g}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import VocabularyRule, linear_divergence
+from genssd.kernels.head import COLDEST
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.standardized import linear_standardized_kl
 from genssd.kernels.topk_divergence import TailRule, topk_divergence
@@ -109,8 +110,8 @@ class LossOptions:
             raise InputError(f"beta must lie in (0, 1), not {self.beta}; its limits are forward_kl and reverse_kl")
         if not 0.0 <= self.alpha < 1.0:
             raise InputError(f"alpha must lie in [0, 1), not {self.alpha}")
-        if not 0.0 < self.temperature < math.inf:
-            raise InputError(f"temperature must be positive, not {self.temperature}")
+        if self.temperature < COLDEST:
+            raise InputError(f"temperature must be at least {COLDEST:g}, not {self.temperature}")
         if self.teacher_model_name_or_path is not None and not self.uses_teacher:
             raise InputError("a teacher was given, but kd_ratio is 0: give --kd-ratio, up to 1")
         if self.key_attention.weight and not self.uses_teacher:

@@ -16,6 +16,8 @@ import pytest
 
 import genssd
 from genssd.commands import COMMANDS
+from genssd.distill.train.key_attention import KeyAttentionOptions
+from genssd.distill.train.losses import LossOptions
 from genssd.engine.errors import InputError
 
 NAN, INF, HALF = math.nan, math.inf, "half \ud800 of a pair"
@@ -147,6 +149,11 @@ def test_numbers_of_numpy_and_lists_become_pythons(name: str) -> None:
 def test_a_temperature_that_makes_logits_infinite_is_refused(value: float) -> None:
     with pytest.raises(InputError, match="temperature must be"):
         genssd.Sampling(temperature=value)
+    for options in (LossOptions, KeyAttentionOptions):
+        (name, *_) = [field.name for field in dataclasses.fields(options) if "temperature" in field.name]
+        with pytest.raises(InputError, match=r"temperatures? must be at least 1e-30"):
+            options(**{name: value})
+        options(**{name: 1e-30})
     assert genssd.Sampling(temperature=1e-30).temperature == 1e-30
 
 
