@@ -17,12 +17,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.intervals import Estimate, wilson, wilson_of_groups
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -41,6 +43,11 @@ MAX_LISTED = 10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Measure a model's accuracy."""
+
+    NEEDS: ClassVar[Needs] = {
+        name: Need(lambda o: o.samples > 0, "a number of samples above 0")
+        for name in ("sampling", "seed", "generation_config")
+    }
 
     model: ModelPath[str]
     """Hub id or local directory of the model."""
@@ -98,10 +105,9 @@ def run_evaluate(
     Raises GenssdError on bad input, and when no problem can be evaluated; problems that were finished before are in the
     journal.
     """
+    check_effects(config)
     if config.samples:
         config = choose_sampling(config, config.model, "student", engine)
-    elif config.generation_config:
-        raise InputError("generation_config says how the samples are drawn: give samples as well")
     problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
     for problem in problems:
         if problem.answer is None:
@@ -196,8 +202,7 @@ def _describe(
         "response": completion.text,
         "status": completion.status,
         "tokens": len(completion.token_ids),
-        "correct": verdict.is_correct if verdict.undecided is None else None,
-        "undecided": verdict.undecided,
+        **describe_verdict(verdict),
     }
 
 

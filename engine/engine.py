@@ -15,7 +15,6 @@ from genssd.engine.generation import Completion, Generation
 from genssd.engine.judging import Judge
 from genssd.engine.loaded_engine import LoadedEngine
 from genssd.engine.loading import LoadedModels
-from genssd.engine.memory import cache_budget
 from genssd.engine.model import Decoder
 from genssd.engine.nodes import Forcing, Fork, iter_force
 from genssd.engine.options_check import check_arguments, check_count
@@ -275,5 +274,5 @@ def open_engine(role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_by
 
     memory_bytes: size of its cache in bytes; None takes a third of the free memory.
     """
-    budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
-    return Engine(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget, MAX_BATCH))
+    models = LoadedModels.of_one(role, decoder, tokenizer)
+    return Engine(models.open_resources(memory_bytes, 1 / 3, MAX_BATCH))

@@ -34,6 +34,7 @@ from genssd.kernels.head import (
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.logprob_gradient import backward, save_context
 from genssd.kernels.native import detach, runs_natively
+from genssd.kernels.threads import num_threads
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 LOGITS_BYTES = 32 << 20  # largest size of the float32 logits of one block of rows
@@ -273,7 +274,7 @@ def _score_natively(
     stats_4N = torch.stack(values[:4])
     _core.linear_logprob(
         hidden_ND.detach(), cells_of(weight_VD), V, target_N.clamp(0, V - 1), detach(bias),
-        temperature, softcap or 0.0, stats_4N, *values[4:], torch.get_num_threads(),
+        temperature, softcap or 0.0, stats_4N, *values[4:], num_threads(),
     )  # fmt: skip
     for value, computed in zip(values, stats_4N, strict=False):
         value.copy_(computed)
