@@ -35,6 +35,7 @@ from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.generation import Completion
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 
 MAX_LISTED = 10
@@ -71,6 +72,7 @@ class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.samples < 0:
             raise InputError(f"samples must be >= 0, not {self.samples}")
 

@@ -41,6 +41,7 @@ from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,7 @@ class ScoreConfig(EngineOptions, ChatSettings):
     """Which responses go to selected.jsonl."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.data or not self.criteria:
             raise InputError("score needs at least one data file and one criterion")
         if len(set(self.criteria)) < len(self.criteria):

@@ -36,9 +36,11 @@ from genssd.distill.select.calibration import Calibration, calibrate, check_cali
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
+from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
@@ -61,6 +63,7 @@ class Calibrate:
     """Maximum number of problems that are read from calibrate.data."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.limit < 1:
             raise InputError(f"calibrate.limit must be at least 1, not {self.limit}")
 
@@ -71,13 +74,16 @@ class SelectSettings(SearchOptions, EngineOptions, ModelSampling):
 
     criterion: str = "ppl"
     """Selection criterion: a registered name (rsr), one with options (ppl(norm='byte')), a weighted sum of ranks
-    (0.7*rsr + 0.3*lalp), or an import path (package.module:Name)."""
+    (0.7*rsr + 0.3*lalp), or an import path (package.module:Name) of an installed module or one in the working
+    directory."""
     loop_guard: bool = True
     """Whether candidates that end in a repetition are rejected."""
     calibrate: Calibrate = field(default_factory=Calibrate)
     """Options for computing the threshold from plain samples of the teacher, in place of `threshold`."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chunk", Chunk.of(self.chunk))
+        check_types(self, infinite=("threshold",))
         # the options of the search are checked in run_select: what is raised here, the command line breaks into a frame
         if self.calibrate.data is not None:
             if self.threshold is not None:
