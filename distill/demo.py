@@ -24,6 +24,7 @@ from rich.text import Text
 from genssd.distill.answers.intervals import paired_difference
 from genssd.distill.console import ProgressLine, report_counts, report_selection, report_training
 from genssd.distill.evaluating import EvaluateConfig, Evaluation, run_evaluate
+from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.settings import FileName
 from genssd.distill.runs.writing import remove_directory
@@ -36,6 +37,7 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import Selection
+from genssd.engine.threads import check_threads
 
 PAIR = Path(__file__).with_name("small_pair")
 STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution
@@ -65,8 +67,13 @@ class DemoConfig:
     """Number of held-out problems that every student is evaluated on."""
     post_hoc: bool = False
     """Train a third student on the best of the same number of whole solutions, chosen after they are written."""
+    threads: int | None = None
+    """Number of CPU threads. None: every part of the demo chooses, as the commands do."""
     seed: int = 0
     """Seed of the problems, of sampling and of training."""
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +99,8 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
     write_jsonl(output_dir / "train.jsonl", _rows(train_problems))
     write_jsonl(eval_file, _rows(make_problems(config.eval_problems, config.seed + 1000, split="eval")))
 
-    engine = Engine.from_pretrained(PAIR / "teacher", PAIR / "student", memory_bytes=MEMORY_BYTES)
+    options = EngineOptions(memory_bytes=MEMORY_BYTES, threads=config.threads)
+    engine = options.load(teacher=str(PAIR / "teacher"), student=str(PAIR / "student"))
     _show_steering(engine, config, screen)
     before = _evaluate(PAIR / "student", "cold start", config, output_dir, progress)
     # one candidate per step is standard distillation; one step for the whole solution is post-hoc best-of-N
@@ -154,6 +162,7 @@ def _run_arm(
         sampling=Sampling(),
         max_tokens=MAX_TOKENS,
         seed=config.seed,
+        threads=config.threads,
     )
     with ProgressLine(f"{name}: teacher writes", progress) as line:
         data = run_select(select, engine, report_selection(line))
@@ -166,6 +175,7 @@ def _run_arm(
         max_train_tokens=config.train_tokens,
         warmup_ratio=0.05,
         seed=config.seed,
+        threads=config.threads,
     )
     with ProgressLine(f"{name}: student learns", progress) as line:
         run_train(train, report_training(line))
@@ -180,6 +190,7 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         output_dir=str(output_dir / name.replace(" ", "-") / "evaluation"),
         max_tokens=MAX_TOKENS,
         memory_bytes=MEMORY_BYTES,
+        threads=config.threads,
     )
     with ProgressLine(f"{name}: examination", progress) as line:
         return run_evaluate(evaluate, report=report_counts(line, "problems"))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.intervals import Estimate, wilson, wilson_of_groups
@@ -25,6 +25,7 @@ from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import ProblemRow, check_same_problem, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -43,6 +44,11 @@ MAX_LISTED = 10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Measure a model's accuracy."""
+
+    NEEDS: ClassVar[Needs] = {
+        name: Need(lambda o: o.samples > 0, "a number of samples above 0")
+        for name in ("sampling", "seed", "generation_config")
+    }
 
     model: ModelPath[str]
     """Hub id or local directory of the model."""
@@ -101,10 +107,9 @@ def run_evaluate(
     Raises GenssdError on bad input, and when no problem can be evaluated; problems that were finished before are in the
     journal.
     """
+    check_effects(config)
     if config.samples:
         config = choose_sampling(config, config.model, "student", engine)
-    elif config.generation_config:
-        raise InputError("generation_config says how the samples are drawn: give samples as well")
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt).leave_out(
         lambda problem: None if problem.answer is not None else "no answer; a row needs answer, target or solution"
     )

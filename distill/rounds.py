@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, iter_file_questions, list_problems
@@ -26,6 +26,7 @@ from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, damaged_line, read_json, read_number, write_json, write_jsonl
 from genssd.distill.runs.run import Run
@@ -36,13 +37,23 @@ from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import TrainProgress, run_train
 from genssd.engine.checkpoint import locate
+from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.parameters import count_parameters
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import check_threads, choose_training_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig(ChatSettings):
     """Rounds in which the student chooses what the teacher writes and is then trained on it."""
+
+    NEEDS: ClassVar[Needs] = {
+        "eval_limit": Need(lambda o: o.eval_data is not None, "eval_data"),
+        "allow_eval_overlap": Need(
+            lambda o: o.eval_data is not None or bool(o.train.eval_data), "eval_data or train.eval_data"
+        ),
+    }
 
     teacher: ModelPath[str]
     """Hub id or local directory of the model that writes."""
@@ -59,6 +70,9 @@ class DistillConfig(ChatSettings):
     prompts_per_round: int | None = None
     """Number of problems in a round: each round takes the next ones, and starts again at the end of the file. None:
     every round takes all problems."""
+    threads: Operational[int | None] = None
+    """Number of CPU threads of all parts. None: every part chooses, as its command does; --select.threads and
+    --train.threads are those of one part. A resumed run trains with the number that it was begun with."""
     restart: bool = False
     """Train every round from the first student, on the trajectories of all rounds so far. Otherwise each round trains
     the student of the round before, on its own trajectories."""
@@ -82,6 +96,7 @@ class DistillConfig(ChatSettings):
         for name in ("rounds", "prompts_per_round", "eval_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_threads(self.threads)
         if self.train.fsdp:
             raise InputError("distill runs in one process: train.fsdp is for `genssd train` under torchrun")
         if self.train.uses_rows and not self.select.teacher_topk:
@@ -124,6 +139,7 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
 
     Raises GenssdError on bad input; what was finished is on disk.
     """
+    check_effects(config)
     problems = read_problems(config.data, system_prompt=config.system_prompt)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("distill runs in one process, not under torchrun")
@@ -144,6 +160,7 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
     free = () if training_begun else ("train",)
     with Run.open(config, "distill", journal="rounds.jsonl", parts="round-*", free=free) as run:
         config = dataclasses.replace(config, template_date=run.template_date)
+        config = _fix_threads(config, run)
         summaries = _finished_rounds(run)
         run.record()
         student = config.student
@@ -159,6 +176,15 @@ def run_distill(config: DistillConfig, report: Report = lambda task, progress: N
             yield summary
         counts = None if overlap is None else overlap.counts()
         run.write_summary({"rounds": done, "student": student, "eval_overlap": counts})
+
+
+def _fix_threads(config: DistillConfig, run: Run) -> DistillConfig:
+    """Return the config with the numbers of threads of its parts; that of the trainings is the recorded one."""
+    student = ModelConfig.load(locate(config.student))
+    wanted = config.train.threads or config.threads
+    training = run.fix_threads(choose_training_threads(wanted, count_parameters(student)))
+    select = dataclasses.replace(config.select, threads=config.select.threads or config.threads)
+    return dataclasses.replace(config, select=select, train=dataclasses.replace(config.train, threads=training.count))
 
 
 def _find_overlap(config: DistillConfig, problems: Sequence[ProblemRow]) -> EvalOverlap | None:
@@ -276,7 +302,7 @@ def _train(config: DistillConfig, number: int, student: str, report: Report) -> 
     training = TrainConfig(
         **settings,
         **_chat_settings(config),
-        allow_eval_overlap=config.allow_eval_overlap,
+        allow_eval_overlap=config.allow_eval_overlap and bool(config.train.eval_data),
         model_name_or_path=config.student if config.restart else student,
         data=tuple(str(Path(config.output_dir) / f"round-{r}" / "kept.jsonl") for r in rounds),
         output_dir=str(directory),

@@ -88,6 +88,7 @@ class WeightedRank:
 
     @property
     def needs_answer(self) -> bool:
+        """Whether the prompts need reference answers."""
         return any(needs_answer(part) for _, part in self.parts)
 
     @property

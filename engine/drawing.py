@@ -21,6 +21,7 @@ from genssd.engine.expansion import Lane
 from genssd.engine.pending_read import PendingRead
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, noise_keys
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.device_table import upload
 from genssd.kernels.head import row_logsumexp
@@ -174,7 +175,7 @@ def logprob_of(logits_CV: Tensor, tokens_C: Tensor) -> Tensor:
     return logits_CV.gather(1, tokens_C[:, None])[:, 0] - row_logsumexp(logits_CV, 1.0, None)
 
 
-@torch.inference_mode()
+@computes
 def chunk_topk(writer: ModelRunner, branch: Branch, num_topk: int) -> TopK | None:
     """Return the writer's most likely tokens at every position of a branch's chunk; None where they are not kept."""
     if not num_topk or not branch.chunk:

@@ -20,6 +20,7 @@ from genssd.engine.page_budget import PageBudget, Reservations
 from genssd.engine.restoring import restore_shared
 from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, response_place, run_statistics
 from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
@@ -56,6 +57,11 @@ class Expander:
         self._runners = [drawing.writer] if scorer is None else [drawing.writer, scorer]
         self._budget = PageBudget(self._runners, reservations)
         self._lanes: list[Lane] = []
+
+    @property
+    def threads(self) -> int | None:
+        """Number of threads that compute; None for the default."""
+        return self._runners[0].threads
 
     @property
     def has_room(self) -> bool:
@@ -105,7 +111,7 @@ class Expander:
         self._budget.release(expansion)
         expansion.reset()
 
-    @torch.inference_mode()
+    @computes
     def step(self) -> list[Expansion]:
         """Decode one token of every candidate in the batch; return the expansions that are complete and scored."""
         batch, waiting = self._split_lanes()

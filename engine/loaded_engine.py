@@ -10,9 +10,8 @@ from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.errors import InputError
 from genssd.engine.launches import LaunchRecord, describe_launches
-from genssd.engine.loading import LoadedModels, load_models
-from genssd.engine.memory import cache_budget, choose_device
-from genssd.engine.model import Decoder
+from genssd.engine.loading import load_models
+from genssd.engine.memory import choose_device
 from genssd.engine.nodes import NodeReader
 from genssd.engine.options_check import check_arguments
 from genssd.engine.requests import check_sizes
@@ -21,8 +20,10 @@ from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.session import Session
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import effective_threads
 from genssd.engine.token_map import TokenMap
 from genssd.engine.usage import Usage
+from genssd.kernels.threads import torch_threads
 
 
 class LoadedEngine:
@@ -52,6 +53,7 @@ class LoadedEngine:
         memory_bytes: int | None = None,
         max_batch: int = 256,
         deterministic: bool = True,
+        threads: int | None = None,
     ) -> Self:
         """Load one or both models and return an engine over them.
 
@@ -60,33 +62,17 @@ class LoadedEngine:
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
         number of candidates decoded at once. deterministic: on a GPU, a token's bits do not depend on how many are
-        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md).
-        Raises CheckpointError on a directory that cannot be used, InputError on models whose tokenizers do not match.
+        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md). threads:
+        number of CPU threads, on which no result depends; None: torch's number, at most the cores that are given.
+        Raises CheckpointError on an unusable directory, InputError on different tokenizers, CapacityError without room.
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
         check_sizes(memory_utilization, max_batch)
         target = choose_device(device)
-        models = load_models(teacher, student, dtype, target, deterministic=deterministic)
-        return cls(models.open_resources(cache_budget(target, memory_bytes, memory_utilization), max_batch))
-
-    @classmethod
-    @check_arguments()
-    def from_decoder(
-        cls,
-        role: Role,
-        decoder: Decoder,
-        tokenizer: Tokenizer,
-        *,
-        memory_bytes: int | None = None,
-        max_batch: int = 256,
-    ) -> Self:
-        """Return an engine over one decoder that is in memory already.
-
-        memory_bytes: size of its cache in bytes; None takes a third of the free memory.
-        """
-        budget = cache_budget(decoder.device, memory_bytes, 1 / 3)
-        return cls(LoadedModels.of_one(role, decoder, tokenizer).open_resources(budget, max_batch))
+        with torch_threads(effective_threads(threads)):
+            models = load_models(teacher, student, dtype, target, deterministic=deterministic)
+        return cls(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
 
     @check_arguments()
     def with_chat(self, options: ChatOptions) -> Self:
@@ -106,6 +92,11 @@ class LoadedEngine:
         """Number of held pages and of all pages, over both caches."""
         trees = [runner.tree for runner in self._resources.runners.values()]
         return sum(t.pool.num_pages - t.num_free for t in trees), sum(t.pool.num_pages for t in trees)
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads that compute."""
+        return effective_threads(next(iter(self._resources.runners.values())).threads)
 
     @cached_property
     def fingerprints(self) -> dict[Role, str]:

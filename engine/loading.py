@@ -10,12 +10,12 @@ import torch
 
 from genssd.engine.checkpoint import locate
 from genssd.engine.launches import describe_launches
-from genssd.engine.memory import choose_dtype
+from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
 from genssd.engine.requests import check_vocabulary
 from genssd.engine.resources import Resources
-from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.runner import MAX_ROWS, ModelRunner, Role
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
 
@@ -38,16 +38,24 @@ class LoadedModels:
             directories={role: tokenizer.directory}, decoders={role: decoder}, tokenizers={role: tokenizer}
         )
 
-    def open_resources(self, budget_bytes: int, max_batch: int) -> Resources:
-        """Give every decoder a cache; together the caches take the budget, and hold the same number of tokens each."""
+    def open_resources(
+        self, memory_bytes: int | None, free_fraction: float, max_batch: int, threads: int | None = None
+    ) -> Resources:
+        """Give every decoder a cache; all hold the same number of tokens.
+
+        memory_bytes: size of all caches together; None takes a fraction of the free memory (`cache_budget`). threads:
+        number of threads that compute; None for the default of `threads.effective_threads`.
+        """
         decoders = list(self.decoders.values())
-        num_pages = pages_within(budget_bytes, decoders)
+        working = max(_working_bytes(decoder, max_batch) for decoder in decoders)
+        budget = cache_budget(decoders[0].device, memory_bytes, free_fraction, working_bytes=working)
+        num_pages = pages_within(budget, decoders)
         pools = {role: PagePool.for_model(decoder, num_pages) for role, decoder in self.decoders.items()}
         page_bytes = sum(pool.page_bytes for pool in pools.values())
         for pool in pools.values():
             pool.page_bytes = page_bytes
         runners = {
-            role: ModelRunner(role, self.directories[role], decoder, pools[role])
+            role: ModelRunner(role, self.directories[role], decoder, pools[role], threads=threads)
             for role, decoder in self.decoders.items()
         }
         return Resources(runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map)
@@ -64,8 +72,10 @@ def load_models(
     """
     names: dict[Role, str | Path | None] = {"teacher": teacher, "student": student}
     directories = {role: locate(name) for role, name in names.items() if name is not None}
+    dtypes = {role: choose_dtype(path, dtype, device) for role, path in directories.items()}
+    check_weights_fit(directories, dtypes, device)
     decoders = {
-        role: Decoder.load(path, choose_dtype(path, dtype, device), device, deterministic=deterministic)
+        role: Decoder.load(path, dtypes[role], device, deterministic=deterministic)
         for role, path in directories.items()
     }
     tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
@@ -80,3 +90,11 @@ def load_models(
     if (launches := describe_launches(list(decoders.values()))) is not None:
         logger.info("kernel configurations: %s", launches.description)
     return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, token_map=token_map)
+
+
+def _working_bytes(decoder: Decoder, max_batch: int) -> int:
+    """Return the memory of the largest forward pass of a model, and of the logits of a decoding batch with copies."""
+    c = decoder.config
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    values = 6 * c.hidden_size + heads + 3 * c.intermediate_size  # of one token: states, norms, heads, feed-forward
+    return MAX_ROWS * values * decoder.dtype.itemsize + 3 * 4 * max_batch * c.vocab_size

@@ -1,33 +1,100 @@
-"""The machine's part in the choices: free memory, the device, and the dtype that a checkpoint runs in."""
+"""The machine's part in the choices: memory for caches and weights, the device, and the dtype of a checkpoint.
+
+On a CPU nothing takes memory before it is written: a cache is allocated whole, and the kernel gives it a page of memory
+when a token is first stored there. A process beyond the limit of its cgroup is killed without a word at that time. So
+the budget of the caches leaves room for everything else, and what cannot fit is refused before it is loaded.
+"""
 
 from __future__ import annotations
 
-import os
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from genssd.engine.config import ModelConfig
-from genssd.engine.errors import InputError
+from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.machine import available_memory
+from genssd.engine.runner import Role
+from genssd.engine.weights import WeightFiles
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_OF_NAME = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Data types by their names in safetensors."""
+
+
+BASE_BYTES = 64 << 20
+"""Memory that a CPU process keeps free besides tensors: results and texts, stacks and arenas of threads, libraries."""
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the free memory of a device in bytes; on the CPU, the kernel's estimate of what needs no swapping."""
+    """Return the free memory of a device in bytes; on the CPU, what this process can still take (machine.py)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available_memory()
 
 
-def cache_budget(device: torch.device, memory_bytes: int | None, free_fraction: float) -> int:
-    """Return the size of all caches in bytes: memory_bytes, or a fraction of the device's free memory."""
-    return int(free_fraction * available_bytes(device)) if memory_bytes is None else memory_bytes
+def cache_budget(
+    device: torch.device, memory_bytes: int | None, free_fraction: float, *, working_bytes: int = 0
+) -> int:
+    """Return the size of all caches in bytes: memory_bytes, or a fraction of the device's free memory.
+
+    working_bytes: memory that the computation takes besides; on a CPU the fraction leaves at least so much, and
+    BASE_BYTES. Raises CapacityError where that is more than there is. A memory_bytes beyond the free memory is taken,
+    with a warning, since memory is used only as the caches fill.
+    """
+    if device.type != "cpu":
+        return int(free_fraction * available_bytes(device)) if memory_bytes is None else memory_bytes
+    free, kept = available_bytes(device), working_bytes + BASE_BYTES
+    if memory_bytes is None:
+        if free <= kept:
+            raise CapacityError(
+                f"{free:,} bytes of memory are free for this process, and {kept:,} are kept for the computation: "
+                "nothing is left for the key-value cache; raise the limit of memory, or give memory_bytes"
+            )
+        return min(int(free_fraction * free), free - kept)
+    if memory_bytes > max(0, free - kept):
+        logger.warning(
+            "memory_bytes is %s; with %s bytes for the computation that may be more than the %s bytes that are free",
+            f"{memory_bytes:,}",
+            f"{kept:,}",
+            f"{free:,}",
+        )
+    return memory_bytes
+
+
+def check_bytes_fit(needed: int, purpose: str, device: torch.device) -> None:
+    """Check that a CPU has so many bytes of free memory. Raises CapacityError that names them and their purpose."""
+    if device.type == "cpu" and needed > (free := available_bytes(device)):
+        raise CapacityError(
+            f"{purpose} take {needed:,} bytes, and {free:,} bytes of memory are free for this process; raise the limit "
+            "of memory, or take a smaller model"
+        )
+
+
+def check_weights_fit(
+    directories: Mapping[Role, Path], dtypes: Mapping[Role, torch.dtype], device: torch.device
+) -> None:
+    """Check that a CPU has memory for the weights of models before they are read.
+
+    directories, dtypes: place and data type in memory of every model, by role. Raises CapacityError naming the bytes.
+    """
+    if device.type != "cpu":
+        return
+    packed = copied = 0
+    for role, directory in directories.items():
+        dtype = dtypes[role]
+        weights = WeightFiles.open(directory)
+        tensors = weights.tensors.values()
+        packed += sum(tensor.num_elements for tensor in tensors) * dtype.itemsize
+        # tensors of another type are converted before they are packed, and freed after the model; others are mapped
+        others = sum(tensor.num_elements for tensor in tensors if DTYPE_OF_NAME.get(tensor.dtype) != dtype)
+        copied = max(copied, others * dtype.itemsize)
+    names = " and ".join(f"{role} {directory}" for role, directory in directories.items())
+    check_bytes_fit(packed + copied, f"the weights of {names} with the copies made while they are loaded", device)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -29,6 +29,7 @@ from genssd.engine.resources import Resources
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import forced_stream
 from genssd.engine.session import Session
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import nonfinite_logits
 from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
@@ -40,7 +41,9 @@ class Fork:
     """A token that is put after the first `position` tokens of a response, in place of the token there."""
 
     position: int
+    """Number of the response's tokens before the one that is put there."""
     token: int
+    """Id of the token that is put there."""
 
 
 class NodeReader:
@@ -53,6 +56,7 @@ class NodeReader:
         self._runner = runner
         self._vocabulary = vocabulary
         self._usage = usage
+        self.threads = runner.threads
 
     def states(
         self,
@@ -75,7 +79,7 @@ class NodeReader:
                 states.append(states_ND[list(nodes)].cpu())
         return states
 
-    @torch.inference_mode()
+    @computes
     def likeliest(self, states_ND: Tensor, k: int, label: str, *, least: float = 0.0) -> list[list[int]]:
         """Return the ids of the k most likely tokens at every node that have at least the probability `least`.
 
@@ -88,7 +92,7 @@ class NodeReader:
             likeliest += [ids[:count] for ids, count in zip(ids_NK.tolist(), counts_N.tolist(), strict=True)]
         return likeliest
 
-    @torch.inference_mode()
+    @computes
     def logprob(self, states_ND: Tensor, ids: Sequence[Sequence[int]], label: str) -> list[list[float]]:
         """Return the log-probabilities of given tokens at every node, at temperature 1, normalised in float64.
 
@@ -118,8 +122,9 @@ class PrefixPath:
         self._usage = usage
         self._label = label
         self._path = runner.tree.root() if path is None else path
+        self.threads = runner.threads
 
-    @torch.inference_mode()
+    @computes
     def extend(self, ids: Sequence[int]) -> Tensor:
         """Compute further tokens and return their hidden states, [len(ids), D].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for index in range(c.num_hidden_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     return shapes
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Return the number of values in a decoder's parameters; a head that is the embedding counts once."""
+    shapes = parameter_shapes(config)
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def match_parameters(weights: WeightFiles, config: ModelConfig) -> dict[str, str]:

@@ -44,11 +44,15 @@ class _Piece(NamedTuple):
 class ModelRunner:
     """One model over the branch tree of its cache. `directory` is used in messages only."""
 
-    def __init__(self, role: Role, directory: FilePath, decoder: Decoder, pool: PagePool) -> None:
+    def __init__(
+        self, role: Role, directory: FilePath, decoder: Decoder, pool: PagePool, *, threads: int | None = None
+    ) -> None:
         self.role = role
         self.directory = directory
         self.decoder = decoder
         self.tree = BranchTree(pool)
+        self.threads = threads
+        """Number of threads that compute; None for the default of `threads.effective_threads`."""
         self._graphs = DecodeGraphs(decoder, pool.kv) if pool.kv.is_cuda else None
         self.runs_ahead = pool.kv.is_cuda
         """Whether the host is free while the model computes, so that the next step is best prepared meanwhile."""

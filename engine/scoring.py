@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, run_statistics
 from genssd.engine.tree import Path
 from genssd.kernels.logprob import TokenStats
@@ -72,7 +73,7 @@ def _first_batch(runner: ModelRunner, pairs: Sequence[Pair], cached: CachedPromp
     return pairs
 
 
-@torch.inference_mode()
+@computes
 def _score_batch(
     runner: ModelRunner, pairs: Sequence[Pair], num_remaining: Counter[PromptKey], cached: CachedPrompts, first: int
 ) -> list[TokenStats]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from genssd.engine.config import ModelConfig
+from genssd.engine.machine import available_cores
 from genssd.engine.pages import PAGE_SIZE
 from genssd.kernels import tuned
 from genssd.kernels.gpu_timing import captured_seconds, compile_in_parallel
@@ -28,6 +29,8 @@ from genssd.kernels.tuned import Configuration, Entry, Problem, find_disagreemen
 Outputs = tuple[Tensor, ...]
 Timer = Callable[[Callable[[], Outputs], bool], float]
 """A function that returns the time in seconds of a call, which is long (milliseconds) or not."""
+MAX_PROCESSES = 14
+"""Maximum number of processes that compile; each of them holds torch and its CUDA context in memory."""
 COMPARED_ROWS = 16
 """Number of first rows whose bits are compared between candidates and samples."""
 ROWS_ALONE = (0, 5)
@@ -238,7 +241,9 @@ def tune_models(
     torch.cuda.set_device(device)
     workloads = make_workloads(models, device)
     jobs = list_jobs(workloads)
-    compile_in_parallel(functools.partial(compile_candidate, jobs, device), len(jobs), timeout=seconds / 2)
+    processes = min(MAX_PROCESSES, available_cores())
+    work = functools.partial(compile_candidate, jobs, device)
+    compile_in_parallel(work, len(jobs), processes=processes, timeout=seconds / 2)
     report(f"{len(jobs)} candidates compiled in {time.monotonic() - started:.0f} s")
     entries: dict[Problem, Entry] = {}
     while workloads:

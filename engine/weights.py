@@ -7,6 +7,7 @@ would be read otherwise, or twice, or not at all, is refused, so that every read
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of values in the tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from genssd.engine.candidate import Window
 from genssd.engine.errors import CapacityError
 from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, run_statistics
 from genssd.engine.tree import Path
 
 
-@torch.inference_mode()
+@computes
 def local_logprob(
     runner: ModelRunner, prompt_ids: Sequence[int], ids: Sequence[int], windows: Sequence[Window]
 ) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from genssd import _core
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import runs_natively
+from genssd.kernels.threads import num_threads
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def geglu(gate_up_N2F: Tensor) -> Tensor:
 def _gate_natively(gate_up_N2F: Tensor, *, gelu: bool) -> Tensor:
     refuse_gradients("geglu" if gelu else "swiglu", gate_up_N2F)
     out = gate_up_N2F.new_empty(gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2)
-    _core.gated(gate_up_N2F.contiguous(), gelu, out, torch.get_num_threads())
+    _core.gated(gate_up_N2F.contiguous(), gelu, out, num_threads())
     return out
 
 

@@ -27,6 +27,7 @@ from genssd import _core
 from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import runs_natively
+from genssd.kernels.threads import num_threads
 
 SegmentTable = _core.SegmentTable
 """Table that lists which query rows read which segments of the cache.
@@ -125,7 +126,7 @@ def paged_attention(
         out = torch.empty_like(q_NHE, memory_format=torch.contiguous_format)
         _core.paged_attention(
             q_NHE.contiguous(), k_pages_PSGE, v_pages_PSGE, table, out, scale, softcap or 0.0, sinks_H,
-            torch.get_num_threads(),
+            num_threads(),
         )  # fmt: skip
         return out
     return paged_attention_reference(

@@ -13,6 +13,7 @@ from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import detach, runs_natively
 from genssd.kernels.norm import rms_norm_reference
 from genssd.kernels.rotary import rotary
+from genssd.kernels.threads import num_threads
 
 
 def write_kv(
@@ -50,7 +51,7 @@ def write_kv(
         q = qkv_NKE.new_empty(qkv_NKE.shape[0], heads, qkv_NKE.shape[2])
         _core.write_kv(
             qkv_NKE.contiguous(), cos.contiguous(), sin.contiguous(), k_pages_PSGE, v_pages_PSGE, slot_N,
-            detach(q_norm), detach(k_norm), eps, q, torch.get_num_threads(),
+            detach(q_norm), detach(k_norm), eps, q, num_threads(),
         )  # fmt: skip
         return q
     return write_kv_reference(
@@ -93,7 +94,7 @@ def copy_pages(kv_L2PSGE: Tensor, source_N: Tensor, destination_N: Tensor) -> No
 
         copy_page_rows(kv_L2PSGE, source_N, destination_N)
     elif runs_natively(kv_L2PSGE) and kv_L2PSGE.is_contiguous():
-        _core.copy_pages(kv_L2PSGE, source_N.contiguous(), destination_N.contiguous(), torch.get_num_threads())
+        _core.copy_pages(kv_L2PSGE, source_N.contiguous(), destination_N.contiguous(), num_threads())
     else:
         copy_pages_reference(kv_L2PSGE, source_N, destination_N)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -43,15 +42,14 @@ def captured_seconds(runs: Sequence[Callable[[], object]], *, repeats: int = 7, 
 
 
 def compile_in_parallel(
-    work: Callable[[int], None], count: int, *, processes: int = 14, timeout: float | None = None
+    work: Callable[[int], None], count: int, *, processes: int, timeout: float | None = None
 ) -> None:
-    """Call work(0) to work(count - 1) in processes of their own, so that Triton compiles on all cores at once.
+    """Call work(0) to work(count - 1) in `processes` processes, so that Triton compiles on many cores at once.
 
     What they compile is then in Triton's cache on disk. A call that raises counts as done. timeout: seconds after which
     calls that have not begun are dropped.
     """
-    processes = max(1, min(processes, count, os.cpu_count() or 1))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max(1, min(processes, count)), mp_context=get_context("spawn")) as pool:
         futures: list[Future[None]] = [pool.submit(work, index) for index in range(count)]
         wait_for(futures, timeout=timeout)
         for future in futures:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genssd import _core
 from genssd.kernels.native import detach, runs_natively
+from genssd.kernels.threads import num_threads
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 
@@ -25,7 +26,7 @@ def linear(x_ND: Tensor, weight_MD: Weight, bias_M: Tensor | None = None, *, out
     if isinstance(weight_MD, PackedWeight) or (out_is_supported and runs_natively(x_ND, weight_MD, bias_M)):
         y = x_ND.new_empty(x_ND.shape[0], weight_MD.shape[0]) if out is None else out
         x_ND = x_ND if x_ND.stride(-1) == 1 else x_ND.contiguous()
-        _core.linear(x_ND.detach(), cells_of(weight_MD), detach(bias_M), y, torch.get_num_threads())
+        _core.linear(x_ND.detach(), cells_of(weight_MD), detach(bias_M), y, num_threads())
         return y
     if out is not None and bias_M is None and x_ND.is_cuda and out.dtype != x_ND.dtype:
         return torch.mm(x_ND, weight_MD.T, out_dtype=out.dtype, out=out)

@@ -34,6 +34,7 @@ from genssd.kernels.head import (
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.logprob_gradient import backward, save_context
 from genssd.kernels.native import detach, runs_natively
+from genssd.kernels.threads import num_threads
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 LOGITS_BYTES = 32 << 20  # largest size of the float32 logits of one block of rows
@@ -53,13 +54,12 @@ class NonFiniteLogits(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The K most likely tokens of N rows, most likely first; of equally likely ones the lower id comes first.
-
-    ids: int64 [N, K]. logprob: float32 [N, K].
-    """
+    """The K most likely tokens of N rows, most likely first; of equally likely ones the lower id comes first."""
 
     ids: Tensor
+    """Token ids, int64 [N, K]."""
     logprob: Tensor
+    """Log-probabilities of the tokens, float32 [N, K]."""
 
     @staticmethod
     def concatenate(parts: Sequence[TopK]) -> TopK:
@@ -69,18 +69,20 @@ class TopK:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
-    """Statistics of N target tokens under a model, each [N], in nats; rank is int32, the others float32.
-
-    logprob: log-probability of the token. logsumexp: log-sum-exp of the logits. entropy: of the distribution. sum_p2:
-    sum of squared probabilities. rank: 1 plus the number of tokens with a larger logit. topk: the most likely tokens.
-    """
+    """Statistics of N target tokens under a model, each [N], in nats; rank is int32, the others float32."""
 
     logprob: Tensor
+    """Log-probability of each token."""
     logsumexp: Tensor
+    """Log-sum-exp of the logits at each token."""
     entropy: Tensor
+    """Entropy of the distribution at each token."""
     sum_p2: Tensor
+    """Sum of the squared probabilities at each token."""
     rank: Tensor
+    """Rank of each token: 1 plus the number of tokens with a larger logit."""
     topk: TopK | None = None
+    """The most likely tokens at each token, where they were asked for."""
 
     def __len__(self) -> int:
         return self.logprob.shape[0]
@@ -272,7 +274,7 @@ def _score_natively(
     stats_4N = torch.stack(values[:4])
     _core.linear_logprob(
         hidden_ND.detach(), cells_of(weight_VD), V, target_N.clamp(0, V - 1), detach(bias),
-        temperature, softcap or 0.0, stats_4N, *values[4:], torch.get_num_threads(),
+        temperature, softcap or 0.0, stats_4N, *values[4:], num_threads(),
     )  # fmt: skip
     for value, computed in zip(values, stats_4N, strict=False):
         value.copy_(computed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from genssd import _core
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import runs_natively
+from genssd.kernels.threads import num_threads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         refuse_gradients("rms_norm", x, weight)
         rows = x.detach().reshape(-1, x.shape[-1])
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        _core.rms_norm(rows, None, weight.detach(), eps, out, None, torch.get_num_threads())
+        _core.rms_norm(rows, None, weight.detach(), eps, out, None, num_threads())
         return out.view(x.shape)
     return rms_norm_reference(x, weight, eps)
 
@@ -51,7 +52,7 @@ def add_rms_norm(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float
         normed, total = (torch.empty_like(x_ND, memory_format=torch.contiguous_format) for _ in range(2))
         _core.rms_norm(
             x_ND.detach(), residual_ND.detach().contiguous(), weight_D.detach(), eps, normed, total,
-            torch.get_num_threads(),
+            num_threads(),
         )  # fmt: skip
         return normed, total
     return add_rms_norm_reference(x_ND, residual_ND, weight_D, eps)

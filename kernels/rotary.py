@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from genssd import _core
+from genssd.kernels.threads import num_threads
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -52,7 +53,7 @@ def rotary_angles(position_N: Tensor, frequency: Tensor, factor: float) -> tuple
     """
     if position_N.device.type == "cpu" and position_N.dtype == torch.int32:
         cos, sin = (torch.empty(len(position_N), len(frequency)) for _ in range(2))
-        _core.rotary_angles(position_N, frequency, factor, cos, sin, torch.get_num_threads())
+        _core.rotary_angles(position_N, frequency, factor, cos, sin, num_threads())
         return cos, sin
     angle = position_N.float()[:, None] * frequency
     return angle.cos() * factor, angle.sin() * factor

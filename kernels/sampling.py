@@ -22,6 +22,7 @@ from genssd.kernels.head import check_head, check_positive, iter_slices, row_log
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
 from genssd.kernels.native import detach, has_native_kernels, runs_natively
+from genssd.kernels.threads import num_threads
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
 
@@ -110,9 +111,7 @@ def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, to
         tokens = torch.empty_like(key_B, memory_format=torch.contiguous_format)
         # the logarithm is rounded to float32 as in keep_likely; the 0 of a min_p close to 1 would mean no filter
         log_min_p = min(float(torch.log(torch.tensor(min_p))), -1e-30) if min_p > 0.0 else 0.0
-        _core.sample(
-            logits_BV, key_B.contiguous(), temperature, top_k, top_p, log_min_p, tokens, torch.get_num_threads()
-        )
+        _core.sample(logits_BV, key_B.contiguous(), temperature, top_k, top_p, log_min_p, tokens, num_threads())
         return tokens
     sound_B = logits_BV.amax(dim=1).isfinite()
     z = logits_BV
@@ -186,7 +185,7 @@ def _draw_natively(
     logprob = hidden_BD.new_empty(len(hidden_BD), dtype=torch.float32)
     _core.linear_sample(
         hidden_BD.detach(), cells_of(weight_VD), weight_VD.shape[0], key_B.contiguous(), detach(bias),
-        temperature, softcap or 0.0, vocabulary, tokens, logprob, torch.get_num_threads(),
+        temperature, softcap or 0.0, vocabulary, tokens, logprob, num_threads(),
     )  # fmt: skip
     return tokens, logprob
 
@@ -268,7 +267,7 @@ def gumbel_noise(key_B: Tensor, vocabulary: int) -> Tensor:
     if key_B.device.type != "cpu" or not has_native_kernels():
         return gumbel_reference(key_B, vocabulary)
     noise = torch.empty(key_B.shape[0], vocabulary)
-    _core.gumbel_noise(key_B.contiguous(), noise, torch.get_num_threads())
+    _core.gumbel_noise(key_B.contiguous(), noise, num_threads())
     return noise
 
 

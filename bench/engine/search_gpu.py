@@ -23,7 +23,6 @@ import genssd
 from genssd import Chunk, Engine
 from genssd.engine.config import ModelConfig
 from genssd.engine.loading import LoadedModels
-from genssd.engine.memory import cache_budget
 from genssd.engine.model import Decoder
 from genssd.engine.text import Tokenizer
 
@@ -69,8 +68,7 @@ def build_engine() -> Engine:
     models = LoadedModels(
         directories={role: directory for role in tokenizers}, decoders=decoders, tokenizers=tokenizers
     )
-    budget = cache_budget(torch.device(DEVICE), None if GPU else 1 << 28, 0.8)
-    return Engine(models.open_resources(budget, 256))
+    return Engine(models.open_resources(None if GPU else 1 << 28, 0.8, 256))
 
 
 def run_search(engine: Engine, prompts: int, chunk: int, max_tokens: int, steps: list[int]) -> float:

@@ -23,6 +23,7 @@ from bench.support.device_limits import measure_device_limits
 from bench.support.gpu_timing import kernel_microseconds
 from torch import Tensor
 
+from genssd.engine.machine import available_cores
 from genssd.kernels.draw_triton import DrawTiling, draw_from_logits, draw_rows, write_logits
 from genssd.kernels.gpu_timing import captured_seconds, compile_in_parallel
 from genssd.kernels.head_triton import HeadLaunch, HeadTiles
@@ -141,7 +142,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("tuning tile sizes needs a GPU")
     started = time.perf_counter()
-    compile_in_parallel(compile_variant, len(variants()))
+    compile_in_parallel(compile_variant, len(variants()), processes=available_cores())
     print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     limits = measure_device_limits("cuda", torch.bfloat16)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import Operational
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import announce, choose_engine_threads
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
 class EngineOptions:
     """The arguments of `Engine.from_pretrained` other than the models."""
+
+    NEEDS: ClassVar[Needs] = {
+        "memory_utilization": Need(lambda o: o.memory_bytes is None, "no memory_bytes, which replace it")
+    }
 
     device: Operational[str | None] = None
     """Device of the models. None: CUDA where there is one, else the CPU."""
@@ -29,8 +36,14 @@ class EngineOptions:
     """On a GPU: take kernel configurations with which a token's bits do not depend on how many tokens are scored or
     drawn together. Otherwise the fastest for each number of tokens are taken (docs/tuning.md). On a CPU: no effect."""
 
+    threads: Operational[int | None] = None
+    """Number of CPU threads; results do not depend on it. None: OMP_NUM_THREADS where it is set, else the cores that
+    the process is given."""
+
     def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:
-        """Return an engine over these models (hub ids or local directories)."""
+        """Return an engine over these models (hub ids or local directories), and log its number of threads."""
+        threads = choose_engine_threads(self.threads)
+        announce(threads)
         return Engine.from_pretrained(
             teacher=teacher,
             student=student,
@@ -40,6 +53,7 @@ class EngineOptions:
             memory_bytes=self.memory_bytes,
             max_batch=self.max_batch,
             deterministic=self.deterministic,
+            threads=threads.count,
         )
 
     def open_engine(

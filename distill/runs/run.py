@@ -5,8 +5,8 @@
         run.journal.append(row)           what this part finishes, on disk at once
         run.write_summary(...)
 
-OUTPUT_DIR/run.json       the config, the settings that decide the result, the date in chat templates, versions; on a
-                          GPU: kernel configurations
+OUTPUT_DIR/run.json       the config, the settings that decide the result, the date in chat templates, versions, the
+                          number of threads; on a GPU: kernel configurations
 OUTPUT_DIR/JOURNAL        one line per finished piece of work
 OUTPUT_DIR/bad_rows.txt   input that could not be used, by file and line
 OUTPUT_DIR/summary.json   counts and results of the finished run
@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.directory import claim_directory
+from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import Journal, complete_rows, has_lines, write_json
 from genssd.distill.runs.record import PACKAGES, read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
@@ -37,6 +38,7 @@ from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.runner import Role
+from genssd.engine.threads import ThreadChoice
 
 Fingerprints = Mapping[str, str] | Mapping[Role, str]
 """Fingerprints of models that are loaded already, by the name of the config's field."""
@@ -62,6 +64,7 @@ class Run:
         self._journal: Journal | None = None
         self._stack = stack
         self._record: dict[str, Any] = {}
+        self._begun: dict[str, Any] = {}
         self._chat_options: ChatOptions | None = None
         self._is_recorded = False
         self._ends: list[int] | None = None
@@ -93,8 +96,10 @@ class Run:
     def claim(cls, config: RunConfig, command: str, *, journal: str | None = None) -> Iterator[Run]:
         """Hold the output directory while the block runs. The caller decides when the run begins: see `begin`.
 
-        Raises InputError when the directory cannot be written, or belongs to another command or process.
+        Raises InputError when a setting of the config has no effect, and when the directory cannot be written, or
+        belongs to another command or process.
         """
+        check_effects(config)
         with ExitStack() as stack:
             stack.enter_context(claim_directory(Path(config.output_dir), command))
             run = cls(config, command, journal, stack)
@@ -128,7 +133,7 @@ class Run:
         }
         date = choose_date(self._config)
         if self.resumed:
-            begun = read_record(self.path("run.json"))
+            begun = self._begun = read_record(self.path("run.json"))
             self._check_settings(begun, self._record["settings"], free)
             self._record |= {"versions": begun["versions"], "python": begun["python"]}
             date = choose_date(self._config, begun.get("template_date"))
@@ -138,12 +143,14 @@ class Run:
             self._chat_options = self._config.make_chat_options(date)
 
     def use(self, engine: Engine) -> Engine:
-        """Record which kernel configurations an engine takes on a GPU, and return the engine.
+        """Record an engine's number of threads and, on a GPU, its kernel configurations; return the engine.
 
-        Nothing is recorded on a CPU, whose results do not depend on them. Raises InputError where an earlier part of
-        the run took others for the same models.
+        The results depend on the configurations, and not on the number of threads. Raises InputError where an earlier
+        part of the run took others for the same models.
         """
+        self._record["threads"] = engine.threads
         if engine.launches is None:
+            self._write_record()
             return engine
         models = "+".join(engine.fingerprints.values())
         now = dataclasses.asdict(engine.launches)
@@ -155,9 +162,25 @@ class Run:
                 "resume on such a GPU with the same tune file and deterministic, or choose another output_dir"
             )
         self._record.setdefault("launches", {})[models] = begun
+        self._write_record()
+        return engine
+
+    def fix_threads(self, choice: ThreadChoice) -> ThreadChoice:
+        """Return the number of threads on which this run's results depend, and record it.
+
+        That of an earlier part of the run comes before `choice`.
+        """
+        begun = self._begun.get("threads")
+        if isinstance(begun, int) and begun > 0:
+            choice = ThreadChoice(count=begun, reason="as this run was begun")
+        self._record["threads"] = choice.count
+        self._write_record()
+        return choice
+
+    def _write_record(self) -> None:
+        """Write run.json again, if it has been written."""
         if self._is_recorded:
             write_json(self.path("run.json"), self._record)
-        return engine
 
     def record(self) -> None:
         """Write run.json, remove the summary and the temporary files of an earlier part, and cut a torn last line off

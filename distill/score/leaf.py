@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -43,8 +44,11 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.parameters import count_parameters
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import announce, check_threads, choose_training_threads
 from genssd.kernels.cross_entropy import linear_cross_entropy
+from genssd.kernels.threads import torch_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +73,12 @@ class LeafConfig(ChatSettings):
     """Maximum number of tokens in prompt and response; longer traces are left out, and named."""
     device: Operational[str | None] = None
     """Device of both models. None: CUDA where there is one, else the CPU."""
+    threads: Operational[int | None] = None
+    """Number of CPU threads. None: OMP_NUM_THREADS where it is set, else at most the cores that the process is given,
+    and one per million parameters of the teacher. A resumed run takes the number that it was begun with."""
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         if not self.data:
             raise InputError("leaf needs at least one data file")
         if self.limit is not None and self.limit < 1:
@@ -95,14 +103,17 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
 
     Raises GenssdError on bad input; traces that were finished before are in the journal.
     """
-    with Run.open(config, "leaf", journal="journal.jsonl") as run:
+    with Run.open(config, "leaf", journal="journal.jsonl") as run, ExitStack() as stack:
         source = locate(config.student)
         tokenizer = Tokenizer(source).with_chat(run.chat_options)
         longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
         traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
         done = set(find_traces(run.done(), traces, run.journal_path))
         missing = [trace for i, trace in enumerate(traces) if i not in done]
+        threads = run.fix_threads(choose_training_threads(config.threads, _count_parameters(config.teacher)))
         if missing:
+            announce(threads)
+            stack.enter_context(torch_threads(threads.count))
             student, teacher = _load_models(config, tokenizer, missing)
             for finished, trace in enumerate(missing, start=len(done) + 1):
                 places = question_places(trace, tokenizer)
@@ -119,6 +130,10 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
         counts = {"traces": len(traces), "counterfactuals": len(rows) - len(traces)}
         run.write_summary({**counts, "bad_rows": len(bad_rows)})
     return LeafSummary(output_dir=run.output_dir, **counts, bad_rows=tuple(bad_rows))
+
+
+def _count_parameters(name: str) -> int:
+    return count_parameters(ModelConfig.load(locate(name)))
 
 
 def _load_models(config: LeafConfig, tokenizer: Tokenizer, traces: Sequence[Trace]) -> tuple[Any, Any]:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
+from typing import ClassVar
 
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.score.ranking import FeatureRow, group_by_prompt
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.errors import InputError
@@ -19,6 +21,8 @@ LENGTH_KINDS = ("long", "short")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PickOptions:
     """Options of the choice of responses."""
+
+    NEEDS: ClassVar[Needs] = {"similarity": Need(lambda o: o.keep > 1, "a pick.keep of at least 2")}
 
     by: str | None = None
     """Name of the criterion that picks, one of the criteria; None: the first of them."""

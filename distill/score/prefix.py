@@ -16,12 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, find_traces, make_training_row, read_usable_traces, sort_by_trace
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -51,6 +52,8 @@ PrefixJudge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
     """Keep as much of every trace as the student needs, and let the student write the rest."""
+
+    NEEDS: ClassVar[Needs] = {"judge_tokens": Need(lambda o: o.judge == "says", "judge says")}
 
     student: ModelPath[str]
     """Hub id or local directory of the model that judges and continues."""

@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
 from genssd.distill.data.problems import ProblemRow, ProblemSet, check_same_problem, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -39,6 +40,8 @@ from genssd.engine.sampling import Sampling
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
+
+    NEEDS: ClassVar[Needs] = {"rsd": Need(lambda o: o.method == "rsd", "method rsd")}
 
     teacher: ModelPath[str]
     """Hub id or local directory of the model that writes."""

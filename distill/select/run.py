@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
 from genssd.distill.data.problems import ProblemRow, ProblemSet, check_same_problem, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.data.topk_store import TopkStore, check_topk_file, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, damaged_line, has_lines, write_json
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -49,6 +50,8 @@ TOPK_FILE = "teacher_topk.bin"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrate:
     """A threshold chosen so that a given fraction of the teacher's plain chunks passes it."""
+
+    NEEDS: ClassVar[Needs] = {name: Need(lambda o: o.data is not None, "calibrate.data") for name in ("share", "limit")}
 
     data: FileName[str | None] = None
     """Data file of problems for the calibration, other ones than those of the run. None: no calibration."""

@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from genssd.distill.runs.effects import Need, Needs
 from genssd.engine.errors import InputError
 from genssd.engine.steps import step_spans
 from genssd.kernels.attention_mass import attention_mass
@@ -41,6 +42,11 @@ IMPLEMENTATION = "genssd_mass"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyAttentionOptions:
     """Options of the loss on attention to key words."""
+
+    NEEDS: ClassVar[Needs] = {
+        name: Need(lambda o: o.weight > 0.0, "a key_attention.weight above 0")
+        for name in ("words", "max_words", "rows", "teacher_temperature", "student_temperature")
+    }
 
     weight: float = 0.0
     """Factor of the attention loss (the mean over examples), which is added to the loss of the tokens; 0 turns it off.

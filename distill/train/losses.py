@@ -28,12 +28,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import ModelPath
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
@@ -51,6 +52,29 @@ KdLoss = Literal[
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOptions:
     """Options of the training loss."""
+
+    NEEDS: ClassVar[Needs] = {
+        **{
+            name: Need(lambda o: o.uses_divergence, "a kd_ratio above 0")
+            for name in ("kd_loss", "kd_standardize", "kd_topk", "mask_special_tokens", "temperature")
+        },
+        "beta": Need(
+            lambda o: o.uses_divergence and o.kd_loss in ("jsd", "distillm2"),
+            "kd_loss jsd or distillm2, and a kd_ratio above 0",
+        ),
+        "alpha": Need(
+            lambda o: o.uses_divergence and o.kd_loss in ("skew_forward_kl", "skew_reverse_kl", "distillm2"),
+            "kd_loss skew_forward_kl, skew_reverse_kl or distillm2, and a kd_ratio above 0",
+        ),
+        "kd_tail": Need(
+            lambda o: o.uses_divergence and (o.uses_rows or o.kd_topk > 0),
+            "a kd_ratio above 0 with the top k of the rows, or with kd_topk",
+        ),
+        "kd_vocabulary": Need(
+            lambda o: o.uses_divergence and o.uses_teacher and not o.kd_topk and not o.kd_standardize,
+            "a kd_ratio above 0 with a teacher in memory, without kd_topk and kd_standardize",
+        ),
+    }
 
     teacher_model_name_or_path: ModelPath[str | None] = None
     """Hub id or local directory of a teacher that is loaded next to the student, for kd_ratio > 0. None: the
@@ -119,6 +143,11 @@ class LossOptions:
                 "the rows' top k were taken at temperature 1 and say nothing of the tail at another: use "
                 "--kd-tail renormalize, temperature 1, or a teacher in memory"
             )
+
+    @property
+    def uses_divergence(self) -> bool:
+        """Whether the loss has a divergence from the teacher. That of an on-policy step is nothing else."""
+        return self.kd_ratio > 0.0 or self.lmbda > 0.0
 
     @property
     def uses_rows(self) -> bool:

@@ -18,11 +18,15 @@ from torch import Tensor
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.settings import Operational
 from genssd.engine.config import ModelConfig
-from genssd.engine.engine import Engine
+from genssd.engine.engine import Engine, open_engine
 from genssd.engine.errors import InputError
+from genssd.engine.memory import cache_budget
 from genssd.engine.model import Decoder
 from genssd.engine.sampling import Sampling
 from genssd.engine.text import Tokenizer
+
+STATES_PER_WEIGHT = 3
+"""Number of values that a step of AdamW keeps per weight: the gradient and two moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +80,11 @@ class Rollouts:
         for name, view in decoder.stacked().items():
             model.get_parameter(name).data = view
         # the engine's messages name the option memory_bytes, which is rollout.memory_bytes here
-        engine = Engine.from_decoder("student", decoder, tokenizer, memory_bytes=plan.options.memory_bytes)
+        budget = plan.options.memory_bytes
+        if budget is None:
+            weights = sum(tensor.nbytes for tensor in tensors.values())
+            budget = cache_budget(decoder.device, None, 1 / 3, working_bytes=STATES_PER_WEIGHT * weights)
+        engine = open_engine("student", decoder, tokenizer, memory_bytes=budget)
         return Rollouts(engine, plan)
 
     def write(self, examples: Sequence[Example], step: int, indices: Sequence[int]) -> list[Example]:

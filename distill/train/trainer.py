@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import complete_rows
 from genssd.distill.runs.writing import truncate
 from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
@@ -42,8 +43,10 @@ from genssd.distill.train.resume import collect_settings, find_checkpoint, fix_d
 from genssd.distill.train.saving import save_final_model
 from genssd.distill.train.schedule import Schedule
 from genssd.distill.train.step import StepResult, take_step, write_completions
+from genssd.distill.train.threads import fix_threads
 from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device
+from genssd.kernels.threads import torch_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     Raises GenssdError on bad input, and on a loss that is not finite (its batch is written to bad_batch.jsonl).
     """
     started = time.monotonic()
+    check_effects(config)
     config = fix_date(config)
     inputs = read_inputs(config)
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
@@ -117,7 +121,9 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
         raise InputError("the processes began on different days: give --template-date, or start them again")
     if world.is_main:
         _warn_of_wrong_rows(inputs)
-    with world.claim_run(config, "train") as run:
+    config = fix_threads(config, world)
+    assert config.threads is not None
+    with torch_threads(config.threads), world.claim_run(config, "train") as run:
         if run is not None:
             remove_leftovers(Path(config.output_dir))
         world.wait()  # until they are gone

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from genssd.engine.errors import GenssdError, InputError
+from genssd.refused_memory import describe_refused_memory, means_refused_memory
 from genssd.stopping import StopSignals, is_main_process
 from genssd.streams import discard, open_standard_streams, print_error
 
@@ -44,6 +45,9 @@ USAGE = "\n".join(
         "`genssd COMMAND --help` lists the flags of a command.",
     ]
 )
+
+OPENMP_SETTINGS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+"""Settings of GNU's and of Intel's OpenMP library with which threads that wait for work sleep."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,11 +77,14 @@ def _run_guarded(words: Sequence[str], signals: StopSignals) -> int:
         message, code = signals.describe(error), signals.exit_code
     except BrokenPipeError:
         message, code = "the reader of the output has gone", 1
-    except OSError as error:
-        place = "the output" if error.filename is None else error.filename
-        message, code = f"{place} cannot be read or written: {error.strerror or error}", 2
-    except MemoryError:
-        message, code = "the memory of this machine does not suffice", 2
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
+        if means_refused_memory(error):
+            message, code = describe_refused_memory(error), 2
+        elif isinstance(error, OSError):
+            place = "the output" if error.filename is None else error.filename
+            message, code = f"{place} cannot be read or written: {error.strerror or error}", 2
+        else:
+            raise
     if is_main_process() or code == 2:
         print_error(message)
     try:
@@ -99,7 +106,8 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
     if command not in SUMMARIES:
         match = difflib.get_close_matches(command, SUMMARIES, n=1)
         hint = f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(SUMMARIES)}"
-        raise InputError(f"unknown command {command!r}{hint}\n{USAGE}")
+        raise InputError(f"unknown command {command!r}{hint}")
+    _let_idle_threads_sleep()
     _quiet_libraries()
     _show_log()
     commands, read_config = import_module("genssd.commands"), import_module("genssd.flags").read_config
@@ -123,6 +131,16 @@ def _show_log() -> None:
     if not log.handlers:
         log.addHandler(_StderrHandler())
         log.setLevel(logging.INFO)
+
+
+def _let_idle_threads_sleep() -> None:
+    """Set the environment so that OpenMP threads without work leave their core, unless the user has decided otherwise.
+
+    By default they wait in a loop, which on a busy machine takes the time of the threads that work. Has no effect once
+    torch is imported.
+    """
+    if not {*OPENMP_SETTINGS, "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ.update(OPENMP_SETTINGS)
 
 
 def _quiet_libraries() -> None:

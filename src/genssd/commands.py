@@ -36,6 +36,7 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.distill.tuning import TuneConfig, run_tune
 from genssd.engine.errors import InputError
+from genssd.engine.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
 
 MAX_LISTED = 10  # failures or bad rows that are listed one by one
@@ -242,4 +243,5 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
 
 def run_command(name: str, config: Any, console: Console) -> None:
     """Run a command, after replacing a leading `~` in the config's names of files, directories and models."""
+    limit_torch_threads()
     COMMANDS[name][1](expand_home(config), console)

@@ -192,11 +192,12 @@ def test_a_directory_with_files_of_no_run_is_refused_and_left_alone(tmp_path: Pa
 def test_an_empty_directory_is_taken_and_harmless_files_may_be_in_it(tmp_path: Path) -> None:
     directory = tmp_path / "mine"
     directory.mkdir()
-    for name in ("select.log", "config.yaml", ".gitignore", "run.json.tmp"):
+    for name in ("select.log", "config.yaml", ".gitignore", ".notes.tmp", "run.json.tmp"):
         (directory / name).write_text("")
     work(Config(output_dir=str(directory)), 1)
     assert not (directory / "run.json.tmp").exists()  # a process was killed while it wrote run.json
     assert (directory / "select.log").exists()
+    assert (directory / ".notes.tmp").exists()
 
 
 def test_a_lost_record_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -356,7 +357,9 @@ def test_a_torn_line_is_cut_even_if_nothing_is_left_to_do(tmp_path: Path) -> Non
 def made_engine(source: str | None, digest: str = "aa", *, models: tuple[str, ...] = ("t1", "s1")) -> Any:
     """An engine on a GPU with kernel configurations of this digest; source None: an engine on a CPU."""
     launches = None if source is None else LaunchRecord(source=source, deterministic=True, digest=digest)
-    return SimpleNamespace(launches=launches, fingerprints=dict(zip(("teacher", "student"), models, strict=False)))
+    return SimpleNamespace(
+        threads=2, launches=launches, fingerprints=dict(zip(("teacher", "student"), models, strict=False))
+    )
 
 
 def work_on(engine: Any, config: Config, number: int) -> None:

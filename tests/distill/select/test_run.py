@@ -292,3 +292,14 @@ def test_progress_counts_this_run_alone(tiny_pair: TinyPair, write_rows: Write, 
         )
     rows = lines(tmp_path / "second" / "selections.jsonl")
     assert sampled[3] == sampled[7] == sum(row["tokens_sampled"] for row in rows)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data, journals = write_rows(PROMPTS), []
+    for threads in (1, 3):
+        output_dir = tmp_path / str(threads)
+        run_select(config_for(tiny_pair, data, output_dir, threads=threads, beam=2, candidates=3))
+        record = json.loads((output_dir / "run.json").read_text())
+        assert record["threads"] == threads
+        journals.append((output_dir / "selections.jsonl").read_bytes())
+    assert journals[0] == journals[1]

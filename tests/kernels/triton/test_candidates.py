@@ -85,9 +85,10 @@ def test_all_kernels_of_two_models_are_tuned(monkeypatch: pytest.MonkeyPatch) ->
     """Problems that two models have in common are tuned once, and what is compiled is what is timed."""
     compiled: list[Any] = []
 
-    def compile_in_turn(work: Any, count: int, timeout: float) -> None:
+    def compile_in_turn(work: Any, count: int, processes: int, timeout: float) -> None:
         compiled.extend(work.args[0])
         assert count == len(compiled)
+        assert 1 <= processes <= tuning.MAX_PROCESSES
         for index in range(count):
             work(index)
 

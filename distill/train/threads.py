@@ -1,0 +1,45 @@
+"""The number of threads of a training on the CPU: chosen once, recorded, and taken again when it is resumed.
+
+The rounding of torch's operators depends on it, so it is a setting like any other: `threads` in run.json and in the
+trainer_state.json of every checkpoint. It follows from the cores that the process is given and the size of the model,
+never from how busy the machine is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from genssd.distill.runs.journal import read_json
+from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.distributed import World
+from genssd.distill.train.resume import find_checkpoint
+from genssd.engine.checkpoint import locate
+from genssd.engine.config import ModelConfig
+from genssd.engine.parameters import count_parameters
+from genssd.engine.threads import ThreadChoice, announce, choose_training_threads
+
+
+def fix_threads(config: TrainConfig, world: World) -> TrainConfig:
+    """Return the config with the number of threads: its own, that of the checkpoint, or one that suits the student.
+
+    All processes take the number of the first. Logs it. Raises InputError when there is no checkpoint to resume from.
+    """
+    recorded = None if config.threads is not None else _recorded_threads(config)
+    if recorded is not None:
+        choice = ThreadChoice(count=recorded, reason="as this training was begun")
+    else:
+        parameters = count_parameters(ModelConfig.load(locate(config.model_name_or_path)))
+        choice = choose_training_threads(config.threads, parameters)
+    choice = world.gather([choice])[0]
+    if world.is_main:
+        announce(choice)
+    return dataclasses.replace(config, threads=choice.count)
+
+
+def _recorded_threads(config: TrainConfig) -> int | None:
+    """Return the number of threads of the checkpoint that is resumed; None without one."""
+    checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+    settings = None if checkpoint is None else read_json(checkpoint / "trainer_state.json").get("settings")
+    threads = settings.get("threads") if isinstance(settings, dict) else None
+    return threads if isinstance(threads, int) and threads > 0 else None  # others are refused when it is resumed
