@@ -41,6 +41,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.parameters import count_parameters
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import check_threads, choose_training_threads
@@ -95,6 +96,7 @@ class DistillConfig(ChatSettings):
     """How every round trains. These settings may change until the first training begins."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("rounds", "prompts_per_round", "eval_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

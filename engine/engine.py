@@ -261,6 +261,9 @@ class Engine(LoadedEngine):
         Branches that were made with other sampling options go in a batch of their own. Raises InputError naming a
         branch by its index, CapacityError, changing nothing, when the candidates of all do not fit together.
         """
+        for i, branch in enumerate(branches):
+            if not any(branch.session is session for session in self._branch_sessions.values()):
+                raise InputError(f"branch {i} belongs to another engine")
         return expand_together(branches, n, chunk)
 
 

@@ -158,7 +158,7 @@ def test_files_and_functions_fit_on_a_screen() -> None:
 WRITES = {
     "write_text", "write_bytes", "save_file", "save_pretrained", "mkstemp", "NamedTemporaryFile", "TemporaryFile",
     "fdopen", "mkdir", "makedirs", "rename", "move", "copyfile", "copy2", "copytree", "truncate",
-    "ftruncate", "to_json", "to_csv", "dump", "tofile",
+    "ftruncate", "to_csv", "dump", "tofile",
 }  # fmt: skip
 """Names of functions and methods that write files by themselves."""
 OWN_WRITES = {

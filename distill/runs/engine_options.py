@@ -13,6 +13,7 @@ from genssd.engine.amounts import format_bytes
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
+from genssd.engine.options_check import check_types
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import announce, choose_engine_threads
 
@@ -44,6 +45,9 @@ class EngineOptions:
     threads: Operational[int | None] = None
     """Number of CPU threads; results do not depend on it. None: OMP_NUM_THREADS where it is set, else the cores that
     the process is given."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def load(self, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT) -> Engine:
         """Return an engine over these models (hub ids or local directories).

@@ -50,6 +50,7 @@ from genssd.distill.score.prefix_judges import (
 )
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.steps import step_spans
 
@@ -87,6 +88,7 @@ class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("judge_tokens", "max_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

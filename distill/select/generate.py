@@ -39,6 +39,7 @@ from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
@@ -78,6 +79,7 @@ class GenerateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.method == "rsd" and self.student is None:
             raise InputError("rsd needs a student: give --student")
         if self.n < 1 or self.max_tokens < 1:
