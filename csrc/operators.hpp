@@ -2,6 +2,7 @@
 // are in genssd.kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "segments.hpp"
@@ -10,10 +11,12 @@
 namespace genssd {
 
 // Fewer operations than this take less time than to wake a thread.
-inline constexpr std::int64_t kMinParallel = 1 << 17;
+inline constexpr std::int64_t kOperationsPerThread = 1 << 16;
 
-// Returns the number of threads for work of so many operations.
-inline int threads_for(std::int64_t operations, int threads) { return operations < kMinParallel ? 1 : threads; }
+// Returns how many of the threads share work of so many operations.
+inline int threads_for(std::int64_t operations, int threads) {
+  return static_cast<int>(std::clamp<std::int64_t>(operations / kOperationsPerThread, 1, std::max(threads, 1)));
+}
 
 // head_operators.cpp
 void gumbel_noise(Array keys, Array out, int threads);

@@ -35,6 +35,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import Selection
 from genssd.engine.threads import check_threads
@@ -73,6 +74,7 @@ class DemoConfig:
     """Seed of the problems, of sampling and of training."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_threads(self.threads)
 
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.console import report_training
@@ -27,6 +27,7 @@ from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, damaged_line, read_json, read_number, write_json, write_jsonl
 from genssd.distill.runs.progress import SILENT, Progress
@@ -40,6 +41,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.parameters import count_parameters
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import check_threads, choose_training_threads
@@ -48,6 +50,13 @@ from genssd.engine.threads import check_threads, choose_training_threads
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillConfig(ChatSettings):
     """Rounds in which the student chooses what the teacher writes and is then trained on it."""
+
+    NEEDS: ClassVar[Needs] = {
+        "eval_limit": Need(lambda o: o.eval_data is not None, "eval_data"),
+        "allow_eval_overlap": Need(
+            lambda o: o.eval_data is not None or bool(o.train.eval_data), "eval_data or train.eval_data"
+        ),
+    }
 
     teacher: ModelPath[str]
     """Hub id or local directory of the model that writes."""
@@ -87,6 +96,7 @@ class DistillConfig(ChatSettings):
     """How every round trains. These settings may change until the first training begins."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("rounds", "prompts_per_round", "eval_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -129,6 +139,7 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
 
     Raises GenssdError on bad input; what was finished is on disk.
     """
+    check_effects(config)
     problems = read_problems(config.data, system_prompt=config.system_prompt)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("distill runs in one process, not under torchrun")
@@ -291,7 +302,7 @@ def _train(config: DistillConfig, number: int, student: str, report: Progress) -
     training = TrainConfig(
         **settings,
         **_chat_settings(config),
-        allow_eval_overlap=config.allow_eval_overlap,
+        allow_eval_overlap=config.allow_eval_overlap and bool(config.train.eval_data),
         model_name_or_path=config.student if config.restart else student,
         data=tuple(str(Path(config.output_dir) / f"round-{r}" / "kept.jsonl") for r in rounds),
         output_dir=str(directory),

@@ -28,7 +28,9 @@ class PromptIds:
     """Token ids of one prompt as each model reads it; empty for a model that does not read it."""
 
     teacher: tuple[int, ...] = ()
+    """Token ids as the teacher reads the prompt."""
     student: tuple[int, ...] = ()
+    """Token ids as the student reads the prompt."""
     answer: str | None = None
     """Reference answer of the prompt, for criteria that read it."""
 

@@ -88,10 +88,12 @@ class WeightedRank:
 
     @property
     def needs_answer(self) -> bool:
+        """Whether the prompts need reference answers."""
         return any(needs_answer(part) for _, part in self.parts)
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the criterion reads the log-probabilities of the writing model."""
         return any(needs_teacher(part) for _, part in self.parts)
 
     @property

@@ -14,6 +14,8 @@ from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.generation import Completion, Generation
 from genssd.engine.judging import Judge
 from genssd.engine.loaded_engine import LoadedEngine
+from genssd.engine.loading import LoadedModels
+from genssd.engine.model import Decoder
 from genssd.engine.nodes import Forcing, Fork, iter_force
 from genssd.engine.options_check import check_arguments, check_count
 from genssd.engine.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
@@ -25,7 +27,7 @@ from genssd.engine.scoring import score
 from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
-from genssd.engine.text import Prompt
+from genssd.engine.text import Prompt, Tokenizer
 from genssd.kernels.logprob import TokenStats
 
 BOTH: tuple[Role, Role] = ("teacher", "student")
@@ -259,4 +261,16 @@ class Engine(LoadedEngine):
         Branches that were made with other sampling options go in a batch of their own. Raises InputError naming a
         branch by its index, CapacityError, changing nothing, when the candidates of all do not fit together.
         """
+        for i, branch in enumerate(branches):
+            if not any(branch.session is session for session in self._branch_sessions.values()):
+                raise InputError(f"branch {i} belongs to another engine")
         return expand_together(branches, n, chunk)
+
+
+def open_engine(role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None) -> Engine:
+    """Return an engine over one decoder that is in memory already.
+
+    memory_bytes: size of its cache in bytes; None takes a third of the free memory.
+    """
+    models = LoadedModels.of_one(role, decoder, tokenizer)
+    return Engine(models.open_resources(memory_bytes, 1 / 3))

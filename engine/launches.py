@@ -16,13 +16,14 @@ from genssd.kernels.attention import SEGMENT_TOKENS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchRecord:
-    """The launch configurations of an engine's kernels. digest: 16 hex digits, equal for equal configurations."""
+    """The launch configurations of an engine's kernels."""
 
     source: str
     """Where they come from: "tuned for NVIDIA H200", "partly tuned for NVIDIA H200", "shipped for sm_90", "generic"."""
     deterministic: bool
     """Whether a row has the same bits for every number of rows."""
     digest: str
+    """16 hex digits, equal for equal configurations."""
 
     @property
     def description(self) -> str:

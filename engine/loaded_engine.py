@@ -10,9 +10,8 @@ from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.errors import InputError
 from genssd.engine.launches import LaunchRecord, describe_launches
-from genssd.engine.loading import LoadedModels, load_models
+from genssd.engine.loading import load_models
 from genssd.engine.memory import choose_device
-from genssd.engine.model import Decoder
 from genssd.engine.nodes import NodeReader
 from genssd.engine.options_check import check_arguments
 from genssd.engine.requests import check_sizes
@@ -75,18 +74,6 @@ class LoadedEngine:
         with torch_threads(effective_threads(threads)):
             models = load_models(teacher, student, dtype, target, deterministic=deterministic)
         return cls(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
-
-    @classmethod
-    @check_arguments()
-    def from_decoder(
-        cls, role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None
-    ) -> Self:
-        """Return an engine over one decoder that is in memory already.
-
-        memory_bytes: size of its cache in bytes; None takes a third of the free memory.
-        """
-        models = LoadedModels.of_one(role, decoder, tokenizer)
-        return cls(models.open_resources(memory_bytes, 1 / 3))
 
     @check_arguments()
     def with_chat(self, options: ChatOptions) -> Self:

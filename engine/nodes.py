@@ -41,7 +41,9 @@ class Fork:
     """A token that is put after the first `position` tokens of a response, in place of the token there."""
 
     position: int
+    """Number of the response's tokens before the one that is put there."""
     token: int
+    """Id of the token that is put there."""
 
 
 class NodeReader:

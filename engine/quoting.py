@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 
 MAX_ERROR = 400
 """Maximum number of characters of another library's error in a message."""
 
+LISTED = re.compile(r"\n(?=  )")
+"""Beginning of a line that lists something, such as a row that cannot be used."""
 MAX_LINE = 1500
 """Maximum number of characters in a line of a message."""
 
@@ -28,9 +31,12 @@ def one_line(error: BaseException) -> str:
 
 
 def make_printable(message: str) -> str:
-    """Return a message without control characters, which have their escapes; long lines are cut in the middle."""
+    """Return a message without control characters, which have their escapes; long lines are cut in the middle.
+
+    Only lines that are indented, those of a list, stay lines of their own: the name of a file may hold a newline.
+    """
     lines = []
-    for line in message.split("\n"):
+    for line in LISTED.split(message):
         text = line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         half = MAX_LINE // 2
         lines.append(text if len(text) <= MAX_LINE else f"{text[:half]}...{text[-half:]}")

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 PARAMETERS_PER_THREAD = 1_000_000
 """Number of a trained model's parameters that give work to one more thread of torch."""
 MAX_THREADS = 1024
+REQUESTED, VARIABLE = "as asked for", "OMP_NUM_THREADS"
+"""Reasons of a number of threads that the user has decided."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,10 +68,10 @@ def choose_engine_threads(
     """
     check_threads(requested)
     if requested is not None:
-        return ThreadChoice(count=requested, reason="as asked for")
+        return ThreadChoice(count=requested, reason=REQUESTED)
     from_environment = _read_environment(environment)
     if from_environment is not None:
-        return ThreadChoice(count=from_environment, reason="OMP_NUM_THREADS")
+        return ThreadChoice(count=from_environment, reason=VARIABLE)
     cores = available_cores() if cores is None else cores
     return ThreadChoice(count=cores, reason=f"{cores} core{'s' if cores > 1 else ''} given")
 
@@ -87,13 +89,12 @@ def choose_training_threads(
     InputError as `choose_engine_threads` does.
     """
     choice = choose_engine_threads(requested, cores=cores, environment=environment)
-    if requested is not None or _read_environment(environment) is not None:
+    if choice.reason in (REQUESTED, VARIABLE):
         return choice
     processes = _positive(environment.get("LOCAL_WORLD_SIZE", "1")) or 1
-    useful = max(1, parameters // PARAMETERS_PER_THREAD)
-    count = max(1, min(choice.count // processes, useful))
-    if count == useful < choice.count // processes:
-        return ThreadChoice(count=count, reason=f"a model of {parameters:,} parameters")
+    count, useful = max(1, choice.count // processes), max(1, parameters // PARAMETERS_PER_THREAD)
+    if useful < count:
+        return ThreadChoice(count=useful, reason=f"a model of {parameters:,} parameters")
     return ThreadChoice(count=count, reason=choice.reason + (f", {processes} processes" if processes > 1 else ""))
 
 
@@ -138,7 +139,7 @@ def _cores() -> int:
 
 def _read_environment(environment: Mapping[str, str]) -> int | None:
     """Return the number in OMP_NUM_THREADS, the first one of a list; None where there is no usable number."""
-    return _positive(environment.get("OMP_NUM_THREADS", "").split(",")[0])
+    return _positive(environment.get(VARIABLE, "").split(",")[0])
 
 
 def _positive(text: str) -> int | None:

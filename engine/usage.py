@@ -11,9 +11,11 @@ class CacheUse:
     """How much of an engine's caches is held, over both models."""
 
     held_pages: int
+    """Number of pages that hold tokens."""
     pages: int
     """Number of all pages."""
     held_bytes: int
+    """Number of bytes of the held pages."""
     bytes: int
     """Number of bytes of all pages."""
 

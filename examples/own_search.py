@@ -3,8 +3,9 @@
     python examples/own_search.py [TEACHER STUDENT]
 
 A branch is one response under construction. `expand` samples candidates and has the student score them, `commit` makes
-a candidate part of the response, `drop` returns its pages of the KV cache. Branches share the pages of their common
-beginning, so keeping an earlier branch to return to costs almost nothing.
+a candidate part of the response, `drop` returns its pages of the KV cache, as does the end of a `with` block or of the
+last reference to it. Branches share the pages of their common beginning, so keeping an earlier branch to return to
+costs almost nothing.
 """
 
 from __future__ import annotations
@@ -30,20 +31,13 @@ def depth_first(root: Branch, candidates: int = 3) -> tuple[Branch | None, int]:
     while stack and expansions < MAX_EXPANSIONS:
         branch = stack.pop()
         if branch.ended == "finished":
-            for other in stack:
-                other.drop()
             return branch, expansions
         expansions += 1
         children = branch.expand(candidates, LINE) if branch.ended is None else []
-        branch.drop()
         for child in sorted(children, key=mean_logprob):  # the best is popped first
-            if mean_logprob(child) < LIMIT:
-                child.drop()
-                continue
-            child.commit()
-            stack.append(child)
-    for branch in stack:
-        branch.drop()
+            if mean_logprob(child) >= LIMIT:
+                child.commit()
+                stack.append(child)
     return None, expansions
 
 
@@ -53,8 +47,7 @@ def main(teacher: str = str(PAIR / "teacher"), student: str = str(PAIR / "studen
     response, expansions = depth_first(engine.branch([{"role": "user", "content": question}]))
     print(f"{expansions} expansions, {engine.usage.sampled_tokens} tokens sampled")
     print("no response passed the limit" if response is None else response.text)
-    if response is not None:
-        response.drop()
+    del response  # the pages of branches that nothing refers to are free: those that the search left as well
     print(f"{engine.pages_in_use[0]} pages still held")
 
 

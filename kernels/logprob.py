@@ -54,13 +54,12 @@ class NonFiniteLogits(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The K most likely tokens of N rows, most likely first; of equally likely ones the lower id comes first.
-
-    ids: int64 [N, K]. logprob: float32 [N, K].
-    """
+    """The K most likely tokens of N rows, most likely first; of equally likely ones the lower id comes first."""
 
     ids: Tensor
+    """Token ids, int64 [N, K]."""
     logprob: Tensor
+    """Log-probabilities of the tokens, float32 [N, K]."""
 
     @staticmethod
     def concatenate(parts: Sequence[TopK]) -> TopK:
@@ -70,18 +69,20 @@ class TopK:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStats:
-    """Statistics of N target tokens under a model, each [N], in nats; rank is int32, the others float32.
-
-    logprob: log-probability of the token. logsumexp: log-sum-exp of the logits. entropy: of the distribution. sum_p2:
-    sum of squared probabilities. rank: 1 plus the number of tokens with a larger logit. topk: the most likely tokens.
-    """
+    """Statistics of N target tokens under a model, each [N], in nats; rank is int32, the others float32."""
 
     logprob: Tensor
+    """Log-probability of each token."""
     logsumexp: Tensor
+    """Log-sum-exp of the logits at each token."""
     entropy: Tensor
+    """Entropy of the distribution at each token."""
     sum_p2: Tensor
+    """Sum of the squared probabilities at each token."""
     rank: Tensor
+    """Rank of each token: 1 plus the number of tokens with a larger logit."""
     topk: TopK | None = None
+    """The most likely tokens at each token, where they were asked for."""
 
     def __len__(self) -> int:
         return self.logprob.shape[0]

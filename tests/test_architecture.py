@@ -157,14 +157,16 @@ def test_files_and_functions_fit_on_a_screen() -> None:
 
 WRITES = {
     "write_text", "write_bytes", "save_file", "save_pretrained", "mkstemp", "NamedTemporaryFile", "TemporaryFile",
-    "fdopen", "mkdir", "makedirs", "rename", "rmtree", "move", "copyfile", "copy2", "copytree", "truncate",
-    "ftruncate", "to_json", "to_csv", "dump", "tofile",
+    "fdopen", "mkdir", "makedirs", "rename", "move", "copyfile", "copy2", "copytree", "truncate",
+    "ftruncate", "to_csv", "dump", "tofile",
 }  # fmt: skip
 """Names of functions and methods that write files by themselves."""
 OWN_WRITES = {
     "distill/runs/writing.py": "the room in which every write of a command is done",
-    "distill/train/models.py": "transformers and peft write their own formats; save_model reports what fails",
+    "distill/train/saving.py": "transformers writes its own format; save_model reports what fails",
+    "distill/train/adapters.py": "peft writes its own format, called by save_model",
     "distill/train/checkpoints.py": "safetensors writes its own format, under a temporary name",
+    "distill/train/directories.py": "whole directories, which are synced and renamed",
     "distill/files/pipes.py": "a temporary file that holds what a pipe gave",
     "distill/small_pair/make.py": "a program of the developers",
     "distill/small_pair/models.py": "a program of the developers",

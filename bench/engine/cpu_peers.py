@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -35,6 +34,8 @@ from bench.engine.peers.machine import describe_machine
 from bench.engine.peers.model import ensure_model
 from bench.engine.peers.protocol import Measured, Peer, WorkerFailed
 from bench.engine.peers.workloads import SIZES, WORKLOADS, Sizes, count_tokens
+
+from genssd.engine.machine import available_cores
 
 PAUSE = 2.0
 """Seconds between two engines, in which the first one's spinning threads stop and its memory is returned."""
@@ -234,7 +235,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--small", action="store_true", help="use a tiny model, to check this program; its times mean nothing"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of threads of each engine")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="number of threads of each engine")
     parser.add_argument(
         "--model-dir", type=Path, help="directory that keeps the model and the logs; default: a temporary one"
     )

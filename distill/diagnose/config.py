@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from genssd.distill.diagnose.alignment import LOSSES, LossName
-from genssd.distill.diagnose.contexts import Reader, Templates, list_readers
+from genssd.distill.diagnose.contexts import TEMPLATED_CONTEXTS, Reader, Templates, list_readers
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.model_sampling import ModelSampling
 from genssd.distill.runs.settings import FileName, ModelPath, NamedModelPath, Operational, Recomputed
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
     """Measure how teachers, losses and contexts are aligned with the student's success, without training."""
+
+    NEEDS: ClassVar[Needs] = {
+        "teacher_top_k": Need(lambda o: bool(o.teacher), "a teacher"),
+        "context_readers": Need(lambda o: bool(o.contexts and o.teacher), "contexts and a teacher"),
+        "templates.hint": Need(lambda o: "hint" in o.contexts, "the context hint"),
+        "templates.solution": Need(lambda o: "solution" in o.contexts, "the context solution"),
+        "templates.summary": Need(lambda o: "summary" in o.contexts, "the context summary"),
+        "templates.other": Need(
+            lambda o: bool(set(o.contexts) - set(TEMPLATED_CONTEXTS)),
+            f"a context other than {', '.join(TEMPLATED_CONTEXTS)}",
+        ),
+        "beta": Need(lambda o: "jsd" in o.losses, "jsd among the losses"),
+        "alpha": Need(lambda o: any("skew" in loss for loss in o.losses), "a skewed loss among the losses"),
+    }
 
     student: ModelPath[str]
     """Hub id or local directory of the model that would be trained."""
@@ -73,6 +89,7 @@ class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of all random numbers of the run."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("rollouts", "nodes_per_window", "top_k", "teacher_top_k", "budget", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.settings import Operational
 from genssd.engine.amounts import format_bytes
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
+from genssd.engine.options_check import check_types
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import announce, choose_engine_threads
 
@@ -18,6 +21,10 @@ from genssd.engine.threads import announce, choose_engine_threads
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
 class EngineOptions:
     """The arguments of `Engine.from_pretrained` other than the models."""
+
+    NEEDS: ClassVar[Needs] = {
+        "memory_utilization": Need(lambda o: o.memory_bytes is None, "no memory_bytes, which replace it")
+    }
 
     device: Operational[str | None] = None
     """Device of the models. None: CUDA where there is one, else the CPU."""
@@ -38,6 +45,9 @@ class EngineOptions:
     threads: Operational[int | None] = None
     """Number of CPU threads; results do not depend on it. None: OMP_NUM_THREADS where it is set, else the cores that
     the process is given."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def load(self, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT) -> Engine:
         """Return an engine over these models (hub ids or local directories).

@@ -64,6 +64,8 @@ def read_recommendation(directory: Path) -> Recommendation | None:
         values[name] = int(value) if name == "top_k" else float(value)
     if not values:
         return None
+    if values.get("temperature") == 0.0:
+        values = {"temperature": 0.0}  # of which no filter changes anything
     try:
         sampling = Sampling(**values)
     except InputError as error:

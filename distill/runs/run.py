@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.directory import claim_directory
+from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import Journal, complete_rows, has_lines, write_json
 from genssd.distill.runs.record import PACKAGES, read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
@@ -95,8 +96,10 @@ class Run:
     def claim(cls, config: RunConfig, command: str, *, journal: str | None = None) -> Iterator[Run]:
         """Hold the output directory while the block runs. The caller decides when the run begins: see `begin`.
 
-        Raises InputError when the directory cannot be written, or belongs to another command or process.
+        Raises InputError when a setting of the config has no effect, and when the directory cannot be written, or
+        belongs to another command or process.
         """
+        check_effects(config)
         with ExitStack() as stack:
             stack.enter_context(claim_directory(Path(config.output_dir), command))
             run = cls(config, command, journal, stack)

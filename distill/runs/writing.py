@@ -20,6 +20,8 @@ from genssd.engine.errors import InputError
 
 TEMPORARY = ".tmp"
 """Ending of the name under which a file is written before it replaces the one with its own name."""
+WRITTEN = (".json", ".jsonl", ".txt", ".html", ".bin")
+"""Endings of the names of files that commands write as a whole."""
 BUFFER_BYTES = 1 << 20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
@@ -180,9 +182,9 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove the temporary files of a process that was killed while it wrote a whole file."""
+    """Remove the temporary files of a process that was killed while it wrote a whole file of a run."""
     for path in directory.glob(f"*{TEMPORARY}"):
-        if path.is_file():
+        if path.is_file() and path.with_suffix("").suffix in WRITTEN:
             with suppress(OSError):
                 os.unlink(path)
 

@@ -49,6 +49,7 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.options_check import check_types
 from genssd.engine.parameters import count_parameters
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import announce, check_threads, choose_training_threads
@@ -84,6 +85,7 @@ class LeafConfig(ChatSettings):
     and one per million parameters of the teacher. A resumed run takes the number that it was begun with."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_threads(self.threads)
         if not self.data:
             raise InputError("leaf needs at least one data file")

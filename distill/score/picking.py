@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
+from typing import ClassVar
 
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.score.ranking import FeatureRow, group_by_prompt
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 
 LENGTH_KINDS = ("long", "short")
 """Kinds that a mix may name in addition to teachers: the longest and the shortest response of a prompt."""
@@ -19,6 +22,8 @@ LENGTH_KINDS = ("long", "short")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PickOptions:
     """Options of the choice of responses."""
+
+    NEEDS: ClassVar[Needs] = {"similarity": Need(lambda o: o.keep > 1, "a pick.keep of at least 2")}
 
     by: str | None = None
     """Name of the criterion that picks, one of the criteria; None: the first of them."""
@@ -49,6 +54,7 @@ class PickOptions:
     """Whether the picked rows get LARK's training weights (mean 1 per prompt); the picking criterion must be lark."""
 
     def __post_init__(self) -> None:
+        check_types(self, infinite=("threshold",))
         if self.keep < 1:
             raise InputError(f"pick.keep must be at least 1, not {self.keep}")
         if self.min_steps < 0 or (self.max_steps is not None and self.max_steps < max(1, self.min_steps)):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
@@ -32,6 +32,7 @@ from genssd.distill.data.traces import (
     sort_by_trace,
 )
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -49,6 +50,7 @@ from genssd.distill.score.prefix_judges import (
 )
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.steps import step_spans
 
@@ -56,6 +58,8 @@ from genssd.engine.steps import step_spans
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
     """Keep as much of every trace as the student needs, and let the student write the rest."""
+
+    NEEDS: ClassVar[Needs] = {"judge_tokens": Need(lambda o: o.judge == "says", "judge says")}
 
     student: ModelPath[str]
     """Hub id or local directory of the model that judges and continues."""
@@ -84,6 +88,7 @@ class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("judge_tokens", "max_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

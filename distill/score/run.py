@@ -33,7 +33,7 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
 from genssd.distill.runs.writing import write_text
 from genssd.distill.score.comparison import compare
-from genssd.distill.score.features import Scorer, divide, to_json
+from genssd.distill.score.features import Scorer, divide, make_jsonable
 from genssd.distill.score.page import render_page
 from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
 from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
@@ -43,6 +43,7 @@ from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,7 @@ class ScoreConfig(EngineOptions, ChatSettings):
     """Which responses go to selected.jsonl."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.data or not self.criteria:
             raise InputError("score needs at least one data file and one criterion")
         if len(set(self.criteria)) < len(self.criteria):
@@ -232,7 +234,7 @@ def _write_selected(
 def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
     for i, row in enumerate(rows):
         described = {key: value for key, value in row.items() if key not in ("features", "ratios")}
-        yield {**described, **{name: to_json(column[i]) for name, column in columns.items()}}
+        yield {**described, **{name: make_jsonable(column[i]) for name, column in columns.items()}}
 
 
 def _training_row(
@@ -241,4 +243,4 @@ def _training_row(
     """Return a row of selected.jsonl. scored: the trace's row of the journal, which has the verdict."""
     fields = make_training_row(trace, trace.response_ids, engine.tokenizer("student"))
     verdict = {name: scored[name] for name in ("correct", "undecided")}
-    return {**fields, **verdict, "criterion": criterion, "score": to_json(score), "weight": weight}
+    return {**fields, **verdict, "criterion": criterion, "score": make_jsonable(score), "weight": weight}

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
 from genssd.distill.data.problems import (
@@ -27,6 +27,7 @@ from genssd.distill.data.problems import (
 )
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -38,6 +39,7 @@ from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
@@ -46,6 +48,8 @@ from genssd.engine.sampling import Sampling
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
+
+    NEEDS: ClassVar[Needs] = {"rsd": Need(lambda o: o.method == "rsd", "method rsd")}
 
     teacher: ModelPath[str]
     """Hub id or local directory of the model that writes."""
@@ -75,6 +79,7 @@ class GenerateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.method == "rsd" and self.student is None:
             raise InputError("rsd needs a student: give --student")
         if self.n < 1 or self.max_tokens < 1:

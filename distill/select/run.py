@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
 from genssd.distill.data.problems import (
@@ -31,6 +31,7 @@ from genssd.distill.data.problems import (
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.data.topk_store import TopkStore, check_topk_file, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, complete_rows, damaged_line, has_lines, write_json
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -42,9 +43,11 @@ from genssd.distill.select.calibration import Calibration, calibrate, check_cali
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
+from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
@@ -57,6 +60,8 @@ TOPK_FILE = "teacher_topk.bin"
 class Calibrate:
     """A threshold chosen so that a given fraction of the teacher's plain chunks passes it."""
 
+    NEEDS: ClassVar[Needs] = {name: Need(lambda o: o.data is not None, "calibrate.data") for name in ("share", "limit")}
+
     data: FileName[str | None] = None
     """Data file of problems for the calibration, other ones than those of the run. None: no calibration."""
     share: float = 0.95
@@ -65,6 +70,7 @@ class Calibrate:
     """Maximum number of problems that are read from calibrate.data."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.limit < 1:
             raise InputError(f"calibrate.limit must be at least 1, not {self.limit}")
 
@@ -75,13 +81,16 @@ class SelectSettings(SearchOptions, EngineOptions, ModelSampling):
 
     criterion: str = "ppl"
     """Selection criterion: a registered name (rsr), one with options (ppl(norm='byte')), a weighted sum of ranks
-    (0.7*rsr + 0.3*lalp), or an import path (package.module:Name)."""
+    (0.7*rsr + 0.3*lalp), or an import path (package.module:Name) of an installed module or one in the working
+    directory."""
     loop_guard: bool = True
     """Whether candidates that end in a repetition are rejected."""
     calibrate: Calibrate = field(default_factory=Calibrate)
     """Options for computing the threshold from plain samples of the teacher, in place of `threshold`."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chunk", Chunk.of(self.chunk))
+        check_types(self, infinite=("threshold",))
         # the options of the search are checked in run_select: what is raised here, the command line breaks into a frame
         if self.calibrate.data is not None:
             if self.threshold is not None:
@@ -198,6 +207,7 @@ class _Search:
             "", unit="prompts", total=len(self._problems), done=len(self._done), engine=self._engine, work="writing"
         )
         topk_end = max(map(find_topk_end, self._run.done()), default=0)
+        journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
             Journal(self._run.path("decisions.jsonl")) as decisions,
             TopkStore(self._run.path(TOPK_FILE), topk_end)
@@ -207,7 +217,7 @@ class _Search:
             for finished, selection in enumerate(self._iter_selections(), start=1):
                 problem = self._problems[selection.index]
                 if selection.error is None:
-                    self._write(selection, problem, decisions, topk_store)
+                    self._write(selection, problem, journal, decisions, topk_store)
                 else:
                     failures[problem.index] = f"{problem.where}: {selection.error}"
                 report(len(self._done) + finished, len(self._problems))
@@ -224,7 +234,12 @@ class _Search:
         )
 
     def _write(
-        self, selection: Selection, problem: ProblemRow, decisions: Journal, topk_store: TopkStore | None
+        self,
+        selection: Selection,
+        problem: ProblemRow,
+        journal: Journal,
+        decisions: Journal,
+        topk_store: TopkStore | None,
     ) -> None:
         notes = self._notes.of_selection(selection, problem.answer)  # by the teacher's ids
         translated = translate_selection(selection, self._engine.token_map, problem.where)
@@ -232,7 +247,7 @@ class _Search:
         topk = selection.best.teacher_topk
         place = topk_store.append(topk) if topk_store is not None and topk is not None else None
         row = make_selection_row(translated, problem, self._origin, notes)
-        self._run.journal.append({**row, "teacher_topk": place})
+        journal.append({**row, "teacher_topk": place})
 
 
 def _read_calibration_data(config: SelectConfig) -> ProblemSet:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.train.batches import Layout
 from genssd.distill.train.losses import LossOptions
@@ -19,6 +20,19 @@ from genssd.engine.threads import check_threads
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings(LossOptions):
     """Options of a training that do not name files; their names are those of TrainingArguments and TRL."""
+
+    NEEDS: ClassVar[Needs] = {
+        "rollout": Need(lambda o: o.lmbda > 0.0, "an lmbda above 0"),
+        "num_train_epochs": Need(
+            lambda o: o.max_steps is None and o.max_train_tokens is None, "neither max_steps nor max_train_tokens"
+        ),
+        **{
+            name: Need(lambda o: o.use_peft, "use_peft")
+            for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        },
+        "eval_steps": Need(lambda o: bool(o.eval_data), "eval_data"),
+        "save_total_limit": Need(lambda o: o.save_steps is not None, "save_steps"),
+    }
 
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     """Options of the completions that the student writes in on-policy steps (see lmbda)."""
@@ -139,13 +153,13 @@ class TrainSettings(LossOptions):
             raise InputError("key_attention brings its own attn_implementation")
         if self.lmbda and (self.fsdp or self.use_peft):
             raise InputError("lmbda runs the engine on the whole weights: not with fsdp or use_peft")
-        if self.eval_steps is not None and not self.eval_data:
-            raise InputError("eval_steps needs eval_data")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig(TrainSettings, ChatSettings):
     """Fine-tuning and distillation on the completions of rows."""
+
+    NEEDS: ClassVar[Needs] = {"allow_eval_overlap": Need(lambda o: bool(o.eval_data), "eval_data")}
 
     model_name_or_path: ModelPath[str]
     """Hub id or local directory of the student to start from."""

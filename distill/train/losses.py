@@ -28,17 +28,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import ModelPath
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import VocabularyRule, linear_divergence
+from genssd.kernels.head import COLDEST
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.standardized import linear_standardized_kl
 from genssd.kernels.topk_divergence import TailRule, topk_divergence
@@ -51,6 +54,29 @@ KdLoss = Literal[
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOptions:
     """Options of the training loss."""
+
+    NEEDS: ClassVar[Needs] = {
+        **{
+            name: Need(lambda o: o.uses_divergence, "a kd_ratio above 0")
+            for name in ("kd_loss", "kd_standardize", "kd_topk", "mask_special_tokens", "temperature")
+        },
+        "beta": Need(
+            lambda o: o.uses_divergence and o.kd_loss in ("jsd", "distillm2"),
+            "kd_loss jsd or distillm2, and a kd_ratio above 0",
+        ),
+        "alpha": Need(
+            lambda o: o.uses_divergence and o.kd_loss in ("skew_forward_kl", "skew_reverse_kl", "distillm2"),
+            "kd_loss skew_forward_kl, skew_reverse_kl or distillm2, and a kd_ratio above 0",
+        ),
+        "kd_tail": Need(
+            lambda o: o.uses_divergence and (o.uses_rows or o.kd_topk > 0),
+            "a kd_ratio above 0 with the top k of the rows, or with kd_topk",
+        ),
+        "kd_vocabulary": Need(
+            lambda o: o.uses_divergence and o.uses_teacher and not o.kd_topk and not o.kd_standardize,
+            "a kd_ratio above 0 with a teacher in memory, without kd_topk and kd_standardize",
+        ),
+    }
 
     teacher_model_name_or_path: ModelPath[str | None] = None
     """Hub id or local directory of a teacher that is loaded next to the student, for kd_ratio > 0. None: the
@@ -87,6 +113,7 @@ class LossOptions:
     that both models have, drop takes each over its own ids."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("kd_ratio", "lmbda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
@@ -107,8 +134,8 @@ class LossOptions:
             raise InputError(f"beta must lie in (0, 1), not {self.beta}; its limits are forward_kl and reverse_kl")
         if not 0.0 <= self.alpha < 1.0:
             raise InputError(f"alpha must lie in [0, 1), not {self.alpha}")
-        if not 0.0 < self.temperature < math.inf:
-            raise InputError(f"temperature must be positive, not {self.temperature}")
+        if self.temperature < COLDEST:
+            raise InputError(f"temperature must be at least {COLDEST:g}, not {self.temperature}")
         if self.teacher_model_name_or_path is not None and not self.uses_teacher:
             raise InputError("a teacher was given, but kd_ratio is 0: give --kd-ratio, up to 1")
         if self.key_attention.weight and not self.uses_teacher:
@@ -119,6 +146,11 @@ class LossOptions:
                 "the rows' top k were taken at temperature 1 and say nothing of the tail at another: use "
                 "--kd-tail renormalize, temperature 1, or a teacher in memory"
             )
+
+    @property
+    def uses_divergence(self) -> bool:
+        """Whether the loss has a divergence from the teacher. That of an on-policy step is nothing else."""
+        return self.kd_ratio > 0.0 or self.lmbda > 0.0
 
     @property
     def uses_rows(self) -> bool:

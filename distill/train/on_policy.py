@@ -18,10 +18,11 @@ from torch import Tensor
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.settings import Operational
 from genssd.engine.config import ModelConfig
-from genssd.engine.engine import Engine
+from genssd.engine.engine import Engine, open_engine
 from genssd.engine.errors import InputError
 from genssd.engine.memory import cache_budget
 from genssd.engine.model import Decoder
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.text import Tokenizer
 
@@ -41,6 +42,7 @@ class RolloutOptions:
     """Size of the student's KV cache in bytes; None: a third of the free memory."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.max_tokens < 1:
             raise InputError(f"rollout.max_tokens must be at least 1, not {self.max_tokens}")
 
@@ -84,7 +86,7 @@ class Rollouts:
         if budget is None:
             weights = sum(tensor.nbytes for tensor in tensors.values())
             budget = cache_budget(decoder.device, None, 1 / 3, working_bytes=STATES_PER_WEIGHT * weights)
-        engine = Engine.from_decoder("student", decoder, tokenizer, memory_bytes=budget)
+        engine = open_engine("student", decoder, tokenizer, memory_bytes=budget)
         return Rollouts(engine, plan)
 
     def write(self, examples: Sequence[Example], step: int, indices: Sequence[int]) -> list[Example]:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import complete_rows
 from genssd.distill.runs.writing import truncate
 from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
@@ -112,6 +113,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     Raises GenssdError on bad input, and on a loss that is not finite (its batch is written to bad_batch.jsonl).
     """
     started = time.monotonic()
+    check_effects(config)
     config = fix_date(config)
     inputs = read_inputs(config)
     world = World.join(choose_device(config.device), fsdp=config.fsdp)

@@ -32,6 +32,7 @@ class RationaleDifficulty(CheckedOptions):
 
     @property
     def needs_answer(self) -> bool:
+        """Whether the prompts need reference answers."""
         return True
 
     def score(self, candidate: Candidate) -> float:

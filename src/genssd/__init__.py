@@ -12,38 +12,160 @@ from importlib import import_module
 TYPE_CHECKING = False  # importing typing takes longer than everything else here
 if TYPE_CHECKING:
     from genssd.engine.branch import Branch as Branch
+    from genssd.engine.branch import Ending as Ending
+    from genssd.engine.branch import PromptIds as PromptIds
+    from genssd.engine.candidate import AnyCriterion as AnyCriterion
     from genssd.engine.candidate import Candidate as Candidate
     from genssd.engine.candidate import Criterion as Criterion
+    from genssd.engine.candidate import PoolCriterion as PoolCriterion
+    from genssd.engine.candidate import RatioCriterion as RatioCriterion
+    from genssd.engine.candidate import Window as Window
+    from genssd.engine.chat import Messages as Messages
     from genssd.engine.chat_options import ChatOptions as ChatOptions
     from genssd.engine.chunk import Chunk as Chunk
+    from genssd.engine.criteria.by_step import AslecCasl as AslecCasl
+    from genssd.engine.criteria.by_step import AslecDrop as AslecDrop
+    from genssd.engine.criteria.by_step import LocalNaturalness as LocalNaturalness
+    from genssd.engine.criteria.controls import Length as Length
+    from genssd.engine.criteria.controls import Random as Random
+    from genssd.engine.criteria.learning_gain import Lark as Lark
     from genssd.engine.criteria.likelihood import Perplexity as Perplexity
+    from genssd.engine.criteria.likelihood import RankSurprisal as RankSurprisal
+    from genssd.engine.criteria.likelihood import RsdAccept as RsdAccept
+    from genssd.engine.criteria.likelihood import SurprisalBand as SurprisalBand
+    from genssd.engine.criteria.reference_answer import RationaleDifficulty as RationaleDifficulty
+    from genssd.engine.criteria.teacher import TeacherLogprob as TeacherLogprob
+    from genssd.engine.criteria.teacher import TeacherStudentGap as TeacherStudentGap
+    from genssd.engine.criterion_names import WeightedRank as WeightedRank
     from genssd.engine.criterion_names import register_criterion as register_criterion
+    from genssd.engine.criterion_names import registered_criteria as registered_criteria
+    from genssd.engine.criterion_names import resolve as resolve
     from genssd.engine.engine import Engine as Engine
+    from genssd.engine.errors import CapacityError as CapacityError
+    from genssd.engine.errors import CheckpointError as CheckpointError
     from genssd.engine.errors import GenssdError as GenssdError
+    from genssd.engine.errors import InputError as InputError
+    from genssd.engine.errors import NumericsError as NumericsError
+    from genssd.engine.generation import Completion as Completion
+    from genssd.engine.generation import Generation as Generation
+    from genssd.engine.launches import LaunchRecord as LaunchRecord
     from genssd.engine.loops import LoopGuard as LoopGuard
+    from genssd.engine.nodes import Fork as Fork
+    from genssd.engine.nodes import NodeReader as NodeReader
+    from genssd.engine.reverse_speculation import ReverseSpeculation as ReverseSpeculation
+    from genssd.engine.runner import Role as Role
     from genssd.engine.sampling import Sampling as Sampling
+    from genssd.engine.search_options import SearchChanges as SearchChanges
     from genssd.engine.search_options import SearchOptions as SearchOptions
+    from genssd.engine.selection import CandidateRecord as CandidateRecord
+    from genssd.engine.selection import ChunkScore as ChunkScore
     from genssd.engine.selection import Selection as Selection
+    from genssd.engine.selection import Status as Status
+    from genssd.engine.selection import Trajectory as Trajectory
+    from genssd.engine.selection import Verdict as Verdict
+    from genssd.engine.text import Prompt as Prompt
+    from genssd.engine.text import Tokenizer as Tokenizer
+    from genssd.engine.token_map import TokenMap as TokenMap
+    from genssd.engine.usage import CacheUse as CacheUse
+    from genssd.engine.usage import Usage as Usage
     from genssd.kernels.logprob import TokenStats as TokenStats
+    from genssd.kernels.logprob import TopK as TopK
 
     __version__: str
 
-_HOME = {
-    "Branch": "genssd.engine.branch",
-    "ChatOptions": "genssd.engine.chat_options",
-    "Chunk": "genssd.engine.chunk",
-    "Candidate": "genssd.engine.candidate",
-    "Criterion": "genssd.engine.candidate",
-    "Engine": "genssd.engine.engine",
-    "GenssdError": "genssd.engine.errors",
-    "LoopGuard": "genssd.engine.loops",
-    "Perplexity": "genssd.engine.criteria.likelihood",
-    "Sampling": "genssd.engine.sampling",
-    "SearchOptions": "genssd.engine.search_options",
-    "Selection": "genssd.engine.selection",
-    "TokenStats": "genssd.kernels.logprob",
-    "register_criterion": "genssd.engine.criterion_names",
+_NAMES = {
+    "genssd.engine.branch": (
+        "Branch",
+        "Ending",
+        "PromptIds",
+    ),
+    "genssd.engine.candidate": (
+        "AnyCriterion",
+        "Candidate",
+        "Criterion",
+        "PoolCriterion",
+        "RatioCriterion",
+        "Window",
+    ),
+    "genssd.engine.chat": ("Messages",),
+    "genssd.engine.chat_options": ("ChatOptions",),
+    "genssd.engine.chunk": ("Chunk",),
+    "genssd.engine.criteria.by_step": (
+        "AslecCasl",
+        "AslecDrop",
+        "LocalNaturalness",
+    ),
+    "genssd.engine.criteria.controls": (
+        "Length",
+        "Random",
+    ),
+    "genssd.engine.criteria.learning_gain": ("Lark",),
+    "genssd.engine.criteria.likelihood": (
+        "Perplexity",
+        "RankSurprisal",
+        "RsdAccept",
+        "SurprisalBand",
+    ),
+    "genssd.engine.criteria.reference_answer": ("RationaleDifficulty",),
+    "genssd.engine.criteria.teacher": (
+        "TeacherLogprob",
+        "TeacherStudentGap",
+    ),
+    "genssd.engine.criterion_names": (
+        "WeightedRank",
+        "register_criterion",
+        "registered_criteria",
+        "resolve",
+    ),
+    "genssd.engine.engine": ("Engine",),
+    "genssd.engine.errors": (
+        "CapacityError",
+        "CheckpointError",
+        "GenssdError",
+        "InputError",
+        "NumericsError",
+    ),
+    "genssd.engine.generation": (
+        "Completion",
+        "Generation",
+    ),
+    "genssd.engine.launches": ("LaunchRecord",),
+    "genssd.engine.loops": ("LoopGuard",),
+    "genssd.engine.nodes": (
+        "Fork",
+        "NodeReader",
+    ),
+    "genssd.engine.reverse_speculation": ("ReverseSpeculation",),
+    "genssd.engine.runner": ("Role",),
+    "genssd.engine.sampling": ("Sampling",),
+    "genssd.engine.search_options": (
+        "SearchChanges",
+        "SearchOptions",
+    ),
+    "genssd.engine.selection": (
+        "CandidateRecord",
+        "ChunkScore",
+        "Selection",
+        "Status",
+        "Trajectory",
+        "Verdict",
+    ),
+    "genssd.engine.text": (
+        "Prompt",
+        "Tokenizer",
+    ),
+    "genssd.engine.token_map": ("TokenMap",),
+    "genssd.engine.usage": (
+        "CacheUse",
+        "Usage",
+    ),
+    "genssd.kernels.logprob": (
+        "TokenStats",
+        "TopK",
+    ),
 }
+"""Public names by the module that they are imported from when they are first used."""
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [*sorted(_HOME), "__version__"]
 
 

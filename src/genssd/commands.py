@@ -130,8 +130,9 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     print(f"greedy accuracy {result.accuracy} over {len(result.correct)} problems (95 % interval)")
     if result.avg_at_k is not None:
         print(f"avg@{result.samples} {result.avg_at_k} (95 % interval over problems)")
-    print(f"{result.mean_tokens:.0f} tokens per response, {result.unfinished} cut at max_tokens")
+    print(f"{result.mean_tokens:.0f} tokens per response, {result.unfinished} cut off")
     _print_undecided(result.undecided)
+    _print_cuts(result.cuts, len(result.correct))
     print(f"written to {config.output_dir}")
     _raise_for_bad_rows("were not evaluated; all others were", result.not_evaluated, Path(config.output_dir))
 

@@ -39,16 +39,14 @@ def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     from_file = [] if file is None else flags_of_file(file, config_class)
     words = [*from_file, *merge_list_flags(typed, config_class)]
 
-    def parse() -> Any:
-        return tyro.cli(config_class, prog=f"genssd {command}", args=words, description=config_class.__doc__)
-
-    if {"-h", "--help"} & {*words}:
-        return parse()
+    width = contextlib.nullcontext() if {"-h", "--help"} & {*words} else _terminal_width(WIDE)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), _terminal_width(WIDE):
-            return parse()
-    except SystemExit:
+        with contextlib.redirect_stderr(said), width:
+            return tyro.cli(config_class, prog=f"genssd {command}", args=words, description=config_class.__doc__)
+    except SystemExit as stop:
+        if stop.code == 0:  # help, on standard output
+            raise
         message = _shorten(said.getvalue(), config_class)
         raise InputError(f"{message}; `genssd {command} --help` lists the flags") from None
 

@@ -9,7 +9,7 @@ from typing import IO
 
 
 def open_standard_streams() -> None:
-    """Open what is closed of standard input, output and error on the null device.
+    """Open what is closed of standard input, output and error on the null device, and let them take any character.
 
     Otherwise the first files that the command opens would take their descriptors, and what libraries print with them.
     """
@@ -21,6 +21,8 @@ def open_standard_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+        with suppress(AttributeError):  # what the stream cannot encode is escaped
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def print_error(message: str) -> None:

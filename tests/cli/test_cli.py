@@ -241,7 +241,7 @@ def test_bad_data(tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFix
     data.write_text(json.dumps({"prompt": "x" * 513}) + "\n")
     assert "d.jsonl, line 1: the prompt has 513 tokens; the teacher" in fails(capsys, *flags)
     data.write_text('{"prompt": "a"}\n')
-    assert "more than the key-value cache has" in fails(capsys, *flags, "--memory-bytes", "50000")
+    assert "the teacher's cache has 1 pages (memory_bytes=16384)" in fails(capsys, *flags, "--memory-bytes", "20000")
     (tmp_path / "file").write_text("")
     assert "file cannot be written: " in fails(capsys, *flags, "--output-dir", tmp_path / "file")
 

@@ -92,11 +92,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, lines: i
 
 
 def stopped(capsys: pytest.CaptureFixture[str], code: int, words: list[Any]) -> str:
-    """Run a command that is stopped; return its one line on stderr."""
+    """Run a command that is stopped; return its last line on stderr, after those about what it does."""
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
     assert ended.value.code == code
-    (line,) = capsys.readouterr().err.splitlines()
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert all(note.startswith(("genssd: computing with", "Loading weights", "Writing model")) for note in notes)
     return line
 
 
@@ -198,6 +199,13 @@ def test_streams_that_cannot_be_written_end_in_one_line_and_the_exit_code() -> N
         assert (done.stdout, done.stderr) == ("2\n", "")
     done = run_shell(">&- 2>&-")
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_names_that_the_output_cannot_encode_are_escaped() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([*GENSSD, "s\u00e9lect"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "genssd: unknown command 's\\xe9lect'; did you mean 'select'?\n"
 
 
 def test_a_reader_that_has_gone() -> None:

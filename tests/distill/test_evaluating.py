@@ -83,9 +83,20 @@ def test_responses_that_cannot_be_judged_are_counted(tmp_path: Path, write_rows:
 
 
 def test_rows_need_answers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    data = write_rows([{"prompt": "a", "answer": "1"}, {"prompt": "b"}])
-    with pytest.raises(InputError, match=r"data\.jsonl, line 2: no answer; a row needs answer, target or solution"):
-        run_evaluate(EvaluateConfig(model=str(tiny_pair.student), data=str(data), output_dir=str(tmp_path)))
+    """A row without one, or that cannot be read, is named; the others are evaluated, and a mended one by resuming."""
+    rows = [{"prompt": "b"}, {"prompt": "a", "answer": "1"}, {"x": 1, "answer": "1"}]
+    with pytest.raises(InputError, match=r"rows can be used:\n .*, line 1: no answer; a row needs answer"):
+        run_evaluate(config_for(tiny_pair, write_rows(rows[:1]), tmp_path / "none"))
+    config = config_for(tiny_pair, write_rows(rows), tmp_path / "run")
+    result = run_evaluate(config)
+    assert len(result.correct) == 1
+    first, second = result.not_evaluated
+    assert "line 1: no answer" in first
+    assert "line 3: no prompt" in second
+    write_rows([{"prompt": "b", "answer": "2"}, *rows[1:]])
+    assert len(run_evaluate(dataclasses.replace(config, resume=True)).correct) == 2
+    lines = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
 
 
 PROBLEMS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(7)]

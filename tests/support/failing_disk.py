@@ -60,8 +60,9 @@ class FailingDisk:
 
     def _checking(self, real: Any, place: int) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
-            if self._is_below(arguments[place]):
-                self._check(arguments[place])
+            path = arguments[place]
+            if self._is_below(path) and not (real.__name__ == "mkdir" and os.path.isdir(path)):  # nothing is made there
+                self._check(path)
             return real(*arguments, **options)
 
         return call

@@ -18,7 +18,8 @@ from genssd.engine.errors import GenssdError
 MAX_SECONDS = 10.0
 """Seconds of computing that an input may take."""
 NUM_INPUTS = int(os.environ.get("GENSSD_FUZZ", "0"))
-"""Number of inputs of all fuzz tests together; 0: the few that belong to the normal tests."""
+"""Number of inputs of the fuzz tests of models, rows and templates together, and again of those of runs (test_runs.py);
+0: the few that belong to the normal tests."""
 
 
 SEED = int(os.environ.get("GENSSD_FUZZ_SEED", "0"))
@@ -62,7 +63,7 @@ def succeeds_or_refuses(work: Callable[[], object]) -> str | None:
             message = str(error)
             assert message
             assert len(message) < 2000, f"a message of {len(message)} characters: {message[:300]}"
-            assert all(c.isprintable() for c in message), f"not printable: {message!r}"
+            assert all(c.isprintable() for c in message), f"not printable, or several lines: {message!r}"
             return message
     return None
 

@@ -27,6 +27,8 @@ def config_for(pair: TinyPair, data: Path, output_dir: Path, **changes: Any) -> 
         num_train_epochs=2,
         logging_steps=1,
     )
+    if {"max_steps", "max_train_tokens"} & changes.keys():
+        changes = {"num_train_epochs": 1.0, **changes}  # which they replace
     return dataclasses.replace(base, **changes)
 
 

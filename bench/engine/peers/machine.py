@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+
+from genssd.engine.machine import available_cores
 
 
 def describe_machine(threads: int) -> dict[str, object]:
@@ -15,7 +16,7 @@ def describe_machine(threads: int) -> dict[str, object]:
     return {
         "cpu": next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
         "bf16": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags],
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "threads": threads,
         "system": platform.system(),
         "python": platform.python_version(),

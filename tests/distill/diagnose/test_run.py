@@ -79,7 +79,7 @@ class World:
             "max_tokens": DEPTH,
             "rollouts": 3,
             "top_k": 3,
-            "teacher_top_k": 1,
+            **({"teacher_top_k": 1} if options.get("teacher", TEACHERS) else {}),
             "min_probability": 0.0,
             "completions": 4,
             "budget": 10_000,

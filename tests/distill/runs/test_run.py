@@ -192,11 +192,12 @@ def test_a_directory_with_files_of_no_run_is_refused_and_left_alone(tmp_path: Pa
 def test_an_empty_directory_is_taken_and_harmless_files_may_be_in_it(tmp_path: Path) -> None:
     directory = tmp_path / "mine"
     directory.mkdir()
-    for name in ("select.log", "config.yaml", ".gitignore", "run.json.tmp"):
+    for name in ("select.log", "config.yaml", ".gitignore", ".notes.tmp", "run.json.tmp"):
         (directory / name).write_text("")
     work(Config(output_dir=str(directory)), 1)
     assert not (directory / "run.json.tmp").exists()  # a process was killed while it wrote run.json
     assert (directory / "select.log").exists()
+    assert (directory / ".notes.tmp").exists()
 
 
 def test_a_lost_record_is_named_with_the_remedy(tmp_path: Path) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.configs import MODELS, another, changed, config_of
 
 from genssd.commands import COMMANDS
-from genssd.distill import small_pair
 from genssd.distill.demo import DemoConfig
 from genssd.distill.runs.settings import Kind, check_same_settings, expand_home, fields_of, settings_of
 from genssd.engine.errors import InputError
-
-PAIR = Path(next(iter(small_pair.__path__)))
-MODELS = [str(PAIR / "teacher"), str(PAIR / "student")]
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
 NOT_COUNTED = {
@@ -62,40 +58,6 @@ def data(tmp_path: Path) -> list[str]:
     for path in paths:
         path.write_text(f'{{"question": "{path.name}"}}\n')
     return [str(path) for path in paths]
-
-
-def config_of(command: str, data: list[str]) -> Any:
-    """A config with all required fields, models and files that exist."""
-    config_class = COMMANDS[command][0]
-    given: dict[str, Any] = {
-        "teacher": (MODELS[0],) if command == "diagnose" else MODELS[0],
-        "student": MODELS[1],
-        "model": MODELS[1],
-        "model_name_or_path": MODELS[1],
-        "data": (data[0],) if command in ("score", "prefix", "leaf", "train") else data[0],
-        "run": "runs/select",
-        "criteria": ("divergence",),
-    }
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{name: value for name, value in given.items() if name in names})
-
-
-def changed(config: Any, name: str, value: Any) -> Any:
-    """A copy with another value, whatever the config's own checks say."""
-    head, _, rest = name.partition(".")
-    other = copy.copy(config)
-    object.__setattr__(other, head, changed(getattr(config, head), rest, value) if rest else value)
-    return other
-
-
-def another(value: Any) -> Any:
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value + 1
-    if dataclasses.is_dataclass(value):
-        return None
-    return (*value, "x") if isinstance(value, tuple) else f"{value}x"
 
 
 @pytest.mark.parametrize("command", sorted(NOT_COUNTED))

@@ -98,13 +98,16 @@ def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> 
     assert len(originals) == 3
     tokenizer = tiny_pair.engine.tokenizer("student")
     for row in rows:
+        # the prompt as text, which any student's chat template renders, is that of the ids
+        assert tokenizer.encode_prompt(row["prompt"]) == row["student_prompt_ids"]
+        assert row["messages"][:-1] == (row["prompt"] if isinstance(row["prompt"], list) else row["messages"][:1])
         if row["left_out"] is not None:
             place = (row["source"]["line"], row["source"]["response"])
             whole = next(o for o in originals if (o["source"]["line"], o["source"]["response"]) == place)
             assert row["completion_ids"] == whole["completion_ids"]
             taken = len(whole["student_prompt_ids"]) - len(row["student_prompt_ids"])
             assert taken == len(tokenizer.encode_plain(row["left_out"]))
-            question = ROWS[row["source"]["line"] - 1].get("question", "3+4=")
+            question = whole["prompt"][-1]["content"]
             assert re.search(rf"(?<!\w){re.escape(row['left_out'].strip())}(?!\w)", question), "whole words"
     examples = read_examples(
         [tmp_path / "run" / "counterfactuals.jsonl"], tokenizer, max_length=512, statuses=("finished", "length")

@@ -60,7 +60,8 @@ def test_a_judge_without_order_still_judged_the_result_enough(verdicts: list[boo
 
 
 def run(pair: TinyPair, data: Path, out: Path, **options: Any) -> PrefixSummary:
-    settings = {"max_tokens": 8, "judge_tokens": 4, "batch": 2, **options}
+    asked = {} if options.get("judge") == "solves" else {"judge_tokens": 4}
+    settings = {"max_tokens": 8, "batch": 2, **asked, **options}
     return run_prefix(
         PrefixConfig(student=str(pair.student), data=(str(data),), output_dir=str(out), **settings), pair.engine
     )

@@ -287,3 +287,14 @@ def test_a_prompt_that_outgrows_the_cache_is_reported_and_tried_again(
     assert tight.pages_in_use[0] == 0
     again = run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
     assert (again.prompts, again.failures) == (3, ())
+
+
+def test_results_do_not_depend_on_the_number_of_threads(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    data, journals = write_rows(PROMPTS), []
+    for threads in (1, 3):
+        output_dir = tmp_path / str(threads)
+        run_select(config_for(tiny_pair, data, output_dir, threads=threads, beam=2, candidates=3))
+        record = json.loads((output_dir / "run.json").read_text())
+        assert record["threads"] == threads
+        journals.append((output_dir / "selections.jsonl").read_bytes())
+    assert journals[0] == journals[1]

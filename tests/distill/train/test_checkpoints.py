@@ -286,7 +286,7 @@ def test_auto_begins_where_there_is_no_checkpoint(finished: Finished, tmp_path: 
         run_train(resumed(finished, run_dir, resume_from_checkpoint=None))
     with pytest.raises(InputError, match=r"was begun with learning_rate=0\.001, not 0\.002"):
         run_train(resumed(finished, run_dir, resume_from_checkpoint="auto", learning_rate=2e-3))
-    summary = run_train(resumed(finished, run_dir, resume_from_checkpoint="auto", save_steps=None))
+    summary = run_train(resumed(finished, run_dir, resume_from_checkpoint="auto", save_steps=None, save_total_limit=2))
     assert summary.steps == 9
     assert [row["step"] for row in metrics(run_dir) if "loss" in row] == list(range(1, 10))
     expected, trained = weights(finished.output_dir), weights(run_dir)

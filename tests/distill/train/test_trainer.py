@@ -65,7 +65,7 @@ def test_the_optimizer_is_adamw_with_decay_on_matrices_alone(
     """Three steps on one batch, with an epsilon that keeps rounding from deciding."""
     options = {"adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-2, "weight_decay": 0.3, "learning_rate": 0.05}
     config = config_for(
-        tiny_pair, write_rows(ROWS[:4]), tmp_path / "run", max_steps=3, num_train_epochs=3,
+        tiny_pair, write_rows(ROWS[:4]), tmp_path / "run", max_steps=3,
         per_device_train_batch_size=4, gradient_accumulation_steps=1, lr_scheduler_type="constant", warmup_ratio=0.0,
         **options,
     )  # fmt: skip
@@ -167,7 +167,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_pair: TinyPair, write_row
         (directory / "metrics.jsonl").write_text("".join(logged[:5]) + '{"step": 6, "lo')
         (directory / "checkpoint-6.tmp").mkdir()
         run_train(
-            dataclasses.replace(config, output_dir=str(directory), save_steps=None, resume_from_checkpoint="last")
+            dataclasses.replace(
+                config, output_dir=str(directory), save_steps=None, save_total_limit=2, resume_from_checkpoint="last"
+            )
         )
         assert [(m["step"], m["loss"]) for m in metrics(directory)] == [
             (m["step"], m["loss"]) for m in metrics(tmp_path / "uninterrupted")
@@ -323,7 +325,7 @@ def test_resuming_an_earlier_checkpoint_forgets_the_later(
     config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", save_steps=2, save_total_limit=None)
     run_train(config)
     first = str(tmp_path / "run" / "checkpoint-2")
-    run_train(dataclasses.replace(config, resume_from_checkpoint=first, save_steps=None))
+    run_train(dataclasses.replace(config, resume_from_checkpoint=first, save_steps=None, save_total_limit=2))
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(1, 7))
 
@@ -358,3 +360,29 @@ def test_rows_longer_than_the_positions_are_left_out(tiny_pair: TinyPair, write_
     long = {"prompt": "a", "completion": "b" * 600}  # the model has 512 positions
     summary = run_train(config_for(tiny_pair, write_rows([*ROWS, long]), tmp_path / "run", max_steps=1))
     assert summary.left_out == {"longer than 512 tokens": 1}
+
+
+def test_a_resumed_training_takes_the_recorded_number_of_threads(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number follows from cores and model, or from OMP_NUM_THREADS; the rounding of torch depends on it."""
+    used: list[int] = []
+    data, directory = write_rows(ROWS[:4]), tmp_path / "run"
+    config = config_for(tiny_pair, data, directory, save_steps=1, max_steps=2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    before = torch.get_num_threads()
+    run_train(config, lambda progress: used.append(torch.get_num_threads()))
+    assert torch.get_num_threads() == before
+    assert json.loads((directory / "run.json").read_text())["config"]["threads"] == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    resumed = dataclasses.replace(config, resume_from_checkpoint=str(directory / "checkpoint-1"))
+    run_train(resumed, lambda progress: used.append(torch.get_num_threads()))
+    assert used == [3, 3, 3]
+    with pytest.raises(InputError, match=r"was trained with threads=3, not 2; resume with the same settings"):
+        run_train(dataclasses.replace(resumed, threads=2))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    run_train(
+        dataclasses.replace(config, output_dir=str(tmp_path / "tiny"), save_steps=None, max_steps=1),
+        lambda progress: used.append(torch.get_num_threads()),
+    )
+    assert used[-1] == 1  # a tiny model gives work to no second thread

@@ -1,0 +1,127 @@
+"""How long do commands take with one thread, two, and the number that they choose, alone and beside busy cores?
+
+    python -m bench.commands.threads [--model DIRECTORY] [--rounds 3] --json bench/results/threads.json
+
+Commands on the small pair: three steps of `train`, a short `select`, `score` and `evaluate`; with --model also one step
+of `train` and a `score` with that model. Each is a process of its own, timed from start to end, so its start is part of
+the time. The settings alternate in every round, which a change of the machine's load then meets alike. "busy" is the
+same beside one process per core that only counts. The ratio is the default's median time divided by the best setting's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bench.engine.peers.machine import describe_machine
+
+from genssd.distill import small_pair
+from genssd.distill.small_pair.problems import make_problems
+from genssd.engine.machine import available_cores
+
+PAIR = Path(next(iter(small_pair.__path__)))
+SETTINGS: dict[str, tuple[str, ...]] = {"1": ("--threads", "1"), "2": ("--threads", "2"), "default": ()}
+BOUND = 1.3
+"""Largest ratio of the default to the best setting that is accepted."""
+
+
+def run_genssd(words: list[str], output_dir: Path) -> float:
+    """Run a command of genssd in a new output directory and return its seconds. Raises CalledProcessError."""
+    shutil.rmtree(output_dir, ignore_errors=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    command = [sys.executable, "-m", "genssd", *words, "--output-dir", str(output_dir)]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def make_commands(directory: Path, prompts: int, model: str | None) -> dict[str, list[str]]:
+    """Write the data of the commands and return the words of each, by name."""
+    problems = [
+        json.dumps({"problem": problem.question, "answer": problem.answer}) for problem in make_problems(prompts, 0)
+    ]
+    data = directory / "problems.jsonl"
+    data.write_text("\n".join(problems) + "\n")
+    teacher, student = str(PAIR / "teacher"), str(PAIR / "student")
+    pair = ["--teacher", teacher, "--student", student]
+    select = ["select", *pair, "--data", str(data), "--max-tokens", "192"]
+    run_genssd(select, directory / "traces")
+    traces = str(directory / "traces" / "selections.jsonl")
+    train = ["train", "--data", traces, "--per-device-train-batch-size", "16"]
+    commands = {
+        "train": [*train, "--model-name-or-path", student, "--max-steps", "3"],
+        "select": select,
+        "score": ["score", "--student", student, "--data", traces, "--criteria", "ppl", "rsr"],
+        "evaluate": ["evaluate", "--model", student, "--data", str(data), "--max-tokens", "192"],
+    }
+    if model is not None:
+        commands |= {
+            "train MODEL": [*train[:-1], "4", "--model-name-or-path", model, "--max-steps", "1"],
+            "score MODEL": ["score", "--student", model, "--data", traces, "--criteria", "ppl"],
+        }
+    return commands
+
+
+@contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    """Keep so many cores busy while the block runs."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure(commands: dict[str, list[str]], directory: Path, rounds: int, neighbours: str) -> list[dict[str, object]]:
+    """Time every command with every setting, print a line for each command, and return the rows."""
+    rows: list[dict[str, object]] = []
+    for name, words in commands.items():
+        seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
+        for _ in range(rounds):
+            for setting, flags in SETTINGS.items():
+                seconds[setting].append(run_genssd([*words, *flags], directory / "run"))
+        medians = {setting: statistics.median(values) for setting, values in seconds.items()}
+        ratio = medians["default"] / min(medians.values())
+        times = "  ".join(f"{setting} {value:7.2f} s" for setting, value in medians.items())
+        print(f"{name:12} {neighbours:6} {times}  ratio {ratio:.2f}{'' if ratio <= BOUND else '  ABOVE'}", flush=True)
+        rows.append({"command": name, "machine": neighbours, "seconds": seconds, "ratio": round(ratio, 3)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory of a larger model, for train and score")
+    parser.add_argument("--rounds", type=int, default=3, help="number of runs of every command and setting")
+    parser.add_argument("--prompts", type=int, default=48, help="number of problems")
+    parser.add_argument("--only", nargs="+", help="names of the commands to time; all by default")
+    parser.add_argument("--json", type=Path, help="file of the rows")
+    options = parser.parse_args()
+    cores = available_cores()
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        commands = make_commands(directory, options.prompts, options.model)
+        commands = {name: words for name, words in commands.items() if options.only is None or name in options.only}
+        load = os.getloadavg()[0]
+        rows = measure(commands, directory, options.rounds, "alone")
+        with busy_cores(cores):
+            rows += measure(commands, directory, options.rounds, "busy")
+    if options.json:
+        words = ["python -m bench.commands.threads", *sys.argv[1:]]
+        result = {"command": " ".join(words), "load_before": load, **describe_machine(cores), "rows": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
