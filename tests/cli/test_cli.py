@@ -183,7 +183,13 @@ def test_words_that_mean_nothing(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "--candidats" in fails(
         capsys, "select", "--teacher", "t", "--student", "s", "--data", "d", "--candidats", "3"
     )
-    assert "--teacher" in fails(capsys, "select", "--data", "d")
+    missing = (
+        "genssd: Missing from genssd select: --teacher STR --student STR; `genssd select --help` lists the flags\n"
+    )
+    assert fails(capsys, "select", "--data", "d") == missing
+    choice = fails(capsys, "train", "--data", "a", "--model-name-or-path", "m", "--kd-loss", "x")
+    assert choice.startswith("genssd: invalid choice 'x' for argument '--kd-loss'. Expected one of ('forward_kl', ")
+    assert choice.count("\n") == 1
 
 
 def test_options_out_of_range(
