@@ -93,6 +93,7 @@ class WeightedRank:
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the criterion reads the log-probabilities of the writing model."""
         return any(needs_teacher(part) for _, part in self.parts)
 
     @property

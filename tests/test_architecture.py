@@ -158,7 +158,7 @@ def test_files_and_functions_fit_on_a_screen() -> None:
 WRITES = {
     "write_text", "write_bytes", "save_file", "save_pretrained", "mkstemp", "NamedTemporaryFile", "TemporaryFile",
     "fdopen", "mkdir", "makedirs", "rename", "move", "copyfile", "copy2", "copytree", "truncate",
-    "ftruncate", "to_json", "to_csv", "dump", "tofile",
+    "ftruncate", "to_csv", "dump", "tofile",
 }  # fmt: skip
 """Names of functions and methods that write files by themselves."""
 OWN_WRITES = {
@@ -204,6 +204,22 @@ def test_files_are_written_in_one_room() -> None:
     }
     assert {name: calls for name, calls in found.items() if name not in OWN_WRITES} == {}
     assert OWN_WRITES.keys() == found.keys()
+
+
+MACHINE = re.compile(r"cpu_count|sched_getaffinity|/proc/meminfo|/sys/fs/cgroup|SC_PHYS_PAGES|getrlimit")
+TORCH_THREADS = re.compile(r"torch\.[sg]et_num_(interop_)?threads")
+
+
+def test_one_place_knows_the_machine_and_two_the_threads_of_torch() -> None:
+    """What describes the whole machine knows no container; kernels with torch's number would fight its idle threads."""
+    machine, torch_threads = set(), set()
+    for module, path in modules().items():
+        text = path.read_text()
+        machine |= {module} if MACHINE.search(text) else set()
+        torch_threads |= {module} if TORCH_THREADS.search(text) else set()
+    assert machine == {"genssd.engine.machine"}
+    # the small pair is made by a script of its own
+    assert torch_threads == {"genssd.kernels.threads", "genssd.engine.threads", "genssd.distill.small_pair.make"}
 
 
 RIDDLE = re.compile(r"(Of|The same|And|That|What it|Behind|As|Onto|Nothing|Under)\b")

@@ -96,9 +96,11 @@ def _run_guarded(words: Sequence[str], signals: StopSignals) -> int:
 
 def _run(words: Sequence[str], signals: StopSignals) -> int:
     """Read the config of a command from its flags, run the command, and return the exit code."""
+    _let_idle_threads_sleep()  # before anything imports torch
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
+    _let_idle_threads_sleep()
     command, *flags = words
     if command == "--version":
         print(f"genssd {import_module('importlib.metadata').version('genssd')}")
@@ -107,7 +109,6 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
         match = difflib.get_close_matches(command, SUMMARIES, n=1)
         hint = f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(SUMMARIES)}"
         raise InputError(f"unknown command {command!r}{hint}")
-    _let_idle_threads_sleep()
     _quiet_libraries()
     _show_log()
     commands, read_config = import_module("genssd.commands"), import_module("genssd.flags").read_config

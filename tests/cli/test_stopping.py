@@ -92,11 +92,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, lines: i
 
 
 def stopped(capsys: pytest.CaptureFixture[str], code: int, words: list[Any]) -> str:
-    """Run a command that is stopped; return its last line on stderr."""
+    """Run a command that is stopped; return its last line on stderr, after those about what it does."""
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in words])
     assert ended.value.code == code
-    *_, line = capsys.readouterr().err.splitlines()  # after the number of threads
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert all(note.startswith(("genssd: computing with", "Loading weights", "Writing model")) for note in notes)
     return line
 
 
