@@ -36,9 +36,9 @@ class EngineOptions:
     memory_bytes: Operational[int | None] = None
     """Size of the KV caches in bytes; if given, it replaces memory_utilization."""
     max_batch: Operational[int | None] = None
-    """Maximum number of sequences decoded in one batch. None: 256 on a GPU; on a CPU 32 for models of 30 million
-    weights and more, up to 256 for smaller ones, times the number of threads: more would be hardly faster, and the
-    first results would come later."""
+    """Maximum number of sequences decoded in one batch. None: 256 on a GPU; on a CPU 32 to 256, the fewer the larger
+    the models are, and the more the more threads compute. A larger batch would hardly be faster there, and the first
+    results would come later."""
     deterministic: Operational[bool] = True
     """On a GPU: take kernel configurations with which a token's bits do not depend on how many tokens are scored or
     drawn together. Otherwise the fastest for each number of tokens are taken (docs/tuning.md). On a CPU: no effect."""

@@ -19,6 +19,7 @@ from genssd.distill.score import prefix as prefixes
 from genssd.distill.score import prefix_judges
 from genssd.distill.score.prefix import PrefixConfig, PrefixSummary, run_prefix, shortest_prefixes
 from genssd.distill.score.prefix_judges import Judgement, ReplyCounts, warn_of_unmarked
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
 
@@ -112,10 +113,10 @@ def test_the_student_is_asked_and_the_answer_is_read(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The questions go through the chat template; only the word in brackets counts."""
-    real, asked = tiny_pair.engine.iter_generate, []
+    real, asked = Engine.iter_generate, []
 
-    def generate(prompts: Any, **options: Any) -> Any:
-        for outcome in real(prompts, **options):
+    def generate(self: Engine, prompts: Any, **options: Any) -> Any:
+        for outcome in real(self, prompts, **options):
             if options["max_tokens"] == 4:
                 assert options["sampling"].temperature == 0.0
                 text = tiny_pair.engine.tokenizer("student").decode(prompts[outcome.index])
@@ -125,7 +126,7 @@ def test_the_student_is_asked_and_the_answer_is_read(
                 outcome = dataclasses.replace(outcome, sampled=(reply,))
             yield outcome
 
-    monkeypatch.setattr(tiny_pair.engine, "iter_generate", generate)
+    monkeypatch.setattr(Engine, "iter_generate", generate)
     summary = run(tiny_pair, write_rows(ROWS[:1]), tmp_path / "out")
     row, other = lines(tmp_path / "out" / "prefixes.jsonl")
     assert row["kept_steps"] == 2
