@@ -92,7 +92,7 @@ class Expander:
         """Return how many pages expansions take, and how many are free, for messages."""
         return self._budget.describe_need(expansions)
 
-    @torch.inference_mode()
+    @computes
     def submit(self, expansions: Sequence[Expansion]) -> None:
         """Add expansions that fit and start together."""
         parents = [expansion.parent for expansion in expansions]

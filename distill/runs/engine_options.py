@@ -31,7 +31,8 @@ class EngineOptions:
     dtype: str = "auto"
     """Data type of weights and cache. auto: the checkpoint's type, or float32 on a CPU without bf16 arithmetic."""
     memory_utilization: Operational[float] = 0.9
-    """Fraction of the free memory that the KV caches take together."""
+    """Fraction of the free memory that the KV caches take together; on a CPU less, where the computation needs more
+    than the rest."""
     memory_bytes: Operational[int | None] = None
     """Size of the KV caches in bytes; if given, it replaces memory_utilization."""
     max_batch: Operational[int | None] = None

@@ -83,7 +83,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     data = write_rows([*ROWS, {"prompt": "no completion"}])
     config = LeafConfig(
         student=str(tiny_pair.student), teacher=str(tiny_pair.teacher), data=(str(data),), share=0.2,
@@ -118,7 +119,9 @@ def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> 
     journal = tmp_path / "run" / "journal.jsonl"
     whole = (tmp_path / "run" / "counterfactuals.jsonl").read_text()
     journal.write_bytes(journal.read_bytes()[:-20])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run_leaf(dataclasses.replace(config, resume=True))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["threads"] == 2
     assert (tmp_path / "run" / "counterfactuals.jsonl").read_text() == whole
     with pytest.raises(InputError, match=r"begun with share=0\.2"):
         run_leaf(dataclasses.replace(config, resume=True, share=0.3))
