@@ -5,7 +5,7 @@ computes the intervals; an answer that cannot be judged is not correct, and is c
 
 OUTPUT_DIR/run.json           the settings, the model's fingerprint and versions
 OUTPUT_DIR/evaluation.jsonl   one line per problem: prompt, its token ids, answer, responses, verdicts
-OUTPUT_DIR/bad_rows.txt       problems that were not evaluated, because their prompts are too long
+OUTPUT_DIR/bad_rows.txt       what could not be used or did not fit, by file and line
 OUTPUT_DIR/summary.json
 
 A problem's line is on disk as soon as its greedy response and its samples are finished and judged. At the end the lines
@@ -15,24 +15,28 @@ are put into the order of the data, so that an interrupted run ends with the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.intervals import Estimate, wilson, wilson_of_groups
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.problems import ProblemRow, check_same_problem, read_problems
+from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_usable_problems
+from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
+from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.generation import Completion
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 
 MAX_LISTED = 10
@@ -45,7 +49,7 @@ class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
 
     NEEDS: ClassVar[Needs] = {
         name: Need(lambda o: o.samples > 0, "a number of samples above 0")
-        for name in ("sampling", "seed", "generation_config")
+        for name in ("sampling", "generation_config", "seed")
     }
 
     model: ModelPath[str]
@@ -69,6 +73,7 @@ class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.samples < 0:
             raise InputError(f"samples must be >= 0, not {self.samples}")
 
@@ -85,19 +90,19 @@ class Evaluation:
     correct: tuple[bool, ...]
     """Whether the greedy response is correct, per problem."""
     unfinished: int
-    """Number of greedy responses cut at max_tokens; they are judged as they are."""
+    """Number of greedy responses that were cut off; they are judged as they are."""
     undecided: int
     """Number of responses, samples included, that could not be judged; they do not count as correct."""
     mean_tokens: float
     """Mean number of tokens in the greedy responses."""
     not_evaluated: tuple[str, ...]
-    """Problems that are not part of the results, and why: their prompts are longer than the model's positions or the
-    cache. They are in no journal: resuming tries them again."""
+    """Rows that are not part of the results, and why: they are no problem with an answer, or their prompts are longer
+    than the model's positions or the cache. They are in no journal: resuming tries them again."""
+    cuts: Mapping[str, int]
+    """Number of greedy responses that were cut off, by what cut them."""
 
 
-def run_evaluate(
-    config: EvaluateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> Evaluation:
+def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: Progress = SILENT) -> Evaluation:
     """Evaluate on a file. engine: a loaded engine whose student is the model.
 
     Raises GenssdError on bad input, and when no problem can be evaluated; problems that were finished before are in the
@@ -106,16 +111,17 @@ def run_evaluate(
     check_effects(config)
     if config.samples:
         config = choose_sampling(config, config.model, "student", engine)
-    problems = read_problems(config.data, config.limit, system_prompt=config.system_prompt)
-    for problem in problems:
-        if problem.answer is None:
-            raise InputError(f"{problem.where}: no answer; a row needs answer, target or solution")
+    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt).leave_out(
+        lambda problem: None if problem.answer is not None else "no answer; a row needs answer, target or solution"
+    )
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
-        done = _find_done(run, config, problems)
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model))
-        failures = _evaluate(run, config, engine, problems, done, report)
-        if len(failures) == len(problems):
+        done = _find_done(run, config, data.problems)
+        report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model, report=report))
+        readable = leave_out_unfit(data, engine, ("student",))
+        failures = readable.data.list_bad_rows(_evaluate(run, config, engine, readable, done, report))
+        if next(run.done(), None) is None:
             listed = "".join(f"\n  {failure}" for failure in failures[:MAX_LISTED])
             raise CapacityError(f"no problem of {config.data} can be evaluated:{listed}")
         run.record()
@@ -145,13 +151,19 @@ def _evaluate(
     run: Run,
     config: EvaluateConfig,
     engine: Engine,
-    problems: Sequence[ProblemRow],
+    readable: ReadableProblems,
     done: frozenset[int],
-    report: Callable[[int, int], None],
-) -> list[str]:
-    """Run the problems that are not done and journal each as it ends; return those that cannot be run, and why."""
-    tokenizer = engine.tokenizer("student")
+    report: Progress,
+) -> dict[int, str]:
+    """Run the problems that are not done and journal each as it ends.
+
+    Returns why the others cannot be run, by the index of the row. done: indices of rows.
+    """
+    problems, tokenizer = readable.data.problems, engine.tokenizer("student")
     judge = AnswerJudge(tokenizer)
+    limits = ResponseLimits.of(engine, ("student",), config.max_tokens)
+    limits.warn_of_shortage(readable.list_lengths(done))
+    report.begin("", unit="problems", total=len(problems), done=len(done), engine=engine, work="writing")
     # the greedy response and the samples of a problem share its prompt, and end about together
     generated = engine.iter_generate(
         [problem.prompt for problem in problems],
@@ -161,46 +173,55 @@ def _evaluate(
         greedy_first=config.samples > 0,
         max_tokens=config.max_tokens,
         seed=config.seed,
-        skip=done,
+        skip=readable.find_done(done),
         labels=[problem.where for problem in problems],
     )
-    failures: list[str] = []
+    failures: dict[int, str] = {}
     for finished, outcome in enumerate(generated, start=1):
         problem = problems[outcome.index]
         if outcome.error is not None:
-            failures.append(f"{problem.where}: {outcome.error}")
+            failures[problem.index] = f"{problem.where}: {outcome.error}"
         else:
             prompt_ids = tokenizer.encode_prompt(problem.prompt)
-            run.journal.append(_make_row(outcome.index, problem, prompt_ids, outcome.sampled, judge))
+            run.journal.append(_make_row(problem, prompt_ids, outcome.sampled, judge, limits))
         report(len(done) + finished, len(problems))
     return failures
 
 
 def _make_row(
-    index: int, problem: ProblemRow, prompt_ids: Sequence[int], completions: Sequence[Completion], judge: AnswerJudge
+    problem: ProblemRow,
+    prompt_ids: Sequence[int],
+    completions: Sequence[Completion],
+    judge: AnswerJudge,
+    limits: ResponseLimits,
 ) -> dict[str, Any]:
     """Return a line of evaluation.jsonl. completions: the greedy response, then the samples."""
-    greedy, *samples = (_describe(problem, prompt_ids, completion, judge) for completion in completions)
+    greedy, *samples = (_describe(problem, prompt_ids, completion, judge, limits) for completion in completions)
     return {
         "prompt": problem.prompt,
         "prompt_ids": list(prompt_ids),
         "answer": problem.answer,
         **greedy,
         "samples": samples,
-        "index": index,
+        "index": problem.index,
         "line": problem.line,
     }
 
 
 def _describe(
-    problem: ProblemRow, prompt_ids: Sequence[int], completion: Completion, judge: AnswerJudge
+    problem: ProblemRow,
+    prompt_ids: Sequence[int],
+    completion: Completion,
+    judge: AnswerJudge,
+    limits: ResponseLimits,
 ) -> dict[str, Any]:
-    verdict = judge.judge(prompt_ids, completion.token_ids, problem.answer)
+    num_tokens = len(completion.token_ids)
     return {
         "response": completion.text,
         "status": completion.status,
-        "tokens": len(completion.token_ids),
-        **describe_verdict(verdict),
+        "tokens": num_tokens,
+        **describe_verdict(judge.judge(prompt_ids, completion.token_ids, problem.answer)),
+        "cut_by": limits.find_cut(completion.status, num_tokens, {"student": len(prompt_ids)}),
     }
 
 
@@ -216,4 +237,5 @@ def _summarise(rows: Sequence[Mapping[str, Any]], config: EvaluateConfig, failur
         undecided=sum(r["undecided"] is not None for row in rows for r in (row, *row["samples"])),
         mean_tokens=sum(row["tokens"] for row in rows) / len(rows),
         not_evaluated=tuple(failures),
+        cuts=count_cuts(rows),
     )

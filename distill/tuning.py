@@ -18,6 +18,7 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.options_check import check_types
 from genssd.engine.tuning import tune_models
 from genssd.kernels.tuned import TuneFileError, add_entries, card_of, default_path, forget, read_entries
 
@@ -41,6 +42,9 @@ class TuneConfig:
     genssd/tune.json in the user's cache directory. The other commands find another file through that variable alone."""
     seconds: float = 110.0
     """Time in seconds after which no further candidate is begun; the fastest ones until then are kept."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,8 +31,6 @@ from genssd.engine.text import Prompt, Tokenizer
 from genssd.kernels.logprob import TokenStats
 
 BOTH: tuple[Role, Role] = ("teacher", "student")
-MAX_BATCH = 256
-"""Maximum number of candidates that an engine over a decoder in memory decodes at once."""
 
 
 class Engine(LoadedEngine):
@@ -263,6 +261,9 @@ class Engine(LoadedEngine):
         Branches that were made with other sampling options go in a batch of their own. Raises InputError naming a
         branch by its index, CapacityError, changing nothing, when the candidates of all do not fit together.
         """
+        for i, branch in enumerate(branches):
+            if not any(branch.session is session for session in self._branch_sessions.values()):
+                raise InputError(f"branch {i} belongs to another engine")
         return expand_together(branches, n, chunk)
 
 
@@ -272,4 +273,4 @@ def open_engine(role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_by
     memory_bytes: size of its cache in bytes; None takes a third of the free memory.
     """
     models = LoadedModels.of_one(role, decoder, tokenizer)
-    return Engine(models.open_resources(memory_bytes, 1 / 3, MAX_BATCH))
+    return Engine(models.open_resources(memory_bytes, 1 / 3))

@@ -21,7 +21,7 @@ def import_object(path: str) -> Any:
     Raises InputError where there is no such module or object, and where the module raises, naming file and line.
     """
     module_name, _, name = path.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in (*module_name.split("."), name)):
         hint = f"; write {Path(module_name).stem}:{name or 'Name'}" if module_name.endswith(".py") else ""
         raise InputError(f"{path!r} is no import path, which is package.module:Name{hint}")
     try:

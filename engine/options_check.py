@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -206,7 +207,9 @@ def _as_bool(value: Any) -> bool:
 
 
 def _as_text(value: Any) -> str:
-    """Return a text; half of a surrogate pair, which no file can hold, is none."""
+    """Return a text, or the name that a Path stands for; half of a surrogate pair, which no file can hold, is none."""
+    if isinstance(value, PurePath):
+        value = str(value)
     _require(value, isinstance(value, str))
     try:
         value.encode()

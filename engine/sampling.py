@@ -21,10 +21,6 @@ from genssd.kernels.sampling import check_options
 _WORD = (1 << 64) - 1
 
 
-COLDEST = 1e-30
-"""Smallest temperature above 0. Logits of 1e8 divided by it are finite in float32, whose largest number is 3e38."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """Temperature and filters of a draw, applied in the order of transformers: temperature, top_k, top_p, min_p."""
@@ -40,11 +36,6 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if 0.0 < self.temperature < COLDEST:
-            raise InputError(
-                f"temperature must be 0, for the most likely token, or at least {COLDEST:g}, not {self.temperature:g}: "
-                "divided by less, logits become infinite"
-            )
         try:
             check_options(self.temperature, self.top_k, self.top_p, self.min_p)
         except ValueError as error:

@@ -28,7 +28,8 @@ class SearchOptions:
     """Number of branches kept per prompt after each round."""
     criterion: str | AnyCriterion = "ppl"
     """Selection criterion: a registered name ("rsr"), one with options ("ppl(norm='byte')"), a weighted sum of ranks
-    ("0.7*rsr + 0.3*lalp"), an import path ("package.module:Name"), or, in Python, an object."""
+    ("0.7*rsr + 0.3*lalp"), an import path ("package.module:Name") of an installed module or one in the working
+    directory, or, in Python, an object."""
     threshold: float | None = None
     """Worst acceptable criterion value: a branch none of whose candidates reaches it is pruned. None never prunes."""
     max_tokens: int = 4096

@@ -30,6 +30,9 @@ gradient of the weight. On CUDA the gradient of the logits takes no memory of it
 SLICE = 1 << 20
 """Number of entries that a pass in plain torch computes at a time."""
 
+COLDEST = 1e-30
+"""Smallest temperature above 0. Logits of 1e8 divided by it are finite in float32, whose largest number is 3e38."""
+
 
 class HeadLoss(NamedTuple):
     """Loss of a batch of rows under a linear head."""
@@ -246,10 +249,15 @@ def check_head(function: str, hidden: Tensor, weight: Weight, role: str = "") ->
 
 
 def check_positive(function: str, **options: float | None) -> None:
-    """Raise ValueError naming the first option that is neither None nor positive and finite."""
+    """Raise ValueError naming the first option that is neither None nor positive and finite.
+
+    A temperature must be at least COLDEST.
+    """
     for name, value in options.items():
         if value is not None and not 0.0 < value < math.inf:
             raise ValueError(f"{function}: {name} must be positive, not {value}")
+        if name == "temperature" and value is not None and value < COLDEST:
+            raise ValueError(f"{function}: temperature must be at least {COLDEST:g}, not {value:g}")
 
 
 def resolve_row_weights(function: str, row_weight_N: Tensor | None, hidden_ND: Tensor) -> Tensor:

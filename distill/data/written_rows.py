@@ -11,6 +11,9 @@ from genssd.distill.data.messages import parse_conversation
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
 
+LARGEST_SURPRISAL = 1e6
+"""Absolute value that no log-probability of a model reaches; NaN and huge numbers in a row are refused by it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPrompt:
@@ -51,17 +54,21 @@ def read_writer_record(fields: Mapping[str, Any], num_response: int, where: str)
     teacher, values = fields.get("teacher"), fields.get("teacher_logprobs")
     fingerprint = teacher.get("fingerprint") if isinstance(teacher, Mapping) else None
     if values is not None and (
-        not isinstance(values, list)
-        or len(values) != num_response
-        or not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        not isinstance(values, list) or len(values) != num_response or not all(map(_is_logprob, values))
     ):
         raise InputError(f"{where}: teacher_logprobs must be a list of {num_response} numbers, one for each token")
     ids = fields.get("prompt_ids")
     return WriterRecord(
         fingerprint=fingerprint if isinstance(fingerprint, str) else None,
-        prompt_ids=tuple(ids) if isinstance(ids, list) and all(type(i) is int for i in ids) else (),
+        prompt_ids=tuple(ids) if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids) else (),
         logprobs=None if values is None else tuple(map(float, values)),
     )
+
+
+def _is_logprob(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -LARGEST_SURPRISAL < value < LARGEST_SURPRISAL
 
 
 def make_conversation(prompt: TextPrompt, response: str, answer: str | None) -> dict[str, Any]:

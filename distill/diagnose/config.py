@@ -13,6 +13,7 @@ from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.model_sampling import ModelSampling
 from genssd.distill.runs.settings import FileName, ModelPath, NamedModelPath, Operational, Recomputed
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 
 
@@ -88,6 +89,7 @@ class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
     """Seed of all random numbers of the run."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("rollouts", "nodes_per_window", "top_k", "teacher_top_k", "budget", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -19,6 +19,7 @@ from genssd.distill.data.problems import ProblemRow, parse_object
 from genssd.distill.files.rows import read_rows
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.runner import Role
 from genssd.engine.text import Prompt
 
@@ -43,6 +44,7 @@ class Templates:
     """Prompt with a context of any other name."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in (*TEMPLATED_CONTEXTS, "other"):
             missing = [place for place in ("question", "text") if f"{{{place}}}" not in getattr(self, name)]
             if missing:

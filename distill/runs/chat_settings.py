@@ -9,6 +9,7 @@ from typing import Any
 
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
 """Values of variables as Python writes them, which JSON would not read."""
@@ -28,6 +29,9 @@ class ChatSettings:
     special_tokens_in_text: bool = False
     """Whether the names of control tokens (<|im_end|>) in questions and in messages of users, systems and tools become
     these tokens, as in transformers. Otherwise they are text."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def make_chat_options(self, template_date: str) -> ChatOptions:
         """Return the options for the engine.

@@ -97,11 +97,11 @@ class Scorer:
             "correct": trace.correct if verdict is None else verdict.is_correct,
             "undecided": None if verdict is None else verdict.undecided,
             "ratios": {
-                name: [to_json(part) for part in criterion.ratio(candidate)]
+                name: [make_jsonable(part) for part in criterion.ratio(candidate)]
                 for name, criterion in self.criteria.items()
                 if isinstance(criterion, RatioCriterion)
             },
-            "features": {name: [to_json(value) for value in values] for name, values in features.items()},
+            "features": {name: [make_jsonable(value) for value in values] for name, values in features.items()},
         }
 
 
@@ -134,6 +134,6 @@ def divide(traces: Sequence[Trace]) -> Iterator[Sequence[Trace]]:
         yield traces[start:]
 
 
-def to_json(value: float) -> float | str:
+def make_jsonable(value: float) -> float | str:
     """Return the value, or its text where it is infinite, for which JSON has no number."""
     return value if math.isfinite(value) else str(value)

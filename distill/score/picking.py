@@ -13,6 +13,7 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.score.ranking import FeatureRow, group_by_prompt
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 
 LENGTH_KINDS = ("long", "short")
 """Kinds that a mix may name in addition to teachers: the longest and the shortest response of a prompt."""
@@ -53,6 +54,7 @@ class PickOptions:
     """Whether the picked rows get LARK's training weights (mean 1 per prompt); the picking criterion must be lark."""
 
     def __post_init__(self) -> None:
+        check_types(self, infinite=("threshold",))
         if self.keep < 1:
             raise InputError(f"pick.keep must be at least 1, not {self.keep}")
         if self.min_steps < 0 or (self.max_steps is not None and self.max_steps < max(1, self.min_steps)):

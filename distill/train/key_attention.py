@@ -31,8 +31,10 @@ from transformers.masking_utils import sdpa_mask
 
 from genssd.distill.runs.effects import Need, Needs
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.engine.steps import step_spans
 from genssd.kernels.attention_mass import attention_mass
+from genssd.kernels.head import COLDEST
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 IMPLEMENTATION = "genssd_mass"
@@ -64,12 +66,13 @@ class KeyAttentionOptions:
     """Temperature of the softmax over the student's layers."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.weight < 0.0:
             raise InputError(f"key_attention.weight must be at least 0, not {self.weight}")
         if self.max_words < 2:
             raise InputError(f"key_attention.max_words must be at least 2, not {self.max_words}")
-        if min(self.teacher_temperature, self.student_temperature) <= 0.0:
-            raise InputError("key_attention: temperatures must be positive")
+        if min(self.teacher_temperature, self.student_temperature) < COLDEST:
+            raise InputError(f"key_attention: temperatures must be at least {COLDEST:g}")
 
 
 @dataclass(frozen=True, slots=True)

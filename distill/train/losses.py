@@ -38,8 +38,10 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import ModelPath
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import VocabularyRule, linear_divergence
+from genssd.kernels.head import COLDEST
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.standardized import linear_standardized_kl
 from genssd.kernels.topk_divergence import TailRule, topk_divergence
@@ -111,6 +113,7 @@ class LossOptions:
     that both models have, drop takes each over its own ids."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("kd_ratio", "lmbda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
@@ -131,8 +134,8 @@ class LossOptions:
             raise InputError(f"beta must lie in (0, 1), not {self.beta}; its limits are forward_kl and reverse_kl")
         if not 0.0 <= self.alpha < 1.0:
             raise InputError(f"alpha must lie in [0, 1), not {self.alpha}")
-        if not 0.0 < self.temperature < math.inf:
-            raise InputError(f"temperature must be positive, not {self.temperature}")
+        if self.temperature < COLDEST:
+            raise InputError(f"temperature must be at least {COLDEST:g}, not {self.temperature}")
         if self.teacher_model_name_or_path is not None and not self.uses_teacher:
             raise InputError("a teacher was given, but kd_ratio is 0: give --kd-ratio, up to 1")
         if self.key_attention.weight and not self.uses_teacher:

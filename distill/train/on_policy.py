@@ -22,6 +22,7 @@ from genssd.engine.engine import Engine, open_engine
 from genssd.engine.errors import InputError
 from genssd.engine.memory import cache_budget
 from genssd.engine.model import Decoder
+from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.text import Tokenizer
 
@@ -41,6 +42,7 @@ class RolloutOptions:
     """Size of the student's KV cache in bytes; None: a third of the free memory."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.max_tokens < 1:
             raise InputError(f"rollout.max_tokens must be at least 1, not {self.max_tokens}")
 

@@ -18,6 +18,7 @@ class TeacherStudentGap(CheckedOptions):
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the criterion reads the log-probabilities of the writing model."""
         return True
 
     def score(self, candidate: Candidate) -> float:
@@ -33,6 +34,7 @@ class TeacherLogprob(CheckedOptions):
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the criterion reads the log-probabilities of the writing model."""
         return True
 
     def score(self, candidate: Candidate) -> float:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.progress import Recorder
 from support.tiny_pair import TinyPair
 from support.toys import VOCAB, save_markov, token_of
 
 from genssd import Sampling
 from genssd.cli import main
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.distill.runs.progress import Progress
 from genssd.engine.errors import CapacityError, InputError
 
 Write = Callable[..., Path]
@@ -40,8 +42,8 @@ def test_a_model_whose_answers_are_known(tmp_path: Path, write_rows: Write) -> N
         max_tokens=4,
         memory_bytes=1 << 22,
     )
-    seen: list[tuple[int, int]] = []
-    result = run_evaluate(config, report=lambda done, total: seen.append((done, total)))
+    progress = Recorder()
+    result = run_evaluate(config, report=progress)
     assert result.accuracy.value == 0.5
     assert result.correct == (True, False) * 20
     assert result.mean_tokens == 2.0
@@ -56,8 +58,8 @@ def test_a_model_whose_answers_are_known(tmp_path: Path, write_rows: Write) -> N
     assert rows[0]["undecided"] is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy"]["value"] == 0.5
-    assert seen[0] == (1, 40)
-    assert seen[-1] == (40, 40)
+    assert progress.stages == [f"loading student {config.model}", ""]
+    assert progress.counts == [(done, 40) for done in range(1, 41)]
 
 
 def test_responses_that_cannot_be_judged_are_counted(tmp_path: Path, write_rows: Write) -> None:
@@ -81,9 +83,20 @@ def test_responses_that_cannot_be_judged_are_counted(tmp_path: Path, write_rows:
 
 
 def test_rows_need_answers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    data = write_rows([{"prompt": "a", "answer": "1"}, {"prompt": "b"}])
-    with pytest.raises(InputError, match=r"data\.jsonl, line 2: no answer; a row needs answer, target or solution"):
-        run_evaluate(EvaluateConfig(model=str(tiny_pair.student), data=str(data), output_dir=str(tmp_path)))
+    """A row without one, or that cannot be read, is named; the others are evaluated, and a mended one by resuming."""
+    rows = [{"prompt": "b"}, {"prompt": "a", "answer": "1"}, {"x": 1, "answer": "1"}]
+    with pytest.raises(InputError, match=r"rows can be used:\n .*, line 1: no answer; a row needs answer"):
+        run_evaluate(config_for(tiny_pair, write_rows(rows[:1]), tmp_path / "none"))
+    config = config_for(tiny_pair, write_rows(rows), tmp_path / "run")
+    result = run_evaluate(config)
+    assert len(result.correct) == 1
+    first, second = result.not_evaluated
+    assert "line 1: no answer" in first
+    assert "line 3: no prompt" in second
+    write_rows([{"prompt": "b", "answer": "2"}, *rows[1:]])
+    assert len(run_evaluate(dataclasses.replace(config, resume=True)).correct) == 2
+    lines = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
 
 
 PROBLEMS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(7)]
@@ -120,13 +133,14 @@ def test_an_interrupted_evaluation_ends_with_the_same_files(
     class StoppedError(Exception):
         pass
 
-    def stop(done: int, total: int) -> None:
-        assert (done, total) == (before + 1, 7)
-        raise StoppedError
+    class Stopping(Progress):
+        def __call__(self, done: float, total: float, detail: str = "") -> None:
+            assert (done, total) == (before + 1, 7)
+            raise StoppedError
 
     for before in range(7):
         with pytest.raises(StoppedError):
-            run_evaluate(dataclasses.replace(config, resume=before > 0), report=stop)
+            run_evaluate(dataclasses.replace(config, resume=before > 0), report=Stopping())
         journal = out / "evaluation.jsonl"
         assert len(journal.read_text().splitlines()) == before + 1, "a problem is on disk as soon as it is reported"
         journal.write_bytes(journal.read_bytes() + b'{"prompt": "3+')

@@ -79,3 +79,27 @@ def test_each_of_several_responses_ends_by_itself(tokenizer: Tokenizer, write_ro
     assert [trace.finished for trace in traces] == [True, False, False]
     _, bad = read(write_rows([{**row, "finish_reasons": ["stop"]}]), tokenizer)
     assert "line 1: 3 responses but 1 values of finish_reasons" in bad[0]
+
+
+def test_fields_of_the_best_response_are_not_those_of_the_others(tokenizer: Tokenizer, write_rows: Write) -> None:
+    """Verdicts and log-probabilities belong to one response each; a field that is null is not the best one's."""
+    shared = {"prompt": "q", "student_prompt_ids": [1, 2], "tokenizer": tokenizer.fingerprint}
+    best = {"completion": "a", "completion_ids": [3, EOS], "correct": True, "teacher_logprobs": [-0.5, -1]}
+    others = [
+        {"completion": "b", "completion_ids": [4, 5, EOS], "correct": False, "teacher_logprobs": [-1.0, -2.0, -3.0]},
+        {"completion": "c", "completion_ids": [6, EOS], "correct": None, "undecided": "?", "teacher_logprobs": None},
+    ]
+    teacher = {"name": "T", "fingerprint": "0123"}
+    row = {**shared, **best, "others": others, "prompt_ids": [7, 8, 9], "teacher": teacher}
+    traces, bad = read(write_rows([row]), tokenizer)
+    assert not bad
+    assert [trace.correct for trace in traces] == [True, False, None]
+    records = [trace.writer for trace in traces]
+    assert [record and record.logprobs for record in records] == [(-0.5, -1.0), (-1.0, -2.0, -3.0), None]
+    assert {record and record.prompt_ids for record in records} == {(7, 8, 9)}
+    assert {record and record.fingerprint for record in records} == {"0123"}
+    assert all(trace.prompt is not None and trace.prompt.text == "q" for trace in traces)
+    for wrong in ([-0.5], "x", [-0.5, True], [-0.5, float("nan")], [-0.5, 10**400]):
+        path = write_rows([{**shared, **best, "teacher_logprobs": wrong}])
+        message = f"{path}, line 1: teacher_logprobs must be a list of 2 numbers, one for each token"
+        assert read(path, tokenizer) == ([], [message])

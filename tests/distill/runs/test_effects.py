@@ -19,7 +19,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
 
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
-ENGINE = {"device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic"}
+ENGINE = {"threads", "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
 WRITING = SAMPLING | {"generation_config"}
 SEARCH = WRITING | ENGINE | {
@@ -31,12 +31,12 @@ TRAINING = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_train_tokens",
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "use_peft", "fsdp",
-    "eval_data", "report_to", "logging_steps", "save_steps", "device", "seed",
+    "eval_data", "report_to", "logging_steps", "save_steps", "device", "seed", "threads",
 }  # fmt: skip
 RUN = {"output_dir", "resume", "limit", "data"}
 ALWAYS = {
     "demo": {"output_dir", "prompts", "candidates", "train_tokens", "learning_rate", "batch_size", "eval_problems"}
-    | {"post_hoc", "seed"},
+    | {"post_hoc", "seed", "threads"},
     "select": SEARCH | CHAT | RUN | {"teacher", "student"},
     "generate": ENGINE | CHAT | WRITING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
     "score": ENGINE | CHAT | RUN | {"student", "teacher", "criteria", "verify"}
@@ -44,7 +44,7 @@ ALWAYS = {
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},
     "prefix": ENGINE | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
-    "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device"},
+    "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads"},
     "evaluate": ENGINE | CHAT | RUN | {"model", "samples", "max_tokens"},
     "diagnose": ENGINE | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
@@ -53,7 +53,7 @@ ALWAYS = {
     | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint"},
     "distill": CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
     | {"teacher", "student", "data", "output_dir", "resume", "rounds", "prompts_per_round", "restart"}
-    | {"require_correct", "eval_data"},
+    | {"require_correct", "eval_data", "threads"},
     "tune": {"model_name_or_path", "teacher", "student", "dtype", "device", "tune_file", "seconds"},
 }  # fmt: skip
 """Fields that have an effect where all others have their defaults."""
