@@ -24,6 +24,7 @@ from torch import Tensor
 
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import read_json, write_jsonl
+from genssd.distill.runs.record import read_record
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.decisions import Decisions, read_decisions
@@ -77,22 +78,16 @@ class ReselectSummary:
 def run_reselect(config: ReselectConfig) -> ReselectSummary:
     """Judge the logged candidates again and export them. Raises GenssdError on bad input."""
     selection_run = Path(config.run)
-    recorded = read_json(selection_run / "run.json")
-    if recorded.get("command") != "select":
-        raise InputError(f"{selection_run} is no output directory of `genssd select`")
-    if "shortest" not in recorded["config"]["chunk"]:
-        raise InputError(
-            f"{selection_run} was written by another version of genssd: its run.json has no chunk.shortest"
-        )
-    run_criterion: str = recorded["config"]["criterion"]
+    recorded = _read_selection_config(selection_run)
+    run_criterion: str = recorded["criterion"]
     name = config.criterion or run_criterion
     criterion = resolve(name)
     if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
         raise InputError(f"{name} is fitted over all of the data; a round has only its candidates")
-    student = config.student or recorded["config"]["student"]
+    student = config.student or recorded["student"]
 
     tokenizer = Tokenizer(locate(student))
-    results = _Results(name, criterion, recorded["config"]["chunk"]["shortest"], is_own=name == run_criterion)
+    results = _Results(name, criterion, recorded["chunk"]["shortest"], is_own=name == run_criterion)
     with Run.open(config, "reselect", parts="summary.json") as run:
 
         @cache
@@ -113,6 +108,20 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
         described["largest_change"] = summary.largest_change if math.isfinite(summary.largest_change) else None
         run.write_summary({**described, "output_dir": config.output_dir})
     return summary
+
+
+def _read_selection_config(run: Path) -> dict[str, Any]:
+    """Return the config of a `genssd select` run, by its output directory. Raises InputError if it is incomplete."""
+    path = run / "run.json"
+    if read_json(path).get("command") != "select":
+        raise InputError(f"{run} is no output directory of `genssd select`")
+    config: dict[str, Any] = read_record(path)["config"]
+    for name, kind in (("criterion", str), ("student", str), ("chunk", dict)):
+        if not isinstance(config.get(name), kind):
+            raise InputError(f"{path} is damaged: its config has no {name}; restore the file")
+    if not isinstance(config["chunk"].get("shortest"), int):
+        raise InputError(f"{run} was written by another version of genssd: its run.json has no chunk.shortest")
+    return config
 
 
 class _Results:

@@ -126,11 +126,17 @@ def test_any_journal(
 def test_any_record(
     small_runs: dict[str, SmallRun], finished: dict[str, Path], scratch: Path, data: st.DataObject
 ) -> None:
-    output_dir = copy_run(finished["generate"], scratch)
+    """A run is resumed by its record, and reselect reads the record of another run."""
+    command = data.draw(st.sampled_from(["generate", "select"]))
+    output_dir = copy_run(finished[command], scratch)
     path = output_dir / "run.json"
     path.write_bytes(data.draw(mutated_file(json.loads(path.read_text()), ("launches", "template_date", "settings"))))
+    reselect = small_runs["reselect"]
+    reselect = dataclasses.replace(reselect, config=dataclasses.replace(reselect.config, run=str(output_dir)))
+    shutil.rmtree(scratch / "again", ignore_errors=True)
     with no_sync():
-        succeeds_or_refuses(lambda: small_runs["generate"].run(output_dir, resume=True))
+        succeeds_or_refuses(lambda: small_runs[command].run(output_dir, resume=True))
+        succeeds_or_refuses(lambda: reselect.run(scratch / "again"))
 
 
 @fuzz_settings(20, 0.05)
