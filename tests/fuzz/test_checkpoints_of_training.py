@@ -36,9 +36,9 @@ pytestmark = pytest.mark.fuzz
 class Saved:
     """A training, the directory of its last checkpoint, and the files that are mutated as they were written."""
 
-    training: Training
+    training: Training = dataclasses.field(repr=False)
     path: Path
-    files: Mapping[str, bytes]
+    files: Mapping[str, bytes] = dataclasses.field(repr=False)
 
     def write(self, **changed: bytes) -> None:
         for name, content in {**self.files, **changed}.items():
@@ -56,9 +56,9 @@ class Saved:
 def saved(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     base = tmp_path_factory.mktemp("training")
     (base / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    run_train(config_for(tiny_pair, base / "data.jsonl", base / "run", save_steps=2))
-    config = config_for(tiny_pair, base / "data.jsonl", base / "run", save_steps=2, resume_from_checkpoint="last")
-    config = fix_date(config)
+    config = config_for(tiny_pair, base / "data.jsonl", base / "run", save_steps=2, threads=1)
+    run_train(config)
+    config = fix_date(dataclasses.replace(config, resume_from_checkpoint="last"))
     inputs = read_inputs(config)
     training = build_training(config, inputs, World.join(torch.device("cpu"), fsdp=False), None)
     path = list_checkpoints(base / "run")[-1]
