@@ -1,136 +1,203 @@
-"""Progress while a command runs: a live line on a terminal, a plain line every half minute elsewhere."""
+"""Progress while a command runs: a live line on a terminal; elsewhere a plain line after a few seconds, then rarely.
+
+Notes, such as how many rows were read, stay on the screen; a command that takes a few seconds only prints none.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from genssd.distill.diagnose.run import DiagnoseProgress
-from genssd.distill.select.run import SelectProgress
+from genssd.distill.runs.progress import Measurement, Progress, Stage, measure
 from genssd.distill.train.trainer import TrainProgress
+from genssd.engine.amounts import format_part
 
-PLAIN_INTERVAL = 30.0  # seconds between plain lines
+FIRST_PLAIN = 5.0
+"""Seconds after which a command prints its notes and a stage its first plain line."""
+PLAIN_INTERVAL = 30.0
+"""Seconds between two plain lines of one stage."""
+TICK = 0.2
+"""Seconds between two looks at whether a plain line is due."""
+LIVE_RATE = 4.0
+"""How often per second the live line is drawn."""
 
 
-class ProgressLine:
-    """The progress of one task. Use as a context manager; `update` may be called at any rate."""
+class ProgressLine(Progress):
+    """The progress of one command on a console. Use as a context manager."""
 
     def __init__(self, title: str, console: Console) -> None:
         self._title = title
         self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task: TaskID = self._progress.add_task(title, total=None, note="")
-        self._printed = time.monotonic()
+        self._stage = Stage(name="")
+        self._started = time.monotonic()
+        self._live: Live | None = None
+        self._notes: list[str] = []
+        """Notes that are not printed yet."""
+        self._stopped = threading.Event()
+        self._printer = threading.Thread(target=self._print_when_due, daemon=True)
 
-    def update(self, done: int, total: int, note: str) -> None:
-        """Show how many of the task's items are done, and a note."""
-        self._progress.update(self._task, completed=done, total=total, note=note)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:
-            self._printed = now
-            self._console.print(f"{self._title}: {done}/{total} {note}", highlight=False, soft_wrap=True)
+    def show(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def __call__(self, done: float, total: float, detail: str = "") -> None:
+        self._stage.done, self._stage.total, self._stage.detail = done, total, detail
+
+    def note(self, text: str) -> None:
+        self._notes.append(text)
 
     def __enter__(self) -> ProgressLine:
-        self._progress.start()
+        if not self._console.quiet:
+            self._printer.start()
+        if self._console.is_terminal:
+            self._start_live()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._stopped.set()
+        if self._printer.is_alive():
+            self._printer.join()
+        self._stop_live()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Remove the live line while the block prints."""
+        was_live = self._live is not None
+        self._stop_live()
+        yield
+        if was_live:
+            self._start_live()
+
+    def _start_live(self) -> None:
+        self._live = Live(
+            console=self._console, get_renderable=self._render, refresh_per_second=LIVE_RATE, transient=True
+        )
+        self._live.start()
+
+    def _stop_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _render(self) -> Table:
+        """Return the live line of the moment."""
+        stage = self._stage
+        measured = measure(stage, time.monotonic())
+        line = Table.grid(padding=(0, 1))
+        fraction = _fraction_done(stage, measured)
+        bar = ProgressBar(total=1.0, completed=fraction or 0.0, width=10, pulse=fraction is None)
+        line.add_row(bar, Text(describe(self._title, stage, measured)))
+        return line
+
+    def _print_when_due(self) -> None:
+        """Print notes, and plain lines where there is no terminal, until the command ends; the body of a thread."""
+        printed_stage, due = None, self._started + FIRST_PLAIN
+        while not self._stopped.wait(TICK):
+            now = time.monotonic()
+            if now < self._started + FIRST_PLAIN:
+                continue
+            try:
+                while self._notes:
+                    self._print(self._notes.pop(0))
+                stage = self._stage
+                if self._console.is_terminal:
+                    continue
+                if now >= (due if stage is printed_stage else stage.started + FIRST_PLAIN):
+                    self._print(describe(self._title, stage, measure(stage, now)))
+                    printed_stage, due = stage, now + PLAIN_INTERVAL
+            except OSError:  # the reader of stderr has gone, or its disk is full: the work goes on
+                return
+
+    def _print(self, text: str) -> None:
+        line = text if text.startswith(self._title) else f"{self._title}: {text}"
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def report_selection(line: ProgressLine) -> Callable[[SelectProgress], None]:
-    """Return a function that shows finished prompts, tokens kept and sampled, tokens per second, and pages in use."""
-    started = time.monotonic()
+def describe(title: str, stage: Stage, measured: Measurement) -> str:
+    """Return a stage and what it has done so far as one line."""
+    parts = []
+    if stage.unit == "%":
+        parts.append(f"{stage.done:.0f} %")
+    elif stage.total:
+        parts.append(f"{stage.done:.0f}/{stage.total:.0f} {stage.unit}")
+    parts += filter(None, [stage.detail, *_describe_engine(stage, measured)])
+    if measured.seconds_left is not None:
+        bound = "at most " if measured.is_bound else ""
+        parts.append(f"{bound}{_format_seconds(measured.seconds_left)} left")
+    else:
+        parts.append(f"{_format_seconds(measured.seconds)} so far")
+    named = f"{title}, {stage.name}" if stage.name else title
+    return f"{named}: {', '.join(parts)}"
 
-    def report(p: SelectProgress) -> None:
-        rate = p.tokens_sampled / (time.monotonic() - started)
-        spent = f"kept {_short(p.tokens_kept)}/{_short(p.tokens_sampled)} tok  {_short(rate)}/s"
-        line.update(p.done, p.total, f"{spent}  pages {_short(p.pages_in_use)}/{_short(p.pages)}")
 
-    return report
+def _describe_engine(stage: Stage, measured: Measurement) -> list[str]:
+    """Return the tokens that the stage's engine has written or read, their rate, and its pages in use."""
+    engine = None if stage.engine is None else stage.engine()
+    if engine is None:
+        return []
+    parts = []
+    if measured.written or stage.work == "writing":
+        tokens = f"{_short(measured.written)} tokens written"
+        if measured.tokens_left is not None:
+            bound = "at most" if measured.is_bound else "about"
+            tokens = f"{_short(measured.written)} of {bound} {_short(measured.written + measured.tokens_left)} tokens"
+        parts.append(tokens if measured.written else f"{_short(measured.read)} tokens of prompts read")
+    elif measured.tokens_left is not None:
+        parts.append(f"{_short(measured.read)} of at most {_short(measured.read + measured.tokens_left)} tokens read")
+    else:
+        parts.append(f"{_short(measured.read)} tokens read")
+    if measured.written or measured.read:
+        parts.append(f"{_short(measured.rate)} tokens/s")
+    use = engine.cache_use
+    return [*parts, f"{use.held_pages:,}/{use.pages:,} pages ({format_part(use.held_bytes, use.bytes)})"]
+
+
+def _fraction_done(stage: Stage, measured: Measurement) -> float | None:
+    """Return the fraction of a stage that is done; None where it is not known."""
+    if measured.seconds_left is not None:
+        return measured.seconds / (measured.seconds + measured.seconds_left)
+    return stage.done / stage.total if stage.done and stage.total else None
 
 
 def _short(count: float) -> str:
-    """Return a count in at most five characters or so: 9999, 10k."""
-    return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
+    """Return a count in five characters or so: 9999, 10.0k, 123k, 1.2M."""
+    if count < 10_000:
+        return f"{count:.0f}"
+    if count < 999_500:
+        return f"{count / 1000:.1f}k" if count < 99_950 else f"{count / 1000:.0f}k"
+    return f"{count / 1e6:.1f}M"
 
 
-def report_training(line: ProgressLine) -> Callable[[TrainProgress], None]:
-    """Return a function that shows the percentage done, the loss and tokens per second."""
+def _format_seconds(seconds: float) -> str:
+    """Return a time as 42 s, 3:05 or 1:02:03."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def report_training(progress: Progress) -> Callable[[TrainProgress], None]:
+    """Return a function that passes the steps of a training on: percentage, step, loss, and tokens per second."""
+    progress.begin("reading the data and loading the model")
+    is_begun = False
 
     def report(p: TrainProgress) -> None:
-        note = f"step {p.step}  loss {p.loss:.4f}  {p.tokens_per_second:,.0f} tok/s"
-        line.update(int(100 * p.fraction_done), 100, note)
-
-    return report
-
-
-class TaskLines:
-    """A progress line for each of several tasks, one after the other. Use as a context manager."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._task = ""
-        self._line: ProgressLine | None = None
-        self._show: Callable[..., None] = lambda progress: None
-
-    def report(self, task: str, progress: SelectProgress | TrainProgress | tuple[int, int]) -> None:
-        """Show the progress of a task; a new name begins a new line."""
-        if task != self._task or self._line is None:
-            self.close()
-            self._task, self._line = task, ProgressLine(task, self._console)
-            self._line.__enter__()
-            if isinstance(progress, SelectProgress):
-                self._show = report_selection(self._line)
-            else:
-                self._show = report_training(self._line) if isinstance(progress, TrainProgress) else self._count
-        self._show(progress)
-
-    def _count(self, progress: tuple[int, int]) -> None:
-        assert self._line is not None
-        self._line.update(*progress, "responses")
-
-    def close(self) -> None:
-        """Remove the line."""
-        if self._line is not None:
-            self._line.__exit__(None, None, None)
-            self._line = None
-
-    def __enter__(self) -> TaskLines:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def report_counts(line: ProgressLine, note: str) -> Callable[[int, int], None]:
-    """Return a function that shows how many items of a total are done. note: what the items are."""
-    return lambda done, total: line.update(done, total, note)
-
-
-def report_diagnosis(line: ProgressLine) -> Callable[[DiagnoseProgress], None]:
-    """Return a function that shows the phase and, while nodes are forced, the completions of the question's budget."""
-
-    def report(p: DiagnoseProgress) -> None:
-        completions = f"  {p.completions}/{p.budget} completions" if p.phase == "forcing" else ""
-        line.update(p.done, p.total, f"{p.phase}{completions}")
+        nonlocal is_begun
+        if not is_begun:
+            progress.begin("", unit="%", total=100)
+            is_begun = True
+        detail = f"step {p.step}, loss {p.loss:.4f}, {p.tokens_per_second:,.0f} tokens/s"
+        progress(100 * p.fraction_done, 100, detail)
 
     return report

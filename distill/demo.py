@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from genssd.distill.answers.intervals import paired_difference
-from genssd.distill.console import ProgressLine, report_counts, report_selection, report_training
+from genssd.distill.console import ProgressLine, report_training
 from genssd.distill.evaluating import EvaluateConfig, Evaluation, run_evaluate
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
@@ -166,8 +166,8 @@ def _run_arm(
         seed=config.seed,
         threads=config.threads,
     )
-    with ProgressLine(f"{name}: teacher writes", progress) as line:
-        data = run_select(select, engine, report_selection(line))
+    with ProgressLine(f"{name}, the teacher writes", progress) as line:
+        data = run_select(select, engine, line)
     train = TrainConfig(
         model_name_or_path=str(PAIR / "student"),
         data=(str(data.path),),
@@ -179,7 +179,7 @@ def _run_arm(
         seed=config.seed,
         threads=config.threads,
     )
-    with ProgressLine(f"{name}: student learns", progress) as line:
+    with ProgressLine(f"{name}, the student learns", progress) as line:
         run_train(train, report_training(line))
     evaluation = _evaluate(output_dir / name / "student", name, config, output_dir, progress)
     return _describe(name, data, problems, evaluation)
@@ -194,8 +194,8 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         memory_bytes=MEMORY_BYTES,
         threads=config.threads,
     )
-    with ProgressLine(f"{name}: examination", progress) as line:
-        return run_evaluate(evaluate, report=report_counts(line, "problems"))
+    with ProgressLine(f"{name}, examination", progress) as line:
+        return run_evaluate(evaluate, report=line)
 
 
 def _describe(name: str, data: SelectSummary, problems: Sequence[Problem], evaluation: Evaluation) -> Arm:

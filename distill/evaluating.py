@@ -15,20 +15,21 @@ are put into the order of the data, so that an interrupted run ends with the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.intervals import Estimate, wilson, wilson_of_groups
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.problems import ProblemRow, check_same_problem, read_usable_problems
+from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
@@ -101,9 +102,7 @@ class Evaluation:
     """Number of greedy responses that were cut off, by what cut them."""
 
 
-def run_evaluate(
-    config: EvaluateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> Evaluation:
+def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: Progress = SILENT) -> Evaluation:
     """Evaluate on a file. engine: a loaded engine whose student is the model.
 
     Raises GenssdError on bad input, and when no problem can be evaluated; problems that were finished before are in the
@@ -118,7 +117,8 @@ def run_evaluate(
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
         done = _find_done(run, config, data.problems)
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model))
+        report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model, report=report))
         readable = leave_out_unfit(data, engine, ("student",))
         failures = readable.data.list_bad_rows(_evaluate(run, config, engine, readable, done, report))
         if next(run.done(), None) is None:
@@ -153,7 +153,7 @@ def _evaluate(
     engine: Engine,
     readable: ReadableProblems,
     done: frozenset[int],
-    report: Callable[[int, int], None],
+    report: Progress,
 ) -> dict[int, str]:
     """Run the problems that are not done and journal each as it ends.
 
@@ -163,6 +163,7 @@ def _evaluate(
     judge = AnswerJudge(tokenizer)
     limits = ResponseLimits.of(engine, ("student",), config.max_tokens)
     limits.warn_of_shortage(readable.list_lengths(done))
+    report.begin("", unit="problems", total=len(problems), done=len(done), engine=engine, work="writing")
     # the greedy response and the samples of a problem share its prompt, and end about together
     generated = engine.iter_generate(
         [problem.prompt for problem in problems],

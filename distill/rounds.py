@@ -15,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from genssd.distill.answers.judge import AnswerJudge
+from genssd.distill.console import report_training
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, iter_file_questions, list_problems
 from genssd.distill.data.problems import ProblemRow, read_problems
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
@@ -29,13 +30,14 @@ from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, damaged_line, read_json, read_number, write_json, write_jsonl
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.runs.writing import remove_directory, write_bytes
-from genssd.distill.select.run import SelectConfig, SelectProgress, SelectSettings, run_select
+from genssd.distill.select.run import SelectConfig, SelectSettings, run_select
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
-from genssd.distill.train.trainer import TrainProgress, run_train
+from genssd.distill.train.trainer import run_train
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
@@ -132,11 +134,7 @@ class RoundSummary:
     """Directory of the trained student."""
 
 
-Report = Callable[[str, SelectProgress | TrainProgress | tuple[int, int]], None]
-"""A function that takes the name of the current task ("round 2 select") and its progress."""
-
-
-def run_distill(config: DistillConfig, report: Report = lambda task, progress: None) -> Iterator[RoundSummary]:
+def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[RoundSummary]:
     """Run the rounds and yield each as it ends, rounds of an earlier part of the run first.
 
     Raises GenssdError on bad input; what was finished is on disk.
@@ -217,7 +215,7 @@ def _finished_rounds(run: Run) -> dict[int, RoundSummary]:
     return summaries
 
 
-def _round(config: DistillConfig, number: int, student: str, report: Report) -> RoundSummary:
+def _round(config: DistillConfig, number: int, student: str, report: Progress) -> RoundSummary:
     directory = Path(config.output_dir) / f"round-{number}"
     problems = directory / "problems.jsonl"
     write_bytes(problems, _problems(config, number))
@@ -230,7 +228,7 @@ def _round(config: DistillConfig, number: int, student: str, report: Report) -> 
         output_dir=str(directory / "select"),
         resume=True,
     )
-    selected = run_select(selecting, report=lambda p: report(f"round {number} select", p))
+    selected = run_select(selecting, report=report.within(f"round {number}, select"))
     if selected.failures:
         listed = "".join(f"\n  {failure}" for failure in selected.failures[:10])
         raise CapacityError(f"round {number}: {len(selected.failures)} prompts do not fit into the cache:{listed}")
@@ -291,7 +289,7 @@ def _keep(config: DistillConfig, selections: Path, path: Path) -> tuple[Sequence
     return rows, dict(left_out)
 
 
-def _train(config: DistillConfig, number: int, student: str, report: Report) -> float:
+def _train(config: DistillConfig, number: int, student: str, report: Progress) -> float:
     directory = Path(config.output_dir) / f"round-{number}" / "train"
     finished = directory / "finished.json"
     if finished.exists():
@@ -310,12 +308,12 @@ def _train(config: DistillConfig, number: int, student: str, report: Report) -> 
         output_dir=str(directory),
         resume_from_checkpoint="last" if begun else None,
     )
-    loss = run_train(training, report=lambda p: report(f"round {number} train", p)).loss
+    loss = run_train(training, report=report_training(report.within(f"round {number}, train"))).loss
     write_json(finished, {"loss": loss})
     return loss
 
 
-def _evaluate(config: DistillConfig, number: int, model: str, report: Report) -> float:
+def _evaluate(config: DistillConfig, number: int, model: str, report: Progress) -> float:
     """Return the greedy accuracy of a model; it is measured once and then read from summary.json."""
     assert config.eval_data is not None
     directory = Path(config.output_dir) / f"round-{number}" / "evaluate"
@@ -333,7 +331,7 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Report) ->
         max_tokens=config.select.max_tokens,
         resume=True,
     )
-    evaluation = run_evaluate(evaluating, report=lambda *p: report(f"round {number} evaluate", p))
+    evaluation = run_evaluate(evaluating, report=report.within(f"round {number}, evaluate"))
     if evaluation.not_evaluated:
         listed = "".join(f"\n  {failure}" for failure in evaluation.not_evaluated[:10])
         raise CapacityError(f"{len(evaluation.not_evaluated)} problems of eval_data are not evaluated:{listed}")

@@ -18,6 +18,7 @@ from genssd.engine.criteria.reference_answer import RationaleDifficulty
 from genssd.engine.criteria.teacher import TeacherLogprob, TeacherStudentGap
 from genssd.engine.errors import InputError
 from genssd.engine.imported_criteria import describe_failure, import_object
+from genssd.engine.options_check import check_value
 
 _MAKERS: dict[str, Callable[..., AnyCriterion]] = {
     "ppl": Perplexity,
@@ -37,7 +38,10 @@ _MAKERS: dict[str, Callable[..., AnyCriterion]] = {
 
 
 def register_criterion(name: str, maker: Callable[..., AnyCriterion]) -> None:
-    """Make a criterion available by name. Raises InputError when the name is taken."""
+    """Make a criterion available by name. Raises InputError when the name is taken or no identifier."""
+    if not check_value("name", name, str).isidentifier():
+        raise InputError(f"{name!r} cannot name a criterion: take letters, digits and underscores")
+    check_value("maker", maker, Callable[..., Any])
     if name in _MAKERS:
         raise InputError(f"a criterion named {name!r} is already registered")
     _MAKERS[name] = maker

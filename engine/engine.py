@@ -31,8 +31,6 @@ from genssd.engine.text import Prompt, Tokenizer
 from genssd.kernels.logprob import TokenStats
 
 BOTH: tuple[Role, Role] = ("teacher", "student")
-MAX_BATCH = 256
-"""Maximum number of candidates that an engine over a decoder in memory decodes at once."""
 
 
 class Engine(LoadedEngine):
@@ -275,4 +273,4 @@ def open_engine(role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_by
     memory_bytes: size of its cache in bytes; None takes a third of the free memory.
     """
     models = LoadedModels.of_one(role, decoder, tokenizer)
-    return Engine(models.open_resources(memory_bytes, 1 / 3, MAX_BATCH))
+    return Engine(models.open_resources(memory_bytes, 1 / 3))

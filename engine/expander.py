@@ -32,7 +32,7 @@ class Expander:
     scorer: the model that scores complete candidates, None for none; a scorer that is one of the drawing's readers has
     judged them token by token already, and scores nothing. translate: returns the scorer's ids of drawn tokens; the
     prompt's label is for messages. end_token_ids: tokens that end a response. max_batch: maximum number of candidates
-    decoded at once.
+    decoded at once. usage: counts of the engine, which every step raises.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Expander:
         self._translate = translate
         self._end_token_ids = end_token_ids
         self._max_batch = max_batch
-        self._usage = usage
+        self.usage = usage
         self._runners = [drawing.writer] if scorer is None else [drawing.writer, scorer]
         self._budget = PageBudget(self._runners, reservations)
         self._lanes: list[Lane] = []
@@ -92,12 +92,12 @@ class Expander:
         """Return how many pages expansions take, and how many are free, for messages."""
         return self._budget.describe_need(expansions)
 
-    @torch.inference_mode()
+    @computes
     def submit(self, expansions: Sequence[Expansion]) -> None:
         """Add expansions that fit and start together."""
         parents = [expansion.parent for expansion in expansions]
         for runner in self._runners:
-            self._usage.prefill_tokens += restore_shared(runner, parents)
+            self.usage.prefill_tokens += restore_shared(runner, parents)
             for state in (parent.state(runner.role) for parent in parents):
                 if state.path is None:
                     state.path = runner.tree.root()
@@ -151,7 +151,7 @@ class Expander:
         """Compute the tokens that the branches have pending under one model."""
         states = [state for branch in branches if (state := branch.state(runner.role)).pending]
         paths = [state.path for state in states if state.path is not None]
-        self._usage.prefill_tokens += sum(len(state.pending) for state in states if len(state.pending) > 1)
+        self.usage.prefill_tokens += sum(len(state.pending) for state in states if len(state.pending) > 1)
         pending = [state.pending for state in states]
         for state, hidden in zip(states, runner.extend(paths, pending, last=[1] * len(paths)), strict=True):
             state.hidden = hidden[-1]
@@ -178,7 +178,7 @@ class Expander:
                 state.pending = [token]
             else:
                 state.hidden = hidden_D
-        self._usage.sampled_tokens += 1
+        self.usage.sampled_tokens += 1
         chunk_ends = lane.end.reached(lane.text.push(token))
         if token in self._end_token_ids:
             child.ended = "finished"
@@ -207,7 +207,7 @@ class Expander:
 
         for (_, child), stats in zip(scored, run_statistics(scorer, runs, place), strict=True):
             child.stats = stats
-            self._usage.scored_tokens += len(child.chunk)
+            self.usage.scored_tokens += len(child.chunk)
 
 
 def _fork_path(runner: ModelRunner, parent: Branch, child: Branch) -> Path:

@@ -34,6 +34,11 @@ class Expansion:
         """Whether candidates are still to be made or decoded."""
         return not self.children or self.num_unfinished > 0
 
+    @property
+    def most_tokens(self) -> int:
+        """Maximum number of tokens in all candidates together."""
+        return self.n * self.longest
+
     def reset(self) -> None:
         """Drop the candidates, as if the expansion had never been submitted."""
         self.parent.take_back(self.children)

@@ -60,7 +60,9 @@ def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[Gen
 
     An expansion fails where branches of other calls fill the cache. Closing the iterator early frees all pages.
     """
+    usage = expander.usage
     key_of = {expansion: key for key, expansion in queue.items()}
+    usage.plan(expansion.most_tokens for expansion in key_of)
     waiting, num_in_flight = list(queue.values())[::-1], 0
     try:
         while waiting or num_in_flight:
@@ -71,12 +73,14 @@ def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[Gen
                 if expander.fits([waiting[-1]], collecting=True):
                     continue
                 failed = waiting.pop()
+                usage.finish(failed.most_tokens, 0)
                 error = f"the responses need {expander.describe_need([failed])} {NO_ROOM}"
                 yield Generation(index=key_of[failed], label=failed.label, error=error)
                 continue
             for expansion in expander.step():
                 num_in_flight -= 1
                 sampled = tuple(_completion(child) for child in expansion.children)
+                usage.finish(expansion.most_tokens, sum(len(completion.token_ids) for completion in sampled))
                 yield Generation(index=key_of[expansion], label=expansion.label, sampled=sampled)
                 for branch in (expansion.parent, *expansion.children):
                     branch.drop()

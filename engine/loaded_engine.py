@@ -22,7 +22,7 @@ from genssd.engine.session import Session
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import effective_threads
 from genssd.engine.token_map import TokenMap
-from genssd.engine.usage import Usage
+from genssd.engine.usage import CacheUse, Usage
 from genssd.kernels.threads import torch_threads
 
 
@@ -51,7 +51,7 @@ class LoadedEngine:
         dtype: str = "auto",
         memory_utilization: float = 0.9,
         memory_bytes: int | None = None,
-        max_batch: int = 256,
+        max_batch: int | None = None,
         deterministic: bool = True,
         threads: int | None = None,
     ) -> Self:
@@ -61,9 +61,10 @@ class LoadedEngine:
         model work. device: None takes CUDA where a device is found, else the CPU. dtype: "auto" is the checkpoint's
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
         loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
-        number of candidates decoded at once. deterministic: on a GPU, a token's bits do not depend on how many are
-        scored or drawn with it; False takes the fastest kernels for every number of tokens (docs/tuning.md). threads:
-        number of CPU threads, on which no result depends; None: torch's number, at most the cores that are given.
+        number of candidates decoded at once; None for 256, or, on a CPU, as few as keep the rate (batching.py).
+        deterministic: on a GPU, a token's bits do not depend on how many are scored or drawn with it; False takes the
+        fastest kernels for every number of tokens (docs/tuning.md). threads: number of CPU threads, on which no result
+        depends; None: torch's number, at most the cores that are given.
         Raises CheckpointError on an unusable directory, InputError on different tokenizers, CapacityError without room.
         """
         if teacher is None and student is None:
@@ -90,8 +91,28 @@ class LoadedEngine:
     @property
     def pages_in_use(self) -> tuple[int, int]:
         """Number of held pages and of all pages, over both caches."""
-        trees = [runner.tree for runner in self._resources.runners.values()]
-        return sum(t.pool.num_pages - t.num_free for t in trees), sum(t.pool.num_pages for t in trees)
+        use = self._collect()
+        return use.held_pages, use.pages
+
+    @property
+    def bytes_in_use(self) -> tuple[int, int]:
+        """Number of bytes of the held pages and of all pages, over both caches."""
+        use = self._collect()
+        return use.held_bytes, use.bytes
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """Pages and bytes of both caches, read by any thread while the engine works.
+
+        Pages of branches that nobody holds any more count as held until the engine works again.
+        """
+        return self._resources.cache_use
+
+    def _collect(self) -> CacheUse:
+        """Free the pages of branches that nobody holds any more; return what is in use then."""
+        for runner in self._resources.runners.values():
+            runner.tree.free_abandoned()
+        return self._resources.cache_use
 
     @property
     def threads(self) -> int:
@@ -116,9 +137,7 @@ class LoadedEngine:
     @check_arguments()
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
-        runner = self._resources.runner(model)
-        num_cached = (runner.tree.pool.num_pages - 2) * runner.tree.pool.page_size
-        return min(runner.decoder.config.max_position_embeddings, num_cached)
+        return self._resources.runner(model).max_sequence_length
 
     @property
     def token_map(self) -> TokenMap:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from genssd.engine.batching import choose_max_batch
 from genssd.engine.checkpoint import locate
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype
@@ -17,7 +18,9 @@ from genssd.engine.requests import check_vocabulary
 from genssd.engine.resources import Resources
 from genssd.engine.runner import MAX_ROWS, ModelRunner, Role
 from genssd.engine.text import Tokenizer
+from genssd.engine.threads import effective_threads
 from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -39,26 +42,34 @@ class LoadedModels:
         )
 
     def open_resources(
-        self, memory_bytes: int | None, free_fraction: float, max_batch: int, threads: int | None = None
+        self, memory_bytes: int | None, free_fraction: float, max_batch: int | None = None, threads: int | None = None
     ) -> Resources:
         """Give every decoder a cache; all hold the same number of tokens.
 
-        memory_bytes: size of all caches together; None takes a fraction of the free memory (`cache_budget`). threads:
+        memory_bytes: size of all caches together; None takes a fraction of the free memory (`cache_budget`).
+        max_batch: maximum number of candidates decoded at once; None for the default (`choose_max_batch`). threads:
         number of threads that compute; None for the default of `threads.effective_threads`.
         """
         decoders = list(self.decoders.values())
+        device = decoders[0].device
+        if max_batch is None:
+            configs = [decoder.config for decoder in decoders]
+            max_batch = choose_max_batch(configs, device, effective_threads(threads))
         working = max(_working_bytes(decoder, max_batch) for decoder in decoders)
-        budget = cache_budget(decoders[0].device, memory_bytes, free_fraction, working_bytes=working)
+        budget = cache_budget(device, memory_bytes, free_fraction, working_bytes=working)
         num_pages = pages_within(budget, decoders)
         pools = {role: PagePool.for_model(decoder, num_pages) for role, decoder in self.decoders.items()}
         page_bytes = sum(pool.page_bytes for pool in pools.values())
         for pool in pools.values():
             pool.page_bytes = page_bytes
+        usage = Usage()
         runners = {
-            role: ModelRunner(role, self.directories[role], decoder, pools[role], threads=threads)
+            role: ModelRunner(role, self.directories[role], decoder, pools[role], usage=usage, threads=threads)
             for role, decoder in self.decoders.items()
         }
-        return Resources(runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map)
+        return Resources(
+            runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map, usage=usage
+        )
 
 
 def load_models(

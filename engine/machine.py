@@ -11,6 +11,7 @@ import math
 import os
 import re
 import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,17 +49,18 @@ class ControlGroup:
         return 0
 
 
-def available_memory(root: Path = ROOT) -> int:
+def available_memory(root: Path = ROOT, *, promised: int = 0) -> int:
     """Return how many bytes of memory this process can still take.
 
-    The smallest of: MemAvailable of the kernel; for its cgroup and every ancestor, the limit minus the use, where page
-    cache that is not in active use counts as free; the address space and data segment that ulimit leaves.
+    promised: bytes that are allocated and not written yet, which only ulimit counts as used. The smallest of:
+    MemAvailable of the kernel; for its cgroup and every ancestor, the limit minus the use, where page cache that is not
+    in active use counts as free; the address space and data segment that ulimit leaves.
     """
-    free = [_machine_memory(root), *_memory_by_ulimit(root)]
+    free = [_machine_memory(root)]
     for group in control_groups("memory", root):
         if (bytes_free := _memory_of_group(group)) is not None:
             free.append(bytes_free)
-    return max(0, min(free))
+    return max(0, min(min(free) - promised, *_memory_by_ulimit(root)))
 
 
 def available_cores(root: Path = ROOT) -> int:
@@ -135,13 +137,15 @@ def _memory_of_group(group: ControlGroup) -> int | None:
     return min(known) - (used or 0) + reclaimable if known else None
 
 
-def _memory_by_ulimit(root: Path) -> Iterator[int]:
-    """Yield what the limits of address space (ulimit -v) and data segment (ulimit -d) leave to this process."""
+def _memory_by_ulimit(root: Path) -> tuple[int, int]:
+    """Return what the limits of address space (ulimit -v) and data segment (ulimit -d) leave to this process."""
     used = _kilobytes(root / "proc/self/status")
-    for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+
+    def left(limit: int, name: str) -> int:
         soft, _ = resource.getrlimit(limit)
-        if soft != resource.RLIM_INFINITY:
-            yield soft - used.get(name, 0)
+        return sys.maxsize if soft == resource.RLIM_INFINITY else soft - used.get(name, 0)
+
+    return left(resource.RLIMIT_AS, "VmSize"), left(resource.RLIMIT_DATA, "VmData")
 
 
 def _machine_memory(root: Path) -> int:

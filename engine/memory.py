@@ -16,6 +16,7 @@ import torch
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.machine import available_memory
+from genssd.engine.pages import count_promised_bytes
 from genssd.engine.runner import Role
 from genssd.engine.weights import WeightFiles
 
@@ -34,7 +35,7 @@ def available_bytes(device: torch.device) -> int:
     """Return the free memory of a device in bytes; on the CPU, what this process can still take (machine.py)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return available_memory()
+    return available_memory(promised=count_promised_bytes())
 
 
 def cache_budget(

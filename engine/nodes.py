@@ -24,6 +24,7 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
+from genssd.engine.options_check import check_count, check_types, check_value
 from genssd.engine.requests import check_ids
 from genssd.engine.resources import Resources
 from genssd.engine.runner import ModelRunner, Role
@@ -44,6 +45,9 @@ class Fork:
     """Number of the response's tokens before the one that is put there."""
     token: int
     """Id of the token that is put there."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 class NodeReader:
@@ -68,8 +72,17 @@ class NodeReader:
         """Return the hidden states that predict each response's tokens at some positions, on the CPU, [N, D] each.
 
         The prompt is computed once, every response once up to its last node. label: name of the prompt in messages.
-        Raises CapacityError where the model's positions or the free pages do not suffice.
+        Raises InputError on a position outside of its response and on ids outside of the vocabulary, CapacityError
+        where the model's positions or the free pages do not suffice.
         """
+        check_ids(prompt_ids, self._runner, label)
+        for response, nodes in zip(responses, positions, strict=True):
+            check_ids(response, self._runner, label)
+            for position in nodes:
+                if not 0 <= check_count(f"{label}: a position", position, least=0) <= len(response):
+                    raise InputError(
+                        f"{label}: position {position} lies outside of a response of {len(response)} tokens"
+                    )
         states: list[Tensor] = []
         with PrefixPath(self._runner, self._usage, label) as prompt:
             before_1D = prompt.extend(prompt_ids)[-1:]
@@ -85,6 +98,7 @@ class NodeReader:
 
         The most likely token comes first; of equal ones, the lower id.
         """
+        k, least = check_count("k", k), check_value("least", least, float)
         likeliest: list[list[int]] = []
         for logits_NV in self._logits(states_ND, label):
             top_NK, ids_NK = top_k(logits_NV, min(k, self._vocabulary))
@@ -96,8 +110,13 @@ class NodeReader:
     def logprob(self, states_ND: Tensor, ids: Sequence[Sequence[int]], label: str) -> list[list[float]]:
         """Return the log-probabilities of given tokens at every node, at temperature 1, normalised in float64.
 
-        ids: the tokens of each node. The probabilities of the whole vocabulary add up to 1.
+        ids: the tokens of each node. The probabilities of the whole vocabulary add up to 1. Raises InputError on a
+        token that cannot be predicted.
         """
+        for tokens in ids:
+            for token in check_ids(tokens, self._runner, label):
+                if token >= self._vocabulary:
+                    raise InputError(f"{label}: token id {token} is padding: the model has {self._vocabulary} tokens")
         rows = (row for logits_NV in self._logits(states_ND, label) for row in logits_NV.double())
         return [(row[list(tokens)] - row.logsumexp(0)).tolist() for row, tokens in zip(rows, ids, strict=True)]
 

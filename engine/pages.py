@@ -5,6 +5,8 @@ Shapes:  L layers   P pages   S page size   G kv heads   E head dim
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,6 +43,8 @@ class PagePool:
         # a stack: the page freed last is written next, so memory that was never needed is never touched
         self._free = list(range(kv_L2PSGE.shape[2] - 1, -1, -1))
         self._is_free = [True] * kv_L2PSGE.shape[2]
+        self._num_written = 0
+        _pools.add(self)
 
     @staticmethod
     def for_model(decoder: Decoder, num_pages: int, page_size: int | None = None) -> PagePool:
@@ -82,6 +86,11 @@ class PagePool:
         count = self.num_pages if num_pages is None else num_pages
         return f"{count} pages (memory_bytes={count * self.page_bytes})"
 
+    @property
+    def promised_bytes(self) -> int:
+        """Size of the pages that were never held; on a CPU they take no memory until then."""
+        return self.kv.nbytes // max(1, self.num_pages) * (self.num_pages - self._num_written)
+
     def allocate(self, count: int) -> list[int]:
         """Take pages out of the free list. Raises CapacityError, taking none, when too few are free."""
         if count > len(self._free):
@@ -90,6 +99,7 @@ class PagePool:
                 f"{self.describe()}"
             )
         pages = [self._free.pop() for _ in range(count)]
+        self._num_written = max((self._num_written, *(page + 1 for page in pages)))
         for page in pages:
             self._is_free[page] = False
         return pages
@@ -105,6 +115,14 @@ class PagePool:
         """Copy one page: the keys and values of all layers."""
         pages = upload(np.array([source, destination]), self.kv.device)
         copy_pages(self.kv, pages[:1], pages[1:])
+
+
+_pools: WeakSet[PagePool] = WeakSet()
+
+
+def count_promised_bytes() -> int:
+    """Return how much memory the pools on the CPU will still take when they fill."""
+    return sum(pool.promised_bytes for pool in _pools if pool.kv.device.type == "cpu")
 
 
 def pages_within(budget_bytes: int, decoders: list[Decoder], page_size: int | None = None) -> int:

@@ -97,9 +97,10 @@ def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
         raise CapacityError(misfit)
 
 
-def check_sizes(memory_utilization: float, max_batch: int) -> None:
+def check_sizes(memory_utilization: float, max_batch: int | None) -> None:
     """Raise InputError on a fraction of the memory outside (0, 1], or a largest batch without a sequence."""
-    check_count("max_batch", max_batch)
+    if max_batch is not None:
+        check_count("max_batch", max_batch)
     if not 0.0 < memory_utilization <= 1.0:
         raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
 

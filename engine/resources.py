@@ -17,7 +17,7 @@ from genssd.engine.requests import check_ids, check_list, check_positions, find_
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.token_map import TokenMap
-from genssd.engine.usage import Usage
+from genssd.engine.usage import CacheUse, Usage
 from genssd.engine.windows import local_logprob
 
 ANSWER_ROOM = 32
@@ -62,6 +62,18 @@ class Resources:
         """Return the tokenizer of a model. Raises InputError when the engine was made without it."""
         self.runner(role)
         return self.tokenizers[role]
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """Pages and bytes of both caches, without changing them: safe in any thread."""
+        pools = [runner.tree.pool for runner in self.runners.values()]
+        held = [pool.num_pages - pool.num_free for pool in pools]
+        return CacheUse(
+            held_pages=sum(held),
+            pages=sum(pool.num_pages for pool in pools),
+            held_bytes=sum(count * (p.kv.nbytes // p.num_pages) for count, p in zip(held, pools, strict=True)),
+            bytes=sum(pool.kv.nbytes for pool in pools),
+        )
 
     def with_chat(self, options: ChatOptions) -> Resources:
         """Return the same models, caches and counts with other options of rendering chats."""

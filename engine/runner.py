@@ -20,6 +20,7 @@ from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
 from genssd.engine.segments import append_tokens
 from genssd.engine.tree import BranchTree, Path
+from genssd.engine.usage import Usage
 from genssd.kernels.device_table import upload
 
 Role = Literal["teacher", "student"]
@@ -42,10 +43,20 @@ class _Piece(NamedTuple):
 
 
 class ModelRunner:
-    """One model over the branch tree of its cache. `directory` is used in messages only."""
+    """One model over the branch tree of its cache. `directory` is used in messages only.
+
+    usage: counts of the engine that the model belongs to; None for counts of its own.
+    """
 
     def __init__(
-        self, role: Role, directory: FilePath, decoder: Decoder, pool: PagePool, *, threads: int | None = None
+        self,
+        role: Role,
+        directory: FilePath,
+        decoder: Decoder,
+        pool: PagePool,
+        *,
+        usage: Usage | None = None,
+        threads: int | None = None,
     ) -> None:
         self.role = role
         self.directory = directory
@@ -54,6 +65,7 @@ class ModelRunner:
         self.threads = threads
         """Number of threads that compute; None for the default of `threads.effective_threads`."""
         self._graphs = DecodeGraphs(decoder, pool.kv) if pool.kv.is_cuda else None
+        self._usage = usage or Usage()
         self.runs_ahead = pool.kv.is_cuda
         """Whether the host is free while the model computes, so that the next step is best prepared meanwhile."""
 
@@ -84,6 +96,12 @@ class ModelRunner:
         if batch:
             self._forward(paths, batch, hidden)
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in hidden]
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Maximum number of tokens in a sequence: the model's positions, or what the cache holds."""
+        num_cached = (self.tree.pool.num_pages - 2) * self.tree.pool.page_size
+        return min(self.decoder.config.max_position_embeddings, num_cached)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return the logits of the next tokens, float32 [N, V]."""
@@ -116,6 +134,7 @@ class ModelRunner:
         ids: those of the tokens, or int64 [N] on the runner's device, which the host need not know yet.
         """
         kv = self.tree.pool.kv
+        self._usage.computed_tokens += len(ids)
         ids_N = ids if isinstance(ids, Tensor) else upload(np.array(ids), kv.device)
         if isinstance(prepared, ForwardBatch):
             return self.decoder.forward(ids_N, prepared, kv)

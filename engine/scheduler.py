@@ -35,6 +35,7 @@ class SearchScheduler:
         """Active prompts whose round is decoded and not judged yet."""
         self._prompt_of: dict[Expansion, PromptSearch] = {}
         """Prompts of the expansions that are being decoded."""
+        expander.usage.plan(prompt.most_tokens for prompt in prompts)
 
     def run(self) -> Iterator[Selection]:
         """Run all prompts and yield each outcome as soon as it is known. Closing the iterator early frees all pages."""
@@ -93,7 +94,7 @@ class SearchScheduler:
                 self._decoded.remove(prompt)
                 if selection is not None:
                     self._active.remove(prompt)
-                    yield selection
+                    yield self._count(prompt, selection)
 
     def _make_room(self) -> PromptSearch | None:
         """Suspend the youngest prompt, as no round is being decoded and none fits; return a prompt that fits nowhere.
@@ -125,7 +126,12 @@ class SearchScheduler:
         else:
             self._waiting.remove(prompt)
         self._drop(prompt)
-        return prompt.outcome(error=error)
+        return self._count(prompt, prompt.outcome(error=error))
+
+    def _count(self, prompt: PromptSearch, selection: Selection) -> Selection:
+        """Count a prompt as finished, and return its outcome."""
+        self._expander.usage.finish(prompt.most_tokens, selection.tokens_sampled)
+        return selection
 
     def _leave(self, prompt: PromptSearch) -> None:
         """Take a prompt out of the active ones."""

@@ -57,6 +57,12 @@ class PromptSearch:
         self.live = [self.root]
         self._plan_round()
 
+    @property
+    def most_tokens(self) -> int:
+        """Largest number of tokens that all rounds may sample together, each round once."""
+        options = self.judge.options
+        return options.candidates * options.beam * self.max_tokens
+
     def start_round(self) -> list[Expansion]:
         """Mark the round as submitted and return its expansions."""
         self.is_started = True

@@ -1,8 +1,23 @@
-"""Counts of the tokens that an engine has processed."""
+"""Counts of the tokens that an engine has processed, and of the pages that its caches hold."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheUse:
+    """How much of an engine's caches is held, over both models."""
+
+    held_pages: int
+    """Number of pages that hold tokens."""
+    pages: int
+    """Number of all pages."""
+    held_bytes: int
+    """Number of bytes of the held pages."""
+    bytes: int
+    """Number of bytes of all pages."""
 
 
 @dataclass(slots=True)
@@ -20,3 +35,23 @@ class Usage:
     """Number of tokens put in place of sampled ones, each computed once (see nodes.py)."""
     window_tokens: int = 0
     """Number of tokens that the student computed for criteria with windows of their own, prompts included."""
+    computed_tokens: int = 0
+    """Number of tokens that the models have computed, both models and all kinds of tokens together."""
+    planned_prompts: int = 0
+    """Number of prompts that calls have been asked to write responses to; a fork of `iter_force` counts as a prompt."""
+    finished_prompts: int = 0
+    """Number of the planned prompts whose responses are complete."""
+    planned_tokens: int = 0
+    """Largest number of tokens that the planned prompts may take to sample. When a prompt ends, the tokens that it was
+    allowed and did not sample are subtracted, so that `planned_tokens - sampled_tokens` are still to come at most."""
+
+    def plan(self, limits: Iterable[int]) -> None:
+        """Count prompts that are going to be written to. limits: the most tokens that may be sampled for each."""
+        for limit in limits:
+            self.planned_prompts += 1
+            self.planned_tokens += limit
+
+    def finish(self, limit: int, sampled: int) -> None:
+        """Count a planned prompt as complete. limit: as given to `plan`. sampled: number of tokens sampled for it."""
+        self.finished_prompts += 1
+        self.planned_tokens -= limit - sampled

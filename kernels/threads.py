@@ -13,7 +13,7 @@ from contextvars import ContextVar
 
 import torch
 
-from genssd.kernels.native import has_native_kernels
+from genssd import _core
 
 _native_threads: ContextVar[int | None] = ContextVar("native_threads", default=None)
 
@@ -32,7 +32,7 @@ def native_threads(count: int) -> Iterator[None]:
     """
     token = _native_threads.set(count)
     try:
-        with torch_threads(1 if has_native_kernels() else count):
+        with torch_threads(count if _core.instruction_set() is None else 1):
             yield
     finally:
         _native_threads.reset(token)

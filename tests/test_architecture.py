@@ -206,6 +206,22 @@ def test_files_are_written_in_one_room() -> None:
     assert OWN_WRITES.keys() == found.keys()
 
 
+MACHINE = re.compile(r"cpu_count|sched_getaffinity|/proc/meminfo|/sys/fs/cgroup|SC_PHYS_PAGES|getrlimit")
+TORCH_THREADS = re.compile(r"torch\.[sg]et_num_(interop_)?threads")
+
+
+def test_one_place_knows_the_machine_and_two_the_threads_of_torch() -> None:
+    """What describes the whole machine knows no container; kernels with torch's number would fight its idle threads."""
+    machine, torch_threads = set(), set()
+    for module, path in modules().items():
+        text = path.read_text()
+        machine |= {module} if MACHINE.search(text) else set()
+        torch_threads |= {module} if TORCH_THREADS.search(text) else set()
+    assert machine == {"genssd.engine.machine"}
+    # the small pair is made by a script of its own
+    assert torch_threads == {"genssd.kernels.threads", "genssd.engine.threads", "genssd.distill.small_pair.make"}
+
+
 RIDDLE = re.compile(r"(Of|The same|And|That|What it|Behind|As|Onto|Nothing|Under)\b")
 
 

@@ -3,8 +3,8 @@
     python -m bench.commands.threads [--model DIRECTORY] [--rounds 3] --json bench/results/threads.json
 
 Commands on the small pair: three steps of `train`, a short `select`, `score` and `evaluate`; with --model also one step
-of `train` and a `score` with that model. Each is a process of its own, timed from start to end, so its start is part of
-the time. The settings alternate in every round, which a change of the machine's load then meets alike. "busy" is the
+of `train` and a `score` with that model. Each is a process of its own, timed after its imports, loading of the models
+included. The settings alternate in every round, which a change of the machine's load then meets alike. "busy" is the
 same beside one process per core that only counts. The ratio is the default's median time divided by the best setting's.
 """
 
@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,14 +34,38 @@ BOUND = 1.3
 """Largest ratio of the default to the best setting that is accepted."""
 
 
+TIMED = """
+import sys, time
+from genssd import cli
+
+load = cli.import_module
+
+def load_timed(name):
+    module = load(name)
+    if name == "genssd.commands":
+        run = module.run_command
+        def run_timed(*arguments):
+            started = time.perf_counter()
+            run(*arguments)
+            print("seconds", time.perf_counter() - started)
+        module.run_command = run_timed
+    return module
+
+cli.import_module = load_timed
+cli.main(sys.argv[1:])
+"""
+"""Program that runs a command of genssd and prints the seconds after its imports as the last line."""
+
+
 def run_genssd(words: list[str], output_dir: Path) -> float:
     """Run a command of genssd in a new output directory and return its seconds. Raises CalledProcessError."""
     shutil.rmtree(output_dir, ignore_errors=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    command = [sys.executable, "-m", "genssd", *words, "--output-dir", str(output_dir)]
-    started = time.perf_counter()
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    command = [sys.executable, "-c", TIMED, *words, "--output-dir", str(output_dir)]
+    printed = subprocess.run(
+        command, check=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    return float(printed.stdout.split()[-1])
 
 
 def make_commands(directory: Path, prompts: int, model: str | None) -> dict[str, list[str]]:

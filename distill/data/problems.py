@@ -166,6 +166,16 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
         )
 
 
+def describe_problems(problems: Sequence[ProblemRow], data: str, done: int = 0, bad_rows: int = 0) -> str:
+    """Return how many problems were read, for the progress.
+
+    done: number of them that an earlier part of the run has finished. bad_rows: number of rows that cannot be used.
+    """
+    earlier = f", {done} of them finished in an earlier part of the run" if done else ""
+    unusable = f"; {bad_rows} rows cannot be used" if bad_rows else ""
+    return f"{len(problems)} problems read from {describe(data)}{earlier}{unusable}"
+
+
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """Return the JSON object in one line of a file, without the fields that are null, at any depth: null is absent.
 

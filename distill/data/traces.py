@@ -168,6 +168,11 @@ def read_usable_traces(
     return traces, bad_rows
 
 
+def describe_reading(traces: Sequence[Trace], bad_rows: Sequence[str]) -> str:
+    """Return how many traces were read, and how many rows or responses cannot be used, for the progress."""
+    return f"{len(traces)} traces read" + (f", {len(bad_rows)} that cannot be used" if bad_rows else "")
+
+
 def describe_source(trace: Trace) -> dict[str, Any]:
     """Return the field `source` of a trace's rows: its location in the data, and a fingerprint of its token ids."""
     content = f"{trace.prompt_key}:{','.join(map(str, trace.response_ids))}"

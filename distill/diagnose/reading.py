@@ -16,6 +16,7 @@ from torch import Tensor
 from genssd.distill.diagnose.contexts import Reader
 from genssd.distill.diagnose.forcing import DecisionNode, Question, limit_to_budget, merge_candidates
 from genssd.distill.diagnose.placement import interleave_rollouts
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.engine.engine import Engine
 from genssd.engine.nodes import NodeReader
 from genssd.engine.runner import Role
@@ -82,8 +83,6 @@ Positions = Mapping[int, Sequence[Sequence[int]]]
 """Positions of every rollout's nodes by the question's index, in the order in which the budget is spent."""
 States = Mapping[tuple[str, int], Sequence[Tensor]]
 """Hidden states of every rollout at its nodes, [nodes, hidden], by the reader's name and the question's index."""
-Report = Callable[[int, int], None]
-"""Function that is called with the number of forward passes that are done, and their total."""
 
 
 def read_nodes(
@@ -93,7 +92,7 @@ def read_nodes(
     prompts: Prompts,
     positions: Positions,
     options: ReadingOptions,
-    report: Report = lambda done, total: None,
+    report: Progress = SILENT,
 ) -> dict[int, list[NodeReading]]:
     """Return the nodes within the budget with their log-probabilities, by the question's index.
 
@@ -105,9 +104,10 @@ def read_nodes(
     for i, reader in enumerate(readers):
         k = options.teacher_top_k if i else options.top_k
         for done, q in enumerate(questions):
-            report(i * len(questions) + done, len(readers) * len(questions))
             key = reader.name, q.index
             node_reader = models.reader(reader)
+            if done == 0:
+                report.begin(f"the rollouts are read as {reader.name!r}", unit="questions", total=len(questions))
             responses = [rollout.token_ids for rollout in q.rollouts]
             states[key] = node_reader.states(prompts[key], responses, positions[q.index], q.label)
             likeliest[key] = [
@@ -117,6 +117,7 @@ def read_nodes(
                 ]
                 for rollout_states in states[key]
             ]
+            report(done + 1, len(questions))
             del node_reader  # it would keep this model in memory while the next one is loaded
     nodes: dict[int, Sequence[DecisionNode]] = {}
     for q in questions:

@@ -19,13 +19,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
+from genssd.distill.data.problems import describe_problems
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.diagnosis import Diagnosis
@@ -45,6 +46,7 @@ from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
 from genssd.engine.chat_options import ChatOptions
@@ -52,20 +54,6 @@ from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion
 from genssd.engine.runner import Role
 from genssd.engine.sampling import prompt_stream
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiagnoseProgress:
-    """Progress of a run."""
-
-    phase: Literal["rollouts", "reading", "forcing"]
-    done: int
-    """Number of questions that are done; in the phase "reading", of pairs of a reader and a question."""
-    total: int
-    completions: int = 0
-    """Number of completions written for the current question, in the phase "forcing"."""
-    budget: int = 0
-    """Maximum number of completions per question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +66,10 @@ class DiagnoseSummary:
     """Rows of the data that could not be used, and why."""
 
 
-Report = Callable[[DiagnoseProgress], None]
-"""Function that takes the progress."""
-
-
 def run_diagnose(
     config: DiagnoseConfig,
     load: Load | None = None,
-    report: Report = lambda progress: None,
+    report: Progress = SILENT,
     verify: Verify | None = None,
 ) -> DiagnoseSummary:
     """Diagnose over a file of problems.
@@ -97,17 +81,18 @@ def run_diagnose(
     config = choose_sampling(config, config.student, "student")
     data = read_question_data(config)
     with Run.open(config, "diagnose", journal="questions.jsonl") as run:
-        models = Models(_add_chat_options(_make_loader(config, run, load), run.chat_options))
+        models = Models(_add_chat_options(_make_loader(config, run, load, report), run.chat_options))
         measurement = _Measurement(config, models, report, verify)
         bad_rows = _diagnose_questions(run, config, data, measurement)
         return _summarise(run, config, bad_rows)
 
 
-def _make_loader(config: DiagnoseConfig, run: Run, load: Load | None) -> Load:
+def _make_loader(config: DiagnoseConfig, run: Run, load: Load | None, report: Progress) -> Load:
     """Return the function that loads the engine over a model, with `load` or as the config says, and records it."""
 
     def load_as_configured(model: str, role: Role) -> Engine:
-        return config.load(student=model) if role == "student" else config.load(teacher=model)
+        names = {"student": model} if role == "student" else {"teacher": model}
+        return config.load(**names, report=report)
 
     return lambda model, role: run.use((load or load_as_configured)(model, role))
 
@@ -122,11 +107,14 @@ def _diagnose_questions(
     """Journal a row for every question that is not in the journal yet; return the rows that could not be used."""
     tokenizers = ReaderTokenizers.load(config.student, config.teacher, run.chat_options)
     data, prompts = encode_prompts(config, data, tokenizers.by_model)
+    problems = {problem.index: problem for problem in data.usable.problems}
     done = find_done(run, config, data)
+    measurement.report.note(
+        describe_problems(data.usable.problems, config.data, len(done), bad_rows=len(data.usable.faults))
+    )
     failures: dict[int, str] = {}
-    if len(done) < len(data.usable.problems):
+    if len(done) < len(problems):
         student_tokenizer = tokenizers.by_model[config.student]
-        problems = {problem.index: problem for problem in data.usable.problems}
         questions = make_questions(data.usable.problems, student_tokenizer)
         for q, findings in measurement.iter_findings(questions, done, prompts, tokenizers, failures):
             source = QuestionSource(file=config.data, problem=problems[q.index], contexts=data.contexts[q.index])
@@ -152,10 +140,10 @@ def _summarise(run: Run, config: DiagnoseConfig, bad_rows: Sequence[str]) -> Dia
 class _Measurement:
     """The phases of the questions that are not in the journal: rollouts, reading, forcing."""
 
-    def __init__(self, config: DiagnoseConfig, models: Models, report: Report, verify: Verify | None) -> None:
+    def __init__(self, config: DiagnoseConfig, models: Models, report: Progress, verify: Verify | None) -> None:
         self._config = config
         self._models = models
-        self._report = report
+        self.report = report
         self._verify = verify
 
     def iter_findings(
@@ -186,16 +174,18 @@ class _Measurement:
             end_ids=self._student().tokenizer("student").end_token_ids,
             excluded_ids=tokenizers.excluded_ids,
         )
-
-        def report_reading(read: int, total: int) -> None:
-            self._report(DiagnoseProgress(phase="reading", done=read, total=total))
-
-        readings = read_nodes(
-            self._models, config.readers(), open_questions, prompts, positions, options, report_reading
+        readings = read_nodes(self._models, config.readers(), open_questions, prompts, positions, options, self.report)
+        self.report.begin(
+            "forced tokens", unit="questions", total=len(questions), done=len(done), engine=self._student()
         )
-        for number, q in enumerate(open_questions, start=len(done)):
+        for finished, q in enumerate(open_questions, start=len(done)):
             planned_nodes = sum(map(len, positions[q.index]))
-            yield q, self._force(q, readings[q.index], planned_nodes, number, len(questions))
+            report_forcing = partial(self._report_forcing, finished, len(questions))
+            yield q, self._force(q, readings[q.index], planned_nodes, report_forcing)
+
+    def _report_forcing(self, finished: int, total: int, completions: int) -> None:
+        """Report the finished questions, and the completions written for the one that is running."""
+        self.report(finished, total, f"{completions} of at most {self._config.budget} completions of the next one")
 
     def _student(self) -> Engine:
         return self._models.engine(self._config.student, "student")
@@ -209,6 +199,9 @@ class _Measurement:
         limits = ResponseLimits.of(student, ("student",), config.max_tokens)
         limits.warn_of_shortage([{"student": len(q.prompt_ids)} for q in questions if q.index not in done])
         rollouts: dict[int, tuple[Completion, ...]] = {}
+        self.report.begin(
+            "rollouts", unit="questions", total=len(questions), done=len(done), engine=student, work="writing"
+        )
         generated = student.iter_generate(
             [q.prompt for q in questions],
             model="student",
@@ -225,8 +218,7 @@ class _Measurement:
                 rollouts[q.index] = tuple(outcome.completions)
             else:
                 failures[q.index] = f"{q.label}: {outcome.error}"
-            count = len(done) + len(rollouts) + len(failures)
-            self._report(DiagnoseProgress(phase="rollouts", done=count, total=len(questions)))
+            self.report(len(done) + len(rollouts) + len(failures), len(questions))
         return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions if q.index in rollouts]
 
     def _choose_positions(self, question: Question) -> list[list[int]]:
@@ -238,26 +230,18 @@ class _Measurement:
         ]
 
     def _force(
-        self, question: Question, readings: Sequence[NodeReading], planned_nodes: int, done: int, total: int
+        self, question: Question, readings: Sequence[NodeReading], planned_nodes: int, report: Callable[[int], None]
     ) -> Findings:
-        """Force every candidate at every node of a question.
-
-        done, total: number of questions before this one and of all, for the progress.
-        """
+        """Force every candidate at every node of a question. report: takes the number of completions written."""
         config = self._config
         options = CompletionOptions(
             completions=config.completions, sampling=config.sampling, max_tokens=config.max_tokens, seed=config.seed
         )
 
-        def report_forcing(completions: int) -> None:
-            self._report(
-                DiagnoseProgress(phase="forcing", done=done, total=total, completions=completions, budget=config.budget)
-            )
-
-        report_forcing(0)
+        report(0)
         nodes = [reading.node for reading in readings]
         verify = self._verify or AnswerJudge(self._student().tokenizer("student")).for_prompt(question.prompt_ids)
-        outcomes, cost = force_nodes(self._student(), question, nodes, verify, options, report_forcing)
+        outcomes, cost = force_nodes(self._student(), question, nodes, verify, options, report)
         verdicts: dict[str, Verdict] = {}
         correct = [succeeds(rollout, question.answer, verify, verdicts) for rollout in question.rollouts]
         return Findings(

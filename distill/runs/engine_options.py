@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
 from genssd.distill.runs.effects import Need, Needs
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.settings import Operational
+from genssd.engine.amounts import format_bytes
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
@@ -28,11 +31,14 @@ class EngineOptions:
     dtype: str = "auto"
     """Data type of weights and cache. auto: the checkpoint's type, or float32 on a CPU without bf16 arithmetic."""
     memory_utilization: Operational[float] = 0.9
-    """Fraction of the free memory that the KV caches take together."""
+    """Fraction of the free memory that the KV caches take together; on a CPU less, where the computation needs more
+    than the rest."""
     memory_bytes: Operational[int | None] = None
     """Size of the KV caches in bytes; if given, it replaces memory_utilization."""
-    max_batch: Operational[int] = 256
-    """Maximum number of sequences decoded in one batch."""
+    max_batch: Operational[int | None] = None
+    """Maximum number of sequences decoded in one batch. None: 256 on a GPU; on a CPU 32 to 256, the fewer the larger
+    the models are, and the more the more threads compute. A larger batch would hardly be faster there, and the first
+    results would come later."""
     deterministic: Operational[bool] = True
     """On a GPU: take kernel configurations with which a token's bits do not depend on how many tokens are scored or
     drawn together. Otherwise the fastest for each number of tokens are taken (docs/tuning.md). On a CPU: no effect."""
@@ -44,11 +50,16 @@ class EngineOptions:
     def __post_init__(self) -> None:
         check_types(self)
 
-    def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:
-        """Return an engine over these models (hub ids or local directories), and log its number of threads."""
+    def load(self, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT) -> Engine:
+        """Return an engine over these models (hub ids or local directories).
+
+        Logs the number of threads; reports how long the models took to load.
+        """
         threads = choose_engine_threads(self.threads)
         announce(threads)
-        return Engine.from_pretrained(
+        report.begin(f"loading {_name_models(teacher, student)}")
+        started = time.monotonic()
+        engine = Engine.from_pretrained(
             teacher=teacher,
             student=student,
             device=self.device,
@@ -59,9 +70,21 @@ class EngineOptions:
             deterministic=self.deterministic,
             threads=threads.count,
         )
+        use = engine.cache_use
+        report.note(
+            f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
+            f"the caches hold {use.pages:,} pages ({format_bytes(use.bytes)})"
+        )
+        return engine
 
     def open_engine(
-        self, engine: Engine | None, chat: ChatOptions, *, teacher: str | None = None, student: str | None = None
+        self,
+        engine: Engine | None,
+        chat: ChatOptions,
+        *,
+        teacher: str | None = None,
+        student: str | None = None,
+        report: Progress = SILENT,
     ) -> Engine:
         """Return an engine that renders chats under the options: the given one, or a new one over these models.
 
@@ -70,4 +93,12 @@ class EngineOptions:
         if engine is None and chat.template_kwargs:
             for name in filter(None, (teacher, student)):
                 Tokenizer(locate(name)).with_chat(chat)
-        return (engine or self.load(teacher=teacher, student=student)).with_chat(chat)
+        return (engine or self.load(teacher=teacher, student=student, report=report)).with_chat(chat)
+
+
+def _name_models(teacher: str | None, student: str | None) -> str:
+    """Return the models of an engine as part of a sentence."""
+    if teacher == student:
+        return f"teacher and student {teacher}"
+    names = [f"{role} {name}" for role, name in (("teacher", teacher), ("student", student)) if name is not None]
+    return " and ".join(names)

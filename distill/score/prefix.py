@@ -1,6 +1,7 @@
 """`genssd prefix`: the shortest prefix of a trace that the student can continue by itself (P-ALIGN, 2601.10064).
 
 OUTPUT_DIR/prefixes.jsonl   journal: one line per trace with the steps kept, the student's continuation, its correctness
+                            and the judge's replies
 OUTPUT_DIR/aligned.jsonl    those that end by themselves and are not known to be wrong: what training reads
 OUTPUT_DIR/bad_rows.txt     what could not be used, by file and line
 OUTPUT_DIR/summary.json     counts of traces, and how much of them was kept
@@ -12,42 +13,46 @@ same, or is the whole trace.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.traces import Trace, find_traces, make_training_row, read_usable_traces, sort_by_trace
+from genssd.distill.data.traces import (
+    Trace,
+    describe_reading,
+    find_traces,
+    make_training_row,
+    read_usable_traces,
+    sort_by_trace,
+)
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
+from genssd.distill.score.prefix_judges import (
+    PrefixJudge,
+    ReplyCounts,
+    continue_prefixes,
+    count_replies,
+    make_asking_judge,
+    make_solving_judge,
+    warn_of_unmarked,
+)
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.generation import Completion
 from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.steps import step_spans
-
-QUESTION = """Here is a problem and the beginning of a solution.
-
-Problem:
-{problem}
-
-Beginning of the solution:
-{prefix}
-
-Could you finish the solution correctly from here, without further help? Answer [ENOUGH] if the beginning suffices, \
-else [NOT_ENOUGH]."""
-
-PrefixJudge = Callable[[Sequence[tuple[Trace, tuple[int, ...]]]], Sequence[bool]]
-"""A function from prefixes of traces to whether each of them is sufficient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +72,10 @@ class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
     limit: int | None = None
     """Take only the first rows of each file."""
     judge: Literal["says", "solves"] = "says"
-    """says: the student is asked whether the prefix is sufficient (the paper). solves: the prefix is sufficient if the
-    student's greedy continuation gives the reference answer (our own rule, for models that do not follow instructions;
-    every trace needs a reference answer)."""
+    """says: the student is asked whether the prefix is sufficient (the paper). A reply with neither [ENOUGH] nor
+    [NOT_ENOUGH] counts as no, so that more of the trace is kept; such replies are counted. solves: the prefix is
+    sufficient if the student's greedy continuation gives the reference answer (our own rule, for models that do not
+    follow instructions; every trace needs a reference answer)."""
     judge_tokens: int = 256
     """Maximum number of tokens in the student's reply when it is asked."""
     max_tokens: int = 4096
@@ -102,6 +108,8 @@ class PrefixSummary:
     """Number of rows in aligned.jsonl."""
     whole: int
     """Number of traces of which no proper prefix was found to be sufficient."""
+    replies: ReplyCounts
+    """Counts of the judge's replies, and of those without a verdict."""
     undecided: int
     """Number of responses that could not be judged; they do not count as correct."""
     mean_fraction: float
@@ -109,9 +117,7 @@ class PrefixSummary:
     bad_rows: tuple[str, ...]
 
 
-def run_prefix(
-    config: PrefixConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> PrefixSummary:
+def run_prefix(config: PrefixConfig, engine: Engine | None = None, report: Progress = SILENT) -> PrefixSummary:
     """Shorten and continue traces. engine: a loaded engine to use instead of loading the student.
 
     Raises GenssdError on bad input; traces that were finished before are in the journal.
@@ -119,21 +125,35 @@ def run_prefix(
     config = choose_sampling(config, config.student, "student", engine)
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run:
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.student))
+        engine = run.use(config.open_engine(engine, run.chat_options, student=config.student, report=report))
+        report.begin("reading the traces")
         traces, bad_rows = _read_traces(config, engine)
+        report.note(describe_reading(traces, bad_rows))
         done = _keep_whole_batches(run, traces, config.batch)
-        judge = _asking(engine, config) if config.judge == "says" else _solving(engine, config)
-        count = len(done)
+        judge = _make_judge(config, engine)
+        count, is_warned = len(done), False
+        report.begin("", unit="traces", total=len(traces), done=count, engine=engine)
         for start in range(0, len(traces), config.batch):
             if start in done:
                 continue
             batch = traces[start : start + config.batch]
-            for row in _align(engine, config, batch, judge):
+            rows = _align(engine, config, batch, judge, partial(report, count, len(traces)))
+            for row in rows:
                 run.journal.append(row)
             count += len(batch)
             report(count, len(traces))
+            warning = warn_of_unmarked(count_replies(rows))
+            if warning is not None and not is_warned and count < len(traces):
+                is_warned = True  # now, and not at the end alone: there is more work to come, perhaps in vain
+                report.note(warning)
         run.write_bad_rows(bad_rows)
         return _summarise(run, traces, bad_rows)
+
+
+def _make_judge(config: PrefixConfig, engine: Engine) -> PrefixJudge:
+    if config.judge == "says":
+        return make_asking_judge(engine, config.judge_tokens)
+    return make_solving_judge(engine, config.max_tokens, config.seed)
 
 
 def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]:
@@ -164,19 +184,24 @@ def _keep_whole_batches(run: Run, traces: Sequence[Trace], batch: int) -> set[in
 def _summarise(run: Run, traces: Sequence[Trace], bad_rows: Sequence[str]) -> PrefixSummary:
     """Write aligned.jsonl and summary.json from the finished journal."""
     rows = sort_by_trace(run.done(), traces, run.journal_path)
-    aligned = [row for row in rows if row["status"] == "finished" and row["correct"] is not False]
+    aligned = [
+        {name: value for name, value in row.items() if name != "judgements"}
+        for row in rows
+        if row["status"] == "finished" and row["correct"] is not False
+    ]
     write_jsonl(run.path("aligned.jsonl"), aligned)
     summary = PrefixSummary(
         output_dir=run.output_dir,
         traces=len(rows),
         kept=len(aligned),
         whole=sum(row["kept_steps"] == row["steps"] for row in rows),
+        replies=count_replies(rows),
         undecided=sum(row.get("undecided") is not None for row in rows),
         mean_fraction=sum(row["kept_steps"] / row["steps"] for row in rows) / len(rows),
         bad_rows=tuple(bad_rows),
     )
-    counts = {name: getattr(summary, name) for name in ("traces", "kept", "whole", "undecided", "mean_fraction")}
-    run.write_summary({**counts, "bad_rows": len(bad_rows)})
+    values = {name: value for name, value in dataclasses.asdict(summary).items() if name != "output_dir"}
+    run.write_summary({**values, "bad_rows": len(bad_rows)})
     return summary
 
 
@@ -199,8 +224,17 @@ def shortest_prefixes(
     return high
 
 
-def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge: PrefixJudge) -> list[dict[str, Any]]:
-    """Return a batch of traces as journal rows: the sufficient prefix of each, and the student's continuation."""
+def _align(
+    engine: Engine,
+    config: PrefixConfig,
+    traces: Sequence[Trace],
+    judge: PrefixJudge,
+    report_work: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Return a batch of traces as journal rows: the sufficient prefix of each, and the student's continuation.
+
+    report_work: takes what is done at the moment.
+    """
     tokenizer = engine.tokenizer("student")
     contents = [trace.response_ids[: len(trace.response_ids) - trace.finished] for trace in traces]
     spans = [step_spans(tokenizer.pieces(content)) for content in contents]
@@ -208,12 +242,23 @@ def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge:
     def prefix(i: int, steps: int) -> tuple[int, ...]:
         return contents[i][: spans[i][steps - 1][1]]
 
-    kept = shortest_prefixes(
-        [len(steps) for steps in spans], lambda queries: judge([(traces[i], prefix(i, steps)) for i, steps in queries])
-    )
+    judgements: list[list[dict[str, Any]]] = [[] for _ in traces]
+
+    def is_sufficient(queries: Sequence[tuple[int, int]]) -> list[bool]:
+        report_work(f"judging {len(queries)} prefixes")
+        judged = judge([(traces[i], prefix(i, steps)) for i, steps in queries])
+        for (i, steps), one in zip(queries, judged, strict=True):
+            judgements[i].append({"steps": steps, "sufficient": one.is_sufficient, "reply": one.reply})
+        return [one.is_sufficient for one in judged]
+
+    kept = shortest_prefixes([len(steps) for steps in spans], is_sufficient)
     shortened = [i for i in range(len(traces)) if kept[i] < len(spans[i])]
     prefixes = [(traces[i], prefix(i, kept[i])) for i in shortened]
-    written = dict(zip(shortened, _continue(engine, config, prefixes, sampling=config.sampling), strict=True))
+    report_work(f"continuing {len(prefixes)} prefixes")
+    continuations = continue_prefixes(
+        engine, prefixes, sampling=config.sampling, max_tokens=config.max_tokens, seed=config.seed
+    )
+    written = dict(zip(shortened, continuations, strict=True))
     answer_judge = AnswerJudge(tokenizer)
     rows = []
     for i, trace in enumerate(traces):
@@ -234,62 +279,7 @@ def _align(engine: Engine, config: PrefixConfig, traces: Sequence[Trace], judge:
                 "steps": len(spans[i]),
                 "kept_steps": kept[i],
                 "prefix_tokens": len(prefix(i, kept[i])),
+                "judgements": judgements[i],
             }
         )
     return rows
-
-
-def _continue(
-    engine: Engine, config: PrefixConfig, prefixes: Sequence[tuple[Trace, tuple[int, ...]]], *, sampling: Sampling
-) -> list[Completion]:
-    """Return what the student writes after each prompt and prefix."""
-    generated = engine.iter_generate(
-        [(*trace.prompt_ids, *ids) for trace, ids in prefixes],
-        model="student",
-        sampling=sampling,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        labels=[trace.where for trace, _ in prefixes],
-    )
-    written = {outcome.index: outcome.completions[0] for outcome in generated}
-    return [written[i] for i in range(len(prefixes))]
-
-
-def _asking(engine: Engine, config: PrefixConfig) -> PrefixJudge:
-    """Return the judge that asks the student, greedily. A prefix that is too long to ask about is not sufficient."""
-    tokenizer = engine.tokenizer("student")
-
-    def judge(prefixes: Sequence[tuple[Trace, tuple[int, ...]]]) -> list[bool]:
-        prompts = []
-        for trace, ids in prefixes:
-            text = QUESTION.format(problem=trace.question.strip(), prefix=tokenizer.decode(ids).strip())
-            prompt = [{"role": "user", "content": text}] if tokenizer.hf.chat_template else f"{text}\n"
-            prompts.append(tokenizer.encode_prompt(prompt))
-        longest = engine.max_sequence_length("student") - config.judge_tokens
-        short = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
-        replies = engine.iter_generate(
-            [prompts[i] for i in short],
-            model="student",
-            sampling=Sampling(temperature=0.0),
-            max_tokens=config.judge_tokens,
-            labels=[prefixes[i][0].where for i in short],
-        )
-        # "[NOT_ENOUGH]" does not contain "[ENOUGH]"
-        sufficient = {short[reply.index] for reply in replies if "[ENOUGH]" in reply.completions[0].text}
-        return [i in sufficient for i in range(len(prompts))]
-
-    return judge
-
-
-def _solving(engine: Engine, config: PrefixConfig) -> PrefixJudge:
-    """Return the judge that lets the student continue, greedily, and checks the answer."""
-    answer_judge = AnswerJudge(engine.tokenizer("student"))
-
-    def judge(prefixes: Sequence[tuple[Trace, tuple[int, ...]]]) -> list[bool]:
-        continued = _continue(engine, config, prefixes, sampling=Sampling(temperature=0.0))
-        return [
-            answer_judge.judge(trace.prompt_ids, (*ids, *reply.token_ids), trace.answer).is_correct
-            for (trace, ids), reply in zip(prefixes, continued, strict=True)
-        ]
-
-    return judge

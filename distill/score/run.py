@@ -12,13 +12,14 @@ OUTPUT_DIR/summary.json     counts of traces, prompts and picked responses
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from genssd.distill.data.traces import (
     Trace,
+    describe_reading,
     find_traces,
     make_training_row,
     read_usable_traces,
@@ -27,6 +28,7 @@ from genssd.distill.data.traces import (
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
 from genssd.distill.runs.writing import write_text
@@ -114,9 +116,7 @@ class ScoreSummary:
     """Number of prompts left out of the ranking because a teacher has no response to them."""
 
 
-def run_score(
-    config: ScoreConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> ScoreSummary:
+def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progress = SILENT) -> ScoreSummary:
     """Score, pick and rank. engine: a loaded engine to use instead of loading the student.
 
     Raises GenssdError on bad input; traces that were scored before are in the journal.
@@ -124,13 +124,16 @@ def run_score(
     criteria = {name: resolve(name) for name in config.criteria}
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
-        engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
+        engine = run.use(
+            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
+        )
         scorer = Scorer(
             criteria=criteria,
             engine=engine,
             teacher=None if config.teacher is None else TeacherReader(engine),
             verify=config.verify,
         )
+        report.begin("reading the traces")
         traces, bad_rows = read_usable_traces(
             config.data,
             engine.tokenizer("student"),
@@ -138,16 +141,23 @@ def run_score(
             limit=config.limit,
             find_fault=scorer.find_fault,
         )
+        report.note(describe_reading(traces, bad_rows))
         _score(run, scorer, traces, report)
         run.write_bad_rows(bad_rows)
         return _evaluate(run, config, criteria, engine, traces, bad_rows)
 
 
-def _score(run: Run, scorer: Scorer, traces: Sequence[Trace], report: Callable[[int, int], None]) -> None:
+def _score(run: Run, scorer: Scorer, traces: Sequence[Trace], report: Progress) -> None:
     """Journal the features of every trace that is not in the journal yet."""
     done = set(find_traces(run.done(), traces, run.journal_path))
     count = len(done)
-    for batch in divide([trace for i, trace in enumerate(traces) if i not in done]):
+    missing = [trace for i, trace in enumerate(traces) if i not in done]
+    num_readers = 1 if scorer.teacher is None else 2
+    report.begin(
+        "", unit="traces", total=len(traces), done=count, engine=scorer.engine, work="reading",
+        to_read=num_readers * sum(trace.num_tokens for trace in missing),
+    )  # fmt: skip
+    for batch in divide(missing):
         for row in scorer.iter_features(batch):
             run.journal.append(row)
             count += 1

@@ -12,19 +12,26 @@ rsd      the student accepts or refuses every token of the teacher (Reverse Spec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
-from genssd.distill.data.problems import ProblemRow, ProblemSet, check_same_problem, read_usable_problems
+from genssd.distill.data.problems import (
+    ProblemRow,
+    ProblemSet,
+    check_same_problem,
+    describe_problems,
+    read_usable_problems,
+)
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.notes import NoteMaker, list_responses
@@ -102,9 +109,7 @@ class GenerateSummary:
     """Rows of the data that could not be used; the failures are among them."""
 
 
-def run_generate(
-    config: GenerateConfig, engine: Engine | None = None, report: Callable[[int, int], None] = lambda done, total: None
-) -> GenerateSummary:
+def run_generate(config: GenerateConfig, engine: Engine | None = None, report: Progress = SILENT) -> GenerateSummary:
     """Generate over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
@@ -114,7 +119,10 @@ def run_generate(
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
-        engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
+        report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
+        engine = run.use(
+            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
+        )
         # the rows hold the prompt as the student reads it, also where the student does not read the response
         readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")
         readable = leave_out_unfit(data, engine, readers)
@@ -131,7 +139,7 @@ def _generate(
     engine: Engine,
     readable: ReadableProblems,
     done: frozenset[int],
-    report: Callable[[int, int], None],
+    report: Progress,
 ) -> dict[int, str]:
     """Generate for the prompts that are not done, and journal each as it ends.
 
@@ -152,6 +160,7 @@ def _generate(
     )
     limits.warn_of_shortage(readable.list_lengths(done))
     notes = NoteMaker(engine.tokenizer("teacher"), limits)
+    report.begin("", unit="prompts", total=len(problems), done=len(done), engine=engine, work="writing")
     outcomes = engine.iter_generate(
         [problem.prompt for problem in problems],
         n=config.n,

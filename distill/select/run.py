@@ -14,14 +14,14 @@ A prompt's decisions and top k are on disk before its selection: where there is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
-from genssd.distill.data.problems import ProblemRow, ProblemSet, read_usable_problems
+from genssd.distill.data.problems import ProblemRow, ProblemSet, describe_problems, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
@@ -29,6 +29,7 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, write_json
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
@@ -112,18 +113,6 @@ class SelectConfig(SelectSettings, ChatSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectProgress:
-    """How far a run is. Token counts are those of this process; tokens_kept counts the best trajectories."""
-
-    done: int
-    total: int
-    tokens_kept: int
-    tokens_sampled: int
-    pages_in_use: int
-    pages: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SelectSummary:
     """What a finished run has written. Counts are over the whole journal, earlier parts of the run included."""
 
@@ -146,9 +135,7 @@ class SelectSummary:
     """Rows that could not be used, of the data and of the calibration's data; the failures are among them."""
 
 
-def run_select(
-    config: SelectConfig, engine: Engine | None = None, report: Callable[[SelectProgress], None] = lambda progress: None
-) -> SelectSummary:
+def run_select(config: SelectConfig, engine: Engine | None = None, report: Progress = SILENT) -> SelectSummary:
     """Select over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
@@ -161,9 +148,12 @@ def run_select(
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
         done = keep_complete(run, data.problems, config.data, has_topk=config.teacher_topk > 0)
-        engine = run.use(config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student))
+        report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
+        engine = run.use(
+            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
+        )
         readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
-        calibration = None if config.calibrate.data is None else _calibrate(engine, config, run)
+        calibration = None if config.calibrate.data is None else _calibrate(engine, config, run, report)
         failures = _Search(run, config, engine, readable, done, calibration).run(report)
         summary = _summarise(run, config, readable.data, failures, calibration)
         run.write_bad_rows(summary.bad_rows)
@@ -202,11 +192,13 @@ class _Search:
             fingerprints={role: engine.fingerprints[role] for role in ROLES},
             tokenizer=engine.tokenizer("student").fingerprint,
         )
-        self._tokens_kept, self._sampled_before = 0, engine.usage.sampled_tokens
 
-    def run(self, report: Callable[[SelectProgress], None]) -> dict[int, str]:
+    def run(self, report: Progress) -> dict[int, str]:
         """Journal each prompt as it ends; return why the others failed, by the index of the row."""
         failures: dict[int, str] = {}
+        report.begin(
+            "", unit="prompts", total=len(self._problems), done=len(self._done), engine=self._engine, work="writing"
+        )
         topk_end = max(map(find_topk_end, self._run.done()), default=0)
         journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
@@ -221,7 +213,7 @@ class _Search:
                     self._write(selection, problem, journal, decisions, topk_store)
                 else:
                     failures[problem.index] = f"{problem.where}: {selection.error}"
-                report(self._progress(len(self._done) + finished))
+                report(len(self._done) + finished, len(self._problems))
         return failures
 
     def _iter_selections(self) -> Iterator[Selection]:
@@ -249,17 +241,6 @@ class _Search:
         place = topk_store.append(topk) if topk_store is not None and topk is not None else None
         row = make_selection_row(translated, problem, self._origin, notes)
         journal.append({**row, "teacher_topk": place})
-        self._tokens_kept += len(selection.best.token_ids)
-
-    def _progress(self, done: int) -> SelectProgress:
-        return SelectProgress(
-            done=done,
-            total=len(self._problems),
-            tokens_kept=self._tokens_kept,
-            tokens_sampled=self._engine.usage.sampled_tokens - self._sampled_before,
-            pages_in_use=self._engine.pages_in_use[0],
-            pages=self._engine.pages_in_use[1],
-        )
 
 
 def _read_calibration_data(config: SelectConfig) -> ProblemSet:
@@ -267,11 +248,12 @@ def _read_calibration_data(config: SelectConfig) -> ProblemSet:
     return read_usable_problems(config.calibrate.data, config.calibrate.limit, system_prompt=config.system_prompt)
 
 
-def _calibrate(engine: Engine, config: SelectConfig, run: Run) -> Calibration:
+def _calibrate(engine: Engine, config: SelectConfig, run: Run, report: Progress) -> Calibration:
     """Return the calibration of this run, which is measured once and read again when the run is resumed."""
     path = run.path("calibration.json")
     if run.resumed:
         return Calibration.read(path)
+    report.begin("calibrating the threshold", engine=engine, work="writing")
     calibration = calibrate(engine, _read_calibration_data(config), config, fraction=config.calibrate.share)
     run.record()
     write_json(path, calibration.as_json())

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from genssd.engine.text import Prompt as Prompt
     from genssd.engine.text import Tokenizer as Tokenizer
     from genssd.engine.token_map import TokenMap as TokenMap
+    from genssd.engine.usage import CacheUse as CacheUse
     from genssd.engine.usage import Usage as Usage
     from genssd.kernels.logprob import TokenStats as TokenStats
     from genssd.kernels.logprob import TopK as TopK
@@ -154,7 +155,10 @@ _NAMES = {
         "Tokenizer",
     ),
     "genssd.engine.token_map": ("TokenMap",),
-    "genssd.engine.usage": ("Usage",),
+    "genssd.engine.usage": (
+        "CacheUse",
+        "Usage",
+    ),
     "genssd.kernels.logprob": (
         "TokenStats",
         "TopK",

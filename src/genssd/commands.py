@@ -10,14 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from genssd.distill.answers.accuracy import Accuracy
-from genssd.distill.console import (
-    ProgressLine,
-    TaskLines,
-    report_counts,
-    report_diagnosis,
-    report_selection,
-    report_training,
-)
+from genssd.distill.console import ProgressLine, report_training
 from genssd.distill.data.response_limits import describe_cuts
 from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.diagnose.config import DiagnoseConfig
@@ -28,6 +21,7 @@ from genssd.distill.rounds import DistillConfig, run_distill
 from genssd.distill.runs.settings import expand_home
 from genssd.distill.score.leaf import LeafConfig, run_leaf
 from genssd.distill.score.prefix import PrefixConfig, run_prefix
+from genssd.distill.score.prefix_judges import warn_of_unmarked
 from genssd.distill.score.run import ScoreConfig, run_score
 from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.select.reselect import ReselectConfig, run_reselect
@@ -48,7 +42,7 @@ def demo(config: DemoConfig, console: Console) -> None:
 
 def select(config: SelectConfig, console: Console) -> None:
     with ProgressLine("select", console) as line:
-        summary = run_select(config, report=report_selection(line))
+        summary = run_select(config, report=line)
     if summary.calibration is not None:
         print(f"threshold {summary.calibration}")
     counts = ", ".join(f"{count} {status}" for status, count in sorted(summary.statuses.items()))
@@ -62,7 +56,7 @@ def select(config: SelectConfig, console: Console) -> None:
 
 def generate(config: GenerateConfig, console: Console) -> None:
     with ProgressLine("generate", console) as line:
-        summary = run_generate(config, report=report_counts(line, "prompts"))
+        summary = run_generate(config, report=line)
     counts = ", ".join(f"{count} {status}" for status, count in sorted(summary.statuses.items()))
     print(f"{summary.prompts} prompts, {summary.tokens:,} tokens in responses: {counts}")
     if config.method == "rsd":
@@ -75,11 +69,18 @@ def generate(config: GenerateConfig, console: Console) -> None:
 
 def prefix(config: PrefixConfig, console: Console) -> None:
     with ProgressLine("prefix", console) as line:
-        summary = run_prefix(config, report=report_counts(line, "traces"))
+        summary = run_prefix(config, report=line)
     print(
         f"{summary.traces} traces: {summary.mean_fraction:.0%} of the steps kept on average, {summary.whole} left "
         f"whole; {summary.kept} are finished and not known to be wrong"
     )
+    if (counts := summary.replies).unmarked:
+        print(
+            f"{counts.unmarked} of {counts.replies} replies of the judge have no verdict and count as not enough; "
+            f"{counts.unmarked_whole} traces are whole because all replies about them have none"
+        )
+    if (warning := warn_of_unmarked(counts)) is not None:
+        console.print(f"genssd: {warning}", highlight=False, soft_wrap=True, markup=False)
     _print_undecided(summary.undecided)
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
@@ -87,7 +88,7 @@ def prefix(config: PrefixConfig, console: Console) -> None:
 
 def leaf(config: LeafConfig, console: Console) -> None:
     with ProgressLine("leaf", console) as line:
-        summary = run_leaf(config, report=report_counts(line, "traces"))
+        summary = run_leaf(config, report=line)
     print(f"{summary.traces} traces, {summary.counterfactuals} counterfactuals beside them")
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
@@ -110,22 +111,22 @@ def train(config: TrainConfig, console: Console) -> None:
 
 
 def distill(config: DistillConfig, console: Console) -> None:
-    with TaskLines(console) as lines:
-        for summary in run_distill(config, report=lines.report):
-            lines.close()
+    with ProgressLine("distill", console) as line:
+        for summary in run_distill(config, report=line):
             score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
             left_out = "".join(f", {count} {reason}" for reason, count in summary.left_out.items())
             accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
-            print(
-                f"round {summary.round}: {summary.kept} of {summary.prompts} kept{left_out}, "
-                f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
-            )
+            with line.paused():
+                print(
+                    f"round {summary.round}: {summary.kept} of {summary.prompts} kept{left_out}, "
+                    f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
+                )
     print(f"written to {config.output_dir}; the student is {summary.student}")
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
     with ProgressLine("evaluate", console) as line:
-        result = run_evaluate(config, report=report_counts(line, "problems"))
+        result = run_evaluate(config, report=line)
     print(f"greedy accuracy {result.accuracy} over {len(result.correct)} problems (95 % interval)")
     if result.avg_at_k is not None:
         print(f"avg@{result.samples} {result.avg_at_k} (95 % interval over problems)")
@@ -138,7 +139,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
 
 def score(config: ScoreConfig, console: Console) -> None:
     with ProgressLine("score", console) as line:
-        summary = run_score(config, report=report_counts(line, "traces"))
+        summary = run_score(config, report=line)
     print(f"{summary.traces} traces of {summary.prompts} prompts scored, {summary.selected} responses picked")
     _print_undecided(summary.undecided)
     for name, ranks in summary.teachers.items():
@@ -153,7 +154,7 @@ def score(config: ScoreConfig, console: Console) -> None:
 
 def diagnose(config: DiagnoseConfig, console: Console) -> None:
     with ProgressLine("diagnose", console) as line:
-        summary = run_diagnose(config, report=report_diagnosis(line))
+        summary = run_diagnose(config, report=line)
     for sentence in write_verdict(summary.diagnosis):
         print(f"* {sentence}")
     _print_undecided(summary.diagnosis.undecided)

@@ -30,6 +30,8 @@ MAX_CONFIG_VALUES = 10_000
 RULER = re.compile(r"[\s\-\u2500-\u257f]*")
 HELP_SECTIONS = ("For full helptext", "Argument helptext")
 """Beginnings of the sections of tyro's messages that only describe flags."""
+MISSING = "Missing from"
+"""Beginning of the section that lists flags, each with its help text below it, which are not given."""
 WIDE = 10_000
 
 
@@ -72,7 +74,11 @@ def _shorten(said: str, config_class: type) -> str:
             sections.append([])
         else:
             sections[-1].append(" ".join(line.strip(" \u2502").split()))
-    texts = [" ".join(lines) for lines in sections if lines and not lines[0].startswith(HELP_SECTIONS)]
+    texts = [
+        " ".join(line for line in lines if line.startswith(("--", MISSING)) or not lines[0].startswith(MISSING))
+        for lines in sections
+        if lines and not lines[0].startswith(HELP_SECTIONS)
+    ]
     message = "; ".join(text.removesuffix(".") for text in texts).removeprefix(
         f"Error parsing {config_class.__name__}: "
     )

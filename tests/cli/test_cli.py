@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from support.tiny_pair import TinyPair
 from support.toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
+from genssd import cli
 from genssd.cli import main
 from genssd.distill.score.prefix import PrefixConfig
 from genssd.distill.select.generate import GenerateConfig
@@ -181,7 +183,13 @@ def test_words_that_mean_nothing(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "--candidats" in fails(
         capsys, "select", "--teacher", "t", "--student", "s", "--data", "d", "--candidats", "3"
     )
-    assert "--teacher" in fails(capsys, "select", "--data", "d")
+    missing = (
+        "genssd: Missing from genssd select: --teacher STR --student STR; `genssd select --help` lists the flags\n"
+    )
+    assert fails(capsys, "select", "--data", "d") == missing
+    choice = fails(capsys, "train", "--data", "a", "--model-name-or-path", "m", "--kd-loss", "x")
+    assert choice.startswith("genssd: invalid choice 'x' for argument '--kd-loss'. Expected one of ('forward_kl', ")
+    assert choice.count("\n") == 1
 
 
 def test_options_out_of_range(
@@ -304,6 +312,36 @@ def test_python_m_genssd_exits_with_2_and_says_why(tmp_path: Path) -> None:
     assert done.stdout.startswith("genssd 0.")
     done = subprocess.run([sys.executable, "-m", "genssd"], capture_output=True, text=True)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            MemoryError(),
+            r"genssd: out of memory; [\d,]+ bytes of memory are left for this process: raise the limit .*\n",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.\nat"
+            ),
+            r"genssd: out of memory: .* tried to allocate 99 bytes\.; [\d,]+ bytes of memory are left .*\n",
+        ),
+        (ImportError("libtorch.so: failed to map segment from shared object"), r"genssd: out of memory: libtorch.*\n"),
+    ],
+)
+def test_refused_memory_is_one_line(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised = [RuntimeError("a mistake of ours"), error]
+
+    def run(command: str, flags: list[str]) -> None:
+        raise raised.pop()
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert re.fullmatch(message, fails(capsys, "select"))
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["select"])
 
 
 def test_kernel_configurations_are_printed_in_one_line(

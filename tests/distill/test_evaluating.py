@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.progress import Recorder
 from support.tiny_pair import TinyPair
 from support.toys import VOCAB, save_markov, token_of
 
 from genssd import Sampling
 from genssd.cli import main
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.distill.runs.progress import Progress
 from genssd.engine.errors import CapacityError, InputError
 
 Write = Callable[..., Path]
@@ -40,8 +42,8 @@ def test_a_model_whose_answers_are_known(tmp_path: Path, write_rows: Write) -> N
         max_tokens=4,
         memory_bytes=1 << 22,
     )
-    seen: list[tuple[int, int]] = []
-    result = run_evaluate(config, report=lambda done, total: seen.append((done, total)))
+    progress = Recorder()
+    result = run_evaluate(config, report=progress)
     assert result.accuracy.value == 0.5
     assert result.correct == (True, False) * 20
     assert result.mean_tokens == 2.0
@@ -56,8 +58,8 @@ def test_a_model_whose_answers_are_known(tmp_path: Path, write_rows: Write) -> N
     assert rows[0]["undecided"] is None
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy"]["value"] == 0.5
-    assert seen[0] == (1, 40)
-    assert seen[-1] == (40, 40)
+    assert progress.stages == [f"loading student {config.model}", ""]
+    assert progress.counts == [(done, 40) for done in range(1, 41)]
 
 
 def test_responses_that_cannot_be_judged_are_counted(tmp_path: Path, write_rows: Write) -> None:
@@ -131,13 +133,14 @@ def test_an_interrupted_evaluation_ends_with_the_same_files(
     class StoppedError(Exception):
         pass
 
-    def stop(done: int, total: int) -> None:
-        assert (done, total) == (before + 1, 7)
-        raise StoppedError
+    class Stopping(Progress):
+        def __call__(self, done: float, total: float, detail: str = "") -> None:
+            assert (done, total) == (before + 1, 7)
+            raise StoppedError
 
     for before in range(7):
         with pytest.raises(StoppedError):
-            run_evaluate(dataclasses.replace(config, resume=before > 0), report=stop)
+            run_evaluate(dataclasses.replace(config, resume=before > 0), report=Stopping())
         journal = out / "evaluation.jsonl"
         assert len(journal.read_text().splitlines()) == before + 1, "a problem is on disk as soon as it is reported"
         journal.write_bytes(journal.read_bytes() + b'{"prompt": "3+')

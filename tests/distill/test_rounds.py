@@ -71,6 +71,7 @@ def test_the_trained_student_chooses_in_the_next_round(tiny_pair: TinyPair, data
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     tiny_pair: TinyPair, data: Path, tmp_path: Path, torn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     whole = config_for(tiny_pair, data, tmp_path / "whole")
     expected = list(run_distill(whole))
     out = tmp_path / "torn"
@@ -100,8 +101,11 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
         shutil.rmtree(second / "train" / "checkpoint-3")
     with pytest.raises(InputError, match="pass --resume"):
         list(run_distill(config))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the trainings keep the number that the run was begun with
     resumed = list(run_distill(dataclasses.replace(config, resume=True)))
     assert [strip(summary) for summary in resumed] == [strip(summary) for summary in expected]
+    for record in out.glob("round-*/train/run.json"):
+        assert json.loads(record.read_text())["config"]["threads"] == 2
     one, other = weights(tmp_path / "whole" / "round-2" / "train"), weights(second / "train")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 from support.toys import Pair
 
+from genssd.engine.criteria.controls import Length
+from genssd.engine.criterion_names import register_criterion
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.nodes import Fork
+from genssd.engine.nodes import Fork, NodeReader
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.sampling import Sampling
 
@@ -128,6 +130,42 @@ def test_lists_texts_and_token_ids(engine: Engine, call: Callable[[Engine], obje
     with pytest.raises(InputError, match=message):
         call(engine)
     assert engine.usage.sampled_tokens == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: r.states([5], [[6, 7]], [[3]], "x"), "^x: position 3 lies outside of a response of 2 tokens"),
+        (lambda r: r.states([5], [[6, 7]], [[-1]], "x"), "^x: a position must be at least 0, not -1"),
+        (lambda r: r.states([5], [[6, 7]], [[0.5]], "x"), r"^x: a position must be an integer, not 0\.5"),
+        (lambda r: r.states([999], [[6]], [[0]], "x"), "^x: token id 999 is outside"),
+        (lambda r: r.states([5], [[-6]], [[0]], "x"), "^x: token id -6 is outside"),
+        (lambda r: r.likeliest(torch.zeros(1, 64), 0, "x"), "^k must be at least 1, not 0"),
+        (lambda r: r.likeliest(torch.zeros(1, 64), 2, "x", least=math.nan), "^least must be a finite number, not nan"),
+        (lambda r: r.logprob(torch.zeros(1, 64), [[-1]], "x"), "^x: token id -1 is outside"),
+        (lambda r: r.logprob(torch.zeros(1, 64), [[259]], "x"), "^x: token id 259 is outside"),
+    ],
+)
+def test_nodes_and_tokens_of_a_reader(engine: Engine, call: Callable[[NodeReader], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(engine.node_reader())
+    assert engine.pages_in_use[0] == 0
+
+
+@pytest.mark.parametrize("position", [1.5, "1", None, True])
+def test_a_fork_checks_itself(position: Any) -> None:
+    with pytest.raises(InputError, match=r"^position must be an integer, not"):
+        Fork(position=position, token=5)
+    with pytest.raises(InputError, match=r"^token must be an integer, not"):
+        Fork(position=1, token=position)
+
+
+@pytest.mark.parametrize("name", ["a b", "x:y", "0.5*x", "", 3, None])
+def test_a_criterion_has_a_name_that_can_be_written(name: Any) -> None:
+    with pytest.raises(InputError, match="name"):
+        register_criterion(name, Length)
+    with pytest.raises(InputError, match="maker must be"):
+        register_criterion("of_the_test", 3)  # type: ignore[arg-type]
 
 
 def test_branches_of_another_engine_are_refused(engine: Engine, pair: Pair) -> None:

@@ -151,3 +151,12 @@ def test_ulimit_of_a_real_process() -> None:
     before, taken = map(int, subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert 0 < before < 3 << 30
     assert abs(taken - (512 << 20)) < 8 << 20
+
+
+def test_promised_memory_counts_where_it_is_not_counted_as_used(
+    version_2: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version_2.limit_v2("jobs/mine", limit=1000 * MIB, used=100 * MIB)
+    assert available_memory(version_2.root, promised=300 * MIB) == 600 * MIB
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda kind: (900 * MIB, -1))  # 100 MiB are allocated
+    assert available_memory(version_2.root, promised=50 * MIB) == 800 * MIB

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from support.tiny_pair import TinyPair
 
 from genssd import Engine
 from genssd.distill import small_pair
-from genssd.engine import memory
+from genssd.engine import memory, pages
 from genssd.engine.errors import CapacityError
 from genssd.engine.memory import BASE_BYTES, cache_budget, check_weights_fit
 
@@ -23,7 +25,8 @@ MIB = 1 << 20
 
 
 def set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: free)
+    others = memory.count_promised_bytes()  # of engines that other tests have loaded
+    monkeypatch.setattr(memory, "available_memory", lambda *, promised: free + others - promised)
 
 
 def test_the_caches_leave_room_for_the_computation(
@@ -58,7 +61,29 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: p
             check_weights_fit(directories, dtypes, CPU)
 
 
+def test_a_second_engine_leaves_the_memory_that_the_first_will_take(
+    tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache takes memory when its pages are first written, so that the kernel reports it as free before."""
+    monkeypatch.setattr(pages, "_pools", WeakSet())
+    set_free(monkeypatch, 1 << 30)
+    free = memory.available_bytes(CPU)
+    first = Engine.from_pretrained(student=tiny_pair.student, memory_bytes=100 * MIB)
+    assert free - memory.available_bytes(CPU) == pytest.approx(100 * MIB, rel=0.01)
+    page = 100 * MIB // first.pages_in_use[1]
+    before = memory.available_bytes(CPU)
+    for _ in range(2):  # the second time the same pages are taken again
+        first.score([[5] * 40], [[6] * 10])
+        assert (memory.available_bytes(CPU) - before) / page == pytest.approx(4, rel=0.1)
+    second = Engine.from_pretrained(student=tiny_pair.student, memory_utilization=0.5)
+    assert second.pages_in_use[1] * page == pytest.approx(0.5 * (before + 4 * page), rel=0.01)
+    del first, second
+    gc.collect()
+    assert memory.available_bytes(CPU) == free
+
+
 def test_an_engine_without_room_is_refused(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_pools", WeakSet())
     set_free(monkeypatch, 32 * MIB)
     with pytest.raises(CapacityError, match=rf"{32 * MIB:,} bytes of memory are free"):
         Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student)

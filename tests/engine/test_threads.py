@@ -100,10 +100,13 @@ def use_everything(engine: Engine) -> None:
     (states,) = reader.states([5, 6], [[7, 8]], [[1]], "a prompt")
     reader.likeliest(states, 2, "a prompt")
     reader.logprob(states, [[3]], "a prompt")
-    branch = engine.branch("one")
-    for candidate in branch.expand(2, Chunk(tokens=2, until=None)):
-        candidate.drop()
-    branch.drop()
+    two = Chunk(tokens=2, until=None)
+    with engine.branch("one") as branch:
+        candidates = branch.expand(2, two)
+    for candidate in candidates:
+        candidate.commit()
+        candidate.suspend()  # what they share is computed when they come back
+    engine.expand(candidates, 1, two)
 
 
 def test_native_kernels_get_the_threads_and_torch_gets_one(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from support.tiny_pair import TinyPair
 from transformers import AutoModelForCausalLM
 
+from genssd.distill.runs.journal import complete_rows
 from genssd.distill.train.config import TrainConfig
 
 ROWS = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}" * (1 + i % 3)} for i in range(11)]
@@ -38,4 +38,4 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row for row, _ in complete_rows(directory / "metrics.jsonl")]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.exact_tree import ExactTree, Floats
+from support.progress import Recorder
 from support.tiny_pair import TinyPair
 from support.toys import EOS, edit_json, save_checkpoint, save_markov, token_of
 
@@ -22,7 +23,7 @@ from genssd.distill.diagnose.alignment import ideal_gradient, measure_alignment,
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.contexts import Templates
 from genssd.distill.diagnose.reading import Load
-from genssd.distill.diagnose.run import DiagnoseProgress, DiagnoseSummary, run_diagnose
+from genssd.distill.diagnose.run import DiagnoseSummary, run_diagnose
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.runner import ModelRunner, Role
@@ -222,19 +223,19 @@ def test_models_are_in_memory_one_at_a_time(world: World, data: Path, tmp_path: 
     world.run(data, tmp_path / "two", contexts=("answer",), limit=1)
     assert world.loaded == ["student", "strong", "weak", "strong", "student"]
     world.loaded.clear()
-    seen: list[DiagnoseProgress] = []
+    progress = Recorder()
     config = DiagnoseConfig(
         student=str(world.root / "student"), contexts=("answer",), data=str(data), output_dir=str(tmp_path / "own"),
         max_tokens=DEPTH,
     )  # fmt: skip
-    run_diagnose(config, world.load, seen.append)
+    run_diagnose(config, world.load, progress)
     assert world.loaded == ["student"]
-    assert [phase for phase in ("rollouts", "reading", "forcing") if any(p.phase == phase for p in seen)] == [
+    assert progress.stages == [
         "rollouts",
-        "reading",
-        "forcing",
+        "the rollouts are read as 'itself'",
+        "the rollouts are read as 'itself + answer'",
+        "forced tokens",
     ]
-    assert all(p.completions <= p.budget for p in seen if p.phase == "forcing")
 
 
 def test_a_model_is_gone_before_the_next_one_is_loaded(world: World, data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,15 @@ def test_the_question_is_found_behind_the_template(tiny_pair: TinyPair, write_ro
 def test_runs_by_definition() -> None:
     student = torch.tensor([0.0, 4.0, 4.0, 1.0, 2.0, 4.0])
     teacher = torch.tensor([3.0, 0.0, 0.0, 3.0, 0.0, 0.0])
-    texts = ["a", "b", "c", "d", "e", " "]
+    words = [1, 2, 3, 4, 5, None]
     # scaled: student 0 1 1 1/4 1/2 1, teacher 1 0 0 1 0 0: the least differences are at 1, 2 (and 5, white space)
-    assert distracting_spans(student, teacher, texts, 0.5) == [[1, 2], [4]]
-    assert distracting_spans(student, teacher, texts, 0.2) == [[1, 2]]
-    assert distracting_spans(student, teacher, texts, 0.01) == [[1]]
-    assert distracting_spans(torch.ones(1), torch.ones(1), ["a"], 0.5) == [], "a question is left"
+    assert distracting_spans(student, teacher, words, 0.5) == [[1, 2], [4]]
+    assert distracting_spans(student, teacher, words, 0.2) == [[1, 2]]
+    assert distracting_spans(student, teacher, words, 0.01) == [[1]]
+    assert distracting_spans(torch.ones(1), torch.ones(1), [1], 0.5) == [], "a question is left"
+    # tokens 2 to 4 are one word: with the token that is chosen the others are taken, and count
+    assert distracting_spans(student, teacher, [1, 2, 3, 3, 3, None], 0.2) == [[1, 2, 3, 4]]
+    assert distracting_spans(student, teacher, [1, 2, 3, 3, 3, None], 0.01) == [[1]]
     assert scaled(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
     assert distracting_spans(torch.empty(0), torch.empty(0), [], 0.5) == []
 
@@ -79,7 +83,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     data = write_rows([*ROWS, {"prompt": "no completion"}])
     config = LeafConfig(
         student=str(tiny_pair.student), teacher=str(tiny_pair.teacher), data=(str(data),), share=0.2,
@@ -103,7 +108,8 @@ def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> 
             assert row["completion_ids"] == whole["completion_ids"]
             taken = len(whole["student_prompt_ids"]) - len(row["student_prompt_ids"])
             assert taken == len(tokenizer.encode_plain(row["left_out"]))
-            assert row["left_out"].strip()
+            question = whole["prompt"][-1]["content"]
+            assert re.search(rf"(?<!\w){re.escape(row['left_out'].strip())}(?!\w)", question), "whole words"
     examples = read_examples(
         [tmp_path / "run" / "counterfactuals.jsonl"], tokenizer, max_length=512, statuses=("finished", "length")
     )
@@ -113,7 +119,9 @@ def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> 
     journal = tmp_path / "run" / "journal.jsonl"
     whole = (tmp_path / "run" / "counterfactuals.jsonl").read_text()
     journal.write_bytes(journal.read_bytes()[:-20])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run_leaf(dataclasses.replace(config, resume=True))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["threads"] == 2
     assert (tmp_path / "run" / "counterfactuals.jsonl").read_text() == whole
     with pytest.raises(InputError, match=r"begun with share=0\.2"):
         run_leaf(dataclasses.replace(config, resume=True, share=0.3))

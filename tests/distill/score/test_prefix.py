@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.progress import Recorder
 from support.tiny_pair import TinyPair
 
 from genssd.distill.score import prefix as prefixes
+from genssd.distill.score import prefix_judges
 from genssd.distill.score.prefix import PrefixConfig, PrefixSummary, run_prefix, shortest_prefixes
+from genssd.distill.score.prefix_judges import Judgement, ReplyCounts, warn_of_unmarked
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
 
@@ -79,8 +83,10 @@ def test_the_student_goes_on_behind_the_prefix(
     tokenizer = tiny_pair.engine.tokenizer("student")
     monkeypatch.setattr(
         prefixes,
-        "_asking",
-        lambda engine, config: lambda asked: ["carry" in tokenizer.decode(ids) for _, ids in asked],
+        "make_asking_judge",
+        lambda engine, judge_tokens: (
+            lambda asked: [Judgement(is_sufficient="carry" in tokenizer.decode(ids)) for _, ids in asked]
+        ),
     )
     summary = run(tiny_pair, write_rows(ROWS), tmp_path / "out")
     rows = lines(tmp_path / "out" / "prefixes.jsonl")
@@ -97,7 +103,9 @@ def test_the_student_goes_on_behind_the_prefix(
         assert row["messages"][-1]["content"].startswith(begun)
         assert row["prefix_tokens"] < len(row["completion_ids"]) <= row["prefix_tokens"] + 8
         assert row["correct"] is False
-    assert lines(tmp_path / "out" / "aligned.jsonl") == [without_checksum(row) for row in rows if row["correct"]]
+    correct = [{k: v for k, v in without_checksum(row).items() if k != "judgements"} for row in rows if row["correct"]]
+    assert lines(tmp_path / "out" / "aligned.jsonl") == correct
+    assert summary.replies == ReplyCounts(), "nobody was asked"
     assert (summary.kept, summary.whole, summary.mean_fraction) == (3, 3, 0.75)
 
 
@@ -105,10 +113,10 @@ def test_the_student_is_asked_and_the_answer_is_read(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The questions go through the chat template; only the word in brackets counts."""
-    real, asked = tiny_pair.engine.iter_generate, []
+    real, asked = Engine.iter_generate, []
 
-    def generate(prompts: Any, **options: Any) -> Any:
-        for outcome in real(prompts, **options):
+    def generate(self: Engine, prompts: Any, **options: Any) -> Any:
+        for outcome in real(self, prompts, **options):
             if options["max_tokens"] == 4:
                 assert options["sampling"].temperature == 0.0
                 text = tiny_pair.engine.tokenizer("student").decode(prompts[outcome.index])
@@ -118,10 +126,16 @@ def test_the_student_is_asked_and_the_answer_is_read(
                 outcome = dataclasses.replace(outcome, sampled=(reply,))
             yield outcome
 
-    monkeypatch.setattr(tiny_pair.engine, "iter_generate", generate)
-    run(tiny_pair, write_rows(ROWS[:1]), tmp_path / "out")
-    (row, _) = lines(tmp_path / "out" / "prefixes.jsonl")
+    monkeypatch.setattr(Engine, "iter_generate", generate)
+    summary = run(tiny_pair, write_rows(ROWS[:1]), tmp_path / "out")
+    row, other = lines(tmp_path / "out" / "prefixes.jsonl")
     assert row["kept_steps"] == 2
+    assert row["judgements"] == [
+        {"steps": 2, "sufficient": True, "reply": "I say [ENOUGH]."},
+        {"steps": 1, "sufficient": False, "reply": "I say [NOT_ENOUGH] ENOUGH."},
+    ]
+    assert other["judgements"] == [], "one step is never asked about"
+    assert summary.replies == ReplyCounts(replies=2)
     assert len(asked) == 2
     assert all("Problem:\n0+7?\n" in text and "First we add." in text for text in asked)
 
@@ -132,13 +146,38 @@ def test_what_is_too_long_to_ask_about_is_not_enough(tiny_pair: TinyPair, write_
     data = write_rows([{"question": "q?", "answer": "1", "generations": [long]}])
     summary = run(tiny_pair, data, tmp_path / "out", judge_tokens=400)
     assert (summary.whole, summary.mean_fraction) == (1, 1.0)
+    assert summary.replies == ReplyCounts()
+
+
+def test_replies_without_a_verdict_are_kept_counted_and_warned_of(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    """A random student never writes a mark: everything is kept, and the user learns why."""
+    progress = Recorder()
+    config = PrefixConfig(
+        student=str(tiny_pair.student), data=(str(write_rows(ROWS)),), output_dir=str(tmp_path / "out"), max_tokens=8,
+        judge_tokens=4, batch=2,
+    )  # fmt: skip
+    summary = run_prefix(config, tiny_pair.engine, progress)
+    assert summary.whole == 6
+    assert summary.replies == ReplyCounts(replies=6, unmarked=6, unmarked_whole=3)
+    rows = lines(tmp_path / "out" / "prefixes.jsonl")
+    assert [[judged["steps"] for judged in row["judgements"]] for row in rows] == [[2, 3], []] * 3
+    assert all(len(judged["reply"]) <= 4 and not judged["sufficient"] for row in rows for judged in row["judgements"])
+    warned = [note for note in progress.notes if note.startswith("warning: 2 of 2 replies of the judge have neither")]
+    assert len(warned) == 1, "after the first batch, and once"
+    assert "take --judge solves" in warned[0]
+    counts = json.loads((tmp_path / "out" / "summary.json").read_text())["replies"]
+    assert counts == {"replies": 6, "unmarked": 6, "unmarked_whole": 3}
+    assert warn_of_unmarked(ReplyCounts(replies=4, unmarked=2)) is None
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"sampling": Sampling(temperature=2.0)}, {"batch": 1}])
 def test_continuations_depend_on_what_they_should(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(prefixes, "_asking", lambda engine, config: lambda asked: [True] * len(asked))
+    everything = Judgement(is_sufficient=True)
+    monkeypatch.setattr(prefixes, "make_asking_judge", lambda *a: lambda asked: [everything] * len(asked))
     rows = [{**ROWS[0], "generations": [SAID]}] * 2
     data = write_rows(rows)
     run(tiny_pair, data, tmp_path / "a")
@@ -155,10 +194,9 @@ def test_continuations_depend_on_what_they_should(
 
 def test_solving_is_greedy(tiny_pair: TinyPair, write_rows: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    real = prefixes._continue
-    monkeypatch.setattr(
-        prefixes, "_continue", lambda *a, sampling: asked.append(sampling) or real(*a, sampling=sampling)
-    )
+    real = prefix_judges.continue_prefixes
+    for module in (prefixes, prefix_judges):
+        monkeypatch.setattr(module, "continue_prefixes", lambda *a, **k: asked.append(k["sampling"]) or real(*a, **k))
     data = write_rows(ROWS[:1])
     run(tiny_pair, data, data.parent / "out", judge="solves")
     assert [sampling.temperature for sampling in asked] == [0.0, 0.0, 0.6]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.progress import Recorder
 from support.tiny_pair import TinyPair
 
 from genssd import Chunk, Engine, Sampling
@@ -204,10 +205,15 @@ def test_an_output_dir_that_is_a_file(tiny_pair: TinyPair, write_rows: Write, tm
 
 
 def test_progress_counts_up(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    progress = Recorder()
     config = config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run")
-    run_select(config, tiny_pair.engine, lambda p: seen.append((p.done, p.total)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    run_select(config, tiny_pair.engine, progress)
+    assert progress.counts == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert progress.notes == [f"4 problems read from {config.data}"]
+    run_select(dataclasses.replace(config, resume=True), tiny_pair.engine, progress)
+    assert progress.notes[1:] == [
+        f"4 problems read from {config.data}, 4 of them finished in an earlier part of the run"
+    ]
 
 
 def test_a_lost_journal_stops_a_resume_and_nothing_is_cut(
@@ -282,17 +288,6 @@ def test_a_prompt_that_outgrows_the_cache_is_reported_and_tried_again(
     assert tight.pages_in_use[0] == 0
     again = run_select(dataclasses.replace(config, resume=True), tiny_pair.engine)
     assert (again.prompts, again.failures) == (3, ())
-
-
-def test_progress_counts_this_run_alone(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    sampled: list[int] = []
-    data = write_rows(PROMPTS)
-    for name in ("first", "second"):
-        run_select(
-            config_for(tiny_pair, data, tmp_path / name), tiny_pair.engine, lambda p: sampled.append(p.tokens_sampled)
-        )
-    rows = lines(tmp_path / "second" / "selections.jsonl")
-    assert sampled[3] == sampled[7] == sum(row["tokens_sampled"] for row in rows)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import sign
+from support.checkpoints import NAMES, convert, sign, stored_dtypes
 from support.tiny_pair import TinyPair
-from support.toys import edit_json
 from support.training_runs import ROWS, config_for
 from transformers import AutoModelForCausalLM
 
@@ -25,22 +22,6 @@ from genssd.engine.errors import CheckpointError
 from genssd.engine.text import Tokenizer
 
 Write = Callable[..., Path]
-NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-
-
-def convert(source: Path, target: Path, dtype: torch.dtype) -> Path:
-    """Write a copy of a checkpoint in another data type."""
-    shutil.copytree(source, target)
-    tensors = load_file(source / "model.safetensors")
-    save_file({k: v.to(dtype) for k, v in tensors.items()}, target / "model.safetensors", metadata={"format": "pt"})
-    edit_json(target / "config.json", dtype=NAMES[dtype])
-    return target
-
-
-def stored_dtypes(directory: Path) -> tuple[set[torch.dtype], str]:
-    """Return the data types of the weights in a directory, and that which its config names."""
-    tensors = load_file(directory / "model.safetensors")
-    return {tensor.dtype for tensor in tensors.values()}, json.loads((directory / "config.json").read_text())["dtype"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
