@@ -1,6 +1,8 @@
 // Draws of tokens by the Gumbel-max trick, with noise from Philox. Only for isa.cpp.
 //
-// A token's noise is a function of (row key, token id) alone: not of the batch, the order or the thread.
+// A token's noise is a function of (row key, token id) alone: not of the batch, the order or the thread. The kWords
+// tokens from a multiple of kWords on take the words of kCounters counters: token v takes word v / kCounters % 4 of
+// the counter v / kWords * kCounters + v % kCounters. The kernels on GPUs draw the same bits.
 #pragma once
 
 #include "kernels.hpp"
@@ -46,9 +48,15 @@ INLINE float gumbel(std::uint32_t bits) {
   return -log_positive(u < 0x1p-11f ? by_series : by_log);
 }
 
+// Writes the noise of kCounters tokens.
 INLINE void gumbel_block(const std::uint32_t* bits, float* noise) {
 #pragma omp simd
   for (int i = 0; i < kCounters; ++i) noise[i] = gumbel(bits[i]);
+}
+
+// Writes the random bits of the tokens first..first + kWords - 1; first is a multiple of kWords.
+INLINE void random_bits(std::int64_t key, std::int64_t first, std::uint32_t out[kWords]) {
+  philox(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(first / kWords * kCounters), out);
 }
 
 constexpr float kMaxGumbel = 23.0f;  // upper bound of the noise: 22.88, and room for rounding
@@ -63,12 +71,12 @@ INLINE std::uint32_t max_bits_for(float t) {
 
 // Writes the noise of the tokens 0..count - 1 of a row.
 void gumbel_row(std::int64_t key, float* out, std::int64_t count) {
-  for (std::int64_t first = 0; first < count; first += kCounters) {
-    std::uint32_t bits[kCounters];
-    float noise[kCounters];
-    philox(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(first), bits);
-    gumbel_block(bits, noise);
-    for (std::int64_t i = 0; i < min(kCounters, count - first); ++i) out[first + i] = noise[i];
+  for (std::int64_t first = 0; first < count; first += kWords) {
+    std::uint32_t bits[kWords];
+    float noise[kWords];
+    random_bits(key, first, bits);
+    for (int i = 0; i < kWords; i += kCounters) gumbel_block(bits + i, noise + i);
+    for (std::int64_t i = 0; i < min(kWords, count - first); ++i) out[first + i] = noise[i];
   }
 }
 
@@ -79,14 +87,13 @@ INLINE void update_best(const float* scores, std::int64_t first_token, std::int6
 }
 
 // Updates the best token with the scores z / temperature + noise, or z itself where greedy, of the tokens first_token,
-// first_token + 1, ... Noise that cannot make a token the best is not computed.
+// first_token + 1, ...; first_token is a multiple of kWords. Noise that cannot make a token the best is not computed.
 INLINE void draw(const float* z, std::int64_t key, std::int64_t first_token, std::int64_t n, float temperature,
                  bool greedy, BestToken& best) {
   if (greedy) return update_best(z, first_token, n, best);
-  for (std::int64_t start = 0; start < n; start += kCounters) {
-    const std::int64_t count = min(kCounters, n - start);
-    std::uint32_t bits[kCounters], least_bits = 0xFFFFFFFFu;
-    alignas(64) float scores[kCounters], noise[kCounters];
+  for (std::int64_t start = 0; start < n; start += kWords) {
+    const std::int64_t count = min(kWords, n - start);
+    alignas(64) float scores[kWords], noise[kCounters];
     Vec peaks = broadcast(-kInfinity);
     for (std::int64_t i = 0; i < count; i += kLanes) {
       store(scores + i, div(load_bounded(z + start, i, count), broadcast(temperature)));
@@ -95,12 +102,18 @@ INLINE void draw(const float* z, std::int64_t key, std::int64_t first_token, std
     }
     const float peak = reduce_max(peaks);
     if (peak + kMaxGumbel <= best.score || peak == -kInfinity) continue;
-    philox(static_cast<std::uint64_t>(key), static_cast<std::uint64_t>(first_token + start), bits);
-    for (std::int64_t i = 0; i < kCounters; ++i) least_bits = bits[i] < least_bits ? bits[i] : least_bits;
-    if (least_bits > max_bits_for(best.score - peak)) continue;
-    gumbel_block(bits, noise);
-    for (std::int64_t i = 0; i < count; ++i) scores[i] += noise[i];
-    update_best(scores, first_token + start, count, best);
+    std::uint32_t bits[kWords];
+    random_bits(key, first_token + start, bits);
+    const std::uint32_t max_bits = max_bits_for(best.score - peak);
+    for (std::int64_t first = 0; first < count; first += kCounters) {
+      bool can_win = false;
+      for (int i = 0; i < kCounters; ++i) can_win |= bits[first + i] <= max_bits;
+      if (!can_win) continue;
+      gumbel_block(bits + first, noise);
+      const std::int64_t end = min(kCounters, count - first);
+      for (std::int64_t i = 0; i < end; ++i) scores[first + i] += noise[i];
+      update_best(scores + first, first_token + start + first, end, best);
+    }
   }
 }
 

@@ -28,7 +28,7 @@ from genssd.kernels.head_triton import (
     rescale,
     safe_peak,
 )
-from genssd.kernels.noise_triton import gumbel, uniform
+from genssd.kernels.noise_triton import gumbel, place_tokens, random_words, to_uniform
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOGITS_BYTES = 256 << 20  # largest size of the float32 logits of one block of rows
@@ -108,31 +108,40 @@ def _draw_split_kernel(
         highest = tl.maximum(highest, tl.load(z_row + v, mask=v < end, other=-float("inf")))
     peak = tl.max(highest, 0)
     base = safe_peak(peak)
-    total = tl.zeros([BLOCK], tl.float32)
-    best = tl.full([BLOCK], -float("inf"), tl.float32)
-    z_best = tl.zeros([BLOCK], tl.float32)
-    token = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    c = tl.arange(0, BLOCK // 4)  # each serves four tokens with the words of its counter
+    total = tl.zeros([BLOCK // 4], tl.float32)
+    best = tl.full([BLOCK // 4], -float("inf"), tl.float32)
+    z_best = tl.zeros([BLOCK // 4], tl.float32)
+    token = tl.full([BLOCK // 4], 0x7FFFFFFF, tl.int32)
     bound = tl.zeros([], tl.float32)  # e^(best score - base / temperature), a little less for rounding
     for start in range(begin, end, BLOCK):
-        v = start + lane
-        z = tl.load(z_row + v, mask=v < end, other=-float("inf"))
-        e = tl.exp2((z - base) * LOG2_E)
-        total += e
-        kept = (v < vocabulary) & (z > -float("inf"))
-        if GREEDY:
-            better = kept & (z > best)
-            best = tl.where(better, z, best)
-            z_best = best
-            token = tl.where(better, v, token)
-        else:
-            u = uniform(seed, v)
-            weight = tl.exp2((z - base) * (LOG2_E / temperature)) if SCALED else e
-            if tl.sum((kept & (weight >= u * bound)).to(tl.int32), 0) > 0:
-                score = z / temperature + gumbel(u)
-                better = kept & (score > best)
-                best = tl.where(better, score, best)
-                z_best = tl.where(better, z, z_best)
+        if not GREEDY:
+            words = random_words(seed, start // 4 + c)
+        possible = tl.zeros([BLOCK // 4], tl.int32)
+        for word in tl.static_range(4):
+            v = place_tokens(start, c, word)
+            z = tl.load(z_row + v, mask=v < end, other=-float("inf"))
+            e = tl.exp2((z - base) * LOG2_E)
+            total += e
+            kept = (v < vocabulary) & (z > -float("inf"))
+            if GREEDY:
+                better = kept & (z > best)
+                best = tl.where(better, z, best)
+                z_best = best
                 token = tl.where(better, v, token)
+            else:
+                weight = tl.exp2((z - base) * (LOG2_E / temperature)) if SCALED else e
+                possible |= (kept & (weight >= to_uniform(words[word]) * bound)).to(tl.int32)
+        if not GREEDY:
+            if tl.max(possible, 0) > 0:
+                for word in tl.static_range(4):
+                    v = place_tokens(start, c, word)
+                    z = tl.load(z_row + v, mask=v < end, other=-float("inf"))
+                    score = z / temperature + gumbel(to_uniform(words[word]))
+                    better = (v < vocabulary) & (z > -float("inf")) & (score > best)
+                    best = tl.where(better, score, best)
+                    z_best = tl.where(better, z, z_best)
+                    token = tl.where(better, v, token)
                 bound = tl.exp(tl.max(best, 0) - base / temperature) * 0.9999
     at = split * B + row
     size = splits * B

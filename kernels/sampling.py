@@ -278,13 +278,16 @@ def gumbel_noise(key_B: Tensor, vocabulary: int) -> Tensor:
 
 def gumbel_reference(key_B: Tensor, vocabulary: int) -> Tensor:
     """Compute `gumbel_noise` in plain torch."""
-    bits = philox_reference(key_B[:, None], torch.arange(vocabulary, device=key_B.device)[None, :])
+    v_V = torch.arange(vocabulary, device=key_B.device)
+    # all four words of a counter are used, each by 16 tokens side by side
+    words_4BV = torch.stack(philox_reference(key_B[:, None], (v_V // 64 * 16 + v_V % 16)[None, :]))
+    bits = words_4BV.gather(0, (v_V // 16 % 4).expand(1, len(key_B), -1))[0]
     u = (bits.double() + 0.5) * 2.0**-32
     return (-torch.log(-torch.log1p(-u))).float()
 
 
-def philox_reference(key: Tensor, counter: Tensor) -> Tensor:
-    """Return the first output word of Philox 4x32-10 (Salmon et al., 2011), int64 in [0, 2^32).
+def philox_reference(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the four output words of Philox 4x32-10 (Salmon et al., 2011), int64 in [0, 2^32).
 
     key, counter: int64, which broadcast.
     """
@@ -297,4 +300,4 @@ def philox_reference(key: Tensor, counter: Tensor) -> Tensor:
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return c0
+    return c0, c1, c2, c3

@@ -6,6 +6,8 @@ Commands on the small pair: three steps of `train`, a short `select`, `score` an
 of `train` and a `score` with that model. Each is a process of its own, timed after its imports, loading of the models
 included. The settings alternate in every round, which a change of the machine's load then meets alike. "busy" is the
 same beside one process per core that only counts. The ratio is the default's median time divided by the best setting's.
+Processor seconds (in parentheses) show threads that wait in a loop, also where other work disturbs the times. A run is
+written as [seconds, processor seconds].
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from bench.engine.peers.machine import describe_machine
 
@@ -45,27 +48,35 @@ def load_timed(name):
     if name == "genssd.commands":
         run = module.run_command
         def run_timed(*arguments):
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             run(*arguments)
-            print("seconds", time.perf_counter() - started)
+            print("seconds", time.perf_counter() - started[0], time.process_time() - started[1])
         module.run_command = run_timed
     return module
 
 cli.import_module = load_timed
 cli.main(sys.argv[1:])
 """
-"""Program that runs a command of genssd and prints the seconds after its imports as the last line."""
+"""Program that runs a command of genssd and prints its seconds and processor seconds after its imports."""
 
 
-def run_genssd(words: list[str], output_dir: Path) -> float:
-    """Run a command of genssd in a new output directory and return its seconds. Raises CalledProcessError."""
+class Times(NamedTuple):
+    """Seconds that a command takes, and those of processors that it uses."""
+
+    seconds: float
+    processor_seconds: float
+
+
+def run_genssd(words: list[str], output_dir: Path) -> Times:
+    """Run a command of genssd in a new output directory. Raises CalledProcessError."""
     shutil.rmtree(output_dir, ignore_errors=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     command = [sys.executable, "-c", TIMED, *words, "--output-dir", str(output_dir)]
     printed = subprocess.run(
         command, check=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    return float(printed.stdout.split()[-1])
+    seconds, processor_seconds = map(float, printed.stdout.split()[-2:])
+    return Times(seconds, processor_seconds)
 
 
 def make_commands(directory: Path, prompts: int, model: str | None) -> dict[str, list[str]]:
@@ -111,15 +122,18 @@ def measure(commands: dict[str, list[str]], directory: Path, rounds: int, neighb
     """Time every command with every setting, print a line for each command, and return the rows."""
     rows: list[dict[str, object]] = []
     for name, words in commands.items():
-        seconds: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
+        runs: dict[str, list[Times]] = {setting: [] for setting in SETTINGS}
         for _ in range(rounds):
             for setting, flags in SETTINGS.items():
-                seconds[setting].append(run_genssd([*words, *flags], directory / "run"))
-        medians = {setting: statistics.median(values) for setting, values in seconds.items()}
-        ratio = medians["default"] / min(medians.values())
-        times = "  ".join(f"{setting} {value:7.2f} s" for setting, value in medians.items())
+                runs[setting].append(run_genssd([*words, *flags], directory / "run"))
+        medians = {
+            setting: Times(*(statistics.median(values) for values in zip(*times, strict=True)))
+            for setting, times in runs.items()
+        }
+        ratio = medians["default"].seconds / min(median.seconds for median in medians.values())
+        times = "  ".join(f"{name} {m.seconds:6.2f} s ({m.processor_seconds:6.2f})" for name, m in medians.items())
         print(f"{name:12} {neighbours:6} {times}  ratio {ratio:.2f}{'' if ratio <= BOUND else '  ABOVE'}", flush=True)
-        rows.append({"command": name, "machine": neighbours, "seconds": seconds, "ratio": round(ratio, 3)})
+        rows.append({"command": name, "machine": neighbours, "runs": runs, "ratio": round(ratio, 3)})
     return rows
 
 

@@ -14,33 +14,27 @@ A prompt's decisions and top k are on disk before its selection: where there is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
-from genssd.distill.data.problems import (
-    ProblemRow,
-    ProblemSet,
-    check_same_problem,
-    describe_problems,
-    read_usable_problems,
-)
+from genssd.distill.data.problems import ProblemRow, ProblemSet, describe_problems, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
-from genssd.distill.data.topk_store import TopkStore, check_topk_file, find_topk_end
+from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import Journal, complete_rows, damaged_line, has_lines, write_json
+from genssd.distill.runs.journal import Journal, write_json
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
-from genssd.distill.runs.writing import keep_spans
 from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
 from genssd.distill.select.notes import NoteMaker
+from genssd.distill.select.resuming import TOPK_FILE, keep_complete
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.chunk import Chunk
@@ -53,7 +47,6 @@ from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
 
 ROLES: tuple[Role, Role] = ("teacher", "student")
-TOPK_FILE = "teacher_topk.bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +147,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
         _read_calibration_data(config)  # before any model is loaded
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
-        done = keep_complete(run, config, data.problems)
+        done = keep_complete(run, data.problems, config.data, has_topk=config.teacher_topk > 0)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         engine = run.use(
             config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
@@ -265,42 +258,6 @@ def _calibrate(engine: Engine, config: SelectConfig, run: Run, report: Progress)
     run.record()
     write_json(path, calibration.as_json())
     return calibration
-
-
-def keep_complete(run: Run, config: SelectConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:
-    """Cut both journals back to the prompts that are in both, in the order of the selections; return their indices.
-
-    A prompt that only one of them holds is done again: a crash, or the user who removed a damaged line, left it so.
-    Raises InputError when the run was begun with other data, and when a file of finished prompts is lost.
-    """
-    decisions = run.path("decisions.jsonl")
-    _check_neither_lost(run.journal_path, decisions)
-    selected: dict[int, int] = {}
-    for number, row in enumerate(run.done()):
-        check_same_problem(row, problems, config.data, run.journal_path)
-        if row["index"] in selected:
-            raise damaged_line(run.journal_path, number + 1, f"prompt {row['index']} is also in an earlier line")
-        selected[row["index"]] = number
-    decided: dict[object, tuple[int, int]] = {}
-    start = 0
-    for row, end in complete_rows(decisions):
-        decided[row.get("index")] = (start, end)
-        start = end
-    if config.teacher_topk:
-        check_topk_file(run.path(TOPK_FILE), run.done(), run.journal_path, decisions)
-    done = [index for index in selected if index in decided]
-    run.keep_rows([selected[index] for index in done])
-    keep_spans(decisions, [decided[index] for index in done])
-    return frozenset(done)
-
-
-def _check_neither_lost(selections: Path, decisions: Path) -> None:
-    """Raise InputError where one of the two journals holds lines and the other is missing."""
-    for lost, held in ((selections, decisions), (decisions, selections)):
-        if not lost.exists() and has_lines(held):
-            raise InputError(
-                f"{lost} is lost, and {held.name} beside it is not; restore it, or remove {held} to begin anew"
-            )
 
 
 def _summarise(

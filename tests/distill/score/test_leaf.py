@@ -108,7 +108,7 @@ def test_the_command(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, mon
             assert row["completion_ids"] == whole["completion_ids"]
             taken = len(whole["student_prompt_ids"]) - len(row["student_prompt_ids"])
             assert taken == len(tokenizer.encode_plain(row["left_out"]))
-            question = whole["prompt"][-1]["content"]
+            question = whole["prompt"] if isinstance(whole["prompt"], str) else whole["prompt"][-1]["content"]
             assert re.search(rf"(?<!\w){re.escape(row['left_out'].strip())}(?!\w)", question), "whole words"
     examples = read_examples(
         [tmp_path / "run" / "counterfactuals.jsonl"], tokenizer, max_length=512, statuses=("finished", "length")

@@ -20,7 +20,8 @@ from genssd import Chunk, Engine, Sampling
 from genssd.distill.data.problems import read_problems
 from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.run import Run
-from genssd.distill.select.run import SelectConfig, keep_complete, run_select
+from genssd.distill.select.resuming import keep_complete
+from genssd.distill.select.run import SelectConfig, run_select
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
@@ -135,7 +136,7 @@ def test_a_last_line_cut_at_every_byte_is_done_again(
         cut.write_bytes(whole[cut][:size])
         # whatever is left of the line, resuming begins with the first prompt done and nothing of the second
         with Run.open(again, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
-            done = keep_complete(run, again, read_problems(data))
+            done = keep_complete(run, read_problems(data), str(data), has_topk=False)
         assert done == {json.loads(first[cut])["index"]}, f"cut at byte {size}"
         assert {path: path.read_bytes() for path in paths} == first, f"cut at byte {size}"
     run_select(again, tiny_pair.engine)
