@@ -224,8 +224,12 @@ def _read_results(output_dir: Path) -> dict[str, Any]:
 
 
 def _strip(values: dict[str, Any]) -> dict[str, Any]:
-    """Return results without times and without the name of the output directory."""
-    return {key: value for key, value in values.items() if key not in {*VARYING, "output_dir"}}
+    """Return results without times, without the name of the output directory and without how the run was resumed."""
+    return {
+        key: _strip(value) if key == "config" else value
+        for key, value in values.items()
+        if key not in {*VARYING, "output_dir", "resume"}
+    }
 
 
 if __name__ == "__main__":

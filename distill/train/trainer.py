@@ -184,6 +184,7 @@ class Trainer:
         training, state, schedule = self._training, self._state, self._schedule
         is_main = training.world.is_main
         loss = self._truncate_metrics()
+        self._remove_old_checkpoints()  # those that an earlier part could not remove any more
         training.trained.model.train()
         started, tokens_before = time.monotonic(), state.tokens
         with self._open_metrics() as metrics:
@@ -252,9 +253,12 @@ class Trainer:
         training, world = self._training, self._training.world
         rng_states = world.gather([get_rng_state(world.device)])
         save_checkpoint(training.output_dir, training.trained, self._state, rng_states, write=world.is_main)
-        limit = training.config.save_total_limit
-        if limit is not None and world.is_main:
-            remove_old_checkpoints(training.output_dir, limit)
+        self._remove_old_checkpoints()
+
+    def _remove_old_checkpoints(self) -> None:
+        limit = self._training.config.save_total_limit
+        if limit is not None and self._training.world.is_main:
+            remove_old_checkpoints(self._training.output_dir, limit)
 
 
 def _build_row(progress: TrainProgress, grad_norm: float) -> dict[str, float]:
