@@ -38,8 +38,7 @@ class EngineOptions:
     def load(self, *, teacher: str | None = None, student: str | None = None) -> Engine:
         """Return an engine over these models (hub ids or local directories), and log its number of threads."""
         threads = choose_engine_threads(self.threads)
-        announce(threads)
-        return Engine.from_pretrained(
+        engine = Engine.from_pretrained(
             teacher=teacher,
             student=student,
             device=self.device,
@@ -50,6 +49,8 @@ class EngineOptions:
             deterministic=self.deterministic,
             threads=threads.count,
         )
+        announce(threads)  # when nothing about the models can be refused any more
+        return engine
 
     def open_engine(
         self, engine: Engine | None, chat: ChatOptions, *, teacher: str | None = None, student: str | None = None

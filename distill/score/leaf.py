@@ -103,9 +103,9 @@ def run_leaf(config: LeafConfig, report: Callable[[int, int], None] = lambda don
         done = check_same_traces(run.done(), traces, run.journal_path)
         threads = run.fix_threads(choose_training_threads(config.threads, _count_parameters(config.teacher)))
         if done < len(traces):
-            announce(threads)
             stack.enter_context(torch_threads(threads.count))
             student, teacher = _load_models(config, tokenizer, traces[done:])
+            announce(threads)
             for index, trace in enumerate(traces[done:], start=done):
                 places = question_places(trace, tokenizer)
                 student_norms, teacher_norms = (gradient_norms(model, trace)[places] for model in (student, teacher))

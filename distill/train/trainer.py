@@ -40,6 +40,7 @@ from genssd.distill.train.step import StepResult, take_step, write_completions
 from genssd.distill.train.threads import fix_threads
 from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device
+from genssd.engine.threads import announce
 from genssd.kernels.threads import torch_threads
 
 
@@ -108,9 +109,8 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
     if len(set(world.gather([config.template_date]))) > 1:
         raise InputError("the processes began on different days: give --template-date, or start them again")
-    config = fix_threads(config, world)
-    assert config.threads is not None
-    with torch_threads(config.threads), world.claim_run(config, "train") as run:
+    config, threads = fix_threads(config, world)
+    with torch_threads(threads.count), world.claim_run(config, "train") as run:
         settings = collect_settings(config, inputs, world)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
         training = build_training(config, inputs, world, checkpoint)
@@ -119,6 +119,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
         if run is not None:
             run.begin()
             run.record()
+            announce(threads)
         loss = Trainer(training, state).train(report)
         summary = TrainSummary(
             output_dir=Path(config.output_dir),
