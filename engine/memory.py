@@ -17,6 +17,7 @@ from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.machine import available_memory
 from genssd.engine.pages import count_promised_bytes
+from genssd.engine.parameters import match_parameters
 from genssd.engine.runner import Role
 from genssd.engine.weights import WeightFiles
 
@@ -81,15 +82,16 @@ def check_weights_fit(
 ) -> None:
     """Check that a CPU has memory for the weights of models before they are read.
 
-    directories, dtypes: place and data type in memory of every model, by role. Raises CapacityError naming the bytes.
+    directories, dtypes: place and data type in memory of every model, by role. Raises CapacityError naming the bytes,
+    CheckpointError on a directory that cannot be used.
     """
     if device.type != "cpu":
         return
     packed = copied = 0
     for role, directory in directories.items():
         dtype = dtypes[role]
-        weights = WeightFiles.open(directory)
-        tensors = weights.tensors.values()
+        config, weights = ModelConfig.load(directory), WeightFiles.open(directory)
+        tensors = [weights.tensors[name] for name in match_parameters(weights, config).values()]
         packed += sum(tensor.num_elements for tensor in tensors) * dtype.itemsize
         # tensors of another type are converted before they are packed, and freed after the model; others are mapped
         others = sum(tensor.num_elements for tensor in tensors if DTYPE_OF_NAME.get(tensor.dtype) != dtype)

@@ -56,7 +56,6 @@ class EngineOptions:
         Logs the number of threads; reports how long the models took to load.
         """
         threads = choose_engine_threads(self.threads)
-        announce(threads)
         report.begin(f"loading {_name_models(teacher, student)}")
         started = time.monotonic()
         engine = Engine.from_pretrained(
@@ -75,6 +74,7 @@ class EngineOptions:
             f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
             f"the caches hold {use.pages:,} pages ({format_bytes(use.bytes)})"
         )
+        announce(threads)  # when nothing about the models can be refused any more
         return engine
 
     def open_engine(

@@ -122,11 +122,11 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
         missing = [trace for i, trace in enumerate(traces) if i not in done]
         threads = run.fix_threads(choose_training_threads(config.threads, _count_parameters(config.teacher)))
         if missing:
-            announce(threads)
             stack.enter_context(torch_threads(threads.count))
             report.begin(f"loading student {config.student} and teacher {config.teacher}")
             started = time.monotonic()
             student, teacher = _load_models(config, tokenizer, missing)
+            announce(threads)
             report.note(f"the models loaded in {time.monotonic() - started:.1f} s")
             report.begin("", unit="traces", total=len(traces), done=len(done))
             for finished, trace in enumerate(missing, start=len(done) + 1):

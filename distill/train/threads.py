@@ -17,13 +17,14 @@ from genssd.distill.train.resume import find_checkpoint
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.parameters import count_parameters
-from genssd.engine.threads import ThreadChoice, announce, choose_training_threads
+from genssd.engine.threads import ThreadChoice, choose_training_threads
 
 
-def fix_threads(config: TrainConfig, world: World) -> TrainConfig:
+def fix_threads(config: TrainConfig, world: World) -> tuple[TrainConfig, ThreadChoice]:
     """Return the config with the number of threads: its own, that of the checkpoint, or one that suits the student.
 
-    All processes take the number of the first. Logs it. Raises InputError when there is no checkpoint to resume from.
+    All processes take the number of the first. Also returns what decided it. Raises InputError when there is no
+    checkpoint to resume from.
     """
     recorded = None if config.threads is not None else _recorded_threads(config)
     if recorded is not None:
@@ -32,9 +33,7 @@ def fix_threads(config: TrainConfig, world: World) -> TrainConfig:
         parameters = count_parameters(ModelConfig.load(locate(config.model_name_or_path)))
         choice = choose_training_threads(config.threads, parameters)
     choice = world.gather([choice])[0]
-    if world.is_main:
-        announce(choice)
-    return dataclasses.replace(config, threads=choice.count)
+    return dataclasses.replace(config, threads=choice.count), choice
 
 
 def _recorded_threads(config: TrainConfig) -> int | None:

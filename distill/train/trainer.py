@@ -46,6 +46,7 @@ from genssd.distill.train.step import StepResult, take_step, write_completions
 from genssd.distill.train.threads import fix_threads
 from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device
+from genssd.engine.threads import announce
 from genssd.kernels.threads import torch_threads
 
 
@@ -121,9 +122,8 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
         raise InputError("the processes began on different days: give --template-date, or start them again")
     if world.is_main:
         _warn_of_wrong_rows(inputs)
-    config = fix_threads(config, world)
-    assert config.threads is not None
-    with torch_threads(config.threads), world.claim_run(config, "train") as run:
+    config, threads = fix_threads(config, world)
+    with torch_threads(threads.count), world.claim_run(config, "train") as run:
         if run is not None:
             remove_leftovers(Path(config.output_dir))
         world.wait()  # until they are gone
@@ -136,6 +136,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
         if run is not None:
             run.begin()
             run.record()
+            announce(threads)
         loss = Trainer(training, state).train(report)
         summary = TrainSummary(
             output_dir=Path(config.output_dir),

@@ -25,8 +25,9 @@ MIB = 1 << 20
 
 
 def set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    others = memory.count_promised_bytes()  # of engines that other tests have loaded
-    monkeypatch.setattr(memory, "available_memory", lambda *, promised: free + others - promised)
+    """Give the process so much free memory, and no caches from before."""
+    monkeypatch.setattr(pages, "_pools", WeakSet())
+    monkeypatch.setattr(memory, "available_memory", lambda *, promised: free - promised)
 
 
 def test_the_caches_leave_room_for_the_computation(
@@ -65,7 +66,6 @@ def test_a_second_engine_leaves_the_memory_that_the_first_will_take(
     tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache takes memory when its pages are first written, so that the kernel reports it as free before."""
-    monkeypatch.setattr(pages, "_pools", WeakSet())
     set_free(monkeypatch, 1 << 30)
     free = memory.available_bytes(CPU)
     first = Engine.from_pretrained(student=tiny_pair.student, memory_bytes=100 * MIB)
@@ -83,7 +83,6 @@ def test_a_second_engine_leaves_the_memory_that_the_first_will_take(
 
 
 def test_an_engine_without_room_is_refused(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "_pools", WeakSet())
     set_free(monkeypatch, 32 * MIB)
     with pytest.raises(CapacityError, match=rf"{32 * MIB:,} bytes of memory are free"):
         Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student)
