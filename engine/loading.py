@@ -10,6 +10,7 @@ import torch
 
 from genssd.engine.batching import choose_max_batch
 from genssd.engine.checkpoint import locate
+from genssd.engine.config import ModelConfig
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype
 from genssd.engine.model import Decoder
@@ -83,6 +84,8 @@ def load_models(
     """
     names: dict[Role, str | Path | None] = {"teacher": teacher, "student": student}
     directories = {role: locate(name) for role, name in names.items() if name is not None}
+    for path in directories.values():
+        ModelConfig.load(path)  # what is no model's directory is refused as such, before its weights are looked for
     dtypes = {role: choose_dtype(path, dtype, device) for role, path in directories.items()}
     check_weights_fit(directories, dtypes, device)
     decoders = {
