@@ -132,8 +132,8 @@ def _draw_split_kernel(
             else:
                 weight = tl.exp2((z - base) * (LOG2_E / temperature)) if SCALED else e
                 possible |= (kept & (weight >= to_uniform(words[word]) * bound)).to(tl.int32)
-        if not GREEDY:  # decided when the kernel is compiled
-            if tl.max(possible, 0) > 0:  # noqa: SIM102
+        if not GREEDY:  # noqa: SIM102  (decided when the kernel is compiled)
+            if tl.max(possible, 0) > 0:
                 for word in tl.static_range(4):
                     v = place_tokens(start, c, word)
                     z = tl.load(z_row + v, mask=v < end, other=-float("inf"))
