@@ -154,7 +154,7 @@ def test_a_stopped_training_says_whether_there_is_a_checkpoint(
 def test_a_signal_before_the_first_result_leaves_no_directory(
     select_words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("genssd.distill.select.run.keep_complete", stop)
