@@ -141,9 +141,9 @@ def test_options_are_checked_before_anything_is_written(
             run_evaluate(config)
     with pytest.raises(InputError, match="template_date must be a date"):
         run_evaluate(dataclasses.replace(config, template_date="soon"), engine)
-    raw = write_rows([{"question": "a", "answer": "2"}, {"prompt": "1+1=", "answer": "2"}], "raw.jsonl")
-    with pytest.raises(InputError, match=r"raw\.jsonl, line 2: the prompt is text, to which no system prompt can be"):
-        run_evaluate(dataclasses.replace(config, data=str(raw), system_prompt="s"), engine)
+    raw = write_rows([{"prompt": "1+1=", "answer": "2"}], "raw.jsonl")
+    with pytest.raises(InputError, match=r"raw\.jsonl, line 1: the prompt is text, to which no system prompt can be"):
+        run_evaluate(dataclasses.replace(config, data=str(raw), chat_template_kwargs=(), system_prompt="s"), engine)
     assert not (tmp_path / "run" / "run.json").exists()
     run_evaluate(dataclasses.replace(config, chat_template_kwargs=(), template_date="2001-02-03"), engine)
     (row,) = read_rows(tmp_path / "run" / "evaluation.jsonl")
