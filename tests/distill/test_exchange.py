@@ -29,7 +29,7 @@ def selections(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> Path:
         student=str(tiny_pair.student),
         data=str(data),
         output_dir=str(tmp_path / "run"),
-        candidates=2,
+        candidates=3,
         chunk=Chunk(tokens=4),
         max_tokens=8,
         beam=2,

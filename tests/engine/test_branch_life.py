@@ -168,7 +168,7 @@ def test_max_tokens_is_for_the_whole_response(engine: Engine) -> None:
 def test_suspended_branches_come_back_with_each_token_of_their_tree_computed_once(pair: Pair) -> None:
     """They hold the same pages as before, and go on to the same candidates."""
     engine = small_pages(pair, 90)
-    root = engine.branch(PROMPT, seed=3)
+    root = engine.branch(PROMPT, seed=4)
     first = grown(root, 4)[:2]
     leaves = [leaf for branch in first for leaf in grown(branch, 3)[:2]]
     deep = grown(leaves[0], 2)[:1]
@@ -178,7 +178,7 @@ def test_suspended_branches_come_back_with_each_token_of_their_tree_computed_onc
     branches = [*deep, *leaves[1:]]
     assert len(branches) == 4
     held = engine.pages_in_use[0]
-    twins = [engine.branch(PROMPT, seed=3)]
+    twins = [engine.branch(PROMPT, seed=4)]
     tokens = {tuple(branch.token_ids[:end]) for branch in branches for end in range(1, branch.length + 1)}
     for branch in branches:
         branch.suspend()

@@ -206,7 +206,7 @@ def test_every_verdict_can_be_derived_again(
         max_tokens=14,
         sampling=sampling,
         loop_guard=rules.guard,
-        seed=8,
+        seed=1,
     )
     for selection in selections:
         replay(pair, selection, rules)
@@ -292,7 +292,7 @@ def test_more_candidates_never_worsen_the_first_chunk(engine: Engine, random_pro
 def test_a_student_equal_to_the_teacher_picks_the_likeliest_candidate(pair: Pair, random_prompts: Prompts) -> None:
     twin = replace(pair, student=pair.teacher).engine()
     picks = set()
-    for selection in twin.select_expand(random_prompts(5, 9), candidates=4, chunk=EIGHT, max_tokens=24):
+    for selection in twin.select_expand(random_prompts(5, 9), candidates=4, chunk=EIGHT, max_tokens=24, seed=9):
         for r in range(max(record.round for record in selection.tree) + 1):
             candidates = [record for record in selection.tree if record.round == r]
             for record in candidates:
@@ -381,7 +381,7 @@ def test_a_prompt_that_outgrows_the_cache_is_reported_and_the_others_go_on(pair:
     # 12 pages of 16 tokens: two candidates beside a response of 90 tokens still fit, beside 190 they do not
     tight = pair.engine(memory_bytes=12 * PAGE_BYTES)
     prompts = [[65] * 100, [66] * 20, [67] * 100]
-    options = {"candidates": 2, "chunk": EIGHT, "max_tokens": 64, "loop_guard": None, "seed": 4}
+    options = {"candidates": 2, "chunk": EIGHT, "max_tokens": 64, "loop_guard": None, "seed": 1}
     selections = tight.select_expand(prompts, **options)
     assert tight.pages_in_use[0] == 0
     reference = pair.engine().select_expand(prompts, **options)

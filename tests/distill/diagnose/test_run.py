@@ -297,7 +297,7 @@ def test_every_reader_sees_its_own_prompt(tiny_pair: TinyPair, write_rows: Write
     data = write_rows([{"question": f"{i}+{i}?", "answer": str(2 * i), "hint": f"It is {2 * i}."} for i in range(2)])
     config = DiagnoseConfig(
         student=str(tiny_pair.student), teacher=(str(tiny_pair.teacher),), contexts=("hint",), context_readers="all",
-        data=str(data), output_dir=str(tmp_path / "run"), max_tokens=12, rollouts=2, min_probability=0.0,
+        data=str(data), output_dir=str(tmp_path / "run"), max_tokens=12, rollouts=2, min_probability=0.0, seed=1,
     )  # fmt: skip
     run_diagnose(config, lambda model, role: tiny_pair.engine)
     for row in lines(tmp_path / "run" / "questions.jsonl"):

@@ -48,7 +48,7 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
 
 def run(command: str, chains: TinyPair, data: Path, out: Path, **options: Any) -> tuple[Any, list[dict[str, Any]]]:
     models = {"teacher": str(chains.teacher), "student": str(chains.student), "data": str(data), "output_dir": str(out)}
-    settings: dict[str, Any] = {"max_tokens": 5, **models, **options}
+    settings: dict[str, Any] = {"max_tokens": 5, "seed": 1, **models, **options}
     summary: Any
     if command == "select":
         chunk = Chunk(tokens=1, until=None, shortest=0)
