@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,16 @@ Write = Callable[..., Path]
 GENSSD = [sys.executable, "-m", "genssd"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 VERBS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "terminated: the terminal is gone"}
+
+
+@pytest.fixture(autouse=True)
+def signals_that_stop() -> Iterator[None]:
+    """Let signals stop this process and its children, also where the tests run under nohup or behind an `&`."""
+    defaults = {number: signal.SIG_DFL for number in CODES} | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -49,7 +59,7 @@ def test_a_signal_during_the_imports(slow_imports: dict[str, str], tmp_path: Pat
     ) as process:
         wait_for(tmp_path / "packages/transformers/begun", process)
         process.send_signal(number)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (CODES[number], "", f"genssd: {VERBS[number]}; nothing was written\n")
     assert not (tmp_path / "run").exists()
 
