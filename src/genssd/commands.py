@@ -45,8 +45,7 @@ def select(config: SelectConfig, console: Console) -> None:
         summary = run_select(config, report=line)
     if summary.calibration is not None:
         print(f"threshold {summary.calibration}")
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(summary.statuses.items()))
-    print(f"{summary.prompts} prompts: {counts}")
+    print(f"{summary.prompts} prompts: {_list_statuses(summary.statuses)}")
     print(f"{summary.tokens_kept:,} tokens kept of {summary.tokens_sampled:,} sampled")
     _print_accuracy(summary.accuracy)
     _print_cuts(summary.cuts, summary.prompts)
@@ -57,8 +56,8 @@ def select(config: SelectConfig, console: Console) -> None:
 def generate(config: GenerateConfig, console: Console) -> None:
     with ProgressLine("generate", console) as line:
         summary = run_generate(config, report=line)
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(summary.statuses.items()))
-    print(f"{summary.prompts} prompts, {summary.tokens:,} tokens in responses: {counts}")
+    statuses = _list_statuses(summary.statuses)
+    print(f"{summary.prompts} prompts, {summary.tokens:,} tokens in responses: {statuses}")
     if config.method == "rsd":
         print(f"{summary.substituted:,} tokens by the student ({summary.substituted / max(1, summary.tokens):.1%})")
     _print_accuracy(summary.accuracy)
@@ -189,6 +188,11 @@ def _raise_for_problems(bad_rows: Sequence[str], failures: Sequence[str], output
     if bad_rows:
         again = f" ({len(failures)} of them did not fit: --resume tries them again)" if failures else ""
         _raise_for_bad_rows(f"could not be used; all others were{again}", bad_rows, output_dir)
+
+
+def _list_statuses(statuses: Mapping[str, int]) -> str:
+    """Return how many responses have each status, in words."""
+    return ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())) or "none was run"
 
 
 def _print_undecided(count: int) -> None:
