@@ -182,7 +182,8 @@ def _fix_threads(config: DistillConfig, run: Run) -> DistillConfig:
     """Return the config with the numbers of threads of its parts; that of the trainings is the recorded one."""
     student = ModelConfig.load(locate(config.student))
     wanted = config.train.threads or config.threads
-    training = run.fix_threads(choose_training_threads(wanted, count_parameters(student)))
+    examples = config.train.per_device_train_batch_size
+    training = run.fix_threads(choose_training_threads(wanted, count_parameters(student), examples=examples))
     select = dataclasses.replace(config.select, threads=config.select.threads or config.threads)
     return dataclasses.replace(config, select=select, train=dataclasses.replace(config.train, threads=training.count))
 

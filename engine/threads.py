@@ -8,7 +8,7 @@ The first of these decides:
 
 The native kernels divide no work that is too small for that (csrc/operators.hpp), and their results do not depend on
 the number. torch's operators round differently with another number, and lose time where the tensors are small, so a
-training takes at most one thread per PARAMETERS_PER_THREAD parameters; neither choice looks at the load of the machine.
+training takes at most one thread per WORK_PER_THREAD of a forward pass. Neither choice looks at the machine's load.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from genssd.kernels.threads import native_threads, num_threads
 
 logger = logging.getLogger(__name__)
 
-PARAMETERS_PER_THREAD = 1_000_000
-"""Number of a trained model's parameters that give work to one more thread of torch."""
+WORK_PER_THREAD = 1_500_000
+"""Parameters of a trained model, times the examples in one forward pass, that give work to one more thread of torch.
+
+Measured with examples of 75 tokens (docs/log.md, 2026-11-27, "threads of a long training")."""
 MAX_THREADS = 1024
 REQUESTED, VARIABLE = "as asked for", "OMP_NUM_THREADS"
 """Reasons of a number of threads that the user has decided."""
@@ -80,10 +82,11 @@ def choose_training_threads(
     requested: int | None,
     parameters: int,
     *,
+    examples: int = 1,
     cores: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> ThreadChoice:
-    """Return the number of threads of torch for a model of so many parameters.
+    """Return the number of threads of torch for a model of so many parameters. examples: those in one forward pass.
 
     Where a launcher has started several processes on this machine (LOCAL_WORLD_SIZE), they divide the cores. Raises
     InputError as `choose_engine_threads` does.
@@ -92,10 +95,15 @@ def choose_training_threads(
     if choice.reason in (REQUESTED, VARIABLE):
         return choice
     processes = _positive(environment.get("LOCAL_WORLD_SIZE", "1")) or 1
-    count, useful = max(1, choice.count // processes), max(1, parameters // PARAMETERS_PER_THREAD)
+    count, useful = max(1, choice.count // processes), max(1, parameters * examples // WORK_PER_THREAD)
     if useful < count:
-        return ThreadChoice(count=useful, reason=f"a model of {parameters:,} parameters")
+        return ThreadChoice(count=useful, reason=_describe_work(parameters, examples))
     return ThreadChoice(count=count, reason=choice.reason + (f", {processes} processes" if processes > 1 else ""))
+
+
+def _describe_work(parameters: int, examples: int) -> str:
+    model = f"a model of {parameters:,} parameters"
+    return model if examples == 1 else f"{model}, {examples} examples in a forward pass"
 
 
 def check_threads(threads: int | None) -> None:

@@ -2,12 +2,12 @@
 
     python -m bench.commands.threads [--model DIRECTORY] [--rounds 3] --json bench/results/threads.json
 
-Commands on the small pair: three steps of `train`, a short `select`, `score` and `evaluate`; with --model also one step
-of `train` and a `score` with that model. Each is a process of its own, timed after its imports, loading of the models
-included. The settings alternate in every round, which a change of the machine's load then meets alike. "busy" is the
-same beside one process per core that only counts. The ratio is the default's median time divided by the best setting's.
-Processor seconds (in parentheses) show threads that wait in a loop, also where other work disturbs the times. A run is
-written as [seconds, processor seconds].
+Commands on the small pair: three steps of `train`, 60 with many and 80 with few examples in a forward pass, a short
+`select`, `score` and `evaluate`; with --model also one step of `train` and a `score` with that model. Each is a process
+of its own, timed after its imports, loading of the models included. The settings alternate in every round, which a
+change of the machine's load then meets alike. "busy" is the same beside one process per core that only counts. The
+ratio is the default's median time divided by the best setting's. Processor seconds (in parentheses) show threads that
+wait in a loop, also where other work disturbs the times. A run is written as [seconds, processor seconds].
 """
 
 from __future__ import annotations
@@ -91,16 +91,19 @@ def make_commands(directory: Path, prompts: int, model: str | None) -> dict[str,
     select = ["select", *pair, "--data", str(data), "--max-tokens", "192"]
     run_genssd(select, directory / "traces")
     traces = str(directory / "traces" / "selections.jsonl")
-    train = ["train", "--data", traces, "--per-device-train-batch-size", "16"]
+    train = ["train", "--data", traces, "--per-device-train-batch-size"]
+    train_student = ["--model-name-or-path", student, "--max-steps"]
     commands = {
-        "train": [*train, "--model-name-or-path", student, "--max-steps", "3"],
+        "train": [*train, "16", *train_student, "3"],
+        "train many": [*train, "48", *train_student, "60"],
+        "train few": [*train, "4", *train_student, "80"],
         "select": select,
         "score": ["score", "--student", student, "--data", traces, "--criteria", "ppl", "rsr"],
         "evaluate": ["evaluate", "--model", student, "--data", str(data), "--max-tokens", "192"],
     }
     if model is not None:
         commands |= {
-            "train MODEL": [*train[:-1], "4", "--model-name-or-path", model, "--max-steps", "1"],
+            "train MODEL": [*train, "4", "--model-name-or-path", model, "--max-steps", "1"],
             "score MODEL": ["score", "--student", model, "--data", traces, "--criteria", "ppl"],
         }
     return commands
@@ -155,8 +158,9 @@ def main() -> None:
         with busy_cores(cores):
             rows += measure(commands, directory, options.rounds, "busy")
     if options.json:
-        words = ["python -m bench.commands.threads", *sys.argv[1:]]
-        result = {"command": " ".join(words), "load_before": load, **describe_machine(cores), "rows": rows}
+        model = " --model DIRECTORY" if options.model else ""
+        command = f"python -m bench.commands.threads{model} --rounds {options.rounds} --prompts {options.prompts}"
+        result = {"command": command, "load_before": load, **describe_machine(cores), "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -81,8 +81,8 @@ class LeafConfig(ChatSettings):
     device: Operational[str | None] = None
     """Device of both models. None: CUDA where there is one, else the CPU."""
     threads: Operational[int | None] = None
-    """Number of CPU threads. None: OMP_NUM_THREADS where it is set, else at most the cores that the process is given,
-    and one per million parameters of the teacher. A resumed run takes the number that it was begun with."""
+    """Number of CPU threads. None: OMP_NUM_THREADS where it is set, else at most the cores that the process is given;
+    fewer for a small teacher. A resumed run takes the number that it was begun with."""
 
     def __post_init__(self) -> None:
         check_types(self)

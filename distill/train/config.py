@@ -109,8 +109,8 @@ class TrainSettings(LossOptions):
     """Device of the training: cpu or cuda; None: cuda where there is one."""
     threads: int | None = None
     """Number of CPU threads, on which the last digits of the result depend. None: that of the checkpoint which is
-    resumed; for a new training OMP_NUM_THREADS where it is set, else at most the cores that the process is given, and
-    one per million parameters of the student."""
+    resumed; for a new training OMP_NUM_THREADS where it is set, else at most the cores that the process is given; fewer
+    for a small student with few examples in a forward pass."""
     seed: int = 0
     """Seed of the order of the examples, of dropout and of rollouts."""
 

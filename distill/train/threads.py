@@ -1,8 +1,8 @@
 """The number of threads of a training on the CPU: chosen once, recorded, and taken again when it is resumed.
 
 The rounding of torch's operators depends on it, so it is a setting like any other: `threads` in run.json and in the
-trainer_state.json of every checkpoint. It follows from the cores that the process is given and the size of the model,
-never from how busy the machine is.
+trainer_state.json of every checkpoint. It follows from the cores that the process is given and the work of a forward
+pass, never from how busy the machine is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fix_threads(config: TrainConfig, world: World) -> tuple[TrainConfig, ThreadC
         choice = ThreadChoice(count=recorded, reason="as this training was begun")
     else:
         parameters = count_parameters(ModelConfig.load(locate(config.model_name_or_path)))
-        choice = choose_training_threads(config.threads, parameters)
+        choice = choose_training_threads(config.threads, parameters, examples=config.per_device_train_batch_size)
     choice = world.gather([choice])[0]
     return dataclasses.replace(config, threads=choice.count), choice
 

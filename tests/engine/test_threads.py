@@ -45,9 +45,8 @@ def test_threads_of_the_engine(
 @pytest.mark.parametrize(
     ("requested", "parameters", "cores", "environment", "count"),
     [
-        (None, 239_904, 2, {}, 1),  # the small student of the demo
         (None, 239_904, 64, {}, 1),
-        (None, 5 * MILLION, 64, {}, 5),
+        (None, 5 * MILLION, 64, {}, 3),
         (None, 135 * MILLION, 2, {}, 2),
         (None, 135 * MILLION, 64, {}, 64),
         (None, 135 * MILLION, 64, {"LOCAL_WORLD_SIZE": "8"}, 8),
@@ -63,9 +62,17 @@ def test_threads_of_a_training(
     assert choose_training_threads(requested, parameters, cores=cores, environment=environment).count == count
 
 
+@pytest.mark.parametrize(("examples", "count"), [(1, 1), (4, 1), (16, 2), (48, 7), (512, 64)])
+def test_a_training_with_more_examples_in_a_forward_pass_takes_more_threads(examples: int, count: int) -> None:
+    choice = choose_training_threads(None, 239_904, examples=examples, cores=64, environment={})
+    assert choice.count == count
+
+
 def test_what_is_logged() -> None:
     small = choose_training_threads(None, 239_904, cores=4, environment={})
     assert str(small) == "computing with 1 thread (a model of 239,904 parameters)"
+    few = choose_training_threads(None, 239_904, examples=4, cores=4, environment={})
+    assert str(few) == "computing with 1 thread (a model of 239,904 parameters, 4 examples in a forward pass)"
     both = choose_training_threads(None, 9 * MILLION, cores=4, environment={"LOCAL_WORLD_SIZE": "2"})
     assert str(both) == "computing with 2 threads (4 cores given, 2 processes)"
 
