@@ -169,10 +169,11 @@ void bind_layer_operators(nb::module_& m) {
         NONE("packed_rows(weight: torch.Tensor, rows: int, index: torch.Tensor, out: torch.Tensor)"),
         "Copy rows of a packed weight that has `rows` rows: out[i] = weight[index[i]].");
   m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"),
-        nb::arg("out"), nb::arg("sum").none(), nb::arg("threads"),
-        NONE("rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, out: "
-             "torch.Tensor, sum: torch.Tensor | None, threads: int)"),
-        "Compute out = RMS norm of x, or of sum = residual + x, which is stored, too.");
+        nb::arg("offset").none(), nb::arg("out"), nb::arg("sum").none(), nb::arg("threads"),
+        NONE("rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: "
+             "float | None, out: torch.Tensor, sum: torch.Tensor | None, threads: int)"),
+        "Compute out = RMS norm of x, or of sum = residual + x, which is stored, too. offset: see "
+        "genssd.kernels.norm.rms_norm.");
   m.def("gated", &gated, nb::arg("gate_up"), nb::arg("gelu"), nb::arg("out"), nb::arg("threads"),
         NONE("gated(gate_up: torch.Tensor, gelu: bool, out: torch.Tensor, threads: int)"),
         "Compute out = silu(gate) * up, or gelu(gate) * up with gelu by tanh.");
@@ -189,13 +190,13 @@ void bind_cache_operators(nb::module_& m) {
         "Copy pages of kv [layers, 2, pages, page_size, kv_heads, head_dim], of any dtype.");
   m.def(
       "write_kv", &write_kv, nb::arg("qkv"), nb::arg("cos"), nb::arg("sin"), nb::arg("k_pages"), nb::arg("v_pages"),
-      nb::arg("slot"), nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("eps"), nb::arg("q"),
-      nb::arg("threads"),
+      nb::arg("slot"), nb::arg("q_norm").none(), nb::arg("k_norm").none(), nb::arg("eps"),
+      nb::arg("norm_offset").none(), nb::arg("q"), nb::arg("threads"),
       NONE("write_kv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: torch.Tensor, v_pages: "
            "torch.Tensor, slot: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, "
-           "q: torch.Tensor, threads: int)"),
+           "norm_offset: float | None, q: torch.Tensor, threads: int)"),
       "Write rotated queries to q, and rotated keys and the values to the slots of the cache; a negative slot is not "
-      "written.");
+      "written. cos and sin [rows, R / 2] rotate the first R values of a head.");
   m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_pages"), nb::arg("v_pages"), nb::arg("table"),
         nb::arg("out"), nb::arg("scale"), nb::arg("softcap"), nb::arg("sinks").none(), nb::arg("threads"),
         NONE("paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: SegmentTable, "

@@ -100,10 +100,19 @@ struct AttentionParams {
   float* partial;        // [partial slots, heads, head_dim + 2]; null where units merge their rows themselves
 };
 
+// The weight of a norm, and how the normalised values meet it: in the dtype of the values, to which they are rounded
+// before the product; or, where it has an offset, in float32, multiplied by offset + weight and rounded once.
+struct NormWeight {
+  const void* data;  // [width], or null: no norm
+  bool has_offset;
+  float offset;
+};
+
 struct RmsNormParams {
   DType dtype;
-  const void *x, *residual, *weight;  // [rows, width] twice, [width]; residual may be null
-  void *out, *sum;                    // [rows, width]; sum = residual + x, null without residual
+  const void *x, *residual;  // [rows, width]; residual may be null
+  NormWeight weight;
+  void *out, *sum;  // [rows, width]; sum = residual + x, null without residual
   std::int64_t rows, width, x_stride;
   float eps;
 };
@@ -119,12 +128,12 @@ struct GatedParams {
 
 struct WriteKvParams {
   DType dtype;
-  const void* qkv;              // [rows, heads + 2 kv_heads, head_dim]
-  const float *cos, *sin;       // [rows, head_dim / 2]
-  const void *q_norm, *k_norm;  // [head_dim] or null
-  const std::int64_t* slot;     // [rows]: page * page_size + offset; negative: not written
+  const void* qkv;            // [rows, heads + 2 kv_heads, head_dim]
+  const float *cos, *sin;     // [rows, half], of the first 2 half values of a head; the others are not rotated
+  NormWeight q_norm, k_norm;  // of head_dim values
+  const std::int64_t* slot;   // [rows]: page * page_size + offset; negative: not written
   void *q, *k_pages, *v_pages;
-  std::int64_t rows, heads, kv_heads, head_dim;
+  std::int64_t rows, heads, kv_heads, head_dim, half;
   float eps;
 };
 

@@ -9,6 +9,14 @@
 
 namespace genssd {
 
+namespace {
+
+NormWeight norm_weight(const void* data, std::optional<float> offset) {
+  return {data, offset.has_value(), offset.value_or(0.0f)};
+}
+
+}  // namespace
+
 void linear(Array x, Array weight, MaybeArray bias, Array out, int threads) {
   const Arguments args("linear");
   const Kernels& kernels = args.kernels();
@@ -59,7 +67,8 @@ void packed_rows(Array weight, std::int64_t rows, Array index, Array out) {
   }
 }
 
-void rms_norm(Array x, MaybeArray residual, Array weight, float eps, Array out, MaybeArray sum, int threads) {
+void rms_norm(Array x, MaybeArray residual, Array weight, float eps, std::optional<float> offset, Array out,
+              MaybeArray sum, int threads) {
   const Arguments args("rms_norm");
   const Kernels& kernels = args.kernels();
   args.shape(x, "x", {-1, -1});
@@ -75,7 +84,7 @@ void rms_norm(Array x, MaybeArray residual, Array weight, float eps, Array out, 
   const RmsNormParams params{.dtype = args.float_dtype(x, "x"),
                              .x = x.data(),
                              .residual = residual ? data_like_x(*residual, "residual") : nullptr,
-                             .weight = args.vector(weight, "weight", width, x, "x"),
+                             .weight = norm_weight(args.vector(weight, "weight", width, x, "x"), offset),
                              .out = data_like_x(out, "out"),
                              .sum = sum ? data_like_x(*sum, "sum") : nullptr,
                              .rows = rows,
@@ -126,15 +135,17 @@ void rotary_angles(Array position, Array frequency, float factor, Array cos, Arr
 }
 
 void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Array slot, MaybeArray q_norm,
-              MaybeArray k_norm, float eps, Array q, int threads) {
+              MaybeArray k_norm, float eps, std::optional<float> norm_offset, Array q, int threads) {
   const Arguments args("write_kv");
   const Kernels& kernels = args.kernels();
   args.shape(q, "q", {-1, -1, -1});
   args.shape(k_pages, "k_pages", {-1, -1, -1, -1});
+  args.shape(cos, "cos", {-1, -1});
   const auto rows = size_of(q, 0), heads = size_of(q, 1), head_dim = size_of(q, 2), kv_heads = size_of(k_pages, 2),
-             num_slots = static_cast<std::int64_t>(k_pages.shape(0) * k_pages.shape(1));
+             half = size_of(cos, 1), num_slots = static_cast<std::int64_t>(k_pages.shape(0) * k_pages.shape(1));
   args.require(head_dim > 0 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim,
                "heads must have an even width of at most 1024");
+  args.require(0 < half && 2 * half <= head_dim, "cos must have 1 to head_dim / 2 columns");
   args.shape(qkv, "qkv", {rows, heads + 2 * kv_heads, head_dim});
   args.shape(k_pages, "k_pages", {-1, -1, kv_heads, head_dim});
   args.shape(v_pages, "v_pages", {size_of(k_pages, 0), size_of(k_pages, 1), kv_heads, head_dim});
@@ -144,10 +155,10 @@ void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Arr
   }
   const WriteKvParams params{.dtype = args.float_dtype(q, "q"),
                              .qkv = qkv.data(),
-                             .cos = args.floats(cos, "cos", {rows, head_dim / 2}),
-                             .sin = args.floats(sin, "sin", {rows, head_dim / 2}),
-                             .q_norm = args.vector(q_norm, "q_norm", head_dim, q, "q"),
-                             .k_norm = args.vector(k_norm, "k_norm", head_dim, q, "q"),
+                             .cos = args.floats(cos, "cos", {rows, half}),
+                             .sin = args.floats(sin, "sin", {rows, half}),
+                             .q_norm = norm_weight(args.vector(q_norm, "q_norm", head_dim, q, "q"), norm_offset),
+                             .k_norm = norm_weight(args.vector(k_norm, "k_norm", head_dim, q, "q"), norm_offset),
                              .slot = args.integers<std::int64_t>(slot, "slot", rows),
                              .q = q.data(),
                              .k_pages = k_pages.data(),
@@ -156,6 +167,7 @@ void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Arr
                              .heads = heads,
                              .kv_heads = kv_heads,
                              .head_dim = head_dim,
+                             .half = half,
                              .eps = eps};
   for (std::int64_t row = 0; row < rows; ++row)
     args.require(params.slot[row] < num_slots, "the slot of row " + std::to_string(row) + " lies outside the cache");

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "segments.hpp"
 #include "tensors.hpp"
@@ -31,11 +32,12 @@ void sample(Array logits, Array key, float temperature, std::int64_t top_k, floa
 // layer_operators.cpp
 void packed_rows(Array weight, std::int64_t rows, Array index, Array out);
 void linear(Array x, Array weight, MaybeArray bias, Array out, int threads);
-void rms_norm(Array x, MaybeArray residual, Array weight, float eps, Array out, MaybeArray sum, int threads);
+void rms_norm(Array x, MaybeArray residual, Array weight, float eps, std::optional<float> offset, Array out,
+              MaybeArray sum, int threads);
 void gated(Array gate_up, bool gelu, Array out, int threads);
 void rotary_angles(Array position, Array frequency, float factor, Array cos, Array sin, int threads);
 void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Array slot, MaybeArray q_norm,
-              MaybeArray k_norm, float eps, Array q, int threads);
+              MaybeArray k_norm, float eps, std::optional<float> norm_offset, Array q, int threads);
 void copy_pages(Array kv, Array source, Array destination, int threads);
 
 // attention_operators.cpp

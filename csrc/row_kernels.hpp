@@ -11,17 +11,21 @@ namespace {
 
 using namespace genssd;
 
-// out = RMS norm of x, times weight. Intermediate results are rounded where torch's own operators round them.
+// out = RMS norm of x, times the weight. Intermediate results are rounded where torch's own operators round them.
 template <typename T>
-INLINE void normalize(const T* x, const T* weight, std::int64_t n, float eps, T* out) {
+INLINE void normalize(const T* x, const NormWeight& norm, std::int64_t n, float eps, T* out) {
+  const T* weight = static_cast<const T*>(norm.data);
   Vec squares = zero();
   for (std::int64_t i = 0; i < n; i += kLanes) {
     const Vec value = load_bounded(x, i, n);
     squares = fma(value, value, squares);
   }
   const Vec scale = broadcast(1.0f / __builtin_sqrtf(reduce_sum(squares) / static_cast<float>(n) + eps));
-  for (std::int64_t i = 0; i < n; i += kLanes)
-    store_bounded(out, mul(load_bounded(weight, i, n), rounded(mul(load_bounded(x, i, n), scale), T{})), i, n);
+  const Vec offset = broadcast(norm.offset);
+  for (std::int64_t i = 0; i < n; i += kLanes) {
+    const Vec unit = mul(load_bounded(x, i, n), scale), w = load_bounded(weight, i, n);
+    store_bounded(out, norm.has_offset ? mul(add(offset, w), unit) : mul(w, rounded(unit, T{})), i, n);
+  }
 }
 
 // Computes one row of RmsNormParams.
@@ -35,7 +39,7 @@ void rms_norm(const RmsNormParams& p, std::int64_t row) {
       store_bounded(sum, add(load_bounded(residual, i, p.width), load_bounded(x, i, p.width)), i, p.width);
     x = sum;
   }
-  normalize(x, static_cast<const T*>(p.weight), p.width, p.eps, static_cast<T*>(p.out) + row * p.width);
+  normalize(x, p.weight, p.width, p.eps, static_cast<T*>(p.out) + row * p.width);
 }
 
 // Computes one row of GatedParams.
@@ -69,16 +73,17 @@ INLINE void rotate(const T* x, const float* cos, const float* sin, std::int64_t 
 // Rotates the queries of one row, and writes its rotated keys and its values to its slot of the cache.
 template <typename T>
 void write_kv(const WriteKvParams& p, std::int64_t row) {
-  const std::int64_t half = p.head_dim / 2, slot = p.slot[row];
-  const float *cos = p.cos + row * half, *sin = p.sin + row * half;
+  const std::int64_t slot = p.slot[row], rotated = 2 * p.half;
+  const float *cos = p.cos + row * p.half, *sin = p.sin + row * p.half;
   const T* x = static_cast<const T*>(p.qkv) + row * (p.heads + 2 * p.kv_heads) * p.head_dim;
-  const auto norm_and_rotate = [&](const T* head, const void* norm, T* out) {
+  const auto norm_and_rotate = [&](const T* head, const NormWeight& norm, T* out) {
     T normed[kMaxHeadDim];
-    if (norm) {
-      normalize(head, static_cast<const T*>(norm), p.head_dim, p.eps, normed);
+    if (norm.data) {
+      normalize(head, norm, p.head_dim, p.eps, normed);
       head = normed;
     }
-    rotate(head, cos, sin, half, out);
+    rotate(head, cos, sin, p.half, out);
+    std::memcpy(out + rotated, head + rotated, (p.head_dim - rotated) * sizeof(T));
   };
   T* q = static_cast<T*>(p.q) + row * p.heads * p.head_dim;
   for (std::int64_t h = 0; h < p.heads; ++h) norm_and_rotate(x + h * p.head_dim, p.q_norm, q + h * p.head_dim);

@@ -1,6 +1,7 @@
 """Operators on the paged key-value cache: writing a layer's keys and values, and copying pages.
 
 Shapes:  N rows   H query heads   G kv heads   K = H + 2 G   E head dim   P pages   S page size   L layers
+         R rotary width, at most E
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ def write_kv(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    norm_offset: float | None = None,
 ) -> Tensor:
     """Store each row's rotated keys and its values at slot_N; return the rotated queries, [N, heads, E], contiguous.
 
     qkv_NKE: query heads first, then key heads, then value heads; in the dtype of the pages. cos, sin: float32
-    [N, E / 2], see rotary.rotary_angles. q_norm, k_norm: [E], weights of a root-mean-square norm of every head before
-    its rotation; both or neither must be given. slot_N: int64, page * S + offset; slots that are not negative must be
-    distinct and inside the cache, which a CUDA device does not check. A row whose slot is negative is padding and
-    writes nothing.
+    [N, R / 2], see rotary.rotary_angles; they rotate the first R numbers of every query and key head, and the others
+    stay as they are. q_norm, k_norm: [E], weights of a root-mean-square norm of every head before its rotation; both or
+    neither must be given. norm_offset: the offset of these norms, see norm.rms_norm. slot_N: int64, page * S + offset;
+    slots that are not negative must be distinct and inside the cache, which a CUDA device does not check. A row whose
+    slot is negative is padding and writes nothing.
     Raises ValueError on shapes or dtypes that do not agree, and where a gradient is required and a native or Triton
     kernel would run, because these record none.
     """
@@ -45,17 +48,29 @@ def write_kv(
         from genssd.kernels.cache_triton import write_kv_rows
 
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
-        return write_kv_rows(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm, eps)
+        return write_kv_rows(
+            qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm, eps, norm_offset
+        )
     if runs_natively(qkv_NKE, k_pages_PSGE, v_pages_PSGE) and k_pages_PSGE.is_contiguous() and slot_N.is_contiguous():
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
         q = qkv_NKE.new_empty(qkv_NKE.shape[0], heads, qkv_NKE.shape[2])
         _core.write_kv(
             qkv_NKE.contiguous(), cos.contiguous(), sin.contiguous(), k_pages_PSGE, v_pages_PSGE, slot_N,
-            detach(q_norm), detach(k_norm), eps, q, num_threads(),
+            detach(q_norm), detach(k_norm), eps, norm_offset, q, num_threads(),
         )  # fmt: skip
         return q
     return write_kv_reference(
-        qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads=heads, q_norm=q_norm, k_norm=k_norm, eps=eps
+        qkv_NKE,
+        cos,
+        sin,
+        k_pages_PSGE,
+        v_pages_PSGE,
+        slot_N,
+        heads=heads,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+        norm_offset=norm_offset,
     )
 
 
@@ -71,12 +86,14 @@ def write_kv_reference(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    norm_offset: float | None = None,
 ) -> Tensor:
     """Compute `write_kv` in plain torch."""
     page_size, kv_heads = k_pages_PSGE.shape[1:3]
     q, k, v = torch.split(qkv_NKE, [heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
+        q = rms_norm_reference(q, q_norm, eps, offset=norm_offset)
+        k = rms_norm_reference(k, k_norm, eps, offset=norm_offset)
     kept = slot_N >= 0
     place = torch.div(slot_N[kept], page_size, rounding_mode="floor"), slot_N[kept] % page_size
     k_pages_PSGE[place] = rotary(k, cos, sin)[kept]
@@ -124,8 +141,12 @@ def _check(
         raise ValueError(
             f"write_kv: qkv must be [N, {heads} + 2 * {kv_heads}, {width}], of even width, not {tuple(qkv_NKE.shape)}"
         )
-    if cos.shape != (rows, width // 2) or sin.shape != cos.shape or not cos.dtype == sin.dtype == torch.float32:
-        raise ValueError(f"write_kv: cos and sin must be float32 [{rows}, {width // 2}]")
+    fits = cos.ndim == 2 and len(cos) == rows and 1 <= cos.shape[1] <= width // 2
+    if not fits or sin.shape != cos.shape or not cos.dtype == sin.dtype == torch.float32:
+        raise ValueError(
+            f"write_kv: cos and sin must be float32 [{rows}, up to {width // 2}], not {list(cos.shape)} and "
+            f"{list(sin.shape)}"
+        )
     if slot_N.shape != (rows,) or slot_N.dtype != torch.int64:
         raise ValueError(f"write_kv: slot must be int64 [{rows}], not {slot_N.dtype} {tuple(slot_N.shape)}")
     if (q_norm is None) != (k_norm is None):

@@ -158,9 +158,9 @@ def packed_rows(weight: torch.Tensor, rows: int, index: torch.Tensor, out: torch
     Copy rows of a packed weight that has `rows` rows: out[i] = weight[index[i]].
     """
 
-def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor, sum: torch.Tensor | None, threads: int) -> None:
+def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float | None, out: torch.Tensor, sum: torch.Tensor | None, threads: int) -> None:
     """
-    Compute out = RMS norm of x, or of sum = residual + x, which is stored, too.
+    Compute out = RMS norm of x, or of sum = residual + x, which is stored, too. offset: see genssd.kernels.norm.rms_norm.
     """
 
 def gated(gate_up: torch.Tensor, gelu: bool, out: torch.Tensor, threads: int) -> None:
@@ -176,9 +176,9 @@ def copy_pages(kv: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
     Copy pages of kv [layers, 2, pages, page_size, kv_heads, head_dim], of any dtype.
     """
 
-def write_kv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, q: torch.Tensor, threads: int) -> None:
+def write_kv(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, norm_offset: float | None, q: torch.Tensor, threads: int) -> None:
     """
-    Write rotated queries to q, and rotated keys and the values to the slots of the cache; a negative slot is not written.
+    Write rotated queries to q, and rotated keys and the values to the slots of the cache; a negative slot is not written. cos and sin [rows, R / 2] rotate the first R values of a head.
     """
 
 def paged_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: SegmentTable, out: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None, threads: int) -> None:

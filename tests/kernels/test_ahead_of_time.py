@@ -110,7 +110,18 @@ SIZES = (
     "P", "first", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
     "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
 )  # fmt: skip
-FACTORS = ("scale", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps")
+FACTORS = (
+    "scale",
+    "temperature",
+    "softcap",
+    "student_softcap",
+    "teacher_softcap",
+    "mix",
+    "top_p",
+    "log_min_p",
+    "eps",
+    "offset",
+)
 
 
 def types_of(**pointers: str) -> dict[str, str]:
@@ -307,14 +318,19 @@ def compile_filters(target: Target, kernel: Any, filters: dict[str, bool], direc
         assert re.search(target.wide, code), "memory is read in small pieces"
 
 
-def of_norm(width: int, add: bool) -> tuple[Any, dict[str, Any], int]:
+def of_norm(width: int, add: bool, offset: bool = False) -> tuple[Any, dict[str, Any], int]:
     rows, block, num_warps = norm_triton.choose_tiling(width)
-    return norm_triton._rms_norm_kernel, {"ADD": add, "ROWS": rows, "BLOCK": block}, num_warps
+    constants = {"ADD": add, "OFFSET": offset, "ROWS": rows, "BLOCK": block}
+    return norm_triton._rms_norm_kernel, constants, num_warps
 
 
-def of_write(width: int, norm: bool) -> tuple[Any, dict[str, Any], int]:
-    half, num_warps = cache_triton.choose_tiling(width)
-    return cache_triton._write_kernel, {"E": width, "HALF": half, "HEADS": cache_triton.HEADS, "NORM": norm}, num_warps
+def of_write(
+    width: int, norm: bool, rotated: int | None = None, offset: bool = False
+) -> tuple[Any, dict[str, Any], int]:
+    rotated = rotated or width
+    half, rest, num_warps = cache_triton.choose_tiling(width, rotated)
+    sizes = {"E": width, "R": rotated, "HALF": half, "REST": rest, "HEADS": cache_triton.HEADS}
+    return cache_triton._write_kernel, {**sizes, "NORM": norm, "OFFSET": offset}, num_warps
 
 
 FORWARD = {
@@ -328,15 +344,22 @@ FORWARD = {
     **{f"normed-write-kv-{width}": of_write(width, norm=True) for width in (64, 80, 256)},
     "copy-pages": (cache_triton._copy_kernel, {"BLOCK": cache_triton.BLOCK}, 8),
 }
+VARIANTS = {
+    "add-norm-offset-16384": of_norm(16384, add=True, offset=True),
+    "write-kv-96-of-128": of_write(128, norm=False, rotated=96),
+    "normed-write-kv-64-of-256": of_write(256, norm=True, rotated=64, offset=True),
+}
+"""Kernels that differ from those of FORWARD in what they leave out or add, compiled for one dtype."""
 POINTERS = ("x", "residual", "weight", "normed", "total", "gate_up", "out", "qkv", "q_norm", "k_norm", "q", "k_pages",
             "v_pages", "kv")  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name in FORWARD for dtype in DTYPES] + [(name, "bf16") for name in VARIANTS]
+)
 def test_forward_kernels(target: Target, dtype: str, name: str, tmp_path: Path) -> None:
-    kernel, constants, num_warps = FORWARD[name]
+    kernel, constants, num_warps = (FORWARD | VARIANTS)[name]
     pointers = dict.fromkeys(POINTERS, f"*{dtype}") | dict.fromkeys(("slot", "source", "destination"), "*i64")
     types = types_of(**pointers, cos="*fp32", sin="*fp32")
     code = machine_code(compile_for(target, kernel, types, constants, num_warps=num_warps), target, tmp_path)

@@ -14,10 +14,10 @@ HEADS, KV_HEADS, WIDTH, PAGES, PAGE = 6, 2, 10, 5, 4
 SLOTS = [19, 0, -1, 7, 8, 3, -1, 12]
 
 
-def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def inputs(dtype: torch.dtype = torch.float64, rotated: int = WIDTH) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     rows = len(SLOTS)
-    angle = torch.randn(rows, WIDTH // 2, generator=generator)
+    angle = torch.randn(rows, rotated // 2, generator=generator)
     return {
         "qkv_NKE": torch.randn(rows, HEADS + 2 * KV_HEADS, WIDTH, generator=generator).to(dtype),
         "cos": 1.5 * angle.cos(),
@@ -30,16 +30,18 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
 
 
 def expected_head(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None) -> Tensor:
-    """One head of one row, as complex numbers."""
+    """One head of one row, as complex numbers and those that do not turn."""
     if norm is not None:
         x = norm * x / (x.square().mean() + 1e-6).sqrt()
-    turned = torch.complex(*x.double().chunk(2)) * torch.complex(cos.double(), sin.double())
-    return torch.cat((turned.real, turned.imag))
+    first, rest = x.double().split([2 * len(cos), len(x) - 2 * len(cos)])
+    turned = torch.complex(*first.chunk(2)) * torch.complex(cos.double(), sin.double())
+    return torch.cat((turned.real, turned.imag, rest))
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_rows_are_normed_rotated_and_put_into_their_slots(normed: bool) -> None:
-    given = inputs()
+@pytest.mark.parametrize("rotated", [WIDTH, 6])
+def test_rows_are_normed_rotated_and_put_into_their_slots(normed: bool, rotated: int) -> None:
+    given = inputs(rotated=rotated)
     norms = [torch.linspace(-1, 2, WIDTH).double(), torch.linspace(2, 1, WIDTH).double()] if normed else [None, None]
     q = write_kv(**given, q_norm=norms[0], k_norm=norms[1])
     assert q.is_contiguous()
@@ -72,7 +74,8 @@ def test_pages_may_be_a_view() -> None:
     [
         ({"heads": 5}, r"qkv must be \[N, 5 \+ 2 \* 2, 10\]"),
         ({"v_pages_PSGE": torch.zeros(PAGES, PAGE, KV_HEADS, WIDTH)}, "must agree"),
-        ({"cos": torch.zeros(8, WIDTH)}, r"cos and sin must be float32 \[8, 5\]"),
+        ({"cos": torch.zeros(8, WIDTH)}, r"cos and sin must be float32 \[8, up to 5\], not \[8, 10\] and \[8, 5\]"),
+        ({"cos": torch.zeros(8, 0), "sin": torch.zeros(8, 0)}, "cos and sin must be float32"),
         ({"sin": torch.zeros(8, WIDTH // 2).double()}, "cos and sin must be float32"),
         ({"slot_N": torch.zeros(8, dtype=torch.int32)}, r"slot must be int64 \[8\]"),
         ({"q_norm": torch.ones(WIDTH).double()}, "given together"),

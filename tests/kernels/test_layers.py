@@ -9,7 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.phi3 import modeling_phi3
 
 from genssd.kernels.activation import geglu, swiglu
 from genssd.kernels.inference import refuse_gradients
@@ -18,14 +21,30 @@ from genssd.kernels.rotary import ROPE_TYPES, rope_frequencies, rotary, rotary_a
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("module", "offset"), [(LlamaRMSNorm, None), (GptOssRMSNorm, 0.0), (Gemma3RMSNorm, 1.0)])
 @torch.inference_mode()
-def test_rms_norm_equals_transformers(dtype: torch.dtype) -> None:
+def test_rms_norm_equals_transformers(module: Any, offset: float | None, dtype: torch.dtype) -> None:
     x = (torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(0)) * 7).to(dtype)
-    theirs = LlamaRMSNorm(64, eps=1e-5).to(dtype)
+    theirs = module(64, eps=1e-5).to(dtype)
     theirs.weight.copy_(torch.linspace(-1, 2, 64))
     # in float32 the sum of squares may be taken in another order; halves do not see that
     tolerance = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.0
-    torch.testing.assert_close(rms_norm(x, theirs.weight, 1e-5), theirs(x), rtol=tolerance, atol=0)
+    torch.testing.assert_close(rms_norm(x, theirs.weight, 1e-5, offset=offset), theirs(x), rtol=tolerance, atol=0)
+
+
+def test_a_norm_with_an_offset_is_rounded_once() -> None:
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.linspace(-1, 2, 64).bfloat16()
+    exact = rms_norm(x.double(), weight.double(), 1e-5, offset=1)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5, offset=1).double(), exact, atol=1e-6, rtol=2.0**-8)
+
+
+def test_a_weight_of_another_kind_is_refused() -> None:
+    x = torch.zeros(2, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^rms_norm: weight must be torch.bfloat16 \[8\], not torch.float32 \[8\]"):
+        rms_norm(x, torch.ones(8), 1e-5, offset=1.0)
+    with pytest.raises(ValueError, match=r"^add_rms_norm: weight must be torch.bfloat16 \[8\], not .* \[9\]"):
+        add_rms_norm(x, x, torch.ones(9, dtype=torch.bfloat16), 1e-5)
 
 
 def test_rms_norm_of_tiny_and_large_rows() -> None:
@@ -38,13 +57,14 @@ def test_rms_norm_of_tiny_and_large_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_add_rms_norm_is_a_sum_and_a_norm(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("offset", [None, 1.0])
+def test_add_rms_norm_is_a_sum_and_a_norm(offset: float | None, dtype: torch.dtype) -> None:
     x, residual = (3 * torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(4))).to(dtype)
     before = residual.clone()
     weight = torch.linspace(-1, 2, 64).to(dtype)
-    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5, offset=offset)
     assert torch.equal(total, residual + x)
-    assert torch.equal(normed, rms_norm(residual + x, weight, 1e-5))
+    assert torch.equal(normed, rms_norm(residual + x, weight, 1e-5, offset=offset))
     assert torch.equal(residual, before)
 
 
@@ -128,18 +148,20 @@ ROPES = [
 ]
 
 
-def stretched(parameters: dict[str, Any], head_dim: int) -> dict[str, Any]:
+def stretched(parameters: dict[str, Any], rotary_width: int) -> dict[str, Any]:
     """longrope has a factor per frequency."""
     if parameters["rope_type"] != "longrope":
         return dict(parameters)
-    short, long = torch.linspace(1, 2, head_dim // 2), torch.linspace(1, 40, head_dim // 2)
+    short, long = torch.linspace(1, 2, rotary_width // 2), torch.linspace(1, 40, rotary_width // 2)
     return {**parameters, "short_factor": short.tolist(), "long_factor": long.tolist()}
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize(("head_dim", "part"), [(16, 1.0), (64, 0.5), (80, 0.4), (128, 1.0), (128, 0.75)])
 @pytest.mark.parametrize("parameters", ROPES)
-def test_frequencies_equal_transformers(parameters: dict[str, Any], head_dim: int) -> None:
-    parameters = stretched(parameters, head_dim)
+def test_frequencies_equal_transformers(parameters: dict[str, Any], head_dim: int, part: float) -> None:
+    """part: the fraction of every head that is rotated, as GLM's, Phi's and Nemotron's checkpoints give it."""
+    rotary_width = int(head_dim * part)
+    parameters = {**stretched(parameters, rotary_width), "partial_rotary_factor": part}
     original = parameters.get("original_max_position_embeddings", 512)
     config = LlamaConfig(
         hidden_size=2 * head_dim,
@@ -149,11 +171,11 @@ def test_frequencies_equal_transformers(parameters: dict[str, Any], head_dim: in
         rope_parameters=dict(parameters),
     )
     if parameters["rope_type"] == "default":
-        expected, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+        expected, factor = modeling_phi3.Phi3RotaryEmbedding.compute_default_rope_parameters(config)
     else:
         longest = config.max_position_embeddings
         expected, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), longest)
-    ours, our_factor = rope_frequencies(parameters, head_dim, config.max_position_embeddings)
+    ours, our_factor = rope_frequencies(parameters, rotary_width, config.max_position_embeddings)
     torch.testing.assert_close(ours, expected.float(), atol=0, rtol=2e-6)
     assert our_factor == pytest.approx(factor, rel=1e-12)
 
@@ -167,7 +189,8 @@ def test_longrope_of_a_model_that_is_not_longer_takes_the_short_factors() -> Non
 
 
 def test_every_type_of_transformers_is_supported_or_refused() -> None:
-    """`dynamic` changes with the length of a sequence; `proportional` is Gemma's, of heads that turn in part."""
+    """`dynamic` changes with the length of a sequence; `proportional` is Gemma's, whose frequencies count the whole
+    width of heads that turn in part."""
     assert {"default", *ROPE_INIT_FUNCTIONS} - set(ROPE_TYPES) == {"dynamic", "proportional"}
 
 
@@ -183,6 +206,24 @@ def test_rotation_equals_transformers() -> None:
     budget = 1e-6 + 2.0**-23 * position.float()[:, None, None] * x.norm(dim=-1, keepdim=True)
     assert bool(((ours - expected[0].transpose(0, 1)).abs() <= budget).all())
     assert torch.equal(ours[0], x[0])
+
+
+@pytest.mark.parametrize("part", [2, 6, 24, 30])
+def test_a_part_of_a_head_rotates_as_in_transformers(part: int) -> None:
+    x = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(2))
+    cos, sin = rotary_angles(torch.arange(6, dtype=torch.int32) * 77, *rope_frequencies({}, part, 512))
+    both = (torch.cat((angles, angles), -1)[None] for angles in (cos, sin))
+    expected, _ = modeling_phi3.apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], *both)
+    ours = rotary(x, cos, sin)
+    torch.testing.assert_close(ours, expected[0].transpose(0, 1), atol=1e-6, rtol=0)
+    assert torch.equal(ours[..., part:], x[..., part:])
+
+
+def test_more_angles_than_a_head_has_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 angles rotate 10 numbers of a head, which has 8"):
+        rotary(torch.zeros(1, 1, 8), torch.zeros(1, 5), torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="even and at least 2, not 7"):
+        rope_frequencies({}, 7, 512)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:

@@ -221,12 +221,14 @@ def test_norms_and_gates_equal_float64(width: int, dtype: torch.dtype) -> None:
     x, residual = randn(7, width + 4, seed=1, dtype=dtype)[:, 2 : width + 2] * 3, randn(7, width, seed=2, dtype=dtype)
     weight = randn(width, seed=3, dtype=dtype)
     close = {"rtol": 4 * ROUNDING[dtype], "atol": 4 * ROUNDING[dtype]}
-    exact = rms_norm_reference(x.double(), weight.double(), 1e-5)
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), exact, **close)
-    normed, total = add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(total, residual + x)
-    expected, _ = add_rms_norm_reference(total.double(), torch.zeros(7, width).double(), weight.double(), 1e-5)
-    torch.testing.assert_close(normed.double(), expected, **close)
+    for offset in (None, 1.0):
+        exact = rms_norm_reference(x.double(), weight.double(), 1e-5, offset=offset)
+        torch.testing.assert_close(rms_norm(x, weight, 1e-5, offset=offset).double(), exact, **close)
+        normed, total = add_rms_norm(x, residual, weight, 1e-5, offset=offset)
+        assert torch.equal(total, residual + x)
+        zeros = torch.zeros(7, width).double()
+        expected, _ = add_rms_norm_reference(total.double(), zeros, weight.double(), 1e-5, offset=offset)
+        torch.testing.assert_close(normed.double(), expected, **close)
     both = randn(7, 2 * width, seed=4, dtype=dtype) * 4
     gate, up = both.double().chunk(2, 1)
     close = {"rtol": 2 * ROUNDING[dtype] + 1e-6, "atol": 1e-6}
@@ -236,22 +238,28 @@ def test_norms_and_gates_equal_float64(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(1, 1, 2), (4, 2, 16), (6, 2, 80), (5, 5, 34), (8, 1, 128)])
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "rotated"),
+    [(1, 1, 2, 2), (4, 2, 16, 16), (6, 2, 80, 20), (5, 5, 34, 2), (8, 1, 128, 96), (2, 1, 70, 66)],
+)
+@pytest.mark.parametrize(("normed", "offset"), [(False, None), (True, None), (True, 1.0)])
 def test_cache_writes_equal_the_reference(
-    heads: int, kv_heads: int, width: int, normed: bool, dtype: torch.dtype
+    heads: int, kv_heads: int, width: int, rotated: int, normed: bool, offset: float | None, dtype: torch.dtype
 ) -> None:
     qkv = randn(6, heads + 2 * kv_heads, width, seed=1, dtype=dtype)
-    angle = randn(6, width // 2, seed=2) * 50
+    angle = randn(6, rotated // 2, seed=2) * 50
     norms = {"q_norm": randn(width, seed=3, dtype=dtype), "k_norm": randn(width, seed=4, dtype=dtype)} if normed else {}
+    norms_and_offset: dict[str, Any] = {**norms, "norm_offset": offset}
     slot = torch.tensor([5, -1, 0, 11, -3, 7])
     pages = torch.full((2, 2, 3, 4, kv_heads, width), torch.nan, dtype=dtype)
-    q = write_kv(qkv, angle.cos(), angle.sin(), pages[0, 0], pages[0, 1], slot, heads=heads, **norms)
+    q = write_kv(qkv, angle.cos(), angle.sin(), pages[0, 0], pages[0, 1], slot, heads=heads, **norms_and_offset)
     wide = pages[1].double()
-    norms = {name: norm.double() for name, norm in norms.items()}
+    norms_and_offset |= {name: norm.double() for name, norm in norms.items()}
     exact = write_kv_reference(
-        qkv.double(), angle.cos(), angle.sin(), wide[0], wide[1], slot, heads=heads, **norms
+        qkv.double(), angle.cos(), angle.sin(), wide[0], wide[1], slot, heads=heads, **norms_and_offset
     )  # fmt: skip
+    if not normed:
+        assert torch.equal(q[..., rotated:], qkv[:, :heads, rotated:])
     close: dict[str, Any] = {"rtol": 6 * ROUNDING[dtype], "atol": 12 * ROUNDING[dtype], "equal_nan": True}
     torch.testing.assert_close(q.double(), exact, **close)
     torch.testing.assert_close(pages[0].double(), wide, **close)
@@ -352,12 +360,17 @@ CALLS: dict[str, tuple[Callable[..., None], list[Any]]] = {
         [empty(3, 8), empty(5, 8), 5, empty(3, dtype=LONG), empty(5), 1.0, 0.0, 5, empty(3, dtype=LONG), empty(3), 1],
     ),
     "sample": (_core.sample, [empty(3, 8), empty(3, dtype=LONG), 1.0, 0, 1.0, 0.0, empty(3, dtype=LONG), 1]),
-    "rms_norm": (_core.rms_norm, [empty(3, 8), empty(3, 8), empty(8), 1e-6, empty(3, 8), empty(3, 8), 1]),
+    "rms_norm": (_core.rms_norm, [empty(3, 8), empty(3, 8), empty(8), 1e-6, 1.0, empty(3, 8), empty(3, 8), 1]),
     "gated": (_core.gated, [empty(3, 8), False, empty(3, 4), 1]),
     "write_kv": (
         _core.write_kv,
         [empty(3, 4, 8), empty(3, 4), empty(3, 4), empty(2, 4, 1, 8), empty(2, 4, 1, 8), empty(3, dtype=LONG), empty(8),
-         empty(8), 1e-6, empty(3, 2, 8), 1],
+         empty(8), 1e-6, None, empty(3, 2, 8), 1],
+    ),
+    "write_kv, rotated in part": (
+        _core.write_kv,
+        [empty(3, 4, 8), empty(3, 3), empty(3, 3), empty(2, 4, 1, 8), empty(2, 4, 1, 8), empty(3, dtype=LONG), None,
+         None, 1e-6, None, empty(3, 2, 8), 1],
     ),
     "copy_pages": (_core.copy_pages, [empty(2, 2, 5, 4, 1, 8), empty(3, dtype=LONG), torch.tensor([2, 3, 4]), 1]),
     "rotary_angles": (_core.rotary_angles, [empty(3, dtype=INT), empty(4), 1.0, empty(3, 4), empty(3, 4), 1]),
@@ -427,6 +440,8 @@ HARMLESS = {
         ("packed_rows", 2, torch.tensor([0, 5, 0]), "index 1 names a row"),
         ("packed_rows", 2, torch.tensor([0, 1, -1]), "index 2 names a row"),
         ("rms_norm", 1, None, "come together"),
+        ("write_kv", 1, torch.zeros(3, 5), "cos must have 1 to head_dim / 2 columns"),
+        ("write_kv", 1, torch.zeros(3, 0), "cos must have 1 to head_dim / 2 columns"),
         ("write_kv", 5, torch.tensor([0, 8, 1]), "slot of row 1"),
         ("copy_pages", 1, torch.tensor([0, 1, 5]), "copy 2 names a page"),
         ("copy_pages", 2, torch.tensor([0, -1, 4]), "copy 1 names a page"),

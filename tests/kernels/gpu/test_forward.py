@@ -35,10 +35,12 @@ def assert_within(ours: Tensor, exact: Tensor, units: float) -> None:
 def test_norms(rows: int, width: int, dtype: torch.dtype) -> None:
     x, residual = normal(rows, width, dtype=dtype), normal(rows, width, dtype=dtype, seed=1)
     weight = torch.linspace(-1, 2, width, device="cuda").to(dtype)
-    assert_within(rms_norm(x, weight, 1e-6), rms_norm_reference(x.double(), weight.double(), 1e-6), 2.1)
-    normed, total = add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(total, residual + x)
-    assert_within(normed, rms_norm_reference(total.double(), weight.double(), 1e-6), 2.1)
+    for offset in (None, 1.0):
+        exact = rms_norm_reference(x.double(), weight.double(), 1e-6, offset=offset)
+        assert_within(rms_norm(x, weight, 1e-6, offset=offset), exact, 2.1)
+        normed, total = add_rms_norm(x, residual, weight, 1e-6, offset=offset)
+        assert torch.equal(total, residual + x)
+        assert_within(normed, rms_norm_reference(total.double(), weight.double(), 1e-6, offset=offset), 2.1)
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
@@ -50,24 +52,30 @@ def test_gated_units(names: tuple[Callable[[Tensor], Tensor], ...], rows: int, w
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("normed", "offset"), [(False, None), (True, None), (True, 1.0)])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width"), [(14, 2, 64), (32, 8, 80), (9, 3, 96), (16, 8, 128), (8, 1, 256)]
+    ("heads", "kv_heads", "width", "rotated"),
+    [(14, 2, 64, 64), (32, 8, 80, 20), (9, 3, 96, 96), (16, 8, 128, 128), (32, 8, 128, 96), (8, 1, 256, 256)],
 )
-def test_writes(heads: int, kv_heads: int, width: int, normed: bool, dtype: torch.dtype) -> None:
+def test_writes(
+    heads: int, kv_heads: int, width: int, rotated: int, normed: bool, offset: float | None, dtype: torch.dtype
+) -> None:
     rows, pages, page = 70, 9, 16
     qkv = normal(rows, heads + 2 * kv_heads, width, dtype=dtype)
-    angle = normal(rows, width // 2, dtype=torch.float32, seed=1)
+    angle = normal(rows, rotated // 2, dtype=torch.float32, seed=1)
     slot = torch.randperm(pages * page, device="cuda")[:rows]
     slot[::7] = -1
     cache = torch.full((2, pages, page, kv_heads, width), torch.nan, device="cuda", dtype=dtype)
     exact_cache = cache.double()
     norms = [torch.linspace(-1, 2, width, device="cuda").to(dtype)] * 2 if normed else [None, None]
-    q = write_kv(qkv, angle.cos(), angle.sin(), cache[0], cache[1], slot, heads=heads, q_norm=norms[0], k_norm=norms[1])
+    q = write_kv(
+        qkv, angle.cos(), angle.sin(), cache[0], cache[1], slot, heads=heads, q_norm=norms[0], k_norm=norms[1],
+        norm_offset=offset,
+    )  # fmt: skip
     wide = [None if norm is None else norm.double() for norm in norms]
     exact_q = write_kv_reference(
         qkv.double(), angle.cos(), angle.sin(), exact_cache[0], exact_cache[1], slot, heads=heads, q_norm=wide[0],
-        k_norm=wide[1],
+        k_norm=wide[1], norm_offset=offset,
     )  # fmt: skip
     for ours, exact in ((q, exact_q), (cache[0], exact_cache[0])):
         scale = float(exact.nan_to_num().abs().max())  # a rotation adds two products of rounded factors

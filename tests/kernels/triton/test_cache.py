@@ -22,10 +22,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_triton.torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
 
 
-def inputs(rows: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def inputs(
+    rows: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype, rotated: int | None = None
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(width)
     qkv = torch.randn(rows, heads + 2 * kv_heads, width, generator=generator).to(dtype)
-    angle = torch.randn(rows, width // 2, generator=generator)
+    angle = torch.randn(rows, (rotated or width) // 2, generator=generator)
     slot = torch.randperm(5 * PAGE, generator=generator)[:rows]
     slot[1::3] = -1
     return qkv, angle.cos(), angle.sin(), slot
@@ -38,25 +40,44 @@ def pages(kv_heads: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def ours(
-    qkv: Tensor, cos: Tensor, sin: Tensor, slot: Tensor, kv: tuple[Tensor, Tensor], heads: int, norms: list[Any]
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slot: Tensor,
+    kv: tuple[Tensor, Tensor],
+    heads: int,
+    norms: list[Any],
+    offset: float | None = None,
 ) -> tuple[Tensor, ...]:
-    return cache_triton.write_kv_rows(qkv, cos, sin, *kv, slot, heads, *norms, 1e-6), *kv
+    return cache_triton.write_kv_rows(qkv, cos, sin, *kv, slot, heads, *norms, 1e-6, offset), *kv
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("normed", "offset"), [(False, None), (True, None), (True, 1.0)])
 @pytest.mark.parametrize(
-    ("rows", "heads", "kv_heads", "width"),
-    [(1, 1, 1, 2), (5, 3, 1, 6), (16, 4, 2, 64), (4, 14, 2, 80), (7, 9, 3, 96), (3, 8, 8, 128), (2, 4, 1, 256)],
-)
-def test_values(rows: int, heads: int, kv_heads: int, width: int, normed: bool, dtype: torch.dtype) -> None:
-    qkv, cos, sin, slot = inputs(rows, heads, kv_heads, width, dtype)
+    ("rows", "heads", "kv_heads", "width", "rotated"),
+    [
+        (1, 1, 1, 2, 2), (5, 3, 1, 6, 2), (16, 4, 2, 64, 64), (4, 14, 2, 80, 20), (7, 9, 3, 96, 96), (3, 8, 8, 128, 96),
+        (2, 4, 1, 256, 256),
+    ],
+)  # fmt: skip
+def test_values(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    rotated: int,
+    normed: bool,
+    offset: float | None,
+    dtype: torch.dtype,
+) -> None:
+    qkv, cos, sin, slot = inputs(rows, heads, kv_heads, width, dtype, rotated)
     norms = [torch.linspace(-1, 2, width).to(dtype), torch.linspace(2, 1, width).to(dtype)] if normed else [None, None]
-    found = ours(qkv, cos, sin, slot, pages(kv_heads, width, dtype), heads, norms)
+    found = ours(qkv, cos, sin, slot, pages(kv_heads, width, dtype), heads, norms, offset)
     exact_k, exact_v = pages(kv_heads, width, torch.float64)
     q_norm, k_norm = (None if norm is None else norm.double() for norm in norms)
     exact_q = write_kv_reference(
-        qkv.double(), cos, sin, exact_k, exact_v, slot, heads=heads, q_norm=q_norm, k_norm=k_norm
+        qkv.double(), cos, sin, exact_k, exact_v, slot, heads=heads, q_norm=q_norm, k_norm=k_norm, norm_offset=offset
     )
     for mine, exact in zip(found, (exact_q, exact_k, exact_v), strict=True):
         assert mine.dtype == dtype

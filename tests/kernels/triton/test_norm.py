@@ -34,13 +34,15 @@ def close(ours: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("offset", [None, 1.0])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 1), (70, 63), (9, 128), (5, 1000), (3, 1025), (2, 9000)])
-def test_values(rows: int, width: int, dtype: torch.dtype) -> None:
+def test_values(rows: int, width: int, offset: float | None, dtype: torch.dtype) -> None:
     x, residual, weight = inputs(rows, width, dtype)
-    close(norm_triton.rms_norm_rows(x, weight, 1e-5), rms_norm_reference(x.double(), weight.double(), 1e-5))
-    normed, total = norm_triton.add_rms_norm_rows(x, residual, weight, 1e-5)
+    exact = rms_norm_reference(x.double(), weight.double(), 1e-5, offset=offset)
+    close(norm_triton.rms_norm_rows(x, weight, 1e-5, offset), exact)
+    normed, total = norm_triton.add_rms_norm_rows(x, residual, weight, 1e-5, offset)
     assert torch.equal(total, residual + x)
-    close(normed, add_rms_norm_reference(total.double(), torch.zeros(()), weight.double(), 1e-5)[0])
+    close(normed, add_rms_norm_reference(total.double(), torch.zeros(()), weight.double(), 1e-5, offset=offset)[0])
 
 
 def test_the_product_with_the_weight_is_taken_in_the_dtype() -> None:
@@ -48,6 +50,13 @@ def test_the_product_with_the_weight_is_taken_in_the_dtype() -> None:
     x, _, weight = inputs(20, 500, torch.float16)
     plain = rms_norm_reference(x, weight, 1e-5)
     assert int((norm_triton.rms_norm_rows(x, weight, 1e-5) != plain).sum()) < 20
+
+
+def test_with_an_offset_the_product_is_rounded_once() -> None:
+    x, _, weight = inputs(20, 500, torch.float16)
+    exact = rms_norm_reference(x.double(), weight.double(), 1e-5, offset=0.0)
+    ours = norm_triton.rms_norm_rows(x, weight, 1e-5, 0.0)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-6, rtol=2.0**-11 + 1e-6)
 
 
 @pytest.mark.parametrize("view", ["rows", "columns"])

@@ -134,13 +134,14 @@ def attend(x: Inputs, *, uploaded: bool) -> Any:
     return paged_attention(q, *kv, placed, scale=0.25, sinks_H=x.normal(4))
 
 
-def write(x: Inputs) -> Any:
+def write(x: Inputs, rotated: int = 16, offset: float | None = None) -> Any:
     qkv, kv = x.normal(3, 8, 16), x.normal(2, 4, 4, 2, 16)
-    frequency = x.normal(8)
+    frequency = x.normal(rotated // 2)
     cos, sin = rotary_angles(torch.arange(3, dtype=torch.int32).to(x.device), frequency, 1.0)
     norm = x.normal(16)
     slots = torch.tensor([1, 6, -1]).to(x.device)
-    return [write_kv(qkv, cos, sin, *kv, slots, heads=4, q_norm=norm, k_norm=norm), kv.clone()]
+    q = write_kv(qkv, cos, sin, *kv, slots, heads=4, q_norm=norm, k_norm=norm, norm_offset=offset)
+    return [q, kv.clone()]
 
 
 def copy(x: Inputs) -> Any:
@@ -170,12 +171,12 @@ def row_passes(x: Inputs) -> Any:
     return [lse, head.softmax_gradient(z.clone(), lse, x.normal(3, 3), 1.5, 8.0, torch.float32)]
 
 
-def normalize(x: Inputs) -> Any:
-    return rms_norm(x.normal(ROWS, WIDTH), x.normal(WIDTH), 1e-6)
+def normalize(x: Inputs, offset: float | None = None) -> Any:
+    return rms_norm(x.normal(ROWS, WIDTH), x.normal(WIDTH), 1e-6, offset=offset)
 
 
-def add_and_normalize(x: Inputs) -> Any:
-    return list(add_rms_norm(x.normal(ROWS, WIDTH), x.normal(ROWS, WIDTH), x.normal(WIDTH), 1e-6))
+def add_and_normalize(x: Inputs, offset: float | None = None) -> Any:
+    return list(add_rms_norm(x.normal(ROWS, WIDTH), x.normal(ROWS, WIDTH), x.normal(WIDTH), 1e-6, offset=offset))
 
 
 def gate(x: Inputs, function: Callable[[Tensor], Tensor]) -> Any:
@@ -207,10 +208,10 @@ FUNCTIONS: dict[str, list[Case]] = {
     "_scale": OPERATORS["linear_cross_entropy"],
     "attention_mass": [functools.partial(key_attention, dtype=torch.float32)],
     "paged_attention": [functools.partial(attend, uploaded=uploaded) for uploaded in (False, True)],
-    "write_kv": [write],
+    "write_kv": [write, functools.partial(write, rotated=6, offset=1.0)],
     "copy_pages": [copy],
-    "rms_norm": [normalize],
-    "add_rms_norm": [add_and_normalize],
+    "rms_norm": [normalize, functools.partial(normalize, offset=1.0)],
+    "add_rms_norm": [add_and_normalize, functools.partial(add_and_normalize, offset=1.0)],
     "swiglu": [functools.partial(gate, function=swiglu)],
     "geglu": [functools.partial(gate, function=geglu)],
     "linear": [wide_products],
