@@ -174,9 +174,16 @@ void bind_layer_operators(nb::module_& m) {
              "float | None, out: torch.Tensor, sum: torch.Tensor | None, threads: int)"),
         "Compute out = RMS norm of x, or of sum = residual + x, which is stored, too. offset: see "
         "genssd.kernels.norm.rms_norm.");
-  m.def("gated", &gated, nb::arg("gate_up"), nb::arg("gelu"), nb::arg("out"), nb::arg("threads"),
-        NONE("gated(gate_up: torch.Tensor, gelu: bool, out: torch.Tensor, threads: int)"),
-        "Compute out = silu(gate) * up, or gelu(gate) * up with gelu by tanh.");
+  m.def("gated", &gated, nb::arg("gate_up"), nb::arg("gate"), nb::arg("alpha"), nb::arg("limit"), nb::arg("out"),
+        nb::arg("threads"),
+        NONE("gated(gate_up: torch.Tensor, gate: str, alpha: float, limit: float, out: torch.Tensor, threads: int)"),
+        "Compute out = silu(gate) * up, gelu(gate) * up with gelu by tanh, or the clamped gate with alpha and limit "
+        "(\"silu\", \"gelu\", \"clamped\"); see genssd.kernels.activation.");
+  m.def("weighted_sum", &weighted_sum, nb::arg("values"), nb::arg("index"), nb::arg("weight"), nb::arg("out"),
+        nb::arg("threads"),
+        NONE("weighted_sum(values: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, "
+             "threads: int)"),
+        "Compute out[row] = sum over k of weight[row, k] * values[index[row, k]], in float32 and in the order of k.");
   m.def("rotary_angles", &rotary_angles, nb::arg("position"), nb::arg("frequency"), nb::arg("factor"), nb::arg("cos"),
         nb::arg("sin"), nb::arg("threads"),
         NONE("rotary_angles(position: torch.Tensor, frequency: torch.Tensor, factor: float, cos: torch.Tensor, sin: "

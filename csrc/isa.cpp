@@ -25,6 +25,7 @@ const Kernels KERNELS(GENSSD_ISA){
     .merge_attention = merge_attention_row,
     .rms_norm = rms_norm_row,
     .gated = gated_row,
+    .weighted_sum = weighted_sum_row,
     .write_kv = write_kv_row,
     .sample = sample_row,
     .gumbel = gumbel_row,

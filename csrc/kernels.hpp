@@ -117,13 +117,27 @@ struct RmsNormParams {
   float eps;
 };
 
+// kClamped: the gate is silu with a slope, alpha, and is bounded by `limit` from above; up by it on both sides,
+// plus 1.
+enum class Gate { kSilu, kGelu, kClamped };
+
 // out = activation(gate) * up
 struct GatedParams {
   DType dtype;
   const void* gate_up;  // [rows, 2 width]
   void* out;            // [rows, width]
   std::int64_t rows, width;
-  bool gelu;  // silu otherwise
+  Gate gate;
+  float alpha, limit;  // of kClamped
+};
+
+// out = sum of weight * values over the terms of a row, in their order
+struct WeightedSumParams {
+  DType dtype;
+  const void *values, *weight;  // [entries, width], [rows, terms]
+  const std::int64_t* index;    // [rows, terms]: entries of values
+  void* out;                    // [rows, width]
+  std::int64_t rows, terms, width;
 };
 
 struct WriteKvParams {
@@ -155,6 +169,7 @@ struct Kernels {
   void (*merge_attention)(const AttentionParams&, std::int64_t row);
   void (*rms_norm)(const RmsNormParams&, std::int64_t row);
   void (*gated)(const GatedParams&, std::int64_t row);
+  void (*weighted_sum)(const WeightedSumParams&, std::int64_t row);
   void (*write_kv)(const WriteKvParams&, std::int64_t row);
   void (*sample)(const SampleParams&, std::int64_t row);
   void (*gumbel)(std::int64_t key, float* out, std::int64_t count);

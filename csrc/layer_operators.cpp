@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <string_view>
 #include <utility>
 
 #include "operators.hpp"
@@ -13,6 +14,13 @@ namespace {
 
 NormWeight norm_weight(const void* data, std::optional<float> offset) {
   return {data, offset.has_value(), offset.value_or(0.0f)};
+}
+
+Gate gate_of(const Arguments& args, std::string_view name) {
+  if (name == "silu") return Gate::kSilu;
+  if (name == "gelu") return Gate::kGelu;
+  if (name == "clamped") return Gate::kClamped;
+  args.fail("there is no gate of the name " + std::string(name));
 }
 
 }  // namespace
@@ -95,7 +103,7 @@ void rms_norm(Array x, MaybeArray residual, Array weight, float eps, std::option
   ThreadPool::run(rows, threads_for(rows * width, threads), [&](std::int64_t row) { kernels.rms_norm(params, row); });
 }
 
-void gated(Array gate_up, bool gelu, Array out, int threads) {
+void gated(Array gate_up, const char* gate, float alpha, float limit, Array out, int threads) {
   const Arguments args("gated");
   const Kernels& kernels = args.kernels();
   args.shape(out, "out", {-1, -1});
@@ -109,9 +117,41 @@ void gated(Array gate_up, bool gelu, Array out, int threads) {
                            .out = out.data(),
                            .rows = rows,
                            .width = width,
-                           .gelu = gelu};
+                           .gate = gate_of(args, gate),
+                           .alpha = alpha,
+                           .limit = limit};
   const nb::gil_scoped_release release;
   ThreadPool::run(rows, threads_for(8 * rows * width, threads), [&](std::int64_t row) { kernels.gated(params, row); });
+}
+
+void weighted_sum(Array values, Array index, Array weight, Array out, int threads) {
+  const Arguments args("weighted_sum");
+  const Kernels& kernels = args.kernels();
+  args.shape(values, "values", {-1, -1});
+  args.shape(index, "index", {-1, -1});
+  const auto entries = size_of(values, 0), width = size_of(values, 1), rows = size_of(index, 0),
+             terms = size_of(index, 1);
+  args.dtype<std::int64_t>(index, "index", "int64");
+  args.shape(weight, "weight", {rows, terms});
+  args.shape(out, "out", {rows, width});
+  args.same_dtype(weight, "weight", values, "values");
+  args.same_dtype(out, "out", values, "values");
+  for (const auto& [a, name] : {std::pair{&values, "values"}, {&index, "index"}, {&weight, "weight"}, {&out, "out"}})
+    args.contiguous(*a, name);
+  const WeightedSumParams params{.dtype = args.float_dtype(values, "values"),
+                                 .values = values.data(),
+                                 .weight = weight.data(),
+                                 .index = static_cast<const std::int64_t*>(index.data()),
+                                 .out = out.data(),
+                                 .rows = rows,
+                                 .terms = terms,
+                                 .width = width};
+  for (std::int64_t i = 0; i < rows * terms; ++i)
+    args.require(0 <= params.index[i] && params.index[i] < entries,
+                 "index of row " + std::to_string(i / terms) + " lies outside the values");
+  const nb::gil_scoped_release release;
+  ThreadPool::run(rows, threads_for(rows * terms * width, threads),
+                  [&](std::int64_t row) { kernels.weighted_sum(params, row); });
 }
 
 // Has the same bits on every processor, because it calls the functions of the C library. A torch operator in its place

@@ -34,7 +34,8 @@ void packed_rows(Array weight, std::int64_t rows, Array index, Array out);
 void linear(Array x, Array weight, MaybeArray bias, Array out, int threads);
 void rms_norm(Array x, MaybeArray residual, Array weight, float eps, std::optional<float> offset, Array out,
               MaybeArray sum, int threads);
-void gated(Array gate_up, bool gelu, Array out, int threads);
+void gated(Array gate_up, const char* gate, float alpha, float limit, Array out, int threads);
+void weighted_sum(Array values, Array index, Array weight, Array out, int threads);
 void rotary_angles(Array position, Array frequency, float factor, Array cos, Array sin, int threads);
 void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Array slot, MaybeArray q_norm,
               MaybeArray k_norm, float eps, std::optional<float> norm_offset, Array q, int threads);

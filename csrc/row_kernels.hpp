@@ -1,4 +1,5 @@
-// Kernels that compute one row at a time: norms, cache writes with rotary embeddings, gated activations. Only for
+// Kernels that compute one row at a time: norms, cache writes with rotary embeddings, gated activations, sums of
+// weighted rows. Only for
 // isa.cpp.
 #pragma once
 
@@ -47,15 +48,38 @@ template <typename T>
 void gated(const GatedParams& p, std::int64_t row) {
   const T *gate = static_cast<const T*>(p.gate_up) + row * 2 * p.width, *up = gate + p.width;
   T* out = static_cast<T*>(p.out) + row * p.width;
+  const Vec limit = broadcast(p.limit);
   for (std::int64_t i = 0; i < p.width; i += kLanes) {
-    const Vec x = load_bounded(gate, i, p.width);
+    Vec x = load_bounded(gate, i, p.width), factor = load_bounded(up, i, p.width);
+    if (p.gate == Gate::kClamped) {  // min and max keep a NaN
+      x = min(limit, x);
+      factor = add(min(limit, max(sub(zero(), limit), factor)), broadcast(1.0f));
+    }
+    Vec slope = x;
     // gelu by tanh, as Gemma's: 0.5 (1 + tanh u) is 1 / (1 + e^-2u), which keeps its digits where tanh is near -1
-    const Vec slope =
-        p.gelu ? mul(broadcast(2.0f * 0.7978845608028654f), fma(mul(mul(x, x), x), broadcast(0.044715f), x)) : x;
+    if (p.gate == Gate::kGelu)
+      slope = mul(broadcast(2.0f * 0.7978845608028654f), fma(mul(mul(x, x), x), broadcast(0.044715f), x));
+    else if (p.gate == Gate::kClamped)
+      slope = mul(broadcast(p.alpha), x);
     // e^-slope as a square, which becomes infinite; exponential itself is bounded, and x over that need not be small
     const Vec root = exponential(mul(broadcast(-0.5f), slope));
     const Vec y = div(x, fma(root, root, broadcast(1.0f)));
-    store_bounded(out, mul(y, load_bounded(up, i, p.width)), i, p.width);
+    store_bounded(out, mul(y, factor), i, p.width);
+  }
+}
+
+// Computes one row of WeightedSumParams.
+template <typename T>
+void weighted_sum(const WeightedSumParams& p, std::int64_t row) {
+  const T* values = static_cast<const T*>(p.values);
+  const T* weight = static_cast<const T*>(p.weight) + row * p.terms;
+  const std::int64_t* index = p.index + row * p.terms;
+  T* out = static_cast<T*>(p.out) + row * p.width;
+  for (std::int64_t i = 0; i < p.width; i += kLanes) {
+    Vec total = zero();
+    for (std::int64_t k = 0; k < p.terms; ++k)
+      total = add(total, mul(broadcast(widen(weight[k])), load_bounded(values + index[k] * p.width, i, p.width)));
+    store_bounded(out, total, i, p.width);
   }
 }
 
@@ -102,6 +126,10 @@ void rms_norm_row(const RmsNormParams& p, std::int64_t row) {
 
 void gated_row(const GatedParams& p, std::int64_t row) {
   with_dtype(p.dtype, [&]<typename T>(Tag<T>) { gated<T>(p, row); });
+}
+
+void weighted_sum_row(const WeightedSumParams& p, std::int64_t row) {
+  with_dtype(p.dtype, [&]<typename T>(Tag<T>) { weighted_sum<T>(p, row); });
 }
 
 void write_kv_row(const WriteKvParams& p, std::int64_t row) {

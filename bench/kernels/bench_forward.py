@@ -17,15 +17,25 @@ from bench.support.measuring import DEVICE, DTYPE, GPU, assert_close, measure
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from genssd.kernels.activation import geglu, geglu_reference, swiglu, swiglu_reference
+from genssd.kernels.activation import (
+    clamped_swiglu,
+    clamped_swiglu_reference,
+    geglu,
+    geglu_reference,
+    swiglu,
+    swiglu_reference,
+)
 from genssd.kernels.attention_mass import attention_mass, attention_mass_reference
 from genssd.kernels.cache import copy_pages, copy_pages_reference, write_kv
+from genssd.kernels.experts import ExpertWeights, expert_mlp, expert_mlp_reference, route
 from genssd.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm_reference
 from genssd.kernels.rotary import rotary
+from genssd.kernels.weight import pack_weight
 
 ROWS = [64, 8192] if GPU else [16, 256]  # of a decoding step; of prefill or scoring
 WIDTH, FEED, HEADS, KV_HEADS, HEAD = (4096, 12288, 32, 8, 128) if GPU else (1024, 3072, 16, 8, 64)
 LAYERS, PAGES, PAGE = (36, 1024, 16) if GPU else (8, 64, 16)
+EXPERTS, TOP_K, EXPERT_FEED = (128, 8, 768) if GPU else (16, 4, 384)
 TOLERANCE = 1e-5 if torch.float32 == DTYPE else 3e-2
 EPS = 1e-6
 
@@ -58,6 +68,7 @@ GATED: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
         "genssd": geglu,
         "eager": lambda x: torch.nn.functional.gelu(x.chunk(2, 1)[0], approximate="tanh") * x.chunk(2, 1)[1],
     },
+    "clamped_swiglu": {"genssd": clamped_swiglu, "eager": clamped_swiglu_reference},
 }
 
 
@@ -69,11 +80,38 @@ def test_gated_units(
 ) -> None:
     run = GATED[name][implementation]
     gate_up = normal(rows, 2 * FEED)
-    reference = {"swiglu": swiglu_reference, "geglu": geglu_reference}[name]
+    reference = {
+        "swiglu": swiglu_reference, "geglu": geglu_reference, "clamped_swiglu": clamped_swiglu_reference,
+    }[name]  # fmt: skip
     assert_close(run(gate_up), reference(gate_up.double()), TOLERANCE)
     measure(
         benchmark, limits, lambda: run(gate_up), group=f"{name} {rows}x{FEED}", flops=0.0,
         num_bytes=3 * gate_up.nbytes // 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, *ROWS])
+@pytest.mark.parametrize("implementation", ["genssd", "eager"])
+def test_experts(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, rows: int) -> None:
+    """Time the experts of one layer: eager torch runs one after the other on their rows. num_bytes counts the weights
+    of all experts that a row goes through."""
+    gate_up, down = normal(EXPERTS, 2 * EXPERT_FEED, WIDTH) / 32, normal(EXPERTS, WIDTH, EXPERT_FEED) / 32
+    live = ExpertWeights(gate_up=gate_up, down=down)
+    fast = live if GPU else ExpertWeights(gate_up=tuple(map(pack_weight, gate_up)), down=tuple(map(pack_weight, down)))
+    h, (expert, weight) = normal(rows, WIDTH), route(normal(rows, EXPERTS), TOP_K, normalize=True, select_first=False)
+
+    def run() -> Tensor:
+        if implementation == "genssd":
+            return expert_mlp(h, expert, weight, fast, activation=swiglu)
+        return expert_mlp_reference(h, expert, weight, live, activation=swiglu_reference)
+
+    wide = ExpertWeights(gate_up=gate_up.double(), down=down.double())
+    exact = expert_mlp_reference(h.double(), expert, weight.double(), wide, activation=swiglu_reference)
+    assert_close(run(), exact, TOLERANCE)
+    used = len(expert.unique()) * (gate_up[0].nbytes + down[0].nbytes)
+    measure(
+        benchmark, limits, run, group=f"experts {rows} rows", flops=6 * rows * TOP_K * WIDTH * EXPERT_FEED,
+        num_bytes=used + 2 * h.nbytes,
     )  # fmt: skip
 
 

@@ -163,8 +163,15 @@ def rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tenso
     Compute out = RMS norm of x, or of sum = residual + x, which is stored, too. offset: see genssd.kernels.norm.rms_norm.
     """
 
-def gated(gate_up: torch.Tensor, gelu: bool, out: torch.Tensor, threads: int) -> None:
-    """Compute out = silu(gate) * up, or gelu(gate) * up with gelu by tanh."""
+def gated(gate_up: torch.Tensor, gate: str, alpha: float, limit: float, out: torch.Tensor, threads: int) -> None:
+    """
+    Compute out = silu(gate) * up, gelu(gate) * up with gelu by tanh, or the clamped gate with alpha and limit ("silu", "gelu", "clamped"); see genssd.kernels.activation.
+    """
+
+def weighted_sum(values: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, threads: int) -> None:
+    """
+    Compute out[row] = sum over k of weight[row, k] * values[index[row, k]], in float32 and in the order of k.
+    """
 
 def rotary_angles(position: torch.Tensor, frequency: torch.Tensor, factor: float, cos: torch.Tensor, sin: torch.Tensor, threads: int) -> None:
     """

@@ -29,6 +29,7 @@ from genssd.kernels import (  # noqa: E402
     device_table,
     divergence_triton,
     draw_triton,
+    experts_triton,
     filter_triton,
     head_triton,
     logprob_triton,
@@ -83,6 +84,7 @@ ALIGNED = (
     "V", "U", "D", "L", "stride", "stride_z", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx",
     "stride_student", "stride_teacher", "F", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin",
     "stride_page", "stride_slot", "stride_group", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
+    "M", "stride_e", "stride_m",
 )  # fmt: skip
 
 
@@ -109,19 +111,12 @@ SIZES = (
     "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G",
     "P", "first", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
     "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
+    "X", "K", "M", "stride_e", "stride_m",
 )  # fmt: skip
 FACTORS = (
-    "scale",
-    "temperature",
-    "softcap",
-    "student_softcap",
-    "teacher_softcap",
-    "mix",
-    "top_p",
-    "log_min_p",
-    "eps",
-    "offset",
-)
+    "scale", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps",
+    "offset", "alpha", "limit",
+)  # fmt: skip
 
 
 def types_of(**pointers: str) -> dict[str, str]:
@@ -337,21 +332,24 @@ FORWARD = {
     "norm-1024": of_norm(1024, add=False),
     **{f"add-norm-{width}": of_norm(width, add=True) for width in (128, 4096, 16384)},
     **{
-        name: (activation_triton._gated_kernel, {"GELU": name == "geglu", "BLOCK": activation_triton.BLOCK}, 4)
-        for name in ("swiglu", "geglu")
+        gate: (activation_triton._gated_kernel, {"GATE": number, "BLOCK": activation_triton.BLOCK}, 4)
+        for gate, number in activation_triton.GATES.items()
+        if gate != "clamped"
     },
     "write-kv-128": of_write(128, norm=False),
     **{f"normed-write-kv-{width}": of_write(width, norm=True) for width in (64, 80, 256)},
     "copy-pages": (cache_triton._copy_kernel, {"BLOCK": cache_triton.BLOCK}, 8),
 }
 VARIANTS = {
+    "clamped": (activation_triton._gated_kernel, {"GATE": 2, "BLOCK": activation_triton.BLOCK}, 4),
+    "sum-of-experts": (experts_triton._sum_kernel, {"K": 8, "PLACES": 8, "BLOCK": experts_triton.SUM_BLOCK}, 4),
     "add-norm-offset-16384": of_norm(16384, add=True, offset=True),
     "write-kv-96-of-128": of_write(128, norm=False, rotated=96),
     "normed-write-kv-64-of-256": of_write(256, norm=True, rotated=64, offset=True),
 }
 """Kernels that differ from those of FORWARD in what they leave out or add, compiled for one dtype."""
 POINTERS = ("x", "residual", "weight", "normed", "total", "gate_up", "out", "qkv", "q_norm", "k_norm", "q", "k_pages",
-            "v_pages", "kv")  # fmt: skip
+            "v_pages", "kv", "y")  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -360,10 +358,29 @@ POINTERS = ("x", "residual", "weight", "normed", "total", "gate_up", "out", "qkv
 )
 def test_forward_kernels(target: Target, dtype: str, name: str, tmp_path: Path) -> None:
     kernel, constants, num_warps = (FORWARD | VARIANTS)[name]
-    pointers = dict.fromkeys(POINTERS, f"*{dtype}") | dict.fromkeys(("slot", "source", "destination"), "*i64")
+    pointers = dict.fromkeys(POINTERS, f"*{dtype}") | dict.fromkeys(("slot", "source", "destination", "expert"), "*i64")
     types = types_of(**pointers, cos="*fp32", sin="*fp32")
     code = machine_code(compile_for(target, kernel, types, constants, num_warps=num_warps), target, tmp_path)
     assert re.search(target.wide, code), "memory is read in small pieces"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "gather"), [("bf16", True), ("fp32", False)])
+def test_experts(target: Target, dtype: str, gather: bool, tmp_path: Path) -> None:
+    pointers = dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}") | dict.fromkeys(("order", "start"), "*i64")
+    tiles = {
+        experts_triton.choose_tiles(DTYPES[dtype], rows, amd=target.backend == "hip", capability=target.capability)
+        for rows in (1, 17, 65)
+    }
+    for shape in tiles:
+        options = experts_triton.launch_options(shape)
+        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        constants = {**options, "GATHER": gather, "HAS_BIAS": True, "EXPERTS": 128}
+        compiled = compile_for(target, experts_triton._grouped_kernel, types_of(**pointers), constants, **launch)
+        assert compiled.metadata.shared <= target.shared_bytes
+        code = machine_code(compiled, target, tmp_path)
+        assert re.search(target.wide, code) or re.search(target.asynchronous, code)
+        assert dtype == "fp32" or re.search(target.matrix, code)
 
 
 MASS = {

@@ -14,7 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.phi3 import modeling_phi3
 
-from genssd.kernels.activation import geglu, swiglu
+from genssd.kernels.activation import clamped_swiglu, geglu, swiglu
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import ROPE_TYPES, rope_frequencies, rotary, rotary_angles
@@ -84,7 +84,17 @@ def test_geglu_is_gelu_by_tanh() -> None:
     torch.testing.assert_close(geglu(gate_up), 0.5 * gate * (1 + inner.tanh()) * up, atol=1e-14, rtol=1e-12)
 
 
-@pytest.mark.parametrize("activation", [swiglu, geglu])
+@pytest.mark.parametrize("limit", [7.0, 0.5])
+def test_clamped_swiglu_bounds_gate_and_up(limit: float) -> None:
+    gate_up, gate, up = gates()
+    gate, up = gate.minimum(torch.tensor(limit)), up.clip(-limit, limit)
+    exact = (up + 1) * gate / (1 + (-1.702 * gate).exp())
+    torch.testing.assert_close(clamped_swiglu(gate_up, limit=limit), exact, atol=1e-14, rtol=1e-12)
+    with pytest.raises(ValueError, match="limit must be above 0, not -1"):
+        clamped_swiglu(gate_up, limit=-1)
+
+
+@pytest.mark.parametrize("activation", [swiglu, geglu, clamped_swiglu])
 def test_halves_are_rounded_once(activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
     gate_up, _, _ = gates(torch.bfloat16)
     exact = activation(gate_up.double())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.activation import geglu, swiglu
+from genssd.kernels.activation import clamped_swiglu, clamped_swiglu_reference, geglu, swiglu
 from genssd.kernels.cache import write_kv, write_kv_reference
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
@@ -235,6 +235,8 @@ def test_norms_and_gates_equal_float64(width: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(swiglu(both).double(), torch.nn.functional.silu(gate) * up, **close)
     gelu = torch.nn.functional.gelu(gate, approximate="tanh")
     torch.testing.assert_close(geglu(both).double(), gelu * up, **close)
+    clamped = clamped_swiglu_reference(both.double(), alpha=1.5, limit=3.0)
+    torch.testing.assert_close(clamped_swiglu(both, alpha=1.5, limit=3.0).double(), clamped, **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -269,6 +271,8 @@ def test_special_values_keep_their_meaning() -> None:
     huge = torch.tensor([[100.0, -100.0, 3e38, torch.nan, 0.0, -torch.inf]])
     gate_up = torch.cat((huge, torch.ones_like(huge)), 1)
     torch.testing.assert_close(swiglu(gate_up)[:, :5], torch.nn.functional.silu(huge)[:, :5], equal_nan=True)
+    for values in (gate_up, gate_up.flip(1)):
+        torch.testing.assert_close(clamped_swiglu(values), clamped_swiglu_reference(values), equal_nan=True)
     with pytest.raises(NonFiniteLogits):
         linear_logprob(torch.tensor([[torch.nan, 1.0]]), torch.ones(5, 2), torch.tensor([0]))
     with pytest.raises(NonFiniteLogits):
@@ -280,7 +284,7 @@ def test_a_gate_far_below_zero_is_shut(dtype: torch.dtype) -> None:
     """Beyond the largest e^x, where a bounded one would let through a gate as large as itself."""
     gate = torch.tensor([[-80.0, -100.0, -1e13, -1e30, -3e38]], dtype=dtype)
     gate_up = torch.cat((gate, torch.ones_like(gate)), 1)
-    for gated in (swiglu, geglu):
+    for gated in (swiglu, geglu, clamped_swiglu):
         assert bool((gated(gate_up).abs() < 1e-30).all())
 
 
@@ -361,7 +365,8 @@ CALLS: dict[str, tuple[Callable[..., None], list[Any]]] = {
     ),
     "sample": (_core.sample, [empty(3, 8), empty(3, dtype=LONG), 1.0, 0, 1.0, 0.0, empty(3, dtype=LONG), 1]),
     "rms_norm": (_core.rms_norm, [empty(3, 8), empty(3, 8), empty(8), 1e-6, 1.0, empty(3, 8), empty(3, 8), 1]),
-    "gated": (_core.gated, [empty(3, 8), False, empty(3, 4), 1]),
+    "gated": (_core.gated, [empty(3, 8), "silu", 0.0, 0.0, empty(3, 4), 1]),
+    "weighted_sum": (_core.weighted_sum, [empty(5, 8), empty(3, 2, dtype=LONG), empty(3, 2), empty(3, 8), 1]),
     "write_kv": (
         _core.write_kv,
         [empty(3, 4, 8), empty(3, 4), empty(3, 4), empty(2, 4, 1, 8), empty(2, 4, 1, 8), empty(3, dtype=LONG), empty(8),
@@ -419,6 +424,7 @@ def test_wrong_tensors_are_refused_with_a_message(name: str, index: int, kind: s
 HARMLESS = {
     ("sample", 0, "width"),  # fewer columns are a smaller vocabulary
     ("linear_logprob, packed", 0, "width"),  # of the last cell's two values one is multiplied
+    *(("weighted_sum", 0, kind) for kind in ("longer", "shorter")),  # more or fewer values to choose from
     *(("copy_pages", 0, kind) for kind in ("dtype", "float64", "longer", "shorter")),  # bytes of any kind, any layers
 }
 
@@ -440,6 +446,9 @@ HARMLESS = {
         ("packed_rows", 2, torch.tensor([0, 5, 0]), "index 1 names a row"),
         ("packed_rows", 2, torch.tensor([0, 1, -1]), "index 2 names a row"),
         ("rms_norm", 1, None, "come together"),
+        ("gated", 1, "relu", "no gate of the name relu"),
+        ("weighted_sum", 1, torch.tensor([[0, 1], [4, 5], [0, 0]]), "index of row 1"),
+        ("weighted_sum", 1, torch.tensor([[0, -1], [4, 4], [0, 0]]), "index of row 0"),
         ("write_kv", 1, torch.zeros(3, 5), "cos must have 1 to head_dim / 2 columns"),
         ("write_kv", 1, torch.zeros(3, 0), "cos must have 1 to head_dim / 2 columns"),
         ("write_kv", 5, torch.tensor([0, 8, 1]), "slot of row 1"),

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from genssd.kernels.activation import geglu, geglu_reference, swiglu, swiglu_reference
+from genssd.kernels.activation import (
+    clamped_swiglu,
+    clamped_swiglu_reference,
+    geglu,
+    geglu_reference,
+    swiglu,
+    swiglu_reference,
+)
 from genssd.kernels.cache import copy_pages, copy_pages_reference, write_kv, write_kv_reference
 from genssd.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 
@@ -44,7 +51,11 @@ def test_norms(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize("names", [(swiglu, swiglu_reference), (geglu, geglu_reference)], ids=["swiglu", "geglu"])
+@pytest.mark.parametrize(
+    "names",
+    [(swiglu, swiglu_reference), (geglu, geglu_reference), (clamped_swiglu, clamped_swiglu_reference)],
+    ids=["swiglu", "geglu", "clamped_swiglu"],
+)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (300, 65), (65, 3072), (64, 12288)])
 def test_gated_units(names: tuple[Callable[[Tensor], Tensor], ...], rows: int, width: int, dtype: torch.dtype) -> None:
     gate_up = 3 * normal(rows, 2 * width, dtype=dtype)
@@ -136,6 +147,7 @@ def test_a_lost_gradient_is_refused() -> None:
         lambda: add_rms_norm(x, x, weight, 1e-6),
         lambda: swiglu(x),
         lambda: geglu(x),
+        lambda: clamped_swiglu(x),
     ]
     for run in runs:
         with pytest.raises(ValueError, match="not differentiated"):

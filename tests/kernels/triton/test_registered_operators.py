@@ -22,13 +22,14 @@ from torch.utils._pytree import tree_leaves
 
 import genssd.kernels
 from genssd.kernels import head
-from genssd.kernels.activation import geglu, swiglu
+from genssd.kernels.activation import clamped_swiglu, geglu, swiglu
 from genssd.kernels.attention import build_segment_table, paged_attention
 from genssd.kernels.attention_mass import attention_mass
 from genssd.kernels.cache import copy_pages, write_kv
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.divergence import linear_divergence
+from genssd.kernels.experts import ExpertWeights, expert_mlp, route
 from genssd.kernels.head_triton import multiply_by_library
 from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.norm import add_rms_norm, rms_norm
@@ -183,6 +184,20 @@ def gate(x: Inputs, function: Callable[[Tensor], Tensor]) -> Any:
     return function(x.normal(ROWS, 2 * WIDTH))
 
 
+def choose_experts(x: Inputs, **options: Any) -> Any:
+    return list(route(x.normal(ROWS, 6), 2, **options))
+
+
+def feed_experts(x: Inputs, *, biased: bool) -> Any:
+    expert, weight = route(x.normal(ROWS, 6), 2, normalize=True, select_first=False)
+    weights = ExpertWeights(
+        gate_up=x.normal(6, 2 * WIDTH, WIDTH), gate_up_bias=x.normal(6, 2 * WIDTH) if biased else None,
+        down=x.normal(6, WIDTH, WIDTH), down_bias=x.normal(6, WIDTH) if biased else None,
+    )  # fmt: skip
+    activation = clamped_swiglu if biased else swiglu
+    return expert_mlp(x.normal(ROWS, WIDTH), expert, weight, weights, activation=activation)
+
+
 OPERATORS: dict[str, list[Case]] = {
     "linear_logprob": [score, functools.partial(score, topk=3), functools.partial(score, temperature=0.7, softcap=5.0)],
     "linear_logprob_backward": [score_gradient],
@@ -214,6 +229,8 @@ FUNCTIONS: dict[str, list[Case]] = {
     "add_rms_norm": [add_and_normalize, functools.partial(add_and_normalize, offset=1.0)],
     "swiglu": [functools.partial(gate, function=swiglu)],
     "geglu": [functools.partial(gate, function=geglu)],
+    "clamped_swiglu": [functools.partial(gate, function=clamped_swiglu)],
+    "expert_mlp": [functools.partial(feed_experts, biased=biased) for biased in (False, True)],
     "linear": [wide_products],
     "multiply_by_library": [library_product],
     "add_product": [wide_products],
@@ -222,7 +239,11 @@ FUNCTIONS: dict[str, list[Case]] = {
 }
 """Cases by the name of the function of kernels/ that chooses its path by the device."""
 
-COMPOSED: dict[str, list[Case]] = {"linear_standardized_kl": [standardized], "gumbel_noise": [noise]}
+COMPOSED: dict[str, list[Case]] = {
+    "linear_standardized_kl": [standardized],
+    "gumbel_noise": [noise],
+    "route": [functools.partial(choose_experts, normalize=first, select_first=not first) for first in (False, True)],
+}
 """Cases of functions in plain torch."""
 
 CASES = [
