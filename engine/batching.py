@@ -36,4 +36,9 @@ def count_weights(config: ModelConfig) -> int:
     """Return the number of weights that a model multiplies with for every token; biases and norms are left out."""
     c = config
     attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    return c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
+    widths = [c.intermediate_size] * c.num_hidden_layers
+    if c.experts is not None:
+        routed = c.experts.per_token * c.experts.intermediate_size
+        widths = [routed if has_experts else c.intermediate_size for has_experts in c.experts.layers]
+    feed_forward = 3 * c.hidden_size * sum(widths)
+    return c.num_hidden_layers * attention + feed_forward + c.vocab_size * c.hidden_size

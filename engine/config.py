@@ -1,33 +1,38 @@
 """The shape of a decoder, read from a checkpoint's config.json.
 
 The defaults of fields that a config leaves out are those of transformers' config classes, which also read older names
-of the fields; so the engine and the training, whose models are transformers', understand one config alike.
+of the fields; so the engine and the training, whose models are transformers', understand one config alike. What differs
+between the model families is in families/.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from genssd.engine.config_fields import check_fields, check_sizes, modernize, refuse_quantized
+from genssd.engine.config_fields import check_fields, check_sizes, modernize
+from genssd.engine.config_files import read_config, read_fields
 from genssd.engine.errors import CheckpointError
+from genssd.engine.families.family import Family
+from genssd.engine.families.registry import FAMILIES
 from genssd.engine.quoting import one_line, quote
+from genssd.engine.shape import LLAMA_NAMES, ActivationName, Experts, LayerNames, QkNorm, Rope
+from genssd.engine.wrappers import text_part
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 MAX_POSITIONS = (1 << 31) - 1
 """Largest context length, in tokens: positions are 32-bit integers."""
-LFS_POINTER = b"version https://git-lfs"
-"""First bytes of the small text file that Git stores in place of a large one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The shape of a dense decoder of the Llama, Qwen2 or Qwen3 class; the names are those of config.json."""
+    """The shape of a decoder; names that config.json has as well mean the same there.
+
+    A multiplier, softcap or offset of None is not applied.
+    """
 
     model_type: str
     vocab_size: int
@@ -40,63 +45,42 @@ class ModelConfig:
     max_position_embeddings: int  # the context length in tokens, after RoPE scaling
     rms_norm_eps: float
     tie_word_embeddings: bool
-    rope_parameters: Mapping[str, object]
+    ropes: tuple[Rope, ...]
+    layer_ropes: tuple[int | None, ...]  # per layer: index into ropes; None: queries and keys are not rotated
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
     mlp_bias: bool
-    qk_norm: bool
     windows: tuple[int, ...]  # per layer: how many positions a token sees, itself included; 0: all
     eos_token_ids: tuple[int, ...]
     dtype: str | None
+    attention_scale: float
+    activation: ActivationName = "silu"
+    names: LayerNames = LLAMA_NAMES
+    is_wrapped: bool = False  # whether the weights are the text part of a multimodal checkpoint
+    norm_offset: float | None = None  # see kernels/norm.rms_norm
+    qk_norm: QkNorm | None = None
+    attention_softcap: float | None = None
+    sinks: bool = False  # whether every head has a score that counts in the softmax and has no value
+    query_growth: tuple[float, int] | None = None  # (b, n): queries are multiplied by 1 + b log(1 + position // n)
+    embedding_multiplier: float | None = None
+    residual_multiplier: float | None = None  # of what attention and feed-forward add to the residual stream
+    logits_divisor: float | None = None
+    logits_softcap: float | None = None
+    experts: Experts | None = None
 
     @staticmethod
     def load(directory: Path) -> ModelConfig:
         """Read DIRECTORY/config.json. Raises CheckpointError naming the field that is missing or unsupported."""
         path = directory / "config.json"
         fields = read_config(directory)
-        kind = fields.get("model_type")
-        if not isinstance(kind, str) or kind not in ARCHITECTURES:
-            supported = ", ".join(ARCHITECTURES)
+        part = text_part(fields)
+        kind = (part or fields).get("model_type")
+        family = FAMILIES.get(kind) if isinstance(kind, str) else None
+        if family is None:
+            supported = ", ".join(sorted(FAMILIES))
             raise CheckpointError(f"{path}: model_type {quote(kind)} is not supported; supported: {supported}")
-        return _from_transformers(kind, make_transformers_config(fields, path), fields, path)
-
-
-def read_config(directory: Path) -> Mapping[str, object]:
-    """Return the fields of DIRECTORY/config.json.
-
-    Raises CheckpointError when it is missing, holds no JSON object or names a quantization.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json: not a Hugging Face model directory")
-    fields = read_fields(path)
-    refuse_quantized(fields, path)
-    return fields
-
-
-def read_fields(path: Path) -> Mapping[str, object]:
-    """Return the fields of a checkpoint's JSON file. Raises CheckpointError when it holds no object."""
-    refuse_pointer(path)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(fields, Mapping):
-        raise CheckpointError(f"{path} must hold a JSON object, not {quote(fields)}")
-    return fields
-
-
-def refuse_pointer(path: Path) -> None:
-    """Check that a file is not the pointer that Git LFS leaves in its place. Raises CheckpointError if it is."""
-    if not path.is_file():
-        return
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(LFS_POINTER))
-    except OSError:
-        return
-    if start == LFS_POINTER:
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}")
+        config = make_transformers_config(fields, path)
+        return _from_transformers(family, config, part or fields, path, is_wrapped=part is not None)
 
 
 def is_known_to_transformers(fields: Mapping[str, object]) -> bool:
@@ -105,64 +89,144 @@ def is_known_to_transformers(fields: Mapping[str, object]) -> bool:
     return isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
+def is_supported(fields: Mapping[str, object]) -> bool:
+    """Return whether the engine's decoder computes the model of a config.json, or its text part."""
+    return (text_part(fields) or fields).get("model_type") in FAMILIES
+
+
 def make_transformers_config(fields: Mapping[str, object], path: Path) -> Any:
     """Return transformers' config object for the fields of a config.json, without running any Python of a checkpoint.
 
-    path: named in messages. Raises CheckpointError when transformers does not know the model_type or refuses a field.
+    Of a multimodal model whose text part is supported, it is that of the text part. path: named in messages. Raises
+    CheckpointError when transformers does not know the model_type or refuses a field.
     """
+    part = text_part(fields)
+    check_sizes(fields, path)
+    fields, is_part = (fields, False) if part is None else (part, True)
     kind = str(fields.get("model_type"))
     if not is_known_to_transformers(fields):
         code = "; the Python files of a checkpoint are never run" if "auto_map" in fields else ""
         raise CheckpointError(f"{path}: transformers has no model_type {quote(fields.get('model_type'))}{code}")
     check_sizes(fields, path)
-    if kind in ARCHITECTURES:
-        check_fields(fields, path)
+    if kind in FAMILIES:
+        check_fields(fields, path, is_part=is_part)
     try:
         return CONFIG_MAPPING[kind].from_dict(modernize(fields))
     except Exception as error:  # a config class raises what its checks and its arithmetic do
         raise CheckpointError(f"{path}: {one_line(error)}") from None
 
 
-def _from_transformers(kind: str, config: Any, fields: Mapping[str, object], path: Path) -> ModelConfig:
-    """Return the shape that transformers' config object describes. fields: those of config.json."""
+def _from_transformers(
+    family: Family, config: Any, fields: Mapping[str, object], path: Path, *, is_wrapped: bool
+) -> ModelConfig:
+    """Return the shape that transformers' config object describes. fields: of config.json, or of its text part."""
     heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
     if heads % kv_heads:
         raise CheckpointError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     if head_dim < 2 or head_dim % 2:
         raise CheckpointError(f"{path}: head_dim must be an even number, not {head_dim}: RoPE turns pairs of numbers")
-    rope, positions = _rope(config, path)
+    activation = getattr(config, family.activation_field)
+    if activation not in family.activations:
+        supported = ", ".join(family.activations)
+        raise CheckpointError(
+            f"{path}: {family.activation_field} {quote(activation)} is not supported; supported: {supported}"
+        )
+    kinds = _layer_kinds(config, path)
+    ropes, layer_ropes, positions = _ropes(config, kinds, head_dim, path)
     attention_bias = bool(getattr(config, "attention_bias", False))
-    return ModelConfig(
-        model_type=kind,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=positions,
-        rms_norm_eps=float(config.rms_norm_eps),
-        tie_word_embeddings=bool(config.tie_word_embeddings),
-        rope_parameters=rope,
-        qkv_bias=kind == "qwen2" or attention_bias,
-        output_bias=kind != "qwen2" and attention_bias,
-        mlp_bias=kind == "llama" and bool(config.mlp_bias),
-        qk_norm=kind == "qwen3",
-        windows=_windows(config, path),
-        eos_token_ids=_eos(fields, path),
-        dtype=None if config.dtype is None else str(config.dtype).removeprefix("torch."),
-    )
+    shape: dict[str, Any] = {
+        "model_type": str(fields["model_type"]),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": float(config.rms_norm_eps),
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "ropes": ropes,
+        "layer_ropes": layer_ropes,
+        "qkv_bias": attention_bias,
+        "output_bias": attention_bias,
+        "mlp_bias": False,
+        "eos_token_ids": _eos(fields, path),
+        "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
+        "attention_scale": head_dim**-0.5,
+        "activation": family.activations[activation],
+        "names": family.names,
+        "is_wrapped": is_wrapped,
+    }
+    try:
+        shape |= family.differences(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    experts = shape.get("experts")
+    if experts is not None and experts.per_token > experts.count:
+        raise CheckpointError(
+            f"{path}: num_experts_per_tok {experts.per_token} is more than the {experts.count} experts of the model"
+        )
+    if "windows" not in shape:
+        shape["windows"] = _windows(config, kinds, path)
+    return ModelConfig(**shape)
 
 
-def _rope(config: Any, path: Path) -> tuple[Mapping[str, object], int]:
-    """Return the RoPE parameters and the context length in tokens, which vLLM counts alike.
+def _layer_kinds(config: Any, path: Path) -> Sequence[str] | None:
+    """Return the layer_types of a config; None where it has none."""
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    if kinds is None:
+        return None
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise CheckpointError(f"{path}: layer_types {quote(unknown[0])} is not supported")
+    if len(kinds) != config.num_hidden_layers:
+        raise CheckpointError(f"{path}: layer_types names {len(kinds)} layers of {config.num_hidden_layers}")
+    return kinds
+
+
+def _windows(config: Any, kinds: Sequence[str] | None, path: Path) -> tuple[int, ...]:
+    """Return the attention window of each layer; 0 for full attention."""
+    window: int | None = getattr(config, "sliding_window", None)
+    if kinds is None:
+        return tuple([window or 0] * config.num_hidden_layers)
+    if not window and "sliding_attention" in kinds:
+        raise CheckpointError(
+            f"{path}: layer_types has sliding_attention, but use_sliding_window and sliding_window give no window"
+        )
+    return tuple(window or 0 if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _ropes(
+    config: Any, kinds: Sequence[str] | None, head_dim: int, path: Path
+) -> tuple[tuple[Rope, ...], tuple[int, ...], int]:
+    """Return the rotary embeddings, which of them each layer has, and the context length in tokens.
+
+    RoPE parameters may be one object, or one for each of the layer_types.
+    """
+    parameters, layers = config.rope_parameters, config.num_hidden_layers
+    if "rope_type" in parameters:
+        rope, positions = _rope(parameters, config, head_dim, path)
+        return (rope,), (0,) * layers, positions
+    used = sorted(set(kinds or ()))
+    absent = [kind for kind in used if not isinstance(parameters.get(kind), Mapping)]
+    if absent or not used:
+        raise CheckpointError(
+            f"{path}: rope_parameters has no object for {quote(absent[0] if absent else 'rope_type')}"
+        )
+    pairs = [_rope(parameters[kind], config, head_dim, path) for kind in used]
+    ropes, layer_ropes = tuple(rope for rope, _ in pairs), tuple(used.index(kind) for kind in kinds or ())
+    return ropes, layer_ropes, max(positions for _, positions in pairs)
+
+
+def _rope(parameters: Mapping[str, Any], config: Any, head_dim: int, path: Path) -> tuple[Rope, int]:
+    """Return a rotary embedding, and the context length in tokens, which vLLM counts alike.
 
     Linear scaling multiplies max_position_embeddings, YaRN original_max_position_embeddings; with the other types
     max_position_embeddings is the context after scaling.
     """
-    rope: dict[str, Any] = dict(config.rope_parameters)
+    rope: dict[str, Any] = dict(parameters)
     positions = config.max_position_embeddings
     if rope["rope_type"] == "linear" and rope.get("factor") is None:
         raise CheckpointError(f"{path}: rope_type linear needs the field 'factor'")
@@ -174,28 +238,13 @@ def _rope(config: Any, path: Path) -> tuple[Mapping[str, object], int]:
         positions *= rope["factor"]
     if not 1 <= positions <= MAX_POSITIONS:
         raise CheckpointError(f"{path}: RoPE scaling gives a context of {positions:g} tokens: check its factor")
-    return rope, int(positions)
-
-
-def _windows(config: Any, path: Path) -> tuple[int, ...]:
-    """Return the attention window of each layer; 0 for full attention. Llama models have none, whatever is listed."""
-    layers: int = config.num_hidden_layers
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds: list[str] | None = getattr(config, "layer_types", None)
-    if config.model_type == "llama":
-        return (0,) * layers
-    if kinds is None:
-        return (window or 0,) * layers
-    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-    if unknown:
-        raise CheckpointError(f"{path}: layer_types {quote(unknown[0])} is not supported")
-    if len(kinds) != layers:
-        raise CheckpointError(f"{path}: layer_types names {len(kinds)} layers of {layers}")
-    if not window and "sliding_attention" in kinds:
+    width = int(head_dim * (rope.pop("partial_rotary_factor", None) or 1))
+    if width < 2 or width % 2 or width > head_dim:
         raise CheckpointError(
-            f"{path}: layer_types has sliding_attention, but use_sliding_window and sliding_window give no window"
+            f"{path}: partial_rotary_factor must leave an even number of rotated values, at most the {head_dim} of a "
+            f"head, not {width}"
         )
-    return tuple(window or 0 if kind == "sliding_attention" else 0 for kind in kinds)
+    return Rope(parameters=rope, width=width), int(positions)
 
 
 def _eos(fields: Mapping[str, object], path: Path) -> tuple[int, ...]:

@@ -21,7 +21,16 @@ REQUIRED = {
 """Fields that a config must have, and the largest value of each."""
 MAX_INTEGER = (1 << 31) - 1
 """Largest value of any other integer."""
-OPTIONAL = {"num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "sliding_window": (1 << 31) - 1}
+OPTIONAL = {
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "sliding_window": (1 << 31) - 1,
+    "num_experts": 1 << 16,
+    "num_local_experts": 1 << 16,
+    "num_experts_per_tok": 1 << 16,
+    "moe_intermediate_size": 1 << 22,
+    "decoder_sparse_step": 10_000,
+}
 """Fields that a config may leave out or set to null, and the largest value of each."""
 ROPE_NUMBERS = (
     "rope_theta",
@@ -32,8 +41,25 @@ ROPE_NUMBERS = (
     "beta_fast",
     "beta_slow",
     "attention_factor",
+    "partial_rotary_factor",
+    "llama_4_scaling_beta",
 )
 """Fields of the RoPE parameters that must be positive numbers where they are given."""
+POSITIVE_NUMBERS = (
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+    "swiglu_alpha",
+    "swiglu_limit",
+    "rope_local_base_freq",
+)
+"""Other fields that must be positive numbers where they are given."""
+LAYER_KINDS = ("full_attention", "sliding_attention")
 FOREIGN_FIELDS = frozenset(
     (
         "auto_map",
@@ -57,25 +83,26 @@ FOREIGN_FIELDS = frozenset(
 """Fields that a language model does without: options of a run, labels, and in `auto_map` Python files."""
 
 
-def check_fields(fields: Mapping[str, object], path: Path) -> None:
-    """Check the types and the ranges of all fields that size a model. Raises CheckpointError naming the field."""
-    activation = fields.get("hidden_act", "silu")
-    if activation != "silu":
-        raise CheckpointError(f"{path}: hidden_act {quote(activation)} is not supported; supported: silu")
+def check_fields(fields: Mapping[str, object], path: Path, *, is_part: bool = False) -> None:
+    """Check the types and the ranges of all fields that size a model. Raises CheckpointError naming the field.
+
+    is_part: the fields are the text part of a multimodal config, which leaves out what its class has as defaults.
+    """
+    kind = fields.get("model_type")
     for name in REQUIRED | OPTIONAL:
         value = fields.get(name)
         if name in fields if name in REQUIRED else value is not None:
             _check_integer(name, value, path)
-        elif name in REQUIRED:
+        elif name in REQUIRED and not is_part:
             raise CheckpointError(f"{path} has no field {name!r}")
-    heads, kv_heads = fields["num_attention_heads"], fields.get("num_key_value_heads")
+    heads, kv_heads = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if isinstance(kv_heads, int) and isinstance(heads, int) and heads % kv_heads:
         raise CheckpointError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    pad, vocabulary = fields.get("pad_token_id"), fields["vocab_size"]
+    pad, vocabulary = fields.get("pad_token_id"), fields.get("vocab_size")
     if isinstance(pad, int) and isinstance(vocabulary, int) and not -vocabulary <= pad < vocabulary:
         raise CheckpointError(f"{path}: pad_token_id {quote(pad)} is outside the vocabulary of {vocabulary} tokens")
     if fields.get("text_config") is not None:
-        raise CheckpointError(f"{path}: text_config is not supported: extract the language model from its wrapper")
+        raise CheckpointError(f"{path}: text_config is not supported in a config of model_type {quote(kind)}")
     full = fields.get("max_window_layers")
     if full is not None and (not isinstance(full, int) or isinstance(full, bool) or full < 0):
         raise CheckpointError(f"{path}: max_window_layers must be an integer, not {quote(full)}")
@@ -85,8 +112,10 @@ def check_fields(fields: Mapping[str, object], path: Path) -> None:
     for name in ("rope_parameters", "rope_scaling"):
         _check_rope(fields.get(name), name, path)
     _check_rope({name: fields.get(name) for name in ROPE_NUMBERS if name != "factor"}, "config", path)
-    if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise CheckpointError(f"{path}: partial_rotary_factor is not supported")
+    for name in POSITIVE_NUMBERS:
+        value = fields.get(name)
+        if value is not None and not (_is_number(value) and float(value) > 0):  # type: ignore[arg-type]
+            raise CheckpointError(f"{path}: {name} must be a positive number, not {quote(value)}")
 
 
 def check_sizes(fields: Mapping[str, object], path: Path) -> None:
@@ -140,18 +169,23 @@ def _check_rope(scaling: object, field: str, path: Path) -> None:
         return
     if not isinstance(scaling, Mapping):
         raise CheckpointError(f"{path}: {field} must be an object, not {quote(scaling)}")
+    nested = {name: value for name, value in scaling.items() if isinstance(value, Mapping)}
+    if nested:
+        unknown = [name for name in scaling if name not in LAYER_KINDS]
+        if unknown:
+            raise CheckpointError(
+                f"{path}: {field} that differ by layer must have a layer type each, not {quote(unknown[0])}"
+            )
+        for name, part in nested.items():
+            _check_rope(part, f"{field}.{name}", path)
+        return
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise CheckpointError(f"{path}: rope_type {quote(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise CheckpointError(f"{path}: partial_rotary_factor is not supported")
     for name in ROPE_NUMBERS:
         value = scaling.get(name)
         if value is not None and not (_is_number(value) and float(value) > 0):
             raise CheckpointError(f"{path}: {name} of {field} must be a positive number, not {quote(value)}")
-    nested = [name for name, value in scaling.items() if isinstance(value, Mapping)]
-    if nested:
-        raise CheckpointError(f"{path}: {field} that differ by layer are not supported: {quote(nested[0])}")
 
 
 def _is_number(value: object) -> bool:

@@ -25,9 +25,8 @@ from genssd.engine.threads import computes
 from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.device_table import upload
 from genssd.kernels.head import row_logsumexp
-from genssd.kernels.logprob import TopK, linear_logprob
-from genssd.kernels.sampling import linear_sample, sample
-from genssd.kernels.tuned import launch_mode
+from genssd.kernels.logprob import TopK
+from genssd.kernels.sampling import sample
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -130,15 +129,12 @@ class WriterDrawing:
         """Draw one token for each of C rows, by the lane and the noise key of each. Returns what `_draw` returns."""
         keys_C, source_C = upload(keys, hidden_LD.device), upload(source, hidden_LD.device)
         if not sampling.filters:
-            with launch_mode(deterministic=self.writer.decoder.deterministic):
-                return linear_sample(
-                    hidden_LD.index_select(0, source_C),
-                    self.writer.decoder.head,
-                    keys_C,
-                    temperature=sampling.temperature,
-                    vocabulary=self._vocabulary,
-                    checked=False,
-                )
+            return self.writer.decoder.draw(
+                hidden_LD.index_select(0, source_C),
+                keys_C,
+                temperature=sampling.temperature,
+                vocabulary=self._vocabulary,
+            )
         if len(source) <= len(hidden_LD):
             logits_CV = self.writer.logits(hidden_LD.index_select(0, source_C))
         else:
@@ -182,4 +178,4 @@ def chunk_topk(writer: ModelRunner, branch: Branch, num_topk: int) -> TopK | Non
         return None
     hidden = torch.stack([states[row] for states, row in branch.chunk_states])
     targets = torch.tensor(branch.chunk, device=writer.decoder.device)
-    return linear_logprob(hidden, writer.decoder.head, targets, topk=num_topk).topk
+    return writer.decoder.score(hidden, targets, topk=num_topk).topk

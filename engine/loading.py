@@ -110,5 +110,8 @@ def _working_bytes(decoder: Decoder, max_batch: int) -> int:
     """Return the memory of the largest forward pass of a model, and of the logits of a decoding batch with copies."""
     c = decoder.config
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    values = 6 * c.hidden_size + heads + 3 * c.intermediate_size  # of one token: states, norms, heads, feed-forward
+    feed = c.intermediate_size
+    if c.experts is not None:
+        feed = max(feed, c.experts.per_token * (c.experts.intermediate_size + c.hidden_size))
+    values = 6 * c.hidden_size + heads + 3 * feed  # of one token: states, norms, heads, feed-forward
     return MAX_ROWS * values * decoder.dtype.itemsize + 3 * 4 * max_batch * c.vocab_size

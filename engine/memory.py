@@ -24,10 +24,11 @@ from genssd.engine.weights import WeightFiles
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_OF_NAME = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Data types by their names in safetensors."""
 
 
+COPIES = 4
+"""Copies of the largest tensor that exist while weights are loaded: tensors are read one after the other, converted,
+and joined with up to two others before they are packed."""
 BASE_BYTES = 64 << 20
 """Memory that a CPU process keeps free besides tensors: results and texts, stacks and arenas of threads, libraries."""
 
@@ -93,9 +94,8 @@ def check_weights_fit(
         config, weights = ModelConfig.load(directory), WeightFiles.open(directory)
         tensors = [weights.tensors[name] for name in match_parameters(weights, config).values()]
         packed += sum(tensor.num_elements for tensor in tensors) * dtype.itemsize
-        # tensors of another type are converted before they are packed, and freed after the model; others are mapped
-        others = sum(tensor.num_elements for tensor in tensors if DTYPE_OF_NAME.get(tensor.dtype) != dtype)
-        copied = max(copied, others * dtype.itemsize)
+        largest = max(tensor.num_elements for tensor in tensors)
+        copied = max(copied, COPIES * largest * dtype.itemsize)
     names = " and ".join(f"{role} {directory}" for role, directory in directories.items())
     check_bytes_fit(packed + copied, f"the weights of {names} with the copies made while they are loaded", device)
 

@@ -1,12 +1,13 @@
-"""One decoder for the Llama, Qwen2 and Qwen3 classes, over packed tokens and a paged key-value cache.
+"""One decoder for all supported families (families/), over packed tokens and a paged key-value cache.
 
-Shapes:  N packed tokens   D model width   V vocabulary   H query heads   G kv heads   E head dim   F feed-forward width
+Shapes:  N packed tokens   D model width   V vocabulary   H query heads   G kv heads   E head dim
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,33 +17,24 @@ from torch import Tensor
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
 from genssd.engine.forward_batch import ForwardBatch
+from genssd.engine.layers import DenseWeights, LayerBuilder, LayerWeights, RoutedWeights
 from genssd.engine.parameters import EMBEDDING, HEAD, match_parameters, take
 from genssd.engine.weights import WeightFiles
-from genssd.kernels.activation import swiglu
+from genssd.kernels.activation import Activation, clamped_swiglu, geglu, swiglu
 from genssd.kernels.attention import paged_attention
 from genssd.kernels.cache import write_kv
+from genssd.kernels.experts import expert_mlp, route
+from genssd.kernels.head import squash
 from genssd.kernels.linear import linear
+from genssd.kernels.logprob import TokenStats, linear_logprob
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import rope_frequencies, rotary_angles
+from genssd.kernels.sampling import linear_sample
+from genssd.kernels.tuned import launch_mode
 from genssd.kernels.weight import Weight, pack_weight, select_rows
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerWeights:
-    """One transformer block; projections that read the same input are stacked into one matrix."""
-
-    attention_norm: Tensor  # [D]
-    qkv: Weight  # [(H + 2 G) E, D]
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None  # [E]
-    k_norm: Tensor | None
-    output: Weight  # [D, H E]
-    output_bias: Tensor | None
-    mlp_norm: Tensor  # [D]
-    gate_up: Weight  # [2 F, D]
-    gate_up_bias: Tensor | None
-    down: Weight  # [D, F]
-    down_bias: Tensor | None
+Angles = Mapping[int | None, tuple[Tensor, Tensor]]
+"""Cosines and sines of the positions of a batch for each rotary embedding of a model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +46,22 @@ class Decoder:
     head: Weight  # [V, D]; the embedding itself where they are tied
     norm: Tensor  # [D]
     layers: tuple[LayerWeights, ...]
-    frequency: Tensor  # [E / 2]
-    rope_factor: float
+    frequencies: Mapping[
+        int | None, tuple[Tensor, float]
+    ]  # per rotary embedding: [width / 2], and factor of the angles
+    activation: Activation  # of the feed-forward blocks
     deterministic: bool = True  # whether kernels over the head must give a row the same bits for every number of rows
 
     @staticmethod
     @torch.inference_mode()
     def load(directory: Path, dtype: torch.dtype, device: torch.device, *, deterministic: bool = True) -> Decoder:
-        """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported."""
+        """Build from a Hugging Face directory. Raises CheckpointError on anything missing, misshapen or unsupported.
+
+        Tensors are read one after the other, so that beyond the model memory is needed for one layer alone.
+        """
         config, weights = ModelConfig.load(directory), WeightFiles.open(directory)
-        tensors = weights.read(match_parameters(weights, config), dtype, device)
-        decoder = Decoder.from_tensors(config, tensors, directory, frozen=True)
+        with weights.reading(match_parameters(weights, config), dtype, device) as tensors:
+            decoder = Decoder.from_tensors(config, tensors, directory, frozen=True)
         return dataclasses.replace(decoder, deterministic=deterministic)
 
     @staticmethod
@@ -78,24 +75,20 @@ class Decoder:
         """
         prepare = pack_weight if frozen else _unchanged
         embedding, separate_head = _vocabulary_tables(tensors, config, directory)
+        device = embedding.device
         if separate_head is None:
             table = head = prepare(embedding)
         else:
             table, head = embedding, prepare(separate_head)
-        try:
-            frequency, factor = rope_frequencies(
-                config.rope_parameters, config.head_dim, config.max_position_embeddings
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{directory / 'config.json'}: {error}") from None
+        builder = LayerBuilder(tensors, config, directory, prepare, frozen=frozen)
         return Decoder(
             config=config,
             embedding=table,
             head=head,
             norm=take(tensors, "model.norm.weight", (config.hidden_size,), directory),
-            layers=tuple(_layer(tensors, config, i, directory, prepare) for i in range(config.num_hidden_layers)),
-            frequency=frequency.to(embedding.device),
-            rope_factor=factor,
+            layers=tuple(builder.build(i) for i in range(config.num_hidden_layers)),
+            frequencies=_frequencies(config, device, directory),
+            activation=_choose_activation(config),
         )
 
     def stacked(self) -> dict[str, Tensor]:
@@ -104,21 +97,18 @@ class Decoder:
         Where a model under training uses them as its parameters, its updates reach this decoder without a copy. A
         frozen decoder has none.
         """
-        c = self.config
+        c, names = self.config, self.config.names
         q, kv, f = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
         views: dict[str, Tensor] = {}
-        parts = {"self_attn": (("q", "k", "v"), [q, kv, kv]), "mlp": (("gate", "up"), [f, f])}
         for i, layer in enumerate(self.layers):
-            for kind, suffix, stack in (
-                ("self_attn", "weight", layer.qkv),
-                ("self_attn", "bias", layer.qkv_bias),
-                ("mlp", "weight", layer.gate_up),
-                ("mlp", "bias", layer.gate_up_bias),
-            ):
-                names, rows = parts[kind]
-                if isinstance(stack, Tensor):
-                    for name, part in zip(names, torch.split(stack, rows), strict=True):
-                        views[f"model.layers.{i}.{kind}.{name}_proj.{suffix}"] = part
+            groups = [(names.qkv, [q, kv, kv], layer.qkv)]
+            if isinstance(layer.mlp, DenseWeights):
+                groups.append((names.gate_up, [f, f], layer.mlp.gate_up))
+            for parts, rows, stack in groups:
+                for suffix, tensor in (("weight", stack.weight), ("bias", stack.bias)):
+                    if len(parts) > 1 and isinstance(tensor, Tensor):
+                        for name, part in zip(parts, torch.split(tensor, rows), strict=True):
+                            views[f"model.layers.{i}.{name}.{suffix}"] = part
         return views
 
     @property
@@ -138,56 +128,147 @@ class Decoder:
     def forward(self, ids_N: Tensor, batch: ForwardBatch, kv: Tensor) -> Tensor:
         """Extend the cache by N tokens and return their hidden states after the last norm, [N, D].
 
-        Of a batch with `output_M`, only the states of these tokens, [M, D]; the others are computed up to the keys and
-        values of the last layer. ids_N: int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E].
+        They are divided by the family's divisor of the logits where it has one. Of a batch with `output_M`, only the
+        states of these tokens, [M, D]; the others are computed up to the keys and values of the last layer. ids_N:
+        int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E].
         """
-        eps = self.config.rms_norm_eps
-        cos, sin = rotary_angles(batch.position_N, self.frequency, self.rope_factor)
+        c = self.config
+        angles = {rope: rotary_angles(batch.position_N, *pair) for rope, pair in self.frequencies.items()}
         next_norms = (*(layer.attention_norm for layer in self.layers[1:]), self.norm)
         x = select_rows(self.embedding, ids_N)
-        h = rms_norm(x, self.layers[0].attention_norm, eps)
-        for layer, cache, window, next_norm in zip(self.layers, kv, self.config.windows, next_norms, strict=True):
-            attended = self._attention(h, layer, cache, window, batch, cos, sin)
+        if c.embedding_multiplier is not None:
+            x = x * torch.tensor(c.embedding_multiplier, dtype=x.dtype)
+        first = self.layers[0].attention_norm
+        h = x if first is None else self._norm(x, first)
+        for layer, cache, next_norm in zip(self.layers, kv, next_norms, strict=True):
+            attended = self._attention(h, layer, cache, batch, angles)
             if layer is self.layers[-1] and batch.output_M is not None:
                 attended, x = (rows.index_select(0, batch.output_M) for rows in (attended, x))
                 if not len(x):
                     return x
-            h, x = add_rms_norm(linear(attended, layer.output, layer.output_bias), x, layer.mlp_norm, eps)
-            feed = linear(swiglu(linear(h, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
-            h, x = add_rms_norm(feed, x, next_norm, eps)
-        return h
+            update = linear(attended, layer.output.weight, layer.output.bias)
+            h, x = self._add(update, x, layer.attention_post_norm, layer.mlp_norm)
+            h, x = self._add(self._feed_forward(h, layer), x, layer.mlp_post_norm, next_norm)
+        return h if c.logits_divisor is None else h / c.logits_divisor
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return the logits of the next tokens, float32 [N, V]."""
         out = hidden_ND.new_empty(hidden_ND.shape[0], self.head.shape[0], dtype=torch.float32)
-        return linear(hidden_ND, self.head, out=out)
+        return squash(linear(hidden_ND, self.head, out=out), 1.0, self.config.logits_softcap)
+
+    def score(self, hidden_ND: Tensor, target_N: Tensor, *, topk: int = 0) -> TokenStats:
+        """Return the statistics of one token after each hidden state (`kernels/logprob.linear_logprob`)."""
+        with launch_mode(deterministic=self.deterministic):
+            return linear_logprob(hidden_ND, self.head, target_N, softcap=self.config.logits_softcap, topk=topk)
+
+    def draw(self, hidden_BD: Tensor, key_B: Tensor, *, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """Return a token drawn after each hidden state and its log-probability (`kernels/sampling.linear_sample`).
+
+        Of logits without a finite maximum the token is -1.
+        """
+        with launch_mode(deterministic=self.deterministic):
+            return linear_sample(
+                hidden_BD,
+                self.head,
+                key_B,
+                temperature=temperature,
+                softcap=self.config.logits_softcap,
+                vocabulary=vocabulary,
+                checked=False,
+            )
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.config.rms_norm_eps, offset=self.config.norm_offset)
+
+    def _add(
+        self, update_ND: Tensor, x_ND: Tensor, post_norm: Tensor | None, next_norm: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add to the residual stream x what a block returns; return what the next block reads, and the sum."""
+        if post_norm is not None:
+            update_ND = self._norm(update_ND, post_norm)
+        if self.config.residual_multiplier is not None:
+            update_ND = update_ND * self.config.residual_multiplier
+        if next_norm is None:
+            x_ND = x_ND + update_ND
+            return x_ND, x_ND
+        return add_rms_norm(update_ND, x_ND, next_norm, self.config.rms_norm_eps, offset=self.config.norm_offset)
+
+    def _feed_forward(self, h_ND: Tensor, layer: LayerWeights) -> Tensor:
+        mlp, experts = layer.mlp, self.config.experts
+        if isinstance(mlp, RoutedWeights):
+            assert experts is not None
+            logits = linear(h_ND, mlp.router.weight, mlp.router.bias)
+            chosen, weights = route(
+                logits, experts.per_token, normalize=experts.normalize, select_first=experts.select_first
+            )
+            return expert_mlp(h_ND, chosen, weights, mlp.experts, activation=self.activation)
+        gate_up = linear(h_ND, mlp.gate_up.weight, mlp.gate_up.bias)
+        return linear(self.activation(gate_up), mlp.down.weight, mlp.down.bias)
 
     def _attention(
-        self,
-        h_ND: Tensor,
-        layer: LayerWeights,
-        cache: Tensor,
-        window: int,
-        batch: ForwardBatch,
-        cos: Tensor,
-        sin: Tensor,
+        self, h_ND: Tensor, layer: LayerWeights, cache: Tensor, batch: ForwardBatch, angles: Angles
     ) -> Tensor:
         c = self.config
-        qkv = linear(h_ND, layer.qkv, layer.qkv_bias).view(len(h_ND), layer.qkv.shape[0] // c.head_dim, c.head_dim)
+        qkv = linear(h_ND, layer.qkv.weight, layer.qkv.bias)
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        if c.qk_norm == "width":
+            assert q_norm is not None
+            assert k_norm is not None
+            q, k, v = torch.split(qkv, [len(q_norm), len(k_norm), len(k_norm)], dim=1)
+            qkv = torch.cat([self._norm(q, q_norm), self._norm(k, k_norm), v], dim=1)
+            q_norm = k_norm = None
+        cos, sin = angles[layer.rope]
         k_pages, v_pages = cache
         q = write_kv(
-            qkv,
+            qkv.view(len(h_ND), qkv.shape[1] // c.head_dim, c.head_dim),
             cos,
             sin,
             k_pages,
             v_pages,
             batch.slot_N,
             heads=c.num_attention_heads,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
+            q_norm=q_norm,
+            k_norm=k_norm,
             eps=c.rms_norm_eps,
+            norm_offset=c.norm_offset,
         )
-        return paged_attention(q, k_pages, v_pages, batch.tables[window], scale=c.head_dim**-0.5).flatten(1)
+        if c.query_growth is not None:
+            slope, length = c.query_growth
+            growth_N = 1 + slope * torch.log1p(torch.floor(batch.position_N / length))
+            q = q * growth_N[:, None, None].to(q.dtype)
+        return paged_attention(
+            q,
+            k_pages,
+            v_pages,
+            batch.tables[layer.window],
+            scale=c.attention_scale,
+            softcap=c.attention_softcap,
+            sinks_H=layer.sinks,
+        ).flatten(1)
+
+
+def _choose_activation(config: ModelConfig) -> Activation:
+    if config.activation == "clamped":
+        assert config.experts is not None
+        return functools.partial(clamped_swiglu, alpha=config.experts.alpha, limit=config.experts.limit)
+    return {"silu": swiglu, "gelu_tanh": geglu}[config.activation]
+
+
+def _frequencies(config: ModelConfig, device: torch.device, directory: Path) -> dict[int | None, tuple[Tensor, float]]:
+    """Return frequencies and factor of every rotary embedding. Raises CheckpointError on parameters that are wrong.
+
+    Layers whose positions are not rotated are None; their angles are 0.
+    """
+    pairs: dict[int | None, tuple[Tensor, float]] = {}
+    try:
+        for i, rope in enumerate(config.ropes):
+            frequency, factor = rope_frequencies(rope.parameters, rope.width, config.max_position_embeddings)
+            pairs[i] = frequency.to(device), factor
+    except ValueError as error:
+        raise CheckpointError(f"{directory / 'config.json'}: {error}") from None
+    if None in config.layer_ropes:
+        pairs[None] = torch.zeros(config.head_dim // 2, device=device), 1.0
+    return pairs
 
 
 def _vocabulary_tables(
@@ -209,45 +290,3 @@ def _vocabulary_tables(
 
 def _unchanged(weight: Tensor) -> Weight:
     return weight
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Return the matrices stacked along the first dimension; a single one without a copy."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _layer(
-    tensors: Mapping[str, Tensor], c: ModelConfig, index: int, directory: Path, prepare: Callable[[Tensor], Weight]
-) -> LayerWeights:
-    """Build one layer from the tensors of a checkpoint."""
-    prefix = f"model.layers.{index}."
-    q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-
-    def get(name: str, *shape: int) -> Tensor:
-        return take(tensors, prefix + name, shape, directory)
-
-    def stack(names: dict[str, int], inputs: int, biased: bool) -> tuple[Weight, Tensor | None]:
-        weights = [get(f"{name}.weight", rows, inputs) for name, rows in names.items()]
-        biases = [get(f"{name}.bias", rows) for name, rows in names.items()] if biased else []
-        return prepare(_joined(weights)), _joined(biases) if biased else None
-
-    attention = {"self_attn.q_proj": q_width, "self_attn.k_proj": kv_width, "self_attn.v_proj": kv_width}
-    qkv, qkv_bias = stack(attention, c.hidden_size, c.qkv_bias)
-    output, output_bias = stack({"self_attn.o_proj": c.hidden_size}, q_width, c.output_bias)
-    feed = {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}
-    gate_up, gate_up_bias = stack(feed, c.hidden_size, c.mlp_bias)
-    down, down_bias = stack({"mlp.down_proj": c.hidden_size}, c.intermediate_size, c.mlp_bias)
-    return LayerWeights(
-        attention_norm=get("input_layernorm.weight", c.hidden_size),
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        q_norm=get("self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None,
-        k_norm=get("self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None,
-        output=output,
-        output_bias=output_bias,
-        mlp_norm=get("post_attention_layernorm.weight", c.hidden_size),
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=down,
-        down_bias=down_bias,
-    )

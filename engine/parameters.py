@@ -3,48 +3,86 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
+from genssd.engine.shape import Experts
 from genssd.engine.weights import UNUSED, WeightFiles
+from genssd.engine.wrappers import text_name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OWN = ("model.", "lm_head.", "layers.", "embed_tokens.", "norm.")
 """Beginnings of the names of a decoder's own tensors; others belong to models around it."""
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+"""Names of the tensors that hold the projections of all experts of a layer."""
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of a decoder by its name in a checkpoint."""
-    c = config
-    width, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    feed = c.intermediate_size
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (width,),
-        "post_attention_layernorm.weight": (width,),
-    }
-    for name, rows, inputs, biased in (
-        ("self_attn.q_proj", q, width, c.qkv_bias),
-        ("self_attn.k_proj", kv, width, c.qkv_bias),
-        ("self_attn.v_proj", kv, width, c.qkv_bias),
-        ("self_attn.o_proj", width, q, c.output_bias),
-        ("mlp.gate_proj", feed, width, c.mlp_bias),
-        ("mlp.up_proj", feed, width, c.mlp_bias),
-        ("mlp.down_proj", width, feed, c.mlp_bias),
-    ):
-        layer[f"{name}.weight"] = (rows, inputs)
-        if biased:
-            layer[f"{name}.bias"] = (rows,)
-    if c.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (c.head_dim,), "self_attn.k_norm.weight": (c.head_dim,)}
-    table = (c.vocab_size, width)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, "model.norm.weight": (width,), HEAD: table}
-    for index in range(c.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    table = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table, "model.norm.weight": table[1:], HEAD: table}
+    for index in range(config.num_hidden_layers):
+        layer = (*_attention_shapes(config), *_feed_forward_shapes(config, index))
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer}
     return shapes
+
+
+def _attention_shapes(c: ModelConfig) -> Shapes:
+    """Yield the parameters of a layer's attention and of all its norms."""
+    width, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    names = c.names
+    for norm in (names.attention_norm, names.attention_post_norm, names.mlp_norm, names.mlp_post_norm):
+        if norm is not None:
+            yield f"{norm}.weight", (width,)
+    rows = (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,)
+    for name, count in zip(names.qkv, rows, strict=True):
+        yield from _projection(name, count, width, biased=c.qkv_bias)
+    yield from _projection(names.output, width, q, biased=c.output_bias)
+    if c.qk_norm is not None:
+        yield "self_attn.q_norm.weight", (c.head_dim if c.qk_norm == "head" else q,)
+        yield "self_attn.k_norm.weight", (c.head_dim if c.qk_norm == "head" else kv,)
+    if c.sinks:
+        yield "self_attn.sinks", (c.num_attention_heads,)
+
+
+def _feed_forward_shapes(c: ModelConfig, index: int) -> Shapes:
+    """Yield the parameters of a layer's feed-forward block."""
+    if c.experts is not None and c.experts.layers[index]:
+        yield from _expert_shapes(c, c.experts)
+        return
+    width, feed = c.hidden_size, c.intermediate_size
+    rows = feed if len(c.names.gate_up) == 2 else 2 * feed
+    for name in c.names.gate_up:
+        yield from _projection(name, rows, width, biased=c.mlp_bias)
+    yield from _projection(c.names.down, width, feed, biased=c.mlp_bias)
+
+
+def _expert_shapes(c: ModelConfig, experts: Experts) -> Shapes:
+    """Yield the parameters of a layer's router and experts."""
+    names, width, feed, count = c.names.experts, c.hidden_size, experts.intermediate_size, experts.count
+    yield from _projection(names.router, count, width, biased=experts.biased)
+    if names.parts is not None:
+        for part, shape in zip(names.parts, ((feed, width), (feed, width), (width, feed)), strict=True):
+            for expert in range(count):
+                yield f"{part.format(expert)}.weight", shape
+        return
+    yield GATE_UP, (count, width, 2 * feed)
+    yield DOWN, (count, feed, width)
+    if experts.biased:
+        yield f"{GATE_UP}_bias", (count, 2 * feed)
+        yield f"{DOWN}_bias", (count, width)
+
+
+def _projection(name: str, rows: int, inputs: int, *, biased: bool) -> Shapes:
+    yield f"{name}.weight", (rows, inputs)
+    if biased:
+        yield f"{name}.bias", (rows,)
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -65,13 +103,14 @@ def match_parameters(weights: WeightFiles, config: ModelConfig) -> dict[str, str
     stored: dict[str, str] = {}
     strange: list[str] = []
     for name in weights.tensors:
-        keys = (name, f"model.{name}", name.removeprefix("model."))
+        own = text_name(name) if config.is_wrapped else name
+        keys = (own, f"model.{own}", own.removeprefix("model."))
         key = next((key for key in keys if key in shapes), None)
         if key in stored:
             raise CheckpointError(f"{weights.tensors[name].file}: {name} and {stored[key]} are one parameter, {key}")
         if key is not None:
             stored[key] = name
-        elif name.startswith(OWN) and not UNUSED.search(name):
+        elif own.startswith(OWN) and not UNUSED.search(name):
             strange.append(name)
     optional = {EMBEDDING, HEAD} if config.tie_word_embeddings and {EMBEDDING, HEAD} & stored.keys() else set()
     for key, shape in shapes.items():

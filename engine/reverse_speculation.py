@@ -22,8 +22,7 @@ from genssd.engine.options_check import check_types
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, attempt_key
 from genssd.engine.token_runs import nonfinite_logits, response_place
-from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
-from genssd.kernels.tuned import launch_mode
+from genssd.kernels.logprob import NonFiniteLogits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +103,7 @@ class ReverseSpeculativeDrawing:
     def _are_accepted(self, hidden_RD: Tensor, tokens_R: Tensor, rows: Sequence[Lane]) -> Tensor:
         """Return which tokens the student accepts, bool [R]."""
         try:
-            with launch_mode(deterministic=self._student.decoder.deterministic):
-                stats = linear_logprob(hidden_RD, self._student.decoder.head, tokens_R)
+            stats = self._student.decoder.score(hidden_RD, tokens_R)
         except NonFiniteLogits as error:
             raise nonfinite_logits(self._student, _place(rows[error.row])) from None
         least = math.log(self._rules.probability) if self._rules.probability else -math.inf

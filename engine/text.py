@@ -15,13 +15,8 @@ from transformers import AutoTokenizer
 
 from genssd.engine.chat import NO_SYSTEM_PROMPT, ChatTemplate, Messages
 from genssd.engine.chat_options import ChatOptions
-from genssd.engine.config import (
-    ModelConfig,
-    is_known_to_transformers,
-    make_transformers_config,
-    read_fields,
-    refuse_pointer,
-)
+from genssd.engine.config import ModelConfig, is_known_to_transformers, make_transformers_config
+from genssd.engine.config_files import read_fields, refuse_pointer
 from genssd.engine.control_tokens import iter_texts
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import one_line

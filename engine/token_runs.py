@@ -16,8 +16,7 @@ from torch import Tensor
 
 from genssd.engine.errors import NumericsError
 from genssd.engine.runner import ModelRunner
-from genssd.kernels.logprob import NonFiniteLogits, TokenStats, linear_logprob
-from genssd.kernels.tuned import launch_mode
+from genssd.kernels.logprob import NonFiniteLogits, TokenStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +49,7 @@ def run_statistics(runner: ModelRunner, runs: Sequence[TokenRun], place: Callabl
     targets = torch.tensor([token for run in runs for token in run.tokens], device=runner.decoder.device)
     states = torch.cat([part for run in runs for part in run.predicting_states()])
     try:
-        with launch_mode(deterministic=runner.decoder.deterministic):
-            stats = linear_logprob(states, runner.decoder.head, targets)
+        stats = runner.decoder.score(states, targets)
     except NonFiniteLogits as error:
         index, offset = [(i, t) for i, run in enumerate(runs) for t in range(len(run.tokens))][error.row]
         raise nonfinite_logits(runner, place(index, offset)) from None

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from genssd.engine.config import read_fields, refuse_pointer
+from genssd.engine.config_files import read_fields, refuse_pointer
 from genssd.engine.errors import CheckpointError
 from genssd.engine.quoting import one_line, quote
 
@@ -92,26 +94,63 @@ class WeightFiles:
                 "use the checkpoint before quantization or conversion"
             )
 
-    def read(self, names: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Read tensors, converted to dtype, under new names. names: the name in the files by the new one."""
-        tensors: dict[str, Tensor] = {}
-        by_file: dict[Path, list[str]] = {}
-        for new, name in names.items():
-            by_file.setdefault(self.tensors[name].file, []).append(new)
-        for file, members in by_file.items():
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as shard:
-                    for new in members:
-                        tensors[new] = shard.get_tensor(names[new]).to(dtype)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read as safetensors: {one_line(error)}") from None
-        return tensors
+    @contextmanager
+    def reading(
+        self, names: Mapping[str, str], dtype: torch.dtype, device: torch.device
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Give tensors by new names while the block runs. Each is read when it is looked up, and converted to dtype.
+
+        So only what the reader keeps takes memory. names: the name in the files by the new one. A lookup raises
+        CheckpointError where the file cannot be read.
+        """
+        with ExitStack() as stack:
+            yield _LazyTensors(self.tensors, names, dtype, device, stack)
 
 
 def read_tensors(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint, sharded or not. Raises CheckpointError naming the file at fault."""
     weights = WeightFiles.open(directory)
-    return weights.read({name: name for name in weights.tensors}, dtype, device)
+    with weights.reading({name: name for name in weights.tensors}, dtype, device) as tensors:
+        return dict(tensors)
+
+
+class _LazyTensors(Mapping[str, Tensor]):
+    """Tensors of weight files that stay open, each read at every lookup."""
+
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        names: Mapping[str, str],
+        dtype: torch.dtype,
+        device: torch.device,
+        stack: ExitStack,
+    ) -> None:
+        self._stored = stored
+        self._names = names
+        self._dtype = dtype
+        self._device = device
+        self._stack = stack
+        self._files: dict[Path, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored_name = self._names[name]
+        file = self._stored[stored_name].file
+        try:
+            if file not in self._files:
+                self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device=str(self._device)))
+            tensor: Tensor = self._files[file].get_tensor(stored_name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read as safetensors: {one_line(error)}") from None
+        return tensor.to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without reading it
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from genssd.engine.checkpoint import locate
-from genssd.engine.config import read_fields
+from genssd.engine.config_files import read_fields
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import quote

@@ -44,7 +44,7 @@ from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.score.words import group_words
-from genssd.distill.train.models import load_model, load_teacher
+from genssd.distill.train.models import load_model, load_teacher, logits_softcap, scale_states
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError, NumericsError
@@ -238,7 +238,9 @@ def gradient_norms(model: Any, trace: Trace) -> Tensor:
     hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
     first = len(trace.prompt_ids)
     head = model.get_output_embeddings().weight.detach()
-    loss = linear_cross_entropy(hidden[first - 1 : -1], head, ids[0, first:]).total
+    loss = linear_cross_entropy(
+        scale_states(model, hidden[first - 1 : -1]), head, ids[0, first:], softcap=logits_softcap(model)
+    ).total
     (gradient,) = torch.autograd.grad(loss, [embedded])
     norms: Tensor = gradient[0, :first].float().norm(dim=1).cpu()
     if not bool(torch.isfinite(norms).all()):

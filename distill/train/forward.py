@@ -19,7 +19,7 @@ from genssd.distill.train.key_attention import (
     find_key_words,
 )
 from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, LossSums, compute_loss, read_topk
-from genssd.distill.train.models import Teacher, compute_completion_states
+from genssd.distill.train.models import Teacher, compute_completion_states, logits_softcap
 from genssd.engine.errors import CapacityError
 from genssd.engine.text import Tokenizer
 from genssd.kernels.logprob import TopK
@@ -57,7 +57,7 @@ class CompletionLoss(torch.nn.Module):
         """Compute the loss of a batch. key_words: of each row, for the loss on attention."""
         collector = None if self.router is None else AttentionCollector(key_words)
         states = compute_completion_states(self.model, batch, collector)
-        student = Head(states, self.model.get_output_embeddings().weight)
+        student = Head(states, self.model.get_output_embeddings().weight, logits_softcap(self.model))
         sums = compute_loss(self.options, student, tokens, teacher.distributions, special_ids=self._special_ids)
         if self.router is None:
             return sums
@@ -171,7 +171,7 @@ class ForwardPass:
             ]
         collector = None if self.module.router is None else AttentionCollector(key_words)
         states = compute_completion_states(model, batch, collector)
-        head = Head(states, model.get_output_embeddings().weight)
+        head = Head(states, model.get_output_embeddings().weight, logits_softcap(model))
         return TeacherTargets(distributions=head, attention=collector)
 
     def _find_key_words(self, example: Example, prompt_ids: Sequence[int]) -> KeyWords | None:

@@ -169,6 +169,8 @@ class Head(NamedTuple):
 
     hidden_MD: Tensor
     weight_VD: Tensor
+    softcap: float | None = None
+    """Bound of the logits; None without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +221,9 @@ def compute_loss(
         weight_M = tokens.weight_M
         if tokens.rejected_M is not None:
             weight_M = weight_M.masked_fill(tokens.rejected_M, 0.0)
-        sums = linear_cross_entropy(student.hidden_MD, student.weight_VD, tokens.target_M, row_weight=weight_M)
+        sums = linear_cross_entropy(
+            student.hidden_MD, student.weight_VD, tokens.target_M, row_weight=weight_M, softcap=student.softcap
+        )
         total = total + (1.0 - kd_ratio) * sums.total
         cross_entropy = sums.total.detach()
     if kd_ratio > 0.0:
@@ -238,7 +242,7 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
     kind = options.kd_loss
     if isinstance(teacher, Head) and options.kd_standardize:
         temperature, weight_M = options.temperature, tokens.weight_M
-        return linear_standardized_kl(*student, *teacher, temperature=temperature, row_weight=weight_M).total
+        return linear_standardized_kl(*student[:2], *teacher[:2], temperature=temperature, row_weight=weight_M).total
     if kind == "distillm2":
         assert isinstance(teacher, Head)
         return _sum_pair_divergence(options, student, tokens, teacher)
@@ -249,6 +253,7 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
         kind = "reverse_kl"  # held-out completions are not samples of the student: use the divergence itself
     arguments: dict[str, Any] = {
         "kind": kind,
+        "student_softcap": student.softcap,
         "beta": options.beta,
         "alpha": options.alpha,
         "temperature": options.temperature,
@@ -259,13 +264,17 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
         unused = torch.zeros_like(tokens.target_M)
         with torch.no_grad():
             k = min(options.kd_topk, len(teacher.weight_VD))
-            top = linear_logprob(*teacher, unused, temperature=options.temperature, topk=k).topk
+            top = linear_logprob(
+                *teacher[:2], unused, temperature=options.temperature, softcap=teacher.softcap, topk=k
+            ).topk
         assert top is not None
-        return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **arguments).total
+        return topk_divergence(*student[:2], top.ids, top.logprob, tail=options.kd_tail, **arguments).total
     if isinstance(teacher, TopK):
         top = _apply_temperature(teacher, options)
-        return topk_divergence(*student, top.ids, top.logprob, tail=options.kd_tail, **arguments).total
-    return linear_divergence(*student, *teacher, vocabulary=options.kd_vocabulary, **arguments).total
+        return topk_divergence(*student[:2], top.ids, top.logprob, tail=options.kd_tail, **arguments).total
+    return linear_divergence(
+        *student[:2], *teacher[:2], vocabulary=options.kd_vocabulary, teacher_softcap=teacher.softcap, **arguments
+    ).total
 
 
 def _sum_pair_divergence(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head) -> Tensor:
@@ -281,8 +290,10 @@ def _sum_pair_divergence(options: LossOptions, student: Head, tokens: Completion
             total = (
                 total
                 + linear_divergence(
-                    *student,
-                    *teacher,
+                    *student[:2],
+                    *teacher[:2],
+                    student_softcap=student.softcap,
+                    teacher_softcap=teacher.softcap,
                     kind=kind,  # type: ignore[arg-type]
                     alpha=options.alpha,
                     temperature=options.temperature,
@@ -295,9 +306,12 @@ def _sum_pair_divergence(options: LossOptions, student: Head, tokens: Completion
 
 def _sum_sampled_reverse_kl(student: Head, tokens: CompletionTokens, teacher: Head, temperature: float) -> Tensor:
     """Return the sum over the tokens of w (log p - log q), with the gradient of w stop(log p - log q) log p."""
-    log_p = linear_logprob(*student, tokens.target_M, temperature=temperature).logprob
+    log_p = linear_logprob(*student[:2], tokens.target_M, temperature=temperature, softcap=student.softcap).logprob
     with torch.no_grad():
-        advantage = log_p - linear_logprob(*teacher, tokens.target_M, temperature=temperature).logprob
+        advantage = (
+            log_p
+            - linear_logprob(*teacher[:2], tokens.target_M, temperature=temperature, softcap=teacher.softcap).logprob
+        )
     # a token of weight 0 adds nothing, even if its value is not finite
     counted = tokens.weight_M != 0.0
     surrogate = torch.where(counted, tokens.weight_M * advantage * log_p, 0.0).sum()

@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.key_attention import AttentionCollector
-from genssd.engine.config import ARCHITECTURES, ModelConfig, make_transformers_config, read_config
+from genssd.engine.config import ModelConfig, is_supported, make_transformers_config
+from genssd.engine.config_files import read_config
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.parameters import match_parameters
 from genssd.engine.quoting import one_line
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
 from genssd.engine.weights import UNUSED, WeightFiles
+from genssd.engine.wrappers import KEY_MAPPING, text_part
+from genssd.kernels.head import squash
 
 
 def load_model(
@@ -39,8 +42,10 @@ def load_model(
     fields = read_config(directory)
     config = make_transformers_config(fields, directory / "config.json")
     weights = WeightFiles.open(directory)
-    if fields.get("model_type") in ARCHITECTURES:
+    if is_supported(fields):
         match_parameters(weights, ModelConfig.load(directory))
+    if attn_implementation is None and getattr(config, "attn_logit_softcapping", None):
+        attn_implementation = "eager"  # the only one in transformers that caps the scores
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -49,6 +54,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             attn_implementation=attn_implementation,
+            key_mapping=KEY_MAPPING if text_part(fields) else None,
             trust_remote_code=False,
             local_files_only=True,
         )
@@ -94,17 +100,31 @@ def _check_weights(model: Any, info: Mapping[str, Any], weights: WeightFiles) ->
 
 @torch.no_grad()
 def _check_head(model: Any, directory: Path) -> None:
-    """Check that the logits are hidden @ weight; the loss would silently leave out a bias, a softcap or a scale."""
+    """Check that the logits are what `scale_states` and `logits_softcap` say, and nothing more.
+
+    The loss would silently leave out a bias or another scale.
+    """
     ids = torch.arange(8)[None]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = hidden @ model.get_output_embeddings().weight.T
+    hidden = scale_states(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    logits = squash(hidden @ model.get_output_embeddings().weight.T, 1.0, logits_softcap(model))
     if not torch.isfinite(logits).all():
         raise CheckpointError(f"{directory}: the model gives NaN or infinite logits; check the weights")
     if not torch.allclose(logits, model(input_ids=ids, use_cache=False).logits, atol=1e-3, rtol=1e-3):
         raise CheckpointError(
-            f"{directory}: the head of {model.config.model_type} is more than a matrix product (a bias, a softcap or a "
-            "scale), which training does not support yet"
+            f"{directory}: the head of {model.config.model_type} is more than a matrix product with a softcap or a "
+            "divisor (a bias or another scale), which training does not support"
         )
+
+
+def logits_softcap(model: Any) -> float | None:
+    """Return the bound of a model's logits, softcap * tanh(logits / softcap), as Gemma 2 has one; None without."""
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def scale_states(model: Any, states: Tensor) -> Tensor:
+    """Return hidden states whose product with the head are the model's logits: Granite divides its logits."""
+    divisor = getattr(model.config, "logits_scaling", None)
+    return states if divisor in (None, 1) else states / divisor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +175,7 @@ def check_layout(model: Any, layout: str) -> None:
 
 
 def compute_completion_states(model: Any, batch: TokenBatch, attention: AttentionCollector | None = None) -> Tensor:
-    """Run a model and return the hidden states that predict the completion tokens, [M, D].
+    """Run a model and return the hidden states that predict the completion tokens, [M, D], as `scale_states` does.
 
     attention: takes the attention to key words of every layer; the model's attention implementation must be that of
     key_attention.py. Raises InputError when the model does not pass it on to its attention.
@@ -172,4 +192,4 @@ def compute_completion_states(model: Any, batch: TokenBatch, attention: Attentio
         raise InputError(f"key_attention cannot read the attention of {model.config.model_type}: leave it out")
     # only positions that predict a completion token go through the head
     hidden: Tensor = out.last_hidden_state.flatten(0, 1)[batch.source]
-    return hidden
+    return scale_states(model, hidden)

@@ -78,7 +78,12 @@ class Rollouts:
         source: the model's directory, which holds its config.
         """
         tensors: dict[str, Tensor] = {name: p.data for name, p in model.state_dict(keep_vars=True).items()}
-        decoder = Decoder.from_tensors(ModelConfig.load(source), tensors, source)
+        config = ModelConfig.load(source)
+        if config.experts is not None and config.names.experts.parts is None:
+            raise InputError(
+                f"{source}: a {config.model_type} student cannot write on-policy completions: lmbda must be 0"
+            )
+        decoder = Decoder.from_tensors(config, tensors, source)
         for name, view in decoder.stacked().items():
             model.get_parameter(name).data = view
         # the engine's messages name the option memory_bytes, which is rollout.memory_bytes here

@@ -90,7 +90,7 @@ def test_a_broken_shard_index(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported: llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported: .*llama, .*qwen3"),
         ({"model_type": None}, r"model_type None is not supported"),
         ({"hidden_size": None}, r"has no field 'hidden_size'"),
         ({"vocab_size": None}, r"has no field 'vocab_size'"),

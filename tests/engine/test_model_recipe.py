@@ -1,32 +1,37 @@
-"""The recipe "add a model family" of docs/recipes.md, followed for Mistral: a Llama whose windows are always on."""
+"""The recipe "add a model family" of docs/recipes.md, followed for Seed-OSS: a Llama with biases of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.toys import CLASSES, VOCAB, edit_json, save_model
-from transformers import MistralConfig, MistralForCausalLM
+from support.toys import VOCAB, save_model
 
-from genssd.engine import config
 from genssd.engine.errors import CheckpointError
+from genssd.engine.families.family import Family
+from genssd.engine.families.registry import FAMILIES
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
 from genssd.engine.runner import ModelRunner
 
 
-@pytest.mark.parametrize("window", [None, 9])
+def differences(config: Any) -> Mapping[str, Any]:
+    return {"output_bias": bool(config.attention_out_bias), "mlp_bias": bool(config.mlp_bias)}
+
+
+@pytest.mark.parametrize("out_bias", [False, True])
 @torch.inference_mode()
-def test_a_family_is_added_by_its_config(tmp_path: Path, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CLASSES, "mistral", (MistralConfig, MistralForCausalLM))
-    model = save_model(tmp_path, "mistral", sliding_window=window)
-    with pytest.raises(CheckpointError, match="model_type 'mistral' is not supported"):
+def test_a_family_is_added_by_its_spec(tmp_path: Path, out_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path, "seed_oss", attention_bias=True, attention_out_bias=out_bias, mlp_bias=True)
+    with pytest.raises(CheckpointError, match="model_type 'seed_oss' is not supported"):
         Decoder.load(tmp_path, torch.float32, torch.device("cpu"))
 
-    # step 1 of the recipe: the type, and what differs from Llama; here the test says it in the checkpoint's own config
-    monkeypatch.setitem(config.ARCHITECTURES, "mistral", "MistralForCausalLM")
-    edit_json(tmp_path / "config.json", use_sliding_window=window is not None, max_window_layers=0)
+    # step 1 of the recipe: the spec, which says what differs from Llama
+    family = Family(architecture="SeedOssForCausalLM", differences=differences)
+    monkeypatch.setitem(FAMILIES, "seed_oss", family)
 
     # step 4: transformers' logits
     decoder = Decoder.load(tmp_path, torch.float32, torch.device("cpu"))

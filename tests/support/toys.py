@@ -10,15 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerFast
 
 from genssd.engine.engine import Engine
 
@@ -29,12 +21,6 @@ CHATML = (
 SPECIAL = ["<|im_end|>", "<|im_start|>", "<|pad|>"]
 VOCAB = 256 + len(SPECIAL)
 EOS = 256
-
-CLASSES: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
 
 
 def save_tokenizer(directory: Path, *, template: bool = True) -> None:
@@ -58,7 +44,8 @@ def save_model(directory: Path, kind: str = "llama", *, seed: int = 0, scale: fl
     scale: of the weights; large ones make the logits differ. overrides: options of the model's config.
     """
     torch.manual_seed(seed)
-    config_class, model_class = CLASSES[kind]
+    config_class = CONFIG_MAPPING[kind]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     options: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -72,10 +59,12 @@ def save_model(directory: Path, kind: str = "llama", *, seed: int = 0, scale: fl
         "initializer_range": 0.02 * scale,
     }
     shard = overrides.pop("max_shard_size", "5GB")
+    if not hasattr(config_class(), "head_dim"):
+        del options["head_dim"]  # the models of such a class would take it for a field of the user
     model = model_class(config_class(**{**options, **overrides})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
+            if name.endswith(("bias", "sinks")) or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory, max_shard_size=shard)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,18 @@ def test_every_step_writes_with_the_weights_that_the_last_one_left(
     assert all("cross_entropy" not in row for row in logged)
 
 
+def iter_tensors(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a structure of dataclasses and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from iter_tensors(part)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from iter_tensors(getattr(value, field.name))
+
+
 @pytest.mark.parametrize("student", ["student", "teacher"])
 def test_the_engine_runs_on_the_trainers_own_memory(tiny_pair: TinyPair, student: str) -> None:
     directory = getattr(tiny_pair, student)
@@ -88,9 +100,8 @@ def test_the_engine_runs_on_the_trainers_own_memory(tiny_pair: TinyPair, student
         for parameter in model.parameters():
             parameter.add_(0.125)
     decoder = rollouts._engine._resources.runners["student"].decoder
-    engine_weights = [decoder.embedding, decoder.head, decoder.norm]
-    engine_weights += [getattr(layer, name) for layer in decoder.layers for name in layer.__slots__]
-    total = sum(float(value.double().sum()) for value in engine_weights if value is not None)
+    engine_weights = [decoder.embedding, decoder.head, decoder.norm, *iter_tensors(decoder.layers)]
+    total = sum(float(value.double().sum()) for value in engine_weights)
     expected = sum(float((value.double() + 0.125).sum()) for value in before.values())
     assert total == pytest.approx(expected, rel=1e-6)
 

@@ -397,7 +397,7 @@ REFUSED: dict[str, Refused] = {
     "no-window": (with_config("qwen2", layer_types=["sliding_attention"] * 2), r"layer_types has sliding_attention"),
     "huge": (with_config(num_key_value_heads=10**400), r"num_key_value_heads must be at most"),
     "padding": (with_config(pad_token_id=10**6), r"pad_token_id 1000000 is outside the vocabulary of 259"),
-    "wrapper": (with_config(text_config={}), r"text_config is not supported"),
+    "wrapper": (with_config(text_config={}), r"text_config is not supported in a config of model_type .llama."),
     "deep": (deep_config, r"config\.json is not valid JSON"),
 }
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_pair import TinyPair
 from support.toys import VOCAB, save_tokenizer
 from support.training_runs import ROWS, config_for, metrics, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, CohereForCausalLM
 
 from genssd import Engine
 from genssd.distill.train import forward
@@ -349,10 +349,10 @@ def test_missing_weights_are_not_replaced_by_random_ones(
 def test_a_head_that_is_more_than_a_product_is_refused(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     settings = {"vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    GraniteForCausalLM(
-        GraniteConfig(**settings, intermediate_size=96, num_hidden_layers=1, logits_scaling=3.0)
+    CohereForCausalLM(
+        CohereConfig(**settings, intermediate_size=96, num_hidden_layers=1, logit_scale=0.3)
     ).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="the head of granite is more than a matrix product"):
+    with pytest.raises(CheckpointError, match="the head of cohere is more than a matrix product"):
         load_model(tmp_path, Tokenizer(tmp_path), torch.device("cpu"))
 
 

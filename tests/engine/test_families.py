@@ -1,0 +1,101 @@
+"""Every family of models: our decoder against transformers' logits on random small checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.families import FAMILY_CASES, MISTRAL3, SLIDING, TWO_BASES, save_family
+from support.toys import VOCAB
+
+from genssd.engine.families.registry import FAMILIES
+from genssd.engine.model import Decoder
+from genssd.engine.pages import PagePool
+from genssd.engine.parameters import count_parameters
+from genssd.engine.runner import ModelRunner
+
+BFLOAT16 = ("smollm3", "granite", "gemma2", "gemma3", "phi4-mini", "olmo3", "mixtral", "qwen3-moe", "gpt-oss")
+FORMAT = {"format": "pt"}
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> ModelRunner:
+    decoder = Decoder.load(directory, dtype, torch.device("cpu"))
+    pool = PagePool.for_model(decoder, 200, 4)
+    pool.kv.fill_(torch.nan)  # whatever is read without having been written shows
+    return ModelRunner("teacher", directory, decoder, pool)
+
+
+def test_every_family_has_a_case() -> None:
+    others = {"llama", "qwen2", "qwen3"}  # test_model.py
+    assert {case.values[0] for case in FAMILY_CASES} | others == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("kind", "options"), FAMILY_CASES)
+@torch.inference_mode()
+def test_logits_equal_transformers(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    """In one shot, in pieces, and on branches that fork inside of a page, beyond every window."""
+    model = save_family(tmp_path, kind, options)
+    ids = torch.randint(0, VOCAB, (1, 70), generator=torch.Generator().manual_seed(1))
+    expected = model(ids).logits[0]
+    assert expected.std() > 0.02
+    runner, tokens = load(tmp_path), ids[0].tolist()
+    assert count_parameters(runner.decoder.config) == sum(p.numel() for p in model.parameters())
+
+    (hidden,) = runner.extend([runner.tree.root()], [tokens])
+    torch.testing.assert_close(runner.logits(hidden), expected, atol=1e-4, rtol=0)
+
+    path = runner.tree.root()
+    parts = [runner.extend([path], [tokens[a:b]])[0] for a, b in [(0, 1), (1, 18), (18, 33)]]
+    torch.testing.assert_close(runner.logits(torch.cat(parts)), expected[:33], atol=1e-4, rtol=0)
+    for t in range(33, 40):
+        sibling, fork = runner.tree.fork(path), runner.tree.fork(path)
+        step = runner.extend([sibling, fork], [[(tokens[t] + 1) % VOCAB] * 3, [tokens[t]]])[1]
+        torch.testing.assert_close(runner.logits(step), expected[t : t + 1], atol=1e-4, rtol=0)
+        runner.tree.drop(path)
+        runner.tree.drop(sibling)
+        path = fork
+    stats = runner.decoder.score(hidden[:-1], ids[0, 1:])
+    logprob = expected[:-1].log_softmax(1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(stats.logprob, logprob, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "options"), [case for case in FAMILY_CASES if case.id in BFLOAT16])
+@torch.inference_mode()
+def test_bfloat16_is_as_close_as_transformers(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    model = save_family(tmp_path, kind, options, scale=2.0)
+    ids = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(2))
+    truth = model(ids).logits[0].double()
+    model = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
+    reference = (model(ids).logits[0].double() - truth).abs().mean()
+    runner = load(tmp_path, torch.bfloat16)
+    (hidden,) = runner.extend([runner.tree.root()], [ids[0].tolist()])
+    assert (runner.logits(hidden).double() - truth).abs().mean() <= 2 * reference
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+@torch.inference_mode()
+def test_the_text_part_of_a_multimodal_checkpoint(tmp_path: Path, kind: str) -> None:
+    """Its tensors have the names of either version of transformers, beside those of an encoder."""
+    inner, options = {
+        "gemma3": ("gemma3_text", {**SLIDING, "rope_parameters": TWO_BASES}),
+        "mistral3": ("ministral3", {"rope_parameters": MISTRAL3, "sliding_window": None}),
+    }[kind]
+    model = save_family(tmp_path, inner, {**options, "tie_word_embeddings": True})
+    ids = torch.randint(0, VOCAB, (1, 30), generator=torch.Generator().manual_seed(1))
+    expected = model(ids).logits[0]
+    text = json.loads((tmp_path / "config.json").read_text())
+    eos, dtype = text.pop("eos_token_id"), text.pop("dtype")
+    whole = {"model_type": kind, "text_config": text, "vision_config": {"hidden_size": 8}}
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "eos_token_id": eos, "dtype": dtype}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for prefix in ("language_model.model.", "model.language_model."):
+        renamed = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        save_file({**renamed, "model.vision_tower.a.weight": torch.zeros(2)}, tmp_path / "model.safetensors", FORMAT)
+        runner = load(tmp_path)
+        assert (runner.decoder.config.eos_token_ids, runner.decoder.config.dtype) == ((eos,), dtype)
+        (hidden,) = runner.extend([runner.tree.root()], [ids[0].tolist()])
+        torch.testing.assert_close(runner.logits(hidden), expected, atol=1e-4, rtol=0)
