@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-NATIVE_TESTS := $(foreach name,native tiles attention linear logprob sampling cache layers experts,tests/kernels/test_$(name).py) tests/engine/test_model.py
+NATIVE_TESTS := $(foreach name,native native_arguments tiles attention linear logprob sampling cache layers experts,tests/kernels/test_$(name).py) tests/engine/test_model.py
 # what no test runs here (GPU tests, benchmarks) is held to the names and arguments that exist, not to strict types
 UNRUN := tests/kernels/gpu tests/engine/gpu bench examples
 UNRUN_MYPY := --config-file= --ignore-missing-imports --follow-imports silent --namespace-packages \

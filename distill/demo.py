@@ -101,7 +101,7 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
     write_jsonl(output_dir / "train.jsonl", _rows(train_problems))
     write_jsonl(eval_file, _rows(make_problems(config.eval_problems, config.seed + 1000, split="eval")))
 
-    options = EngineOptions(memory_bytes=MEMORY_BYTES, threads=config.threads)
+    options = EngineOptions(dtype="float32", memory_bytes=MEMORY_BYTES, threads=config.threads)
     engine = options.load(teacher=str(PAIR / "teacher"), student=str(PAIR / "student"))
     _show_steering(engine, config, screen)
     before = _evaluate(PAIR / "student", "cold start", config, output_dir, progress)
@@ -191,6 +191,7 @@ def _evaluate(model: Path, name: str, config: DemoConfig, output_dir: Path, prog
         data=str(output_dir / "eval.jsonl"),
         output_dir=str(output_dir / name.replace(" ", "-") / "evaluation"),
         max_tokens=MAX_TOKENS,
+        dtype="float32",
         memory_bytes=MEMORY_BYTES,
         threads=config.threads,
     )

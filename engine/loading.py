@@ -12,7 +12,7 @@ from genssd.engine.batching import choose_max_batch
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.launches import describe_launches
-from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype
+from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype, describe_float32
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool, pages_within
 from genssd.engine.requests import check_vocabulary
@@ -101,6 +101,8 @@ def load_models(
         token_map = match_tokenizers(tokenizers["teacher"], tokenizers["student"], *names_in_messages)
     if not token_map.is_identity:
         logger.warning("%s", token_map.describe())
+    if dtype == "auto" and (line := describe_float32(dtypes, device)) is not None:
+        logger.info("%s", line)
     if (launches := describe_launches(list(decoders.values()))) is not None:
         logger.info("kernel configurations: %s", launches.description)
     return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, token_map=token_map)

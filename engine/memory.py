@@ -20,6 +20,7 @@ from genssd.engine.pages import count_promised_bytes
 from genssd.engine.parameters import match_parameters
 from genssd.engine.runner import Role
 from genssd.engine.weights import WeightFiles
+from genssd.kernels.native import bfloat16_instructions
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,21 @@ def choose_dtype(directory: Path, dtype: str, device: torch.device) -> torch.dty
     if device.type == "cpu" and (stored == torch.float16 or not cpu_has_bf16()):
         return torch.float32
     return stored
+
+
+def describe_float32(dtypes: Mapping[Role, torch.dtype], device: torch.device) -> str | None:
+    """Return a line for the log on models that compute in float32 although the CPU multiplies bfloat16 in hardware.
+
+    dtypes: what `choose_dtype` chose for "auto", by role. None where no model does, or the CPU does not.
+    """
+    roles = [f"the {role}" for role, dtype in dtypes.items() if dtype == torch.float32]
+    instructions = bfloat16_instructions() if device.type == "cpu" else None
+    if not roles or instructions is None:
+        return None
+    return (
+        f"{' and '.join(roles)} {'computes' if len(roles) == 1 else 'compute'} in float32; --dtype bfloat16 would take "
+        f"this CPU's instructions for bfloat16 ({instructions}), which is usually faster"
+    )
 
 
 def cpu_has_bf16() -> bool:

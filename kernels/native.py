@@ -32,6 +32,15 @@ def detach(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
+def bfloat16_instructions() -> str | None:
+    """Return the instruction set whose products of bfloat16 numbers the native kernels use; None where there is none.
+
+    It is "amx" or "avx512_bf16".
+    """
+    name = _core.instruction_set()
+    return name if name in ("amx", "avx512_bf16") else None
+
+
 @cache
 def has_native_kernels() -> bool:
     """Return whether native kernels exist for this processor. Warn once where there are none."""

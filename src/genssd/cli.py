@@ -127,7 +127,7 @@ class _StderrHandler(logging.Handler):
 
 
 def _show_log() -> None:
-    """Print what genssd logs: the kernel configurations that an engine takes on a GPU, and unusable tune files."""
+    """Print what genssd logs: what an engine takes on this GPU or CPU, and unusable tune files."""
     log = logging.getLogger("genssd")
     if not log.handlers:
         log.addHandler(_StderrHandler())

@@ -37,7 +37,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def flags(command: str, pair: TinyPair, output_dir: str) -> list[str]:
     """Return a short command line, without its data."""
     student, teacher = ["--student", str(pair.student)], ["--teacher", str(pair.teacher)]
-    engine = ["--memory-bytes", str(1 << 24)]
+    engine = ["--dtype", "float32", "--memory-bytes", str(1 << 24)]
     return [
         command,
         *{

@@ -92,6 +92,35 @@ def test_an_engine_without_room_is_refused(tiny_pair: TinyPair, monkeypatch: pyt
         Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student)
 
 
+@pytest.mark.parametrize("instructions", ["amx", "avx512_bf16", None])
+def test_one_line_says_what_bfloat16_would_give(
+    instructions: str | None, tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "bfloat16_instructions", lambda: instructions)
+    caplog.set_level("INFO", logger="genssd")
+    for dtype in ("float32", "bfloat16", "auto"):
+        assert not caplog.records
+        Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, dtype=dtype, device="cpu", memory_bytes=MIB)
+    assert [record.message for record in caplog.records] == (
+        [
+            "the teacher and the student compute in float32; --dtype bfloat16 would take this CPU's instructions for "
+            f"bfloat16 ({instructions}), which is usually faster"
+        ]
+        if instructions
+        else []
+    )
+
+
+def test_only_models_in_float32_on_a_cpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "bfloat16_instructions", lambda: "amx")
+    mixed: dict[memory.Role, torch.dtype] = {"teacher": torch.bfloat16, "student": torch.float32}
+    line = memory.describe_float32(mixed, CPU)
+    assert line is not None
+    assert line.startswith("the student computes in float32; --dtype bfloat16 would take")
+    assert memory.describe_float32({"teacher": torch.bfloat16}, CPU) is None
+    assert memory.describe_float32(mixed, torch.device("cuda")) is None
+
+
 def test_a_search_finishes_under_ulimit(tmp_path: Path) -> None:
     data, output = tmp_path / "data.jsonl", tmp_path / "run"
     data.write_text(json.dumps({"question": "12 + 30 = ?"}) + "\n")

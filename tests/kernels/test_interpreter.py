@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-INTERPRETED = Path(__file__).with_name("triton")
+INTERPRETED = sorted(Path(__file__).with_name("triton").glob("test_*.py"))
+PROCESSES = 4
+"""Number of processes among which the files are divided: each one begins with seconds of imports."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in INTERPRETED.glob("test_*.py")))
-def test_kernels_in_the_interpreter(file: str) -> None:
+@pytest.mark.parametrize("first", range(PROCESSES))
+def test_kernels_in_the_interpreter(first: int) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, INTERPRETED[first::PROCESSES])]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

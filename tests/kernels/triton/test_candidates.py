@@ -27,6 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(candidates_triton, "SAMPLES", ((2, 5), (9,), (17,), (33,)))
     monkeypatch.setattr(candidates_triton, "MOST_ROWS", 33)
+    monkeypatch.setattr(candidates_triton, "LOGITS_BYTES", 9 * 600 * 4)  # nine rows of a draw
     monkeypatch.setattr(candidates_triton, "ATTENTION_SAMPLES", ((3, 40, 1), (1, 24, 24)))
     # small integers: the interpreter's products would round differently at other places of a tile, and ranks with them
     inputs = candidates_triton.head_inputs.__wrapped__
@@ -38,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["score", "logits", "draw", "attention"])
 def workload(request: pytest.FixtureRequest) -> Any:
     if request.param == "draw":
-        return DrawWorkload(CPU, 1500)
+        return DrawWorkload(CPU, 600)
     if request.param == "attention":
         return AttentionWorkload(CPU, torch.float32, (4, 2, 16), 16)
     return HeadWorkload(request.param, CPU, torch.float32, 70, 24)
@@ -97,6 +98,7 @@ def test_all_kernels_of_two_models_are_tuned(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Device, "of", lambda device: CPU)
     monkeypatch.setattr(tuning, "compile_in_parallel", compile_in_turn)
     monkeypatch.setattr(tuning, "time_in_graph", lambda run, is_long: 1e-6)
+    monkeypatch.setattr(candidates_triton, "SAMPLES", ((2, 3), (4,), (5,), (6,)))
     monkeypatch.setattr(HeadWorkload, "make_small", lambda workload: workload)
     monkeypatch.setattr(DrawWorkload, "make_small", lambda workload: workload)
     shape = {"vocab_size": 70, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

@@ -61,7 +61,6 @@ def test_scores(pair: Pair) -> None:
 
 
 SEARCHES: dict[str, dict[str, Any]] = {
-    "plain": {},
     "beam": {"beam": 2, "teacher_topk": 3},
     "filtered": {"sampling": Sampling(temperature=0.8, top_p=0.9)},
 }
@@ -147,7 +146,7 @@ def test_training_on_the_teachers_top_k_of_a_selection(tiny_pair: TinyPair, writ
         )
         select = SelectConfig(
             teacher=str(tiny_pair.teacher), student=str(tiny_pair.student), data=str(data),
-            output_dir=str(tmp_path / "select"), candidates=2, chunk=Chunk(tokens=2, until=None), max_tokens=4,
+            output_dir=str(tmp_path / "select"), candidates=2, chunk=Chunk(tokens=2, until=None), max_tokens=2,
             teacher_topk=5,
         )  # fmt: skip
         rows = run_select(select, engine).path
@@ -161,7 +160,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "jsd": {"kd_ratio": 0.5, "kd_loss": "jsd", "mask_special_tokens": True},
     "top-k": {"kd_ratio": 0.5, "kd_topk": 5},
     "standardized": {"kd_ratio": 0.5, "kd_standardize": True},
-    "on-policy": {"kd_ratio": 0.5, "lmbda": 1.0, "rollout": RolloutOptions(max_tokens=3, memory_bytes=1 << 20)},
+    "on-policy": {"kd_ratio": 0.5, "lmbda": 1.0, "rollout": RolloutOptions(max_tokens=2, memory_bytes=1 << 20)},
     "sampled": {
         "kd_ratio": 0.5, "lmbda": 1.0, "kd_loss": "sampled_reverse_kl",
         "rollout": RolloutOptions(max_tokens=3, memory_bytes=1 << 20),

@@ -103,7 +103,7 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
     for which in OPERATORS:
         put_in_place(which, monkeypatch)
         found[which] = pair.engine().select_expand(
-            prompts, candidates=2, beam=2, chunk=Chunk(tokens=4, until=None), max_tokens=12, criterion="ppl", seed=3
+            prompts, candidates=2, beam=2, chunk=Chunk(tokens=4, until=None), max_tokens=8, criterion="ppl", seed=3
         )
         monkeypatch.undo()
     for ours, plain in zip(found["triton"], found["plain"], strict=True):
