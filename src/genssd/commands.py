@@ -110,10 +110,12 @@ def train(config: TrainConfig, console: Console) -> None:
 
 
 def distill(config: DistillConfig, console: Console) -> None:
+    bad_rows: dict[str, None] = {}
     with ProgressLine("distill", console) as line:
         for summary in run_distill(config, report=line):
             score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
             left_out = "".join(f", {count} {reason}" for reason, count in summary.left_out.items())
+            bad_rows |= dict.fromkeys(summary.bad_rows)
             accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
             with line.paused():
                 print(
@@ -121,6 +123,7 @@ def distill(config: DistillConfig, console: Console) -> None:
                     f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
                 )
     print(f"written to {config.output_dir}; the student is {summary.student}")
+    _raise_for_bad_rows("could not be used; all others were", tuple(bad_rows), Path(config.output_dir))
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
