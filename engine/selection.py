@@ -109,7 +109,10 @@ class Selection:
     occurrence: int
     """Number of equal prompts before this one; it enters the random stream."""
     error: str | None = field(default=None)
-    """Why the prompt failed: it is longer than a model's positions, or did not fit into the cache."""
+    """Why the prompt failed: it is longer than a model's positions, did not fit into the cache, or the teacher wrote a
+    token that the student does not have."""
+    missing_token: int | None = field(default=None)
+    """Id of the teacher's token that the student does not have, where that is why the prompt failed."""
 
     def __repr__(self) -> str:
         if self.error is not None:

@@ -158,11 +158,12 @@ class _Measurement:
 
         questions: all of them, because equal prompts are distinguished by how many of them come before. prompts: the
         token ids of every reader's prompt, by the reader's name and the question's index. failures: gets why questions
-        did not fit, by their indices. Raises InputError on a rollout with a token that a teacher does not have.
+        did not fit, or have a rollout with a token that a teacher does not have, by their indices.
         """
-        open_questions = self._write_rollouts(questions, done, failures)
-        for q in open_questions:
-            tokenizers.check_rollouts(q)
+        written = self._write_rollouts(questions, done, failures)
+        unreadable = {q.index: fault for q in written if (fault := tokenizers.find_fault(q)) is not None}
+        failures.update(unreadable)
+        open_questions = [q for q in written if q.index not in unreadable]
         positions = {q.index: self._choose_positions(q) for q in open_questions}
         config = self._config
         options = ReadingOptions(

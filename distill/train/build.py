@@ -134,7 +134,7 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
     if config.torch_compile:
         for layer in model.base_model.layers:
             layer.compile(dynamic=True)
-    teacher = _load_teacher(config, inputs.tokenizer, world.device)
+    teacher = _load_teacher(config, inputs, world.device)
     bf16 = _choose_bf16(config.bf16, world.device)
     forward = ForwardPass.build(model, teacher, inputs.tokenizer, config, layout=config.layout, bf16=bf16)
     _check_states_fit(model, world.device)
@@ -179,13 +179,15 @@ def _load_student(config: TrainConfig, inputs: TrainingInputs, device: torch.dev
     return model
 
 
-def _load_teacher(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Teacher | None:
-    """Load the teacher; return None where the loss does not need one in memory."""
+def _load_teacher(config: TrainConfig, inputs: TrainingInputs, device: torch.device) -> Teacher | None:
+    """Load the teacher and check that it reads the examples; return None where the loss does not need one in memory."""
     if config.teacher_model_name_or_path is None:
         return None
     directory = locate(config.teacher_model_name_or_path)
-    teacher = load_teacher(directory, tokenizer, device, choose_dtype(directory, "auto", device))
+    teacher = load_teacher(directory, inputs.tokenizer, device, choose_dtype(directory, "auto", device))
     check_layout(teacher.model, config.layout)
+    for example in (*inputs.examples, *inputs.held_out):
+        teacher.check_example(example)
     return teacher
 
 

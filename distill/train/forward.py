@@ -158,8 +158,7 @@ class ForwardPass:
         assert self._teacher is not None
         model = self._teacher.model
         for example in examples:
-            prompt = example.teacher_prompt_ids or example.input_ids[: example.num_prompt]
-            self._teacher.check_reads(prompt, example.completion_ids, example.where)
+            self._teacher.check_example(example)  # a completion of the student's own has not been checked yet
         if any(example.teacher_prompt_ids for example in examples):
             prompts = [e.teacher_prompt_ids or e.input_ids[: e.num_prompt] for e in examples]
             batch = self._build_token_batch(

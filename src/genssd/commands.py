@@ -50,7 +50,14 @@ def select(config: SelectConfig, console: Console) -> None:
     _print_accuracy(summary.accuracy)
     _print_cuts(summary.cuts, summary.prompts)
     print(f"written to {summary.path}")
-    _raise_for_problems(summary.bad_rows, summary.failures, summary.path.parent)
+    if summary.missing_tokens:
+        _warn(
+            f"{sum(summary.missing_tokens.values())} prompts have no selection because the teacher wrote a token that "
+            f"the student does not have: {_list_counts(summary.missing_tokens)}",
+            console,
+        )
+    retried = len(summary.failures) - sum(summary.missing_tokens.values())
+    _raise_for_problems(summary.bad_rows, retried, summary.path.parent)
 
 
 def generate(config: GenerateConfig, console: Console) -> None:
@@ -63,7 +70,7 @@ def generate(config: GenerateConfig, console: Console) -> None:
     _print_accuracy(summary.accuracy)
     _print_cuts(summary.cuts, sum(summary.statuses.values()))
     print(f"written to {summary.path}")
-    _raise_for_problems(summary.bad_rows, summary.failures, summary.path.parent)
+    _raise_for_problems(summary.bad_rows, len(summary.failures), summary.path.parent)
 
 
 def prefix(config: PrefixConfig, console: Console) -> None:
@@ -79,7 +86,7 @@ def prefix(config: PrefixConfig, console: Console) -> None:
             f"{counts.unmarked_whole} traces are whole because all replies about them have none"
         )
     if (warning := warn_of_unmarked(counts)) is not None:
-        console.print(f"genssd: {warning}", highlight=False, soft_wrap=True, markup=False)
+        _warn(warning, console)
     _print_undecided(summary.undecided)
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
@@ -186,16 +193,27 @@ def _print_cuts(cuts: Mapping[str, int], responses: int) -> None:
         print(line)
 
 
-def _raise_for_problems(bad_rows: Sequence[str], failures: Sequence[str], output_dir: Path) -> None:
-    """Raise an error that lists the first rows that could not be used or did not fit, if there are any."""
+def _raise_for_problems(bad_rows: Sequence[str], misfits: int, output_dir: Path) -> None:
+    """Raise an error that lists the first rows that could not be used, if there are any.
+
+    misfits: number of those that did not fit.
+    """
     if bad_rows:
-        again = f" ({len(failures)} of them did not fit: --resume tries them again)" if failures else ""
+        again = f" ({misfits} of them did not fit: --resume tries them again)" if misfits else ""
         _raise_for_bad_rows(f"could not be used; all others were{again}", bad_rows, output_dir)
 
 
 def _list_statuses(statuses: Mapping[str, int]) -> str:
     """Return how many responses have each status, in words."""
-    return ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())) or "none was run"
+    return _list_counts(statuses) or "none was run"
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def _warn(text: str, console: Console) -> None:
+    console.print(f"genssd: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_undecided(count: int) -> None:
