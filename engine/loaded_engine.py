@@ -135,6 +135,11 @@ class LoadedEngine:
         return self._resources.runner(model).decoder.config.max_position_embeddings
 
     @check_arguments()
+    def vocabulary(self, model: Role) -> int:
+        """Return the number of token ids that a model's head has. Raises InputError when it is not loaded."""
+        return self._resources.runner(model).decoder.config.vocab_size
+
+    @check_arguments()
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
         return self._resources.runner(model).max_sequence_length

@@ -209,7 +209,7 @@ class _Search:
         journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
             Journal(self._run.path("decisions.jsonl")) as decisions,
-            TopkStore(self._run.path(TOPK_FILE), topk_end)
+            TopkStore(self._run.path(TOPK_FILE), topk_end, vocabulary=self._engine.vocabulary("teacher"))
             if self._config.teacher_topk
             else nullcontext() as topk_store,
         ):

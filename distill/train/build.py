@@ -103,6 +103,7 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
                     f"{example.where}: no teacher_topk of this student's tokenizer, which kd_ratio needs; select with "
                     "--teacher-topk, or name a teacher_model_name_or_path"
                 )
+            example.topk.read()  # a damaged file is refused before the training begins
     return TrainingInputs(
         student=student,
         tokenizer=tokenizer,
