@@ -316,7 +316,7 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="teacher_topk has 3 tokens, the completion 4"):
         locate_topk(fields[0], tmp_path, 4, "here")
     for wrong in ("x", {}, {**fields[0], "k": 0}, {**fields[0], "offset": -1}, {**fields[0], "tokens": True}):
-        with pytest.raises(InputError, match="must name file, offset, tokens, k and vocabulary|cannot have k=0"):
+        with pytest.raises(InputError, match=r"must name file, offset, tokens, k and vocabulary|cannot have k=0"):
             locate_topk(wrong, tmp_path, 3, "here")
 
 
