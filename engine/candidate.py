@@ -174,19 +174,3 @@ def needs_answer(criterion: AnyCriterion) -> bool:
 def needs_teacher(criterion: AnyCriterion) -> bool:
     """Return whether a criterion declares, by an attribute of this name, that it reads `Candidate.teacher_logprob`."""
     return bool(getattr(criterion, "needs_teacher", False))
-
-
-def evaluate(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
-    """Return the values of candidates that compete with each other."""
-    if isinstance(criterion, PoolCriterion):
-        return criterion.score_pool([criterion.features(candidate) for candidate in candidates])
-    return [criterion.score(candidate) for candidate in candidates]
-
-
-def evaluate_distinct(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
-    """Return the values of the candidates of one prompt's round; in a pool, equal candidates count once."""
-    if not isinstance(criterion, PoolCriterion):
-        return evaluate(criterion, candidates)
-    distinct = {(candidate.history_ids, candidate.token_ids): candidate for candidate in reversed(candidates)}
-    value_of = dict(zip(distinct, evaluate(criterion, list(distinct.values())), strict=True))
-    return [value_of[candidate.history_ids, candidate.token_ids] for candidate in candidates]

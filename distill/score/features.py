@@ -23,6 +23,7 @@ from genssd.engine.candidate import (
     needs_answer,
     needs_teacher,
 )
+from genssd.engine.criterion_calls import call_features, call_ratio, call_score
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
@@ -77,9 +78,9 @@ class Scorer:
     def _describe(self, trace: Trace, candidate: Candidate, verdict: Verdict | None) -> dict[str, Any]:
         """Return a line of features.jsonl. Raises InputError when a criterion gives NaN."""
         features = {
-            name: list(criterion.features(candidate))
+            name: list(call_features(criterion, candidate))
             if isinstance(criterion, PoolCriterion)
-            else [criterion.score(candidate)]
+            else [call_score(criterion, candidate)]
             for name, criterion in self.criteria.items()
         }
         for name, values in features.items():
@@ -97,7 +98,7 @@ class Scorer:
             "correct": trace.correct if verdict is None else verdict.is_correct,
             "undecided": None if verdict is None else verdict.undecided,
             "ratios": {
-                name: [make_jsonable(part) for part in criterion.ratio(candidate)]
+                name: [make_jsonable(part) for part in call_ratio(criterion, candidate)]
                 for name, criterion in self.criteria.items()
                 if isinstance(criterion, RatioCriterion)
             },

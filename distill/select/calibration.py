@@ -11,6 +11,7 @@ from genssd.distill.data.problems import ProblemSet
 from genssd.distill.runs.journal import read_json
 from genssd.distill.select.unfit import leave_out_unfit
 from genssd.engine.candidate import AnyCriterion, PoolCriterion
+from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -109,7 +110,7 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
     if not values:
         listed = "".join(f"\n  {message}" for message in usable.list_bad_rows(failures)[:10])
         raise InputError(f"calibration: none of {len(selections)} prompts can be run:{listed}")
-    values.sort(reverse=resolve(criterion).higher_is_better())
+    values.sort(reverse=is_higher_better(resolve(criterion)))
     threshold = worst_of_best(values, fraction)
     if not math.isfinite(threshold):
         raise InputError(f"calibration: {criterion} is infinite at the share {fraction}; lower calibrate.share")
