@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.steps import step_spans
 from genssd.kernels.logprob import TokenStats
@@ -56,7 +57,7 @@ class Candidate:
 
     def __repr__(self) -> str:
         ending = "finished" if self.finished else "final" if self.final else "not final"
-        return f"<Candidate of {len(self.token_ids)} tokens after {len(self.history_ids)}, {ending}>"
+        return f"<Candidate of {format_count(len(self.token_ids), 'token')} after {len(self.history_ids)}, {ending}>"
 
     @property
     def num_content(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from genssd.engine.amounts import format_count
 from genssd.engine.config_fields import check_fields, check_sizes, modernize, refuse_quantized
 from genssd.engine.errors import CheckpointError
 from genssd.engine.quoting import one_line, quote
@@ -190,7 +191,7 @@ def _windows(config: Any, path: Path) -> tuple[int, ...]:
     if unknown:
         raise CheckpointError(f"{path}: layer_types {quote(unknown[0])} is not supported")
     if len(kinds) != layers:
-        raise CheckpointError(f"{path}: layer_types names {len(kinds)} layers of {layers}")
+        raise CheckpointError(f"{path}: layer_types names {format_count(len(kinds), 'layer')} of {layers}")
     if not window and "sliding_attention" in kinds:
         raise CheckpointError(
             f"{path}: layer_types has sliding_attention, but use_sliding_window and sliding_window give no window"

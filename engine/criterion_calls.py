@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from genssd.engine.amounts import format_count
 from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion, RatioCriterion
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.imported_criteria import describe_failure
@@ -106,7 +107,7 @@ def _find_file(criterion: object) -> str | None:
 
 def _read_numbers(values: Any, criterion: object, method: str, count: int) -> tuple[float, ...]:
     """Return the numbers that a criterion gave. Raises InputError unless there are so many."""
-    expected = f"a list of {count} numbers"
+    expected = f"a list of {format_count(count, 'number')}"
     try:
         parts = None if isinstance(values, str | bytes) else list(values)
     except TypeError:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch
 from genssd.engine.drawing import Drawing
 from genssd.engine.expansion import Expansion, Lane
@@ -85,7 +86,8 @@ class Expander:
             return None
         longest = max(expansion.longest for expansion in expansions)
         return (
-            f"{sum(expansion.n for expansion in expansions)} candidates of up to {longest} tokens {reason}; raise "
+            f"{format_count(sum(expansion.n for expansion in expansions), 'candidate')} of up to "
+            f"{format_count(longest, 'token')} {reason}; raise "
             "memory_bytes or memory_utilization, or ask for fewer or shorter ones"
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.candidate import Window
 from genssd.engine.chunk import Chunk
@@ -146,7 +147,9 @@ class Session:
         positions = self._resources.runners["student"].decoder.config.max_position_embeddings
         longest = len(prompt.student) + max((end - context for context, _, end in windows), default=0) - 1
         if longest >= positions:  # not a CapacityError, after which the search would wait for room
-            raise InputError(f"the criterion reads {longest} tokens at once; the student has {positions} positions")
+            raise InputError(
+                f"the criterion reads {format_count(longest, 'token')} at once; the student has {positions} positions"
+            )
         translated = self._token_map.translate(ids, "the response")
         return self._resources.local_logprob("student", prompt.student, translated, windows)
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from genssd.distill.runs.writing import GrowingFile, truncate
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TopK
 
@@ -142,7 +143,7 @@ def locate_topk(field: object, directory: Path, tokens: int, where: str) -> Topk
     if not 1 <= k <= vocabulary:
         raise InputError(f"{where}: teacher_topk cannot have k={k} of a vocabulary of {vocabulary}")
     if count != tokens:
-        raise InputError(f"{where}: teacher_topk has {count} tokens, the completion {tokens}")
+        raise InputError(f"{where}: teacher_topk has {format_count(count, 'token')}, the completion {tokens}")
     place = TopkLocation(directory / field["file"], offset, count, k, vocabulary, where)
     try:
         size = place.path.stat().st_size

@@ -49,6 +49,7 @@ from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
+from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion
@@ -186,7 +187,11 @@ class _Measurement:
 
     def _report_forcing(self, finished: int, total: int, completions: int) -> None:
         """Report the finished questions, and the completions written for the one that is running."""
-        self.report(finished, total, f"{completions} of at most {self._config.budget} completions of the next one")
+        self.report(
+            finished,
+            total,
+            f"{completions} of at most {format_count(self._config.budget, 'completion')} of the next one",
+        )
 
     def _student(self) -> Engine:
         return self._models.engine(self._config.student, "student")

@@ -15,6 +15,7 @@ from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, describe_source
 from genssd.distill.score.teacher import NO_LOGPROBS, TeacherReader, read_recorded
+from genssd.engine.amounts import format_count
 from genssd.engine.candidate import (
     AnyCriterion,
     Candidate,
@@ -54,7 +55,9 @@ class Scorer:
                 return f"no reference answer, which {reading} reads"
             num_answer = len(self.engine.tokenizer("student").encode_plain(trace.answer))
             if trace.num_tokens + num_answer > longest - ANSWER_ROOM:
-                return f"with its reference answer longer than the {longest} tokens that the student takes"
+                return (
+                    f"with its reference answer longer than the {format_count(longest, 'token')} that the student takes"
+                )
         asking = next((name for name, criterion in self.criteria.items() if needs_teacher(criterion)), None)
         if asking is None:
             return None

@@ -30,6 +30,7 @@ import torch
 from genssd.distill.data.examples import Example
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.on_policy import STATES_PER_WEIGHT
+from genssd.engine.amounts import format_count
 from genssd.engine.memory import check_bytes_fit
 from genssd.kernels.head import rows_per_chunk
 
@@ -129,7 +130,7 @@ def check_training_fits(
     check_bytes_fit(
         estimate_training_bytes(model, batch, config, bf16=bf16),
         f"the optimizer's states, the gradients and (about) the activations of one pass over {batch.rows} x "
-        f"{batch.length} tokens",
+        f"{format_count(batch.length, 'token')}",
         device,
         remedy=", ".join(
             [

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.key_attention import AttentionCollector
+from genssd.engine.amounts import format_count
 from genssd.engine.config import ARCHITECTURES, ModelConfig, make_transformers_config, read_config
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.parameters import match_parameters
@@ -59,7 +60,8 @@ def load_model(
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.largest_id >= rows:
         raise CheckpointError(
-            f"{directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has {rows} rows"
+            f"{directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
+            f"{format_count(rows, 'row')}"
         )
     try:
         _check_head(model, directory)

@@ -453,7 +453,7 @@ class Failing:
 
 def test_a_criterion_that_fails_gives_the_pages_back(pair: Pair) -> None:
     fresh = pair.engine()
-    with pytest.raises(InputError, match="Failing failed in score.*on purpose"):
+    with pytest.raises(InputError, match=r"Failing failed in score.*on purpose"):
         fresh.select_expand(
             [random_ids(9, 40), random_ids(20, 41)],
             candidates=3,
