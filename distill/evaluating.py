@@ -22,7 +22,13 @@ from typing import Any, ClassVar
 from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.intervals import Estimate, wilson, wilson_of_groups
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.data.problems import ProblemRow, check_same_problem, describe_problems, read_usable_problems
+from genssd.distill.data.problems import (
+    ProblemRow,
+    ProblemSet,
+    check_same_problem,
+    describe_problems,
+    read_usable_problems,
+)
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs, check_effects
@@ -111,9 +117,7 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
     check_effects(config)
     if config.samples:
         config = choose_sampling(config, config.model, "student", engine)
-    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt).leave_out(
-        lambda problem: None if problem.answer is not None else "no answer; a row needs answer, target or solution"
-    )
+    data = read_answered_problems(config.data, config.limit, system_prompt=config.system_prompt)
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
         done = _find_done(run, config, data.problems)
@@ -132,6 +136,16 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
         identity = {"fingerprint": engine.fingerprints["student"], "config": dataclasses.asdict(config)}
         run.write_summary({**fields, **identity})
     return evaluation
+
+
+def read_answered_problems(path: str, limit: int | None = None, *, system_prompt: str | None = None) -> ProblemSet:
+    """Return the problems with an answer among the first `limit` rows of a data file, and why the others are unusable.
+
+    Raises InputError on a file that cannot be read, and when no row is usable.
+    """
+    return read_usable_problems(path, limit, system_prompt=system_prompt).leave_out(
+        lambda problem: None if problem.answer is not None else "no answer; a row needs answer, target or solution"
+    )
 
 
 def _find_done(run: Run, config: EvaluateConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:

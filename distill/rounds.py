@@ -2,7 +2,8 @@
 
 OUTPUT_DIR/run.json                settings, fingerprints of the models, versions
 OUTPUT_DIR/rounds.jsonl            one line per finished round: what was kept, the loss, the accuracy
-OUTPUT_DIR/summary.json            the number of rounds and the last student
+OUTPUT_DIR/bad_rows.txt            what could not be used, did not fit or was not evaluated, by file and line
+OUTPUT_DIR/summary.json            the number of rounds, the last student, and how many rows could not be used
 OUTPUT_DIR/round-N/problems.jsonl  the problems of the round
 OUTPUT_DIR/round-N/select/         as `genssd select` leaves it
 OUTPUT_DIR/round-N/kept.jsonl      finished trajectories with the right answer: what is trained on
@@ -14,26 +15,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.console import report_training
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, iter_file_questions, list_problems
-from genssd.distill.data.problems import ProblemRow, read_problems
-from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.distill.data.problems import ProblemRow, describe_problems
+from genssd.distill.evaluating import EvaluateConfig, read_answered_problems, run_evaluate
 from genssd.distill.files.rows import read_rows
+from genssd.distill.round_data import RoundProblems, keep_trajectories
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.journal import complete_rows, damaged_line, read_json, read_number, write_json, write_jsonl
+from genssd.distill.runs.journal import damaged_line, read_number, read_texts, write_json
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
-from genssd.distill.runs.writing import remove_directory, write_bytes
+from genssd.distill.runs.writing import remove_directory
 from genssd.distill.select.run import SelectConfig, SelectSettings, run_select
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
@@ -43,8 +43,10 @@ from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.parameters import count_parameters
-from genssd.engine.text import Tokenizer
 from genssd.engine.threads import check_threads, choose_training_threads
+
+MAX_LISTED = 10
+"""Maximum number of rows that an error message lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +73,8 @@ class DistillConfig(ChatSettings):
     rounds: Operational[int] = 2
     """Number of rounds."""
     prompts_per_round: int | None = None
-    """Number of problems in a round: each round takes the next ones, and starts again at the end of the file. None:
-    every round takes all problems."""
+    """Number of problems in a round: each round takes the next ones, and starts again at the end of the file. Rows that
+    cannot be used are left out and do not count. None: every round takes all problems."""
     threads: Operational[int | None] = None
     """Number of CPU threads of all parts. None: every part chooses, as its command does; --select.threads and
     --train.threads are those of one part. A resumed run trains with the number that it was begun with."""
@@ -81,7 +83,7 @@ class DistillConfig(ChatSettings):
     the student of the round before, on its own trajectories."""
     require_correct: bool = True
     """Train only on trajectories that give the reference answer of their problem. A problem without a reference answer
-    is refused; --no-require-correct trains on all trajectories."""
+    is reported and left out; --no-require-correct trains on all trajectories."""
     eval_data: DataFile[str | None] = None
     """Data file of problems with answers, on which every round's student is evaluated."""
     eval_limit: int | None = None
@@ -132,6 +134,9 @@ class RoundSummary:
     """Greedy accuracy on eval_data after the round. None without eval_data."""
     student: str
     """Directory of the trained student."""
+    bad_rows: Sequence[str]
+    """Rows that could not be used, and why: of the data (of all rounds), of the calibration's data and of eval_data,
+    and the round's problems that are too long or did not fit into the cache."""
 
 
 def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[RoundSummary]:
@@ -140,20 +145,16 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
     Raises GenssdError on bad input; what was finished is on disk.
     """
     check_effects(config)
-    problems = read_problems(config.data, system_prompt=config.system_prompt)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("distill runs in one process, not under torchrun")
-    unanswered = next((problem for problem in problems if problem.answer is None), None)
-    if config.require_correct and unanswered is not None:
-        raise InputError(
-            f"{unanswered.where}: no reference answer, by which require_correct chooses what is trained on; give "
-            "--no-require-correct to train on all trajectories"
-        )
+    problems = RoundProblems.read(
+        config.data, system_prompt=config.system_prompt, are_answers_needed=config.require_correct
+    )
     if config.train.teacher_model_name_or_path is not None:
         locate(config.train.teacher_model_name_or_path)
     for path in (*config.train.eval_data, *((config.eval_data,) if config.eval_data else ())):
         next(read_rows(path), None)  # before hours of selecting
-    overlap = _find_overlap(config, problems)
+    overlap = _find_overlap(config, problems.data.problems)
     if overlap is not None:
         overlap.check(is_allowed=config.allow_eval_overlap)
     training_begun = any(Path(config.output_dir).glob("round-*/train/metrics.jsonl"))
@@ -163,19 +164,23 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
         config = _fix_threads(config, run)
         summaries = _finished_rounds(run)
         run.record()
+        report.note(describe_problems(problems.data.problems, config.data, bad_rows=len(problems.data.faults)))
         student = config.student
         if config.eval_data is not None and not summaries:
             _evaluate(config, 0, student, report)
         done = max(config.rounds, *summaries) if summaries else config.rounds
+        bad_rows: dict[str, None] = {}
         for number in range(1, done + 1):
             summary = summaries.get(number)
             if summary is None:  # what is finished of the round is read from its directory
-                summary = _round(config, number, student, report)
+                summary = _round(config, problems, number, student, report)
                 run.journal.append(dataclasses.asdict(summary))
             student = summary.student
+            bad_rows |= dict.fromkeys(summary.bad_rows)
             yield summary
+        run.write_bad_rows(tuple(bad_rows))
         counts = None if overlap is None else overlap.counts()
-        run.write_summary({"rounds": done, "student": student, "eval_overlap": counts})
+        run.write_summary({"rounds": done, "student": student, "eval_overlap": counts, "bad_rows": len(bad_rows)})
 
 
 def _fix_threads(config: DistillConfig, run: Run) -> DistillConfig:
@@ -192,8 +197,8 @@ def _find_overlap(config: DistillConfig, problems: Sequence[ProblemRow]) -> Eval
     """Return the problems whose question stands in the evaluation data; None without such data."""
     held_out = list(iter_file_questions(config.train.eval_data))
     if config.eval_data is not None:
-        eval_problems = read_problems(config.eval_data, config.eval_limit, system_prompt=config.system_prompt)
-        held_out += list_problems(eval_problems)
+        exam = read_answered_problems(config.eval_data, config.eval_limit, system_prompt=config.system_prompt)
+        held_out += list_problems(exam.problems)
     return find_eval_overlap(list_problems(problems), held_out) if held_out else None
 
 
@@ -216,31 +221,31 @@ def _finished_rounds(run: Run) -> dict[int, RoundSummary]:
     return summaries
 
 
-def _round(config: DistillConfig, number: int, student: str, report: Progress) -> RoundSummary:
+def _round(config: DistillConfig, problems: RoundProblems, number: int, student: str, report: Progress) -> RoundSummary:
     directory = Path(config.output_dir) / f"round-{number}"
-    problems = directory / "problems.jsonl"
-    write_bytes(problems, _problems(config, number))
+    part = problems.write(directory / "problems.jsonl", number, config.prompts_per_round)
     settings = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(config.select)}
     selecting = SelectConfig(
         **{**settings, **_chat_settings(config), "seed": config.select.seed + number - 1},
         teacher=config.teacher,
         student=student,
-        data=str(problems),
+        data=str(part.path),
         output_dir=str(directory / "select"),
         resume=True,
     )
     selected = run_select(selecting, report=report.within(f"round {number}, select"))
-    if selected.failures:
-        listed = "".join(f"\n  {failure}" for failure in selected.failures[:10])
-        raise CapacityError(f"round {number}: {len(selected.failures)} prompts do not fit into the cache:{listed}")
-    kept, left_out = _keep(config, selected.path, directory / "kept.jsonl")
+    bad_rows = part.name_origins(selected.bad_rows)
+    kept, left_out = keep_trajectories(
+        selected.path, directory / "kept.jsonl", statuses=config.train.statuses, require_correct=config.require_correct
+    )
     if not kept:
-        raise InputError(
-            f"round {number}: no trajectory is left to train on ({_list_counts(left_out)}); look at {selected.path}, "
-            "raise max_tokens or the threshold, or give --no-require-correct"
-        )
+        raise _make_empty_error(number, left_out, selected.path, bad_rows, fits=bool(selected.prompts))
     loss = _train(config, number, student, report)
     trained = str(directory / "train")
+    accuracy: float | None = None
+    not_evaluated: Sequence[str] = ()
+    if config.eval_data is not None:
+        accuracy, not_evaluated = _evaluate(config, number, trained, report)
     scores = [row["score"] for row in kept if row["score"] is not None]
     return RoundSummary(
         round=number,
@@ -251,43 +256,25 @@ def _round(config: DistillConfig, number: int, student: str, report: Progress) -
         mean_tokens=sum(len(row["completion_ids"]) for row in kept) / len(kept),
         mean_score=sum(scores) / len(scores) if scores else None,
         loss=loss,
-        accuracy=None if config.eval_data is None else _evaluate(config, number, trained, report),
+        accuracy=accuracy,
         student=trained,
+        bad_rows=[*problems.data.list_bad_rows(), *bad_rows, *not_evaluated],
     )
 
 
-def _list_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
-
-
-def _problems(config: DistillConfig, number: int) -> list[bytes]:
-    """Return the rows of the data file that belong to a round, as lines of JSON."""
-    lines = [row.text + b"\n" for row in read_rows(config.data)]
-    count = config.prompts_per_round
-    if count is None:
-        return lines
-    return [lines[i % len(lines)] for i in range((number - 1) * count, number * count)]
-
-
-def _keep(config: DistillConfig, selections: Path, path: Path) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, int]]:
-    """Write the trajectories that are trained on; return them, and the number of the others by reason."""
-    rows: list[Mapping[str, Any]] = []
-    left_out: Counter[str] = Counter()
-    judge = AnswerJudge(Tokenizer(locate(config.teacher))) if config.require_correct else None
-    for row, _ in complete_rows(selections):
-        if row["status"] not in config.train.statuses:
-            left_out[f"status {row['status']}"] += 1
-            continue
-        if judge is not None:
-            verdict = judge.judge(row["prompt_ids"], row["completion_ids"], row["answer"])
-            if not verdict.is_correct:
-                left_out["wrong" if verdict.undecided is None else "undecided"] += 1
-                continue
-        if row["teacher_topk"] is not None:
-            row["teacher_topk"]["file"] = f"select/{row['teacher_topk']['file']}"
-        rows.append(row)
-    write_jsonl(path, rows)
-    return rows, dict(left_out)
+def _make_empty_error(
+    number: int, left_out: Mapping[str, int], selections: Path, bad_rows: Sequence[str], *, fits: bool
+) -> InputError | CapacityError:
+    """Return the error of a round without a trajectory to train on. fits: whether any prompt could be run."""
+    listed = "".join(f"\n  {message}" for message in bad_rows[:MAX_LISTED])
+    if not fits:
+        return CapacityError(f"round {number}: none of its prompts could be run:{listed}")
+    counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    unusable = f"; these rows could not be used:{listed}" if bad_rows else ""
+    return InputError(
+        f"round {number}: no trajectory is left to train on ({counts}); look at {selections}, raise max_tokens or the "
+        f"threshold, or give --no-require-correct{unusable}"
+    )
 
 
 def _train(config: DistillConfig, number: int, student: str, report: Progress) -> float:
@@ -314,13 +301,16 @@ def _train(config: DistillConfig, number: int, student: str, report: Progress) -
     return loss
 
 
-def _evaluate(config: DistillConfig, number: int, model: str, report: Progress) -> float:
-    """Return the greedy accuracy of a model; it is measured once and then read from summary.json."""
+def _evaluate(config: DistillConfig, number: int, model: str, report: Progress) -> tuple[float, tuple[str, ...]]:
+    """Return the greedy accuracy of a model on eval_data, and why other rows of it were not evaluated.
+
+    It is measured once and then read from summary.json.
+    """
     assert config.eval_data is not None
     directory = Path(config.output_dir) / f"round-{number}" / "evaluate"
     summary = directory / "summary.json"
-    if summary.exists() and not read_json(summary).get("not_evaluated"):
-        return read_number(summary, "accuracy", "value")
+    if summary.exists():
+        return read_number(summary, "accuracy", "value"), read_texts(summary, "not_evaluated")
     engine = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(EngineOptions)}
     evaluating = EvaluateConfig(
         **engine,
@@ -333,7 +323,4 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Progress) 
         resume=True,
     )
     evaluation = run_evaluate(evaluating, report=report.within(f"round {number}, evaluate"))
-    if evaluation.not_evaluated:
-        listed = "".join(f"\n  {failure}" for failure in evaluation.not_evaluated[:10])
-        raise CapacityError(f"{len(evaluation.not_evaluated)} problems of eval_data are not evaluated:{listed}")
-    return evaluation.accuracy.value
+    return evaluation.accuracy.value, evaluation.not_evaluated

@@ -1,8 +1,23 @@
-"""Amounts in messages: numbers of bytes in a unit that reads well."""
+"""Amounts in messages: numbers of things with their noun, and numbers of bytes in a unit that reads well."""
 
 from __future__ import annotations
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number of things, the last word of the noun in its plural where it is not one: 1 prompt, 2,000 prompts.
+
+    noun: in its singular.
+    """
+    return f"{number:,} {noun if number == 1 else make_plural(noun)}"
+
+
+def make_plural(noun: str) -> str:
+    """Return a regular noun in its plural: rows, trajectories, prefixes."""
+    if noun.endswith("y") and noun[-2:-1] not in ("a", "e", "o", "u"):
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
 
 
 def format_bytes(count: float) -> str:

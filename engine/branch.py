@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.candidate import Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
@@ -121,8 +122,9 @@ class Branch:
     def __repr__(self) -> str:
         state = "dropped" if self.dropped else f"ended: {self.ended}" if self.ended else "open"
         return (
-            f"<Branch of {len(self.prompt.teacher or self.prompt.student)} prompt tokens: round {len(self.trace)}, "
-            f"{len(self.history)} tokens committed, {len(self.chunk)} in the chunk, {state}>"
+            f"<Branch of {format_count(len(self.prompt.teacher or self.prompt.student), 'prompt token')}: round "
+            f"{len(self.trace)}, "
+            f"{format_count(len(self.history), 'token')} committed, {len(self.chunk)} in the chunk, {state}>"
         )
 
     def __enter__(self) -> Branch:

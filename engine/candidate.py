@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.steps import step_spans
 from genssd.kernels.logprob import TokenStats
@@ -56,7 +57,7 @@ class Candidate:
 
     def __repr__(self) -> str:
         ending = "finished" if self.finished else "final" if self.final else "not final"
-        return f"<Candidate of {len(self.token_ids)} tokens after {len(self.history_ids)}, {ending}>"
+        return f"<Candidate of {format_count(len(self.token_ids), 'token')} after {len(self.history_ids)}, {ending}>"
 
     @property
     def num_content(self) -> int:
@@ -174,19 +175,3 @@ def needs_answer(criterion: AnyCriterion) -> bool:
 def needs_teacher(criterion: AnyCriterion) -> bool:
     """Return whether a criterion declares, by an attribute of this name, that it reads `Candidate.teacher_logprob`."""
     return bool(getattr(criterion, "needs_teacher", False))
-
-
-def evaluate(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
-    """Return the values of candidates that compete with each other."""
-    if isinstance(criterion, PoolCriterion):
-        return criterion.score_pool([criterion.features(candidate) for candidate in candidates])
-    return [criterion.score(candidate) for candidate in candidates]
-
-
-def evaluate_distinct(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
-    """Return the values of the candidates of one prompt's round; in a pool, equal candidates count once."""
-    if not isinstance(criterion, PoolCriterion):
-        return evaluate(criterion, candidates)
-    distinct = {(candidate.history_ids, candidate.token_ids): candidate for candidate in reversed(candidates)}
-    value_of = dict(zip(distinct, evaluate(criterion, list(distinct.values())), strict=True))
-    return [value_of[candidate.history_ids, candidate.token_ids] for candidate in candidates]

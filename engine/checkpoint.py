@@ -9,7 +9,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from genssd.engine.errors import CheckpointError
-from genssd.engine.quoting import one_line, quote
+from genssd.engine.model_names import find_directory
+from genssd.engine.quoting import one_line
 from genssd.engine.weights import weight_files
 
 IDENTITY_FILES = (
@@ -20,14 +21,6 @@ IDENTITY_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-STEPS = {
-    ".gguf": "GGUF is not read; take the checkpoint from which it was converted",
-    ".bin": "pickles are never read; save the model with safetensors and give the directory",
-    ".pt": "pickles are never read; save the model with safetensors and give the directory",
-    ".pth": "pickles are never read; save the model with safetensors and give the directory",
-    ".safetensors": "give the directory that holds it together with config.json and the tokenizer",
-}
-"""Step that helps where a model is given as one file, by the file's ending."""
 EDGE_BYTES = 1 << 20
 """Number of bytes at the beginning and at the end of each weight file that enter the fingerprint."""
 
@@ -37,18 +30,10 @@ def locate(name_or_path: str | Path) -> Path:
 
     Raises CheckpointError when neither exists.
     """
+    directory = find_directory(name_or_path)
+    if directory is not None:
+        return directory
     name = str(name_or_path)
-    try:
-        path = Path(name_or_path).expanduser()
-        if path.is_dir():
-            return path
-        is_file = path.is_file()
-    except (OSError, RuntimeError):  # a name that is too long, a home directory of nobody
-        raise CheckpointError(f"model directory {quote(name)} does not exist") from None
-    if is_file and path.suffix in STEPS:
-        raise CheckpointError(f"{name} is a file, not a model directory: {STEPS[path.suffix]}")
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"model directory {name} does not exist")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from genssd.engine.amounts import format_count
 from genssd.engine.config_fields import check_fields, check_sizes, modernize
 from genssd.engine.config_files import read_config, read_fields
 from genssd.engine.errors import CheckpointError
@@ -182,7 +183,9 @@ def _layer_kinds(config: Any, path: Path) -> Sequence[str] | None:
     if unknown:
         raise CheckpointError(f"{path}: layer_types {quote(unknown[0])} is not supported")
     if len(kinds) != config.num_hidden_layers:
-        raise CheckpointError(f"{path}: layer_types names {len(kinds)} layers of {config.num_hidden_layers}")
+        raise CheckpointError(
+            f"{path}: layer_types names {format_count(len(kinds), 'layer')} of {config.num_hidden_layers}"
+        )
     return kinds
 
 

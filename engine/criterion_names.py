@@ -16,6 +16,7 @@ from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal, RsdAccept, SurprisalBand
 from genssd.engine.criteria.reference_answer import RationaleDifficulty
 from genssd.engine.criteria.teacher import TeacherLogprob, TeacherStudentGap
+from genssd.engine.criterion_calls import call_features, call_score, call_score_pool, is_higher_better
 from genssd.engine.errors import InputError
 from genssd.engine.imported_criteria import describe_failure, import_object
 from genssd.engine.options_check import check_value
@@ -107,7 +108,9 @@ class WeightedRank:
     def features(self, candidate: Candidate) -> tuple[float, ...]:
         values: list[float] = []
         for _, part in self.parts:
-            values += part.features(candidate) if isinstance(part, PoolCriterion) else (part.score(candidate),)
+            values += (
+                call_features(part, candidate) if isinstance(part, PoolCriterion) else (call_score(part, candidate),)
+            )
         return tuple(values)
 
     def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
@@ -115,8 +118,8 @@ class WeightedRank:
         unread = list(features)
         for weight, part in self.parts:
             columns, unread = [row[: _width(part)] for row in unread], [row[_width(part) :] for row in unread]
-            values = part.score_pool(columns) if isinstance(part, PoolCriterion) else [row[0] for row in columns]
-            sign = -1.0 if part.higher_is_better() else 1.0
+            values = call_score_pool(part, columns) if isinstance(part, PoolCriterion) else [row[0] for row in columns]
+            sign = -1.0 if is_higher_better(part) else 1.0
             for i, rank in enumerate(_mean_ranks([sign * value for value in values])):
                 totals[i] += weight * rank if values[i] == values[i] else math.nan  # NaN is the caller's to report
         return totals
@@ -175,7 +178,7 @@ def _named(text: str, full_name: str) -> AnyCriterion:
     try:
         return _made(name, options)
     except InputError as error:
-        raise InputError(f"criterion {full_name!r}: {error}") from None
+        raise InputError(f"criterion {full_name!r}: {error}") from error.__cause__
 
 
 def _made(name: str, options: dict[str, Any]) -> AnyCriterion:
@@ -193,7 +196,7 @@ def _made(name: str, options: dict[str, Any]) -> AnyCriterion:
     except InputError:
         raise
     except Exception as error:  # the constructor of a user's own class
-        raise InputError(describe_failure(error)) from None
+        raise InputError(describe_failure(error)) from error
     return resolve(made)
 
 

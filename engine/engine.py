@@ -54,6 +54,7 @@ class Engine(LoadedEngine):
         changes: fields of `SearchOptions` by name (`candidates=8`), in place of those of `options`. answers: the
         prompts' reference answers, for criteria that read them. labels: names of the prompts in messages; None names
         each "prompt" and its index.
+        A prompt for which the teacher writes a token that the student does not have gets a Selection with `error` set.
         Raises InputError on an unusable prompt or option (naming the prompt's index), CapacityError on a prompt that is
         longer than the models' positions or the cache, NumericsError on NaN or infinite logits.
         """
@@ -75,7 +76,8 @@ class Engine(LoadedEngine):
         """Run the search of `select_expand` and yield each Selection as soon as its prompt ends.
 
         A prompt that is longer than a model's positions or than the cache yields a Selection with `error` set, before
-        all others. skip: indices of prompts that are not run, because they were done before; the others get what they
+        all others; one for which the teacher writes a token that the student does not have, as soon as that is known.
+        skip: indices of prompts that are not run, because they were done before; the others get what they
         would have got without it. Arguments are checked at once, and raise the errors of `select_expand`.
         """
         return self._plan_search(prompts, options.with_changes(**changes), answers, labels, skip).run()

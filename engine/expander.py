@@ -8,11 +8,12 @@ The first token of a chunk is scored from the last hidden state of the branch, s
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch
 from genssd.engine.drawing import Drawing
 from genssd.engine.expansion import Expansion, Lane
@@ -21,6 +22,7 @@ from genssd.engine.restoring import restore_shared
 from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import computes
+from genssd.engine.token_map import TokenMap
 from genssd.engine.token_runs import TokenRun, response_place, run_statistics
 from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
@@ -30,9 +32,9 @@ class Expander:
     """The decoding batch of one session: it runs expansions with one way of drawing tokens.
 
     scorer: the model that scores complete candidates, None for none; a scorer that is one of the drawing's readers has
-    judged them token by token already, and scores nothing. translate: returns the scorer's ids of drawn tokens; the
-    prompt's label is for messages. end_token_ids: tokens that end a response. max_batch: maximum number of candidates
-    decoded at once. usage: counts of the engine, which every step raises.
+    judged them token by token already, and scores nothing. token_map: how the scorer reads drawn tokens.
+    end_token_ids: tokens that end a response. max_batch: maximum number of candidates decoded at once. usage: counts of
+    the engine, which every step raises.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Expander:
         scorer: ModelRunner | None,
         tokenizer: Tokenizer,
         *,
-        translate: Callable[[Sequence[int], str], Sequence[int]],
+        token_map: TokenMap,
         end_token_ids: frozenset[int],
         max_batch: int,
         usage: Usage,
@@ -50,7 +52,7 @@ class Expander:
         self._drawing = drawing
         self._scorer = scorer
         self._tokenizer = tokenizer
-        self._translate = translate
+        self.token_map = token_map
         self._end_token_ids = end_token_ids
         self._max_batch = max_batch
         self.usage = usage
@@ -84,7 +86,8 @@ class Expander:
             return None
         longest = max(expansion.longest for expansion in expansions)
         return (
-            f"{sum(expansion.n for expansion in expansions)} candidates of up to {longest} tokens {reason}; raise "
+            f"{format_count(sum(expansion.n for expansion in expansions), 'candidate')} of up to "
+            f"{format_count(longest, 'token')} {reason}; raise "
             "memory_bytes or memory_utilization, or ask for fewer or shorter ones"
         )
 
@@ -113,7 +116,10 @@ class Expander:
 
     @computes
     def step(self) -> list[Expansion]:
-        """Decode one token of every candidate in the batch; return the expansions that are complete and scored."""
+        """Decode one token of every candidate in the batch; return the expansions that are complete and scored.
+
+        Those with a `missing_token` are complete and not scored.
+        """
         batch, waiting = self._split_lanes()
         for runner in self._runners:
             self._read_pending(runner, [lane.branch for lane in batch])
@@ -133,7 +139,12 @@ class Expander:
                 complete.append(lane.expansion)
         self._lanes = running + waiting
         if self._scorer is not None and self._scorer not in self._drawing.readers and complete:
-            self._score(self._scorer, complete)
+            for expansion in complete:
+                tokens = [token for child in expansion.children for token in child.chunk]
+                expansion.missing_token = self.token_map.find_missing(tokens)
+            readable = [expansion for expansion in complete if expansion.missing_token is None]
+            if readable:
+                self._score(self._scorer, readable)
         for expansion in complete:
             self._budget.release(expansion)
         return complete
@@ -192,7 +203,7 @@ class Expander:
     def _score(self, scorer: ModelRunner, complete: Sequence[Expansion]) -> None:
         """Extend the scorer over the new tokens of every candidate and set their statistics."""
         scored = [(expansion, child) for expansion in complete for child in expansion.children]
-        chunks = [self._translate(child.chunk, expansion.label) for expansion, child in scored]
+        chunks = [self.token_map.translate(child.chunk, expansion.label) for expansion, child in scored]
         paths = [_fork_path(scorer, expansion.parent, child) for expansion, child in scored]
         states = scorer.extend(paths, chunks)
         runs = []

@@ -23,6 +23,8 @@ class Expansion:
     """Candidates made so far."""
     num_unfinished: int = 0
     """Number of the children that are still being decoded."""
+    missing_token: int | None = None
+    """Token in a complete candidate that the scorer does not have, so that none is scored; None where it has all."""
 
     @property
     def longest(self) -> int:
@@ -44,6 +46,7 @@ class Expansion:
         self.parent.take_back(self.children)
         self.children = []
         self.num_unfinished = 0
+        self.missing_token = None
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch
 from genssd.engine.errors import CapacityError
 from genssd.engine.expander import Expander
@@ -31,7 +32,7 @@ class Completion:
     """Number of tokens that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
 
     def __repr__(self) -> str:
-        return f"<Completion of {len(self.token_ids)} tokens, {self.status}: {quote(self.text)}>"
+        return f"<Completion of {format_count(len(self.token_ids), 'token')}, {self.status}: {quote(self.text)}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,19 +29,22 @@ def import_object(path: str) -> Any:
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise InputError(describe_failure(error)) from None
+            raise InputError(describe_failure(error)) from error
         raise InputError(
             f"there is no module {error.name} in {directory or 'the working directory'} or among the installed packages"
         ) from None
     except (Exception, SystemExit) as error:
-        raise InputError(describe_failure(error)) from None
+        raise InputError(describe_failure(error)) from error
     if not hasattr(module, name):
         raise InputError(f"{module.__file__ or module_name} has no {name}")
     return getattr(module, name)
 
 
-def describe_failure(error: BaseException) -> str:
-    """Return an exception of a user's code as one line that names the file and the line."""
+def describe_failure(error: BaseException, file: str | None = None) -> str:
+    """Return an exception of a user's code as one line that names the file and the line.
+
+    file: that of the user's code, whose last line is named rather than one of a library that it called.
+    """
     text = f"{type(error).__name__}: {one_line(error)}"
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
@@ -50,6 +53,7 @@ def describe_failure(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<frozen ") and not frame.filename.startswith(_OWN)
     ]
+    frames = [frame for frame in frames if frame.filename == file] or frames
     return f"{frames[-1].filename}, line {frames[-1].lineno}: {text}" if frames else text
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genssd.engine.branch import Branch
-from genssd.engine.candidate import AnyCriterion, evaluate, evaluate_distinct
+from genssd.engine.candidate import AnyCriterion
+from genssd.engine.criterion_calls import evaluate, evaluate_distinct, is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
@@ -58,11 +59,11 @@ class Judge:
         threshold = self.options.threshold
         if threshold is None:
             return True
-        return score >= threshold if self.criterion.higher_is_better() else score <= threshold
+        return score >= threshold if is_higher_better(self.criterion) else score <= threshold
 
     def sort_key(self, score: float) -> float:
         """Return a number that is smaller the better the value is: the value or its negative."""
-        return -score if self.criterion.higher_is_better() else score
+        return -score if is_higher_better(self.criterion) else score
 
     def judge_round(self, candidates: Sequence[Branch], label: str) -> list[JudgedCandidate]:
         """Score all candidates of one prompt's round, which compete with each other; all are "kept" so far."""

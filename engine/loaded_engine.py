@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.errors import InputError
@@ -38,7 +39,9 @@ class LoadedEngine:
         decoder = next(iter(self._resources.runners.values())).decoder
         held, total = self.pages_in_use
         dtype = str(decoder.dtype).removeprefix("torch.")
-        return f"<Engine {', '.join(models)}: {dtype} on {decoder.device}, {held} of {total} pages in use>"
+        return (
+            f"<Engine {', '.join(models)}: {dtype} on {decoder.device}, {held} of {format_count(total, 'page')} in use>"
+        )
 
     @classmethod
     @check_arguments()
@@ -133,6 +136,11 @@ class LoadedEngine:
     def positions(self, model: Role) -> int:
         """Return the number of positions of a model: the maximum number of tokens that it can read after each other."""
         return self._resources.runner(model).decoder.config.max_position_embeddings
+
+    @check_arguments()
+    def vocabulary(self, model: Role) -> int:
+        """Return the number of token ids that a model's head has. Raises InputError when it is not loaded."""
+        return self._resources.runner(model).decoder.config.vocab_size
 
     @check_arguments()
     def max_sequence_length(self, model: Role) -> int:

@@ -70,12 +70,20 @@ def cache_budget(
     return memory_bytes
 
 
-def check_bytes_fit(needed: int, purpose: str, device: torch.device) -> None:
-    """Check that a CPU has so many bytes of free memory. Raises CapacityError that names them and their purpose."""
+def check_bytes_fit(
+    needed: int,
+    purpose: str,
+    device: torch.device,
+    *,
+    remedy: str = "raise the limit of memory, or take a smaller model",
+) -> None:
+    """Check that a CPU has so many bytes of free memory.
+
+    Raises CapacityError that names them, their purpose and the remedy.
+    """
     if device.type == "cpu" and needed > (free := available_bytes(device)):
         raise CapacityError(
-            f"{purpose} take {needed:,} bytes, and {free:,} bytes of memory are free for this process; raise the limit "
-            "of memory, or take a smaller model"
+            f"{purpose} take {needed:,} bytes, and {free:,} bytes of memory are free for this process; {remedy}"
         )
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
@@ -81,7 +82,8 @@ class NodeReader:
             for position in nodes:
                 if not 0 <= check_count(f"{label}: a position", position, least=0) <= len(response):
                     raise InputError(
-                        f"{label}: position {position} lies outside of a response of {len(response)} tokens"
+                        f"{label}: position {position} lies outside of a response of "
+                        f"{format_count(len(response), 'token')}"
                     )
         states: list[Tensor] = []
         with PrefixPath(self._runner, self._usage, label) as prompt:
@@ -158,8 +160,9 @@ class PrefixPath:
         num_pages, num_free = tree.pages_to_append(self._path, len(ids)), tree.num_free
         if num_pages > num_free:
             raise CapacityError(
-                f"{self._label}: prompt and response need {num_pages} more pages, and {num_free} are free of the "
-                f"{tree.pool.describe()} of the {self._runner.role}'s cache; raise memory_bytes or memory_utilization"
+                f"{self._label}: prompt and response need {format_count(num_pages, 'more page')}, with {num_free} "
+                f"free of the {tree.pool.describe()} of the {self._runner.role}'s cache; raise memory_bytes or "
+                "memory_utilization"
             )
         self._usage.prefill_tokens += len(ids)
         if not ids:
@@ -214,13 +217,14 @@ def iter_force(
     """
     runner = resources.runner(model)
     if len(request.responses) != len(request.forks):
-        raise InputError(f"{len(request.responses)} responses but forks of {len(request.forks)}")
+        raise InputError(f"{format_count(len(request.responses), 'response')} but forks of {len(request.forks)}")
     for response, forks in zip(request.responses, request.forks, strict=True):
         check_ids([*response, *(fork.token for fork in forks)], runner, request.label)
         last = min(len(response), request.max_tokens - 1)
         if not all(0 <= fork.position <= last for fork in forks):
             raise InputError(
-                f"{request.label}: a fork lies outside its response of {len(response)} tokens or max_tokens"
+                f"{request.label}: a fork lies outside its response of {format_count(len(response), 'token')} or "
+                "max_tokens"
             )
     limit = resources.response_limit(request.prompt, request.max_tokens, [model])
     return _force(replace(request, max_tokens=limit), session, runner, resources.usage)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from genssd.engine.amounts import format_count
 from genssd.engine.expansion import Expansion
 from genssd.engine.pages import count_pages
 from genssd.engine.restoring import innermost_spans, shared_spans
@@ -70,7 +71,8 @@ class PageBudget:
             for runner in self._runners
         ]
         taken, free, runner = max(needs, key=lambda need: need[0] - need[1])
-        return f"{taken} pages, and {free} are free of the {runner.tree.pool.describe()} of the {runner.role}'s cache,"
+        pages, whole = format_count(taken, "page"), runner.tree.pool.describe()
+        return f"{pages}, with {free} free of the {whole} of the {runner.role}'s cache,"
 
     def reserve(self, expansion: Expansion) -> None:
         """Reserve the pages of an expansion that fits and whose parent is restored."""

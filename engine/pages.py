@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import CapacityError
 from genssd.engine.model import Decoder
 from genssd.kernels.cache import copy_pages
@@ -65,7 +66,7 @@ class PagePool:
         except RuntimeError as error:
             reason, num_bytes = str(error).splitlines()[0], num_pages * size * decoder.kv_bytes_per_token
             raise CapacityError(
-                f"a key-value cache of {num_pages} pages ({num_bytes} bytes) cannot be had: {reason}"
+                f"a key-value cache of {format_count(num_pages, 'page')} ({num_bytes} bytes) cannot be had: {reason}"
             ) from None
 
     @property
@@ -84,7 +85,7 @@ class PagePool:
         The bytes are those of memory_bytes: pages in all caches that share the budget.
         """
         count = self.num_pages if num_pages is None else num_pages
-        return f"{count} pages (memory_bytes={count * self.page_bytes})"
+        return f"{format_count(count, 'page')} (memory_bytes={count * self.page_bytes})"
 
     @property
     def promised_bytes(self) -> int:
@@ -95,8 +96,8 @@ class PagePool:
         """Take pages out of the free list. Raises CapacityError, taking none, when too few are free."""
         if count > len(self._free):
             raise CapacityError(
-                f"{count} free pages are needed, and {len(self._free)} are free in a key-value cache of "
-                f"{self.describe()}"
+                f"a key-value cache of {self.describe()} has too few free pages: {len(self._free)} of the {count} that "
+                "are needed"
             )
         pages = [self._free.pop() for _ in range(count)]
         self._num_written = max((self._num_written, *(page + 1 for page in pages)))

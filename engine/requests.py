@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from genssd.engine.amounts import format_count
 from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.errors import CapacityError, CheckpointError, InputError
 from genssd.engine.model import Decoder
@@ -23,7 +24,7 @@ def labels_of(prompts: Sequence[Prompt], labels: Sequence[str] | None) -> Sequen
         return [f"prompt {i}" for i in range(len(prompts))]
     check_list("labels", labels, "names")
     if len(labels) != len(prompts):
-        raise InputError(f"{len(prompts)} prompts but {len(labels)} labels")
+        raise InputError(f"{format_count(len(prompts), 'prompt')} but {format_count(len(labels), 'label')}")
     return [check_value(f"labels[{i}]", label, str) for i, label in enumerate(labels)]
 
 
@@ -38,7 +39,7 @@ def check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion,
     if answers is not None:
         check_list("answers", answers, "answers")
         if len(answers) != len(labels):
-            raise InputError(f"{len(labels)} prompts but {len(answers)} answers")
+            raise InputError(f"{format_count(len(labels), 'prompt')} but {format_count(len(answers), 'answer')}")
         for label, answer in zip(labels, answers, strict=True):
             check_value(f"the answer of {label}", answer, str | None)
     if needs_answer(criterion):
@@ -53,7 +54,7 @@ def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
     if tokenizer.largest_id >= size:
         raise CheckpointError(
             f"{tokenizer.directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
-            f"{size} rows; the tokenizer belongs to another model, or the embedding was not resized"
+            f"{format_count(size, 'row')}; the tokenizer belongs to another model, or the embedding was not resized"
         )
 
 
@@ -79,11 +80,13 @@ def find_misfit(tokens: int, runner: ModelRunner, label: str) -> str | None:
     positions = runner.decoder.config.max_position_embeddings
     pool = runner.tree.pool
     if tokens >= positions:
-        return f"{label} has {tokens} tokens; the {runner.role} {runner.directory} has {positions} positions"
+        length = format_count(tokens, "token")
+        return f"{label} has {length}; the {runner.role} {runner.directory} has {positions} positions"
     if tokens > pool.num_pages * pool.page_size:
         num_needed = -(-tokens // pool.page_size)
         return (
-            f"{label} has {tokens} tokens; the {runner.role}'s key-value cache holds {pool.num_pages * pool.page_size} "
+            f"{label} has {format_count(tokens, 'token')}; the {runner.role}'s key-value cache holds "
+            f"{pool.num_pages * pool.page_size} "
             f"in {pool.describe()}, and {pool.describe(num_needed)} are needed; raise memory_bytes or "
             "memory_utilization"
         )
@@ -111,4 +114,6 @@ def check_windows(windows: Sequence[Window], length: int) -> None:
     for window in windows:
         check_value("a window", window, tuple[int, int, int])
         if not 0 <= window[0] <= window[1] < window[2] <= length:
-            raise InputError(f"{tuple(window)} is no window (context, start, end) of a response of {length} tokens")
+            raise InputError(
+                f"{tuple(window)} is no window (context, start, end) of a response of {format_count(length, 'token')}"
+            )

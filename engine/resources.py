@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import PromptIds
 from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.chat_options import ChatOptions
@@ -133,7 +134,7 @@ class Resources:
         """
         check_list("responses", responses, "responses")
         if len(prompts) != len(responses):
-            raise InputError(f"{len(prompts)} prompts but {len(responses)} responses")
+            raise InputError(f"{format_count(len(prompts), 'prompt')} but {format_count(len(responses), 'response')}")
         runner, tokenizer = self.runner(role), self.tokenizer(role)
         pairs = []
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):

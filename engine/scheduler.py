@@ -44,11 +44,11 @@ class SearchScheduler:
                 if not self._decoded:  # a new round would take the pages that the criterion waits for
                     self._start_rounds()
                 if self._prompt_of:
-                    self._decode_step()
+                    yield from self._decode_step()
                 else:
                     failed = self._make_room()
                     if failed is not None:
-                        yield self._fail(failed)
+                        yield self._fail(failed, self._describe_shortage(failed))
                 yield from self._judge_rounds()
         finally:
             for prompt in self._active:
@@ -68,10 +68,22 @@ class SearchScheduler:
             self._expander.submit(prompt.start_round())
             self._prompt_of.update((expansion, prompt) for expansion in prompt.round)
 
-    def _decode_step(self) -> None:
-        """Decode one token of every candidate; note the prompts whose round is complete."""
+    def _decode_step(self) -> Iterator[Selection]:
+        """Decode one token of every candidate; note the prompts whose round is complete.
+
+        Yields the outcomes of prompts for which a token was drawn that the student does not have.
+        """
         for expansion in self._expander.step():
-            prompt = self._prompt_of.pop(expansion)
+            prompt = self._prompt_of.pop(expansion, None)
+            if prompt is None:  # it has failed in this step
+                continue
+            if expansion.missing_token is not None:
+                for other in prompt.round:
+                    self._prompt_of.pop(other, None)
+                token_map, token = self._expander.token_map, expansion.missing_token
+                error = f"the {token_map.writer} wrote {token_map.describe_missing(token)}"
+                yield self._fail(prompt, error, missing_token=token)
+                continue
             prompt.num_unfinished -= 1
             if prompt.num_unfinished == 0:
                 self._decoded.append(prompt)
@@ -115,18 +127,21 @@ class SearchScheduler:
         self._waiting.appendleft(youngest)
         return None
 
-    def _fail(self, prompt: PromptSearch) -> Selection:
-        """Give a prompt up for which there is no room; return its outcome, which says what it needs."""
+    def _describe_shortage(self, prompt: PromptSearch) -> str:
+        """Return what a prompt needs for which there is no room."""
         need = self._expander.find_misfit(prompt.round)
         if need is None:
             need = f"it needs {self._expander.describe_need(prompt.round)} {BESIDE_OTHERS}"
-        error = prompt.no_room or f"{NO_ROOM}: {need}"
+        return prompt.no_room or f"{NO_ROOM}: {need}"
+
+    def _fail(self, prompt: PromptSearch, error: str, *, missing_token: int | None = None) -> Selection:
+        """Give a prompt up and return its outcome. missing_token: id that is the error, if it is one."""
         if prompt in self._active:
             self._leave(prompt)
         else:
             self._waiting.remove(prompt)
         self._drop(prompt)
-        return self._count(prompt, prompt.outcome(error=error))
+        return self._count(prompt, prompt.outcome(error=error, missing_token=missing_token))
 
     def _count(self, prompt: PromptSearch, selection: Selection) -> Selection:
         """Count a prompt as finished, and return its outcome."""

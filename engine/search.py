@@ -90,7 +90,7 @@ class PromptSearch:
         for branch in self.live:
             branch.drop()
 
-    def outcome(self, error: str | None = None) -> Selection:
+    def outcome(self, error: str | None = None, *, missing_token: int | None = None) -> Selection:
         """Return the results of the search. error: why the prompt failed; its responses then have no scores."""
         written = [branch for branch, _ in self.ended if branch.history and error is None]
         scores = dict(zip(written, self.judge.score_responses(written, self.label), strict=True))
@@ -105,6 +105,7 @@ class PromptSearch:
             seed=self.judge.options.seed,
             occurrence=self.occurrence,
             error=error,
+            missing_token=missing_token,
         )
 
     def _plan_round(self) -> None:

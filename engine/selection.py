@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import Ending
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
@@ -43,7 +44,8 @@ class CandidateRecord:
     """What became of the candidate."""
 
     def __repr__(self) -> str:
-        return f"<CandidateRecord {self.trace}: {len(self.token_ids)} tokens, score {self.score:.4g}, {self.verdict}>"
+        length = format_count(len(self.token_ids), "token")
+        return f"<CandidateRecord {self.trace}: {length}, score {self.score:.4g}, {self.verdict}>"
 
     @property
     def round(self) -> int:
@@ -85,9 +87,8 @@ class Trajectory:
     """The teacher's most likely tokens at every position, where the option `teacher_topk` keeps them."""
 
     def __repr__(self) -> str:
-        return (
-            f"<Trajectory of {len(self.token_ids)} tokens, {self.status}, score {self.score:.4g}: {quote(self.text)}>"
-        )
+        length = format_count(len(self.token_ids), "token")
+        return f"<Trajectory of {length}, {self.status}, score {self.score:.4g}: {quote(self.text)}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -109,15 +110,19 @@ class Selection:
     occurrence: int
     """Number of equal prompts before this one; it enters the random stream."""
     error: str | None = field(default=None)
-    """Why the prompt failed: it is longer than a model's positions, or did not fit into the cache."""
+    """Why the prompt failed: it is longer than a model's positions, did not fit into the cache, or the teacher wrote a
+    token that the student does not have."""
+    missing_token: int | None = field(default=None)
+    """Id of the teacher's token that the student does not have, where that is why the prompt failed."""
 
     def __repr__(self) -> str:
         if self.error is not None:
             return f"<Selection {self.index}: failed, {quote(self.error)}>"
         best = self.best
         return (
-            f"<Selection {self.index}: {len(self.trajectories)} trajectories of {self.tokens_sampled} tokens sampled, "
-            f"best {best.status} with {len(best.token_ids)} tokens and score {best.score:.4g}>"
+            f"<Selection {self.index}: {format_count(len(self.trajectories), 'trajectory')} of "
+            f"{format_count(self.tokens_sampled, 'token')} sampled, "
+            f"best {best.status} with {format_count(len(best.token_ids), 'token')} and score {best.score:.4g}>"
         )
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.candidate import Window
 from genssd.engine.chunk import Chunk
@@ -17,6 +18,7 @@ from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpeculativeDrawing
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
+from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TopK
 
 UNLIMITED = 1 << 62
@@ -47,6 +49,7 @@ class Session:
         self._writer = runner
         self._tokenizer = resources.tokenizer(writer)
         self._num_topk = num_topk
+        self._token_map = TokenMap() if writer == "student" else resources.token_map
         # embeddings are often padded: an id that the tokenizer does not know is never drawn
         vocabulary = self._tokenizer.largest_id + 1
         writers: list[Role] = [writer]
@@ -64,7 +67,7 @@ class Session:
             drawing,
             scorer,
             self._tokenizer,
-            translate=self._translate,
+            token_map=self._token_map,
             # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
             max_batch=resources.max_batch,
@@ -73,7 +76,11 @@ class Session:
         )
 
     def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]:
-        """Sample n candidates of each branch in one batch. Raises CapacityError, taking no page, if they do not fit."""
+        """Sample n candidates of each branch in one batch.
+
+        Raises CapacityError if they do not fit, InputError on a token that the student does not have; no page is taken
+        then.
+        """
         expansions = [
             Expansion(branch, n, chunk, self._max_new(branch), "the branch" if len(branches) == 1 else f"branch {i}")
             for i, branch in enumerate(branches)
@@ -90,6 +97,8 @@ class Session:
             self.expander.submit(expansions)
             while any(expansion.is_unfinished for expansion in expansions):
                 self.expander.step()
+            for expansion in expansions:
+                self._token_map.translate([i for child in expansion.children for i in child.chunk], expansion.label)
         except BaseException:
             for expansion in expansions:
                 self.expander.cancel(expansion)
@@ -107,7 +116,7 @@ class Session:
 
     def student_ids(self, branch: Branch) -> Sequence[int]:
         """Return the student's ids of a branch's committed response."""
-        return self._translate(branch.history, "the branch")
+        return self._token_map.translate(branch.history, "the branch")
 
     def free_pages(self, branch: Branch) -> None:
         """Drop the paths of a branch in both caches."""
@@ -138,15 +147,11 @@ class Session:
         positions = self._resources.runners["student"].decoder.config.max_position_embeddings
         longest = len(prompt.student) + max((end - context for context, _, end in windows), default=0) - 1
         if longest >= positions:  # not a CapacityError, after which the search would wait for room
-            raise InputError(f"the criterion reads {longest} tokens at once; the student has {positions} positions")
-        translated = self._translate(ids, "the response")
+            raise InputError(
+                f"the criterion reads {format_count(longest, 'token')} at once; the student has {positions} positions"
+            )
+        translated = self._token_map.translate(ids, "the response")
         return self._resources.local_logprob("student", prompt.student, translated, windows)
-
-    def _translate(self, token_ids: Sequence[int], label: str) -> Sequence[int]:
-        """Return the student's ids of tokens that the session has written. Raises InputError on one that it lacks."""
-        if self._writer.role == "student":
-            return token_ids
-        return self._resources.token_map.translate(token_ids, label)
 
 
 def _check_same_tokens(resources: Resources) -> None:

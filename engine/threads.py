@@ -22,6 +22,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.machine import available_cores
 from genssd.kernels.threads import native_threads, num_threads
@@ -98,12 +99,14 @@ def choose_training_threads(
     count, useful = max(1, choice.count // processes), max(1, parameters * examples // WORK_PER_THREAD)
     if useful < count:
         return ThreadChoice(count=useful, reason=_describe_work(parameters, examples))
-    return ThreadChoice(count=count, reason=choice.reason + (f", {processes} processes" if processes > 1 else ""))
+    return ThreadChoice(
+        count=count, reason=choice.reason + (f", {format_count(processes, 'process')}" if processes > 1 else "")
+    )
 
 
 def _describe_work(parameters: int, examples: int) -> str:
     model = f"a model of {parameters:,} parameters"
-    return model if examples == 1 else f"{model}, {examples} examples in a forward pass"
+    return model if examples == 1 else f"{model}, {format_count(examples, 'example')} in a forward pass"
 
 
 def check_threads(threads: int | None) -> None:

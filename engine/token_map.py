@@ -54,26 +54,35 @@ class TokenMap:
         """
         if self.is_identity:
             return list(token_ids)
-        self._refuse_first([i for i in token_ids if i in self.strings and i not in self.replaced], label)
+        if (missing := self.find_missing(token_ids)) is not None:
+            raise InputError(f"{label}: the {self.writer} wrote {self.describe_missing(missing)}")
         return [self.replaced.get(i, i) for i in token_ids]
+
+    def find_missing(self, token_ids: Sequence[int]) -> int | None:
+        """Return the first of the writer's tokens that the reader does not have; None where it reads them all."""
+        return next((i for i in token_ids if i in self.strings and i not in self.replaced), None)
 
     def check_same(self, token_ids: Sequence[int], label: str) -> None:
         """Check that the reader has the writer's tokens under the same ids.
 
         Raises InputError, with the label in its message, on one that it does not have.
         """
-        if not self.is_identity:
-            self._refuse_first([i for i in token_ids if i in self.strings], label)
+        if (fault := self.find_fault(token_ids)) is not None:
+            raise InputError(f"{label}: {fault}")
 
-    def _refuse_first(self, missing: Sequence[int], label: str) -> None:
-        """Raise InputError naming the first of the tokens that the reader does not have, if there is one."""
-        if missing:
-            name = self.strings[missing[0]]
-            raise InputError(
-                f"{label}: the {self.writer} wrote the token {quote(name)} (id {missing[0]}), which the tokenizer of "
-                f"the {self.reader} does not have. Add it there (add_tokens([{quote(name)}]) and save_pretrained of "
-                "its transformers tokenizer, with an id that the embedding has a row for), or choose another pair"
-            )
+    def find_fault(self, token_ids: Sequence[int]) -> str | None:
+        """Return which token the reader does not have under the same id, and the remedy; None where it has all."""
+        missing = None if self.is_identity else next((i for i in token_ids if i in self.strings), None)
+        return None if missing is None else f"the {self.writer} wrote {self.describe_missing(missing)}"
+
+    def describe_missing(self, token_id: int) -> str:
+        """Return which token the reader does not have, and the remedy, as the end of a sentence."""
+        name = quote(self.strings[token_id])
+        return (
+            f"the token {name} (id {token_id}), which the tokenizer of the {self.reader} does not have. Add it there "
+            f"(add_tokens([{name}]) and save_pretrained of its transformers tokenizer, with an id that the embedding "
+            "has a row for), or choose another pair"
+        )
 
     def check_no_conflict(self) -> None:
         """Check that no id means two things, so that distributions over ids compare. Raises InputError else."""
@@ -91,7 +100,9 @@ class TokenMap:
         refused = [name for i, name in names.items() if i not in self.replaced]
         parts = [_list(read, limit=2 * NUM_LISTED)] if read else []
         if refused:
-            parts.append(f"a response is refused when it has {_list(refused, limit=2 * NUM_LISTED)}")
+            parts.append(
+                f"a prompt fails when the {self.writer.partition(' ')[0]} writes {_list(refused, limit=2 * NUM_LISTED)}"
+            )
         return f"the {self.writer} and the {self.reader} have different added tokens: {'; '.join(parts)}"
 
 

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.config import ModelConfig
 from genssd.engine.machine import available_cores
 from genssd.engine.pages import PAGE_SIZE
@@ -244,7 +245,7 @@ def tune_models(
     processes = min(MAX_PROCESSES, available_cores())
     work = functools.partial(compile_candidate, jobs, device)
     compile_in_parallel(work, len(jobs), processes=processes, timeout=seconds / 2)
-    report(f"{len(jobs)} candidates compiled in {time.monotonic() - started:.0f} s")
+    report(f"{format_count(len(jobs), 'candidate')} compiled in {time.monotonic() - started:.0f} s")
     entries: dict[Problem, Entry] = {}
     while workloads:
         workload = workloads.pop(0)  # its inputs are freed afterwards

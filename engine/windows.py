@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.candidate import Window
 from genssd.engine.errors import CapacityError
 from genssd.engine.runner import MAX_ROWS, ModelRunner
@@ -80,6 +81,7 @@ def _require_room(runner: ModelRunner, path: Path, num_tokens: int) -> None:
     num_free, num_pages = runner.tree.num_free, _num_pages(runner, path, num_tokens)
     if num_pages > num_free:
         raise CapacityError(
-            f"a prompt or window of {num_tokens} tokens needs {num_pages} pages, and {num_free} are free of the "
-            f"{runner.tree.pool.describe()} of the {runner.role}'s cache; raise memory_bytes or memory_utilization"
+            f"a prompt or window of {format_count(num_tokens, 'token')} needs {format_count(num_pages, 'page')}, with "
+            f"{num_free} free of the {runner.tree.pool.describe()} of the {runner.role}'s cache; raise memory_bytes or "
+            "memory_utilization"
         )

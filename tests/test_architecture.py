@@ -7,6 +7,7 @@ within distill:  files  <-  runs  <-  answers  <-  data  <-  select, train, diag
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -235,6 +236,31 @@ def test_no_function_has_a_decorator_twice() -> None:
         and len({ast.unparse(decorator) for decorator in node.decorator_list}) < len(node.decorator_list)
     ]
     assert not twice
+
+
+COUNTED = re.compile(
+    r" (?:(?!in |judges )[a-z-]+ )?(prompts|rows|traces|problems|responses|examples|steps|questions|candidates"
+    r"|completions|results|rounds|pairs|labels|answers|generations|verdicts|nodes|replies|prefixes|trajectories|counterfactuals)\b"
+)
+"""Text after a number in a message, with a noun that needs its plural."""
+
+
+def test_counts_in_messages_have_the_right_plural() -> None:
+    """A number of things that may be one is written by `format_count`; constants, in capitals, are never one."""
+    wrong = [
+        f"{name}, line {value.lineno}: {ast.unparse(value.value)}{text.value!r}"
+        for name, path in modules().items()
+        if name.startswith(("genssd.commands", "genssd.engine", "genssd.distill"))
+        and not name.startswith(("genssd.distill.small_pair", "genssd.distill.demo"))
+        for joined in ast.walk(ast.parse(path.read_text()))
+        if isinstance(joined, ast.JoinedStr)
+        for value, text in itertools.pairwise(joined.values)
+        if isinstance(value, ast.FormattedValue)
+        and isinstance(text, ast.Constant)
+        and COUNTED.match(str(text.value))
+        and not ast.unparse(value.value).isupper()
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_docstrings_can_be_read_alone() -> None:

@@ -28,9 +28,10 @@ def find_all_tags(template: str) -> Tags:
     return tuple(dict.fromkeys([*KNOWN_TAGS, *written]))
 
 
-def opens_thought(prompt: str, tags: Tags = KNOWN_TAGS) -> bool:
-    """Return whether a prompt ends in a tag that opens a thought, so that the response begins inside of it."""
-    return prompt.rstrip().endswith(tuple(pair.opening for pair in tags))
+def find_open_tags(prompt: str, tags: Tags = KNOWN_TAGS) -> ThoughtTags | None:
+    """Return the tags of the thought that the end of a prompt opens, so that the response begins inside of it."""
+    end = prompt.rstrip()
+    return next((pair for pair in tags if end.endswith(pair.opening)), None)
 
 
 def drop_thoughts(response: str, tags: Tags = KNOWN_TAGS, *, thought_is_open: bool = False) -> str | None:
@@ -63,4 +64,8 @@ class ThoughtReader:
 
     def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
         """Return whether a prompt ends in a tag that opens a thought."""
-        return opens_thought(self.read(prompt_ids[-32:]), self.tags)
+        return self.find_open_tags(prompt_ids) is not None
+
+    def find_open_tags(self, prompt_ids: Sequence[int]) -> ThoughtTags | None:
+        """Return the tags of the thought that the end of a prompt opens; None where it opens none."""
+        return find_open_tags(self.read(prompt_ids[-32:]), self.tags)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 
 REASON_FIELDS = ("finish_reason", "finish_reasons")
@@ -79,7 +80,9 @@ def select_endings(fields: Mapping[str, Any], index: int, count: int, where: str
         value = fields.get(name)
         if isinstance(value, list):
             if len(value) != count:
-                raise InputError(f"{where}: {count} responses but {len(value)} values of {name}")
+                raise InputError(
+                    f"{where}: {format_count(count, 'response')} but {format_count(len(value), 'value')} of {name}"
+                )
             value = value[index]
         if value is not None:
             selected[name] = value

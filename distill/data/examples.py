@@ -45,6 +45,7 @@ from genssd.distill.data.messages import (
 from genssd.distill.data.problems import read_objects
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
 from genssd.distill.data.verdicts import read_verdict, require_verdict
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
@@ -151,7 +152,7 @@ def read_examples(
                 left_out["cut off, by a field of the row or within a thought"] += 1
                 continue
             if max(len(example.input_ids) for example in encoded) > max_length:
-                left_out[f"longer than {max_length} tokens"] += 1
+                left_out[f"longer than {format_count(max_length, 'token')}"] += 1
                 continue
             examples += encoded
             verdicts[verdict] += 1
@@ -279,7 +280,7 @@ def _parse_chunk_weights(chunks: object, tokens: int, where: str) -> tuple[tuple
         weights.append((count, _parse_weight(chunk, f"{where}, chunk {number}")))
     chunk_tokens = sum(count for count, _ in weights)
     if chunk_tokens != tokens:
-        raise InputError(f"{where}: chunks have {chunk_tokens} tokens, the completion {tokens}")
+        raise InputError(f"{where}: chunks have {format_count(chunk_tokens, 'token')}, the completion {tokens}")
     return tuple(weights)
 
 

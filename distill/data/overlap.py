@@ -11,6 +11,7 @@ from pathlib import Path
 from genssd.distill.data.examples import Example
 from genssd.distill.data.messages import find_question
 from genssd.distill.data.problems import ProblemRow, read_objects
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
@@ -55,7 +56,8 @@ class EvalOverlap:
         listed = "".join(f"\n  {where} = {other}" for where, other in pairs[:MAX_LISTED])
         more = f"\n  and {len(pairs) - MAX_LISTED} more" if len(pairs) > MAX_LISTED else ""
         raise InputError(
-            f"the questions of {len(pairs)} of {self.rows} rows of the training data stand in the evaluation data, "
+            f"the questions of {len(pairs)} of {format_count(self.rows, 'row')} of the training data stand in the "
+            "evaluation data, "
             f"{len(self.exact)} exactly and {len(self.near)} with other case, spaces or punctuation; remove them, or "
             f"pass --allow-eval-overlap:{listed}{more}"
         )

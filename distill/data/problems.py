@@ -25,6 +25,7 @@ from genssd.distill.answers.reading import read_closing_line
 from genssd.distill.data.messages import parse_prompt, parse_tools
 from genssd.distill.files.pipes import describe
 from genssd.distill.files.rows import RawRow, read_rows
+from genssd.engine.amounts import format_count
 from genssd.engine.chat import NO_SYSTEM_PROMPT, Messages, add_system_prompt
 from genssd.engine.errors import InputError
 
@@ -82,7 +83,9 @@ class ProblemSet:
         if not self.problems:
             bad_rows = self.list_bad_rows()
             listed = "".join(f"\n  {message}" for message in bad_rows[:10])
-            raise InputError(f"{describe(self.name)}: none of {len(bad_rows)} rows can be used:{listed}")
+            raise InputError(
+                f"{describe(self.name)}: none of {format_count(len(bad_rows), 'row')} can be used:{listed}"
+            )
         return self
 
 
@@ -172,8 +175,8 @@ def describe_problems(problems: Sequence[ProblemRow], data: str, done: int = 0, 
     done: number of them that an earlier part of the run has finished. bad_rows: number of rows that cannot be used.
     """
     earlier = f", {done} of them finished in an earlier part of the run" if done else ""
-    unusable = f"; {bad_rows} rows cannot be used" if bad_rows else ""
-    return f"{len(problems)} problems read from {describe(data)}{earlier}{unusable}"
+    unusable = f"; {format_count(bad_rows, 'row')} cannot be used" if bad_rows else ""
+    return f"{format_count(len(problems), 'problem')} read from {describe(data)}{earlier}{unusable}"
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from genssd.engine.amounts import format_count
 from genssd.engine.engine import Engine
 from genssd.engine.runner import Role
 
@@ -63,8 +64,9 @@ class ResponseLimits:
                 low, high = min(lengths), max(lengths)
                 tokens = f"{low}" if low == high else f"{low} to {high}"
                 parts.append(
-                    f"the {role} has {positions} positions, of which the prompts take {tokens}: {len(lengths)} of "
-                    f"{len(prompts)} prompts leave fewer than max_tokens={self.max_tokens} for a response"
+                    f"the {role} has {positions} positions, of which the prompts take {tokens}: fewer than "
+                    f"max_tokens={self.max_tokens} are left for a response in {len(lengths)} of "
+                    f"{format_count(len(prompts), 'prompt')}"
                 )
         return "; ".join(parts) + "; what is longer is cut off (status length)" if parts else None
 
@@ -86,4 +88,4 @@ def describe_cuts(cuts: Mapping[str, int], responses: int) -> str | None:
     if 2 * total <= responses:
         return None
     reasons = ", ".join(f"{cuts[name]} {remedy}" for name, remedy in REMEDIES.items() if name in cuts)
-    return f"{total} of {responses} responses were cut off before they were finished: {reasons}"
+    return f"{total} of {format_count(responses, 'response')} were cut off before they were finished: {reasons}"

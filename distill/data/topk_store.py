@@ -2,8 +2,9 @@
 
 FILE.bin    per trajectory: ids, int32 [T, K], then log-probabilities, float32 [T, K], in the machine's byte order
 
-The field `teacher_topk` of a row locates its own top k: {"file": name, "offset": bytes, "tokens": T, "k": K}. The file
-only ever grows, and the bytes that a row refers to are on disk before the row is.
+The field `teacher_topk` of a row locates its own top k: {"file": name, "offset": bytes, "tokens": T, "k": K,
+"vocabulary": V}, where V is the number of ids that the teacher's head has. The file only ever grows, and the bytes that
+a row refers to are on disk before the row is.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from genssd.distill.runs.writing import GrowingFile, truncate
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TopK
 
+INCOMPLETE = "teacher_topk must name file, offset, tokens, k and vocabulary"
 BYTES_PER_ENTRY = 8
 """Bytes of one id together with its log-probability."""
 
@@ -34,6 +38,8 @@ class TopkLocation:
     tokens: int
     """Number of tokens in the trajectory."""
     k: int
+    vocabulary: int
+    """Number of ids that the teacher's head has."""
     where: str
     """File and line of the trajectory's row, for messages."""
 
@@ -44,7 +50,7 @@ class TopkLocation:
     def read(self) -> TopK:
         """Return ids, int64, and log-probabilities, float32, both [tokens, k].
 
-        Raises InputError when the file cannot be read, or holds no top k there.
+        Raises InputError when the file cannot be read, holds no top k there, or an id that the teacher does not have.
         """
         try:
             with self.path.open("rb") as stream:
@@ -64,23 +70,43 @@ class TopkLocation:
                 raise InputError(
                     f"{self.where}: {self.path} holds no top k at byte {self.offset}: it is not the file of this row"
                 )
+        self._check_ids(ids.reshape(shape))
         return TopK(
             torch.from_numpy(ids.astype(np.int64).reshape(shape)), torch.from_numpy(logprob.copy().reshape(shape))
         )
+
+    def _check_ids(self, ids_TK: npt.NDArray[np.int32]) -> None:
+        """Check that every id is one of the teacher's, and none is in a row twice. Raises InputError naming the id."""
+        sorted_TK = np.sort(ids_TK, axis=1)
+        twice_TK = np.zeros(ids_TK.shape, dtype=np.bool_)
+        twice_TK[:, 1:] = sorted_TK[:, 1:] == sorted_TK[:, :-1]
+        for values_TK, is_wrong_TK, fault in (
+            (ids_TK, ids_TK >= self.vocabulary, f"which is outside of the teacher's vocabulary of {self.vocabulary}"),
+            (sorted_TK, twice_TK, "twice"),
+        ):
+            if is_wrong_TK.any():
+                token, place = (int(i) for i in np.argwhere(is_wrong_TK)[0])
+                raise InputError(
+                    f"{self.where}: {self.path} is damaged: the top k of token {token} (byte "
+                    f"{self.offset + 4 * token * self.k}) has the id {values_TK[token, place]}, {fault}; restore the "
+                    "file, or select again"
+                )
 
 
 class TopkStore:
     """An open file that top k are appended to; a context manager."""
 
-    def __init__(self, path: Path, end: int) -> None:
+    def __init__(self, path: Path, end: int, *, vocabulary: int) -> None:
         """Open the file and cut it off at byte `end`, after the last top k that a row refers to.
 
-        Raises InputError when it is shorter, or cannot be written.
+        vocabulary: number of ids that the teacher's head has. Raises InputError when the file is shorter, or cannot be
+        written.
         """
         if (path.stat().st_size if path.exists() else 0) < end:
             raise InputError(f"{path} is shorter than its rows say: restore it, or choose another output_dir")
         truncate(path, end)
         self._file = GrowingFile(path)
+        self._vocabulary = vocabulary
 
     def append(self, topk: TopK) -> dict[str, Any]:
         """Write one trajectory's top k, wait until it is on disk, and return the field `teacher_topk` of its row.
@@ -90,7 +116,8 @@ class TopkStore:
         ids, logprob = topk.ids.cpu().numpy().astype(np.int32), topk.logprob.float().cpu().numpy()
         offset = self._file.size
         self._file.append(ids.tobytes() + logprob.tobytes())
-        return {"file": self._file.path.name, "offset": offset, "tokens": len(ids), "k": ids.shape[1]}
+        shape = {"tokens": len(ids), "k": ids.shape[1], "vocabulary": self._vocabulary}
+        return {"file": self._file.path.name, "offset": offset, **shape}
 
     def __enter__(self) -> TopkStore:
         return self
@@ -107,13 +134,17 @@ def locate_topk(field: object, directory: Path, tokens: int, where: str) -> Topk
     if field is None:
         return None
     if not isinstance(field, Mapping) or not isinstance(field.get("file"), str):
-        raise InputError(f"{where}: teacher_topk must name file, offset, tokens and k")
-    offset, count, k = (field.get(name) for name in ("offset", "tokens", "k"))
-    if type(offset) is not int or type(count) is not int or type(k) is not int or min(offset, count, k - 1) < 0:
-        raise InputError(f"{where}: teacher_topk must name file, offset, tokens and k")
+        raise InputError(f"{where}: {INCOMPLETE}")
+    values = [field.get(name) for name in ("offset", "tokens", "k", "vocabulary")]
+    numbers = [value for value in values if type(value) is int and value >= 0]
+    if len(numbers) < len(values):
+        raise InputError(f"{where}: {INCOMPLETE}")
+    offset, count, k, vocabulary = numbers
+    if not 1 <= k <= vocabulary:
+        raise InputError(f"{where}: teacher_topk cannot have k={k} of a vocabulary of {vocabulary}")
     if count != tokens:
-        raise InputError(f"{where}: teacher_topk has {count} tokens, the completion {tokens}")
-    place = TopkLocation(directory / field["file"], offset, count, k, where)
+        raise InputError(f"{where}: teacher_topk has {format_count(count, 'token')}, the completion {tokens}")
+    place = TopkLocation(directory / field["file"], offset, count, k, vocabulary, where)
     try:
         size = place.path.stat().st_size
     except (OSError, ValueError) as error:

@@ -33,6 +33,7 @@ from genssd.distill.data.written_rows import (
 )
 from genssd.distill.files.rows import read_rows, stem_of
 from genssd.distill.runs.journal import damaged_line
+from genssd.engine.amounts import format_count
 from genssd.engine.chat import THOUGHT_FIELDS, Messages
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
@@ -120,7 +121,10 @@ def read_traces(
                     continue
                 num_tokens = len(example.input_ids)
                 if num_tokens > max_length:
-                    yield f"{response_where}: {num_tokens} tokens, more than the {max_length} that the student takes"
+                    yield (
+                        f"{response_where}: {format_count(num_tokens, 'token')}, more than the {max_length} that the "
+                        "student takes"
+                    )
                     continue
                 yield Trace(
                     prompt_ids=example.input_ids[: example.num_prompt],
@@ -170,7 +174,7 @@ def read_usable_traces(
 
 def describe_reading(traces: Sequence[Trace], bad_rows: Sequence[str]) -> str:
     """Return how many traces were read, and how many rows or responses cannot be used, for the progress."""
-    return f"{len(traces)} traces read" + (f", {len(bad_rows)} that cannot be used" if bad_rows else "")
+    return f"{format_count(len(traces), 'trace')} read" + (f", {len(bad_rows)} that cannot be used" if bad_rows else "")
 
 
 def describe_source(trace: Trace) -> dict[str, Any]:
@@ -242,7 +246,9 @@ def _split_responses(fields: Mapping[str, Any], where: str) -> list[tuple[Mappin
         shared = {"prompt": _parse_turns(fields, where), "tools": fields.get("tools")}
         verdicts: list[Any] = next((fields[name] for name in VERDICT_FIELDS if isinstance(fields.get(name), list)), [])
         if verdicts and len(verdicts) != len(texts):
-            raise InputError(f"{where}: {len(texts)} generations but {len(verdicts)} verdicts")
+            raise InputError(
+                f"{where}: {format_count(len(texts), 'generation')} but {format_count(len(verdicts), 'verdict')}"
+            )
         correct = [v if isinstance(v, bool) else None for v in verdicts] or [None] * len(texts)
         rows_of_responses: list[tuple[Mapping[str, Any], bool | None]] = []
         for i, text in enumerate(texts):
@@ -283,7 +289,9 @@ def _select_thought(fields: Mapping[str, Any], index: int, count: int, where: st
         if isinstance(thoughts, str):
             thoughts = [thoughts]
         if not isinstance(thoughts, list) or len(thoughts) != count:
-            raise InputError(f"{where}: {name} must be a list with one thought for each of the {count} generations")
+            raise InputError(
+                f"{where}: {name} must be a list with one thought for each of the {format_count(count, 'generation')}"
+            )
         if thoughts[index]:
             selected[name] = thoughts[index]
     return selected

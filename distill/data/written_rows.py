@@ -8,6 +8,7 @@ from typing import Any
 
 from genssd.distill.data.examples import COMPLETION_FIELDS
 from genssd.distill.data.messages import parse_conversation
+from genssd.engine.amounts import format_count
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
 
@@ -56,7 +57,9 @@ def read_writer_record(fields: Mapping[str, Any], num_response: int, where: str)
     if values is not None and (
         not isinstance(values, list) or len(values) != num_response or not all(map(_is_logprob, values))
     ):
-        raise InputError(f"{where}: teacher_logprobs must be a list of {num_response} numbers, one for each token")
+        raise InputError(
+            f"{where}: teacher_logprobs must be a list of {format_count(num_response, 'number')}, one for each token"
+        )
     ids = fields.get("prompt_ids")
     return WriterRecord(
         fingerprint=fingerprint if isinstance(fingerprint, str) else None,

@@ -12,6 +12,7 @@ from genssd.distill.diagnose.contexts import build_prompt, read_contexts
 from genssd.distill.diagnose.forcing import Question
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.run import Run
+from genssd.engine.amounts import format_count
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError
@@ -60,7 +61,8 @@ def encode_prompts(
             free = positions[config.student] - len(prompts["itself", problem.index])
             if len(ids) + min(config.max_tokens, max(free, 1)) > positions[reader.model]:
                 return (
-                    f"the prompt of {reader.name!r} has {len(ids)} tokens, and with {config.max_tokens} of the "
+                    f"the prompt of {reader.name!r} has {format_count(len(ids), 'token')}, and with "
+                    f"{config.max_tokens} of the "
                     f"response more than the {positions[reader.model]} positions of {reader.model}; lower max_tokens, "
                     "or shorten the context"
                 )

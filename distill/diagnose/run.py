@@ -49,6 +49,7 @@ from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
+from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion
@@ -158,11 +159,12 @@ class _Measurement:
 
         questions: all of them, because equal prompts are distinguished by how many of them come before. prompts: the
         token ids of every reader's prompt, by the reader's name and the question's index. failures: gets why questions
-        did not fit, by their indices. Raises InputError on a rollout with a token that a teacher does not have.
+        did not fit, or have a rollout with a token that a teacher does not have, by their indices.
         """
-        open_questions = self._write_rollouts(questions, done, failures)
-        for q in open_questions:
-            tokenizers.check_rollouts(q)
+        written = self._write_rollouts(questions, done, failures)
+        unreadable = {q.index: fault for q in written if (fault := tokenizers.find_fault(q)) is not None}
+        failures.update(unreadable)
+        open_questions = [q for q in written if q.index not in unreadable]
         positions = {q.index: self._choose_positions(q) for q in open_questions}
         config = self._config
         options = ReadingOptions(
@@ -185,7 +187,11 @@ class _Measurement:
 
     def _report_forcing(self, finished: int, total: int, completions: int) -> None:
         """Report the finished questions, and the completions written for the one that is running."""
-        self.report(finished, total, f"{completions} of at most {self._config.budget} completions of the next one")
+        self.report(
+            finished,
+            total,
+            f"{completions} of at most {format_count(self._config.budget, 'completion')} of the next one",
+        )
 
     def _student(self) -> Engine:
         return self._models.engine(self._config.student, "student")

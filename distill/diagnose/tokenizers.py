@@ -40,8 +40,10 @@ class ReaderTokenizers:
             excluded |= {*forward[-1].strings, *backward.strings}
         return ReaderTokenizers(by_model=by_model, student_to_teacher=forward, excluded_ids=frozenset(excluded))
 
-    def check_rollouts(self, question: Question) -> None:
-        """Raise InputError on a rollout with a token that a teacher does not have."""
+    def find_fault(self, question: Question) -> str | None:
+        """Return why a teacher cannot read a rollout of a question, with the question's label; None if all can."""
         for rollout in question.rollouts:
             for token_map in self.student_to_teacher:
-                token_map.check_same(rollout.token_ids, question.label)
+                if (fault := token_map.find_fault(rollout.token_ids)) is not None:
+                    return f"{question.label}: {fault}"
+        return None

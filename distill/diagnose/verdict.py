@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from genssd.distill.diagnose.diagnosis import Cell, Diagnosis, Group
+from genssd.engine.amounts import format_count
 
 MIN_QUESTIONS = 10
 """Number of questions that a verdict needs: a percentile bootstrap over fewer is too narrow to rely on."""
@@ -27,8 +28,9 @@ def _describe_coverage(d: Diagnosis) -> str:
     informative = group.nodes - group.forced - group.flat
     right = _format_fraction(d.correct_rollouts, d.rollouts)
     text = (
-        f"The student gets {right} of its rollouts right. At {informative} of {group.nodes} "
-        f"nodes the choice of a token was seen to change what comes of it. At {group.forced} there is only one token "
+        f"The student gets {right} of its rollouts right. At {informative} of "
+        f"{format_count(group.nodes, 'node')} the choice of a token was seen to change what comes of it. "
+        f"At {group.forced} there is only one token "
         f"to choose, at {group.flat} all tokens succeed equally often: no alignment is defined there."
     )
     return text if informative else f"{text} Nothing can be said about any teacher or loss."
@@ -39,11 +41,12 @@ def _judge_group(group: Group) -> str:
     name = group.name[0].upper() + group.name[1:]
     lead = group.lead
     if lead is None:
-        return f"{name}: no verdict. None of {group.nodes} nodes has an alignment."
+        return f"{name}: no verdict. None of {format_count(group.nodes, 'node')} has an alignment."
     best = lead.best
     if group.questions < MIN_QUESTIONS:
         return (
-            f"{name}: no verdict on {best.nodes} nodes of {_format_count(group.questions, 'question')}, fewer than "
+            f"{name}: no verdict on {format_count(best.nodes, 'node')} of "
+            f"{format_count(group.questions, 'question')}, fewer than "
             f"{MIN_QUESTIONS}; {_name_pair(best)} has the largest mean, {best.alignment.value:+.2f}."
         )
     text = f"{name}: {_name_pair(best)}, alignment {best.alignment}: {_describe_effect(best)}"
@@ -59,7 +62,7 @@ def _judge_group(group: Group) -> str:
     if lead.other_loss is not None and lead.loss_difference is not None:
         comparison = "does worse by" if lead.loss_difference.low > 0.0 else "cannot be told apart: difference"
         text += f"; its next loss, {lead.other_loss.loss}, {comparison} {lead.loss_difference}"
-    return f"{text}. {best.nodes} nodes of {group.questions} questions."
+    return f"{text}. {format_count(best.nodes, 'node')} of {format_count(group.questions, 'question')}."
 
 
 def _describe_effect(cell: Cell) -> str:
@@ -89,7 +92,8 @@ def _list_cautions(d: Diagnosis) -> list[str]:
     group, costs = d.groups[0], d.costs
     if group.lead is not None and group.questions >= MIN_QUESTIONS and group.lead.best.ahead < WINNING_FRACTION:
         cautions.append(
-            f"The best of {len(group.cells)} pairs looks better than it is, being picked for its value; below "
+            f"The best of {format_count(len(group.cells), 'pair')} looks better than it is, being picked for its "
+            "value; below "
             f"{WINNING_FRACTION:.0%} of the draws take it as a candidate, not as a winner."
         )
     is_noisy = group.reliability < 0.5
@@ -106,16 +110,12 @@ def _list_cautions(d: Diagnosis) -> list[str]:
             "rollouts."
         )
     if costs.nodes < costs.planned_nodes:
-        cautions.append(f"The budget held {costs.nodes} of {costs.planned_nodes} planned nodes.")
+        cautions.append(f"The budget held {costs.nodes} of {format_count(costs.planned_nodes, 'planned node')}.")
     for teacher, reasons in group.undefined.items():
         for reason, count in reasons.items():
             predicate = "says what the student says" if reason == "same" else "gives a candidate no probability"
-            cautions.append(f"{teacher} {predicate} at {_format_count(count, 'node')} that could say more.")
+            cautions.append(f"{teacher} {predicate} at {format_count(count, 'node')} that could say more.")
     return [text.strip() for text in cautions]
-
-
-def _format_count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _name_pair(cell: Cell) -> str:

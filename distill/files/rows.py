@@ -124,6 +124,12 @@ def open_data_file(name: str | Path) -> BinaryIO:
     raise InputError(f"{name} is a device or a socket, not a data file; pipe its rows into the command, as --data -")
 
 
+def check_exists(name: str) -> None:
+    """Raise InputError where a name means a file, and there is none. Nothing is opened or looked up on the hub."""
+    if name != STANDARD_INPUT and not os.path.lexists(name) and _find_hub_name(name) is None:
+        open_data_file(name).close()  # raises
+
+
 def stem_of(name: str | Path) -> str:
     """Return the name of a data file without folders and suffixes, "stdin" for standard input."""
     path = Path(name)

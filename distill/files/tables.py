@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from genssd.distill.files.lines import MAX_LINE_BYTES, iter_lines
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import one_line, quote
 
@@ -128,7 +129,8 @@ def read_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[int,
             where = f"{name}, row {number}"
             if len(cells) != len(header):
                 raise InputError(
-                    f"{where}: {len(cells)} cells, but the header has {len(header)} (line {reader.line_num})"
+                    f"{where}: {format_count(len(cells), 'cell')}, but the header has {len(header)} (line "
+                    f"{reader.line_num})"
                 )
             yield number, _encode({column: cell for column, cell in zip(header, cells, strict=True) if cell}, where)
     except csv.Error as error:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.settings import Operational
-from genssd.engine.amounts import format_bytes
+from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
@@ -72,7 +72,7 @@ class EngineOptions:
         use = engine.cache_use
         report.note(
             f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
-            f"the caches hold {use.pages:,} pages ({format_bytes(use.bytes)})"
+            f"the caches hold {format_count(use.pages, 'page')} ({format_bytes(use.bytes)})"
         )
         announce(threads)  # when nothing about the models can be refused any more
         return engine

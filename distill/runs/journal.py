@@ -165,3 +165,11 @@ def read_number(path: Path, *names: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InputError(f"{path} is damaged: {'.'.join(names)} is no number; restore it, or choose another output_dir")
     return float(value)
+
+
+def read_texts(path: Path, name: str) -> tuple[str, ...]:
+    """Return a list of texts in a JSON file by its name. Raises InputError."""
+    value = read_json(path).get(name)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{path} is damaged: {name} is no list of texts; restore it, or choose another output_dir")
+    return tuple(value)

@@ -15,6 +15,7 @@ from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, describe_source
 from genssd.distill.score.teacher import NO_LOGPROBS, TeacherReader, read_recorded
+from genssd.engine.amounts import format_count
 from genssd.engine.candidate import (
     AnyCriterion,
     Candidate,
@@ -23,6 +24,7 @@ from genssd.engine.candidate import (
     needs_answer,
     needs_teacher,
 )
+from genssd.engine.criterion_calls import call_features, call_ratio, call_score
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
@@ -53,7 +55,9 @@ class Scorer:
                 return f"no reference answer, which {reading} reads"
             num_answer = len(self.engine.tokenizer("student").encode_plain(trace.answer))
             if trace.num_tokens + num_answer > longest - ANSWER_ROOM:
-                return f"with its reference answer longer than the {longest} tokens that the student takes"
+                return (
+                    f"with its reference answer longer than the {format_count(longest, 'token')} that the student takes"
+                )
         asking = next((name for name, criterion in self.criteria.items() if needs_teacher(criterion)), None)
         if asking is None:
             return None
@@ -77,9 +81,9 @@ class Scorer:
     def _describe(self, trace: Trace, candidate: Candidate, verdict: Verdict | None) -> dict[str, Any]:
         """Return a line of features.jsonl. Raises InputError when a criterion gives NaN."""
         features = {
-            name: list(criterion.features(candidate))
+            name: list(call_features(criterion, candidate))
             if isinstance(criterion, PoolCriterion)
-            else [criterion.score(candidate)]
+            else [call_score(criterion, candidate)]
             for name, criterion in self.criteria.items()
         }
         for name, values in features.items():
@@ -97,7 +101,7 @@ class Scorer:
             "correct": trace.correct if verdict is None else verdict.is_correct,
             "undecided": None if verdict is None else verdict.undecided,
             "ratios": {
-                name: [make_jsonable(part) for part in criterion.ratio(candidate)]
+                name: [make_jsonable(part) for part in call_ratio(criterion, candidate)]
                 for name, criterion in self.criteria.items()
                 if isinstance(criterion, RatioCriterion)
             },

@@ -44,7 +44,7 @@ from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.score.words import group_words
-from genssd.distill.train.models import load_model, load_teacher, logits_softcap, scale_states
+from genssd.distill.train.models import load_model, load_teacher, logits_softcap, match_teacher, scale_states
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError, NumericsError
@@ -116,7 +116,14 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
         tokenizer = Tokenizer(source).with_chat(run.chat_options)
         longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
         report.begin("reading the traces")
-        traces, bad_rows = read_usable_traces(config.data, tokenizer, max_length=longest, limit=config.limit)
+        teacher_reads = match_teacher(Tokenizer(locate(config.teacher)), tokenizer)
+        traces, bad_rows = read_usable_traces(
+            config.data,
+            tokenizer,
+            max_length=longest,
+            limit=config.limit,
+            find_fault=lambda trace: teacher_reads.find_fault((*trace.prompt_ids, *trace.response_ids)),
+        )
         report.note(describe_reading(traces, bad_rows))
         done = set(find_traces(run.done(), traces, run.journal_path))
         missing = [trace for i, trace in enumerate(traces) if i not in done]
@@ -125,7 +132,7 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
             stack.enter_context(torch_threads(threads.count))
             report.begin(f"loading student {config.student} and teacher {config.teacher}")
             started = time.monotonic()
-            student, teacher = _load_models(config, tokenizer, missing)
+            student, teacher = _load_models(config, tokenizer)
             announce(threads)
             report.note(f"the models loaded in {time.monotonic() - started:.1f} s")
             report.begin("", unit="traces", total=len(traces), done=len(done))
@@ -150,17 +157,12 @@ def _count_parameters(name: str) -> int:
     return count_parameters(ModelConfig.load(locate(name)))
 
 
-def _load_models(config: LeafConfig, tokenizer: Tokenizer, traces: Sequence[Trace]) -> tuple[Any, Any]:
-    """Return student and teacher as transformers' models, in the types of their checkpoints.
-
-    Raises InputError on a trace with a token that the teacher does not have.
-    """
+def _load_models(config: LeafConfig, tokenizer: Tokenizer) -> tuple[Any, Any]:
+    """Return student and teacher as transformers' models, in the types of their checkpoints."""
     device = choose_device(config.device)
     sources = locate(config.student), locate(config.teacher)
     student = load_model(sources[0], tokenizer, device, dtype=choose_dtype(sources[0], "auto", device)).eval()
     teacher = load_teacher(sources[1], tokenizer, device, choose_dtype(sources[1], "auto", device))
-    for trace in traces:
-        teacher.check_reads((), (*trace.prompt_ids, *trace.response_ids), trace.where)
     return student, teacher.model
 
 

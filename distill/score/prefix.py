@@ -48,6 +48,7 @@ from genssd.distill.score.prefix_judges import (
     make_solving_judge,
     warn_of_unmarked,
 )
+from genssd.engine.amounts import format_count
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
@@ -245,7 +246,7 @@ def _align(
     judgements: list[list[dict[str, Any]]] = [[] for _ in traces]
 
     def is_sufficient(queries: Sequence[tuple[int, int]]) -> list[bool]:
-        report_work(f"judging {len(queries)} prefixes")
+        report_work(f"judging {format_count(len(queries), 'prefix')}")
         judged = judge([(traces[i], prefix(i, steps)) for i, steps in queries])
         for (i, steps), one in zip(queries, judged, strict=True):
             judgements[i].append({"steps": steps, "sufficient": one.is_sufficient, "reply": one.reply})
@@ -254,7 +255,7 @@ def _align(
     kept = shortest_prefixes([len(steps) for steps in spans], is_sufficient)
     shortened = [i for i in range(len(traces)) if kept[i] < len(spans[i])]
     prefixes = [(traces[i], prefix(i, kept[i])) for i in shortened]
-    report_work(f"continuing {len(prefixes)} prefixes")
+    report_work(f"continuing {format_count(len(prefixes), 'prefix')}")
     continuations = continue_prefixes(
         engine, prefixes, sampling=config.sampling, max_tokens=config.max_tokens, seed=config.seed
     )

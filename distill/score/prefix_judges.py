@@ -8,6 +8,7 @@ from typing import Any
 
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace
+from genssd.engine.amounts import format_count
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion
 from genssd.engine.sampling import Sampling
@@ -139,7 +140,8 @@ def warn_of_unmarked(counts: ReplyCounts) -> str | None:
     if 2 * counts.unmarked <= counts.replies:
         return None
     return (
-        f"warning: {counts.unmarked} of {counts.replies} replies of the judge have neither {ENOUGH} nor {NOT_ENOUGH}: "
-        "the student does not answer as it is asked; read its replies in prefixes.jsonl (judgements), raise "
+        f"warning: neither {ENOUGH} nor {NOT_ENOUGH} in {counts.unmarked} of {format_count(counts.replies, 'reply')} "
+        "of "
+        "the judge: the student does not answer as it is asked; read its replies in prefixes.jsonl (judgements), raise "
         "--judge-tokens where they are cut off, or take --judge solves"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from genssd.engine.candidate import AnyCriterion, PoolCriterion
+from genssd.engine.criterion_calls import call_score_pool, is_higher_better
+from genssd.engine.errors import InputError
 
 BOOTSTRAP_DRAWS = 2000
 
@@ -35,15 +38,20 @@ class TeacherRank:
 
 
 def compute_values(criterion: AnyCriterion, name: str, rows: Sequence[FeatureRow]) -> list[float]:
-    """Return a criterion's value of every row. name: the criterion's name in the rows."""
+    """Return a criterion's value of every row. name: the criterion's name in the rows.
+
+    Raises InputError when the criterion of a pool gives NaN.
+    """
     features = [tuple(float(value) for value in row["features"][name]) for row in rows]
     if not isinstance(criterion, PoolCriterion):
         return [values[0] for values in features]
-    if criterion.pool == "data":
-        return criterion.score_pool(features)
+    pools = [list(range(len(rows)))] if criterion.pool == "data" else list(group_by_prompt(rows).values())
     pooled = [0.0] * len(rows)
-    for members in group_by_prompt(rows).values():
-        for i, value in zip(members, criterion.score_pool([features[i] for i in members]), strict=True):
+    for members in pools:
+        for i, value in zip(members, call_score_pool(criterion, [features[i] for i in members]), strict=True):
+            if math.isnan(value):
+                source = rows[i]["source"]
+                raise InputError(f"the criterion {name} gave NaN for {source['file']}, line {source['line']}")
             pooled[i] = value
     return pooled
 
@@ -85,7 +93,7 @@ def rank_teachers(
         ).reshape(-1, len(teachers), 2)
         table = table[np.isfinite(table).all(axis=(1, 2))]
         if len(table):
-            ranks[name] = _rank_table(table, teachers, criterion.higher_is_better(), seed)
+            ranks[name] = _rank_table(table, teachers, is_higher_better(criterion), seed)
     return ranks, len(groups) - len(complete)
 
 

@@ -40,6 +40,7 @@ from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_p
 from genssd.distill.score.teacher import TeacherReader
 from genssd.engine.candidate import AnyCriterion, PoolCriterion, needs_teacher
 from genssd.engine.criteria.learning_gain import Lark
+from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -176,7 +177,7 @@ def _evaluate(
     rows = sort_by_trace(run.done(), traces, run.journal_path)
     columns = {name: compute_values(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(run.path("scores.jsonl"), _score_rows(rows, columns))
-    higher_is_better = {name: criterion.higher_is_better() for name, criterion in criteria.items()}
+    higher_is_better = {name: is_higher_better(criterion) for name, criterion in criteria.items()}
     selected = _write_selected(run, config, engine, traces, rows, columns, higher_is_better)
     ranks, incomplete = rank_teachers(rows, criteria, columns)
     ranking = {name: [dataclasses.asdict(rank) for rank in ranked] for name, ranked in ranks.items()}

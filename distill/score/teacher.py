@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genssd.distill.data.traces import Trace
+from genssd.engine.amounts import format_count
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.token_map import match_tokenizers
@@ -39,7 +40,8 @@ class TeacherReader:
             return str(error)
         longest = self._engine.max_sequence_length("teacher")
         if len(prompt_ids) + len(response_ids) > longest:
-            return f"{len(prompt_ids) + len(response_ids)} tokens, more than the {longest} that the teacher takes"
+            tokens = format_count(len(prompt_ids) + len(response_ids), "token")
+            return f"{tokens}, more than the {longest} that the teacher takes"
         return None
 
     def read(self, traces: Sequence[Trace]) -> list[Tensor]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from genssd.distill.data.problems import ProblemSet
 from genssd.distill.runs.journal import read_json
 from genssd.distill.select.unfit import leave_out_unfit
+from genssd.engine.amounts import format_count
 from genssd.engine.candidate import AnyCriterion, PoolCriterion
+from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -63,8 +65,9 @@ class Calibration:
 
     def __str__(self) -> str:
         return (
-            f"{self.threshold:.6g}, which {self.fraction:.0%} of the teacher's {self.chunks} plain chunks of "
-            f"{self.prompts} prompts reach"
+            f"{self.threshold:.6g}, which {self.fraction:.0%} of the teacher's "
+            f"{format_count(self.chunks, 'plain chunk')} of "
+            f"{format_count(self.prompts, 'prompt')} reach"
         )
 
 
@@ -108,8 +111,8 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
     values = [record.score for selection in selections for record in selection.tree]
     if not values:
         listed = "".join(f"\n  {message}" for message in usable.list_bad_rows(failures)[:10])
-        raise InputError(f"calibration: none of {len(selections)} prompts can be run:{listed}")
-    values.sort(reverse=resolve(criterion).higher_is_better())
+        raise InputError(f"calibration: none of {format_count(len(selections), 'prompt')} can be run:{listed}")
+    values.sort(reverse=is_higher_better(resolve(criterion)))
     threshold = worst_of_best(values, fraction)
     if not math.isfinite(threshold):
         raise InputError(f"calibration: {criterion} is infinite at the share {fraction}; lower calibrate.share")

@@ -29,8 +29,9 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.decisions import Decisions, read_decisions
 from genssd.distill.select.exports import JudgedRound, make_pairs, make_steps, rank_eligible
-from genssd.engine.candidate import AnyCriterion, PoolCriterion, evaluate_distinct, needs_answer
+from genssd.engine.candidate import AnyCriterion, PoolCriterion, needs_answer
 from genssd.engine.checkpoint import locate
+from genssd.engine.criterion_calls import evaluate_distinct, is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -157,7 +158,7 @@ class _Results:
                 judged = JudgedRound.as_logged(decided)
             else:
                 judged = JudgedRound.by_criterion(
-                    decided, scores, higher_is_better=self._criterion.higher_is_better(), is_exact=is_exact
+                    decided, scores, higher_is_better=is_higher_better(self._criterion), is_exact=is_exact
                 )
             row = self._describe(decisions, number, judged, scores)
             is_exact = judged.is_exact and row["agrees"]
@@ -170,7 +171,7 @@ class _Results:
     def _describe(self, decisions: Decisions, number: int, judged: JudgedRound, scores: list[float]) -> dict[str, Any]:
         """Return how the criterion judges one round, with as many candidates kept as in the run."""
         kept = [d.trace for d in judged.decided if d.verdict == "kept"]
-        ranked = rank_eligible(judged.decided, scores, higher_is_better=self._criterion.higher_is_better())
+        ranked = rank_eligible(judged.decided, scores, higher_is_better=is_higher_better(self._criterion))
         reselected = ranked[: len(kept)]
         return {
             "index": decisions.selection["index"],

@@ -42,6 +42,7 @@ from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
+from genssd.engine.quoting import quote
 from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
@@ -129,8 +130,10 @@ class SelectSummary:
     tokens_kept: int
     tokens_sampled: int
     failures: tuple[str, ...]
-    """Prompts that are too long, or did not fit into the cache, and why. They are in no journal: resuming tries them
-    again."""
+    """Prompts that are too long, did not fit into the cache, or for which the teacher wrote a token that the student
+    does not have, and why. They are in no journal: resuming tries them again."""
+    missing_tokens: Mapping[str, int]
+    """Number of the failures because of a token that the student does not have, by its string and id."""
     bad_rows: tuple[str, ...]
     """Rows that could not be used, of the data and of the calibration's data; the failures are among them."""
 
@@ -154,8 +157,9 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
         )
         readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
         calibration = None if config.calibrate.data is None else _calibrate(engine, config, run, report)
-        failures = _Search(run, config, engine, readable, done, calibration).run(report)
-        summary = _summarise(run, config, readable.data, failures, calibration)
+        search = _Search(run, config, engine, readable, done, calibration)
+        failures = search.run(report)
+        summary = _summarise(run, config, readable.data, failures, search.missing_tokens, calibration)
         run.write_bad_rows(summary.bad_rows)
         run.write_summary(_describe(summary))
     return summary
@@ -180,6 +184,8 @@ class _Search:
         self._engine = engine
         self._problems = readable.data.problems
         self._done = readable.find_done(done)
+        self.missing_tokens: Counter[str] = Counter()
+        """Number of prompts that failed because of a token that the student does not have, by the token."""
         self._threshold = config.threshold if calibration is None else calibration.threshold
         limits = ResponseLimits.of(engine, ROLES, config.max_tokens)
         limits.warn_of_shortage(readable.list_lengths(done))
@@ -203,7 +209,7 @@ class _Search:
         journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
             Journal(self._run.path("decisions.jsonl")) as decisions,
-            TopkStore(self._run.path(TOPK_FILE), topk_end)
+            TopkStore(self._run.path(TOPK_FILE), topk_end, vocabulary=self._engine.vocabulary("teacher"))
             if self._config.teacher_topk
             else nullcontext() as topk_store,
         ):
@@ -213,6 +219,8 @@ class _Search:
                     self._write(selection, problem, journal, decisions, topk_store)
                 else:
                     failures[problem.index] = f"{problem.where}: {selection.error}"
+                    if (token := selection.missing_token) is not None:
+                        self.missing_tokens[f"{quote(self._engine.token_map.strings[token])} (id {token})"] += 1
                 report(len(self._done) + finished, len(self._problems))
         return failures
 
@@ -261,7 +269,12 @@ def _calibrate(engine: Engine, config: SelectConfig, run: Run, report: Progress)
 
 
 def _summarise(
-    run: Run, config: SelectConfig, data: ProblemSet, failures: Mapping[int, str], calibration: Calibration | None
+    run: Run,
+    config: SelectConfig,
+    data: ProblemSet,
+    failures: Mapping[int, str],
+    missing_tokens: Mapping[str, int],
+    calibration: Calibration | None,
 ) -> SelectSummary:
     """Return the counts over the journal. failures: why prompts failed, by the index of the row."""
     statuses: Counter[str] = Counter()
@@ -282,6 +295,7 @@ def _summarise(
         tokens_kept=kept,
         tokens_sampled=sampled,
         failures=tuple(message for _, message in sorted(failures.items())),
+        missing_tokens=dict(missing_tokens),
         bad_rows=(*(calibration.bad_rows if calibration else ()), *data.list_bad_rows(failures)),
     )
 
@@ -295,5 +309,6 @@ def _describe(summary: SelectSummary) -> dict[str, Any]:
         **summary.accuracy.as_json(),
         "threshold": None if summary.calibration is None else summary.calibration.threshold,
         "failures": len(summary.failures),
+        "missing_tokens": summary.missing_tokens,
         "bad_rows": len(summary.bad_rows),
     }

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow, ProblemSet
+from genssd.distill.files.pipes import describe
 from genssd.engine.candidate import AnyCriterion, needs_answer
 from genssd.engine.engine import Engine
+from genssd.engine.errors import InputError
 from genssd.engine.runner import Role
 
 
@@ -37,15 +40,51 @@ def leave_out_unfit(
 ) -> ReadableProblems:
     """Return the problems whose prompts the tokenizers and chat templates of these models take.
 
-    With a criterion that reads the reference answer, problems without one are left out as well. Raises InputError when
-    no problem is left. Prompts that are too long are outcomes of the engine.
+    With a criterion that reads the reference answer, problems without one are left out as well, and with two models
+    prompts that open a thought which the teacher closes by a token that the student does not have. Raises InputError
+    when no problem is left. Prompts that are too long are outcomes of the engine.
     """
     lengths: dict[int, dict[Role, int]] = {}
+    ends = None if len(roles) < 2 or engine.token_map.is_identity else _ThoughtEnds(engine)
+    unreadable: list[str] = []
 
     def find_fault(problem: ProblemRow) -> str | None:
         if criterion is not None and needs_answer(criterion) and problem.answer is None:
             return f"no reference answer, which the criterion {criterion_name} reads"
-        lengths[problem.index] = {role: len(engine.tokenizer(role).encode_prompt(problem.prompt)) for role in roles}
-        return None
+        ids = {role: engine.tokenizer(role).encode_prompt(problem.prompt) for role in roles}
+        fault = None if ends is None else ends.find_fault(ids["teacher"])
+        if fault is not None:
+            unreadable.append(fault)
+        lengths[problem.index] = {role: len(token_ids) for role, token_ids in ids.items()}
+        return fault
 
-    return ReadableProblems(data=data.leave_out(find_fault), lengths=lengths)
+    try:
+        readable = data.leave_out(find_fault)
+    except InputError:
+        if len(unreadable) == len(data.problems):
+            raise InputError(f"{describe(data.name)}: of every prompt, {unreadable[0]}") from None
+        raise
+    usable = {problem.index for problem in readable.problems}
+    return ReadableProblems(data=readable, lengths={i: values for i, values in lengths.items() if i in usable})
+
+
+class _ThoughtEnds:
+    """Finds prompts that open a thought which only a token that the student does not have closes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._tokenizer = engine.tokenizer("teacher")
+        self._token_map = engine.token_map
+        self._reader = ThoughtReader(self._tokenizer)
+
+    def find_fault(self, prompt_ids: Sequence[int]) -> str | None:
+        """Return why the student cannot read the responses to a prompt; None if it can. prompt_ids: the teacher's."""
+        tags = self._reader.find_open_tags(prompt_ids)
+        if tags is None:
+            return None
+        missing = self._token_map.find_missing(self._tokenizer.encode(tags.closing, special=False))
+        if missing is None:
+            return None
+        return (
+            f"the teacher's chat template opens a thought ({tags.opening}), and the response closes it by "
+            f"{self._token_map.describe_missing(missing)}"
+        )

@@ -11,18 +11,19 @@ import torch
 
 from genssd.distill.data.examples import Example, read_examples
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, list_examples
+from genssd.distill.train.activations import check_training_fits
 from genssd.distill.train.adapters import add_adapters
 from genssd.distill.train.checkpoints import TrainedModel, describe_remedy, list_trainable
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.models import Teacher, check_layout, load_model, load_teacher
-from genssd.distill.train.on_policy import STATES_PER_WEIGHT, RolloutPlan, Rollouts
+from genssd.distill.train.on_policy import RolloutPlan, Rollouts
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.memory import check_bytes_fit, choose_dtype, cpu_has_bf16
+from genssd.engine.memory import choose_dtype, cpu_has_bf16
 from genssd.engine.text import Tokenizer
 
 
@@ -103,6 +104,7 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
                     f"{example.where}: no teacher_topk of this student's tokenizer, which kd_ratio needs; select with "
                     "--teacher-topk, or name a teacher_model_name_or_path"
                 )
+            example.topk.read()  # a damaged file is refused before the training begins
     return TrainingInputs(
         student=student,
         tokenizer=tokenizer,
@@ -134,10 +136,10 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
     if config.torch_compile:
         for layer in model.base_model.layers:
             layer.compile(dynamic=True)
-    teacher = _load_teacher(config, inputs.tokenizer, world.device)
+    teacher = _load_teacher(config, inputs, world.device)
     bf16 = _choose_bf16(config.bf16, world.device)
     forward = ForwardPass.build(model, teacher, inputs.tokenizer, config, layout=config.layout, bf16=bf16)
-    _check_states_fit(model, world.device)
+    check_training_fits(model, inputs.examples, config, world.device, bf16=bf16)
     world.shard_weights(model, forward.module)
     extra_parameters = forward.extra_parameters()
     trained = TrainedModel(
@@ -148,12 +150,6 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
         saved_dtype=find_stored_dtype(inputs.student),
     )
     return Training(config=config, world=world, inputs=inputs, trained=trained, forward=forward, rollouts=rollouts)
-
-
-def _check_states_fit(model: Any, device: torch.device) -> None:
-    """Check that gradients and AdamW's moments fit into the memory of a CPU. Raises CapacityError naming the bytes."""
-    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    check_bytes_fit(STATES_PER_WEIGHT * trainable, "the gradients and the optimizer's states", device)
 
 
 def _load_student(config: TrainConfig, inputs: TrainingInputs, device: torch.device, checkpoint: Path | None) -> Any:
@@ -179,13 +175,15 @@ def _load_student(config: TrainConfig, inputs: TrainingInputs, device: torch.dev
     return model
 
 
-def _load_teacher(config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> Teacher | None:
-    """Load the teacher; return None where the loss does not need one in memory."""
+def _load_teacher(config: TrainConfig, inputs: TrainingInputs, device: torch.device) -> Teacher | None:
+    """Load the teacher and check that it reads the examples; return None where the loss does not need one in memory."""
     if config.teacher_model_name_or_path is None:
         return None
     directory = locate(config.teacher_model_name_or_path)
-    teacher = load_teacher(directory, tokenizer, device, choose_dtype(directory, "auto", device))
+    teacher = load_teacher(directory, inputs.tokenizer, device, choose_dtype(directory, "auto", device))
     check_layout(teacher.model, config.layout)
+    for example in (*inputs.examples, *inputs.held_out):
+        teacher.check_example(example)
     return teacher
 
 

@@ -20,6 +20,7 @@ from genssd.distill.train.key_attention import (
 )
 from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, LossSums, compute_loss, read_topk
 from genssd.distill.train.models import Teacher, compute_completion_states, logits_softcap
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import CapacityError
 from genssd.engine.text import Tokenizer
 from genssd.kernels.logprob import TopK
@@ -117,8 +118,9 @@ class ForwardPass:
                 raise
             longest = max(len(example.input_ids) for example in batch.examples)
             raise CapacityError(
-                f"{len(batch.examples)} examples of up to {longest} tokens do not fit into memory at {when}: lower "
-                "per_device_train_batch_size (and raise gradient_accumulation_steps as much), lower max_length, or use "
+                f"memory does not suffice for {format_count(len(batch.examples), 'example')} of up to "
+                f"{format_count(longest, 'token')} at {when}: lower per_device_train_batch_size (and raise "
+                "gradient_accumulation_steps as much), lower max_length, or use "
                 "gradient_checkpointing"
             ) from None
 
@@ -158,8 +160,7 @@ class ForwardPass:
         assert self._teacher is not None
         model = self._teacher.model
         for example in examples:
-            prompt = example.teacher_prompt_ids or example.input_ids[: example.num_prompt]
-            self._teacher.check_reads(prompt, example.completion_ids, example.where)
+            self._teacher.check_example(example)  # a completion of the student's own has not been checked yet
         if any(example.teacher_prompt_ids for example in examples):
             prompts = [e.teacher_prompt_ids or e.input_ids[: e.num_prompt] for e in examples]
             batch = self._build_token_batch(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from genssd.distill.runs.journal import Journal
 from genssd.distill.runs.writing import name_failure
 from genssd.engine.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class Monitor(Protocol):
@@ -76,7 +79,17 @@ def open_monitor(report_to: str, output_dir: Path) -> Monitor | None:
     try:
         return openers[report_to](output_dir)
     except ImportError:
-        raise InputError(f"report_to={report_to} needs the package {report_to}: pip install {report_to}") from None
+        raise _make_missing_error(report_to) from None
+
+
+def check_monitor(report_to: str) -> None:
+    """Check that the package of a monitor is installed, without importing it. Raises InputError if it is not."""
+    if report_to != "none" and find_spec(report_to) is None:
+        raise _make_missing_error(report_to)
+
+
+def _make_missing_error(report_to: str) -> InputError:
+    return InputError(f"report_to={report_to} needs the package {report_to}: pip install {report_to}")
 
 
 class _TensorBoard:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.key_attention import AttentionCollector
+from genssd.engine.amounts import format_count
 from genssd.engine.config import ModelConfig, is_supported, make_transformers_config
 from genssd.engine.config_files import read_config
 from genssd.engine.errors import CheckpointError, InputError
@@ -64,7 +66,8 @@ def load_model(
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.largest_id >= rows:
         raise CheckpointError(
-            f"{directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has {rows} rows"
+            f"{directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
+            f"{format_count(rows, 'row')}"
         )
     try:
         _check_head(model, directory)
@@ -136,6 +139,11 @@ class Teacher:
     largest_id: int
     """Largest token id of its tokenizer."""
 
+    def check_example(self, example: Example) -> None:
+        """Check that the teacher has all tokens of an example. Raises InputError naming its row if it does not."""
+        prompt = example.teacher_prompt_ids or example.input_ids[: example.num_prompt]
+        self.check_reads(prompt, example.completion_ids, example.where)
+
     def check_reads(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], label: str) -> None:
         """Check that the teacher has all tokens of a prompt of its own, and of the student's completion.
 
@@ -154,13 +162,19 @@ def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtyp
     would have to read it.
     """
     tokenizer = Tokenizer(directory)
+    token_map = match_teacher(tokenizer, student)
+    model = load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
+    return Teacher(model=model, token_map=token_map, largest_id=tokenizer.largest_id)
+
+
+def match_teacher(teacher: Tokenizer, student: Tokenizer) -> TokenMap:
+    """Return how a teacher to distil from reads the student's tokens. Raises InputError as `load_teacher` does."""
     try:
-        token_map = match_tokenizers(student, tokenizer, f"student {student.directory}", f"teacher {directory}")
+        token_map = match_tokenizers(student, teacher, f"student {student.directory}", f"teacher {teacher.directory}")
         token_map.check_no_conflict()
     except InputError as error:
         raise InputError(f"{error}. Train on the teacher's text instead: kd_ratio 0") from None
-    model = load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
-    return Teacher(model=model, token_map=token_map, largest_id=tokenizer.largest_id)
+    return token_map
 
 
 def check_layout(model: Any, layout: str) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.chat_settings import choose_date
-from genssd.distill.runs.journal import read_json
+from genssd.distill.runs.journal import complete_rows, read_json
 from genssd.distill.runs.settings import check_same_settings, settings_of
+from genssd.distill.runs.writing import truncate
 from genssd.distill.train.build import Training, TrainingInputs
 from genssd.distill.train.checkpoints import STATE, TrainerState, list_checkpoints, remove_later_checkpoints
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.directories import remove_directory
 from genssd.distill.train.distributed import World
+from genssd.distill.train.metrics import METRICS_FILE
 from genssd.distill.train.reading import check_files, make_damaged_error, read_checkpoint, read_state
 from genssd.distill.train.restoring import restore_checkpoint
 from genssd.distill.train.schedule import Schedule
@@ -132,30 +136,54 @@ def read_progress(
     return state
 
 
-def resume(training: Training, path: Path | None, state: TrainerState) -> None:
-    """Restore a training to a checkpoint; path None: a new training. state: how far it is, from `read_progress`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierFiles:
+    """What an earlier part of a training has written beside its checkpoints, checked; nothing is changed yet."""
 
-    Checkpoints and a best model of later steps are removed, because these steps are taken again. Raises
-    CheckpointError when the checkpoint is damaged.
+    output_dir: Path
+    step: int
+    """Step from which the training goes on."""
+    best_step: int | None
+    """Step of the best model; None without one."""
+    metrics_end: int
+    """Number of bytes in metrics.jsonl up to the last line of a step that is not taken again."""
+    loss: float
+    """Loss in the last of these lines; NaN where none has one."""
+
+    @staticmethod
+    def read(output_dir: Path, state: TrainerState) -> EarlierFiles:
+        """Read the files of an output directory, and forget the state's best model where it was lost.
+
+        Raises InputError on a damaged line of metrics.jsonl, CheckpointError on a damaged best.json.
+        """
+        best = output_dir / "best"
+        best_step = _read_best_step(best) if best.exists() else None
+        if best_step is None:
+            state.best_eval_loss = None
+        end, loss = 0, math.nan
+        path = output_dir / METRICS_FILE
+        for number, (row, row_end) in enumerate(complete_rows(path), start=1):
+            if type(row.get("step")) is not int or not isinstance(row.get("loss", 0.0), float):
+                raise InputError(f"{path}, line {number} is damaged: it has no step and loss; remove this line")
+            if row["step"] <= state.step:
+                end, loss = row_end, float(row.get("loss", loss))
+        return EarlierFiles(output_dir=output_dir, step=state.step, best_step=best_step, metrics_end=end, loss=loss)
+
+    def remove_later(self) -> None:
+        """Remove what the steps after the checkpoint have written, because they are taken again."""
+        remove_later_checkpoints(self.output_dir, self.step)
+        if self.best_step is not None and self.best_step > self.step:
+            remove_directory(self.output_dir / "best")
+        truncate(self.output_dir / METRICS_FILE, self.metrics_end)
+
+
+def restore(training: Training, path: Path, state: TrainerState) -> None:
+    """Restore a training to a checkpoint. state: how far it is, from `read_progress`.
+
+    Raises CheckpointError when the checkpoint is damaged.
     """
-    if path is not None:
-        checkpoint = read_checkpoint(path, training.trained, state, training.world.size)
-        restore_checkpoint(checkpoint, training.trained, training.world)
-    _remove_later_files(training, state)
-
-
-def _remove_later_files(training: Training, state: TrainerState) -> None:
-    """Remove what the steps after the checkpoint have written, and forget a best model that was lost."""
-    output_dir, world = training.output_dir, training.world
-    best = output_dir / "best"
-    best_step = _read_best_step(best) if best.exists() else None
-    world.wait()  # until all processes have read it
-    if best_step is None:
-        state.best_eval_loss = None
-    if world.is_main:
-        remove_later_checkpoints(output_dir, state.step)
-        if best_step is not None and best_step > state.step:
-            remove_directory(best)
+    checkpoint = read_checkpoint(path, training.trained, state, training.world.size)
+    restore_checkpoint(checkpoint, training.trained, training.world)
 
 
 def _read_best_step(best: Path) -> int:

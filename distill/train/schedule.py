@@ -10,6 +10,7 @@ from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.checkpoints import TrainerState
 from genssd.distill.train.config import TrainConfig
+from genssd.engine.amounts import format_count
 
 
 class Schedule:
@@ -43,7 +44,8 @@ class Schedule:
         """Return why the state is none that this training reaches after some steps, or None."""
         state, per_epoch = self._state, self._steps_per_epoch
         if state.batch > per_epoch or state.step != state.epoch * per_epoch + state.batch:
-            return f"step {state.step} is not batch {state.batch} of epoch {state.epoch} with {per_epoch} steps"
+            steps = format_count(per_epoch, "step")
+            return f"step {state.step} is not batch {state.batch} of epoch {state.epoch} with {steps}"
         if self._config.max_train_tokens is None and self.fraction_done() > 1.0:
             return f"step {state.step} is beyond the end of the training"
         if self._config.lmbda:
@@ -58,7 +60,7 @@ class Schedule:
         if replayed.step < state.step:
             return f"step {state.step} is beyond the end of the training"
         if replayed.tokens != state.tokens:
-            return f"tokens is {state.tokens}, but {state.step} steps have {replayed.tokens}"
+            return f"tokens is {state.tokens}, but {replayed.tokens} after {format_count(state.step, 'step')}"
         return None
 
     @property

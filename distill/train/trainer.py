@@ -27,19 +27,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from genssd.distill.runs.effects import check_effects
-from genssd.distill.runs.journal import complete_rows
-from genssd.distill.runs.writing import truncate
 from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
 from genssd.distill.train.checkpoints import TrainerState, get_rng_state, remove_old_checkpoints, save_checkpoint
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.directories import remove_leftovers
 from genssd.distill.train.distributed import World
 from genssd.distill.train.evaluation import measure_eval_loss
-from genssd.distill.train.metrics import Metrics, NoMetrics
-from genssd.distill.train.resume import collect_settings, find_checkpoint, fix_date, read_progress, resume
+from genssd.distill.train.metrics import METRICS_FILE, Metrics, NoMetrics, check_monitor
+from genssd.distill.train.resume import (
+    EarlierFiles,
+    collect_settings,
+    find_checkpoint,
+    fix_date,
+    read_progress,
+    restore,
+)
 from genssd.distill.train.saving import save_final_model
 from genssd.distill.train.schedule import Schedule
 from genssd.distill.train.step import StepResult, take_step, write_completions
@@ -115,6 +119,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
     """
     started = time.monotonic()
     check_effects(config)
+    check_monitor(config.report_to)
     config = fix_date(config)
     inputs = read_inputs(config)
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
@@ -130,14 +135,17 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
         settings = collect_settings(config, inputs, world)
         checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
         state = read_progress(config, inputs, world, checkpoint, settings)
+        earlier = EarlierFiles.read(Path(config.output_dir), state)
         training = build_training(config, inputs, world, checkpoint)
-        resume(training, checkpoint, state)
+        if checkpoint is not None:
+            restore(training, checkpoint, state)
         world.wait()  # until all processes have read the directory
         if run is not None:
             run.begin()
             run.record()
+            earlier.remove_later()
             announce(threads)
-        loss = Trainer(training, state).train(report)
+        loss = Trainer(training, state).train(report, last_loss=earlier.loss)
         summary = TrainSummary(
             output_dir=Path(config.output_dir),
             steps=state.step,
@@ -177,14 +185,14 @@ class Trainer:
         self._state = state
         self._schedule = Schedule(training.config, state, training.inputs.examples, num_processes=training.world.size)
 
-    def train(self, report: Report) -> float:
+    def train(self, report: Report, *, last_loss: float) -> float:
         """Take the steps that are left and save the model; return the loss of the last step.
 
-        report is called in the main process only.
+        report: called in the main process only. last_loss: that of the steps before, NaN where there are none.
         """
         training, state, schedule = self._training, self._state, self._schedule
         is_main = training.world.is_main
-        loss = self._truncate_metrics()
+        loss = last_loss
         self._remove_old_checkpoints()  # those that an earlier part could not remove any more
         training.trained.model.train()
         started, tokens_before = time.monotonic(), state.tokens
@@ -212,28 +220,10 @@ class Trainer:
         )
         return loss
 
-    @property
-    def _metrics_path(self) -> Path:
-        return self._training.output_dir / "metrics.jsonl"
-
-    def _truncate_metrics(self) -> float:
-        """Remove the lines of later steps from metrics.jsonl; return the last loss that remains, or NaN."""
-        rows: list[tuple[dict[str, Any], int]] = []
-        for number, (row, end) in enumerate(complete_rows(self._metrics_path), start=1):
-            if type(row.get("step")) is not int or not isinstance(row.get("loss", 0.0), float):
-                raise InputError(
-                    f"{self._metrics_path}, line {number} is damaged: it has no step and loss; remove this line"
-                )
-            if row["step"] <= self._state.step:
-                rows.append((row, end))
-        if self._training.world.is_main:
-            truncate(self._metrics_path, rows[-1][1] if rows else 0)
-        return next((float(row["loss"]) for row, _ in reversed(rows) if "loss" in row), math.nan)
-
     def _open_metrics(self) -> Metrics | NoMetrics:
         if not self._training.world.is_main:
             return NoMetrics()
-        return Metrics.open(self._metrics_path, self._training.config.report_to)
+        return Metrics.open(self._training.output_dir / METRICS_FILE, self._training.config.report_to)
 
     def _measure_progress(self, result: StepResult, learning_rate: float, *, tokens_per_second: float) -> TrainProgress:
         return TrainProgress(

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from genssd.early_checks import check_names
 from genssd.engine.errors import GenssdError, InputError
 from genssd.refused_memory import describe_refused_memory, means_refused_memory
 from genssd.stopping import StopSignals, is_main_process
@@ -109,6 +110,7 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
         match = difflib.get_close_matches(command, SUMMARIES, n=1)
         hint = f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(SUMMARIES)}"
         raise InputError(f"unknown command {command!r}{hint}")
+    check_names(flags)
     _quiet_libraries()
     _show_log()
     commands, read_config = import_module("genssd.commands"), import_module("genssd.flags").read_config

@@ -29,6 +29,7 @@ from genssd.distill.select.run import SelectConfig, run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.distill.tuning import TuneConfig, run_tune
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
@@ -45,41 +46,56 @@ def select(config: SelectConfig, console: Console) -> None:
         summary = run_select(config, report=line)
     if summary.calibration is not None:
         print(f"threshold {summary.calibration}")
-    print(f"{summary.prompts} prompts: {_list_statuses(summary.statuses)}")
-    print(f"{summary.tokens_kept:,} tokens kept of {summary.tokens_sampled:,} sampled")
+    print(f"{format_count(summary.prompts, 'prompt')}: {_list_statuses(summary.statuses)}")
+    print(f"{format_count(summary.tokens_kept, 'token')} kept of {summary.tokens_sampled:,} sampled")
     _print_accuracy(summary.accuracy)
     _print_cuts(summary.cuts, summary.prompts)
     print(f"written to {summary.path}")
-    _raise_for_problems(summary.bad_rows, summary.failures, summary.path.parent)
+    if summary.missing_tokens:
+        _warn(
+            f"{format_count(sum(summary.missing_tokens.values()), 'prompt')} without a selection, because the "
+            "teacher wrote a "
+            f"token that the student does not have: {_list_counts(summary.missing_tokens)}",
+            console,
+        )
+    retried = len(summary.failures) - sum(summary.missing_tokens.values())
+    _raise_for_problems(summary.bad_rows, retried, summary.path.parent)
 
 
 def generate(config: GenerateConfig, console: Console) -> None:
     with ProgressLine("generate", console) as line:
         summary = run_generate(config, report=line)
     statuses = _list_statuses(summary.statuses)
-    print(f"{summary.prompts} prompts, {summary.tokens:,} tokens in responses: {statuses}")
+    print(
+        f"{format_count(summary.prompts, 'prompt')}, {format_count(summary.tokens, 'token')} in responses: {statuses}"
+    )
     if config.method == "rsd":
-        print(f"{summary.substituted:,} tokens by the student ({summary.substituted / max(1, summary.tokens):.1%})")
+        print(
+            f"{format_count(summary.substituted, 'token')} by the student "
+            f"({summary.substituted / max(1, summary.tokens):.1%})"
+        )
     _print_accuracy(summary.accuracy)
     _print_cuts(summary.cuts, sum(summary.statuses.values()))
     print(f"written to {summary.path}")
-    _raise_for_problems(summary.bad_rows, summary.failures, summary.path.parent)
+    _raise_for_problems(summary.bad_rows, len(summary.failures), summary.path.parent)
 
 
 def prefix(config: PrefixConfig, console: Console) -> None:
     with ProgressLine("prefix", console) as line:
         summary = run_prefix(config, report=line)
     print(
-        f"{summary.traces} traces: {summary.mean_fraction:.0%} of the steps kept on average, {summary.whole} left "
+        f"{format_count(summary.traces, 'trace')}: {summary.mean_fraction:.0%} of the steps kept on average, "
+        f"{summary.whole} left "
         f"whole; {summary.kept} are finished and not known to be wrong"
     )
     if (counts := summary.replies).unmarked:
         print(
-            f"{counts.unmarked} of {counts.replies} replies of the judge have no verdict and count as not enough; "
-            f"{counts.unmarked_whole} traces are whole because all replies about them have none"
+            f"without a verdict, counted as not enough: {counts.unmarked} of {format_count(counts.replies, 'reply')} "
+            "of "
+            f"the judge; whole because all replies had none: {format_count(counts.unmarked_whole, 'trace')}"
         )
     if (warning := warn_of_unmarked(counts)) is not None:
-        console.print(f"genssd: {warning}", highlight=False, soft_wrap=True, markup=False)
+        _warn(warning, console)
     _print_undecided(summary.undecided)
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
@@ -88,7 +104,10 @@ def prefix(config: PrefixConfig, console: Console) -> None:
 def leaf(config: LeafConfig, console: Console) -> None:
     with ProgressLine("leaf", console) as line:
         summary = run_leaf(config, report=line)
-    print(f"{summary.traces} traces, {summary.counterfactuals} counterfactuals beside them")
+    print(
+        f"{format_count(summary.traces, 'trace')}, {format_count(summary.counterfactuals, 'counterfactual')} beside "
+        "them"
+    )
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
@@ -101,19 +120,22 @@ def train(config: TrainConfig, console: Console) -> None:
     if not is_main:
         return
     for reason, count in summary.left_out.items():
-        print(f"left out: {count} rows ({reason})")
+        print(f"left out: {format_count(count, 'row')} ({reason})")
     print(
-        f"{summary.steps} steps on {summary.examples} examples, {summary.tokens:,} completion tokens in "
+        f"{format_count(summary.steps, 'step')} on {format_count(summary.examples, 'example')}, "
+        f"{format_count(summary.tokens, 'completion token')} in "
         f"{summary.seconds:.1f} s; last loss {summary.loss:.4f}"
     )
     print(f"written to {summary.output_dir}")
 
 
 def distill(config: DistillConfig, console: Console) -> None:
+    bad_rows: dict[str, None] = {}
     with ProgressLine("distill", console) as line:
         for summary in run_distill(config, report=line):
             score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
             left_out = "".join(f", {count} {reason}" for reason, count in summary.left_out.items())
+            bad_rows |= dict.fromkeys(summary.bad_rows)
             accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
             with line.paused():
                 print(
@@ -121,32 +143,39 @@ def distill(config: DistillConfig, console: Console) -> None:
                     f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
                 )
     print(f"written to {config.output_dir}; the student is {summary.student}")
+    _raise_for_bad_rows("could not be used; all others were", tuple(bad_rows), Path(config.output_dir))
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:
     with ProgressLine("evaluate", console) as line:
         result = run_evaluate(config, report=line)
-    print(f"greedy accuracy {result.accuracy} over {len(result.correct)} problems (95 % interval)")
+    print(f"greedy accuracy {result.accuracy} over {format_count(len(result.correct), 'problem')} (95 % interval)")
     if result.avg_at_k is not None:
         print(f"avg@{result.samples} {result.avg_at_k} (95 % interval over problems)")
     print(f"{result.mean_tokens:.0f} tokens per response, {result.unfinished} cut off")
     _print_undecided(result.undecided)
     _print_cuts(result.cuts, len(result.correct))
     print(f"written to {config.output_dir}")
-    _raise_for_bad_rows("were not evaluated; all others were", result.not_evaluated, Path(config.output_dir))
+    _raise_for_bad_rows("could not be evaluated; all others were", result.not_evaluated, Path(config.output_dir))
 
 
 def score(config: ScoreConfig, console: Console) -> None:
     with ProgressLine("score", console) as line:
         summary = run_score(config, report=line)
-    print(f"{summary.traces} traces of {summary.prompts} prompts scored, {summary.selected} responses picked")
+    print(
+        f"{format_count(summary.traces, 'trace')} of {format_count(summary.prompts, 'prompt')} scored, "
+        f"{format_count(summary.selected, 'response')} picked"
+    )
     _print_undecided(summary.undecided)
     for name, ranks in summary.teachers.items():
-        print(f"teachers by {name} (95 % interval over {ranks[0].prompts} prompts; share of draws in front):")
+        print(
+            f"teachers by {name} (95 % interval over {format_count(ranks[0].prompts, 'prompt')}; share of draws in "
+            "front):"
+        )
         for rank in ranks:
             print(f"  {rank.teacher:<30} {rank.value:9.4f} [{rank.low:.4f}, {rank.high:.4f}]  {rank.first:4.0%}")
     if summary.teachers and summary.incomplete:
-        print(f"{summary.incomplete} prompts that some teacher did not answer are left out of the ranking")
+        print(f"left out of the ranking: {format_count(summary.incomplete, 'prompt')} that some teacher did not answer")
     print(f"written to {summary.output_dir}")
     _raise_for_bad_rows("could not be scored; all others were", summary.bad_rows, summary.output_dir)
 
@@ -159,7 +188,8 @@ def diagnose(config: DiagnoseConfig, console: Console) -> None:
     _print_undecided(summary.diagnosis.undecided)
     costs = summary.diagnosis.costs
     print(
-        f"{costs.completions:,} completions, {costs.sampled_tokens:,} tokens in them; {costs.prefix_tokens:,} tokens "
+        f"{format_count(costs.completions, 'completion')}, {format_count(costs.sampled_tokens, 'token')} in them; "
+        f"{format_count(costs.prefix_tokens, 'token')} "
         f"computed in front of them, {costs.naive_prefix_tokens:,} with a fresh generation per forced token"
     )
     print(f"written to {summary.output_dir}; look at {summary.output_dir / 'diagnosis.html'}")
@@ -170,7 +200,8 @@ def _print_accuracy(accuracy: Accuracy) -> None:
     """Print the accuracy of responses with a reference answer, if there are any, and how many are wrong."""
     if accuracy.estimate is not None:
         print(
-            f"accuracy {accuracy.estimate} over {accuracy.judged} responses with a reference answer (95 % interval): "
+            f"accuracy {accuracy.estimate} over {format_count(accuracy.judged, 'response')} with a reference answer "
+            "(95 % interval): "
             f"{accuracy.correct} correct, {accuracy.wrong} wrong, {accuracy.undecided} undecided"
         )
         _print_undecided(accuracy.undecided)
@@ -183,22 +214,37 @@ def _print_cuts(cuts: Mapping[str, int], responses: int) -> None:
         print(line)
 
 
-def _raise_for_problems(bad_rows: Sequence[str], failures: Sequence[str], output_dir: Path) -> None:
-    """Raise an error that lists the first rows that could not be used or did not fit, if there are any."""
+def _raise_for_problems(bad_rows: Sequence[str], misfits: int, output_dir: Path) -> None:
+    """Raise an error that lists the first rows that could not be used, if there are any.
+
+    misfits: number of those that did not fit.
+    """
     if bad_rows:
-        again = f" ({len(failures)} of them did not fit: --resume tries them again)" if failures else ""
+        again = f" ({misfits} of them did not fit: --resume tries them again)" if misfits else ""
         _raise_for_bad_rows(f"could not be used; all others were{again}", bad_rows, output_dir)
 
 
 def _list_statuses(statuses: Mapping[str, int]) -> str:
     """Return how many responses have each status, in words."""
-    return ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())) or "none was run"
+    return _list_counts(statuses) or "none was run"
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def _warn(text: str, console: Console) -> None:
+    console.print(f"genssd: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_undecided(count: int) -> None:
     """Print how many responses could not be judged, where there are any."""
     if count:
-        print(f"{count} responses could not be judged and count as not correct; their rows give the reason (undecided)")
+        print(
+            f"could not be judged, and counted as not correct: {format_count(count, 'response')}; the field "
+            "`undecided` "
+            "gives the reason"
+        )
 
 
 def _raise_for_bad_rows(outcome: str, bad_rows: Sequence[str], output_dir: Path) -> None:
@@ -207,25 +253,32 @@ def _raise_for_bad_rows(outcome: str, bad_rows: Sequence[str], output_dir: Path)
         listed = "".join(f"\n  {message}" for message in bad_rows[:MAX_LISTED])
         more = len(bad_rows) - MAX_LISTED
         tail = f"\n  and {more} more in {output_dir / 'bad_rows.txt'}" if more > 0 else ""
-        raise InputError(f"{len(bad_rows)} rows {outcome}:{listed}{tail}")
+        raise InputError(f"{format_count(len(bad_rows), 'row')} {outcome}:{listed}{tail}")
 
 
 def reselect(config: ReselectConfig, console: Console) -> None:
     summary = run_reselect(config)
-    print(f"{summary.rounds} rounds of {summary.prompts} prompts judged again by {summary.criterion}")
+    print(
+        f"{format_count(summary.rounds, 'round')} of {format_count(summary.prompts, 'prompt')} judged again by "
+        f"{summary.criterion}"
+    )
     share = summary.differing / max(1, summary.contested)
-    print(f"{summary.differing} of {summary.contested} contested rounds come out differently ({share:.0%})")
+    print(
+        f"{summary.differing} of {format_count(summary.contested, 'contested round')} came out differently "
+        f"({share:.0%})"
+    )
     if summary.largest_change == summary.largest_change:
         print(f"the run's own criterion: no value moved by more than {summary.largest_change:.2g}")
     print(
-        f"{summary.pairs} preference pairs ({summary.exact_pairs} exact) and {summary.steps} stepwise rows by "
+        f"{format_count(summary.pairs, 'preference pair')} ({summary.exact_pairs} exact) and "
+        f"{format_count(summary.steps, 'stepwise row')} by "
         f"{summary.criterion}; written to {summary.output_dir}"
     )
 
 
 def tune(config: TuneConfig, console: Console) -> None:
     summary = run_tune(config, report=print)
-    print(f"{summary.problems} results for {summary.card} written to {summary.path}")
+    print(f"{format_count(summary.problems, 'result')} for {summary.card} written to {summary.path}")
     if config.tune_file is not None:
         print(f"the other commands read it where {FILE_VARIABLE}={summary.path} is set")
 

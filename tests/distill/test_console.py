@@ -20,7 +20,7 @@ from genssd.distill.runs.progress import Progress, Stage, measure
 from genssd.distill.score.run import ScoreConfig, run_score
 from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.train.trainer import TrainProgress
-from genssd.engine.amounts import format_bytes, format_part
+from genssd.engine.amounts import format_bytes, format_count, format_part
 from genssd.engine.usage import CacheUse, Usage
 
 PAGES = CacheUse(held_pages=1234, pages=4096, held_bytes=1536 << 20, bytes=5 << 30)
@@ -219,3 +219,15 @@ def test_a_full_disk_under_stderr_ends_the_lines_and_not_the_work(monkeypatch: p
         line._printer.join(10.0)
         assert not line._printer.is_alive()
         line(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (0, "row", "0 rows"), (1, "row", "1 row"), (2, "prompt token", "2 prompt tokens"), (1, "reply", "1 reply"),
+        (2000, "reply", "2,000 replies"), (3, "prefix", "3 prefixes"), (2, "process", "2 processes"),
+        (2, "key", "2 keys"),
+    ],
+)  # fmt: skip
+def test_counts_have_their_plural(number: int, noun: str, text: str) -> None:
+    assert format_count(number, noun) == text

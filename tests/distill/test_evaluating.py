@@ -204,7 +204,7 @@ def test_a_problem_that_is_too_long_is_named_and_the_others_are_evaluated(
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert "greedy accuracy 0.0 % [0.0, 65.8] over 2 problems" in out
-    assert "2 rows were not evaluated; all others were:" in err
+    assert "2 rows could not be evaluated; all others were:" in err
     assert f"{data}, line 3: " in err
     # with more memory, resuming evaluates it
     more = ["--memory-bytes", str(1 << 22), *small[2:], "--resume"]

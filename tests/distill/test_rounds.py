@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from support.tiny_pair import TinyPair
 from support.training_runs import weights
 
 from genssd.distill import rounds
-from genssd.distill.answers.forms import CORRECT, WRONG, Verdict
+from genssd.distill.answers.forms import CORRECT, WRONG, Verdict, undecidable
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.rounds import DistillConfig, RoundSummary, run_distill
 from genssd.distill.select.run import SelectSettings
@@ -238,23 +239,72 @@ def test_problems_start_again_at_the_end_and_statuses_count(tiny_pair: TinyPair,
 def test_right_answers_are_kept(
     tiny_pair: TinyPair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def judge(self: AnswerJudge, prompt_ids: object, response_ids: object, answer: str) -> Verdict:
-        return CORRECT if answer in ("2", "4") else WRONG
+    """The verdicts are those that the selection has written: nothing is judged a second time."""
+    real, judged = rounds.run_select, []
 
-    monkeypatch.setattr(AnswerJudge, "judge", judge)
+    def judge(self: AnswerJudge, prompt_ids: object, response_ids: object, answer: str) -> Verdict:
+        judged.append(answer)
+        return CORRECT if answer in ("2", "4") else undecidable("why") if answer == "6" else WRONG
+
+    def select(*arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(AnswerJudge, "judge", judge)
+            return real(*arguments, **options)
+
+    monkeypatch.setattr(AnswerJudge, "judge", None)
+    monkeypatch.setattr(rounds, "run_select", select)
     out = tmp_path / "run"
     (summary,) = run_distill(config_for(tiny_pair, data, out, rounds=1, require_correct=True))
     assert summary.kept == 2
-    assert summary.left_out == {"wrong": 3}
+    assert summary.left_out == {"wrong": 2, "undecided": 1}
     assert {row["answer"] for row in lines(out / "round-1" / "kept.jsonl")} == {"2", "4"}
+    assert sorted(judged) == ["0", "2", "4", "6", "8"]
 
 
-def test_a_problem_without_an_answer_is_refused_where_answers_decide(
-    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+def test_bad_rows_are_reported_and_the_others_trained_on(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = write_rows([{"question": "1+1?", "answer": "2"}, {"question": "why?"}])
-    with pytest.raises(InputError, match=r"data\.jsonl, line 2: no reference answer, .* --no-require-correct"):
-        list(run_distill(config_for(tiny_pair, data, tmp_path / "run", require_correct=True)))
+    monkeypatch.setattr(AnswerJudge, "judge", lambda *arguments: CORRECT)
+    data = write_rows(
+        [
+            {"question": "1+1?", "answer": "2"},
+            {"question": "why?"},
+            {"question": 3, "answer": "3"},
+            {"question": "long " * 400, "answer": "4"},
+            {"question": "2+2?", "answer": "4"},
+        ]
+    )
+    data.write_text("{\n" + data.read_text())
+    exam = write_rows([{"question": "5+5?", "answer": "10"}, {"question": "6+6?"}], "exam.jsonl")
+    config = config_for(
+        tiny_pair, data, tmp_path / "run", require_correct=True, prompts_per_round=2, rounds=2, eval_data=str(exam)
+    )
+    first, second = run_distill(config)
+    assert [(summary.prompts, summary.kept) for summary in (first, second)] == [(1, 1), (2, 2)]
+    expected = [
+        r"data\.jsonl, line 1: not valid JSON",
+        r"data\.jsonl, line 3: no reference answer, .* --no-require-correct",
+        r"data\.jsonl, line 4: question must be text",
+        r"data\.jsonl, line 5: .* tokens",
+        r"exam\.jsonl, line 2: no answer",
+    ]
+    bad_rows = (tmp_path / "run" / "bad_rows.txt").read_text().splitlines()
+    assert len(bad_rows) == len(expected)
+    for text in expected:
+        assert any(re.search(text, row) for row in bad_rows), (text, bad_rows)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_rows"] == 5
+    assert list(run_distill(dataclasses.replace(config, resume=True))) == [first, second]
+    assert (tmp_path / "run" / "bad_rows.txt").read_text().splitlines() == bad_rows
+
+
+def test_data_without_a_usable_row_are_refused_before_anything_is_done(
+    tiny_pair: TinyPair, data: Path, write_rows: Write, tmp_path: Path
+) -> None:
+    why = write_rows([{"question": "why?"}], "why.jsonl")
+    with pytest.raises(InputError, match=r"none of 1 rows can be used:\n .*why\.jsonl, line 1: no reference answer"):
+        list(run_distill(config_for(tiny_pair, why, tmp_path / "run", require_correct=True)))
+    with pytest.raises(InputError, match=r"none of 1 rows can be used:\n .*why\.jsonl, line 1: no answer"):
+        list(run_distill(config_for(tiny_pair, data, tmp_path / "run", eval_data=str(why))))
     assert not (tmp_path / "run").exists()
 
 

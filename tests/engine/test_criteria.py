@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genssd.engine import criterion_names
-from genssd.engine.candidate import Candidate, Criterion, PoolCriterion, Window, evaluate
+from genssd.engine.candidate import Candidate, Criterion, PoolCriterion, Window
 from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
 from genssd.engine.criteria.controls import Random
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal
+from genssd.engine.criterion_calls import evaluate
 from genssd.engine.criterion_names import WeightedRank, register_criterion, resolve
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import STATISTICS, TokenStats

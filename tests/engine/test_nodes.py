@@ -114,10 +114,10 @@ def test_nothing_is_left_behind(engine: Engine, pair: Pair) -> None:
     rollouts.close()  # type: ignore[attr-defined]
     assert engine.pages_in_use[0] == 0
     tiny = pair.engine(memory_bytes=1 << 15)
-    with pytest.raises(CapacityError, match=r"the prompt: prompt and response need 3 more pages, and 1 are free of"):
+    with pytest.raises(CapacityError, match=r"the prompt: prompt and response need 3 more pages, with 1 free of"):
         list(tiny.iter_force(PROMPT, [RESPONSE], [[Fork(position=39, token=9)]], max_tokens=45))
     assert tiny.pages_in_use[0] == 0
-    with pytest.raises(CapacityError, match=r"the prompt: the responses need 26 pages, and 0 are free of"):
+    with pytest.raises(CapacityError, match=r"the prompt: the responses need 26 pages, with 0 free of"):
         list(tiny.iter_force(PROMPT, [RESPONSE], [[Fork(position=3, token=9)]], max_tokens=400))
     assert tiny.pages_in_use[0] == 0
 
@@ -177,7 +177,7 @@ def test_padding_is_never_likely(tmp_path: Path) -> None:
 
 def test_reading_says_what_does_not_fit(pair: Pair) -> None:
     tiny = pair.engine(memory_bytes=1 << 15)
-    with pytest.raises(CapacityError, match="row 3: prompt and response need 3 more pages, and 1 are free"):
+    with pytest.raises(CapacityError, match="row 3: prompt and response need 3 more pages, with 1 free"):
         tiny.node_reader().states(PROMPT, [RESPONSE], [[39]], "row 3")
     with pytest.raises(CapacityError, match="row 3: prompt and response have more tokens than the 512 positions"):
         tiny.node_reader().states(PROMPT, [RESPONSE * 20], [[600]], "row 3")

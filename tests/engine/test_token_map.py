@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,21 @@ from support.tokenizer_families import (
 )
 from support.toys import save_markov, save_model
 
+from genssd.cli import main
 from genssd.distill.data.examples import read_examples
+from genssd.distill.diagnose.forcing import Question
+from genssd.distill.diagnose.tokenizers import ReaderTokenizers
+from genssd.distill.score.leaf import LeafConfig, run_leaf
 from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.models import load_teacher
+from genssd.distill.train.trainer import run_train
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.generation import Completion
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
@@ -228,14 +238,128 @@ def test_rows_have_the_students_ids(families: Families, tmp_path: Path, write_ro
     assert row["tokenizer"] == Tokenizer(teacher).fingerprint
 
 
-def test_a_token_that_the_student_lacks_is_refused_by_name(families: Families, tmp_path: Path) -> None:
-    teacher = save_writer(tmp_path / "teacher", ["a", "</think>"])
-    engine = open_pair(teacher, families["qwen2.5"])
-    message = r"prompt 0: the teacher .* wrote the token '</think>' \(id 269\).*student .* does not have.*add_tokens"
-    with pytest.raises(InputError, match=message):
-        engine.select_expand(["x"], max_tokens=40)
+def save_answering_teacher(directory: Path, template: str | None = None) -> Path:
+    """Write a teacher that ends at once after "b", and writes </think> before the end after "a"."""
+    backend = build_backend(R1_QWEN)
+    names = ["a", "b", "</think>", R1_END]
+    ids = [int(backend.token_to_id(name)) for name in names]
+    logits = torch.full((4, 4), -1e3)
+    for before, after in ((0, 2), (1, 3), (2, 3), (3, 3)):
+        logits[before, after] = 0.0
+    save_markov(directory, ids, logits, vocab_size=EMBEDDING_ROWS, eos_token_id=ids[-1])
+    save_backend(directory, backend, R1_END, template)
+    return directory
+
+
+LACKS = r"the teacher .* wrote the token '</think>' \(id 269\).*student .* does not have.*add_tokens"
+
+
+@pytest.mark.parametrize("beam", [1, 2])
+def test_a_prompt_fails_alone_when_the_teacher_writes_a_token_that_the_student_lacks(
+    families: Families, tmp_path: Path, beam: int
+) -> None:
+    engine = open_pair(save_answering_teacher(tmp_path / "teacher"), families["qwen2.5"])
+    failed, selected, _ = engine.select_expand(["a", "b", "aa"], max_tokens=8, candidates=2, beam=beam)
+    assert (failed.error is not None, failed.missing_token, failed.trajectories) == (True, 269, ())
+    assert re.fullmatch(LACKS + ".*", failed.error or "")
+    assert (selected.error, selected.missing_token, selected.best.status) == (None, None, "finished")
+    (alone,) = engine.select_expand(["b"], max_tokens=8, candidates=2, beam=beam)
+    assert alone.best.token_ids == selected.best.token_ids
+    assert (engine.pages_in_use[0], engine.generate(["a"], max_tokens=8)[0][0].status) == (0, "finished")
+    branch = engine.branch("a")
+    with pytest.raises(InputError, match=f"^the branch: {LACKS}"):
+        branch.expand(2, 4)
+    branch.drop()
     assert engine.pages_in_use[0] == 0
-    assert engine.generate(["x"], max_tokens=8)
+
+
+def test_select_reports_such_prompts_and_does_the_others(
+    families: Families, tmp_path: Path, write_rows: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = save_answering_teacher(tmp_path / "teacher")
+    data = write_rows([{"prompt": text} for text in ("a", "b", "aa", "bb")])
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(["select", "--teacher", str(teacher), "--student", str(families["qwen2.5"]), "--data", str(data),
+              "--output-dir", str(out), "--max-tokens", "8", "--memory-bytes", str(1 << 22)])  # fmt: skip
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "2 prompts have no selection because the teacher wrote a token that the student does not have: " in printed
+    assert "2 rows could not be used; all others were:" in printed
+    bad_rows = (out / "bad_rows.txt").read_text().splitlines()
+    for row, line in zip(bad_rows, (1, 3), strict=True):
+        assert re.search(rf"data\.jsonl, line {line}: {LACKS}", row)
+    assert len((out / "selections.jsonl").read_text().splitlines()) == 2
+    assert json.loads((out / "summary.json").read_text())["missing_tokens"] == {"'</think>' (id 269)": 2}
+
+
+def test_a_pair_whose_every_response_has_such_a_token_is_refused_at_once(
+    families: Families, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    """The chat template of the teacher opens a thought, which its response closes."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    teacher = save_answering_teacher(tmp_path / "teacher", template)
+    student = save_qwen25(tmp_path / "student")
+    save_backend(student, build_backend(QWEN25), "<|im_end|>", template)
+    message = r"opens a thought \(<think>\), and the response closes it by the token '</think>' \(id 269\).*add_tokens"
+    for rows, whole in (([{"question": "b"}, {"question": "c"}], True), ([{"question": "b"}, {"prompt": "b"}], False)):
+        out = tmp_path / str(whole)
+        data = write_rows(rows)
+        config = SelectConfig(
+            teacher=str(teacher), student=str(student), data=str(data), output_dir=str(out), max_tokens=8,
+            memory_bytes=1 << 22,
+        )  # fmt: skip
+        if whole:
+            with pytest.raises(InputError, match=rf"data\.jsonl: of every prompt, .*{message}"):
+                run_select(config)
+            assert not (out / "selections.jsonl").exists()
+        else:
+            summary = run_select(config)
+            assert (summary.prompts, summary.failures) == (1, ())
+            assert re.search(f"line 1: .*{message}", summary.bad_rows[0])
+
+
+THINKING = [{"prompt": "x y", "completion": "<think>a</think>b"}, {"prompt": "x y", "completion": "b"}]
+UNREAD = r"data\.jsonl, line 1: the student .* wrote the token '<think>' \(id 277\)"
+
+
+def test_a_trace_that_the_teacher_cannot_read_is_left_out(
+    families: Families, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    config = LeafConfig(
+        teacher=str(families["qwen2.5"]), student=str(families["qwen3"]), data=(str(write_rows(THINKING)),),
+        output_dir=str(tmp_path / "leaf"),
+    )  # fmt: skip
+    summary = run_leaf(config)
+    assert summary.traces == 1
+    assert re.search(UNREAD, summary.bad_rows[0])
+
+
+def test_a_row_that_the_teacher_cannot_read_is_refused_before_the_training(
+    families: Families, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    config = TrainConfig(
+        model_name_or_path=str(families["qwen3"]), teacher_model_name_or_path=str(families["qwen2.5"]), kd_ratio=0.5,
+        data=(str(write_rows(THINKING)),), output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    with pytest.raises(InputError, match=UNREAD):
+        run_train(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_whose_rollout_a_teacher_cannot_read_is_left_out(families: Families) -> None:
+    student, teacher = str(families["qwen3"]), str(families["qwen2.5"])
+    tokenizers = ReaderTokenizers.load(student, [teacher], ChatOptions())
+    question = Question(
+        index=0, label="data.jsonl, line 1", prompt="x", prompt_ids=(1,), occurrence=0, answer="1",
+        rollouts=(completion_of(2), completion_of(2, 277)),
+    )  # fmt: skip
+    assert re.match(UNREAD, tokenizers.find_fault(question) or "")
+    assert tokenizers.find_fault(dataclasses.replace(question, rollouts=(completion_of(2),))) is None
+
+
+def completion_of(*token_ids: int) -> Completion:
+    return Completion(token_ids=token_ids, text="", status="finished", logprob=(0.0,) * len(token_ids))
 
 
 def test_options_that_need_the_same_tokens(families: Families, tmp_path: Path, write_rows: Callable[..., Path]) -> None:

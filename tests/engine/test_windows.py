@@ -13,11 +13,12 @@ import pytest
 import torch
 from support.toys import ENDINGS, Pair, save_markov, token_of
 
-from genssd.engine.candidate import Candidate, PoolCriterion, Window, evaluate
+from genssd.engine.candidate import Candidate, PoolCriterion, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria.by_step import LocalNaturalness
 from genssd.engine.criteria.likelihood import Perplexity
 from genssd.engine.criteria.reference_answer import RationaleDifficulty
+from genssd.engine.criterion_calls import evaluate
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError, NumericsError
@@ -452,7 +453,7 @@ class Failing:
 
 def test_a_criterion_that_fails_gives_the_pages_back(pair: Pair) -> None:
     fresh = pair.engine()
-    with pytest.raises(RuntimeError, match="on purpose"):
+    with pytest.raises(InputError, match=r"Failing failed in score.*on purpose"):
         fresh.select_expand(
             [random_ids(9, 40), random_ids(20, 41)],
             candidates=3,

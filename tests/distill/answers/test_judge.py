@@ -16,7 +16,7 @@ from support.shared_data import SHARED_DATA
 
 from genssd.distill.answers import formulas
 from genssd.distill.answers.judge import AnswerJudge, judge
-from genssd.distill.answers.thoughts import find_all_tags, opens_thought
+from genssd.distill.answers.thoughts import find_all_tags, find_open_tags
 from genssd.distill.data.problems import parse_answer, read_problems
 from genssd.engine.thoughts import ThoughtTags
 
@@ -44,8 +44,8 @@ def test_a_problem_without_an_answer_is_undecidable() -> None:
 
 
 def test_a_thought_that_the_prompt_opened_must_be_closed() -> None:
-    assert opens_thought("<|assistant|><think>\n")
-    assert not opens_thought("what does <think> mean? </think>")
+    assert find_open_tags("<|assistant|><think>\n")
+    assert find_open_tags("what does <think> mean? </think>") is None
     assert not judge("it is \\boxed{5}", "5", thought_is_open=True).is_correct
     assert judge("3 or 4?</think>\\boxed{5}", "5", thought_is_open=True).is_correct
 

@@ -117,8 +117,8 @@ def test_positions_that_cut_responses_are_named_before_and_after(
         main([*map(str, flags), *map(str, more)])
     output = capsys.readouterr()
     warning = (
-        "genssd: the student has 40 positions, of which the prompts take 35 to 37: 2 of 4 prompts leave fewer than "
-        "max_tokens=30 for a response; what is longer is cut off (status length)"
+        "genssd: the student has 40 positions, of which the prompts take 35 to 37: fewer than max_tokens=30 are "
+        "left for a response in 2 of 4 prompts; what is longer is cut off (status length)"
     )
     assert warning in output.err.splitlines()
     assert (

@@ -18,8 +18,8 @@ from genssd.distill.runs.journal import make_line
 from genssd.distill.select.decisions import read_decisions
 from genssd.distill.select.reselect import ReselectConfig, ReselectSummary, run_reselect
 from genssd.distill.select.run import SelectConfig, run_select
-from genssd.engine.candidate import evaluate
 from genssd.engine.chunk import Chunk
+from genssd.engine.criterion_calls import evaluate
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.reading import read_checkpoint, read_state
 from genssd.distill.train.restoring import restore_checkpoint
-from genssd.distill.train.resume import fix_date, resume
+from genssd.distill.train.resume import fix_date, restore
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import CheckpointError, InputError
 
@@ -155,7 +156,7 @@ def test_a_state_of_the_optimizer_that_no_training_writes_is_named(
     state = read_state(path)
     before = get_rng_state(torch.device("cpu"))
     with pytest.raises(CheckpointError, match=rf"optimizer\.safetensors is damaged: .*{message}.*; resume from the"):
-        resume(finished.training, path, state)
+        restore(finished.training, path, state)
     torch.set_rng_state(before)
 
 
@@ -274,6 +275,45 @@ def test_a_file_that_the_disk_does_not_take_is_named(finished: Finished, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def replace_first(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "changes", "message"),
+    [
+        (lambda run: replace_first(run / "metrics.jsonl", b'"step": 2', b'"step": 3'), {},
+         r"metrics\.jsonl, line 2 is damaged"),
+        (lambda run: replace_first(run / "best" / "best.json", b'"step"', b'"stop"'), {},
+         r"best\.json is damaged: step"),
+        (lambda run: None, {"report_to": "wandb"}, "report_to=wandb needs the package wandb"),
+        (lambda run: None, {"learning_rate": 2e-3}, "was trained with learning_rate"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_refused_before_anything_is_written(
+    finished: Finished,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Any,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    """Also later checkpoints, which a resumed training removes, are left."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    earlier = min(copied.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    damage(copied)
+    before = read_files(copied)
+    with pytest.raises((InputError, CheckpointError), match=message):
+        run_train(resumed(finished, copied, resume_from_checkpoint=str(earlier), **changes))
+    assert read_files(copied) == before
+
+
+def read_files(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 def test_auto_begins_where_there_is_no_checkpoint(finished: Finished, tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""Names of files and models in typed flags, checked before the commands are imported, which takes seconds.
+
+What is refused here the command refuses with the same words; a config file's values, and directories that are in use or
+hold finished work, are left to it: that depends on the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from genssd.distill.files.rows import check_exists
+from genssd.engine.model_names import find_directory
+
+MODELS = frozenset(
+    (
+        "teacher",
+        "student",
+        "model",
+        "model-name-or-path",
+        "teacher-model-name-or-path",
+        "train.teacher-model-name-or-path",
+    )
+)
+"""Flags that name a model, or several."""
+DATA_FILES = frozenset(("data", "eval-data", "calibrate.data", "select.calibrate.data", "train.eval-data"))
+"""Flags that name a data file, or several."""
+UNCHECKED = frozenset(("output-dir", "run", "resume-from-checkpoint", "tune-file"))
+"""Flags that name files and directories of a run."""
+
+
+def check_names(flags: Sequence[str]) -> None:
+    """Raise CheckpointError or InputError where a typed flag names a model directory or a data file that is not there.
+
+    Of a flag that is typed several times only the last counts, as it does where it takes one value.
+    """
+    if {"-h", "--help"} & {*flags}:
+        return
+    for flag, values in _split(flags).items():
+        for value in values:
+            if value == "None":
+                continue
+            if flag in MODELS:
+                find_directory(os.path.expanduser(value))
+            elif flag in DATA_FILES:
+                check_exists(os.path.expanduser(value))
+
+
+def _split(flags: Sequence[str]) -> Mapping[str, list[str]]:
+    """Return the values of every flag where it is typed last."""
+    values: dict[str, list[str]] = {}
+    current: list[str] = []
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            current = values[name.replace("_", "-")] = [value] if equals else []
+        else:
+            current.append(word)
+    return values
