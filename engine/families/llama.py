@@ -25,7 +25,8 @@ def _ministral3(config: Any) -> Mapping[str, Any]:
 
 def _smollm3(config: Any) -> Mapping[str, Any]:
     if len(config.no_rope_layers) != config.num_hidden_layers:
-        raise ValueError(f"no_rope_layers names {format_count(len(config.no_rope_layers), "layer")} of {config.num_hidden_layers}")
+        listed = format_count(len(config.no_rope_layers), "layer")
+        raise ValueError(f"no_rope_layers names {listed} of {config.num_hidden_layers}")
     # a 1 stands for a layer with rotary positions, a 0 for one without
     layer_ropes = tuple(0 if has_rope else None for has_rope in config.no_rope_layers)
     return {"mlp_bias": bool(config.mlp_bias), "layer_ropes": layer_ropes}
