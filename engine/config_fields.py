@@ -60,6 +60,15 @@ POSITIVE_NUMBERS = (
 )
 """Other fields that must be positive numbers where they are given."""
 LAYER_KINDS = ("full_attention", "sliding_attention")
+QUANTIZATIONS = {
+    "awq": "use the checkpoint that it was made from, usually the same name without -AWQ",
+    "gptq": "use the checkpoint that it was made from, usually the same name without -GPTQ",
+    "fp8": "use the checkpoint that it was made from, usually the same name without -FP8",
+    "fbgemm_fp8": "use the checkpoint that it was made from, usually the same name without -FP8",
+    "compressed-tensors": "use the checkpoint that it was made from, usually the same name without -FP8 or -W4A16",
+    "bitsandbytes": "use the checkpoint that it was made from, or save it after model.dequantize()",
+}
+"""What helps with each kind of quantized weights, by its quant_method."""
 FOREIGN_FIELDS = frozenset(
     (
         "auto_map",
@@ -128,9 +137,15 @@ def check_sizes(fields: Mapping[str, object], path: Path) -> None:
 
 
 def refuse_quantized(fields: Mapping[str, object], path: Path) -> None:
-    """Check that a config names no quantization. Raises CheckpointError if it does."""
-    if fields.get("quantization_config") or fields.get("compression_config"):
-        raise CheckpointError(f"{path}: quantized weights are not supported; use the original checkpoint")
+    """Check that a config names no quantization but MXFP4. Raises CheckpointError that names it and what helps."""
+    config = fields.get("quantization_config") or fields.get("compression_config")
+    method = config.get("quant_method") if isinstance(config, Mapping) else config
+    if not config or method == "mxfp4":
+        return
+    known = isinstance(method, str) and method.lower() in QUANTIZATIONS
+    advice = QUANTIZATIONS[method.lower()] if known else "use the checkpoint that it was made from"  # type: ignore[union-attr]
+    named = "" if method is None else f" ({quote(method)[1:-1]})"
+    raise CheckpointError(f"{path}: quantized weights{named} are not supported; {advice}")
 
 
 def modernize(fields: Mapping[str, object]) -> dict[str, object]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,20 +74,15 @@ class Decoder:
         directory: used in messages. Raises CheckpointError on a tensor that is missing or misshapen.
         """
         prepare = pack_weight if frozen else _unchanged
-        embedding, separate_head = _vocabulary_tables(tensors, config, directory)
-        device = embedding.device
-        if separate_head is None:
-            table = head = prepare(embedding)
-        else:
-            table, head = embedding, prepare(separate_head)
+        embedding, head = _prepare_tables(tensors, config, directory, prepare)
         builder = LayerBuilder(tensors, config, directory, prepare, frozen=frozen)
         return Decoder(
             config=config,
-            embedding=table,
+            embedding=embedding,
             head=head,
             norm=take(tensors, "model.norm.weight", (config.hidden_size,), directory),
             layers=tuple(builder.build(i) for i in range(config.num_hidden_layers)),
-            frequencies=_frequencies(config, device, directory),
+            frequencies=_frequencies(config, embedding.device, directory),
             activation=_choose_activation(config),
         )
 
@@ -286,6 +281,17 @@ def _vocabulary_tables(
     head = take(tensors, HEAD, shape, directory)
     is_same = tied and (head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding))
     return embedding, None if is_same else head
+
+
+def _prepare_tables(
+    tensors: Mapping[str, Tensor], config: ModelConfig, directory: Path, prepare: Callable[[Tensor], Weight]
+) -> tuple[Weight, Weight]:
+    """Return embedding and head as the kernels take them; no other copy of them stays."""
+    embedding, head = _vocabulary_tables(tensors, config, directory)
+    if head is not None:
+        return embedding, prepare(head)
+    table = prepare(embedding)
+    return table, table
 
 
 def _unchanged(weight: Tensor) -> Weight:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from genssd.engine.config_files import read_fields, refuse_pointer
 from genssd.engine.errors import CheckpointError
+from genssd.engine.mxfp4 import BLOCK, dequantize
 from genssd.engine.quoting import one_line, quote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,6 +29,9 @@ MAX_NAME = 255
 """Maximum number of bytes in the name of a file, on the file systems in use."""
 DTYPES = ("F32", "F16", "BF16")
 """Data types of weights that are read, by their names in safetensors."""
+MXFP4 = "MXFP4"
+"""Name of the data type of a tensor that is stored as NAME_blocks and NAME_scales (mxfp4.py)."""
+BLOCKS, SCALES = "_blocks", "_scales"
 UNUSED = re.compile(
     r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.attn\.(masked_)?bias$"
     r"|(^|\.)mtp(_|\.)|(^|\.)(visual|vision\w*|image\w*|audio\w*|multi_modal_projector|mm_projector)\."
@@ -44,6 +48,9 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    scales: StoredTensor | None = None
+    """Place of the scales of blocks in MXFP4; `file` is that of the blocks."""
 
     @property
     def num_elements(self) -> int:
@@ -83,12 +90,12 @@ class WeightFiles:
             raise CheckpointError(
                 f"{directory / index[lost[0]]} has no tensor {lost[0]}, although {INDEX} names it there"
             )
-        return WeightFiles(directory=directory, tensors=tensors)
+        return WeightFiles(directory=directory, tensors=_join_mxfp4(tensors))
 
     def check_dtype(self, name: str) -> None:
         """Check that a tensor holds plain floating-point weights. Raises CheckpointError naming file and tensor."""
         stored = self.tensors[name]
-        if stored.dtype not in DTYPES:
+        if stored.dtype not in (*DTYPES, MXFP4):
             raise CheckpointError(
                 f"{stored.file}: {name} has the data type {stored.dtype}; weights must be {', '.join(DTYPES)}: "
                 "use the checkpoint before quantization or conversion"
@@ -134,14 +141,21 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         stored_name = self._names[name]
-        file = self._stored[stored_name].file
+        stored = self._stored[stored_name]
+        if stored.scales is None:
+            return self._read(stored.file, stored_name).to(self._dtype)
+        blocks = self._read(stored.file, f"{stored_name}{BLOCKS}")
+        scales = self._read(stored.scales.file, f"{stored_name}{SCALES}")
+        return dequantize(blocks, scales, self._dtype).transpose(1, 2)
+
+    def _read(self, file: Path, stored_name: str) -> Tensor:
         try:
             if file not in self._files:
                 self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device=str(self._device)))
             tensor: Tensor = self._files[file].get_tensor(stored_name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read as safetensors: {one_line(error)}") from None
-        return tensor.to(self._dtype)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -151,6 +165,25 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # without reading it
+
+
+def _join_mxfp4(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors with one in place of each pair of blocks [X, M, B, 16] and scales [X, M, B].
+
+    Its shape is that of the same weight in a checkpoint without MXFP4, [X, inputs, outputs].
+    """
+    joined = dict(tensors)
+    for name, blocks in tensors.items():
+        own = name.removesuffix(BLOCKS)
+        scales = tensors.get(f"{own}{SCALES}")
+        if own == name or scales is None or blocks.dtype != scales.dtype or blocks.dtype != "U8":
+            continue
+        if len(scales.shape) == 3 and blocks.shape == (*scales.shape, BLOCK // 2):
+            experts, outputs, count = scales.shape
+            del joined[name], joined[f"{own}{SCALES}"]
+            shape = (experts, count * BLOCK, outputs)
+            joined[own] = StoredTensor(file=blocks.file, dtype=MXFP4, shape=shape, scales=scales)
+    return joined
 
 
 def weight_files(directory: Path) -> list[Path]:

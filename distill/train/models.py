@@ -42,6 +42,11 @@ def load_model(
     matrix product.
     """
     fields = read_config(directory)
+    if fields.get("quantization_config"):
+        raise CheckpointError(
+            f"{directory / 'config.json'}: weights in MXFP4 cannot be trained, nor be a teacher in training: "
+            "load them in transformers with Mxfp4Config(dequantize=True), and save the model with save_pretrained"
+        )
     config = make_transformers_config(fields, directory / "config.json")
     weights = WeightFiles.open(directory)
     if is_supported(fields):

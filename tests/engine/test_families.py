@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import FAMILY_CASES, MISTRAL3, SLIDING, TWO_BASES, save_family
-from support.toys import VOCAB
+from support.toys import VOCAB, edit_json, save_model, save_tokenizer
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from genssd.distill.train.models import load_model
+from genssd.engine import weights
+from genssd.engine.errors import CheckpointError
 from genssd.engine.families.registry import FAMILIES
 from genssd.engine.model import Decoder
+from genssd.engine.mxfp4 import dequantize
 from genssd.engine.pages import PagePool
 from genssd.engine.parameters import count_parameters
 from genssd.engine.runner import ModelRunner
+from genssd.engine.text import Tokenizer
 
 BFLOAT16 = ("smollm3", "granite", "gemma2", "gemma3", "phi4-mini", "olmo3", "mixtral", "qwen3-moe", "gpt-oss")
 FORMAT = {"format": "pt"}
@@ -99,3 +106,74 @@ def test_the_text_part_of_a_multimodal_checkpoint(tmp_path: Path, kind: str) -> 
         assert (runner.decoder.config.eos_token_ids, runner.decoder.config.dtype) == ((eos,), dtype)
         (hidden,) = runner.extend([runner.tree.root()], [ids[0].tolist()])
         torch.testing.assert_close(runner.logits(hidden), expected, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_weights_in_mxfp4_are_read_as_the_numbers_that_they_stand_for(tmp_path: Path) -> None:
+    """Against transformers' own conversion, with blocks and scales of every value."""
+    generator = torch.Generator().manual_seed(4)
+    kind, options = next(case.values for case in FAMILY_CASES if case.id == "gpt-oss")
+    model = save_family(tmp_path, kind, options, intermediate_size=96)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj")) and "experts" in name]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 125, (experts, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        numbers = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        model.get_parameter(name).copy_(numbers)
+        assert torch.equal(dequantize(blocks, scales, torch.float32).transpose(1, 2), numbers)
+    save_file(tensors, tmp_path / "model.safetensors", FORMAT)
+    edit_json(tmp_path / "config.json", quantization_config={"quant_method": "mxfp4"})
+    ids = torch.randint(0, VOCAB, (1, 30), generator=generator)
+    runner = load(tmp_path)
+    (hidden,) = runner.extend([runner.tree.root()], [ids[0].tolist()])
+    torch.testing.assert_close(runner.logits(hidden), model(ids).logits[0], atol=2e-4, rtol=0)
+    with pytest.raises(CheckpointError, match=r"weights in MXFP4 cannot be trained.*Mxfp4Config\(dequantize=True\)"):
+        load_model(tmp_path, save_and_read_tokenizer(tmp_path), torch.device("cpu"))
+
+
+def save_and_read_tokenizer(directory: Path) -> Tokenizer:
+    save_tokenizer(directory)
+    return Tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "gptq"}, r"quantized weights \(gptq\) are not supported; use .* without -GPTQ"),
+        ({"quant_method": "compressed-tensors"}, r"\(compressed-tensors\) are not supported; use .* without -FP8 or"),
+        (
+            {"quant_method": "new"},
+            r"quantized weights \(new\) are not supported; use the checkpoint that it was made from",
+        ),
+        ({"bits": 4}, r"quantized weights are not supported; use the checkpoint"),
+        ("fp8", r"quantized weights \(fp8\) are not supported; use"),
+    ],
+)
+def test_other_quantized_weights_are_refused_by_name(tmp_path: Path, config: object, message: str) -> None:
+    save_model(tmp_path)
+    edit_json(tmp_path / "config.json", quantization_config=config)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
+def test_only_one_layer_is_in_memory_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts the tensors that are read and not yet freed."""
+    save_family(tmp_path, "mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "num_hidden_layers": 6})
+    alive: WeakSet[torch.Tensor] = WeakSet()
+    most = 0
+    read = weights._LazyTensors.__getitem__
+
+    def spy(self: Any, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read(self, name)
+        alive.add(tensor)
+        most = max(most, sum(t.numel() for t in alive))
+        return tensor
+
+    monkeypatch.setattr(weights._LazyTensors, "__getitem__", spy)
+    decoder = Decoder.load(tmp_path, torch.bfloat16, torch.device("cpu"))
+    norms = 64 * (2 * 6 + 1)
+    table = decoder.config.vocab_size * 64
+    assert most <= norms + 2 * table  # an expert's matrices are smaller than the tables of the vocabulary
