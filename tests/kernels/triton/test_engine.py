@@ -59,8 +59,16 @@ def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: SegmentTable | De
     return attend_rows(q, k_pages, v_pages, there, scale, None, None, launch=LAUNCH)
 
 
-def write(qkv: Tensor, *rest: Any, heads: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> Tensor:
-    return write_kv_rows(qkv, *rest, heads, q_norm, k_norm, eps)
+def write(
+    qkv: Tensor,
+    *rest: Any,
+    heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    norm_offset: float | None = None,
+) -> Tensor:
+    return write_kv_rows(qkv, *rest, heads, q_norm, k_norm, eps, norm_offset)
 
 
 OPERATORS = {
@@ -69,7 +77,7 @@ OPERATORS = {
         "write_kv": write,
         "rms_norm": rms_norm_rows,
         "add_rms_norm": add_rms_norm_rows,
-        "swiglu": functools.partial(gated_rows, gelu=False),
+        "swiglu": functools.partial(gated_rows, gate="silu"),
     },
     "plain": {
         "paged_attention": paged_attention_reference,
