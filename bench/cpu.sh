@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures this CPU in one command: the products of every instruction set that it has beside torch and the limit, then
-# the engine beside transformers, OpenVINO and vLLM (those that are installed).
+# the engine beside transformers; the other engines need environments of their own (bench/engine/cpu_peers.py --help).
 #
 #   bash bench/cpu.sh [RESULTS] [PYTHON]
 #

