@@ -28,7 +28,8 @@ from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
 from genssd.distill.runs.settings import FileName
 from genssd.distill.runs.writing import remove_directory
-from genssd.distill.select.run import SelectConfig, SelectSummary, run_select
+from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.summary import SelectSummary
 from genssd.distill.small_pair.problems import STYLES, Problem, detect_style, make_problems, solves
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train

@@ -139,10 +139,15 @@ class RoundSummary:
     and the round's problems that are too long or did not fit into the cache."""
 
 
+class BudgetReached(Exception):
+    """The end of a run because `select.total_budget` ended the selection of a round. Its text says what is done."""
+
+
 def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[RoundSummary]:
     """Run the rounds and yield each as it ends, rounds of an earlier part of the run first.
 
-    Raises GenssdError on bad input; what was finished is on disk.
+    Raises GenssdError on bad input, BudgetReached when the budget of a round's selection is reached; what was finished
+    is on disk.
     """
     check_effects(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -234,6 +239,9 @@ def _round(config: DistillConfig, problems: RoundProblems, number: int, student:
         resume=True,
     )
     selected = run_select(selecting, report=report.within(f"round {number}, select"))
+    stop = selected.describe_stop(config.select.total_budget)
+    if stop is not None:
+        raise BudgetReached(f"round {number}: select.{stop}")
     bad_rows = part.name_origins(selected.bad_rows)
     kept, left_out = keep_trajectories(
         selected.path, directory / "kept.jsonl", statuses=config.train.statuses, require_correct=config.require_correct

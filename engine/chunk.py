@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
@@ -45,6 +45,14 @@ class Chunk:
         if isinstance(chunk, numbers.Integral) and not isinstance(chunk, bool):
             return Chunk(tokens=int(chunk))
         raise InputError(f"chunk must be a Chunk or a number of tokens, not {chunk!r}")
+
+    def halved(self, min_tokens: int) -> Chunk | None:
+        """Return the rule with half of the tokens and half of the limit, but at least `min_tokens`; None if it is there
+        already."""
+        if self.tokens <= min_tokens:
+            return None
+        tokens = max(self.tokens // 2, min_tokens)
+        return replace(self, tokens=tokens, limit=None if self.limit is None else max(self.limit // 2, tokens))
 
     @property
     def longest(self) -> int:

@@ -76,9 +76,10 @@ class Engine(LoadedEngine):
         """Run the search of `select_expand` and yield each Selection as soon as its prompt ends.
 
         A prompt that is longer than a model's positions or than the cache yields a Selection with `error` set, before
-        all others; one for which the teacher writes a token that the student does not have, as soon as that is known.
-        skip: indices of prompts that are not run, because they were done before; the others get what they
-        would have got without it. Arguments are checked at once, and raise the errors of `select_expand`.
+        all others; one for which the teacher writes a token that the student does not have, as soon as that is known;
+        one that a budget ends yields what it has, with `ended_by` set. skip: indices of prompts that are not run,
+        because they were done before; the others get what they would have got without it. Arguments are checked at
+        once, and raise the errors of `select_expand`.
         """
         return self._plan_search(prompts, options.with_changes(**changes), answers, labels, skip).run()
 

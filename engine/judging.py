@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from genssd.engine.branch import Branch
 from genssd.engine.candidate import AnyCriterion
+from genssd.engine.choice import draw_order, softmax
 from genssd.engine.criterion_calls import evaluate, evaluate_distinct, is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
@@ -23,9 +24,11 @@ class JudgedCandidate:
     branch: Branch
     score: float
     verdict: Verdict = "kept"
+    probability: float | None = None
+    """Probability of the candidate in the first draw; None where no draw chose, or it took no part."""
 
-    def record(self) -> CandidateRecord:
-        """Return what the search's outcome keeps of the candidate."""
+    def record(self, attempt: int) -> CandidateRecord:
+        """Return what the search's outcome keeps of the candidate. attempt: how often its round was sampled before."""
         assert self.branch.ended is not None
         return CandidateRecord(
             trace=self.branch.trace,
@@ -35,6 +38,8 @@ class JudgedCandidate:
             ended=self.branch.ended,
             score=self.score,
             verdict=self.verdict,
+            attempt=attempt,
+            probability=self.probability,
         )
 
 
@@ -86,6 +91,24 @@ class Judge:
             elif not self.is_acceptable(judged.score):
                 judged.verdict = "threshold"
             seen.add(tokens)
+
+    def choose(self, acceptable: Sequence[JudgedCandidate], places: int) -> list[JudgedCandidate]:
+        """Return the candidates of a round that are kept: the best ones, or with a selection temperature those drawn.
+
+        acceptable: candidates of the round that were not rejected. A draw sets their probabilities.
+        """
+        losses = [self.sort_key(one.score) for one in acceptable]
+        temperature = self.options.selection_temperature
+        if temperature == 0.0:
+            order = sorted(range(len(losses)), key=losses.__getitem__)
+        else:
+            probabilities = softmax(losses, temperature)
+            for one, probability in zip(acceptable, probabilities, strict=True):
+                one.probability = probability
+            order = draw_order(
+                probabilities, losses, [(one.branch.stream, len(one.branch.history)) for one in acceptable]
+            )
+        return [acceptable[i] for i in order[:places]]
 
     def score_responses(self, branches: Sequence[Branch], label: str) -> list[float]:
         """Return the criterion's values of whole committed responses to one prompt, which compete with each other."""

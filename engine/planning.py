@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from genssd.engine.branch import Branch
+from genssd.engine.budget import Budget
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError
 from genssd.engine.expander import Expander
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Generation, generate
 from genssd.engine.judging import Judge
+from genssd.engine.policies import make_policy
 from genssd.engine.resources import EncodedPrompt, Resources
 from genssd.engine.runner import Role
 from genssd.engine.sampling import prompt_stream
@@ -35,6 +37,8 @@ class SearchPlan:
     searches: Sequence[PromptSearch]
     misfits: Sequence[tuple[PromptSearch, str]]
     """Prompts that cannot be run, and why."""
+    budget: Budget
+    """Limits of all searches together."""
 
     def require_all(self) -> None:
         """Raise CapacityError naming the first prompt that cannot be run."""
@@ -45,13 +49,14 @@ class SearchPlan:
         """Yield the outcomes of the prompts that cannot be run, then every other one as soon as it is known."""
         for search, misfit in self.misfits:
             yield search.outcome(error=misfit)
-        yield from SearchScheduler(self.searches, self.expander).run()
+        yield from SearchScheduler(self.searches, self.expander, self.budget).run()
 
 
 def plan_search(resources: Resources, session: Session, judge: Judge, prompts: Iterable[EncodedPrompt]) -> SearchPlan:
     """Make the search of every prompt, and find those that cannot be run."""
     searches: list[PromptSearch] = []
     misfits: list[tuple[PromptSearch, str]] = []
+    policy = make_policy(judge.options)
     for prompt in prompts:
         limit = resources.search_limit(prompt, judge.options.max_tokens, judge.criterion)
         search = PromptSearch(
@@ -61,6 +66,7 @@ def plan_search(resources: Resources, session: Session, judge: Judge, prompts: I
             root=_root(session, prompt, judge.options.seed, "teacher"),
             max_tokens=limit,
             judge=judge,
+            policy=policy,
         )
         misfit = prompt.misfit or (NO_ANSWER_ROOM if limit < 1 else None)
         misfit = misfit or session.expander.find_misfit(search.round)
@@ -68,7 +74,7 @@ def plan_search(resources: Resources, session: Session, judge: Judge, prompts: I
             searches.append(search)
         else:
             misfits.append((search, misfit))
-    return SearchPlan(expander=session.expander, searches=searches, misfits=misfits)
+    return SearchPlan(expander=session.expander, searches=searches, misfits=misfits, budget=judge.options.total_budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

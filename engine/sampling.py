@@ -91,6 +91,14 @@ def uniform(stream: int, position: int) -> float:
     return (_mix(_mix(stream) ^ _mix(~position & _WORD)) >> 11) * 2.0**-53
 
 
+def choice_uniform(stream: int, position: int) -> float:
+    """Return a number in (0, 1) for the choice among candidates, independent of `uniform` and of the tokens' noise.
+
+    position: that of the candidate's first token.
+    """
+    return ((_mix(_mix(_mix(stream) + 1) ^ _mix(~position & _WORD)) >> 11) + 0.5) * 2.0**-53
+
+
 def _mix(word: int) -> int:
     """Apply the finaliser of SplitMix64 (Steele et al., 2014), a bijection of 64-bit words."""
     word = (word + 0x9E3779B97F4A7C15) & _WORD

@@ -1,7 +1,8 @@
 """The scheduler of the search: which prompt's next round is decoded when, and whose pages are freed for it.
 
 A prompt whose next round does not fit into the cache waits. When no round is being decoded and none fits, the youngest
-prompt frees its pages and is computed again later, to the same tokens, because sampling is counter-based.
+prompt frees its pages and is computed again later, to the same tokens, because sampling is counter-based. When the
+budget of all prompts is reached, every prompt ends with what it has.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from genssd.engine.budget import Budget, BudgetMeter, BudgetName
 from genssd.engine.errors import CapacityError
 from genssd.engine.expander import Expander
 from genssd.engine.expansion import Expansion
@@ -25,8 +27,9 @@ BESIDE_OTHERS = (
 class SearchScheduler:
     """The order in which the rounds of many prompts run on one expander."""
 
-    def __init__(self, prompts: Sequence[PromptSearch], expander: Expander) -> None:
+    def __init__(self, prompts: Sequence[PromptSearch], expander: Expander, budget: Budget = Budget()) -> None:
         self._expander = expander
+        self._meter = BudgetMeter(budget, ("total_budget.tokens", "total_budget.seconds"))
         self._waiting = deque(prompts)
         """Prompts that are not started, or suspended; oldest first."""
         self._active: list[PromptSearch] = []
@@ -39,8 +42,13 @@ class SearchScheduler:
 
     def run(self) -> Iterator[Selection]:
         """Run all prompts and yield each outcome as soon as it is known. Closing the iterator early frees all pages."""
+        self._meter.start()
         try:
             while self._waiting or self._active:
+                reached = self._meter.find_reached(more_tokens=1)
+                if reached is not None:
+                    yield from self._stop_all(reached)
+                    return
                 if not self._decoded:  # a new round would take the pages that the criterion waits for
                     self._start_rounds()
                 if self._prompt_of:
@@ -73,7 +81,10 @@ class SearchScheduler:
 
         Yields the outcomes of prompts for which a token was drawn that the student does not have.
         """
-        for expansion in self._expander.step():
+        before = self._expander.usage.sampled_tokens
+        complete = self._expander.step()
+        self._meter.tokens += self._expander.usage.sampled_tokens - before
+        for expansion in complete:
             prompt = self._prompt_of.pop(expansion, None)
             if prompt is None:  # it has failed in this step
                 continue
@@ -142,6 +153,21 @@ class SearchScheduler:
             self._waiting.remove(prompt)
         self._drop(prompt)
         return self._count(prompt, prompt.outcome(error=error, missing_token=missing_token))
+
+    def _stop_all(self, budget: BudgetName) -> Iterator[Selection]:
+        """End every prompt with what it has, because the budget of all is reached; yield the outcomes."""
+        prompts = [*self._active, *self._waiting]
+        for prompt in prompts:
+            self._cancel(prompt)
+            prompt.stop(budget)
+        self._active, self._decoded = [], []
+        self._waiting.clear()
+        for prompt in prompts:
+            try:
+                selection = prompt.outcome()
+            except CapacityError as error:  # the criterion has no room beside the branches that others hold
+                selection = prompt.outcome(error=str(error))
+            yield self._count(prompt, selection)
 
     def _count(self, prompt: PromptSearch, selection: Selection) -> Selection:
         """Count a prompt as finished, and return its outcome."""

@@ -3,7 +3,8 @@
 Every prompt moves through its rounds independently of the others:
 
     EXPAND   decode candidates of all its live branches, in one batch with the candidates of the other prompts
-    SELECT   reject duplicates, loops and values worse than the threshold; keep the best `beam` of the rest
+    SELECT   reject duplicates, loops and values worse than the threshold; keep the best `beam` of the rest, or draw
+             them; where nothing is left, a policy (policies.py) prunes, samples again or keeps the best all the same
     COMMIT   the kept candidates become the branches of the next round; the pages of all others are freed at once
 
 The scheduler (scheduler.py) decides when each prompt's next round starts.
@@ -16,9 +17,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from genssd.engine.branch import Branch
+from genssd.engine.budget import BudgetMeter, BudgetName
+from genssd.engine.chunk import Chunk
 from genssd.engine.expansion import Expansion
 from genssd.engine.judging import Judge, JudgedCandidate
-from genssd.engine.selection import STATUSES, CandidateRecord, ChunkScore, Selection, Status, Trajectory
+from genssd.engine.policies import Policy, Step, UnlearnableRound
+from genssd.engine.selection import (
+    KEPT,
+    STATUSES,
+    CandidateRecord,
+    ChunkScore,
+    RoundRecord,
+    Selection,
+    Status,
+    Trajectory,
+)
 from genssd.kernels.logprob import TopK
 
 
@@ -37,10 +50,20 @@ class PromptSearch:
     """Maximum number of tokens in the response, limited by the option and by the positions of the models."""
     judge: Judge
     """Rules by which the candidates are judged, with the options of the search."""
+    policy: Policy
+    """Rule for rounds without an acceptable candidate."""
     live: list[Branch] = field(init=False)
     """Committed branches that the next round expands."""
     round: list[Expansion] = field(init=False)
     """Expansions of the live branches: the next round, or the one that is being decoded or judged."""
+    attempt: int = 0
+    """Number of times that the round was sampled before."""
+    chunk: Chunk = field(init=False)
+    """Rule by which the candidates of the round end."""
+    meter: BudgetMeter = field(init=False)
+    """What the prompt has taken of its budget."""
+    ended_by: BudgetName | None = None
+    """Budget that ended the search; None where no budget did."""
     num_unfinished: int = 0
     """Number of the round's expansions that are still being decoded."""
     is_started: bool = False
@@ -48,23 +71,28 @@ class PromptSearch:
     no_room: str | None = None
     """Why the criterion could not judge the decoded round yet; None where there was room."""
     records: list[CandidateRecord] = field(default_factory=list)
+    rounds: list[RoundRecord] = field(default_factory=list)
     chunk_scores: dict[tuple[int, ...], tuple[ChunkScore, ...]] = field(default_factory=dict)
     """Scores of the chunks that led to each kept branch, by the branch's trace."""
     ended: list[tuple[Branch, Status]] = field(default_factory=list)
     """Branches that are not expanded any more."""
 
     def __post_init__(self) -> None:
+        options = self.judge.options
         self.live = [self.root]
-        self._plan_round()
+        self.meter = BudgetMeter(options.prompt_budget, ("prompt_budget.tokens", "prompt_budget.seconds"))
+        self._plan_round(0, options.chunk)
 
     @property
     def most_tokens(self) -> int:
-        """Largest number of tokens that all rounds may sample together, each round once."""
+        """Largest number of tokens that all rounds may sample together, each attempt once."""
         options = self.judge.options
-        return options.candidates * options.beam * self.max_tokens
+        most = options.candidates * options.beam * self.policy.most_tokens(options, self.max_tokens)
+        return most if options.prompt_budget.tokens is None else min(most, options.prompt_budget.tokens)
 
     def start_round(self) -> list[Expansion]:
         """Mark the round as submitted and return its expansions."""
+        self.meter.start()
         self.is_started = True
         self.num_unfinished = len(self.round)
         return self.round
@@ -77,7 +105,21 @@ class PromptSearch:
         """
         if self.round:
             self._select()
+            reached = self.meter.find_reached(sum(expansion.most_tokens for expansion in self.round))
+            if reached is not None:
+                self.stop(reached)
         return None if self.live else self.outcome()
+
+    def stop(self, budget: BudgetName) -> None:
+        """End the live branches as they are, because a budget is reached; a round in flight must be cancelled before.
+
+        Without a live branch the search is over already, and nothing changes.
+        """
+        if self.live:
+            self.ended_by = budget
+        self.drop()
+        self.ended += [(branch, "budget") for branch in self.live]
+        self.live, self.round = [], []
 
     def suspend(self) -> None:
         """Free the pages of all live branches; the round, whose expansions were cancelled, can be started again."""
@@ -102,41 +144,70 @@ class PromptSearch:
             student_prompt_ids=self.root.prompt.student,
             trajectories=tuple(trajectories),
             tree=tuple(self.records),
+            rounds=tuple(self.rounds),
+            ended_by=self.ended_by,
             seed=self.judge.options.seed,
             occurrence=self.occurrence,
             error=error,
             missing_token=missing_token,
         )
 
-    def _plan_round(self) -> None:
+    def _plan_round(self, attempt: int, chunk: Chunk) -> None:
         """Make the expansions of the live branches."""
-        options = self.judge.options
-        self.is_started = False
+        self.is_started, self.attempt, self.chunk = False, attempt, chunk
         self.round = [
-            Expansion(branch, options.candidates, options.chunk, self.max_tokens - branch.length, self.label)
+            Expansion(branch, self.judge.options.candidates, chunk, self.max_tokens - branch.length, self.label)
             for branch in self.live
         ]
 
     def _select(self) -> None:
         """Judge the candidates of the decoded round, commit the kept ones, drop the others, plan the next round."""
         judged = self._judged_round()
-        num_slots = self.judge.options.beam - sum(status != "pruned" for _, status in self.ended)
-        competing = [one for one in judged if one.verdict == "kept"]
-        competing.sort(key=lambda one: self.judge.sort_key(one.score))
-        winners, losers = competing[:num_slots], competing[num_slots:]
-        for loser in losers:
-            loser.verdict = "beaten"
-        self.records += [one.record() for one in judged]
+        step = self._decide(judged)
+        self._record(judged, step)
+        for one in judged:
+            if one.verdict not in KEPT:
+                one.branch.drop()
+        if step.again is not None:
+            self._plan_round(self.attempt + 1, step.again)
+            return
         self._close_pruned(judged)
         self.live = []
-        for winner in winners:
+        for winner in step.accepted:
             self._keep(winner, judged)
-        for one in judged:
-            if one.verdict != "kept":
-                one.branch.drop()
         for expansion in self.round:
             expansion.parent.drop()
-        self._plan_round()
+        self._plan_round(0, self.judge.options.chunk)
+
+    def _decide(self, judged: Sequence[JudgedCandidate]) -> Step:
+        """Return what follows the round, and set the verdicts of the candidates that were not rejected."""
+        num_slots = self.judge.options.beam - sum(status != "pruned" for _, status in self.ended)
+        acceptable = [one for one in judged if one.verdict == "kept"]
+        if acceptable:
+            step = Step(decision="selected", accepted=self.judge.choose(acceptable, num_slots))
+        else:
+            step = self.policy.next_step(
+                UnlearnableRound(attempt=self.attempt, chunk=self.chunk, judged=judged, judge=self.judge)
+            )
+        for one in acceptable:
+            one.verdict = "beaten"
+        for one in step.accepted:
+            one.verdict = step.verdict
+        return step
+
+    def _record(self, judged: Sequence[JudgedCandidate], step: Step) -> None:
+        """Keep the candidates and the decision for the outcome."""
+        self.records += [one.record(self.attempt) for one in judged]
+        self.meter.tokens += sum(len(one.branch.chunk) for one in judged)
+        self.rounds.append(
+            RoundRecord(
+                round=len(self.live[0].trace),
+                attempt=self.attempt,
+                chunk_tokens=self.chunk.tokens,
+                chunk_limit=self.chunk.longest,
+                decision=step.decision,
+            )
+        )
 
     def _judged_round(self) -> list[JudgedCandidate]:
         """Score all candidates of the round and reject the unfit ones, parent by parent."""
@@ -150,7 +221,7 @@ class PromptSearch:
 
     def _close_pruned(self, judged: Sequence[JudgedCandidate]) -> None:
         """End every branch none of whose candidates was acceptable; it stays in the outcome as pruned."""
-        accepted = {one.branch.trace[:-1] for one in judged if one.verdict in ("kept", "beaten")}
+        accepted = {one.branch.trace[:-1] for one in judged if one.verdict in (*KEPT, "beaten")}
         parents = [expansion.parent for expansion in self.round]
         self.ended += [(parent, "pruned") for parent in parents if parent.trace not in accepted]
 
@@ -159,7 +230,9 @@ class PromptSearch:
         branch, num_tokens = winner.branch, len(winner.branch.chunk)
         others = [one.score for one in judged if one is not winner and one.verdict != "duplicate"]
         runner_up = min(others, key=self.judge.sort_key, default=None)
-        chosen = ChunkScore(tokens=num_tokens, score=winner.score, runner_up=runner_up)
+        chosen = ChunkScore(
+            tokens=num_tokens, score=winner.score, runner_up=runner_up, is_forced=winner.verdict == "forced"
+        )
         self.chunk_scores[branch.trace] = (*self.chunk_scores.get(branch.trace[:-1], ()), chosen)
         branch.commit()
         if branch.ended is None:

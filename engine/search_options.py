@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
+from genssd.engine.budget import Budget
 from genssd.engine.candidate import AnyCriterion, PoolCriterion
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
@@ -14,6 +15,9 @@ from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
 from genssd.engine.options_check import check_count, check_types
 from genssd.engine.sampling import Sampling
+
+Unlearnable = Literal["stop", "resample", "shorten", "accept_best"]
+"""What the search does when no candidate of a round is acceptable: see policies.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +35,27 @@ class SearchOptions:
     ("0.7*rsr + 0.3*lalp"), an import path ("package.module:Name") of an installed module or one in the working
     directory, or, in Python, an object."""
     threshold: float | None = None
-    """Worst acceptable criterion value: a branch none of whose candidates reaches it is pruned. None never prunes."""
+    """Worst acceptable criterion value: a branch none of whose candidates reaches it is pruned (see on_unlearnable).
+    None accepts every value."""
+    on_unlearnable: Unlearnable = "stop"
+    """What the search does when no candidate of a prompt's round is acceptable (worse than the threshold, a duplicate
+    or a loop). stop prunes the branches; resample samples further candidates; shorten samples shorter and shorter ones;
+    accept_best keeps the best candidate that only misses the threshold, and marks it as forced."""
+    max_resamples: int = 2
+    """Maximum number of times that on_unlearnable=resample samples the candidates of a round again, before the branches
+    are pruned."""
+    min_chunk_tokens: int = 16
+    """Smallest value to which on_unlearnable=shorten halves chunk.tokens, before the branches are pruned. The next
+    round has the whole chunk again."""
+    selection_temperature: float = 0.0
+    """Temperature of the choice among acceptable candidates, in the unit of the criterion: the kept ones are drawn
+    without replacement from the softmax of the values over the temperature. 0 keeps the best ones."""
+    prompt_budget: Budget = Budget()
+    """Limits of one prompt. Where the next round could go beyond them, the prompt ends with what it has, of status
+    budget. Seconds count from the prompt's first round, waiting included, and make the result depend on the machine."""
+    total_budget: Budget = Budget()
+    """Limits of all prompts together. When one is reached the search ends at once: prompts that are not finished end
+    with what they have, of status budget."""
     max_tokens: int = 4096
     """Maximum number of tokens in the response."""
     teacher_topk: int = 0
@@ -51,11 +75,34 @@ class SearchOptions:
         for name in ("candidates", "beam", "max_tokens"):
             check_count(name, getattr(self, name))
         check_count("teacher_topk", self.teacher_topk, least=0)
+        check_count("max_resamples", self.max_resamples)
+        check_count("min_chunk_tokens", self.min_chunk_tokens)
+        self._check_policies()
         criterion = resolve(self.criterion)
         if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
             raise InputError(
                 f"{criterion!r} is fitted over all of the data, which the search does not have yet; fix what it "
                 "fits (aslec_casl(gamma=...)), or use it on finished traces with `genssd score`"
+            )
+
+    def _check_policies(self) -> None:
+        """Raise InputError on a temperature, a policy or a budget that cannot do what it is for."""
+        if not self.selection_temperature == 0.0 and not self.selection_temperature >= 1e-30:
+            raise InputError(f"selection_temperature must be 0 or at least 1e-30, not {self.selection_temperature}")
+        if self.on_unlearnable == "resample" and self.sampling.temperature == 0.0:
+            raise InputError(
+                "on_unlearnable=resample draws the same candidates again at temperature 0; raise sampling.temperature"
+            )
+        if self.on_unlearnable == "shorten" and self.chunk.tokens <= self.min_chunk_tokens:
+            raise InputError(
+                f"on_unlearnable=shorten has nothing to shorten: chunk tokens {self.chunk.tokens} must be above "
+                f"min_chunk_tokens {self.min_chunk_tokens}"
+            )
+        most = self.candidates * min(self.chunk.longest, self.max_tokens)
+        if self.prompt_budget.tokens is not None and self.prompt_budget.tokens < most:
+            raise InputError(
+                f"prompt_budget tokens {self.prompt_budget.tokens} must be at least {most}, which the candidates of a "
+                "first round may take"
             )
 
     def with_changes(self, **changes: Unpack[SearchChanges]) -> SearchOptions:
@@ -80,6 +127,12 @@ class SearchChanges(TypedDict, total=False):
     beam: int
     criterion: str | AnyCriterion
     threshold: float | None
+    on_unlearnable: Unlearnable
+    max_resamples: int
+    min_chunk_tokens: int
+    selection_temperature: float
+    prompt_budget: Budget
+    total_budget: Budget
     max_tokens: int
     teacher_topk: int
     sampling: Sampling

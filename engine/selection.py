@@ -9,18 +9,30 @@ from torch import Tensor
 
 from genssd.engine.amounts import format_count
 from genssd.engine.branch import Ending
+from genssd.engine.budget import BudgetName
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
 from genssd.kernels.logprob import TokenStats, TopK
 
-Verdict = Literal["kept", "beaten", "threshold", "duplicate", "loop"]
-"""The fate of a candidate: expanded further or final | ranked below the beam | worse than the threshold | the same
-tokens as an earlier sibling | ends in a repetition."""
+Verdict = Literal["kept", "forced", "beaten", "threshold", "duplicate", "loop"]
+"""The fate of a candidate: expanded further or final | the same, although it is worse than the threshold | not chosen
+among the acceptable ones | worse than the threshold | the same tokens as an earlier sibling | ends in a repetition."""
 
-Status = Literal["finished", "length", "pruned"]
-"""How a trajectory ended: end of sequence | cut at max_tokens | no continuation was acceptable."""
+KEPT: frozenset[str] = frozenset(("kept", "forced"))
+"""Verdicts of candidates that became part of a response."""
 
-STATUSES: tuple[Status, ...] = ("finished", "length", "pruned")
+Decision = Literal["selected", "resampled", "shortened", "forced", "pruned"]
+"""What the search did after a round: kept acceptable candidates | without one, sampled it again | with shorter chunks |
+kept the best one that misses the threshold | ended its branches."""
+
+SPECIAL: tuple[Decision, ...] = ("resampled", "shortened", "forced")
+"""Decisions of policies that do not prune."""
+
+Status = Literal["finished", "length", "budget", "pruned"]
+"""How a trajectory ended: end of sequence | cut at max_tokens | the budget was reached | no continuation was
+acceptable."""
+
+STATUSES: tuple[Status, ...] = ("finished", "length", "budget", "pruned")
 """All statuses, best first."""
 
 
@@ -42,15 +54,37 @@ class CandidateRecord:
     """Criterion value of the candidate."""
     verdict: Verdict
     """What became of the candidate."""
+    attempt: int = 0
+    """Number of times that the round was sampled again before this candidate."""
+    probability: float | None = None
+    """Probability of the candidate in the first draw of its round; None where no draw chose, or it took no part."""
 
     def __repr__(self) -> str:
+        attempt = f", attempt {self.attempt}" if self.attempt else ""
+        drawn = "" if self.probability is None else f", probability {self.probability:.3g}"
         length = format_count(len(self.token_ids), "token")
-        return f"<CandidateRecord {self.trace}: {length}, score {self.score:.4g}, {self.verdict}>"
+        return f"<CandidateRecord {self.trace}: {length}, score {self.score:.4g}{attempt}{drawn}, {self.verdict}>"
 
     @property
     def round(self) -> int:
         """Index of the round in which the candidate was sampled."""
         return len(self.trace) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """One attempt at a round, and what the search did after it."""
+
+    round: int
+    """Index of the round."""
+    attempt: int
+    """Number of times that the round was sampled again before."""
+    chunk_tokens: int
+    """Number of tokens after which its chunks ended with the next delimiter."""
+    chunk_limit: int
+    """Maximum number of tokens in its chunks."""
+    decision: Decision
+    """What the search did after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +97,8 @@ class ChunkScore:
     """Criterion value of the chunk."""
     runner_up: float | None
     """Best value among the distinct other candidates of its round; None if it was the only one."""
+    is_forced: bool = False
+    """Whether the chunk is worse than the threshold, and was kept because no candidate of its round was acceptable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -102,9 +138,13 @@ class Selection:
     student_prompt_ids: tuple[int, ...]
     """Token ids of the prompt as the student reads it."""
     trajectories: tuple[Trajectory, ...]
-    """Responses, best first: finished before cut before pruned, then by score. Empty when the prompt failed."""
+    """Responses, best first: by status in the order of STATUSES, then by score. Empty when the prompt failed."""
     tree: tuple[CandidateRecord, ...]
     """All candidates, round by round."""
+    rounds: tuple[RoundRecord, ...] = ()
+    """All attempts at rounds, in order."""
+    ended_by: BudgetName | None = None
+    """Budget that ended the search of the prompt; None where no budget did."""
     seed: int
     """Seed of the search's random draws."""
     occurrence: int
@@ -119,11 +159,18 @@ class Selection:
         if self.error is not None:
             return f"<Selection {self.index}: failed, {quote(self.error)}>"
         best = self.best
+        counts = {name: self.count_rounds(name) for name in SPECIAL}
+        special = "".join(f", {format_count(count, 'round')} {name}" for name, count in counts.items() if count)
+        special += "" if self.ended_by is None else f", ended by {self.ended_by}"
         return (
             f"<Selection {self.index}: {format_count(len(self.trajectories), 'trajectory')} of "
-            f"{format_count(self.tokens_sampled, 'token')} sampled, "
-            f"best {best.status} with {format_count(len(best.token_ids), 'token')} and score {best.score:.4g}>"
+            f"{format_count(self.tokens_sampled, 'token')} sampled, best {best.status} with "
+            f"{format_count(len(best.token_ids), 'token')} and score {best.score:.4g}{special}>"
         )
+
+    def count_rounds(self, decision: Decision) -> int:
+        """Return the number of attempts at rounds after which the search did this."""
+        return sum(record.decision == decision for record in self.rounds)
 
     @property
     def best(self) -> Trajectory:

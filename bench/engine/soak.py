@@ -1,10 +1,12 @@
 """A search with a beam in the smallest cache that can hold it: every prompt must finish, with the same responses.
 
-    python -m bench.engine.soak [--prompts 200] [--criterion "ppl(scope='trajectory')"]
+    python -m bench.engine.soak [--prompts 200] [--budget 1.0] [--criterion "ppl(scope='trajectory')"]
+    python -m bench.engine.soak --prompts 500 --budget 1.2 --threshold 1.5 --on-unlearnable resample
 
 The problems of the small pair are searched with beam 2. First every prompt is run alone, to find the smallest cache in
-which each of them finishes. Then all run together in a cache of exactly that size, where prompts are suspended and
-computed again, and in an ample one. The program fails unless all finish, to the same responses, and every page is free.
+which each of them finishes. Then all run together in a cache of `--budget` times that size, where prompts are suspended
+and computed again, and in an ample one. The program fails unless all finish, to the same responses, and every page is
+free.
 It checks that the cache is divided well; the times are not compared with anything.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -69,7 +72,12 @@ class Soak:
 def outcomes(selections: Sequence[Selection]) -> list[object]:
     """Return what must not depend on the size of the cache."""
     return [
-        (s.error, [(t.token_ids, t.status, t.trace) for t in s.trajectories], [(r.trace, r.verdict) for r in s.tree])
+        (
+            s.error,
+            [(t.token_ids, t.status, t.trace) for t in s.trajectories],
+            [(r.trace, r.verdict) for r in s.tree],
+            s.rounds,
+        )
         for s in selections
     ]
 
@@ -97,6 +105,11 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=192)
     parser.add_argument("--criterion", default="ppl(scope='trajectory')")
+    parser.add_argument(
+        "--budget", type=float, default=1.0, help="pages of the tight cache per page of the largest need"
+    )
+    parser.add_argument("--threshold", type=float)
+    parser.add_argument("--on-unlearnable", default="stop")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     models = load_models(
@@ -108,13 +121,20 @@ def main() -> None:
         chunk=Chunk(tokens=1, until="\n", limit=64),
         criterion=arguments.criterion,
         max_tokens=arguments.max_tokens,
+        threshold=arguments.threshold,
+        on_unlearnable=arguments.on_unlearnable,
     )
     soak = Soak(models=models, options=options)
     prompts = [[{"role": "user", "content": p.question}] for p in make_problems(arguments.prompts, seed=0)]
     need = soak.largest_need(prompts)
     print(f"largest need of a prompt alone: {need} pages; in {need - 1} pages one of them fails")
     ample, computed_once = run(soak, prompts, AMPLE_PAGES, "ample cache")
-    tight, computed = run(soak, prompts, need, "largest need")
+    if any(s.error is not None for s in ample):
+        sys.exit("a prompt does not finish in the ample cache")
+    tight, computed = run(soak, prompts, int(need * arguments.budget), f"{arguments.budget:g} times the largest need")
+    if any(s.error is not None for s in tight):
+        sys.exit("a prompt does not finish in the tight cache")
+    print(f"rounds: {dict(Counter(r.decision for s in ample for r in s.rounds))}")
     print(f"{computed - computed_once} tokens computed again after suspensions")
     different = sum(one != other for one, other in zip(outcomes(tight), outcomes(ample), strict=True))
     if different:

@@ -1,6 +1,6 @@
 """Whether a response is finished, as the fields of its row state it.
 
-    {"status": "finished" | "length" | "pruned"}                rows of genssd
+    {"status": "finished" | "length" | "budget" | "pruned"}     rows of genssd
     {"finish_reason" | "stop_reason": "stop" | "length" | ...}  replies of inference servers
     {"is_reasoning_complete" | "finished": true | false}        data sets; {"truncated": ...} is the opposite
 
@@ -52,6 +52,7 @@ CUT_REASONS = frozenset(
         "content_filter",
         "safety",
         "incomplete",
+        "budget",
         "pruned",
         "repetition",
     ]

@@ -1,4 +1,4 @@
-"""What cuts a response off before it is finished: the option max_tokens, or the last position of a model."""
+"""What cuts a response off before it is finished: max_tokens, the last position of a model, or its prompt's budget."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from genssd.engine.runner import Role
 
 logger = logging.getLogger(__name__)
 
-CutBy = Literal["max_tokens", "teacher positions", "student positions"]
+CutBy = Literal["max_tokens", "teacher positions", "student positions", "prompt_budget"]
 """What cut a response off."""
 REMEDIES: Mapping[CutBy, str] = {
     "max_tokens": "by max_tokens (raise it)",
     "teacher positions": "at the last position of the teacher (shorten the prompts, or take a model with more)",
     "student positions": "at the last position of the student (shorten the prompts, or take a model with more)",
+    "prompt_budget": "by prompt_budget (raise it)",
 }
 POSITIONS: Mapping[Role, CutBy] = {"teacher": "teacher positions", "student": "student positions"}
 
@@ -38,10 +39,12 @@ class ResponseLimits:
         return ResponseLimits(max_tokens=max_tokens, positions={role: engine.positions(role) for role in roles})
 
     def find_cut(self, status: str, num_tokens: int, num_prompt: Mapping[Role, int]) -> CutBy | None:
-        """Return what cut a response of so many tokens off; None where its status is not "length".
+        """Return what cut a response of so many tokens off; None where its status is neither "length" nor "budget".
 
         num_prompt: number of tokens in the prompt as each model reads it.
         """
+        if status == "budget":
+            return "prompt_budget"
         if status != "length":
             return None
         if num_tokens >= self.max_tokens:

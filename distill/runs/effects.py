@@ -38,7 +38,14 @@ _HAS_TEMPERATURE = Need(lambda o: o.temperature > 0.0, "a temperature above 0")
 ENGINE_NEEDS: Mapping[type, Needs] = {
     Sampling: {name: _HAS_TEMPERATURE for name in ("top_p", "top_k", "min_p")},
     Chunk: {"limit": Need(lambda o: o.until is not None, "a delimiter (until)")},
-    SearchOptions: {"beam": Need(lambda o: o.candidates > 1, "at least 2 candidates")},
+    SearchOptions: {
+        **{
+            name: Need(lambda o: o.candidates > 1, "at least 2 candidates")
+            for name in ("beam", "selection_temperature")
+        },
+        "max_resamples": Need(lambda o: o.on_unlearnable == "resample", "on_unlearnable resample"),
+        "min_chunk_tokens": Need(lambda o: o.on_unlearnable == "shorten", "on_unlearnable shorten"),
+    },
 }
 
 

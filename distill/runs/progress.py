@@ -13,6 +13,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Literal
 
+from genssd.engine.budget import Budget
 from genssd.engine.engine import Engine
 from genssd.engine.usage import Usage
 
@@ -40,6 +41,8 @@ class Stage:
     work: Work = "items"
     to_read: int = 0
     """Largest number of tokens that the engine has to read in the stage."""
+    budget: Budget = Budget()
+    """Limits at which the stage ends although work is left."""
     usage_before: Usage | None = None
     """The engine's counts when the stage began."""
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -58,6 +61,7 @@ class Progress:
         engine: Engine | None = None,
         work: Work = "items",
         to_read: int = 0,
+        budget: Budget = Budget(),
     ) -> None:
         """Begin a stage; the arguments are the fields of `Stage`. done: items done in an earlier part of the run."""
         usage = None if engine is None else dataclasses.replace(engine.usage)
@@ -65,7 +69,7 @@ class Progress:
             Stage(
                 name=name, unit=unit, total=total, done=done, done_before=done,
                 engine=None if engine is None else weakref.ref(engine), work=work, to_read=to_read,
-                usage_before=usage,
+                usage_before=usage, budget=budget,
             )
         )  # fmt: skip
 
@@ -156,11 +160,17 @@ def measure(stage: Stage, now: float) -> Measurement:
     most_left = max(now_usage.planned_tokens - before.planned_tokens - written, 0)
     mean = written / finished if finished else math.inf
     tokens_left = min(most_left, max(planned * mean - written, 0.0))
+    if stage.budget.tokens is not None:
+        tokens_left = min(tokens_left, max(stage.budget.tokens - written, 0))
+    seconds_left = seconds / written * tokens_left if written else None
+    if stage.budget.seconds is not None:
+        until_end = max(stage.budget.seconds - seconds, 0.0)
+        seconds_left = until_end if seconds_left is None else min(seconds_left, until_end)
     return Measurement(
         seconds=seconds,
         written=written,
         read=read,
         tokens_left=tokens_left,
         is_bound=not finished,
-        seconds_left=seconds / written * tokens_left if written else None,
+        seconds_left=seconds_left,
     )

@@ -11,6 +11,7 @@ from genssd.distill.data.problems import ProblemSet
 from genssd.distill.runs.journal import read_json
 from genssd.distill.select.unfit import leave_out_unfit
 from genssd.engine.amounts import format_count
+from genssd.engine.budget import Budget
 from genssd.engine.candidate import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
@@ -97,6 +98,10 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
             candidates=1,
             beam=1,
             threshold=None,
+            on_unlearnable="stop",
+            selection_temperature=0.0,
+            prompt_budget=Budget(),
+            total_budget=Budget(),
             teacher_topk=0,
             loop_guard=False,
             answers=[problem.answer for problem in usable.problems],

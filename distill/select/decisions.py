@@ -15,7 +15,7 @@ from genssd.distill.runs.journal import complete_rows
 from genssd.engine.candidate import Candidate
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import child_stream, prompt_stream
-from genssd.engine.selection import Verdict
+from genssd.engine.selection import KEPT, RoundRecord, Verdict
 from genssd.engine.text import Tokenizer
 from genssd.kernels.logprob import STATISTICS, TokenStats
 
@@ -33,6 +33,27 @@ class LoggedCandidate:
     score: float | None
     """Value under the criterion of the run; None where it was infinite."""
     verdict: Verdict
+    probability: float | None
+    """Probability in the first draw of the round; None where no draw chose, or the candidate took no part."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the candidate became part of a response."""
+        return self.verdict in KEPT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedRound:
+    """One attempt at a round, as the run decided it."""
+
+    record: RoundRecord
+    """Number of the round and of the attempt, and what the search did after it."""
+    candidates: tuple[LoggedCandidate, ...]
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the run drew what it kept (selection_temperature)."""
+        return any(d.probability is not None for d in self.candidates)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +62,8 @@ class Decisions:
 
     selection: Mapping[str, Any]
     """The prompt's line of selections.jsonl."""
-    rounds: tuple[tuple[LoggedCandidate, ...], ...]
+    rounds: tuple[LoggedRound, ...]
+    """All attempts at rounds, in order."""
 
 
 def read_decisions(run: Path, tokenizer: Tokenizer, local_logprob: LocalLogprob | None = None) -> Iterator[Decisions]:
@@ -76,7 +98,8 @@ def _parse_decisions(
     logged = {tuple(fields["trace"]): fields for fields in row["candidates"]}
     stats = {trace: _parse_stats(fields["student"]) for trace, fields in logged.items()}
     root = prompt_stream(selection["seed"], selection["prompt_ids"], selection["occurrence"])
-    rounds: list[list[LoggedCandidate]] = []
+    records = [RoundRecord(**fields) for fields in row["rounds"]]
+    rounds: dict[tuple[int, int], list[LoggedCandidate]] = {(r.round, r.attempt): [] for r in records}
     for trace, fields in logged.items():
         ancestors = [trace[:depth] for depth in range(1, len(trace))]
         history_ids = tuple(token for ancestor in ancestors for token in logged[ancestor]["token_ids"])
@@ -95,12 +118,22 @@ def _parse_decisions(
             encode=tokenizer.encode_plain,
             answer=selection["answer"],
         )
-        while len(rounds) < len(trace):
-            rounds.append([])
-        rounds[len(trace) - 1].append(
-            LoggedCandidate(candidate=candidate, trace=trace, score=fields["score"], verdict=fields["verdict"])
+        rounds[len(trace) - 1, fields["attempt"]].append(
+            LoggedCandidate(
+                candidate=candidate,
+                trace=trace,
+                score=fields["score"],
+                verdict=fields["verdict"],
+                probability=fields["probability"],
+            )
         )
-    return Decisions(selection=selection, rounds=tuple(map(tuple, rounds)))
+    return Decisions(
+        selection=selection,
+        rounds=tuple(
+            LoggedRound(record=record, candidates=tuple(candidates))
+            for record, candidates in zip(records, rounds.values(), strict=True)
+        ),
+    )
 
 
 def _parse_stats(fields: Mapping[str, Any]) -> TokenStats:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from genssd.distill.select.decisions import LoggedCandidate
+from genssd.distill.select.decisions import LoggedCandidate, LoggedRound
 from genssd.engine.text import REPLACEMENT, Tokenizer
 
 FIXED_VERDICTS = ("duplicate", "loop")
@@ -21,7 +21,7 @@ Trace = tuple[int, ...]
 class JudgedRound:
     """One recorded round, and what a criterion chooses in it, given the recorded text before it."""
 
-    decided: tuple[LoggedCandidate, ...]
+    logged: LoggedRound
     scores: Mapping[Trace, float | None]
     """Value of every candidate; None where it is infinite."""
     chosen: frozenset[Trace]
@@ -32,35 +32,52 @@ class JudgedRound:
     """Whether a search by the criterion would have had this round; else its choice is conditional on the text before
     it."""
 
+    @property
+    def decided(self) -> tuple[LoggedCandidate, ...]:
+        """All candidates of the round."""
+        return self.logged.candidates
+
     @classmethod
-    def as_logged(cls, decided: Sequence[LoggedCandidate]) -> JudgedRound:
-        """Return a round as the run's own criterion decided it, with the values in the log."""
+    def as_logged(
+        cls, logged: LoggedRound, scores: Sequence[float], *, higher_is_better: bool, is_exact: bool
+    ) -> JudgedRound:
+        """Return a round as the run's own criterion decided it, with the values in the log.
+
+        Where the run drew its choice (selection_temperature), the criterion chooses the best of the candidates that
+        took part. scores: values of now, by which infinite ones are ranked. is_exact: as in `by_criterion`.
+        """
+        decided = logged.candidates
+        ranked = rank_eligible(decided, scores, higher_is_better=higher_is_better)
+        chosen = [d.trace for d in ranked if d.is_kept or d.verdict == "beaten"]
+        places = sum(d.is_kept for d in decided)
         return cls(
-            decided=tuple(decided),
+            logged=logged,
             scores={d.trace: d.score for d in decided},
-            chosen=frozenset(d.trace for d in decided if d.verdict == "kept"),
-            rejected=frozenset(d.trace for d in decided if d.verdict == "beaten"),
-            is_exact=True,
+            chosen=frozenset(chosen[:places]),
+            rejected=frozenset(chosen[places:]),
+            is_exact=is_exact,
         )
 
     @classmethod
     def by_criterion(
-        cls, decided: Sequence[LoggedCandidate], scores: Sequence[float], *, higher_is_better: bool, is_exact: bool
+        cls, logged: LoggedRound, scores: Sequence[float], *, higher_is_better: bool, is_exact: bool
     ) -> JudgedRound:
         """Return a round as another criterion decides it, which keeps as many candidates as the run did.
 
         The run's threshold is a value of its own criterion and rejects nothing here; how many candidates the search
-        would have kept without it is not known, so that a round with such a candidate is not exact. is_exact: whether
-        all earlier rounds of the prompt are exact and come out as in the run.
+        would have kept without it is not known, nor whether it would have sampled the round again, so that a round with
+        such a candidate is not exact, and neither is one that follows. is_exact: whether all earlier rounds of the
+        prompt are exact and come out as in the run.
         """
+        decided = logged.candidates
         ranked = [d.trace for d in rank_eligible(decided, scores, higher_is_better=higher_is_better)]
-        places = sum(d.verdict == "kept" for d in decided)
+        places = sum(d.is_kept for d in decided)
         return cls(
-            decided=tuple(decided),
+            logged=logged,
             scores={d.trace: s if math.isfinite(s) else None for d, s in zip(decided, scores, strict=True)},
             chosen=frozenset(ranked[:places]),
             rejected=frozenset(ranked[places:]),
-            is_exact=is_exact and not any(d.verdict == "threshold" for d in decided),
+            is_exact=is_exact and not any(d.verdict in ("threshold", "forced") for d in decided),
         )
 
 
@@ -158,18 +175,18 @@ def make_steps(
 
     selection: the prompt's line of selections.jsonl. labels: fields that every row gets.
     """
-    by_trace = {d.trace: d for judged in rounds for d in judged.decided}
+    by_trace = {d.trace: (d, judged) for judged in rounds for d in judged.decided}
+    continued = {trace[:-1] for trace in by_trace}
     texts = _Texts(selection, tokenizer)
     for judged in rounds:
         for d in judged.decided:
-            is_continued = d.verdict == "kept" and not d.candidate.final
-            if is_continued or d.trace not in judged.chosen | judged.rejected:
+            if d.trace in continued or d.trace not in judged.chosen | judged.rejected:
                 continue
             chain = [by_trace[d.trace[:depth]] for depth in range(1, len(d.trace) + 1)]
             yield {
                 "prompt": texts.prompt,
-                "completions": [*(texts.read_link(link) for link in chain[:-1]), texts.read_last(d)],
-                "labels": [link.trace in rounds[depth].chosen for depth, link in enumerate(chain)],
+                "completions": [*(texts.read_link(link) for link, _ in chain[:-1]), texts.read_last(d)],
+                "labels": [link.trace in link_round.chosen for link, link_round in chain],
                 "final": d.candidate.final,
                 "exact": judged.is_exact,
                 **labels,

@@ -9,6 +9,11 @@ All of them hold the choices of the criterion that is asked for, at every record
 it. What the teacher would have written after another choice is not known. A row is `exact` where every earlier round of
 its prompt comes out as in the run: a search by the criterion would have had these candidates. Other rows are
 conditional: they hold given their text, to which a search by the criterion would not have come.
+
+A round that the run sampled again has a line for every attempt. Whether a search by another criterion would have made
+the attempt, and what it would have drawn in other ones, is not known: after a candidate that misses the run's threshold
+no row of the prompt is exact. Where the run drew its choice (selection_temperature), the choices are the criterion's
+best candidates, not what it might have drawn.
 """
 
 from __future__ import annotations
@@ -151,31 +156,35 @@ class _Results:
             )
         rounds: list[JudgedRound] = []
         is_exact = True
-        for number, decided in enumerate(decisions.rounds):
+        higher_is_better = is_higher_better(self._criterion)
+        for logged in decisions.rounds:
+            decided = logged.candidates
             scores = evaluate_distinct(self._criterion, [d.candidate.lengthened(self._shortest) for d in decided])
             self._changes += [abs(d.score - s) for d, s in zip(decided, scores, strict=True) if d.score is not None]
             if self._is_own:
-                judged = JudgedRound.as_logged(decided)
+                judged = JudgedRound.as_logged(logged, scores, higher_is_better=higher_is_better, is_exact=is_exact)
             else:
-                judged = JudgedRound.by_criterion(
-                    decided, scores, higher_is_better=is_higher_better(self._criterion), is_exact=is_exact
-                )
-            row = self._describe(decisions, number, judged, scores)
-            is_exact = judged.is_exact and row["agrees"]
+                judged = JudgedRound.by_criterion(logged, scores, higher_is_better=higher_is_better, is_exact=is_exact)
+            row = self._describe(decisions, judged, scores)
+            # the run's own choice, unless it was drawn, is the criterion's even where two values changed in a last bit
+            is_exact = judged.is_exact and (row["agrees"] or (self._is_own and not logged.is_drawn))
             self.rows.append(row)
             rounds.append(judged)
         labels = {"index": decisions.selection["index"], "criterion": self._name}
         self.pairs += make_pairs(decisions.selection, rounds, labels, tokenizer)
         self.steps += make_steps(decisions.selection, rounds, labels, tokenizer)
 
-    def _describe(self, decisions: Decisions, number: int, judged: JudgedRound, scores: list[float]) -> dict[str, Any]:
-        """Return how the criterion judges one round, with as many candidates kept as in the run."""
-        kept = [d.trace for d in judged.decided if d.verdict == "kept"]
+    def _describe(self, decisions: Decisions, judged: JudgedRound, scores: list[float]) -> dict[str, Any]:
+        """Return how the criterion judges one attempt at a round, with as many candidates kept as in the run."""
+        record = judged.logged.record
+        kept = [d.trace for d in judged.decided if d.is_kept]
         ranked = rank_eligible(judged.decided, scores, higher_is_better=is_higher_better(self._criterion))
         reselected = ranked[: len(kept)]
         return {
             "index": decisions.selection["index"],
-            "round": number,
+            "round": record.round,
+            "attempt": record.attempt,
+            "decision": record.decision,
             "kept": [list(trace) for trace in kept],
             "reselected": [list(d.trace) for d in reselected],
             "agrees": set(kept) == {d.trace for d in reselected},

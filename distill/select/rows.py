@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,13 @@ def make_selection_row(
         "score": _to_json(best.score),
         "criterion": origin.criterion,
         "chunks": [
-            {"tokens": c.tokens, "score": _to_json(c.score), "runner_up": _to_json(c.runner_up)} for c in best.chunks
+            {
+                "tokens": c.tokens,
+                "score": _to_json(c.score),
+                "runner_up": _to_json(c.runner_up),
+                "forced": c.is_forced,
+            }
+            for c in best.chunks
         ],
         "prompt_ids": list(selection.prompt_ids),
         "student_prompt_ids": list(selection.student_prompt_ids),
@@ -79,6 +86,8 @@ def make_selection_row(
             for trajectory, note in zip(selection.trajectories[1:], notes[1:], strict=True)
         ],
         "tokens_sampled": selection.tokens_sampled,
+        "rounds": dict(Counter(record.decision for record in selection.rounds)),
+        "ended_by": selection.ended_by,
         "index": problem.index,
         "source": {"file": origin.data, "line": problem.line},
         "seed": selection.seed,
@@ -128,7 +137,12 @@ def make_decision_row(selection: Selection, index: int) -> dict[str, Any]:
 
     index: that of the problem's row in the data.
     """
-    return {"index": index, "candidates": [_describe_candidate(record) for record in selection.tree]}
+    return {
+        "index": index,
+        "rounds": [asdict(record) for record in selection.rounds],
+        "ended_by": selection.ended_by,
+        "candidates": [_describe_candidate(record) for record in selection.tree],
+    }
 
 
 def _describe_trajectory(trajectory: Trajectory) -> dict[str, Any]:
@@ -143,8 +157,10 @@ def _describe_trajectory(trajectory: Trajectory) -> dict[str, Any]:
 def _describe_candidate(record: CandidateRecord) -> dict[str, Any]:
     return {
         "trace": list(record.trace),
+        "attempt": record.attempt,
         "verdict": record.verdict,
         "score": _to_json(record.score),
+        "probability": record.probability,
         "ended": record.ended,
         "token_ids": list(record.token_ids),
         "teacher_logprob": _to_decimals(record.teacher_logprob),

@@ -13,16 +13,15 @@ A prompt's decisions and top k are on disk before its selection: where there is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
 from genssd.distill.data.problems import ProblemRow, ProblemSet, describe_problems, read_usable_problems
-from genssd.distill.data.response_limits import ResponseLimits, count_cuts
+from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
@@ -36,7 +35,9 @@ from genssd.distill.select.calibration import Calibration, calibrate, check_cali
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
+from genssd.distill.select.summary import SearchEnd, SelectSummary, list_special, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
+from genssd.engine.budget import Budget, BudgetName
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -48,6 +49,7 @@ from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
 
 ROLES: tuple[Role, Role] = ("teacher", "student")
+TOTAL_BUDGET: tuple[BudgetName, ...] = ("total_budget.tokens", "total_budget.seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +75,28 @@ class Calibrate:
 class SelectSettings(SearchOptions, EngineOptions, ModelSampling):
     """Options of the search, of the engine, and of the threshold's calibration."""
 
+    NEEDS: ClassVar[Needs] = {
+        "on_unlearnable": Need(
+            lambda o: (
+                o.threshold is not None
+                or o.calibrate.data is not None
+                or (o.loop_guard and o.on_unlearnable != "accept_best")
+            ),
+            "a threshold, calibrate.data or, except for accept_best, loop_guard",
+        )
+    }
+
     criterion: str = "ppl"
     """Selection criterion: a registered name (rsr), one with options (ppl(norm='byte')), a weighted sum of ranks
     (0.7*rsr + 0.3*lalp), or an import path (package.module:Name) of an installed module or one in the working
     directory."""
     loop_guard: bool = True
     """Whether candidates that end in a repetition are rejected."""
+    # which prompts are finished depends on it, and not how they end
+    total_budget: Operational[Budget] = Budget()
+    """Limits of the whole run (of each round, in distill). Tokens count those of finished prompts in earlier parts of
+    the run, seconds begin with the search of this part. When a limit is reached the run ends with the prompts that are
+    finished; --resume with larger limits goes on."""
     calibrate: Calibrate = field(default_factory=Calibrate)
     """Options for computing the threshold from plain samples of the teacher, in place of `threshold`."""
 
@@ -113,31 +131,6 @@ class SelectConfig(SelectSettings, ChatSettings):
     """Take only the first rows of the data."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectSummary:
-    """What a finished run has written. Counts are over the whole journal, earlier parts of the run included."""
-
-    path: Path
-    prompts: int
-    statuses: Mapping[str, int]
-    """Number of best trajectories by status."""
-    accuracy: Accuracy
-    """Verdicts on the best trajectories."""
-    cuts: Mapping[str, int]
-    """Number of best trajectories that were cut off, by what cut them."""
-    calibration: Calibration | None
-    """Where the threshold comes from; None where it is not taken from data."""
-    tokens_kept: int
-    tokens_sampled: int
-    failures: tuple[str, ...]
-    """Prompts that are too long, did not fit into the cache, or for which the teacher wrote a token that the student
-    does not have, and why. They are in no journal: resuming tries them again."""
-    missing_tokens: Mapping[str, int]
-    """Number of the failures because of a token that the student does not have, by its string and id."""
-    bad_rows: tuple[str, ...]
-    """Rows that could not be used, of the data and of the calibration's data; the failures are among them."""
-
-
 def run_select(config: SelectConfig, engine: Engine | None = None, report: Progress = SILENT) -> SelectSummary:
     """Select over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 
@@ -157,11 +150,10 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
         )
         readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
         calibration = None if config.calibrate.data is None else _calibrate(engine, config, run, report)
-        search = _Search(run, config, engine, readable, done, calibration)
-        failures = search.run(report)
-        summary = _summarise(run, config, readable.data, failures, search.missing_tokens, calibration)
+        end = _Search(run, config, engine, readable, done, calibration).run(report)
+        summary = summarise(run, end, readable.data, calibration)
         run.write_bad_rows(summary.bad_rows)
-        run.write_summary(_describe(summary))
+        run.write_summary(summary.as_json())
     return summary
 
 
@@ -199,12 +191,21 @@ class _Search:
             tokenizer=engine.tokenizer("student").fingerprint,
         )
 
-    def run(self, report: Progress) -> dict[int, str]:
-        """Journal each prompt as it ends; return why the others failed, by the index of the row."""
-        failures: dict[int, str] = {}
+    def run(self, report: Progress) -> SearchEnd:
+        """Journal each prompt as it ends; return why others failed, and what the budget leaves unfinished."""
+        end = SearchEnd()
+        budget = self._find_budget()
+        if budget is None:
+            end.stopped_by, end.unfinished = "total_budget.tokens", len(self._problems) - len(self._done)
+            return end
         report.begin(
-            "", unit="prompts", total=len(self._problems), done=len(self._done), engine=self._engine, work="writing"
-        )
+            "", unit="prompts", total=len(self._problems), done=len(self._done), engine=self._engine, work="writing",
+            budget=budget,
+        )  # fmt: skip
+        noted: Counter[str] = Counter()
+        sampled_before = self._engine.usage.sampled_tokens
+        sampled_of_ended = 0
+        ended = len(self._done)
         topk_end = max(map(find_topk_end, self._run.done()), default=0)
         journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
@@ -213,22 +214,40 @@ class _Search:
             if self._config.teacher_topk
             else nullcontext() as topk_store,
         ):
-            for finished, selection in enumerate(self._iter_selections(), start=1):
+            for selection in self._iter_selections(budget):
                 problem = self._problems[selection.index]
+                if selection.ended_by in TOTAL_BUDGET:
+                    end.stopped_by = selection.ended_by
+                    end.unfinished += 1
+                    continue
+                sampled_of_ended += selection.tokens_sampled
                 if selection.error is None:
                     self._write(selection, problem, journal, decisions, topk_store)
+                    noted.update(list_special(selection))
                 else:
-                    failures[problem.index] = f"{problem.where}: {selection.error}"
+                    end.failures[problem.index] = f"{problem.where}: {selection.error}"
                     if (token := selection.missing_token) is not None:
-                        self.missing_tokens[f"{quote(self._engine.token_map.strings[token])} (id {token})"] += 1
-                report(len(self._done) + finished, len(self._problems))
-        return failures
+                        end.missing_tokens[f"{quote(self._engine.token_map.strings[token])} (id {token})"] += 1
+                ended += 1
+                report(ended, len(self._problems), ", ".join(f"{count} {name}" for name, count in noted.items()))
+        if end.stopped_by is not None:
+            end.tokens_dropped = self._engine.usage.sampled_tokens - sampled_before - sampled_of_ended
+        return end
 
-    def _iter_selections(self) -> Iterator[Selection]:
+    def _find_budget(self) -> Budget | None:
+        """Return what earlier parts of the run leave of the budget; None where prompts are left and no tokens."""
+        total = self._config.total_budget
+        if total.tokens is None or len(self._done) == len(self._problems):
+            return dataclasses.replace(total, tokens=None)
+        left = total.tokens - sum(row["tokens_sampled"] for row in self._run.done())
+        return dataclasses.replace(total, tokens=left) if left > 0 else None
+
+    def _iter_selections(self, budget: Budget) -> Iterator[Selection]:
         return self._engine.iter_select_expand(
             [problem.prompt for problem in self._problems],
             self._config,
             threshold=self._threshold,
+            total_budget=budget,
             answers=[problem.answer for problem in self._problems],
             skip=self._done,
             labels=[problem.where for problem in self._problems],
@@ -266,49 +285,3 @@ def _calibrate(engine: Engine, config: SelectConfig, run: Run, report: Progress)
     run.record()
     write_json(path, calibration.as_json())
     return calibration
-
-
-def _summarise(
-    run: Run,
-    config: SelectConfig,
-    data: ProblemSet,
-    failures: Mapping[int, str],
-    missing_tokens: Mapping[str, int],
-    calibration: Calibration | None,
-) -> SelectSummary:
-    """Return the counts over the journal. failures: why prompts failed, by the index of the row."""
-    statuses: Counter[str] = Counter()
-    kept = sampled = 0
-    best: list[dict[str, Any]] = []
-    for row in run.done():
-        statuses[row["status"]] += 1
-        kept += len(row["completion_ids"])
-        sampled += row["tokens_sampled"]
-        best.append({name: row[name] for name in ("correct", "undecided", "cut_by")})
-    return SelectSummary(
-        path=run.journal_path,
-        prompts=statuses.total(),
-        statuses=dict(statuses),
-        accuracy=measure_accuracy([[row] for row in best]),
-        cuts=count_cuts(best),
-        calibration=calibration,
-        tokens_kept=kept,
-        tokens_sampled=sampled,
-        failures=tuple(message for _, message in sorted(failures.items())),
-        missing_tokens=dict(missing_tokens),
-        bad_rows=(*(calibration.bad_rows if calibration else ()), *data.list_bad_rows(failures)),
-    )
-
-
-def _describe(summary: SelectSummary) -> dict[str, Any]:
-    """Return the content of summary.json."""
-    names = ("prompts", "statuses", "cuts", "tokens_kept", "tokens_sampled")
-    return {
-        "path": summary.path.name,
-        **{name: getattr(summary, name) for name in names},
-        **summary.accuracy.as_json(),
-        "threshold": None if summary.calibration is None else summary.calibration.threshold,
-        "failures": len(summary.failures),
-        "missing_tokens": summary.missing_tokens,
-        "bad_rows": len(summary.bad_rows),
-    }

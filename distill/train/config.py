@@ -37,7 +37,7 @@ class TrainSettings(LossOptions):
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     """Options of the completions that the student writes in on-policy steps (see lmbda)."""
     statuses: tuple[str, ...] = ("finished",)
-    """Statuses of the rows of a selection to train on: finished, length, pruned. Other rows are left out."""
+    """Statuses of the rows of a selection to train on: finished, length, budget, pruned. Other rows are left out."""
     max_length: int = 4096
     """Maximum number of tokens in a prompt with its completion; longer rows are left out, and counted."""
     layout: Layout = "pad"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from genssd.engine.branch import Branch as Branch
     from genssd.engine.branch import Ending as Ending
     from genssd.engine.branch import PromptIds as PromptIds
+    from genssd.engine.budget import Budget as Budget
+    from genssd.engine.budget import BudgetName as BudgetName
     from genssd.engine.candidate import AnyCriterion as AnyCriterion
     from genssd.engine.candidate import Candidate as Candidate
     from genssd.engine.candidate import Criterion as Criterion
@@ -57,8 +59,11 @@ if TYPE_CHECKING:
     from genssd.engine.sampling import Sampling as Sampling
     from genssd.engine.search_options import SearchChanges as SearchChanges
     from genssd.engine.search_options import SearchOptions as SearchOptions
+    from genssd.engine.search_options import Unlearnable as Unlearnable
     from genssd.engine.selection import CandidateRecord as CandidateRecord
     from genssd.engine.selection import ChunkScore as ChunkScore
+    from genssd.engine.selection import Decision as Decision
+    from genssd.engine.selection import RoundRecord as RoundRecord
     from genssd.engine.selection import Selection as Selection
     from genssd.engine.selection import Status as Status
     from genssd.engine.selection import Trajectory as Trajectory
@@ -78,6 +83,10 @@ _NAMES = {
         "Branch",
         "Ending",
         "PromptIds",
+    ),
+    "genssd.engine.budget": (
+        "Budget",
+        "BudgetName",
     ),
     "genssd.engine.candidate": (
         "AnyCriterion",
@@ -141,10 +150,13 @@ _NAMES = {
     "genssd.engine.search_options": (
         "SearchChanges",
         "SearchOptions",
+        "Unlearnable",
     ),
     "genssd.engine.selection": (
         "CandidateRecord",
         "ChunkScore",
+        "Decision",
+        "RoundRecord",
         "Selection",
         "Status",
         "Trajectory",

@@ -17,7 +17,7 @@ from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.diagnose.verdict import write_verdict
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
-from genssd.distill.rounds import DistillConfig, run_distill
+from genssd.distill.rounds import BudgetReached, DistillConfig, run_distill
 from genssd.distill.runs.settings import expand_home
 from genssd.distill.score.leaf import LeafConfig, run_leaf
 from genssd.distill.score.prefix import PrefixConfig, run_prefix
@@ -31,6 +31,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.distill.tuning import TuneConfig, run_tune
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
+from genssd.engine.selection import SPECIAL
 from genssd.engine.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
 
@@ -48,9 +49,13 @@ def select(config: SelectConfig, console: Console) -> None:
         print(f"threshold {summary.calibration}")
     print(f"{format_count(summary.prompts, 'prompt')}: {_list_statuses(summary.statuses)}")
     print(f"{format_count(summary.tokens_kept, 'token')} kept of {summary.tokens_sampled:,} sampled")
+    if any(name in summary.rounds for name in SPECIAL):
+        print(f"rounds: {', '.join(f'{count:,} {name}' for name, count in sorted(summary.rounds.items()))}")
     _print_accuracy(summary.accuracy)
     _print_cuts(summary.cuts, summary.prompts)
     print(f"written to {summary.path}")
+    if (stop := summary.describe_stop(config.total_budget)) is not None:
+        print(stop)
     if summary.missing_tokens:
         _warn(
             f"{format_count(sum(summary.missing_tokens.values()), 'prompt')} without a selection, because the "
@@ -130,20 +135,31 @@ def train(config: TrainConfig, console: Console) -> None:
 
 
 def distill(config: DistillConfig, console: Console) -> None:
-    bad_rows: dict[str, None] = {}
     with ProgressLine("distill", console) as line:
-        for summary in run_distill(config, report=line):
-            score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
-            left_out = "".join(f", {count} {reason}" for reason, count in summary.left_out.items())
-            bad_rows |= dict.fromkeys(summary.bad_rows)
-            accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
+        try:
+            student, bad_rows = _print_rounds(config, line)
+        except BudgetReached as reached:
             with line.paused():
-                print(
-                    f"round {summary.round}: {summary.kept} of {summary.prompts} kept{left_out}, "
-                    f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
-                )
-    print(f"written to {config.output_dir}; the student is {summary.student}")
-    _raise_for_bad_rows("could not be used; all others were", tuple(bad_rows), Path(config.output_dir))
+                print(reached)
+            return
+    print(f"written to {config.output_dir}; the student is {student}")
+    _raise_for_bad_rows("could not be used; all others were", bad_rows, Path(config.output_dir))
+
+
+def _print_rounds(config: DistillConfig, line: ProgressLine) -> tuple[str, tuple[str, ...]]:
+    """Run the rounds and print each as it ends; return the last student, and the rows that could not be used."""
+    bad_rows: dict[str, None] = {}
+    for summary in run_distill(config, report=line):
+        score = "" if summary.mean_score is None else f", {config.select.criterion} {summary.mean_score:.4g}"
+        left_out = "".join(f", {count} {reason}" for reason, count in summary.left_out.items())
+        bad_rows |= dict.fromkeys(summary.bad_rows)
+        accuracy = "" if summary.accuracy is None else f", accuracy {summary.accuracy:.1%}"
+        with line.paused():
+            print(
+                f"round {summary.round}: {summary.kept} of {summary.prompts} kept{left_out}, "
+                f"{summary.mean_tokens:.0f} tokens on average{score}; last loss {summary.loss:.4f}{accuracy}"
+            )
+    return summary.student, tuple(bad_rows)
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_pages import small_pages
 from support.toys import ENDINGS, Pair
 
 from genssd.engine.candidate import Candidate
@@ -19,8 +20,6 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.loops import LoopGuard
-from genssd.engine.pages import PagePool
-from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import CandidateRecord, Selection
 
@@ -324,16 +323,6 @@ PAGE_BYTES = 16 * 1024
 """Size of both models' pages of 16 tokens: 2 layers, keys and values, 2 heads of 16 floats, twice."""
 
 
-def small_pages(pair: Pair, num_pages: int) -> Engine:
-    """An engine whose two caches have pages of one token, so that a few short prompts fill them."""
-    engine = pair.engine()
-    for role, runner in engine._resources.runners.items():
-        pool = PagePool.for_model(runner.decoder, num_pages, page_size=1)
-        pool.kv.fill_(torch.nan)
-        engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
-    return engine
-
-
 def test_suspended_prompts_come_to_the_same_end(pair: Pair, random_prompts: Prompts) -> None:
     prompts = [p[:5] for p in random_prompts(7, 12)]
     options = {"candidates": 2, "chunk": Chunk(tokens=4, until=None), "max_tokens": 28, "seed": 1}
@@ -496,7 +485,7 @@ class Misbehaving:
 
 @pytest.mark.parametrize("calls", [0, 1, 7, 20])
 def test_a_criterion_that_raises_leaves_no_pages(engine: Engine, random_prompts: Prompts, calls: int) -> None:
-    with pytest.raises(RuntimeError, match="criterion broke"):
+    with pytest.raises(InputError, match="criterion broke"):
         engine.select_expand(
             random_prompts(5, 19), candidates=3, chunk=EIGHT, max_tokens=40, criterion=Misbehaving([calls], None)
         )

@@ -6,8 +6,10 @@ distribution F, is outcome k with probability F_k^N - F_{k-1}^N. Removing duplic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from itertools import product
+from itertools import permutations, product
+from math import exp, prod
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ import torch
 from support.toys import EOS, edit_json, save_markov, token_of
 from torch import Tensor
 
+from genssd.engine.choice import draw_order, softmax
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.loops import LoopGuard
+from genssd.engine.sampling import child_stream, prompt_stream
 
 LETTERS = [token_of(c) for c in "abc"]
 TEACHER = torch.tensor([[0.5, 1.0, -0.3], [0.0, 0.9, 1.1], [1.2, -0.4, 0.6]])
@@ -132,6 +136,22 @@ def test_a_loop_ends_a_branch_and_is_kept_without_the_guard(chain: Chain) -> Non
     assert (free.best.status, free.best.text) == ("length", "a" * 12)
 
 
+@pytest.mark.parametrize(
+    ("policy", "lengths"), [("resample", [3, 3, 3]), ("shorten", [3, 1]), ("accept_best", [3]), ("stop", [3])]
+)
+def test_no_policy_accepts_a_loop(chain: Chain, policy: str, lengths: list[int]) -> None:
+    engine = chain(["a", "b"], PEAKED, PEAKED)
+    (selection,) = engine.select_expand(
+        ["b"], candidates=2, chunk=Chunk(tokens=3, until=None), max_tokens=12, threshold=100.0,
+        loop_guard=LoopGuard(max_period=2, min_repeats=2, min_tokens=7), on_unlearnable=policy, min_chunk_tokens=1,
+    )  # fmt: skip
+    attempts = [r for r in selection.rounds if r.round == 2]
+    assert [r.chunk_tokens for r in attempts] == lengths
+    assert attempts[-1].decision == "pruned"
+    assert {r.verdict for r in selection.tree if r.round == 2} == {"loop", "duplicate"}
+    assert (selection.best.status, selection.best.text) == ("pruned", "aaaaaa")
+
+
 def test_a_candidate_that_does_not_loop_is_preferred_to_a_better_one_that_does(chain: Chain) -> None:
     teacher = torch.tensor([[1.5, 0.0], [0.0, 0.0]])
     engine = chain(["a", "b"], teacher, torch.tensor([[3.0, 0.0], [3.0, 0.0]]))
@@ -202,3 +222,87 @@ def test_the_end_of_sequence_is_the_models_or_the_tokenizers(chain: Chain, tmp_p
         for s in engine.select_expand(["a"] * 12, candidates=1, chunk=Chunk(tokens=40, until=None), max_tokens=40)
     }
     assert ends == {EOS, token_of("b")}
+
+
+def softmax_law(start: int, n: int, beam: int, score: Callable[[int], float]) -> dict[tuple[int, ...], float]:
+    """Probability of each set of letters to be kept, where a letter's weight in a draw is exp(score)."""
+    law: dict[tuple[int, ...], float] = {}
+    teacher = TEACHER.double().softmax(dim=1)[start].tolist()
+    for drawn in product(range(3), repeat=n):
+        probability = prod(teacher[letter] for letter in drawn)
+        for kept in permutations(set(drawn), min(beam, len(set(drawn)))):
+            left, chance = set(drawn), probability
+            for letter in kept:
+                chance *= exp(score(letter)) / sum(exp(score(other)) for other in left)
+                left.remove(letter)
+            key = tuple(sorted(kept))
+            law[key] = law.get(key, 0.0) + chance
+    assert sum(law.values()) == pytest.approx(1.0)
+    return law
+
+
+@pytest.mark.parametrize(
+    ("criterion", "beam"), [("ppl", 1), ("ppl", 2), ("teacher_logprob", 1), ("teacher_logprob", 2)]
+)
+def test_draws_follow_the_softmax_without_replacement(chain: Chain, criterion: str, beam: int) -> None:
+    """With a temperature the better candidates are more likely: low perplexities, high log-probabilities."""
+    engine = chain(["a", "b", "c"], TEACHER, STUDENT)
+    temperature = 12.0 if criterion == "ppl" else 0.8  # so that the laws below differ
+
+    def score(letter: int) -> float:
+        if criterion == "ppl":
+            return -exp(-path_logprob(STUDENT, 0, (letter,))) / temperature
+        return path_logprob(TEACHER, 0, (letter,)) / temperature
+
+    selections = engine.select_expand(
+        [[LETTERS[0]]] * 2500,
+        candidates=3,
+        beam=beam,
+        chunk=Chunk(tokens=1, until=None, shortest=1),
+        max_tokens=1,
+        criterion=criterion,
+        selection_temperature=temperature,
+        seed=3,
+    )
+    observed: dict[tuple[int, ...], int] = {}
+    for s in selections:
+        kept = [r for r in s.tree if r.verdict == "kept"]
+        letters = {r.token_ids: LETTERS.index(r.token_ids[0]) for r in s.tree}
+        weights = {ids: exp(score(letter)) for ids, letter in letters.items()}
+        for record in s.tree:
+            if record.verdict == "duplicate":
+                assert record.probability is None
+            else:
+                assert record.probability == pytest.approx(weights[record.token_ids] / sum(weights.values()), rel=1e-3)
+        key = tuple(sorted(letters[r.token_ids] for r in kept))
+        observed[key] = observed.get(key, 0) + 1
+    assert p_value(observed, softmax_law(0, 3, beam, score)) > CHI_SQUARE_P
+    # the best candidates, and the opposite direction, are other laws: the test can fail
+    assert p_value(observed, softmax_law(0, 3, beam, lambda letter: 20 * score(letter))) < 1e-6
+    assert p_value(observed, softmax_law(0, 3, beam, lambda letter: -score(letter))) < 1e-6
+
+
+def test_the_order_of_draws_is_that_of_the_law() -> None:
+    """Over many streams, pairs are drawn with the probability of the first times that of the second among the rest."""
+    losses = [0.3, 1.1, 0.0, math.inf]
+    probabilities = softmax(losses, 0.7)
+    assert probabilities[3] == 0.0
+    weights = [exp(-loss / 0.7) for loss in losses]
+    assert probabilities == pytest.approx([weight / sum(weights) for weight in weights])
+    observed: dict[tuple[int, ...], int] = {}
+    for seed in range(4000):
+        stream = prompt_stream(seed, [1, 2], 0)
+        places = [(child_stream(stream, 7, index), 7) for index in range(4)]
+        order = draw_order(probabilities, losses, places)
+        assert order[3] == 3
+        assert draw_order(probabilities, losses, places) == order
+        observed[tuple(order[:2])] = observed.get(tuple(order[:2]), 0) + 1
+    law = {(a, b): probabilities[a] * probabilities[b] / (1 - probabilities[a]) for a, b in permutations(range(3), 2)}
+    assert p_value(observed, law) > CHI_SQUARE_P
+
+
+def test_infinite_and_huge_values_have_probabilities() -> None:
+    assert softmax([math.inf, math.inf], 1.0) == [0.5, 0.5]
+    assert softmax([-math.inf, 3.0, -math.inf], 1.0) == [0.5, 0.0, 0.5]
+    assert softmax([1e300, -1e300], 1e-30) == [0.0, 1.0]
+    assert draw_order([0.0, 1.0, 0.0], [2.0, 0.0, 1.0], [(1, 0), (2, 0), (3, 0)]) == [1, 2, 0]

@@ -24,7 +24,9 @@ SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "samplin
 WRITING = SAMPLING | {"generation_config"}
 SEARCH = WRITING | ENGINE | {
     "candidates", "chunk.tokens", "chunk.until", "chunk.limit", "chunk.shortest", "criterion", "threshold",
-    "max_tokens", "teacher_topk", "loop_guard", "seed", "calibrate.data", "beam",
+    "max_tokens", "teacher_topk", "loop_guard", "seed", "calibrate.data", "beam", "on_unlearnable",
+    "selection_temperature", "prompt_budget.tokens", "prompt_budget.seconds", "total_budget.tokens",
+    "total_budget.seconds",
 }  # fmt: skip
 TRAINING = {
     "teacher_model_name_or_path", "kd_ratio", "lmbda", "key_attention.weight", "statuses", "max_length", "layout",
@@ -69,15 +71,16 @@ OFF_IN_TRAINING = LOSS | {
     "rollout.max_tokens", "rollout.memory_bytes", *(f"rollout.{name}" for name in SAMPLING),
 }  # fmt: skip
 CALIBRATE = {"calibrate.share", "calibrate.limit"}
+OFF_IN_SEARCH = CALIBRATE | {"max_resamples", "min_chunk_tokens"}
 OFF: dict[str, set[str]] = {
-    "select": CALIBRATE,
+    "select": OFF_IN_SEARCH,
     "generate": {f"rsd.{name}" for name in ("probability", "top", "tries")}
     | {f"rsd.student.{name.rpartition('.')[2]}" for name in SAMPLING},
     "score": {"pick.similarity"},
     "evaluate": WRITING | {"seed"},
     "diagnose": {"context_readers"} | {f"templates.{name}" for name in ("hint", "solution", "summary", "other")},
     "train": OFF_IN_TRAINING | {"allow_eval_overlap"},
-    "distill": {f"train.{name}" for name in OFF_IN_TRAINING} | {f"select.{name}" for name in CALIBRATE}
+    "distill": {f"train.{name}" for name in OFF_IN_TRAINING} | {f"select.{name}" for name in OFF_IN_SEARCH}
     | {"eval_limit", "allow_eval_overlap"},
 }  # fmt: skip
 """Fields that something else has to turn on."""
@@ -174,3 +177,24 @@ def test_nested_options_are_named_in_full(tmp_path: Path) -> None:
     chunk = changed(changed(config_of("select", [str(data)]), "chunk.until", None), "chunk.limit", 300)
     with pytest.raises(InputError, match=r"^chunk\.limit=300 has no effect: it needs a delimiter \(until\)"):
         check_effects(chunk)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"on_unlearnable": "resample", "max_resamples": 5}, None),
+        ({"on_unlearnable": "shorten", "min_chunk_tokens": 5}, None),
+        ({"on_unlearnable": "shorten", "max_resamples": 5}, "max_resamples=5 .* it needs on_unlearnable resample"),
+        ({"on_unlearnable": "accept_best", "threshold": 3.0}, None),
+        ({"on_unlearnable": "accept_best"}, "on_unlearnable='accept_best' .* it needs a threshold, calibrate.data or"),
+        ({"on_unlearnable": "resample", "loop_guard": False}, "on_unlearnable='resample' .* it needs a threshold"),
+        ({"candidates": 1, "selection_temperature": 1.0}, r"selection_temperature=1\.0 .* at least 2 candidates"),
+    ],
+)
+def test_policies_of_a_search(changes: dict[str, Any], message: str | None, data: list[str]) -> None:
+    config = dataclasses.replace(config_of("select", data), **changes)
+    if message is None:
+        check_effects(config)
+        return
+    with pytest.raises(InputError, match=message):
+        check_effects(config)

@@ -17,7 +17,7 @@ from genssd.engine.errors import InputError
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
 NOT_COUNTED = {
-    "select": ENGINE | {"output_dir", "resume", "data", "limit"},
+    "select": ENGINE | {"output_dir", "resume", "data", "limit", "total_budget"},
     "generate": ENGINE | {"output_dir", "resume", "data", "limit"},
     "score": ENGINE | {"output_dir", "resume", "pick"},
     "reselect": ENGINE | {"output_dir"},
@@ -31,7 +31,7 @@ NOT_COUNTED = {
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
     "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads"}
-    | {f"select.{name}" for name in ENGINE}
+    | {f"select.{name}" for name in ENGINE | {"total_budget"}}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
 }

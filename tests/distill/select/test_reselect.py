@@ -70,7 +70,7 @@ def test_another_criterion_decides_by_its_own_values(tiny_pair: TinyPair, write_
     rows = lines(tmp_path / "run" / "again" / "reselected.jsonl")
     assert sum(not row["agrees"] for row in rows) == summary.differing
     tokenizer, criterion = tiny_pair.engine.tokenizer("student"), resolve("teacher_logprob")
-    rounds = [r for decisions in read_decisions(tmp_path / "run", tokenizer) for r in decisions.rounds]
+    rounds = [r.candidates for decisions in read_decisions(tmp_path / "run", tokenizer) for r in decisions.rounds]
     for row, decided in zip(rows, rounds, strict=True):
         scores = evaluate(criterion, [d.candidate for d in decided])
         able = [s for s, d in zip(scores, decided, strict=True) if d.verdict not in ("duplicate", "loop")]

@@ -170,10 +170,12 @@ main(sys.argv[3:])
 @pytest.mark.parametrize(("victim", "torn"), [(3, False), (4, True), (5, True)])
 def test_kill_9_and_resume(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, victim: int, torn: bool) -> None:
     data = write_rows(PROMPTS)
-    config = config_for(tiny_pair, data, tmp_path / "run")
+    odd = {"threshold": 200.0, "on_unlearnable": "resample", "selection_temperature": 50.0}
+    config = config_for(tiny_pair, data, tmp_path / "run", **odd)
     flags = ["--teacher", config.teacher, "--student", config.student, "--data", config.data]
     flags += ["--output-dir", config.output_dir, "--candidates", "2", "--chunk.tokens", "3", "--chunk.until", "None"]
     flags += ["--max-tokens", "8", "--sampling.top-p", "1.0", "--memory-bytes", str(1 << 24)]
+    flags += [word for name, value in odd.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     script = [sys.executable, "-c", KILLED, str(victim), "torn" if torn else "clean", "select", *flags]
     killed = subprocess.run(script, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr

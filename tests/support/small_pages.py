@@ -1,0 +1,20 @@
+"""An engine whose caches are so small that prompts are suspended."""
+
+from __future__ import annotations
+
+import torch
+from support.toys import Pair
+
+from genssd.engine.engine import Engine
+from genssd.engine.pages import PagePool
+from genssd.engine.runner import ModelRunner
+
+
+def small_pages(pair: Pair, num_pages: int) -> Engine:
+    """An engine whose two caches have pages of one token, so that a few short prompts fill them."""
+    engine = pair.engine()
+    for role, runner in engine._resources.runners.items():
+        pool = PagePool.for_model(runner.decoder, num_pages, page_size=1)
+        pool.kv.fill_(torch.nan)
+        engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+    return engine
