@@ -84,7 +84,7 @@ class ProblemSet:
             bad_rows = self.list_bad_rows()
             listed = "".join(f"\n  {message}" for message in bad_rows[:10])
             raise InputError(
-                f"{describe(self.name)}: none of {format_count(len(bad_rows), 'row')} can be used:{listed}"
+                f"{describe(self.name)}: {format_count(len(bad_rows), 'row')}, none of which can be used:{listed}"
             )
         return self
 

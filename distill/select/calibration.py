@@ -116,7 +116,7 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
     values = [record.score for selection in selections for record in selection.tree]
     if not values:
         listed = "".join(f"\n  {message}" for message in usable.list_bad_rows(failures)[:10])
-        raise InputError(f"calibration: none of {format_count(len(selections), 'prompt')} can be run:{listed}")
+        raise InputError(f"calibration: {format_count(len(selections), 'prompt')}, none of which can be run:{listed}")
     values.sort(reverse=is_higher_better(resolve(criterion)))
     threshold = worst_of_best(values, fraction)
     if not math.isfinite(threshold):

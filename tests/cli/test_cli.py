@@ -79,7 +79,7 @@ def test_score_and_reselect_after_a_selection(
     assert "<h1>" in (tmp_path / "score" / "report.html").read_text()
     spoilt = write_rows([{"prompt": "a", "completion": "b"}, {"prompt": "c"}], "spoilt.jsonl")
     message = fails(capsys, *score, str(spoilt), "--output-dir", str(tmp_path / "spoilt"))
-    assert "1 rows could not be scored; all others were" in message
+    assert "1 row could not be scored; all others were" in message
     assert f"{spoilt}, line 2: " in message
     assert len((tmp_path / "spoilt" / "scores.jsonl").read_text().splitlines()) == 1
 
@@ -244,12 +244,12 @@ def test_bad_data(tiny_pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFix
     flags = select_flags(tiny_pair, data, tmp_path / "run")
     assert "d.jsonl cannot be read: No such file" in fails(capsys, *flags)
     data.write_text('{"prompt": ""}\n')
-    assert "none of 1 rows can be used:\n  " in (message := fails(capsys, *flags))
+    assert "1 row, none of which can be used:\n  " in (message := fails(capsys, *flags))
     assert "d.jsonl, line 1: prompt is empty" in message
     data.write_text(json.dumps({"prompt": "x" * 513}) + "\n")
     assert "d.jsonl, line 1: the prompt has 513 tokens; the teacher" in fails(capsys, *flags)
     data.write_text('{"prompt": "a"}\n')
-    assert "the teacher's cache has 1 pages (memory_bytes=16384)" in fails(capsys, *flags, "--memory-bytes", "20000")
+    assert "the teacher's cache has 1 page (memory_bytes=16384)" in fails(capsys, *flags, "--memory-bytes", "20000")
     (tmp_path / "file").write_text("")
     assert "file cannot be written: " in fails(capsys, *flags, "--output-dir", tmp_path / "file")
 

@@ -53,7 +53,8 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("number", CODES)
 def test_a_signal_during_the_imports(slow_imports: dict[str, str], tmp_path: Path, number: signal.Signals) -> None:
-    flags = ["select", "--teacher", "t", "--student", "s", "--data", "d", "--output-dir", str(tmp_path / "run")]
+    here = str(tmp_path)  # what is not there is refused before the imports
+    flags = ["select", "--teacher", here, "--student", here, "--data", "-", "--output-dir", str(tmp_path / "run")]
     with subprocess.Popen(
         [*GENSSD, *flags], env=slow_imports, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

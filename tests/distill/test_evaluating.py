@@ -85,7 +85,9 @@ def test_responses_that_cannot_be_judged_are_counted(tmp_path: Path, write_rows:
 def test_rows_need_answers(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     """A row without one, or that cannot be read, is named; the others are evaluated, and a mended one by resuming."""
     rows = [{"prompt": "b"}, {"prompt": "a", "answer": "1"}, {"x": 1, "answer": "1"}]
-    with pytest.raises(InputError, match=r"rows can be used:\n .*, line 1: no answer; a row needs answer"):
+    with pytest.raises(
+        InputError, match=r"1 row, none of which can be used:\n .*, line 1: no answer; a row needs answer"
+    ):
         run_evaluate(config_for(tiny_pair, write_rows(rows[:1]), tmp_path / "none"))
     config = config_for(tiny_pair, write_rows(rows), tmp_path / "run")
     result = run_evaluate(config)

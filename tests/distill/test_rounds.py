@@ -301,9 +301,11 @@ def test_data_without_a_usable_row_are_refused_before_anything_is_done(
     tiny_pair: TinyPair, data: Path, write_rows: Write, tmp_path: Path
 ) -> None:
     why = write_rows([{"question": "why?"}], "why.jsonl")
-    with pytest.raises(InputError, match=r"none of 1 rows can be used:\n .*why\.jsonl, line 1: no reference answer"):
+    with pytest.raises(
+        InputError, match=r"1 row, none of which can be used:\n .*why\.jsonl, line 1: no reference answer"
+    ):
         list(run_distill(config_for(tiny_pair, why, tmp_path / "run", require_correct=True)))
-    with pytest.raises(InputError, match=r"none of 1 rows can be used:\n .*why\.jsonl, line 1: no answer"):
+    with pytest.raises(InputError, match=r"1 row, none of which can be used:\n .*why\.jsonl, line 1: no answer"):
         list(run_distill(config_for(tiny_pair, data, tmp_path / "run", eval_data=str(why))))
     assert not (tmp_path / "run").exists()
 

@@ -13,6 +13,7 @@ from support.tiny_pair import TinyPair
 from genssd.cli import main
 from genssd.distill import tuning
 from genssd.distill.tuning import TuneConfig, run_tune
+from genssd.engine.amounts import format_count
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError
 from genssd.kernels import tuned
@@ -79,7 +80,7 @@ def test_results_are_added_to_the_file(
     assert {card for card, _, _ in entries} == {CARD}
     assert capsys.readouterr().out.splitlines() == [
         "score: 1 us",
-        f"{len(entries)} results for card written to {file}",
+        f"{format_count(len(entries), 'result')} for card written to {file}",
         f"the other commands read it where GENSSD_TUNE_FILE={file} is set",
     ]
     ((models, device, seconds),) = with_cuda

@@ -50,6 +50,7 @@ def calls(engine: Engine) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]
         "expand": (engine.expand, ([], 2)),
         "with_chat": (engine.with_chat, ()),
         "positions": (engine.positions, ("teacher",)),
+        "vocabulary": (engine.vocabulary, ("teacher",)),
         "max_sequence_length": (engine.max_sequence_length, ("teacher",)),
         "tokenizer": (engine.tokenizer, ("teacher",)),
         "from_pretrained": (Engine.from_pretrained, ("teacher", "student")),
@@ -81,7 +82,7 @@ def test_every_argument_is_checked_and_named(engine: Engine) -> None:
                 assert "\n" not in str(error.value), name
                 num_checked += 1
     assert num_checked > 120
-    for method in (engine.positions, engine.max_sequence_length, engine.tokenizer):
+    for method in (engine.positions, engine.vocabulary, engine.max_sequence_length, engine.tokenizer):
         with pytest.raises(InputError, match=r"^model must be one of 'teacher', 'student', not 'judge'"):
             method("judge")  # type: ignore[operator]
 
@@ -96,10 +97,10 @@ def test_every_argument_is_checked_and_named(engine: Engine) -> None:
         (lambda e: e.select_expand(["a"], answers=[HALF]), "^the answer of prompt 0 must be text or None"),
         (lambda e: e.select_expand(["a"], answers=[3]), "^the answer of prompt 0 must be text or None, not 3"),
         (lambda e: e.select_expand(["a"], answers="5"), "^answers is a list of answers, not '5'; put a single one"),
-        (lambda e: e.select_expand(["a"], answers=["1", "2"]), "^1 prompts but 2 answers"),
+        (lambda e: e.select_expand(["a"], answers=["1", "2"]), "^1 prompt but 2 answers"),
         (lambda e: e.iter_generate(["a"], labels="x"), "^labels is a list of names, not 'x'"),
         (lambda e: e.iter_generate(["a"], labels=[3]), r"^labels\[0\] must be text, not 3"),
-        (lambda e: e.iter_generate(["a"], labels=["x", "y"]), "^1 prompts but 2 labels"),
+        (lambda e: e.iter_generate(["a"], labels=["x", "y"]), "^1 prompt but 2 labels"),
         (lambda e: e.generate("abc"), "^prompts is a list of prompts, not 'abc'; put a single one into a list"),
         (lambda e: e.generate({"a": 1}), "^prompts is a list of prompts"),
         (lambda e: e.generate(7), "^prompts is a list of prompts"),

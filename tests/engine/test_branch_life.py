@@ -207,7 +207,7 @@ def test_representations_are_short(engine: Engine) -> None:
     ((completion,),) = engine.generate(["abc"], max_tokens=40)
     assert repr(root) == "<Branch of 3 prompt tokens: round 0, 0 tokens committed, 0 in the chunk, open>"
     assert repr(child) == "<Branch of 3 prompt tokens: round 1, 0 tokens committed, 5 in the chunk, ended: chunk>"
-    assert repr(selection).startswith("<Selection 0: 1 trajectories of ")
+    assert repr(selection).startswith("<Selection 0: 1 trajectory of ")
     best = selection.best
     assert repr(best).startswith(
         f"<Trajectory of {len(best.token_ids)} tokens, {best.status}, score {best.score:.4g}: "

@@ -154,7 +154,7 @@ def test_text_is_encoded_as_it_is(engine: Engine) -> None:
 
 
 def test_bad_requests_are_named(engine: Engine) -> None:
-    with pytest.raises(InputError, match="2 prompts but 1 responses"):
+    with pytest.raises(InputError, match="2 prompts but 1 response"):
         engine.score(["a", "b"], ["c"])
     with pytest.raises(InputError, match="response 1 is empty"):
         engine.score(["a", "b"], ["c", ""])

@@ -284,7 +284,9 @@ def test_select_reports_such_prompts_and_does_the_others(
               "--output-dir", str(out), "--max-tokens", "8", "--memory-bytes", str(1 << 22)])  # fmt: skip
     assert stop.value.code == 2
     printed = capsys.readouterr().err
-    assert "2 prompts have no selection because the teacher wrote a token that the student does not have: " in printed
+    assert (
+        "2 prompts without a selection, because the teacher wrote a token that the student does not have: " in printed
+    )
     assert "2 rows could not be used; all others were:" in printed
     bad_rows = (out / "bad_rows.txt").read_text().splitlines()
     for row, line in zip(bad_rows, (1, 3), strict=True):

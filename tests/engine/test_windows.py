@@ -595,7 +595,7 @@ def test_rationale_difficulty_needs_answers(engine: Engine) -> None:
         engine.select_expand([[1, 2], [3, 4]], criterion="rationale_difficulty", answers=["1", None])
     with pytest.raises(InputError, match="prompt 0: no reference answer"):
         engine.select_expand([[1, 2]], criterion="0.5*ppl + 0.5*rationale_difficulty")
-    with pytest.raises(InputError, match="2 prompts but 1 answers"):
+    with pytest.raises(InputError, match="2 prompts but 1 answer"):
         engine.select_expand([[1, 2], [3, 4]], answers=["1"])
 
 

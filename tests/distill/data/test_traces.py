@@ -78,7 +78,7 @@ def test_each_of_several_responses_ends_by_itself(tokenizer: Tokenizer, write_ro
     traces, _ = read(write_rows([row]), tokenizer)
     assert [trace.finished for trace in traces] == [True, False, False]
     _, bad = read(write_rows([{**row, "finish_reasons": ["stop"]}]), tokenizer)
-    assert "line 1: 3 responses but 1 values of finish_reasons" in bad[0]
+    assert "line 1: 3 responses but 1 value of finish_reasons" in bad[0]
 
 
 def test_fields_of_the_best_response_are_not_those_of_the_others(tokenizer: Tokenizer, write_rows: Write) -> None:

@@ -132,7 +132,7 @@ def test_csv_cells(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"q,a\n1,2\n3\n", "x.csv, row 2: 1 cells, but the header has 2 (line 3)"),
+        (b"q,a\n1,2\n3\n", "x.csv, row 2: 1 cell, but the header has 2 (line 3)"),
         (b"q,a\n1,2,3\n", "x.csv, row 1: 3 cells, but the header has 2 (line 2)"),
         (b"q,q\n", "x.csv: the header must name every column once, but 'q' occurs twice"),
         (b"q,\n", "x.csv: the header must name every column once, but '' is empty"),

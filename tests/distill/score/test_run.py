@@ -152,7 +152,7 @@ def test_bad_rows_are_named_and_the_rest_is_scored(tiny_pair: TinyPair, write_ro
     text = (tmp_path / "out" / "bad_rows.txt").read_text()
     for number, what in [(6, "not UTF-8"), (7, "no token"), (8, "not valid JSON"), (9, "needs"), (10, "non-empty")]:
         assert any(f"line {number}: " in line and what in line for line in text.splitlines()), (number, text)
-    assert "line 11: 2 generations but 1 verdicts" in text
+    assert "line 11: 2 generations but 1 verdict" in text
     assert "line 12, response 0" in text
     assert "line 13: 10" in text
     with pytest.raises(InputError, match=r"no trace that can be used\n.*line 1"):

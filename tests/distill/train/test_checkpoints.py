@@ -111,7 +111,7 @@ def test_a_state_that_no_training_writes_is_named(copied: Path, change: Change, 
         ({"step": 7}, "step is 7, but the directory is checkpoint-8"),
         ({"epoch": 1}, "step 8 is not batch 2 of epoch 1 with 3 steps"),
         ({"batch": 4}, "step 8 is not batch 4 of epoch 2 with 3 steps"),
-        ({"tokens": 7}, r"tokens is 7, but 8 steps have \d+"),
+        ({"tokens": 7}, r"tokens is 7, but \d+ after 8 steps"),
     ],
 )
 def test_progress_that_the_training_never_makes_is_named(
