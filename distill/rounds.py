@@ -39,10 +39,9 @@ from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import run_train
 from genssd.engine.checkpoint import locate
-from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.options_check import check_types
-from genssd.engine.parameters import count_parameters
+from genssd.engine.parameters import count_stored_parameters
 from genssd.engine.threads import check_threads, choose_training_threads
 
 MAX_LISTED = 10
@@ -190,10 +189,10 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
 
 def _fix_threads(config: DistillConfig, run: Run) -> DistillConfig:
     """Return the config with the numbers of threads of its parts; that of the trainings is the recorded one."""
-    student = ModelConfig.load(locate(config.student))
+    parameters = count_stored_parameters(locate(config.student))
     wanted = config.train.threads or config.threads
     examples = config.train.per_device_train_batch_size
-    training = run.fix_threads(choose_training_threads(wanted, count_parameters(student), examples=examples))
+    training = run.fix_threads(choose_training_threads(wanted, parameters, examples=examples))
     select = dataclasses.replace(config.select, threads=config.select.threads or config.threads)
     return dataclasses.replace(config, select=select, train=dataclasses.replace(config.train, threads=training.count))
 

@@ -12,38 +12,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
 from genssd.engine.amounts import format_count
-from genssd.engine.config_fields import check_fields, check_sizes, modernize
-from genssd.engine.config_files import read_config, read_fields
+from genssd.engine.basic_config import (
+    MAX_POSITIONS,
+    BasicConfig,
+    is_supported,
+    make_transformers_config,
+    name_dtype,
+    read_end_tokens,
+)
+from genssd.engine.config_files import read_config
 from genssd.engine.errors import CheckpointError
 from genssd.engine.families.family import Family
 from genssd.engine.families.registry import FAMILIES
-from genssd.engine.quoting import one_line, quote
+from genssd.engine.quoting import quote
 from genssd.engine.shape import LLAMA_NAMES, ActivationName, Experts, LayerNames, QkNorm, Rope
 from genssd.engine.wrappers import text_part
 
-MAX_POSITIONS = (1 << 31) - 1
-"""Largest context length, in tokens: positions are 32-bit integers."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(BasicConfig):
     """The shape of a decoder; names that config.json has as well mean the same there.
 
     A multiplier, softcap or offset of None is not applied.
     """
 
-    model_type: str
-    vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int  # the context length in tokens, after RoPE scaling
     rms_norm_eps: float
     tie_word_embeddings: bool
     ropes: tuple[Rope, ...]
@@ -52,8 +51,6 @@ class ModelConfig:
     output_bias: bool  # of the attention's output projection
     mlp_bias: bool
     windows: tuple[int, ...]  # per layer: how many positions a token sees, itself included; 0: all
-    eos_token_ids: tuple[int, ...]
-    dtype: str | None
     attention_scale: float
     activation: ActivationName = "silu"
     names: LayerNames = LLAMA_NAMES
@@ -79,42 +76,24 @@ class ModelConfig:
         family = FAMILIES.get(kind) if isinstance(kind, str) else None
         if family is None:
             supported = ", ".join(sorted(FAMILIES))
-            raise CheckpointError(f"{path}: model_type {quote(kind)} is not supported; supported: {supported}")
+            raise CheckpointError(
+                f"{path}: model_type {quote(kind)} is not supported by the engine's own decoder (backend genssd); "
+                f"supported: {supported}"
+            )
         config = make_transformers_config(fields, path)
         return _from_transformers(family, config, part or fields, path, is_wrapped=part is not None)
 
 
-def is_known_to_transformers(fields: Mapping[str, object]) -> bool:
-    """Return whether transformers has a config class for the model_type of a config.json."""
-    kind = fields.get("model_type")
-    return isinstance(kind, str) and kind in CONFIG_MAPPING
+def load_config(directory: Path) -> BasicConfig:
+    """Read DIRECTORY/config.json of any causal language model; return a ModelConfig where the own decoder computes it.
 
-
-def is_supported(fields: Mapping[str, object]) -> bool:
-    """Return whether the engine's decoder computes the model of a config.json, or its text part."""
-    return (text_part(fields) or fields).get("model_type") in FAMILIES
-
-
-def make_transformers_config(fields: Mapping[str, object], path: Path) -> Any:
-    """Return transformers' config object for the fields of a config.json, without running any Python of a checkpoint.
-
-    Of a multimodal model whose text part is supported, it is that of the text part. path: named in messages. Raises
-    CheckpointError when transformers does not know the model_type or refuses a field.
+    Raises CheckpointError naming the field at fault, and on a model that transformers has no causal class for.
     """
-    part = text_part(fields)
-    check_sizes(fields, path)
-    fields, is_part = (fields, False) if part is None else (part, True)
-    kind = str(fields.get("model_type"))
-    if not is_known_to_transformers(fields):
-        code = "; the Python files of a checkpoint are never run" if "auto_map" in fields else ""
-        raise CheckpointError(f"{path}: transformers has no model_type {quote(fields.get('model_type'))}{code}")
-    check_sizes(fields, path)
-    if kind in FAMILIES:
-        check_fields(fields, path, is_part=is_part)
-    try:
-        return CONFIG_MAPPING[kind].from_dict(modernize(fields))
-    except Exception as error:  # a config class raises what its checks and its arithmetic do
-        raise CheckpointError(f"{path}: {one_line(error)}") from None
+    fields = read_config(directory)
+    if is_supported(fields):
+        return ModelConfig.load(directory)
+    path = directory / "config.json"
+    return BasicConfig.from_transformers(make_transformers_config(fields, path), text_part(fields) or fields, path)
 
 
 def _from_transformers(
@@ -153,8 +132,8 @@ def _from_transformers(
         "qkv_bias": attention_bias,
         "output_bias": attention_bias,
         "mlp_bias": False,
-        "eos_token_ids": _eos(fields, path),
-        "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
+        "eos_token_ids": read_end_tokens(fields, path),
+        "dtype": name_dtype(config),
         "attention_scale": head_dim**-0.5,
         "activation": family.activations[activation],
         "names": family.names,
@@ -248,15 +227,3 @@ def _rope(parameters: Mapping[str, Any], config: Any, head_dim: int, path: Path)
             f"head, not {width}"
         )
     return Rope(parameters=rope, width=width), int(positions)
-
-
-def _eos(fields: Mapping[str, object], path: Path) -> tuple[int, ...]:
-    """Return the tokens that end a sequence. generation_config.json overrides config.json: chat models list several ids
-    there."""
-    generation = path.with_name("generation_config.json")
-    value = read_fields(generation).get("eos_token_id") if generation.is_file() else None
-    value = fields.get("eos_token_id") if value is None else value
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise CheckpointError(f"{path}: eos_token_id must be an integer or a list of them, not {quote(value)}")
-    return tuple(ids)

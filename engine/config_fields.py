@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from genssd.engine.errors import CheckpointError
 from genssd.engine.quoting import quote
@@ -59,6 +60,8 @@ POSITIVE_NUMBERS = (
     "rope_local_base_freq",
 )
 """Other fields that must be positive numbers where they are given."""
+SPECIAL_NUMBERS = ("Infinity", "-Infinity", "NaN")
+"""Numbers that JSON has no notation for, as transformers names them."""
 LAYER_KINDS = ("full_attention", "sliding_attention")
 QUANTIZATIONS = {
     "awq": "use the checkpoint that it was made from, usually the same name without -AWQ",
@@ -154,7 +157,7 @@ def modernize(fields: Mapping[str, object]) -> dict[str, object]:
     FOREIGN_FIELDS are left out.
     """
     current = {
-        name: dict(value) if isinstance(value, Mapping) else value
+        name: _decode(value)
         for name, value in fields.items()
         if name not in FOREIGN_FIELDS and not (name in ("quantization_config", "compression_config") and not value)
     }
@@ -171,6 +174,15 @@ def modernize(fields: Mapping[str, object]) -> dict[str, object]:
     if dtype is not None and dtype != "auto":
         current["dtype"] = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     return current
+
+
+def _decode(value: object) -> Any:
+    """Return a value of a config as transformers reads it: {"__float__": "Infinity"} stands for a number."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in SPECIAL_NUMBERS:
+            return float(str(value["__float__"]))
+        return {name: _decode(part) for name, part in value.items()}
+    return [_decode(part) for part in value] if isinstance(value, list) else value
 
 
 def _check_integer(name: str, value: object, path: Path) -> None:

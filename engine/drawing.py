@@ -129,7 +129,7 @@ class WriterDrawing:
         """Draw one token for each of C rows, by the lane and the noise key of each. Returns what `_draw` returns."""
         keys_C, source_C = upload(keys, hidden_LD.device), upload(source, hidden_LD.device)
         if not sampling.filters:
-            return self.writer.decoder.draw(
+            return self.writer.decoder.head.draw(
                 hidden_LD.index_select(0, source_C),
                 keys_C,
                 temperature=sampling.temperature,
@@ -178,4 +178,4 @@ def chunk_topk(writer: ModelRunner, branch: Branch, num_topk: int) -> TopK | Non
         return None
     hidden = torch.stack([states[row] for states, row in branch.chunk_states])
     targets = torch.tensor(branch.chunk, device=writer.decoder.device)
-    return writer.decoder.score(hidden, targets, topk=num_topk).topk
+    return writer.decoder.head.score(hidden, targets, topk=num_topk).topk

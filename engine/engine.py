@@ -13,9 +13,9 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.generation import Completion, Generation
 from genssd.engine.judging import Judge
+from genssd.engine.language_model import LanguageModel
 from genssd.engine.loaded_engine import LoadedEngine
 from genssd.engine.loading import LoadedModels
-from genssd.engine.model import Decoder
 from genssd.engine.nodes import Forcing, Fork, iter_force
 from genssd.engine.options_check import check_arguments, check_count
 from genssd.engine.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
@@ -270,7 +270,7 @@ class Engine(LoadedEngine):
         return expand_together(branches, n, chunk)
 
 
-def open_engine(role: Role, decoder: Decoder, tokenizer: Tokenizer, *, memory_bytes: int | None = None) -> Engine:
+def open_engine(role: Role, decoder: LanguageModel, tokenizer: Tokenizer, *, memory_bytes: int | None = None) -> Engine:
     """Return an engine over one decoder that is in memory already.
 
     memory_bytes: size of its cache in bytes; None takes a third of the free memory.

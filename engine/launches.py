@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from genssd.engine.model import Decoder
+from genssd.engine.language_model import LanguageModel
 from genssd.kernels import tuned
 from genssd.kernels.attention import SEGMENT_TOKENS
 
@@ -31,7 +31,7 @@ class LaunchRecord:
         return f"{self.source}, {'deterministic' if self.deterministic else 'the fastest for every number of rows'}"
 
 
-def describe_launches(decoders: Sequence[Decoder]) -> LaunchRecord | None:
+def describe_launches(decoders: Sequence[LanguageModel]) -> LaunchRecord | None:
     """Return which configurations the kernels of models take; None for models that are not on a GPU."""
     device = decoders[0].device
     if device.type != "cuda":
@@ -51,7 +51,7 @@ def describe_launches(decoders: Sequence[Decoder]) -> LaunchRecord | None:
     return LaunchRecord(source=source, deterministic=deterministic, digest=digest)
 
 
-def _choices(decoder: Decoder) -> list[tuple[tuned.Configuration, bool]]:
+def _choices(decoder: LanguageModel) -> list[tuple[tuned.Configuration, bool]]:
     """Return the configuration of every operator and class of rows, and whether it was tuned."""
     # imported here, because Triton need not be installed where there is no GPU
     from genssd.kernels.attention_triton import AttentionConfiguration
@@ -59,18 +59,21 @@ def _choices(decoder: Decoder) -> list[tuple[tuned.Configuration, bool]]:
     from genssd.kernels.draw_triton import DrawTiling, choose_draw_tiling
     from genssd.kernels.head_triton import HeadConfiguration, choose_configuration
 
-    c, device, dtype = decoder.config, decoder.device, decoder.dtype
-    head = (c.vocab_size, c.hidden_size)
-    heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    device, dtype = decoder.device, decoder.dtype
+    vocabulary, width = decoder.head.weight.shape
+    head = (vocabulary, width)
     choices: list[tuple[tuned.Configuration, bool]] = []
     for rows in tuned.SAMPLE_ROWS:
         for operator in tuned.HEAD_OPERATORS:
             values = choose_configuration(operator, device, dtype, head, rows).values()
             tuned_head = tuned.find(operator, dtype, head, device, rows, HeadConfiguration.from_values)
             choices.append((values, tuned_head is not None))
-        values = choose_draw_tiling(device, c.vocab_size, rows).values()
+        values = choose_draw_tiling(device, vocabulary, rows).values()
         tiling = tuned.find("draw", torch.float32, head[:1], device, rows, DrawTiling.from_values)
         choices.append((values, tiling is not None))
+    heads = decoder.attention_heads
+    if heads is None:
+        return choices
     values = choose_attention(device, dtype, heads, SEGMENT_TOKENS["cuda"]).values()
     attention = tuned.find("attention", dtype, heads, device, 1, AttentionConfiguration.from_values)
     return [*choices, (values, attention is not None)]

@@ -10,6 +10,7 @@ from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.errors import InputError
+from genssd.engine.language_model import Backend
 from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.loading import load_models
 from genssd.engine.memory import choose_device
@@ -57,6 +58,7 @@ class LoadedEngine:
         max_batch: int | None = None,
         deterministic: bool = True,
         threads: int | None = None,
+        backend: Backend = "auto",
     ) -> Self:
         """Load one or both models and return an engine over them.
 
@@ -67,7 +69,8 @@ class LoadedEngine:
         number of candidates decoded at once; None for 256, or, on a CPU, as few as keep the rate (batching.py).
         deterministic: on a GPU, a token's bits do not depend on how many are scored or drawn with it; False takes the
         fastest kernels for every number of tokens (docs/tuning.md). threads: number of CPU threads, on which no result
-        depends; None: torch's number, at most the cores that are given.
+        depends; None: torch's number, at most the cores that are given. backend: "genssd" is the engine's own decoder,
+        "transformers" transformers' class, which is slower; "auto" takes the own decoder where it knows the model_type.
         Raises CheckpointError on an unusable directory, InputError on different tokenizers, CapacityError without room.
         """
         if teacher is None and student is None:
@@ -75,7 +78,7 @@ class LoadedEngine:
         check_sizes(memory_utilization, max_batch)
         target = choose_device(device)
         with torch_threads(effective_threads(threads)):
-            models = load_models(teacher, student, dtype, target, deterministic=deterministic)
+            models = load_models(teacher, student, dtype, target, deterministic=deterministic, backend=backend)
         return cls(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
 
     @check_arguments()

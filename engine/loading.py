@@ -8,19 +8,26 @@ from pathlib import Path
 
 import torch
 
+from genssd.engine.basic_config import is_supported
 from genssd.engine.batching import choose_max_batch
 from genssd.engine.checkpoint import locate
-from genssd.engine.config import ModelConfig
+from genssd.engine.config import ModelConfig, load_config
+from genssd.engine.config_files import read_config
+from genssd.engine.language_model import Backend, LanguageModel
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype, describe_float32
 from genssd.engine.model import Decoder
-from genssd.engine.pages import PagePool, pages_within
+from genssd.engine.page_list import PageList
+from genssd.engine.paged_runner import PagedRunner
+from genssd.engine.pages import PagePool, bytes_of_page, page_size_of, pages_within
 from genssd.engine.requests import check_vocabulary
 from genssd.engine.resources import Resources
 from genssd.engine.runner import MAX_ROWS, ModelRunner, Role
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import effective_threads
 from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.transformers_model import TransformersModel
+from genssd.engine.transformers_runner import TransformersRunner
 from genssd.engine.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -31,12 +38,12 @@ class LoadedModels:
     """The models of one engine, by role, and how the student reads the teacher's tokens."""
 
     directories: dict[Role, Path]
-    decoders: dict[Role, Decoder]
+    decoders: dict[Role, LanguageModel]
     tokenizers: dict[Role, Tokenizer]
     token_map: TokenMap = field(default_factory=TokenMap)
 
     @staticmethod
-    def of_one(role: Role, decoder: Decoder, tokenizer: Tokenizer) -> LoadedModels:
+    def of_one(role: Role, decoder: LanguageModel, tokenizer: Tokenizer) -> LoadedModels:
         """Return one model that is in memory already."""
         return LoadedModels(
             directories={role: tokenizer.directory}, decoders={role: decoder}, tokenizers={role: tokenizer}
@@ -54,45 +61,61 @@ class LoadedModels:
         decoders = list(self.decoders.values())
         device = decoders[0].device
         if max_batch is None:
-            configs = [decoder.config for decoder in decoders]
-            max_batch = choose_max_batch(configs, device, effective_threads(threads))
+            weights = [decoder.weights_per_token for decoder in decoders]
+            max_batch = choose_max_batch(weights, device, effective_threads(threads))
         working = max(_working_bytes(decoder, max_batch) for decoder in decoders)
         budget = cache_budget(device, memory_bytes, free_fraction, working_bytes=working)
-        num_pages = pages_within(budget, decoders)
-        pools = {role: PagePool.for_model(decoder, num_pages) for role, decoder in self.decoders.items()}
-        page_bytes = sum(pool.page_bytes for pool in pools.values())
-        for pool in pools.values():
-            pool.page_bytes = page_bytes
         usage = Usage()
-        runners = {
-            role: ModelRunner(role, self.directories[role], decoder, pools[role], usage=usage, threads=threads)
-            for role, decoder in self.decoders.items()
-        }
+        runners: dict[Role, ModelRunner] = {}
+        for (role, decoder), (num_pages, page_bytes) in zip(
+            self.decoders.items(), pages_within(budget, decoders), strict=True
+        ):
+            runner = open_runner(role, self.directories[role], decoder, num_pages, usage=usage, threads=threads)
+            runner.tree.pool.page_bytes = page_bytes
+            runners[role] = runner
         return Resources(
             runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map, usage=usage
         )
 
 
 def load_models(
-    teacher: str | Path | None, student: str | Path | None, dtype: str, device: torch.device, *, deterministic: bool
+    teacher: str | Path | None,
+    student: str | Path | None,
+    dtype: str,
+    device: torch.device,
+    *,
+    deterministic: bool,
+    backend: Backend = "auto",
 ) -> LoadedModels:
     """Load models and tokenizers from hub ids or local directories.
 
-    deterministic: whether kernels over the heads must give a row the same bits for every number of rows. Logs a warning
-    that lists added tokens which differ. Raises CheckpointError on a directory that cannot be used, InputError on
-    models whose tokenizers differ in more than added tokens.
+    deterministic: whether kernels over the heads must give a row the same bits for every number of rows. backend: who
+    computes the models. Logs a warning that lists added tokens which differ. Raises CheckpointError on a directory that
+    cannot be used, InputError on models whose tokenizers differ in more than added tokens.
     """
     names: dict[Role, str | Path | None] = {"teacher": teacher, "student": student}
     directories = {role: locate(name) for role, name in names.items() if name is not None}
     for path in directories.values():
-        ModelConfig.load(path)  # what is no model's directory is refused as such, before its weights are looked for
+        load_config(path)  # what is no model's directory is refused as such, before its weights are looked for
     dtypes = {role: choose_dtype(path, dtype, device) for role, path in directories.items()}
+    own = {role: has_own_decoder(path, backend) for role, path in directories.items()}
     check_weights_fit(directories, dtypes, device)
-    decoders = {
-        role: Decoder.load(path, dtypes[role], device, deterministic=deterministic)
-        for role, path in directories.items()
-    }
     tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
+    decoders: dict[Role, LanguageModel] = {}
+    for role, path in directories.items():
+        if own[role]:
+            decoders[role] = Decoder.load(path, dtypes[role], device, deterministic=deterministic)
+        else:
+            decoders[role] = TransformersModel.load(
+                path, tokenizers[role], dtypes[role], device, deterministic=deterministic
+            )
+            logger.info(
+                "the %s %s (model_type %s) runs in transformers, one sequence at a time: slower than the engine's own "
+                "decoder",
+                role,
+                path,
+                decoders[role].config.model_type,
+            )
     for role, decoder in decoders.items():
         check_vocabulary(tokenizers[role], decoder)
     token_map = TokenMap()
@@ -108,12 +131,39 @@ def load_models(
     return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, token_map=token_map)
 
 
-def _working_bytes(decoder: Decoder, max_batch: int) -> int:
+def has_own_decoder(directory: Path, backend: Backend) -> bool:
+    """Return whether the own decoder computes a model. Raises CheckpointError where it is asked to and cannot."""
+    if backend == "genssd":
+        ModelConfig.load(directory)
+    return backend == "genssd" or (backend == "auto" and is_supported(read_config(directory)))
+
+
+def open_runner(
+    role: Role,
+    directory: Path,
+    model: LanguageModel,
+    num_pages: int,
+    *,
+    page_size: int | None = None,
+    usage: Usage | None = None,
+    threads: int | None = None,
+) -> ModelRunner:
+    """Give a model a cache of so many pages and return its runner.
+
+    page_size: number of tokens in a page; None for the usual one. Raises CapacityError when the device has too little
+    memory.
+    """
+    if isinstance(model, Decoder):
+        return PagedRunner(
+            role, directory, model, PagePool.for_model(model, num_pages, page_size), usage=usage, threads=threads
+        )
+    assert isinstance(model, TransformersModel)
+    size = page_size or page_size_of(model)
+    pages = PageList(num_pages, size, bytes_of_page(model, size), model.device)
+    return TransformersRunner(role, directory, model, pages, usage=usage, threads=threads)
+
+
+def _working_bytes(model: LanguageModel, max_batch: int) -> int:
     """Return the memory of the largest forward pass of a model, and of the logits of a decoding batch with copies."""
-    c = decoder.config
-    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    feed = c.intermediate_size
-    if c.experts is not None:
-        feed = max(feed, c.experts.per_token * (c.experts.intermediate_size + c.hidden_size))
-    values = 6 * c.hidden_size + heads + 3 * feed  # of one token: states, norms, heads, feed-forward
-    return MAX_ROWS * values * decoder.dtype.itemsize + 3 * 4 * max_batch * c.vocab_size
+    forward = MAX_ROWS * model.values_per_token * model.dtype.itemsize
+    return forward + 3 * 4 * max_batch * model.head.weight.shape[0]

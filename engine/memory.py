@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
-from genssd.engine.config import ModelConfig
+from genssd.engine.basic_config import is_supported
+from genssd.engine.config import ModelConfig, load_config
+from genssd.engine.config_files import read_config
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.machine import available_memory
-from genssd.engine.pages import count_promised_bytes
-from genssd.engine.parameters import match_parameters
+from genssd.engine.page_list import count_promised_bytes
+from genssd.engine.parameters import match_parameters, model_tensors
 from genssd.engine.runner import Role
 from genssd.engine.weights import WeightFiles
 from genssd.kernels.native import bfloat16_instructions
@@ -100,8 +102,12 @@ def check_weights_fit(
     packed = copied = 0
     for role, directory in directories.items():
         dtype = dtypes[role]
-        config, weights = ModelConfig.load(directory), WeightFiles.open(directory)
-        tensors = [weights.tensors[name] for name in match_parameters(weights, config).values()]
+        weights = WeightFiles.open(directory)
+        if is_supported(read_config(directory)):
+            matched = match_parameters(weights, ModelConfig.load(directory))
+            tensors = [weights.tensors[name] for name in matched.values()]
+        else:
+            tensors = model_tensors(weights)
         packed += sum(tensor.num_elements for tensor in tensors) * dtype.itemsize
         largest = max(tensor.num_elements for tensor in tensors)
         copied = max(copied, COPIES * largest * dtype.itemsize)
@@ -131,7 +137,7 @@ def choose_dtype(directory: Path, dtype: str, device: torch.device) -> torch.dty
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
-    stored = DTYPES.get(ModelConfig.load(directory).dtype or "float32", torch.float32)
+    stored = DTYPES.get(load_config(directory).dtype or "float32", torch.float32)
     if device.type == "cpu" and (stored == torch.float16 or not cpu_has_bf16()):
         return torch.float32
     return stored

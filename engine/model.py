@@ -5,7 +5,6 @@ Shapes:  N packed tokens   D model width   V vocabulary   H query heads   G kv h
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,19 +17,16 @@ from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
 from genssd.engine.forward_batch import ForwardBatch
 from genssd.engine.layers import DenseWeights, LayerBuilder, LayerWeights, RoutedWeights
-from genssd.engine.parameters import EMBEDDING, HEAD, match_parameters, take
+from genssd.engine.model_head import ModelHead
+from genssd.engine.parameters import EMBEDDING, HEAD, count_weights, match_parameters, take
 from genssd.engine.weights import WeightFiles
 from genssd.kernels.activation import Activation, clamped_swiglu, geglu, swiglu
 from genssd.kernels.attention import paged_attention
 from genssd.kernels.cache import write_kv
 from genssd.kernels.experts import expert_mlp, route
-from genssd.kernels.head import squash
 from genssd.kernels.linear import linear
-from genssd.kernels.logprob import TokenStats, linear_logprob
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import rope_frequencies, rotary_angles
-from genssd.kernels.sampling import linear_sample
-from genssd.kernels.tuned import launch_mode
 from genssd.kernels.weight import Weight, pack_weight, select_rows
 
 Angles = Mapping[int | None, tuple[Tensor, Tensor]]
@@ -43,14 +39,13 @@ class Decoder:
 
     config: ModelConfig
     embedding: Weight  # [V, D]
-    head: Weight  # [V, D]; the embedding itself where they are tied
+    head: ModelHead  # its weight is the embedding itself where they are tied
     norm: Tensor  # [D]
     layers: tuple[LayerWeights, ...]
     frequencies: Mapping[
         int | None, tuple[Tensor, float]
     ]  # per rotary embedding: [width / 2], and factor of the angles
     activation: Activation  # of the feed-forward blocks
-    deterministic: bool = True  # whether kernels over the head must give a row the same bits for every number of rows
 
     @staticmethod
     @torch.inference_mode()
@@ -61,17 +56,22 @@ class Decoder:
         """
         config, weights = ModelConfig.load(directory), WeightFiles.open(directory)
         with weights.reading(match_parameters(weights, config), dtype, device) as tensors:
-            decoder = Decoder.from_tensors(config, tensors, directory, frozen=True)
-        return dataclasses.replace(decoder, deterministic=deterministic)
+            return Decoder.from_tensors(config, tensors, directory, frozen=True, deterministic=deterministic)
 
     @staticmethod
     def from_tensors(
-        config: ModelConfig, tensors: Mapping[str, Tensor], directory: Path, *, frozen: bool = False
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        directory: Path,
+        *,
+        frozen: bool = False,
+        deterministic: bool = True,
     ) -> Decoder:
         """Build from tensors by the names of a checkpoint; all but the stacked ones are used without a copy.
 
         frozen: the tensors never change; on the CPU the matrices are then packed for the kernels, which is a copy.
-        directory: used in messages. Raises CheckpointError on a tensor that is missing or misshapen.
+        directory: used in messages. deterministic: as in `ModelHead`. Raises CheckpointError on a tensor that is
+        missing or misshapen.
         """
         prepare = pack_weight if frozen else _unchanged
         embedding, head = _prepare_tables(tensors, config, directory, prepare)
@@ -79,7 +79,12 @@ class Decoder:
         return Decoder(
             config=config,
             embedding=embedding,
-            head=head,
+            head=ModelHead(
+                weight=head,
+                softcap=config.logits_softcap,
+                divisor=config.logits_divisor,
+                deterministic=deterministic,
+            ),
             norm=take(tensors, "model.norm.weight", (config.hidden_size,), directory),
             layers=tuple(builder.build(i) for i in range(config.num_hidden_layers)),
             frequencies=_frequencies(config, embedding.device, directory),
@@ -115,10 +120,41 @@ class Decoder:
         return self.norm.device
 
     @property
+    def deterministic(self) -> bool:
+        """Whether kernels over the head give a row the same bits for every number of rows."""
+        return self.head.deterministic
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Number of bytes that one token takes in the cache: keys and values of all layers."""
         c = self.config
         return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
+
+    @property
+    def attention_heads(self) -> tuple[int, int, int]:
+        """Query heads, kv heads and head dim of the attention kernel."""
+        c = self.config
+        return c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Number of bytes that a path takes beside its tokens: none."""
+        return 0
+
+    @property
+    def weights_per_token(self) -> int:
+        """Number of weights that every token is multiplied with; biases and norms are left out."""
+        return count_weights(self.config)
+
+    @property
+    def values_per_token(self) -> int:
+        """Number of values of one token that a forward pass holds at once: states, norms, heads, feed-forward."""
+        c = self.config
+        heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        feed = c.intermediate_size
+        if c.experts is not None:
+            feed = max(feed, c.experts.per_token * (c.experts.intermediate_size + c.hidden_size))
+        return 6 * c.hidden_size + heads + 3 * feed
 
     def forward(self, ids_N: Tensor, batch: ForwardBatch, kv: Tensor) -> Tensor:
         """Extend the cache by N tokens and return their hidden states after the last norm, [N, D].
@@ -144,33 +180,7 @@ class Decoder:
             update = linear(attended, layer.output.weight, layer.output.bias)
             h, x = self._add(update, x, layer.attention_post_norm, layer.mlp_norm)
             h, x = self._add(self._feed_forward(h, layer), x, layer.mlp_post_norm, next_norm)
-        return h if c.logits_divisor is None else h / c.logits_divisor
-
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Return the logits of the next tokens, float32 [N, V]."""
-        out = hidden_ND.new_empty(hidden_ND.shape[0], self.head.shape[0], dtype=torch.float32)
-        return squash(linear(hidden_ND, self.head, out=out), 1.0, self.config.logits_softcap)
-
-    def score(self, hidden_ND: Tensor, target_N: Tensor, *, topk: int = 0) -> TokenStats:
-        """Return the statistics of one token after each hidden state (`kernels/logprob.linear_logprob`)."""
-        with launch_mode(deterministic=self.deterministic):
-            return linear_logprob(hidden_ND, self.head, target_N, softcap=self.config.logits_softcap, topk=topk)
-
-    def draw(self, hidden_BD: Tensor, key_B: Tensor, *, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """Return a token drawn after each hidden state and its log-probability (`kernels/sampling.linear_sample`).
-
-        Of logits without a finite maximum the token is -1.
-        """
-        with launch_mode(deterministic=self.deterministic):
-            return linear_sample(
-                hidden_BD,
-                self.head,
-                key_B,
-                temperature=temperature,
-                softcap=self.config.logits_softcap,
-                vocabulary=vocabulary,
-                checked=False,
-            )
+        return self.head.divide(h)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.config.rms_norm_eps, offset=self.config.norm_offset)

@@ -166,7 +166,8 @@ class PrefixPath:
             )
         self._usage.prefill_tokens += len(ids)
         if not ids:
-            return self._runner.decoder.norm.new_empty(0, config.hidden_size)
+            decoder = self._runner.decoder
+            return torch.empty(0, decoder.head.weight.shape[1], dtype=decoder.dtype, device=decoder.device)
         return self._runner.extend([self._path], [ids])[0]
 
     def fork(self) -> PrefixPath:

@@ -1,11 +1,11 @@
-"""The page pool of one model: a fixed tensor of key-value pages, and the list of free pages.
+"""The page pool of one model: a fixed tensor of key-value pages, and how a memory budget is divided into pages.
 
 Shapes:  L layers   P pages   S page size   G kv heads   E head dim
 """
 
 from __future__ import annotations
 
-from weakref import WeakSet
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,12 +13,16 @@ from torch import Tensor
 
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import CapacityError
+from genssd.engine.language_model import LanguageModel
 from genssd.engine.model import Decoder
+from genssd.engine.page_list import PageList
 from genssd.kernels.cache import copy_pages
 from genssd.kernels.device_table import upload
 
 PAGE_SIZE = {"cpu": 16, "cuda": 64}
 """Number of tokens that a page holds, by device type. On a GPU a page of one head is a tile of its attention kernel."""
+LARGEST_PAGE = 4096
+"""Maximum number of tokens in a page of a model whose paths have a state."""
 
 
 def count_pages(start: int, end: int, page_size: int) -> int:
@@ -29,23 +33,18 @@ def count_pages(start: int, end: int, page_size: int) -> int:
     return -(-end // page_size) - start // page_size if end > start else 0
 
 
-class PagePool:
-    """The owner of `kv`, [L, 2, P, S, G, E], and of its free list: a page is free or held by exactly one tree node.
+class PagePool(PageList):
+    """The owner of `kv`, [L, 2, P, S, G, E]: pages that hold the keys and values of their tokens.
 
     On a GPU `kv` is a view of memory in the order [L, 2, P, G, S, E], in which the tokens of a page and head are
     contiguous.
     """
 
     def __init__(self, kv_L2PSGE: Tensor) -> None:
+        num_pages, page_size = kv_L2PSGE.shape[2:4]
+        super().__init__(num_pages, page_size, kv_L2PSGE.nbytes // max(1, num_pages), kv_L2PSGE.device)
         self.kv = kv_L2PSGE
-        self.page_size = kv_L2PSGE.shape[3]
-        self.page_bytes = kv_L2PSGE.nbytes // kv_L2PSGE.shape[2]
-        """Bytes of the memory budget for one page: of a page in every cache that shares the budget with this one."""
-        # a stack: the page freed last is written next, so memory that was never needed is never touched
-        self._free = list(range(kv_L2PSGE.shape[2] - 1, -1, -1))
-        self._is_free = [True] * kv_L2PSGE.shape[2]
         self._num_written = 0
-        _pools.add(self)
 
     @staticmethod
     def for_model(decoder: Decoder, num_pages: int, page_size: int | None = None) -> PagePool:
@@ -70,47 +69,15 @@ class PagePool:
             ) from None
 
     @property
-    def num_pages(self) -> int:
-        """Number of all pages."""
-        return len(self._is_free)
-
-    @property
-    def num_free(self) -> int:
-        """Number of free pages."""
-        return len(self._free)
-
-    def describe(self, num_pages: int | None = None) -> str:
-        """Return a number of pages with the memory budget that holds them, for messages. None for all pages.
-
-        The bytes are those of memory_bytes: pages in all caches that share the budget.
-        """
-        count = self.num_pages if num_pages is None else num_pages
-        return f"{format_count(count, 'page')} (memory_bytes={count * self.page_bytes})"
-
-    @property
     def promised_bytes(self) -> int:
         """Size of the pages that were never held; on a CPU they take no memory until then."""
-        return self.kv.nbytes // max(1, self.num_pages) * (self.num_pages - self._num_written)
+        return self.page_nbytes * (self.num_pages - self._num_written)
 
     def allocate(self, count: int) -> list[int]:
-        """Take pages out of the free list. Raises CapacityError, taking none, when too few are free."""
-        if count > len(self._free):
-            raise CapacityError(
-                f"a key-value cache of {self.describe()} has too few free pages: {len(self._free)} of the {count} that "
-                "are needed"
-            )
-        pages = [self._free.pop() for _ in range(count)]
+        """Take pages out of the free list, those that were held before first."""
+        pages = super().allocate(count)
         self._num_written = max((self._num_written, *(page + 1 for page in pages)))
-        for page in pages:
-            self._is_free[page] = False
         return pages
-
-    def release(self, pages: list[int]) -> None:
-        """Return pages to the free list."""
-        for page in pages:
-            assert not self._is_free[page], f"page {page} released twice"
-            self._is_free[page] = True
-        self._free.extend(reversed(pages))
 
     def copy(self, source: int, destination: int) -> None:
         """Copy one page: the keys and values of all layers."""
@@ -118,25 +85,39 @@ class PagePool:
         copy_pages(self.kv, pages[:1], pages[1:])
 
 
-_pools: WeakSet[PagePool] = WeakSet()
+def page_size_of(model: LanguageModel) -> int:
+    """Return how many tokens a page of a model's cache holds by default.
 
-
-def count_promised_bytes() -> int:
-    """Return how much memory the pools on the CPU will still take when they fill."""
-    return sum(pool.promised_bytes for pool in _pools if pool.kv.device.type == "cpu")
-
-
-def pages_within(budget_bytes: int, decoders: list[Decoder], page_size: int | None = None) -> int:
-    """Return how many pages each pool gets when one budget is split so that all models hold as many tokens.
-
-    All decoders are on one device. page_size: as for `PagePool.for_model`. Raises CapacityError when not even one page
-    fits.
+    Where a path has a state besides its tokens, a page is so long that its tokens take as many bytes as the state.
     """
-    size = page_size or PAGE_SIZE[decoders[0].device.type]
-    page_bytes = size * sum(d.kv_bytes_per_token for d in decoders)
-    if budget_bytes < page_bytes:
+    size = PAGE_SIZE[model.device.type]
+    while size < LARGEST_PAGE and size * model.kv_bytes_per_token < model.state_bytes:
+        size *= 2
+    return size
+
+
+def bytes_of_page(model: LanguageModel, page_size: int) -> int:
+    """Return the size of one page of a model's cache.
+
+    It has room for one state: a node of the branch tree that holds tokens owns a page, and a state belongs to a node.
+    """
+    return page_size * model.kv_bytes_per_token + model.state_bytes
+
+
+def pages_within(
+    budget_bytes: int, models: Sequence[LanguageModel], page_size: int | None = None
+) -> list[tuple[int, int]]:
+    """Return the number of pages of each model's cache and the bytes of the budget for one of them.
+
+    One budget is split so that all models hold as many tokens. All are on one device. page_size: number of tokens
+    in a page; None for that of each model. Raises CapacityError when not even one page fits.
+    """
+    sizes = [page_size or page_size_of(model) for model in models]
+    longest = max(sizes)
+    block_bytes = sum(longest // size * bytes_of_page(model, size) for model, size in zip(models, sizes, strict=True))
+    if budget_bytes < block_bytes:
         raise CapacityError(
-            f"a key-value budget of {budget_bytes} bytes does not hold one page, which takes {page_bytes}; raise "
+            f"a key-value budget of {budget_bytes} bytes does not hold one page, which takes {block_bytes}; raise "
             "memory_bytes or memory_utilization"
         )
-    return budget_bytes // page_bytes
+    return [(budget_bytes // block_bytes * (longest // size), block_bytes * size // longest) for size in sizes]

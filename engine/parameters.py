@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from genssd.engine.basic_config import is_supported
 from genssd.engine.config import ModelConfig
+from genssd.engine.config_files import read_config
 from genssd.engine.errors import CheckpointError
 from genssd.engine.shape import Experts
-from genssd.engine.weights import UNUSED, WeightFiles
+from genssd.engine.weights import UNUSED, StoredTensor, WeightFiles
 from genssd.engine.wrappers import text_name
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -91,6 +93,33 @@ def count_parameters(config: ModelConfig) -> int:
     if config.tie_word_embeddings:
         del shapes[HEAD]
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+def count_stored_parameters(directory: Path) -> int:
+    """Return the number of values in the parameters of a checkpoint of any class, by its config or its weight files.
+
+    Raises CheckpointError on a directory that cannot be used.
+    """
+    if is_supported(read_config(directory)):
+        return count_parameters(ModelConfig.load(directory))
+    return sum(stored.num_elements for stored in model_tensors(WeightFiles.open(directory)))
+
+
+def model_tensors(weights: WeightFiles) -> list[StoredTensor]:
+    """Return the tensors of a checkpoint of any class that its language model may have."""
+    return [stored for name, stored in weights.tensors.items() if not UNUSED.search(name)]
+
+
+def count_weights(config: ModelConfig) -> int:
+    """Return the number of weights that a model multiplies with for every token; biases and norms are left out."""
+    c = config
+    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    widths = [c.intermediate_size] * c.num_hidden_layers
+    if c.experts is not None:
+        routed = c.experts.per_token * c.experts.intermediate_size
+        widths = [routed if has_experts else c.intermediate_size for has_experts in c.experts.layers]
+    feed_forward = 3 * c.hidden_size * sum(widths)
+    return c.num_hidden_layers * attention + feed_forward + c.vocab_size * c.hidden_size
 
 
 def match_parameters(weights: WeightFiles, config: ModelConfig) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from genssd.engine.amounts import format_count
 from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.errors import CapacityError, CheckpointError, InputError
-from genssd.engine.model import Decoder
+from genssd.engine.language_model import LanguageModel
 from genssd.engine.options_check import check_count, check_value
 from genssd.engine.quoting import quote
 from genssd.engine.runner import ModelRunner
@@ -48,7 +48,7 @@ def check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion,
             raise InputError(f"{missing}: no reference answer, which the criterion {criterion!r} reads")
 
 
-def check_vocabulary(tokenizer: Tokenizer, decoder: Decoder) -> None:
+def check_vocabulary(tokenizer: Tokenizer, decoder: LanguageModel) -> None:
     """Check that the embedding has a row for every token."""
     size = decoder.config.vocab_size
     if tokenizer.largest_id >= size:

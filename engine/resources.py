@@ -72,8 +72,8 @@ class Resources:
         return CacheUse(
             held_pages=sum(held),
             pages=sum(pool.num_pages for pool in pools),
-            held_bytes=sum(count * (p.kv.nbytes // p.num_pages) for count, p in zip(held, pools, strict=True)),
-            bytes=sum(pool.kv.nbytes for pool in pools),
+            held_bytes=sum(count * p.page_nbytes for count, p in zip(held, pools, strict=True)),
+            bytes=sum(pool.nbytes for pool in pools),
         )
 
     def with_chat(self, options: ChatOptions) -> Resources:

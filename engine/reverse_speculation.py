@@ -103,7 +103,7 @@ class ReverseSpeculativeDrawing:
     def _are_accepted(self, hidden_RD: Tensor, tokens_R: Tensor, rows: Sequence[Lane]) -> Tensor:
         """Return which tokens the student accepts, bool [R]."""
         try:
-            stats = self._student.decoder.score(hidden_RD, tokens_R)
+            stats = self._student.decoder.head.score(hidden_RD, tokens_R)
         except NonFiniteLogits as error:
             raise nonfinite_logits(self._student, _place(rows[error.row])) from None
         least = math.log(self._rules.probability) if self._rules.probability else -math.inf

@@ -1,32 +1,32 @@
-"""One model with its cache: extends any number of branches in one packed forward pass.
+"""A model with its cache: extends any number of branches. The interface between a model and the rest of the engine.
+
+`paged_runner.PagedRunner` runs the engine's own decoder, `transformers_runner.TransformersRunner` a class of
+transformers.
 
 Shapes:  N packed tokens   M tokens whose hidden states are returned   D model width   V vocabulary
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path as FilePath
-from typing import Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from genssd.engine.decode_graph import DecodeGraphs, StagedStep, bucket_for
-from genssd.engine.forward_batch import ForwardBatch
-from genssd.engine.model import Decoder
-from genssd.engine.pages import PagePool
-from genssd.engine.segments import append_tokens
+from genssd.engine.language_model import LanguageModel
+from genssd.engine.page_list import PageList
 from genssd.engine.tree import BranchTree, Path
 from genssd.engine.usage import Usage
-from genssd.kernels.device_table import upload
 
 Role = Literal["teacher", "student"]
 
-Prepared = ForwardBatch | StagedStep
-"""A forward pass without the ids of its tokens."""
+P = TypeVar("P")
+"""A forward pass without the ids of its tokens, as a runner prepares it."""
 
 MAX_ROWS = 2048
 """Maximum number of tokens in one forward pass; a longer sequence is cut at multiples of half of it."""
@@ -42,32 +42,50 @@ class _Piece(NamedTuple):
     """How many of the last hidden states are returned."""
 
 
-class ModelRunner:
+class Runner(ABC, Generic[P]):
     """One model over the branch tree of its cache. `directory` is used in messages only.
 
     usage: counts of the engine that the model belongs to; None for counts of its own.
     """
 
+    runs_ahead = False
+    """Whether the host is free while the model computes, so that the next step is best prepared meanwhile."""
+
     def __init__(
         self,
         role: Role,
         directory: FilePath,
-        decoder: Decoder,
-        pool: PagePool,
+        tree: BranchTree[PageList],
         *,
         usage: Usage | None = None,
         threads: int | None = None,
     ) -> None:
         self.role = role
         self.directory = directory
-        self.decoder = decoder
-        self.tree = BranchTree(pool)
+        self.tree = tree
         self.threads = threads
         """Number of threads that compute; None for the default of `threads.effective_threads`."""
-        self._graphs = DecodeGraphs(decoder, pool.kv) if pool.kv.is_cuda else None
         self._usage = usage or Usage()
-        self.runs_ahead = pool.kv.is_cuda
-        """Whether the host is free while the model computes, so that the next step is best prepared meanwhile."""
+
+    @property
+    @abstractmethod
+    def decoder(self) -> LanguageModel:
+        """The weights of the model."""
+
+    @abstractmethod
+    def prepare(self, paths: Sequence[Path], counts: Sequence[int], *, output: NDArray[np.int64] | None = None) -> P:
+        """Make room for so many tokens on each path, MAX_ROWS at most in all. The token ids need not be known yet.
+
+        A path may come twice: its tokens follow each other. output: indices of the tokens whose hidden states are
+        returned; None returns all. Raises CapacityError when the pool has too few pages.
+        """
+
+    @abstractmethod
+    def run(self, prepared: P, ids: Sequence[int] | Tensor) -> Tensor:
+        """Compute the tokens of a prepared pass and return the hidden states that it asks for, [M, D].
+
+        ids: those of the tokens, or int64 [N] on the runner's device, which the host need not know yet.
+        """
 
     def extend(
         self, paths: Sequence[Path], tokens: Sequence[Sequence[int]], *, last: Sequence[int] | None = None
@@ -105,41 +123,7 @@ class ModelRunner:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return the logits of the next tokens, float32 [N, V]."""
-        return self.decoder.logits(hidden_ND)
-
-    def prepare(
-        self, paths: Sequence[Path], counts: Sequence[int], *, output: NDArray[np.int64] | None = None
-    ) -> Prepared:
-        """Make room for so many tokens on each path, MAX_ROWS at most in all, and tabulate what each of them reads.
-
-        The token ids need not be known yet. output: indices of the tokens whose hidden states are returned; None
-        returns all. Raises CapacityError when the pool has too few pages.
-        """
-        c, kv = self.decoder.config, self.tree.pool.kv
-        tables = append_tokens(
-            self.tree,
-            paths,
-            counts,
-            windows=set(c.windows),
-            group=c.num_attention_heads // c.num_key_value_heads,
-        )
-        is_decode_step = max(counts) == 1 and output is None
-        if self._graphs is not None and is_decode_step and bucket_for(len(counts)) is not None:
-            return self._graphs.stage(tables)
-        return ForwardBatch.from_tables(tables, kv.device, output)
-
-    def run(self, prepared: Prepared, ids: Sequence[int] | Tensor) -> Tensor:
-        """Compute the tokens of a prepared pass and return the hidden states that it asks for, [M, D].
-
-        ids: those of the tokens, or int64 [N] on the runner's device, which the host need not know yet.
-        """
-        kv = self.tree.pool.kv
-        self._usage.computed_tokens += len(ids)
-        ids_N = ids if isinstance(ids, Tensor) else upload(np.array(ids), kv.device)
-        if isinstance(prepared, ForwardBatch):
-            return self.decoder.forward(ids_N, prepared, kv)
-        assert self._graphs is not None
-        return self._graphs.forward(prepared, ids_N)
+        return self.decoder.head.logits(hidden_ND)
 
     def _forward(self, paths: Sequence[Path], batch: Sequence[_Piece], hidden: list[list[Tensor]]) -> None:
         """Compute some pieces in one pass; append the hidden states of each to those of its path."""
@@ -152,3 +136,7 @@ class ModelRunner:
         out_MD = self.run(prepared, [token for piece in batch for token in piece.ids])
         for piece, part in zip(batch, torch.split(out_MD, [piece.num_states for piece in batch]), strict=True):
             hidden[piece.path].append(part)
+
+
+ModelRunner = Runner[Any]
+"""A runner whose prepared passes nobody looks into."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
+from genssd.engine.pages import PagePool
 from genssd.engine.tree import BranchTree, Path
 from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SegmentTable, build_segment_table, choose_segment
 
@@ -17,7 +18,7 @@ def rows_per_unit(group: int, device: torch.device) -> int:
 
 
 def append_tokens(
-    tree: BranchTree, paths: Sequence[Path], counts: Sequence[int], *, windows: Collection[int], group: int
+    tree: BranchTree[PagePool], paths: Sequence[Path], counts: Sequence[int], *, windows: Collection[int], group: int
 ) -> dict[int, SegmentTable]:
     """Append so many tokens to each path and return their segment table for each attention window.
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from genssd.engine.basic_config import is_known_to_transformers, make_transformers_config
 from genssd.engine.chat import NO_SYSTEM_PROMPT, ChatTemplate, Messages
 from genssd.engine.chat_options import ChatOptions
-from genssd.engine.config import ModelConfig, is_known_to_transformers, make_transformers_config
+from genssd.engine.config import load_config
 from genssd.engine.config_files import read_fields, refuse_pointer
 from genssd.engine.control_tokens import iter_texts
 from genssd.engine.errors import CheckpointError, InputError
@@ -76,7 +77,7 @@ class Tokenizer:
     @cached_property
     def end_token_ids(self) -> frozenset[int]:
         """Tokens that end a response: the tokenizer's end of sequence, and those that the checkpoint's configs list."""
-        listed = ModelConfig.load(self.directory).eos_token_ids
+        listed = load_config(self.directory).eos_token_ids
         return frozenset(listed) | (frozenset() if self.eos_token_id is None else {self.eos_token_id})
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:

@@ -49,7 +49,7 @@ def run_statistics(runner: ModelRunner, runs: Sequence[TokenRun], place: Callabl
     targets = torch.tensor([token for run in runs for token in run.tokens], device=runner.decoder.device)
     states = torch.cat([part for run in runs for part in run.predicting_states()])
     try:
-        stats = runner.decoder.score(states, targets)
+        stats = runner.decoder.head.score(states, targets)
     except NonFiniteLogits as error:
         index, offset = [(i, t) for i, run in enumerate(runs) for t in range(len(run.tokens))][error.row]
         raise nonfinite_logits(runner, place(index, offset)) from None

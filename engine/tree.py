@@ -17,10 +17,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 from weakref import WeakSet
 
+from genssd.engine.page_list import PageList
 from genssd.engine.page_tables import PageTables
-from genssd.engine.pages import PagePool
+
+Pages = TypeVar("Pages", bound=PageList, covariant=True)
+"""The pages of a tree, with or without tensors."""
 
 NO_TABLE = -1
 """Row of the page tables of a node without tokens."""
@@ -76,10 +80,10 @@ class Path:
         return self.leaf.end
 
 
-class BranchTree:
+class BranchTree(Generic[Pages]):
     """All paths of one model over one page pool."""
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: Pages) -> None:
         self.pool = pool
         self.tables = PageTables()
         self.paths: WeakSet[Path] = WeakSet()

@@ -1,10 +1,14 @@
 """The text part of multimodal checkpoints, such as those of Gemma 3 and Mistral 3, in whose config.json it is
-`text_config`. Only the text part is loaded; the tensors of the encoders are left in their files."""
+`text_config`. Only the text part is loaded; the tensors of the encoders are left in their files.
+
+A text part counts where the engine's decoder computes it, or transformers has a causal language model for it alone."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from genssd.engine.families.registry import FAMILIES
 
@@ -15,12 +19,18 @@ KEY_MAPPING = {r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.", r"
 
 
 def text_part(fields: Mapping[str, object]) -> Mapping[str, object] | None:
-    """Return the fields of the text part of a config.json; None where there is none that the engine supports."""
+    """Return the fields of the text part of a config.json; None where there is none that is a model by itself."""
     part, kind = fields.get("text_config"), fields.get("model_type")
-    if not isinstance(part, Mapping) or kind in FAMILIES or part.get("model_type") not in FAMILIES:
+    if not isinstance(part, Mapping) or kind in FAMILIES or not _is_language_model(part.get("model_type")):
         return None
     inherited = {name: fields[name] for name in INHERITED if part.get(name) is None and fields.get(name) is not None}
     return {**part, **inherited}
+
+
+def _is_language_model(kind: object) -> bool:
+    return isinstance(kind, str) and (
+        kind in FAMILIES or (kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING)
+    )
 
 
 def text_name(name: str) -> str:

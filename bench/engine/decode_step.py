@@ -26,9 +26,9 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from genssd.engine.config import ModelConfig
 from genssd.engine.model import Decoder
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 from genssd.engine.pending_read import PendingRead
-from genssd.engine.runner import ModelRunner
 from genssd.kernels.sampling import linear_sample
 
 GPU = torch.cuda.is_available()
@@ -77,16 +77,16 @@ def genssd_steps(decoder: Decoder, prompt: list[int], branches: int, steps: int)
     As in a search, the next forward pass is queued before the host reads the tokens that begin it.
     """
     pages = len(prompt) // PAGE + branches * (steps // PAGE + 3) + 2
-    runner = ModelRunner("teacher", Path("random"), decoder, PagePool.for_model(decoder, pages, PAGE))
+    runner = PagedRunner("teacher", Path("random"), decoder, PagePool.for_model(decoder, pages, PAGE))
     trunk = runner.tree.root()
     (hidden,) = runner.extend([trunk], [prompt])
     paths = [trunk, *(runner.tree.fork(trunk) for _ in range(branches - 1))]
-    first = draw(hidden[-1:], decoder.head)
+    first = draw(hidden[-1:], decoder.head.weight)
     states = [torch.cat(runner.extend(paths, [first] * branches))]
 
     def step(_: list[int]) -> list[int]:
         keys = torch.arange(branches, device=DEVICE)
-        drawn = linear_sample(states[0], decoder.head, keys, temperature=0.0, checked=False).tokens
+        drawn = linear_sample(states[0], decoder.head.weight, keys, temperature=0.0, checked=False).tokens
         arriving = PendingRead(drawn)
         states[0] = runner.run(runner.prepare(paths, [1] * branches), drawn)
         return arriving.tolist()

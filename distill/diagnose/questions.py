@@ -14,7 +14,7 @@ from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.run import Run
 from genssd.engine.amounts import format_count
 from genssd.engine.checkpoint import locate
-from genssd.engine.config import ModelConfig
+from genssd.engine.config import load_config
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
@@ -51,7 +51,7 @@ def encode_prompts(
 
     Raises InputError when no question is left.
     """
-    positions = {model: ModelConfig.load(locate(model)).max_position_embeddings for model in tokenizers}
+    positions = {model: load_config(locate(model)).max_position_embeddings for model in tokenizers}
     prompts: Prompts = {}
 
     def find_fault(problem: ProblemRow) -> str | None:

@@ -13,6 +13,7 @@ from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
+from genssd.engine.language_model import Backend
 from genssd.engine.options_check import check_types
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import announce, choose_engine_threads
@@ -44,8 +45,11 @@ class EngineOptions:
     drawn together. Otherwise the fastest for each number of tokens are taken (docs/tuning.md). On a CPU: no effect."""
 
     threads: Operational[int | None] = None
-    """Number of CPU threads; results do not depend on it. None: OMP_NUM_THREADS where it is set, else the cores that
-    the process is given."""
+    """Number of CPU threads; results do not depend on it, but for the rounding of backend transformers. None:
+    OMP_NUM_THREADS where it is set, else the cores that the process is given."""
+    backend: Backend = "auto"
+    """Who computes the models. genssd: the engine's own decoder. transformers: transformers' class of the model, which
+    is slower. auto: the own decoder for every model whose model_type it knows, else transformers."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -68,6 +72,7 @@ class EngineOptions:
             max_batch=self.max_batch,
             deterministic=self.deterministic,
             threads=threads.count,
+            backend=self.backend,
         )
         use = engine.cache_use
         report.note(

@@ -44,15 +44,16 @@ from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.score.words import group_words
-from genssd.distill.train.models import load_model, load_teacher, logits_softcap, match_teacher, scale_states
+from genssd.distill.train.models import load_teacher, match_teacher
 from genssd.engine.checkpoint import locate
-from genssd.engine.config import ModelConfig
+from genssd.engine.config import load_config
 from genssd.engine.errors import InputError, NumericsError
 from genssd.engine.memory import choose_device, choose_dtype
 from genssd.engine.options_check import check_types
-from genssd.engine.parameters import count_parameters
+from genssd.engine.parameters import count_stored_parameters
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import announce, check_threads, choose_training_threads
+from genssd.engine.transformers_loading import load_model, logits_softcap, scale_states
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.threads import torch_threads
 
@@ -114,7 +115,7 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
     with Run.open(config, "leaf", journal="journal.jsonl") as run, ExitStack() as stack:
         source = locate(config.student)
         tokenizer = Tokenizer(source).with_chat(run.chat_options)
-        longest = min(config.max_length, ModelConfig.load(source).max_position_embeddings)
+        longest = min(config.max_length, load_config(source).max_position_embeddings)
         report.begin("reading the traces")
         teacher_reads = match_teacher(Tokenizer(locate(config.teacher)), tokenizer)
         traces, bad_rows = read_usable_traces(
@@ -127,7 +128,9 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
         report.note(describe_reading(traces, bad_rows))
         done = set(find_traces(run.done(), traces, run.journal_path))
         missing = [trace for i, trace in enumerate(traces) if i not in done]
-        threads = run.fix_threads(choose_training_threads(config.threads, _count_parameters(config.teacher)))
+        threads = run.fix_threads(
+            choose_training_threads(config.threads, count_stored_parameters(locate(config.teacher)))
+        )
         if missing:
             stack.enter_context(torch_threads(threads.count))
             report.begin(f"loading student {config.student} and teacher {config.teacher}")
@@ -151,10 +154,6 @@ def run_leaf(config: LeafConfig, report: Progress = SILENT) -> LeafSummary:
         counts = {"traces": len(traces), "counterfactuals": len(rows) - len(traces)}
         run.write_summary({**counts, "bad_rows": len(bad_rows)})
     return LeafSummary(output_dir=run.output_dir, **counts, bad_rows=tuple(bad_rows))
-
-
-def _count_parameters(name: str) -> int:
-    return count_parameters(ModelConfig.load(locate(name)))
 
 
 def _load_models(config: LeafConfig, tokenizer: Tokenizer) -> tuple[Any, Any]:

@@ -17,14 +17,15 @@ from genssd.distill.train.checkpoints import TrainedModel, describe_remedy, list
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.forward import ForwardPass
-from genssd.distill.train.models import Teacher, check_layout, load_model, load_teacher
+from genssd.distill.train.models import Teacher, check_layout, load_teacher
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoint import locate
-from genssd.engine.config import ModelConfig
+from genssd.engine.config import load_config
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.memory import choose_dtype, cpu_has_bf16
 from genssd.engine.text import Tokenizer
+from genssd.engine.transformers_loading import layers_of, load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +77,9 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
     student = locate(config.model_name_or_path)
     assert config.template_date is not None, "fix_date has not been called"
     tokenizer = Tokenizer(student).with_chat(config.make_chat_options(config.template_date))
-    max_length = min(config.max_length, ModelConfig.load(student).max_position_embeddings)
+    max_length = min(config.max_length, load_config(student).max_position_embeddings)
     if config.teacher_model_name_or_path is not None:
-        teacher = ModelConfig.load(locate(config.teacher_model_name_or_path))
+        teacher = load_config(locate(config.teacher_model_name_or_path))
         max_length = min(max_length, teacher.max_position_embeddings)
     data = read_examples(
         config.data,
@@ -134,7 +135,7 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.torch_compile:
-        for layer in model.base_model.layers:
+        for layer in layers_of(model):
             layer.compile(dynamic=True)
     teacher = _load_teacher(config, inputs, world.device)
     bf16 = _choose_bf16(config.bf16, world.device)

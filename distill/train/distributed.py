@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from genssd.distill.runs.run import Run, RunConfig
 from genssd.engine.errors import InputError
+from genssd.engine.transformers_loading import layers_of
 
 T = TypeVar("T")
 
@@ -120,7 +121,7 @@ class World:
     def shard_weights(self, model: Any, wrapper: torch.nn.Module) -> None:
         """Shard the weights of a transformers model layer by layer, and its other weights with the wrapper module."""
         if self.mesh is not None:
-            for layer in model.base_model.layers:
+            for layer in layers_of(model):
                 fully_shard(layer, mesh=self.mesh)
             fully_shard(wrapper, mesh=self.mesh)
 

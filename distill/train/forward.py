@@ -19,10 +19,11 @@ from genssd.distill.train.key_attention import (
     find_key_words,
 )
 from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, LossSums, compute_loss, read_topk
-from genssd.distill.train.models import Teacher, compute_completion_states, logits_softcap
+from genssd.distill.train.models import Teacher, compute_completion_states
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import CapacityError
 from genssd.engine.text import Tokenizer
+from genssd.engine.transformers_loading import logits_softcap
 from genssd.kernels.logprob import TopK
 
 

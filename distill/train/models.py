@@ -1,138 +1,23 @@
-"""Loading the models of a training, which are transformers' own classes. The teacher is frozen."""
+"""The models of a training, which are transformers' own classes: the frozen teacher, and what a model returns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.key_attention import AttentionCollector
-from genssd.engine.amounts import format_count
-from genssd.engine.config import ModelConfig, is_supported, make_transformers_config
-from genssd.engine.config_files import read_config
-from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.parameters import match_parameters
-from genssd.engine.quoting import one_line
+from genssd.engine.errors import InputError
+from genssd.engine.path_cache import has_states
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
-from genssd.engine.weights import UNUSED, WeightFiles
-from genssd.engine.wrappers import KEY_MAPPING, text_part
-from genssd.kernels.head import squash
-
-
-def load_model(
-    directory: Path,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    *,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-) -> Any:
-    """Load a causal language model with transformers.
-
-    The weights are checked as those of the engine's decoder are, so both read the same tensors. Raises CheckpointError
-    when a weight is missing, misshapen or none of the model's, the tokenizer does not fit, or the head is more than a
-    matrix product.
-    """
-    fields = read_config(directory)
-    if fields.get("quantization_config"):
-        raise CheckpointError(
-            f"{directory / 'config.json'}: weights in MXFP4 cannot be trained, nor be a teacher in training: "
-            "load them in transformers with Mxfp4Config(dequantize=True), and save the model with save_pretrained"
-        )
-    config = make_transformers_config(fields, directory / "config.json")
-    weights = WeightFiles.open(directory)
-    if is_supported(fields):
-        match_parameters(weights, ModelConfig.load(directory))
-    if attn_implementation is None and getattr(config, "attn_logit_softcapping", None):
-        attn_implementation = "eager"  # the only one in transformers that caps the scores
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(directory),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            attn_implementation=attn_implementation,
-            key_mapping=KEY_MAPPING if text_part(fields) else None,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except Exception as error:  # model classes raise what their construction does
-        raise CheckpointError(f"{directory} cannot be loaded by transformers: {one_line(error)}") from None
-    _check_weights(model, info, weights)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.largest_id >= rows:
-        raise CheckpointError(
-            f"{directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
-            f"{format_count(rows, 'row')}"
-        )
-    try:
-        _check_head(model, directory)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{directory}: a forward pass with transformers fails: {one_line(error)}") from None
-    return model.to(device)
-
-
-def _check_weights(model: Any, info: Mapping[str, Any], weights: WeightFiles) -> None:
-    """Check what transformers reports on loading a model, and separate a head that only the config ties.
-
-    Raises CheckpointError when a weight is missing or misshapen, holds no plain floats, or has the model's own prefix
-    and is unknown to the model.
-    """
-    absent = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind])
-    if absent:
-        raise CheckpointError(f"{weights.directory}: weights are missing or misshapen: {', '.join(absent[:5])}")
-    own = (f"{model.base_model_prefix}.", "lm_head.")
-    unknown = sorted(name for name in info["unexpected_keys"] if name.startswith(own) and not UNUSED.search(name))
-    if unknown:
-        file = weights.tensors[unknown[0]].file if unknown[0] in weights.tensors else weights.directory
-        raise CheckpointError(f"{file} has a tensor {unknown[0]} that {type(model).__name__} does not have")
-    for name in weights.tensors:
-        if name not in info["unexpected_keys"] and not UNUSED.search(name):
-            weights.check_dtype(name)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        # the checkpoint has two different tables: a config that ties them would lose the head at the next loading
-        model.config.tie_word_embeddings = False
-
-
-@torch.no_grad()
-def _check_head(model: Any, directory: Path) -> None:
-    """Check that the logits are what `scale_states` and `logits_softcap` say, and nothing more.
-
-    The loss would silently leave out a bias or another scale.
-    """
-    ids = torch.arange(8)[None]
-    hidden = scale_states(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    logits = squash(hidden @ model.get_output_embeddings().weight.T, 1.0, logits_softcap(model))
-    if not torch.isfinite(logits).all():
-        raise CheckpointError(f"{directory}: the model gives NaN or infinite logits; check the weights")
-    if not torch.allclose(logits, model(input_ids=ids, use_cache=False).logits, atol=1e-3, rtol=1e-3):
-        raise CheckpointError(
-            f"{directory}: the head of {model.config.model_type} is more than a matrix product with a softcap or a "
-            "divisor (a bias or another scale), which training does not support"
-        )
-
-
-def logits_softcap(model: Any) -> float | None:
-    """Return the bound of a model's logits, softcap * tanh(logits / softcap), as Gemma 2 has one; None without."""
-    return getattr(model.config, "final_logit_softcapping", None)
-
-
-def scale_states(model: Any, states: Tensor) -> Tensor:
-    """Return hidden states whose product with the head are the model's logits: Granite divides its logits."""
-    divisor = getattr(model.config, "logits_scaling", None)
-    return states if divisor in (None, 1) else states / divisor
+from genssd.engine.transformers_loading import base_of, load_model, scale_states
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +76,8 @@ def check_layout(model: Any, layout: str) -> None:
         raise InputError(f"layout {layout} needs a mask of its own, which {attention} does not take: use sdpa or eager")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise InputError(f"layout {layout} cannot mask the sliding windows of {config.model_type}: use layout pad")
+    if has_states(config):
+        raise InputError(f"layout {layout} cannot separate the recurrent states of {config.model_type}: use layout pad")
 
 
 def compute_completion_states(model: Any, batch: TokenBatch, attention: AttentionCollector | None = None) -> Tensor:
@@ -204,7 +91,7 @@ def compute_completion_states(model: Any, batch: TokenBatch, attention: Attentio
         dtype = model.get_input_embeddings().weight.dtype
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     options = {} if attention is None else {"attention_collector": attention}
-    out = model.base_model(
+    out = base_of(model)(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **options
     )
     if attention is not None and not attention.is_filled:

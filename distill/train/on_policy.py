@@ -17,12 +17,15 @@ from torch import Tensor
 
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.settings import Operational
+from genssd.engine.basic_config import is_supported
 from genssd.engine.config import ModelConfig
+from genssd.engine.config_files import read_config
 from genssd.engine.engine import Engine, open_engine
 from genssd.engine.errors import InputError
 from genssd.engine.memory import cache_budget
 from genssd.engine.model import Decoder
 from genssd.engine.options_check import check_types
+from genssd.engine.quoting import quote
 from genssd.engine.sampling import Sampling
 from genssd.engine.text import Tokenizer
 
@@ -78,6 +81,10 @@ class Rollouts:
         source: the model's directory, which holds its config.
         """
         tensors: dict[str, Tensor] = {name: p.data for name, p in model.state_dict(keep_vars=True).items()}
+        fields = read_config(source)
+        if not is_supported(fields):
+            kind = quote(fields.get("model_type"))
+            raise InputError(f"{source}: a {kind} student cannot write on-policy completions: lmbda must be 0")
         config = ModelConfig.load(source)
         if config.experts is not None and config.names.experts.parts is None:
             raise InputError(

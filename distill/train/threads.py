@@ -15,8 +15,7 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.resume import find_checkpoint
 from genssd.engine.checkpoint import locate
-from genssd.engine.config import ModelConfig
-from genssd.engine.parameters import count_parameters
+from genssd.engine.parameters import count_stored_parameters
 from genssd.engine.threads import ThreadChoice, choose_training_threads
 
 
@@ -30,7 +29,7 @@ def fix_threads(config: TrainConfig, world: World) -> tuple[TrainConfig, ThreadC
     if recorded is not None:
         choice = ThreadChoice(count=recorded, reason="as this training was begun")
     else:
-        parameters = count_parameters(ModelConfig.load(locate(config.model_name_or_path)))
+        parameters = count_stored_parameters(locate(config.model_name_or_path))
         choice = choose_training_threads(config.threads, parameters, examples=config.per_device_train_batch_size)
     choice = world.gather([choice])[0]
     return dataclasses.replace(config, threads=choice.count), choice

@@ -221,8 +221,8 @@ def test_bad_models(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, caps
 
     unknown = tmp_path / "unknown"
     save_checkpoint(unknown)
-    edit_json(unknown / "config.json", model_type="mamba")
-    assert "model_type 'mamba' is not supported; supported: gemma2" in with_student(unknown)
+    edit_json(unknown / "config.json", model_type="marmot")
+    assert "transformers has no model_type 'marmot'" in with_student(unknown)
 
     narrow = tmp_path / "narrow"
     narrow.mkdir()

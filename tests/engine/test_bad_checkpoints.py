@@ -90,8 +90,9 @@ def test_a_broken_shard_index(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, r"model_type 'mamba' is not supported; supported: .*llama, .*qwen3"),
-        ({"model_type": None}, r"model_type None is not supported"),
+        ({"model_type": "mamba"}, r"weights are missing or misshapen: backbone\."),
+        ({"model_type": "marmot"}, r"transformers has no model_type 'marmot'"),
+        ({"model_type": None}, r"transformers has no model_type None"),
         ({"hidden_size": None}, r"has no field 'hidden_size'"),
         ({"vocab_size": None}, r"has no field 'vocab_size'"),
         ({"num_hidden_layers": "two"}, r"num_hidden_layers must be a positive integer, not 'two'"),

@@ -13,8 +13,8 @@ from genssd.engine.branch import Branch
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
@@ -28,7 +28,7 @@ def small_pages(pair: Pair, num_pages: int) -> Engine:
     for role, runner in engine._resources.runners.items():
         pool = PagePool.for_model(runner.decoder, num_pages, page_size=3)
         pool.kv.fill_(torch.nan)
-        engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+        engine._resources.runners[role] = PagedRunner(role, runner.directory, runner.decoder, pool)
     return engine
 
 

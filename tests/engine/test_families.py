@@ -14,26 +14,26 @@ from support.families import FAMILY_CASES, MISTRAL3, SLIDING, TWO_BASES, save_fa
 from support.toys import VOCAB, edit_json, save_model, save_tokenizer
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from genssd.distill.train.models import load_model
 from genssd.engine import weights
 from genssd.engine.errors import CheckpointError
 from genssd.engine.families.registry import FAMILIES
 from genssd.engine.model import Decoder
 from genssd.engine.mxfp4 import dequantize
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 from genssd.engine.parameters import count_parameters
-from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Tokenizer
+from genssd.engine.transformers_loading import load_model
 
 BFLOAT16 = ("smollm3", "granite", "gemma2", "gemma3", "phi4-mini", "olmo3", "mixtral", "qwen3-moe", "gpt-oss")
 FORMAT = {"format": "pt"}
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> ModelRunner:
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> PagedRunner:
     decoder = Decoder.load(directory, dtype, torch.device("cpu"))
     pool = PagePool.for_model(decoder, 200, 4)
     pool.kv.fill_(torch.nan)  # whatever is read without having been written shows
-    return ModelRunner("teacher", directory, decoder, pool)
+    return PagedRunner("teacher", directory, decoder, pool)
 
 
 def test_every_family_has_a_case() -> None:
@@ -65,7 +65,7 @@ def test_logits_equal_transformers(tmp_path: Path, kind: str, options: dict[str,
         runner.tree.drop(path)
         runner.tree.drop(sibling)
         path = fork
-    stats = runner.decoder.score(hidden[:-1], ids[0, 1:])
+    stats = runner.decoder.head.score(hidden[:-1], ids[0, 1:])
     logprob = expected[:-1].log_softmax(1).gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(stats.logprob, logprob, atol=1e-4, rtol=0)
 
@@ -129,7 +129,7 @@ def test_weights_in_mxfp4_are_read_as_the_numbers_that_they_stand_for(tmp_path: 
     runner = load(tmp_path)
     (hidden,) = runner.extend([runner.tree.root()], [ids[0].tolist()])
     torch.testing.assert_close(runner.logits(hidden), model(ids).logits[0], atol=2e-4, rtol=0)
-    with pytest.raises(CheckpointError, match=r"weights in MXFP4 cannot be trained.*Mxfp4Config\(dequantize=True\)"):
+    with pytest.raises(CheckpointError, match=r"do not read weights in MXFP4.*Mxfp4Config\(dequantize=True\)"):
         load_model(tmp_path, save_and_read_tokenizer(tmp_path), torch.device("cpu"))
 
 

@@ -16,7 +16,7 @@ from support.tiny_pair import TinyPair
 
 from genssd import Engine
 from genssd.distill import small_pair
-from genssd.engine import memory, pages
+from genssd.engine import memory, page_list
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CapacityError
 from genssd.engine.memory import BASE_BYTES, cache_budget, check_weights_fit
@@ -29,7 +29,7 @@ MIB = 1 << 20
 
 def set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     """Give the process so much free memory, and no caches from before."""
-    monkeypatch.setattr(pages, "_pools", WeakSet())
+    monkeypatch.setattr(page_list, "_lists", WeakSet())
     monkeypatch.setattr(memory, "available_memory", lambda *, promised: free - promised)
 
 

@@ -13,9 +13,9 @@ from genssd.engine import runner as runners
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import CheckpointError
 from genssd.engine.model import Decoder
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 from genssd.engine.parameters import parameter_shapes
-from genssd.engine.runner import ModelRunner
 from genssd.engine.weights import read_tensors
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -40,11 +40,11 @@ CONFIGS = [
 ]
 
 
-def load(directory: Path, page_size: int = 4) -> ModelRunner:
+def load(directory: Path, page_size: int = 4) -> PagedRunner:
     decoder = Decoder.load(directory, torch.float32, torch.device("cpu"))
     pool = PagePool.for_model(decoder, 200, page_size)
     pool.kv.fill_(torch.nan)  # whatever is read without having been written shows
-    return ModelRunner("teacher", directory, decoder, pool)
+    return PagedRunner("teacher", directory, decoder, pool)
 
 
 @pytest.mark.parametrize(("kind", "options"), CONFIGS)
@@ -98,7 +98,7 @@ def test_the_last_states_alone_have_the_same_bits(tmp_path: Path, monkeypatch: p
     ids = [[(7 * i + j) % VOCAB for j in range(count)] for i, count in enumerate((30, 1, 9))]
 
     def states(last: list[int] | None) -> list[torch.Tensor]:
-        runner = ModelRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 20))
+        runner = PagedRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 20))
         paths = [runner.tree.root() for _ in ids]
         return [*runner.extend(paths, ids, last=last), *runner.extend(paths, [[5, 6]] * 3, last=[9] * 3)]
 
@@ -117,7 +117,7 @@ def test_bfloat16_is_as_close_as_transformers(tmp_path: Path) -> None:
     truth = model.double()(ids).logits[0]
     reference = (model.bfloat16()(ids).logits[0].double() - truth).abs().mean()
     decoder = Decoder.load(tmp_path, torch.bfloat16, torch.device("cpu"))
-    runner = ModelRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 20))
+    runner = PagedRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 20))
     (hidden,) = runner.extend([runner.tree.root()], [ids[0].tolist()])
     assert (runner.logits(hidden).double() - truth).abs().mean() <= 2 * reference
 

@@ -14,8 +14,8 @@ from genssd.engine.errors import CheckpointError
 from genssd.engine.families.family import Family
 from genssd.engine.families.registry import FAMILIES
 from genssd.engine.model import Decoder
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import ModelRunner
 
 
 def differences(config: Any) -> Mapping[str, Any]:
@@ -35,7 +35,7 @@ def test_a_family_is_added_by_its_spec(tmp_path: Path, out_bias: bool, monkeypat
 
     # step 4: transformers' logits
     decoder = Decoder.load(tmp_path, torch.float32, torch.device("cpu"))
-    runner = ModelRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 40, 4))
+    runner = PagedRunner("teacher", tmp_path, decoder, PagePool.for_model(decoder, 40, 4))
     ids = torch.randint(0, VOCAB, (70,), generator=torch.Generator().manual_seed(1))
     (hidden,) = runner.extend([runner.tree.root()], [ids.tolist()])
     torch.testing.assert_close(runner.logits(hidden), model(ids[None]).logits[0], atol=1e-4, rtol=0)

@@ -140,7 +140,7 @@ def test_what_it_refuses(engine: Engine, pair: Pair) -> None:
 def test_broken_weights_are_named(pair: Pair, role: str) -> None:
     engine = Engine.from_pretrained(pair.teacher, pair.student, memory_bytes=1 << 21)
     with torch.inference_mode():
-        cells_of(engine._resources.runners[role].decoder.head)[:1] = math.nan  # type: ignore[index]
+        cells_of(engine._resources.runners[role].decoder.head.weight)[:1] = math.nan  # type: ignore[index]
     with pytest.raises(NumericsError, match=rf"the {role} .* for prompt 0, response position 0"):
         engine.generate([[1, 2, 3]], max_tokens=4, rsd=ReverseSpeculation())
     assert engine.pages_in_use[0] == 0

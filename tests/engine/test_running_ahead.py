@@ -15,9 +15,9 @@ from genssd.engine.drawing import WriterDrawing
 from genssd.engine.engine import Engine
 from genssd.engine.errors import NumericsError
 from genssd.engine.expander import Expander
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 from genssd.engine.pending_read import PendingRead
-from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import Selection
 from genssd.kernels.logprob import STATISTICS
@@ -31,7 +31,7 @@ def ahead(engine: Engine, *, pages: int | None = None) -> Engine:
     for role, runner in engine._resources.runners.items():
         if pages is not None:
             pool = PagePool.for_model(runner.decoder, pages, page_size=1)
-            runner = engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+            runner = engine._resources.runners[role] = PagedRunner(role, runner.directory, runner.decoder, pool)
         runner.runs_ahead = True
     return engine
 
@@ -103,7 +103,7 @@ def recorded(function: Callable[..., Any], name: str, order: list[str]) -> Calla
 
 def test_broken_weights_are_named(pair: Pair) -> None:
     engine = ahead(pair.engine())
-    weight = cells_of(engine._resources.runners["teacher"].decoder.head)
+    weight = cells_of(engine._resources.runners["teacher"].decoder.head.weight)
     kept = weight[:1].clone()
     try:
         with torch.inference_mode():

@@ -14,7 +14,7 @@ from support.toys import Pair, save_checkpoint
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.runner import Prepared
+from genssd.engine.paged_runner import Prepared
 from genssd.engine.tree import Path as TreePath
 from genssd.kernels.logprob import TokenStats
 

@@ -15,6 +15,7 @@ from genssd import Chunk, Engine
 from genssd.engine import threads
 from genssd.engine.errors import InputError
 from genssd.engine.model import Decoder
+from genssd.engine.model_head import ModelHead
 from genssd.engine.nodes import Fork
 from genssd.engine.threads import choose_engine_threads, choose_training_threads, effective_threads
 from genssd.kernels.threads import native_threads, num_threads
@@ -122,17 +123,17 @@ def test_native_kernels_get_the_threads_and_torch_gets_one(
     """Otherwise the idle threads of torch would occupy the cores that the native kernels compute on."""
     seen: set[tuple[str, int, int]] = set()
 
-    def watch(name: str) -> None:
-        original: Callable[..., Any] = getattr(Decoder, name)
+    def watch(owner: type, name: str) -> None:
+        original: Callable[..., Any] = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             seen.add((name, num_threads(), torch.get_num_threads()))
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(Decoder, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    watch("forward")
-    watch("logits")
+    watch(Decoder, "forward")
+    watch(ModelHead, "logits")
     engine = Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, memory_bytes=1 << 24, threads=3)
     torch.set_num_threads(2)
     use_everything(engine)

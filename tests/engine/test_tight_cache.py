@@ -12,8 +12,8 @@ import torch
 from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import ModelRunner
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.usage import Usage
@@ -46,7 +46,7 @@ def engine_of(loaded: Engine, num_pages: int, page_size: int) -> Engine:
     for role, runner in resources.runners.items():
         pool = PagePool.for_model(runner.decoder, num_pages, page_size)
         pool.kv.fill_(torch.nan)
-        runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+        runners[role] = PagedRunner(role, runner.directory, runner.decoder, pool)
     return Engine(replace(resources, runners=runners, usage=Usage(), reservations={}))
 
 

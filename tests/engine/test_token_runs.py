@@ -39,7 +39,7 @@ def test_every_way_to_give_the_states_predicts_the_same_tokens(engine: Engine, p
     for run in runs:
         assert torch.equal(torch.cat(run.predicting_states()), states_ND[1 : 1 + len(run.tokens)])
     stats = run_statistics(runner, runs, lambda index, offset: "")
-    exact = linear_logprob(states_ND[1:-1], runner.decoder.head, torch.tensor(IDS[2:]))
+    exact = linear_logprob(states_ND[1:-1], runner.decoder.head.weight, torch.tensor(IDS[2:]))
     for run, part in zip(runs, stats, strict=True):
         for name in STATISTICS:
             assert torch.equal(getattr(part, name), getattr(exact, name)[: len(run.tokens)]), name

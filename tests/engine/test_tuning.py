@@ -12,7 +12,6 @@ import torch
 from support.toys import Pair
 from torch import Tensor
 
-from genssd.engine import model
 from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.sampling import Sampling
 from genssd.engine.tuning import VARIES, Timing, list_jobs, measure, select_winners, tune
@@ -191,11 +190,13 @@ def on_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         tuned.card_of.cache_clear()
         tuned.forget()
-        config = SimpleNamespace(
-            vocab_size=1000, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=128
+        return SimpleNamespace(
+            head=SimpleNamespace(weight=torch.empty(1000, 64, device="meta")),
+            attention_heads=(4, 2, 128),
+            device=torch.device("cuda", 0),
+            dtype=torch.bfloat16,
+            deterministic=deterministic,
         )
-        device = torch.device("cuda", 0)
-        return SimpleNamespace(config=config, device=device, dtype=torch.bfloat16, deterministic=deterministic)
 
     yield make
     tuned.card_of.cache_clear()
@@ -251,9 +252,9 @@ def test_the_engine_logs_one_line(
 def test_the_mode_reaches_the_kernels(pair: Pair, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring and drawing run in the mode that the engine was made with."""
     seen: set[tuple[str, bool]] = set()
-    for name in ("linear_logprob", "linear_sample"):
-        path = f"genssd.engine.model.{name}"
-        operator = getattr(model, name)
+    for module, name in (("model_head", "linear_logprob"), ("model_head", "linear_sample")):
+        path = f"genssd.engine.{module}.{name}"
+        operator = getattr(__import__(f"genssd.engine.{module}", fromlist=[name]), name)
 
         def spy(*inputs: Any, _name: str = name, _operator: Any = operator, **options: Any) -> Any:
             seen.add((_name, tuned.is_deterministic()))

@@ -187,7 +187,7 @@ def test_bad_ids_are_named(engine: Engine) -> None:
 
 def test_a_broken_student_gives_its_pages_back(pair: Pair) -> None:
     broken = pair.engine()
-    weight = cells_of(broken._resources.runners["student"].decoder.head)
+    weight = cells_of(broken._resources.runners["student"].decoder.head.weight)
     kept = weight[:1].clone()
     try:
         with torch.inference_mode():

@@ -6,8 +6,8 @@ import torch
 from support.toys import Pair
 
 from genssd.engine.engine import Engine
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import ModelRunner
 
 
 def small_pages(pair: Pair, num_pages: int) -> Engine:
@@ -16,5 +16,5 @@ def small_pages(pair: Pair, num_pages: int) -> Engine:
     for role, runner in engine._resources.runners.items():
         pool = PagePool.for_model(runner.decoder, num_pages, page_size=1)
         pool.kv.fill_(torch.nan)
-        engine._resources.runners[role] = ModelRunner(role, runner.directory, runner.decoder, pool)
+        engine._resources.runners[role] = PagedRunner(role, runner.directory, runner.decoder, pool)
     return engine

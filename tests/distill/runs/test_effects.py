@@ -19,7 +19,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
 
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
-ENGINE = {"threads", "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic"}
+ENGINE = {"threads", "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
 WRITING = SAMPLING | {"generation_config"}
 SEARCH = WRITING | ENGINE | {

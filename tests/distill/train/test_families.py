@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 from support.families import FAMILY_CASES, save_family
-from support.toys import VOCAB, save_tokenizer
+from support.toys import VOCAB, save_checkpoint, save_tokenizer
 
 from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.losses import LossOptions
-from genssd.distill.train.models import load_model, load_teacher
+from genssd.distill.train.models import check_layout, load_teacher
 from genssd.distill.train.on_policy import RolloutOptions, RolloutPlan, Rollouts
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
+from genssd.engine.transformers_loading import load_model
 
 CASES = {case.id: case.values for case in FAMILY_CASES}
 IDS = (5, 80, 9, 120, 33, 7, 61, 18, 200, 42, 77, 3)
@@ -75,6 +76,41 @@ def test_the_loss_is_that_of_the_models_own_logits(
     torch.testing.assert_close(sums.total, expected, atol=1e-3, rtol=1e-4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-3)
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stablelm": ("stablelm", {}),
+    "qwen3.5": (
+        "qwen3_5_text",
+        {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
+        | {"linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_the_own_decoder_does_not_compute_are_trained(tmp_path: Path, name: str) -> None:
+    """Every example of a padded batch as if it were alone; states run over no end of an example."""
+    save_checkpoint(tmp_path, OTHERS[name][0], **OTHERS[name][1])
+    tokenizer = Tokenizer(tmp_path)
+    model = load_model(tmp_path, tokenizer, CPU)
+    forward = ForwardPass.build(model, None, tokenizer, LossOptions(), layout="pad", bf16=False)
+    rows = [IDS, IDS[3:], IDS[5:]]
+    examples = [Example(input_ids=ids, num_prompt=3) for ids in rows]
+    sums = forward.compute_loss(ExampleBatch(examples=examples, on_policy=False), counted=True, when="now")
+    with torch.no_grad():
+        parts = [
+            torch.nn.functional.cross_entropy(model(torch.tensor([ids])).logits[0, 2:-1], torch.tensor(ids[3:]))
+            * (len(ids) - 3)
+            for ids in rows
+        ]
+    torch.testing.assert_close(sums.total.detach(), torch.stack(parts).sum(), atol=1e-3, rtol=1e-4)
+    plan = RolloutPlan(options=RolloutOptions(), probability=1.0, seed=0, max_length=64)
+    with pytest.raises(InputError, match="student cannot write on-policy completions: lmbda must be 0"):
+        Rollouts.build(model, tmp_path, tokenizer, plan)
+    if name == "qwen3.5":
+        with pytest.raises(InputError, match="layout pack cannot separate the recurrent states of qwen3_5_text"):
+            check_layout(model, "pack")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "gpt-oss"])

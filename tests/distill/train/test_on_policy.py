@@ -17,11 +17,11 @@ from genssd.distill.data.examples import Example
 from genssd.distill.train import on_policy
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, compute_loss
-from genssd.distill.train.models import load_model
 from genssd.distill.train.on_policy import RolloutOptions, RolloutPlan, Rollouts
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
+from genssd.engine.transformers_loading import load_model
 
 Write = Callable[..., Path]
 ROLLOUT = RolloutOptions(max_tokens=6, memory_bytes=1 << 22, sampling=Sampling(temperature=0.9))
@@ -100,7 +100,7 @@ def test_the_engine_runs_on_the_trainers_own_memory(tiny_pair: TinyPair, student
         for parameter in model.parameters():
             parameter.add_(0.125)
     decoder = rollouts._engine._resources.runners["student"].decoder
-    engine_weights = [decoder.embedding, decoder.head, decoder.norm, *iter_tensors(decoder.layers)]
+    engine_weights = [decoder.embedding, decoder.head.weight, decoder.norm, *iter_tensors(decoder.layers)]
     total = sum(float(value.double().sum()) for value in engine_weights)
     expected = sum(float((value.double() + 0.125).sum()) for value in before.values())
     assert total == pytest.approx(expected, rel=1e-6)

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from support.toys import VOCAB, edit_json, save_checkpoint
 from torch import Tensor
 
-from genssd.distill.train.models import load_model
 from genssd.distill.train.saving import save_model
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CheckpointError
 from genssd.engine.model import Decoder
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Tokenizer
+from genssd.engine.transformers_loading import load_model
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -33,7 +33,7 @@ IDS = torch.randint(0, VOCAB, (1, 40), generator=torch.Generator().manual_seed(3
 @torch.inference_mode()
 def engine_logits(directory: Path) -> Tensor:
     decoder = Decoder.load(directory, torch.float32, CPU)
-    runner = ModelRunner("teacher", directory, decoder, PagePool.for_model(decoder, 20))
+    runner = PagedRunner("teacher", directory, decoder, PagePool.for_model(decoder, 20))
     (hidden,) = runner.extend([runner.tree.root()], [IDS[0].tolist()])
     return runner.logits(hidden)
 

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Cohe
 from genssd import Engine
 from genssd.distill.train import forward
 from genssd.distill.train.config import TrainConfig
-from genssd.distill.train.models import load_model
 from genssd.distill.train.schedule import compute_learning_rate_factor
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
 from genssd.engine.text import Tokenizer
+from genssd.engine.transformers_loading import load_model
 
 Write = Callable[..., Path]
 

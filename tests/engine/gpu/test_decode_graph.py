@@ -10,8 +10,8 @@ from support.toys import save_checkpoint
 
 from genssd.engine import runner as runners
 from genssd.engine.model import Decoder
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import ModelRunner
 from genssd.kernels.attention import SEGMENT_TOKENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -20,12 +20,12 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers
 PROMPT = list(range(40, 100))
 
 
-def load(directory: Path, pages: int = 2000) -> ModelRunner:
+def load(directory: Path, pages: int = 2000) -> PagedRunner:
     decoder = Decoder.load(directory, torch.bfloat16, torch.device("cuda"))
-    return ModelRunner("teacher", directory, decoder, PagePool.for_model(decoder, pages, 4))
+    return PagedRunner("teacher", directory, decoder, PagePool.for_model(decoder, pages, 4))
 
 
-def decode(runner: ModelRunner, branches: int, steps: int) -> torch.Tensor:
+def decode(runner: PagedRunner, branches: int, steps: int) -> torch.Tensor:
     """Hidden states of branches after one prompt, each with its own tokens: [steps, branches, D]."""
     trunk = runner.tree.root()
     runner.extend([trunk], [PROMPT])

@@ -21,8 +21,8 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.decode_graph import DecodeGraphs, StagedStep, StepLayout, _Captured
 from genssd.engine.forward_batch import ForwardBatch
 from genssd.engine.model import Decoder
+from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import ModelRunner
 from genssd.engine.segments import append_tokens
 from genssd.kernels import native
 from genssd.kernels.activation import swiglu_reference
@@ -123,10 +123,10 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
     assert max(len(selection.best.token_ids) for selection in found["triton"]) > 4
 
 
-def load(directory: Path, decoder: Decoder) -> ModelRunner:
+def load(directory: Path, decoder: Decoder) -> PagedRunner:
     pool = PagePool.for_model(decoder, 80, 4)
     pool.kv.fill_(torch.nan)  # whatever is read without having been written shows
-    return ModelRunner("teacher", directory, decoder, pool)
+    return PagedRunner("teacher", directory, decoder, pool)
 
 
 @torch.inference_mode()
