@@ -181,13 +181,13 @@ def test_words_that_mean_nothing(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "--config needs a file" in fails(capsys, "select", "--config")
     assert "nothing.yaml cannot be read" in fails(capsys, "select", f"--config={tmp_path}/nothing.yaml")
     assert "--candidats" in fails(
-        capsys, "select", "--teacher", "t", "--student", "s", "--data", "d", "--candidats", "3"
+        capsys, "select", "--teacher", ".", "--student", ".", "--data", "-", "--candidats", "3"
     )
     missing = (
         "genssd: Missing from genssd select: --teacher STR --student STR; `genssd select --help` lists the flags\n"
     )
-    assert fails(capsys, "select", "--data", "d") == missing
-    choice = fails(capsys, "train", "--data", "a", "--model-name-or-path", "m", "--kd-loss", "x")
+    assert fails(capsys, "select", "--data", "-") == missing
+    choice = fails(capsys, "train", "--data", "-", "--model-name-or-path", ".", "--kd-loss", "x")
     assert choice.startswith("genssd: invalid choice 'x' for argument '--kd-loss'. Expected one of ('forward_kl', ")
     assert choice.count("\n") == 1
 
