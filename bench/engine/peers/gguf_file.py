@@ -66,7 +66,7 @@ def read_bf16(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue

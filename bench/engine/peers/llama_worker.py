@@ -176,7 +176,7 @@ class LlamaWorkloads:
         for i, parent in enumerate(parents):
             context.copy(parent, first + i)
         together = max(1, SCORED_ROWS // tokens)
-        parts = []
+        parts: list[float] = []
         for start in range(0, len(texts), together):
             group = texts[start : start + together]
             logits = context.read(
