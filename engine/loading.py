@@ -13,6 +13,7 @@ from genssd.engine.batching import choose_max_batch
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig, load_config
 from genssd.engine.config_files import read_config
+from genssd.engine.ends import describe_foreign_ends, find_foreign_ends
 from genssd.engine.language_model import Backend, LanguageModel
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype, describe_float32
@@ -122,6 +123,9 @@ def load_models(
     if len(tokenizers) == 2:
         names_in_messages = f"teacher {teacher}", f"student {student}"
         token_map = match_tokenizers(tokenizers["teacher"], tokenizers["student"], *names_in_messages)
+        foreign = find_foreign_ends(tokenizers["teacher"], tokenizers["student"], token_map)
+        if foreign:
+            logger.warning("%s", describe_foreign_ends(foreign, tokenizers["teacher"], tokenizers["student"]))
     if not token_map.is_identity:
         logger.warning("%s", token_map.describe())
     if dtype == "auto" and (line := describe_float32(dtypes, device)) is not None:

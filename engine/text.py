@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,13 @@ class Tokenizer:
         other.__dict__.pop("end_names", None)  # it depends on the chat template
         other.chat = ChatTemplate(self.hf, self.directory, options)
         other.chat.check_options()
+        return other
+
+    def with_ends(self, ids: Iterable[int]) -> Tokenizer:
+        """Return this tokenizer with further tokens that end a response."""
+        other = copy.copy(self)
+        other.__dict__.pop("end_names", None)
+        other.end_token_ids = self.end_token_ids | frozenset(ids)
         return other
 
     @cached_property

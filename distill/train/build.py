@@ -16,6 +16,7 @@ from genssd.distill.train.adapters import add_adapters
 from genssd.distill.train.checkpoints import TrainedModel, describe_remedy, list_trainable
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
+from genssd.distill.train.ends import add_ends, find_learnt_ends
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.models import Teacher, check_layout, load_teacher
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts
@@ -126,12 +127,15 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
     # the ranks have different seeds, so that dropout differs between the processes
     torch.manual_seed((config.seed + world.rank) % (1 << 63))
     model = _load_student(config, inputs, world.device, checkpoint)
+    ends = find_learnt_ends(inputs.examples, inputs.tokenizer)
+    add_ends(model, ends, inputs.tokenizer)
+    tokenizer = inputs.tokenizer.with_ends(ends)
     rollouts = None
     if config.lmbda:
         plan = RolloutPlan(
             options=config.rollout, probability=config.lmbda, seed=config.seed, max_length=config.max_length
         )
-        rollouts = Rollouts.build(model, inputs.student, inputs.tokenizer, plan)
+        rollouts = Rollouts.build(model, inputs.student, tokenizer, plan)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.torch_compile:
@@ -139,13 +143,13 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
             layer.compile(dynamic=True)
     teacher = _load_teacher(config, inputs, world.device)
     bf16 = _choose_bf16(config.bf16, world.device)
-    forward = ForwardPass.build(model, teacher, inputs.tokenizer, config, layout=config.layout, bf16=bf16)
+    forward = ForwardPass.build(model, teacher, tokenizer, config, layout=config.layout, bf16=bf16)
     check_training_fits(model, inputs.examples, config, world.device, bf16=bf16)
     world.shard_weights(model, forward.module)
     extra_parameters = forward.extra_parameters()
     trained = TrainedModel(
         model=model,
-        tokenizer=inputs.tokenizer,
+        tokenizer=tokenizer,
         extra_parameters=extra_parameters,
         optimizer=_create_optimizer(config, list_trainable(model, extra_parameters)),
         saved_dtype=find_stored_dtype(inputs.student),
