@@ -7,8 +7,13 @@ from pathlib import Path
 from genssd.engine.errors import CheckpointError
 from genssd.engine.quoting import quote
 
+GGUF_STEP = (
+    "GGUF is not read; take the checkpoint from which it was converted, or let transformers convert it: "
+    "from_pretrained(DIRECTORY, gguf_file=NAME) of AutoModelForCausalLM and AutoTokenizer, then save_pretrained"
+)
+"""Step that helps where a model is a GGUF file."""
 STEPS = {
-    ".gguf": "GGUF is not read; take the checkpoint from which it was converted",
+    ".gguf": GGUF_STEP,
     ".bin": "pickles are never read; save the model with safetensors and give the directory",
     ".pt": "pickles are never read; save the model with safetensors and give the directory",
     ".pth": "pickles are never read; save the model with safetensors and give the directory",

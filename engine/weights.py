@@ -21,6 +21,7 @@ from torch import Tensor
 
 from genssd.engine.config_files import read_fields, refuse_pointer
 from genssd.engine.errors import CheckpointError
+from genssd.engine.model_names import GGUF_STEP
 from genssd.engine.mxfp4 import BLOCK, dequantize
 from genssd.engine.quoting import one_line, quote
 
@@ -272,5 +273,5 @@ def _hint(directory: Path) -> str:
     if pickles:
         return f" (it has {', '.join(pickles[:3])}: pickles are never read; save it with safetensors)"
     if gguf:
-        return f" (it has {quote(gguf[0])}: GGUF is not read; take the checkpoint from which it was converted)"
+        return f" (it has {quote(gguf[0])}: {GGUF_STEP})"
     return ""
