@@ -100,7 +100,8 @@ def test_head_into_select_and_its_resumption(
     lines = [json.dumps(row) for row in PROBLEMS]
     (elsewhere / "x.jsonl").write_text("\n".join(lines) + "\n")
     genssd = f"{sys.executable} -m genssd"
-    command = f"head -n 2 ../x.jsonl | {genssd} {' '.join(flags('select', tiny_pair, 'run'))} --threads 2 --data -"
+    options = [*flags("select", tiny_pair, "run"), "--threads", "2", "--dtype", "float32"]
+    command = f"head -n 2 ../x.jsonl | {genssd} {' '.join(options)} --data -"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "genssd: computing with 2 threads (as asked for)\n")
     assert "2 prompts: " in done.stdout
@@ -133,7 +134,7 @@ def test_the_data_of_rounds_are_compared_by_content(
 @pytest.mark.skipif(shutil.which("bash") is None, reason="process substitution is the shell's")
 def test_process_substitution(tiny_pair: TinyPair, elsewhere: Path) -> None:
     (elsewhere / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    command = " ".join([*flags("generate", tiny_pair, "run"), "--threads", "2"])
+    command = " ".join([*flags("generate", tiny_pair, "run"), "--threads", "2", "--dtype", "float32"])
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m genssd {command} --data <(head -n 2 ../x.jsonl)"],
         capture_output=True,

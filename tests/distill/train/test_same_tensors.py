@@ -372,7 +372,10 @@ REFUSED: dict[str, Refused] = {
     "pickle": (with_file("pytorch_model.bin", weights=False), r"pytorch_model\.bin: pickles are never read"),
     "distributed": (with_file("shard-00000-model-00001-of-00001.safetensors"), r"part of a distributed checkpoint"),
     "weights-field": (with_config(transformers_weights="other.safetensors"), r"transformers_weights is not supported"),
-    "quantized": (with_config(compression_config={"quant_method": "fp8"}), r"quantized weights are not supported"),
+    "quantized": (
+        with_config(compression_config={"quant_method": "fp8"}),
+        r"quantized weights \(fp8\) are not supported",
+    ),
     "layers": (with_config(num_hidden_layers=10**12), r"num_hidden_layers must be at most 10000"),
     "qwen-layers": (with_config("qwen3", num_hidden_layers=10**12, layer_types=None), r"num_hidden_layers"),
     "head-dim": (with_config(head_dim=10**15), r"head_dim must be at most"),
