@@ -21,8 +21,8 @@ def find_foreign_ends(teacher: Tokenizer, student: Tokenizer, token_map: TokenMa
 def describe_foreign_ends(ids: list[int], teacher: Tokenizer, student: Tokenizer) -> str:
     """Return one line for the log that names the tokens, the student's own ends, and what follows."""
     return (
-        f"the teacher {teacher.directory} ends responses with {_name(ids, student)}, where the student "
-        f"{student.directory} does not stop: it ends with {_name(sorted(student.end_token_ids), student)}. A training "
+        f"responses of the teacher ({teacher.directory}) end with {_name(ids, student)}, where the student "
+        f"({student.directory}) does not stop: it ends with {_name(sorted(student.end_token_ids), student)}. A training "
         "on such responses adds the token to the eos_token_id of the trained student's generation_config.json"
     )
 

@@ -38,14 +38,14 @@ def test_a_search_names_the_end_that_the_student_does_not_stop_at(
 ) -> None:
     caplog.set_level(logging.WARNING, logger="genssd")
     engine = Engine.from_pretrained(tiny_pair.teacher, base_student, memory_bytes=1 << 24)
-    (line,) = [r.message for r in caplog.records if "ends responses" in r.message]
-    assert f"ends responses with '<|im_end|>' (id {EOS}), where the student" in line
+    (line,) = [r.message for r in caplog.records if "responses of the teacher" in r.message]
+    assert f"end with '<|im_end|>' (id {EOS}), where the student" in line
     assert f"it ends with '<|im_start|>' (id {START})" in line
     (selection,) = engine.select_expand(["a"], candidates=2, chunk=Chunk(tokens=2, until=None), max_tokens=4)
     assert selection.error is None
     caplog.clear()
     Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, memory_bytes=1 << 24)
-    assert not [r for r in caplog.records if "ends responses" in r.message]
+    assert not [r for r in caplog.records if "responses of the teacher" in r.message]
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
