@@ -22,8 +22,8 @@ def describe_foreign_ends(ids: list[int], teacher: Tokenizer, student: Tokenizer
     """Return one line for the log that names the tokens, the student's own ends, and what follows."""
     return (
         f"responses of the teacher ({teacher.directory}) end with {_name(ids, student)}, where the student "
-        f"({student.directory}) does not stop: it ends with {_name(sorted(student.end_token_ids), student)}. A training "
-        "on such responses adds the token to the eos_token_id of the trained student's generation_config.json"
+        f"({student.directory}) does not stop: it ends with {_name(sorted(student.end_token_ids), student)}. A "
+        "training on such responses adds the token to the eos_token_id of the trained student's generation_config.json"
     )
 
 
