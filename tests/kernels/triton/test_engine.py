@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.families import FAMILY_CASES, save_family
 from support.toys import Pair, edit_json, save_checkpoint
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 from genssd.engine.segments import append_tokens
 from genssd.kernels import native
-from genssd.kernels.activation import swiglu_reference
+from genssd.kernels.activation import geglu_reference, swiglu_reference
 from genssd.kernels.activation_triton import gated_rows
 from genssd.kernels.attention import SEGMENT_TOKENS, SegmentTable, paged_attention_reference
 from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows
@@ -51,12 +52,23 @@ LAUNCH = AttentionLaunch(
     ),
     interpret=True,
 )
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+TWO_LAYERS = {"gemma2": TWO_KINDS, "gemma3": TWO_KINDS, "olmo3": TWO_KINDS}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1, "vocab_size": 260}
 
 
-def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: SegmentTable | DeviceTable, *, scale: float) -> Tensor:
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: SegmentTable | DeviceTable,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
     there = table if isinstance(table, DeviceTable) else DeviceTable.upload(table, CPU)
-    return attend_rows(q, k_pages, v_pages, there, scale, None, None, launch=LAUNCH)
+    return attend_rows(q, k_pages, v_pages, there, scale, softcap, sinks_H, launch=LAUNCH)
 
 
 def write(
@@ -78,6 +90,7 @@ OPERATORS = {
         "rms_norm": rms_norm_rows,
         "add_rms_norm": add_rms_norm_rows,
         "swiglu": functools.partial(gated_rows, gate="silu"),
+        "geglu": functools.partial(gated_rows, gate="gelu"),
     },
     "plain": {
         "paged_attention": paged_attention_reference,
@@ -85,6 +98,7 @@ OPERATORS = {
         "rms_norm": rms_norm_reference,
         "add_rms_norm": add_rms_norm_reference,
         "swiglu": swiglu_reference,
+        "geglu": geglu_reference,
     },
 }
 
@@ -121,6 +135,19 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
         scores = ([record.score for record in selection.tree] for selection in (ours, plain))
         assert next(scores) == pytest.approx(next(scores), rel=1e-4)
     assert max(len(selection.best.token_ids) for selection in found["triton"]) > 4
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi4-mini", "olmo3"])
+@torch.inference_mode()
+def test_families_in_one_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms with an offset, softcaps, two rotary embeddings and one of a part of each head, against transformers."""
+    kind, options = next(case.values for case in FAMILY_CASES if case.id == name)
+    hf = save_family(tmp_path, kind, {**options, "num_hidden_layers": 2, **TWO_LAYERS.get(name, {})})
+    put_in_place("triton", monkeypatch)
+    runner = load(tmp_path, Decoder.load(tmp_path, torch.float32, CPU))
+    ids = list(range(40, 76))  # beyond the windows, and the original context of scaled rotary embeddings
+    (hidden,) = runner.extend([runner.tree.root()], [ids])
+    torch.testing.assert_close(runner.logits(hidden), hf(torch.tensor([ids])).logits[0], atol=2e-4, rtol=0)
 
 
 def load(directory: Path, decoder: Decoder) -> PagedRunner:
