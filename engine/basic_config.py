@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from genssd.engine.config_fields import check_fields, check_sizes, modernize
 from genssd.engine.config_files import read_fields
 from genssd.engine.errors import CheckpointError
-from genssd.engine.families.registry import FAMILIES
+from genssd.engine.families.registry import FAMILIES, is_family
 from genssd.engine.quoting import one_line, quote
 from genssd.engine.wrappers import text_part
 
@@ -72,7 +72,7 @@ def is_known_to_transformers(fields: Mapping[str, object]) -> bool:
 
 def is_supported(fields: Mapping[str, object]) -> bool:
     """Return whether the engine's decoder computes the model of a config.json, or its text part."""
-    return (text_part(fields) or fields).get("model_type") in FAMILIES
+    return is_family((text_part(fields) or fields).get("model_type"))
 
 
 def make_transformers_config(fields: Mapping[str, object], path: Path) -> Any:

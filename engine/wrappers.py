@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from genssd.engine.families.registry import FAMILIES
+from genssd.engine.families.registry import FAMILIES, is_family
 
 INHERITED = ("eos_token_id", "bos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
 """Fields that a text part takes from the config around it where it does not have them itself."""
@@ -21,7 +21,7 @@ KEY_MAPPING = {r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.", r"
 def text_part(fields: Mapping[str, object]) -> Mapping[str, object] | None:
     """Return the fields of the text part of a config.json; None where there is none that is a model by itself."""
     part, kind = fields.get("text_config"), fields.get("model_type")
-    if not isinstance(part, Mapping) or kind in FAMILIES or not _is_language_model(part.get("model_type")):
+    if not isinstance(part, Mapping) or is_family(kind) or not _is_language_model(part.get("model_type")):
         return None
     inherited = {name: fields[name] for name in INHERITED if part.get(name) is None and fields.get(name) is not None}
     return {**part, **inherited}

@@ -5,3 +5,8 @@ from __future__ import annotations
 from genssd.engine.families import experts, gemma, llama, olmo, phi, qwen
 
 FAMILIES = llama.FAMILIES | qwen.FAMILIES | gemma.FAMILIES | phi.FAMILIES | olmo.FAMILIES | experts.FAMILIES
+
+
+def is_family(model_type: object) -> bool:
+    """Return whether a value of the field model_type, which may be anything in JSON, names one of the families."""
+    return isinstance(model_type, str) and model_type in FAMILIES

@@ -93,6 +93,8 @@ def test_a_broken_shard_index(tmp_path: Path, content: str) -> None:
         ({"model_type": "mamba"}, r"weights are missing or misshapen: backbone\."),
         ({"model_type": "marmot"}, r"transformers has no model_type 'marmot'"),
         ({"model_type": None}, r"transformers has no model_type None"),
+        ({"model_type": {"a": 1}}, r"transformers has no model_type \{'a': 1\}"),
+        ({"model_type": ["llama"], "text_config": {"model_type": []}}, r"transformers has no model_type \['llama'\]"),
         ({"hidden_size": None}, r"has no field 'hidden_size'"),
         ({"vocab_size": None}, r"has no field 'vocab_size'"),
         ({"num_hidden_layers": "two"}, r"num_hidden_layers must be a positive integer, not 'two'"),
