@@ -7,29 +7,18 @@ import threading
 
 import pytest
 import torch
+from support.small_pages import small_pages
 from support.toys import Pair
 
 from genssd.engine.branch import Branch
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
 from genssd.engine.sampling import Sampling
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 FIVE = Chunk(tokens=5, until=None)
 PAGE_BYTES = 16 * 1024  # of both models' pages of 16 tokens
-
-
-def small_pages(pair: Pair, num_pages: int) -> Engine:
-    """An engine whose two caches have pages of three tokens."""
-    engine = pair.engine()
-    for role, runner in engine._resources.runners.items():
-        pool = PagePool.for_model(runner.decoder, num_pages, page_size=3)
-        pool.kv.fill_(torch.nan)
-        engine._resources.runners[role] = PagedRunner(role, runner.directory, runner.decoder, pool)
-    return engine
 
 
 def grown(root: Branch, n: int) -> list[Branch]:
@@ -167,7 +156,7 @@ def test_max_tokens_is_for_the_whole_response(engine: Engine) -> None:
 
 def test_suspended_branches_come_back_with_each_token_of_their_tree_computed_once(pair: Pair) -> None:
     """They hold the same pages as before, and go on to the same candidates."""
-    engine = small_pages(pair, 90)
+    engine = small_pages(pair, 90, page_size=3)
     root = engine.branch(PROMPT, seed=4)
     first = grown(root, 4)[:2]
     leaves = [leaf for branch in first for leaf in grown(branch, 3)[:2]]

@@ -10,11 +10,11 @@ from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 
 
-def small_pages(pair: Pair, num_pages: int) -> Engine:
-    """An engine whose two caches have pages of one token, so that a few short prompts fill them."""
+def small_pages(pair: Pair, num_pages: int, page_size: int = 1) -> Engine:
+    """An engine whose two caches have pages of so few tokens that a few short prompts fill them."""
     engine = pair.engine()
     for role, runner in engine._resources.runners.items():
-        pool = PagePool.for_model(runner.decoder, num_pages, page_size=1)
+        pool = PagePool.for_model(runner.decoder, num_pages, page_size)
         pool.kv.fill_(torch.nan)
         engine._resources.runners[role] = PagedRunner(role, runner.directory, runner.decoder, pool)
     return engine

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from support.fake_cuda import FakeCuda
+from support.families import FAMILY_CASES, save_family
 from support.tiny_pair import TinyPair
-from support.toys import Pair, edit_json, save_checkpoint
+from support.toys import Pair, edit_json, save_checkpoint, save_tokenizer
 from support.training_runs import config_for, metrics
 
 from genssd.distill.answers.forms import CORRECT, WRONG, Verdict
@@ -32,6 +33,7 @@ from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 
 DEVICE = "cuda:0"
+FAMILIES = ("ministral3", "smollm3", "granite", "gemma2", "gemma3", "phi4-mini", "olmo3", "mixtral", "gpt-oss")
 Write = Callable[..., Path]
 
 
@@ -58,6 +60,22 @@ def test_scores(pair: Pair) -> None:
         for ours, plain in zip(scores, expected, strict=True):
             torch.testing.assert_close(ours.logprob.cpu(), plain.logprob, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(ours.entropy.cpu(), plain.entropy, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "options"), [case for case in FAMILY_CASES if case.id in FAMILIES])
+def test_families(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Scores, and drawn tokens over captured steps, of what only some families compute: experts, sinks, scales."""
+    save_family(tmp_path, kind, options)
+    save_tokenizer(tmp_path)
+    settings: dict[str, Any] = {"dtype": "float32", "memory_bytes": 1 << 22}
+    writing: dict[str, Any] = {"model": "student", "max_tokens": 3, "seed": 1}
+    plain = Engine.from_pretrained(student=tmp_path, **settings)
+    expected = plain.score(PROMPTS[:1], [[1, 2, 3]]), plain.generate(PROMPTS[1:], **writing)
+    with FakeCuda():
+        engine = Engine.from_pretrained(student=tmp_path, device=DEVICE, **settings)
+        (scored,), ((written,),) = engine.score(PROMPTS[:1], [[1, 2, 3]]), engine.generate(PROMPTS[1:], **writing)
+        torch.testing.assert_close(scored.logprob.cpu(), expected[0][0].logprob, atol=1e-3, rtol=1e-3)
+        assert written.token_ids == expected[1][0][0].token_ids
 
 
 SEARCHES: dict[str, dict[str, Any]] = {
