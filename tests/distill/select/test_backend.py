@@ -9,33 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import selections
+from support.selections import PROMPTS
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 
-from genssd import Chunk, Engine, Sampling
+from genssd import Engine
 from genssd.distill.runs.journal import CHECKSUM
 from genssd.distill.select.run import SelectConfig, run_select
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
-PROMPTS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "one"}, {"prompt": "four"}]
 
 
 def config_for(pair: TinyPair, data: Path, output_dir: Path, **changes: Any) -> SelectConfig:
-    base = SelectConfig(
-        teacher=str(pair.teacher),
-        student=str(pair.student),
-        data=str(data),
-        output_dir=str(output_dir),
-        candidates=2,
-        chunk=Chunk(tokens=3, until=None),
-        max_tokens=8,
-        dtype="float32",
-        memory_bytes=1 << 24,
-        sampling=Sampling(),
-        backend="transformers",
-    )
-    return dataclasses.replace(base, **changes)
+    return selections.config_for(pair, data, output_dir, **{"dtype": "float32", "backend": "transformers", **changes})
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

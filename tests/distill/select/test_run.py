@@ -14,33 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 from support.progress import Recorder
+from support.selections import PROMPTS, config_for
 from support.tiny_pair import TinyPair
 
-from genssd import Chunk, Engine, Sampling
+from genssd import Chunk, Engine
 from genssd.distill.data.problems import read_problems
 from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.run import Run
 from genssd.distill.select.resuming import keep_complete
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.run import run_select
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
-PROMPTS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "one"}, {"prompt": "four"}]
-
-
-def config_for(pair: TinyPair, data: Path, output_dir: Path, **changes: Any) -> SelectConfig:
-    base = SelectConfig(
-        teacher=str(pair.teacher),
-        student=str(pair.student),
-        data=str(data),
-        output_dir=str(output_dir),
-        candidates=2,
-        chunk=Chunk(tokens=3, until=None),
-        max_tokens=8,
-        memory_bytes=1 << 24,
-        sampling=Sampling(),
-    )
-    return dataclasses.replace(base, **changes)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
