@@ -1,8 +1,7 @@
 """Continuous batching of expansions: candidates are decoded together, whatever branch and prompt they belong to.
 
 An expansion is a request for n candidates of one branch. Its candidates decode one token per step, in one batch with
-those of all others; when the last of them is complete the student scores them, on its own pages, each new token once.
-The first token of a chunk is scored from the last hidden state of the branch, so no prefix is ever computed again.
+those of all others; when the last of them is complete the student scores them (candidate_scoring.py).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch
+from genssd.engine.candidate_scoring import CandidateScorer, fork_path
 from genssd.engine.drawing import Drawing
 from genssd.engine.expansion import Expansion, Lane
 from genssd.engine.page_budget import PageBudget, Reservations
@@ -22,28 +22,23 @@ from genssd.engine.restoring import restore_shared
 from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import computes
-from genssd.engine.token_map import TokenMap
-from genssd.engine.token_runs import TokenRun, response_place, run_statistics
-from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
 
 
 class Expander:
     """The decoding batch of one session: it runs expansions with one way of drawing tokens.
 
-    scorer: the model that scores complete candidates, None for none; a scorer that is one of the drawing's readers has
-    judged them token by token already, and scores nothing. token_map: how the scorer reads drawn tokens.
-    end_token_ids: tokens that end a response. max_batch: maximum number of candidates decoded at once. usage: counts of
-    the engine, which every step raises.
+    scorer: what scores complete candidates; None where nothing does, or where the student judges them token by token as
+    a reader of the drawing. end_token_ids: tokens that end a response. max_batch: maximum number of candidates decoded
+    at once. usage: counts of the engine, which every step raises.
     """
 
     def __init__(
         self,
         drawing: Drawing,
-        scorer: ModelRunner | None,
+        scorer: CandidateScorer | None,
         tokenizer: Tokenizer,
         *,
-        token_map: TokenMap,
         end_token_ids: frozenset[int],
         max_batch: int,
         usage: Usage,
@@ -52,11 +47,11 @@ class Expander:
         self._drawing = drawing
         self._scorer = scorer
         self._tokenizer = tokenizer
-        self.token_map = token_map
         self._end_token_ids = end_token_ids
         self._max_batch = max_batch
         self.usage = usage
-        self._runners = [drawing.writer] if scorer is None else [drawing.writer, scorer]
+        others = [reader for reader in drawing.readers if reader is not drawing.writer]
+        self._runners = [drawing.writer, *others] if scorer is None else [drawing.writer, scorer.runner]
         self._budget = PageBudget(self._runners, reservations)
         self._lanes: list[Lane] = []
 
@@ -118,7 +113,7 @@ class Expander:
     def step(self) -> list[Expansion]:
         """Decode one token of every candidate in the batch; return the expansions that are complete and scored.
 
-        Those with a `missing_token` are complete and not scored.
+        Those that are `unreadable` are complete and not scored.
         """
         batch, waiting = self._split_lanes()
         for runner in self._runners:
@@ -138,13 +133,8 @@ class Expander:
             elif lane.expansion.num_unfinished == 0:
                 complete.append(lane.expansion)
         self._lanes = running + waiting
-        if self._scorer is not None and self._scorer not in self._drawing.readers and complete:
-            for expansion in complete:
-                tokens = [token for child in expansion.children for token in child.chunk]
-                expansion.missing_token = self.token_map.find_missing(tokens)
-            readable = [expansion for expansion in complete if expansion.missing_token is None]
-            if readable:
-                self._score(self._scorer, readable)
+        if self._scorer is not None and complete:
+            self._scorer.score(complete)
         for expansion in complete:
             self._budget.release(expansion)
         return complete
@@ -173,7 +163,7 @@ class Expander:
         opened = lane.candidate_lane(self._tokenizer)
         if opened is not lane:
             for runner in self._drawing.readers:
-                _fork_path(runner, lane.expansion.parent, opened.branch)
+                fork_path(runner, lane.expansion.parent, opened.branch)
         return opened
 
     def _take_token(self, lane: Lane, token: int, logprob: float, hidden_D: Tensor | None) -> None:
@@ -199,31 +189,3 @@ class Expander:
             child.ended = "chunk"
         if child.ended is not None:
             lane.expansion.num_unfinished -= 1
-
-    def _score(self, scorer: ModelRunner, complete: Sequence[Expansion]) -> None:
-        """Extend the scorer over the new tokens of every candidate and set their statistics."""
-        scored = [(expansion, child) for expansion in complete for child in expansion.children]
-        chunks = [self.token_map.translate(child.chunk, expansion.label) for expansion, child in scored]
-        paths = [_fork_path(scorer, expansion.parent, child) for expansion, child in scored]
-        states = scorer.extend(paths, chunks)
-        runs = []
-        for (expansion, child), chunk, states_ND in zip(scored, chunks, states, strict=True):
-            before_D = expansion.parent.state(scorer.role).hidden
-            runs.append(TokenRun(tokens=chunk, before_D=before_D, states_ND=states_ND[:-1]))
-            child.state(scorer.role).hidden = states_ND[-1].clone()  # a view would keep the whole batch alive
-
-        def place(index: int, offset: int) -> str:
-            expansion, child = scored[index]
-            return response_place(expansion.label, len(child.history) + offset)
-
-        for (_, child), stats in zip(scored, run_statistics(scorer, runs, place), strict=True):
-            child.stats = stats
-            self.usage.scored_tokens += len(child.chunk)
-
-
-def _fork_path(runner: ModelRunner, parent: Branch, child: Branch) -> Path:
-    """Give a candidate the path of its parent under one model, and return it."""
-    path = parent.state(runner.role).path
-    assert path is not None
-    forked = child.state(runner.role).path = runner.tree.fork(path)
-    return forked

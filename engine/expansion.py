@@ -23,8 +23,10 @@ class Expansion:
     """Candidates made so far."""
     num_unfinished: int = 0
     """Number of the children that are still being decoded."""
+    unreadable: str | None = None
+    """Why the student cannot read a complete candidate, so that none is scored; None where it reads them all."""
     missing_token: int | None = None
-    """Token in a complete candidate that the scorer does not have, so that none is scored; None where it has all."""
+    """The token that it does not have, where that is why."""
 
     @property
     def longest(self) -> int:
@@ -46,7 +48,7 @@ class Expansion:
         self.parent.take_back(self.children)
         self.children = []
         self.num_unfinished = 0
-        self.missing_token = None
+        self.unreadable = self.missing_token = None
 
 
 @dataclass(slots=True, eq=False)

@@ -88,12 +88,10 @@ class SearchScheduler:
             prompt = self._prompt_of.pop(expansion, None)
             if prompt is None:  # it has failed in this step
                 continue
-            if expansion.missing_token is not None:
+            if expansion.unreadable is not None:
                 for other in prompt.round:
                     self._prompt_of.pop(other, None)
-                token_map, token = self._expander.token_map, expansion.missing_token
-                error = f"the {token_map.writer} wrote {token_map.describe_missing(token)}"
-                yield self._fail(prompt, error, missing_token=token)
+                yield self._fail(prompt, expansion.unreadable, missing_token=expansion.missing_token)
                 continue
             prompt.num_unfinished -= 1
             if prompt.num_unfinished == 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.candidate import Window
+from genssd.engine.candidate_scoring import CandidateScorer
 from genssd.engine.chunk import Chunk
 from genssd.engine.drawing import Drawing, WriterDrawing, chunk_topk
 from genssd.engine.errors import CapacityError, InputError
@@ -44,7 +45,7 @@ class Session:
         greedy_first: bool = False,
     ) -> None:
         runner = resources.runner(writer)
-        scorer = resources.runner("student") if scored or rsd is not None else None
+        student = resources.runner("student") if scored or rsd is not None else None
         self._resources = resources
         self._writer = runner
         self._tokenizer = resources.tokenizer(writer)
@@ -59,15 +60,15 @@ class Session:
                 runner, sampling, vocabulary=vocabulary, num_topk=num_topk, greedy_first=greedy_first
             )
         else:
-            assert scorer is not None
+            assert student is not None
             _check_same_tokens(resources)
-            drawing = ReverseSpeculativeDrawing(rsd, runner, scorer, sampling, vocabulary=vocabulary)
+            drawing = ReverseSpeculativeDrawing(rsd, runner, student, sampling, vocabulary=vocabulary)
             writers.append("student")
+        judges_tokens = student in drawing.readers
         self.expander = Expander(
             drawing,
-            scorer,
+            None if student is None or judges_tokens else CandidateScorer(student, self._token_map, resources.usage),
             self._tokenizer,
-            token_map=self._token_map,
             # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
             max_batch=resources.max_batch,
