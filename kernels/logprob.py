@@ -315,7 +315,8 @@ def _linear_logprob_triton(
     topk: int,
     checked: bool,
 ) -> OperatorOutputs:
-    if hidden_ND.dtype == torch.float64 or topk:  # the Triton kernel computes no top k
+    # the Triton kernel computes no top k, and its descriptors take no tensor without rows
+    if hidden_ND.dtype == torch.float64 or topk or not len(hidden_ND):
         return _score_in_blocks(hidden_ND, weight_VD, target_N, bias, temperature, softcap, topk, checked)
     # imported here, because Triton need not be installed where there is no GPU
     from genssd.kernels.head_triton import choose_launch

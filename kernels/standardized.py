@@ -73,8 +73,9 @@ def linear_standardized_kl(
             for i in range(0, len(used), size)
         ]
     wide = torch.promote_types(dtype, torch.float32)
-    losses = torch.cat(parts) if parts else student.sum(dtype=wide)[None][:0]
-    total = (losses * weight_N[used]).sum() + 0.0 * student.sum(dtype=wide)
+    nothing = student_hidden_ND[:0].sum(dtype=wide) + student_weight_VD[:0].sum(dtype=wide)  # gradients without rows
+    losses = torch.cat(parts) if parts else weight_N[used]
+    total = (losses * weight_N[used]).sum() + nothing
     losses_N = torch.zeros(len(weight_N), dtype=wide, device=student.device)
     losses_N[used] = losses.detach()
     return HeadLoss(total, losses_N)

@@ -10,7 +10,7 @@ from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.train.batches import Layout
-from genssd.distill.train.losses import LossOptions
+from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.on_policy import RolloutOptions
 from genssd.engine.errors import InputError
 from genssd.engine.selection import STATUSES

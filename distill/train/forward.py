@@ -18,7 +18,8 @@ from genssd.distill.train.key_attention import (
     compute_key_attention_loss,
     find_key_words,
 )
-from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, LossSums, compute_loss, read_topk
+from genssd.distill.train.loss_options import LossOptions
+from genssd.distill.train.losses import CompletionTokens, Head, LossSums, compute_loss, read_topk
 from genssd.distill.train.models import Teacher, compute_completion_states
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import CapacityError

@@ -20,6 +20,8 @@ On completions that the student wrote itself (on-policy) the loss is the diverge
 estimated from the sampled tokens: sampled_reverse_kl has the value log p - log q and the gradient (log p - log q) grad
 log p, whose mean over samples is that of KL(p|q) (on-policy distillation).
 
+span_kl, uld and sampled_reverse_kl are also defined where the teacher has another tokenizer (span_losses.py).
+
 Shapes:  M completion tokens   D hidden size   V vocabulary
 """
 
@@ -27,141 +29,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
-from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.settings import ModelPath
-from genssd.distill.train.key_attention import KeyAttentionOptions
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.distill.train.loss_options import SPAN_LOSSES, LossOptions
+from genssd.distill.train.span_losses import SpanHead, sum_span_losses
 from genssd.kernels.cross_entropy import linear_cross_entropy
-from genssd.kernels.divergence import VocabularyRule, linear_divergence
-from genssd.kernels.head import COLDEST
+from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
 from genssd.kernels.standardized import linear_standardized_kl
-from genssd.kernels.topk_divergence import TailRule, topk_divergence
-
-KdLoss = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "sampled_reverse_kl", "distillm2"
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossOptions:
-    """Options of the training loss."""
-
-    NEEDS: ClassVar[Needs] = {
-        **{
-            name: Need(lambda o: o.uses_divergence, "a kd_ratio above 0")
-            for name in ("kd_loss", "kd_standardize", "kd_topk", "mask_special_tokens", "temperature")
-        },
-        "beta": Need(
-            lambda o: o.uses_divergence and o.kd_loss in ("jsd", "distillm2"),
-            "kd_loss jsd or distillm2, and a kd_ratio above 0",
-        ),
-        "alpha": Need(
-            lambda o: o.uses_divergence and o.kd_loss in ("skew_forward_kl", "skew_reverse_kl", "distillm2"),
-            "kd_loss skew_forward_kl, skew_reverse_kl or distillm2, and a kd_ratio above 0",
-        ),
-        "kd_tail": Need(
-            lambda o: o.uses_divergence and (o.uses_rows or o.kd_topk > 0),
-            "a kd_ratio above 0 with the top k of the rows, or with kd_topk",
-        ),
-        "kd_vocabulary": Need(
-            lambda o: o.uses_divergence and o.uses_teacher and not o.kd_topk and not o.kd_standardize,
-            "a kd_ratio above 0 with a teacher in memory, without kd_topk and kd_standardize",
-        ),
-    }
-
-    teacher_model_name_or_path: ModelPath[str | None] = None
-    """Hub id or local directory of a teacher that is loaded next to the student, for kd_ratio > 0. None: the
-    teacher's top k is read from the rows (`select --teacher-topk`)."""
-    kd_ratio: float = 0.0
-    """Weight of the divergence from the teacher in the loss, in [0, 1]; that of the cross-entropy is 1 - kd_ratio."""
-    kd_loss: KdLoss = "forward_kl"
-    """Divergence of the student p from the teacher q: forward_kl is KL(q|p), reverse_kl is KL(p|q);
-    distill/train/losses.py defines all of them."""
-    kd_standardize: bool = False
-    """Take the divergence between standardised logits; needs kd_loss forward_kl and a teacher in memory."""
-    kd_topk: int = 0
-    """Number of most likely tokens of the teacher in memory over which the divergence is taken; 0: the whole
-    vocabulary. With kd_loss reverse_kl and kd_tail renormalize this is the local support matching of 2603.25562."""
-    mask_special_tokens: bool = False
-    """Leave the positions of special tokens out of the divergence; the two models may use these tokens differently."""
-    key_attention: KeyAttentionOptions = field(default_factory=KeyAttentionOptions)
-    """Loss on the difference between the student's and the teacher's attention to key words, added to the other losses
-    (MoLSAKI); needs a teacher in memory."""
-    lmbda: float = 0.0
-    """Probability that an optimizer step is on-policy: the student writes the completions itself (GKD)."""
-    beta: float = 0.5
-    """Mixing weight of jsd, in (0, 1): near 0 it is like forward KL, near 1 like reverse KL. With distillm2: the
-    weight of the rejected completions, in [0, 2]."""
-    alpha: float = 0.1
-    """Mixing weight alpha of the skewed KL divergences, in [0, 1)."""
-    temperature: float = 1.0
-    """Temperature that divides both models' logits in the divergence."""
-    kd_tail: TailRule = "bucket"
-    """Treatment of the tokens outside the top k: bucket joins them into one outcome, renormalize leaves them out and
-    renormalises both distributions."""
-    kd_vocabulary: VocabularyRule = "restrict"
-    """Vocabulary of the two softmaxes where the heads are padded to different widths: restrict takes both over the ids
-    that both models have, drop takes each over its own ids."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("kd_ratio", "lmbda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
-        if self.lmbda and not self.uses_teacher:
-            raise InputError("lmbda: what the student writes is judged by a teacher; give a teacher and a kd_ratio")
-        if self.kd_topk < 0 or (self.kd_topk and not self.uses_teacher):
-            raise InputError("kd_topk is at least 0, and of a teacher in memory: give --teacher-model-name-or-path")
-        if self.kd_loss == "sampled_reverse_kl" and (self.kd_topk or self.lmbda < 1.0):
-            raise InputError(
-                "sampled_reverse_kl is an estimate over the student's own draws: it needs lmbda 1, no kd_topk"
-            )
-        if self.kd_standardize and (self.kd_loss != "forward_kl" or self.kd_topk or not self.uses_teacher):
-            raise InputError("kd_standardize is forward_kl against a teacher in memory, over the whole vocabulary")
-        pairs = self.kd_loss == "distillm2"
-        if pairs and (not 0.0 <= self.beta <= 2.0 or self.kd_topk or self.lmbda or not self.uses_teacher):
-            raise InputError("distillm2 needs a teacher in memory, beta in [0, 2], no kd_topk and no lmbda")
-        if self.kd_loss == "jsd" and not 0.0 < self.beta < 1.0:
-            raise InputError(f"beta must lie in (0, 1), not {self.beta}; its limits are forward_kl and reverse_kl")
-        if not 0.0 <= self.alpha < 1.0:
-            raise InputError(f"alpha must lie in [0, 1), not {self.alpha}")
-        if self.temperature < COLDEST:
-            raise InputError(f"temperature must be at least {COLDEST:g}, not {self.temperature}")
-        if self.teacher_model_name_or_path is not None and not self.uses_teacher:
-            raise InputError("a teacher was given, but kd_ratio is 0: give --kd-ratio, up to 1")
-        if self.key_attention.weight and not self.uses_teacher:
-            raise InputError("key_attention needs a teacher in memory: give --teacher-model-name-or-path")
-        from_rows = self.kd_ratio > 0.0 and self.teacher_model_name_or_path is None
-        if from_rows and self.temperature != 1.0 and self.kd_tail == "bucket":
-            raise InputError(
-                "the rows' top k were taken at temperature 1 and say nothing of the tail at another: use "
-                "--kd-tail renormalize, temperature 1, or a teacher in memory"
-            )
-
-    @property
-    def uses_divergence(self) -> bool:
-        """Whether the loss has a divergence from the teacher. That of an on-policy step is nothing else."""
-        return self.kd_ratio > 0.0 or self.lmbda > 0.0
-
-    @property
-    def uses_rows(self) -> bool:
-        """Whether the teacher's top k is read from the rows of the data."""
-        return self.kd_ratio > 0.0 and self.teacher_model_name_or_path is None
-
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether a teacher is loaded next to the student."""
-        needs_teacher = self.kd_ratio > 0.0 or self.key_attention.weight > 0.0
-        return needs_teacher and self.teacher_model_name_or_path is not None
+from genssd.kernels.topk_divergence import topk_divergence
 
 
 class Head(NamedTuple):
@@ -188,6 +69,19 @@ class CompletionTokens:
     """Whether the student under training wrote the completions."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanTargets:
+    """What a teacher says of the completions in its own tokens, and the student's part in the spans."""
+
+    teacher: SpanHead
+    student_span_M: Tensor
+    """Index of the span of each of the student's completion tokens, int64 [M]; see span_losses.py."""
+
+
+Targets = Head | TopK | SpanTargets
+"""The teacher's distributions: its states and head, or its top k, for the student's tokens; or in tokens of its own."""
+
+
 class LossSums(NamedTuple):
     """Sums of the losses of a forward pass."""
 
@@ -206,13 +100,13 @@ def compute_loss(
     options: LossOptions,
     student: Head,
     tokens: CompletionTokens,
-    teacher: Head | TopK | None = None,
+    teacher: Targets | None = None,
     *,
     special_ids: Sequence[int] = (),
 ) -> LossSums:
     """Compute the loss of M completion tokens.
 
-    teacher: its states and head, or its top k, for the same tokens. special_ids: see `mask_special_tokens`.
+    teacher: what it says of the same tokens, or of the same text. special_ids: see `mask_special_tokens`.
     """
     total = student.hidden_MD.new_zeros((), dtype=torch.float32)
     cross_entropy = divergence = None
@@ -237,9 +131,12 @@ def compute_loss(
     return LossSums(total, cross_entropy, divergence)
 
 
-def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head | TopK) -> Tensor:
+def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Targets) -> Tensor:
     """Return the weighted sum of the divergence over the tokens."""
     kind = options.kd_loss
+    if isinstance(teacher, SpanTargets) or kind in SPAN_LOSSES:
+        assert not isinstance(teacher, TopK)
+        return _sum_over_spans(options, student, tokens, teacher)
     if isinstance(teacher, Head) and options.kd_standardize:
         temperature, weight_M = options.temperature, tokens.weight_M
         return linear_standardized_kl(*student[:2], *teacher[:2], temperature=temperature, row_weight=weight_M).total
@@ -275,6 +172,19 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
     return linear_divergence(
         *student[:2], *teacher[:2], vocabulary=options.kd_vocabulary, teacher_softcap=teacher.softcap, **arguments
     ).total
+
+
+def _sum_over_spans(
+    options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head | SpanTargets
+) -> Tensor:
+    """Return the weighted sum of a loss over spans of text; with one tokenizer every token is a span."""
+    if isinstance(teacher, Head):
+        span_M = torch.arange(len(tokens.target_M), device=tokens.target_M.device)
+        teacher = SpanTargets(teacher=SpanHead(*teacher, tokens.target_M, span_M), student_span_M=span_M)
+    kind = options.kd_loss
+    assert kind == "span_kl" or kind == "uld" or kind == "sampled_reverse_kl"
+    side = SpanHead(*student, tokens.target_M, teacher.student_span_M)
+    return sum_span_losses(kind, side, teacher.teacher, tokens.weight_M, temperature=options.temperature)
 
 
 def _sum_pair_divergence(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head) -> Tensor:

@@ -11,6 +11,7 @@ from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.sampling import linear_sample
+from genssd.kernels.sorted_distance import linear_sorted_distance
 from genssd.kernels.topk_divergence import topk_divergence
 
 MIB = 1 << 20
@@ -58,6 +59,10 @@ def _topk_divergence(hidden: Tensor, weight: Tensor, target: Tensor) -> object:
     )
 
 
+def _sorted_distance(hidden: Tensor, weight: Tensor, _: Tensor) -> object:
+    return _differentiate(lambda h, w: linear_sorted_distance(h, w, hidden, weight).total)(hidden, weight, _)
+
+
 BUDGETS: dict[str, tuple[Run, int]] = {
     "score": (linear_logprob, 64),
     "draw": (linear_sample, 320),  # 256 of logits
@@ -67,5 +72,6 @@ BUDGETS: dict[str, tuple[Run, int]] = {
     "cross-entropy, frozen head": (_cross_entropy(frozen=True), 2400),
     "divergence": (_divergence, 2600),
     "divergence from top k": (_topk_divergence, 1600),
+    "sorted distance": (_sorted_distance, 3600),
 }
 """Each operator and the largest number of MiB that it allocates at once, its results and gradients included."""

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from genssd.distill.train.activations import BatchShape, estimate_training_bytes
 from genssd.distill.train.batches import TokenRow, build_token_batch
 from genssd.distill.train.config import TrainConfig
-from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, compute_loss
+from genssd.distill.train.loss_options import LossOptions
+from genssd.distill.train.losses import CompletionTokens, Head, compute_loss
 from genssd.distill.train.models import compute_completion_states
 
 

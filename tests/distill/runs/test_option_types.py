@@ -17,7 +17,7 @@ import pytest
 import genssd
 from genssd.commands import COMMANDS
 from genssd.distill.train.key_attention import KeyAttentionOptions
-from genssd.distill.train.losses import LossOptions
+from genssd.distill.train.loss_options import LossOptions
 from genssd.engine.errors import InputError
 
 NAN, INF, HALF = math.nan, math.inf, "half \ud800 of a pair"

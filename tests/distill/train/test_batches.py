@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import ExampleBatch, TokenRow, build_token_batch
 from genssd.distill.train.forward import ForwardPass
-from genssd.distill.train.losses import LossOptions
+from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.models import Teacher, check_layout, compute_completion_states
 from genssd.engine.errors import InputError
 from genssd.engine.token_map import TokenMap

@@ -24,7 +24,7 @@ from genssd.distill.select.reselect import ReselectConfig, run_reselect
 from genssd.distill.select.run import SelectConfig, run_select
 from genssd.distill.train import evaluation, forward
 from genssd.distill.train.config import TrainConfig
-from genssd.distill.train.losses import LossOptions
+from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError, NumericsError

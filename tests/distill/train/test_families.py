@@ -13,7 +13,7 @@ from support.toys import VOCAB, save_checkpoint, save_tokenizer
 from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.forward import ForwardPass
-from genssd.distill.train.losses import LossOptions
+from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.models import check_layout, load_teacher
 from genssd.distill.train.on_policy import RolloutOptions, RolloutPlan, Rollouts
 from genssd.engine.errors import InputError

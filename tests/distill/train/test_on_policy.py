@@ -16,7 +16,8 @@ from genssd import Engine
 from genssd.distill.data.examples import Example
 from genssd.distill.train import on_policy
 from genssd.distill.train.config import TrainConfig
-from genssd.distill.train.losses import CompletionTokens, Head, LossOptions, compute_loss
+from genssd.distill.train.loss_options import LossOptions
+from genssd.distill.train.losses import CompletionTokens, Head, compute_loss
 from genssd.distill.train.on_policy import RolloutOptions, RolloutPlan, Rollouts
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError

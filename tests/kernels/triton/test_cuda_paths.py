@@ -178,6 +178,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "jsd": {"kd_ratio": 0.5, "kd_loss": "jsd", "mask_special_tokens": True},
     "top-k": {"kd_ratio": 0.5, "kd_topk": 5},
     "standardized": {"kd_ratio": 0.5, "kd_standardize": True},
+    "spans": {"kd_ratio": 0.5, "kd_loss": "span_kl"},
+    "sorted": {"kd_ratio": 0.5, "kd_loss": "uld"},
     "on-policy": {"kd_ratio": 0.5, "lmbda": 1.0, "rollout": RolloutOptions(max_tokens=2, memory_bytes=1 << 20)},
     "sampled": {
         "kd_ratio": 0.5, "lmbda": 1.0, "kd_loss": "sampled_reverse_kl",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from genssd.kernels.logprob import linear_logprob
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import rotary_angles
 from genssd.kernels.sampling import gumbel_noise, linear_sample, sample
+from genssd.kernels.sorted_distance import linear_sorted_distance
 from genssd.kernels.standardized import linear_standardized_kl
 from genssd.kernels.topk_divergence import topk_divergence
 
@@ -95,7 +97,7 @@ def loss_gradients(x: Inputs, loss: Callable[[Tensor, Tensor], Any], *, frozen: 
 
 def cross_entropy(x: Inputs, **options: Any) -> Any:
     target, weight = x.integers(VOCABULARY, ROWS), x.normal(ROWS).abs()
-    target[1] = -100
+    target[1:2] = -100
     return loss_gradients(x, lambda h, w: linear_cross_entropy(h, w, target, row_weight=weight, softcap=9.0), **options)
 
 
@@ -113,6 +115,12 @@ def topk_loss(x: Inputs, **options: Any) -> Any:
 def standardized(x: Inputs) -> Any:
     teacher = x.normal(ROWS, WIDTH), x.normal(VOCABULARY, WIDTH)
     return loss_gradients(x, lambda h, w: linear_standardized_kl(h, w, *teacher, temperature=2.0))
+
+
+def sorted_distance(x: Inputs) -> Any:
+    teacher = x.normal(ROWS, WIDTH), x.normal(VOCABULARY + 9, WIDTH)
+    factors = {"student_log_factor_N": -x.normal(ROWS).abs(), "teacher_log_factor_N": -x.normal(ROWS).abs()}
+    return loss_gradients(x, lambda h, w: linear_sorted_distance(h, w, *teacher, student_softcap=5.0, **factors))
 
 
 def noise(x: Inputs) -> Any:
@@ -241,6 +249,7 @@ FUNCTIONS: dict[str, list[Case]] = {
 
 COMPOSED: dict[str, list[Case]] = {
     "linear_standardized_kl": [standardized],
+    "linear_sorted_distance": [sorted_distance],
     "gumbel_noise": [noise],
     "route": [functools.partial(choose_experts, normalize=first, select_first=not first) for first in (False, True)],
 }
@@ -287,6 +296,19 @@ def test_a_path_for_cuda(case: Case, operator: str | None) -> None:
             # the CPU rounds the sum of a wide product's addends to float16
             rounding = 2e-3 if value.dtype == torch.float16 or case is wide_products else 1e-4
             torch.testing.assert_close(result.detach().cpu(), value.detach(), atol=rounding, rtol=rounding)
+
+
+HEADS = ["linear_logprob", "linear_sample", "linear_cross_entropy", "linear_divergence", "topk_divergence"]
+
+
+@pytest.mark.parametrize("name", [*HEADS, *COMPOSED])
+def test_a_batch_without_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", 0)
+    for case in (OPERATORS | COMPOSED)[name]:
+        expected = tree_leaves(case(Inputs(CPU)))
+        with FakeCuda():
+            results = [result.detach().cpu() for result in tree_leaves(case(Inputs(CUDA)))]
+        torch.testing.assert_close(results, [value.detach() for value in expected])
 
 
 def registered_calls() -> Iterator[tuple[str, Any, Any]]:
