@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Literal, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from genssd.engine.candidate import Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_count
+from genssd.engine.reading import ByteSpans, Reading
 from genssd.engine.runner import Role
 from genssd.engine.sampling import child_stream
 from genssd.engine.tree import Path
@@ -41,7 +43,9 @@ class BranchSession(Protocol):
 
     def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]: ...
 
-    def student_ids(self, branch: Branch) -> Sequence[int]: ...
+    def finish_reading(self, branch: Branch) -> None: ...
+
+    def bound_reading(self, branch: Branch, num_tokens: int) -> int: ...
 
     def free_pages(self, branch: Branch) -> None: ...
 
@@ -95,6 +99,8 @@ class Branch:
     """Token ids of the committed response."""
     history_stats: tuple[TokenStats, ...] = ()
     """The student's statistics of each committed chunk."""
+    history_readings: tuple[Reading, ...] = ()
+    """What the student read of each committed chunk; empty where no student reads."""
     history_writer_logprob: tuple[Tensor, ...] = ()
     """The writing model's log-probabilities of each committed chunk's tokens, float32, at temperature 1."""
     history_topk: tuple[TopK, ...] = ()
@@ -103,7 +109,9 @@ class Branch:
     chunk: list[int] = field(default_factory=list)
     """Token ids of the candidate chunk; empty once the branch is committed."""
     stats: TokenStats = field(default_factory=TokenStats.empty)
-    """The student's statistics of the chunk's tokens."""
+    """The student's statistics of the tokens by which the chunk is judged."""
+    reading: Reading | None = None
+    """What the student read of the chunk; None before it is complete, and where no student reads."""
     chunk_writer_logprob: list[float] = field(default_factory=list)
     """The writing model's log-probabilities of the chunk's tokens, at temperature 1."""
     chunk_states: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
@@ -111,6 +119,8 @@ class Branch:
     most likely tokens are kept."""
     substituted: int = 0
     """Number of tokens in the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
+    is_drifted: bool = False
+    """Whether the student's tokens of the whole response are others than those that it read chunk by chunk."""
 
     ended: Ending | None = None
     """Why the chunk ended; None while the branch can be written on."""
@@ -169,6 +179,7 @@ class Branch:
             trace=(*self.trace, index),
             history=self.history,
             history_stats=self.history_stats,
+            history_readings=self.history_readings,
             history_writer_logprob=self.history_writer_logprob,
             history_topk=self.history_topk,
         )
@@ -181,6 +192,11 @@ class Branch:
     def token_ids(self) -> list[int]:
         """Token ids of the whole response, chunk included."""
         return self.history + self.chunk
+
+    @property
+    def student_ids(self) -> tuple[int, ...]:
+        """The student's token ids of the committed response, as far as they are certain."""
+        return tuple(chain.from_iterable(reading.ids for reading in self.history_readings))
 
     @property
     def length(self) -> int:
@@ -198,11 +214,12 @@ class Branch:
         return torch.tensor(self.chunk_writer_logprob)
 
     def candidate(self) -> Candidate:
-        """Return what criteria see of the chunk."""
+        """Return what criteria see of the chunk: the student's tokens of it, where a student reads."""
+        reading = self.reading
         return Candidate(
-            token_ids=tuple(self.chunk),
+            token_ids=tuple(self.chunk) if reading is None else reading.judged_ids,
             stats=self.stats,
-            history_ids=tuple(self.history),
+            history_ids=tuple(self.history) if reading is None else self.student_ids,
             history=self._committed_stats(),
             teacher_logprob=self.writer_logprob,
             history_teacher_logprob=self._committed_writer_logprob(),
@@ -213,13 +230,14 @@ class Branch:
             local_logprob=partial(self.session.local_logprob, self.prompt),
             encode=self.session.encode,
             answer=self.prompt.answer,
+            spans=self._spans(),
         )
 
     def response(self) -> Candidate:
         """Return what criteria see of the whole committed response."""
         return replace(
             self.candidate(),
-            token_ids=tuple(self.history),
+            token_ids=self.student_ids if self.history_readings else tuple(self.history),
             stats=self._committed_stats(),
             history_ids=(),
             history=TokenStats.empty(),
@@ -241,12 +259,16 @@ class Branch:
     def commit(self) -> None:
         """Make the candidate chunk part of the response. Its siblings are not touched."""
         self.history = self.history + self.chunk
-        self.history_stats = (*self.history_stats, self.stats)
+        if self.reading is not None:
+            self.history_readings = (*self.history_readings, self.reading)
+        is_judged_ahead = self.reading is not None and self.reading.is_provisional
+        self.history_stats = (*self.history_stats, TokenStats.empty() if is_judged_ahead else self.stats)
         self.history_writer_logprob = (*self.history_writer_logprob, self.writer_logprob)
         topk = self.session.chunk_topk(self)
         if topk is not None:
             self.history_topk = (*self.history_topk, topk)
         self.chunk, self.stats, self.chunk_writer_logprob, self.chunk_states = [], TokenStats.empty(), [], []
+        self.reading = None
         if self.ended == "chunk":
             self.ended = None
 
@@ -267,7 +289,25 @@ class Branch:
         assert not self.chunk, "only committed branches are suspended"
         self.session.free_pages(self)
         self.teacher = ModelState(pending=[*self.prompt.teacher, *self.history])
-        self.student = ModelState(pending=[*self.prompt.student, *self.session.student_ids(self)])
+        self.student = ModelState(pending=[*self.prompt.student, *self.student_ids])
+
+    def finish_reading(self) -> None:
+        """Have the student read what was held back of an ended response, and check its tokens against the whole text.
+
+        Where they are others, the whole response is scored again. Raises CapacityError without room for that.
+        """
+        self.session.finish_reading(self)
+
+    def _spans(self) -> ByteSpans | None:
+        """Return the bytes in every token of history and chunk; None where the tokens correspond one to one."""
+        readings = [*self.history_readings, *([] if self.reading is None else [self.reading])]
+        if not readings or readings[0].lengths is None:
+            return None
+        student = [length for reading in self.history_readings for length in reading.lengths or ()]
+        return ByteSpans(
+            student=(*student, *((self.reading and self.reading.judged_lengths) or ())),
+            teacher=tuple(length for reading in readings for length in reading.writer_lengths or ()),
+        )
 
     def _committed_stats(self) -> TokenStats:
         return TokenStats.concatenate(self.history_stats) if self.history_stats else TokenStats.empty()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
+from genssd.engine.reading import ByteSpans
 from genssd.engine.steps import step_spans
 from genssd.kernels.logprob import TokenStats
 
@@ -24,19 +25,23 @@ Window = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Candidate:
-    """A chunk that may be kept, or a whole response (its history is empty then). Spans are [start, end)."""
+    """A chunk that may be kept, or a whole response (its history is empty then). Spans are [start, end).
+
+    Its tokens are the student's. Where the student has another tokenizer than the teacher (`spans`), those of a chunk
+    begin with the text that was held back of the chunk before, and end where its own is held back.
+    """
 
     token_ids: tuple[int, ...]
-    """Token ids of the chunk, its end-of-sequence token included."""
+    """The student's token ids of the chunk, its end-of-sequence token included."""
     stats: TokenStats
     """The student's statistics of the chunk's tokens."""
     history_ids: tuple[int, ...] = ()
-    """Token ids of the response before the chunk."""
+    """The student's token ids of the response before the chunk."""
     history: TokenStats = field(default_factory=TokenStats.empty)
     """The student's statistics of the response before the chunk."""
     teacher_logprob: Tensor | None = None
     """Log-probabilities of the chunk's tokens under the model that wrote them, in the search the teacher: float32
-    [tokens], at temperature 1 over the whole vocabulary. None where they were not recorded."""
+    [tokens of the writer], at temperature 1 over the whole vocabulary. None where they were not recorded."""
     history_teacher_logprob: Tensor | None = None
     """Log-probabilities of the response before the chunk under the model that wrote it, float32; None if unknown."""
     final: bool
@@ -54,6 +59,9 @@ class Candidate:
     """Function that returns the token ids of a text without special tokens; None without a tokenizer."""
     answer: str | None = None
     """Reference answer of the prompt, where it is known."""
+    spans: ByteSpans | None = None
+    """Number of bytes in every token of history and chunk, of the student and of the teacher; None where they have the
+    same tokens, so that `teacher_logprob` belongs to `token_ids` one for one."""
 
     def __repr__(self) -> str:
         ending = "finished" if self.finished else "final" if self.final else "not final"
@@ -81,7 +89,8 @@ class Candidate:
         cut = len(self.history_ids) - num_borrowed
         teacher, before = self.teacher_logprob, self.history_teacher_logprob
         if teacher is not None and before is not None:
-            teacher, before = torch.cat((before[cut:], teacher)), before[:cut]
+            num_before = cut if self.spans is None else min(len(before), self.spans.count_teacher_tokens(cut))
+            teacher, before = torch.cat((before[num_before:], teacher)), before[:num_before]
         else:
             teacher = before = None
         return replace(
@@ -93,6 +102,15 @@ class Candidate:
             teacher_logprob=teacher,
             history_teacher_logprob=before,
         )
+
+    def count_bytes(self, first: int) -> int:
+        """Return the number of bytes of text in history and chunk from a token on; the end of sequence has none.
+
+        Raises InputError without a tokenizer.
+        """
+        if self.spans is not None:
+            return sum(self.spans.student[first:])
+        return sum(len(piece.encode()) for piece in self.pieces()[first:])
 
     def pieces(self) -> list[str]:
         """Return the text of each token of history and chunk; the end of sequence has none.

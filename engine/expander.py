@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class Expander:
                 complete.append(lane.expansion)
         self._lanes = running + waiting
         if self._scorer is not None and complete:
-            self._scorer.score(complete)
+            self._scorer.score(complete, partial(self._budget.room, self._scorer.runner))
         for expansion in complete:
             self._budget.release(expansion)
         return complete

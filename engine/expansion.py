@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from genssd.engine.branch import Branch
 from genssd.engine.chunk import Chunk, ChunkEnd
+from genssd.engine.runner import Role
 from genssd.engine.text import TextStream, Tokenizer
 
 
@@ -24,7 +25,7 @@ class Expansion:
     num_unfinished: int = 0
     """Number of the children that are still being decoded."""
     unreadable: str | None = None
-    """Why the student cannot read a complete candidate, so that none is scored; None where it reads them all."""
+    """Why the student cannot read or score a complete candidate; None where it reads them all."""
     missing_token: int | None = None
     """The token that it does not have, where that is why."""
 
@@ -42,6 +43,10 @@ class Expansion:
     def most_tokens(self) -> int:
         """Maximum number of tokens in all candidates together."""
         return self.n * self.longest
+
+    def count_longest(self, role: Role) -> int:
+        """Return how many tokens of one model are reserved for a candidate."""
+        return self.longest if role == "teacher" else self.parent.session.bound_reading(self.parent, self.longest)
 
     def reset(self) -> None:
         """Drop the candidates, as if the expansion had never been submitted."""

@@ -30,9 +30,11 @@ class JudgedCandidate:
     def record(self, attempt: int) -> CandidateRecord:
         """Return what the search's outcome keeps of the candidate. attempt: how often its round was sampled before."""
         assert self.branch.ended is not None
+        assert self.branch.reading is not None
         return CandidateRecord(
             trace=self.branch.trace,
             token_ids=tuple(self.branch.chunk),
+            reading=self.branch.reading,
             stats=self.branch.stats,
             teacher_logprob=self.branch.writer_logprob,
             ended=self.branch.ended,

@@ -16,6 +16,7 @@ from genssd.engine.loading import load_models
 from genssd.engine.memory import choose_device
 from genssd.engine.nodes import NodeReader
 from genssd.engine.options_check import check_arguments
+from genssd.engine.reading import Reader
 from genssd.engine.requests import check_sizes
 from genssd.engine.resources import Resources
 from genssd.engine.runner import Role
@@ -23,7 +24,6 @@ from genssd.engine.sampling import Sampling
 from genssd.engine.session import Session
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import effective_threads
-from genssd.engine.token_map import TokenMap
 from genssd.engine.usage import CacheUse, Usage
 from genssd.kernels.threads import torch_threads
 
@@ -71,7 +71,9 @@ class LoadedEngine:
         fastest kernels for every number of tokens (docs/tuning.md). threads: number of CPU threads, on which no result
         depends; None: torch's number, at most the cores that are given. backend: "genssd" is the engine's own decoder,
         "transformers" transformers' class, which is slower; "auto" takes the own decoder where it knows the model_type.
-        Raises CheckpointError on an unusable directory, InputError on different tokenizers, CapacityError without room.
+        A student with another tokenizer than the teacher's reads the bytes of its text (byte_reader.py). Raises
+        CheckpointError on an unusable directory, InputError on a tokenizer that does not spell bytes, CapacityError
+        without room.
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
@@ -151,9 +153,9 @@ class LoadedEngine:
         return self._resources.runner(model).max_sequence_length
 
     @property
-    def token_map(self) -> TokenMap:
-        """The ids by which the student reads the teacher's tokens."""
-        return self._resources.token_map
+    def reader(self) -> Reader:
+        """How the student reads the teacher's tokens: by ids, or with another tokenizer by the bytes of the text."""
+        return self._resources.reader
 
     @check_arguments()
     def tokenizer(self, model: Role) -> Tokenizer:

@@ -10,10 +10,12 @@ import torch
 
 from genssd.engine.basic_config import is_supported
 from genssd.engine.batching import choose_max_batch
+from genssd.engine.byte_reader import ByteReader
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig, load_config
 from genssd.engine.config_files import read_config
 from genssd.engine.ends import describe_foreign_ends, find_foreign_ends
+from genssd.engine.errors import InputError
 from genssd.engine.language_model import Backend, LanguageModel
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype, describe_float32
@@ -21,12 +23,14 @@ from genssd.engine.model import Decoder
 from genssd.engine.page_list import PageList
 from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool, bytes_of_page, page_size_of, pages_within
+from genssd.engine.reading import Reader
 from genssd.engine.requests import check_vocabulary
 from genssd.engine.resources import Resources
 from genssd.engine.runner import MAX_ROWS, ModelRunner, Role
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import effective_threads
-from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.token_bytes import NoByteTable
+from genssd.engine.token_map import DifferentTokenizers, TokenMap, match_tokenizers
 from genssd.engine.transformers_model import TransformersModel
 from genssd.engine.transformers_runner import TransformersRunner
 from genssd.engine.usage import Usage
@@ -41,7 +45,7 @@ class LoadedModels:
     directories: dict[Role, Path]
     decoders: dict[Role, LanguageModel]
     tokenizers: dict[Role, Tokenizer]
-    token_map: TokenMap = field(default_factory=TokenMap)
+    reader: Reader = field(default_factory=TokenMap)
 
     @staticmethod
     def of_one(role: Role, decoder: LanguageModel, tokenizer: Tokenizer) -> LoadedModels:
@@ -75,7 +79,7 @@ class LoadedModels:
             runner.tree.pool.page_bytes = page_bytes
             runners[role] = runner
         return Resources(
-            runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, token_map=self.token_map, usage=usage
+            runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, reader=self.reader, usage=usage
         )
 
 
@@ -91,8 +95,8 @@ def load_models(
     """Load models and tokenizers from hub ids or local directories.
 
     deterministic: whether kernels over the heads must give a row the same bits for every number of rows. backend: who
-    computes the models. Logs a warning that lists added tokens which differ. Raises CheckpointError on a directory that
-    cannot be used, InputError on models whose tokenizers differ in more than added tokens.
+    computes the models. Logs how the student reads the teacher where their tokenizers differ. Raises CheckpointError on
+    a directory that cannot be used, InputError on different tokenizers that do not spell bytes of text.
     """
     names: dict[Role, str | Path | None] = {"teacher": teacher, "student": student}
     directories = {role: locate(name) for role, name in names.items() if name is not None}
@@ -119,20 +123,36 @@ def load_models(
             )
     for role, decoder in decoders.items():
         check_vocabulary(tokenizers[role], decoder)
-    token_map = TokenMap()
+    reader: Reader = TokenMap()
     if len(tokenizers) == 2:
-        names_in_messages = f"teacher {teacher}", f"student {student}"
-        token_map = match_tokenizers(tokenizers["teacher"], tokenizers["student"], *names_in_messages)
-        foreign = find_foreign_ends(tokenizers["teacher"], tokenizers["student"], token_map)
-        if foreign:
-            logger.warning("%s", describe_foreign_ends(foreign, tokenizers["teacher"], tokenizers["student"]))
-    if not token_map.is_identity:
-        logger.warning("%s", token_map.describe())
+        reader = choose_reader(tokenizers["teacher"], tokenizers["student"], f"teacher {teacher}", f"student {student}")
     if dtype == "auto" and (line := describe_float32(dtypes, device)) is not None:
         logger.info("%s", line)
     if (launches := describe_launches(list(decoders.values()))) is not None:
         logger.info("kernel configurations: %s", launches.description)
-    return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, token_map=token_map)
+    return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, reader=reader)
+
+
+def choose_reader(teacher: Tokenizer, student: Tokenizer, teacher_name: str, student_name: str) -> Reader:
+    """Return how the student reads the teacher's tokens, and log where the tokenizers differ.
+
+    By ids where they match but for added tokens, else by bytes. Raises InputError where neither is possible.
+    """
+    try:
+        token_map = match_tokenizers(teacher, student, teacher_name, student_name)
+    except DifferentTokenizers as difference:
+        try:
+            reader = ByteReader.of(teacher, student, teacher_name, student_name)
+        except NoByteTable as error:
+            raise InputError(f"{error}, so the student cannot read by bytes; {difference}") from None
+        logger.info("%s", reader.describe())
+        return reader
+    foreign = find_foreign_ends(teacher, student, token_map)
+    if foreign:
+        logger.warning("%s", describe_foreign_ends(foreign, teacher, student))
+    if not token_map.is_identity:
+        logger.warning("%s", token_map.describe())
+    return token_map
 
 
 def has_own_decoder(directory: Path, backend: Backend) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genssd.engine.amounts import format_count
+from genssd.engine.candidate_scoring import StudentRoom
 from genssd.engine.expansion import Expansion
 from genssd.engine.pages import count_pages
 from genssd.engine.restoring import innermost_spans, shared_spans
@@ -82,6 +83,11 @@ class PageBudget:
         """Give up the reservation of an expansion that is complete or cancelled; of any other, do nothing."""
         self._reservations.pop(expansion, None)
 
+    def room(self, runner: ModelRunner, expansion: Expansion) -> StudentRoom:
+        """Return the pages of one model's pool that the candidates of an expansion in flight may take."""
+        (own,) = (reserved for reserved in self._reservations[expansion] if reserved.runner is runner)
+        return StudentRoom(reserved=own.candidates, free=max(0, runner.tree.num_free - self._outstanding(runner)))
+
     def _outstanding(self, runner: ModelRunner) -> int:
         """Return the number of pages reserved for the expansions in flight and not taken yet."""
         outstanding = 0
@@ -121,5 +127,5 @@ def _reservation(runner: ModelRunner, expansion: Expansion, num_shared: int = 0)
     return Reservation(
         runner=runner,
         prefix=prefix,
-        candidates=expansion.n * count_pages(first, first + expansion.longest, size),
+        candidates=expansion.n * count_pages(first, first + expansion.count_longest(runner.role), size),
     )

@@ -14,6 +14,7 @@ from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
 from genssd.engine.page_budget import Reservations
+from genssd.engine.reading import Reader
 from genssd.engine.requests import check_ids, check_list, check_positions, find_misfit
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Prompt, Tokenizer
@@ -46,8 +47,8 @@ class Resources:
     tokenizers: Mapping[Role, Tokenizer]
     max_batch: int
     """Maximum number of candidates decoded at once."""
-    token_map: TokenMap = field(default_factory=TokenMap)
-    """The ids by which the student reads the teacher's tokens."""
+    reader: Reader = field(default_factory=TokenMap)
+    """How the student reads the teacher's tokens."""
     usage: Usage = field(default_factory=Usage)
     reservations: Reservations = field(default_factory=dict)
     """Pages that expansions in flight may still take."""

@@ -79,9 +79,13 @@ def _divide(
         return
     while num_chunks < num_shareable and len({branch.trace[: num_chunks + 1] for branch in group}) == 1:
         num_chunks += 1
-    end = _end_of_chunks(group[0], role, num_chunks)
-    span = SharedSpan(0 if parent is None else parent.end, end, parent, group)
-    spans.append(span)
+    start = 0 if parent is None else parent.end
+    # a student with another tokenizer may hold all of the last chunk back: the token that predicts the next one is
+    # before it, and not shared either
+    end = min(_end_of_chunks(group[0], role, num_chunks), *(len(b.state(role).pending) - 1 for b in group))
+    span = SharedSpan(start, end, parent, group) if end > start else parent
+    if span is not None and span is not parent:
+        spans.append(span)
     parts: dict[tuple[int, ...], list[Branch]] = {}
     for branch in group:
         parts.setdefault(branch.trace[: num_chunks + 1], []).append(branch)
@@ -92,5 +96,6 @@ def _divide(
 def _end_of_chunks(branch: Branch, role: Role, num_chunks: int) -> int:
     """Return the position after the first chunks of a branch's response under one model."""
     num_prompt = len(branch.prompt.teacher if role == "teacher" else branch.prompt.student)
-    lengths = [len(logprob) for logprob in branch.history_writer_logprob[:num_chunks]]
-    return num_prompt + sum(lengths)
+    if role == "student" and branch.history_readings:
+        return num_prompt + sum(len(reading.ids) for reading in branch.history_readings[:num_chunks])
+    return num_prompt + sum(len(logprob) for logprob in branch.history_writer_logprob[:num_chunks])

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from genssd.engine.branch import Branch
 from genssd.engine.budget import BudgetMeter, BudgetName
 from genssd.engine.chunk import Chunk
+from genssd.engine.errors import InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.judging import Judge, JudgedCandidate
 from genssd.engine.policies import Policy, Step, UnlearnableRound
@@ -135,6 +136,11 @@ class PromptSearch:
     def outcome(self, error: str | None = None, *, missing_token: int | None = None) -> Selection:
         """Return the results of the search. error: why the prompt failed; its responses then have no scores."""
         written = [branch for branch, _ in self.ended if branch.history and error is None]
+        try:
+            for branch in written:
+                branch.finish_reading()
+        except InputError as fault:  # held back, and no text of the student's
+            return self.outcome(error=str(fault))
         scores = dict(zip(written, self.judge.score_responses(written, self.label), strict=True))
         trajectories = [self._trajectory(b, status, scores.get(b, math.nan)) for b, status in self.ended]
         trajectories.sort(key=lambda t: (STATUSES.index(t.status), self.judge.sort_key(t.score)))
@@ -249,6 +255,8 @@ class PromptSearch:
             status=status,
             trace=branch.trace,
             chunks=self.chunk_scores.get(branch.trace, ()),
+            readings=branch.history_readings,
             stats=branch.response().stats,
+            is_drifted=branch.is_drifted,
             teacher_topk=TopK.concatenate(branch.history_topk) if branch.history_topk else None,
         )

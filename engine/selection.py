@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from genssd.engine.branch import Ending
 from genssd.engine.budget import BudgetName
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
+from genssd.engine.reading import Reading
 from genssd.kernels.logprob import TokenStats, TopK
 
 Verdict = Literal["kept", "forced", "beaten", "threshold", "duplicate", "loop"]
@@ -43,11 +45,13 @@ class CandidateRecord:
     trace: tuple[int, ...]
     """Index of the candidate in each round; its parent is trace[:-1]."""
     token_ids: tuple[int, ...]
-    """Token ids of the chunk."""
+    """The teacher's token ids of the chunk."""
+    reading: Reading
+    """What the student read of the chunk; its tokens are those of `stats`."""
     stats: TokenStats
-    """The student's statistics of the chunk's tokens."""
+    """The student's statistics of the tokens by which the chunk was judged."""
     teacher_logprob: Tensor
-    """The teacher's log-probabilities of the chunk's tokens, float32 [tokens], at temperature 1."""
+    """The teacher's log-probabilities of its tokens, float32 [tokens], at temperature 1."""
     ended: Ending
     """Why the candidate ended: its chunk is complete, end of sequence, or no more tokens allowed."""
     score: float
@@ -92,7 +96,7 @@ class ChunkScore:
     """How one chunk of a trajectory was chosen."""
 
     tokens: int
-    """Number of tokens in the chunk."""
+    """Number of the teacher's tokens in the chunk."""
     score: float
     """Criterion value of the chunk."""
     runner_up: float | None
@@ -106,7 +110,9 @@ class Trajectory:
     """One response of the search."""
 
     token_ids: tuple[int, ...]
-    """Token ids as they were sampled, end of sequence included."""
+    """The teacher's token ids as they were sampled, end of sequence included."""
+    readings: tuple[Reading, ...]
+    """What the student read of each chunk; its tokens are those of `stats`."""
     text: str
     """Text of the response, without special tokens."""
     score: float
@@ -118,9 +124,17 @@ class Trajectory:
     chunks: tuple[ChunkScore, ...]
     """Scores of the response's chunks, in order."""
     stats: TokenStats
-    """The student's statistics of all tokens."""
+    """The student's statistics of all its tokens."""
+    is_drifted: bool = False
+    """Whether a student with another tokenizer read other tokens chunk by chunk than the whole text has, so that the
+    whole response was scored again."""
     teacher_topk: TopK | None = None
     """The teacher's most likely tokens at every position, where the option `teacher_topk` keeps them."""
+
+    @property
+    def student_ids(self) -> tuple[int, ...]:
+        """The student's token ids of the response, end of sequence included."""
+        return tuple(chain.from_iterable(reading.ids for reading in self.readings))
 
     def __repr__(self) -> str:
         length = format_count(len(self.token_ids), "token")

@@ -15,6 +15,8 @@ from genssd.engine.drawing import Drawing, WriterDrawing, chunk_topk
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expander import Expander
 from genssd.engine.expansion import Expansion
+from genssd.engine.reading import Reader
+from genssd.engine.rereading import finish_reading
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpeculativeDrawing
 from genssd.engine.runner import Role
@@ -23,6 +25,9 @@ from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TopK
 
 UNLIMITED = 1 << 62
+TOKENS_PER_TOKEN = 2
+"""Number of tokens of the student that are reserved for each of a teacher with another tokenizer: enough for ordinary
+text. Candidates that need more are scored one by one (candidate_scoring.py)."""
 
 
 class Session:
@@ -50,7 +55,7 @@ class Session:
         self._writer = runner
         self._tokenizer = resources.tokenizer(writer)
         self._num_topk = num_topk
-        self._token_map = TokenMap() if writer == "student" else resources.token_map
+        self._reader: Reader = TokenMap() if writer == "student" else resources.reader
         # embeddings are often padded: an id that the tokenizer does not know is never drawn
         vocabulary = self._tokenizer.largest_id + 1
         writers: list[Role] = [writer]
@@ -65,9 +70,11 @@ class Session:
             drawing = ReverseSpeculativeDrawing(rsd, runner, student, sampling, vocabulary=vocabulary)
             writers.append("student")
         judges_tokens = student in drawing.readers
+        # criteria see the tokens of the model that reads the candidates
+        self._judged_tokenizer = resources.tokenizer("student") if scored and student is not None else self._tokenizer
         self.expander = Expander(
             drawing,
-            None if student is None or judges_tokens else CandidateScorer(student, self._token_map, resources.usage),
+            None if student is None or judges_tokens else CandidateScorer(student, self._reader, resources.usage),
             self._tokenizer,
             # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
@@ -99,7 +106,8 @@ class Session:
             while any(expansion.is_unfinished for expansion in expansions):
                 self.expander.step()
             for expansion in expansions:
-                self._token_map.translate([i for child in expansion.children for i in child.chunk], expansion.label)
+                if expansion.unreadable is not None:
+                    raise InputError(f"{expansion.label}: {expansion.unreadable}")
         except BaseException:
             for expansion in expansions:
                 self.expander.cancel(expansion)
@@ -115,9 +123,16 @@ class Session:
             raise CapacityError("the branch has reached the last position of a model")
         return max_new
 
-    def student_ids(self, branch: Branch) -> Sequence[int]:
-        """Return the student's ids of a branch's committed response."""
-        return self._token_map.translate(branch.history, "the branch")
+    def finish_reading(self, branch: Branch) -> None:
+        """Have the student read the end of an ended response, and check its tokens (see rereading.py)."""
+        finish_reading(self._resources, self._reader, branch)
+
+    def bound_reading(self, branch: Branch, num_tokens: int) -> int:
+        """Return how many tokens of the student are reserved for the next tokens that are written to a branch."""
+        if not self._reader.reads_bytes:
+            return num_tokens
+        num_held = len(branch.history_readings[-1].held) if branch.history_readings else 0
+        return TOKENS_PER_TOKEN * num_tokens + num_held
 
     def free_pages(self, branch: Branch) -> None:
         """Drop the paths of a branch in both caches."""
@@ -132,16 +147,16 @@ class Session:
         return self._tokenizer.decode(token_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text in which the names of special tokens are ordinary characters."""
-        return self._tokenizer.encode_plain(text)
+        """Return the ids, as criteria see them, of a text in which the names of special tokens are characters."""
+        return self._judged_tokenizer.encode_plain(text)
 
     def chunk_topk(self, branch: Branch) -> TopK | None:
         """Return the writer's most likely tokens along a branch's chunk; None where they are not kept."""
         return chunk_topk(self._writer, branch, self._num_topk)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text that each token completes."""
-        return self._tokenizer.pieces(token_ids)
+        """Return the text that each token of a candidate completes."""
+        return self._judged_tokenizer.pieces(token_ids)
 
     def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]:
         """Return the student's log-probabilities of windows of a response (see windows.py), float32."""
@@ -151,11 +166,10 @@ class Session:
             raise InputError(
                 f"the criterion reads {format_count(longest, 'token')} at once; the student has {positions} positions"
             )
-        translated = self._token_map.translate(ids, "the response")
-        return self._resources.local_logprob("student", prompt.student, translated, windows)
+        return self._resources.local_logprob("student", prompt.student, ids, windows)
 
 
 def _check_same_tokens(resources: Resources) -> None:
     """Raise InputError where an id of the teacher is not the student's: in reverse speculation both write."""
-    if not resources.token_map.is_identity:
-        raise InputError(f"rsd needs models whose tokens are the same: {resources.token_map.describe()}")
+    if not resources.reader.is_identity:
+        raise InputError(f"rsd needs models whose tokens are the same: {resources.reader.describe()}")

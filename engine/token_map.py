@@ -17,6 +17,7 @@ from typing import Any
 
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
+from genssd.engine.reading import Reading
 from genssd.engine.text import Tokenizer
 
 NUM_LISTED = 4
@@ -25,6 +26,10 @@ PARTS = ("normalizer", "pre_tokenizer", "decoder")
 """Parts of tokenizer.json, next to the model, that decide what text becomes which ids and back."""
 IRRELEVANT_OPTIONS = ("trim_offsets",)
 """Options of a part that change no id and no text."""
+
+
+class DifferentTokenizers(InputError):
+    """Two tokenizers that differ in more than added tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,8 @@ class TokenMap:
     """The reader's id for some of these ids. The reader cannot read the others."""
     conflicts: Mapping[int, str] = field(default_factory=dict)
     """The reader's strings of those of these ids that it has, too."""
+    reads_bytes: bool = False
+    """Whether the reader divides the text into tokens of its own."""
 
     @property
     def is_identity(self) -> bool:
@@ -57,6 +64,10 @@ class TokenMap:
         if (missing := self.find_missing(token_ids)) is not None:
             raise InputError(f"{label}: the {self.writer} wrote {self.describe_missing(missing)}")
         return [self.replaced.get(i, i) for i in token_ids]
+
+    def read(self, token_ids: Sequence[int], *, held: bytes = b"", begins: bool = True, ends: bool = True) -> Reading:
+        """Return what the reader reads of a chunk: as many tokens as the writer wrote. Raises InputError as above."""
+        return Reading(ids=tuple(self.translate(token_ids, "the response")))
 
     def find_missing(self, token_ids: Sequence[int]) -> int | None:
         """Return the first of the writer's tokens that the reader does not have; None where it reads them all."""
@@ -79,10 +90,14 @@ class TokenMap:
         """Return which token the reader does not have, and the remedy, as the end of a sentence."""
         name = quote(self.strings[token_id])
         return (
-            f"the token {name} (id {token_id}), which the tokenizer of the {self.reader} does not have. Add it there "
-            f"(add_tokens([{name}]) and save_pretrained of its transformers tokenizer, with an id that the embedding "
-            "has a row for), or choose another pair"
+            f"the token {self.name_token(token_id)}, which the tokenizer of the {self.reader} does not have. Add it "
+            f"there (add_tokens([{name}]) and save_pretrained of its transformers tokenizer, with an id that the "
+            "embedding has a row for), or choose another pair"
         )
+
+    def name_token(self, token_id: int) -> str:
+        """Return the string and the id of a token that the reader does not have."""
+        return f"{quote(self.strings[token_id])} (id {token_id})"
 
     def check_no_conflict(self) -> None:
         """Check that no id means two things, so that distributions over ids compare. Raises InputError else."""
@@ -109,8 +124,8 @@ class TokenMap:
 def match_tokenizers(writer: Tokenizer, reader: Tokenizer, writer_name: str, reader_name: str) -> TokenMap:
     """Return how the model of one tokenizer reads the tokens that the model of another one writes.
 
-    The names say role and model ("teacher Qwen/Qwen3-8B"). Raises InputError where the tokenizers differ in more than
-    added tokens; the message lists ids that mean different text.
+    The names say role and model ("teacher Qwen/Qwen3-8B"). Raises DifferentTokenizers where the tokenizers differ in
+    more than added tokens; the message lists ids that mean different text.
     """
     state, reader_state = _serialize(writer), _serialize(reader)
     if state is not None and state == reader_state:
@@ -120,14 +135,14 @@ def match_tokenizers(writer: Tokenizer, reader: Tokenizer, writer_name: str, rea
     differing = {i: name for i, name in strings.items() if reader_strings.get(i) != name}
     regular = [i for i in differing if i not in added or (i in reader_strings and i not in reader_added)]
     if regular:
-        raise InputError(
+        raise DifferentTokenizers(
             f"{writer_name} and {reader_name} have different vocabularies: "
             f"{_list(_describe_conflict(i, strings.get(i), reader_strings.get(i)) for i in sorted(regular))}; one "
             "model reads the token ids of the other, so both need the same tokenizer (added tokens may differ)"
         )
     fault = _find_difference(writer, reader, added | reader_added)
     if fault is not None:
-        raise InputError(
+        raise DifferentTokenizers(
             f"{writer_name} and {reader_name} have the same vocabulary and make different tokens of the same text: "
             f"{fault}; one model reads the token ids of the other, so both need the same tokenizer"
         )

@@ -28,6 +28,9 @@ class Usage:
     """Number of tokens sampled by the writing model, those of pruned candidates included."""
     scored_tokens: int = 0
     """Number of candidate tokens scored by the student."""
+    drifted_responses: int = 0
+    """Number of responses whose tokens of a student with another tokenizer, read chunk by chunk, are not those of the
+    whole text; each was scored again."""
     prefill_tokens: int = 0
     """Number of prompt tokens computed, over both models; a prompt that is computed again after a suspension counts
     again. The responses whose nodes are read (see nodes.py) count as well."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from genssd.distill.runs.journal import complete_rows
 from genssd.engine.candidate import Candidate
 from genssd.engine.errors import InputError
+from genssd.engine.reading import ByteSpans
 from genssd.engine.sampling import child_stream, prompt_stream
 from genssd.engine.selection import KEPT, RoundRecord, Verdict
 from genssd.engine.text import Tokenizer
@@ -97,17 +98,19 @@ def _parse_decisions(
 ) -> Decisions:
     logged = {tuple(fields["trace"]): fields for fields in row["candidates"]}
     stats = {trace: _parse_stats(fields["student"]) for trace, fields in logged.items()}
+    certain = {trace: fields for trace, fields in logged.items() if not fields.get("provisional")}
     root = prompt_stream(selection["seed"], selection["prompt_ids"], selection["occurrence"])
     records = [RoundRecord(**fields) for fields in row["rounds"]]
     rounds: dict[tuple[int, int], list[LoggedCandidate]] = {(r.round, r.attempt): [] for r in records}
     for trace, fields in logged.items():
         ancestors = [trace[:depth] for depth in range(1, len(trace))]
-        history_ids = tuple(token for ancestor in ancestors for token in logged[ancestor]["token_ids"])
+        read = [ancestor for ancestor in ancestors if ancestor in certain]
+        history_ids = tuple(token for ancestor in read for token in logged[ancestor]["token_ids"])
         candidate = Candidate(
             token_ids=tuple(fields["token_ids"]),
             stats=stats[trace],
             history_ids=history_ids,
-            history=TokenStats.concatenate([stats[a] for a in ancestors]) if ancestors else TokenStats.empty(),
+            history=TokenStats.concatenate([stats[a] for a in read]) if read else TokenStats.empty(),
             teacher_logprob=_join_teacher_logprob([fields]),
             history_teacher_logprob=_join_teacher_logprob([logged[ancestor] for ancestor in ancestors]),
             final=fields["ended"] != "chunk",
@@ -117,6 +120,7 @@ def _parse_decisions(
             local_logprob=local_logprob and partial(local_logprob, selection["student_prompt_ids"]),
             encode=tokenizer.encode_plain,
             answer=selection["answer"],
+            spans=_join_spans([logged[a] for a in read], [logged[a] for a in ancestors], fields),
         )
         rounds[len(trace) - 1, fields["attempt"]].append(
             LoggedCandidate(
@@ -142,6 +146,21 @@ def _parse_stats(fields: Mapping[str, Any]) -> TokenStats:
     )
 
 
+def _join_spans(
+    read: Sequence[Mapping[str, Any]], ancestors: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]
+) -> ByteSpans | None:
+    """Return the bytes in every token of a candidate that was read by bytes; None where tokens are the teacher's.
+
+    read: ancestors whose tokens of the student are part of the response.
+    """
+    if "bytes" not in fields:
+        return None
+    return ByteSpans(
+        student=tuple(length for chunk in (*read, fields) for length in chunk["bytes"]),
+        teacher=tuple(length for chunk in (*ancestors, fields) for length in chunk["teacher_bytes"]),
+    )
+
+
 def _join_teacher_logprob(chunks: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.tensor([value for fields in chunks for value in fields["teacher_logprob"]], dtype=torch.float32)
 
@@ -151,5 +170,6 @@ def _derive_stream(root: int, trace: Sequence[int], logged: Mapping[tuple[int, .
     stream, position = root, 0
     for depth, index in enumerate(trace, start=1):
         stream = child_stream(stream, position, index)
-        position += len(logged[tuple(trace[:depth])]["token_ids"])
+        chunk = logged[tuple(trace[:depth])]
+        position += len(chunk.get("teacher_ids", chunk["token_ids"]))
     return stream

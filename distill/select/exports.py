@@ -150,7 +150,12 @@ def make_pairs(
                     "chosen": texts.read_last(d),
                     "rejected": texts.read_last(last),
                     "student_prompt_ids": [*selection["student_prompt_ids"], *d.candidate.history_ids],
-                    "teacher_prompt_ids": [*selection["prompt_ids"], *d.candidate.history_ids],
+                    # the teacher divides the text otherwise where the student read its bytes
+                    **(
+                        {"teacher_prompt_ids": [*selection["prompt_ids"], *d.candidate.history_ids]}
+                        if d.candidate.spans is None
+                        else {}
+                    ),
                     "chosen_token_ids": list(d.candidate.token_ids),
                     "rejected_token_ids": list(last.candidate.token_ids),
                     "tokenizer": selection["tokenizer"],

@@ -147,7 +147,7 @@ def _generate(
     """
     problems = readable.data.problems
     reader: Role = "teacher" if config.student is None else "student"
-    has_student_ids = config.student is not None and engine.token_map.is_identity
+    has_student_ids = config.student is not None and engine.reader.is_identity
     origin = {
         "seed": config.seed,
         "method": config.method,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from genssd.distill.data.written_rows import TextPrompt, make_conversation
 from genssd.distill.select.notes import ResponseNotes
 from genssd.engine.generation import Completion
 from genssd.engine.selection import CandidateRecord, Selection, Trajectory
-from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TokenStats
 
 
@@ -36,31 +35,13 @@ class Origin:
     """Fingerprint of the student's tokenizer, whose token ids the rows have."""
 
 
-def translate_selection(selection: Selection, token_map: TokenMap, label: str) -> Selection:
-    """Return a selection whose responses and candidates have the student's token ids, which training reads.
-
-    label: name of the prompt, for messages.
-    """
-    if token_map.is_identity:
-        return selection
-    return replace(
-        selection,
-        trajectories=tuple(
-            replace(trajectory, token_ids=tuple(token_map.translate(trajectory.token_ids, label)))
-            for trajectory in selection.trajectories
-        ),
-        tree=tuple(
-            replace(record, token_ids=tuple(token_map.translate(record.token_ids, label))) for record in selection.tree
-        ),
-    )
-
-
 def make_selection_row(
     selection: Selection, problem: ProblemRow, origin: Origin, notes: Sequence[ResponseNotes]
 ) -> dict[str, Any]:
     """Return a line of selections.jsonl. notes: on every trajectory, in order.
 
-    `datasets` loads it and TRL trains on it unchanged; genssd trains on its token ids.
+    `datasets` loads it and TRL trains on it unchanged; genssd trains on its token ids, which are the student's. Where
+    the student read by bytes, the row has the teacher's ids as well, and the number of bytes in every token of both.
     """
     best = selection.best
     return {
@@ -71,16 +52,17 @@ def make_selection_row(
         "criterion": origin.criterion,
         "chunks": [
             {
-                "tokens": c.tokens,
+                "tokens": len(reading.ids),
                 "score": _to_json(c.score),
                 "runner_up": _to_json(c.runner_up),
                 "forced": c.is_forced,
             }
-            for c in best.chunks
+            for c, reading in zip(best.chunks, best.readings, strict=True)
         ],
         "prompt_ids": list(selection.prompt_ids),
         "student_prompt_ids": list(selection.student_prompt_ids),
-        "completion_ids": list(best.token_ids),
+        "completion_ids": list(best.student_ids),
+        **_describe_bytes(best),
         "others": [
             {**_describe_trajectory(trajectory), **note.as_json()}
             for trajectory, note in zip(selection.trajectories[1:], notes[1:], strict=True)
@@ -148,13 +130,33 @@ def make_decision_row(selection: Selection, index: int) -> dict[str, Any]:
 def _describe_trajectory(trajectory: Trajectory) -> dict[str, Any]:
     return {
         "completion": trajectory.text,
-        "completion_ids": list(trajectory.token_ids),
+        "completion_ids": list(trajectory.student_ids),
+        **_describe_bytes(trajectory),
         "score": _to_json(trajectory.score),
         "status": trajectory.status,
     }
 
 
+def _describe_bytes(trajectory: Trajectory) -> dict[str, Any]:
+    """Return the fields of a response that the student read by bytes; none where the tokens are the teacher's."""
+    if not trajectory.readings or trajectory.readings[0].lengths is None:
+        return {}
+    return {
+        "completion_bytes": [length for reading in trajectory.readings for length in reading.lengths or ()],
+        "teacher_ids": list(trajectory.token_ids),
+        "teacher_bytes": [length for reading in trajectory.readings for length in reading.writer_lengths or ()],
+        "drifted": trajectory.is_drifted,
+    }
+
+
 def _describe_candidate(record: CandidateRecord) -> dict[str, Any]:
+    reading = record.reading
+    by_bytes = {
+        "bytes": list(reading.judged_lengths or ()),
+        "provisional": reading.is_provisional,
+        "teacher_ids": list(record.token_ids),
+        "teacher_bytes": list(reading.writer_lengths or ()),
+    }
     return {
         "trace": list(record.trace),
         "attempt": record.attempt,
@@ -162,7 +164,8 @@ def _describe_candidate(record: CandidateRecord) -> dict[str, Any]:
         "score": _to_json(record.score),
         "probability": record.probability,
         "ended": record.ended,
-        "token_ids": list(record.token_ids),
+        "token_ids": list(reading.judged_ids),
+        **({} if reading.lengths is None else by_bytes),
         "teacher_logprob": _to_decimals(record.teacher_logprob),
         "student": _describe_stats(record.stats),
     }

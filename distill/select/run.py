@@ -34,7 +34,7 @@ from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
-from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row, translate_selection
+from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
 from genssd.distill.select.summary import SearchEnd, SelectSummary, list_special, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.budget import Budget, BudgetName
@@ -43,7 +43,6 @@ from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
-from genssd.engine.quoting import quote
 from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
@@ -169,8 +168,8 @@ class _Search:
         done: frozenset[int],
         calibration: Calibration | None,
     ) -> None:
-        if config.teacher_topk and not engine.token_map.is_identity:
-            raise InputError(f"teacher_topk needs models whose tokens are the same: {engine.token_map.describe()}")
+        if config.teacher_topk and not engine.reader.is_identity:
+            raise InputError(f"teacher_topk needs models whose tokens are the same: {engine.reader.describe()}")
         self._run = run
         self._config = config
         self._engine = engine
@@ -227,7 +226,7 @@ class _Search:
                 else:
                     end.failures[problem.index] = f"{problem.where}: {selection.error}"
                     if (token := selection.missing_token) is not None:
-                        end.missing_tokens[f"{quote(self._engine.token_map.strings[token])} (id {token})"] += 1
+                        end.missing_tokens[self._engine.reader.name_token(token)] += 1
                 ended += 1
                 report(ended, len(self._problems), ", ".join(f"{count} {name}" for name, count in noted.items()))
         if end.stopped_by is not None:
@@ -261,12 +260,11 @@ class _Search:
         decisions: Journal,
         topk_store: TopkStore | None,
     ) -> None:
-        notes = self._notes.of_selection(selection, problem.answer)  # by the teacher's ids
-        translated = translate_selection(selection, self._engine.token_map, problem.where)
-        decisions.append(make_decision_row(translated, problem.index))
+        notes = self._notes.of_selection(selection, problem.answer)
+        decisions.append(make_decision_row(selection, problem.index))
         topk = selection.best.teacher_topk
         place = topk_store.append(topk) if topk_store is not None and topk is not None else None
-        row = make_selection_row(translated, problem, self._origin, notes)
+        row = make_selection_row(selection, problem, self._origin, notes)
         journal.append({**row, "teacher_topk": place})
 
 

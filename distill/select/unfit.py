@@ -45,7 +45,7 @@ def leave_out_unfit(
     when no problem is left. Prompts that are too long are outcomes of the engine.
     """
     lengths: dict[int, dict[Role, int]] = {}
-    ends = None if len(roles) < 2 or engine.token_map.is_identity else _ThoughtEnds(engine)
+    ends = None if len(roles) < 2 or engine.reader.is_identity else _ThoughtEnds(engine)
     unreadable: list[str] = []
 
     def find_fault(problem: ProblemRow) -> str | None:
@@ -73,7 +73,7 @@ class _ThoughtEnds:
 
     def __init__(self, engine: Engine) -> None:
         self._tokenizer = engine.tokenizer("teacher")
-        self._token_map = engine.token_map
+        self._student = engine.reader
         self._reader = ThoughtReader(self._tokenizer)
 
     def find_fault(self, prompt_ids: Sequence[int]) -> str | None:
@@ -81,10 +81,10 @@ class _ThoughtEnds:
         tags = self._reader.find_open_tags(prompt_ids)
         if tags is None:
             return None
-        missing = self._token_map.find_missing(self._tokenizer.encode(tags.closing, special=False))
+        missing = self._student.find_missing(self._tokenizer.encode(tags.closing, special=False))
         if missing is None:
             return None
         return (
             f"the teacher's chat template opens a thought ({tags.opening}), and the response closes it by "
-            f"{self._token_map.describe_missing(missing)}"
+            f"{self._student.describe_missing(missing)}"
         )

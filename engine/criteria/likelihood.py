@@ -55,8 +55,7 @@ class Perplexity(CheckedOptions):
         if self.norm == "sum":
             return float(nll.sum())
         if self.norm == "byte":
-            num_bytes = sum(len(piece.encode()) for piece in candidate.pieces()[first:])
-            return exp_or_infinity(float(nll.sum()) / max(1, num_bytes))
+            return exp_or_infinity(float(nll.sum()) / max(1, candidate.count_bytes(first)))
         return exp_or_infinity(float(nll.mean()))
 
     def higher_is_better(self) -> bool:

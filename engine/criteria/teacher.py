@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from genssd.engine.candidate import Candidate
@@ -14,7 +15,11 @@ from genssd.engine.options_check import CheckedOptions
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherStudentGap(CheckedOptions):
     """Mean of log p(teacher) - log p(student) over the chunk; higher is better: the teacher is sure where the student
-    is not (DASD, 2601.09088)."""
+    is not (DASD, 2601.09088).
+
+    Of two tokenizers the mean is taken over the shortest spans of text that are whole tokens in both (not in the
+    paper); a token that reaches into the next chunk is left out, and 0 stands for a chunk without such a span.
+    """
 
     @property
     def needs_teacher(self) -> bool:
@@ -22,7 +27,19 @@ class TeacherStudentGap(CheckedOptions):
         return True
 
     def score(self, candidate: Candidate) -> float:
-        return float((_teacher_logprob(candidate, "divergence") - candidate.logprob).mean())
+        teacher = _teacher_logprob(candidate, "divergence")
+        if candidate.spans is None:
+            return float((teacher - candidate.logprob).mean())
+        before = candidate.history_teacher_logprob
+        assert before is not None
+        teacher, student = torch.cat((before.double().cpu(), teacher)), candidate.response_logprob()
+        gaps = [
+            float(teacher[of_teacher:teacher_end].sum() - student[of_student:student_end].sum())
+            for of_student, student_end, of_teacher, teacher_end in candidate.spans.align(
+                len(candidate.history_ids), finished=candidate.finished
+            )
+        ]
+        return sum(gaps) / len(gaps) if gaps else 0.0
 
     def higher_is_better(self) -> bool:
         return True
