@@ -32,6 +32,7 @@ from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line, read_number, read_texts, write_json
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
+from genssd.distill.runs.served_teacher import SERVED_NEEDS
 from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
 from genssd.distill.runs.writing import remove_directory
 from genssd.distill.select.run import SelectConfig, SelectSettings, run_select
@@ -57,10 +58,12 @@ class DistillConfig(ChatSettings):
         "allow_eval_overlap": Need(
             lambda o: o.eval_data is not None or bool(o.train.eval_data), "eval_data or train.eval_data"
         ),
+        **{f"select.{name}": need for name, need in SERVED_NEEDS.items()},
     }
 
     teacher: ModelPath[str]
-    """Hub id or local directory of the model that writes."""
+    """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
+    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
     student: ModelPath[str]
     """Hub id or local directory of the model to train; it scores in the first round."""
     data: DataFile[str]
@@ -163,7 +166,10 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
         overlap.check(is_allowed=config.allow_eval_overlap)
     training_begun = any(Path(config.output_dir).glob("round-*/train/metrics.jsonl"))
     free = () if training_begun else ("train",)
-    with Run.open(config, "distill", journal="rounds.jsonl", parts="round-*", free=free) as run:
+    fingerprints = config.select.find_fingerprints(config.teacher, None)
+    with Run.open(
+        config, "distill", journal="rounds.jsonl", fingerprints=fingerprints, parts="round-*", free=free
+    ) as run:
         config = dataclasses.replace(config, template_date=run.template_date)
         config = _fix_threads(config, run)
         summaries = _finished_rounds(run)

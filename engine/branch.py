@@ -117,6 +117,9 @@ class Branch:
     chunk_states: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
     """Hidden states of the writing model that predict the chunk's tokens, as tensor and row. Recorded only where its
     most likely tokens are kept."""
+    chunk_topk: list[tuple[list[int], list[float]]] = field(default_factory=list, repr=False)
+    """Ids and log-probabilities of the writing model's most likely tokens at each token of the chunk, where a server
+    writes and they are kept."""
     substituted: int = 0
     """Number of tokens in the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
     is_drifted: bool = False
@@ -267,8 +270,8 @@ class Branch:
         topk = self.session.chunk_topk(self)
         if topk is not None:
             self.history_topk = (*self.history_topk, topk)
-        self.chunk, self.stats, self.chunk_writer_logprob, self.chunk_states = [], TokenStats.empty(), [], []
-        self.reading = None
+        self.chunk, self.stats, self.chunk_writer_logprob = [], TokenStats.empty(), []
+        self.chunk_states, self.chunk_topk, self.reading = [], [], None
         if self.ended == "chunk":
             self.ended = None
 

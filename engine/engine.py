@@ -92,7 +92,7 @@ class Engine(LoadedEngine):
         skip: frozenset[int],
     ) -> SearchPlan:
         judge = Judge.from_options(options)
-        vocabulary = self._resources.runner("teacher").decoder.config.vocab_size
+        vocabulary = self._resources.vocab_size("teacher")
         if options.teacher_topk > vocabulary:
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {options.teacher_topk}")
         names = labels_of(prompts, labels)

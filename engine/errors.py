@@ -29,3 +29,7 @@ class CapacityError(GenssdError):
 
 class NumericsError(GenssdError):
     """A model that produced NaN or infinite logits."""
+
+
+class ServerError(GenssdError):
+    """A server that is not there, does not answer any more, or answers what cannot be used."""

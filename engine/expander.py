@@ -13,14 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from genssd.engine.amounts import format_count
-from genssd.engine.branch import Branch
 from genssd.engine.candidate_scoring import CandidateScorer, fork_path
 from genssd.engine.drawing import Drawing
 from genssd.engine.expansion import Expansion, Lane
 from genssd.engine.page_budget import PageBudget, Reservations
-from genssd.engine.restoring import restore_shared
-from genssd.engine.runner import ModelRunner
+from genssd.engine.restoring import read_pending, restore_shared
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import computes
 from genssd.engine.usage import Usage
@@ -77,15 +74,7 @@ class Expander:
 
     def find_misfit(self, expansions: Sequence[Expansion]) -> str | None:
         """Return why expansions that start together do not fit into an otherwise empty cache; None if they do."""
-        reason = self._budget.find_misfit(expansions)
-        if reason is None:
-            return None
-        longest = max(expansion.longest for expansion in expansions)
-        return (
-            f"{format_count(sum(expansion.n for expansion in expansions), 'candidate')} of up to "
-            f"{format_count(longest, 'token')} {reason}; raise "
-            "memory_bytes or memory_utilization, or ask for fewer or shorter ones"
-        )
+        return self._budget.explain_misfit(expansions)
 
     def describe_need(self, expansions: Sequence[Expansion]) -> str:
         """Return how many pages expansions take, and how many are free, for messages."""
@@ -118,7 +107,7 @@ class Expander:
         """
         batch, waiting = self._split_lanes()
         for runner in self._runners:
-            self._read_pending(runner, [lane.branch for lane in batch])
+            self.usage.prefill_tokens += read_pending(runner, [lane.branch for lane in batch])
         # a parent's lane is sampled once for each of its candidates, which have lanes of their own from then on
         candidates = [self._open_candidate(lane) for lane in batch for _ in range(lane.num_rows)]
         source = torch.tensor([i for i, lane in enumerate(batch) for _ in range(lane.num_rows)])
@@ -148,16 +137,6 @@ class Expander:
             if num_rows > self._max_batch and i > 0:
                 return self._lanes[:i], self._lanes[i:]
         return self._lanes, []
-
-    def _read_pending(self, runner: ModelRunner, branches: Sequence[Branch]) -> None:
-        """Compute the tokens that the branches have pending under one model."""
-        states = [state for branch in branches if (state := branch.state(runner.role)).pending]
-        paths = [state.path for state in states if state.path is not None]
-        self.usage.prefill_tokens += sum(len(state.pending) for state in states if len(state.pending) > 1)
-        pending = [state.pending for state in states]
-        for state, hidden in zip(states, runner.extend(paths, pending, last=[1] * len(paths)), strict=True):
-            state.hidden = hidden[-1]
-            state.pending = []
 
     def _open_candidate(self, lane: Lane) -> Lane:
         """Return the lane of one candidate; a new one forks its parent's path of every model that reads the tokens."""

@@ -9,8 +9,7 @@ from typing import Literal
 from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch
 from genssd.engine.errors import CapacityError
-from genssd.engine.expander import Expander
-from genssd.engine.expansion import Expansion
+from genssd.engine.expansion import AnyExpander, Expansion
 from genssd.engine.quoting import quote
 
 NO_ROOM = "beside the branches that others hold; drop them, or raise memory_bytes or memory_utilization"
@@ -46,7 +45,8 @@ class Generation:
     sampled: tuple[Completion, ...] = ()
     """Responses to the prompt; none when it failed."""
     error: str | None = None
-    """Why the prompt failed: it is longer than a model's positions, or does not fit into the cache."""
+    """Why the prompt failed: it is longer than a model's positions, does not fit into the cache, or the server of the
+    teacher refused it."""
 
     @property
     def completions(self) -> list[Completion]:
@@ -56,7 +56,7 @@ class Generation:
         return list(self.sampled)
 
 
-def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[Generation]:
+def generate(queue: Mapping[int, Expansion], expander: AnyExpander) -> Iterator[Generation]:
     """Run the expansions, first come first served; yield the outcome of each as soon as it ends, under its key.
 
     An expansion fails where branches of other calls fill the cache. Closing the iterator early frees all pages.
@@ -80,9 +80,12 @@ def generate(queue: Mapping[int, Expansion], expander: Expander) -> Iterator[Gen
                 continue
             for expansion in expander.step():
                 num_in_flight -= 1
-                sampled = tuple(_completion(child) for child in expansion.children)
+                is_written = expansion.failed is None
+                sampled = tuple(_completion(child) for child in expansion.children) if is_written else ()
                 usage.finish(expansion.most_tokens, sum(len(completion.token_ids) for completion in sampled))
-                yield Generation(index=key_of[expansion], label=expansion.label, sampled=sampled)
+                yield Generation(
+                    index=key_of[expansion], label=expansion.label, sampled=sampled, error=expansion.failed
+                )
                 for branch in (expansion.parent, *expansion.children):
                     branch.drop()
     finally:

@@ -21,6 +21,8 @@ from genssd.engine.requests import check_sizes
 from genssd.engine.resources import Resources
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
+from genssd.engine.served.options import ServerOptions
+from genssd.engine.served.record import ServerRecord
 from genssd.engine.session import Session
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import effective_threads
@@ -36,7 +38,10 @@ class LoadedEngine:
         self._branch_sessions: dict[Sampling, Session] = {}
 
     def __repr__(self) -> str:
-        models = (f"{role}={runner.directory}" for role, runner in self._resources.runners.items())
+        models = [f"{role}={runner.directory}" for role, runner in self._resources.runners.items()]
+        models = models if self._resources.served is None else [f"teacher={self._resources.served.url}", *models]
+        if not self._resources.runners:
+            return f"<Engine teacher={self._resources.served and self._resources.served.url}>"
         decoder = next(iter(self._resources.runners.values())).decoder
         held, total = self.pages_in_use
         dtype = str(decoder.dtype).removeprefix("torch.")
@@ -59,6 +64,8 @@ class LoadedEngine:
         deterministic: bool = True,
         threads: int | None = None,
         backend: Backend = "auto",
+        teacher_tokenizer: str | Path | None = None,
+        server: ServerOptions = ServerOptions(),
     ) -> Self:
         """Load one or both models and return an engine over them.
 
@@ -71,16 +78,22 @@ class LoadedEngine:
         fastest kernels for every number of tokens (docs/tuning.md). threads: number of CPU threads, on which no result
         depends; None: torch's number, at most the cores that are given. backend: "genssd" is the engine's own decoder,
         "transformers" transformers' class, which is slower; "auto" takes the own decoder where it knows the model_type.
-        A student with another tokenizer than the teacher's reads the bytes of its text (byte_reader.py). Raises
-        CheckpointError on an unusable directory, InputError on a tokenizer that does not spell bytes, CapacityError
-        without room.
+        A student with another tokenizer than the teacher's reads the bytes of its text (byte_reader.py).
+        A teacher may also be the URL of a server with OpenAI's API, such as "http://host:8000/v1" of vLLM or SGLang: it
+        writes, and what reads its hidden states raises InputError. teacher_tokenizer: hub id or directory of its
+        tokenizer; None takes that of the served model where it is at hand, else the student's. server: how it is asked.
+        Raises CheckpointError on an unusable directory, InputError on a tokenizer that does not spell bytes,
+        CapacityError without room, ServerError on a server that is not there or cannot be used.
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
         check_sizes(memory_utilization, max_batch)
         target = choose_device(device)
         with torch_threads(effective_threads(threads)):
-            models = load_models(teacher, student, dtype, target, deterministic=deterministic, backend=backend)
+            models = load_models(
+                teacher, student, dtype, target, deterministic=deterministic, backend=backend,
+                teacher_tokenizer=teacher_tokenizer, server=server,
+            )  # fmt: skip
         return cls(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
 
     @check_arguments()
@@ -125,31 +138,42 @@ class LoadedEngine:
     @property
     def threads(self) -> int:
         """Number of CPU threads that compute."""
-        return effective_threads(next(iter(self._resources.runners.values())).threads)
+        runner = next(iter(self._resources.runners.values()), None)
+        return effective_threads(None if runner is None else runner.threads)
 
     @cached_property
     def fingerprints(self) -> dict[Role, str]:
-        """Identification of each loaded checkpoint: 16 hex digits."""
-        return {role: fingerprint(runner.directory) for role, runner in self._resources.runners.items()}
+        """Identification of each loaded checkpoint: 16 hex digits; of a served teacher with its name in front."""
+        loaded = {role: fingerprint(runner.directory) for role, runner in self._resources.runners.items()}
+        served = self._resources.served
+        return loaded if served is None else {**loaded, "teacher": served.fingerprint}
+
+    @property
+    def server(self) -> ServerRecord | None:
+        """The server that runs the teacher, and what it has done; None where no server does."""
+        return None if self._resources.served is None else self._resources.served.record
 
     @cached_property
     def launches(self) -> LaunchRecord | None:
         """Configurations of the GPU kernels that the engine takes, and where they come from; None on a CPU."""
-        return describe_launches([runner.decoder for runner in self._resources.runners.values()])
+        decoders = [runner.decoder for runner in self._resources.runners.values()]
+        return describe_launches(decoders) if decoders else None
 
     @check_arguments()
     def positions(self, model: Role) -> int:
         """Return the number of positions of a model: the maximum number of tokens that it can read after each other."""
-        return self._resources.runner(model).decoder.config.max_position_embeddings
+        return self._resources.positions(model)
 
     @check_arguments()
     def vocabulary(self, model: Role) -> int:
         """Return the number of token ids that a model's head has. Raises InputError when it is not loaded."""
-        return self._resources.runner(model).decoder.config.vocab_size
+        return self._resources.vocab_size(model)
 
     @check_arguments()
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response: a model's positions, or what its cache holds."""
+        if self._resources.served_as(model) is not None:
+            return self._resources.positions(model)
         return self._resources.runner(model).max_sequence_length
 
     @property

@@ -27,6 +27,9 @@ from genssd.engine.reading import Reader
 from genssd.engine.requests import check_vocabulary
 from genssd.engine.resources import Resources
 from genssd.engine.runner import MAX_ROWS, ModelRunner, Role
+from genssd.engine.served.address import is_url
+from genssd.engine.served.options import ServerOptions
+from genssd.engine.served.teacher import ServedTeacher, describe_served
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import effective_threads
 from genssd.engine.token_bytes import NoByteTable
@@ -46,6 +49,8 @@ class LoadedModels:
     decoders: dict[Role, LanguageModel]
     tokenizers: dict[Role, Tokenizer]
     reader: Reader = field(default_factory=TokenMap)
+    served: ServedTeacher | None = None
+    """The teacher, where a server runs it: it has a tokenizer here and no decoder."""
 
     @staticmethod
     def of_one(role: Role, decoder: LanguageModel, tokenizer: Tokenizer) -> LoadedModels:
@@ -64,6 +69,8 @@ class LoadedModels:
         number of threads that compute; None for the default of `threads.effective_threads`.
         """
         decoders = list(self.decoders.values())
+        if not decoders:
+            return Resources(runners={}, tokenizers=self.tokenizers, max_batch=1, served=self.served)
         device = decoders[0].device
         if max_batch is None:
             weights = [decoder.weights_per_token for decoder in decoders]
@@ -79,7 +86,12 @@ class LoadedModels:
             runner.tree.pool.page_bytes = page_bytes
             runners[role] = runner
         return Resources(
-            runners=runners, tokenizers=self.tokenizers, max_batch=max_batch, reader=self.reader, usage=usage
+            runners=runners,
+            tokenizers=self.tokenizers,
+            max_batch=max_batch,
+            reader=self.reader,
+            usage=usage,
+            served=self.served,
         )
 
 
@@ -91,21 +103,29 @@ def load_models(
     *,
     deterministic: bool,
     backend: Backend = "auto",
+    teacher_tokenizer: str | Path | None = None,
+    server: ServerOptions = ServerOptions(),
 ) -> LoadedModels:
-    """Load models and tokenizers from hub ids or local directories.
+    """Load models and tokenizers from hub ids or local directories; a teacher may be the URL of a server.
 
+    teacher_tokenizer, server: how such a teacher is read and asked (`ServedTeacher.connect`).
     deterministic: whether kernels over the heads must give a row the same bits for every number of rows. backend: who
     computes the models. Logs how the student reads the teacher where their tokenizers differ. Raises CheckpointError on
     a directory that cannot be used, InputError on different tokenizers that do not spell bytes of text.
     """
     names: dict[Role, str | Path | None] = {"teacher": teacher, "student": student}
-    directories = {role: locate(name) for role, name in names.items() if name is not None}
+    url = teacher if isinstance(teacher, str) and is_url(teacher) else None
+    directories = {role: locate(name) for role, name in names.items() if name is not None and name != url}
     for path in directories.values():
         load_config(path)  # what is no model's directory is refused as such, before its weights are looked for
     dtypes = {role: choose_dtype(path, dtype, device) for role, path in directories.items()}
     own = {role: has_own_decoder(path, backend) for role, path in directories.items()}
     check_weights_fit(directories, dtypes, device)
+    served = None if url is None else ServedTeacher.connect(url, server, teacher_tokenizer, directories.get("student"))
     tokenizers = {role: Tokenizer(path) for role, path in directories.items()}
+    if served is not None:
+        logger.info("%s", describe_served(served))
+        tokenizers["teacher"] = served.tokenizer
     decoders: dict[Role, LanguageModel] = {}
     for role, path in directories.items():
         if own[role]:
@@ -128,9 +148,9 @@ def load_models(
         reader = choose_reader(tokenizers["teacher"], tokenizers["student"], f"teacher {teacher}", f"student {student}")
     if dtype == "auto" and (line := describe_float32(dtypes, device)) is not None:
         logger.info("%s", line)
-    if (launches := describe_launches(list(decoders.values()))) is not None:
+    if decoders and (launches := describe_launches(list(decoders.values()))) is not None:
         logger.info("kernel configurations: %s", launches.description)
-    return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, reader=reader)
+    return LoadedModels(directories=directories, decoders=decoders, tokenizers=tokenizers, reader=reader, served=served)
 
 
 def choose_reader(teacher: Tokenizer, student: Tokenizer, teacher_name: str, student_name: str) -> Reader:

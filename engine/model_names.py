@@ -6,6 +6,7 @@ from pathlib import Path
 
 from genssd.engine.errors import CheckpointError
 from genssd.engine.quoting import quote
+from genssd.engine.served.address import is_url
 
 GGUF_STEP = (
     "GGUF is not read; take the checkpoint from which it was converted, or let transformers convert it: "
@@ -28,6 +29,11 @@ def find_directory(name_or_path: str | Path) -> Path | None:
     Raises CheckpointError where it is neither.
     """
     name = str(name_or_path)
+    if is_url(name):
+        raise CheckpointError(
+            f"{name} is the URL of a server, which can be the teacher that writes in select, generate and distill; "
+            "here the weights themselves are needed: give a hub id or a local directory"
+        )
     try:
         path = Path(name_or_path).expanduser()
         if path.is_dir():

@@ -65,6 +65,18 @@ class PageBudget:
                 return f"need {pool.describe(num_pages)}; the {runner.role}'s cache has {pool.describe()}"
         return None
 
+    def explain_misfit(self, expansions: Sequence[Expansion]) -> str | None:
+        """Return the reason of `find_misfit` as a sentence about the candidates, with the fix; None if they fit."""
+        reason = self.find_misfit(expansions)
+        if reason is None:
+            return None
+        longest = max(expansion.longest for expansion in expansions)
+        return (
+            f"{format_count(sum(expansion.n for expansion in expansions), 'candidate')} of up to "
+            f"{format_count(longest, 'token')} {reason}; raise "
+            "memory_bytes or memory_utilization, or ask for fewer or shorter ones"
+        )
+
     def describe_need(self, expansions: Sequence[Expansion]) -> str:
         """Return how many pages expansions take of the fullest cache, and how many are free there, for messages."""
         needs = [

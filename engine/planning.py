@@ -13,8 +13,7 @@ from genssd.engine.branch import Branch
 from genssd.engine.budget import Budget
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError
-from genssd.engine.expander import Expander
-from genssd.engine.expansion import Expansion
+from genssd.engine.expansion import AnyExpander, Expansion
 from genssd.engine.generation import Generation, generate
 from genssd.engine.judging import Judge
 from genssd.engine.policies import make_policy
@@ -33,7 +32,7 @@ NO_ANSWER_ROOM = "prompt and reference answer leave no position for a response"
 class SearchPlan:
     """The searches of one call, and the prompts that cannot be run."""
 
-    expander: Expander
+    expander: AnyExpander
     searches: Sequence[PromptSearch]
     misfits: Sequence[tuple[PromptSearch, str]]
     """Prompts that cannot be run, and why."""
@@ -108,7 +107,7 @@ def iter_generations(
 
 
 def _run_generation(
-    failed: Sequence[Generation], queue: dict[int, Expansion], expander: Expander
+    failed: Sequence[Generation], queue: dict[int, Expansion], expander: AnyExpander
 ) -> Iterator[Generation]:
     yield from failed
     yield from generate(queue, expander)

@@ -13,7 +13,7 @@ from genssd.engine.errors import CapacityError, CheckpointError, InputError
 from genssd.engine.language_model import LanguageModel
 from genssd.engine.options_check import check_count, check_value
 from genssd.engine.quoting import quote
-from genssd.engine.runner import ModelRunner
+from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.text import Prompt, Tokenizer
 
 
@@ -60,7 +60,14 @@ def check_vocabulary(tokenizer: Tokenizer, decoder: LanguageModel) -> None:
 
 def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> list[int]:
     """Return token ids as a list. Raises InputError on one that is no integer or not in the model's vocabulary."""
-    size = runner.decoder.config.vocab_size
+    return check_ids_below(ids, runner.decoder.config.vocab_size, runner.role, label)
+
+
+def check_ids_below(ids: Sequence[int], size: int, role: Role, label: str) -> list[int]:
+    """Return token ids as a list. size: number of ids in the model's vocabulary.
+
+    Raises InputError on one that is no integer or not in the vocabulary.
+    """
     checked: list[int] = []
     check_list(label, ids, "token ids")
     for i in ids:
@@ -68,7 +75,7 @@ def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> list[int]:
             raise InputError(f"{label}: a token id must be an integer, not {i!r}")
         checked.append(operator.index(i))
         if not 0 <= checked[-1] < size:
-            raise InputError(f"{label}: token id {i} is outside the {runner.role}'s vocabulary of {size}")
+            raise InputError(f"{label}: token id {i} is outside the {role}'s vocabulary of {size}")
     return checked
 
 

@@ -12,11 +12,12 @@ from genssd.engine.amounts import format_count
 from genssd.engine.branch import PromptIds
 from genssd.engine.candidate import AnyCriterion, Window, needs_answer
 from genssd.engine.chat_options import ChatOptions
-from genssd.engine.errors import InputError
+from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.page_budget import Reservations
 from genssd.engine.reading import Reader
-from genssd.engine.requests import check_ids, check_list, check_positions, find_misfit
+from genssd.engine.requests import check_ids_below, check_list, check_positions, find_misfit
 from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.served.teacher import ServedTeacher
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.token_map import TokenMap
 from genssd.engine.usage import CacheUse, Usage
@@ -52,18 +53,50 @@ class Resources:
     usage: Usage = field(default_factory=Usage)
     reservations: Reservations = field(default_factory=dict)
     """Pages that expansions in flight may still take."""
+    served: ServedTeacher | None = None
+    """The teacher, where a server runs it; it has no runner then."""
 
     def runner(self, role: Role) -> ModelRunner:
-        """Return the runner of a model. Raises InputError when the engine was made without it."""
+        """Return the runner of a model. Raises InputError when the engine was made without it, or a server runs it."""
         runner = self.runners.get(role)
+        if runner is None and role == "teacher" and self.served is not None:
+            raise InputError(
+                f"the teacher is served at {self.served.url}: it can write, and what reads its hidden states or its "
+                "whole distribution needs its weights here; give teacher= a hub id or a local directory"
+            )
         if runner is None:
             raise InputError(f"this engine has no {role}; give {role}= to Engine.from_pretrained")
         return runner
 
+    def served_as(self, role: Role) -> ServedTeacher | None:
+        """Return the server that runs a model; None where it runs here, or not at all."""
+        return self.served if role == "teacher" else None
+
     def tokenizer(self, role: Role) -> Tokenizer:
         """Return the tokenizer of a model. Raises InputError when the engine was made without it."""
-        self.runner(role)
+        if self.served_as(role) is None:
+            self.runner(role)
         return self.tokenizers[role]
+
+    def positions(self, role: Role) -> int:
+        """Return the maximum number of tokens in a sequence of a model. Raises InputError as `tokenizer` does."""
+        served = self.served_as(role)
+        return self.runner(role).decoder.config.max_position_embeddings if served is None else served.positions
+
+    def vocab_size(self, role: Role) -> int:
+        """Return the number of token ids of a model's head. Raises InputError as `tokenizer` does."""
+        served = self.served_as(role)
+        return self.runner(role).decoder.config.vocab_size if served is None else served.vocab_size
+
+    def find_misfit(self, num_tokens: int, role: Role, label: str) -> str | None:
+        """Return why a model cannot run a sequence of so many tokens; None if it can. See `requests.find_misfit`."""
+        served = self.served_as(role)
+        if served is None:
+            return find_misfit(num_tokens, self.runner(role), label)
+        if num_tokens < served.positions:
+            return None
+        length = format_count(num_tokens, "token")
+        return f"{label} has {length}; the teacher served at {served.url} has {served.positions} positions"
 
     @property
     def cache_use(self) -> CacheUse:
@@ -84,18 +117,19 @@ class Resources:
     def encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         """Return a prompt's token ids as a model reads it. Raises InputError or CapacityError naming the label."""
         ids = self._encode_any(prompt, role, label)
-        check_positions(len(ids), self.runners[role], label)
+        misfit = self.find_misfit(len(ids), role, label)
+        if misfit is not None:
+            raise CapacityError(misfit)
         return ids
 
     def _encode_any(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         """Return a prompt's token ids, however many they are. Raises InputError naming the label."""
-        runner = self.runner(role)
+        tokenizer = self.tokenizer(role)
         try:
-            ids = self.tokenizers[role].encode_prompt(prompt)
+            ids = tokenizer.encode_prompt(prompt)
         except InputError as error:
             raise InputError(f"{label}: {error}") from None
-        check_ids(ids, runner, label)
-        return ids
+        return check_ids_below(ids, self.vocab_size(role), role, label)
 
     def encode_all(
         self,
@@ -112,7 +146,7 @@ class Resources:
         seen: Counter[tuple[int, ...]] = Counter()
         for index, prompt in enumerate(prompts):
             ids = {role: tuple(self._encode_any(prompt, role, labels[index])) for role in roles}
-            misfits = (find_misfit(len(ids[role]), self.runners[role], "the prompt") for role in roles)
+            misfits = (self.find_misfit(len(ids[role]), role, "the prompt") for role in roles)
             answer = None if answers is None else answers[index]
             rendered = PromptIds(teacher=ids.get("teacher", ()), student=ids.get("student", ()), answer=answer)
             key = ids[roles[0]]
@@ -145,7 +179,7 @@ class Resources:
                 ids = tokenizer.encode(response, special=False) if isinstance(response, str) else response
             except InputError as error:
                 raise InputError(f"{label}: {error}") from None
-            ids = check_ids(ids, runner, label)
+            ids = check_ids_below(ids, self.vocab_size(role), role, label)
             if not ids:
                 raise InputError(f"{label} is empty")
             check_positions(len(prompt_ids) + len(ids) - 1, runner, f"prompt {index} with its response")
@@ -155,7 +189,7 @@ class Resources:
     def response_limit(self, prompt: PromptIds, max_tokens: int, roles: Sequence[Role]) -> int:
         """Return the maximum number of tokens in a response: max_tokens, or the positions that the models have free."""
         num_used = {"teacher": len(prompt.teacher), "student": len(prompt.student)}
-        free = [self.runners[role].decoder.config.max_position_embeddings - num_used[role] for role in roles]
+        free = [self.positions(role) - num_used[role] for role in roles]
         return min(max_tokens, *free)
 
     def search_limit(self, prompt: EncodedPrompt, max_tokens: int, criterion: AnyCriterion) -> int:
@@ -168,8 +202,7 @@ class Resources:
         if not needs_answer(criterion):
             return limit
         num_answer = len(self.tokenizers["student"].encode_plain(prompt.ids.answer or "")) + ANSWER_ROOM
-        positions = self.runner("student").decoder.config.max_position_embeddings
-        return min(limit, positions - len(prompt.ids.student) - num_answer)
+        return min(limit, self.positions("student") - len(prompt.ids.student) - num_answer)
 
     def local_logprob(
         self, role: Role, prompt_ids: Sequence[int], ids: Sequence[int], windows: Sequence[Window]

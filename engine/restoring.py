@@ -69,6 +69,18 @@ def restore_shared(runner: ModelRunner, branches: Sequence[Branch]) -> int:
     return sum(span.end - span.start for span in spans)
 
 
+def read_pending(runner: ModelRunner, branches: Sequence[Branch]) -> int:
+    """Compute the tokens that branches have pending under one model; return how many prompt tokens are among them."""
+    states = [state for branch in branches if (state := branch.state(runner.role)).pending]
+    paths = [state.path for state in states if state.path is not None]
+    num_prefill = sum(len(state.pending) for state in states if len(state.pending) > 1)
+    pending = [state.pending for state in states]
+    for state, hidden in zip(states, runner.extend(paths, pending, last=[1] * len(paths)), strict=True):
+        state.hidden = hidden[-1]
+        state.pending = []
+    return num_prefill
+
+
 def _divide(
     group: Sequence[Branch], num_chunks: int, parent: SharedSpan | None, role: Role, spans: list[SharedSpan]
 ) -> None:

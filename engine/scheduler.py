@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from genssd.engine.budget import Budget, BudgetMeter, BudgetName
 from genssd.engine.errors import CapacityError
-from genssd.engine.expander import Expander
-from genssd.engine.expansion import Expansion
+from genssd.engine.expansion import AnyExpander, Expansion
 from genssd.engine.search import PromptSearch
 from genssd.engine.selection import Selection
 
@@ -27,7 +26,7 @@ BESIDE_OTHERS = (
 class SearchScheduler:
     """The order in which the rounds of many prompts run on one expander."""
 
-    def __init__(self, prompts: Sequence[PromptSearch], expander: Expander, budget: Budget = Budget()) -> None:
+    def __init__(self, prompts: Sequence[PromptSearch], expander: AnyExpander, budget: Budget = Budget()) -> None:
         self._expander = expander
         self._meter = BudgetMeter(budget, ("total_budget.tokens", "total_budget.seconds"))
         self._waiting = deque(prompts)
@@ -79,7 +78,8 @@ class SearchScheduler:
     def _decode_step(self) -> Iterator[Selection]:
         """Decode one token of every candidate; note the prompts whose round is complete.
 
-        Yields the outcomes of prompts for which a token was drawn that the student does not have.
+        Yields the outcomes of prompts for which a token was drawn that the student does not have, or nothing was
+        written by a server.
         """
         before = self._expander.usage.sampled_tokens
         complete = self._expander.step()
@@ -88,10 +88,11 @@ class SearchScheduler:
             prompt = self._prompt_of.pop(expansion, None)
             if prompt is None:  # it has failed in this step
                 continue
-            if expansion.unreadable is not None:
+            error = expansion.failed or expansion.unreadable
+            if error is not None:
                 for other in prompt.round:
                     self._prompt_of.pop(other, None)
-                yield self._fail(prompt, expansion.unreadable, missing_token=expansion.missing_token)
+                yield self._fail(prompt, error, missing_token=expansion.missing_token)
                 continue
             prompt.num_unfinished -= 1
             if prompt.num_unfinished == 0:

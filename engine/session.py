@@ -12,15 +12,16 @@ from genssd.engine.candidate import Window
 from genssd.engine.candidate_scoring import CandidateScorer
 from genssd.engine.chunk import Chunk
 from genssd.engine.drawing import Drawing, WriterDrawing, chunk_topk
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.errors import CapacityError, InputError, ServerError
 from genssd.engine.expander import Expander
-from genssd.engine.expansion import Expansion
+from genssd.engine.expansion import AnyExpander, Expansion
 from genssd.engine.reading import Reader
 from genssd.engine.rereading import finish_reading
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpeculativeDrawing
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
+from genssd.engine.served.expander import ServedExpander, served_topk
 from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TopK
 
@@ -49,13 +50,26 @@ class Session:
         num_topk: int = 0,
         greedy_first: bool = False,
     ) -> None:
-        runner = resources.runner(writer)
         student = resources.runner("student") if scored or rsd is not None else None
         self._resources = resources
-        self._writer = runner
         self._tokenizer = resources.tokenizer(writer)
         self._num_topk = num_topk
         self._reader: Reader = TokenMap() if writer == "student" else resources.reader
+        self._served = resources.served_as(writer)
+        if self._served is not None and rsd is None:
+            if num_topk:
+                self._served.check_topk(num_topk)
+            self.expander: AnyExpander = ServedExpander(
+                self._served,
+                None if student is None else CandidateScorer(student, self._reader, resources.usage),
+                sampling,
+                num_topk=num_topk,
+                greedy_first=greedy_first,
+                usage=resources.usage,
+                reservations=resources.reservations,
+            )
+            return
+        self._writer = runner = resources.runner(writer)
         # embeddings are often padded: an id that the tokenizer does not know is never drawn
         vocabulary = self._tokenizer.largest_id + 1
         writers: list[Role] = [writer]
@@ -86,8 +100,8 @@ class Session:
     def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]:
         """Sample n candidates of each branch in one batch.
 
-        Raises CapacityError if they do not fit, InputError on a token that the student does not have; no page is taken
-        then.
+        Raises CapacityError if they do not fit, InputError on a token that the student does not have, ServerError where
+        a server does not write them; no page is taken then.
         """
         expansions = [
             Expansion(branch, n, chunk, self._max_new(branch), "the branch" if len(branches) == 1 else f"branch {i}")
@@ -106,8 +120,10 @@ class Session:
             while any(expansion.is_unfinished for expansion in expansions):
                 self.expander.step()
             for expansion in expansions:
-                if expansion.unreadable is not None:
-                    raise InputError(f"{expansion.label}: {expansion.unreadable}")
+                error = expansion.failed or expansion.unreadable
+                if error is not None:
+                    kind = ServerError if expansion.failed is not None else InputError
+                    raise kind(f"{expansion.label}: {error}")
         except BaseException:
             for expansion in expansions:
                 self.expander.cancel(expansion)
@@ -152,6 +168,8 @@ class Session:
 
     def chunk_topk(self, branch: Branch) -> TopK | None:
         """Return the writer's most likely tokens along a branch's chunk; None where they are not kept."""
+        if self._served is not None:
+            return served_topk(branch)
         return chunk_topk(self._writer, branch, self._num_topk)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:

@@ -168,6 +168,18 @@ class Tokenizer:
             text = self._token_text[token_id] = str(self.hf.decode([token_id]))
         return text
 
+    def ids_of_text(self, text: str) -> list[int]:
+        """Return the ids of all tokens whose text by itself is this one."""
+        return self._ids_of_texts.get(text, [])
+
+    @cached_property
+    def _ids_of_texts(self) -> dict[str, list[int]]:
+        """Ids of the vocabulary by their texts."""
+        ids: dict[str, list[int]] = {}
+        for token_id in range(self.largest_id + 1):
+            ids.setdefault(self.token_text(token_id), []).append(token_id)
+        return ids
+
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text that each token completes; joined, it is the whole text. Special tokens have their names."""
         if self._texts_join:

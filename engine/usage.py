@@ -26,6 +26,10 @@ class Usage:
 
     sampled_tokens: int = 0
     """Number of tokens sampled by the writing model, those of pruned candidates included."""
+    discarded_tokens: int = 0
+    """Number of tokens that a server wrote after the end of a chunk; they are no part of any candidate."""
+    served_from_text: int = 0
+    """Number of completions that a server returned without token ids, and whose ids its text leaves no doubt about."""
     scored_tokens: int = 0
     """Number of candidate tokens scored by the student."""
     drifted_responses: int = 0

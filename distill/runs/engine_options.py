@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.progress import SILENT, Progress
@@ -15,6 +15,7 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
 from genssd.engine.language_model import Backend
 from genssd.engine.options_check import check_types
+from genssd.engine.served.address import is_url
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import announce, choose_engine_threads
 
@@ -73,14 +74,20 @@ class EngineOptions:
             deterministic=self.deterministic,
             threads=threads.count,
             backend=self.backend,
+            **self.server_arguments(),
         )
         use = engine.cache_use
-        report.note(
-            f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
-            f"the caches hold {format_count(use.pages, 'page')} ({format_bytes(use.bytes)})"
-        )
-        announce(threads)  # when nothing about the models can be refused any more
+        if use.pages:
+            report.note(
+                f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
+                f"the caches hold {format_count(use.pages, 'page')} ({format_bytes(use.bytes)})"
+            )
+            announce(threads)  # when nothing about the models can be refused any more
         return engine
+
+    def server_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Engine.from_pretrained` for a teacher that a server runs."""
+        return {}
 
     def open_engine(
         self,
@@ -96,7 +103,7 @@ class EngineOptions:
         Raises InputError naming a variable that a chat template does not read, before any weights are loaded.
         """
         if engine is None and chat.template_kwargs:
-            for name in filter(None, (teacher, student)):
+            for name in (name for name in (teacher, student) if name is not None and not is_url(name)):
                 Tokenizer(locate(name)).with_chat(chat)
         return (engine or self.load(teacher=teacher, student=student, report=report)).with_chat(chat)
 

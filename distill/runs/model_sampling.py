@@ -16,6 +16,8 @@ from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import quote
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
+from genssd.engine.served.address import is_url
+from genssd.engine.served.teacher import locate_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,15 @@ def choose_sampling(config: C, model: str, role: Role, engine: Engine | None = N
     model: the one that writes, by the field of the config with the name or the directory. engine: loaded already.
     Raises InputError where both the file and options of `sampling` are asked for, or the file names nothing.
     """
-    directory = locate(model) if engine is None else engine.tokenizer(role).directory
+    if engine is None and is_url(model):
+        tokenizer = getattr(config, "teacher_tokenizer", None)
+        if not config.generation_config:
+            return config
+        if tokenizer is None:
+            raise InputError("generation_config: the teacher is a server; give teacher_tokenizer, which has the file")
+        directory = locate_tokenizer(tokenizer)
+    else:
+        directory = locate(model) if engine is None else engine.tokenizer(role).directory
     recommendation = read_recommendation(directory)
     values: Any = config  # a config class with the field `sampling`
     chosen, default = values.sampling, _find_default(config)

@@ -143,12 +143,17 @@ class Run:
             self._chat_options = self._config.make_chat_options(date)
 
     def use(self, engine: Engine) -> Engine:
-        """Record an engine's number of threads and, on a GPU, its kernel configurations; return the engine.
+        """Record an engine's number of threads, the server of its teacher and, on a GPU, its kernel configurations.
 
+        Returns the engine.
         The results depend on the configurations, and not on the number of threads. Raises InputError where an earlier
         part of the run took others for the same models.
         """
         self._record["threads"] = engine.threads
+        if engine.server is not None:
+            self._record["server"] = {
+                name: getattr(engine.server, name) for name in ("url", "model", "root", "positions", "tokenizer")
+            }
         if engine.launches is None:
             self._write_record()
             return engine

@@ -28,11 +28,16 @@ from genssd.distill.data.problems import (
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
+from genssd.distill.runs.served_teacher import (
+    SERVED_NEEDS,
+    TeacherOptions,
+    count_server_use,
+    describe_server_use,
+)
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.notes import NoteMaker, list_responses
 from genssd.distill.select.rows import make_response_row
@@ -43,16 +48,18 @@ from genssd.engine.options_check import check_types
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
+from genssd.engine.served.address import is_url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(EngineOptions, ChatSettings, ModelSampling):
+class GenerateConfig(TeacherOptions, ChatSettings, ModelSampling):
     """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
 
-    NEEDS: ClassVar[Needs] = {"rsd": Need(lambda o: o.method == "rsd", "method rsd")}
+    NEEDS: ClassVar[Needs] = {"rsd": Need(lambda o: o.method == "rsd", "method rsd"), **SERVED_NEEDS}
 
     teacher: ModelPath[str]
-    """Hub id or local directory of the model that writes."""
+    """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
+    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
     student: ModelPath[str | None] = None
     """Hub id or local directory of the model whose chat template the rows use, and which judges tokens under rsd.
     None: the rows use the teacher's chat template."""
@@ -82,6 +89,11 @@ class GenerateConfig(EngineOptions, ChatSettings, ModelSampling):
         check_types(self)
         if self.method == "rsd" and self.student is None:
             raise InputError("rsd needs a student: give --student")
+        if self.method == "rsd" and is_url(self.teacher):
+            raise InputError(
+                "rsd judges every token before the next one is drawn, which a server does not wait for: give a teacher "
+                "that is a hub id or a local directory, or method sample"
+            )
         if self.n < 1 or self.max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, not {self.n} and {self.max_tokens}")
 
@@ -116,7 +128,7 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     """
     config = choose_sampling(config, config.teacher, "teacher", engine)
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
-    fingerprints = None if engine is None else engine.fingerprints
+    fingerprints = config.find_fingerprints(config.teacher, engine)
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
@@ -129,7 +141,9 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
         failures = _generate(run, config, engine, readable, done, report)
         summary = _summarise(run, config, readable.data, failures)
         run.write_bad_rows(summary.bad_rows)
-        run.write_summary(_describe(summary))
+        run.write_summary({**_describe(summary), **count_server_use(engine)})
+        if (line := describe_server_use(engine)) is not None:
+            report.note(line)
     return summary
 
 

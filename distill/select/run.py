@@ -25,11 +25,16 @@ from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import Journal, write_json
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
+from genssd.distill.runs.served_teacher import (
+    SERVED_NEEDS,
+    TeacherOptions,
+    count_server_use,
+    describe_server_use,
+)
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
 from genssd.distill.select.notes import NoteMaker
@@ -71,7 +76,7 @@ class Calibrate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectSettings(SearchOptions, EngineOptions, ModelSampling):
+class SelectSettings(SearchOptions, TeacherOptions, ModelSampling):
     """Options of the search, of the engine, and of the threshold's calibration."""
 
     NEEDS: ClassVar[Needs] = {
@@ -113,8 +118,11 @@ class SelectSettings(SearchOptions, EngineOptions, ModelSampling):
 class SelectConfig(SelectSettings, ChatSettings):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
+    NEEDS: ClassVar[Needs] = SERVED_NEEDS
+
     teacher: ModelPath[str]
-    """Hub id or local directory of the model that writes."""
+    """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
+    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
@@ -140,7 +148,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
     if config.calibrate.data is not None and not config.resume:
         _read_calibration_data(config)  # before any model is loaded
-    fingerprints = None if engine is None else engine.fingerprints
+    fingerprints = config.find_fingerprints(config.teacher, engine)
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
         done = keep_complete(run, data.problems, config.data, has_topk=config.teacher_topk > 0)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
@@ -152,7 +160,9 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
         end = _Search(run, config, engine, readable, done, calibration).run(report)
         summary = summarise(run, end, readable.data, calibration)
         run.write_bad_rows(summary.bad_rows)
-        run.write_summary(summary.as_json())
+        run.write_summary({**summary.as_json(), **count_server_use(engine)})
+        if (line := describe_server_use(engine)) is not None:
+            report.note(line)
     return summary
 
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from genssd.engine.errors import GenssdError as GenssdError
     from genssd.engine.errors import InputError as InputError
     from genssd.engine.errors import NumericsError as NumericsError
+    from genssd.engine.errors import ServerError as ServerError
     from genssd.engine.generation import Completion as Completion
     from genssd.engine.generation import Generation as Generation
     from genssd.engine.launches import LaunchRecord as LaunchRecord
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
     from genssd.engine.selection import Status as Status
     from genssd.engine.selection import Trajectory as Trajectory
     from genssd.engine.selection import Verdict as Verdict
+    from genssd.engine.served.options import ServerOptions as ServerOptions
+    from genssd.engine.served.record import ServerRecord as ServerRecord
     from genssd.engine.text import Prompt as Prompt
     from genssd.engine.text import Tokenizer as Tokenizer
     from genssd.engine.token_map import TokenMap as TokenMap
@@ -133,6 +136,7 @@ _NAMES = {
         "GenssdError",
         "InputError",
         "NumericsError",
+        "ServerError",
     ),
     "genssd.engine.generation": (
         "Completion",
@@ -162,6 +166,8 @@ _NAMES = {
         "Trajectory",
         "Verdict",
     ),
+    "genssd.engine.served.options": ("ServerOptions",),
+    "genssd.engine.served.record": ("ServerRecord",),
     "genssd.engine.text": (
         "Prompt",
         "Tokenizer",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from genssd.distill.files.rows import check_exists
 from genssd.engine.model_names import find_directory
+from genssd.engine.served.address import is_url, parse_url
 
 MODELS = frozenset(
     (
@@ -25,6 +26,8 @@ MODELS = frozenset(
 """Flags that name a model, or several."""
 DATA_FILES = frozenset(("data", "eval-data", "calibrate.data", "select.calibrate.data", "train.eval-data"))
 """Flags that name a data file, or several."""
+TOKENIZERS = frozenset(("teacher-tokenizer", "select.teacher-tokenizer"))
+"""Flags that name a directory or hub id with a tokenizer."""
 UNCHECKED = frozenset(("output-dir", "run", "resume-from-checkpoint", "tune-file"))
 """Flags that name files and directories of a run."""
 
@@ -40,7 +43,9 @@ def check_names(flags: Sequence[str]) -> None:
         for value in values:
             if value == "None":
                 continue
-            if flag in MODELS:
+            if flag == "teacher" and is_url(value):
+                parse_url(value)
+            elif flag in MODELS | TOKENIZERS:
                 find_directory(os.path.expanduser(value))
             elif flag in DATA_FILES:
                 check_exists(os.path.expanduser(value))

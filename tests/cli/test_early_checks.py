@@ -14,7 +14,7 @@ import pytest
 from genssd.commands import COMMANDS
 from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.settings import Kind, Marker
-from genssd.early_checks import DATA_FILES, MODELS, UNCHECKED, check_names
+from genssd.early_checks import DATA_FILES, MODELS, TOKENIZERS, UNCHECKED, check_names
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CheckpointError, InputError
 
@@ -48,7 +48,7 @@ def test_every_flag_that_names_a_file_or_a_model_is_known(command: str) -> None:
         elif Kind.DATA_FILE in marks:
             assert name in DATA_FILES
         else:
-            assert name in DATA_FILES | UNCHECKED
+            assert name in DATA_FILES | TOKENIZERS | UNCHECKED
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from genssd.engine.errors import InputError
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
 NOT_COUNTED = {
-    "select": ENGINE | {"output_dir", "resume", "data", "limit", "total_budget"},
-    "generate": ENGINE | {"output_dir", "resume", "data", "limit"},
+    "select": ENGINE | {"output_dir", "resume", "data", "limit", "total_budget", "server"},
+    "generate": ENGINE | {"output_dir", "resume", "data", "limit", "server"},
     "score": ENGINE | {"output_dir", "resume", "pick"},
     "reselect": ENGINE | {"output_dir"},
     "prefix": ENGINE | {"output_dir", "resume"},
@@ -31,7 +31,7 @@ NOT_COUNTED = {
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
     "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads"}
-    | {f"select.{name}" for name in ENGINE | {"total_budget"}}
+    | {f"select.{name}" for name in ENGINE | {"total_budget", "server"}}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
 }
@@ -132,8 +132,8 @@ def test_a_data_file_that_is_not_there_is_named(data: list[str]) -> None:
 
 PATHS = {
     "demo": {"output_dir"},
-    "select": {"teacher", "student", "data", "output_dir", "calibrate.data"},
-    "generate": {"teacher", "student", "data", "output_dir"},
+    "select": {"teacher", "teacher_tokenizer", "student", "data", "output_dir", "calibrate.data"},
+    "generate": {"teacher", "teacher_tokenizer", "student", "data", "output_dir"},
     "score": {"student", "teacher", "data", "output_dir"},
     "reselect": {"run", "student", "output_dir"},
     "prefix": {"student", "data", "output_dir"},
@@ -143,13 +143,13 @@ PATHS = {
     "train": {"model_name_or_path", "teacher_model_name_or_path", "data", "eval_data", "output_dir"}
     | {"resume_from_checkpoint"},
     "distill": {"teacher", "student", "data", "eval_data", "output_dir"}
-    | {"select.calibrate.data", "train.teacher_model_name_or_path", "train.eval_data"},
+    | {"select.calibrate.data", "select.teacher_tokenizer", "train.teacher_model_name_or_path", "train.eval_data"},
     "tune": {"model_name_or_path", "teacher", "student", "tune_file"},
 }
 """Every option that names something in the file system."""
 NO_PATHS = {"device", "dtype", "criterion", "criteria", "contexts", "statuses", "until", "lora_target_modules"} | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
-    *("system_prompt", "chat_template_kwargs", "template_date"),
+    *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
 }
 """Fields of text that name nothing there."""
 

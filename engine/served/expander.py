@@ -1,0 +1,322 @@
+"""Expansions whose candidates a server writes, and the student here scores.
+
+An expansion is one request for n completions of the branch's tokens; the server shares their prefix in its cache. A
+chunk of `tokens` tokens up to a delimiter takes two steps, so that little is written in vain: `tokens` tokens, then
+from each candidate its rest with the delimiter as stop text. Where a chunk ends is decided here, by the rule and the
+tokens alone (`ChunkEnd`), as for a teacher in this process; what a server wrote beyond is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+
+import torch
+
+from genssd.engine.branch import Branch
+from genssd.engine.candidate_scoring import CandidateScorer
+from genssd.engine.chunk import ChunkEnd
+from genssd.engine.drawing import GREEDY
+from genssd.engine.errors import ServerError
+from genssd.engine.expansion import Expansion
+from genssd.engine.page_budget import PageBudget, Reservations
+from genssd.engine.restoring import read_pending, restore_shared
+from genssd.engine.sampling import Sampling, noise_key
+from genssd.engine.served.client import RequestRefused
+from genssd.engine.served.connections import Call, Cancelled
+from genssd.engine.served.replies import BadReply, Written
+from genssd.engine.served.teacher import Completions, ServedTeacher
+from genssd.engine.text import TextStream
+from genssd.engine.threads import computes
+from genssd.engine.usage import Usage
+from genssd.kernels.logprob import TopK
+
+POLL_SECONDS = 0.2
+"""Longest time that a step waits for the server, so that budgets of seconds are kept to."""
+SEED_BITS = 53
+"""Seeds have so many bits: larger integers are not the same in every JSON reader."""
+
+
+@dataclass(slots=True, eq=False)
+class Writing:
+    """A candidate that the server writes, with the end of its chunk."""
+
+    child: Branch
+    end: ChunkEnd
+    text: TextStream
+
+
+class Asked(Call):
+    """A request to the server for one or several candidates of one expansion.
+
+    writings: the candidates, one per completion; all of them for a single completion, where the draw is greedy.
+    """
+
+    def __init__(self, expansion: Expansion, writings: Sequence[Writing], request: Completions) -> None:
+        super().__init__()
+        self.expansion = expansion
+        self.writings = writings
+        self.request = request
+        self.written: list[Written] = []
+        self.error: Exception | None = None
+
+
+class ServedExpander:
+    """The `Expander` of one session whose writer is a server.
+
+    scorer: what scores complete candidates; None where nothing does. num_topk: how many of the writer's most likely
+    tokens are kept. greedy_first: as for `WriterDrawing`. usage: counts of the engine, which every step raises.
+    """
+
+    def __init__(
+        self,
+        teacher: ServedTeacher,
+        scorer: CandidateScorer | None,
+        sampling: Sampling,
+        *,
+        num_topk: int,
+        greedy_first: bool,
+        usage: Usage,
+        reservations: Reservations,
+    ) -> None:
+        self._teacher = teacher
+        self._scorer = scorer
+        self._sampling = sampling
+        self._num_topk = num_topk
+        self._greedy_first = greedy_first
+        self._end_token_ids = teacher.tokenizer.end_token_ids
+        self.usage = usage
+        self._runners = [] if scorer is None else [scorer.runner]
+        self._budget = PageBudget(self._runners, reservations)
+        self._submitted: list[Expansion] = []
+        self._asked: dict[Expansion, list[Asked]] = {}
+        self._answered: SimpleQueue[Asked] = SimpleQueue()
+
+    @property
+    def threads(self) -> int | None:
+        """Number of threads that compute; None for the default."""
+        return self._runners[0].threads if self._runners else None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request may be sent at once."""
+        num_asked = sum(len(asked) for asked in self._asked.values())
+        return num_asked + len(self._submitted) < self._teacher.client.options.in_flight
+
+    def fits(self, expansions: Sequence[Expansion], *, collecting: bool = False) -> bool:
+        """Return whether the student's cache can take these expansions in addition to all in flight.
+
+        collecting: as for `Expander.fits`.
+        """
+        if self._budget.fits(expansions):
+            return True
+        return collecting and gc.collect() > 0 and self._budget.fits(expansions)
+
+    def find_misfit(self, expansions: Sequence[Expansion]) -> str | None:
+        """Return why expansions that start together do not fit into an otherwise empty cache; None if they do."""
+        return self._budget.explain_misfit(expansions)
+
+    def describe_need(self, expansions: Sequence[Expansion]) -> str:
+        """Return how many pages expansions take, and how many are free, for messages."""
+        return self._budget.describe_need(expansions)
+
+    @computes
+    def submit(self, expansions: Sequence[Expansion]) -> None:
+        """Add expansions that fit and start together. They are asked for in the next step."""
+        parents = [expansion.parent for expansion in expansions]
+        for runner in self._runners:
+            self.usage.prefill_tokens += restore_shared(runner, parents)
+            for state in (parent.state(runner.role) for parent in parents):
+                if state.path is None:
+                    state.path = runner.tree.root()
+        for expansion in expansions:
+            self._budget.reserve(expansion)
+            self._submitted.append(expansion)
+
+    def cancel(self, expansion: Expansion) -> None:
+        """Stop an expansion and drop its candidates, as if it had not been submitted."""
+        if expansion in self._submitted:
+            self._submitted.remove(expansion)
+        self._forget(expansion)
+        self._budget.release(expansion)
+        expansion.reset()
+
+    @computes
+    def step(self) -> list[Expansion]:
+        """Send what was submitted, take what the server has written; return the expansions that are complete.
+
+        Those that are `unreadable` or `failed` are complete and not scored. Where nothing arrives for a moment, none
+        is returned. Raises ServerError where the server will not answer any more.
+        """
+        self._start()
+        complete = [expansion for asked in self._collect() if (expansion := self._take(asked)) is not None]
+        if self._scorer is not None:
+            written = [expansion for expansion in complete if expansion.failed is None]
+            if written:
+                self._scorer.score(written)
+        for expansion in complete:
+            self._budget.release(expansion)
+        return complete
+
+    def _start(self) -> None:
+        """Ask for the candidates of the submitted expansions; the student reads their prompts meanwhile."""
+        started, self._submitted = self._submitted, []
+        for expansion in started:
+            writings = [self._open(expansion) for _ in range(expansion.n)]
+            self._asked[expansion] = []
+            num_greedy = len(writings) if self._sampling.temperature == 0.0 else int(self._greedy_first)
+            self._ask_first(expansion, writings[:num_greedy], GREEDY)
+            self._ask_first(expansion, writings[num_greedy:], self._sampling)
+        for runner in self._runners:
+            self.usage.prefill_tokens += read_pending(runner, [expansion.parent for expansion in started])
+
+    def _open(self, expansion: Expansion) -> Writing:
+        child = expansion.parent.child()
+        expansion.children.append(child)
+        expansion.num_unfinished += 1
+        return Writing(child, ChunkEnd(expansion.chunk), TextStream(self._teacher.tokenizer))
+
+    def _ask_first(self, expansion: Expansion, writings: Sequence[Writing], sampling: Sampling) -> None:
+        """Ask for the beginnings of candidates, in one request where the server gives each its own noise."""
+        if not writings:
+            return
+        is_greedy = sampling.temperature == 0.0
+        if is_greedy or self._teacher.has_seeds:
+            self._ask(expansion, writings, sampling, n=1 if is_greedy else len(writings))
+        else:
+            for writing in writings:
+                self._ask(expansion, [writing], sampling, n=1)
+
+    def _ask(self, expansion: Expansion, writings: Sequence[Writing], sampling: Sampling, *, n: int) -> None:
+        """Send a request for what candidates of equal length lack."""
+        child, chunk = writings[0].child, expansion.chunk
+        num_written = len(child.chunk)
+        stop, limit = None, expansion.longest
+        if chunk.until is not None and max(num_written, 1) >= chunk.tokens:
+            stop = chunk.until
+        elif chunk.until is not None:
+            limit = min(limit, chunk.tokens)
+        request = Completions(
+            prompt_ids=[*child.prompt.teacher, *child.history, *child.chunk],
+            n=n,
+            max_tokens=limit - num_written,
+            sampling=sampling,
+            # a server adds the index of the completion to the seed
+            seed=noise_key(child.stream, child.length) & ((1 << SEED_BITS) - 1),
+            num_topk=self._num_topk,
+            stop=stop,
+        )
+        asked = Asked(expansion, writings, request)
+        self._asked[expansion].append(asked)
+        # what completes a candidate comes before new ones
+        self._teacher.workers.submit(partial(self._wait_for, asked), first=num_written > 0)
+
+    def _wait_for(self, asked: Asked) -> None:
+        """Wait for the server, in a thread of its own."""
+        try:
+            if asked.is_cancelled:
+                return
+            asked.written = self._teacher.ask(asked.request, asked)
+        except Cancelled:
+            return
+        except Exception as error:  # raised again, or noted, by the thread that takes it
+            asked.error = error
+        self._answered.put(asked)
+
+    def _collect(self) -> list[Asked]:
+        """Return the requests that were answered since the last step; wait a moment for the first."""
+        try:
+            arrived = [self._answered.get(timeout=POLL_SECONDS)]
+        except Empty:
+            return []
+        while not self._answered.empty():
+            arrived.append(self._answered.get())
+        return [asked for asked in arrived if not asked.is_cancelled]
+
+    def _take(self, asked: Asked) -> Expansion | None:
+        """Add what the server wrote to the candidates; return the expansion if it is complete now."""
+        expansion = asked.expansion
+        if expansion not in self._asked:
+            return None
+        self._asked[expansion].remove(asked)
+        error = asked.error
+        if error is None:
+            copies = asked.written * (len(asked.writings) // len(asked.written))
+            faults = [self._append(w, text, expansion) for w, text in zip(asked.writings, copies, strict=True)]
+            self.usage.served_from_text += sum(text.is_from_text for text in asked.written)
+            error = next((BadReply(fault) for fault in faults if fault is not None), None)
+        if isinstance(error, RequestRefused | BadReply):
+            expansion.failed = f"the server {self._teacher.url} did not write it: {error}"
+            self._forget(expansion)
+            return expansion
+        if error is not None:
+            raise error if isinstance(error, ServerError) else RuntimeError(str(error)) from error
+        self._go_on(asked)
+        if expansion.num_unfinished:
+            return None
+        del self._asked[expansion]
+        return expansion
+
+    def _go_on(self, asked: Asked) -> None:
+        """Ask for the rest of the candidates that are not complete."""
+        open_writings = [writing for writing in asked.writings if writing.child.ended is None]
+        if not open_writings:
+            return
+        sampling = asked.request.sampling
+        if sampling.temperature == 0.0:
+            self._ask(asked.expansion, open_writings, sampling, n=1)
+        else:
+            for writing in open_writings:
+                self._ask(asked.expansion, [writing], sampling, n=1)
+
+    def _append(self, writing: Writing, written: Written, expansion: Expansion) -> str | None:
+        """Add tokens to a candidate up to the end of its chunk; return what is wrong with them, if anything is."""
+        child = writing.child
+        num_before = len(child.chunk)
+        for token, logprob in zip(written.tokens, written.logprobs, strict=True):
+            child.chunk.append(token)
+            child.chunk_writer_logprob.append(logprob)
+            chunk_ends = writing.end.reached(writing.text.push(token))
+            if token in self._end_token_ids:
+                child.ended = "finished"
+            elif len(child.chunk) >= expansion.max_new:
+                child.ended = "length"
+            elif chunk_ends:
+                child.ended = "chunk"
+            if child.ended is not None:
+                break
+        num_taken = len(child.chunk) - num_before
+        child.chunk_topk += written.topk[:num_taken]
+        self.usage.sampled_tokens += num_taken
+        self.usage.discarded_tokens += len(written.tokens) - num_taken
+        if child.ended is not None:
+            expansion.num_unfinished -= 1
+            return None
+        if not num_taken:
+            return "a completion is empty"
+        if written.reason == "stop" and not self._is_delimited(child.chunk[num_before:], expansion):
+            return (
+                f"it ended a response by token id {child.chunk[-1]}, which ends none for the tokenizer "
+                f"{self._teacher.tokenizer.directory}: name it in eos_token_id of its generation_config.json"
+            )
+        return None
+
+    def _is_delimited(self, tokens: Sequence[int], expansion: Expansion) -> bool:
+        until = expansion.chunk.until
+        return until is not None and until in self._teacher.tokenizer.hf.decode(list(tokens))
+
+    def _forget(self, expansion: Expansion) -> None:
+        """Give up all requests of an expansion."""
+        for asked in self._asked.pop(expansion, []):
+            asked.cancel()
+
+
+def served_topk(branch: Branch) -> TopK | None:
+    """Return the most likely tokens at every position of a branch's chunk; None where a server did not give them."""
+    if not branch.chunk_topk:
+        return None
+    ids, logprobs = zip(*branch.chunk_topk, strict=True)
+    return TopK(torch.tensor(ids), torch.tensor(logprobs))
