@@ -42,7 +42,7 @@ class Expansion:
     @property
     def is_unfinished(self) -> bool:
         """Whether candidates are still to be made or decoded."""
-        return not self.children or self.num_unfinished > 0
+        return self.failed is None and (not self.children or self.num_unfinished > 0)
 
     @property
     def most_tokens(self) -> int:
