@@ -26,9 +26,12 @@ Ending = Literal["chunk", "finished", "length"]
 """Why a candidate ends: its chunk is complete | end of sequence | no more tokens allowed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PromptIds:
-    """Token ids of one prompt as each model reads it; empty for a model that does not read it."""
+    """Token ids of one prompt as each model reads it; empty for a model that does not read it.
+
+    Two prompts with the same ids are two keys of a dictionary.
+    """
 
     teacher: tuple[int, ...] = ()
     """Token ids as the teacher reads the prompt."""
@@ -36,6 +39,10 @@ class PromptIds:
     """Token ids as the student reads the prompt."""
     answer: str | None = None
     """Reference answer of the prompt, for criteria that read it."""
+
+    def of(self, role: Role) -> tuple[int, ...]:
+        """Return the token ids as one model reads the prompt."""
+        return self.teacher if role == "teacher" else self.student
 
 
 class BranchSession(Protocol):

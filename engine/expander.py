@@ -6,7 +6,6 @@ those of all others; when the last of them is complete the student scores them (
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,7 +16,7 @@ from genssd.engine.candidate_scoring import CandidateScorer, fork_path
 from genssd.engine.drawing import Drawing
 from genssd.engine.expansion import Expansion, Lane
 from genssd.engine.page_budget import PageBudget, Reservations
-from genssd.engine.restoring import read_pending, restore_shared
+from genssd.engine.restoring import read_pending
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import computes
 from genssd.engine.usage import Usage
@@ -50,7 +49,7 @@ class Expander:
         self.usage = usage
         others = [reader for reader in drawing.readers if reader is not drawing.writer]
         self._runners = [drawing.writer, *others] if scorer is None else [drawing.writer, scorer.runner]
-        self._budget = PageBudget(self._runners, reservations)
+        self.pages = PageBudget(self._runners, reservations)
         self._lanes: list[Lane] = []
 
     @property
@@ -63,40 +62,16 @@ class Expander:
         """Whether the decoding batch has a row for another expansion."""
         return sum(lane.num_rows for lane in self._lanes) < self._max_batch
 
-    def fits(self, expansions: Sequence[Expansion], *, collecting: bool = False) -> bool:
-        """Return whether the cache can take these expansions, at their longest, in addition to all in flight.
-
-        collecting: look for branches in cycles that nobody holds any more before saying no, which takes a moment.
-        """
-        if self._budget.fits(expansions):
-            return True
-        return collecting and gc.collect() > 0 and self._budget.fits(expansions)
-
-    def find_misfit(self, expansions: Sequence[Expansion]) -> str | None:
-        """Return why expansions that start together do not fit into an otherwise empty cache; None if they do."""
-        return self._budget.explain_misfit(expansions)
-
-    def describe_need(self, expansions: Sequence[Expansion]) -> str:
-        """Return how many pages expansions take, and how many are free, for messages."""
-        return self._budget.describe_need(expansions)
-
     @computes
     def submit(self, expansions: Sequence[Expansion]) -> None:
         """Add expansions that fit and start together."""
-        parents = [expansion.parent for expansion in expansions]
-        for runner in self._runners:
-            self.usage.prefill_tokens += restore_shared(runner, parents)
-            for state in (parent.state(runner.role) for parent in parents):
-                if state.path is None:
-                    state.path = runner.tree.root()
-        for expansion in expansions:
-            self._budget.reserve(expansion)
-            self._lanes.append(Lane(expansion))
+        self.usage.prefill_tokens += self.pages.open(expansions)
+        self._lanes += [Lane(expansion) for expansion in expansions]
 
     def cancel(self, expansion: Expansion) -> None:
         """Stop an expansion and drop its candidates, as if it had not been submitted."""
         self._lanes = [lane for lane in self._lanes if lane.expansion is not expansion]
-        self._budget.release(expansion)
+        self.pages.release(expansion)
         expansion.reset()
 
     @computes
@@ -124,9 +99,9 @@ class Expander:
                 complete.append(lane.expansion)
         self._lanes = running + waiting
         if self._scorer is not None and complete:
-            self._scorer.score(complete, partial(self._budget.room, self._scorer.runner))
+            self._scorer.score(complete, partial(self.pages.room, self._scorer.runner))
         for expansion in complete:
-            self._budget.release(expansion)
+            self.pages.release(expansion)
         return complete
 
     def _split_lanes(self) -> tuple[list[Lane], list[Lane]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from genssd.engine.branch import Branch
 from genssd.engine.chunk import Chunk, ChunkEnd
 from genssd.engine.runner import Role
 from genssd.engine.text import TextStream, Tokenizer
-from genssd.engine.usage import Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -88,44 +85,3 @@ class Lane:
         self.expansion.children.append(child)
         self.expansion.num_unfinished += 1
         return Lane(self.expansion, child, ChunkEnd(self.expansion.chunk), TextStream(tokenizer))
-
-
-class AnyExpander(Protocol):
-    """What runs the expansions of a session: a decoding batch here (expander.py), or a server (served/expander.py)."""
-
-    usage: Usage
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another expansion would be worked on at once."""
-        ...
-
-    def fits(self, expansions: Sequence[Expansion], *, collecting: bool = False) -> bool:
-        """Return whether the caches can take these expansions, at their longest, in addition to all in flight.
-
-        collecting: look for branches in cycles that nobody holds any more before saying no, which takes a moment.
-        """
-        ...
-
-    def find_misfit(self, expansions: Sequence[Expansion]) -> str | None:
-        """Return why expansions that start together do not fit into otherwise empty caches; None if they do."""
-        ...
-
-    def describe_need(self, expansions: Sequence[Expansion]) -> str:
-        """Return how many pages expansions take, and how many are free, for messages."""
-        ...
-
-    def submit(self, expansions: Sequence[Expansion]) -> None:
-        """Add expansions that fit and start together."""
-        ...
-
-    def cancel(self, expansion: Expansion) -> None:
-        """Stop an expansion and drop its candidates, as if it had not been submitted."""
-        ...
-
-    def step(self) -> list[Expansion]:
-        """Go on with the candidates; return the expansions that are complete and scored.
-
-        Those that are `unreadable` or `failed` are complete and not scored.
-        """
-        ...

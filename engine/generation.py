@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from genssd.engine.amounts import format_count
+from genssd.engine.any_expander import AnyExpander
 from genssd.engine.branch import Branch
 from genssd.engine.errors import CapacityError
-from genssd.engine.expansion import AnyExpander, Expansion
+from genssd.engine.expansion import Expansion
 from genssd.engine.quoting import quote
 
 NO_ROOM = "beside the branches that others hold; drop them, or raise memory_bytes or memory_utilization"
@@ -67,15 +68,16 @@ def generate(queue: Mapping[int, Expansion], expander: AnyExpander) -> Iterator[
     waiting, num_in_flight = list(queue.values())[::-1], 0
     try:
         while waiting or num_in_flight:
-            while waiting and expander.has_room and expander.fits([waiting[-1]]):
+            while waiting and expander.has_room and expander.pages.fits([waiting[-1]]):
                 expander.submit([waiting.pop()])
                 num_in_flight += 1
             if not num_in_flight:
-                if expander.fits([waiting[-1]], collecting=True):
+                if expander.pages.fits([waiting[-1]], collecting=True):
                     continue
                 failed = waiting.pop()
+                expander.pages.forget(failed.parent.prompt)
                 usage.finish(failed.most_tokens, 0)
-                error = f"the responses need {expander.describe_need([failed])} {NO_ROOM}"
+                error = f"the responses need {expander.pages.describe_need([failed])} {NO_ROOM}"
                 yield Generation(index=key_of[failed], label=failed.label, error=error)
                 continue
             for expansion in expander.step():
@@ -88,10 +90,12 @@ def generate(queue: Mapping[int, Expansion], expander: AnyExpander) -> Iterator[
                 )
                 for branch in (expansion.parent, *expansion.children):
                     branch.drop()
+                expander.pages.forget(expansion.parent.prompt)
     finally:
         for expansion in queue.values():
             expander.cancel(expansion)
             expansion.parent.drop()
+        expander.pages.drop_prefixes()
 
 
 def _completion(branch: Branch) -> Completion:

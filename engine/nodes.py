@@ -157,10 +157,10 @@ class PrefixPath:
                 f"{self._label}: prompt and response have more tokens than the {config.max_position_embeddings} "
                 f"positions of the {self._runner.role} {self._runner.directory}"
             )
-        num_pages, num_free = tree.pages_to_append(self._path, len(ids)), tree.num_free
-        if num_pages > num_free:
+        num_pages = tree.pages_to_append(self._path, len(ids))
+        if not tree.make_room(num_pages):
             raise CapacityError(
-                f"{self._label}: prompt and response need {format_count(num_pages, 'more page')}, with {num_free} "
+                f"{self._label}: prompt and response need {format_count(num_pages, 'more page')}, with {tree.num_free} "
                 f"free of the {tree.pool.describe()} of the {self._runner.role}'s cache; raise memory_bytes or "
                 "memory_utilization"
             )

@@ -5,15 +5,18 @@ An expansion is admitted only when the cache can take it at its longest, in addi
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genssd.engine.amounts import format_count
+from genssd.engine.branch import PromptIds
 from genssd.engine.candidate_scoring import StudentRoom
 from genssd.engine.expansion import Expansion
 from genssd.engine.pages import count_pages
-from genssd.engine.restoring import innermost_spans, shared_spans
+from genssd.engine.restoring import innermost_spans, open_paths, shared_spans
 from genssd.engine.runner import ModelRunner
+from genssd.engine.shared_prefixes import SharedPrefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,37 +40,52 @@ Reservations = dict[Expansion, list[Reservation]]
 
 
 class PageBudget:
-    """The reservations of one call, made next to those of all other calls on the engine."""
+    """The pages of one call: what its prompts share, and its reservations next to those of all other calls.
+
+    runners: the models whose caches the call uses.
+    """
 
     def __init__(self, runners: Sequence[ModelRunner], reservations: Reservations) -> None:
         self._runners = runners
         self._reservations = reservations
+        self._prefixes = {runner.role: SharedPrefixes[PromptIds](runner, {}) for runner in runners}
 
-    def fits(self, expansions: Sequence[Expansion]) -> bool:
+    def share_prefixes(self, prompts: Sequence[PromptIds]) -> None:
+        """Let these prompts, which are to be expanded, share the pages of what they have in common.
+
+        Tell every one of them that is over (`forget`), and the end of the call (`drop_prefixes`).
+        """
+        for runner in self._runners:
+            ids = {prompt: prompt.of(runner.role) for prompt in prompts}
+            self._prefixes[runner.role] = SharedPrefixes(runner, ids)
+
+    def forget(self, prompt: PromptIds) -> None:
+        """Note that a prompt is over; free what no other prompt shares with it."""
+        for prefixes in self._prefixes.values():
+            prefixes.forget(prompt)
+
+    def drop_prefixes(self) -> None:
+        """Free all shared prefixes; none are shared any more."""
+        for prefixes in self._prefixes.values():
+            prefixes.close()
+
+    def fits(self, expansions: Sequence[Expansion], *, collecting: bool = False) -> bool:
         """Return whether the cache can take these expansions at their longest, in addition to all in flight.
 
-        The expansions start together: what their suspended parents share counts once (see restoring.py).
+        The expansions start together: what their suspended parents share counts once (see restoring.py). Gives up
+        prefixes that no running prompt holds, where their pages are needed. collecting: look for branches in cycles
+        that nobody holds any more before saying no, which takes a moment.
         """
-        return all(
-            runner.tree.num_free - self._outstanding(runner) >= _pages_to_take(runner, expansions)
-            for runner in self._runners
-        )
+        if all(self._has_room(runner, expansions) for runner in self._runners):
+            return True
+        return collecting and gc.collect() > 0 and self.fits(expansions)
 
     def find_misfit(self, expansions: Sequence[Expansion]) -> str | None:
-        """Return why these expansions, which start together, do not fit into an otherwise empty cache; None if they do.
+        """Return why candidates that start together do not fit into an otherwise empty cache; None if they do.
 
         The pages that their parents hold count as well.
         """
-        for runner in self._runners:
-            pool, paths = runner.tree.pool, [e.parent.state(runner.role).path for e in expansions]
-            num_pages = _pages_to_take(runner, expansions) + runner.tree.count_held(paths)
-            if num_pages > pool.num_pages:
-                return f"need {pool.describe(num_pages)}; the {runner.role}'s cache has {pool.describe()}"
-        return None
-
-    def explain_misfit(self, expansions: Sequence[Expansion]) -> str | None:
-        """Return the reason of `find_misfit` as a sentence about the candidates, with the fix; None if they fit."""
-        reason = self.find_misfit(expansions)
+        reason = self._find_reason(expansions)
         if reason is None:
             return None
         longest = max(expansion.longest for expansion in expansions)
@@ -77,19 +95,40 @@ class PageBudget:
             "memory_bytes or memory_utilization, or ask for fewer or shorter ones"
         )
 
+    def _find_reason(self, expansions: Sequence[Expansion]) -> str | None:
+        for runner in self._runners:
+            pool, prefixes = runner.tree.pool, self._prefixes[runner.role]
+            paths = [e.parent.state(runner.role).path for e in expansions]
+            paths += prefixes.paths(e.parent.prompt for e in expansions)
+            num_pages = _pages_to_take(runner, expansions, prefixes) + runner.tree.count_held(paths)
+            if num_pages > pool.num_pages:
+                return f"need {pool.describe(num_pages)}; the {runner.role}'s cache has {pool.describe()}"
+        return None
+
     def describe_need(self, expansions: Sequence[Expansion]) -> str:
         """Return how many pages expansions take of the fullest cache, and how many are free there, for messages."""
         needs = [
-            (_pages_to_take(runner, expansions), runner.tree.num_free - self._outstanding(runner), runner)
+            (
+                _pages_to_take(runner, expansions, self._prefixes[runner.role]),
+                runner.tree.num_free - self._outstanding(runner),
+                runner,
+            )
             for runner in self._runners
         ]
         taken, free, runner = max(needs, key=lambda need: need[0] - need[1])
         pages, whole = format_count(taken, "page"), runner.tree.pool.describe()
         return f"{pages}, with {free} free of the {whole} of the {runner.role}'s cache,"
 
-    def reserve(self, expansion: Expansion) -> None:
-        """Reserve the pages of an expansion that fits and whose parent is restored."""
-        self._reservations[expansion] = [_reservation(runner, expansion) for runner in self._runners]
+    def open(self, expansions: Sequence[Expansion]) -> int:
+        """Give the parents of expansions that fit their paths and reserve pages; return how many tokens were computed.
+
+        What they share is computed; the tokens after that stay pending.
+        """
+        parents = [expansion.parent for expansion in expansions]
+        num_computed = sum(open_paths(runner, parents, self._prefixes[runner.role]) for runner in self._runners)
+        for expansion in expansions:
+            self._reservations[expansion] = [_reservation(runner, expansion) for runner in self._runners]
+        return num_computed
 
     def release(self, expansion: Expansion) -> None:
         """Give up the reservation of an expansion that is complete or cancelled; of any other, do nothing."""
@@ -99,6 +138,13 @@ class PageBudget:
         """Return the pages of one model's pool that the candidates of an expansion in flight may take."""
         (own,) = (reserved for reserved in self._reservations[expansion] if reserved.runner is runner)
         return StudentRoom(reserved=own.candidates, free=max(0, runner.tree.num_free - self._outstanding(runner)))
+
+    def _has_room(self, runner: ModelRunner, expansions: Sequence[Expansion]) -> bool:
+        prefixes, kept = self._prefixes[runner.role], {expansion.parent.prompt for expansion in expansions}
+        while runner.tree.num_free - self._outstanding(runner) < _pages_to_take(runner, expansions, prefixes):
+            if not (prefixes.give_up(kept) or runner.tree.give_up(but=prefixes)):
+                return False
+        return True
 
     def _outstanding(self, runner: ModelRunner) -> int:
         """Return the number of pages reserved for the expansions in flight and not taken yet."""
@@ -112,15 +158,17 @@ class PageBudget:
         return outstanding
 
 
-def _pages_to_take(runner: ModelRunner, expansions: Sequence[Expansion]) -> int:
+def _pages_to_take(runner: ModelRunner, expansions: Sequence[Expansion], prefixes: SharedPrefixes[PromptIds]) -> int:
     """Return the most pages that expansions which start together take of one model's pool."""
-    size = runner.tree.pool.page_size
-    spans = shared_spans([expansion.parent for expansion in expansions], runner.role)
+    size, parents = runner.tree.pool.page_size, [expansion.parent for expansion in expansions]
+    unopened = {parent for parent in parents if parent.state(runner.role).path is None}
+    total = sum(map(prefixes.count_pages, prefixes.missing(parent.prompt for parent in unopened)))
+    spans = shared_spans(parents, runner.role, prefixes)
     innermost = innermost_spans(spans)
-    total = sum(count_pages(span.start, span.end, size) for span in spans)
-    for expansion in expansions:
-        span = innermost.get(expansion.parent)
-        total += _reservation(runner, expansion, 0 if span is None else span.end).total
+    total += sum(count_pages(span.start, span.end, size) for span in spans)
+    for expansion, parent in zip(expansions, parents, strict=True):
+        span, num_shared = innermost.get(parent), prefixes.length(parent.prompt) if parent in unopened else 0
+        total += _reservation(runner, expansion, num_shared if span is None else span.end).total
     return total
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from genssd.engine.any_expander import AnyExpander
 from genssd.engine.branch import Branch
 from genssd.engine.budget import Budget
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError
-from genssd.engine.expansion import AnyExpander, Expansion
+from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Generation, generate
 from genssd.engine.judging import Judge
 from genssd.engine.policies import make_policy
@@ -68,11 +69,12 @@ def plan_search(resources: Resources, session: Session, judge: Judge, prompts: I
             policy=policy,
         )
         misfit = prompt.misfit or (NO_ANSWER_ROOM if limit < 1 else None)
-        misfit = misfit or session.expander.find_misfit(search.round)
+        misfit = misfit or session.expander.pages.find_misfit(search.round)
         if misfit is None:
             searches.append(search)
         else:
             misfits.append((search, misfit))
+    session.expander.pages.share_prefixes([search.root.prompt for search in searches])
     return SearchPlan(expander=session.expander, searches=searches, misfits=misfits, budget=judge.options.total_budget)
 
 
@@ -98,11 +100,12 @@ def iter_generations(
         root = _root(session, prompt, request.seed, request.roles[0])
         limit = resources.response_limit(prompt.ids, request.max_tokens, request.roles)
         expansion = Expansion(root, request.n, chunk, limit, prompt.label)
-        misfit = prompt.misfit or session.expander.find_misfit([expansion])
+        misfit = prompt.misfit or session.expander.pages.find_misfit([expansion])
         if misfit is None:
             queue[prompt.index] = expansion
         else:
             failed.append(Generation(index=prompt.index, label=prompt.label, error=misfit))
+    session.expander.pages.share_prefixes([expansion.parent.prompt for expansion in queue.values()])
     return _run_generation(failed, queue, session.expander)
 
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from genssd.engine.branch import Branch
+from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.shared_prefixes import SharedPrefixes
 from genssd.engine.tree import Path
 
 
@@ -27,19 +28,22 @@ class SharedSpan:
     start: int
     end: int
     parent: SharedSpan | None
-    """Shared tokens before these; None at the beginning of the prompt."""
+    """Shared tokens before these; None after those that the prompt shares with other prompts."""
     branches: Sequence[Branch]
 
 
-def shared_spans(branches: Sequence[Branch], role: Role) -> list[SharedSpan]:
-    """Return the spans that suspended branches among these share under one model, parents first."""
+def shared_spans(branches: Sequence[Branch], role: Role, prefixes: SharedPrefixes[PromptIds]) -> list[SharedSpan]:
+    """Return the spans that suspended branches among these share under one model, parents first.
+
+    They begin where those end that prompts share with each other (`prefixes`).
+    """
     groups: dict[int, list[Branch]] = {}
     for branch in branches:
         if branch.state(role).path is None and branch.trace:
             groups.setdefault(id(branch.prompt), []).append(branch)
     spans: list[SharedSpan] = []
     for group in groups.values():
-        _divide(group, 0, None, role, spans)
+        _divide(group, 0, prefixes.length(group[0].prompt), None, role, spans)
     return spans
 
 
@@ -48,17 +52,23 @@ def innermost_spans(spans: Sequence[SharedSpan]) -> Mapping[Branch, SharedSpan]:
     return {branch: span for span in spans for branch in span.branches}
 
 
-def restore_shared(runner: ModelRunner, branches: Sequence[Branch]) -> int:
-    """Compute the shared spans of suspended branches, give each its path, and return the number of tokens computed.
+def open_paths(runner: ModelRunner, branches: Sequence[Branch], prefixes: SharedPrefixes[PromptIds]) -> int:
+    """Give every branch without a path one, which holds what it shares; return the number of tokens computed for that.
 
-    Call it where the budget has found room for them; the tokens after the spans stay pending.
+    Shared are the spans of its prompt and, of suspended branches, those with each other. The tokens after them stay
+    pending. Call it where the budget has found room for them.
     """
-    spans = shared_spans(branches, runner.role)
+    spans = shared_spans(branches, runner.role, prefixes)
+    num_computed = sum(span.end - span.start for span in spans)
     paths: dict[SharedSpan, Path] = {}
     try:
         for span in spans:
-            above = None if span.parent is None else paths[span.parent]
-            path = paths[span] = runner.tree.root() if above is None else runner.tree.fork(above)
+            if span.parent is None:
+                path, count = prefixes.open(span.branches[0].prompt, span.branches[0].prompt.of(runner.role))
+                num_computed += count
+            else:
+                path = runner.tree.fork(paths[span.parent])
+            paths[span] = path
             runner.extend([path], [span.branches[0].state(runner.role).pending[span.start : span.end]], last=[1])
         for branch, span in innermost_spans(spans).items():
             state = branch.state(runner.role)
@@ -66,7 +76,13 @@ def restore_shared(runner: ModelRunner, branches: Sequence[Branch]) -> int:
     finally:
         for path in paths.values():
             runner.tree.drop(path)
-    return sum(span.end - span.start for span in spans)
+    for branch in branches:
+        state = branch.state(runner.role)
+        if state.path is None:
+            state.path, count = prefixes.open(branch.prompt, branch.prompt.of(runner.role))
+            state.pending = state.pending[state.path.length :]
+            num_computed += count
+    return num_computed
 
 
 def read_pending(runner: ModelRunner, branches: Sequence[Branch]) -> int:
@@ -82,16 +98,15 @@ def read_pending(runner: ModelRunner, branches: Sequence[Branch]) -> int:
 
 
 def _divide(
-    group: Sequence[Branch], num_chunks: int, parent: SharedSpan | None, role: Role, spans: list[SharedSpan]
+    group: Sequence[Branch], num_chunks: int, start: int, parent: SharedSpan | None, role: Role, spans: list[SharedSpan]
 ) -> None:
-    """Append the spans of branches whose first chunks are the same. num_chunks: how many of these `parent` holds."""
+    """Append the spans of branches whose first chunks are the same. num_chunks: how many lie before `start`."""
     # the last chunk of a branch is never shared: its last token's hidden state predicts the next one
     num_shareable = min(len(branch.trace) for branch in group) - 1
     if len(group) < 2 or num_chunks > num_shareable:
         return
     while num_chunks < num_shareable and len({branch.trace[: num_chunks + 1] for branch in group}) == 1:
         num_chunks += 1
-    start = 0 if parent is None else parent.end
     # a student with another tokenizer may hold all of the last chunk back: the token that predicts the next one is
     # before it, and not shared either
     end = min(_end_of_chunks(group[0], role, num_chunks), *(len(b.state(role).pending) - 1 for b in group))
@@ -102,12 +117,12 @@ def _divide(
     for branch in group:
         parts.setdefault(branch.trace[: num_chunks + 1], []).append(branch)
     for part in parts.values():
-        _divide(part, num_chunks + 1, span, role, spans)
+        _divide(part, num_chunks + 1, end, span, role, spans)
 
 
 def _end_of_chunks(branch: Branch, role: Role, num_chunks: int) -> int:
     """Return the position after the first chunks of a branch's response under one model."""
-    num_prompt = len(branch.prompt.teacher if role == "teacher" else branch.prompt.student)
+    num_prompt = len(branch.prompt.of(role))
     if role == "student" and branch.history_readings:
         return num_prompt + sum(len(reading.ids) for reading in branch.history_readings[:num_chunks])
     return num_prompt + sum(len(logprob) for logprob in branch.history_writer_logprob[:num_chunks])

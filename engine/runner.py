@@ -29,7 +29,7 @@ P = TypeVar("P")
 """A forward pass without the ids of its tokens, as a runner prepares it."""
 
 MAX_ROWS = 2048
-"""Maximum number of tokens in one forward pass; a longer sequence is cut at multiples of half of it."""
+"""Maximum number of tokens in one forward pass."""
 
 
 class _Piece(NamedTuple):
@@ -68,6 +68,16 @@ class Runner(ABC, Generic[P]):
         self._usage = usage or Usage()
 
     @property
+    def longest_piece(self) -> int:
+        """Maximum number of tokens of one path in a forward pass: longer inputs are cut at multiples of it."""
+        return MAX_ROWS // 2
+
+    @property
+    def sharing_unit(self) -> int:
+        """Number of tokens at whose multiples a prompt can be divided, between pages and without a change of bits."""
+        return self.tree.pool.page_size
+
+    @property
     @abstractmethod
     def decoder(self) -> LanguageModel:
         """The weights of the model."""
@@ -99,7 +109,7 @@ class Runner(ABC, Generic[P]):
         """
         hidden: list[list[Tensor]] = [[] for _ in paths]
         batch: list[_Piece] = []
-        rows, longest = 0, MAX_ROWS // 2
+        rows, longest = 0, self.longest_piece
         for i, ids in enumerate(tokens):
             first, start = paths[i].length, 0
             while start < len(ids):

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from genssd.engine.any_expander import AnyExpander
 from genssd.engine.budget import Budget, BudgetMeter, BudgetName
 from genssd.engine.errors import CapacityError
-from genssd.engine.expansion import AnyExpander, Expansion
+from genssd.engine.expansion import Expansion
 from genssd.engine.search import PromptSearch
 from genssd.engine.selection import Selection
 
@@ -60,13 +61,14 @@ class SearchScheduler:
         finally:
             for prompt in self._active:
                 self._drop(prompt)
+            self._expander.pages.drop_prefixes()
 
     def _start_rounds(self) -> None:
         """Start the next round of every prompt that can, oldest first; then admit new ones while rows are free."""
         ready = deque(prompt for prompt in self._active if not prompt.is_started)
         while ready or (self._waiting and self._expander.has_room):
             prompt = ready[0] if ready else self._waiting[0]
-            if not self._expander.fits(prompt.round):
+            if not self._expander.pages.fits(prompt.round):
                 return  # younger prompts must not overtake, or the oldest could starve
             if ready:
                 ready.popleft()
@@ -120,13 +122,12 @@ class SearchScheduler:
 
     def _make_room(self) -> PromptSearch | None:
         """Suspend the youngest prompt, as no round is being decoded and none fits; return a prompt that fits nowhere.
-
         Prompts that hold a decoded round are suspended last, because it has to be decoded again. A prompt without a
         live branch, whose responses wait for the criterion, holds no pages: it fails only beside no other.
         """
         if not self._active:
             prompt = self._waiting[0]
-            return None if self._expander.fits(prompt.round, collecting=True) else prompt
+            return None if self._expander.pages.fits(prompt.round, collecting=True) else prompt
         holders = [prompt for prompt in self._active if prompt.live]
         if not holders or len(self._active) == 1:
             return self._active[-1]
@@ -139,9 +140,9 @@ class SearchScheduler:
 
     def _describe_shortage(self, prompt: PromptSearch) -> str:
         """Return what a prompt needs for which there is no room."""
-        need = self._expander.find_misfit(prompt.round)
+        need = self._expander.pages.find_misfit(prompt.round)
         if need is None:
-            need = f"it needs {self._expander.describe_need(prompt.round)} {BESIDE_OTHERS}"
+            need = f"it needs {self._expander.pages.describe_need(prompt.round)} {BESIDE_OTHERS}"
         return prompt.no_room or f"{NO_ROOM}: {need}"
 
     def _fail(self, prompt: PromptSearch, error: str, *, missing_token: int | None = None) -> Selection:
@@ -161,6 +162,7 @@ class SearchScheduler:
             prompt.stop(budget)
         self._active, self._decoded = [], []
         self._waiting.clear()
+        self._expander.pages.drop_prefixes()
         for prompt in prompts:
             try:
                 selection = prompt.outcome()
@@ -169,7 +171,8 @@ class SearchScheduler:
             yield self._count(prompt, selection)
 
     def _count(self, prompt: PromptSearch, selection: Selection) -> Selection:
-        """Count a prompt as finished, and return its outcome."""
+        """Count a prompt as finished, forget what it shares, and return its outcome."""
+        self._expander.pages.forget(prompt.root.prompt)
         self._expander.usage.finish(prompt.most_tokens, selection.tokens_sampled)
         return selection
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genssd.engine.runner import MAX_ROWS, ModelRunner
+from genssd.engine.shared_prefixes import PrefixSpan, SharedPrefixes
 from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, run_statistics
 from genssd.engine.tree import Path
@@ -20,75 +21,113 @@ Pair = tuple[list[int], list[int]]
 PromptKey = tuple[int, ...]
 """Token ids of a prompt, as a key."""
 
-CachedPrompts = dict[PromptKey, tuple[Path, Tensor]]
-"""Prompts in the cache: the path of each, and its last hidden state, [D]."""
-
 
 def score(runner: ModelRunner, pairs: Sequence[Pair]) -> list[TokenStats]:
     """Return the statistics of every response's tokens, in order.
 
     A prompt that several pairs share is computed once, also over several forward passes as long as each of them has a
-    pair with it. Raises NumericsError naming response and position, CapacityError when a pair does not fit.
+    pair with it; so is what different prompts have in common (see shared_prefixes.py). Raises NumericsError naming
+    response and position, CapacityError when a pair does not fit.
     """
     results: list[TokenStats] = []
-    num_remaining = Counter(tuple(prompt_ids) for prompt_ids, _ in pairs)
-    cached: CachedPrompts = {}
+    prompts = _Prompts(runner, Counter(tuple(prompt_ids) for prompt_ids, _ in pairs))
     try:
         while len(results) < len(pairs):
             remaining = pairs[len(results) :]
-            batch = _first_batch(runner, remaining, cached)
-            if not batch:  # the prompts that are kept for later pairs take the room of this one
-                _drop(runner, cached, list(cached))
-                batch = _first_batch(runner, remaining, cached) or remaining[:1]
-            results += _score_batch(runner, batch, num_remaining, cached, first=len(results))
-            prompts = [tuple(prompt_ids) for prompt_ids, _ in batch]
-            num_remaining.subtract(prompts)
-            unused = cached.keys() - set(prompts)
-            _drop(runner, cached, [key for key in cached if key in unused or not num_remaining[key]])
+            batch = _first_batch(prompts, remaining)
+            if not batch:  # what is kept for later pairs takes the room of this one
+                prompts.drop(list(prompts.cached))
+                runner.tree.make_room(runner.tree.pool.num_pages)
+                batch = _first_batch(prompts, remaining) or remaining[:1]
+            results += _score_batch(prompts, batch, first=len(results))
+            prompts.finish([tuple(prompt_ids) for prompt_ids, _ in batch])
     finally:
-        _drop(runner, cached, list(cached))
+        prompts.drop(list(prompts.cached))
+        prompts.prefixes.close()
     return results
 
 
-def _drop(runner: ModelRunner, cached: CachedPrompts, prompts: Sequence[PromptKey]) -> None:
-    for prompt in prompts:
-        runner.tree.drop(cached.pop(prompt)[0])
+class _Prompts:
+    """The prompts of the pairs that are still to be scored, and what of them is in the cache.
+
+    num_remaining: number of pairs with each prompt.
+    """
+
+    def __init__(self, runner: ModelRunner, num_remaining: Counter[PromptKey]) -> None:
+        self.runner = runner
+        self.threads = runner.threads
+        self.prefixes = SharedPrefixes[PromptKey](runner, {key: key for key in num_remaining})
+        """What different prompts share."""
+        self.cached: dict[PromptKey, tuple[Path, Tensor]] = {}
+        """Whole prompts in the cache: the path of each, and its last hidden state, [D]."""
+        self._num_remaining = num_remaining
+
+    def cache_repeated(self, keys: Sequence[PromptKey]) -> None:
+        """Compute those of some prompts that several of the remaining pairs have and that are not in the cache."""
+        fresh = list(dict.fromkeys(key for key in keys if self._num_remaining[key] > 1 and key not in self.cached))
+        for key in fresh:
+            self.cached[key] = self.prefixes.open(key, key)[0], torch.empty(0)
+        paths = [self.cached[key][0] for key in fresh]
+        rest = [key[path.length :] for key, path in zip(fresh, paths, strict=True)]
+        states = self.runner.extend(paths, rest, last=[1] * len(fresh))
+        for key, path, part in zip(fresh, paths, states, strict=True):
+            self.cached[key] = path, part[-1].clone()
+
+    def finish(self, keys: Sequence[PromptKey]) -> None:
+        """Note that a pair of each prompt is scored, and keep only what the following pairs are likely to need."""
+        self._num_remaining.subtract(keys)
+        scored = set(keys)
+        over = {key for key in scored if not self._num_remaining[key]}
+        self.drop([key for key in self.cached if key in over or key not in scored])
+        for key in over:
+            self.prefixes.forget(key)
+        while 2 * self.prefixes.num_pages > self.runner.tree.pool.num_pages and self.prefixes.give_up():
+            pass
+
+    def drop(self, keys: Sequence[PromptKey]) -> None:
+        """Free the pages of whole prompts."""
+        for key in keys:
+            self.runner.tree.drop(self.cached.pop(key)[0])
 
 
-def _first_batch(runner: ModelRunner, pairs: Sequence[Pair], cached: CachedPrompts) -> Sequence[Pair]:
-    """Return as many of the first pairs as one forward pass and the cache take, equal prompts counted once.
+def _first_batch(prompts: _Prompts, pairs: Sequence[Pair]) -> Sequence[Pair]:
+    """Return as many of the first pairs as one forward pass and the cache take, what they share counted once.
 
     The first one alone may be more than one pass, but not more than the cache has free.
     """
-    pool, num_rows, num_pages = runner.tree.pool, 0, 0
-    prompts = set(cached)
+    tree, prefixes, num_rows, num_pages = prompts.runner.tree, prompts.prefixes, 0, 0
+    keys, spans = set(prompts.cached), set[PrefixSpan]()
     for count, (prompt_ids, ids) in enumerate(pairs):
-        lengths = [len(ids)] if tuple(prompt_ids) in prompts else [len(prompt_ids), len(ids)]
-        prompts.add(tuple(prompt_ids))
+        lengths, key = [len(ids)], tuple(prompt_ids)
+        if key not in keys:
+            keys.add(key)
+            lengths.append(len(key) - prefixes.length(key))
+            missing = prefixes.missing([key]) - spans  # computed in passes of their own
+            spans |= missing
+            num_pages += sum(map(prefixes.count_pages, missing))
         num_rows += sum(lengths)
         # one more page each: a half-filled page of a shared prompt is copied on the first write
-        num_pages += sum(-(-length // pool.page_size) + 1 for length in lengths)
-        if (count and num_rows > MAX_ROWS) or num_pages > runner.tree.num_free:
+        num_pages += sum(-(-length // tree.pool.page_size) + 1 for length in lengths)
+        if (count and num_rows > MAX_ROWS) or num_pages > tree.num_free:
             return pairs[:count]
     return pairs
 
 
 @computes
-def _score_batch(
-    runner: ModelRunner, pairs: Sequence[Pair], num_remaining: Counter[PromptKey], cached: CachedPrompts, first: int
-) -> list[TokenStats]:
-    """Score some pairs in one go; compute and cache the prompts that several of the remaining pairs share.
+def _score_batch(prompts: _Prompts, pairs: Sequence[Pair], first: int) -> list[TokenStats]:
+    """Score some pairs in one go; compute and cache the prompts that several of the remaining pairs have.
 
-    num_remaining: number of pairs with each prompt, from these on. first: index of the first pair, for messages.
+    first: index of the first pair, for messages.
     """
+    runner, cached = prompts.runner, prompts.cached
     keys = [tuple(prompt_ids) for prompt_ids, _ in pairs]
-    _cache_shared(runner, keys, num_remaining, cached)
+    prompts.cache_repeated(keys)
     paths: list[Path] = []
     try:
         unread = []
         for key, (prompt_ids, ids) in zip(keys, pairs, strict=True):
-            paths.append(runner.tree.fork(cached[key][0]) if key in cached else runner.tree.root())
-            unread.append(ids[:-1] if key in cached else prompt_ids + ids[:-1])
+            paths.append(runner.tree.fork(cached[key][0]) if key in cached else prompts.prefixes.open(key, key)[0])
+            unread.append(prompt_ids[paths[-1].length :] + ids[:-1])
         reading = [i for i, tokens in enumerate(unread) if tokens]
         last = [min(len(unread[i]), len(pairs[i][1])) for i in reading]
         states = runner.extend([paths[i] for i in reading], [unread[i] for i in reading], last=last)
@@ -105,13 +144,3 @@ def _score_batch(
     finally:
         for path in paths:
             runner.tree.drop(path)
-
-
-def _cache_shared(
-    runner: ModelRunner, keys: Sequence[PromptKey], num_remaining: Counter[PromptKey], cached: CachedPrompts
-) -> None:
-    """Compute those of some prompts that several of the remaining pairs share and that are not in the cache."""
-    fresh = list(dict.fromkeys(key for key in keys if num_remaining[key] > 1 and key not in cached))
-    cached.update((key, (runner.tree.root(), torch.empty(0))) for key in fresh)
-    states = runner.extend([cached[key][0] for key in fresh], fresh, last=[1] * len(fresh))
-    cached.update((key, (cached[key][0], part[-1].clone())) for key, part in zip(fresh, states, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from genssd.engine.amounts import format_count
+from genssd.engine.any_expander import AnyExpander
 from genssd.engine.branch import Branch, PromptIds
 from genssd.engine.candidate import Window
 from genssd.engine.candidate_scoring import CandidateScorer
@@ -14,7 +15,7 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.drawing import Drawing, WriterDrawing, chunk_topk
 from genssd.engine.errors import CapacityError, InputError, ServerError
 from genssd.engine.expander import Expander
-from genssd.engine.expansion import AnyExpander, Expansion
+from genssd.engine.expansion import Expansion
 from genssd.engine.reading import Reader
 from genssd.engine.rereading import finish_reading
 from genssd.engine.resources import Resources
@@ -107,13 +108,13 @@ class Session:
             Expansion(branch, n, chunk, self._max_new(branch), "the branch" if len(branches) == 1 else f"branch {i}")
             for i, branch in enumerate(branches)
         ]
-        misfit = self.expander.find_misfit(expansions)
+        misfit = self.expander.pages.find_misfit(expansions)
         if misfit is not None:
             raise CapacityError(f"{expansions[0].label if len(branches) == 1 else 'the branches'}: {misfit}")
-        if not self.expander.fits(expansions, collecting=True):
+        if not self.expander.pages.fits(expansions, collecting=True):
             raise CapacityError(
-                f"the candidates need {self.expander.describe_need(expansions)} beside the branches that are held; "
-                "drop some, or raise memory_bytes or memory_utilization"
+                f"the candidates need {self.expander.pages.describe_need(expansions)} beside the branches that are "
+                "held; drop some, or raise memory_bytes or memory_utilization"
             )
         try:
             self.expander.submit(expansions)

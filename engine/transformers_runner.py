@@ -9,6 +9,7 @@ Shapes:  N tokens   M tokens whose hidden states are returned   D model width
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -28,6 +29,10 @@ from genssd.engine.transformers_model import TransformersModel
 from genssd.engine.tree import BranchTree, Path
 from genssd.engine.usage import Usage
 from genssd.kernels.threads import torch_threads
+
+LONGEST_PIECE = 256
+"""Maximum number of tokens in one call of a model. A prefix that prompts share ends where a piece ends, because the
+bits of a prompt depend on its pieces."""
 
 
 class HeldCache:
@@ -115,6 +120,16 @@ class TransformersRunner(Runner[PathSteps]):
     ) -> None:
         super().__init__(role, directory, CacheTree(pages, model), usage=usage, threads=threads)
         self._model = model
+
+    @property
+    def longest_piece(self) -> int:
+        """Maximum number of tokens of one path in a forward pass: longer inputs are cut at multiples of it."""
+        return min(LONGEST_PIECE, super().longest_piece)
+
+    @property
+    def sharing_unit(self) -> int:
+        """Number of tokens at whose multiples a prompt can be divided, between pages and without a change of bits."""
+        return math.lcm(self.tree.pool.page_size, self.longest_piece)
 
     @property
     def decoder(self) -> TransformersModel:

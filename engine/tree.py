@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 from weakref import WeakSet
 
 from genssd.engine.page_list import PageList
@@ -28,6 +28,14 @@ Pages = TypeVar("Pages", bound=PageList, covariant=True)
 
 NO_TABLE = -1
 """Row of the page tables of a node without tokens."""
+
+
+class Reserve(Protocol):
+    """A holder of paths that can be computed again."""
+
+    def give_up(self) -> bool:
+        """Free pages that nobody else holds; return whether there were any."""
+        ...
 
 
 class Node:
@@ -88,6 +96,8 @@ class BranchTree(Generic[Pages]):
         self.tables = PageTables()
         self.paths: WeakSet[Path] = WeakSet()
         """Paths that exist: neither dropped nor collected."""
+        self.reserves: WeakSet[Reserve] = WeakSet()
+        """Holders of paths that are given up when pages are needed."""
         self._abandoned: deque[Node] = deque()
         """Last nodes of paths that were collected without being dropped."""
 
@@ -96,6 +106,17 @@ class BranchTree(Generic[Pages]):
         """Number of free pages, those of paths that nobody holds any more included."""
         self.free_abandoned()
         return self.pool.num_free
+
+    def give_up(self, *, but: Reserve | None = None) -> bool:
+        """Let one of the reserves other than `but` free pages; return whether there were any."""
+        return any(reserve.give_up() for reserve in list(self.reserves) if reserve is not but)
+
+    def make_room(self, count: int) -> bool:
+        """Return whether so many pages are free, after giving up what the reserves hold where that is needed."""
+        while self.num_free < count:
+            if not self.give_up():
+                return False
+        return True
 
     def root(self) -> Path:
         """Return a new empty path."""
@@ -153,6 +174,11 @@ class BranchTree(Generic[Pages]):
                 nodes.add(node)
                 node = node.parent
         return sum(len(node.pages) for node in nodes)
+
+    def is_alone(self, path: Path) -> bool:
+        """Return whether no other path shares the last tokens of this one, so that a drop frees pages."""
+        self.free_abandoned()
+        return path.leaf.length > 0
 
     def drop(self, path: Path) -> None:
         """Forget a path; pages that no other path reaches are free at once."""

@@ -78,8 +78,9 @@ def _num_pages(runner: ModelRunner, path: Path, num_tokens: int) -> int:
 
 def _require_room(runner: ModelRunner, path: Path, num_tokens: int) -> None:
     """Raise CapacityError when a fork of a path does not fit into the free pages with so many more tokens."""
-    num_free, num_pages = runner.tree.num_free, _num_pages(runner, path, num_tokens)
-    if num_pages > num_free:
+    num_pages = _num_pages(runner, path, num_tokens)
+    if not runner.tree.make_room(num_pages):
+        num_free = runner.tree.num_free
         raise CapacityError(
             f"a prompt or window of {format_count(num_tokens, 'token')} needs {format_count(num_pages, 'page')}, with "
             f"{num_free} free of the {runner.tree.pool.describe()} of the {runner.role}'s cache; raise memory_bytes or "

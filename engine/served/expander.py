@@ -8,7 +8,6 @@ tokens alone (`ChunkEnd`), as for a teacher in this process; what a server wrote
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from genssd.engine.drawing import GREEDY
 from genssd.engine.errors import ServerError
 from genssd.engine.expansion import Expansion
 from genssd.engine.page_budget import PageBudget, Reservations
-from genssd.engine.restoring import read_pending, restore_shared
+from genssd.engine.restoring import read_pending
 from genssd.engine.sampling import Sampling, noise_key
 from genssd.engine.served.client import RequestRefused
 from genssd.engine.served.connections import Call, Cancelled
@@ -90,7 +89,7 @@ class ServedExpander:
         self._end_token_ids = teacher.tokenizer.end_token_ids
         self.usage = usage
         self._runners = [] if scorer is None else [scorer.runner]
-        self._budget = PageBudget(self._runners, reservations)
+        self.pages = PageBudget(self._runners, reservations)
         self._submitted: list[Expansion] = []
         self._asked: dict[Expansion, list[Asked]] = {}
         self._answered: SimpleQueue[Asked] = SimpleQueue()
@@ -106,42 +105,18 @@ class ServedExpander:
         num_asked = sum(len(asked) for asked in self._asked.values())
         return num_asked + len(self._submitted) < self._teacher.client.options.in_flight
 
-    def fits(self, expansions: Sequence[Expansion], *, collecting: bool = False) -> bool:
-        """Return whether the student's cache can take these expansions in addition to all in flight.
-
-        collecting: as for `Expander.fits`.
-        """
-        if self._budget.fits(expansions):
-            return True
-        return collecting and gc.collect() > 0 and self._budget.fits(expansions)
-
-    def find_misfit(self, expansions: Sequence[Expansion]) -> str | None:
-        """Return why expansions that start together do not fit into an otherwise empty cache; None if they do."""
-        return self._budget.explain_misfit(expansions)
-
-    def describe_need(self, expansions: Sequence[Expansion]) -> str:
-        """Return how many pages expansions take, and how many are free, for messages."""
-        return self._budget.describe_need(expansions)
-
     @computes
     def submit(self, expansions: Sequence[Expansion]) -> None:
         """Add expansions that fit and start together. They are asked for in the next step."""
-        parents = [expansion.parent for expansion in expansions]
-        for runner in self._runners:
-            self.usage.prefill_tokens += restore_shared(runner, parents)
-            for state in (parent.state(runner.role) for parent in parents):
-                if state.path is None:
-                    state.path = runner.tree.root()
-        for expansion in expansions:
-            self._budget.reserve(expansion)
-            self._submitted.append(expansion)
+        self.usage.prefill_tokens += self.pages.open(expansions)
+        self._submitted += expansions
 
     def cancel(self, expansion: Expansion) -> None:
         """Stop an expansion and drop its candidates, as if it had not been submitted."""
         if expansion in self._submitted:
             self._submitted.remove(expansion)
         self._forget(expansion)
-        self._budget.release(expansion)
+        self.pages.release(expansion)
         expansion.reset()
 
     @computes
@@ -156,9 +131,9 @@ class ServedExpander:
         if self._scorer is not None:
             written = [expansion for expansion in complete if expansion.failed is None]
             if written:
-                self._scorer.score(written)
+                self._scorer.score(written, partial(self.pages.room, self._scorer.runner))
         for expansion in complete:
-            self._budget.release(expansion)
+            self.pages.release(expansion)
         return complete
 
     def _start(self) -> None:

@@ -83,23 +83,28 @@ def smallest_cache(engine: Engine, prompt: list[int], options: SearchOptions, pa
 
 
 @pytest.mark.parametrize(
-    ("page_size", "options"),
+    ("page_size", "options", "num_shared"),
     [
-        pytest.param(1, BEAM, id="pages-of-1"),
-        pytest.param(3, BEAM, id="pages-of-3"),
+        pytest.param(1, BEAM, 0, id="pages-of-1"),
+        pytest.param(3, BEAM, 0, id="pages-of-3"),
         pytest.param(
-            3, SearchOptions(candidates=2, beam=3, chunk=Chunk(tokens=3, until=None), max_tokens=15), id="beam-3"
+            3, SearchOptions(candidates=2, beam=3, chunk=Chunk(tokens=3, until=None), max_tokens=15), 0, id="beam-3"
         ),
+        # two groups of prompts, whose beginnings take turns in the cache
+        pytest.param(1, BEAM, 7, id="shared-pages-of-1"),
+        pytest.param(3, BEAM, 11, id="shared-pages-of-3"),
+        pytest.param(3, BEAM.with_changes(criterion=LastTokens(8)), 11, id="shared-windows"),
         # the criterion's window needs more room than the round, which then waits decoded
-        pytest.param(3, BEAM.with_changes(criterion=LastTokens(8)), id="windows"),
+        pytest.param(3, BEAM.with_changes(criterion=LastTokens(8)), 0, id="windows"),
         # only the window over a whole response is long: it is judged when the prompt holds no page any more
-        pytest.param(3, BEAM.with_changes(criterion=LastTokens(40), max_tokens=24, seed=2), id="long-windows"),
+        pytest.param(3, BEAM.with_changes(criterion=LastTokens(40), max_tokens=24, seed=2), 0, id="long-windows"),
     ],
 )
 def test_every_prompt_finishes_in_a_cache_of_the_largest_need(
-    engine: Engine, random_prompts: Prompts, page_size: int, options: SearchOptions
+    engine: Engine, random_prompts: Prompts, page_size: int, options: SearchOptions, num_shared: int
 ) -> None:
-    prompts = [prompt[:12] for prompt in random_prompts(5, 31)]
+    beginnings = [[150 + i] * num_shared for i in range(2)]
+    prompts = [beginnings[i % 2] + prompt[: 12 - num_shared] for i, prompt in enumerate(random_prompts(5, 31))]
     need = 1
     for prompt in prompts:
         need = smallest_cache(engine, prompt, options, page_size, need)

@@ -1,0 +1,39 @@
+"""What every expander can do: the scheduler and the sessions know no more of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from genssd.engine.expansion import Expansion
+from genssd.engine.page_budget import PageBudget
+from genssd.engine.usage import Usage
+
+
+class AnyExpander(Protocol):
+    """What runs the expansions of a session: a decoding batch here (expander.py), or a server (served/expander.py)."""
+
+    usage: Usage
+    """Counts of the engine, which every step raises."""
+    pages: PageBudget
+    """The pages that the expansions in flight may take."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another expansion would be worked on at once."""
+        ...
+
+    def submit(self, expansions: Sequence[Expansion]) -> None:
+        """Add expansions that fit and start together."""
+        ...
+
+    def cancel(self, expansion: Expansion) -> None:
+        """Stop an expansion and drop its candidates, as if it had not been submitted."""
+        ...
+
+    def step(self) -> list[Expansion]:
+        """Go on with the candidates; return the expansions that are complete and scored.
+
+        Those that are `unreadable` or `failed` are complete and not scored.
+        """
+        ...
