@@ -43,6 +43,7 @@ from genssd.distill.data.messages import (
     parse_conversation,
 )
 from genssd.distill.data.problems import read_objects
+from genssd.distill.data.teacher_text import TeacherText, read_stored
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
 from genssd.distill.data.verdicts import read_verdict, require_verdict
 from genssd.engine.amounts import format_count
@@ -72,6 +73,8 @@ class Example:
     """Number of tokens and weight of every chunk; the weight multiplies that of the row. Empty if all are 1."""
     teacher_prompt_ids: tuple[int, ...] = ()
     """Prompt as the teacher reads it; empty where it equals the student's."""
+    teacher_text: TeacherText | None = None
+    """Completion in the tokens of a teacher with another tokenizer, where the row has them."""
     topk: TopkLocation | None = None
     """Location of the teacher's most likely tokens along the completion."""
     rejected: bool = False
@@ -119,13 +122,15 @@ def read_examples(
     max_length: int,
     statuses: Sequence[str],
     require_correct: bool = False,
+    teacher: Tokenizer | None = None,
 ) -> ExampleSet:
     """Read the examples of data files. Rows with a `status` not in `statuses`, or longer than max_length tokens, are
     left out.
 
-    require_correct: leave out all rows but those whose field `correct` is true, too. Raises InputError naming file and
-    line on a row without a trainable token, with none of the known fields, or without the field `correct` where it is
-    required; and when all rows are left out.
+    require_correct: leave out all rows but those whose field `correct` is true, too. teacher: tokenizer of a teacher
+    that reads the rows' text in tokens of its own; None where there is none, or it reads the student's tokens. Raises
+    InputError naming file and line on a row without a trainable token, with none of the known fields, or without the
+    field `correct` where it is required; and when all rows are left out.
     """
     examples: list[Example] = []
     left_out: Counter[str] = Counter()
@@ -147,7 +152,7 @@ def read_examples(
             if "rejected" in fields:
                 encoded = _encode_pair(fields, tokenizer, where, Path(path).parent)
             else:
-                encoded = (encode_example(fields, tokenizer, where, Path(path).parent),)
+                encoded = (encode_example(fields, tokenizer, where, Path(path).parent, teacher),)
             if status is None and "length" not in statuses and any(example.is_cut_off for example in encoded):
                 left_out["cut off, by a field of the row or within a thought"] += 1
                 continue
@@ -218,10 +223,12 @@ def _encode_continuation(fields: Mapping[str, Any], name: str, tokenizer: Tokeni
     )
 
 
-def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> Example:
+def encode_example(
+    fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path, teacher: Tokenizer | None = None
+) -> Example:
     """Encode a row, by its own token ids where this tokenizer made them. Raises InputError naming `where`.
 
-    directory: of the row's file; names of other files in the row are relative to it.
+    directory: of the row's file; names of other files in the row are relative to it. teacher: as for `read_examples`.
     """
     has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint and bool(fields.get("completion_ids"))
     is_cut_off = False
@@ -250,7 +257,23 @@ def encode_example(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, 
         question=question or "",
         where=where,
     )
-    return _add_journal_fields(example, fields, tokenizer, where, directory) if has_usable_ids else example
+    if has_usable_ids:
+        example = _add_journal_fields(example, fields, tokenizer, where, directory)
+    return example if teacher is None else _add_teacher_text(example, fields, teacher, where)
+
+
+def _add_teacher_text(example: Example, fields: Mapping[str, Any], teacher: Tokenizer, where: str) -> Example:
+    """Return the example with the prompt as a teacher with another tokenizer reads it, and its tokens of a search."""
+    text = read_stored(fields, example.completion_ids, teacher, where) if example.has_own_ids else None
+    if text is not None:
+        return replace(example, teacher_text=text)
+    try:
+        conversation = parse_conversation(fields, COMPLETION_FIELDS, where)
+        prompt = encode_conversation(conversation, teacher, is_finished(fields, where)).prompt
+    except InputError as error:
+        named = str(error).removeprefix(f"{where}: ")
+        raise InputError(f"{where}: for the teacher: {named}") from None
+    return replace(example, teacher_prompt_ids=tuple(prompt))
 
 
 def _add_journal_fields(

@@ -33,6 +33,8 @@ class Origin:
     """Fingerprints of teacher and student, by role."""
     tokenizer: str
     """Fingerprint of the student's tokenizer, whose token ids the rows have."""
+    teacher_tokenizer: str | None
+    """Fingerprint of the teacher's tokenizer, where the student read by bytes; else None."""
 
 
 def make_selection_row(
@@ -63,6 +65,7 @@ def make_selection_row(
         "student_prompt_ids": list(selection.student_prompt_ids),
         "completion_ids": list(best.student_ids),
         **_describe_bytes(best),
+        **({} if origin.teacher_tokenizer is None else {"teacher_tokenizer": origin.teacher_tokenizer}),
         "others": [
             {**_describe_trajectory(trajectory), **note.as_json()}
             for trajectory, note in zip(selection.trajectories[1:], notes[1:], strict=True)

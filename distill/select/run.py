@@ -198,6 +198,7 @@ class _Search:
             student=config.student,
             fingerprints={role: engine.fingerprints[role] for role in ROLES},
             tokenizer=engine.tokenizer("student").fingerprint,
+            teacher_tokenizer=engine.tokenizer("teacher").fingerprint if engine.reader.reads_bytes else None,
         )
 
     def run(self, report: Progress) -> SearchEnd:

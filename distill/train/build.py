@@ -18,7 +18,7 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.ends import add_ends, find_learnt_ends
 from genssd.distill.train.forward import ForwardPass
-from genssd.distill.train.models import Teacher, check_layout, load_teacher
+from genssd.distill.train.models import Teacher, check_layout, choose_teacher_reader, load_teacher
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoint import locate
@@ -79,20 +79,26 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
     assert config.template_date is not None, "fix_date has not been called"
     tokenizer = Tokenizer(student).with_chat(config.make_chat_options(config.template_date))
     max_length = min(config.max_length, load_config(student).max_position_embeddings)
+    teacher: Tokenizer | None = None
     if config.teacher_model_name_or_path is not None:
-        teacher = load_config(locate(config.teacher_model_name_or_path))
-        max_length = min(max_length, teacher.max_position_embeddings)
+        directory = locate(config.teacher_model_name_or_path)
+        max_length = min(max_length, load_config(directory).max_position_embeddings)
+        if config.is_over_spans:
+            teacher = _open_foreign_tokenizer(directory, tokenizer, config)
     data = read_examples(
         config.data,
         tokenizer,
         max_length=max_length,
         statuses=config.statuses,
         require_correct=config.require_correct,
+        teacher=teacher,
     )
     held_out: tuple[Example, ...] = ()
     overlap: EvalOverlap | None = None
     if config.eval_data:
-        held_out = read_examples(config.eval_data, tokenizer, max_length=max_length, statuses=config.statuses).examples
+        held_out = read_examples(
+            config.eval_data, tokenizer, max_length=max_length, statuses=config.statuses, teacher=teacher
+        ).examples
         overlap = find_eval_overlap(list_examples(data.examples, tokenizer), list_examples(held_out, tokenizer))
         overlap.check(is_allowed=config.allow_eval_overlap)
     if config.kd_loss != "distillm2" and any(example.rejected for example in (*data.examples, *held_out)):
@@ -117,6 +123,23 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         wrong=data.wrong,
         undecided=data.undecided,
     )
+
+
+def _open_foreign_tokenizer(directory: Path, student: Tokenizer, config: TrainConfig) -> Tokenizer | None:
+    """Return the tokenizer of a teacher that reads the student's text in tokens of its own; None if it reads its ids.
+
+    Raises InputError where it can do neither, and where a loss that is asked for needs the same tokens.
+    """
+    assert config.template_date is not None
+    tokenizer = Tokenizer(directory)
+    if not choose_teacher_reader(tokenizer, student).reads_bytes:
+        return None
+    if config.key_attention.weight:
+        raise InputError(
+            f"key_attention compares the two models word by word, and the teacher {directory} has another tokenizer "
+            "than the student; leave it out"
+        )
+    return tokenizer.with_chat(config.make_chat_options(config.template_date))
 
 
 def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, checkpoint: Path | None) -> Training:
@@ -185,7 +208,8 @@ def _load_teacher(config: TrainConfig, inputs: TrainingInputs, device: torch.dev
     if config.teacher_model_name_or_path is None:
         return None
     directory = locate(config.teacher_model_name_or_path)
-    teacher = load_teacher(directory, inputs.tokenizer, device, choose_dtype(directory, "auto", device))
+    dtype = choose_dtype(directory, "auto", device)
+    teacher = load_teacher(directory, inputs.tokenizer, device, dtype, over_spans=config.is_over_spans)
     check_layout(teacher.model, config.layout)
     for example in (*inputs.examples, *inputs.held_out):
         teacher.check_example(example)

@@ -19,8 +19,17 @@ from genssd.distill.train.key_attention import (
     find_key_words,
 )
 from genssd.distill.train.loss_options import LossOptions
-from genssd.distill.train.losses import CompletionTokens, Head, LossSums, compute_loss, read_topk
+from genssd.distill.train.losses import (
+    CompletionTokens,
+    Head,
+    LossSums,
+    SpanTargets,
+    Targets,
+    compute_loss,
+    read_topk,
+)
 from genssd.distill.train.models import Teacher, compute_completion_states
+from genssd.distill.train.span_losses import SpanHead, align_spans
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import CapacityError
 from genssd.engine.text import Tokenizer
@@ -32,7 +41,7 @@ from genssd.kernels.logprob import TopK
 class TeacherTargets:
     """Outputs of the teacher that the student is trained towards; None where the loss does not use them."""
 
-    distributions: Head | TopK | None = None
+    distributions: Targets | None = None
     """The teacher's distributions of the completion tokens."""
     attention: AttentionCollector | None = None
     """The teacher's attention to key words."""
@@ -163,6 +172,8 @@ class ForwardPass:
         model = self._teacher.model
         for example in examples:
             self._teacher.check_example(example)  # a completion of the student's own has not been checked yet
+        if self._teacher.reads_bytes:
+            return TeacherTargets(distributions=self._run_foreign_teacher(self._teacher, examples))
         if any(example.teacher_prompt_ids for example in examples):
             prompts = [e.teacher_prompt_ids or e.input_ids[: e.num_prompt] for e in examples]
             batch = self._build_token_batch(
@@ -176,6 +187,30 @@ class ForwardPass:
         states = compute_completion_states(model, batch, collector)
         head = Head(states, model.get_output_embeddings().weight, logits_softcap(model))
         return TeacherTargets(distributions=head, attention=collector)
+
+    def _run_foreign_teacher(self, teacher: Teacher, examples: Sequence[Example]) -> SpanTargets:
+        """Run a teacher with another tokenizer on the text of the completions."""
+        rows: list[TokenRow] = []
+        student_spans: list[int] = []
+        teacher_spans: list[int] = []
+        num_spans = 0
+        for example in examples:
+            text, prompt = teacher.read_text(example), example.teacher_prompt_ids
+            rows.append(TokenRow((*prompt, *text.ids), len(prompt)))
+            own, other, count = align_spans(text.student_ends, text.ends)
+            student_spans += [span + num_spans if span >= 0 else -1 for span in own]
+            teacher_spans += [span + num_spans if span >= 0 else -1 for span in other]
+            num_spans += count
+        batch = build_token_batch(rows, self._layout, pad_id=0).to(self._device)  # the student's may not be an id here
+        states = compute_completion_states(teacher.model, batch)
+        head = SpanHead(
+            states,
+            teacher.model.get_output_embeddings().weight,
+            logits_softcap(teacher.model),
+            batch.target,
+            torch.tensor(teacher_spans, device=self._device),
+        )
+        return SpanTargets(teacher=head, student_span_M=torch.tensor(student_spans, device=self._device))
 
     def _find_key_words(self, example: Example, prompt_ids: Sequence[int]) -> KeyWords | None:
         """Find the key words and steps; words of the prompt count where both models read the same prompt."""

@@ -135,6 +135,11 @@ class LossOptions:
             )
 
     @property
+    def is_over_spans(self) -> bool:
+        """Whether the divergence is defined for a teacher with another tokenizer, over spans of text."""
+        return self.kd_loss in SPAN_LOSSES or self.kd_loss == "sampled_reverse_kl"
+
+    @property
     def uses_divergence(self) -> bool:
         """Whether the loss has a divergence from the teacher. That of an on-policy step is nothing else."""
         return self.kd_ratio > 0.0 or self.lmbda > 0.0

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
+from genssd.distill.data.teacher_text import TeacherText, divide_anew
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.key_attention import AttentionCollector
-from genssd.engine.errors import InputError
+from genssd.engine.amounts import format_count
+from genssd.engine.byte_reader import ByteReader
+from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.path_cache import has_states
 from genssd.engine.text import Tokenizer
-from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.token_bytes import NoByteTable
+from genssd.engine.token_map import DifferentTokenizers, TokenMap, match_tokenizers
 from genssd.engine.transformers_loading import base_of, load_model, scale_states
 
 
@@ -25,34 +29,60 @@ class Teacher:
     """A model to distil from, frozen, and how it reads the student's tokens."""
 
     model: Any
-    token_map: TokenMap
+    token_map: TokenMap | ByteReader
+    """By ids, or by the bytes of the text where the tokenizers differ."""
     largest_id: int
     """Largest token id of its tokenizer."""
 
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether the teacher divides the text into tokens of its own."""
+        return self.token_map.reads_bytes
+
     def check_example(self, example: Example) -> None:
-        """Check that the teacher has all tokens of an example. Raises InputError naming its row if it does not."""
+        """Check that the teacher can read an example.
+
+        Raises InputError naming its row on a token that it cannot read, CapacityError on more tokens than it has
+        positions.
+        """
         prompt = example.teacher_prompt_ids or example.input_ids[: example.num_prompt]
-        self.check_reads(prompt, example.completion_ids, example.where)
+        if not self.reads_bytes:
+            self.check_reads(prompt, example.completion_ids, example.where)
+            return
+        length, positions = len(prompt) + len(self.read_text(example).ids), self.model.config.max_position_embeddings
+        if length > positions:
+            raise CapacityError(
+                f"{example.where}: {format_count(length, 'token')} for the teacher, which has {positions} positions; "
+                "lower max_length"
+            )
+
+    def read_text(self, example: Example) -> TeacherText:
+        """Return the completion of an example as a teacher that reads bytes divides it. Raises as `check_example`."""
+        return example.teacher_text or divide_anew(example.completion_ids, self.token_map, example.where)
 
     def check_reads(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], label: str) -> None:
         """Check that the teacher has all tokens of a prompt of its own, and of the student's completion.
 
         Raises InputError, with the label in its message, on one that it lacks.
         """
+        assert isinstance(self.token_map, TokenMap)
         self.token_map.check_same(completion_ids, label)
         wrong = next((i for i in prompt_ids if i > self.largest_id), None)
         if wrong is not None:
             raise InputError(f"{label}: token id {wrong} of the prompt is not in the teacher's vocabulary")
 
 
-def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtype: torch.dtype) -> Teacher:
+def load_teacher(
+    directory: Path, student: Tokenizer, device: torch.device, dtype: torch.dtype, *, over_spans: bool = False
+) -> Teacher:
     """Load a model to distil from. Raises InputError when its tokenizer does not match the student's.
 
     An id that both have must be the same token in both; a token that the student alone has is refused when the teacher
-    would have to read it.
+    would have to read it. over_spans: whether the loss runs over spans of text, for which a teacher with another
+    tokenizer reads the student's bytes.
     """
     tokenizer = Tokenizer(directory)
-    token_map = match_teacher(tokenizer, student)
+    token_map = match_teacher(tokenizer, student) if not over_spans else choose_teacher_reader(tokenizer, student)
     model = load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
     return Teacher(model=model, token_map=token_map, largest_id=tokenizer.largest_id)
 
@@ -60,11 +90,39 @@ def load_teacher(directory: Path, student: Tokenizer, device: torch.device, dtyp
 def match_teacher(teacher: Tokenizer, student: Tokenizer) -> TokenMap:
     """Return how a teacher to distil from reads the student's tokens. Raises InputError as `load_teacher` does."""
     try:
-        token_map = match_tokenizers(student, teacher, f"student {student.directory}", f"teacher {teacher.directory}")
+        token_map = match_tokenizers(student, teacher, *_name_models(student, teacher))
         token_map.check_no_conflict()
     except InputError as error:
-        raise InputError(f"{error}. Train on the teacher's text instead: kd_ratio 0") from None
+        raise InputError(
+            f"{error}. Take a loss over spans of text (kd_loss span_kl or uld; on-policy sampled_reverse_kl), or train "
+            "on the teacher's text instead: kd_ratio 0"
+        ) from None
     return token_map
+
+
+def choose_teacher_reader(teacher: Tokenizer, student: Tokenizer) -> TokenMap | ByteReader:
+    """Return how a teacher reads the student's tokens for a loss over spans: by ids where they match, else by bytes.
+
+    Raises InputError where a tokenizer does not spell bytes of text.
+    """
+    names = _name_models(student, teacher)
+    reason: InputError
+    try:
+        token_map = match_tokenizers(student, teacher, *names)
+        token_map.check_no_conflict()
+        return token_map
+    except DifferentTokenizers as difference:
+        reason = difference
+    except InputError as conflict:
+        reason = conflict
+    try:
+        return ByteReader.of(student, teacher, *names)
+    except NoByteTable as error:
+        raise InputError(f"{error}, so the teacher cannot read by bytes; {reason}") from None
+
+
+def _name_models(student: Tokenizer, teacher: Tokenizer) -> tuple[str, str]:
+    return f"student {student.directory}", f"teacher {teacher.directory}"
 
 
 def check_layout(model: Any, layout: str) -> None:
