@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import Candidate, Window
+from genssd.engine.candidate import ActivationMeans, Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_count
@@ -65,6 +65,8 @@ class BranchSession(Protocol):
     def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
 
     def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]: ...
+
+    def activations(self, prompt: PromptIds, ids: Sequence[int], start: int) -> ActivationMeans: ...
 
 
 @dataclass(slots=True)
@@ -238,6 +240,7 @@ class Branch:
             stream=self.stream,
             pieces_of=self.session.pieces,
             local_logprob=partial(self.session.local_logprob, self.prompt),
+            activations=partial(self.session.activations, self.prompt),
             encode=self.session.encode,
             answer=self.prompt.answer,
             spans=self._spans(),

@@ -23,6 +23,20 @@ Window = tuple[int, int, int]
 """A part of a response, by token positions: start of the visible context, start and end of the scored tokens."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationMeans:
+    """Means of the outputs of the student's last up projection, each scaled to length 1, over two parts of a text."""
+
+    prompt_F: Tensor
+    """Mean over the prompt's tokens, float64 [feed-forward width]; special tokens count for nothing."""
+    response_F: Tensor
+    """Mean over the tokens of a part of the response, as `prompt_F`."""
+    prompt_nll: float
+    """Mean negative log-probability of the prompt's tokens after the first, in nats."""
+    counted: tuple[bool, ...]
+    """Whether each token of the part of the response counts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Candidate:
     """A chunk that may be kept, or a whole response (its history is empty then). Spans are [start, end).
@@ -55,6 +69,9 @@ class Candidate:
     local_logprob: Callable[[Sequence[int], Sequence[Window]], list[Tensor]] | None = None
     """Function that returns the student's log-probabilities of windows of a response after the prompt; None without
     a model."""
+    activations: Callable[[Sequence[int], int], ActivationMeans] | None = None
+    """Function that reads a response after the prompt and returns the student's activations over the prompt and over
+    the response from a position on; None without a model."""
     encode: Callable[[str], list[int]] | None = None
     """Function that returns the token ids of a text without special tokens; None without a tokenizer."""
     answer: str | None = None
@@ -62,6 +79,8 @@ class Candidate:
     spans: ByteSpans | None = None
     """Number of bytes in every token of history and chunk, of the student and of the teacher; None where they have the
     same tokens, so that `teacher_logprob` belongs to `token_ids` one for one."""
+    correct: bool | None = None
+    """Whether the answer of a whole response is right; None where it is not known, as of every chunk."""
 
     def __repr__(self) -> str:
         ending = "finished" if self.finished else "final" if self.final else "not final"
@@ -193,3 +212,22 @@ def needs_answer(criterion: AnyCriterion) -> bool:
 def needs_teacher(criterion: AnyCriterion) -> bool:
     """Return whether a criterion declares, by an attribute of this name, that it reads `Candidate.teacher_logprob`."""
     return bool(getattr(criterion, "needs_teacher", False))
+
+
+def needs_verdict(criterion: AnyCriterion) -> bool:
+    """Return whether a criterion declares, by an attribute of this name, that it reads `Candidate.correct`."""
+    return bool(getattr(criterion, "needs_verdict", False))
+
+
+def not_in_search(criterion: AnyCriterion) -> str | None:
+    """Return why a criterion cannot judge the chunks of a search; None where it can.
+
+    A criterion declares the reason by an attribute of this name; one that is fitted over all of the data has its own.
+    """
+    if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
+        return (
+            "it is fitted over all of the data, which the search does not have yet; fix what it fits "
+            "(aslec_casl(gamma=...))"
+        )
+    reason: str | None = getattr(criterion, "not_in_search", None)
+    return reason

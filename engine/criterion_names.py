@@ -9,13 +9,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion, needs_answer, needs_teacher
+from genssd.engine.candidate import (
+    AnyCriterion,
+    Candidate,
+    Criterion,
+    PoolCriterion,
+    needs_answer,
+    needs_teacher,
+    needs_verdict,
+    not_in_search,
+)
 from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
 from genssd.engine.criteria.controls import Length, Random
+from genssd.engine.criteria.grounding import GroundedActions, TargetedObservationRatio
+from genssd.engine.criteria.learning_cost import LearningCost
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal, RsdAccept, SurprisalBand
+from genssd.engine.criteria.progress import AnswerProgress
 from genssd.engine.criteria.reference_answer import RationaleDifficulty
 from genssd.engine.criteria.teacher import TeacherLogprob, TeacherStudentGap
+from genssd.engine.criteria.verdict import CorrectThenAligned
 from genssd.engine.criterion_calls import call_features, call_score, call_score_pool, is_higher_better
 from genssd.engine.errors import InputError
 from genssd.engine.imported_criteria import describe_failure, import_object
@@ -31,6 +44,11 @@ _MAKERS: dict[str, Callable[..., AnyCriterion]] = {
     "divergence": TeacherStudentGap,
     "rsd_accept": RsdAccept,
     "rationale_difficulty": RationaleDifficulty,
+    "scas": LearningCost,
+    "progress": AnswerProgress,
+    "brts": CorrectThenAligned,
+    "tor": TargetedObservationRatio,
+    "egs": GroundedActions,
     "surprisal_band": SurprisalBand,
     "length": Length,
     "teacher_logprob": TeacherLogprob,
@@ -100,6 +118,16 @@ class WeightedRank:
     def needs_teacher(self) -> bool:
         """Whether the criterion reads the log-probabilities of the writing model."""
         return any(needs_teacher(part) for _, part in self.parts)
+
+    @property
+    def needs_verdict(self) -> bool:
+        """Whether the criterion reads whether a response is correct."""
+        return any(needs_verdict(part) for _, part in self.parts)
+
+    @property
+    def not_in_search(self) -> str | None:
+        """Why the search cannot use the criterion; None where it can."""
+        return next(filter(None, (not_in_search(part) for _, part in self.parts)), None)
 
     @property
     def num_features(self) -> int:

@@ -7,8 +7,9 @@ from typing import Unpack
 
 from torch import Tensor
 
+from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch, PromptIds, expand_together
-from genssd.engine.candidate import Window
+from genssd.engine.candidate import ActivationMeans, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.generation import Completion, Generation
@@ -228,6 +229,23 @@ class Engine(LoadedEngine):
         longest = max((end - context - 1 for context, _, end in windows), default=0)
         check_positions(len(prompt_ids) + longest, runner, "the prompt with a window")
         return self._resources.local_logprob(model, prompt_ids, ids, windows)
+
+    @check_arguments(but=("prompt", "response"))
+    def mean_activations(
+        self, prompt: Prompt, response: Sequence[int], start: int = 0, *, model: Role = "student"
+    ) -> ActivationMeans:
+        """Return means of the last up projection's normalised outputs over the prompt and over response[start:].
+
+        Raises InputError on a start outside of the response, on a model whose last layer has no single up projection,
+        and on more tokens than the model has positions; CapacityError on more than the cache holds, NumericsError on
+        NaN or infinite logits.
+        """
+        runner = self._resources.runner(model)
+        prompt_ids = self._resources.encode(prompt, model, "the prompt")
+        ids = check_ids(response, runner, "the response")
+        if not 0 <= start < len(ids):
+            raise InputError(f"start must lie in the response of {format_count(len(ids), 'token')}, not {start}")
+        return self._resources.mean_activations(model, prompt_ids, ids, start)
 
     @check_arguments(but=("prompt",))
     def branch(

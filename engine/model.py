@@ -156,12 +156,15 @@ class Decoder:
             feed = max(feed, c.experts.per_token * (c.experts.intermediate_size + c.hidden_size))
         return 6 * c.hidden_size + heads + 3 * feed
 
-    def forward(self, ids_N: Tensor, batch: ForwardBatch, kv: Tensor) -> Tensor:
+    def forward(
+        self, ids_N: Tensor, batch: ForwardBatch, kv: Tensor, *, observed: list[Tensor] | None = None
+    ) -> Tensor:
         """Extend the cache by N tokens and return their hidden states after the last norm, [N, D].
 
         They are divided by the family's divisor of the logits where it has one. Of a batch with `output_M`, only the
         states of these tokens, [M, D]; the others are computed up to the keys and values of the last layer. ids_N:
-        int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E].
+        int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E]. observed: a list that the
+        outputs of the last layer's up projection, [N, F], or [M, F], are appended to.
         """
         c = self.config
         angles = {rope: rotary_angles(batch.position_N, *pair) for rope, pair in self.frequencies.items()}
@@ -179,7 +182,8 @@ class Decoder:
                     return x
             update = linear(attended, layer.output.weight, layer.output.bias)
             h, x = self._add(update, x, layer.attention_post_norm, layer.mlp_norm)
-            h, x = self._add(self._feed_forward(h, layer), x, layer.mlp_post_norm, next_norm)
+            fed = self._feed_forward(h, layer, observed if layer is self.layers[-1] else None)
+            h, x = self._add(fed, x, layer.mlp_post_norm, next_norm)
         return self.head.divide(h)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ class Decoder:
             return x_ND, x_ND
         return add_rms_norm(update_ND, x_ND, next_norm, self.config.rms_norm_eps, offset=self.config.norm_offset)
 
-    def _feed_forward(self, h_ND: Tensor, layer: LayerWeights) -> Tensor:
+    def _feed_forward(self, h_ND: Tensor, layer: LayerWeights, observed: list[Tensor] | None) -> Tensor:
         mlp, experts = layer.mlp, self.config.experts
         if isinstance(mlp, RoutedWeights):
             assert experts is not None
@@ -208,6 +212,8 @@ class Decoder:
             )
             return expert_mlp(h_ND, chosen, weights, mlp.experts, activation=self.activation)
         gate_up = linear(h_ND, mlp.gate_up.weight, mlp.gate_up.bias)
+        if observed is not None:
+            observed.append(gate_up[:, gate_up.shape[1] // 2 :])
         return linear(self.activation(gate_up), mlp.down.weight, mlp.down.bias)
 
     def _attention(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from genssd.engine.decode_graph import DecodeGraphs, StagedStep, bucket_for
 from genssd.engine.forward_batch import ForwardBatch
+from genssd.engine.layers import DenseWeights
 from genssd.engine.model import Decoder
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import Role, Runner
+from genssd.engine.runner import Role, Runner, no_up_projection
 from genssd.engine.segments import append_tokens
 from genssd.engine.tree import BranchTree, Path
 from genssd.engine.usage import Usage
@@ -77,3 +78,14 @@ class PagedRunner(Runner[Prepared]):
             return self.decoder.forward(ids_N, prepared, kv)
         assert self._graphs is not None
         return self._graphs.forward(prepared, ids_N)
+
+    def run_observed(self, prepared: Prepared, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Compute the tokens of a prepared pass and observe the last up projection, as `Runner.run_observed` does."""
+        if not isinstance(self.decoder.layers[-1].mlp, DenseWeights):
+            raise no_up_projection(self)
+        assert isinstance(prepared, ForwardBatch)
+        kv = self.tree.pool.kv
+        self._usage.computed_tokens += len(ids)
+        observed: list[Tensor] = []
+        states_ND = self.decoder.forward(upload(np.array(ids), kv.device), prepared, kv, observed=observed)
+        return states_ND, observed[0]

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from genssd.engine.activations import mean_activations
 from genssd.engine.amounts import format_count
 from genssd.engine.branch import PromptIds
-from genssd.engine.candidate import AnyCriterion, Window, needs_answer
+from genssd.engine.candidate import ActivationMeans, AnyCriterion, Window, needs_answer
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.page_budget import Reservations
@@ -212,3 +213,12 @@ class Resources:
         # the last token of a window is predicted, not read
         self.usage.window_tokens += len(prompt_ids) + sum(end - context - 1 for context, _, end in windows)
         return logprobs
+
+    def mean_activations(
+        self, role: Role, prompt_ids: Sequence[int], ids: Sequence[int], start: int
+    ) -> ActivationMeans:
+        """Read a response (see activations.py) and count the tokens that this computes."""
+        special_ids = frozenset(self.tokenizers[role].hf.all_special_ids)
+        means = mean_activations(self.runners[role], prompt_ids, ids, start, special_ids)
+        self.usage.window_tokens += len(prompt_ids) + len(ids)
+        return means

@@ -4,12 +4,13 @@
 transformers.
 
 Shapes:  N packed tokens   M tokens whose hidden states are returned   D model width   V vocabulary
+         F feed-forward width
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from genssd.engine.errors import InputError
 from genssd.engine.language_model import LanguageModel
 from genssd.engine.page_list import PageList
 from genssd.engine.tree import BranchTree, Path
@@ -125,6 +127,24 @@ class Runner(ABC, Generic[P]):
             self._forward(paths, batch, hidden)
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in hidden]
 
+    @abstractmethod
+    def run_observed(self, prepared: P, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Compute the tokens of a prepared pass of one path; return their hidden states, [N, D], and what the up
+        projection of the last layer gives for them, [N, F], in the model's dtype.
+
+        Raises InputError on a model without such a projection, as one of experts.
+        """
+
+    def extend_observed(self, path: Path, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Append tokens to an empty path; yield, piece by piece, what `run_observed` returns.
+
+        Raises CapacityError when the pool has too few pages.
+        """
+        for start in range(0, len(ids), MAX_ROWS // 2):
+            piece = ids[start : start + MAX_ROWS // 2]
+            prepared = self.prepare([path], [len(piece)], output=np.arange(len(piece)))
+            yield self.run_observed(prepared, piece)
+
     @property
     def max_sequence_length(self) -> int:
         """Maximum number of tokens in a sequence: the model's positions, or what the cache holds."""
@@ -150,3 +170,10 @@ class Runner(ABC, Generic[P]):
 
 ModelRunner = Runner[Any]
 """A runner whose prepared passes nobody looks into."""
+
+
+def no_up_projection(runner: ModelRunner) -> InputError:
+    """Return the error of a model in which `Runner.run_observed` finds nothing to observe."""
+    return InputError(
+        f"{runner.directory}: the last layer has no single up projection (mlp.up_proj), whose activations are asked for"
+    )

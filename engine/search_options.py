@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
 from genssd.engine.budget import Budget
-from genssd.engine.candidate import AnyCriterion, PoolCriterion
+from genssd.engine.candidate import AnyCriterion, not_in_search
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
@@ -79,10 +79,10 @@ class SearchOptions:
         check_count("min_chunk_tokens", self.min_chunk_tokens)
         self._check_policies()
         criterion = resolve(self.criterion)
-        if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
+        reason = not_in_search(criterion)
+        if reason is not None:
             raise InputError(
-                f"{criterion!r} is fitted over all of the data, which the search does not have yet; fix what it "
-                "fits (aslec_casl(gamma=...)), or use it on finished traces with `genssd score`"
+                f"{criterion!r} cannot judge chunks: {reason}; use it on finished traces with `genssd score`"
             )
 
     def _check_policies(self) -> None:

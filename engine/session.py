@@ -9,7 +9,7 @@ from torch import Tensor
 from genssd.engine.amounts import format_count
 from genssd.engine.any_expander import AnyExpander
 from genssd.engine.branch import Branch, PromptIds
-from genssd.engine.candidate import Window
+from genssd.engine.candidate import ActivationMeans, Window
 from genssd.engine.candidate_scoring import CandidateScorer
 from genssd.engine.chunk import Chunk
 from genssd.engine.drawing import Drawing, WriterDrawing, chunk_topk
@@ -186,6 +186,10 @@ class Session:
                 f"the criterion reads {format_count(longest, 'token')} at once; the student has {positions} positions"
             )
         return self._resources.local_logprob("student", prompt.student, ids, windows)
+
+    def activations(self, prompt: PromptIds, ids: Sequence[int], start: int) -> ActivationMeans:
+        """Return the student's activations over the prompt and over ids[start:] (see activations.py)."""
+        return self._resources.mean_activations("student", prompt.student, ids, start)
 
 
 def _check_same_tokens(resources: Resources) -> None:

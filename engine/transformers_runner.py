@@ -23,8 +23,9 @@ from transformers import DynamicCache
 
 from genssd.engine.page_list import PageList
 from genssd.engine.path_cache import fork_cache
-from genssd.engine.runner import Role, Runner
+from genssd.engine.runner import Role, Runner, no_up_projection
 from genssd.engine.threads import effective_threads
+from genssd.engine.transformers_loading import layers_of
 from genssd.engine.transformers_model import TransformersModel
 from genssd.engine.tree import BranchTree, Path
 from genssd.engine.usage import Usage
@@ -33,6 +34,8 @@ from genssd.kernels.threads import torch_threads
 LONGEST_PIECE = 256
 """Maximum number of tokens in one call of a model. A prefix that prompts share ends where a piece ends, because the
 bits of a prompt depend on its pieces."""
+UP_PROJECTION = "mlp.up_proj"
+"""End of the name of a layer's up projection in transformers."""
 
 
 class HeldCache:
@@ -159,6 +162,20 @@ class TransformersRunner(Runner[PathSteps]):
         if prepared.output is None:
             return states_ND
         return states_ND[torch.from_numpy(prepared.output).to(states_ND.device)]
+
+    def run_observed(self, prepared: PathSteps, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Compute the tokens of a prepared pass and observe the last up projection, as `Runner.run_observed` does."""
+        last = layers_of(self._model.module)[-1]
+        found = [module for name, module in last.named_modules() if name.endswith(UP_PROJECTION)]
+        if len(found) != 1:
+            raise no_up_projection(self)
+        parts_NF: list[Tensor] = []
+        hook = found[0].register_forward_hook(lambda module, inputs, output: parts_NF.append(output.flatten(0, -2)))
+        try:
+            states_ND = self.run(prepared, ids)
+        finally:
+            hook.remove()
+        return states_ND, torch.cat(parts_NF)
 
     def _extend(self, path: Path, length: int, ids_N: Tensor) -> Tensor:
         held = self.tree.own_cache(path, length)

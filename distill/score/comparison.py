@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from genssd.distill.score.rank_statistics import Floats, mean_ranks
 from genssd.distill.score.ranking import FeatureRow, group_by_prompt
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,11 +130,3 @@ def rank_correlation(values: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         correlation: Floats = (ranks @ ranks.T) / np.outer(norms, norms)
     return correlation
-
-
-def mean_ranks(values: Floats) -> Floats:
-    """Return the rank of every value, 0 for the smallest; equal values have the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean: Floats = (last - (counts + 1) / 2.0)[inverse]
-    return mean

@@ -14,7 +14,7 @@ from torch import Tensor
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, describe_source
-from genssd.distill.score.teacher import NO_LOGPROBS, TeacherReader, read_recorded
+from genssd.distill.score.teacher import NO_LOGPROBS, TeacherReader, has_recorded, read_recorded
 from genssd.engine.amounts import format_count
 from genssd.engine.candidate import (
     AnyCriterion,
@@ -23,6 +23,7 @@ from genssd.engine.candidate import (
     RatioCriterion,
     needs_answer,
     needs_teacher,
+    needs_verdict,
 )
 from genssd.engine.criterion_calls import call_features, call_ratio, call_score
 from genssd.engine.engine import Engine
@@ -58,12 +59,15 @@ class Scorer:
                 return (
                     f"with its reference answer longer than the {format_count(longest, 'token')} that the student takes"
                 )
-        asking = next((name for name, criterion in self.criteria.items() if needs_teacher(criterion)), None)
-        if asking is None:
-            return None
+        judging = next((name for name, criterion in self.criteria.items() if needs_verdict(criterion)), None)
+        if judging is not None and trace.correct is None and (trace.answer is None or not self.verify):
+            return f"no verdict, which {judging} reads, and no reference answer to judge it by"
         if self.teacher is not None:
             return self.teacher.find_fault(trace)
-        return NO_LOGPROBS.format(criterion=asking) if read_recorded(trace) is None else None
+        asking = next((name for name, criterion in self.criteria.items() if needs_teacher(criterion)), None)
+        if asking is None or has_recorded(trace):
+            return None
+        return NO_LOGPROBS.format(criterion=asking)
 
     def iter_features(self, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
         """Yield the line of features.jsonl of every trace of a batch."""
@@ -76,7 +80,9 @@ class Scorer:
             verdict: Verdict | None = None
             if trace.correct is None and self.verify and trace.answer is not None:
                 verdict = judge.judge(trace.prompt_ids, trace.response_ids, trace.answer)
-            yield self._describe(trace, make_candidate(trace, self.engine, of_trace, teacher_logprob), verdict)
+            correct = trace.correct if verdict is None else verdict.is_correct
+            candidate = make_candidate(trace, self.engine, of_trace, teacher_logprob, correct=correct)
+            yield self._describe(trace, candidate, verdict)
 
     def _describe(self, trace: Trace, candidate: Candidate, verdict: Verdict | None) -> dict[str, Any]:
         """Return a line of features.jsonl. Raises InputError when a criterion gives NaN."""
@@ -98,7 +104,7 @@ class Scorer:
             "steps": len(step_spans(self.engine.tokenizer("student").pieces(content))),
             "finished": trace.finished,
             "loop": bool(LoopGuard().period(trace.response_ids)),
-            "correct": trace.correct if verdict is None else verdict.is_correct,
+            "correct": candidate.correct,
             "undecided": None if verdict is None else verdict.undecided,
             "ratios": {
                 name: [make_jsonable(part) for part in call_ratio(criterion, candidate)]
@@ -109,8 +115,10 @@ class Scorer:
         }
 
 
-def make_candidate(trace: Trace, engine: Engine, stats: TokenStats, teacher_logprob: Tensor | None) -> Candidate:
-    """Return a trace as criteria see it: a whole response."""
+def make_candidate(
+    trace: Trace, engine: Engine, stats: TokenStats, teacher_logprob: Tensor | None, *, correct: bool | None
+) -> Candidate:
+    """Return a trace as criteria see it: a whole response. correct: None where it is not known."""
     return Candidate(
         token_ids=trace.response_ids,
         stats=stats,
@@ -120,8 +128,10 @@ def make_candidate(trace: Trace, engine: Engine, stats: TokenStats, teacher_logp
         stream=int.from_bytes(blake2b(trace.where.encode(), digest_size=8).digest(), "little"),
         pieces_of=engine.tokenizer("student").pieces,
         local_logprob=partial(engine.local_logprob, trace.prompt_ids),
+        activations=partial(engine.mean_activations, trace.prompt_ids),
         encode=engine.tokenizer("student").encode_plain,
         answer=trace.answer,
+        correct=correct,
     )
 
 

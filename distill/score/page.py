@@ -11,12 +11,16 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from genssd.distill.score.comparison import Comparison, Floats
+from genssd.distill.score.comparison import Comparison
+from genssd.distill.score.control_text import format_correlation, format_wins
+from genssd.distill.score.controls import ControlTable
+from genssd.distill.score.rank_statistics import Floats
 from genssd.distill.score.ranking import FeatureRow, TeacherRank
 
 
 def render_page(
     comparison: Comparison,
+    controls: ControlTable,
     rows: Sequence[FeatureRow],
     picks: Mapping[str, Sequence[int]],
     ranks: Mapping[str, Sequence[TeacherRank]],
@@ -29,6 +33,9 @@ def render_page(
     return page.render(
         title="Finished traces, scored",
         c=comparison,
+        controls=controls,
+        correlation=format_correlation,
+        wins=format_wins,
         sets=[comparison.pool, *comparison.picked, comparison.selected],
         prompts=len({row["prompt"] for row in rows}),
         student=student,

@@ -4,6 +4,7 @@ OUTPUT_DIR/features.jsonl   journal: one line per trace with what the criteria a
 OUTPUT_DIR/scores.jsonl     the same with one column per criterion
 OUTPUT_DIR/selected.jsonl   the best responses of every prompt under --pick.by: what training reads
 OUTPUT_DIR/teachers.json    per criterion, the teachers ranked for this student, with bootstrap intervals
+OUTPUT_DIR/controls.json    per criterion, what its ranking has to do with length, steps, teachers and correctness
 OUTPUT_DIR/report.html      what the criteria pick, how they relate: tables and plots
 OUTPUT_DIR/bad_rows.txt     what could not be scored, by file and line
 OUTPUT_DIR/summary.json     counts of traces, prompts and picked responses
@@ -33,12 +34,14 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
 from genssd.distill.runs.writing import write_text
 from genssd.distill.score.comparison import compare
+from genssd.distill.score.controls import ControlTable, compute_controls
 from genssd.distill.score.features import Scorer, divide, make_jsonable
 from genssd.distill.score.page import render_page
 from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
 from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
-from genssd.distill.score.teacher import TeacherReader
-from genssd.engine.candidate import AnyCriterion, PoolCriterion, needs_teacher
+from genssd.distill.score.teacher import TeacherReader, has_recorded
+from genssd.engine.amounts import format_count
+from genssd.engine.candidate import AnyCriterion, PoolCriterion
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
@@ -55,13 +58,14 @@ class ScoreConfig(EngineOptions, ChatSettings):
     """Hub id or local directory of the model that scores."""
     teacher: ModelPath[str | None] = None
     """Hub id or local directory of the model whose log-probabilities the criteria divergence and teacher_logprob read,
-    with the student's tokenizer. None: those in the field `teacher_logprobs` of rows of select and generate."""
+    with the student's tokenizer. None: those in the field `teacher_logprobs` of rows of select and generate. Where all
+    rows have them, or with a teacher, teacher_logprob is computed as a control."""
     data: FileName[tuple[str, ...]]
     """Data files of traces (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or
     ORG/NAME:SPLIT of the Hugging Face hub: selections, generations, messages, or prompt and completion."""
     criteria: tuple[str, ...] = ("ppl",)
     """Criteria to compute: names, names with options, weighted sums or import paths, for instance ppl rsr
-    "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp"."""
+    "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp". length and random are computed beside them."""
     output_dir: Operational[FileName[str]] = "runs/score"
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False
@@ -72,6 +76,9 @@ class ScoreConfig(EngineOptions, ChatSettings):
     """Judge answers where a reference answer is known and the row has no verdict."""
     pick: Recomputed[PickOptions] = field(default_factory=PickOptions)
     """Which responses go to selected.jsonl."""
+    equal_length: Recomputed[float] = 0.1
+    """Maximum difference of two responses' numbers of tokens, as a fraction of the longer one's, at which the controls
+    take them to be of equal length."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -83,8 +90,8 @@ class ScoreConfig(EngineOptions, ChatSettings):
             raise InputError(f"pick.by {self.pick.by!r} is not among the criteria: {', '.join(self.criteria)}")
         if self.pick.weigh and not isinstance(resolve(self.pick.by or self.criteria[0]), Lark):
             raise InputError("pick.weigh gives the weights of lark: list it first among the criteria, or pick by it")
-        if self.teacher is not None and not any(needs_teacher(resolve(name)) for name in self.criteria):
-            raise InputError("teacher is read by divergence and teacher_logprob alone: list one among the criteria")
+        if not 0.0 <= self.equal_length < 1.0:
+            raise InputError(f"equal_length must lie in [0, 1), not {self.equal_length}")
         judge = resolve(self.pick.by or self.criteria[0])
         relative = isinstance(judge, PoolCriterion) and judge.pool == "prompt"
         if relative and (self.pick.threshold is not None or self.pick.best_share < 1.0):
@@ -96,6 +103,10 @@ class ScoreConfig(EngineOptions, ChatSettings):
             raise InputError(f"limit must be at least 1, not {self.limit}")
 
 
+CONTROLS = ("length", "random")
+"""Criteria that are always computed, because any other has to say more than they do."""
+TEACHER_CONTROL = "teacher_logprob"
+"""The control that is computed where the teacher's log-probabilities are known."""
 SHARED_PICK_OPTIONS = ("keep", "correct", "finished", "loops", "min_steps", "max_steps")
 """The options of picking that the report applies to every criterion."""
 
@@ -115,6 +126,8 @@ class ScoreSummary:
     """Number of responses that could not be judged; they do not count as correct."""
     incomplete: int
     """Number of prompts left out of the ranking because a teacher has no response to them."""
+    controls: ControlTable
+    """What the rankings have to do with length, steps, teachers and correctness."""
 
 
 def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progress = SILENT) -> ScoreSummary:
@@ -122,14 +135,13 @@ def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progres
 
     Raises GenssdError on bad input; traces that were scored before are in the journal.
     """
-    criteria = {name: resolve(name) for name in config.criteria}
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
         engine = run.use(
             config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
         )
         scorer = Scorer(
-            criteria=criteria,
+            criteria={name: resolve(name) for name in config.criteria},
             engine=engine,
             teacher=None if config.teacher is None else TeacherReader(engine),
             verify=config.verify,
@@ -143,9 +155,31 @@ def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progres
             find_fault=scorer.find_fault,
         )
         report.note(describe_reading(traces, bad_rows))
+        controls, notes = _choose_controls(scorer, traces)
+        scorer = dataclasses.replace(scorer, criteria={**scorer.criteria, **controls})
         _score(run, scorer, traces, report)
         run.write_bad_rows(bad_rows)
-        return _evaluate(run, config, criteria, engine, traces, bad_rows)
+        return _evaluate(run, config, scorer, traces, bad_rows, notes)
+
+
+def _choose_controls(scorer: Scorer, traces: Sequence[Trace]) -> tuple[dict[str, AnyCriterion], list[str]]:
+    """Return the controls that are not among the criteria, and sentences about those that cannot be computed."""
+    names, notes = list(CONTROLS), []
+    writers = {trace.teacher for trace in traces}
+    known = sum(has_recorded(trace) for trace in traces)
+    if scorer.teacher is not None or known == len(traces):
+        names.append(TEACHER_CONTROL)
+    elif TEACHER_CONTROL not in scorer.criteria:
+        notes.append(
+            f"no {TEACHER_CONTROL}: {format_count(len(traces) - known, 'response')} of {len(traces):,} came without "
+            "the teacher's log-probabilities; give --teacher MODEL"
+        )
+    if scorer.teacher is None and len(writers) > 1 and (TEACHER_CONTROL in names or TEACHER_CONTROL in scorer.criteria):
+        notes.append(
+            f"{TEACHER_CONTROL} is each writer's own, of {format_count(len(writers), 'teacher')}, and does not compare "
+            "them; give --teacher MODEL for that of one model"
+        )
+    return {name: resolve(name) for name in names if name not in scorer.criteria}, notes
 
 
 def _score(run: Run, scorer: Scorer, traces: Sequence[Trace], report: Progress) -> None:
@@ -168,13 +202,22 @@ def _score(run: Run, scorer: Scorer, traces: Sequence[Trace], report: Progress) 
 def _evaluate(
     run: Run,
     config: ScoreConfig,
-    criteria: Mapping[str, AnyCriterion],
-    engine: Engine,
+    scorer: Scorer,
     traces: Sequence[Trace],
     bad_rows: Sequence[str],
+    notes: Sequence[str],
 ) -> ScoreSummary:
-    """Write what follows from the finished journal: columns, picked responses, the ranking of teachers, the page."""
+    """Write what follows from the finished journal: columns, picked responses, the ranking of teachers, the page.
+
+    notes: about controls that are missing. Raises InputError on a journal without the values of a control.
+    """
+    criteria, engine = scorer.criteria, scorer.engine
     rows = sort_by_trace(run.done(), traces, run.journal_path)
+    missing = next((name for name in criteria if any(name not in row["features"] for row in rows)), None)
+    if missing is not None:
+        raise InputError(
+            f"{run.journal_path} has no values of {missing}: an earlier version wrote it; choose another output_dir"
+        )
     columns = {name: compute_values(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(run.path("scores.jsonl"), _score_rows(rows, columns))
     higher_is_better = {name: is_higher_better(criterion) for name, criterion in criteria.items()}
@@ -191,7 +234,9 @@ def _evaluate(
         if sum(map(config.pick.is_eligible, (rows[i] for i in members))) > 1
     ]
     comparison = compare(rows, columns, higher_is_better, picks, contested, selected)
-    write_text(run.path("report.html"), render_page(comparison, rows, picks, ranks, config.student))
+    controls = compute_controls(rows, columns, higher_is_better, equal_length=config.equal_length, notes=notes)
+    write_json(run.path("controls.json"), dataclasses.asdict(controls))
+    write_text(run.path("report.html"), render_page(comparison, controls, rows, picks, ranks, config.student))
     summary = ScoreSummary(
         output_dir=run.output_dir,
         traces=len(rows),
@@ -201,6 +246,7 @@ def _evaluate(
         teachers=ranks,
         undecided=sum(row.get("undecided") is not None for row in rows),
         incomplete=incomplete,
+        controls=controls,
     )
     counts = {name: getattr(summary, name) for name in ("traces", "prompts", "selected", "undecided")}
     run.write_summary({**counts, "bad_rows": len(bad_rows)})

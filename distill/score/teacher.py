@@ -66,6 +66,11 @@ class TeacherReader:
         return self._tokenizer.encode_rendered(rendered), response_ids
 
 
+def has_recorded(trace: Trace) -> bool:
+    """Return whether a trace's row records the log-probabilities of its tokens."""
+    return trace.writer is not None and trace.writer.logprobs is not None
+
+
 def read_recorded(trace: Trace) -> Tensor | None:
     """Return the log-probabilities that a trace's row records, float32 [tokens]; None where it has none."""
     if trace.writer is None or trace.writer.logprobs is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from genssd.distill.runs.journal import complete_rows
-from genssd.engine.candidate import Candidate
+from genssd.engine.candidate import ActivationMeans, Candidate
 from genssd.engine.errors import InputError
 from genssd.engine.reading import ByteSpans
 from genssd.engine.sampling import child_stream, prompt_stream
@@ -22,6 +22,9 @@ from genssd.kernels.logprob import STATISTICS, TokenStats
 
 LocalLogprob = Callable[..., list[Tensor]]
 """Function like `Engine.local_logprob`, whose arguments are prompt ids, response ids and windows."""
+
+Activations = Callable[..., ActivationMeans]
+"""Function like `Engine.mean_activations`, whose arguments are prompt ids, response ids and a position."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +70,16 @@ class Decisions:
     """All attempts at rounds, in order."""
 
 
-def read_decisions(run: Path, tokenizer: Tokenizer, local_logprob: LocalLogprob | None = None) -> Iterator[Decisions]:
+def read_decisions(
+    run: Path,
+    tokenizer: Tokenizer,
+    local_logprob: LocalLogprob | None = None,
+    activations: Activations | None = None,
+) -> Iterator[Decisions]:
     """Yield the logs of the prompts of a finished or interrupted `genssd select` run, in the order of its journal.
 
-    local_logprob: runs the student for the criteria that need it. Raises InputError naming the file and line where
-    journal, log and tokenizer do not belong together, and on a journal without a finished prompt.
+    local_logprob, activations: run the student for the criteria that need it. Raises InputError naming the file and
+    line where journal, log and tokenizer do not belong together, and on a journal without a finished prompt.
     """
     journal, log = run / "selections.jsonl", run / "decisions.jsonl"
     logged = complete_rows(log)
@@ -86,7 +94,7 @@ def read_decisions(run: Path, tokenizer: Tokenizer, local_logprob: LocalLogprob 
         if selection.get("tokenizer") != tokenizer.fingerprint:
             raise InputError(f"{journal}, line {number} was written with another tokenizer than {tokenizer.directory}")
         try:
-            yield _parse_decisions(selection, row, tokenizer, local_logprob)
+            yield _parse_decisions(selection, row, tokenizer, local_logprob, activations)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{log}, line {number} is no decision of ours: {error!r}") from None
     if not number:
@@ -94,7 +102,11 @@ def read_decisions(run: Path, tokenizer: Tokenizer, local_logprob: LocalLogprob 
 
 
 def _parse_decisions(
-    selection: Mapping[str, Any], row: Mapping[str, Any], tokenizer: Tokenizer, local_logprob: LocalLogprob | None
+    selection: Mapping[str, Any],
+    row: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    local_logprob: LocalLogprob | None,
+    activations: Activations | None,
 ) -> Decisions:
     logged = {tuple(fields["trace"]): fields for fields in row["candidates"]}
     stats = {trace: _parse_stats(fields["student"]) for trace, fields in logged.items()}
@@ -118,6 +130,7 @@ def _parse_decisions(
             stream=_derive_stream(root, trace, logged),
             pieces_of=tokenizer.pieces,
             local_logprob=local_logprob and partial(local_logprob, selection["student_prompt_ids"]),
+            activations=activations and partial(activations, selection["student_prompt_ids"]),
             encode=tokenizer.encode_plain,
             answer=selection["answer"],
             spans=_join_spans([logged[a] for a in read], [logged[a] for a in ancestors], fields),

@@ -34,7 +34,7 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.decisions import Decisions, read_decisions
 from genssd.distill.select.exports import JudgedRound, make_pairs, make_steps, rank_eligible
-from genssd.engine.candidate import AnyCriterion, PoolCriterion, needs_answer
+from genssd.engine.candidate import ActivationMeans, AnyCriterion, needs_answer, not_in_search
 from genssd.engine.checkpoint import locate
 from genssd.engine.criterion_calls import evaluate_distinct, is_higher_better
 from genssd.engine.criterion_names import resolve
@@ -88,8 +88,9 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
     run_criterion: str = recorded["criterion"]
     name = config.criterion or run_criterion
     criterion = resolve(name)
-    if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
-        raise InputError(f"{name} is fitted over all of the data; a round has only its candidates")
+    reason = not_in_search(criterion)
+    if reason is not None:
+        raise InputError(f"{name} cannot judge chunks: {reason}")
     student = config.student or recorded["student"]
 
     tokenizer = Tokenizer(locate(student))
@@ -103,7 +104,10 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
         def local_logprob(*arguments: Any) -> list[Tensor]:  # few criteria run the model: it is loaded when one does
             return engine().local_logprob(*arguments)
 
-        for decisions in read_decisions(selection_run, tokenizer, local_logprob):
+        def activations(*arguments: Any) -> ActivationMeans:
+            return engine().mean_activations(*arguments)
+
+        for decisions in read_decisions(selection_run, tokenizer, local_logprob, activations):
             results.add(decisions, tokenizer)
         run.record()
         write_jsonl(run.path("reselected.jsonl"), results.rows)

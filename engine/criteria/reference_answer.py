@@ -36,16 +36,10 @@ class RationaleDifficulty(CheckedOptions):
         return True
 
     def score(self, candidate: Candidate) -> float:
-        if candidate.answer is None:
-            raise InputError("rationale_difficulty needs the reference answer, and this prompt came without one")
-        if candidate.local_logprob is None or candidate.encode is None:
+        if candidate.local_logprob is None:
             raise InputError("rationale_difficulty runs the student, and this candidate came without a model to do it")
         reasoning = self.reasoning(candidate)
-        ending = candidate.encode(f"{self.before_answer} {candidate.answer}")
-        # the tokens that come from the text before the answer alone: a tokenizer may join across the border
-        border = common_prefix(candidate.encode(self.before_answer), ending)
-        if border == len(ending):
-            raise InputError(f"rationale_difficulty: the answer {candidate.answer!r} has no token of its own")
+        ending, border = encode_ending(candidate, self.before_answer, "rationale_difficulty")
         start, end = len(reasoning) + border, len(reasoning) + len(ending)
         windows = [(0, start, end), (len(reasoning), start, end)]
         after_reasoning, after_prompt = (
@@ -63,3 +57,21 @@ class RationaleDifficulty(CheckedOptions):
 
     def higher_is_better(self) -> bool:
         return False
+
+
+def encode_ending(candidate: Candidate, before_answer: str, name: str) -> tuple[list[int], int]:
+    """Return the token ids of a text and the reference answer after it, and the index of the answer's first token.
+
+    name: the criterion's, for messages. Raises InputError without an answer, a tokenizer or a token of the answer's
+    own.
+    """
+    if candidate.answer is None:
+        raise InputError(f"{name} needs the reference answer, and this prompt came without one")
+    if candidate.encode is None:
+        raise InputError(f"{name} encodes the reference answer, and this candidate came without a tokenizer")
+    ending = candidate.encode(f"{before_answer} {candidate.answer}")
+    # the tokens that come from the text before the answer alone: a tokenizer may join across the border
+    border = common_prefix(candidate.encode(before_answer), ending)
+    if border == len(ending):
+        raise InputError(f"{name}: the answer {candidate.answer!r} has no token of its own")
+    return ending, border

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from genssd.engine.branch import PromptIds as PromptIds
     from genssd.engine.budget import Budget as Budget
     from genssd.engine.budget import BudgetName as BudgetName
+    from genssd.engine.candidate import ActivationMeans as ActivationMeans
     from genssd.engine.candidate import AnyCriterion as AnyCriterion
     from genssd.engine.candidate import Candidate as Candidate
     from genssd.engine.candidate import Criterion as Criterion
@@ -30,14 +31,19 @@ if TYPE_CHECKING:
     from genssd.engine.criteria.by_step import LocalNaturalness as LocalNaturalness
     from genssd.engine.criteria.controls import Length as Length
     from genssd.engine.criteria.controls import Random as Random
+    from genssd.engine.criteria.grounding import GroundedActions as GroundedActions
+    from genssd.engine.criteria.grounding import TargetedObservationRatio as TargetedObservationRatio
+    from genssd.engine.criteria.learning_cost import LearningCost as LearningCost
     from genssd.engine.criteria.learning_gain import Lark as Lark
     from genssd.engine.criteria.likelihood import Perplexity as Perplexity
     from genssd.engine.criteria.likelihood import RankSurprisal as RankSurprisal
     from genssd.engine.criteria.likelihood import RsdAccept as RsdAccept
     from genssd.engine.criteria.likelihood import SurprisalBand as SurprisalBand
+    from genssd.engine.criteria.progress import AnswerProgress as AnswerProgress
     from genssd.engine.criteria.reference_answer import RationaleDifficulty as RationaleDifficulty
     from genssd.engine.criteria.teacher import TeacherLogprob as TeacherLogprob
     from genssd.engine.criteria.teacher import TeacherStudentGap as TeacherStudentGap
+    from genssd.engine.criteria.verdict import CorrectThenAligned as CorrectThenAligned
     from genssd.engine.criterion_names import WeightedRank as WeightedRank
     from genssd.engine.criterion_names import register_criterion as register_criterion
     from genssd.engine.criterion_names import registered_criteria as registered_criteria
@@ -92,6 +98,7 @@ _NAMES = {
         "BudgetName",
     ),
     "genssd.engine.candidate": (
+        "ActivationMeans",
         "AnyCriterion",
         "Candidate",
         "Criterion",
@@ -111,6 +118,11 @@ _NAMES = {
         "Length",
         "Random",
     ),
+    "genssd.engine.criteria.grounding": (
+        "GroundedActions",
+        "TargetedObservationRatio",
+    ),
+    "genssd.engine.criteria.learning_cost": ("LearningCost",),
     "genssd.engine.criteria.learning_gain": ("Lark",),
     "genssd.engine.criteria.likelihood": (
         "Perplexity",
@@ -118,11 +130,13 @@ _NAMES = {
         "RsdAccept",
         "SurprisalBand",
     ),
+    "genssd.engine.criteria.progress": ("AnswerProgress",),
     "genssd.engine.criteria.reference_answer": ("RationaleDifficulty",),
     "genssd.engine.criteria.teacher": (
         "TeacherLogprob",
         "TeacherStudentGap",
     ),
+    "genssd.engine.criteria.verdict": ("CorrectThenAligned",),
     "genssd.engine.criterion_names": (
         "WeightedRank",
         "register_criterion",

@@ -19,6 +19,7 @@ from genssd.distill.diagnose.verdict import write_verdict
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.rounds import BudgetReached, DistillConfig, run_distill
 from genssd.distill.runs.settings import expand_home
+from genssd.distill.score.control_text import describe_teacher, format_controls, shorten
 from genssd.distill.score.leaf import LeafConfig, run_leaf
 from genssd.distill.score.prefix import PrefixConfig, run_prefix
 from genssd.distill.score.prefix_judges import warn_of_unmarked
@@ -188,11 +189,16 @@ def score(config: ScoreConfig, console: Console) -> None:
             f"teachers by {name} (95 % interval over {format_count(ranks[0].prompts, 'prompt')}; share of draws in "
             "front):"
         )
+        wins = {one.teacher: describe_teacher(one) for one in summary.controls.of(name).teachers}
         for rank in ranks:
-            print(f"  {rank.teacher:<30} {rank.value:9.4f} [{rank.low:.4f}, {rank.high:.4f}]  {rank.first:4.0%}")
+            print(
+                f"  {shorten(rank.teacher):<24} {rank.value:9.4f} [{rank.low:.4f}, {rank.high:.4f}] {rank.first:4.0%}  "
+                f"{wins[rank.teacher]}".rstrip()
+            )
     if summary.teachers and summary.incomplete:
         print(f"left out of the ranking: {format_count(summary.incomplete, 'prompt')} that some teacher did not answer")
-    print(f"written to {summary.output_dir}")
+    print("\n".join(format_controls(summary.controls)))
+    print(f"written to {summary.output_dir}; look at {summary.output_dir / 'report.html'}")
     _raise_for_bad_rows("could not be scored; all others were", summary.bad_rows, summary.output_dir)
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genssd.engine import criterion_names
-from genssd.engine.candidate import Candidate, Criterion, PoolCriterion, Window
+from genssd.engine.candidate import ActivationMeans, Candidate, Criterion, PoolCriterion, Window
 from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
 from genssd.engine.criteria.controls import Random
 from genssd.engine.criteria.learning_gain import Lark
@@ -722,6 +722,12 @@ def odd(chunk: Sequence[float], history: Sequence[float] = (), finished: bool = 
         finished=finished,
         pieces_of=lambda ids: ["x"] * content,
         local_logprob=lambda ids, windows: [every[start:end] for _, start, end in windows],
+        activations=lambda ids, start: ActivationMeans(
+            prompt_F=torch.tensor([0.5, -0.5], dtype=torch.float64),
+            response_F=torch.tensor([0.25, 0.5], dtype=torch.float64),
+            prompt_nll=math.inf if -math.inf in history else 1.0,
+            counted=tuple(token + 1 < len(chunk) or not finished for token in range(len(chunk))),
+        ),
         encode=lambda text: list(range(len(text) // 8)),
         answer="twelve",
     )

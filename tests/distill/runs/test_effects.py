@@ -41,7 +41,7 @@ ALWAYS = {
     | {"post_hoc", "seed", "threads"},
     "select": SEARCH | CHAT | RUN | {"teacher", "student"},
     "generate": ENGINE | CHAT | WRITING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
-    "score": ENGINE | CHAT | RUN | {"student", "teacher", "criteria", "verify"}
+    "score": ENGINE | CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},

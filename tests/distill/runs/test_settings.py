@@ -19,7 +19,7 @@ ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "determin
 NOT_COUNTED = {
     "select": ENGINE | {"output_dir", "resume", "data", "limit", "total_budget", "server"},
     "generate": ENGINE | {"output_dir", "resume", "data", "limit", "server"},
-    "score": ENGINE | {"output_dir", "resume", "pick"},
+    "score": ENGINE | {"output_dir", "resume", "pick", "equal_length"},
     "reselect": ENGINE | {"output_dir"},
     "prefix": ENGINE | {"output_dir", "resume"},
     "leaf": {"device", "output_dir", "resume", "threads"},

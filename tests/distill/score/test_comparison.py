@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genssd.distill.score.comparison import compare, describe, mean_ranks, rank_correlation
+from genssd.distill.score.comparison import compare, describe, rank_correlation
+from genssd.distill.score.controls import compute_controls
 from genssd.distill.score.page import render_page
+from genssd.distill.score.rank_statistics import mean_ranks
 
 
 def row(prompt: str, tokens: int, teacher: str = "A", correct: bool | None = None, steps: int = 2) -> dict[str, Any]:
@@ -51,7 +53,14 @@ def test_criteria_are_compared_and_drawn() -> None:
     assert comparison.correlation_within_prompts[0, 1] == pytest.approx(-1.0)
     assert comparison.agreement.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     assert [p.tokens for p in comparison.picked] == [pytest.approx(16 / 3), pytest.approx(7.0)]
-    page = render_page(comparison, rows, picks, {}, "student")
+    page = render_page(
+        comparison,
+        compute_controls(rows, columns, {"short": False, "long": True}, equal_length=0.1),
+        rows,
+        picks,
+        {},
+        "student",
+    )
     assert page.count("data:image/png;base64,") == 2
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
@@ -61,4 +70,6 @@ def test_no_choice_at_all_is_drawn_too() -> None:
     rows = [row("p", 5)]
     comparison = compare(rows, {"ppl": [1.0]}, {"ppl": False}, {"ppl": []}, [], [])
     assert np.isnan(comparison.agreement).all()
-    assert "ppl" in render_page(comparison, rows, {"ppl": []}, {}, "s")
+    assert "ppl" in render_page(
+        comparison, compute_controls(rows, {"ppl": [1.0]}, {"ppl": False}, equal_length=0.1), rows, {"ppl": []}, {}, "s"
+    )

@@ -341,7 +341,8 @@ def test_a_ratio_criterion_ranks_by_the_ratio_of_sums() -> None:
         ({"pick": {"similarity": 1.5}}, "similarity"),
         ({"criteria": ("divergence",)}, r"line 1: .*divergence reads: give --teacher MODEL"),
         ({"criteria": ("0.5*ppl + 0.5*teacher_logprob",)}, r"of the teacher, .*teacher_logprob reads: give --teacher"),
-        ({"teacher": "T"}, "teacher is read by divergence and teacher_logprob alone"),
+        ({"equal_length": 1.0}, r"equal_length must lie in \[0, 1\), not 1.0"),
+        ({"equal_length": -0.1}, r"equal_length must lie in \[0, 1\), not -0.1"),
     ],
 )
 def test_wrong_options_are_named(

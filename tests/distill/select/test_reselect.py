@@ -45,7 +45,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-CRITERIA = ["ppl", "rsr", "divergence", "random", "aslec_drop", "lark", "lalp(steps=1)", "0.3*ppl + 0.7*length"]
+CRITERIA = ["ppl", "rsr", "divergence", "random", "aslec_drop", "lark", "lalp(steps=1)", "scas", "0.3*ppl + 0.7*length"]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
