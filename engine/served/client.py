@@ -107,6 +107,8 @@ class Client:
                 failures += answer.status not in BUSY
             except TransportFault as error:
                 self._is_doubtful = True
+                if error.is_stale:
+                    continue
                 fault = str(error)
                 failures += error.is_silent
             self.num_repeats += 1
@@ -170,7 +172,7 @@ class Client:
     def _identify(self, call: Call) -> ServedModel:
         """Return the model of the server now. Once it is known, raises TransportFault where nobody answers."""
         try:
-            answer = self._connections.exchange("GET", "/models", None, call)
+            answer = self._list_models(call)
         except TransportFault as error:
             if self._model is not None:
                 raise
@@ -186,6 +188,14 @@ class Client:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise self._make_error("does not list its models as OpenAI's API does; a URL ends with /v1") from None
         return self._choose(models, adapters)
+
+    def _list_models(self, call: Call) -> Answer:
+        try:
+            return self._connections.exchange("GET", "/models", None, call)
+        except TransportFault as error:
+            if not error.is_stale:
+                raise
+            return self._connections.exchange("GET", "/models", None, call)
 
     def _refuse_list(self, answer: Answer) -> None:
         try:

@@ -22,12 +22,14 @@ CONNECT_SECONDS = 10.0
 class TransportFault(Exception):
     """An exchange that ended without a whole answer: nobody listens, the connection broke, or time ran out.
 
-    is_silent: whether the server took the request and did not answer in time.
+    is_silent: whether the server took the request and did not answer in time. is_stale: whether the connection had been
+    idle, so that its end says nothing of this request: servers close those at some time.
     """
 
-    def __init__(self, text: str, *, is_silent: bool = False) -> None:
+    def __init__(self, text: str, *, is_silent: bool = False, is_stale: bool = False) -> None:
         super().__init__(text)
         self.is_silent = is_silent
+        self.is_stale = is_stale
 
 
 class Cancelled(Exception):
@@ -121,14 +123,18 @@ class Connections:
         """Send one request and return the answer. Raises TransportFault without one, Cancelled when it is given up."""
         with self._lock:
             reused = self._idle.pop() if self._idle else None
-        if reused is not None:
-            try:
-                return self._try(reused, method, path, body, call)
-            except TransportFault as fault:
-                if fault.is_silent:
-                    raise
-                # the server may have closed a connection that was idle: a new one tells
-        return self._try(self._open(), method, path, body, call)
+        if reused is None:
+            return self._try(self._open(), method, path, body, call)
+        try:
+            return self._try(reused, method, path, body, call)
+        except TransportFault as fault:
+            if fault.is_silent:
+                raise
+            with self._lock:
+                stale, self._idle = self._idle, []
+            for connection in stale:
+                connection.close()
+            raise TransportFault(str(fault), is_stale=True) from None
 
     def _open(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection

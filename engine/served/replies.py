@@ -23,6 +23,10 @@ class BadReply(Exception):
     """An answer that cannot be used; the request that it answers fails."""
 
 
+class TextInDoubt(BadReply):
+    """A completion that came as text, from which its tokens cannot be told."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
     """The tokens that a server wrote after a prompt."""
@@ -116,7 +120,7 @@ def _ids_of_text(choice: Mapping[str, Any], names: object, tokenizer: Tokenizer)
     """Return the ids of a completion that came as text.
 
     The tokens' names decide where each is the text of one id only; else the text's encoding, where its tokens have
-    these names. Raises BadReply where neither is so.
+    these names. Raises TextInDoubt where neither is so.
     """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadReply("it has neither token ids (return_token_ids) nor the names of tokens")
@@ -128,7 +132,7 @@ def _ids_of_text(choice: Mapping[str, Any], names: object, tokenizer: Tokenizer)
     ends = [ids_of_name[:1] for ids_of_name in ids_of_names[len(ids) :]]
     if num_ends in (0, 1) and all(ends) and [tokenizer.token_text(i) for i in ids] == names[: len(ids)]:
         return [*ids, *(end[0] for end in ends)]
-    raise BadReply(
+    raise TextInDoubt(
         "it has no token ids (return_token_ids), and the tokens of its text cannot be told from the text: take a "
         "server that returns token ids, such as vLLM or SGLang"
     )

@@ -21,7 +21,7 @@ from genssd.engine.served.client import Client, RequestRefused, ServedModel
 from genssd.engine.served.connections import Call, TransportFault
 from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord
-from genssd.engine.served.replies import BadReply, Written, is_whole, read_reply
+from genssd.engine.served.replies import BadReply, TextInDoubt, Written, is_whole, read_reply
 from genssd.engine.served.workers import Workers
 from genssd.engine.text import PROBE, Tokenizer
 
@@ -180,24 +180,34 @@ class ServedTeacher:
         """
         hot = Sampling(temperature=PROBE_TEMPERATURE)
         try:
-            pair = self.ask(self._probe(n=2, max_tokens=PROBE_TOKENS, sampling=hot, num_topk=1), Call())
-            filtered = Sampling(temperature=PROBE_TEMPERATURE, top_k=1)
-            (cold,) = self.ask(self._probe(sampling=filtered, num_topk=1), Call())
-            (plain,) = self.ask(self._probe(num_topk=1), Call())
+            pair = self._try_pair(self._probe(n=2, max_tokens=PROBE_TOKENS, sampling=hot))
+            (greedy,) = self.ask(self._probe(sampling=Sampling(temperature=0.0)), Call())
+            (drawn,) = self.ask(self._probe(sampling=replace(hot, top_k=1)), Call())
         except (RequestRefused, BadReply, TransportFault) as error:
             raise ServerError(f"the server {self.url} cannot be the teacher: {error}") from None
-        if abs(cold.topk[0][1][0] - plain.topk[0][1][0]) > TOLERANCE:
+        is_same = greedy.tokens[0] == drawn.tokens[0]  # else two tokens are equally likely, and nothing is shown
+        if is_same and abs(greedy.logprobs[0] - drawn.logprobs[0]) > TOLERANCE:
             raise ServerError(
                 f"the server {self.url} gives log-probabilities after temperature and filters, and those of the model "
                 "are needed: start vLLM with --logprobs-mode raw_logprobs, SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
             )
-        if plain.is_from_text:
+        if any(completion.is_from_text for completion in (*pair, greedy, drawn)):
             logger.warning(
                 "the server %s returns no token ids: they are read from the text, and a prompt whose tokens are in "
                 "doubt fails",
                 self.url,
             )
-        return pair[0].tokens != pair[1].tokens
+        return len(pair) == 2 and pair[0].tokens != pair[1].tokens
+
+    def _try_pair(self, request: Completions) -> list[Written]:
+        """Return two completions; none where they came as text that leaves their tokens in doubt, as unlikely ones do.
+
+        Raises as `ask` does.
+        """
+        try:
+            return self.ask(request, Call())
+        except TextInDoubt:
+            return []
 
 
 MAX_TORN = 20
