@@ -116,7 +116,7 @@ class Client:
                 raise RequestRefused(self._clean(f"failed {format_count(failures, 'time')}, last with {fault}"))
             if retry_after is not None:
                 self._held_until = max(self._held_until, monotonic() + retry_after)
-            wait = min(FIRST_WAIT * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            wait = min(FIRST_WAIT * 2.0 ** min(attempt, 20), LONGEST_WAIT) * random.uniform(0.5, 1.0)
             away = monotonic() + (retry_after or 0.0) - max(started, self._answered)
             if away > self.options.patience:
                 raise self._make_error(

@@ -58,11 +58,15 @@ class StubServer:
     """Fields of all requests for completions, those that got a fault included."""
     keys: list[str | None] = field(default_factory=list)
     most_at_once: int = 0
+    kill_every: int = 0
+    """Number of requests after which the server is killed and started again, at once; 0 for never."""
+    num_kills: int = 0
     port: int = 0
 
     def __post_init__(self) -> None:
         self.tokenizer = Tokenizer(self.directory)
         self.lock = threading.Lock()
+        self.restarting = threading.Lock()
         self.num_at_once = 0
         self._http: _Http | None = None
 
@@ -82,6 +86,13 @@ class StubServer:
         self._http.server_close()
         self._http.break_connections()
         self._http = None
+
+    def restart(self) -> None:
+        """Kill the server and start it again on the same port."""
+        with self.restarting:
+            self.kill()
+            self.num_kills += 1
+            self.start()
 
     @contextmanager
     def running(self) -> Iterator[StubServer]:
@@ -221,11 +232,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with stub.lock:
             stub.requests.append(fields)
+            is_last = stub.kill_every > 0 and len(stub.requests) % stub.kill_every == 0
             stub.num_at_once += 1
             stub.most_at_once = max(stub.most_at_once, stub.num_at_once)
             fault = stub.faults.popleft() if stub.faults else ""
         try:
-            self._answer(stub, fields, fault)
+            if is_last:
+                stub.restart()
+            else:
+                self._answer(stub, fields, fault)
         finally:
             with stub.lock:
                 stub.num_at_once -= 1
