@@ -25,17 +25,22 @@ EDGE_BYTES = 1 << 20
 """Number of bytes at the beginning and at the end of each weight file that enter the fingerprint."""
 
 
-def locate(name_or_path: str | Path) -> Path:
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+"""Patterns of the names of a checkpoint's files other than its weights."""
+
+
+def locate(name_or_path: str | Path, *, weights: bool = True) -> Path:
     """Return the directory of a checkpoint: a local one, or that of a hub id in the hub's cache.
 
-    Raises CheckpointError when neither exists.
+    weights: fetch the weight files from the hub as well, if the cache does not have them. Raises CheckpointError when
+    neither exists.
     """
     directory = find_directory(name_or_path)
     if directory is not None:
         return directory
     name = str(name_or_path)
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, *(["*.safetensors"] if weights else [])]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name} is no local directory and cannot be had from the hub: {one_line(error)}"

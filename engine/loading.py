@@ -18,7 +18,13 @@ from genssd.engine.ends import describe_foreign_ends, find_foreign_ends
 from genssd.engine.errors import InputError
 from genssd.engine.language_model import Backend, LanguageModel
 from genssd.engine.launches import describe_launches
-from genssd.engine.memory import cache_budget, check_weights_fit, choose_dtype, describe_float32
+from genssd.engine.memory import (
+    cache_budget,
+    check_weights_fit,
+    choose_dtype,
+    count_working_bytes,
+    describe_float32,
+)
 from genssd.engine.model import Decoder
 from genssd.engine.page_list import PageList
 from genssd.engine.paged_runner import PagedRunner
@@ -26,7 +32,7 @@ from genssd.engine.pages import PagePool, bytes_of_page, page_size_of, pages_wit
 from genssd.engine.reading import Reader
 from genssd.engine.requests import check_vocabulary
 from genssd.engine.resources import Resources
-from genssd.engine.runner import MAX_ROWS, ModelRunner, Role
+from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.served.address import is_url
 from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.teacher import ServedTeacher, describe_served
@@ -208,6 +214,4 @@ def open_runner(
 
 
 def _working_bytes(model: LanguageModel, max_batch: int) -> int:
-    """Return the memory of the largest forward pass of a model, and of the logits of a decoding batch with copies."""
-    forward = MAX_ROWS * model.values_per_token * model.dtype.itemsize
-    return forward + 3 * 4 * max_batch * model.head.weight.shape[0]
+    return count_working_bytes(model.values_per_token, model.dtype, model.head.weight.shape[0], max_batch)

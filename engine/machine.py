@@ -81,6 +81,25 @@ def available_cores(root: Path = ROOT) -> int:
     return max(1, math.ceil(min(cores)))
 
 
+def read_cpu_name(root: Path = ROOT) -> str:
+    """Return the processor's name for people, as the kernel tells it; "unknown" where it does not."""
+    return _read_cpu_field("model name", root) or "unknown"
+
+
+def read_cpu_features(root: Path = ROOT) -> frozenset[str]:
+    """Return the names of the processor's features, as in the flags of /proc/cpuinfo; none where it cannot be read."""
+    return frozenset((_read_cpu_field("flags", root) or "").split())
+
+
+def _read_cpu_field(name: str, root: Path) -> str | None:
+    """Return the value of a field of the first processor in /proc/cpuinfo; None where it has none."""
+    for line in _lines(root / "proc/cpuinfo"):
+        key, colon, value = line.partition(":")
+        if colon and key.strip() == name:
+            return value.strip()
+    return None
+
+
 def control_groups(controller: str, root: Path = ROOT) -> Iterator[ControlGroup]:
     """Yield the cgroups that limit this process by a controller: its own first, then every ancestor in sight."""
     own_paths = list(_own_paths(controller, root))

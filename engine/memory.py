@@ -20,7 +20,7 @@ from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.machine import available_memory
 from genssd.engine.page_list import count_promised_bytes
 from genssd.engine.parameters import match_parameters, model_tensors
-from genssd.engine.runner import Role
+from genssd.engine.runner import MAX_ROWS, Role
 from genssd.engine.weights import WeightFiles
 from genssd.kernels.native import bfloat16_instructions
 
@@ -44,17 +44,23 @@ def available_bytes(device: torch.device) -> int:
 
 
 def cache_budget(
-    device: torch.device, memory_bytes: int | None, free_fraction: float, *, working_bytes: int = 0
+    device: torch.device,
+    memory_bytes: int | None,
+    free_fraction: float,
+    *,
+    working_bytes: int = 0,
+    reserved_bytes: int = 0,
 ) -> int:
     """Return the size of all caches in bytes: memory_bytes, or a fraction of the device's free memory.
 
     working_bytes: memory that the computation takes besides; on a CPU the fraction leaves at least so much, and
-    BASE_BYTES. Raises CapacityError where that is more than there is. A memory_bytes beyond the free memory is taken,
-    with a warning, since memory is used only as the caches fill.
+    BASE_BYTES. reserved_bytes: free memory that something else will take before the caches, such as weights that are
+    not loaded yet. Raises CapacityError where that is more than there is. A memory_bytes beyond the free memory is
+    taken, with a warning, since memory is used only as the caches fill.
     """
+    free, kept = max(0, available_bytes(device) - reserved_bytes), working_bytes + BASE_BYTES
     if device.type != "cpu":
-        return int(free_fraction * available_bytes(device)) if memory_bytes is None else memory_bytes
-    free, kept = available_bytes(device), working_bytes + BASE_BYTES
+        return int(free_fraction * free) if memory_bytes is None else memory_bytes
     if memory_bytes is None:
         if free <= kept:
             raise CapacityError(
@@ -99,20 +105,33 @@ def check_weights_fit(
     """
     if device.type != "cpu":
         return
-    packed = copied = 0
-    for role, directory in directories.items():
-        dtype = dtypes[role]
-        weights = WeightFiles.open(directory)
-        if is_supported(read_config(directory)):
-            matched = match_parameters(weights, ModelConfig.load(directory))
-            tensors = [weights.tensors[name] for name in matched.values()]
-        else:
-            tensors = model_tensors(weights)
-        packed += sum(tensor.num_elements for tensor in tensors) * dtype.itemsize
-        largest = max(tensor.num_elements for tensor in tensors)
-        copied = max(copied, COPIES * largest * dtype.itemsize)
+    sizes = [count_weight_bytes(directory, dtypes[role]) for role, directory in directories.items()]
+    needed = sum(packed for packed, _ in sizes) + max(copied for _, copied in sizes)
     names = " and ".join(f"{role} {directory}" for role, directory in directories.items())
-    check_bytes_fit(packed + copied, f"the weights of {names} with the copies made while they are loaded", device)
+    check_bytes_fit(needed, f"the weights of {names} with the copies made while they are loaded", device)
+
+
+def count_weight_bytes(directory: Path, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the size of a checkpoint's weights in a data type, and of the copies that exist while they are loaded.
+
+    Only the headers of the weight files are read. Raises CheckpointError on a directory that cannot be used.
+    """
+    weights = WeightFiles.open(directory)
+    if is_supported(read_config(directory)):
+        matched = match_parameters(weights, ModelConfig.load(directory))
+        tensors = [weights.tensors[name] for name in matched.values()]
+    else:
+        tensors = model_tensors(weights)
+    largest = max(tensor.num_elements for tensor in tensors)
+    return sum(tensor.num_elements for tensor in tensors) * dtype.itemsize, COPIES * largest * dtype.itemsize
+
+
+def count_working_bytes(values_per_token: int, dtype: torch.dtype, vocabulary: int, max_batch: int) -> int:
+    """Return the memory of the largest forward pass of a model, and of the logits of a decoding batch with copies.
+
+    values_per_token: number of values of one token that a forward pass holds at once. vocabulary: rows of the head.
+    """
+    return MAX_ROWS * values_per_token * dtype.itemsize + 3 * 4 * max_batch * vocabulary
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -18,7 +18,15 @@ from genssd.engine.errors import CheckpointError
 from genssd.engine.forward_batch import ForwardBatch
 from genssd.engine.layers import DenseWeights, LayerBuilder, LayerWeights, RoutedWeights
 from genssd.engine.model_head import ModelHead
-from genssd.engine.parameters import EMBEDDING, HEAD, count_weights, match_parameters, take
+from genssd.engine.parameters import (
+    EMBEDDING,
+    HEAD,
+    count_cache_values,
+    count_forward_values,
+    count_weights,
+    match_parameters,
+    take,
+)
 from genssd.engine.weights import WeightFiles
 from genssd.kernels.activation import Activation, clamped_swiglu, geglu, swiglu
 from genssd.kernels.attention import paged_attention
@@ -127,8 +135,7 @@ class Decoder:
     @property
     def kv_bytes_per_token(self) -> int:
         """Number of bytes that one token takes in the cache: keys and values of all layers."""
-        c = self.config
-        return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
+        return count_cache_values(self.config) * self.dtype.itemsize
 
     @property
     def attention_heads(self) -> tuple[int, int, int]:
@@ -149,12 +156,7 @@ class Decoder:
     @property
     def values_per_token(self) -> int:
         """Number of values of one token that a forward pass holds at once: states, norms, heads, feed-forward."""
-        c = self.config
-        heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-        feed = c.intermediate_size
-        if c.experts is not None:
-            feed = max(feed, c.experts.per_token * (c.experts.intermediate_size + c.hidden_size))
-        return 6 * c.hidden_size + heads + 3 * feed
+        return count_forward_values(self.config)
 
     def forward(
         self, ids_N: Tensor, batch: ForwardBatch, kv: Tensor, *, observed: list[Tensor] | None = None

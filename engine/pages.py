@@ -6,6 +6,7 @@ Shapes:  L layers   P pages   S page size   G kv heads   E head dim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import CapacityError
-from genssd.engine.language_model import LanguageModel
 from genssd.engine.model import Decoder
 from genssd.engine.page_list import PageList
 from genssd.kernels.cache import copy_pages
@@ -31,6 +31,25 @@ def count_pages(start: int, end: int, page_size: int) -> int:
     A half-filled page before `start` counts, because its copy is written.
     """
     return -(-end // page_size) - start // page_size if end > start else 0
+
+
+class CachedModel(Protocol):
+    """What the sizes of a model's cache follow from; a `LanguageModel` is one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the cache."""
+        ...
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Number of bytes that one token takes in the cache."""
+        ...
+
+    @property
+    def state_bytes(self) -> int:
+        """Number of bytes that the cache of a path takes however many tokens it has."""
+        ...
 
 
 class PagePool(PageList):
@@ -85,7 +104,7 @@ class PagePool(PageList):
         copy_pages(self.kv, pages[:1], pages[1:])
 
 
-def page_size_of(model: LanguageModel) -> int:
+def page_size_of(model: CachedModel) -> int:
     """Return how many tokens a page of a model's cache holds by default.
 
     Where a path has a state besides its tokens, a page is so long that its tokens take as many bytes as the state.
@@ -96,7 +115,7 @@ def page_size_of(model: LanguageModel) -> int:
     return size
 
 
-def bytes_of_page(model: LanguageModel, page_size: int) -> int:
+def bytes_of_page(model: CachedModel, page_size: int) -> int:
     """Return the size of one page of a model's cache.
 
     It has room for one state: a node of the branch tree that holds tokens owns a page, and a state belongs to a node.
@@ -105,7 +124,7 @@ def bytes_of_page(model: LanguageModel, page_size: int) -> int:
 
 
 def pages_within(
-    budget_bytes: int, models: Sequence[LanguageModel], page_size: int | None = None
+    budget_bytes: int, models: Sequence[CachedModel], page_size: int | None = None
 ) -> list[tuple[int, int]]:
     """Return the number of pages of each model's cache and the bytes of the budget for one of them.
 

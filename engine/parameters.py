@@ -122,6 +122,21 @@ def count_weights(config: ModelConfig) -> int:
     return c.num_hidden_layers * attention + feed_forward + c.vocab_size * c.hidden_size
 
 
+def count_cache_values(config: ModelConfig) -> int:
+    """Return the number of values that one token takes in the cache: keys and values of all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def count_forward_values(config: ModelConfig) -> int:
+    """Return how many values of one token a forward pass holds at once: states, norms, heads, feed-forward."""
+    c = config
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    feed = c.intermediate_size
+    if c.experts is not None:
+        feed = max(feed, c.experts.per_token * (c.experts.intermediate_size + c.hidden_size))
+    return 6 * c.hidden_size + heads + 3 * feed
+
+
 def match_parameters(weights: WeightFiles, config: ModelConfig) -> dict[str, str]:
     """Return the name in the weight files of each parameter. As in transformers, the prefix `model.` may be missing.
 

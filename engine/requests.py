@@ -49,13 +49,20 @@ def check_answers(answers: Sequence[str | None] | None, criterion: AnyCriterion,
 
 
 def check_vocabulary(tokenizer: Tokenizer, decoder: LanguageModel) -> None:
-    """Check that the embedding has a row for every token."""
-    size = decoder.config.vocab_size
-    if tokenizer.largest_id >= size:
-        raise CheckpointError(
-            f"{tokenizer.directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
-            f"{format_count(size, 'row')}; the tokenizer belongs to another model, or the embedding was not resized"
-        )
+    """Check that the embedding has a row for every token. Raises CheckpointError if it does not."""
+    fault = find_missing_rows(tokenizer, decoder.config.vocab_size)
+    if fault is not None:
+        raise CheckpointError(fault)
+
+
+def find_missing_rows(tokenizer: Tokenizer, rows: int) -> str | None:
+    """Return why an embedding of so many rows does not fit a tokenizer; None where it has a row for every token."""
+    if tokenizer.largest_id < rows:
+        return None
+    return (
+        f"{tokenizer.directory}: the tokenizer's largest id is {tokenizer.largest_id}, but the embedding has "
+        f"{format_count(rows, 'row')}; the tokenizer belongs to another model, or the embedding was not resized"
+    )
 
 
 def check_ids(ids: Sequence[int], runner: ModelRunner, label: str) -> list[int]:

@@ -49,8 +49,7 @@ def load_model(
         match_parameters(weights, ModelConfig.load(directory))
     else:
         load_config(directory)  # refuses what is no causal language model
-    if attn_implementation is None and getattr(config, "attn_logit_softcapping", None):
-        attn_implementation = "eager"  # the only one in transformers that caps the scores
+    attn_implementation = _choose_attention(config, attn_implementation)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -79,6 +78,28 @@ def load_model(
     except Exception as error:
         raise CheckpointError(f"{directory}: a forward pass with transformers fails: {one_line(error)}") from None
     return model.to(device)
+
+
+def make_empty_model(directory: Path, *, attn_implementation: str | None = None) -> Any:
+    """Return the transformers model of a checkpoint in float32 on the device "meta": shapes, and no memory for weights.
+
+    Raises CheckpointError on a config that cannot be used.
+    """
+    config = make_transformers_config(read_config(directory), directory / "config.json")
+    attn_implementation = _choose_attention(config, attn_implementation)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attn_implementation, trust_remote_code=False
+            )
+    except Exception as error:  # model classes raise what their construction does
+        raise CheckpointError(f"{directory}: transformers cannot make this model: {one_line(error)}") from None
+
+
+def _choose_attention(config: Any, attn_implementation: str | None) -> str | None:
+    """Return the attention implementation that is asked for, or the only one in transformers that caps the scores."""
+    has_softcap = attn_implementation is None and getattr(config, "attn_logit_softcapping", None)
+    return "eager" if has_softcap else attn_implementation
 
 
 def _check_weights(model: Any, info: Mapping[str, Any], weights: WeightFiles) -> None:

@@ -32,6 +32,16 @@ def detach(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
+def instruction_set() -> str | None:
+    """Return the name of the instruction set that the native kernels use; None where they do not run."""
+    return _core.instruction_set()
+
+
+def list_instruction_sets() -> list[str]:
+    """Return the instruction sets of this build that the processor runs, the best first."""
+    return _core.instruction_sets()
+
+
 def bfloat16_instructions() -> str | None:
     """Return the instruction set whose products of bfloat16 numbers the native kernels use; None where there is none.
 

@@ -32,8 +32,9 @@ RANKS = {
     "distill.diagnose": 7,
     "distill.score": 8,  # leaf.py loads models as training does
     "distill": 9,
+    "distill.doctor": 10,  # it examines what the commands above read
 }
-TOP = 10
+TOP = 11
 
 OPTIONAL = {
     "triton",

@@ -36,7 +36,7 @@ def judge(response: str, answer: str | None, *, tags: Tags = KNOWN_TAGS, thought
         return undecidable("there is no reference answer")
     if len(answer) > MAX_REFERENCE:
         return undecidable(f"the reference answer is longer than {MAX_REFERENCE} characters")
-    reference, kind = _read_reference(answer)
+    reference, kind = classify_reference(answer)
     if not reference:
         return undecidable("the reference answer is empty")
     text = drop_thoughts(response, tags, thought_is_open=thought_is_open)
@@ -49,7 +49,7 @@ def judge(response: str, answer: str | None, *, tags: Tags = KNOWN_TAGS, thought
 
 
 @lru_cache(maxsize=4096)
-def _read_reference(answer: str) -> tuple[str, Kind]:
+def classify_reference(answer: str) -> tuple[str, Kind]:
     """Return a reference answer, normalised, and its kind."""
     reference = normalise(drop_dollars(read_reference(answer)))
     if is_choice(reference):

@@ -45,7 +45,8 @@ from genssd.distill.data.messages import (
 from genssd.distill.data.problems import read_objects
 from genssd.distill.data.teacher_text import TeacherText, read_stored
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
-from genssd.distill.data.verdicts import read_verdict, require_verdict
+from genssd.distill.data.verdicts import RowVerdict, read_verdict, require_verdict
+from genssd.distill.files.rows import RawRow
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
@@ -115,6 +116,18 @@ class ExampleSet:
     """Number of rows among the examples whose response could not be judged."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowReading:
+    """What one row gives a training."""
+
+    examples: tuple[Example, ...] = ()
+    """Examples of the row: one, or the two of a preference pair; none where it is left out."""
+    left_out: str | None = None
+    """Why the row is left out; None where it is not."""
+    verdict: RowVerdict | None = None
+    """What the row says of its response; None where it says nothing."""
+
+
 def read_examples(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
@@ -137,30 +150,21 @@ def read_examples(
     verdicts: Counter[str | None] = Counter()
     for path in paths:
         for raw_row, fields in read_objects(path):
-            status = fields.get("status")
-            if status is not None and status not in statuses:
-                left_out[f"status {status}"] += 1
+            reading = read_row(
+                raw_row,
+                fields,
+                tokenizer,
+                Path(path).parent,
+                max_length=max_length,
+                statuses=statuses,
+                require_correct=require_correct,
+                teacher=teacher,
+            )
+            if reading.left_out is not None:
+                left_out[reading.left_out] += 1
                 continue
-            if status is not None and fields.get("completion_ids") == []:
-                left_out["without a token: pruned at once"] += 1
-                continue
-            where = raw_row.where
-            verdict = read_verdict(fields, raw_row.text, where)
-            if require_correct and require_verdict(verdict, where) != "correct":
-                left_out[str(verdict)] += 1
-                continue
-            if "rejected" in fields:
-                encoded = _encode_pair(fields, tokenizer, where, Path(path).parent)
-            else:
-                encoded = (encode_example(fields, tokenizer, where, Path(path).parent, teacher),)
-            if status is None and "length" not in statuses and any(example.is_cut_off for example in encoded):
-                left_out["cut off, by a field of the row or within a thought"] += 1
-                continue
-            if max(len(example.input_ids) for example in encoded) > max_length:
-                left_out[f"longer than {format_count(max_length, 'token')}"] += 1
-                continue
-            examples += encoded
-            verdicts[verdict] += 1
+            examples += reading.examples
+            verdicts[reading.verdict] += 1
     if not examples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the files are empty"
         raise InputError(f"{', '.join(map(str, paths))}: nothing to train on ({reasons})")
@@ -170,6 +174,41 @@ def read_examples(
         wrong=verdicts["wrong"],
         undecided=verdicts["undecided"],
     )
+
+
+def read_row(
+    raw_row: RawRow,
+    fields: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    max_length: int,
+    statuses: Sequence[str],
+    require_correct: bool,
+    teacher: Tokenizer | None = None,
+) -> RowReading:
+    """Return the examples of one row, or why it is left out.
+
+    directory: of the row's file; names of other files in the row are relative to it. The other arguments and the errors
+    are those of `read_examples`.
+    """
+    where, status = raw_row.where, fields.get("status")
+    if status is not None and status not in statuses:
+        return RowReading(left_out=f"status {status}")
+    if status is not None and fields.get("completion_ids") == []:
+        return RowReading(left_out="without a token: pruned at once")
+    verdict = read_verdict(fields, raw_row.text, where)
+    if require_correct and require_verdict(verdict, where) != "correct":
+        return RowReading(left_out=str(verdict))
+    if "rejected" in fields:
+        encoded = _encode_pair(fields, tokenizer, where, directory)
+    else:
+        encoded = (encode_example(fields, tokenizer, where, directory, teacher),)
+    if status is None and "length" not in statuses and any(example.is_cut_off for example in encoded):
+        return RowReading(left_out="cut off, by a field of the row or within a thought")
+    if max(len(example.input_ids) for example in encoded) > max_length:
+        return RowReading(left_out=f"longer than {format_count(max_length, 'token')}")
+    return RowReading(examples=encoded, verdict=verdict)
 
 
 def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> tuple[Example, ...]:

@@ -11,7 +11,9 @@ from genssd.distill.files.pipes import describe
 from genssd.engine.candidate import AnyCriterion, needs_answer
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.reading import Reader
 from genssd.engine.runner import Role
+from genssd.engine.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,9 @@ def leave_out_unfit(
     when no problem is left. Prompts that are too long are outcomes of the engine.
     """
     lengths: dict[int, dict[Role, int]] = {}
-    ends = None if len(roles) < 2 or engine.reader.is_identity else _ThoughtEnds(engine)
+    ends: ThoughtEnds | None = None
+    if len(roles) == 2 and not engine.reader.is_identity:
+        ends = ThoughtEnds(engine.tokenizer("teacher"), engine.reader)
     unreadable: list[str] = []
 
     def find_fault(problem: ProblemRow) -> str | None:
@@ -68,12 +72,15 @@ def leave_out_unfit(
     return ReadableProblems(data=readable, lengths={i: values for i, values in lengths.items() if i in usable})
 
 
-class _ThoughtEnds:
-    """Finds prompts that open a thought which only a token that the student does not have closes."""
+class ThoughtEnds:
+    """Finds prompts that open a thought which only a token that the student does not have closes.
 
-    def __init__(self, engine: Engine) -> None:
-        self._tokenizer = engine.tokenizer("teacher")
-        self._student = engine.reader
+    tokenizer: the teacher's. student: how the student reads the teacher's tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, student: Reader) -> None:
+        self._tokenizer = tokenizer
+        self._student = student
         self._reader = ThoughtReader(self._tokenizer)
 
     def find_fault(self, prompt_ids: Sequence[int]) -> str | None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from genssd.distill.data.examples import Example
-from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.config import TrainSettings
 from genssd.distill.train.on_policy import STATES_PER_WEIGHT
 from genssd.engine.amounts import format_count
 from genssd.engine.memory import check_bytes_fit
@@ -51,7 +51,16 @@ class BatchShape:
         return self.rows * self.length
 
     @staticmethod
-    def of(examples: Sequence[Example], config: TrainConfig) -> BatchShape:
+    def of_equal(config: TrainSettings, *, length: int, prompt: int) -> BatchShape:
+        """Return the shape of a batch of examples of one length, of which so many tokens are the prompt's."""
+        size = config.per_device_train_batch_size
+        completion_tokens = size * (length - prompt)
+        if config.layout == "pad":
+            return BatchShape(rows=size, length=length, completion_tokens=completion_tokens)
+        return BatchShape(rows=1, length=size * length, completion_tokens=completion_tokens)
+
+    @staticmethod
+    def of(examples: Sequence[Example], config: TrainSettings) -> BatchShape:
         """Return the shape of the largest batch that these examples can form."""
         size = min(config.per_device_train_batch_size, len(examples))
         lengths, completions = [], []
@@ -68,7 +77,7 @@ class BatchShape:
         return BatchShape(rows=1, length=sum(longest_rows), completion_tokens=num_completion)
 
 
-def estimate_activation_bytes(model: Any, batch: BatchShape, config: TrainConfig, *, bf16: bool) -> int:
+def estimate_activation_bytes(model: Any, batch: BatchShape, config: TrainSettings, *, bf16: bool) -> int:
     """Return about how many bytes the activations of a forward and backward pass of a transformers model take.
 
     bf16: whether the pass computes in bfloat16. The result is 0 for a model whose config does not name its sizes.
@@ -100,7 +109,7 @@ def estimate_activation_bytes(model: Any, batch: BatchShape, config: TrainConfig
     return kept + max(layer_gradients, logits) + head + copies
 
 
-def estimate_training_bytes(model: Any, batch: BatchShape, config: TrainConfig, *, bf16: bool) -> int:
+def estimate_training_bytes(model: Any, batch: BatchShape, config: TrainSettings, *, bf16: bool) -> int:
     """Return about how many bytes a training takes besides the weights of its models."""
     trainable = _count_trainable_bytes(model)
     states = STATES_PER_WEIGHT * trainable
@@ -113,7 +122,7 @@ def _count_trainable_bytes(model: Any) -> int:
 
 
 def check_training_fits(
-    model: Any, examples: Sequence[Example], config: TrainConfig, device: torch.device, *, bf16: bool
+    model: Any, examples: Sequence[Example], config: TrainSettings, device: torch.device, *, bf16: bool
 ) -> None:
     """Check that a CPU has memory for a training. Raises CapacityError that names the bytes and what to lower."""
     batch = BatchShape.of(examples, config)

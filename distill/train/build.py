@@ -165,7 +165,7 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
         for layer in layers_of(model):
             layer.compile(dynamic=True)
     teacher = _load_teacher(config, inputs, world.device)
-    bf16 = _choose_bf16(config.bf16, world.device)
+    bf16 = choose_bf16(config.bf16, world.device)
     forward = ForwardPass.build(model, teacher, tokenizer, config, layout=config.layout, bf16=bf16)
     check_training_fits(model, inputs.examples, config, world.device, bf16=bf16)
     world.shard_weights(model, forward.module)
@@ -216,7 +216,7 @@ def _load_teacher(config: TrainConfig, inputs: TrainingInputs, device: torch.dev
     return teacher
 
 
-def _choose_bf16(bf16: bool | None, device: torch.device) -> bool:
+def choose_bf16(bf16: bool | None, device: torch.device) -> bool:
     """Return whether to compute in bf16. Raises InputError when that is required and the device cannot."""
     is_supported = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
     if bf16 and not is_supported:

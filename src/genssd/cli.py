@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from genssd.early_checks import check_names
+from genssd.early_checks import check_examined, check_names
 from genssd.engine.errors import GenssdError, InputError
 from genssd.refused_memory import describe_refused_memory, means_refused_memory
 from genssd.stopping import StopSignals, is_main_process
@@ -35,6 +35,8 @@ SUMMARIES = {
     "evaluate": "measure a model's accuracy on problems with known answers",
     "diagnose": "where which teacher, loss or context would help the student, before anything is trained",
     "tune": "measure the fastest kernel configurations on this GPU for some models, once",
+    "doctor": "examine models, data, settings and machine of a command before anything is loaded",
+    "env": "versions, machine and kernels as plain text, for bug reports",
 }
 
 USAGE = "\n".join(
@@ -110,15 +112,25 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
         match = difflib.get_close_matches(command, SUMMARIES, n=1)
         hint = f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(SUMMARIES)}"
         raise InputError(f"unknown command {command!r}{hint}")
+    examined: list[str] = []
+    if command == "doctor":
+        flags, examined = _split_examined(flags)
+        check_examined(flags)
     check_names(flags)
+    check_names(examined[1:])
     _quiet_libraries()
     _show_log()
     commands, read_config = import_module("genssd.commands"), import_module("genssd.flags").read_config
     config = read_config(command, flags, commands.COMMANDS[command][0])
     console = import_module("rich.console").Console(stderr=True)
     signals.begin_work(getattr(config, "output_dir", None))
-    commands.run_command(command, config, console)
-    return 0
+    return int(commands.run_command(command, config, console, examined))
+
+
+def _split_examined(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the doctor's own flags, and the command with its flags that stand after them, if there is one."""
+    start = next((i for i, word in enumerate(words) if word in SUMMARIES and words[i - 1] != "--command"), len(words))
+    return words[:start], words[start:]
 
 
 class _StderrHandler(logging.Handler):

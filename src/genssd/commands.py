@@ -16,8 +16,15 @@ from genssd.distill.demo import DemoConfig, run_demo
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.diagnose.verdict import write_verdict
+from genssd.distill.doctor.config import DoctorConfig, EnvConfig
+from genssd.distill.doctor.console import show_findings, write_json
+from genssd.distill.doctor.env import describe_environment
+from genssd.distill.doctor.examine import examine, summarise
+from genssd.distill.doctor.findings import LEVELS, find_worst
+from genssd.distill.doctor.settings import read_settings
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.rounds import BudgetReached, DistillConfig, run_distill
+from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.settings import expand_home
 from genssd.distill.score.control_text import describe_teacher, format_controls, shorten
 from genssd.distill.score.leaf import LeafConfig, run_leaf
@@ -31,11 +38,18 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.distill.tuning import TuneConfig, run_tune
 from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
+from genssd.engine.errors import GenssdError, InputError
+from genssd.engine.quoting import one_line
 from genssd.engine.selection import SPECIAL
 from genssd.engine.threads import limit_torch_threads
+from genssd.examined import read_examined
 from genssd.kernels.tuned import FILE_VARIABLE
+from genssd.stopping import is_main_process
 
+EXAMINED_FIRST = frozenset(("select", "train", "distill"))
+"""Commands whose inputs the doctor examines before they begin, in one line."""
+PLAIN_WIDTH = 100
+"""Columns of what the doctor prints where its output is no terminal."""
 MAX_LISTED = 10  # failures or bad rows that are listed one by one
 
 
@@ -305,7 +319,39 @@ def tune(config: TuneConfig, console: Console) -> None:
         print(f"the other commands read it where {FILE_VARIABLE}={summary.path} is set")
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
+def doctor(config: DoctorConfig, console: Console, words: Sequence[str] = ()) -> int:
+    """Examine and print; return the exit code. words: a command and its flags, which were typed after the doctor's."""
+    check_effects(config)
+    settings = read_examined(config, words)
+    findings = examine(settings, rows=config.rows, verify_seconds=config.verify_seconds if config.verify else None)
+    if config.json:
+        print(write_json(findings, settings.command))
+    else:
+        screen = Console()
+        show_findings(findings, screen if screen.is_terminal else Console(width=PLAIN_WIDTH))
+    return LEVELS.index(find_worst(findings))
+
+
+def env(config: EnvConfig, console: Console) -> None:
+    print(describe_environment())
+
+
+def _examine_first(command: str, config: Any, console: Console) -> None:
+    """Print one line of the doctor on the inputs of a command. What the command refuses at once is left to it.
+
+    A fault of the doctor's own is such a line as well: it must not keep a command from running.
+    """
+    try:
+        line = summarise(read_settings(command, config))
+    except GenssdError:
+        return
+    except Exception as error:
+        line = f"the doctor failed and is left out, please report it: {type(error).__name__}: {one_line(error)}"
+    if line is not None:
+        _warn(line, console)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any, Console], int | None]]] = {
     "demo": (DemoConfig, demo),
     "select": (SelectConfig, select),
     "score": (ScoreConfig, score),
@@ -318,10 +364,20 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], None]]] = {
     "distill": (DistillConfig, distill),
     "diagnose": (DiagnoseConfig, diagnose),
     "tune": (TuneConfig, tune),
+    "doctor": (DoctorConfig, doctor),
+    "env": (EnvConfig, env),
 }
 
 
-def run_command(name: str, config: Any, console: Console) -> None:
-    """Run a command, after replacing a leading `~` in the config's names of files, directories and models."""
+def run_command(name: str, config: Any, console: Console, words: Sequence[str] = ()) -> int:
+    """Run a command, after replacing a leading `~` in the config's names of files, directories and models.
+
+    words: what `doctor` examines, a command and its flags. Returns the exit code.
+    """
     limit_torch_threads()
-    COMMANDS[name][1](expand_home(config), console)
+    config = expand_home(config)
+    if name == "doctor":
+        return doctor(config, console, words)
+    if name in EXAMINED_FIRST and is_main_process():
+        _examine_first(name, config, console)
+    return COMMANDS[name][1](config, console) or 0

@@ -1,17 +1,21 @@
 """Names of files and models in typed flags, checked before the commands are imported, which takes seconds.
 
-What is refused here the command refuses with the same words; a config file's values, and directories that are in use or
-hold finished work, are left to it: that depends on the run.
+What is refused here the command refuses with the same words; most values of a config file, and directories that are in
+use or hold finished work, are left to it: that depends on the run. Of the config file that the doctor examines, the
+names are checked as well.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from genssd.distill.files.rows import check_exists
+from genssd.distill.runs.journal import read_json
 from genssd.engine.model_names import find_directory
 from genssd.engine.served.address import is_url, parse_url
+from genssd.flags import load_yaml
 
 MODELS = frozenset(
     (
@@ -28,7 +32,7 @@ DATA_FILES = frozenset(("data", "eval-data", "calibrate.data", "select.calibrate
 """Flags that name a data file, or several."""
 TOKENIZERS = frozenset(("teacher-tokenizer", "select.teacher-tokenizer"))
 """Flags that name a directory or hub id with a tokenizer."""
-UNCHECKED = frozenset(("output-dir", "run", "resume-from-checkpoint", "tune-file"))
+UNCHECKED = frozenset(("output-dir", "run", "resume-from-checkpoint", "tune-file", "config"))
 """Flags that name files and directories of a run."""
 
 
@@ -49,6 +53,29 @@ def check_names(flags: Sequence[str]) -> None:
                 find_directory(os.path.expanduser(value))
             elif flag in DATA_FILES:
                 check_exists(os.path.expanduser(value))
+
+
+def check_examined(flags: Sequence[str]) -> None:
+    """Raise CheckpointError or InputError where the config file or the run that the doctor examines cannot be read, or
+    names models or data that are not there. flags: the doctor's own.
+    """
+    if {"-h", "--help"} & {*flags}:
+        return
+    values = _split(flags)
+    for name in values.get("config", ())[:1]:
+        fields = load_yaml(Path(os.path.expanduser(name)))
+        check_names(list(_iter_words(fields, "")))
+    for name in values.get("run", ())[:1]:
+        read_json(Path(os.path.expanduser(name)) / "run.json")
+
+
+def _iter_words(fields: object, prefix: str) -> Iterator[str]:
+    """Yield the values of a config file that may name something, as flags."""
+    for key, value in fields.items() if isinstance(fields, Mapping) else ():
+        if isinstance(value, Mapping):
+            yield from _iter_words(value, f"{prefix}{key}.")
+        elif isinstance(value, str | list):
+            yield from (f"--{prefix}{key}", *map(str, [value] if isinstance(value, str) else value))
 
 
 def _split(flags: Sequence[str]) -> Mapping[str, list[str]]:

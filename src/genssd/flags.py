@@ -37,7 +37,9 @@ WIDE = 10_000
 
 def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     """Return the config of a command. Raises InputError on flags or a config file that cannot be read."""
-    file, typed = _split_config_file(list(flags))
+    # where a command has an option of that name, the file is not of its own flags
+    has_own = "config" in {field.name for field in dataclasses.fields(config_class)}
+    file, typed = (None, list(flags)) if has_own else _split_config_file(list(flags))
     from_file = [] if file is None else flags_of_file(file, config_class)
     words = [*from_file, *merge_list_flags(typed, config_class)]
 
@@ -121,7 +123,7 @@ def flags_of_file(path: Path, config_class: type) -> list[str]:
 
     Raises InputError naming the file and, for an unknown key, the closest known one.
     """
-    fields = _load_yaml(path)
+    fields = load_yaml(path)
     if fields is None:
         return []
     if not isinstance(fields, Mapping):
@@ -131,7 +133,8 @@ def flags_of_file(path: Path, config_class: type) -> list[str]:
     return _flags(fields, config_class, path, "")
 
 
-def _load_yaml(path: Path) -> object:
+def load_yaml(path: Path) -> object:
+    """Return what a config file holds. Raises InputError where it cannot be read, is too long, or is no YAML."""
     try:
         with open_pipe(str(path)) if path.is_fifo() else path.open("rb") as stream:
             text = stream.read(MAX_CONFIG_BYTES + 1)

@@ -160,3 +160,12 @@ def test_promised_memory_counts_where_it_is_not_counted_as_used(
     assert available_memory(version_2.root, promised=300 * MIB) == 600 * MIB
     monkeypatch.setattr(machine.resource, "getrlimit", lambda kind: (900 * MIB, -1))  # 100 MiB are allocated
     assert available_memory(version_2.root, promised=50 * MIB) == 800 * MIB
+
+
+def test_the_processor_is_read_from_its_first_entry(fake: FakeMachine) -> None:
+    assert machine.read_cpu_name(fake.root) == "unknown"
+    assert machine.read_cpu_features(fake.root) == frozenset()
+    entry = "processor\t: {}\nmodel name\t: {}\nflags\t\t: fpu avx2 {}\n\n"
+    fake.write("proc/cpuinfo", entry.format(0, "Some CPU @ 2 GHz", "amx_bf16") + entry.format(1, "Other", "x"))
+    assert machine.read_cpu_name(fake.root) == "Some CPU @ 2 GHz"
+    assert machine.read_cpu_features(fake.root) == {"fpu", "avx2", "amx_bf16"}

@@ -22,7 +22,7 @@ def config_of(command: str, data: list[str]) -> Any:
         "student": MODELS[1],
         "model": MODELS[1],
         "model_name_or_path": MODELS[1],
-        "data": (data[0],) if command in ("score", "prefix", "leaf", "train") else data[0],
+        "data": (data[0],) if command in ("score", "prefix", "leaf", "train", "doctor") else data[0],
         "run": "runs/select",
         "criteria": ("divergence",),
     }

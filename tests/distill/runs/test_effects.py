@@ -57,6 +57,8 @@ ALWAYS = {
     | {"teacher", "student", "data", "output_dir", "resume", "rounds", "prompts_per_round", "restart"}
     | {"require_correct", "eval_data", "threads"},
     "tune": {"model_name_or_path", "teacher", "student", "dtype", "device", "tune_file", "seconds"},
+    "doctor": {"teacher", "student", "data", "config", "run", "command", "rows", "verify", "json"},
+    "env": set(),
 }  # fmt: skip
 """Fields that have an effect where all others have their defaults."""
 
@@ -78,6 +80,7 @@ OFF: dict[str, set[str]] = {
     "generate": SERVED | {f"rsd.{name}" for name in ("probability", "top", "tries")}
     | {f"rsd.student.{name.rpartition('.')[2]}" for name in SAMPLING},
     "score": {"pick.similarity"},
+    "doctor": {"verify_seconds"},
     "evaluate": WRITING | {"seed"},
     "diagnose": {"context_readers"} | {f"templates.{name}" for name in ("hint", "solution", "summary", "other")},
     "train": OFF_IN_TRAINING | {"allow_eval_overlap"},

@@ -1,0 +1,67 @@
+"""Checks of a command's settings, and of the run in its output directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from genssd.distill.doctor.findings import Finding
+from genssd.distill.doctor.inputs import Inputs
+from genssd.distill.runs.directory import RECORD
+from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.record import read_record
+from genssd.distill.runs.settings import check_same_settings, settings_of
+from genssd.engine.errors import GenssdError, InputError
+
+
+def check_settings(inputs: Inputs) -> list[Finding]:
+    """Find settings that have no effect, and those that the search refuses."""
+    settings = inputs.settings
+    if settings.config is None:
+        return []
+    name = "settings"
+    try:
+        check_effects(settings.config)
+        if settings.search is not None:
+            settings.search.with_changes()
+    except InputError as error:
+        return [Finding(name=name, level="error", line=str(error))]
+    return [Finding(name=name, level="ok", line=f"of `genssd {settings.command}`")]
+
+
+def check_run(inputs: Inputs) -> list[Finding]:
+    """Find whether the output directory holds a run, and whether it can be resumed with these settings."""
+    settings = inputs.settings
+    if settings.output_dir is None or settings.config is None:
+        return []
+    record = Path(settings.output_dir) / RECORD
+    if not record.is_file():
+        return []
+    name = "run"
+    try:
+        begun = read_record(record)
+        if begun["command"] != settings.command:
+            raise InputError(
+                f"{settings.output_dir} belongs to a run of `genssd {begun['command']}`; choose another output_dir"
+            )
+        if settings.command != "train":  # its settings are those of a checkpoint, with a hash of the examples
+            _check_same(begun["settings"], settings_of(settings.config), settings.output_dir)
+    except GenssdError as error:
+        return [Finding(name=name, level="error", line=str(error))]
+    is_train = settings.command == "train"
+    resume = settings.config.resume_from_checkpoint if is_train else settings.config.resume
+    with_these = ", whose settings are compared when it is resumed" if is_train else " with these settings"
+    line = f"{settings.output_dir} holds a run of `genssd {settings.command}`{with_these}"
+    flag = "--resume-from-checkpoint last" if is_train else "--resume"
+    fix = None if resume else f"pass {flag} to go on with it, or choose another output_dir"
+    return [Finding(name=name, level="ok", line=line, fix=fix)]
+
+
+def _check_same(begun: Mapping[str, Any], now: Mapping[str, Any], output_dir: str) -> None:
+    """Raise InputError naming a setting that is not the recorded one; those of the trainings of distill may change."""
+
+    def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if not name.startswith("train.")}
+
+    check_same_settings(fixed(begun), fixed(now), f"{output_dir} was begun")

@@ -1,0 +1,151 @@
+"""Checks of what the models read and write: their tokenizers, and the tokens that end a response."""
+
+from __future__ import annotations
+
+from genssd.distill.doctor.findings import MAX_LISTED, Finding, Level, list_lines
+from genssd.distill.doctor.inputs import Inputs, ModelFiles
+from genssd.distill.train.ends import find_learnt_ends
+from genssd.distill.train.models import match_teacher
+from genssd.engine.amounts import format_count
+from genssd.engine.ends import find_foreign_ends
+from genssd.engine.errors import GenssdError, InputError
+from genssd.engine.token_map import TokenMap, match_tokenizers
+
+
+def find_token_map(inputs: Inputs) -> TokenMap | None:
+    """Return how the student reads the teacher's tokens; None without two models, or where it cannot."""
+    if inputs.teacher is None or inputs.student is None:
+        return None
+    try:
+        return match_tokenizers(inputs.teacher.tokenizer, inputs.student.tokenizer, *_names(inputs))
+    except InputError:
+        return None
+
+
+def check_tokenizers(inputs: Inputs) -> list[Finding]:
+    """Find whether the two models read the same tokens."""
+    teacher, student, training = inputs.teacher, inputs.student, inputs.settings.training
+    if teacher is None or student is None:
+        return []
+    name = "tokenizers"
+    try:
+        if training is not None and training.teacher_model_name_or_path == teacher.name:
+            match_teacher(teacher.tokenizer, student.tokenizer)  # it reads what the student is trained on
+        token_map = match_tokenizers(teacher.tokenizer, student.tokenizer, *_names(inputs))
+    except GenssdError as error:
+        return [
+            Finding(
+                name=name,
+                level="error",
+                line=str(error),
+                fix="choose models of one family, or train on the text of the teacher's responses (genssd generate "
+                "without a student, then train)",
+            )
+        ]
+    if token_map.is_identity:
+        return [Finding(name=name, level="ok", line=f"the same in both: {len(teacher.tokenizer.hf):,} tokens")]
+    missing = [quoted for i, quoted in token_map.strings.items() if i not in token_map.replaced]
+    lines = [
+        f"{text} (id {i} of the teacher): "
+        + (f"read as id {token_map.replaced[i]}" if i in token_map.replaced else "the student does not have it")
+        for i, text in token_map.strings.items()
+    ]
+    if not missing:
+        return [Finding(name=name, level="ok", line=token_map.describe(), detail=list_lines(lines))]
+    names = ", ".join(missing[:MAX_LISTED])
+    return [
+        Finding(
+            name=name,
+            level="warning",
+            line=f"the student lacks {format_count(len(missing), 'added token')} of the teacher: a prompt fails when "
+            "the teacher writes one",
+            detail=list_lines(lines),
+            fix=f"add those that responses need to the student's tokenizer (add_tokens, save_pretrained): {names}",
+        )
+    ]
+
+
+def check_ends(inputs: Inputs) -> list[Finding]:
+    """Find the tokens that end the responses of each model, and whether the student can learn to stop."""
+    findings = [_check_own_end(model) for model in inputs.models.values()]
+    teacher, student = inputs.teacher, inputs.student
+    token_map = find_token_map(inputs)
+    if teacher is not None and student is not None and token_map is not None:
+        foreign = find_foreign_ends(teacher.tokenizer, student.tokenizer, token_map)
+        if foreign and not inputs.settings.reads_examples:
+            findings.append(
+                Finding(
+                    name="ends of both",
+                    level="warning",
+                    line=f"responses of the teacher end with {_name(student, foreign)}, where the student does not "
+                    "stop yet",
+                    fix="nothing, if genssd trains it: the token is added to the eos_token_id of the trained student's "
+                    "generation_config.json. Elsewhere add it yourself",
+                )
+            )
+    if inputs.settings.reads_examples and student is not None and inputs.rows.examples:
+        findings.append(_check_learnt_end(inputs, student))
+    return findings
+
+
+def _check_own_end(model: ModelFiles) -> Finding:
+    """Find the end tokens of a model, and whether the turn of its chat template ends with one."""
+    tokenizer, name = model.tokenizer, f"ends of the {model.role}"
+    ends = sorted(tokenizer.end_token_ids)
+    level: Level = "ok"
+    if not ends:
+        return Finding(
+            name=name,
+            level="error" if model.role == "student" else "warning",
+            line="no token ends a response: the tokenizer has no eos_token, and no config lists an eos_token_id",
+            fix="set eos_token in tokenizer_config.json and eos_token_id in generation_config.json",
+        )
+    line, fix = f"it stops at {_name(model, ends)}", None
+    after = tokenizer.chat.write_after([{"role": "user", "content": "a"}]) if tokenizer.chat.exists else None
+    written = [] if after is None else tokenizer.encode(after, special=False)
+    if after is not None and not set(written) & set(ends):
+        level = "warning"
+        text = after.strip() or "nothing"
+        line += f", but its chat template ends the assistant's turn with {text!r}"
+        fix = f"add that token to the eos_token_id of {model.directory / 'generation_config.json'}, if it is one"
+        if not after.strip():
+            fix = "nothing, if genssd trains it: the end of sequence is added to every response"
+    return Finding(name=name, level=level, line=line, fix=fix)
+
+
+def _check_learnt_end(inputs: Inputs, student: ModelFiles) -> Finding:
+    """Find how many examples end with a token at which the student stops."""
+    examples, tokenizer = inputs.rows.examples, student.tokenizer
+    learnt = find_learnt_ends(examples, tokenizer)
+    ends = tokenizer.end_token_ids | set(learnt)
+    count = sum(example.input_ids[-1] in ends for example in examples)
+    name = "learning to stop"
+    if not count:
+        return Finding(
+            name=name,
+            level="error",
+            line=f"no example {inputs.rows.describe()} ends with an end token: the student would never stop",
+            fix="train on finished responses (statuses finished), or add the end of sequence to the completions",
+        )
+    added = f"; {_name(student, list(learnt))} becomes an end of the trained student" if learnt else ""
+    line = f"{count:,} of {format_count(len(examples), 'example')} end with an end token, which is trained on{added}"
+    if 2 * count < len(examples):
+        return Finding(
+            name=name,
+            level="warning",
+            line=line,
+            fix="most responses are cut off: leave them out (statuses finished), or raise max_tokens where they are "
+            "written",
+        )
+    return Finding(name=name, level="ok", line=line)
+
+
+def _name(model: ModelFiles, ids: list[int]) -> str:
+    """Return the names of some tokens of a model, with their ids."""
+    return " or ".join(f"{model.tokenizer.hf.convert_ids_to_tokens(i)} (id {i})" for i in ids)
+
+
+def _names(inputs: Inputs) -> tuple[str, str]:
+    assert inputs.teacher is not None
+    assert inputs.student is not None
+    return f"teacher {inputs.teacher.name}", f"student {inputs.student.name}"
