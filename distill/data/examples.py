@@ -23,39 +23,25 @@ topk_store.py).
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.encoding import append_end, encode_conversation
+from genssd.distill.data.encoding import encode_conversation
 from genssd.distill.data.endings import is_finished
 from genssd.distill.data.final_answers import check_is_no_problem
 from genssd.distill.data.messages import (
-    CONTEXT_FIELDS,
-    OPTION_FIELDS,
-    QUESTION_FIELDS,
-    REFUSED_FIELDS,
-    SYSTEM_FIELDS,
-    check_messages,
     find_question,
     parse_conversation,
 )
-from genssd.distill.data.problems import read_objects
 from genssd.distill.data.teacher_text import TeacherText, read_stored
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
-from genssd.distill.data.verdicts import RowVerdict, read_verdict, require_verdict
-from genssd.distill.files.rows import RawRow
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
 COMPLETION_FIELDS = ("completion", "response", "output", "solution", "answer")
-PAIR_FIELDS = frozenset(
-    ("prompt", "weight", "tools", *QUESTION_FIELDS, *SYSTEM_FIELDS, *CONTEXT_FIELDS, *OPTION_FIELDS, *REFUSED_FIELDS)
-)
-"""Fields of a preference pair that both of its completions share."""
 LARGEST_ID = (1 << 31) - 1
 """Largest token id of any tokenizer."""
 
@@ -103,165 +89,6 @@ class Example:
         return [self.weight * weight for tokens, weight in chunks for _ in range(tokens)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExampleSet:
-    """All examples of a list of files."""
-
-    examples: tuple[Example, ...]
-    left_out: Mapping[str, int]
-    """Number of rows that were left out, by reason."""
-    wrong: int
-    """Number of rows among the examples whose field `correct` is false."""
-    undecided: int
-    """Number of rows among the examples whose response could not be judged."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowReading:
-    """What one row gives a training."""
-
-    examples: tuple[Example, ...] = ()
-    """Examples of the row: one, or the two of a preference pair; none where it is left out."""
-    left_out: str | None = None
-    """Why the row is left out; None where it is not."""
-    verdict: RowVerdict | None = None
-    """What the row says of its response; None where it says nothing."""
-
-
-def read_examples(
-    paths: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    statuses: Sequence[str],
-    require_correct: bool = False,
-    teacher: Tokenizer | None = None,
-) -> ExampleSet:
-    """Read the examples of data files. Rows with a `status` not in `statuses`, or longer than max_length tokens, are
-    left out.
-
-    require_correct: leave out all rows but those whose field `correct` is true, too. teacher: tokenizer of a teacher
-    that reads the rows' text in tokens of its own; None where there is none, or it reads the student's tokens. Raises
-    InputError naming file and line on a row without a trainable token, with none of the known fields, or without the
-    field `correct` where it is required; and when all rows are left out.
-    """
-    examples: list[Example] = []
-    left_out: Counter[str] = Counter()
-    verdicts: Counter[str | None] = Counter()
-    for path in paths:
-        for raw_row, fields in read_objects(path):
-            reading = read_row(
-                raw_row,
-                fields,
-                tokenizer,
-                Path(path).parent,
-                max_length=max_length,
-                statuses=statuses,
-                require_correct=require_correct,
-                teacher=teacher,
-            )
-            if reading.left_out is not None:
-                left_out[reading.left_out] += 1
-                continue
-            examples += reading.examples
-            verdicts[reading.verdict] += 1
-    if not examples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the files are empty"
-        raise InputError(f"{', '.join(map(str, paths))}: nothing to train on ({reasons})")
-    return ExampleSet(
-        examples=tuple(examples),
-        left_out=dict(left_out),
-        wrong=verdicts["wrong"],
-        undecided=verdicts["undecided"],
-    )
-
-
-def read_row(
-    raw_row: RawRow,
-    fields: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    directory: Path,
-    *,
-    max_length: int,
-    statuses: Sequence[str],
-    require_correct: bool,
-    teacher: Tokenizer | None = None,
-) -> RowReading:
-    """Return the examples of one row, or why it is left out.
-
-    directory: of the row's file; names of other files in the row are relative to it. The other arguments and the errors
-    are those of `read_examples`.
-    """
-    where, status = raw_row.where, fields.get("status")
-    if status is not None and status not in statuses:
-        return RowReading(left_out=f"status {status}")
-    if status is not None and fields.get("completion_ids") == []:
-        return RowReading(left_out="without a token: pruned at once")
-    verdict = read_verdict(fields, raw_row.text, where)
-    if require_correct and require_verdict(verdict, where) != "correct":
-        return RowReading(left_out=str(verdict))
-    if "rejected" in fields:
-        encoded = _encode_pair(fields, tokenizer, where, directory)
-    else:
-        encoded = (encode_example(fields, tokenizer, where, directory, teacher),)
-    if status is None and "length" not in statuses and any(example.is_cut_off for example in encoded):
-        return RowReading(left_out="cut off, by a field of the row or within a thought")
-    if max(len(example.input_ids) for example in encoded) > max_length:
-        return RowReading(left_out=f"longer than {format_count(max_length, 'token')}")
-    return RowReading(examples=encoded, verdict=verdict)
-
-
-def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> tuple[Example, ...]:
-    """Return the examples of the chosen and of the rejected completion of a preference pair."""
-    has_usable_ids = fields.get("tokenizer") == tokenizer.fingerprint
-    pair = []
-    for name in ("chosen", "rejected"):
-        if not has_usable_ids and "problem_prompt" in fields:
-            pair.append(_encode_continuation(fields, name, tokenizer, f"{where}, {name}"))
-            continue
-        row = {key: value for key, value in fields.items() if key in PAIR_FIELDS} | {"completion": fields.get(name)}
-        if has_usable_ids:
-            row |= {
-                "tokenizer": fields["tokenizer"],
-                "student_prompt_ids": fields.get("student_prompt_ids"),
-                "prompt_ids": fields.get("teacher_prompt_ids"),
-                "completion_ids": fields.get(f"{name}_token_ids"),
-            }
-        example = encode_example(row, tokenizer, f"{where}, {name}", directory)
-        pair.append(replace(example, rejected=name == "rejected"))
-    return tuple(pair)
-
-
-def _encode_continuation(fields: Mapping[str, Any], name: str, tokenizer: Tokenizer, where: str) -> Example:
-    """Return one completion of a pair of genssd's own as another model's chat template renders it.
-
-    The prompt is the problem and the response before the pair; a completion that does not end the response gets no end.
-    """
-    problem, before, text = fields["problem_prompt"], fields.get("response_so_far", ""), fields.get(name)
-    if not isinstance(before, str) or not isinstance(text, str):
-        raise InputError(f"{where}: {name} and response_so_far must be text")
-    is_raw = isinstance(problem, str)
-    try:
-        prompt = tokenizer.encode_prompt(problem if is_raw else check_messages(problem, "problem_prompt", where))
-    except InputError as error:
-        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
-    prompt += tokenizer.encode_plain(before)
-    completion = tokenizer.encode_plain(text)
-    if fields.get(f"{name}_finished") is True:
-        completion = append_end(completion, tokenizer)
-    if not completion:
-        raise InputError(f"{where}: the completion has no token to train on")
-    question = problem if is_raw else str(problem[-1]["content"])
-    return Example(
-        input_ids=(*prompt, *completion),
-        num_prompt=len(prompt),
-        weight=_parse_weight(fields, where),
-        rejected=name == "rejected",
-        question=question,
-        where=where,
-    )
-
-
 def encode_example(
     fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path, teacher: Tokenizer | None = None
 ) -> Example:
@@ -290,7 +117,7 @@ def encode_example(
     example = Example(
         input_ids=(*prompt, *completion),
         num_prompt=len(prompt),
-        weight=_parse_weight(fields, where),
+        weight=parse_weight(fields, where),
         is_cut_off=is_cut_off,
         has_own_ids=has_usable_ids,
         question=question or "",
@@ -339,14 +166,15 @@ def _parse_chunk_weights(chunks: object, tokens: int, where: str) -> tuple[tuple
         count = chunk.get("tokens") if isinstance(chunk, dict) else None
         if type(count) is not int or count < 1:
             raise InputError(f"{where}: chunk {number} does not say how many tokens it has")
-        weights.append((count, _parse_weight(chunk, f"{where}, chunk {number}")))
+        weights.append((count, parse_weight(chunk, f"{where}, chunk {number}")))
     chunk_tokens = sum(count for count, _ in weights)
     if chunk_tokens != tokens:
         raise InputError(f"{where}: chunks have {format_count(chunk_tokens, 'token')}, the completion {tokens}")
     return tuple(weights)
 
 
-def _parse_weight(fields: Mapping[str, Any], where: str) -> float:
+def parse_weight(fields: Mapping[str, Any], where: str) -> float:
+    """Return the weight of a row or chunk, 1 where it has none. Raises InputError naming `where` on another value."""
     weight = fields.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight <= sys.float_info.max:
         raise InputError(f"{where}: weight must be a number of at least 0, not {weight!r}")

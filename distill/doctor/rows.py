@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from genssd.distill.data.examples import Example, read_row
+from genssd.distill.data.example_files import read_row
+from genssd.distill.data.examples import Example
 from genssd.distill.data.problems import ProblemRow, parse_object, read_usable_problems
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.files.rows import read_rows

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from genssd.distill.data.examples import Example, read_examples
+from genssd.distill.data.example_files import read_examples
+from genssd.distill.data.examples import Example
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, list_examples
 from genssd.distill.train.activations import check_training_fits
 from genssd.distill.train.adapters import add_adapters

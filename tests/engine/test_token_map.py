@@ -29,7 +29,7 @@ from support.tokenizer_families import (
 from support.toys import save_markov, save_model
 
 from genssd.cli import main
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.diagnose.forcing import Question
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
 from genssd.distill.score.leaf import LeafConfig, run_leaf

@@ -11,7 +11,7 @@ from support.templates import QWEN3_TEMPLATE, R1_TEMPLATE, SMOLLM2, SPACED
 from support.tokenizer_families import EMBEDDING_ROWS, QWEN3, QWEN25, R1_END, R1_QWEN, build_backend, save_backend
 from support.toys import save_model
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, read_traces
 from genssd.engine.text import Tokenizer
 

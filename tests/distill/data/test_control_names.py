@@ -18,7 +18,7 @@ from support.templates import (
 )
 from support.toys import CHATML
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, read_traces
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.toys import EOS, edit_json, save_checkpoint, save_tokenizer
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 

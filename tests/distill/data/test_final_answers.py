@@ -11,7 +11,7 @@ import pytest
 from support.shared_data import SHARED_DATA
 from support.toys import save_checkpoint
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.final_answers import is_final_answer
 from genssd.distill.data.traces import Trace, read_traces
 from genssd.engine.errors import InputError

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.templates import THINK_OPENER, THINKING_WRAPPER, TOOLS, make_tokenizer
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.problems import read_problems
 from genssd.distill.data.traces import Trace, read_traces
 from genssd.engine.errors import InputError

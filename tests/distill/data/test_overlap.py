@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.templates import make_tokenizer
 from support.toys import CHATML
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.overlap import (
     QuestionRow,
     find_eval_overlap,

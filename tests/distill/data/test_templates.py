@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.problems import read_problems
 from genssd.distill.data.traces import Trace, read_traces
 from genssd.engine.errors import InputError

@@ -11,7 +11,7 @@ from support.doctor import EXAMPLES, PROBLEMS, detail_of, one, open_for, setting
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.problems import read_usable_problems
 from genssd.distill.doctor.data_checks import check_answers, check_lengths, check_overlap, check_rows
 from genssd.distill.doctor.inputs import Inputs, open_inputs

@@ -14,7 +14,7 @@ import torch
 from support.tiny_pair import TinyPair
 from transformers import AutoModelForCausalLM
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, read_traces
 from genssd.distill.score.leaf import (
     LeafConfig,

@@ -15,7 +15,7 @@ from support.tiny_pair import TinyPair
 from transformers import AutoModelForCausalLM
 
 from genssd import Engine
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.runs.journal import complete_rows
 from genssd.distill.score.picking import PickOptions
 from genssd.distill.score.ranking import rank_teachers

@@ -13,7 +13,7 @@ import pytest
 from support.tiny_pair import TinyPair
 
 from genssd import Engine
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.score.run import ScoreConfig, run_score
 from genssd.distill.select.generate import GenerateConfig, GenerateSummary, run_generate
 from genssd.engine.errors import InputError

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.tiny_pair import TinyPair
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.runs.journal import make_line
 from genssd.distill.select.decisions import read_decisions
 from genssd.distill.select.reselect import ReselectConfig, ReselectSummary, run_reselect

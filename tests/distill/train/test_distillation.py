@@ -18,7 +18,7 @@ from support.training_runs import ROWS, config_for, metrics, weights
 from transformers import AutoModelForCausalLM
 
 from genssd import Engine
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.topk_store import TopkStore, locate_topk
 from genssd.distill.select.reselect import ReselectConfig, run_reselect
 from genssd.distill.select.run import SelectConfig, run_select

@@ -16,7 +16,7 @@ from support.training_runs import config_for, metrics
 from transformers import AutoModelForCausalLM
 
 from genssd import Engine
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.select.run import SelectConfig, run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.on_policy import RolloutOptions
