@@ -26,7 +26,7 @@ from genssd.distill.data.problems import ProblemRow, describe_problems
 from genssd.distill.evaluating import EvaluateConfig, read_answered_problems, run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.round_data import RoundProblems, keep_trajectories
-from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs, check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line, read_number, read_texts, write_json
@@ -50,7 +50,7 @@ MAX_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig(ChatSettings):
+class DistillConfig(PairChatSettings):
     """Rounds in which the student chooses what the teacher writes and is then trained on it."""
 
     NEEDS: ClassVar[Needs] = {
@@ -213,8 +213,8 @@ def _find_overlap(config: DistillConfig, problems: Sequence[ProblemRow]) -> Eval
 
 
 def _chat_settings(config: DistillConfig) -> dict[str, Any]:
-    """Return the options of rendering chats, for the commands of a round."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(ChatSettings)}
+    """Return the options of rendering chats, for the search of a round."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(PairChatSettings)}
 
 
 def _finished_rounds(run: Run) -> dict[int, RoundSummary]:
@@ -302,7 +302,7 @@ def _train(config: DistillConfig, number: int, student: str, report: Progress) -
     settings = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(config.train)}
     training = TrainConfig(
         **settings,
-        **_chat_settings(config),
+        **config.as_student_settings(),
         allow_eval_overlap=config.allow_eval_overlap and bool(config.train.eval_data),
         model_name_or_path=config.student if config.restart else student,
         data=tuple(str(Path(config.output_dir) / f"round-{r}" / "kept.jsonl") for r in rounds),
@@ -327,7 +327,7 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Progress) 
     engine = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(EngineOptions)}
     evaluating = EvaluateConfig(
         **engine,
-        **_chat_settings(config),
+        **config.as_student_settings(),
         model=model,
         data=config.eval_data,
         limit=config.eval_limit,

@@ -37,6 +37,8 @@ class PromptIds:
     """Token ids as the teacher reads the prompt."""
     student: tuple[int, ...] = ()
     """Token ids as the student reads the prompt."""
+    num_lead: int = 0
+    """Number of the last tokens of `student` that are its lead (see `PairPrompt`)."""
     answer: str | None = None
     """Reference answer of the prompt, for criteria that read it."""
 

@@ -18,11 +18,13 @@ import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
 from genssd.engine.reading import Reading
 from genssd.engine.text import Tokenizer
 from genssd.engine.text_encoder import TextEncoder
-from genssd.engine.token_bytes import ByteTable
+from genssd.engine.token_bytes import ByteTable, NoByteTable
+from genssd.engine.token_map import DifferentTokenizers, TokenMap, match_tokenizers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,20 @@ class ByteReader:
             parts.waiting += spelled
             writer_lengths.append(len(spelled))
         return parts.finish(tuple(writer_lengths), ends=ends)
+
+
+def find_reader(writer: Tokenizer, reader: Tokenizer, writer_name: str, reader_name: str) -> TokenMap | ByteReader:
+    """Return how the model of one tokenizer reads another model's tokens: by ids where they match, else by bytes.
+
+    The names say role and model. Raises InputError where neither is possible.
+    """
+    try:
+        return match_tokenizers(writer, reader, writer_name, reader_name)
+    except DifferentTokenizers as difference:
+        try:
+            return ByteReader.of(writer, reader, writer_name, reader_name)
+        except NoByteTable as error:
+            raise InputError(f"{error}, so the {reader_name} cannot read by bytes; {difference}") from None
 
 
 class _Parts:

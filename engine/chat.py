@@ -75,16 +75,17 @@ class ChatTemplate:
 
     def check_options(self) -> None:
         """Raise InputError naming a variable of the options that the template does not read."""
-        unread = [name for name in self.options.template_kwargs if name not in self._settable_variables]
+        unread = [name for name in self.options.template_kwargs if name not in self.settable_variables]
         if unread:
-            known = ", ".join(sorted(self._settable_variables)) or "none"
+            known = ", ".join(sorted(self.settable_variables)) or "none"
             raise InputError(
-                f"chat_template_kwargs: the chat template of {self.directory} does not read {unread[0]}; it reads: "
-                f"{known}"
+                f"{self.options.name_option(unread[0])}: the chat template of {self.directory} does not read "
+                f"{unread[0]}; it reads: {known}"
             )
 
     @cached_property
-    def _settable_variables(self) -> frozenset[str]:
+    def settable_variables(self) -> frozenset[str]:
+        """Names of the variables that the options may set."""
         return self.variables - RENDERER_VARIABLES - frozenset(map(str, self.hf.special_tokens_map))
 
     @cached_property
@@ -92,7 +93,7 @@ class ChatTemplate:
         """Name of the message field that the template writes as the last message's thought; None if it writes none."""
         user = {"role": "user", "content": "a"}
         for name in THOUGHT_FIELDS:
-            text = self._try([user, {"role": "assistant", "content": "b", name: PROBE}], (), generate=False)
+            text = self.try_render([user, {"role": "assistant", "content": "b", name: PROBE}], (), generate=False)
             if text is not None and PROBE in text:
                 return name
         return None
@@ -174,7 +175,7 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of its own
             # the arguments of a call are an object for most templates, and JSON text for some
             prepared = [self._prepare(message, parse_calls=False) for message in messages]
-            text_or_none = self._try(prepared, tools, generate=generate)
+            text_or_none = self.try_render(prepared, tools, generate=generate)
             if text_or_none is None:
                 raise InputError(
                     f"the chat template of {self.directory} rejects the messages: {one_line(error)}"
@@ -190,7 +191,7 @@ class ChatTemplate:
         """
         probe = {"role": "assistant", "content": PROBE}
         messages = add_system_prompt(messages, self.options.system_prompt)
-        text = self._try([*(self._prepare(message) for message in messages), probe], tools, generate=False)
+        text = self.try_render([*(self._prepare(message) for message in messages), probe], tools, generate=False)
         return None if text is None or PROBE not in text else text.rpartition(PROBE)[2]
 
     def compose(self, message: Mapping[str, Any]) -> str:
@@ -223,12 +224,12 @@ class ChatTemplate:
 
     def _check_use(self, text: str, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> None:
         """Raise InputError naming what the text does not depend on."""
-        if tools and text == self._try(messages, (), generate=generate):
+        if tools and text == self.try_render(messages, (), generate=generate):
             raise InputError(f"tools: the chat template of {self.directory} ignores them")
         for index, message in enumerate(messages):
             before, after = messages[:index], messages[index + 1 :]
             if message["role"] not in ("user", "assistant"):
-                without = self._try([*before, *after], tools, generate=generate) if before or after else ""
+                without = self.try_render([*before, *after], tools, generate=generate) if before or after else ""
                 # a template may write the same text by itself, as its default system message
                 if message["content"].strip() not in text and text == without:
                     role = message["role"]
@@ -236,10 +237,10 @@ class ChatTemplate:
             for name in CONTENT_FIELDS:
                 if message.get(name):
                     rest = {key: value for key, value in message.items() if key != name}
-                    if text == self._try([*before, rest, *after], tools, generate=generate):
+                    if text == self.try_render([*before, rest, *after], tools, generate=generate):
                         raise InputError(f"the chat template of {self.directory} ignores the field {name} of a message")
 
-    def _try(self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> str | None:
+    def try_render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = (), *, generate: bool) -> str | None:
         """Return the text of prepared messages; None where the template rejects them."""
         try:
             return self._apply(messages, tools, generate=generate)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jinja2
 from jinja2 import meta, nodes
@@ -34,6 +34,10 @@ class ChatOptions:
     """System message of the conversations that have none."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables that the chat template reads, such as enable_thinking."""
+    teacher_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the teacher's chat template alone; they replace those of template_kwargs."""
+    student_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the student's chat template alone; they replace those of template_kwargs."""
     date: datetime.date | None = None
     """Date that the chat template prints as today's. None: the date at which it is rendered."""
     special_tokens_in_text: bool = False
@@ -41,6 +45,21 @@ class ChatOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
+
+    def for_model(self, role: Literal["teacher", "student"]) -> ChatOptions:
+        """Return the options of one model: its own variables are among those of template_kwargs, the other's gone."""
+        own = self.teacher_template_kwargs if role == "teacher" else self.student_template_kwargs
+        return replace(
+            self,
+            template_kwargs={**self.template_kwargs, **own},
+            teacher_template_kwargs=own if role == "teacher" else {},
+            student_template_kwargs=own if role == "student" else {},
+        )
+
+    def name_option(self, variable: str) -> str:
+        """Return the name of the option that sets a variable of the chat template."""
+        names = ("teacher_template_kwargs", "student_template_kwargs")
+        return next((name for name in names if variable in getattr(self, name)), "chat_template_kwargs")
 
 
 class _Generation(Extension):

@@ -7,15 +7,45 @@ its generation_config.json lists the token.
 
 from __future__ import annotations
 
+from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import quote
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap
 
 
+def check_ends(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that a model can write one of its end tokens, if it has any. vocab_size: number of ids of its head.
+
+    Raises CheckpointError naming the ids.
+    """
+    ends = sorted(tokenizer.end_token_ids)
+    if ends and all(i >= vocab_size for i in ends):
+        raise CheckpointError(
+            f"{tokenizer.directory}: no response could end, because eos_token_id ({', '.join(map(str, ends))}) is "
+            f"no id of the model, which has {vocab_size}; correct it in generation_config.json or config.json"
+        )
+
+
 def find_foreign_ends(teacher: Tokenizer, student: Tokenizer, token_map: TokenMap) -> list[int]:
-    """Return the student's ids of the tokens that end the teacher's responses and not the student's, in order."""
-    read = {token_map.replaced.get(i, None if i in token_map.strings else i) for i in teacher.end_token_ids}
-    return sorted(i for i in read if i is not None and i not in student.end_token_ids)
+    """Return the student's ids of the tokens that end the teacher's responses and not the student's, in order.
+
+    Raises InputError where the student has no id for such a token.
+    """
+    foreign = set()
+    for i in teacher.end_token_ids:
+        name = teacher.hf.convert_ids_to_tokens(i)
+        if name is None:  # an id of the config that the tokenizer does not have: it is never written
+            continue
+        read = token_map.replaced.get(i, None if i in token_map.strings else i)
+        if read is None:
+            raise InputError(
+                f"responses of the teacher ({teacher.directory}) end with {_name([i], teacher)}, and the student "
+                f"({student.directory}) has neither this token nor an end of its own: add the token to its tokenizer "
+                f"(add_tokens([{quote(name)}]) and save_pretrained of its transformers tokenizer, with an id that the "
+                "embedding has a row for), or set eos_token in its tokenizer_config.json"
+            )
+        foreign.add(read)
+    return sorted(foreign - student.end_token_ids)
 
 
 def describe_foreign_ends(ids: list[int], teacher: Tokenizer, student: Tokenizer) -> str:
@@ -28,5 +58,6 @@ def describe_foreign_ends(ids: list[int], teacher: Tokenizer, student: Tokenizer
 
 
 def _name(ids: list[int], tokenizer: Tokenizer) -> str:
-    names = [f"{quote(tokenizer.hf.convert_ids_to_tokens(i))} (id {i})" for i in ids]
+    known = [(tokenizer.hf.convert_ids_to_tokens(i), i) for i in ids]
+    names = [f"{quote(name)} (id {i})" for name, i in known if name is not None]
     return " and ".join(names) if names else "no token"

@@ -16,6 +16,7 @@ from genssd.engine.loading import load_models
 from genssd.engine.memory import choose_device
 from genssd.engine.nodes import NodeReader
 from genssd.engine.options_check import check_arguments
+from genssd.engine.pair_prompts import PairEncoder, PairPrompt
 from genssd.engine.reading import Reader
 from genssd.engine.requests import check_sizes
 from genssd.engine.resources import Resources
@@ -24,7 +25,7 @@ from genssd.engine.sampling import Sampling
 from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord
 from genssd.engine.session import Session
-from genssd.engine.text import Tokenizer
+from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.threads import effective_threads
 from genssd.engine.usage import CacheUse, Usage
 from genssd.kernels.threads import torch_threads
@@ -185,6 +186,15 @@ class LoadedEngine:
     def tokenizer(self, model: Role) -> Tokenizer:
         """Return the tokenizer of a loaded model. Raises InputError when the engine was made without the model."""
         return self._resources.tokenizer(model)
+
+    @check_arguments(but=("prompt",))
+    def encode_pair(self, prompt: Prompt) -> PairPrompt:
+        """Return a prompt as the search gives it to teacher and student. Raises InputError where one cannot read it."""
+        return self._pair_encoder.encode(prompt)
+
+    @cached_property
+    def _pair_encoder(self) -> PairEncoder:
+        return PairEncoder(self.tokenizer("teacher"), self.tokenizer("student"))
 
     @check_arguments()
     def node_reader(self, model: Role = "student") -> NodeReader:

@@ -10,12 +10,11 @@ import torch
 
 from genssd.engine.basic_config import is_supported
 from genssd.engine.batching import choose_max_batch
-from genssd.engine.byte_reader import ByteReader
+from genssd.engine.byte_reader import find_reader
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig, load_config
 from genssd.engine.config_files import read_config
-from genssd.engine.ends import describe_foreign_ends, find_foreign_ends
-from genssd.engine.errors import InputError
+from genssd.engine.ends import check_ends, describe_foreign_ends, find_foreign_ends
 from genssd.engine.language_model import Backend, LanguageModel
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import (
@@ -38,8 +37,7 @@ from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.teacher import ServedTeacher, describe_served
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import effective_threads
-from genssd.engine.token_bytes import NoByteTable
-from genssd.engine.token_map import DifferentTokenizers, TokenMap, match_tokenizers
+from genssd.engine.token_map import TokenMap
 from genssd.engine.transformers_model import TransformersModel
 from genssd.engine.transformers_runner import TransformersRunner
 from genssd.engine.usage import Usage
@@ -149,6 +147,7 @@ def load_models(
             )
     for role, decoder in decoders.items():
         check_vocabulary(tokenizers[role], decoder)
+        check_ends(tokenizers[role], decoder.config.vocab_size)
     reader: Reader = TokenMap()
     if len(tokenizers) == 2:
         reader = choose_reader(tokenizers["teacher"], tokenizers["student"], f"teacher {teacher}", f"student {student}")
@@ -164,21 +163,16 @@ def choose_reader(teacher: Tokenizer, student: Tokenizer, teacher_name: str, stu
 
     By ids where they match but for added tokens, else by bytes. Raises InputError where neither is possible.
     """
-    try:
-        token_map = match_tokenizers(teacher, student, teacher_name, student_name)
-    except DifferentTokenizers as difference:
-        try:
-            reader = ByteReader.of(teacher, student, teacher_name, student_name)
-        except NoByteTable as error:
-            raise InputError(f"{error}, so the student cannot read by bytes; {difference}") from None
+    reader = find_reader(teacher, student, teacher_name, student_name)
+    if not isinstance(reader, TokenMap):
         logger.info("%s", reader.describe())
         return reader
-    foreign = find_foreign_ends(teacher, student, token_map)
+    foreign = find_foreign_ends(teacher, student, reader)
     if foreign:
         logger.warning("%s", describe_foreign_ends(foreign, teacher, student))
-    if not token_map.is_identity:
-        logger.warning("%s", token_map.describe())
-    return token_map
+    if not reader.is_identity:
+        logger.warning("%s", reader.describe())
+    return reader
 
 
 def has_own_decoder(directory: Path, backend: Backend) -> bool:

@@ -15,6 +15,7 @@ from genssd.engine.candidate import ActivationMeans, AnyCriterion, Window, needs
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.page_budget import Reservations
+from genssd.engine.pair_prompts import PairEncoder, render_with
 from genssd.engine.reading import Reader
 from genssd.engine.requests import check_ids_below, check_list, check_positions, find_misfit
 from genssd.engine.runner import ModelRunner, Role
@@ -113,7 +114,7 @@ class Resources:
 
     def with_chat(self, options: ChatOptions) -> Resources:
         """Return the same models, caches and counts with other options of rendering chats."""
-        return replace(self, tokenizers={role: t.with_chat(options) for role, t in self.tokenizers.items()})
+        return replace(self, tokenizers=render_with(self.tokenizers, options))
 
     def encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         """Return a prompt's token ids as a model reads it. Raises InputError or CapacityError naming the label."""
@@ -145,20 +146,35 @@ class Resources:
         on a prompt that cannot be encoded.
         """
         seen: Counter[tuple[int, ...]] = Counter()
+        pairs = PairEncoder(self.tokenizer("teacher"), self.tokenizer("student")) if len(roles) == 2 else None
         for index, prompt in enumerate(prompts):
-            ids = {role: tuple(self._encode_any(prompt, role, labels[index])) for role in roles}
+            label = labels[index]
+            if pairs is None:
+                alone = tuple(self._encode_any(prompt, roles[0], label))
+                rendered = PromptIds(teacher=alone) if roles[0] == "teacher" else PromptIds(student=alone)
+            else:
+                rendered = self._encode_for_both(prompt, pairs, label)
+            ids: dict[Role, tuple[int, ...]] = {"teacher": rendered.teacher, "student": rendered.student}
             misfits = (self.find_misfit(len(ids[role]), role, "the prompt") for role in roles)
-            answer = None if answers is None else answers[index]
-            rendered = PromptIds(teacher=ids.get("teacher", ()), student=ids.get("student", ()), answer=answer)
             key = ids[roles[0]]
             yield EncodedPrompt(
                 index=index,
-                ids=rendered,
-                label=labels[index],
+                ids=rendered if answers is None else replace(rendered, answer=answers[index]),
+                label=label,
                 occurrence=seen[key],
                 misfit=next(filter(None, misfits), None),
             )
             seen[key] += 1
+
+    def _encode_for_both(self, prompt: Prompt, pairs: PairEncoder, label: str) -> PromptIds:
+        """Return a prompt's token ids as both models read it. Raises InputError naming the label."""
+        try:
+            pair = pairs.encode(prompt)
+        except InputError as error:
+            raise InputError(f"{label}: {error}") from None
+        check_ids_below(pair.teacher, self.vocab_size("teacher"), "teacher", label)
+        check_ids_below(pair.student, self.vocab_size("student"), "student", label)
+        return PromptIds(teacher=pair.teacher, student=pair.student, num_lead=pair.num_lead)
 
     def encode_pairs(
         self, prompts: Sequence[Prompt], responses: Sequence[str | Sequence[int]], role: Role

@@ -148,6 +148,7 @@ class PromptSearch:
             index=self.index,
             prompt_ids=self.root.prompt.teacher,
             student_prompt_ids=self.root.prompt.student,
+            num_lead=self.root.prompt.num_lead,
             trajectories=tuple(trajectories),
             tree=tuple(self.records),
             rounds=tuple(self.rounds),

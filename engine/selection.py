@@ -151,6 +151,9 @@ class Selection:
     """Token ids of the prompt as the teacher reads it."""
     student_prompt_ids: tuple[int, ...]
     """Token ids of the prompt as the student reads it."""
+    num_lead: int = 0
+    """Number of the last of these that open or close the thought in the place of the student's chat template, and that
+    are trained as the beginning of the response."""
     trajectories: tuple[Trajectory, ...]
     """Responses, best first: by status in the order of STATUSES, then by score. Empty when the prompt failed."""
     tree: tuple[CandidateRecord, ...]

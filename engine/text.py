@@ -89,21 +89,26 @@ class Tokenizer:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt. Raises InputError when it is empty or cannot be rendered."""
-        ids: list[int] = []
-        if isinstance(prompt, str):
+        messages = as_messages(prompt)
+        if messages is not None:
+            ids = self.encode_rendered(self.render_prompt(messages))
+        elif isinstance(prompt, str):
             self.check_raw()
             ids = self.encode_raw(prompt) if prompt.strip() else []
         else:
-            parts = _parts(prompt)
-            if parts and all(isinstance(part, Mapping) for part in parts):
-                for text in iter_texts(parts):
-                    require_characters(text)
-                ids = self.encode_rendered(self.chat.render(parts))
-            elif parts:
-                ids = self._check_ids(parts)
+            ids = self._check_ids(_parts(prompt))
         if not ids:
             raise InputError("the prompt is empty")
         return ids
+
+    def render_prompt(self, messages: Messages) -> str:
+        """Return messages as the chat template renders them, the assistant's turn opened; see `encode_rendered`.
+
+        Raises InputError on half of a surrogate pair, and where they cannot be rendered.
+        """
+        for text in iter_texts(messages):
+            require_characters(text)
+        return self.chat.render(messages)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return the token ids of a text. special: add the tokens that the tokenizer puts around a sequence (BOS).
@@ -282,6 +287,14 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
         if one != other:
             return count
     return min(len(first), len(second))
+
+
+def as_messages(prompt: Prompt) -> Messages | None:
+    """Return a prompt that is a list of chat messages; None for any other. Raises InputError on what is no prompt."""
+    if isinstance(prompt, str):
+        return None
+    parts = _parts(prompt)
+    return parts if parts and all(isinstance(part, Mapping) for part in parts) else None
 
 
 def _parts(prompt: Any) -> list[Any]:

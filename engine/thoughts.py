@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ThoughtTags:
-    """Text that opens a thought, and text that closes it."""
+    """The tags around a thought."""
 
     opening: str
+    """Text that opens a thought."""
     closing: str
+    """Text that closes it."""
 
 
 THINK = ThoughtTags("<think>", "</think>")
@@ -42,6 +44,17 @@ def remove_opening(text: str, tags: ThoughtTags) -> str:
     """Return a response without the tag and the line break that open its thought."""
     start = text.lstrip()
     return start.removeprefix(tags.opening).lstrip("\n") if start.startswith(tags.opening) else text
+
+
+def lacks_opening(text: str, tags: ThoughtTags) -> bool:
+    """Return whether a response closes one thought that it has not opened, as after a prompt that opened it."""
+    return text.count(tags.closing) == 1 and tags.opening not in text
+
+
+def add_opening(text: str, tags: ThoughtTags) -> str:
+    """Return a response with the tag that opens its thought, on a line of its own, before it."""
+    start = text.lstrip("\n")
+    return f"{tags.opening}\n{start}"
 
 
 def compose(thought: str, content: str, tags: ThoughtTags) -> str:

@@ -66,6 +66,12 @@ class ThoughtReader:
         """Return whether a prompt ends in a tag that opens a thought."""
         return self.find_open_tags(prompt_ids) is not None
 
+    def read_opening(self, prompt_ids: Sequence[int]) -> str:
+        """Return the text at the end of a prompt that opens a thought, from the tag on; empty where none is opened."""
+        text = self.read(prompt_ids[-32:])
+        tags = find_open_tags(text, self.tags)
+        return "" if tags is None else text[text.rindex(tags.opening) :]
+
     def find_open_tags(self, prompt_ids: Sequence[int]) -> ThoughtTags | None:
         """Return the tags of the thought that the end of a prompt opens; None where it opens none."""
         return find_open_tags(self.read(prompt_ids[-32:]), self.tags)

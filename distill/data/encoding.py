@@ -14,7 +14,14 @@ from genssd.distill.data.messages import Conversation
 from genssd.engine.chat import find_thought
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
-from genssd.engine.thoughts import is_open_thought, remove_opening, split_texts, split_thought
+from genssd.engine.thoughts import (
+    add_opening,
+    is_open_thought,
+    lacks_opening,
+    remove_opening,
+    split_texts,
+    split_thought,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +56,16 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, finish
         prompt, completion = tokenizer.encode_raw(conversation.prompt), tokenizer.encode_plain(text)
         if not is_cut_off:
             completion = append_end(completion, tokenizer, end)
-    elif is_cut_off:
-        rendered = tokenizer.chat.render(conversation.prompt, tools=conversation.tools)
+        return EncodedConversation(prompt=prompt, completion=completion, is_cut_off=is_cut_off)
+    rendered = tokenizer.chat.render(conversation.prompt, tools=conversation.tools)
+    if lacks_opening(text, tokenizer.chat.tags) and _remove_opened(rendered, tokenizer) is None:
+        text = add_opening(text, tokenizer.chat.tags)
+        message = {**message, "content": text}
+    if is_cut_off:
         prompt = tokenizer.encode_rendered(rendered)
         completion = tokenizer.encode_plain(_continue(rendered, text, tokenizer, is_cut_off=True))
     else:
-        prompt, completion = _encode_turns(conversation, message, text, tokenizer)
+        prompt, completion = _encode_turns(conversation, rendered, message, text, tokenizer)
     return EncodedConversation(prompt=prompt, completion=completion, is_cut_off=is_cut_off)
 
 
@@ -69,16 +80,24 @@ def append_end(completion: Sequence[int], tokenizer: Tokenizer, end: int | None 
     return [*completion, *ending]
 
 
+def skip_opened(prompt: str, parts: tuple[str, str], tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return the parts of a response without the tag that opens its thought, where the prompt has opened it."""
+    before, text = parts
+    if _remove_opened(prompt, tokenizer) is None:
+        return parts
+    tags = tokenizer.chat.tags
+    return (remove_opening(before, tags), text) if before.strip() else (before, remove_opening(text, tags))
+
+
 def _encode_turns(
-    conversation: Conversation, message: Mapping[str, Any], text: str, tokenizer: Tokenizer
+    conversation: Conversation, prompt: str, message: Mapping[str, Any], text: str, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of the prompt, and of the last turn with its end.
 
-    message: the last turn. text: its content, with its thought.
+    prompt: the rendered turns before the last one. message: the last turn. text: its content, with its thought.
     """
     assert not isinstance(conversation.prompt, str)
     turns, tools, chat = conversation.prompt, conversation.tools, tokenizer.chat
-    prompt = chat.render(turns, tools=tools)
     rendered = chat.render([*turns, message], tools=tools, generate=False)
     prompt_ids = tokenizer.encode_rendered(prompt)
     if rendered.startswith(prompt):

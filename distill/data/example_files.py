@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.encoding import append_end
+from genssd.distill.data.encoding import append_end, skip_opened
 from genssd.distill.data.examples import Example, encode_example, parse_weight
 from genssd.distill.data.messages import (
     CONTEXT_FIELDS,
@@ -107,6 +107,27 @@ def read_examples(
     )
 
 
+def _train_lead(example: Example, *, keeps_prompt: bool) -> Example:
+    """Return the example with the lead in its completion.
+
+    A teacher reads the lead in the completion, too, where its own prompt ends in the same tokens, and else reads the
+    student's prompt. keeps_prompt: it reads its own prompt all the same, as it has tokens of its own.
+    """
+    lead = example.num_lead
+    if not lead:
+        return example
+    num_prompt, teacher_prompt = example.num_prompt - lead, example.teacher_prompt_ids
+    if not keeps_prompt:
+        has_lead = teacher_prompt[-lead:] == example.input_ids[num_prompt : example.num_prompt]
+        teacher_prompt = teacher_prompt[:-lead] if has_lead else ()
+    return replace(
+        example,
+        num_prompt=num_prompt,
+        chunk_weights=((lead, 1.0), *example.chunk_weights) if example.chunk_weights else (),
+        teacher_prompt_ids=teacher_prompt,
+    )
+
+
 def read_row(
     raw_row: RawRow,
     fields: Mapping[str, Any],
@@ -139,7 +160,8 @@ def read_row(
         return RowReading(left_out="cut off, by a field of the row or within a thought")
     if max(len(example.input_ids) for example in encoded) > max_length:
         return RowReading(left_out=f"longer than {format_count(max_length, 'token')}")
-    return RowReading(examples=encoded, verdict=verdict)
+    trained = tuple(_train_lead(example, keeps_prompt=teacher is not None) for example in encoded)
+    return RowReading(examples=trained, verdict=verdict)
 
 
 def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> tuple[Example, ...]:
@@ -173,7 +195,12 @@ def _encode_continuation(fields: Mapping[str, Any], name: str, tokenizer: Tokeni
         raise InputError(f"{where}: {name} and response_so_far must be text")
     is_raw = isinstance(problem, str)
     try:
-        prompt = tokenizer.encode_prompt(problem if is_raw else check_messages(problem, "problem_prompt", where))
+        if is_raw:
+            prompt = tokenizer.encode_prompt(problem)
+        else:
+            rendered = tokenizer.render_prompt(check_messages(problem, "problem_prompt", where))
+            prompt = tokenizer.encode_rendered(rendered)
+            before, text = skip_opened(rendered, (before, text), tokenizer)
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     prompt += tokenizer.encode_plain(before)

@@ -16,8 +16,8 @@ a thought and never closes it, has the status "length": no end of sequence is ad
 
 A number in the field `weight` multiplies the loss of a row's tokens. An element of the field `chunks` has the number of
 its `tokens`, and may have a `weight` that multiplies the loss of these. Rows with ids may also have the prompt as the
-teacher reads it (`prompt_ids`) and the location of the teacher's most likely tokens (`teacher_topk`, see
-topk_store.py).
+teacher reads it (`prompt_ids`), the number of the prompt's last tokens that are trained (`lead_tokens`), and the
+location of the teacher's most likely tokens (`teacher_topk`, see topk_store.py).
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ class Example:
     """Token ids of the prompt, then of the completion."""
     num_prompt: int
     """Number of tokens in the prompt."""
+    num_lead: int = 0
+    """Number of tokens in the lead, which opens or closes the thought before the response (`PairPrompt`): the last ones
+    of the prompt, or, in the examples that `read_examples` returns, the first ones of the completion."""
     weight: float = 1.0
     """Weight of the loss of all completion tokens, from the row's field `weight`."""
     chunk_weights: tuple[tuple[int, float], ...] = ()
@@ -146,12 +149,19 @@ def _add_journal_fields(
     example: Example, fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path
 ) -> Example:
     """Return the example with the chunks' weights, the teacher's prompt and the top k of its row."""
+    lead = fields.get("lead_tokens", 0)
+    if type(lead) is not int or not 0 <= lead < example.num_prompt:
+        raise InputError(
+            f"{where}: lead_tokens must be a number of tokens of student_prompt_ids, which has {example.num_prompt}, "
+            f"not {lead!r}"
+        )
     teacher_prompt: list[int] = []
     if fields.get("prompt_ids"):
         teacher_prompt = _check_ids(fields["prompt_ids"], None, f"{where}: prompt_ids")
     is_same_prompt = tuple(teacher_prompt) == example.input_ids[: example.num_prompt]
     return replace(
         example,
+        num_lead=lead,
         chunk_weights=_parse_chunk_weights(fields.get("chunks"), example.num_completion, where),
         teacher_prompt_ids=() if is_same_prompt else tuple(teacher_prompt),
         topk=locate_topk(fields.get("teacher_topk"), directory, example.num_completion, where),
@@ -164,7 +174,8 @@ def _parse_chunk_weights(chunks: object, tokens: int, where: str) -> tuple[tuple
     weights = []
     for number, chunk in enumerate(chunks):
         count = chunk.get("tokens") if isinstance(chunk, dict) else None
-        if type(count) is not int or count < 1:
+        # a student with another tokenizer may hold all of a chunk back
+        if type(count) is not int or count < 0:
             raise InputError(f"{where}: chunk {number} does not say how many tokens it has")
         weights.append((count, parse_weight(chunk, f"{where}, chunk {number}")))
     chunk_tokens = sum(count for count, _ in weights)

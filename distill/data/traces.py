@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.endings import select_endings
 from genssd.distill.data.examples import encode_example
 from genssd.distill.data.messages import QUESTION_FIELDS, parse_messages, parse_question
@@ -27,6 +28,7 @@ from genssd.distill.data.problems import parse_answer, parse_object
 from genssd.distill.data.written_rows import (
     TextPrompt,
     WriterRecord,
+    add_opening,
     make_conversation,
     read_text_prompt,
     read_writer_record,
@@ -50,6 +52,8 @@ class Trace:
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    num_lead: int
+    """Number of the last tokens of the prompt that training takes for the beginning of the response (`PairPrompt`)."""
     finished: bool
     """Whether the response ends in the end of sequence."""
     teacher: str
@@ -129,6 +133,7 @@ def read_traces(
                 yield Trace(
                     prompt_ids=example.input_ids[: example.num_prompt],
                     response_ids=example.input_ids[example.num_prompt :],
+                    num_lead=example.num_lead,
                     finished=not example.is_cut_off and example.input_ids[-1] in tokenizer.end_token_ids,
                     teacher=teacher,
                     answer=answer,
@@ -224,13 +229,15 @@ def make_training_row(trace: Trace, response_ids: Sequence[int], tokenizer: Toke
         rendered = str(tokenizer.hf.decode(list(trace.prompt_ids)))
         conversation = {"prompt": rendered, "completion": text, "answer": trace.answer}
     else:
-        conversation = make_conversation(trace.prompt, text, trace.answer)
+        opening = ThoughtReader(tokenizer).read_opening(trace.prompt_ids)
+        conversation = make_conversation(trace.prompt, add_opening(trace.prompt.text, opening, text), trace.answer)
     return {
         **conversation,
         "status": "finished" if response_ids[-1] in tokenizer.end_token_ids else "length",
         "correct": trace.correct,
         "teacher": trace.teacher,
         "student_prompt_ids": list(trace.prompt_ids),
+        "lead_tokens": trace.num_lead,
         "completion_ids": list(response_ids),
         "tokenizer": tokenizer.fingerprint,
         "source": describe_source(trace),

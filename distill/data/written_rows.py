@@ -74,6 +74,14 @@ def _is_logprob(value: object) -> bool:
     return -LARGEST_SURPRISAL < value < LARGEST_SURPRISAL
 
 
+def add_opening(prompt: str | Messages, opening: str, response: str) -> str:
+    """Return the text of a response with the whole thought: what the rendered prompt ends in opens it.
+
+    opening: that text, or an empty one. A prompt that is raw text holds it already.
+    """
+    return response if isinstance(prompt, str) else opening + response
+
+
 def make_conversation(prompt: TextPrompt, response: str, answer: str | None) -> dict[str, Any]:
     """Return the fields of a prompt and its response in the forms that trainers read."""
     text = prompt.text

@@ -10,7 +10,7 @@ from genssd.distill.answers.numbers import parse_quantity
 from genssd.distill.data.overlap import find_eval_overlap, iter_file_questions, list_examples, list_problems
 from genssd.distill.doctor.findings import Finding, list_lines
 from genssd.distill.doctor.inputs import Inputs, find_max_length
-from genssd.distill.doctor.token_checks import find_token_map
+from genssd.distill.doctor.token_checks import find_student_reader
 from genssd.distill.rounds import DistillConfig
 from genssd.distill.select.unfit import ThoughtEnds
 from genssd.engine.amounts import format_count
@@ -61,10 +61,10 @@ def check_rows(inputs: Inputs) -> list[Finding]:
 
 def _find_unreadable(inputs: Inputs) -> list[str]:
     """Return a message for every prompt whose thought only a token closes that the student does not have."""
-    token_map = find_token_map(inputs)
-    if token_map is None or token_map.is_identity or inputs.teacher is None:
+    reader = find_student_reader(inputs)
+    if reader is None or reader.is_identity or inputs.teacher is None:
         return []
-    ends = ThoughtEnds(inputs.teacher.tokenizer, token_map)
+    ends = ThoughtEnds(inputs.teacher.tokenizer, reader)
     faults = []
     for problem in inputs.rows.problems:
         ids = inputs.prompts.ids.get(problem.index)

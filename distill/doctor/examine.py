@@ -61,7 +61,7 @@ def summarise(settings: Settings) -> str | None:
     None where its inputs cannot be opened: the command then ends with a line of its own.
     """
     inputs = open_inputs(settings, QUICK_ROWS)
-    if inputs.faults:
+    if any(finding.level == "error" for finding in inputs.faults):
         return None
     findings = [finding for check in CHECKS for finding in check(inputs)]
     return describe(findings, f"genssd doctor {settings.command}")

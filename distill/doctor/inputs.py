@@ -17,7 +17,9 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config import load_config
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.loading import has_own_decoder
+from genssd.engine.pair_prompts import PairEncoder
 from genssd.engine.runner import Role
+from genssd.engine.served.address import is_url
 from genssd.engine.text import Tokenizer
 
 ROLES: tuple[Role, ...] = ("teacher", "student")
@@ -68,7 +70,7 @@ class Inputs:
     formula_seconds: float = 0.0
     """Time in seconds for trying whether reference answers that are formulas can be verified; 0: they are not tried."""
     faults: tuple[Finding, ...] = ()
-    """Findings about what cannot be opened; the command refuses it with the same words."""
+    """Findings about what cannot be opened, which the command refuses with the same words, or is opened elsewhere."""
 
     @property
     def teacher(self) -> ModelFiles | None:
@@ -85,6 +87,10 @@ def open_inputs(settings: Settings, limit: int, *, formula_seconds: float = 0.0)
     models: dict[Role, ModelFiles] = {}
     for role in ROLES:
         if role in settings.models:
+            if is_url(settings.models[role]):
+                line = f"served at {settings.models[role]}: it is asked when the command begins, and not examined here"
+                faults.append(Finding(name=f"{role}", level="ok", line=line))
+                continue
             try:
                 models[role] = _open_model(role, settings)
             except GenssdError as error:
@@ -121,7 +127,7 @@ def _open_model(role: Role, settings: Settings) -> ModelFiles:
     config = load_config(directory)
     # a training computes in transformers; what its student is to the engine counts where the command loads one
     own = has_own_decoder(directory, settings.engine.backend if settings.engine is not None else "auto")
-    tokenizer = Tokenizer(directory).with_chat(settings.chat)
+    tokenizer = Tokenizer(directory).with_chat(settings.chat.for_model(role))
     return ModelFiles(
         role=role, name=name, directory=directory, config=config, tokenizer=tokenizer, has_own_decoder=own
     )
@@ -130,9 +136,16 @@ def _open_model(role: Role, settings: Settings) -> ModelFiles:
 def _encode_prompts(rows: Rows, models: Mapping[Role, ModelFiles]) -> PromptLengths:
     ids: dict[int, dict[Role, list[int]]] = {}
     faults: list[str] = []
+    pairs = None
+    if len(models) == 2:
+        pairs = PairEncoder(models["teacher"].tokenizer, models["student"].tokenizer)
     for problem in rows.problems:
         try:
-            ids[problem.index] = {role: model.tokenizer.encode_prompt(problem.prompt) for role, model in models.items()}
+            if pairs is None:
+                ids[problem.index] = {role: m.tokenizer.encode_prompt(problem.prompt) for role, m in models.items()}
+            else:
+                pair = pairs.encode(problem.prompt)
+                ids[problem.index] = {"teacher": list(pair.teacher), "student": list(pair.student)}
         except InputError as error:
             faults.append(f"{problem.where}: {error}")
     return PromptLengths(ids=ids, faults=tuple(faults))

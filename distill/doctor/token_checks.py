@@ -5,19 +5,20 @@ from __future__ import annotations
 from genssd.distill.doctor.findings import MAX_LISTED, Finding, Level, list_lines
 from genssd.distill.doctor.inputs import Inputs, ModelFiles
 from genssd.distill.train.ends import find_learnt_ends
-from genssd.distill.train.models import match_teacher
+from genssd.distill.train.models import choose_teacher_reader
 from genssd.engine.amounts import format_count
+from genssd.engine.byte_reader import ByteReader, find_reader
 from genssd.engine.ends import find_foreign_ends
 from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.token_map import TokenMap
 
 
-def find_token_map(inputs: Inputs) -> TokenMap | None:
+def find_student_reader(inputs: Inputs) -> TokenMap | ByteReader | None:
     """Return how the student reads the teacher's tokens; None without two models, or where it cannot."""
     if inputs.teacher is None or inputs.student is None:
         return None
     try:
-        return match_tokenizers(inputs.teacher.tokenizer, inputs.student.tokenizer, *_names(inputs))
+        return find_reader(inputs.teacher.tokenizer, inputs.student.tokenizer, *_names(inputs))
     except InputError:
         return None
 
@@ -30,8 +31,9 @@ def check_tokenizers(inputs: Inputs) -> list[Finding]:
     name = "tokenizers"
     try:
         if training is not None and training.teacher_model_name_or_path == teacher.name:
-            match_teacher(teacher.tokenizer, student.tokenizer)  # it reads what the student is trained on
-        token_map = match_tokenizers(teacher.tokenizer, student.tokenizer, *_names(inputs))
+            # it reads what the student is trained on
+            choose_teacher_reader(teacher.tokenizer, student.tokenizer, over_spans=training.is_over_spans)
+        token_map = find_reader(teacher.tokenizer, student.tokenizer, *_names(inputs))
     except GenssdError as error:
         return [
             Finding(
@@ -42,6 +44,8 @@ def check_tokenizers(inputs: Inputs) -> list[Finding]:
                 "without a student, then train)",
             )
         ]
+    if not isinstance(token_map, TokenMap):
+        return [Finding(name=name, level="ok", line=token_map.describe())]
     if token_map.is_identity:
         return [Finding(name=name, level="ok", line=f"the same in both: {len(teacher.tokenizer.hf):,} tokens")]
     missing = [quoted for i, quoted in token_map.strings.items() if i not in token_map.replaced]
@@ -69,8 +73,8 @@ def check_ends(inputs: Inputs) -> list[Finding]:
     """Find the tokens that end the responses of each model, and whether the student can learn to stop."""
     findings = [_check_own_end(model) for model in inputs.models.values()]
     teacher, student = inputs.teacher, inputs.student
-    token_map = find_token_map(inputs)
-    if teacher is not None and student is not None and token_map is not None:
+    token_map = find_student_reader(inputs)
+    if teacher is not None and student is not None and isinstance(token_map, TokenMap):
         foreign = find_foreign_ends(teacher.tokenizer, student.tokenizer, token_map)
         if foreign and not inputs.settings.reads_examples:
             findings.append(

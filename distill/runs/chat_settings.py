@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from genssd.engine.chat_options import ChatOptions
@@ -17,7 +17,7 @@ PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
 class ChatSettings:
-    """Options of the rendering of chats. They apply to all models of a command."""
+    """Options of the rendering of chats that apply to all models of a command."""
 
     system_prompt: str | None = None
     """System message of every conversation that has none of its own. Prompts that are raw text are then refused."""
@@ -47,19 +47,45 @@ class ChatSettings:
         )
 
 
-def parse_template_kwargs(words: tuple[str, ...]) -> dict[str, Any]:
-    """Return the variables of a chat template from name=value pairs and JSON objects. Raises InputError on others."""
+@dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
+class PairChatSettings(ChatSettings):
+    """Options of the rendering of chats of a command with a teacher and a student."""
+
+    teacher_template_kwargs: tuple[str, ...] = ()
+    """Variables of the teacher's chat template alone, as chat_template_kwargs, which they replace."""
+    student_template_kwargs: tuple[str, ...] = ()
+    """Variables of the student's chat template alone, as chat_template_kwargs, which they replace."""
+
+    def make_chat_options(self, template_date: str) -> ChatOptions:
+        """Return the options for the engine, as `ChatSettings.make_chat_options` does."""
+        return replace(
+            super().make_chat_options(template_date),
+            teacher_template_kwargs=parse_template_kwargs(self.teacher_template_kwargs, "teacher_template_kwargs"),
+            student_template_kwargs=parse_template_kwargs(self.student_template_kwargs, "student_template_kwargs"),
+        )
+
+    def as_student_settings(self) -> dict[str, Any]:
+        """Return the fields of `ChatSettings` for a command that has the student alone."""
+        shared = {field.name: getattr(self, field.name) for field in fields(ChatSettings)}
+        return shared | {"chat_template_kwargs": (*self.chat_template_kwargs, *self.student_template_kwargs)}
+
+
+def parse_template_kwargs(words: tuple[str, ...], option: str = "chat_template_kwargs") -> dict[str, Any]:
+    """Return the variables of a chat template from name=value pairs and JSON objects.
+
+    option: name of the option, for messages. Raises InputError on other words.
+    """
     variables: dict[str, Any] = {}
     for word in words:
         if word.lstrip().startswith("{"):
             try:
                 variables |= json.loads(word)
             except ValueError as error:
-                raise InputError(f"chat_template_kwargs: {word} is no JSON object: {error}") from None
+                raise InputError(f"{option}: {word} is no JSON object: {error}") from None
             continue
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
-            raise InputError(f"chat_template_kwargs: {word!r} must be name=value or a JSON object")
+            raise InputError(f"{option}: {word!r} must be name=value or a JSON object")
         try:
             variables[name] = PYTHON_WORDS[value] if value in PYTHON_WORDS else json.loads(value)
         except ValueError:

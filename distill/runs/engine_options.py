@@ -15,6 +15,8 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
 from genssd.engine.language_model import Backend
 from genssd.engine.options_check import check_types
+from genssd.engine.pair_prompts import render_with
+from genssd.engine.runner import Role
 from genssd.engine.served.address import is_url
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import announce, choose_engine_threads
@@ -102,9 +104,10 @@ class EngineOptions:
 
         Raises InputError naming a variable that a chat template does not read, before any weights are loaded.
         """
-        if engine is None and chat.template_kwargs:
-            for name in (name for name in (teacher, student) if name is not None and not is_url(name)):
-                Tokenizer(locate(name)).with_chat(chat)
+        names: dict[Role, str | None] = {"teacher": teacher, "student": student}
+        if engine is None and any(chat.for_model(role).template_kwargs for role in names):
+            here = {role: name for role, name in names.items() if name is not None and not is_url(name)}
+            render_with({role: Tokenizer(locate(name)) for role, name in here.items()}, chat)
         return (engine or self.load(teacher=teacher, student=student, report=report)).with_chat(chat)
 
 

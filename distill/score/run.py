@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from genssd.distill.data.traces import (
     Trace,
@@ -26,7 +26,8 @@ from genssd.distill.data.traces import (
     read_usable_traces,
     sort_by_trace,
 )
-from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.chat_settings import PairChatSettings
+from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import write_json, write_jsonl
 from genssd.distill.runs.progress import SILENT, Progress
@@ -51,8 +52,10 @@ from genssd.engine.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreConfig(EngineOptions, ChatSettings):
+class ScoreConfig(EngineOptions, PairChatSettings):
     """Compute criteria of finished traces with a student; pick the best responses and rank the teachers by them."""
+
+    NEEDS: ClassVar[Needs] = {"teacher_template_kwargs": Need(lambda o: o.teacher is not None, "a teacher")}
 
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""

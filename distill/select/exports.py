@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from genssd.distill.answers.thoughts import ThoughtReader
+from genssd.distill.data.written_rows import add_opening
 from genssd.distill.select.decisions import LoggedCandidate, LoggedRound
 from genssd.engine.text import REPLACEMENT, Tokenizer
 
@@ -100,6 +102,9 @@ class _Texts:
     def __init__(self, selection: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         self.prompt = str(tokenizer.hf.decode(list(selection["student_prompt_ids"])))
         """Prompt as the student reads it."""
+        opening = ThoughtReader(tokenizer).read_opening(selection["student_prompt_ids"])
+        self.opening = add_opening(selection["prompt"], opening, "")
+        """What the prompt ends in to open a thought, where another template may not do it."""
         self._tokenizer = tokenizer
         self._heads: dict[Trace, str] = {(): ""}
 
@@ -161,7 +166,7 @@ def make_pairs(
                     "tokenizer": selection["tokenizer"],
                     # by these another student's chat template renders the pair
                     "problem_prompt": selection["prompt"],
-                    "response_so_far": texts.read_before(d),
+                    "response_so_far": texts.opening + texts.read_before(d),
                     "chosen_finished": d.candidate.finished,
                     "rejected_finished": last.candidate.finished,
                     "chosen_score": score,

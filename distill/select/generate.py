@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
+from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import (
     ProblemRow,
     ProblemSet,
@@ -26,7 +27,7 @@ from genssd.distill.data.problems import (
     read_usable_problems,
 )
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
-from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -45,17 +46,23 @@ from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
+from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.address import is_url
+from genssd.engine.text import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(TeacherOptions, ChatSettings, ModelSampling):
+class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
     """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
 
-    NEEDS: ClassVar[Needs] = {"rsd": Need(lambda o: o.method == "rsd", "method rsd"), **SERVED_NEEDS}
+    NEEDS: ClassVar[Needs] = {
+        "rsd": Need(lambda o: o.method == "rsd", "method rsd"),
+        "student_template_kwargs": Need(lambda o: o.student is not None, "a student"),
+        **SERVED_NEEDS,
+    }
 
     teacher: ModelPath[str]
     """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
@@ -160,7 +167,6 @@ def _generate(
     Returns why the others failed, by the index of the row. done: indices of rows.
     """
     problems = readable.data.problems
-    reader: Role = "teacher" if config.student is None else "student"
     has_student_ids = config.student is not None and engine.reader.is_identity
     origin = {
         "seed": config.seed,
@@ -173,7 +179,7 @@ def _generate(
         engine, ("teacher", "student") if config.method == "rsd" else ("teacher",), config.max_tokens
     )
     limits.warn_of_shortage(readable.list_lengths(done))
-    notes = NoteMaker(engine.tokenizer("teacher"), limits)
+    notes, thoughts = NoteMaker(engine.tokenizer("teacher"), limits), ThoughtReader(engine.tokenizer("teacher"))
     report.begin("", unit="prompts", total=len(problems), done=len(done), engine=engine, work="writing")
     outcomes = engine.iter_generate(
         [problem.prompt for problem in problems],
@@ -189,18 +195,28 @@ def _generate(
     for finished, outcome in enumerate(outcomes, start=1):
         problem = problems[outcome.index]
         if outcome.error is None:
-            prompt_ids, reader_ids = (engine.tokenizer(r).encode_prompt(problem.prompt) for r in ("teacher", reader))
+            prompt = _encode(engine, config, problem.prompt)
             of_responses = notes.of_completions(
-                prompt_ids, readable.lengths[problem.index], outcome.completions, problem.answer
+                prompt.teacher, readable.lengths[problem.index], outcome.completions, problem.answer
             )
             fields = {"source": {"file": config.data, "line": problem.line}, **origin}
             run.journal.append(
-                make_response_row(problem, prompt_ids, reader_ids, outcome.completions, of_responses, fields)
+                make_response_row(
+                    problem, prompt, outcome.completions, of_responses, thoughts.read_opening(prompt.teacher), fields
+                )
             )
         else:
             failures[problem.index] = f"{problem.where}: {outcome.error}"
         report(len(done) + finished, len(problems))
     return failures
+
+
+def _encode(engine: Engine, config: GenerateConfig, prompt: Prompt) -> PairPrompt:
+    """Return a prompt as the models of the run read it; without a student the teacher reads both."""
+    if config.student is not None:
+        return engine.encode_pair(prompt)
+    ids = tuple(engine.tokenizer("teacher").encode_prompt(prompt))
+    return PairPrompt(teacher=ids, student=ids)
 
 
 def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:

@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from genssd.distill.data.problems import ProblemRow
-from genssd.distill.data.written_rows import TextPrompt, make_conversation
+from genssd.distill.data.written_rows import TextPrompt, add_opening, make_conversation
 from genssd.distill.select.notes import ResponseNotes
 from genssd.engine.generation import Completion
+from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.selection import CandidateRecord, Selection, Trajectory
 from genssd.kernels.logprob import TokenStats
 
@@ -38,16 +39,17 @@ class Origin:
 
 
 def make_selection_row(
-    selection: Selection, problem: ProblemRow, origin: Origin, notes: Sequence[ResponseNotes]
+    selection: Selection, problem: ProblemRow, origin: Origin, notes: Sequence[ResponseNotes], opening: str
 ) -> dict[str, Any]:
-    """Return a line of selections.jsonl. notes: on every trajectory, in order.
+    """Return a line of selections.jsonl. notes: on every trajectory, in order. opening: see `add_opening`.
 
     `datasets` loads it and TRL trains on it unchanged; genssd trains on its token ids, which are the student's. Where
     the student read by bytes, the row has the teacher's ids as well, and the number of bytes in every token of both.
     """
     best = selection.best
+    text = add_opening(problem.prompt, opening, best.text)
     return {
-        **make_conversation(TextPrompt(text=problem.prompt), best.text, problem.answer),
+        **make_conversation(TextPrompt(text=problem.prompt), text, problem.answer),
         "status": best.status,
         **notes[0].as_json(),
         "score": _to_json(best.score),
@@ -63,11 +65,16 @@ def make_selection_row(
         ],
         "prompt_ids": list(selection.prompt_ids),
         "student_prompt_ids": list(selection.student_prompt_ids),
+        "lead_tokens": selection.num_lead,
         "completion_ids": list(best.student_ids),
         **_describe_bytes(best),
         **({} if origin.teacher_tokenizer is None else {"teacher_tokenizer": origin.teacher_tokenizer}),
         "others": [
-            {**_describe_trajectory(trajectory), **note.as_json()}
+            {
+                "completion": add_opening(problem.prompt, opening, trajectory.text),
+                **_describe_trajectory(trajectory),
+                **note.as_json(),
+            }
             for trajectory, note in zip(selection.trajectories[1:], notes[1:], strict=True)
         ],
         "tokens_sampled": selection.tokens_sampled,
@@ -85,16 +92,18 @@ def make_selection_row(
 
 def make_response_row(
     problem: ProblemRow,
-    prompt_ids: Sequence[int],
-    student_prompt_ids: Sequence[int],
+    prompt: PairPrompt,
     completions: Sequence[Completion],
     notes: Sequence[ResponseNotes],
+    opening: str,
     run_fields: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return a line of responses.jsonl, in the form of a selection whose best trajectory is the first response.
 
-    notes: on every completion, in order. run_fields: fields that describe the run, added to the line.
+    notes: on every completion, in order. opening: see `add_opening`. run_fields: fields that describe the run, added to
+    the line.
     """
+    texts = [add_opening(problem.prompt, opening, completion.text) for completion in completions]
     first, *others = (
         {
             "status": completion.status,
@@ -105,13 +114,12 @@ def make_response_row(
         for completion, note in zip(completions, notes, strict=True)
     )
     return {
-        **make_conversation(TextPrompt(text=problem.prompt), completions[0].text, problem.answer),
+        **make_conversation(TextPrompt(text=problem.prompt), texts[0], problem.answer),
         **first,
-        "prompt_ids": list(prompt_ids),
-        "student_prompt_ids": list(student_prompt_ids),
-        "others": [
-            {"completion": completion.text, **other} for completion, other in zip(completions[1:], others, strict=True)
-        ],
+        "prompt_ids": list(prompt.teacher),
+        "student_prompt_ids": list(prompt.student),
+        "lead_tokens": prompt.num_lead,
+        "others": [{"completion": text, **other} for text, other in zip(texts[1:], others, strict=True)],
         "index": problem.index,
         **run_fields,
     }
@@ -132,7 +140,6 @@ def make_decision_row(selection: Selection, index: int) -> dict[str, Any]:
 
 def _describe_trajectory(trajectory: Trajectory) -> dict[str, Any]:
     return {
-        "completion": trajectory.text,
         "completion_ids": list(trajectory.student_ids),
         **_describe_bytes(trajectory),
         "score": _to_json(trajectory.score),

@@ -14,16 +14,18 @@ A prompt's decisions and top k are on disk before its selection: where there is 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow, ProblemSet, describe_problems, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
-from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.journal import Journal, write_json
 from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
@@ -51,7 +53,9 @@ from genssd.engine.options_check import check_types
 from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
+from genssd.engine.thinking_pair import compare_thinking
 
+logger = logging.getLogger("genssd.select")
 ROLES: tuple[Role, Role] = ("teacher", "student")
 TOTAL_BUDGET: tuple[BudgetName, ...] = ("total_budget.tokens", "total_budget.seconds")
 
@@ -115,7 +119,7 @@ class SelectSettings(SearchOptions, TeacherOptions, ModelSampling):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectConfig(SelectSettings, ChatSettings):
+class SelectConfig(SelectSettings, PairChatSettings):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
     NEEDS: ClassVar[Needs] = SERVED_NEEDS
@@ -156,6 +160,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
             config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
         )
         readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
+        _report_thinking(engine, readable)
         calibration = None if config.calibrate.data is None else _calibrate(engine, config, run, report)
         end = _Search(run, config, engine, readable, done, calibration).run(report)
         summary = summarise(run, end, readable.data, calibration)
@@ -191,6 +196,7 @@ class _Search:
         limits = ResponseLimits.of(engine, ROLES, config.max_tokens)
         limits.warn_of_shortage(readable.list_lengths(done))
         self._notes = NoteMaker(engine.tokenizer("teacher"), limits)
+        self._thoughts = ThoughtReader(engine.tokenizer("teacher"))
         self._origin = Origin(
             data=config.data,
             criterion=config.criterion,
@@ -275,8 +281,18 @@ class _Search:
         decisions.append(make_decision_row(selection, problem.index))
         topk = selection.best.teacher_topk
         place = topk_store.append(topk) if topk_store is not None and topk is not None else None
-        row = make_selection_row(selection, problem, self._origin, notes)
+        opening = self._thoughts.read_opening(selection.prompt_ids)
+        row = make_selection_row(selection, problem, self._origin, notes, opening)
         journal.append({**row, "teacher_topk": place})
+
+
+def _report_thinking(engine: Engine, problems: ReadableProblems) -> None:
+    """Log a line about what the chat templates do about thoughts; a warning where their switches differ."""
+    if all(isinstance(problem.prompt, str) for problem in problems.data.problems):
+        return  # no chat template is used
+    pair = compare_thinking(engine.tokenizer("teacher"), engine.tokenizer("student"))
+    if (line := pair.describe()) is not None:
+        logger.log(logging.WARNING if pair.has_other_switch else logging.INFO, "%s", line)
 
 
 def _read_calibration_data(config: SelectConfig) -> ProblemSet:

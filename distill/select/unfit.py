@@ -13,7 +13,7 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.reading import Reader
 from genssd.engine.runner import Role
-from genssd.engine.text import Tokenizer
+from genssd.engine.text import Prompt, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def leave_out_unfit(
     def find_fault(problem: ProblemRow) -> str | None:
         if criterion is not None and needs_answer(criterion) and problem.answer is None:
             return f"no reference answer, which the criterion {criterion_name} reads"
-        ids = {role: engine.tokenizer(role).encode_prompt(problem.prompt) for role in roles}
+        ids = encode_for(engine, roles, problem.prompt)
         fault = None if ends is None else ends.find_fault(ids["teacher"])
         if fault is not None:
             unreadable.append(fault)
@@ -70,6 +70,14 @@ def leave_out_unfit(
         raise
     usable = {problem.index for problem in readable.problems}
     return ReadableProblems(data=readable, lengths={i: values for i, values in lengths.items() if i in usable})
+
+
+def encode_for(engine: Engine, roles: Sequence[Role], prompt: Prompt) -> dict[Role, Sequence[int]]:
+    """Return the token ids of a prompt as each of one or both models reads it. Raises InputError where one cannot."""
+    if len(roles) == 1:
+        return {roles[0]: engine.tokenizer(roles[0]).encode_prompt(prompt)}
+    pair = engine.encode_pair(prompt)
+    return {"teacher": pair.teacher, "student": pair.student}
 
 
 class ThoughtEnds:

@@ -133,7 +133,7 @@ def _open_foreign_tokenizer(directory: Path, student: Tokenizer, config: TrainCo
     """
     assert config.template_date is not None
     tokenizer = Tokenizer(directory)
-    if not choose_teacher_reader(tokenizer, student).reads_bytes:
+    if not choose_teacher_reader(tokenizer, student, over_spans=True).reads_bytes:
         return None
     if config.key_attention.weight:
         raise InputError(

@@ -19,16 +19,9 @@ from genssd.distill.train.key_attention import (
     find_key_words,
 )
 from genssd.distill.train.loss_options import LossOptions
-from genssd.distill.train.losses import (
-    CompletionTokens,
-    Head,
-    LossSums,
-    SpanTargets,
-    Targets,
-    compute_loss,
-    read_topk,
-)
+from genssd.distill.train.losses import CompletionTokens, Head, LossSums, SpanTargets, Targets, compute_loss
 from genssd.distill.train.models import Teacher, compute_completion_states
+from genssd.distill.train.row_topk import read_topk
 from genssd.distill.train.span_losses import SpanHead, align_spans
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import CapacityError
@@ -198,6 +191,7 @@ class ForwardPass:
             text, prompt = teacher.read_text(example), example.teacher_prompt_ids
             rows.append(TokenRow((*prompt, *text.ids), len(prompt)))
             own, other, count = align_spans(text.student_ends, text.ends)
+            student_spans += [-1] * (example.num_completion - len(own))  # the lead
             student_spans += [span + num_spans if span >= 0 else -1 for span in own]
             teacher_spans += [span + num_spans if span >= 0 else -1 for span in other]
             num_spans += count

@@ -27,7 +27,6 @@ Shapes:  M completion tokens   D hidden size   V vocabulary
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -35,7 +34,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from genssd.distill.data.examples import Example
 from genssd.distill.train.loss_options import SPAN_LOSSES, LossOptions
 from genssd.distill.train.span_losses import SpanHead, sum_span_losses
 from genssd.kernels.cross_entropy import linear_cross_entropy
@@ -234,17 +232,3 @@ def _apply_temperature(top: TopK, options: LossOptions) -> TopK:
     if options.temperature == 1.0:
         return top
     return TopK(top.ids, (top.logprob / options.temperature).log_softmax(1))
-
-
-def read_topk(examples: Sequence[Example]) -> TopK:
-    """Read and concatenate the teacher's top k of all examples; rows with a smaller k are padded with id -1."""
-    parts = [example.topk.read() for example in examples if example.topk is not None]
-    most = max(part.ids.shape[1] for part in parts)
-    padded = [
-        TopK(
-            torch.nn.functional.pad(part.ids, (0, most - part.ids.shape[1]), value=-1),
-            torch.nn.functional.pad(part.logprob, (0, most - part.logprob.shape[1]), value=-math.inf),
-        )
-        for part in parts
-    ]
-    return TopK.concatenate(padded)

@@ -15,12 +15,11 @@ from genssd.distill.data.teacher_text import TeacherText, divide_anew
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.key_attention import AttentionCollector
 from genssd.engine.amounts import format_count
-from genssd.engine.byte_reader import ByteReader
+from genssd.engine.byte_reader import ByteReader, find_reader
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.path_cache import has_states
 from genssd.engine.text import Tokenizer
-from genssd.engine.token_bytes import NoByteTable
-from genssd.engine.token_map import DifferentTokenizers, TokenMap, match_tokenizers
+from genssd.engine.token_map import TokenMap, match_tokenizers
 from genssd.engine.transformers_loading import base_of, load_model, scale_states
 
 
@@ -57,8 +56,12 @@ class Teacher:
             )
 
     def read_text(self, example: Example) -> TeacherText:
-        """Return the completion of an example as a teacher that reads bytes divides it. Raises as `check_example`."""
-        return example.teacher_text or divide_anew(example.completion_ids, self.token_map, example.where)
+        """Return the completion of an example, its lead left out, as a teacher that reads bytes divides it.
+
+        Raises InputError as `check_example` does.
+        """
+        written = example.completion_ids[example.num_lead :]  # the lead is in the teacher's own prompt, if anywhere
+        return example.teacher_text or divide_anew(written, self.token_map, example.where)
 
     def check_reads(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], label: str) -> None:
         """Check that the teacher has all tokens of a prompt of its own, and of the student's completion.
@@ -82,7 +85,7 @@ def load_teacher(
     tokenizer reads the student's bytes.
     """
     tokenizer = Tokenizer(directory)
-    token_map = match_teacher(tokenizer, student) if not over_spans else choose_teacher_reader(tokenizer, student)
+    token_map = choose_teacher_reader(tokenizer, student, over_spans=over_spans)
     model = load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
     return Teacher(model=model, token_map=token_map, largest_id=tokenizer.largest_id)
 
@@ -100,25 +103,17 @@ def match_teacher(teacher: Tokenizer, student: Tokenizer) -> TokenMap:
     return token_map
 
 
-def choose_teacher_reader(teacher: Tokenizer, student: Tokenizer) -> TokenMap | ByteReader:
-    """Return how a teacher reads the student's tokens for a loss over spans: by ids where they match, else by bytes.
+def choose_teacher_reader(teacher: Tokenizer, student: Tokenizer, *, over_spans: bool) -> TokenMap | ByteReader:
+    """Return how a teacher reads the student's tokens: by ids where they match, else, for a loss over spans, by bytes.
 
-    Raises InputError where a tokenizer does not spell bytes of text.
+    Raises InputError where it cannot.
     """
-    names = _name_models(student, teacher)
-    reason: InputError
-    try:
-        token_map = match_tokenizers(student, teacher, *names)
-        token_map.check_no_conflict()
-        return token_map
-    except DifferentTokenizers as difference:
-        reason = difference
-    except InputError as conflict:
-        reason = conflict
-    try:
-        return ByteReader.of(student, teacher, *names)
-    except NoByteTable as error:
-        raise InputError(f"{error}, so the teacher cannot read by bytes; {reason}") from None
+    if not over_spans:
+        return match_teacher(teacher, student)
+    reader = find_reader(student, teacher, *_name_models(student, teacher))
+    if isinstance(reader, TokenMap):
+        reader.check_no_conflict()
+    return reader
 
 
 def _name_models(student: Tokenizer, teacher: Tokenizer) -> tuple[str, str]:

@@ -121,4 +121,4 @@ class Rollouts:
 
     def _replace_completion(self, example: Example, token_ids: Sequence[int]) -> Example:
         ids = (*example.input_ids[: example.num_prompt], *token_ids)[: self.plan.max_length]
-        return replace(example, input_ids=ids, chunk_weights=(), topk=None, teacher_text=None)
+        return replace(example, input_ids=ids, chunk_weights=(), topk=None, teacher_text=None, num_lead=0)

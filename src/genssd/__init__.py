@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from genssd.engine.loops import LoopGuard as LoopGuard
     from genssd.engine.nodes import Fork as Fork
     from genssd.engine.nodes import NodeReader as NodeReader
+    from genssd.engine.pair_prompts import PairPrompt as PairPrompt
     from genssd.engine.reverse_speculation import ReverseSpeculation as ReverseSpeculation
     from genssd.engine.runner import Role as Role
     from genssd.engine.sampling import Sampling as Sampling
@@ -79,6 +80,11 @@ if TYPE_CHECKING:
     from genssd.engine.served.record import ServerRecord as ServerRecord
     from genssd.engine.text import Prompt as Prompt
     from genssd.engine.text import Tokenizer as Tokenizer
+    from genssd.engine.thinking import PromptEnd as PromptEnd
+    from genssd.engine.thinking import ThinkingMode as ThinkingMode
+    from genssd.engine.thinking_pair import ThinkingPair as ThinkingPair
+    from genssd.engine.thinking_pair import compare_thinking as compare_thinking
+    from genssd.engine.thoughts import ThoughtTags as ThoughtTags
     from genssd.engine.token_map import TokenMap as TokenMap
     from genssd.engine.usage import CacheUse as CacheUse
     from genssd.engine.usage import Usage as Usage
@@ -162,6 +168,7 @@ _NAMES = {
         "Fork",
         "NodeReader",
     ),
+    "genssd.engine.pair_prompts": ("PairPrompt",),
     "genssd.engine.reverse_speculation": ("ReverseSpeculation",),
     "genssd.engine.runner": ("Role",),
     "genssd.engine.sampling": ("Sampling",),
@@ -186,6 +193,15 @@ _NAMES = {
         "Prompt",
         "Tokenizer",
     ),
+    "genssd.engine.thinking": (
+        "PromptEnd",
+        "ThinkingMode",
+    ),
+    "genssd.engine.thinking_pair": (
+        "ThinkingPair",
+        "compare_thinking",
+    ),
+    "genssd.engine.thoughts": ("ThoughtTags",),
     "genssd.engine.token_map": ("TokenMap",),
     "genssd.engine.usage": (
         "CacheUse",

@@ -62,13 +62,15 @@ def select(config: SelectConfig, console: Console) -> None:
         summary = run_select(config, report=line)
     if summary.calibration is not None:
         print(f"threshold {summary.calibration}")
-    print(f"{format_count(summary.prompts, 'prompt')}: {_list_statuses(summary.statuses)}")
-    print(f"{format_count(summary.tokens_kept, 'token')} kept of {summary.tokens_sampled:,} sampled")
+    is_empty = not summary.prompts and summary.stopped_by is not None
+    if not is_empty:
+        print(f"{format_count(summary.prompts, 'prompt')}: {_list_statuses(summary.statuses)}")
+        print(f"{format_count(summary.tokens_kept, 'token')} kept of {summary.tokens_sampled:,} sampled")
     if any(name in summary.rounds for name in SPECIAL):
         print(f"rounds: {', '.join(f'{count:,} {name}' for name, count in sorted(summary.rounds.items()))}")
     _print_accuracy(summary.accuracy)
     _print_cuts(summary.cuts, summary.prompts)
-    print(f"written to {summary.path}")
+    print(f"nothing was written to {summary.path}" if is_empty else f"written to {summary.path}")
     if (stop := summary.describe_stop(config.total_budget)) is not None:
         print(stop)
     if summary.missing_tokens:

@@ -21,7 +21,7 @@ import yaml
 from genssd.distill.files.pipes import open_pipe
 from genssd.engine.errors import InputError
 
-JSON_KEYS = frozenset(("chat_template_kwargs",))
+JSON_KEYS = frozenset(("chat_template_kwargs", "teacher_template_kwargs", "student_template_kwargs"))
 """Keys whose value may be an object in a YAML file; its flag takes the JSON text of an object."""
 MAX_CONFIG_BYTES = 1 << 18
 """Maximum size of a config file."""

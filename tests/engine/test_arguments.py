@@ -48,6 +48,7 @@ def calls(engine: Engine) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]
         "local_logprob": (engine.local_logprob, ("abc", [1, 2], [(0, 0, 1)])),
         "mean_activations": (engine.mean_activations, ("abc", [1, 2])),
         "branch": (engine.branch, ("abc",)),
+        "encode_pair": (engine.encode_pair, ("abc",)),
         "expand": (engine.expand, ([], 2)),
         "with_chat": (engine.with_chat, ()),
         "positions": (engine.positions, ("teacher",)),

@@ -143,6 +143,53 @@ SMOLLM2 = """
 """As SmolLM2-Instruct: ChatML with a system message of its own where the conversation has none."""
 
 
+SMOLLM3 = """
+{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}
+{%- set mode = '/think' if enable_thinking else '/no_think' -%}
+{%- if messages[0].role == 'system' -%}
+{%- set system = messages[0].content -%}
+{%- if '/no_think' in system -%}{%- set mode = '/no_think' -%}{%- elif '/think' in system -%}{%- set mode = '/think' -%}
+{%- endif -%}
+{%- set custom = system.replace('/no_think', '').replace('/think', '').rstrip() -%}
+{%- endif -%}
+{%- set empty = '' if mode == '/think' else '<think>\\n\\n</think>\\n' -%}
+{{- '<|im_start|>system\\nReasoning Mode: ' + mode + '\\n\\n' + (custom or 'You are SmolLM.') + '<|im_end|>\\n' -}}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{- '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' -}}
+{%- elif m.role == 'assistant' -%}
+{{- '<|im_start|>assistant\\n' + empty + m.content.lstrip('\\n') + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' + empty -}}{%- endif -%}
+"""
+"""As SmolLM3: reads enable_thinking, and /think and /no_think in the system message, which go before it."""
+
+DEEPSEEK_V31 = """
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{{- ('</think>' + m.content.split('</think>')[-1] if m.role == 'assistant' else m.content) + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' + ('<think>' if thinking is defined and thinking else '</think>') -}}
+{%- endif -%}
+"""
+"""As DeepSeek-V3.1: the prompt opens a thought where the variable thinking is true, else it closes one."""
+
+QWEN3_SWITCH = QWEN3_TEMPLATE.replace(
+    "'<|im_start|>assistant\\n' -}}{%- endif -%}\n",
+    "'<|im_start|>assistant\\n' -}}\n{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}\n{%- endif -%}\n",
+)
+"""As Qwen3 with its switch, which writes an empty thought into the prompt when it is false."""
+
+GRANITE = """
+{%- if thinking -%}{{- '<|im_start|>system\\nThink first.<|im_end|>\\n' -}}{%- endif -%}
+{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+"""As Granite 3.2: the variable thinking changes the system message alone."""
+
+
 def make_tokenizer(directory: Path, template: str) -> Tokenizer:
     """Return the tokenizer of a tiny checkpoint with another chat template."""
     save_checkpoint(directory)

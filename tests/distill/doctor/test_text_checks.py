@@ -104,18 +104,27 @@ def save_with_template(directory: Path, template: str) -> str:
     return str(directory)
 
 
-def test_thoughts_that_one_prompt_alone_opens_are_a_warning(tmp_path: Path) -> None:
+def test_a_thought_that_one_prompt_alone_opens_is_trained(tmp_path: Path) -> None:
     teacher, student = make_pair(tmp_path)
     (tmp_path / "teacher" / "chat_template.jinja").write_text(THINK_OPENER)
     found = one(check_thinking(open_inputs(models_of(teacher, student), 1)))
-    assert found.level == "warning"
-    assert (
-        "the teacher's prompt ends inside of a thought (<think>); the student's prompt opens no thought" in found.line
-    )
-    assert "chat templates open thoughts alike" in str(found.fix)
+    assert found.level == "ok"
+    assert "the teacher's chat template opens a thought (<think>) in the prompt" in found.line
+    assert "is trained to write '<think>" in found.line
     (tmp_path / "student" / "chat_template.jinja").write_text(THINK_OPENER)
     found = one(check_thinking(open_inputs(models_of(teacher, student), 1)))
-    assert found.level == "ok"
+    assert (found.level, "is trained" in found.line) == ("ok", False)
+
+
+def test_thoughts_that_do_not_match_are_an_error(tmp_path: Path) -> None:
+    teacher, student = make_pair(tmp_path)
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(THINK_OPENER)
+    (tmp_path / "student" / "chat_template.jinja").write_text(
+        CHATML + "{% if add_generation_prompt and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    found = one(check_thinking(open_inputs(models_of(teacher, student), 1)))
+    assert found.level == "error"
+    assert "turn thinking on for the student by student_template_kwargs enable_thinking=true" in found.line
 
 
 @pytest.mark.parametrize("value", [None, True, False])
@@ -126,9 +135,9 @@ def test_the_switches_of_a_template_are_listed_with_their_values(value: bool | N
         chat = dataclasses.replace(settings.chat, template_kwargs={"enable_thinking": value})
         settings = dataclasses.replace(settings, chat=chat)
     found = one(check_thinking(open_inputs(settings, 1)))
-    shown = "not set" if value is None else repr(value)
-    assert detail_of(found) == f"teacher: switched by enable_thinking ({shown})"
-    assert ("ends inside of a thought" in found.line) is bool(value)
+    state = "on" if value else "off" if value is False else "off by default"
+    assert f"has the switch enable_thinking, {state}" in found.line
+    assert ("opens a thought" in found.line) is bool(value)
 
 
 def test_a_switch_that_a_template_does_not_read_is_refused(tmp_path: Path) -> None:

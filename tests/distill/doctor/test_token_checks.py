@@ -43,13 +43,17 @@ def test_a_token_that_the_student_lacks_is_a_warning(tmp_path: Path) -> None:
     assert "<tool>" in str(found.fix)
 
 
-def test_other_vocabularies_are_an_error(tmp_path: Path) -> None:
+def test_other_vocabularies_are_read_by_bytes_or_an_error(tmp_path: Path) -> None:
     teacher, student = make_pair(tmp_path)
     path = tmp_path / "student" / "tokenizer.json"
     fields = json.loads(path.read_text())
     vocabulary = fields["model"]["vocab"]
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     path.write_text(json.dumps(fields))
+    found = one(check_tokenizers(both(teacher, student)))
+    assert found.level == "ok"
+    assert "by its bytes" in found.line
+    path.write_text(json.dumps({**fields, "decoder": None}))
     found = one(check_tokenizers(both(teacher, student)))
     assert found.level == "error"
     assert "have different vocabularies: id 32 is 'A' in one and 'B' in the other, id 33 is 'B' in one" in found.line

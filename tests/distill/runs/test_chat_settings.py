@@ -19,6 +19,8 @@ from genssd.commands import COMMANDS
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
 from genssd.distill.runs import chat_settings
 from genssd.distill.runs.chat_settings import ChatSettings, parse_date, parse_template_kwargs
+from genssd.distill.runs.effects import check_effects
+from genssd.distill.score.run import ScoreConfig
 from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
@@ -66,6 +68,22 @@ def test_variables_may_be_an_object_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("chat_template_kwargs: {enable_thinking: false}\n")
     assert flags_of_file(path, GenerateConfig) == ["--chat_template_kwargs", '{"enable_thinking": false}']
+
+
+def test_variables_of_one_model_are_told_apart() -> None:
+    config = GenerateConfig(
+        teacher="t", student="s", data="d", chat_template_kwargs=("a=1",), teacher_template_kwargs=("a=2", "b=3"),
+        student_template_kwargs=("c=4",),
+    )  # fmt: skip
+    options = config.make_chat_options("2026-11-26")
+    assert options.for_model("teacher").template_kwargs == {"a": 2, "b": 3}
+    assert options.for_model("student").template_kwargs == {"a": 1, "c": 4}
+    assert config.as_student_settings()["chat_template_kwargs"] == ("a=1", "c=4")
+    with pytest.raises(InputError, match=r"student_template_kwargs=.* has no effect: it needs a student"):
+        check_effects(dataclasses.replace(config, student=None))
+    scoring = ScoreConfig(student="s", data=("d",), teacher_template_kwargs=("a=1",))
+    with pytest.raises(InputError, match=r"teacher_template_kwargs=.* has no effect: it needs a teacher"):
+        check_effects(scoring)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
 
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
+PAIR_CHAT = CHAT | {"teacher_template_kwargs", "student_template_kwargs"}
 ENGINE = {"threads", "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
 WRITING = SAMPLING | {"generation_config"}
@@ -39,9 +40,9 @@ RUN = {"output_dir", "resume", "limit", "data"}
 ALWAYS = {
     "demo": {"output_dir", "prompts", "candidates", "train_tokens", "learning_rate", "batch_size", "eval_problems"}
     | {"post_hoc", "seed", "threads"},
-    "select": SEARCH | CHAT | RUN | {"teacher", "student"},
-    "generate": ENGINE | CHAT | WRITING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
-    "score": ENGINE | CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
+    "select": SEARCH | PAIR_CHAT | RUN | {"teacher", "student"},
+    "generate": ENGINE | PAIR_CHAT | WRITING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
+    "score": ENGINE | PAIR_CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},
@@ -53,7 +54,7 @@ ALWAYS = {
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"},
     "train": TRAINING | CHAT
     | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint"},
-    "distill": CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
+    "distill": PAIR_CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
     | {"teacher", "student", "data", "output_dir", "resume", "rounds", "prompts_per_round", "restart"}
     | {"require_correct", "eval_data", "threads"},
     "tune": {"model_name_or_path", "teacher", "student", "dtype", "device", "tune_file", "seconds"},

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 from support.tiny_pair import TinyPair
-from support.toys import EOS, edit_json, save_checkpoint
+from support.tokenizer_families import EMBEDDING_ROWS, QWEN25, build_backend, save_backend, save_r1_qwen
+from support.toys import EOS, edit_json, save_checkpoint, save_model
 
 from genssd import Chunk, Engine
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
+from genssd.engine.ends import describe_foreign_ends, find_foreign_ends
+from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.text import Tokenizer
+from genssd.engine.token_map import match_tokenizers
 
 Write = Callable[..., Path]
 START = 258
@@ -95,3 +99,29 @@ def test_a_student_with_the_same_end_keeps_its_own(tiny_pair: TinyPair, write_ro
         )
     )
     assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["eos_token_id"] == before
+
+
+def test_ends_that_no_model_has_are_refused(tiny_pair: TinyPair, base_student: Path, tmp_path: Path) -> None:
+    edit_json(base_student / "tokenizer_config.json", eos_token=None)
+    edit_json(base_student / "generation_config.json", eos_token_id=99_999)
+    message = r"base: no response could end, because eos_token_id \(99999\) is no id of the model, which has 259"
+    for pair in ((tiny_pair.teacher, base_student), (base_student, tiny_pair.student)):
+        with pytest.raises(CheckpointError, match=message):
+            Engine.from_pretrained(*pair, memory_bytes=1 << 24)
+    # an id beside others is no fault, and is not named
+    edit_json(base_student / "generation_config.json", eos_token_id=[START, 99_999])
+    tokenizers = Tokenizer(tiny_pair.teacher), Tokenizer(base_student)
+    token_map = match_tokenizers(*tokenizers, "teacher", "student")
+    assert find_foreign_ends(*tokenizers, token_map) == [EOS]
+    assert "it ends with '<|im_start|>' (id 258). A" in describe_foreign_ends([EOS], *tokenizers)
+    assert find_foreign_ends(*reversed(tokenizers), token_map) == [START]  # type: ignore[arg-type]
+
+
+def test_an_end_that_the_student_cannot_read_is_refused(tmp_path: Path) -> None:
+    """The teacher has an end of its own, and the student no end at all."""
+    teacher, student = save_r1_qwen(tmp_path / "teacher"), tmp_path / "student"
+    save_backend(student, build_backend(QWEN25), "<|im_end|>")
+    save_model(student, "llama", vocab_size=EMBEDDING_ROWS, eos_token_id=None)  # whose tokenizer class has no end
+    edit_json(student / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(InputError, match=r"end with '.*' \(id 263\), and the student .* has neither this token nor an"):
+        Engine.from_pretrained(teacher, student, memory_bytes=1 << 24)

@@ -1,0 +1,146 @@
+"""One prompt as teacher and student read it, so that the response which follows is the same thought to both.
+
+The teacher writes the response after its own prompt, and the student reads the same tokens after its own. What the two
+prompts end in decides what the student must read between its prompt and the response, or must not read:
+
+    teacher's prompt ends in    student's     the student reads                 rows train, before the response
+    an open thought             none          its prompt, the opening           the opening
+                                open          its prompt                        what its opening lacks (a line break)
+                                closed        refused
+    an empty thought            none          its prompt, the empty thought     the empty thought: both only where its
+                                              template writes one before answers     template writes one before answers
+                                open          its prompt, the closing tag       the closing tag
+                                closed        its prompt
+    no thought                  none          its prompt
+        it thinks by itself     open          its prompt without the opening    nothing: the response opens the thought
+                                closed        refused where the teacher's switch is on
+        it does not think       open          its prompt, the closing tag       the closing tag
+
+The tokens that are added to the student's prompt are the lead. The prompt of a row without its lead is what the
+student's own chat template renders, so that a later chat continues as the row does. Where the opening is left out of
+the prompt, the response begins with it, and both together are the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from genssd.engine.chat_options import ChatOptions
+from genssd.engine.errors import InputError
+from genssd.engine.runner import Role
+from genssd.engine.text import Prompt, Tokenizer, as_messages
+from genssd.engine.thinking import ThinkingMode, ThoughtEnd, find_thinking, read_end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairPrompt:
+    """Token ids of one prompt as teacher and student read it."""
+
+    teacher: tuple[int, ...]
+    """Token ids as the teacher reads the prompt."""
+    student: tuple[int, ...]
+    """Token ids as the student reads the prompt, its lead included."""
+    num_lead: int = 0
+    """Number of tokens in the lead: the last ones of `student`, which its own chat template does not write. They open
+    or close the thought, and are trained as the beginning of the response."""
+
+
+def render_with(tokenizers: Mapping[Role, Tokenizer], options: ChatOptions) -> dict[Role, Tokenizer]:
+    """Return the tokenizers of one or both models with other options of rendering chats.
+
+    Raises InputError naming a variable of the options that a chat template does not read.
+    """
+    rendering: dict[Role, Tokenizer] = {}
+    for role, tokenizer in tokenizers.items():
+        try:
+            rendering[role] = tokenizer.with_chat(options.for_model(role))
+        except InputError as error:
+            if len(tokenizers) == 1:
+                raise
+            raise InputError(
+                f"{error}. teacher_template_kwargs and student_template_kwargs set a variable of one model alone"
+            ) from None
+    return rendering
+
+
+class PairEncoder:
+    """Encodes prompts for a teacher and a student. Raises InputError on what either cannot read."""
+
+    def __init__(self, teacher: Tokenizer, student: Tokenizer) -> None:
+        self._teacher = teacher
+        self._student = student
+        self._modes: dict[Role, ThinkingMode] = {}
+
+    def encode(self, prompt: Prompt) -> PairPrompt:
+        """Return a prompt as both models read it. Raises InputError where they cannot read the same thought."""
+        messages = as_messages(prompt)
+        if messages is None:
+            return PairPrompt(
+                teacher=tuple(self._teacher.encode_prompt(prompt)), student=tuple(self._student.encode_prompt(prompt))
+            )
+        texts = [tokenizer.render_prompt(messages) for tokenizer in (self._teacher, self._student)]
+        ends = [
+            read_end(text, messages, tokenizer.chat.tags)
+            for text, tokenizer in zip(texts, (self._teacher, self._student), strict=True)
+        ]
+        removed, lead = self._match(*ends)
+        own_text = texts[1].removesuffix(removed) if removed else texts[1]
+        own, further = self._student.encode_rendered(own_text), self._student.encode(lead, special=False)
+        teacher_ids = self._teacher.encode_rendered(texts[0])
+        if not own or not teacher_ids:
+            raise InputError("the prompt is empty")
+        return PairPrompt(teacher=tuple(teacher_ids), student=(*own, *further), num_lead=len(further))
+
+    def _match(self, teacher: ThoughtEnd, student: ThoughtEnd) -> tuple[str, str]:
+        """Return what the student's prompt loses at its end, and what it gets there."""
+        if teacher.state == "open":
+            return "", self._open(teacher, student)
+        if student.state == "none":
+            return "", self._mode("student").empty_thought if teacher.state == "closed" else ""
+        if student.state == "open":
+            if teacher.state == "closed" or not self._mode("teacher").thinks:
+                assert student.tags is not None
+                line_break = "" if student.text.endswith("\n") else "\n"
+                return "", f"{line_break}\n{student.tags.closing}\n\n"
+            return student.text, ""
+        if teacher.state == "none" and self._mode("teacher").is_on:
+            raise InputError(
+                "the teacher thinks, and the prompt of the student ends in an empty thought: "
+                f"{self._name_remedy('teacher', 'off')}, or {self._name_remedy('student', 'on')}"
+            )
+        return "", ""
+
+    def _open(self, teacher: ThoughtEnd, student: ThoughtEnd) -> str:
+        """Return what the student's prompt gets so that it ends in the thought that the teacher's prompt opens."""
+        if student.state == "none":
+            return teacher.text
+        assert teacher.tags is not None
+        assert student.tags is not None
+        if student.state == "closed":
+            raise InputError(
+                f"the teacher's chat template opens a thought ({teacher.tags.opening}), and the "
+                f"student's prompt ends in an empty one: {self._name_remedy('student', 'on')}, or "
+                f"{self._name_remedy('teacher', 'off')}"
+            )
+        if teacher.tags != student.tags:
+            raise InputError(
+                f"the teacher's chat template opens a thought by {teacher.tags.opening}, the student's by "
+                f"{student.tags.opening}, so that the response closes another thought than the one that the student "
+                f"has begun: give {self._student.directory} the chat template of the teacher"
+            )
+        return teacher.text.removeprefix(student.text) if teacher.text.startswith(student.text) else ""
+
+    def _mode(self, role: Role) -> ThinkingMode:
+        if role not in self._modes:
+            self._modes[role] = find_thinking((self._teacher if role == "teacher" else self._student).chat)
+        return self._modes[role]
+
+    def _name_remedy(self, role: Role, value: Literal["on", "off"]) -> str:
+        """Return how thinking is turned on or off for one model, as part of a sentence."""
+        switch = self._mode(role).switch
+        if switch is None:
+            return f"choose a {role} whose chat template can turn thinking {value}"
+        word = "true" if value == "on" else "false"
+        return f"turn thinking {value} for the {role} by {role}_template_kwargs {switch}={word}"
