@@ -24,7 +24,9 @@ from genssd.engine.pages import PagePool
 from genssd.engine.parameters import count_parameters
 from genssd.engine.text import Tokenizer
 from genssd.engine.transformers_loading import load_model
+from genssd.kernels import attention, native
 
+PLAIN = ("smollm3", "gemma2", "gemma3", "phi4-mini", "olmo3", "qwen3-moe-some-dense", "gpt-oss")
 BFLOAT16 = ("smollm3", "granite", "gemma2", "gemma3", "phi4-mini", "olmo3", "mixtral", "qwen3-moe", "gpt-oss")
 FORMAT = {"format": "pt"}
 
@@ -44,6 +46,26 @@ def test_every_family_has_a_case() -> None:
 @pytest.mark.parametrize(("kind", "options"), FAMILY_CASES)
 @torch.inference_mode()
 def test_logits_equal_transformers(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    check_logits(tmp_path, kind, options)
+
+
+@pytest.mark.parametrize(("kind", "options"), [case for case in FAMILY_CASES if case.id in PLAIN])
+@torch.inference_mode()
+def test_logits_in_plain_torch(
+    tmp_path: Path, kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a processor for which there are no native kernels."""
+    monkeypatch.setattr(native, "has_native_kernels", lambda: False)
+    called: list[int] = []
+    reference = attention.paged_attention_reference
+    monkeypatch.setattr(
+        attention, "paged_attention_reference", lambda *a, **more: called.append(1) or reference(*a, **more)
+    )
+    check_logits(tmp_path, kind, options)
+    assert called
+
+
+def check_logits(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     """In one shot, in pieces, and on branches that fork inside of a page, beyond every window."""
     model = save_family(tmp_path, kind, options)
     ids = torch.randint(0, VOCAB, (1, 70), generator=torch.Generator().manual_seed(1))

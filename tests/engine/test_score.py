@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.toys import Pair, save_checkpoint
+from support.families import FAMILY_CASES, save_family
+from support.toys import Pair, save_checkpoint, save_tokenizer
 
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
@@ -51,6 +52,26 @@ def test_equals_transformers(engine: Engine, pair: Pair, random_prompts: Prompts
     for prompt, response, stats in zip(prompts, responses, scored, strict=True):
         assert len(stats) == len(response)
         assert_equal(stats, full_statistics(pair, role, prompt, response))
+
+
+LLAMAS = [pytest.param(kind, {"vocab_size": 260}, id=kind) for kind in ("llama", "qwen2", "qwen3")]
+
+
+@pytest.mark.parametrize(("kind", "options"), [*LLAMAS, *FAMILY_CASES])
+@torch.inference_mode()
+def test_every_family_equals_transformers(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    """20 random models, with responses that continue beyond every window after prompts that begin alike."""
+    save_tokenizer(tmp_path)
+    model = save_family(tmp_path, kind, options, scale=3.0)
+    engine = Engine.from_pretrained(student=tmp_path, dtype="float32", memory_bytes=1 << 23)
+    generator = torch.Generator().manual_seed(8)
+    begin, *rest = (torch.randint(0, 250, (n,), generator=generator).tolist() for n in (21, 4, 30, 9, 17, 26))
+    prompts, responses = [begin + rest[0], begin + rest[1], rest[2]], [rest[3], rest[4], rest[0] + rest[1]]
+    for prompt, response, stats in zip(prompts, responses, engine.score(prompts, responses), strict=True):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        assert logits.std() > 0.02
+        expected = logits.log_softmax(1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(stats.logprob, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_the_sum_over_any_split_is_the_sum_in_one_shot(engine: Engine, random_prompts: Prompts) -> None:

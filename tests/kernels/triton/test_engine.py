@@ -25,14 +25,16 @@ from genssd.engine.model import Decoder
 from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 from genssd.engine.segments import append_tokens
-from genssd.kernels import native
-from genssd.kernels.activation import geglu_reference, swiglu_reference
+from genssd.kernels import experts_triton, native
+from genssd.kernels.activation import Activation, clamped_swiglu_reference, geglu_reference, swiglu_reference
 from genssd.kernels.activation_triton import gated_rows
 from genssd.kernels.attention import SEGMENT_TOKENS, SegmentTable, paged_attention_reference
 from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows
 from genssd.kernels.cache import write_kv_reference
 from genssd.kernels.cache_triton import write_kv_rows
 from genssd.kernels.device_table import DeviceTable
+from genssd.kernels.experts import ExpertWeights, expert_mlp_reference
+from genssd.kernels.experts_triton import ExpertTiles, run_experts
 from genssd.kernels.norm import add_rms_norm_reference, rms_norm_reference
 from genssd.kernels.norm_triton import add_rms_norm_rows, rms_norm_rows
 
@@ -52,8 +54,9 @@ LAUNCH = AttentionLaunch(
     ),
     interpret=True,
 )
+EXPERT_TILES = ExpertTiles(block_t=16, block_m=32, block_d=32, num_warps=1, num_stages=1, interpret=True)
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
-TWO_LAYERS = {"gemma2": TWO_KINDS, "gemma3": TWO_KINDS, "olmo3": TWO_KINDS}
+TWO_LAYERS = {"gemma2": TWO_KINDS, "gemma3": TWO_KINDS, "olmo3": TWO_KINDS, "gpt-oss": TWO_KINDS}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1, "vocab_size": 260}
 
 
@@ -83,6 +86,15 @@ def write(
     return write_kv_rows(qkv, *rest, heads, q_norm, k_norm, eps, norm_offset)
 
 
+def choose_experts(
+    h: Tensor, expert: Tensor, weight: Tensor, weights: ExpertWeights, *, activation: Activation
+) -> Tensor:
+    gate_up, down = (
+        torch.stack([w for w in stack if isinstance(w, Tensor)]) for stack in (weights.gate_up, weights.down)
+    )
+    return run_experts(h, expert, weight, (gate_up, weights.gate_up_bias), (down, weights.down_bias), activation)
+
+
 OPERATORS = {
     "triton": {
         "paged_attention": attend,
@@ -91,6 +103,8 @@ OPERATORS = {
         "add_rms_norm": add_rms_norm_rows,
         "swiglu": functools.partial(gated_rows, gate="silu"),
         "geglu": functools.partial(gated_rows, gate="gelu"),
+        "clamped_swiglu": functools.partial(gated_rows, gate="clamped"),
+        "expert_mlp": choose_experts,
     },
     "plain": {
         "paged_attention": paged_attention_reference,
@@ -99,6 +113,8 @@ OPERATORS = {
         "add_rms_norm": add_rms_norm_reference,
         "swiglu": swiglu_reference,
         "geglu": geglu_reference,
+        "clamped_swiglu": clamped_swiglu_reference,
+        "expert_mlp": expert_mlp_reference,
     },
 }
 
@@ -108,6 +124,7 @@ def put_in_place(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(model, name, operator)
     monkeypatch.setattr(native, "has_native_kernels", lambda: False)  # all else is plain torch
     monkeypatch.setitem(SEGMENT_TOKENS, "cpu", 16)
+    monkeypatch.setattr(experts_triton, "choose_launch", lambda *problem: EXPERT_TILES)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("qwen3", {}), ("qwen2", WINDOWED)], ids=["qwen3", "qwen2-window"])
@@ -137,10 +154,11 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
     assert max(len(selection.best.token_ids) for selection in found["triton"]) > 4
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi4-mini", "olmo3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss"])
 @torch.inference_mode()
 def test_families_in_one_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms with an offset, softcaps, two rotary embeddings and one of a part of each head, against transformers."""
+    """Norms with an offset, softcaps, two rotary embeddings and one of a part of each head, experts and sinks, against
+    transformers."""
     kind, options = next(case.values for case in FAMILY_CASES if case.id == name)
     hf = save_family(tmp_path, kind, {**options, "num_hidden_layers": 2, **TWO_LAYERS.get(name, {})})
     put_in_place("triton", monkeypatch)
