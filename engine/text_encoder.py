@@ -150,8 +150,8 @@ class TextEncoder:
         last_word, border = words[-1] or 0, len(data)
         for k in range(len(lengths) - 1, 0, -1):
             border -= lengths[k]
-            if not 0 < border < len(data) or data[border] & 0xC0 == 0x80:
-                continue  # inside a character
+            if not lengths[k - 1] or not 0 < border < len(data) or data[border] & 0xC0 == 0x80:
+                continue  # inside a character, whose bytes are the last token's where they were composed
             before, after = _last_character(data, border), _first_character(data, border)
             if self._divides:
                 word = words[k] or 0

@@ -62,6 +62,9 @@ if TYPE_CHECKING:
     from genssd.engine.nodes import Fork as Fork
     from genssd.engine.nodes import NodeReader as NodeReader
     from genssd.engine.pair_prompts import PairPrompt as PairPrompt
+    from genssd.engine.reading import ByteSpans as ByteSpans
+    from genssd.engine.reading import Reader as Reader
+    from genssd.engine.reading import Reading as Reading
     from genssd.engine.reverse_speculation import ReverseSpeculation as ReverseSpeculation
     from genssd.engine.runner import Role as Role
     from genssd.engine.sampling import Sampling as Sampling
@@ -169,6 +172,7 @@ _NAMES = {
         "NodeReader",
     ),
     "genssd.engine.pair_prompts": ("PairPrompt",),
+    "genssd.engine.reading": ("ByteSpans", "Reader", "Reading"),
     "genssd.engine.reverse_speculation": ("ReverseSpeculation",),
     "genssd.engine.runner": ("Role",),
     "genssd.engine.sampling": ("Sampling",),
