@@ -42,7 +42,10 @@ from genssd.engine.text import Tokenizer
 
 TEACHER_FIELDS = ("teacher", "model", "generator")
 VERDICT_FIELDS = ("correctness_math_verify", "correctness", "correct")
-FIELDS_OF_BEST = ("messages", "teacher_topk", "teacher_logprobs", "chunks", *VERDICT_FIELDS, "undecided", "cut_by")
+FIELDS_OF_BEST = (
+    "messages", "teacher_topk", "teacher_logprobs", "teacher_ids", "teacher_bytes", "completion_bytes", "chunks",
+    *VERDICT_FIELDS, "undecided", "cut_by",
+)  # fmt: skip
 """Fields of a row with several responses that belong to the first of them."""
 
 

@@ -11,6 +11,7 @@ from genssd.distill.data.messages import parse_conversation
 from genssd.engine.amounts import format_count
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
+from genssd.engine.reading import ByteSpans
 
 LARGEST_SURPRISAL = 1e6
 """Absolute value that no log-probability of a model reaches; NaN and huge numbers in a row are refused by it."""
@@ -35,7 +36,9 @@ class WriterRecord:
     prompt_ids: tuple[int, ...]
     """Prompt as the model read it; empty where the row does not have it."""
     logprobs: tuple[float, ...] | None
-    """The model's log-probability of every token of the response; None where the row does not have them."""
+    """The model's log-probability of every token that it wrote; None where the row does not have them."""
+    spans: ByteSpans | None
+    """Number of bytes in every token of the response and of the model that wrote it; None where they are the same."""
 
 
 def read_text_prompt(fields: Mapping[str, Any], where: str) -> TextPrompt | None:
@@ -50,22 +53,46 @@ def read_text_prompt(fields: Mapping[str, Any], where: str) -> TextPrompt | None
 def read_writer_record(fields: Mapping[str, Any], num_response: int, where: str) -> WriterRecord:
     """Return what a row with token ids of this tokenizer records of its writer. num_response: tokens in the response.
 
-    Raises InputError naming `where` on log-probabilities of another number of tokens.
+    Raises InputError naming `where` on log-probabilities, or numbers of bytes, of another number of tokens.
     """
+    spans = _read_spans(fields, num_response, where)
+    num_written = num_response if spans is None else len(spans.teacher)
     teacher, values = fields.get("teacher"), fields.get("teacher_logprobs")
     fingerprint = teacher.get("fingerprint") if isinstance(teacher, Mapping) else None
     if values is not None and (
-        not isinstance(values, list) or len(values) != num_response or not all(map(_is_logprob, values))
+        not isinstance(values, list) or len(values) != num_written or not all(map(_is_logprob, values))
     ):
         raise InputError(
-            f"{where}: teacher_logprobs must be a list of {format_count(num_response, 'number')}, one for each token"
+            f"{where}: teacher_logprobs must be a list of {format_count(num_written, 'number')}, one for each token"
         )
     ids = fields.get("prompt_ids")
     return WriterRecord(
         fingerprint=fingerprint if isinstance(fingerprint, str) else None,
         prompt_ids=tuple(ids) if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids) else (),
         logprobs=None if values is None else tuple(map(float, values)),
+        spans=spans,
     )
+
+
+def _read_spans(fields: Mapping[str, Any], num_response: int, where: str) -> ByteSpans | None:
+    """Return the bytes of the tokens of a response that its student read by bytes; None of any other."""
+    if fields.get("teacher_bytes") is None:
+        return None
+    student, teacher = (_read_lengths(fields, name, where) for name in ("completion_bytes", "teacher_bytes"))
+    if len(student) != num_response or sum(student) != sum(teacher):
+        raise InputError(
+            f"{where}: completion_bytes must have {format_count(num_response, 'number')}, one for each token, and the "
+            "sum of teacher_bytes"
+        )
+    return ByteSpans(student=student, teacher=teacher)
+
+
+def _read_lengths(fields: Mapping[str, Any], name: str, where: str) -> tuple[int, ...]:
+    """Return the numbers of bytes in a field."""
+    lengths = fields.get(name)
+    if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
+        raise InputError(f"{where}: {name} must be a list of numbers of bytes")
+    return tuple(lengths)
 
 
 def _is_logprob(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any
@@ -82,6 +82,8 @@ class Scorer:
                 verdict = judge.judge(trace.prompt_ids, trace.response_ids, trace.answer)
             correct = trace.correct if verdict is None else verdict.is_correct
             candidate = make_candidate(trace, self.engine, of_trace, teacher_logprob, correct=correct)
+            if self.teacher is None and trace.writer is not None:  # the recorded log-probabilities, of its own tokens
+                candidate = replace(candidate, spans=trace.writer.spans)
             yield self._describe(trace, candidate, verdict)
 
     def _describe(self, trace: Trace, candidate: Candidate, verdict: Verdict | None) -> dict[str, Any]:

@@ -48,7 +48,10 @@ class SelectSummary:
     """Number of best trajectories that were cut off, by what cut them."""
     calibration: Calibration | None
     """Where the threshold comes from; None where it is not taken from data."""
+    drifted: int
+    """Number of best trajectories whose tokens of a student that reads bytes were others in pieces than as a whole."""
     tokens_kept: int
+    """Number of the teacher's tokens in the best trajectories."""
     tokens_sampled: int
     rounds: Mapping[str, int]
     """Number of attempts at rounds by what the search did after them (see `Decision`)."""
@@ -83,8 +86,8 @@ class SelectSummary:
     def as_json(self) -> dict[str, Any]:
         """Return the content of summary.json."""
         names = (
-            "prompts", "statuses", "cuts", "tokens_kept", "tokens_sampled", "rounds", "stopped_by", "unfinished",
-            "tokens_dropped",
+            "prompts", "statuses", "cuts", "drifted", "tokens_kept", "tokens_sampled", "rounds", "stopped_by",
+            "unfinished", "tokens_dropped",
         )  # fmt: skip
         return {
             "path": self.path.name,
@@ -101,13 +104,14 @@ def summarise(run: Run, end: SearchEnd, data: ProblemSet, calibration: Calibrati
     """Return the counts over the journal."""
     statuses: Counter[str] = Counter()
     rounds: Counter[str] = Counter()
-    kept = sampled = 0
+    kept = sampled = drifted = 0
     best: list[dict[str, Any]] = []
     for row in run.done():
         statuses[row["status"]] += 1
         rounds.update(row["rounds"])
-        kept += len(row["completion_ids"])
+        kept += len(row.get("teacher_ids", row["completion_ids"]))
         sampled += row["tokens_sampled"]
+        drifted += row.get("drifted") is True
         best.append({name: row[name] for name in ("correct", "undecided", "cut_by")})
     return SelectSummary(
         path=run.journal_path,
@@ -116,6 +120,7 @@ def summarise(run: Run, end: SearchEnd, data: ProblemSet, calibration: Calibrati
         accuracy=measure_accuracy([[row] for row in best]),
         cuts=count_cuts(best),
         calibration=calibration,
+        drifted=drifted,
         tokens_kept=kept,
         tokens_sampled=sampled,
         rounds=dict(rounds),

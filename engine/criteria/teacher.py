@@ -30,9 +30,9 @@ class TeacherStudentGap(CheckedOptions):
         teacher = _teacher_logprob(candidate, "divergence")
         if candidate.spans is None:
             return float((teacher - candidate.logprob).mean())
-        before = candidate.history_teacher_logprob
-        assert before is not None
-        teacher, student = torch.cat((before.double().cpu(), teacher)), candidate.response_logprob()
+        student = candidate.response_logprob()
+        if (before := candidate.history_teacher_logprob) is not None:
+            teacher = torch.cat((before.double().cpu(), teacher))
         gaps = [
             float(teacher[of_teacher:teacher_end].sum() - student[of_student:student_end].sum())
             for of_student, student_end, of_teacher, teacher_end in candidate.spans.align(

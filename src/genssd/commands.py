@@ -71,6 +71,12 @@ def select(config: SelectConfig, console: Console) -> None:
     _print_accuracy(summary.accuracy)
     _print_cuts(summary.cuts, summary.prompts)
     print(f"nothing was written to {summary.path}" if is_empty else f"written to {summary.path}")
+    if summary.drifted:
+        _warn(
+            f"{format_count(summary.drifted, 'response')} whose tokens of the student were others chunk by chunk than "
+            "as a whole, and that were scored again: please report the pair of models",
+            console,
+        )
     if (stop := summary.describe_stop(config.total_budget)) is not None:
         print(stop)
     if summary.missing_tokens:
