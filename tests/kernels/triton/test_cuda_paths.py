@@ -62,6 +62,16 @@ def test_scores(pair: Pair) -> None:
             torch.testing.assert_close(ours.entropy.cpu(), plain.entropy, atol=1e-4, rtol=1e-4)
 
 
+def test_activations(pair: Pair) -> None:
+    """The means that the criterion scas reads."""
+    expected = pair.engine().mean_activations(PROMPTS[0], [1, 2, 3, 4, 5], 1)
+    with FakeCuda():
+        means = pair.engine(device=DEVICE).mean_activations(PROMPTS[0], [1, 2, 3, 4, 5], 1)
+    torch.testing.assert_close(means.response_F, expected.response_F, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(means.prompt_F, expected.prompt_F, atol=1e-4, rtol=1e-4)
+    assert means.prompt_nll == pytest.approx(expected.prompt_nll, rel=1e-4)
+
+
 @pytest.mark.parametrize(("kind", "options"), [case for case in FAMILY_CASES if case.id in FAMILIES])
 def test_families(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Scores, and drawn tokens over captured steps, of what only some families compute: experts, sinks, scales."""
