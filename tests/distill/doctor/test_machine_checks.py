@@ -16,6 +16,7 @@ from genssd.distill.doctor.machine_checks import FEATURES, check_kernels, descri
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.kernels.native import instruction_set, list_instruction_sets
+from genssd.kernels.tuned import Card, Entry, Problem, add_entries
 
 
 def inputs_of(pair: TinyPair, engine: EngineOptions | None = None) -> Inputs:
@@ -133,3 +134,46 @@ def test_the_report_has_a_line_per_fact(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(env, "PACKAGES", ("torch", "no-such-package"))
     assert "no-such-package: not installed" in describe_environment().splitlines()
+
+
+CARD = Card(name="NVIDIA H200", capability="sm_90", versions=("1", "2", "3"))
+ENTRY = Entry(deterministic=None, fastest=({"a": 1},) * 4, microseconds=(1.0,) * 4)
+
+
+@pytest.fixture
+def gpu(tiny_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine whose default device is a card; returns its tune file."""
+    monkeypatch.setattr(machine_checks, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(machine_checks, "card_of", lambda device: CARD)
+    monkeypatch.setenv("GENSSD_TUNE_FILE", str(tmp_path / "tune.json"))
+    return tmp_path / "tune.json"
+
+
+def test_a_card_with_and_without_a_tune_file(tiny_pair: TinyPair, gpu: Path) -> None:
+    found = one(check_kernels(inputs_of(tiny_pair)))
+    assert found.level == "ok"
+    assert "Triton kernels, shipped for sm_90, on NVIDIA H200: not tuned for it" in found.line
+    assert "genssd tune" in str(found.fix)
+    problem = Problem(operator="draw", dtype="float32", shape=(9,))
+    add_entries(gpu, Card(name="Another", capability="sm_80", versions=CARD.versions), {problem: ENTRY})
+    assert "not tuned for it" in one(check_kernels(inputs_of(tiny_pair))).line
+    add_entries(gpu, CARD, {problem: ENTRY})
+    found = one(check_kernels(inputs_of(tiny_pair)))
+    assert (found.level, found.fix) == ("ok", None)
+    assert "tuned for NVIDIA H200" in found.line
+    assert "tune file: Another, NVIDIA H200" in describe_environment()
+
+
+def test_a_damaged_tune_file_and_a_missing_triton(
+    tiny_pair: TinyPair, gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.write_text("{")
+    found = one(check_kernels(inputs_of(tiny_pair)))
+    assert found.level == "warning"
+    assert "is not valid JSON" in found.line
+    assert "tune file: cannot be read" in describe_environment()
+    monkeypatch.setattr(machine_checks, "find_spec", lambda name: None)
+    found = one(check_kernels(inputs_of(tiny_pair)))
+    assert found.level == "error"
+    assert "NVIDIA H200: Triton is missing" in found.line
+    assert "triton: not installed" in detail_of(found)

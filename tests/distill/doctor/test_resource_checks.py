@@ -96,7 +96,7 @@ def test_a_cache_of_transformers_is_not_known_before(fields: dict[str, Any]) -> 
     assert "is known when transformers has loaded the model" in found.line
 
 
-@pytest.mark.parametrize(("kind", "options"), FAMILY_CASES[:8])
+@pytest.mark.parametrize(("kind", "options"), FAMILY_CASES[3:7])
 def test_an_empty_model_has_the_estimate_of_the_loaded_one(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     save_family(tmp_path, kind, options)

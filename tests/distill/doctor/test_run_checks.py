@@ -39,7 +39,7 @@ def test_settings_without_effect_and_settings_that_are_refused(fields: dict[str,
     assert "max_tokens must be at least 1, not 0" in found.line
 
 
-@pytest.mark.parametrize("command", ["select", "evaluate", "train", "distill"])
+@pytest.mark.parametrize("command", ["select", "train", "distill"])
 def test_a_run_in_the_output_directory(command: str, tiny_pair: TinyPair, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     small = make_small_runs(tiny_pair, tmp_path / "files")[command]
