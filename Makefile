@@ -11,7 +11,7 @@ UNRUN_MYPY := --config-file= --ignore-missing-imports --follow-imports silent --
 	$(foreach code,arg-type misc override str-format union-attr,--disable-error-code $(code))
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test check bench wheel sanitize clean
+.PHONY: demo test check bench browser wheel sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/genssd demo
@@ -27,6 +27,10 @@ check: $(VENV)/.installed-dev
 	MYPYPATH=src:tests:. $(BIN)/mypy $(UNRUN_MYPY) $(UNRUN)
 	MYPYPATH=src:. $(BIN)/mypy --follow-imports silent --namespace-packages --explicit-package-bases bench/gpu
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+
+# needs Chromium (Debian: apt-get install chromium), and no other package
+browser: $(VENV)/.installed-dev
+	$(BIN)/pytest -rs tests/distill/report/test_browser.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/pytest bench -o python_files="bench_*.py" --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/kernels.json

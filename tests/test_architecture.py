@@ -1,7 +1,8 @@
 """The structure of the code: the direction of imports, the size of files and functions, docstrings that read alone.
 
 csrc  <-  kernels  <-  engine  <-  distill  <-  genssd
-within distill:  files  <-  runs  <-  answers  <-  data  <-  select, train, diagnose  <-  score  <-  the commands above
+within distill:  files, pages  <-  runs  <-  answers  <-  data  <-  select, train, diagnose  <-  score, report  <-  the
+                 commands above
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ RANKS = {
     "kernels": 1,
     "engine": 2,
     "distill.files": 3,
+    "distill.pages": 3,
     "distill.runs": 4,
     "distill.answers": 5,
     "distill.small_pair": 5,
@@ -31,6 +33,7 @@ RANKS = {
     "distill.train": 7,
     "distill.diagnose": 7,
     "distill.score": 8,  # leaf.py loads models as training does
+    "distill.report": 8,  # reads the runs of select and train
     "distill": 9,
     "distill.doctor": 10,  # it examines what the commands above read
 }

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from jinja2 import Environment
 
 from genssd.distill.diagnose.diagnosis import Cell, Diagnosis, Group
 from genssd.distill.diagnose.reliability import Interval
 from genssd.distill.diagnose.rows import Row
 from genssd.distill.diagnose.verdict import write_verdict
+from genssd.distill.pages.frame import read_file, render_frame, render_template
+
+PACKAGE = "genssd.distill.diagnose"
+TITLE = "Where distillation would help"
 
 
 def render_page(
@@ -26,17 +27,21 @@ def render_page(
     first.
     """
     by_position = {(node["index"], node["rollout"], node["position"]): node for node in nodes}
-    environment = Environment(autoescape=True)
-    environment.filters.update(
-        colour=_style_cosine, bounds=_format_bounds, percent=_format_advantage, number=_format_number
-    )
-    template = files("genssd.distill.diagnose").joinpath("page.html").read_text(encoding="utf-8")
     pairs = [f"{teacher} | {loss}" for teacher in diagnosis.teachers for loss in diagnosis.losses]
     lead = diagnosis.groups[0].lead
     chosen = pairs[0] if lead is None else f"{lead.best.teacher} | {lead.best.loss}"
     ordered = _order_by_informative_nodes(rows, nodes)
-    return environment.from_string(template).render(
-        title="Where distillation would help",
+    filters: dict[str, Callable[..., object]] = {
+        "colour": _style_cosine,
+        "bounds": _format_bounds,
+        "percent": _format_advantage,
+        "number": _format_number,
+    }
+    body = render_template(
+        PACKAGE,
+        "page.html",
+        filters,
+        title=TITLE,
         d=diagnosis,
         student=student,
         verdict=write_verdict(diagnosis),
@@ -47,6 +52,8 @@ def render_page(
         questions=[_describe_question(row, by_position, chosen) for row in ordered[:shown_questions]],
         ratio=diagnosis.costs.naive_prefix_tokens / max(1, diagnosis.costs.prefix_tokens),
     )
+    style, script = read_file(PACKAGE, "page.css"), read_file(PACKAGE, "page.js")
+    return render_frame(title=TITLE, body=body, style=style, script=script)
 
 
 def _arrange_cells(group: Group, diagnosis: Diagnosis) -> dict[str, Any]:
@@ -129,16 +136,16 @@ def _write_tooltip(node: Row) -> str:
 
 
 def _style_cosine(value: float | str) -> str:
-    """Return the CSS of a cosine: blue towards success, red away from it, grey where undefined.
+    """Return the CSS of a cosine: blue towards success, orange away from it, grey where undefined.
 
-    The function `colour` of the page's script must return the same.
+    The function `styleOf` of the page's script must return the same.
     """
     if isinstance(value, str):
-        return "background: #e6e6e6; color: #777"
+        return "background: var(--faint); color: var(--soft)"
     if math.isnan(value):
         return ""
-    hue, strength = (214, value) if value >= 0 else (8, -value)
-    return f"background: hsl({hue} 85% {97 - 30 * min(strength, 1.0):.0f}%)"
+    colour = "cool" if value >= 0 else "heat"
+    return f"background: color-mix(in srgb, var(--{colour}) {65 * min(abs(value), 1.0):.0f}%, transparent)"
 
 
 def _format_bounds(value: Interval) -> str:

@@ -83,6 +83,38 @@ def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             yield row, end
 
 
+def sound_rows(path: Path, faults: list[str]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the rows of a journal, each with the number of its line from 1, and leave out what cannot be read.
+
+    For who looks at a run without resuming it: a line that is damaged or doubled is named in `faults` once it is met,
+    and a torn last line, which a run that is still at work may be writing, is not. A file that is not there has no
+    rows. Raises InputError where it cannot be read.
+    """
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    seen: dict[bytes, int] = {}
+    with stream:
+        for number, line in enumerate(stream, start=1):
+            row = _parse(line)
+            if row is None and not line.endswith(b"\n"):
+                return
+            digest = blake2b(line, digest_size=16).digest()
+            if row is None:
+                faults.append(f"{path}, line {number} is damaged: it is no JSON object")
+            elif _split_checksum(line) is None:
+                faults.append(f"{path}, line {number} is damaged: its checksum does not match")
+            elif digest in seen:
+                faults.append(f"{path}, line {number} repeats line {seen[digest]}")
+            else:
+                seen[digest] = number
+                row.pop(CHECKSUM, None)
+                yield row, number
+
+
 def damaged_line(path: Path, number: int, fault: str) -> InputError:
     """Return the error for a damaged line of a journal, with a remedy that works for every command."""
     return InputError(

@@ -5,17 +5,18 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 
 import numpy as np
-from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from genssd.distill.pages.frame import render_frame, render_template
 from genssd.distill.score.comparison import Comparison
 from genssd.distill.score.control_text import format_correlation, format_wins
 from genssd.distill.score.controls import ControlTable
 from genssd.distill.score.rank_statistics import Floats
 from genssd.distill.score.ranking import FeatureRow, TeacherRank
+
+TITLE = "Finished traces, scored"
 
 
 def render_page(
@@ -28,10 +29,10 @@ def render_page(
 ) -> str:
     """Return the page's HTML. picks: indices of the rows that each criterion picks. ranks: by criterion."""
     teachers = sorted(comparison.pool.teachers)
-    template = files("genssd.distill.score").joinpath("page.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True).from_string(template)
-    return page.render(
-        title="Finished traces, scored",
+    body = render_template(
+        "genssd.distill.score",
+        "page.html",
+        title=TITLE,
         c=comparison,
         controls=controls,
         correlation=format_correlation,
@@ -44,6 +45,7 @@ def render_page(
         lengths=_encode_png(_draw_lengths(rows, picks)),
         matrices=_encode_png(_draw_matrices(comparison)),
     )
+    return render_frame(title=TITLE, body=body)
 
 
 def _draw_matrices(comparison: Comparison) -> Figure:

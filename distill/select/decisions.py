@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,46 +94,51 @@ def read_decisions(
         if selection.get("tokenizer") != tokenizer.fingerprint:
             raise InputError(f"{journal}, line {number} was written with another tokenizer than {tokenizer.directory}")
         try:
-            yield _parse_decisions(selection, row, tokenizer, local_logprob, activations)
+            yield parse_decisions(selection, row, tokenizer, local_logprob, activations)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{log}, line {number} is no decision of ours: {error!r}") from None
     if not number:
         raise InputError(f"{journal} holds no finished prompt")
 
 
-def _parse_decisions(
+def parse_decisions(
     selection: Mapping[str, Any],
     row: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    local_logprob: LocalLogprob | None,
-    activations: Activations | None,
+    tokenizer: Tokenizer | None,
+    local_logprob: LocalLogprob | None = None,
+    activations: Activations | None = None,
 ) -> Decisions:
+    """Return the log of one prompt from its lines of selections.jsonl and decisions.jsonl.
+
+    tokenizer: the run's; without one, criteria that read the text raise InputError. local_logprob, activations: as for
+    `read_decisions`. Raises KeyError, TypeError or ValueError on lines of another form.
+    """
     logged = {tuple(fields["trace"]): fields for fields in row["candidates"]}
-    stats = {trace: _parse_stats(fields["student"]) for trace, fields in logged.items()}
-    certain = {trace: fields for trace, fields in logged.items() if not fields.get("provisional")}
-    root = prompt_stream(selection["seed"], selection["prompt_ids"], selection["occurrence"])
+    pasts = {(): _Past.begin(prompt_stream(selection["seed"], selection["prompt_ids"], selection["occurrence"]))}
     records = [RoundRecord(**fields) for fields in row["rounds"]]
     rounds: dict[tuple[int, int], list[LoggedCandidate]] = {(r.round, r.attempt): [] for r in records}
+    parsed: dict[tuple[int, ...], Candidate] = {}
     for trace, fields in logged.items():
-        ancestors = [trace[:depth] for depth in range(1, len(trace))]
-        read = [ancestor for ancestor in ancestors if ancestor in certain]
-        history_ids = tuple(token for ancestor in read for token in logged[ancestor]["token_ids"])
-        candidate = Candidate(
+        parent = trace[:-1]
+        if parent not in pasts:
+            pasts[parent] = pasts[parent[:-1]].extended(parsed[parent], logged[parent])
+        past = pasts[parent]
+        candidate = parsed[trace] = Candidate(
             token_ids=tuple(fields["token_ids"]),
-            stats=stats[trace],
-            history_ids=history_ids,
-            history=TokenStats.concatenate([stats[a] for a in read]) if read else TokenStats.empty(),
-            teacher_logprob=_join_teacher_logprob([fields]),
-            history_teacher_logprob=_join_teacher_logprob([logged[ancestor] for ancestor in ancestors]),
+            stats=_parse_stats(fields["student"]),
+            history_ids=past.token_ids,
+            history=past.stats,
+            teacher_logprob=torch.tensor(fields["teacher_logprob"], dtype=torch.float32),
+            history_teacher_logprob=past.teacher_logprob,
             final=fields["ended"] != "chunk",
             finished=fields["ended"] == "finished",
-            stream=_derive_stream(root, trace, logged),
-            pieces_of=tokenizer.pieces,
+            stream=child_stream(past.stream, len(past.teacher_logprob), trace[-1]),
+            pieces_of=None if tokenizer is None else tokenizer.pieces,
             local_logprob=local_logprob and partial(local_logprob, selection["student_prompt_ids"]),
             activations=activations and partial(activations, selection["student_prompt_ids"]),
-            encode=tokenizer.encode_plain,
+            encode=None if tokenizer is None else tokenizer.encode_plain,
             answer=selection["answer"],
-            spans=_join_spans([logged[a] for a in read], [logged[a] for a in ancestors], fields),
+            spans=past.join_spans(fields),
         )
         rounds[len(trace) - 1, fields["attempt"]].append(
             LoggedCandidate(
@@ -153,36 +158,57 @@ def _parse_decisions(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Past:
+    """The response before some candidates of a log."""
+
+    token_ids: tuple[int, ...]
+    """The student's tokens, those left out that were held back."""
+    stats: TokenStats
+    teacher_logprob: Tensor
+    """The teacher's log-probabilities of its tokens, float32 [tokens]."""
+    stream: int
+    """Random stream of its branch, which follows from the prompt's stream and the places of its chunks."""
+    student_bytes: tuple[int, ...] = ()
+    """Number of bytes in each of the student's tokens, where it read by bytes."""
+    teacher_bytes: tuple[int, ...] = ()
+    """Number of bytes in each of the teacher's tokens, where the student read by bytes."""
+
+    @classmethod
+    def begin(cls, stream: int) -> _Past:
+        """Return the past of the first candidates. stream: that of the prompt."""
+        return cls(token_ids=(), stats=TokenStats.empty(), teacher_logprob=torch.empty(0), stream=stream)
+
+    def extended(self, chunk: Candidate, fields: Mapping[str, Any]) -> _Past:
+        """Return the past of the candidates after a chunk of this one. fields: the chunk in the log."""
+        assert chunk.teacher_logprob is not None
+        past = _Past(
+            token_ids=self.token_ids,
+            stats=self.stats,
+            teacher_logprob=torch.cat((self.teacher_logprob, chunk.teacher_logprob)),
+            stream=chunk.stream,
+            student_bytes=self.student_bytes,
+            teacher_bytes=(*self.teacher_bytes, *fields.get("teacher_bytes", ())),
+        )
+        if fields.get("provisional"):  # its tokens are read again with those of the next chunk
+            return past
+        return replace(
+            past,
+            token_ids=self.token_ids + chunk.token_ids,
+            stats=TokenStats.concatenate([self.stats, chunk.stats]) if self.token_ids else chunk.stats,
+            student_bytes=(*self.student_bytes, *fields.get("bytes", ())),
+        )
+
+    def join_spans(self, fields: Mapping[str, Any]) -> ByteSpans | None:
+        """Return the bytes in every token up to the end of a candidate; None where tokens are the teacher's."""
+        if "bytes" not in fields:
+            return None
+        return ByteSpans(
+            student=(*self.student_bytes, *fields["bytes"]), teacher=(*self.teacher_bytes, *fields["teacher_bytes"])
+        )
+
+
 def _parse_stats(fields: Mapping[str, Any]) -> TokenStats:
     return TokenStats.from_values(
         [torch.tensor(fields[name], dtype=torch.int32 if name == "rank" else torch.float32) for name in STATISTICS]
     )
-
-
-def _join_spans(
-    read: Sequence[Mapping[str, Any]], ancestors: Sequence[Mapping[str, Any]], fields: Mapping[str, Any]
-) -> ByteSpans | None:
-    """Return the bytes in every token of a candidate that was read by bytes; None where tokens are the teacher's.
-
-    read: ancestors whose tokens of the student are part of the response.
-    """
-    if "bytes" not in fields:
-        return None
-    return ByteSpans(
-        student=tuple(length for chunk in (*read, fields) for length in chunk["bytes"]),
-        teacher=tuple(length for chunk in (*ancestors, fields) for length in chunk["teacher_bytes"]),
-    )
-
-
-def _join_teacher_logprob(chunks: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([value for fields in chunks for value in fields["teacher_logprob"]], dtype=torch.float32)
-
-
-def _derive_stream(root: int, trace: Sequence[int], logged: Mapping[tuple[int, ...], Mapping[str, Any]]) -> int:
-    """Return a candidate's random stream, which follows from the prompt's stream and the positions of its branches."""
-    stream, position = root, 0
-    for depth, index in enumerate(trace, start=1):
-        stream = child_stream(stream, position, index)
-        chunk = logged[tuple(trace[:depth])]
-        position += len(chunk.get("teacher_ids", chunk["token_ids"]))
-    return stream

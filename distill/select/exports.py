@@ -2,94 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.written_rows import add_opening
-from genssd.distill.select.decisions import LoggedCandidate, LoggedRound
+from genssd.distill.select.decisions import LoggedCandidate
+from genssd.distill.select.judging import JudgedRound, Trace
 from genssd.engine.text import REPLACEMENT, Tokenizer
-
-FIXED_VERDICTS = ("duplicate", "loop")
-"""Verdicts that no criterion changes."""
-
-Trace = tuple[int, ...]
-"""Index of a candidate and of its ancestors in each round."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgedRound:
-    """One recorded round, and what a criterion chooses in it, given the recorded text before it."""
-
-    logged: LoggedRound
-    scores: Mapping[Trace, float | None]
-    """Value of every candidate; None where it is infinite."""
-    chosen: frozenset[Trace]
-    """Candidates that the criterion keeps."""
-    rejected: frozenset[Trace]
-    """Candidates that the criterion ranks below these."""
-    is_exact: bool
-    """Whether a search by the criterion would have had this round; else its choice is conditional on the text before
-    it."""
-
-    @property
-    def decided(self) -> tuple[LoggedCandidate, ...]:
-        """All candidates of the round."""
-        return self.logged.candidates
-
-    @classmethod
-    def as_logged(
-        cls, logged: LoggedRound, scores: Sequence[float], *, higher_is_better: bool, is_exact: bool
-    ) -> JudgedRound:
-        """Return a round as the run's own criterion decided it, with the values in the log.
-
-        Where the run drew its choice (selection_temperature), the criterion chooses the best of the candidates that
-        took part. scores: values of now, by which infinite ones are ranked. is_exact: as in `by_criterion`.
-        """
-        decided = logged.candidates
-        ranked = rank_eligible(decided, scores, higher_is_better=higher_is_better)
-        chosen = [d.trace for d in ranked if d.is_kept or d.verdict == "beaten"]
-        places = sum(d.is_kept for d in decided)
-        return cls(
-            logged=logged,
-            scores={d.trace: d.score for d in decided},
-            chosen=frozenset(chosen[:places]),
-            rejected=frozenset(chosen[places:]),
-            is_exact=is_exact,
-        )
-
-    @classmethod
-    def by_criterion(
-        cls, logged: LoggedRound, scores: Sequence[float], *, higher_is_better: bool, is_exact: bool
-    ) -> JudgedRound:
-        """Return a round as another criterion decides it, which keeps as many candidates as the run did.
-
-        The run's threshold is a value of its own criterion and rejects nothing here; how many candidates the search
-        would have kept without it is not known, nor whether it would have sampled the round again, so that a round with
-        such a candidate is not exact, and neither is one that follows. is_exact: whether all earlier rounds of the
-        prompt are exact and come out as in the run.
-        """
-        decided = logged.candidates
-        ranked = [d.trace for d in rank_eligible(decided, scores, higher_is_better=higher_is_better)]
-        places = sum(d.is_kept for d in decided)
-        return cls(
-            logged=logged,
-            scores={d.trace: s if math.isfinite(s) else None for d, s in zip(decided, scores, strict=True)},
-            chosen=frozenset(ranked[:places]),
-            rejected=frozenset(ranked[places:]),
-            is_exact=is_exact and not any(d.verdict in ("threshold", "forced") for d in decided),
-        )
-
-
-def rank_eligible(
-    decided: Sequence[LoggedCandidate], scores: Sequence[float], *, higher_is_better: bool
-) -> list[LoggedCandidate]:
-    """Return the candidates of a round that may be kept, best first. scores: of all candidates of the round."""
-    sign = -1.0 if higher_is_better else 1.0
-    eligible = [i for i, d in enumerate(decided) if d.verdict not in FIXED_VERDICTS]
-    return [decided[i] for i in sorted(eligible, key=lambda i: sign * scores[i])]
 
 
 class _Texts:

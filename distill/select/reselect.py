@@ -33,10 +33,10 @@ from genssd.distill.runs.record import read_record
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.decisions import Decisions, read_decisions
-from genssd.distill.select.exports import JudgedRound, make_pairs, make_steps, rank_eligible
+from genssd.distill.select.exports import make_pairs, make_steps
+from genssd.distill.select.judging import JudgedRound, Judgement, judge_rounds
 from genssd.engine.candidate import ActivationMeans, AnyCriterion, needs_answer, not_in_search
 from genssd.engine.checkpoint import locate
-from genssd.engine.criterion_calls import evaluate_distinct, is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -159,45 +159,15 @@ class _Results:
                 f"{source['file']}, line {source['line']}: no reference answer, which the criterion {self._name} reads"
             )
         rounds: list[JudgedRound] = []
-        is_exact = True
-        higher_is_better = is_higher_better(self._criterion)
-        for logged in decisions.rounds:
-            decided = logged.candidates
-            scores = evaluate_distinct(self._criterion, [d.candidate.lengthened(self._shortest) for d in decided])
-            self._changes += [abs(d.score - s) for d, s in zip(decided, scores, strict=True) if d.score is not None]
-            if self._is_own:
-                judged = JudgedRound.as_logged(logged, scores, higher_is_better=higher_is_better, is_exact=is_exact)
-            else:
-                judged = JudgedRound.by_criterion(logged, scores, higher_is_better=higher_is_better, is_exact=is_exact)
-            row = self._describe(decisions, judged, scores)
-            # the run's own choice, unless it was drawn, is the criterion's even where two values changed in a last bit
-            is_exact = judged.is_exact and (row["agrees"] or (self._is_own and not logged.is_drawn))
-            self.rows.append(row)
-            rounds.append(judged)
+        for judgement in judge_rounds(decisions, self._criterion, shortest=self._shortest, is_own=self._is_own):
+            decided = judgement.judged.decided
+            pairs = zip(decided, judgement.values, strict=True)
+            self._changes += [abs(d.score - value) for d, value in pairs if d.score is not None]
+            self.rows.append(_describe(decisions, judgement))
+            rounds.append(judgement.judged)
         labels = {"index": decisions.selection["index"], "criterion": self._name}
         self.pairs += make_pairs(decisions.selection, rounds, labels, tokenizer)
         self.steps += make_steps(decisions.selection, rounds, labels, tokenizer)
-
-    def _describe(self, decisions: Decisions, judged: JudgedRound, scores: list[float]) -> dict[str, Any]:
-        """Return how the criterion judges one attempt at a round, with as many candidates kept as in the run."""
-        record = judged.logged.record
-        kept = [d.trace for d in judged.decided if d.is_kept]
-        ranked = rank_eligible(judged.decided, scores, higher_is_better=is_higher_better(self._criterion))
-        reselected = ranked[: len(kept)]
-        return {
-            "index": decisions.selection["index"],
-            "round": record.round,
-            "attempt": record.attempt,
-            "decision": record.decision,
-            "kept": [list(trace) for trace in kept],
-            "reselected": [list(d.trace) for d in reselected],
-            "agrees": set(kept) == {d.trace for d in reselected},
-            "contested": len(ranked) > len(kept),
-            "exact": judged.is_exact,
-            "scores": [
-                {"trace": list(d.trace), "score": _json(s)} for d, s in zip(judged.decided, scores, strict=True)
-            ],
-        }
 
     def summary(self, output_dir: Path) -> ReselectSummary:
         """Return the counts."""
@@ -214,6 +184,26 @@ class _Results:
             exact_pairs=sum(pair["exact"] for pair in self.pairs),
             steps=len(self.steps),
         )
+
+
+def _describe(decisions: Decisions, judgement: Judgement) -> dict[str, Any]:
+    """Return how the criterion judges one attempt at a round, with as many candidates kept as in the run."""
+    judged = judgement.judged
+    record = judged.logged.record
+    return {
+        "index": decisions.selection["index"],
+        "round": record.round,
+        "attempt": record.attempt,
+        "decision": record.decision,
+        "kept": [list(trace) for trace in judgement.kept],
+        "reselected": [list(trace) for trace in judgement.preferred],
+        "agrees": judgement.agrees,
+        "contested": judgement.is_contested,
+        "exact": judged.is_exact,
+        "scores": [
+            {"trace": list(d.trace), "score": _json(s)} for d, s in zip(judged.decided, judgement.values, strict=True)
+        ],
+    }
 
 
 def _json(value: float) -> float | str:

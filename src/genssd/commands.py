@@ -23,6 +23,7 @@ from genssd.distill.doctor.examine import examine, summarise
 from genssd.distill.doctor.findings import LEVELS, find_worst
 from genssd.distill.doctor.settings import read_settings
 from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.distill.report.config import ReportConfig
 from genssd.distill.rounds import BudgetReached, DistillConfig, run_distill
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.settings import expand_home
@@ -44,6 +45,7 @@ from genssd.engine.selection import SPECIAL
 from genssd.engine.threads import limit_torch_threads
 from genssd.examined import read_examined
 from genssd.kernels.tuned import FILE_VARIABLE
+from genssd.report_command import report
 from genssd.stopping import is_main_process
 
 EXAMINED_FIRST = frozenset(("select", "train", "distill"))
@@ -371,6 +373,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], int | None]]] = {
     "evaluate": (EvaluateConfig, evaluate),
     "distill": (DistillConfig, distill),
     "diagnose": (DiagnoseConfig, diagnose),
+    "report": (ReportConfig, report),
     "tune": (TuneConfig, tune),
     "doctor": (DoctorConfig, doctor),
     "env": (EnvConfig, env),

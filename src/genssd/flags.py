@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import os
 import re
@@ -41,7 +42,7 @@ def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     has_own = "config" in {field.name for field in dataclasses.fields(config_class)}
     file, typed = (None, list(flags)) if has_own else _split_config_file(list(flags))
     from_file = [] if file is None else flags_of_file(file, config_class)
-    words = [*from_file, *merge_list_flags(typed, config_class)]
+    words = _join(from_file, merge_list_flags(typed, config_class), _find_positional(config_class))
 
     width = contextlib.nullcontext() if {"-h", "--help"} & {*words} else _terminal_width(WIDE)
     said = io.StringIO()
@@ -116,6 +117,36 @@ def merge_list_flags(flags: Sequence[str], config_class: type) -> list[str]:
                 continue
         target.append(word)
     return [*other, *(word for field, words in values.items() for word in (f"--{field}", *words))]
+
+
+def _join(from_file: list[str], typed: list[str], positional: str | None) -> list[str]:
+    """Return the words of a config file and those that are typed after them, so that these win.
+
+    positional: field whose values are words without a flag, which come first; those of the file count where none are
+    typed.
+    """
+    if positional is None:
+        return [*from_file, *typed]
+    of_file, rest = _take_values(from_file, f"--{positional}")
+    of_typed, others = _take_values(typed, f"--{positional}")
+    first = list(itertools.takewhile(lambda word: not word.startswith("-"), others))
+    return [*([*first, *of_typed] or of_file), *rest, *others[len(first) :]]
+
+
+def _take_values(words: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """Return the values of a flag, and the words without it and them."""
+    if flag not in words:
+        return [], words
+    start = words.index(flag)
+    end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
+    return words[start + 1 : end], words[:start] + words[end:]
+
+
+def _find_positional(config_class: type) -> str | None:
+    """Return the field whose values are words without a flag; None where the config has none."""
+    (mark,) = tyro.conf.Positional[int].__metadata__  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return next((name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())), None)
 
 
 def flags_of_file(path: Path, config_class: type) -> list[str]:

@@ -23,7 +23,7 @@ def config_of(command: str, data: list[str]) -> Any:
         "model": MODELS[1],
         "model_name_or_path": MODELS[1],
         "data": (data[0],) if command in ("score", "prefix", "leaf", "train", "doctor") else data[0],
-        "run": "runs/select",
+        "run": ("runs/select",) if command == "report" else "runs/select",
         "criteria": ("divergence",),
     }
     names = {field.name for field in dataclasses.fields(config_class)}

@@ -35,7 +35,8 @@ TEMPLATE = TRIMMED_DATE.replace(
 
 def test_every_command_that_renders_chats_has_the_options() -> None:
     without = {name for name, (config, _) in COMMANDS.items() if not issubclass(config, ChatSettings)}
-    assert without == {"demo", "reselect", "tune", "doctor", "env"}  # the doctor takes those of the command after it
+    # the doctor takes those of the command after it
+    assert without == {"demo", "report", "reselect", "tune", "doctor", "env"}
 
 
 @pytest.mark.parametrize(

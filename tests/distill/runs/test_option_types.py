@@ -71,7 +71,8 @@ def bad_values(hint: Any) -> tuple[Any, ...]:
 
 
 def instance_of(options_class: Any) -> Any:
-    given: dict[str, Any] = {"model": "m", "model_name_or_path": "m", "run": "r", "student": "s"}
+    given: dict[str, Any] = {"model": "m", "model_name_or_path": "m", "student": "s"}
+    given["run"] = ("r",) if "tuple" in str(typing.get_type_hints(options_class).get("run", "")) else "r"
     teacher_is_many = "tuple" in str(typing.get_type_hints(options_class).get("teacher", ""))
     given["teacher"] = ("t",) if teacher_is_many else "t"
     given["data"] = ("d",) if "tuple" in str(typing.get_type_hints(options_class).get("data", "")) else "d"

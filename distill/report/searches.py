@@ -1,0 +1,258 @@
+"""Runs of select and generate, prompt by prompt, as the page shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from genssd.distill.report.boxes import (
+    Box,
+    describe_judgements,
+    find_paths,
+    make_boxes,
+    make_written_boxes,
+    round_value,
+)
+from genssd.distill.report.figures import SearchFigures
+from genssd.distill.report.found import FoundRun
+from genssd.distill.report.texts import TokenTexts, write_prompt
+from genssd.distill.runs.journal import sound_rows
+from genssd.distill.select.decisions import LocalLogprob, parse_decisions
+from genssd.distill.select.judging import Judgement, judge_rounds
+from genssd.distill.select.notes import list_responses
+from genssd.engine.candidate import AnyCriterion
+from genssd.engine.criterion_calls import is_higher_better
+from genssd.engine.criterion_names import resolve
+from genssd.engine.errors import GenssdError
+from genssd.kernels.logprob import TokenStats
+
+MAX_QUESTION = 4000
+"""Maximum number of characters of a question in the list of prompts, in which the page searches."""
+FORM_FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""Errors of a line whose values are not those that this version of genssd writes."""
+STUDENT_COLUMNS = ("logprob", "entropy", "rank")
+
+ScoreResponses = Callable[[Sequence[int], Sequence[Sequence[int]]], list[TokenStats]]
+"""Function that returns the student's statistics of responses, from the token ids of the prompt and of each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentReader:
+    """The student in memory, for what a run does not store."""
+
+    fingerprint: str
+    tokenizer: str
+    """Fingerprint of its tokenizer."""
+    local_logprob: LocalLogprob
+    score: ScoreResponses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPrompt:
+    """One prompt of a search: its line in the page's list, and its tree."""
+
+    entry: Mapping[str, Any]
+    tree: Callable[[], Mapping[str, Any]]
+    """Function that makes the data of the tree, which is not needed of all prompts."""
+
+
+@dataclass(slots=True)
+class Search:
+    """One run of select or generate while it is read."""
+
+    found: FoundRun
+    criteria: dict[str, AnyCriterion]
+    """Criteria by name, the run's own first; one that cannot judge the run is removed."""
+    own: str | None
+    """Name of the run's criterion; None where nobody chose."""
+    student: StudentReader | None
+    faults: list[str]
+    """Takes what cannot be read, in sentences."""
+    figures: SearchFigures = field(default_factory=SearchFigures)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why criteria were removed, by name."""
+    texts: TokenTexts | None = None
+    teacher: str = ""
+
+    @classmethod
+    def of(cls, found: FoundRun, criteria: Sequence[str], student: StudentReader | None, faults: list[str]) -> Search:
+        """Return the search of a run, of which nothing has been read yet."""
+        own = str(found.config["criterion"]) if found.command == "select" else None
+        names = [] if own is None else list(dict.fromkeys((own, *criteria)))
+        search = cls(found=found, criteria={}, own=own, student=student, faults=faults)
+        for name in names:
+            try:
+                search.criteria[name] = resolve(name)
+            except GenssdError as error:  # a criterion of the run's own, whose file is gone
+                search.left_out[name] = str(error)
+        return search
+
+    @property
+    def journal(self) -> Path:
+        """File with a line per prompt."""
+        return self.found.path / ("selections.jsonl" if self.found.command == "select" else "responses.jsonl")
+
+    def read(self) -> Iterator[ShownPrompt]:
+        """Yield the prompts of the journal, in order, and count them."""
+        rows = self._read_selections() if self.found.command == "select" else self._read_responses()
+        for number, make in rows:
+            try:
+                prompt = make()
+            except FORM_FAULTS as error:
+                self.faults.append(
+                    f"{self.journal}, line {number} is left out: it is not of the form that this version of genssd "
+                    f"writes ({type(error).__name__}: {error})"
+                )
+                continue
+            yield prompt
+
+    def _read_selections(self) -> Iterator[tuple[int, Callable[[], ShownPrompt]]]:
+        """Yield for every line of the journal its number and the function that reads the prompt with its decisions."""
+        log = self.found.path / "decisions.jsonl"
+        logged = sound_rows(log, self.faults)
+        waiting: dict[Any, Mapping[str, Any]] = {}
+        for row, number in sound_rows(self.journal, self.faults):
+            index = row.get("index")
+            while index not in waiting:
+                decision = next(logged, None)
+                if decision is None:
+                    break
+                waiting[decision[0].get("index")] = decision[0]
+            decided = waiting.pop(index, None)
+            if decided is None:
+                self.faults.append(f"{self.journal}, line {number} is left out: {log.name} has no decisions of it")
+                continue
+            yield number, partial(self._show_selection, row, decided)
+
+    def _read_responses(self) -> Iterator[tuple[int, Callable[[], ShownPrompt]]]:
+        for row, number in sound_rows(self.journal, self.faults):
+            yield number, partial(self._show_responses, row)
+
+    def _show_selection(self, row: Mapping[str, Any], decided: Mapping[str, Any]) -> ShownPrompt:
+        texts = self._open_texts(row)
+        local_logprob = self.student.local_logprob if self._has_student(row) and self.student else None
+        decisions = parse_decisions(row, decided, texts.tokenizer, local_logprob)
+        boxes = make_boxes(decisions)
+        paths = find_paths(row, boxes)
+        judgements = self._judge(decisions)
+        entry = self._describe(row, boxes, judgements)
+        self.figures.add(row, boxes, len(decisions.rounds), judgements)
+
+        def make_tree() -> dict[str, Any]:
+            records = [logged.record for logged in decisions.rounds]
+            return {
+                "rounds": [[r.round, r.attempt, r.chunk_tokens, r.decision] for r in records],
+                "boxes": [box.as_json(texts) for box in boxes],
+                "criteria": {name: describe_judgements(of, boxes) for name, of in judgements.items()},
+                "responses": _describe_responses(row, paths),
+            }
+
+        return ShownPrompt(entry=entry, tree=make_tree)
+
+    def _show_responses(self, row: Mapping[str, Any]) -> ShownPrompt:
+        texts = self._open_texts(row)
+        students = None
+        if self.student is not None and row["tokenizer"] == self.student.tokenizer:
+            students = self.student.score(
+                row["student_prompt_ids"], [response["completion_ids"] for response in list_responses(row)]
+            )
+        boxes = make_written_boxes(row, students)
+        entry = self._describe(row, boxes, {})
+        self.figures.add(row, boxes, 1, {})
+
+        def make_tree() -> dict[str, Any]:
+            return {
+                "rounds": [[0, 0, None, "written"]],
+                "boxes": [box.as_json(texts) for box in boxes],
+                "criteria": {},
+                "responses": _describe_responses(row, [[i] for i in range(len(boxes))]),
+            }
+
+        return ShownPrompt(entry=entry, tree=make_tree)
+
+    def _open_texts(self, row: Mapping[str, Any]) -> TokenTexts:
+        """Return the texts of the run's tokens; the tokenizer is found by the first row."""
+        if self.texts is None:
+            config = self.found.config
+            names = [str(config[role]) for role in ("student", "teacher") if config.get(role) is not None]
+            opened = [TokenTexts.open(name, row["tokenizer"]) for name in names] or [TokenTexts.open(None, None)]
+            self.texts = next((texts for texts in opened if texts.tokenizer is not None), opened[0])
+            self.teacher = str(row["teacher"]["name"])
+        return self.texts
+
+    def _has_student(self, row: Mapping[str, Any]) -> bool:
+        return self.student is not None and row["student"]["fingerprint"] == self.student.fingerprint
+
+    def _judge(self, decisions: Any) -> dict[str, list[Judgement]]:
+        """Return the rounds as every criterion decides them; one that cannot judge them is removed."""
+        judgements: dict[str, list[Judgement]] = {}
+        shortest = int(self.found.config["chunk"]["shortest"])
+        for name, criterion in list(self.criteria.items()):
+            try:
+                judgements[name] = list(judge_rounds(decisions, criterion, shortest=shortest, is_own=name == self.own))
+            except GenssdError as error:
+                self.left_out[name] = str(error)
+                del self.criteria[name]
+                self.figures.criteria.pop(name, None)
+        return judgements
+
+    def _describe(
+        self, row: Mapping[str, Any], boxes: Sequence[Box], judgements: Mapping[str, Sequence[Judgement]]
+    ) -> dict[str, Any]:
+        """Return the prompt's line in the page's list."""
+        key = json.dumps([row["prompt"], row.get("occurrence", 0)], sort_keys=True)
+        return {
+            "key": blake2b(key.encode(), digest_size=8).hexdigest(),
+            "index": int(row["index"]),
+            "line": int(row["source"]["line"]),
+            "question": write_prompt(row["prompt"])[:MAX_QUESTION],
+            "answer": row["answer"],
+            "status": str(row["status"]),
+            "correct": row["correct"],
+            "undecided": row["undecided"],
+            "score": round_value(row.get("score")),
+            "tokens": len(row["completion_ids"]),
+            "sampled": sum(len(box.token_ids) for box in boxes),
+            "teacher": str(row["teacher"]["name"]),
+            "rounds": sum(row["rounds"].values()) if "rounds" in row else 1,
+            "differing": {name: sum(not j.agrees for j in of) for name, of in judgements.items()},
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the page says of the run as a whole."""
+        config = self.found.config
+        return {
+            "name": self.found.name,
+            "command": self.found.command,
+            "is_finished": self.found.is_finished,
+            "teacher": self.teacher or str(config.get("teacher")),
+            "student": config.get("student"),
+            "criterion": self.own,
+            "threshold": config.get("threshold"),
+            "candidates": config.get("candidates", config.get("n")),
+            "text_fault": None if self.texts is None else self.texts.fault,
+            "higher_is_better": {name: is_higher_better(criterion) for name, criterion in self.criteria.items()},
+            "left_out": self.left_out,
+            "has_student": self.found.command == "select" or self.student is not None,
+            "figures": self.figures.as_json(),
+        }
+
+
+def _describe_responses(row: Mapping[str, Any], paths: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "path": list(path),
+            "status": response["status"],
+            "correct": response["correct"],
+            "undecided": response["undecided"],
+            "cut_by": response["cut_by"],
+            "score": round_value(response.get("score")),
+            "tokens": len(response["completion_ids"]),
+        }
+        for response, path in zip(list_responses(row), paths, strict=True)
+    ]

@@ -1,0 +1,35 @@
+"""The command `genssd report` and what it prints."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from genssd.distill.console import ProgressLine
+from genssd.distill.report.config import ReportConfig
+from genssd.distill.report.run import run_report
+from genssd.engine.amounts import format_bytes, format_count
+from genssd.engine.errors import InputError
+
+MAX_LISTED = 10  # lines that could not be read and are listed one by one
+
+
+def report(config: ReportConfig, console: Console) -> None:
+    """Write the page and print what it shows. Raises InputError where lines of the runs could not be read."""
+    with ProgressLine("report", console) as line:
+        summary = run_report(config, report=line)
+    for name in summary.unfinished:
+        print(f"{name} has no summary: it is at work or was interrupted, and the page shows what it has")
+    parts = (
+        (summary.searches, "search", f" with the trees of {format_count(summary.prompts, 'prompt')}"),
+        (summary.trainings, "training", ""),
+        (summary.evaluations, "evaluation", ""),
+    )
+    print(", ".join(f"{format_count(count, noun)}{more}" for count, noun, more in parts if count))
+    print(f"written to {summary.path} ({format_bytes(summary.bytes)}); open it in a browser")
+    if summary.faults:
+        listed = "".join(f"\n  {fault}" for fault in summary.faults[:MAX_LISTED])
+        more = len(summary.faults) - MAX_LISTED
+        tail = f"\n  and {more} more, which the page lists" if more > 0 else ""
+        raise InputError(
+            f"{format_count(len(summary.faults), 'line')} could not be read; the page has all others:{listed}{tail}"
+        )
