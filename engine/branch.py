@@ -16,6 +16,7 @@ from genssd.engine.candidate import ActivationMeans, Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_count
+from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import ByteSpans, Reading
 from genssd.engine.runner import Role
 from genssd.engine.sampling import child_stream
@@ -24,27 +25,6 @@ from genssd.kernels.logprob import TokenStats, TopK
 
 Ending = Literal["chunk", "finished", "length"]
 """Why a candidate ends: its chunk is complete | end of sequence | no more tokens allowed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PromptIds:
-    """Token ids of one prompt as each model reads it; empty for a model that does not read it.
-
-    Two prompts with the same ids are two keys of a dictionary.
-    """
-
-    teacher: tuple[int, ...] = ()
-    """Token ids as the teacher reads the prompt."""
-    student: tuple[int, ...] = ()
-    """Token ids as the student reads the prompt."""
-    num_lead: int = 0
-    """Number of the last tokens of `student` that are its lead (see `PairPrompt`)."""
-    answer: str | None = None
-    """Reference answer of the prompt, for criteria that read it."""
-
-    def of(self, role: Role) -> tuple[int, ...]:
-        """Return the token ids as one model reads the prompt."""
-        return self.teacher if role == "teacher" else self.student
 
 
 class BranchSession(Protocol):

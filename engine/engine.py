@@ -8,7 +8,7 @@ from typing import Unpack
 from torch import Tensor
 
 from genssd.engine.amounts import format_count
-from genssd.engine.branch import Branch, PromptIds, expand_together
+from genssd.engine.branch import Branch, expand_together
 from genssd.engine.candidate import ActivationMeans, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
@@ -20,6 +20,7 @@ from genssd.engine.loading import LoadedModels
 from genssd.engine.nodes import Forcing, Fork, iter_force
 from genssd.engine.options_check import check_arguments, check_count
 from genssd.engine.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
+from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.requests import check_answers, check_ids, check_positions, check_windows, labels_of
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.runner import Role

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from genssd.engine.amounts import format_count
-from genssd.engine.branch import Branch, PromptIds
+from genssd.engine.branch import Branch
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
 from genssd.engine.options_check import check_count, check_types, check_value
+from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.requests import check_ids
 from genssd.engine.resources import Resources
 from genssd.engine.runner import ModelRunner, Role

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genssd.engine.amounts import format_count
-from genssd.engine.branch import PromptIds
 from genssd.engine.candidate_scoring import StudentRoom
 from genssd.engine.expansion import Expansion
 from genssd.engine.pages import count_pages
+from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.restoring import innermost_spans, open_paths, shared_spans
 from genssd.engine.runner import ModelRunner
 from genssd.engine.shared_prefixes import SharedPrefixes

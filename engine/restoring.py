@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from genssd.engine.branch import Branch, PromptIds
+from genssd.engine.branch import Branch
+from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.shared_prefixes import SharedPrefixes
 from genssd.engine.tree import Path

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genssd.engine.amounts import format_count
 from genssd.engine.any_expander import AnyExpander
-from genssd.engine.branch import Branch, PromptIds
+from genssd.engine.branch import Branch
 from genssd.engine.candidate import ActivationMeans, Window
 from genssd.engine.candidate_scoring import CandidateScorer
 from genssd.engine.chunk import Chunk
@@ -16,6 +16,7 @@ from genssd.engine.drawing import Drawing, WriterDrawing, chunk_topk
 from genssd.engine.errors import CapacityError, InputError, ServerError
 from genssd.engine.expander import Expander
 from genssd.engine.expansion import Expansion
+from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import Reader
 from genssd.engine.rereading import finish_reading
 from genssd.engine.resources import Resources

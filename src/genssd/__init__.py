@@ -13,7 +13,6 @@ TYPE_CHECKING = False  # importing typing takes longer than everything else here
 if TYPE_CHECKING:
     from genssd.engine.branch import Branch as Branch
     from genssd.engine.branch import Ending as Ending
-    from genssd.engine.branch import PromptIds as PromptIds
     from genssd.engine.budget import Budget as Budget
     from genssd.engine.budget import BudgetName as BudgetName
     from genssd.engine.candidate import ActivationMeans as ActivationMeans
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from genssd.engine.nodes import Fork as Fork
     from genssd.engine.nodes import NodeReader as NodeReader
     from genssd.engine.pair_prompts import PairPrompt as PairPrompt
+    from genssd.engine.prompt_ids import PromptIds as PromptIds
     from genssd.engine.reading import ByteSpans as ByteSpans
     from genssd.engine.reading import Reader as Reader
     from genssd.engine.reading import Reading as Reading
@@ -100,7 +100,6 @@ _NAMES = {
     "genssd.engine.branch": (
         "Branch",
         "Ending",
-        "PromptIds",
     ),
     "genssd.engine.budget": (
         "Budget",
@@ -172,6 +171,7 @@ _NAMES = {
         "NodeReader",
     ),
     "genssd.engine.pair_prompts": ("PairPrompt",),
+    "genssd.engine.prompt_ids": ("PromptIds",),
     "genssd.engine.reading": ("ByteSpans", "Reader", "Reading"),
     "genssd.engine.reverse_speculation": ("ReverseSpeculation",),
     "genssd.engine.runner": ("Role",),
