@@ -16,6 +16,9 @@ class ServerOptions:
     model_name: str | None = None
     """Name of the model on the server, as its list of models (/v1/models) has it. None: the only one of the list that
     is no adapter."""
+    seeds: bool = True
+    """Whether requests have seeds, by the place of the candidates in the search; without them the server draws as it
+    likes. vLLM on a CPU ends with an error where it computes a prompt with a seed in parts."""
     in_flight: int = 64
     """Maximum number of requests that wait for the server at once; each asks for all candidates of one branch."""
     timeout: float = 600.0

@@ -38,6 +38,8 @@ class Written:
     """Ids and log-probabilities of the most likely tokens at each token; empty where they were not asked for."""
     reason: Literal["stop", "length"]
     """Whether the server ended by a token or delimiter, or at the maximum number of tokens."""
+    text: str
+    """Text of the tokens, as the server has it."""
     is_from_text: bool
     """Whether the ids were found from the text."""
 
@@ -91,6 +93,7 @@ def _read_choice(choice: Mapping[str, Any], tokenizer: Tokenizer, num_topk: int)
         logprobs=[float(value) for value in logprobs],
         topk=[_read_topk(entry, num_topk, tokenizer) for entry in given["top_logprobs"]] if num_topk else (),
         reason=choice["finish_reason"],
+        text=str(choice.get("text", "")),
         is_from_text=is_from_text,
     )
 

@@ -23,7 +23,7 @@ from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord
 from genssd.engine.served.replies import BadReply, TextInDoubt, Written, is_whole, read_reply
 from genssd.engine.served.workers import Workers
-from genssd.engine.text import PROBE, Tokenizer
+from genssd.engine.text import PROBE, REPLACEMENT, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,6 @@ class ServedTeacher:
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "seed": request.seed,
             "logprobs": request.num_topk,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
@@ -161,6 +160,8 @@ class ServedTeacher:
             "spaces_between_special_tokens": False,
             "stream": False,
         }
+        if self.client.options.seeds:
+            fields["seed"] = request.seed
         if request.stop is not None:
             fields |= {"stop": [request.stop], "include_stop_str_in_output": True, "no_stop_trim": True}
         return fields
@@ -185,6 +186,8 @@ class ServedTeacher:
             (drawn,) = self.ask(self._probe(sampling=replace(hot, top_k=1)), Call())
         except (RequestRefused, BadReply, TransportFault) as error:
             raise ServerError(f"the server {self.url} cannot be the teacher: {error}") from None
+        for completion in pair:
+            self._check_text(completion)
         is_same = greedy.tokens[0] == drawn.tokens[0]  # else two tokens are equally likely, and nothing is shown
         if is_same and abs(greedy.logprobs[0] - drawn.logprobs[0]) > TOLERANCE:
             raise ServerError(
@@ -198,6 +201,20 @@ class ServedTeacher:
                 self.url,
             )
         return len(pair) == 2 and pair[0].tokens != pair[1].tokens
+
+    def _check_text(self, completion: Written) -> None:
+        """Raise ServerError where the ids of a completion have another text for the tokenizer than for the server."""
+        hf = self.tokenizer.hf
+        here, there = (
+            "".join(text.replace(REPLACEMENT, "").split())
+            for text in (str(hf.decode(completion.tokens)), completion.text)
+        )
+        # the server leaves out the end of a response, and the bytes of a character that is not complete
+        if not here.startswith(there) and not there.startswith(here):
+            raise ServerError(
+                f"the tokenizer {self.tokenizer.directory} is not that of {self.model.name}, served at {self.url}: it "
+                f"reads {quote(here)} where the server wrote {quote(there)}; give teacher_tokenizer"
+            )
 
     def _try_pair(self, request: Completions) -> list[Written]:
         """Return two completions; none where they came as text that leaves their tokens in doubt, as unlikely ones do.

@@ -110,7 +110,11 @@ class StubServer:
 
     @torch.no_grad()
     def _choice(self, fields: dict[str, Any], index: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(fields["seed"] + (0 if self.manners.same_noise else index))
+        generator = torch.Generator()
+        if "seed" in fields:
+            generator.manual_seed(fields["seed"] + (0 if self.manners.same_noise else index))
+        else:
+            generator.seed()
         ids, new = list(fields["prompt"]), []
         logprobs, tops, reason, stopped_by = [], [], "length", None
         until = (fields.get("stop") or [None])[0]
@@ -262,6 +266,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if not stub.manners.takes_ids:
             self._send(422, {"detail": "prompt must be text"})
+            return
+        if max(fields["prompt"]) >= stub.model.config.vocab_size:
+            self._send(400, {"error": {"message": f"Token id {max(fields['prompt'])} is out of vocabulary"}})
             return
         time.sleep(stub.manners.seconds)
         reply = stub.complete(fields)

@@ -74,7 +74,9 @@ OFF_IN_TRAINING = LOSS | {
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "eval_steps", "save_total_limit",
     "rollout.max_tokens", "rollout.memory_bytes", *(f"rollout.{name}" for name in SAMPLING),
 }  # fmt: skip
-SERVED = {"teacher_tokenizer"} | {f"server.{name}" for name in ("model_name", "in_flight", "timeout", "patience")}
+SERVED = {"teacher_tokenizer"} | {
+    f"server.{name}" for name in ("model_name", "seeds", "in_flight", "timeout", "patience")
+}
 CALIBRATE = {"calibrate.share", "calibrate.limit"}
 OFF_IN_SEARCH = CALIBRATE | SERVED | {"max_resamples", "min_chunk_tokens"}
 OFF: dict[str, set[str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -310,6 +311,25 @@ def test_a_tokenizer_that_is_not_at_hand_is_the_students_or_asked_for(
     assert Engine.from_pretrained(stub.url).server.tokenizer == str(pair.teacher)  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match="/nowhere does not exist"):
         Engine.from_pretrained(stub.url, teacher_tokenizer="/nowhere")
+
+
+def test_a_tokenizer_of_another_model_is_refused(pair: Pair, stub: StubServer, tmp_path: Path) -> None:
+    """Its letters are those of other ids."""
+    for path in pair.teacher.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = fields["model"]["vocab"]
+    last = len(vocabulary) - 1
+    fields["model"]["vocab"] = {piece: last - i for piece, i in vocabulary.items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    options = {"server": ServerOptions(patience=2.0), "memory_bytes": 1 << 22}
+    with pytest.raises(
+        ServerError, match=r"the tokenizer .* is not that of tiny, .* it reads '.*' where the server wrote"
+    ):
+        Engine.from_pretrained(stub.url, teacher_tokenizer=tmp_path, **options)  # type: ignore[arg-type]
+    with pytest.raises(ServerError, match=r"cannot be the teacher: status 400, Token id \d+ is out of vocabulary"):
+        Engine.from_pretrained(stub.url, MODELS[1], teacher_tokenizer=MODELS[0], **options)  # type: ignore[arg-type]
 
 
 def test_retry_after_is_read_in_both_forms() -> None:

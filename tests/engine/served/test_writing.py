@@ -193,6 +193,15 @@ def test_a_server_with_one_noise_for_all_completions_is_asked_for_each(pair: Pai
         assert all(request["n"] == 1 for request in stub.requests[3:])
 
 
+def test_without_seeds_the_server_draws_by_itself(pair: Pair, stub: StubServer) -> None:
+    engine, before = connect(pair, stub, seeds=False), len(stub.requests)
+    options: Any = {"candidates": 4, "chunk": Chunk(tokens=8, until=None), "max_tokens": 8}
+    one, other = (engine.select_expand([PROMPTS[1]], **options)[0] for _ in range(2))
+    assert [c.token_ids for c in one.tree] != [c.token_ids for c in other.tree]
+    assert [request["n"] for request in stub.requests[before:]] == [4, 4]
+    assert not any("seed" in request for request in stub.requests[before:])
+
+
 def test_the_most_likely_tokens_are_kept_along_the_best_response(served: Engine, pair: Pair) -> None:
     (selection,) = served.select_expand(
         [PROMPTS[0]], candidates=2, chunk=Chunk(tokens=3, until="a", limit=6), max_tokens=12, teacher_topk=4
