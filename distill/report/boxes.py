@@ -44,7 +44,7 @@ class Box:
             trace=logged.trace,
             attempt=attempt,
             verdict=logged.verdict,
-            score=logged.score,
+            score=round_value(logged.score, digits=9),
             draw=logged.probability,
             ending="finished" if candidate.finished else "length" if candidate.final else "chunk",
             token_ids=candidate.token_ids,
@@ -52,6 +52,13 @@ class Box:
             student=candidate.stats,
             teacher=None if candidate.teacher_logprob is None else candidate.teacher_logprob.tolist(),
         )
+
+    def __post_init__(self) -> None:
+        counts = [] if self.student is None else [len(self.student.logprob), len(self.student.entropy)]
+        counts += [] if self.student is None else [len(self.student.rank)]
+        counts += [] if self.teacher is None else [len(self.teacher)]
+        if any(count != len(self.token_ids) for count in counts):
+            raise ValueError("a candidate has not as many statistics as tokens")
 
     @property
     def is_kept(self) -> bool:
@@ -142,6 +149,6 @@ def describe_judgements(judgements: Sequence[Judgement], boxes: Sequence[Box]) -
     }
 
 
-def round_value(value: float | None) -> float | None:
-    """Return a score with five significant digits; None where it is missing or not finite."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+def round_value(value: float | None, digits: int = 5) -> float | None:
+    """Return a score with some significant digits; None where it is missing or not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")

@@ -24,24 +24,24 @@ class ReadEvaluation:
 
     found: FoundRun
     rows: Mapping[str, Mapping[str, Any]]
-    """Lines of the journal by the problem's prompt."""
+    """What the journal says of every problem, by its prompt."""
 
     def as_json(self, first: ReadEvaluation) -> dict[str, Any]:
         """Return the accuracy, and its difference from that of the first evaluation over the problems of both."""
         rows = list(self.rows.values())
-        samples = [[sample["correct"] is True for sample in row["samples"]] for row in rows]
+        samples = [row["samples"] for row in rows]
         is_sampled = bool(samples) and all(samples)
         common = [key for key in self.rows if key in first.rows]
         difference = None
         if common and self is not first:
-            outcomes = [[e.rows[key]["correct"] is True for key in common] for e in (self, first)]
+            outcomes = [[e.rows[key]["correct"] for key in common] for e in (self, first)]
             difference = paired_difference(*outcomes)
         return {
             "name": self.found.name,
             "model": self.found.config.get("model"),
             "is_finished": self.found.is_finished,
             "problems": len(rows),
-            "accuracy": _fields(wilson([row["correct"] is True for row in rows]) if rows else None),
+            "accuracy": _fields(wilson([row["correct"] for row in rows]) if rows else None),
             "avg_at_k": _fields(wilson_of_groups(samples) if is_sampled else None),
             "samples": len(samples[0]) if is_sampled else 0,
             "cut_off": sum(row["status"] == "length" for row in rows),
@@ -56,9 +56,16 @@ def read_evaluation(found: FoundRun, faults: list[str]) -> ReadEvaluation:
     path = found.path / "evaluation.jsonl"
     rows: dict[str, Mapping[str, Any]] = {}
     for row, number in sound_rows(path, faults):
-        if all(name in row for name in ("prompt", "correct", "status", "tokens", "samples", "response", "answer")):
-            rows[write_prompt(row["prompt"])] = row
-        else:
+        try:
+            rows[write_prompt(row["prompt"])] = {
+                "correct": row["correct"] is True,
+                "samples": [sample["correct"] is True for sample in row["samples"]],
+                "status": str(row["status"]),
+                "tokens": int(row["tokens"]),
+                "response": str(row["response"]),
+                "answer": str(row["answer"]),
+            }
+        except (LookupError, TypeError, ValueError):
             faults.append(f"{path}, line {number} is no result of this version of genssd")
     return ReadEvaluation(found=found, rows=rows)
 
@@ -68,10 +75,8 @@ def list_differing(evaluations: Sequence[ReadEvaluation]) -> list[dict[str, Any]
     differing = []
     for question in evaluations[0].rows if evaluations else ():
         rows = [evaluation.rows.get(question) for evaluation in evaluations]
-        if len({row["correct"] is True for row in rows if row is not None}) > 1:
-            results = [
-                None if row is None else [row["correct"] is True, row["response"][-MAX_CHARACTERS:]] for row in rows
-            ]
+        if len({row["correct"] for row in rows if row is not None}) > 1:
+            results = [None if row is None else [row["correct"], row["response"][-MAX_CHARACTERS:]] for row in rows]
             differing.append({"question": question, "answer": evaluations[0].rows[question]["answer"], "of": results})
         if len(differing) == MAX_PROBLEMS:
             break

@@ -66,20 +66,20 @@ class SearchFigures:
     """Verdict on the best response of every prompt."""
 
     def add(
-        self, row: Mapping[str, Any], boxes: Iterable[Box], rounds: int, judgements: Mapping[str, Sequence[Judgement]]
+        self, entry: Mapping[str, Any], boxes: Iterable[Box], rounds: int, judgements: Mapping[str, Sequence[Judgement]]
     ) -> None:
-        """Count one prompt. row: its line of the journal."""
+        """Count one prompt. entry: its line in the page's list."""
         self.prompts += 1
         self.rounds += rounds
-        self.statuses[row["status"]] += 1
-        self.tokens_kept += len(row["completion_ids"])
+        self.statuses[entry["status"]] += 1
+        self.tokens_kept += entry["tokens"]
         for box in boxes:
             self.candidates[box.verdict] += 1
             self.tokens[box.verdict] += len(box.token_ids)
             self.tokens_sampled += len(box.token_ids)
         for name, of_criterion in judgements.items():
             self.criteria.setdefault(name, CriterionFigures()).add(of_criterion)
-        self.verdicts.append({name: row[name] for name in ("correct", "undecided")})
+        self.verdicts.append({name: entry[name] for name in ("correct", "undecided")})
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures as the page's script reads them."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.record import read_record
+from genssd.distill.select.reselect import read_selection_config
 from genssd.engine.errors import InputError
 
 SHOWN = ("select", "generate", "train", "evaluate")
@@ -90,7 +91,7 @@ def _read_run(path: Path, *, is_named: bool) -> FoundRun | None:
                 "--criteria"
             )
         raise InputError(f"{path} is a run of genssd {command}; the page shows runs of {', '.join(SHOWN)}")
-    config: Mapping[str, Any] = read_record(record)["config"]
+    config: Mapping[str, Any] = read_selection_config(path) if command == "select" else read_record(record)["config"]
     return FoundRun(
         path=path,
         name=str(path),

@@ -23,6 +23,7 @@ from genssd.distill.report.packing import pack
 from genssd.distill.report.searches import Search, StudentReader
 from genssd.distill.report.trainings import read_training
 from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.journal import count_lines
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.writing import write_bytes
 from genssd.engine.errors import InputError
@@ -135,12 +136,15 @@ class _Builder:
 
     def _render_search(self, search: Search, number: int, entries: list[Any]) -> Iterator[bytes]:
         """Yield the trees of a search, and add the lines of its list."""
-        self._report.begin(f"reading {search.found.name}", unit="prompts", total=0)
-        for prompt in search.read():
-            if len(entries) < self._config.prompts:
-                yield pack(f"tree-{number}-{len(entries)}", prompt.tree()).encode()
-                entries.append(prompt.entry)
+        total = count_lines(search.journal)
+        self._report.begin(f"reading {search.found.name}", unit="prompts", total=total)
+        for count, shown in enumerate(search.read(number, self._config.prompts), start=1):
+            if shown is not None:
+                entry, piece = shown
+                yield piece.encode()
+                entries.append(entry)
                 self.shown += 1
+            self._report(count, total)
 
     def _make_overview(self, title: str) -> dict[str, Any]:
         trainings = [read_training(run, self.faults) for run in self._runs if run.command == "train"]

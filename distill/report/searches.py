@@ -10,6 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from genssd.distill.report.boxes import (
     Box,
     describe_judgements,
@@ -20,6 +22,7 @@ from genssd.distill.report.boxes import (
 )
 from genssd.distill.report.figures import SearchFigures
 from genssd.distill.report.found import FoundRun
+from genssd.distill.report.packing import pack
 from genssd.distill.report.texts import TokenTexts, write_prompt
 from genssd.distill.runs.journal import sound_rows
 from genssd.distill.select.decisions import LocalLogprob, parse_decisions
@@ -29,13 +32,13 @@ from genssd.engine.candidate import AnyCriterion
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import GenssdError
+from genssd.engine.quoting import one_line
 from genssd.kernels.logprob import TokenStats
 
 MAX_QUESTION = 4000
 """Maximum number of characters of a question in the list of prompts, in which the page searches."""
-FORM_FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+FORM_FAULTS = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)
 """Errors of a line whose values are not those that this version of genssd writes."""
-STUDENT_COLUMNS = ("logprob", "entropy", "rank")
 
 ScoreResponses = Callable[[Sequence[int], Sequence[Sequence[int]]], list[TokenStats]]
 """Function that returns the student's statistics of responses, from the token ids of the prompt and of each."""
@@ -53,10 +56,15 @@ class StudentReader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShownPrompt:
-    """One prompt of a search: its line in the page's list, and its tree."""
+class ReadPrompt:
+    """One prompt of a search."""
 
     entry: Mapping[str, Any]
+    """Line in the page's list."""
+    boxes: Sequence[Box]
+    rounds: int
+    judgements: Mapping[str, Sequence[Judgement]]
+    """The rounds as every criterion decides them."""
     tree: Callable[[], Mapping[str, Any]]
     """Function that makes the data of the tree, which is not needed of all prompts."""
 
@@ -97,43 +105,51 @@ class Search:
         """File with a line per prompt."""
         return self.found.path / ("selections.jsonl" if self.found.command == "select" else "responses.jsonl")
 
-    def read(self) -> Iterator[ShownPrompt]:
-        """Yield the prompts of the journal, in order, and count them."""
+    def read(self, number: int, limit: int) -> Iterator[tuple[Mapping[str, Any], Markup] | None]:
+        """Count the prompts of the journal, in order, and yield the lines of the list and the packed trees.
+
+        number: of the search in the page. limit: maximum number of prompts with trees; None stands for the others.
+        """
         rows = self._read_selections() if self.found.command == "select" else self._read_responses()
-        for number, make in rows:
+        shown = 0
+        for line, read in rows:
             try:
-                prompt = make()
+                prompt = read()
+                json.dumps(prompt.entry, allow_nan=False)
+                piece = pack(f"tree-{number}-{shown}", prompt.tree()) if shown < limit else None
             except FORM_FAULTS as error:
                 self.faults.append(
-                    f"{self.journal}, line {number} is left out: it is not of the form that this version of genssd "
-                    f"writes ({type(error).__name__}: {error})"
+                    f"{self.journal}, line {line} is left out: it is not of the form that this version of genssd "
+                    f"writes ({type(error).__name__}: {one_line(error)})"
                 )
                 continue
-            yield prompt
+            self.figures.add(prompt.entry, prompt.boxes, prompt.rounds, prompt.judgements)
+            shown += piece is not None
+            yield None if piece is None else (prompt.entry, piece)
 
-    def _read_selections(self) -> Iterator[tuple[int, Callable[[], ShownPrompt]]]:
+    def _read_selections(self) -> Iterator[tuple[int, Callable[[], ReadPrompt]]]:
         """Yield for every line of the journal its number and the function that reads the prompt with its decisions."""
         log = self.found.path / "decisions.jsonl"
         logged = sound_rows(log, self.faults)
-        waiting: dict[Any, Mapping[str, Any]] = {}
+        waiting: dict[str, Mapping[str, Any]] = {}
         for row, number in sound_rows(self.journal, self.faults):
-            index = row.get("index")
+            index = repr(row.get("index"))
             while index not in waiting:
                 decision = next(logged, None)
                 if decision is None:
                     break
-                waiting[decision[0].get("index")] = decision[0]
+                waiting[repr(decision[0].get("index"))] = decision[0]
             decided = waiting.pop(index, None)
             if decided is None:
                 self.faults.append(f"{self.journal}, line {number} is left out: {log.name} has no decisions of it")
                 continue
             yield number, partial(self._show_selection, row, decided)
 
-    def _read_responses(self) -> Iterator[tuple[int, Callable[[], ShownPrompt]]]:
+    def _read_responses(self) -> Iterator[tuple[int, Callable[[], ReadPrompt]]]:
         for row, number in sound_rows(self.journal, self.faults):
             yield number, partial(self._show_responses, row)
 
-    def _show_selection(self, row: Mapping[str, Any], decided: Mapping[str, Any]) -> ShownPrompt:
+    def _show_selection(self, row: Mapping[str, Any], decided: Mapping[str, Any]) -> ReadPrompt:
         texts = self._open_texts(row)
         local_logprob = self.student.local_logprob if self._has_student(row) and self.student else None
         decisions = parse_decisions(row, decided, texts.tokenizer, local_logprob)
@@ -141,7 +157,6 @@ class Search:
         paths = find_paths(row, boxes)
         judgements = self._judge(decisions)
         entry = self._describe(row, boxes, judgements)
-        self.figures.add(row, boxes, len(decisions.rounds), judgements)
 
         def make_tree() -> dict[str, Any]:
             records = [logged.record for logged in decisions.rounds]
@@ -152,9 +167,9 @@ class Search:
                 "responses": _describe_responses(row, paths),
             }
 
-        return ShownPrompt(entry=entry, tree=make_tree)
+        return ReadPrompt(entry=entry, boxes=boxes, rounds=len(decisions.rounds), judgements=judgements, tree=make_tree)
 
-    def _show_responses(self, row: Mapping[str, Any]) -> ShownPrompt:
+    def _show_responses(self, row: Mapping[str, Any]) -> ReadPrompt:
         texts = self._open_texts(row)
         students = None
         if self.student is not None and row["tokenizer"] == self.student.tokenizer:
@@ -163,7 +178,6 @@ class Search:
             )
         boxes = make_written_boxes(row, students)
         entry = self._describe(row, boxes, {})
-        self.figures.add(row, boxes, 1, {})
 
         def make_tree() -> dict[str, Any]:
             return {
@@ -173,7 +187,7 @@ class Search:
                 "responses": _describe_responses(row, [[i] for i in range(len(boxes))]),
             }
 
-        return ShownPrompt(entry=entry, tree=make_tree)
+        return ReadPrompt(entry=entry, boxes=boxes, rounds=1, judgements={}, tree=make_tree)
 
     def _open_texts(self, row: Mapping[str, Any]) -> TokenTexts:
         """Return the texts of the run's tokens; the tokenizer is found by the first row."""
@@ -211,10 +225,8 @@ class Search:
             "index": int(row["index"]),
             "line": int(row["source"]["line"]),
             "question": write_prompt(row["prompt"])[:MAX_QUESTION],
-            "answer": row["answer"],
-            "status": str(row["status"]),
-            "correct": row["correct"],
-            "undecided": row["undecided"],
+            "answer": None if row["answer"] is None else str(row["answer"]),
+            **_describe_verdict(row),
             "score": round_value(row.get("score")),
             "tokens": len(row["completion_ids"]),
             "sampled": sum(len(box.token_ids) for box in boxes),
@@ -243,14 +255,24 @@ class Search:
         }
 
 
+def _describe_verdict(response: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a response ended and whether it is correct. Raises ValueError on values that no run writes."""
+    if not (response["correct"] is None or isinstance(response["correct"], bool)):
+        raise ValueError("correct is no verdict")
+    undecided = response["undecided"]
+    return {
+        "status": str(response["status"]),
+        "correct": response["correct"],
+        "undecided": None if undecided is None else str(undecided),
+    }
+
+
 def _describe_responses(row: Mapping[str, Any], paths: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     return [
         {
             "path": list(path),
-            "status": response["status"],
-            "correct": response["correct"],
-            "undecided": response["undecided"],
-            "cut_by": response["cut_by"],
+            **_describe_verdict(response),
+            "cut_by": None if response["cut_by"] is None else str(response["cut_by"]),
             "score": round_value(response.get("score")),
             "tokens": len(response["completion_ids"]),
         }

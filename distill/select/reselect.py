@@ -84,7 +84,7 @@ class ReselectSummary:
 def run_reselect(config: ReselectConfig) -> ReselectSummary:
     """Judge the logged candidates again and export them. Raises GenssdError on bad input."""
     selection_run = Path(config.run)
-    recorded = _read_selection_config(selection_run)
+    recorded = read_selection_config(selection_run)
     run_criterion: str = recorded["criterion"]
     name = config.criterion or run_criterion
     criterion = resolve(name)
@@ -120,7 +120,7 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
     return summary
 
 
-def _read_selection_config(run: Path) -> dict[str, Any]:
+def read_selection_config(run: Path) -> dict[str, Any]:
     """Return the config of a `genssd select` run, by its output directory. Raises InputError if it is incomplete."""
     path = run / "run.json"
     if read_json(path).get("command") != "select":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import shutil
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
+from support.failing_disk import FailingDisk
 from support.pages import list_trees, read_page
 from support.report_runs import Runs
 from support.selections import config_for
@@ -123,6 +127,61 @@ def test_damaged_lines_are_named_and_left_out(copied: Path, tmp_path: Path, caps
     summary, page = report(tmp_path, copied)
     assert page["list-0"] == []
     assert sum("decisions.jsonl has no decisions of it" in fault for fault in summary.faults) == 2
+
+
+ODD = (None, -1, 10**30, 0.5, math.inf, math.nan, "x", "\ud800", [], [[]], {}, True)
+
+
+def mutate(row: dict[str, Any], generator: random.Random) -> None:
+    """Replace or remove one value, at a random depth."""
+    while True:
+        key = generator.choice(list(row))
+        value = row[key]
+        inner = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
+        if isinstance(inner, dict) and inner and generator.random() < 0.7:
+            row = inner
+        elif generator.random() < 0.2:
+            del row[key]
+            return
+        else:
+            row[key] = generator.choice(ODD)
+            return
+
+
+def test_any_values_end_in_a_page_that_says_what_is_left_out(copied: Path, tmp_path: Path) -> None:
+    generator = random.Random(0)
+    originals = {name: (copied / name).read_bytes() for name in ("selections.jsonl", "decisions.jsonl")}
+    left_out = 0
+    for _ in range(40):
+        for name, content in originals.items():
+            rows = [json.loads(line) for line in content.splitlines()]
+            for row in rows[:2]:
+                row.pop("checksum")
+                mutate(row, generator)
+            bodies = [json.dumps(row)[:-1].encode() for row in rows[:2]]
+            lines = [body + b', "checksum": "%08x"}\n' % crc32(body) for body in bodies]
+            (copied / name).write_bytes(b"".join((*lines, content.splitlines(keepends=True)[2])))
+        summary, page = report(tmp_path, copied, criteria=("rsr",))
+        left_out += len(summary.faults)
+        assert 1 <= len(page["list-0"]) <= 3
+        assert len(page["list-0"]) + len(summary.faults) >= 3
+        assert all("\n" not in fault for fault in summary.faults)
+    assert left_out > 20
+
+
+def test_a_disk_that_refuses_the_page_keeps_the_earlier_one(runs: Runs, tmp_path: Path) -> None:
+    report(tmp_path, runs.select)
+    before = (tmp_path / "page.html").read_bytes()
+    with FailingDisk(tmp_path).patched() as disk:
+        report(tmp_path, runs.select)
+    for number in range(disk.count - 1):  # at the last one the page is there, and its directory cannot be synced
+        with (
+            FailingDisk(tmp_path, number).patched(),
+            pytest.raises(InputError, match=r"page\.html cannot be written: No space left"),
+        ):
+            report(tmp_path, runs.select)
+        assert (tmp_path / "page.html").read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_a_run_that_is_still_at_work(copied: Path, tmp_path: Path) -> None:
