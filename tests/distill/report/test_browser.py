@@ -14,8 +14,11 @@ import pytest
 from support.browser import Page, find_browser, open_page
 from support.pages import list_trees, read_page
 from support.report_runs import HOSTILE, QUESTIONS, Runs
+from support.small_runs import make_small_runs
+from support.tiny_pair import TinyPair
 
 from genssd.distill.report.config import ReportConfig
+from genssd.distill.report.found import OWN_PAGES
 from genssd.distill.report.run import run_report
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")
@@ -318,6 +321,25 @@ def test_a_narrow_window_and_paper(page: Page) -> None:
         assert page.run("getComputedStyle(document.querySelector('.tree')).maxHeight") == "none"
     finally:
         page.resize(1400, 900)
+
+
+@pytest.mark.parametrize("command", ["score", "diagnose"])
+def test_the_pages_of_other_commands_have_the_same_frame(
+    browser: Page, tiny_pair: TinyPair, tmp_path: Path, command: str
+) -> None:
+    make_small_runs(tiny_pair, tmp_path)[command].run(tmp_path / "run")
+    browser.problems.clear()
+    browser.requests.clear()
+    path = tmp_path / "run" / OWN_PAGES[command]
+    browser.call("Page.navigate", url=path.as_uri())
+    browser.wait("document.readyState === 'complete' && document.querySelector('main > #theme')")
+    assert browser.run("document.querySelector('h1').getBoundingClientRect().width") > 0
+    for colours, paper in (("light", "rgb(251, 251, 249)"), ("dark", "rgb(20, 22, 26)")):
+        browser.run("document.querySelector('#theme').click()")
+        assert browser.run("document.documentElement.dataset.theme") == colours
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == paper
+    assert browser.problems == []
+    assert [url for url in browser.requests if not url.startswith("data:image/png")] == [path.as_uri()]
 
 
 @pytest.mark.parametrize(
