@@ -50,6 +50,9 @@ def test_a_model_without_a_template_is_an_error_for_messages_only(tmp_path: Path
     assert found.level == "error"
     assert "has no chat template" in found.line
     assert "chat_template.jinja" in str(found.fix)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2 + 2 =", "completion": "4"}])
+    found = one(check_templates(open_for("train", model_name_or_path=model, data=(rows,))))
+    assert (found.level, found.line) == ("ok", "there is none: the rows must be text, not messages")
     data = write_rows(tmp_path / "raw.jsonl", [{"prompt": "2 + 2 =", "answer": "4"}])
     found = one(check_templates(open_for("generate", teacher=model, data=data)))
     assert found.level == "ok"
