@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from genssd.distill.files.rows import check_exists
 from genssd.distill.runs.journal import read_json
 from genssd.engine.model_names import find_directory
 from genssd.engine.served.address import is_url, parse_url
-from genssd.flags import load_yaml
 
 MODELS = frozenset(
     (
@@ -63,7 +63,7 @@ def check_examined(flags: Sequence[str]) -> None:
         return
     values = _split(flags)
     for name in values.get("config", ())[:1]:
-        fields = load_yaml(Path(os.path.expanduser(name)))
+        fields = import_module("genssd.yaml_files").load_yaml(Path(os.path.expanduser(name)))
         check_names(list(_iter_words(fields, "")))
     for name in values.get("run", ())[:1]:
         read_json(Path(os.path.expanduser(name)) / "run.json")

@@ -12,7 +12,8 @@ from genssd.distill.doctor.settings import EXAMINED, Settings, make_settings, re
 from genssd.distill.runs.settings import expand_home
 from genssd.engine.errors import InputError
 from genssd.engine.runner import Role
-from genssd.flags import load_yaml, read_config
+from genssd.flags import read_config
+from genssd.yaml_files import load_yaml
 
 
 def read_examined(config: DoctorConfig, words: Sequence[str]) -> Settings:

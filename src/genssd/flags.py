@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-import yaml
 
-from genssd.distill.files.pipes import open_pipe
 from genssd.engine.errors import InputError
+from genssd.yaml_files import load_yaml
 
 JSON_KEYS = frozenset(("chat_template_kwargs", "teacher_template_kwargs", "student_template_kwargs"))
 """Keys whose value may be an object in a YAML file; its flag takes the JSON text of an object."""
-MAX_CONFIG_BYTES = 1 << 18
-"""Maximum size of a config file."""
 MAX_CONFIG_VALUES = 10_000
 """Maximum number of values in a config file, those that aliases repeat included."""
 RULER = re.compile(r"[\s\-\u2500-\u257f]*")
@@ -162,22 +159,6 @@ def flags_of_file(path: Path, config_class: type) -> list[str]:
     if sum(1 for _ in zip(range(MAX_CONFIG_VALUES), _walk(fields), strict=False)) == MAX_CONFIG_VALUES:
         raise InputError(f"config file {path} holds more than {MAX_CONFIG_VALUES} values")
     return _flags(fields, config_class, path, "")
-
-
-def load_yaml(path: Path) -> object:
-    """Return what a config file holds. Raises InputError where it cannot be read, is too long, or is no YAML."""
-    try:
-        with open_pipe(str(path)) if path.is_fifo() else path.open("rb") as stream:
-            text = stream.read(MAX_CONFIG_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"config file {path} cannot be read: {reason}") from None
-    if len(text) > MAX_CONFIG_BYTES:
-        raise InputError(f"config file {path} is longer than {MAX_CONFIG_BYTES >> 10} KiB")
-    try:
-        return yaml.safe_load(text.decode("utf-8"))
-    except Exception as error:  # PyYAML raises exceptions of many types on damaged scalars
-        raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _walk(value: object) -> Iterator[object]:
