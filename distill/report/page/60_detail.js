@@ -18,6 +18,13 @@ async function showPrompt() {
   const shown = columns.map(([run, at], i) => (parts[i] ? drawRun(parts[i], run, at, columns.length > 1) : drawMissing(run)));
   detail.replaceChildren(drawQuestion(entry), make("div", { className: columns.length > 1 ? "columns two" : "columns" }, ...shown));
   detail.dataset.place = place;
+  readAhead(mine);
+}
+
+/** Read the tree of the next prompt while there is nothing else to do. */
+function readAhead(mine) {
+  const next = state.shown[state.at + 1];
+  if (next !== undefined) (window.requestIdleCallback ?? setTimeout)(() => { if (mine === drawing) readTree(state.run, next); });
 }
 
 function drawQuestion(entry) {
