@@ -104,7 +104,8 @@ def test_head_into_select_and_its_resumption(
     options = [*flags("select", tiny_pair, "run"), "--threads", "2", "--dtype", "float32"]
     command = f"head -n 2 ../x.jsonl | {genssd} {' '.join(options)} --data -"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
-    checked, computing = done.stderr.splitlines()
+    # on a slow machine lines of progress stand between them
+    checked, computing = (line for line in done.stderr.splitlines() if line.startswith("genssd: "))
     assert re.fullmatch(r"genssd: \d+ checks before loading: all ok", checked)
     assert (done.returncode, computing) == (0, "genssd: computing with 2 threads (as asked for)")
     assert "2 prompts: " in done.stdout

@@ -357,9 +357,8 @@ def test_a_torn_line_is_cut_even_if_nothing_is_left_to_do(tmp_path: Path) -> Non
 def made_engine(source: str | None, digest: str = "aa", *, models: tuple[str, ...] = ("t1", "s1")) -> Any:
     """An engine on a GPU with kernel configurations of this digest; source None: an engine on a CPU."""
     launches = None if source is None else LaunchRecord(source=source, deterministic=True, digest=digest)
-    return SimpleNamespace(
-        threads=2, launches=launches, fingerprints=dict(zip(("teacher", "student"), models, strict=False))
-    )
+    fingerprints = dict(zip(("teacher", "student"), models, strict=False))
+    return SimpleNamespace(threads=2, launches=launches, fingerprints=fingerprints, server=None)
 
 
 def work_on(engine: Any, config: Config, number: int) -> None:

@@ -17,7 +17,7 @@ from support.tiny_pair import TinyPair
 
 from genssd import Chunk, Engine
 from genssd.cli import main
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, make_training_row, read_traces
 from genssd.distill.select.generate import GenerateConfig, run_generate
 from genssd.distill.select.reselect import ReselectConfig, run_reselect

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.byte_tokenizers import TEXTS, build, save
 
-from genssd.distill.data.examples import read_examples
+from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import read_traces
 from genssd.distill.score.run import ScoreConfig, run_score
 from genssd.distill.select.reselect import ReselectConfig, run_reselect
