@@ -81,13 +81,20 @@ def check_answers(inputs: Inputs) -> list[Finding]:
         return []
     missing = [f"{p.where}: no reference answer" for p in problems if p.answer is None]
     unverifiable = []
+    untried = 0
     deadline = time.monotonic() + inputs.formula_seconds
     for problem in problems:
-        reason = None if problem.answer is None else find_unverifiable(problem.answer, deadline)
+        if problem.answer is None:
+            continue
+        is_tried = time.monotonic() < deadline or not _is_formula(problem.answer)
+        untried += not is_tried
+        reason = find_unverifiable(problem.answer, with_other=is_tried)
         if reason is not None:
             unverifiable.append(f"{problem.where}: {quote(problem.answer)}: {reason}")
     count = len(problems) - len(missing) - len(unverifiable)
     line = f"{count:,} {inputs.rows.describe()} can be verified"
+    if untried and inputs.formula_seconds:
+        line += f"; {format_count(untried, 'formula')} not tried, for lack of time"
     needed = inputs.settings.needs_answers
     if not count and needed:
         return [
@@ -114,20 +121,22 @@ def check_answers(inputs: Inputs) -> list[Finding]:
     return [Finding(name="answers", level="ok", line=line)]
 
 
-def find_unverifiable(answer: str, deadline: float) -> str | None:
+def find_unverifiable(answer: str, *, with_other: bool) -> str | None:
     """Return why responses cannot be verified against a reference answer; None where they can.
 
-    The answer itself must count as correct, and another answer must be told from it: a reference that math-verify does
-    not read is only ever equal to its own letters. deadline: time of `time.monotonic` from which on formulas, which
-    take their time, are not tried.
+    The answer itself must count as correct. with_other: another answer must be told from it as well: a reference that
+    math-verify does not read is only ever equal to its own letters. A formula takes its time.
     """
     verdict = judge(rf"\boxed{{{answer}}}", answer)
     if not verdict.is_correct:
         return verdict.undecided or "the same answer in a box counts as wrong"
+    return judge(rf"\boxed{{{OTHER_ANSWER}}}", answer).undecided if with_other and _is_formula(answer) else None
+
+
+def _is_formula(answer: str) -> bool:
+    """Return whether a reference answer is neither a number nor the letter of an option."""
     reference, kind = classify_reference(answer)
-    if kind == "choice" or parse_quantity(reference) is not None or time.monotonic() > deadline:
-        return None
-    return judge(rf"\boxed{{{OTHER_ANSWER}}}", answer).undecided
+    return kind != "choice" and parse_quantity(reference) is None
 
 
 def check_lengths(inputs: Inputs) -> list[Finding]:
@@ -169,7 +178,7 @@ def check_lengths(inputs: Inputs) -> list[Finding]:
                 name="lengths",
                 level="warning",
                 line=f"after the longest prompt {format_count(room, 'position')} are left, and max_tokens is "
-                f"{max_tokens:,}: longer responses are cut off (status length), and not trained on",
+                f"{max_tokens:,}: longer responses are cut off (status length)",
                 detail=list_lines(lines),
                 fix=f"--max-tokens {room}, shorter prompts, or a model with more positions",
             )

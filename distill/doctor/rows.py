@@ -60,11 +60,15 @@ def has_responses(name: str) -> bool:
 
 def read_problem_rows(settings: Settings, limit: int) -> Rows:
     """Return the first rows of a file of problems. Raises InputError on an unreadable file, or without a usable row."""
-    most = limit if settings.limit is None else min(limit, settings.limit)
-    problems = read_usable_problems(settings.data[0], most, system_prompt=settings.chat.system_prompt)
-    count = len(problems.problems) + len(problems.faults)
-    is_whole = count < limit or (settings.limit is not None and settings.limit <= limit)
-    return Rows(problems=problems.problems, faults=problems.list_bad_rows(), count=count, is_whole=is_whole)
+    most = limit + 1 if settings.limit is None else min(limit + 1, settings.limit)
+    data = read_usable_problems(settings.data[0], most, system_prompt=settings.chat.system_prompt)
+    count = len(data.problems) + len(data.faults)
+    return Rows(
+        problems=tuple(problem for problem in data.problems if problem.index < limit),
+        faults=tuple(message for index, message in sorted(data.faults.items()) if index < limit),
+        count=min(count, limit),
+        is_whole=count <= limit,
+    )
 
 
 def read_example_rows(settings: Settings, tokenizer: Tokenizer, max_length: int, limit: int) -> Rows:

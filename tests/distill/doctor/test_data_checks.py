@@ -43,7 +43,10 @@ def open_examples(tiny_pair: TinyPair, tmp_path: Path) -> Any:
 
 def test_rows_that_can_be_used(open_problems: Any, open_examples: Any) -> None:
     assert one(check_rows(open_problems(PROBLEMS))).line == "5 of 5 rows can be used"
+    assert one(check_rows(open_problems(PROBLEMS, limit=5))).line == "5 of 5 rows can be used"
     assert one(check_rows(open_problems(PROBLEMS, limit=3))).line == "3 of the first 3 rows can be used"
+    broken = [*PROBLEMS[:2], {"answer": "1"}, {"answer": "2"}]
+    assert one(check_rows(open_problems(broken, limit=3))).line == "2 of the first 3 rows can be used"
     assert one(check_rows(open_examples(EXAMPLES))).line == "5 of 5 rows can be used"
     assert one(check_rows(open_examples(EXAMPLES, limit=1))).line == "1 of the first 1 row can be used"
 
@@ -106,6 +109,8 @@ def test_answers_that_cannot_be_verified_are_listed_by_line(open_problems: Any) 
     assert lines[2].endswith("line 9: no reference answer")
     # without time for formulas, the second one counts as its own letters do
     assert one(check_answers(inputs)).line == "7 of 9 rows can be verified"
+    found = one(check_answers(dataclasses.replace(inputs, formula_seconds=1e-9)))
+    assert found.line == "7 of 9 rows can be verified; 3 formulas not tried, for lack of time"
 
 
 def test_a_missing_answer_counts_where_it_is_needed(open_problems: Any) -> None:
