@@ -4,7 +4,8 @@
 
 One model scores the same candidates twice, with its own tokenizer as the teacher's: by ids (`TokenMap`), and by bytes
 (`ByteReader`), where its tokenizer divides the text anew and the end of every chunk is held back. The candidates are
-texts of the data file in chunks; both ways alternate on one machine. Before times are reported, the tokens and the
+texts of the data file in chunks; both ways alternate on one machine. Times are the processor's, which other jobs change
+little. Before times are reported, the tokens and the
 log-probabilities of the whole responses are compared.
 """
 
@@ -42,7 +43,7 @@ def read_texts(path: Path, count: int) -> list[str]:
 def score_texts(
     engine: Engine, reader: Reader, texts: Sequence[Sequence[int]], tokens: int, copies: int
 ) -> tuple[float, list[tuple[tuple[int, ...], TokenStats]]]:
-    """Return the seconds of scoring all chunks of all texts, and the tokens and statistics of every text.
+    """Return the processor's seconds of scoring all chunks of all texts, and the tokens and statistics of every text.
 
     Every round scores the next chunk of all texts, `copies` candidates of each, and keeps the first.
     """
@@ -70,9 +71,9 @@ def score_texts(
                     child.ended = "chunk" if start + tokens < len(text) else "length"
                     expansion.children.append(child)
                 expansions.append(expansion)
-        began = time.perf_counter()
+        began = time.process_time()
         scorer.score(expansions)
-        seconds += time.perf_counter() - began
+        seconds += time.process_time() - began
         for expansion in expansions:
             kept, *others = expansion.children
             branches[branches.index(expansion.parent)] = kept
