@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.support.browser import Page, find_browser, open_page
 
 from genssd.distill import small_pair
 from genssd.distill.report.config import ReportConfig
@@ -30,6 +30,9 @@ from genssd.distill.report.run import run_report
 from genssd.distill.runs.journal import make_line
 from genssd.distill.runs.record import PACKAGES
 from genssd.engine.text import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from support.browser import Page, find_browser, open_page
 
 PAIR = Path(next(iter(small_pair.__path__)))
 CHUNK, CANDIDATES = 64, 4
