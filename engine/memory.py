@@ -103,7 +103,7 @@ def check_weights_fit(
     directories, dtypes: place and data type in memory of every model, by role. Raises CapacityError naming the bytes,
     CheckpointError on a directory that cannot be used.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not directories:
         return
     sizes = [count_weight_bytes(directory, dtypes[role]) for role, directory in directories.items()]
     needed = sum(packed for packed, _ in sizes) + max(copied for _, copied in sizes)
