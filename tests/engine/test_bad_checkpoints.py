@@ -161,6 +161,7 @@ def test_models_with_different_tokenizers(directory: Path, tmp_path: Path) -> No
     vocabulary = tokenizer["model"]["vocab"]
     first, second = list(vocabulary)[:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    tokenizer["decoder"] = None  # so that the student cannot read bytes either
     (tmp_path / "student" / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match=r"teacher .*model and student .*student have different vocabularies"):
         Engine.from_pretrained(directory, tmp_path / "student", dtype="float32", memory_bytes=MEGABYTE)

@@ -42,6 +42,8 @@ class Manners:
     positions: int | None = 512
     adapters: tuple[str, ...] = ()
     takes_ids: bool = True
+    together: int = 0
+    """Number of requests that must be there at once before the first of them is answered."""
     seconds: float = 0.0
     """Time that every completion takes, beside what it takes to compute."""
 
@@ -270,6 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
         if max(fields["prompt"]) >= stub.model.config.vocab_size:
             self._send(400, {"error": {"message": f"Token id {max(fields['prompt'])} is out of vocabulary"}})
             return
+        deadline = time.monotonic() + 60.0
+        while stub.most_at_once < stub.manners.together and time.monotonic() < deadline:
+            time.sleep(0.005)
         time.sleep(stub.manners.seconds)
         reply = stub.complete(fields)
         spoil(reply, name)
