@@ -238,7 +238,7 @@ def test_students_that_cannot_read_bytes_are_refused_by_name(
     with pytest.raises(NoByteTable, match=message):
         ByteReader.of(tokenizers["gemma"], Tokenizer(tmp_path), "teacher T", "student S")
     with pytest.raises(
-        Exception, match=rf"{message}.*, so the student cannot read by bytes; .* different vocabularies"
+        Exception, match=rf"{message}.*, so the student S cannot read by bytes; .* different vocabularies"
     ):
         choose_reader(tokenizers["gemma"], Tokenizer(tmp_path), "teacher T", "student S")
 
