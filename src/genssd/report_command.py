@@ -9,8 +9,7 @@ from genssd.distill.report.config import ReportConfig
 from genssd.distill.report.run import run_report
 from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.errors import InputError
-
-MAX_LISTED = 10  # lines that could not be read and are listed one by one
+from genssd.printing import list_first
 
 
 def report(config: ReportConfig, console: Console) -> None:
@@ -27,9 +26,7 @@ def report(config: ReportConfig, console: Console) -> None:
     print(", ".join(f"{format_count(count, noun)}{more}" for count, noun, more in parts if count))
     print(f"written to {summary.path} ({format_bytes(summary.bytes)}); open it in a browser")
     if summary.faults:
-        listed = "".join(f"\n  {fault}" for fault in summary.faults[:MAX_LISTED])
-        more = len(summary.faults) - MAX_LISTED
-        tail = f"\n  and {more} more, which the page lists" if more > 0 else ""
+        listed = list_first(summary.faults, "which the page lists")
         raise InputError(
-            f"{format_count(len(summary.faults), 'line')} could not be read; the page has all others:{listed}{tail}"
+            f"{format_count(len(summary.faults), 'line')} could not be read; the page has all others:{listed}"
         )

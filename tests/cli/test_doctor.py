@@ -251,7 +251,7 @@ def test_a_fault_of_the_doctor_stops_no_command(
     def fail(settings: object) -> None:
         raise KeyError("some bug")
 
-    monkeypatch.setattr("genssd.commands.summarise", fail)
+    monkeypatch.setattr("genssd.doctor_command.summarise", fail)
     words = ["--model-name-or-path", tiny_pair.student, "--data", write_rows(EXAMPLES), "--max-steps", 1]
     assert run("train", *words, "--output-dir", tmp_path / "run") == 0
     out, err = capsys.readouterr()
