@@ -17,17 +17,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from genssd.kernels.head import (
-    HeadLoss,
-    check_head,
-    check_positive,
-    choose_product_dtype,
-    resolve_row_weights,
-    rows_per_chunk,
-    squash,
-)
+from genssd.kernels.head import HeadLoss, check_positive, squash
+from genssd.kernels.two_heads import sum_chunk_losses
 
 COPIES = 12
 """Arrays as large as a chunk's logits that the two passes over it have in memory at once, float32; sorting has indices
@@ -54,82 +46,41 @@ def linear_sorted_distance(
     hidden states). Raises ValueError on shapes that do not agree and on an option out of range.
     """
     name = "linear_sorted_distance"
-    check_head(name, student_hidden_ND, student_weight_VD, "student ")
-    check_head(name, teacher_hidden_NE, teacher_weight_UE, "teacher ")
-    num_rows = len(student_hidden_ND)
-    if num_rows != len(teacher_hidden_NE):
-        raise ValueError(f"{name}: {num_rows} rows of the student, {len(teacher_hidden_NE)} of the teacher")
     check_positive(name, temperature=temperature, student_softcap=student_softcap, teacher_softcap=teacher_softcap)
-    weight_N = resolve_row_weights(name, row_weight, student_hidden_ND)
-    log_a_N = _resolve_factor(name, "student_log_factor_N", student_log_factor_N, weight_N)
-    log_b_N = _resolve_factor(name, "teacher_log_factor_N", teacher_log_factor_N, weight_N).detach()
-    # rows of weight 0 may not be finite, so they are left out of every product
-    used = torch.arange(num_rows, device=weight_N.device) if row_weight is None else weight_N.nonzero()[:, 0]
-    dtype = choose_product_dtype(student_hidden_ND)
-    wide = torch.promote_types(dtype, torch.float32)
-    parts = []
-    with torch.autocast(student_hidden_ND.device.type, enabled=False):
-        student, teacher = student_hidden_ND.to(dtype)[used], teacher_hidden_NE.detach().to(dtype)[used]
-        heads = student_weight_VD.to(dtype), teacher_weight_UE.detach().to(dtype)
-        size = rows_per_chunk(len(used), COPIES * (len(heads[0]) + len(heads[1])), student.device)
-        for start in range(0, len(used), size):
-            rows = slice(start, start + size)
-            parts.append(
-                checkpoint(
-                    _chunk_losses,
-                    student[rows],
-                    heads[0],
-                    log_a_N[used[rows]],
-                    teacher[rows],
-                    heads[1],
-                    log_b_N[used[rows]],
-                    temperature,
-                    (student_softcap, teacher_softcap),
-                    use_reentrant=False,
-                )
-            )
-    nothing = student_hidden_ND[:0].sum(dtype=wide) + student_weight_VD[:0].sum(dtype=wide)  # gradients without rows
-    losses = torch.cat(parts) if parts else weight_N[used]
-    total = (losses * weight_N[used]).sum() + nothing
-    losses_N = torch.zeros(num_rows, dtype=wide, device=student.device)
-    losses_N[used] = losses.detach()
-    return HeadLoss(total, losses_N)
+    log_a_N = _resolve_factor("student_log_factor_N", student_log_factor_N, student_hidden_ND)
+    log_b_N = _resolve_factor("teacher_log_factor_N", teacher_log_factor_N, student_hidden_ND).detach()
+
+    def chunk_loss(x_CV: Tensor, target_CU: Tensor, rows_C: Tensor) -> Tensor:
+        p_CV = _sort_probabilities(squash(x_CV, temperature, student_softcap), log_a_N[rows_C])
+        with torch.no_grad():
+            q_CU = _sort_probabilities(squash(target_CU, temperature, teacher_softcap), log_b_N[rows_C])
+        shared = min(p_CV.shape[1], q_CU.shape[1])
+        difference = (p_CV[:, :shared] - q_CU[:, :shared]).abs().sum(1)
+        return difference + p_CV[:, shared:].sum(1) + q_CU[:, shared:].sum(1)
+
+    return sum_chunk_losses(
+        name,
+        chunk_loss,
+        student_hidden_ND,
+        student_weight_VD,
+        teacher_hidden_NE,
+        teacher_weight_UE,
+        row_weight=row_weight,
+        copies=COPIES,
+    )
 
 
-def _resolve_factor(function: str, name: str, log_factor_N: Tensor | None, weight_N: Tensor) -> Tensor:
-    """Return the logarithms of a side's factors in the dtype of the row weights; zeros where there are none."""
+def _resolve_factor(name: str, log_factor_N: Tensor | None, hidden_ND: Tensor) -> Tensor:
+    """Return the logarithms of a side's factors, float32 [N] (float64 for float64 hidden states); None: zeros."""
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     if log_factor_N is None:
-        return torch.zeros_like(weight_N)
-    if log_factor_N.shape != weight_N.shape:
-        raise ValueError(f"{function}: {name} must be [{len(weight_N)}], not {tuple(log_factor_N.shape)}")
-    return log_factor_N.to(weight_N.dtype)
+        return torch.zeros(len(hidden_ND), dtype=wide, device=hidden_ND.device)
+    if log_factor_N.shape != hidden_ND.shape[:1]:
+        raise ValueError(f"linear_sorted_distance: {name} must be [{len(hidden_ND)}], not {tuple(log_factor_N.shape)}")
+    return log_factor_N.to(wide)
 
 
-def _chunk_losses(
-    student_CD: Tensor,
-    weight_VD: Tensor,
-    log_a_C: Tensor,
-    teacher_CE: Tensor,
-    weight_UE: Tensor,
-    log_b_C: Tensor,
-    temperature: float,
-    softcaps: tuple[float | None, float | None],
-) -> Tensor:
-    """Return the loss of every row of a chunk. The teacher's side is computed again, too: kept, it would be [N, U]."""
-    p_CV = _sorted_probabilities(student_CD, weight_VD, log_a_C, temperature, softcaps[0])
-    with torch.no_grad():
-        target_CU = _sorted_probabilities(teacher_CE, weight_UE, log_b_C, temperature, softcaps[1])
-    shared = min(p_CV.shape[1], target_CU.shape[1])
-    difference = (p_CV[:, :shared] - target_CU[:, :shared]).abs().sum(1)
-    return difference + p_CV[:, shared:].sum(1) + target_CU[:, shared:].sum(1)
-
-
-def _sorted_probabilities(
-    hidden_CD: Tensor, weight_VD: Tensor, log_factor_C: Tensor, temperature: float, softcap: float | None
-) -> Tensor:
-    """Return the probabilities of every row times its factor, [C, V], the largest first."""
-    x = hidden_CD @ weight_VD.T
-    z = squash(x.to(torch.promote_types(x.dtype, torch.float32)), temperature, softcap)
+def _sort_probabilities(z: Tensor, log_factor_C: Tensor) -> Tensor:
+    """Return the probabilities of every row of logits times its factor, the largest first."""
     # sorting the logits leaves the sum's order to the sorted row: equal multisets give equal bits
-    z = z.sort(dim=1, descending=True).values
-    return (z.log_softmax(1) + log_factor_C[:, None]).exp()
+    return (z.sort(dim=1, descending=True).values.log_softmax(1) + log_factor_C[:, None]).exp()

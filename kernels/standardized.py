@@ -13,18 +13,10 @@ Shapes:  N rows   C rows of a chunk   V student's vocabulary   U teacher's vocab
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from genssd.kernels.head import (
-    HeadLoss,
-    check_head,
-    check_positive,
-    choose_product_dtype,
-    resolve_row_weights,
-    rows_per_chunk,
-)
+from genssd.kernels.head import HeadLoss, check_positive
+from genssd.kernels.two_heads import sum_chunk_losses
 
 EPS = 1e-7
 
@@ -45,52 +37,27 @@ def linear_standardized_kl(
     not agree and on an option out of range.
     """
     name = "linear_standardized_kl"
-    check_head(name, student_hidden_ND, student_weight_VD, "student ")
-    check_head(name, teacher_hidden_NE, teacher_weight_UE, "teacher ")
-    if len(student_hidden_ND) != len(teacher_hidden_NE):
-        raise ValueError(
-            f"{name}: {len(student_hidden_ND)} rows of the student, {len(teacher_hidden_NE)} of the teacher"
-        )
     check_positive(name, temperature=temperature)
-    weight_N = resolve_row_weights(name, row_weight, student_hidden_ND)
     shared = min(len(student_weight_VD), len(teacher_weight_UE))
-    used = weight_N.nonzero()[:, 0]  # rows of weight 0 may not be finite, so they are left out of every product
-    dtype = choose_product_dtype(student_hidden_ND)
-    with torch.autocast(student_hidden_ND.device.type, enabled=False):
-        student, teacher = student_hidden_ND.to(dtype)[used], teacher_hidden_NE.detach().to(dtype)[used]
-        heads = student_weight_VD[:shared].to(dtype), teacher_weight_UE.detach()[:shared].to(dtype)
-        size = rows_per_chunk(len(used), 2 * shared, student.device)  # both models' logits
-        parts = [
-            checkpoint(
-                _chunk_losses,
-                student[i : i + size],
-                heads[0],
-                teacher[i : i + size],
-                heads[1],
-                temperature,
-                use_reentrant=False,
-            )
-            for i in range(0, len(used), size)
-        ]
-    wide = torch.promote_types(dtype, torch.float32)
-    nothing = student_hidden_ND[:0].sum(dtype=wide) + student_weight_VD[:0].sum(dtype=wide)  # gradients without rows
-    losses = torch.cat(parts) if parts else weight_N[used]
-    total = (losses * weight_N[used]).sum() + nothing
-    losses_N = torch.zeros(len(weight_N), dtype=wide, device=student.device)
-    losses_N[used] = losses.detach()
-    return HeadLoss(total, losses_N)
+
+    def chunk_loss(x_CV: Tensor, target_CV: Tensor, _: Tensor) -> Tensor:
+        log_p = _standardized_log_softmax(x_CV, temperature)
+        log_q = _standardized_log_softmax(target_CV, temperature)
+        return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1)
+
+    return sum_chunk_losses(
+        name,
+        chunk_loss,
+        student_hidden_ND,
+        student_weight_VD[:shared],
+        teacher_hidden_NE,
+        teacher_weight_UE[:shared],
+        row_weight=row_weight,
+        copies=1,
+    )
 
 
-def _chunk_losses(
-    student_CD: Tensor, weight_VD: Tensor, teacher_CE: Tensor, weight_VE: Tensor, temperature: float
-) -> Tensor:
-    log_p = _standardized_log_softmax(student_CD @ weight_VD.T, temperature)
-    log_q = _standardized_log_softmax(teacher_CE @ weight_VE.T, temperature)
-    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1)
-
-
-def _standardized_log_softmax(logits_CV: Tensor, temperature: float) -> Tensor:
+def _standardized_log_softmax(z: Tensor, temperature: float) -> Tensor:
     """Return the log-probabilities of the standardised logits at a temperature."""
-    z = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     u = (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + EPS)
     return (u / temperature).log_softmax(1)
