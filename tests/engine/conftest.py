@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from support.toys import ENDINGS, VOCAB, Pair, edit_json, save_checkpoint
 
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
+from genssd.engine.text import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +50,17 @@ def random_prompts() -> Callable[[int, int], list[list[int]]]:
         return [torch.randint(0, VOCAB - 3, (n,), generator=generator).tolist() for n in lengths]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
+    """Return the tokenizer of a tiny checkpoint with another chat template, or none; options: of `ChatOptions`."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(directory)
+
+    def load(template: str | None, **options: Any) -> Tokenizer:
+        tokenizer = Tokenizer(directory)
+        tokenizer.hf.chat_template = template
+        return tokenizer.with_chat(ChatOptions(**options))
+
+    return load

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,8 @@ from support.templates import (
     THINK_OPENER,
     TRIMMED_DATE,
 )
-from support.toys import CHATML, save_checkpoint
+from support.toys import CHATML
 
-from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
 from genssd.engine.pair_prompts import PairEncoder
 from genssd.engine.text import Tokenizer
@@ -30,20 +28,6 @@ EMPTY = "<think>\n\n</think>\n\n"
 OTHER_TAGS = THINK_OPENER.replace("<think>", "[THINK]").replace("</think>", "[/THINK]")
 OFF: dict[str, Any] = {"template_kwargs": {"enable_thinking": False}}
 ON: dict[str, Any] = {"template_kwargs": {"thinking": True}}
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """Return the tokenizer of a tiny checkpoint with another chat template, or none."""
-    directory: Path = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(directory)
-
-    def load(template: str | None, **options: Any) -> Tokenizer:
-        tokenizer = Tokenizer(directory)
-        tokenizer.hf.chat_template = template
-        return tokenizer.with_chat(ChatOptions(**options))
-
-    return load
 
 
 def render_with_transformers(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:

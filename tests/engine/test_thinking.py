@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +19,8 @@ from support.templates import (
     THINK_OPENER,
     TRIMMED_DATE,
 )
-from support.toys import CHATML, save_checkpoint
+from support.toys import CHATML
 
-from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 from genssd.engine.thinking import find_thinking, read_end
@@ -30,20 +28,6 @@ from genssd.engine.thinking_pair import compare_thinking
 from genssd.engine.thoughts import THINK
 
 Load = Callable[..., Tokenizer]
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """Return the tokenizer of a tiny checkpoint with another chat template, or none."""
-    directory: Path = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(directory)
-
-    def load(template: str | None, **options: Any) -> Tokenizer:
-        tokenizer = Tokenizer(directory)
-        tokenizer.hf.chat_template = template
-        return tokenizer.with_chat(ChatOptions(**options))
-
-    return load
 
 
 SWITCH = {"switch": "enable_thinking", "default": True, "is_on": True, "prompt_end_on": "none"}
