@@ -14,6 +14,7 @@ from genssd.distill.data.messages import Conversation
 from genssd.engine.chat import find_thought
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
+from genssd.engine.thinking import read_end
 from genssd.engine.thoughts import (
     add_opening,
     is_open_thought,
@@ -67,6 +68,26 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, finish
     else:
         prompt, completion = _encode_turns(conversation, rendered, message, text, tokenizer)
     return EncodedConversation(prompt=prompt, completion=completion, is_cut_off=is_cut_off)
+
+
+def check_same_thought(conversation: Conversation, student: Tokenizer, teacher: Tokenizer) -> None:
+    """Check that the prompts of both models end in the same: no thought, an open one or an empty one.
+
+    Else the response would be another thought to one of them. Raises InputError.
+    """
+    prompt = conversation.prompt
+    if isinstance(prompt, str):
+        return
+    states = [
+        read_end(tokenizer.chat.render(prompt, tools=conversation.tools), prompt, tokenizer.chat.tags).state
+        for tokenizer in (student, teacher)
+    ]
+    if states[0] != states[1]:
+        words = {"none": "no thought", "open": "an open thought", "closed": "an empty thought"}
+        raise InputError(
+            f"its prompt ends in {words[states[1]]}, the student's in {words[states[0]]}; choose a chat template or "
+            "chat_template_kwargs by which both end alike, or train on the rows of genssd select"
+        )
 
 
 def append_end(completion: Sequence[int], tokenizer: Tokenizer, end: int | None = None) -> list[int]:

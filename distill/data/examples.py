@@ -28,20 +28,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.data.encoding import encode_conversation
+from genssd.distill.data.encoding import check_same_thought, encode_conversation
 from genssd.distill.data.endings import is_finished
 from genssd.distill.data.final_answers import check_is_no_problem
-from genssd.distill.data.messages import (
-    find_question,
-    parse_conversation,
-)
+from genssd.distill.data.messages import COMPLETION_FIELDS, find_question, parse_conversation
 from genssd.distill.data.teacher_text import TeacherText, read_stored
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
-COMPLETION_FIELDS = ("completion", "response", "output", "solution", "answer")
 LARGEST_ID = (1 << 31) - 1
 """Largest token id of any tokenizer."""
 
@@ -128,16 +124,19 @@ def encode_example(
     )
     if has_usable_ids:
         example = _add_journal_fields(example, fields, tokenizer, where, directory)
-    return example if teacher is None else _add_teacher_text(example, fields, teacher, where)
+    return example if teacher is None else _add_teacher_text(example, fields, tokenizer, teacher, where)
 
 
-def _add_teacher_text(example: Example, fields: Mapping[str, Any], teacher: Tokenizer, where: str) -> Example:
+def _add_teacher_text(
+    example: Example, fields: Mapping[str, Any], student: Tokenizer, teacher: Tokenizer, where: str
+) -> Example:
     """Return the example with the prompt as a teacher with another tokenizer reads it, and its tokens of a search."""
     text = read_stored(fields, example.completion_ids, teacher, where) if example.has_own_ids else None
-    if text is not None:
-        return replace(example, teacher_text=text)
+    if text is not None and fields.get("prompt_ids"):
+        return replace(example, teacher_text=text, teacher_prompt_ids=tuple(fields["prompt_ids"]))
     try:
         conversation = parse_conversation(fields, COMPLETION_FIELDS, where)
+        check_same_thought(conversation, student, teacher)
         prompt = encode_conversation(conversation, teacher, is_finished(fields, where)).prompt
     except InputError as error:
         named = str(error).removeprefix(f"{where}: ")

@@ -21,6 +21,7 @@ from genssd.engine.chat import THOUGHT_FIELDS, Messages
 from genssd.engine.errors import InputError
 
 QUESTION_FIELDS = ("question", "problem", "instruction", "query", "input")
+COMPLETION_FIELDS = ("completion", "response", "output", "solution", "answer")
 SYSTEM_FIELDS = ("system", "system_prompt")
 CONTEXT_FIELDS = ("body", "context", "passage")
 OPTION_FIELDS = ("options", "choices")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from genssd.distill.data.written_rows import read_spans
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.reading import Reader
@@ -55,24 +56,14 @@ def read_stored(
     """
     if "teacher_ids" not in fields or fields.get("teacher_tokenizer") != teacher.fingerprint:
         return None
-    ids = _check_counts(fields, "teacher_ids", where, most=teacher.largest_id)
-    lengths = _check_counts(fields, "teacher_bytes", where)
-    student_lengths = _check_counts(fields, "completion_bytes", where)
-    for name, found, expected in (
-        ("teacher_bytes", len(lengths), len(ids)),
-        ("completion_bytes", len(student_lengths), len(completion_ids)),
-    ):
-        if found != expected:
-            raise InputError(f"{where}: {name} has {found} numbers for {format_count(expected, 'token')}")
-    return _make_text(ids, lengths, student_lengths)
+    ids = fields["teacher_ids"]
+    spans = read_spans(fields, len(completion_ids), where)
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i <= teacher.largest_id for i in ids):
+        raise InputError(f"{where}: teacher_ids must be a list of token ids of the teacher's tokenizer")
+    if spans is None or len(spans.teacher) != len(ids):
+        raise InputError(f"{where}: teacher_bytes must have {format_count(len(ids), 'number')}, one for each token")
+    return _make_text(ids, spans.teacher, spans.student)
 
 
 def _make_text(ids: Sequence[int], lengths: Sequence[int], student_lengths: Sequence[int]) -> TeacherText:
     return TeacherText(ids=tuple(ids), ends=tuple(accumulate(lengths)), student_ends=tuple(accumulate(student_lengths)))
-
-
-def _check_counts(fields: Mapping[str, Any], name: str, where: str, most: int = (1 << 31) - 1) -> list[int]:
-    values = fields.get(name)
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value <= most for value in values):
-        raise InputError(f"{where}: {name} must be a list of integers from 0 to {most}")
-    return values

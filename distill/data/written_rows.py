@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from genssd.distill.data.examples import COMPLETION_FIELDS
-from genssd.distill.data.messages import parse_conversation
+from genssd.distill.data.messages import COMPLETION_FIELDS, parse_conversation
 from genssd.engine.amounts import format_count
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
@@ -55,7 +54,7 @@ def read_writer_record(fields: Mapping[str, Any], num_response: int, where: str)
 
     Raises InputError naming `where` on log-probabilities, or numbers of bytes, of another number of tokens.
     """
-    spans = _read_spans(fields, num_response, where)
+    spans = read_spans(fields, num_response, where)
     num_written = num_response if spans is None else len(spans.teacher)
     teacher, values = fields.get("teacher"), fields.get("teacher_logprobs")
     fingerprint = teacher.get("fingerprint") if isinstance(teacher, Mapping) else None
@@ -74,8 +73,11 @@ def read_writer_record(fields: Mapping[str, Any], num_response: int, where: str)
     )
 
 
-def _read_spans(fields: Mapping[str, Any], num_response: int, where: str) -> ByteSpans | None:
-    """Return the bytes of the tokens of a response that its student read by bytes; None of any other."""
+def read_spans(fields: Mapping[str, Any], num_response: int, where: str) -> ByteSpans | None:
+    """Return the bytes of the tokens of a response that its student read by bytes; None of any other.
+
+    num_response: tokens in the response. Raises InputError naming `where` on numbers that do not belong together.
+    """
     if fields.get("teacher_bytes") is None:
         return None
     student, teacher = (_read_lengths(fields, name, where) for name in ("completion_bytes", "teacher_bytes"))

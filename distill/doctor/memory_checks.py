@@ -17,6 +17,7 @@ from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.errors import CapacityError, GenssdError
 from genssd.engine.memory import available_bytes, choose_device, choose_dtype, count_weight_bytes
 from genssd.engine.memory_plan import MemoryPlan, PlannedModel, plan_memory
+from genssd.engine.served.address import is_url
 from genssd.engine.threads import choose_engine_threads
 from genssd.engine.transformers_loading import make_empty_model
 
@@ -208,4 +209,5 @@ def _count_teacher_bytes(inputs: Inputs, device: torch.device) -> int:
 
 
 def _num_models(inputs: Inputs) -> int:
-    return len(inputs.settings.models)
+    """Return the number of models that this machine computes."""
+    return sum(not is_url(name) for name in inputs.settings.models.values())

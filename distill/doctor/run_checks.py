@@ -8,11 +8,13 @@ from typing import Any
 
 from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.inputs import Inputs
+from genssd.distill.doctor.settings import Settings
 from genssd.distill.runs.directory import RECORD
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.record import read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.engine.errors import GenssdError, InputError
+from genssd.engine.served.address import is_url
 
 
 def check_settings(inputs: Inputs) -> list[Finding]:
@@ -45,17 +47,27 @@ def check_run(inputs: Inputs) -> list[Finding]:
             raise InputError(
                 f"{settings.output_dir} belongs to a run of `genssd {begun['command']}`; choose another output_dir"
             )
-        if settings.command != "train":  # its settings are those of a checkpoint, with a hash of the examples
+        if _is_comparable(settings):
             _check_same(begun["settings"], settings_of(settings.config), settings.output_dir)
     except GenssdError as error:
         return [Finding(name=name, level="error", line=str(error))]
     is_train = settings.command == "train"
     resume = settings.config.resume_from_checkpoint if is_train else settings.config.resume
-    with_these = ", whose settings are compared when it is resumed" if is_train else " with these settings"
+    with_these = " with these settings" if _is_comparable(settings) else ", whose settings are compared on resuming"
     line = f"{settings.output_dir} holds a run of `genssd {settings.command}`{with_these}"
     flag = "--resume-from-checkpoint last" if is_train else "--resume"
     fix = None if resume else f"pass {flag} to go on with it, or choose another output_dir"
     return [Finding(name=name, level="ok", line=line, fix=fix)]
+
+
+def _is_comparable(settings: Settings) -> bool:
+    """Return whether the settings of a run are known without loading or asking anything.
+
+    Those of a training are in a checkpoint, with a hash of the examples; a served model's fingerprint is the server's;
+    a sampling by the model's own file is read with the model.
+    """
+    is_served = any(map(is_url, settings.models.values()))
+    return settings.command != "train" and not is_served and not getattr(settings.config, "generation_config", False)
 
 
 def _check_same(begun: Mapping[str, Any], now: Mapping[str, Any], output_dir: str) -> None:

@@ -32,8 +32,10 @@ def check_tokenizers(inputs: Inputs) -> list[Finding]:
     try:
         if training is not None and training.teacher_model_name_or_path == teacher.name:
             # it reads what the student is trained on
-            choose_teacher_reader(teacher.tokenizer, student.tokenizer, over_spans=training.is_over_spans)
-        token_map = find_reader(teacher.tokenizer, student.tokenizer, *_names(inputs))
+            over_spans = training.is_over_spans
+            token_map = choose_teacher_reader(teacher.tokenizer, student.tokenizer, over_spans=over_spans)
+        else:
+            token_map = find_reader(teacher.tokenizer, student.tokenizer, *_names(inputs))
     except GenssdError as error:
         return [
             Finding(

@@ -34,12 +34,16 @@ class Box:
     student: TokenStats | None
     """The student's statistics of its tokens; None where they are not stored."""
     teacher: Sequence[float] | None
-    """The teacher's log-probabilities of its tokens; None where they are not stored."""
+    """The teacher's log-probabilities of its tokens; None where they are not stored, or of other tokens."""
+    sampled: int
+    """Number of tokens that the writer sampled for it."""
+    is_provisional: bool = False
+    """Whether its tokens are also those of the box after it, as the student held them back."""
 
     @classmethod
     def of_candidate(cls, logged: LoggedCandidate, attempt: int) -> Box:
         """Return the box of a candidate of a decision log."""
-        candidate = logged.candidate
+        candidate, teacher = logged.candidate, logged.candidate.teacher_logprob
         return cls(
             trace=logged.trace,
             attempt=attempt,
@@ -50,7 +54,9 @@ class Box:
             token_ids=candidate.token_ids,
             before_ids=candidate.history_ids,
             student=candidate.stats,
-            teacher=None if candidate.teacher_logprob is None else candidate.teacher_logprob.tolist(),
+            teacher=None if teacher is None or candidate.spans is not None else teacher.tolist(),
+            sampled=len(candidate.token_ids if teacher is None else teacher),
+            is_provisional=logged.is_provisional,
         )
 
     def __post_init__(self) -> None:
@@ -76,6 +82,7 @@ class Box:
             "score": self.score,
             "draw": self.draw,
             "ending": self.ending,
+            "provisional": self.is_provisional,
             "text": "".join(pieces),
             "lengths": [_count_units(piece) for piece in pieces],
             "student": None if student is None else round_numbers(student.logprob, -HUNDREDTHS),
@@ -109,13 +116,17 @@ def make_written_boxes(row: Mapping[str, Any], students: Sequence[TokenStats] | 
             before_ids=(),
             student=None if students is None else students[i],
             teacher=response["teacher_logprobs"],
+            sampled=len(response["completion_ids"]),
         )
         for i, response in enumerate(list_responses(row))
     ]
 
 
 def find_paths(row: Mapping[str, Any], boxes: Sequence[Box]) -> list[list[int]]:
-    """Return the places of the boxes that each response of a row is made of; empty for a response without tokens."""
+    """Return the places of the boxes that each response of a row is made of; empty for a response without tokens.
+
+    A response that ended where the student held text back has tokens after those of its boxes.
+    """
     place = {box.trace: i for i, box in enumerate(boxes)}
     with_kept_child = {box.trace[:-1] for box in boxes if box.is_kept}
     paths: dict[tuple[int, ...], list[list[int]]] = {}
@@ -125,8 +136,10 @@ def find_paths(row: Mapping[str, Any], boxes: Sequence[Box]) -> list[list[int]]:
             paths.setdefault((*box.before_ids, *box.token_ids), []).append(chain)
     found = []
     for response in list_responses(row):
-        same = paths.get(tuple(response["completion_ids"]), [])
-        found.append(same.pop(0) if same else [])
+        ids = tuple(response["completion_ids"])
+        begun = (read for read, left in paths.items() if left and ids[: len(read)] == read)
+        longest = max(begun, key=len, default=None)
+        found.append([] if longest is None else paths[longest].pop(0))
     return found
 
 

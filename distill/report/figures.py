@@ -75,8 +75,8 @@ class SearchFigures:
         self.tokens_kept += entry["tokens"]
         for box in boxes:
             self.candidates[box.verdict] += 1
-            self.tokens[box.verdict] += len(box.token_ids)
-            self.tokens_sampled += len(box.token_ids)
+            self.tokens[box.verdict] += box.sampled
+            self.tokens_sampled += box.sampled
         for name, of_criterion in judgements.items():
             self.criteria.setdefault(name, CriterionFigures()).add(of_criterion)
         self.verdicts.append({name: entry[name] for name in ("correct", "undecided")})

@@ -193,7 +193,8 @@ class Search:
         """Return the texts of the run's tokens; the tokenizer is found by the first row."""
         if self.texts is None:
             config = self.found.config
-            names = [str(config[role]) for role in ("student", "teacher") if config.get(role) is not None]
+            roles = ("student", "teacher", "teacher_tokenizer")
+            names = [str(config[role]) for role in roles if config.get(role) is not None]
             opened = [TokenTexts.open(name, row["tokenizer"]) for name in names] or [TokenTexts.open(None, None)]
             self.texts = next((texts for texts in opened if texts.tokenizer is not None), opened[0])
             self.teacher = str(row["teacher"]["name"])
@@ -229,7 +230,7 @@ class Search:
             **_describe_verdict(row),
             "score": round_value(row.get("score")),
             "tokens": len(row["completion_ids"]),
-            "sampled": sum(len(box.token_ids) for box in boxes),
+            "sampled": sum(box.sampled for box in boxes),
             "teacher": str(row["teacher"]["name"]),
             "rounds": sum(row["rounds"].values()) if "rounds" in row else 1,
             "differing": {name: sum(not j.agrees for j in of) for name, of in judgements.items()},

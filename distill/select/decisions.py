@@ -39,6 +39,8 @@ class LoggedCandidate:
     verdict: Verdict
     probability: float | None
     """Probability in the first draw of the round; None where no draw chose, or the candidate took no part."""
+    is_provisional: bool = False
+    """Whether a student with another tokenizer held all of the chunk back: its tokens are part of the next chunk."""
 
     @property
     def is_kept(self) -> bool:
@@ -147,6 +149,7 @@ def parse_decisions(
                 score=fields["score"],
                 verdict=fields["verdict"],
                 probability=fields["probability"],
+                is_provisional=bool(fields.get("provisional")),
             )
         )
     return Decisions(

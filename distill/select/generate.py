@@ -196,6 +196,8 @@ def _generate(
         problem = problems[outcome.index]
         if outcome.error is None:
             prompt = _encode(engine, config, problem.prompt)
+            if not has_student_ids:  # the ids of the row are the teacher's
+                prompt = PairPrompt(teacher=prompt.teacher, student=prompt.teacher)
             of_responses = notes.of_completions(
                 prompt.teacher, readable.lengths[problem.index], outcome.completions, problem.answer
             )

@@ -163,10 +163,10 @@ class ForwardPass:
         """Run the teacher on the completions, each after the prompt as the teacher reads it."""
         assert self._teacher is not None
         model = self._teacher.model
-        for example in examples:
-            self._teacher.check_example(example)  # a completion of the student's own has not been checked yet
         if self._teacher.reads_bytes:
             return TeacherTargets(distributions=self._run_foreign_teacher(self._teacher, examples))
+        for example in examples:
+            self._teacher.check_example(example)  # a completion of the student's own has not been checked yet
         if any(example.teacher_prompt_ids for example in examples):
             prompts = [e.teacher_prompt_ids or e.input_ids[: e.num_prompt] for e in examples]
             batch = self._build_token_batch(
@@ -182,15 +182,16 @@ class ForwardPass:
         return TeacherTargets(distributions=head, attention=collector)
 
     def _run_foreign_teacher(self, teacher: Teacher, examples: Sequence[Example]) -> SpanTargets:
-        """Run a teacher with another tokenizer on the text of the completions."""
+        """Run a teacher with another tokenizer on the text of the completions, as far as it has positions."""
         rows: list[TokenRow] = []
         student_spans: list[int] = []
         teacher_spans: list[int] = []
         num_spans = 0
         for example in examples:
             text, prompt = teacher.read_text(example), example.teacher_prompt_ids
-            rows.append(TokenRow((*prompt, *text.ids), len(prompt)))
-            own, other, count = align_spans(text.student_ends, text.ends)
+            ids = text.ids[: teacher.positions - len(prompt)]
+            rows.append(TokenRow((*prompt, *ids), len(prompt)))
+            own, other, count = align_spans(text.student_ends, text.ends[: len(ids)])
             student_spans += [-1] * (example.num_completion - len(own))  # the lead
             student_spans += [span + num_spans if span >= 0 else -1 for span in own]
             teacher_spans += [span + num_spans if span >= 0 else -1 for span in other]

@@ -180,6 +180,8 @@ def _sum_over_spans(
         span_M = torch.arange(len(tokens.target_M), device=tokens.target_M.device)
         teacher = SpanTargets(teacher=SpanHead(*teacher, tokens.target_M, span_M), student_span_M=span_M)
     kind = options.kd_loss
+    if kind == "sampled_reverse_kl" and not tokens.on_policy:
+        kind = "span_kl"  # held-out completions are not samples of the student: take a divergence
     assert kind == "span_kl" or kind == "uld" or kind == "sampled_reverse_kl"
     side = SpanHead(*student, tokens.target_M, teacher.student_span_M)
     return sum_span_losses(kind, side, teacher.teacher, tokens.weight_M, temperature=options.temperature)

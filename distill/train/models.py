@@ -34,6 +34,11 @@ class Teacher:
     """Largest token id of its tokenizer."""
 
     @property
+    def positions(self) -> int:
+        """Maximum number of tokens that it can read after each other."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
     def reads_bytes(self) -> bool:
         """Whether the teacher divides the text into tokens of its own."""
         return self.token_map.reads_bytes
@@ -48,11 +53,11 @@ class Teacher:
         if not self.reads_bytes:
             self.check_reads(prompt, example.completion_ids, example.where)
             return
-        length, positions = len(prompt) + len(self.read_text(example).ids), self.model.config.max_position_embeddings
-        if length > positions:
+        length = len(prompt) + len(self.read_text(example).ids)
+        if length > self.positions:
             raise CapacityError(
-                f"{example.where}: {format_count(length, 'token')} for the teacher, which has {positions} positions; "
-                "lower max_length"
+                f"{example.where}: {format_count(length, 'token')} for the teacher, which has {self.positions} "
+                "positions; lower max_length"
             )
 
     def read_text(self, example: Example) -> TeacherText:

@@ -104,7 +104,6 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
-    _let_idle_threads_sleep()
     command, *flags = words
     if command == "--version":
         print(f"genssd {import_module('importlib.metadata').version('genssd')}")

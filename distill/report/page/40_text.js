@@ -7,6 +7,7 @@ function tokensOf(tree, path) {
   const tokens = [];
   for (const place of path) {
     const box = tree.boxes[place];
+    if (box.provisional && place !== path.at(-1)) continue;  // the next box has its tokens as well
     let start = 0;
     box.lengths.forEach((length, i) => {
       tokens.push({
@@ -135,7 +136,7 @@ function drawDisagreements(tree, path, onGo) {
   const tokens = tokensOf(tree, path);
   const places = tokens.map((t, i) => [t.student === null || t.teacher === null ? 0 : t.student - t.teacher, i])
     .filter(([gap]) => Math.abs(gap) >= LEAST_GAP).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0]));
-  if (!places.length) return make("p", { className: "note" }, tokens.some((t) => t.student !== null && t.teacher !== null) ? "Teacher and student differ by less than a nat at every token." : "The numbers of teacher and student are not both stored, so that they cannot be compared.");
+  if (!places.length) return make("p", { className: "note" }, tokens.some((t) => t.student !== null && t.teacher !== null) ? "Teacher and student differ by less than a nat at every token." : "The numbers of teacher and student are not both stored for the same tokens, so that they cannot be compared.");
   const shown = places.slice(0, MOST_PLACES).map(([, i]) => i).sort((a, b) => a - b);
   const rows = shown.map((i) => make("tr", {}, make("td", {}, make("button", { type: "button", className: "go", onclick: () => onGo(i) }, `${i + 1}`)),
     ...["teacher", "student"].map((by) => make("td", { className: "around" }, ...drawAround(tokens, i, by))),

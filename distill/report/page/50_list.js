@@ -43,7 +43,7 @@ async function readTexts() {
     const key = `${run}-${i}`;
     if (!state.texts.has(key)) {
       const tree = await readPiece(`tree-${run}-${i}`);
-      state.texts.set(key, tree.responses[0].path.map((place) => tree.boxes[place].text).join(""));
+      state.texts.set(key, tokensOf(tree, tree.responses[0].path).map((token) => token.text).join(""));
     }
     if (state.run !== run || !byId("in-responses").checked) return;
     if (i % 50 === 49) { byId("count").textContent = `reading responses: ${i + 1} of ${state.lists[run].length}`; await new Promise((done) => setTimeout(done)); }

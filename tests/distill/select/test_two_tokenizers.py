@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 from support.byte_tokenizers import TEXTS, build, save
+from support.pages import list_trees, read_page
 
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import read_traces
+from genssd.distill.report.config import ReportConfig
+from genssd.distill.report.run import run_report
 from genssd.distill.score.run import ScoreConfig, run_score
 from genssd.distill.select.reselect import ReselectConfig, run_reselect
 from genssd.distill.select.run import SelectConfig, run_select
@@ -178,3 +181,24 @@ def test_rows_with_other_numbers_are_refused(
     first, *_ = read_traces([data], Tokenizer(run.student), max_length=300)
     assert isinstance(first, str)
     assert re.search(rf"data\.jsonl, line 1.*{message}", first)
+
+
+def _printable(text: str) -> str:
+    return "".join(c for c in text if c.isascii() and c.isprintable())
+
+
+def test_the_page_shows_such_a_run(run: Run, tmp_path: Path) -> None:
+    summary = run_report(ReportConfig(run=(str(run.directory),), output=str(tmp_path / "page.html")))
+    assert (summary.prompts, summary.faults) == (3, ())
+    for row, (_, tree) in zip(run.rows(), list_trees(read_page(summary.path)), strict=True):
+        assert all(box["teacher"] is None for box in tree["boxes"])
+        for response, shown in zip((row, *row["others"]), tree["responses"], strict=True):
+            path = [tree["boxes"][place] for place in shown["path"]]
+            boxes = [box for box in path if not box["provisional"] or box is path[-1]]
+            text = "".join(box["text"] for box in boxes).removesuffix("<end>")
+            assert text
+            completion = response["completion"]
+            completion = completion if isinstance(completion, str) else completion[0]["content"]
+            # random bytes: a border of tokens may lie within a character, which then is shown as one that is unknown
+            following = iter(completion)
+            assert all(character in following for character in _printable(text))

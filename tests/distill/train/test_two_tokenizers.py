@@ -141,7 +141,7 @@ def test_rows_of_a_search_have_the_tokens_of_both(pair: TinyPair, write_rows: Wr
     train(pair, selected, tmp_path / "run", statuses=("finished", "length"))
     rows[0]["teacher_bytes"].append(1)
     damaged = write_rows(rows, "damaged.jsonl")
-    with pytest.raises(InputError, match=r"damaged\.jsonl, line 1: teacher_bytes has \d+ numbers for"):
+    with pytest.raises(InputError, match=r"damaged\.jsonl, line 1: completion_bytes must have \d+ numbers"):
         read_examples([damaged], student, **options)
     # another teacher divides the text anew
     rows[0]["teacher_tokenizer"] = "0" * 16
