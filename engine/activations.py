@@ -69,4 +69,4 @@ def _prompt_nll(runner: ModelRunner, prompt_ids: Sequence[int], states_ND: Tenso
         return torch.zeros(0, dtype=torch.float64)
     run = TokenRun(tokens=prompt_ids[1:], before_D=None, states_ND=states_ND[: len(prompt_ids) - 1])
     (stats,) = run_statistics(runner, [run], lambda index, offset: f"the prompt, position {offset + 1}")
-    return -stats.logprob.double().cpu()
+    return -stats.logprob.double()

@@ -20,6 +20,7 @@ from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import ByteSpans, Reading
 from genssd.engine.runner import Role
 from genssd.engine.sampling import child_stream
+from genssd.engine.state_rows import StateRow
 from genssd.engine.tree import Path
 from genssd.kernels.logprob import TokenStats, TopK
 
@@ -59,8 +60,8 @@ class ModelState:
     """Tokens that are not in the cache yet."""
     path: Path | None = None
     """Path of the branch in the model's cache. None before the first token is computed, and after a drop."""
-    hidden: Tensor | None = None
-    """Last hidden state of the tokens in the cache, [D]; it predicts the next token."""
+    hidden: StateRow | None = None
+    """Last hidden state of the tokens in the cache; it predicts the next token."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True, repr=False)
@@ -105,9 +106,9 @@ class Branch:
     """What the student read of the chunk; None before it is complete, and where no student reads."""
     chunk_writer_logprob: list[float] = field(default_factory=list)
     """The writing model's log-probabilities of the chunk's tokens, at temperature 1."""
-    chunk_states: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
-    """Hidden states of the writing model that predict the chunk's tokens, as tensor and row. Recorded only where its
-    most likely tokens are kept."""
+    chunk_states: list[StateRow] = field(default_factory=list, repr=False)
+    """Hidden states of the writing model that predict the chunk's tokens. Recorded only where its most likely tokens
+    are kept."""
     chunk_topk: list[tuple[list[int], list[float]]] = field(default_factory=list, repr=False)
     """Ids and log-probabilities of the writing model's most likely tokens at each token of the chunk, where a server
     writes and they are kept."""

@@ -48,7 +48,7 @@ class Candidate:
     token_ids: tuple[int, ...]
     """The student's token ids of the chunk, its end-of-sequence token included."""
     stats: TokenStats
-    """The student's statistics of the chunk's tokens."""
+    """The student's statistics of the chunk's tokens, in the host's memory."""
     history_ids: tuple[int, ...] = ()
     """The student's token ids of the response before the chunk."""
     history: TokenStats = field(default_factory=TokenStats.empty)
@@ -94,7 +94,7 @@ class Candidate:
     @property
     def logprob(self) -> Tensor:
         """The student's log-probabilities of the chunk's tokens, float64 [tokens]."""
-        return self.stats.logprob.double().cpu()
+        return self.stats.logprob.double()
 
     def lengthened(self, min_tokens: int) -> Candidate:
         """Return the candidate as the search judges it: a last chunk of fewer tokens includes the end of its history.
@@ -149,7 +149,7 @@ class Candidate:
 
     def response_logprob(self) -> Tensor:
         """Return the student's log-probabilities of history and chunk, float64 [tokens]."""
-        return torch.cat((self.history.logprob.double().cpu(), self.logprob))
+        return torch.cat((self.history.logprob.double(), self.logprob))
 
 
 @runtime_checkable

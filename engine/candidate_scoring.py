@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from genssd.engine.amounts import format_count
 from genssd.engine.branch import Branch
 from genssd.engine.errors import InputError
@@ -19,6 +21,7 @@ from genssd.engine.expansion import Expansion
 from genssd.engine.pages import count_pages
 from genssd.engine.reading import Reader, Reading
 from genssd.engine.runner import ModelRunner
+from genssd.engine.state_rows import rows_of
 from genssd.engine.token_runs import TokenRun, response_place, run_statistics
 from genssd.engine.tree import Path
 from genssd.engine.usage import Usage
@@ -108,12 +111,14 @@ class CandidateScorer:
             for path in ahead:
                 if path is not None:
                     runner.tree.drop(path)
+        # rows of the whole batch would keep it alive
+        last = rows_of(torch.stack([states_ND[-1] for states_ND in states]))
         runs = []
-        for (expansion, child), chunk, states_ND in zip(scored, chunks, states, strict=True):
-            before_D = expansion.parent.state(runner.role).hidden
+        for (expansion, child), chunk, states_ND, last_row in zip(scored, chunks, states, last, strict=True):
+            before = expansion.parent.state(runner.role).hidden
+            before_D = None if before is None else before.tensor()
             runs.append(TokenRun(tokens=chunk, before_D=before_D, states_ND=states_ND[:-1]))
-            # a view would keep the whole batch alive
-            child.state(runner.role).hidden = before_D if _reading(child).is_provisional else states_ND[-1].clone()
+            child.state(runner.role).hidden = before if _reading(child).is_provisional else last_row
 
         def place(index: int, offset: int) -> str:
             expansion, child = scored[index]

@@ -21,6 +21,7 @@ from genssd.engine.expansion import Lane
 from genssd.engine.pending_read import PendingRead
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, noise_keys
+from genssd.engine.state_rows import StateRow, gather
 from genssd.engine.threads import computes
 from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.device_table import upload
@@ -105,7 +106,7 @@ class WriterDrawing:
         hidden_LD = hidden_of(self.writer, lanes)
         if self._num_topk:
             for lane, row in zip(candidates, source_C.tolist(), strict=True):
-                lane.branch.chunk_states.append((hidden_LD, row))
+                lane.branch.chunk_states.append(StateRow(hidden_LD, row))
         branches = [lane.branch for lane in candidates]
         keys = noise_keys([branch.stream for branch in branches], [branch.length for branch in branches])
         is_greedy = np.array(
@@ -147,7 +148,7 @@ def hidden_of(runner: ModelRunner, lanes: Sequence[Lane]) -> Tensor:
     """Return the hidden states that predict the next token of every lane under one model, [L, D]."""
     states = [state for lane in lanes if (state := lane.branch.state(runner.role).hidden) is not None]
     assert len(states) == len(lanes), "a lane was not computed"
-    return torch.stack(states)
+    return gather(states)
 
 
 def draw_filtered(logits_CV: Tensor, keys_C: Tensor, sampling: Sampling, *, checked: bool) -> Tensor:
@@ -176,6 +177,6 @@ def chunk_topk(writer: ModelRunner, branch: Branch, num_topk: int) -> TopK | Non
     """Return the writer's most likely tokens at every position of a branch's chunk; None where they are not kept."""
     if not num_topk or not branch.chunk:
         return None
-    hidden = torch.stack([states[row] for states, row in branch.chunk_states])
+    hidden = torch.stack([state.tensor() for state in branch.chunk_states])
     targets = torch.tensor(branch.chunk, device=writer.decoder.device)
     return writer.decoder.head.score(hidden, targets, topk=num_topk).topk

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from genssd.engine.candidate_scoring import CandidateScorer, fork_path
 from genssd.engine.drawing import Drawing
 from genssd.engine.expansion import Expansion, Lane
 from genssd.engine.page_budget import PageBudget, Reservations
 from genssd.engine.restoring import read_pending
+from genssd.engine.state_rows import StateRow
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import computes
 from genssd.engine.usage import Usage
@@ -91,7 +91,7 @@ class Expander:
         running: list[Lane] = []
         complete: list[Expansion] = []
         for i, lane in enumerate(candidates):
-            hidden = None if drawn.hidden_CD is None else drawn.hidden_CD[i]
+            hidden = None if drawn.hidden_CD is None else StateRow(drawn.hidden_CD, i)
             self._take_token(lane, drawn.tokens[i], drawn.logprob[i], hidden)
             if lane.branch.ended is None:
                 running.append(lane)
@@ -121,7 +121,7 @@ class Expander:
                 fork_path(runner, lane.expansion.parent, opened.branch)
         return opened
 
-    def _take_token(self, lane: Lane, token: int, logprob: float, hidden_D: Tensor | None) -> None:
+    def _take_token(self, lane: Lane, token: int, logprob: float, hidden: StateRow | None) -> None:
         """Append a drawn token to a candidate. hidden: the writer's state after it, where it was computed already."""
         child = lane.branch
         assert lane.end is not None
@@ -130,12 +130,13 @@ class Expander:
         child.chunk_writer_logprob.append(logprob)
         for reader in self._drawing.readers:
             state = child.state(reader.role)
-            if hidden_D is None or reader is not self._drawing.writer:
+            if hidden is None or reader is not self._drawing.writer:
                 state.pending = [token]
             else:
-                state.hidden = hidden_D
+                state.hidden = hidden
         self.usage.sampled_tokens += 1
-        chunk_ends = lane.end.reached(lane.text.push(token))
+        reads_text = lane.expansion.chunk.until is not None
+        chunk_ends = lane.end.reached(lane.text.push(token) if reads_text else "")
         if token in self._end_token_ids:
             child.ended = "finished"
         elif len(child.chunk) >= lane.expansion.max_new:
@@ -144,3 +145,5 @@ class Expander:
             child.ended = "chunk"
         if child.ended is not None:
             lane.expansion.num_unfinished -= 1
+            if hidden is not None:  # it may wait for its siblings, each of them with the batch of another step
+                child.state(self._drawing.writer.role).hidden = hidden.alone()

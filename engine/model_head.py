@@ -39,10 +39,10 @@ class ModelHead:
         out = hidden_ND.new_empty(hidden_ND.shape[0], self.weight.shape[0], dtype=torch.float32)
         return squash(linear(hidden_ND, self.weight, out=out), 1.0, self.softcap)
 
-    def score(self, hidden_ND: Tensor, target_N: Tensor, *, topk: int = 0) -> TokenStats:
+    def score(self, hidden_ND: Tensor, target_N: Tensor, *, topk: int = 0, checked: bool = True) -> TokenStats:
         """Return the statistics of one token after each hidden state (`kernels/logprob.linear_logprob`)."""
         with launch_mode(deterministic=self.deterministic):
-            return linear_logprob(hidden_ND, self.weight, target_N, softcap=self.softcap, topk=topk)
+            return linear_logprob(hidden_ND, self.weight, target_N, softcap=self.softcap, topk=topk, checked=checked)
 
     def draw(self, hidden_BD: Tensor, key_B: Tensor, *, temperature: float, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Return a token drawn after each hidden state and its log-probability (`kernels/sampling.linear_sample`).

@@ -19,6 +19,7 @@ from genssd.engine.branch import Branch
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.shared_prefixes import SharedPrefixes
+from genssd.engine.state_rows import StateRow
 from genssd.engine.tree import Path
 
 
@@ -93,7 +94,7 @@ def read_pending(runner: ModelRunner, branches: Sequence[Branch]) -> int:
     num_prefill = sum(len(state.pending) for state in states if len(state.pending) > 1)
     pending = [state.pending for state in states]
     for state, hidden in zip(states, runner.extend(paths, pending, last=[1] * len(paths)), strict=True):
-        state.hidden = hidden[-1]
+        state.hidden = StateRow(hidden, len(hidden) - 1)
         state.pending = []
     return num_prefill
 

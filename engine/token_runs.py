@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genssd.engine.errors import NumericsError
 from genssd.engine.runner import ModelRunner
-from genssd.kernels.logprob import NonFiniteLogits, TokenStats
+from genssd.kernels.logprob import TokenStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +41,19 @@ class TokenRun:
 
 
 def run_statistics(runner: ModelRunner, runs: Sequence[TokenRun], place: Callable[[int, int], str]) -> list[TokenStats]:
-    """Return the statistics of every run's tokens under the runner's model, in order.
+    """Return the statistics of every run's tokens under the runner's model, in order, in the host's memory.
 
+    Criteria read them there: a read of the device for each candidate would wait for the step that is queued already.
     place: returns the name of a token in messages, from the index of its run and its index in the run. Raises
     NumericsError where the logits of a token are NaN or infinite.
     """
     targets = torch.tensor([token for run in runs for token in run.tokens], device=runner.decoder.device)
     states = torch.cat([part for run in runs for part in run.predicting_states()])
-    try:
-        stats = runner.decoder.head.score(states, targets)
-    except NonFiniteLogits as error:
-        index, offset = [(i, t) for i, run in enumerate(runs) for t in range(len(run.tokens))][error.row]
-        raise nonfinite_logits(runner, place(index, offset)) from None
+    stats = runner.decoder.head.score(states, targets, checked=False).to_host()
+    faults = torch.nonzero(~torch.isfinite(stats.logsumexp))
+    if len(faults):
+        index, offset = [(i, t) for i, run in enumerate(runs) for t in range(len(run.tokens))][int(faults[0])]
+        raise nonfinite_logits(runner, place(index, offset))
     parts, start = [], 0
     for run in runs:
         parts.append(stats[start : start + len(run.tokens)])

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.source
 
 ROWS: Any = pytest.importorskip("bench.gpu.rows")
 TIMING: Any = pytest.importorskip("bench.gpu.timing")
+GAPS: Any = pytest.importorskip("bench.support.device_gaps")
 MACHINE = ROWS.Machine(
     card="H", torch="2", triton="3", commit="abc", matmul_tflops=800.0, copy_gbps=4000.0
 )  # fmt: skip
@@ -25,6 +26,17 @@ MACHINE = ROWS.Machine(
 def row(implementation: str, microseconds: float | None, **changes: Any) -> Any:
     fields = {"operation": "score", "shape": "64 x 1024", "floor_microseconds": 73.0, **changes}
     return ROWS.Row(implementation=implementation, microseconds=microseconds, **fields)
+
+
+def test_idle_time_lies_between_kernels_of_all_streams() -> None:
+    """b runs under a, c after a pause of 30, and d at once after c."""
+    spans = {"d": (240, 10), "a": (100, 100), "b": (120, 40), "c": (230, 10)}
+    device = GAPS.measure_device_time(GAPS.Kernel(name=n, start=s, duration=d) for n, (s, d) in spans.items())
+    assert (device.seconds, device.busy_seconds) == (pytest.approx(150e-9), pytest.approx(120e-9))
+    assert [(gap.before, gap.after, gap.count) for gap in device.gaps] == [("a", "c", 1)]
+    assert device.gaps[0].seconds == pytest.approx(30e-9)
+    assert list(device.kernels)[:2] == ["a", "b"]
+    assert GAPS.measure_device_time([]).seconds == 0.0
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_bytes() -> None:

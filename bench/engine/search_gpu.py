@@ -3,13 +3,15 @@
     python -m bench.engine.search_gpu [--prompts 64] [--max-tokens 512] [--chunk 256] [--json FILE]
 
 Weights are random, in bf16: the work is that of real models, the words are not. Prompts have 256 tokens each, and no
-response ends before its limit. Printed: tokens per second of the teacher, the rate of its steps, and the fraction of
-the time in which the device runs no kernel, from torch's profiler over the second half of a shorter search.
+response ends before its limit. Printed: tokens per second of the teacher, and from torch's profiler over a shorter
+search the time in which the device is busy, the kernels that take most of it, and the gaps: the idle times, by the
+kernels before and after them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from bench.support.device_gaps import kernels_of, measure_device_time
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import genssd
@@ -103,12 +106,15 @@ def main() -> None:
     }  # fmt: skip
     if GPU:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            profiled = run_search(engine, options.prompts, 32, 32, tokens)
-        busy: dict[str, float] = {}
-        for event in profile.key_averages():
-            busy[event.key[:60]] = busy.get(event.key[:60], 0.0) + event.self_device_time_total / 1e6
-        row["profiled_seconds"], row["busy_seconds"] = profiled, sum(busy.values())
-        row["kernels"] = dict(sorted(busy.items(), key=lambda item: -item[1])[:16])
+            profiled = run_search(engine, options.prompts, 32, 64, tokens)
+        device = measure_device_time(kernels_of(profile))
+        row["profiled_seconds"], row["device_seconds"], row["busy_seconds"] = (
+            profiled,
+            device.seconds,
+            device.busy_seconds,
+        )
+        row["gaps"] = [dataclasses.asdict(gap) for gap in device.gaps[:16]]
+        row["kernels"] = dict(list(device.kernels.items())[:16])
     print(json.dumps(row), flush=True)
     if options.json:
         options.json.write_text(json.dumps(row, indent=1) + "\n")

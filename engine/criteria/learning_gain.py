@@ -31,7 +31,7 @@ class Lark(CheckedOptions):
     def features(self, candidate: Candidate) -> tuple[float, ...]:
         logprob = candidate.logprob
         loss = max(-float(logprob.mean()), 1e-12)
-        brier = float((1.0 - 2.0 * logprob.exp() + candidate.stats.sum_p2.double().cpu()).mean())
+        brier = float((1.0 - 2.0 * logprob.exp() + candidate.stats.sum_p2.double()).mean())
         return loss, brier / loss
 
     def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:

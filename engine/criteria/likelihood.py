@@ -100,10 +100,10 @@ class RankSurprisal(CheckedOptions):
 
     def _sums(self, candidate: Candidate) -> tuple[float, float, int]:
         """Return the sum of clipped ranks, the sum of surprisals, and the number of tokens. A rank is at least 1."""
-        rank, logprob = candidate.stats.rank[: candidate.num_content].cpu(), candidate.logprob[: candidate.num_content]
+        rank, logprob = candidate.stats.rank[: candidate.num_content], candidate.logprob[: candidate.num_content]
         if self.scope == "trajectory":
-            rank = torch.cat((candidate.history.rank.cpu(), rank))
-            logprob = torch.cat((candidate.history.logprob.double().cpu(), logprob))
+            rank = torch.cat((candidate.history.rank, rank))
+            logprob = torch.cat((candidate.history.logprob.double(), logprob))
         return float(rank.clamp(max=self.r_max).sum()), -float(logprob.sum()), len(rank)
 
     def higher_is_better(self) -> bool:
@@ -127,7 +127,7 @@ class RsdAccept(CheckedOptions):
 
     def score(self, candidate: Candidate) -> float:
         likely = candidate.logprob >= math.log(self.probability)
-        return float((likely & (candidate.stats.rank.cpu() <= self.top)).double().mean())
+        return float((likely & (candidate.stats.rank <= self.top)).double().mean())
 
     def higher_is_better(self) -> bool:
         return True

@@ -32,7 +32,7 @@ class TeacherStudentGap(CheckedOptions):
             return float((teacher - candidate.logprob).mean())
         student = candidate.response_logprob()
         if (before := candidate.history_teacher_logprob) is not None:
-            teacher = torch.cat((before.double().cpu(), teacher))
+            teacher = torch.cat((before.double(), teacher))
         gaps = [
             float(teacher[of_teacher:teacher_end].sum() - student[of_student:student_end].sum())
             for of_student, student_end, of_teacher, teacher_end in candidate.spans.align(
@@ -65,4 +65,4 @@ def _teacher_logprob(candidate: Candidate, name: str) -> Tensor:
     """Return the teacher's log-probabilities of the chunk, float64. name: the criterion's, for the message."""
     if candidate.teacher_logprob is None:
         raise InputError(f"{name} needs the teacher's log-probabilities, and these responses came without them")
-    return candidate.teacher_logprob.double().cpu()
+    return candidate.teacher_logprob.double()

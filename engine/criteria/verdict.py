@@ -38,7 +38,7 @@ class CorrectThenAligned(CheckedOptions):
         return "a chunk is neither right nor wrong"
 
     def score(self, candidate: Candidate) -> float:
-        aligned = float((candidate.stats.rank.cpu() <= self.top).double().mean()) if len(candidate.stats) else 0.0
+        aligned = float((candidate.stats.rank <= self.top).double().mean()) if len(candidate.stats) else 0.0
         return 2.0 * (candidate.correct is True) + aligned
 
     def higher_is_better(self) -> bool:

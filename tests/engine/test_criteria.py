@@ -26,7 +26,7 @@ from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal
 from genssd.engine.criterion_calls import evaluate
 from genssd.engine.criterion_names import WeightedRank, register_criterion, resolve
 from genssd.engine.errors import InputError
-from genssd.kernels.logprob import STATISTICS, TokenStats
+from genssd.kernels.logprob import TokenStats
 
 
 def stats(
@@ -770,18 +770,6 @@ def test_a_token_that_the_student_cannot_write_never_wins(name: str) -> None:
     criterion = resolve(name)
     impossible, ordinary = evaluate(criterion, [odd([-1.0, -math.inf, -1.0]), odd([-1.0, -1.5, -1.0])])
     assert impossible < ordinary if criterion.higher_is_better() else impossible > ordinary
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", EVERY)
-def test_statistics_may_lie_on_the_device(name: str) -> None:
-    """The first chunk's do; the empty history before it lies in main memory."""
-    here = odd([-1.0, -2.0, -1.0])
-    there = dataclasses.replace(
-        here, stats=TokenStats.from_values([getattr(here.stats, field).cuda() for field in STATISTICS])
-    )
-    assert evaluate(resolve(name), [there]) == evaluate(resolve(name), [here])
 
 
 @given(pool=st.lists(st.tuples(TOKENS.filter(bool), st.booleans()), min_size=1, max_size=4))

@@ -63,6 +63,8 @@ class CudaTensor(Tensor):
 
     content: Tensor
     """The tensor on the CPU, or on torch's meta device, that holds the entries."""
+    reads: typing.ClassVar[int] = 0
+    """Number of times that the host has waited for entries of any tensor since the device was entered."""
 
     @staticmethod
     def __new__(cls, content: Tensor, requires_grad: bool = False) -> CudaTensor:
@@ -159,6 +161,7 @@ class _ToCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: CudaTensor) -> Tensor:
+        CudaTensor.reads += 1
         if x.content.is_meta:
             return torch.zeros(x.shape, dtype=x.dtype)
         return x.content.clone()
@@ -219,6 +222,7 @@ class FakeCuda(TorchDispatchMode):
 
     def __enter__(self) -> FakeCuda:
         if not self._depth:
+            CudaTensor.reads = 0
             for target, name, value in (*_cuda_functions(self), *_kernel_functions(self), *_native_functions()):
                 self._patches.enter_context(mock.patch.object(target, name, value))
             # torch.tensor(values, device=...) then makes a tensor on the CPU and copies it
@@ -263,6 +267,8 @@ class FakeCuda(TorchDispatchMode):
         kwargs.pop("non_blocking", None)
         if "generator" in kwargs and not self.computes:
             kwargs["generator"] = None
+        if func._schema.name in READS and on_cuda:
+            CudaTensor.reads += 1
         if func._schema.name in READS and on_cuda and not self.computes:
             return 0.0 if args[0].is_floating_point() else 0
         if not on_cuda and not any(isinstance(x, CudaTensor) for x in tensors):
@@ -274,7 +280,9 @@ class FakeCuda(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], on_cuda: bool) -> Any:
         """Run an operation on the contents of the tensors, and wrap its results where they lie on the device."""
         plain_args, plain_kwargs = tree_map(_content, (args, kwargs))
-        if func._schema.name == "aten::copy_" and not self.computes and isinstance(args[0], CudaTensor):
+        if func._schema.name == "aten::copy_" and not self.computes:
+            if not isinstance(args[0], CudaTensor):
+                return plain_args[0].zero_()
             plain_args = (plain_args[0], plain_args[1].to("meta"), *plain_args[2:])
         function = _WIDE_PRODUCTS.get(func, func)
         result = function(*plain_args, **plain_kwargs)
