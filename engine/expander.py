@@ -123,24 +123,12 @@ class Expander:
 
     def _take_token(self, lane: Lane, token: int, logprob: float, hidden_D: Tensor | None) -> None:
         """Append a drawn token to a candidate. hidden: the writer's state after it, where it was computed already."""
-        child = lane.branch
-        assert lane.end is not None
-        assert lane.text is not None
-        child.chunk.append(token)
-        child.chunk_writer_logprob.append(logprob)
+        assert lane.writing is not None
         for reader in self._drawing.readers:
-            state = child.state(reader.role)
+            state = lane.branch.state(reader.role)
             if hidden_D is None or reader is not self._drawing.writer:
                 state.pending = [token]
             else:
                 state.hidden = hidden_D
         self.usage.sampled_tokens += 1
-        chunk_ends = lane.end.reached(lane.text.push(token))
-        if token in self._end_token_ids:
-            child.ended = "finished"
-        elif len(child.chunk) >= lane.expansion.max_new:
-            child.ended = "length"
-        elif chunk_ends:
-            child.ended = "chunk"
-        if child.ended is not None:
-            lane.expansion.num_unfinished -= 1
+        lane.writing.append(token, logprob, self._end_token_ids)
