@@ -13,6 +13,7 @@ from torch import Tensor
 from genssd.engine.amounts import format_count
 from genssd.engine.candidate import ActivationMeans
 from genssd.engine.errors import InputError
+from genssd.engine.room import require_room
 from genssd.engine.runner import ModelRunner
 from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, run_statistics
@@ -42,6 +43,8 @@ def mean_activations(
     totals = [torch.zeros(0, dtype=torch.float64)] * 2
     states = []
     try:
+        num_pages = runner.tree.pages_to_append(path, len(sequence))
+        require_room(runner, num_pages, f"prompt and response of {format_count(len(sequence), 'token')} need")
         first = 0
         for states_ND, activations_NF in runner.extend_observed(path, sequence):
             units_NF = torch.nn.functional.normalize(activations_NF.float(), dim=1).double().cpu()

@@ -18,6 +18,7 @@ import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from genssd.engine.ends import choose_end
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
 from genssd.engine.reading import Reading
@@ -176,14 +177,3 @@ class _Parts:
         self._ids += encoded.ids
         self._lengths += encoded.lengths
         self.waiting = bytearray()
-
-
-def choose_end(tokenizer: Tokenizer) -> int | None:
-    """Return the token by which a model ends a response: that of its chat template, else its end of sequence."""
-    ends = [i for i in tokenizer.end_names.values() if i in tokenizer.end_token_ids]
-    if tokenizer.chat.exists:
-        after = tokenizer.chat.write_after([{"role": "user", "content": "a"}]) or ""
-        named = [(after.find(name), i) for name, i in tokenizer.end_names.items() if i in ends and name in after]
-        if named:
-            return min(named)[1]
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends, default=None)

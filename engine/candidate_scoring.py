@@ -90,10 +90,7 @@ class CandidateScorer:
         num_read = len(parent.prompt.student) + len(parent.student_ids)
         longest = num_read + max(len(_reading(child).judged_ids) for child in expansion.children)
         if longest > positions:
-            expansion.unreadable = (
-                f"the student reads the response as {format_count(longest, 'token')} with the prompt, and it has "
-                f"{format_count(positions, 'position')}; lower max_tokens"
-            )
+            expansion.unreadable = describe_too_long(longest, positions)
 
     def _score(self, scored: Sequence[tuple[Expansion, Branch]]) -> None:
         """Extend the student over the new tokens of every candidate and set their statistics."""
@@ -152,6 +149,14 @@ class CandidateScorer:
         path = expansion.parent.state(self.runner.role).path
         assert path is not None
         return count_pages(path.length, path.length + len(_reading(child).judged_ids), self.runner.tree.pool.page_size)
+
+
+def describe_too_long(num_tokens: int, positions: int) -> str:
+    """Return why the student cannot read a response, and the remedy. num_tokens: of prompt and response together."""
+    return (
+        f"the student reads the response as {format_count(num_tokens, 'token')} with the prompt, and it has "
+        f"{format_count(positions, 'position')}; lower max_tokens"
+    )
 
 
 def fork_path(runner: ModelRunner, parent: Branch, child: Branch) -> Path:

@@ -74,9 +74,24 @@ def evaluate_distinct(criterion: AnyCriterion, candidates: Sequence[Candidate]) 
     """Return the values of the candidates of one prompt's round; in a pool, equal candidates count once."""
     if not isinstance(criterion, PoolCriterion):
         return evaluate(criterion, candidates)
-    distinct = {(candidate.history_ids, candidate.token_ids): candidate for candidate in reversed(candidates)}
+    keys = [_make_key(candidate) for candidate in candidates]
+    distinct = dict(zip(reversed(keys), reversed(candidates), strict=True))
     value_of = dict(zip(distinct, evaluate(criterion, list(distinct.values())), strict=True))
-    return [value_of[candidate.history_ids, candidate.token_ids] for candidate in candidates]
+    return [value_of[key] for key in keys]
+
+
+def _make_key(candidate: Candidate) -> tuple[object, ...]:
+    """Return what makes a candidate another one than its competitors of the same prompt.
+
+    Where the student reads by bytes, it may read different tokens of the teacher as the same ones of its own.
+    """
+    written = [candidate.history_teacher_logprob, candidate.teacher_logprob]
+    return (
+        candidate.history_ids,
+        candidate.token_ids,
+        candidate.spans,
+        *(None if logprob is None else tuple(logprob.tolist()) for logprob in written),
+    )
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import quote
+from genssd.engine.reading import Reader
 from genssd.engine.text import Tokenizer
-from genssd.engine.token_map import TokenMap
 
 
 def check_ends(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -26,25 +26,40 @@ def check_ends(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def find_foreign_ends(teacher: Tokenizer, student: Tokenizer, token_map: TokenMap) -> list[int]:
+def choose_end(tokenizer: Tokenizer) -> int | None:
+    """Return the token by which a model ends a response: that of its chat template, else its end of sequence.
+
+    None where it has neither.
+    """
+    ends = [i for i in tokenizer.end_names.values() if i in tokenizer.end_token_ids]
+    if tokenizer.chat.exists:
+        after = tokenizer.chat.write_after([{"role": "user", "content": "a"}]) or ""
+        named = [(after.find(name), i) for name, i in tokenizer.end_names.items() if i in ends and name in after]
+        if named:
+            return min(named)[1]
+    known = [i for i in tokenizer.end_token_ids if i <= tokenizer.largest_id]
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(known, default=None)
+
+
+def find_foreign_ends(teacher: Tokenizer, student: Tokenizer, reader: Reader) -> list[int]:
     """Return the student's ids of the tokens that end the teacher's responses and not the student's, in order.
 
+    reader: how the student reads the teacher's tokens, by ids.
     Raises InputError where the student has no id for such a token.
     """
-    foreign = set()
+    foreign: set[int] = set()
     for i in teacher.end_token_ids:
         name = teacher.hf.convert_ids_to_tokens(i)
         if name is None:  # an id of the config that the tokenizer does not have: it is never written
             continue
-        read = token_map.replaced.get(i, None if i in token_map.strings else i)
-        if read is None:
+        if reader.find_missing([i]) is not None:
             raise InputError(
                 f"responses of the teacher ({teacher.directory}) end with {_name([i], teacher)}, and the student "
                 f"({student.directory}) has neither this token nor an end of its own: add the token to its tokenizer "
                 f"(add_tokens([{quote(name)}]) and save_pretrained of its transformers tokenizer, with an id that the "
                 "embedding has a row for), or set eos_token in its tokenizer_config.json"
             )
-        foreign.add(read)
+        foreign |= {*reader.read([i], held=b"", begins=True, ends=True).ids}
     return sorted(foreign - student.end_token_ids)
 
 

@@ -123,27 +123,15 @@ class Expander:
 
     def _take_token(self, lane: Lane, token: int, logprob: float, hidden: StateRow | None) -> None:
         """Append a drawn token to a candidate. hidden: the writer's state after it, where it was computed already."""
-        child = lane.branch
-        assert lane.end is not None
-        assert lane.text is not None
-        child.chunk.append(token)
-        child.chunk_writer_logprob.append(logprob)
+        assert lane.writing is not None
         for reader in self._drawing.readers:
-            state = child.state(reader.role)
+            state = lane.branch.state(reader.role)
             if hidden is None or reader is not self._drawing.writer:
                 state.pending = [token]
             else:
                 state.hidden = hidden
         self.usage.sampled_tokens += 1
-        reads_text = lane.expansion.chunk.until is not None
-        chunk_ends = lane.end.reached(lane.text.push(token) if reads_text else "")
-        if token in self._end_token_ids:
-            child.ended = "finished"
-        elif len(child.chunk) >= lane.expansion.max_new:
-            child.ended = "length"
-        elif chunk_ends:
-            child.ended = "chunk"
-        if child.ended is not None:
-            lane.expansion.num_unfinished -= 1
-            if hidden is not None:  # it may wait for its siblings, each of them with the batch of another step
-                child.state(self._drawing.writer.role).hidden = hidden.alone()
+        lane.writing.append(token, logprob, self._end_token_ids)
+        if hidden is not None and lane.branch.ended is not None:
+            # it may wait for its siblings, each of them with the batch of another step
+            lane.branch.state(self._drawing.writer.role).hidden = hidden.alone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from genssd.engine.branch import Branch
@@ -59,29 +60,59 @@ class Expansion:
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
-    """An entry of the decoding batch: an expansion whose parent is being computed (child None), or one candidate."""
+class Writing:
+    """A candidate that is being written, and what decides where it ends."""
 
     expansion: Expansion
-    child: Branch | None = None
-    end: ChunkEnd | None = None
-    text: TextStream | None = None
+    child: Branch
+    end: ChunkEnd
+    text: TextStream
+
+    @staticmethod
+    def open(expansion: Expansion, tokenizer: Tokenizer) -> Writing:
+        """Begin the next candidate of an expansion. tokenizer: of the model that writes."""
+        child = expansion.parent.child()
+        expansion.children.append(child)
+        expansion.num_unfinished += 1
+        return Writing(expansion, child, ChunkEnd(expansion.chunk), TextStream(tokenizer))
+
+    def append(self, token: int, logprob: float, end_token_ids: Collection[int]) -> None:
+        """Add a token and its log-probability to the candidate, and end it where the token is its last.
+
+        end_token_ids: tokens that end a response.
+        """
+        child = self.child
+        child.chunk.append(token)
+        child.chunk_writer_logprob.append(logprob)
+        reads_text = self.expansion.chunk.until is not None
+        chunk_ends = self.end.reached(self.text.push(token) if reads_text else "")
+        if token in end_token_ids:
+            child.ended = "finished"
+        elif len(child.chunk) >= self.expansion.max_new:
+            child.ended = "length"
+        elif chunk_ends:
+            child.ended = "chunk"
+        if child.ended is not None:
+            self.expansion.num_unfinished -= 1
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """An entry of the decoding batch: an expansion whose parent is being computed (writing None), or one candidate."""
+
+    expansion: Expansion
+    writing: Writing | None = None
 
     @property
     def branch(self) -> Branch:
         """The branch whose next token is drawn: the parent, or the candidate."""
-        return self.expansion.parent if self.child is None else self.child
+        return self.expansion.parent if self.writing is None else self.writing.child
 
     @property
     def num_rows(self) -> int:
         """Number of tokens that are drawn for the lane in the next step."""
-        return self.expansion.n if self.child is None else 1
+        return self.expansion.n if self.writing is None else 1
 
     def candidate_lane(self, tokenizer: Tokenizer) -> Lane:
         """Return the lane of one candidate: this one, or that of a new child of the expansion's parent."""
-        if self.child is not None:
-            return self
-        child = self.expansion.parent.child()
-        self.expansion.children.append(child)
-        self.expansion.num_unfinished += 1
-        return Lane(self.expansion, child, ChunkEnd(self.expansion.chunk), TextStream(tokenizer))
+        return self if self.writing is not None else Lane(self.expansion, Writing.open(self.expansion, tokenizer))

@@ -9,7 +9,7 @@ from typing import Literal
 from genssd.engine.amounts import format_count
 from genssd.engine.any_expander import AnyExpander
 from genssd.engine.branch import Branch
-from genssd.engine.errors import CapacityError
+from genssd.engine.errors import CapacityError, ServerError
 from genssd.engine.expansion import Expansion
 from genssd.engine.quoting import quote
 
@@ -48,12 +48,15 @@ class Generation:
     error: str | None = None
     """Why the prompt failed: it is longer than a model's positions, does not fit into the cache, or the server of the
     teacher refused it."""
+    is_refused: bool = False
+    """Whether the server of the teacher is why it failed."""
 
     @property
     def completions(self) -> list[Completion]:
-        """Responses to the prompt. Raises CapacityError naming the prompt when it failed."""
+        """Responses to the prompt. Raises CapacityError naming the prompt when it failed, ServerError where a server
+        refused it."""
         if self.error is not None:
-            raise CapacityError(f"{self.label}: {self.error}")
+            raise (ServerError if self.is_refused else CapacityError)(f"{self.label}: {self.error}")
         return list(self.sampled)
 
 
@@ -86,7 +89,11 @@ def generate(queue: Mapping[int, Expansion], expander: AnyExpander) -> Iterator[
                 sampled = tuple(_completion(child) for child in expansion.children) if is_written else ()
                 usage.finish(expansion.most_tokens, sum(len(completion.token_ids) for completion in sampled))
                 yield Generation(
-                    index=key_of[expansion], label=expansion.label, sampled=sampled, error=expansion.failed
+                    index=key_of[expansion],
+                    label=expansion.label,
+                    sampled=sampled,
+                    error=expansion.failed,
+                    is_refused=not is_written,
                 )
                 for branch in (expansion.parent, *expansion.children):
                     branch.drop()

@@ -16,7 +16,7 @@ from genssd.engine.loading import load_models
 from genssd.engine.memory import choose_device
 from genssd.engine.nodes import NodeReader
 from genssd.engine.options_check import check_arguments
-from genssd.engine.pair_prompts import PairEncoder, PairPrompt
+from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.reading import Reader
 from genssd.engine.requests import check_sizes
 from genssd.engine.resources import Resources
@@ -26,6 +26,7 @@ from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord
 from genssd.engine.session import Session
 from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.thinking_pair import ThinkingPair, compare_thinking
 from genssd.engine.threads import effective_threads
 from genssd.engine.usage import CacheUse, Usage
 from genssd.kernels.threads import torch_threads
@@ -190,11 +191,13 @@ class LoadedEngine:
     @check_arguments(but=("prompt",))
     def encode_pair(self, prompt: Prompt) -> PairPrompt:
         """Return a prompt as the search gives it to teacher and student. Raises InputError where one cannot read it."""
-        return self._pair_encoder.encode(prompt)
+        return self._resources.pairs.encode(prompt)
 
-    @cached_property
-    def _pair_encoder(self) -> PairEncoder:
-        return PairEncoder(self.tokenizer("teacher"), self.tokenizer("student"))
+    @property
+    def thinking(self) -> ThinkingPair:
+        """What the chat templates of the two models do about thoughts. Raises InputError when one is not loaded, and on
+        a template that cannot be parsed."""
+        return compare_thinking(self._resources.pairs)
 
     @check_arguments()
     def node_reader(self, model: Role = "student") -> NodeReader:

@@ -29,6 +29,7 @@ from genssd.engine.options_check import check_count, check_types, check_value
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.requests import check_ids
 from genssd.engine.resources import Resources
+from genssd.engine.room import require_room
 from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import forced_stream
 from genssd.engine.session import Session
@@ -159,12 +160,7 @@ class PrefixPath:
                 f"positions of the {self._runner.role} {self._runner.directory}"
             )
         num_pages = tree.pages_to_append(self._path, len(ids))
-        if not tree.make_room(num_pages):
-            raise CapacityError(
-                f"{self._label}: prompt and response need {format_count(num_pages, 'more page')}, with {tree.num_free} "
-                f"free of the {tree.pool.describe()} of the {self._runner.role}'s cache; raise memory_bytes or "
-                "memory_utilization"
-            )
+        require_room(self._runner, num_pages, f"{self._label}: prompt and response need", noun="more page")
         self._usage.prefill_tokens += len(ids)
         if not ids:
             decoder = self._runner.decoder

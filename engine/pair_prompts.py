@@ -23,12 +23,13 @@ the prompt, the response begins with it, and both together are the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
+from genssd.engine.reading import Reader
 from genssd.engine.runner import Role
 from genssd.engine.text import Prompt, Tokenizer, as_messages
 from genssd.engine.thinking import ThinkingMode, ThoughtEnd, find_thinking, read_end
@@ -66,46 +67,62 @@ def render_with(tokenizers: Mapping[Role, Tokenizer], options: ChatOptions) -> d
 
 
 class PairEncoder:
-    """Encodes prompts for a teacher and a student. Raises InputError on what either cannot read."""
+    """Encodes prompts for a teacher and a student. Raises InputError on what either cannot read.
 
-    def __init__(self, teacher: Tokenizer, student: Tokenizer) -> None:
-        self._teacher = teacher
-        self._student = student
+    reader: how the student reads the teacher's tokens.
+    """
+
+    def __init__(self, teacher: Tokenizer, student: Tokenizer, reader: Reader) -> None:
+        self.teacher = teacher
+        self.student = student
+        self._reader = reader
         self._modes: dict[Role, ThinkingMode] = {}
 
     def encode(self, prompt: Prompt) -> PairPrompt:
         """Return a prompt as both models read it. Raises InputError where they cannot read the same thought."""
         messages = as_messages(prompt)
         if messages is None:
-            return PairPrompt(
-                teacher=tuple(self._teacher.encode_prompt(prompt)), student=tuple(self._student.encode_prompt(prompt))
-            )
-        texts = [tokenizer.render_prompt(messages) for tokenizer in (self._teacher, self._student)]
+            teacher_ids = self.teacher.encode_prompt(prompt)
+            own: Prompt = prompt if isinstance(prompt, str) else self._translate(teacher_ids)
+            return PairPrompt(teacher=tuple(teacher_ids), student=tuple(self.student.encode_prompt(own)))
+        texts = [tokenizer.render_prompt(messages) for tokenizer in (self.teacher, self.student)]
         ends = [
             read_end(text, messages, tokenizer.chat.tags)
-            for text, tokenizer in zip(texts, (self._teacher, self._student), strict=True)
+            for text, tokenizer in zip(texts, (self.teacher, self.student), strict=True)
         ]
         removed, lead = self._match(*ends)
         own_text = texts[1].removesuffix(removed) if removed else texts[1]
-        own, further = self._student.encode_rendered(own_text), self._student.encode(lead, special=False)
-        teacher_ids = self._teacher.encode_rendered(texts[0])
+        own, further = self.student.encode_rendered(own_text), self.student.encode(lead, special=False)
+        teacher_ids = self.teacher.encode_rendered(texts[0])
         if not own or not teacher_ids:
             raise InputError("the prompt is empty")
         return PairPrompt(teacher=tuple(teacher_ids), student=(*own, *further), num_lead=len(further))
+
+    def _translate(self, teacher_ids: Sequence[int]) -> tuple[int, ...]:
+        """Return the student's ids of a prompt that was given as the teacher's token ids."""
+        if self._reader.reads_bytes:
+            raise InputError(
+                "the prompt is a list of the teacher's token ids, and the student has another tokenizer: give the "
+                "prompt as text or as messages"
+            )
+        missing = self._reader.find_missing(teacher_ids)
+        if missing is not None:
+            raise InputError(f"the prompt has {self._reader.describe_missing(missing)}")
+        return self._reader.read(teacher_ids, held=b"", begins=True, ends=True).ids
 
     def _match(self, teacher: ThoughtEnd, student: ThoughtEnd) -> tuple[str, str]:
         """Return what the student's prompt loses at its end, and what it gets there."""
         if teacher.state == "open":
             return "", self._open(teacher, student)
         if student.state == "none":
-            return "", self._mode("student").empty_thought if teacher.state == "closed" else ""
+            return "", self.mode("student").empty_thought if teacher.state == "closed" else ""
         if student.state == "open":
-            if teacher.state == "closed" or not self._mode("teacher").thinks:
+            if teacher.state == "closed" or not self.mode("teacher").thinks:
                 assert student.tags is not None
                 line_break = "" if student.text.endswith("\n") else "\n"
                 return "", f"{line_break}\n{student.tags.closing}\n\n"
             return student.text, ""
-        if teacher.state == "none" and self._mode("teacher").is_on:
+        if teacher.state == "none" and self.mode("teacher").is_on:
             raise InputError(
                 "the teacher thinks, and the prompt of the student ends in an empty thought: "
                 f"{self._name_remedy('teacher', 'off')}, or {self._name_remedy('student', 'on')}"
@@ -128,18 +145,19 @@ class PairEncoder:
             raise InputError(
                 f"the teacher's chat template opens a thought by {teacher.tags.opening}, the student's by "
                 f"{student.tags.opening}, so that the response closes another thought than the one that the student "
-                f"has begun: give {self._student.directory} the chat template of the teacher"
+                f"has begun: give {self.student.directory} the chat template of the teacher"
             )
         return teacher.text.removeprefix(student.text) if teacher.text.startswith(student.text) else ""
 
-    def _mode(self, role: Role) -> ThinkingMode:
+    def mode(self, role: Role) -> ThinkingMode:
+        """Return what the chat template of one model does about thoughts."""
         if role not in self._modes:
-            self._modes[role] = find_thinking((self._teacher if role == "teacher" else self._student).chat)
+            self._modes[role] = find_thinking((self.teacher if role == "teacher" else self.student).chat)
         return self._modes[role]
 
     def _name_remedy(self, role: Role, value: Literal["on", "off"]) -> str:
         """Return how thinking is turned on or off for one model, as part of a sentence."""
-        switch = self._mode(role).switch
+        switch = self.mode(role).switch
         if switch is None:
             return f"choose a {role} whose chat template can turn thinking {value}"
         word = "true" if value == "on" else "false"

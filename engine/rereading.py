@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 
 from genssd.engine.branch import Branch
+from genssd.engine.candidate_scoring import describe_too_long
+from genssd.engine.errors import InputError
 from genssd.engine.reading import Reader, Reading
 from genssd.engine.resources import Resources
 from genssd.engine.scoring import score
@@ -20,7 +22,8 @@ def finish_reading(resources: Resources, reader: Reader, branch: Branch) -> None
     """Set the student's tokens of an ended response to those of the whole text.
 
     Nothing changes where they are these already. A response that was pruned or cut by a budget has bytes that were held
-    back, and is scored again as a whole, as after a drift. Raises CapacityError without room for it.
+    back, and is scored again as a whole, as after a drift. Raises InputError where the student has no positions for it,
+    CapacityError without room for it.
     """
     if not reader.reads_bytes or not branch.history_readings:
         return
@@ -28,7 +31,11 @@ def finish_reading(resources: Resources, reader: Reader, branch: Branch) -> None
     read = branch.student_ids
     if whole.ids == read:
         return
-    (stats,) = score(resources.runner("student"), [(list(branch.prompt.student), list(whole.ids))])
+    student = resources.runner("student")
+    longest, positions = len(branch.prompt.student) + len(whole.ids), student.decoder.config.max_position_embeddings
+    if longest > positions:
+        raise InputError(describe_too_long(longest, positions))
+    (stats,) = score(student, [(list(branch.prompt.student), list(whole.ids))])
     if whole.ids[: len(read)] != read:
         branch.is_drifted = True
         resources.usage.drifted_responses += 1

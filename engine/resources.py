@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class EncodedPrompt:
     """Why the prompt cannot be run: it is longer than a model's positions or than an empty cache."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Resources:
     """The loaded models of an engine, and the state that its calls share."""
 
@@ -100,6 +101,11 @@ class Resources:
         length = format_count(num_tokens, "token")
         return f"{label} has {length}; the teacher served at {served.url} has {served.positions} positions"
 
+    @cached_property
+    def pairs(self) -> PairEncoder:
+        """The encoder of prompts for both models. Raises InputError as `tokenizer` does."""
+        return PairEncoder(self.tokenizer("teacher"), self.tokenizer("student"), self.reader)
+
     @property
     def cache_use(self) -> CacheUse:
         """Pages and bytes of both caches, without changing them: safe in any thread."""
@@ -146,14 +152,13 @@ class Resources:
         on a prompt that cannot be encoded.
         """
         seen: Counter[tuple[int, ...]] = Counter()
-        pairs = PairEncoder(self.tokenizer("teacher"), self.tokenizer("student")) if len(roles) == 2 else None
         for index, prompt in enumerate(prompts):
             label = labels[index]
-            if pairs is None:
+            if len(roles) == 1:
                 alone = tuple(self._encode_any(prompt, roles[0], label))
                 rendered = PromptIds(teacher=alone) if roles[0] == "teacher" else PromptIds(student=alone)
             else:
-                rendered = self._encode_for_both(prompt, pairs, label)
+                rendered = self._encode_for_both(prompt, label)
             ids: dict[Role, tuple[int, ...]] = {"teacher": rendered.teacher, "student": rendered.student}
             misfits = (self.find_misfit(len(ids[role]), role, "the prompt") for role in roles)
             key = ids[roles[0]]
@@ -166,10 +171,10 @@ class Resources:
             )
             seen[key] += 1
 
-    def _encode_for_both(self, prompt: Prompt, pairs: PairEncoder, label: str) -> PromptIds:
+    def _encode_for_both(self, prompt: Prompt, label: str) -> PromptIds:
         """Return a prompt's token ids as both models read it. Raises InputError naming the label."""
         try:
-            pair = pairs.encode(prompt)
+            pair = self.pairs.encode(prompt)
         except InputError as error:
             raise InputError(f"{label}: {error}") from None
         check_ids_below(pair.teacher, self.vocab_size("teacher"), "teacher", label)

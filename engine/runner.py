@@ -140,8 +140,8 @@ class Runner(ABC, Generic[P]):
 
         Raises CapacityError when the pool has too few pages.
         """
-        for start in range(0, len(ids), MAX_ROWS // 2):
-            piece = ids[start : start + MAX_ROWS // 2]
+        for start in range(0, len(ids), self.longest_piece):
+            piece = ids[start : start + self.longest_piece]
             prepared = self.prepare([path], [len(piece)], output=np.arange(len(piece)))
             yield self.run_observed(prepared, piece)
 

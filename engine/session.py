@@ -57,6 +57,8 @@ class Session:
         self._tokenizer = resources.tokenizer(writer)
         self._num_topk = num_topk
         self._reader: Reader = TokenMap() if writer == "student" else resources.reader
+        # criteria see the tokens of the model that reads the candidates
+        self._judged_tokenizer = resources.tokenizer("student") if scored and student is not None else self._tokenizer
         self._served = resources.served_as(writer)
         if self._served is not None and rsd is None:
             if num_topk:
@@ -86,8 +88,6 @@ class Session:
             drawing = ReverseSpeculativeDrawing(rsd, runner, student, sampling, vocabulary=vocabulary)
             writers.append("student")
         judges_tokens = student in drawing.readers
-        # criteria see the tokens of the model that reads the candidates
-        self._judged_tokenizer = resources.tokenizer("student") if scored and student is not None else self._tokenizer
         self.expander = Expander(
             drawing,
             None if student is None or judges_tokens else CandidateScorer(student, self._reader, resources.usage),

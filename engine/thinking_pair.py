@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from genssd.engine.errors import InputError
 from genssd.engine.pair_prompts import PairEncoder
 from genssd.engine.quoting import quote
-from genssd.engine.text import Tokenizer
-from genssd.engine.thinking import QUESTION, ThinkingMode, find_thinking
+from genssd.engine.thinking import QUESTION, ThinkingMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,21 +50,22 @@ class ThinkingPair:
         return line
 
 
-def compare_thinking(teacher: Tokenizer, student: Tokenizer) -> ThinkingPair:
+def compare_thinking(pairs: PairEncoder) -> ThinkingPair:
     """Return what the chat templates of two models do about thoughts, under the options of their rendering.
 
-    Raises InputError on a template that cannot be parsed, CheckpointError on one that computes for too long.
+    pairs: encodes prompts for both. Raises InputError on a template that cannot be parsed, CheckpointError on one that
+    computes for too long.
     """
-    modes = find_thinking(teacher.chat), find_thinking(student.chat)
+    modes = pairs.mode("teacher"), pairs.mode("student")
     pair = ThinkingPair(teacher=modes[0], student=modes[1])
     if not (modes[0].has_template and modes[1].has_template):
         return pair
     try:
-        prompt = PairEncoder(teacher, student).encode(QUESTION)
+        prompt = pairs.encode(QUESTION)
     except InputError as error:
         return ThinkingPair(teacher=modes[0], student=modes[1], conflict=str(error))
     lead = prompt.student[len(prompt.student) - prompt.num_lead :]
-    return ThinkingPair(teacher=modes[0], student=modes[1], lead=str(student.hf.decode(list(lead))))
+    return ThinkingPair(teacher=modes[0], student=modes[1], lead=str(pairs.student.hf.decode(list(lead))))
 
 
 def describe_mode(mode: ThinkingMode) -> str:

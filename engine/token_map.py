@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from genssd.engine.ends import choose_end
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
 from genssd.engine.reading import Reading
@@ -148,7 +149,7 @@ def match_tokenizers(writer: Tokenizer, reader: Tokenizer, writer_name: str, rea
         )
     ids_of_added = {name: i for i, name in reader_strings.items() if i in reader_added}
     replaced = {i: ids_of_added[name] for i, name in differing.items() if name in ids_of_added}
-    end = _choose_end(reader)
+    end = choose_end(reader)
     if end is not None:
         replaced |= {i: end for i in differing if i in writer.end_token_ids and i not in replaced}
     return TokenMap(
@@ -169,13 +170,6 @@ def _serialize(tokenizer: Tokenizer) -> str | None:
 def _strings_by_id(tokenizer: Tokenizer) -> dict[int, str]:
     vocabulary = {int(i): str(name) for name, i in tokenizer.hf.get_vocab().items()}
     return dict(sorted(vocabulary.items()))
-
-
-def _choose_end(tokenizer: Tokenizer) -> int | None:
-    """Return the end of sequence that a model reads in place of another model's; None where it has none."""
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
-    return min(tokenizer.end_token_ids, default=None)
 
 
 def _find_difference(writer: Tokenizer, reader: Tokenizer, added: set[int]) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genssd.engine.amounts import format_count
 from genssd.engine.candidate import Window
-from genssd.engine.errors import CapacityError
+from genssd.engine.room import require_room
 from genssd.engine.runner import MAX_ROWS, ModelRunner
 from genssd.engine.threads import computes
 from genssd.engine.token_runs import TokenRun, run_statistics
@@ -79,10 +79,4 @@ def _num_pages(runner: ModelRunner, path: Path, num_tokens: int) -> int:
 def _require_room(runner: ModelRunner, path: Path, num_tokens: int) -> None:
     """Raise CapacityError when a fork of a path does not fit into the free pages with so many more tokens."""
     num_pages = _num_pages(runner, path, num_tokens)
-    if not runner.tree.make_room(num_pages):
-        num_free = runner.tree.num_free
-        raise CapacityError(
-            f"a prompt or window of {format_count(num_tokens, 'token')} needs {format_count(num_pages, 'page')}, with "
-            f"{num_free} free of the {runner.tree.pool.describe()} of the {runner.role}'s cache; raise memory_bytes or "
-            "memory_utilization"
-        )
+    require_room(runner, num_pages, f"a prompt or window of {format_count(num_tokens, 'token')} needs")

@@ -10,7 +10,6 @@ from genssd.distill.answers.numbers import parse_quantity
 from genssd.distill.data.overlap import find_eval_overlap, iter_file_questions, list_examples, list_problems
 from genssd.distill.doctor.findings import Finding, list_lines
 from genssd.distill.doctor.inputs import Inputs, find_max_length
-from genssd.distill.doctor.token_checks import find_student_reader
 from genssd.distill.rounds import DistillConfig
 from genssd.distill.select.unfit import ThoughtEnds
 from genssd.engine.amounts import format_count
@@ -61,7 +60,7 @@ def check_rows(inputs: Inputs) -> list[Finding]:
 
 def _find_unreadable(inputs: Inputs) -> list[str]:
     """Return a message for every prompt whose thought only a token closes that the student does not have."""
-    reader = find_student_reader(inputs)
+    reader = inputs.reader
     if reader is None or reader.is_identity or inputs.teacher is None:
         return []
     ends = ThoughtEnds(inputs.teacher.tokenizer, reader)
@@ -191,7 +190,7 @@ def _check_example_lengths(inputs: Inputs) -> list[Finding]:
     examples = inputs.rows.examples
     if not examples:
         return []
-    most = find_max_length(inputs.settings, inputs.models)
+    most = find_max_length(inputs)
     lengths = sorted(len(example.input_ids) for example in examples)
     cut = sum(count for reason, count in inputs.rows.left_out.items() if reason.startswith("longer than"))
     line = (

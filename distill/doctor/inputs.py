@@ -5,14 +5,19 @@ What cannot be opened is a finding of its own; the checks that need it are then 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.rows import Rows, read_example_rows, read_problem_rows
 from genssd.distill.doctor.settings import Settings
+from genssd.distill.train.models import find_foreign_tokenizer
 from genssd.engine.basic_config import BasicConfig
+from genssd.engine.byte_reader import ByteReader, find_reader
+from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import load_config
 from genssd.engine.errors import GenssdError, InputError
@@ -21,6 +26,7 @@ from genssd.engine.pair_prompts import PairEncoder
 from genssd.engine.runner import Role
 from genssd.engine.served.address import is_url
 from genssd.engine.text import Tokenizer
+from genssd.engine.token_map import TokenMap
 
 ROLES: tuple[Role, ...] = ("teacher", "student")
 
@@ -38,6 +44,8 @@ class ModelFiles:
     """Tokenizer with the command's options of rendering chats."""
     has_own_decoder: bool
     """Whether the engine's own decoder computes the model; otherwise transformers does."""
+    title: str
+    """What the findings call the model."""
 
     @property
     def has_weights(self) -> bool:
@@ -65,6 +73,12 @@ class Inputs:
 
     settings: Settings
     models: Mapping[Role, ModelFiles]
+    training_teacher: ModelFiles | None = None
+    """Teacher that the training loads next to the student: that of `models`, or another one. None where it has none."""
+    pairs: PairEncoder | None = None
+    """Encoder of prompts for both models; None without two models."""
+    reader: TokenMap | ByteReader | None = None
+    """How the student reads the teacher's tokens; None without two models, or where it cannot."""
     rows: Rows = field(default_factory=Rows)
     prompts: PromptLengths = field(default_factory=PromptLengths)
     formula_seconds: float = 0.0
@@ -80,6 +94,11 @@ class Inputs:
     def student(self) -> ModelFiles | None:
         return self.models.get("student")
 
+    def list_models(self) -> list[ModelFiles]:
+        """Return all models that the command loads, each once."""
+        models, further = list(self.models.values()), self.training_teacher
+        return models if further is None or further in models else [*models, further]
+
 
 def open_inputs(settings: Settings, limit: int, *, formula_seconds: float = 0.0) -> Inputs:
     """Open the models' files and read the first `limit` rows of the data. formula_seconds: see `Inputs`."""
@@ -92,53 +111,108 @@ def open_inputs(settings: Settings, limit: int, *, formula_seconds: float = 0.0)
                 faults.append(Finding(name=f"{role}", level="ok", line=line))
                 continue
             try:
-                models[role] = _open_model(role, settings)
+                models[role] = _open_model(role, settings.models[role], settings, settings.chat.for_model(role))
             except GenssdError as error:
                 faults.append(Finding(name=f"{role}", level="error", line=str(error)))
-    rows, prompts = Rows(), PromptLengths()
-    try:
-        if settings.data and settings.reads_examples and "student" in models:
-            rows = read_example_rows(settings, models["student"].tokenizer, find_max_length(settings, models), limit)
-        elif settings.data and not settings.reads_examples:
-            rows = read_problem_rows(settings, limit)
-            prompts = _encode_prompts(rows, models)
-    except GenssdError as error:
-        faults.append(Finding(name="data", level="error", line=str(error)))
-    return Inputs(
+    opened = Inputs(
         settings=settings,
         models=models,
-        rows=rows,
-        prompts=prompts,
+        training_teacher=_open_training_teacher(settings, models, faults),
         formula_seconds=formula_seconds,
-        faults=tuple(faults),
+        **_pair(models),
     )
+    rows, prompts = Rows(), PromptLengths()
+    try:
+        if settings.data and settings.reads_examples and opened.student is not None:
+            student, teacher = opened.student.tokenizer, _find_foreign_tokenizer(opened)
+            rows = read_example_rows(settings, student, limit, max_length=find_max_length(opened), teacher=teacher)
+        elif settings.data and not settings.reads_examples:
+            rows = read_problem_rows(settings, limit)
+            prompts = _encode_prompts(rows, opened)
+    except GenssdError as error:
+        faults.append(Finding(name="data", level="error", line=str(error)))
+    return replace(opened, rows=rows, prompts=prompts, faults=tuple(faults))
 
 
-def find_max_length(settings: Settings, models: Mapping[Role, ModelFiles]) -> int:
+def find_max_length(inputs: Inputs) -> int:
     """Return the maximum number of tokens in an example: the option max_length, or the positions of a model."""
-    assert settings.training is not None
-    return min(settings.training.max_length, *(model.config.max_position_embeddings for model in models.values()))
+    assert inputs.settings.training is not None
+    models = [model for model in (inputs.student, inputs.training_teacher) if model is not None]
+    return min(inputs.settings.training.max_length, *(model.config.max_position_embeddings for model in models))
 
 
-def _open_model(role: Role, settings: Settings) -> ModelFiles:
-    """Open the small files of a model. Raises GenssdError on what cannot be used."""
-    name = settings.models[role]
+def _open_training_teacher(
+    settings: Settings, models: Mapping[Role, ModelFiles], faults: list[Finding]
+) -> ModelFiles | None:
+    """Return the teacher of the training; one that cannot be opened is added to the faults."""
+    name = None if settings.training is None else settings.training.teacher_model_name_or_path
+    if name is None or name == settings.models.get("teacher"):
+        return None if name is None else models.get("teacher")
+    title = "teacher of the training"
+    try:
+        return _open_model("teacher", name, settings, title=title)  # it renders no chats
+    except GenssdError as error:
+        faults.append(Finding(name=title, level="error", line=str(error)))
+        return None
+
+
+def _pair(models: Mapping[Role, ModelFiles]) -> dict[str, Any]:
+    """Return what `Inputs` has of two models together."""
+    if len(models) < 2:
+        return {}
+    teacher, student = models["teacher"], models["student"]
+    reader: TokenMap | ByteReader | None = None
+    with contextlib.suppress(InputError):  # a finding of its own
+        reader = find_reader(teacher.tokenizer, student.tokenizer, *name_pair(teacher, student))
+    return {"reader": reader, "pairs": PairEncoder(teacher.tokenizer, student.tokenizer, reader or TokenMap())}
+
+
+def name_pair(teacher: ModelFiles, student: ModelFiles) -> tuple[str, str]:
+    """Return the names of two models in messages about their tokens."""
+    return f"teacher {teacher.name}", f"student {student.name}"
+
+
+def _find_foreign_tokenizer(inputs: Inputs) -> Tokenizer | None:
+    """Return the tokenizer by which a training's rows are read for its teacher as well; None for those of the student.
+
+    None as well where the training refuses the teacher, which is a finding of its own.
+    """
+    teacher, student, training = inputs.training_teacher, inputs.student, inputs.settings.training
+    if teacher is None or student is None or training is None:
+        return None
+    try:
+        return find_foreign_tokenizer(teacher.tokenizer, student.tokenizer, training)
+    except GenssdError:
+        return None
+
+
+def _open_model(
+    role: Role, name: str, settings: Settings, chat: ChatOptions = ChatOptions(), *, title: str | None = None
+) -> ModelFiles:
+    """Open the small files of a model. title: its name in findings; None for its role.
+
+    Raises GenssdError on what cannot be used.
+    """
     directory = locate(name, weights=False)
     config = load_config(directory)
     # a training computes in transformers; what its student is to the engine counts where the command loads one
     own = has_own_decoder(directory, settings.engine.backend if settings.engine is not None else "auto")
-    tokenizer = Tokenizer(directory).with_chat(settings.chat.for_model(role))
+    tokenizer = Tokenizer(directory).with_chat(chat)
     return ModelFiles(
-        role=role, name=name, directory=directory, config=config, tokenizer=tokenizer, has_own_decoder=own
+        role=role,
+        name=name,
+        directory=directory,
+        config=config,
+        tokenizer=tokenizer,
+        has_own_decoder=own,
+        title=title or role,
     )
 
 
-def _encode_prompts(rows: Rows, models: Mapping[Role, ModelFiles]) -> PromptLengths:
+def _encode_prompts(rows: Rows, inputs: Inputs) -> PromptLengths:
     ids: dict[int, dict[Role, list[int]]] = {}
     faults: list[str] = []
-    pairs = None
-    if len(models) == 2:
-        pairs = PairEncoder(models["teacher"].tokenizer, models["student"].tokenizer)
+    models, pairs = inputs.models, inputs.pairs
     for problem in rows.problems:
         try:
             if pairs is None:

@@ -194,16 +194,14 @@ def _find_batch(inputs: Inputs, training: TrainSettings) -> BatchShape:
     if inputs.rows.examples:
         return BatchShape.of(inputs.rows.examples, training)
     prompt = max((lengths["student"] for lengths in inputs.prompts.list_lengths()), default=0)
-    length = min(prompt + (inputs.settings.max_tokens or 0), find_max_length(inputs.settings, inputs.models))
+    length = min(prompt + (inputs.settings.max_tokens or 0), find_max_length(inputs))
     return BatchShape.of_equal(training, length=length, prompt=min(prompt, length - 1))
 
 
 def _count_teacher_bytes(inputs: Inputs, device: torch.device) -> int:
     """Return the size of the weights of the training's teacher in memory; 0 where it has none."""
-    teacher, training = inputs.teacher, inputs.settings.training
-    if training is None or teacher is None or training.teacher_model_name_or_path != teacher.name:
-        return 0
-    if not teacher.has_weights:
+    teacher = inputs.training_teacher
+    if teacher is None or not teacher.has_weights:
         return 0
     return count_weight_bytes(teacher.directory, choose_dtype(teacher.directory, "auto", device))[0]
 

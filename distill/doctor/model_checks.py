@@ -17,11 +17,12 @@ from genssd.kernels.tuned import name_of
 
 def check_models(inputs: Inputs) -> list[Finding]:
     """Find who computes each model, and whether its weight files fit its config, by their headers."""
-    return [_check_model(inputs, model) for model in inputs.models.values()]
+    return [_check_model(inputs, model) for model in inputs.list_models()]
 
 
 def _check_model(inputs: Inputs, model: ModelFiles) -> Finding:
-    name, engine = f"{model.role}", inputs.settings.engine
+    name, engine = model.title, inputs.settings.engine
+    trains = engine is None or model is inputs.training_teacher
     kind = model.config.model_type
     if not model.has_weights and _is_on_hub(model):
         size = f"{count_parameters(model.config):,} parameters, " if isinstance(model.config, ModelConfig) else ""
@@ -36,12 +37,14 @@ def _check_model(inputs: Inputs, model: ModelFiles) -> Finding:
         if isinstance(model.config, ModelConfig):
             match_parameters(weights, model.config)
         parameters = count_stored_parameters(model.directory)
-        if engine is None and read_config(model.directory).get("quantization_config"):
+        if trains and read_config(model.directory).get("quantization_config"):
             raise InputError(f"{model.directory}: weights in MXFP4 are not trained")
         dtype = choose_dtype(model.directory, engine.dtype if engine else "auto", choose_device(_device(inputs)))
     except GenssdError as error:
         return Finding(name=name, level="error", line=str(error))
     facts = f"{model.name} ({kind}, {parameters:,} parameters, {model.config.max_position_embeddings:,} positions)"
+    if model is inputs.training_teacher and model not in inputs.models.values():
+        return Finding(name=name, level="ok", line=f"{facts} runs in transformers beside the training of the student")
     if engine is None and inputs.settings.training is not None:
         return Finding(name=name, level="ok", line=f"{facts} trains in transformers")
     if model.has_own_decoder:
@@ -57,13 +60,13 @@ def _check_model(inputs: Inputs, model: ModelFiles) -> Finding:
 def check_vocabularies(inputs: Inputs) -> list[Finding]:
     """Find whether every embedding has a row for every token, and how many rows are padding."""
     lines, faults = [], []
-    for role, model in inputs.models.items():
+    for model in inputs.list_models():
         size, used = model.config.vocab_size, model.tokenizer.largest_id + 1
         fault = find_missing_rows(model.tokenizer, size)
         if fault is not None:
             faults.append(fault)
         padding = f", {format_count(size - used, 'row')} of padding that are never drawn" if size > used else ""
-        lines.append(f"{role}: {format_count(size, 'row')}, {format_count(used, 'token id')}{padding}")
+        lines.append(f"{model.title}: {format_count(size, 'row')}, {format_count(used, 'token id')}{padding}")
     if faults:
         return [
             Finding(
@@ -73,7 +76,7 @@ def check_vocabularies(inputs: Inputs) -> list[Finding]:
                 fix="take the tokenizer of that checkpoint, or resize_token_embeddings and save_pretrained",
             )
         ]
-    sizes = {model.config.vocab_size for model in inputs.models.values()}
+    sizes = {model.config.vocab_size for model in inputs.list_models()}
     if len(sizes) < 2:
         return [Finding(name="vocabularies", level="ok", line="; ".join(lines))]
     line = f"the heads have different numbers of rows: {'; '.join(lines)}"

@@ -71,10 +71,13 @@ def read_problem_rows(settings: Settings, limit: int) -> Rows:
     )
 
 
-def read_example_rows(settings: Settings, tokenizer: Tokenizer, max_length: int, limit: int) -> Rows:
+def read_example_rows(
+    settings: Settings, tokenizer: Tokenizer, limit: int, *, max_length: int, teacher: Tokenizer | None
+) -> Rows:
     """Return the first rows of files to train on, as the student of this tokenizer reads them.
 
-    max_length: maximum number of tokens in a prompt with its completion. Raises InputError when a file cannot be read.
+    max_length: maximum number of tokens in a prompt with its completion. teacher: as for `read_examples`. Raises
+    InputError when a file cannot be read.
     """
     assert settings.training is not None
     examples: list[Example] = []
@@ -94,6 +97,7 @@ def read_example_rows(settings: Settings, tokenizer: Tokenizer, max_length: int,
                 max_length=max_length,
                 statuses=settings.training.statuses,
                 require_correct=settings.needs_correct,
+                teacher=teacher,
             )
         except GenssdError as error:
             faults.append(str(error))

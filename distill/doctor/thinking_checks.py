@@ -15,8 +15,8 @@ def check_thinking(inputs: Inputs) -> list[Finding]:
     if not models:
         return []
     try:
-        if inputs.teacher is not None and inputs.student is not None:
-            return _judge(compare_thinking(inputs.teacher.tokenizer, inputs.student.tokenizer))
+        if inputs.pairs is not None:
+            return _judge(compare_thinking(inputs.pairs))
         mode = find_thinking(models[0].tokenizer.chat)
     except GenssdError as error:
         return [Finding(name=name, level="error", line=str(error))]

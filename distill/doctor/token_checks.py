@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from genssd.distill.doctor.findings import MAX_LISTED, Finding, Level, list_lines
-from genssd.distill.doctor.inputs import Inputs, ModelFiles
+from genssd.distill.doctor.inputs import Inputs, ModelFiles, name_pair
+from genssd.distill.train.config import TrainSettings
 from genssd.distill.train.ends import find_learnt_ends
-from genssd.distill.train.models import choose_teacher_reader
+from genssd.distill.train.models import choose_teacher_reader, find_foreign_tokenizer
+from genssd.distill.train.on_policy import describe_lead, require_no_lead
 from genssd.engine.amounts import format_count
 from genssd.engine.byte_reader import ByteReader, find_reader
 from genssd.engine.ends import find_foreign_ends
 from genssd.engine.errors import GenssdError, InputError
+from genssd.engine.quoting import quote
+from genssd.engine.thinking_pair import compare_thinking
 from genssd.engine.token_map import TokenMap
 
 
-def find_student_reader(inputs: Inputs) -> TokenMap | ByteReader | None:
-    """Return how the student reads the teacher's tokens; None without two models, or where it cannot."""
-    if inputs.teacher is None or inputs.student is None:
-        return None
-    try:
-        return find_reader(inputs.teacher.tokenizer, inputs.student.tokenizer, *_names(inputs))
-    except InputError:
-        return None
-
-
 def check_tokenizers(inputs: Inputs) -> list[Finding]:
-    """Find whether the two models read the same tokens."""
+    """Find whether the student reads what the teacher writes, and the training's teacher what is trained on."""
     teacher, student, training = inputs.teacher, inputs.student, inputs.settings.training
-    if teacher is None or student is None:
-        return []
-    name = "tokenizers"
+    findings: list[Finding] = []
+    if student is None:
+        return findings
+    if teacher is not None and not (inputs.settings.reads_examples and inputs.training_teacher is teacher):
+        read = partial(find_reader, teacher.tokenizer, student.tokenizer, *name_pair(teacher, student))
+        findings += _check_reader("tokenizers", read, teacher)
+    if training is not None and inputs.training_teacher is not None:
+        name = "tokenizers of the training" if findings else "tokenizers"
+        read = partial(_read_training, inputs, inputs.training_teacher, student, training)
+        findings += _check_reader(name, read, inputs.training_teacher)
+    return findings
+
+
+def _read_training(
+    inputs: Inputs, teacher: ModelFiles, student: ModelFiles, training: TrainSettings
+) -> TokenMap | ByteReader:
+    """Return how the training's teacher reads what the student is trained on. Raises InputError where it cannot."""
+    reader = choose_teacher_reader(teacher.tokenizer, student.tokenizer, over_spans=training.is_over_spans)
+    foreign = find_foreign_tokenizer(teacher.tokenizer, student.tokenizer, training)
+    if foreign is not None and training.lmbda:
+        require_no_lead(inputs.rows.examples)
+        lead = compare_thinking(inputs.pairs).lead if inputs.pairs is not None and not inputs.rows.examples else ""
+        if lead:
+            raise InputError(
+                f"{describe_lead(quote(lead))}; choose a student whose chat template writes it, or lmbda 0"
+            )
+    return reader
+
+
+def _check_reader(name: str, read: Callable[[], TokenMap | ByteReader], teacher: ModelFiles) -> list[Finding]:
+    """Return the finding about how one model reads the tokens of another one. read: raises where it cannot."""
     try:
-        if training is not None and training.teacher_model_name_or_path == teacher.name:
-            # it reads what the student is trained on
-            over_spans = training.is_over_spans
-            token_map = choose_teacher_reader(teacher.tokenizer, student.tokenizer, over_spans=over_spans)
-        else:
-            token_map = find_reader(teacher.tokenizer, student.tokenizer, *_names(inputs))
+        token_map = read()
     except GenssdError as error:
         return [
             Finding(
@@ -75,7 +95,7 @@ def check_ends(inputs: Inputs) -> list[Finding]:
     """Find the tokens that end the responses of each model, and whether the student can learn to stop."""
     findings = [_check_own_end(model) for model in inputs.models.values()]
     teacher, student = inputs.teacher, inputs.student
-    token_map = find_student_reader(inputs)
+    token_map = inputs.reader
     if teacher is not None and student is not None and isinstance(token_map, TokenMap):
         foreign = find_foreign_ends(teacher.tokenizer, student.tokenizer, token_map)
         if foreign and not inputs.settings.reads_examples:
@@ -149,9 +169,3 @@ def _check_learnt_end(inputs: Inputs, student: ModelFiles) -> Finding:
 def _name(model: ModelFiles, ids: list[int]) -> str:
     """Return the names of some tokens of a model, with their ids."""
     return " or ".join(f"{model.tokenizer.hf.convert_ids_to_tokens(i)} (id {i})" for i in ids)
-
-
-def _names(inputs: Inputs) -> tuple[str, str]:
-    assert inputs.teacher is not None
-    assert inputs.student is not None
-    return f"teacher {inputs.teacher.name}", f"student {inputs.student.name}"

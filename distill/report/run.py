@@ -168,6 +168,7 @@ class _Builder:
             fingerprint=engine.fingerprints["student"],
             tokenizer=engine.tokenizer("student").fingerprint,
             local_logprob=engine.local_logprob,
+            activations=engine.mean_activations,
             score=lambda prompt, responses: engine.score([list(prompt)] * len(responses), responses),
         )
 

@@ -25,7 +25,7 @@ from genssd.distill.report.found import FoundRun
 from genssd.distill.report.packing import pack
 from genssd.distill.report.texts import TokenTexts, write_prompt
 from genssd.distill.runs.journal import sound_rows
-from genssd.distill.select.decisions import LocalLogprob, parse_decisions
+from genssd.distill.select.decisions import Activations, LocalLogprob, parse_decisions
 from genssd.distill.select.judging import Judgement, judge_rounds
 from genssd.distill.select.notes import list_responses
 from genssd.engine.candidate import AnyCriterion
@@ -52,6 +52,7 @@ class StudentReader:
     tokenizer: str
     """Fingerprint of its tokenizer."""
     local_logprob: LocalLogprob
+    activations: Activations
     score: ScoreResponses
 
 
@@ -151,8 +152,14 @@ class Search:
 
     def _show_selection(self, row: Mapping[str, Any], decided: Mapping[str, Any]) -> ReadPrompt:
         texts = self._open_texts(row)
-        local_logprob = self.student.local_logprob if self._has_student(row) and self.student else None
-        decisions = parse_decisions(row, decided, texts.tokenizer, local_logprob)
+        student = self.student if self._has_student(row) else None
+        decisions = parse_decisions(
+            row,
+            decided,
+            texts.tokenizer,
+            None if student is None else student.local_logprob,
+            None if student is None else student.activations,
+        )
         boxes = make_boxes(decisions)
         paths = find_paths(row, boxes)
         judgements = self._judge(decisions)

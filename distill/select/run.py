@@ -53,7 +53,6 @@ from genssd.engine.options_check import check_types
 from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
-from genssd.engine.thinking_pair import compare_thinking
 
 logger = logging.getLogger("genssd.select")
 ROLES: tuple[Role, Role] = ("teacher", "student")
@@ -290,7 +289,7 @@ def _report_thinking(engine: Engine, problems: ReadableProblems) -> None:
     """Log a line about what the chat templates do about thoughts; a warning where their switches differ."""
     if all(isinstance(problem.prompt, str) for problem in problems.data.problems):
         return  # no chat template is used
-    pair = compare_thinking(engine.tokenizer("teacher"), engine.tokenizer("student"))
+    pair = engine.thinking
     if (line := pair.describe()) is not None:
         logger.log(logging.WARNING if pair.has_other_switch else logging.INFO, "%s", line)
 

@@ -19,8 +19,8 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.ends import add_ends, find_learnt_ends
 from genssd.distill.train.forward import ForwardPass
-from genssd.distill.train.models import Teacher, check_layout, choose_teacher_reader, load_teacher
-from genssd.distill.train.on_policy import RolloutPlan, Rollouts
+from genssd.distill.train.models import Teacher, check_layout, find_foreign_tokenizer, load_teacher
+from genssd.distill.train.on_policy import RolloutPlan, Rollouts, require_no_lead
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import load_config
@@ -85,7 +85,8 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         directory = locate(config.teacher_model_name_or_path)
         max_length = min(max_length, load_config(directory).max_position_embeddings)
         if config.is_over_spans:
-            teacher = _open_foreign_tokenizer(directory, tokenizer, config)
+            foreign = find_foreign_tokenizer(Tokenizer(directory), tokenizer, config)
+            teacher = None if foreign is None else foreign.with_chat(tokenizer.chat.options)
     data = read_examples(
         config.data,
         tokenizer,
@@ -94,6 +95,8 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         require_correct=config.require_correct,
         teacher=teacher,
     )
+    if config.lmbda and teacher is not None:
+        require_no_lead(data.examples)
     held_out: tuple[Example, ...] = ()
     overlap: EvalOverlap | None = None
     if config.eval_data:
@@ -124,23 +127,6 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         wrong=data.wrong,
         undecided=data.undecided,
     )
-
-
-def _open_foreign_tokenizer(directory: Path, student: Tokenizer, config: TrainConfig) -> Tokenizer | None:
-    """Return the tokenizer of a teacher that reads the student's text in tokens of its own; None if it reads its ids.
-
-    Raises InputError where it can do neither, and where a loss that is asked for needs the same tokens.
-    """
-    assert config.template_date is not None
-    tokenizer = Tokenizer(directory)
-    if not choose_teacher_reader(tokenizer, student, over_spans=True).reads_bytes:
-        return None
-    if config.key_attention.weight:
-        raise InputError(
-            f"key_attention compares the two models word by word, and the teacher {directory} has another tokenizer "
-            "than the student; leave it out"
-        )
-    return tokenizer.with_chat(config.make_chat_options(config.template_date))
 
 
 def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, checkpoint: Path | None) -> Training:

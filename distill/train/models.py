@@ -14,6 +14,7 @@ from genssd.distill.data.examples import Example
 from genssd.distill.data.teacher_text import TeacherText, divide_anew
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.key_attention import AttentionCollector
+from genssd.distill.train.loss_options import LossOptions
 from genssd.engine.amounts import format_count
 from genssd.engine.byte_reader import ByteReader, find_reader
 from genssd.engine.errors import CapacityError, InputError
@@ -119,6 +120,21 @@ def choose_teacher_reader(teacher: Tokenizer, student: Tokenizer, *, over_spans:
     if isinstance(reader, TokenMap):
         reader.check_no_conflict()
     return reader
+
+
+def find_foreign_tokenizer(teacher: Tokenizer, student: Tokenizer, options: LossOptions) -> Tokenizer | None:
+    """Return the tokenizer of a teacher that reads the student's text in tokens of its own; None if it reads its ids.
+
+    Raises InputError where it can do neither, and where a loss that is asked for needs the same tokens.
+    """
+    if not choose_teacher_reader(teacher, student, over_spans=options.is_over_spans).reads_bytes:
+        return None
+    if options.key_attention.weight:
+        raise InputError(
+            f"key_attention compares the two models word by word, and the teacher {teacher.directory} has another "
+            "tokenizer than the student; leave it out"
+        )
+    return teacher
 
 
 def _name_models(student: Tokenizer, teacher: Tokenizer) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.settings import Operational
+from genssd.engine.amounts import format_count
 from genssd.engine.basic_config import is_supported
 from genssd.engine.config import ModelConfig
 from genssd.engine.config_files import read_config
@@ -65,6 +66,29 @@ class RolloutPlan:
     def is_on_policy(self, step: int) -> bool:
         """Return whether a step is on-policy; this depends on the seed and the step alone."""
         return random.Random(f"{self.seed}:{step}:rollout").random() < self.probability
+
+
+def require_no_lead(examples: Sequence[Example]) -> None:
+    """Check that a teacher with another tokenizer can read what the student writes after these prompts.
+
+    Raises InputError naming a row whose tokens before the response are in the teacher's own prompt: the student would
+    write others in their place, which that prompt does not have.
+    """
+    example = next((example for example in examples if example.num_lead), None)
+    if example is not None:
+        raise InputError(
+            f"{example.where}: {describe_lead(format_count(example.num_lead, 'token'))}; leave out such rows, choose a "
+            "student whose chat template writes these tokens, or set lmbda to 0"
+        )
+
+
+def describe_lead(lead: str) -> str:
+    """Return why rows with a lead are not trained on-policy with a teacher of another tokenizer."""
+    return (
+        f"the student is trained to write {lead} that open or close the thought before the response (lead_tokens), and "
+        "the teacher, which has another tokenizer, reads them in its own prompt: it cannot judge what the student "
+        "writes in their place (lmbda)"
+    )
 
 
 class Rollouts:

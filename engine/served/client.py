@@ -114,8 +114,6 @@ class Client:
             self.num_repeats += 1
             if failures >= MAX_FAILURES:
                 raise RequestRefused(self._clean(f"failed {format_count(failures, 'time')}, last with {fault}"))
-            if retry_after is not None:
-                self._held_until = max(self._held_until, monotonic() + retry_after)
             wait = min(FIRST_WAIT * 2.0 ** min(attempt, 20), LONGEST_WAIT) * random.uniform(0.5, 1.0)
             away = monotonic() + (retry_after or 0.0) - max(started, self._answered)
             if away > self.options.patience:
@@ -123,6 +121,8 @@ class Client:
                     f"has not answered for {self.options.patience:g} seconds ({fault}); start it again and go on with "
                     "--resume, or raise server.patience"
                 )
+            if retry_after is not None:
+                self._held_until = max(self._held_until, monotonic() + retry_after)
             call.wait(max(wait, retry_after or 0.0))
             attempt += 1
 
@@ -130,7 +130,7 @@ class Client:
         """Return the fields of an answer. Raises TransportFault on one that is no JSON object: it is torn."""
         try:
             fields = json.loads(answer.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             fields = None
         if not isinstance(fields, dict):
             # what is torn the same way every time must end at some time
@@ -152,7 +152,7 @@ class Client:
                 f"does not know the model or the path (status 404, {answer.message}); a URL ends with /v1"
             )
         if 300 <= status < 400:
-            raise self._make_error(f"sends us to {answer.headers.get('location')}: give that URL, up to /v1")
+            raise self._make_error(f"sends us to {quote(answer.headers.get('location'))}: give that URL, up to /v1")
         if status < 500 and status not in AGAIN:
             self._answered = monotonic()
             raise RequestRefused(self._clean(f"status {status}, {answer.message}"))
@@ -185,7 +185,7 @@ class Client:
             listed = json.loads(answer.body)["data"]
             adapters = frozenset(fields["id"] for fields in listed if fields.get("parent") is not None)
             models = [_read_model(fields) for fields in listed]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._make_error("does not list its models as OpenAI's API does; a URL ends with /v1") from None
         return self._choose(models, adapters)
 

@@ -95,7 +95,7 @@ class Answer:
         """What the server says about an error, on one line."""
         try:
             fields = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             fields = None
         for name in ("error", "message", "detail"):
             if isinstance(fields, dict) and fields.get(name):

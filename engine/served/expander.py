@@ -9,7 +9,6 @@ tokens alone (`ChunkEnd`), as for a teacher in this process; what a server wrote
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -17,10 +16,9 @@ import torch
 
 from genssd.engine.branch import Branch
 from genssd.engine.candidate_scoring import CandidateScorer
-from genssd.engine.chunk import ChunkEnd
 from genssd.engine.drawing import GREEDY
 from genssd.engine.errors import ServerError
-from genssd.engine.expansion import Expansion
+from genssd.engine.expansion import Expansion, Writing
 from genssd.engine.page_budget import PageBudget, Reservations
 from genssd.engine.restoring import read_pending
 from genssd.engine.sampling import Sampling, noise_key
@@ -28,7 +26,6 @@ from genssd.engine.served.client import RequestRefused
 from genssd.engine.served.connections import Call, Cancelled
 from genssd.engine.served.replies import BadReply, Written
 from genssd.engine.served.teacher import Completions, ServedTeacher
-from genssd.engine.text import TextStream
 from genssd.engine.threads import computes
 from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TopK
@@ -37,15 +34,6 @@ POLL_SECONDS = 0.2
 """Longest time that a step waits for the server, so that budgets of seconds are kept to."""
 SEED_BITS = 53
 """Seeds have so many bits: larger integers are not the same in every JSON reader."""
-
-
-@dataclass(slots=True, eq=False)
-class Writing:
-    """A candidate that the server writes, with the end of its chunk."""
-
-    child: Branch
-    end: ChunkEnd
-    text: TextStream
 
 
 class Asked(Call):
@@ -140,19 +128,13 @@ class ServedExpander:
         """Ask for the candidates of the submitted expansions; the student reads their prompts meanwhile."""
         started, self._submitted = self._submitted, []
         for expansion in started:
-            writings = [self._open(expansion) for _ in range(expansion.n)]
+            writings = [Writing.open(expansion, self._teacher.tokenizer) for _ in range(expansion.n)]
             self._asked[expansion] = []
             num_greedy = len(writings) if self._sampling.temperature == 0.0 else int(self._greedy_first)
             self._ask_first(expansion, writings[:num_greedy], GREEDY)
             self._ask_first(expansion, writings[num_greedy:], self._sampling)
         for runner in self._runners:
             self.usage.prefill_tokens += read_pending(runner, [expansion.parent for expansion in started])
-
-    def _open(self, expansion: Expansion) -> Writing:
-        child = expansion.parent.child()
-        expansion.children.append(child)
-        expansion.num_unfinished += 1
-        return Writing(child, ChunkEnd(expansion.chunk), TextStream(self._teacher.tokenizer))
 
     def _ask_first(self, expansion: Expansion, writings: Sequence[Writing], sampling: Sampling) -> None:
         """Ask for the beginnings of candidates, in one request where the server gives each its own noise."""
@@ -220,7 +202,7 @@ class ServedExpander:
         error = asked.error
         if error is None:
             copies = asked.written * (len(asked.writings) // len(asked.written))
-            faults = [self._append(w, text, expansion) for w, text in zip(asked.writings, copies, strict=True)]
+            faults = [self._append(w, text) for w, text in zip(asked.writings, copies, strict=True)]
             self.usage.served_from_text += sum(text.is_from_text for text in asked.written)
             error = next((BadReply(fault) for fault in faults if fault is not None), None)
         if isinstance(error, RequestRefused | BadReply):
@@ -247,20 +229,12 @@ class ServedExpander:
             for writing in open_writings:
                 self._ask(asked.expansion, [writing], sampling, n=1)
 
-    def _append(self, writing: Writing, written: Written, expansion: Expansion) -> str | None:
+    def _append(self, writing: Writing, written: Written) -> str | None:
         """Add tokens to a candidate up to the end of its chunk; return what is wrong with them, if anything is."""
         child = writing.child
         num_before = len(child.chunk)
         for token, logprob in zip(written.tokens, written.logprobs, strict=True):
-            child.chunk.append(token)
-            child.chunk_writer_logprob.append(logprob)
-            chunk_ends = writing.end.reached(writing.text.push(token))
-            if token in self._end_token_ids:
-                child.ended = "finished"
-            elif len(child.chunk) >= expansion.max_new:
-                child.ended = "length"
-            elif chunk_ends:
-                child.ended = "chunk"
+            writing.append(token, logprob, self._end_token_ids)
             if child.ended is not None:
                 break
         num_taken = len(child.chunk) - num_before
@@ -268,11 +242,10 @@ class ServedExpander:
         self.usage.sampled_tokens += num_taken
         self.usage.discarded_tokens += len(written.tokens) - num_taken
         if child.ended is not None:
-            expansion.num_unfinished -= 1
             return None
         if not num_taken:
             return "a completion is empty"
-        if written.reason == "stop" and not self._is_delimited(child.chunk[num_before:], expansion):
+        if written.reason == "stop" and not self._is_delimited(child.chunk[num_before:], writing.expansion):
             return (
                 f"it ended a response by token id {child.chunk[-1]}, which ends none for the tokenizer "
                 f"{self._teacher.tokenizer.directory}: name it in eos_token_id of its generation_config.json"

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from genssd.engine.amounts import format_count
+from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
 from genssd.engine.text import Tokenizer
 
+FORM_FAULTS = (LookupError, TypeError, ValueError, AttributeError, OverflowError, InputError)
+"""Errors of an answer whose values are not those of OpenAI's API; InputError is that of a text that is none."""
+LARGEST_LOGPROB = 1e-3
+"""Log-probabilities of tokens that are nearly certain may be above 0 by rounding."""
 ID_NAME = "token_id:"
 """Beginning of a token's name where names are ids."""
 
@@ -44,18 +49,24 @@ class Written:
     """Whether the ids were found from the text."""
 
 
-def read_reply(fields: Mapping[str, Any], count: int, tokenizer: Tokenizer, num_topk: int) -> list[Written]:
+def read_reply(
+    fields: Mapping[str, Any], count: int, tokenizer: Tokenizer, *, vocab_size: int, num_topk: int
+) -> list[Written]:
     """Return what a server wrote, completion by completion. count: how many were asked for.
 
-    num_topk: how many most likely tokens were asked for. Raises BadReply on an answer that cannot be used.
+    vocab_size: number of ids of its head. num_topk: how many most likely tokens were asked for. Raises BadReply on an
+    answer that cannot be used.
     """
     choices = fields.get("choices")
     if not isinstance(choices, list) or len(choices) != count or not all(isinstance(c, Mapping) for c in choices):
         number = len(choices) if isinstance(choices, list) else 0
         raise BadReply(f"{format_count(number, 'completion')} came instead of {count}")
     try:
-        return [_read_choice(choice, tokenizer, num_topk) for choice in sorted(choices, key=lambda c: c["index"])]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        return [
+            _read_choice(choice, tokenizer, vocab_size, num_topk)
+            for choice in sorted(choices, key=lambda c: c["index"])
+        ]
+    except FORM_FAULTS as error:
         raise BadReply(f"a completion of another form than OpenAI's ({type(error).__name__}: {error})") from None
 
 
@@ -67,7 +78,7 @@ def is_whole(fields: Mapping[str, Any]) -> bool:
     )
 
 
-def _read_choice(choice: Mapping[str, Any], tokenizer: Tokenizer, num_topk: int) -> Written:
+def _read_choice(choice: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int, num_topk: int) -> Written:
     given = choice.get("logprobs")
     if not isinstance(given, Mapping) or not isinstance(given.get("token_logprobs"), list):
         raise BadReply("it has no log-probabilities (logprobs), which the search records")
@@ -81,35 +92,52 @@ def _read_choice(choice: Mapping[str, Any], tokenizer: Tokenizer, num_topk: int)
     if len(logprobs) != len(ids):
         raise BadReply(f"{format_count(len(ids), 'token')} came with {len(logprobs)} log-probabilities")
     for position, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-        if not 0 <= token <= tokenizer.largest_id:
-            raise BadReply(
-                f"token id {token} is not in the tokenizer {tokenizer.directory}: give teacher_tokenizer, the "
-                "directory or hub id of the served model"
-            )
-        if logprob is None or not math.isfinite(logprob):
+        _check_id(token, tokenizer)
+        if logprob is None or not math.isfinite(logprob) or logprob > LARGEST_LOGPROB:
             raise BadReply(f"token {position} has the log-probability {logprob}; check the weights of the server")
+    topk = [_read_topk(entry, num_topk, tokenizer, vocab_size) for entry in given["top_logprobs"]] if num_topk else []
+    if num_topk and len(topk) != len(ids):
+        raise BadReply(f"{format_count(len(ids), 'token')} came with the most likely ones of {len(topk)}")
     return Written(
-        tokens=ids,
+        tokens=list(ids),
         logprobs=[float(value) for value in logprobs],
-        topk=[_read_topk(entry, num_topk, tokenizer) for entry in given["top_logprobs"]] if num_topk else (),
+        topk=topk,
         reason=choice["finish_reason"],
         text=str(choice.get("text", "")),
         is_from_text=is_from_text,
     )
 
 
-def _read_topk(entry: Mapping[str, float], num_topk: int, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+def _check_id(token: object, tokenizer: Tokenizer) -> None:
+    """Raise BadReply on what is no id of the tokenizer."""
+    if type(token) is not int:
+        raise BadReply(f"a token id must be an integer, not {quote(token)}")
+    if not 0 <= token <= tokenizer.largest_id:
+        raise BadReply(
+            f"token id {token} is not in the tokenizer {tokenizer.directory}: give teacher_tokenizer, the directory or "
+            "hub id of the served model"
+        )
+
+
+def _read_topk(
+    entry: Mapping[str, float], num_topk: int, tokenizer: Tokenizer, vocab_size: int
+) -> tuple[list[int], list[float]]:
     """Return the most likely tokens, the lower id first where two are equal. Servers add the token that was drawn."""
-    pairs = [(_id_of_name(name, tokenizer), float(logprob)) for name, logprob in entry.items()]
+    pairs = [(_id_of_name(name, tokenizer, vocab_size), float(logprob)) for name, logprob in entry.items()]
+    if any(math.isnan(logprob) for _, logprob in pairs):
+        raise BadReply("a most likely token has the log-probability NaN; check the weights of the server")
     best = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:num_topk]
-    if len(best) < num_topk:
+    if len({token for token, _ in best}) < num_topk:
         raise BadReply(f"{format_count(len(best), 'most likely token')} came instead of {num_topk}")
     return [token for token, _ in best], [logprob for _, logprob in best]
 
 
-def _id_of_name(name: str, tokenizer: Tokenizer) -> int:
+def _id_of_name(name: str, tokenizer: Tokenizer, vocab_size: int) -> int:
     if name.startswith(ID_NAME):
-        return int(name.removeprefix(ID_NAME))
+        token = int(name.removeprefix(ID_NAME))
+        if not 0 <= token < vocab_size:
+            raise BadReply(f"the most likely token id {token} is outside of the vocabulary of {vocab_size}")
+        return token
     ids = tokenizer.ids_of_text(name)
     if len(ids) != 1:
         raise BadReply(

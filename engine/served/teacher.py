@@ -120,7 +120,9 @@ class ServedTeacher:
         for _ in range(MAX_TORN):
             reply = self.client.post("/completions", fields, call)
             if is_whole(reply):
-                return read_reply(reply, request.n, self.tokenizer, request.num_topk)
+                return read_reply(
+                    reply, request.n, self.tokenizer, vocab_size=self.vocab_size, num_topk=request.num_topk
+                )
             self.client.num_repeats += 1
             call.wait(1.0)  # the server is being stopped
         raise RequestRefused(f"the server gave the completion up {MAX_TORN} times")

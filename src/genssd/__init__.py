@@ -86,7 +86,6 @@ if TYPE_CHECKING:
     from genssd.engine.thinking import PromptEnd as PromptEnd
     from genssd.engine.thinking import ThinkingMode as ThinkingMode
     from genssd.engine.thinking_pair import ThinkingPair as ThinkingPair
-    from genssd.engine.thinking_pair import compare_thinking as compare_thinking
     from genssd.engine.thoughts import ThoughtTags as ThoughtTags
     from genssd.engine.token_map import TokenMap as TokenMap
     from genssd.engine.usage import CacheUse as CacheUse
@@ -201,10 +200,7 @@ _NAMES = {
         "PromptEnd",
         "ThinkingMode",
     ),
-    "genssd.engine.thinking_pair": (
-        "ThinkingPair",
-        "compare_thinking",
-    ),
+    "genssd.engine.thinking_pair": ("ThinkingPair",),
     "genssd.engine.thoughts": ("ThoughtTags",),
     "genssd.engine.token_map": ("TokenMap",),
     "genssd.engine.usage": (

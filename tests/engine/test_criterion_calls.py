@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from genssd.engine.criterion_calls import (
     call_score,
     call_score_pool,
     evaluate,
+    evaluate_distinct,
     is_higher_better,
 )
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.reading import ByteSpans
 from genssd.kernels.logprob import TokenStats
 
 OWN = """
@@ -103,6 +106,45 @@ def test_pools_give_a_number_for_each() -> None:
         with pytest.raises(InputError, match=r"must return a list of 2 numbers from ratio\(\), not"):
             call_ratio(Given(values), CANDIDATE)
     assert call_ratio(Given(np.array([1, 2])), CANDIDATE) == (1.0, 2.0)
+
+
+class TeacherSum:
+    """A pool criterion whose value is the teacher's log-probability of the text so far, over the pool's mean."""
+
+    pool, num_features = "prompt", 1
+
+    def features(self, candidate: Candidate) -> tuple[float, ...]:
+        assert candidate.teacher_logprob is not None
+        assert candidate.history_teacher_logprob is not None
+        return (float(candidate.teacher_logprob.sum() + candidate.history_teacher_logprob.sum()),)
+
+    def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
+        mean = sum(value for (value,) in features) / len(features)
+        return [value - mean for (value,) in features]
+
+    def higher_is_better(self) -> bool:
+        return True
+
+
+def test_in_a_pool_equal_candidates_count_once_and_others_of_the_same_tokens_do_not() -> None:
+    """A student that reads by bytes has the same tokens of texts that the teacher wrote in other tokens."""
+
+    def make(teacher: list[float], history: list[float], student_bytes: tuple[int, ...] = (1, 2)) -> Candidate:
+        return dataclasses.replace(
+            CANDIDATE,
+            teacher_logprob=torch.tensor(teacher),
+            history_teacher_logprob=torch.tensor(history),
+            spans=ByteSpans(student=student_bytes, teacher=(1,) * len(teacher)),
+        )
+
+    first, longer, other_history, other_spans = (
+        make([-1.0], [-2.0]), make([-1.0, -1.0], [-2.0]), make([-1.0], [-5.0]), make([-1.0], [-2.0], (2, 1)),
+    )  # fmt: skip
+    pool = [first, longer, make([-1.0], [-2.0]), other_history, other_spans]
+    values = evaluate_distinct(TeacherSum(), pool)
+    sums = [-3.0, -4.0, -3.0, -6.0, -3.0]
+    mean = (-3.0 - 4.0 - 6.0 - 3.0) / 4
+    assert values == pytest.approx([total - mean for total in sums])
 
 
 def test_exceptions_are_the_causes_of_a_line_with_their_place() -> None:

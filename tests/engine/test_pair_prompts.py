@@ -18,9 +18,14 @@ from support.templates import (
 )
 from support.toys import CHATML
 
+from genssd.engine import pair_prompts
+from genssd.engine.chat import ChatTemplate
 from genssd.engine.errors import InputError
 from genssd.engine.pair_prompts import PairEncoder
 from genssd.engine.text import Tokenizer
+from genssd.engine.thinking import ThinkingMode, find_thinking
+from genssd.engine.thinking_pair import compare_thinking
+from genssd.engine.token_map import TokenMap
 
 Load = Callable[..., Tokenizer]
 ASKED = [{"role": "user", "content": "What is 2 + 3?"}]
@@ -64,7 +69,7 @@ def test_the_prompt_without_its_lead_is_what_a_later_chat_renders(
     load: Load, teacher: tuple[str, Any], student: tuple[str, Any], lead: str
 ) -> None:
     writer, reader = load(teacher[0], **teacher[1]), load(student[0], **student[1])
-    pair = PairEncoder(writer, reader).encode(ASKED)
+    pair = PairEncoder(writer, reader, TokenMap()).encode(ASKED)
     assert writer.hf.decode(list(pair.teacher)) == render_with_transformers(writer, ASKED)
     num_own = len(pair.student) - pair.num_lead
     assert reader.hf.decode(list(pair.student[:num_own])) == render_with_transformers(reader, ASKED)
@@ -74,7 +79,7 @@ def test_the_prompt_without_its_lead_is_what_a_later_chat_renders(
 @pytest.mark.parametrize("teacher", [MULTI_STEP, QWEN3_SWITCH, SMOLLM3])
 def test_an_opening_that_the_response_writes_is_left_out_of_the_prompt(load: Load, teacher: str) -> None:
     student = load(THINK_OPENER)
-    pair = PairEncoder(load(teacher), student).encode(ASKED)
+    pair = PairEncoder(load(teacher), student, TokenMap()).encode(ASKED)
     assert pair.num_lead == 0
     text = student.hf.decode(list(pair.student))
     assert text + "<think>\n" == render_with_transformers(student, ASKED)
@@ -82,14 +87,14 @@ def test_an_opening_that_the_response_writes_is_left_out_of_the_prompt(load: Loa
 
 def test_a_system_message_switches_one_prompt(load: Load) -> None:
     """SmolLM3's /no_think: the prompt alone says that the teacher writes no thought."""
-    pairs = PairEncoder(load(SMOLLM3), load(THINK_OPENER))
+    pairs = PairEncoder(load(SMOLLM3), load(THINK_OPENER), TokenMap())
     silent = [{"role": "system", "content": "/no_think"}, *ASKED]
     leads = [pair.num_lead for pair in map(pairs.encode, (ASKED, silent, ASKED))]
     assert leads == [0, len("\n</think>\n\n"), 0]
 
 
 def test_prompts_without_a_template_are_read_as_they_are(load: Load) -> None:
-    pairs = PairEncoder(load(THINK_OPENER), load(None))
+    pairs = PairEncoder(load(THINK_OPENER), load(None), TokenMap())
     for prompt in ("What? <think>\n", [1, 2, 3]):
         pair = pairs.encode(prompt)
         assert (pair.teacher, pair.num_lead) == (pair.student, 0)
@@ -100,11 +105,26 @@ def test_prompts_without_a_template_are_read_as_they_are(load: Load) -> None:
             pairs.encode(prompt)
 
 
+def test_templates_are_looked_at_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ChatTemplate] = []
+
+    def look(chat: ChatTemplate) -> ThinkingMode:
+        seen.append(chat)
+        return find_thinking(chat)
+
+    monkeypatch.setattr(pair_prompts, "find_thinking", look)
+    pairs = PairEncoder(load(MULTI_STEP), load(THINK_OPENER), TokenMap())
+    for _ in range(2):
+        assert compare_thinking(pairs).student.prompt_end == "open"
+        pairs.encode(ASKED)
+    assert seen == [pairs.teacher.chat, pairs.student.chat]
+
+
 def test_a_tag_in_a_question_opens_no_thought(load: Load) -> None:
     """A template without a generation prompt ends in the question's own text."""
     bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     asked = [{"role": "user", "content": "What does <think>"}]
-    pair = PairEncoder(load(bare), load(CHATML)).encode(asked)
+    pair = PairEncoder(load(bare), load(CHATML), TokenMap()).encode(asked)
     assert pair.num_lead == 0
 
 
@@ -121,4 +141,4 @@ def test_a_tag_in_a_question_opens_no_thought(load: Load) -> None:
 )  # fmt: skip
 def test_what_cannot_be_the_same_thought_is_refused(load: Load, teacher: str, student: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        PairEncoder(load(teacher), load(student)).encode(ASKED)
+        PairEncoder(load(teacher), load(student), TokenMap()).encode(ASKED)

@@ -215,7 +215,7 @@ def test_prefixes_that_do_not_fit_together_are_given_up_and_computed_again(engin
     assert tight.usage.prefill_tokens > ample.usage.prefill_tokens + 2 * 3 * 40, "no prefix was given up"
 
 
-@pytest.mark.parametrize("other", ["generate", "score"])
+@pytest.mark.parametrize("other", ["generate", "score", "local_logprob", "mean_activations"])
 def test_another_call_gets_the_pages_of_prefixes_that_no_running_prompt_holds(engine: Engine, other: str) -> None:
     system = random_ids(60, 1)
     prompts = [[*system, *random_ids(3, 2)], random_ids(4, 3), [*system, *random_ids(5, 4)]]
@@ -226,6 +226,10 @@ def test_another_call_gets_the_pages_of_prefixes_that_no_running_prompt_holds(en
     assert small.pages_in_use[0] >= 15, "the system message is kept for the third prompt"
     if other == "generate":
         assert small.generate([random_ids(60, 5)], max_tokens=8)[0][0].token_ids
+    elif other == "local_logprob":
+        assert len(small.local_logprob(random_ids(80, 6), [1, 2, 3], [(0, 1, 3)], model="teacher")[0]) == 2
+    elif other == "mean_activations":
+        assert small.mean_activations(random_ids(80, 6), [1, 2, 3], model="teacher").counted == (True,) * 3
     else:
         assert len(small.score([random_ids(80, 6)], [[1, 2, 3]], model="teacher")[0]) == 3
     assert small.pages_in_use[0] < 15

@@ -22,10 +22,12 @@ from support.templates import (
 from support.toys import CHATML
 
 from genssd.engine.errors import InputError
+from genssd.engine.pair_prompts import PairEncoder
 from genssd.engine.text import Tokenizer
 from genssd.engine.thinking import find_thinking, read_end
-from genssd.engine.thinking_pair import compare_thinking
+from genssd.engine.thinking_pair import ThinkingPair, compare_thinking
 from genssd.engine.thoughts import THINK
+from genssd.engine.token_map import TokenMap
 
 Load = Callable[..., Tokenizer]
 
@@ -99,25 +101,29 @@ def test_the_end_of_a_prompt(prompt: str, state: str, text: str) -> None:
     assert (end.state, end.text) == (state, text)
 
 
+def compare(teacher: Tokenizer, student: Tokenizer) -> ThinkingPair:
+    return compare_thinking(PairEncoder(teacher, student, TokenMap()))
+
+
 def test_a_line_describes_both_templates(load: Load) -> None:
-    assert compare_thinking(load(CHATML), load(TRIMMED_DATE)).describe() is None
-    assert compare_thinking(load(CHATML), load(None)).describe() is None
-    same = compare_thinking(load(SMOLLM3), load(SMOLLM3))
+    assert compare(load(CHATML), load(TRIMMED_DATE)).describe() is None
+    assert compare(load(CHATML), load(None)).describe() is None
+    same = compare(load(SMOLLM3), load(SMOLLM3))
     assert not same.has_other_switch
     assert same.describe() == (
         "thinking: the chat template of teacher and student has the switch enable_thinking, on by default and reads "
         "/no_think in the system message"
     )
-    opened = compare_thinking(load(FIELD_OPENER), load(CHATML))
+    opened = compare(load(FIELD_OPENER), load(CHATML))
     assert opened.describe() == (
         "thinking: the teacher's chat template opens a thought (<think>) in the prompt; the student's knows no "
         "thoughts; the student reads and is trained to write '<think>\\n' before the response"
     )
-    other = compare_thinking(load(SMOLLM3), load(GRANITE))
+    other = compare(load(SMOLLM3), load(GRANITE))
     assert other.has_other_switch
     assert (other.describe() or "").endswith(
         "has the switch thinking, off by default. The switches differ: teacher_template_kwargs enable_thinking=... "
         "sets the teacher's, student_template_kwargs thinking=... the student's"
     )
-    refused = compare_thinking(load(THINK_OPENER), load(DEEPSEEK_V31))
+    refused = compare(load(THINK_OPENER), load(DEEPSEEK_V31))
     assert "turn thinking on for the student by student_template_kwargs thinking=true" in (refused.conflict or "")

@@ -94,6 +94,7 @@ def smallest_cache(engine: Engine, prompt: list[int], options: SearchOptions, pa
         pytest.param(1, BEAM, 7, id="shared-pages-of-1"),
         pytest.param(3, BEAM, 11, id="shared-pages-of-3"),
         pytest.param(3, BEAM.with_changes(criterion=LastTokens(8)), 11, id="shared-windows"),
+        pytest.param(3, BEAM.with_changes(criterion="scas", max_tokens=12), 11, id="shared-activations"),
         # the criterion's window needs more room than the round, which then waits decoded
         pytest.param(3, BEAM.with_changes(criterion=LastTokens(8)), 0, id="windows"),
         # only the window over a whole response is long: it is judged when the prompt holds no page any more

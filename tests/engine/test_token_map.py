@@ -26,7 +26,7 @@ from support.tokenizer_families import (
     save_qwen25,
     save_r1_qwen,
 )
-from support.toys import save_markov, save_model
+from support.toys import CHATML, save_markov, save_model
 
 from genssd.cli import main
 from genssd.distill.data.example_files import read_examples
@@ -38,8 +38,10 @@ from genssd.distill.select.run import SelectConfig, run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.models import load_teacher
 from genssd.distill.train.trainer import run_train
+from genssd.engine.byte_reader import ByteReader
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.chunk import Chunk
+from genssd.engine.ends import choose_end
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
@@ -92,6 +94,38 @@ def test_pairs_that_differ_in_added_tokens_match(
     for name in refused:
         with pytest.raises(InputError, match=rf"prompt 7: the teacher T wrote the token '.*' \(id {ids[name]}\)"):
             token_map.translate([1, ids[name]], "prompt 7")
+
+
+def test_an_end_is_read_as_the_one_that_the_readers_template_writes(tmp_path: Path, families: Families) -> None:
+    """The end of sequence of a tokenizer is not always the end of a turn: Qwen's are <|endoftext|> and <|im_end|>."""
+    base = tmp_path / "base"
+    base.mkdir()
+    backend = build_backend(QWEN25)
+    save_backend(base, backend, "<|endoftext|>", CHATML)
+    ends = [backend.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>")]
+    save_model(base, vocab_size=EMBEDDING_ROWS, eos_token_id=ends)
+    writer, reader = Tokenizer(families["r1"]), Tokenizer(base)
+    own = writer.hf.get_vocab()[R1_END]
+    assert choose_end(reader) == ends[1]
+    assert match_tokenizers(writer, reader, "teacher T", "student S").replaced[own] == ends[1]
+    assert ByteReader.of(writer, reader, "teacher T", "student S").replaced[own] == ends[1]
+    reader.hf.chat_template = None
+    bare = reader.with_chat(ChatOptions())
+    assert choose_end(bare) == ends[0]
+    assert match_tokenizers(writer, bare, "teacher T", "student S").replaced[own] == ends[0]
+
+
+def test_a_prompt_of_token_ids_is_translated_or_refused(families: Families) -> None:
+    engine = Engine.from_pretrained(families["r1"], families["qwen3"], memory_bytes=1 << 22)
+    ids = engine.tokenizer("teacher").hf.get_vocab()
+    think = engine.tokenizer("student").hf.get_vocab()["<think>"]
+    assert ids["<think>"] != think
+    pair = engine.encode_pair([1, ids["<think>"], 2])
+    assert (pair.teacher, pair.student) == ((1, ids["<think>"], 2), (1, think, 2))
+    (selection,) = engine.select_expand([[1, ids["<think>"], 2]], candidates=1, max_tokens=2)
+    assert (selection.prompt_ids, selection.student_prompt_ids) == (pair.teacher, pair.student)
+    with pytest.raises(InputError, match=r"^prompt 0: the prompt has the token '<\|EOT\|>' .*tokenizer of the student"):
+        engine.select_expand([[1, ids["<|EOT|>"]]], max_tokens=2)
 
 
 def swap(fields: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.byte_tokenizers import TEXTS, build, save
+from support.search_criteria import list_search_criteria
 from support.toys import save_markov, token_of
 from transformers import AutoModelForCausalLM
 
@@ -19,10 +20,9 @@ from genssd.engine import session as session_module
 from genssd.engine import text_encoder
 from genssd.engine.budget import Budget
 from genssd.engine.byte_reader import ByteReader
-from genssd.engine.candidate import Candidate, not_in_search
+from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria.teacher import TeacherStudentGap
-from genssd.engine.criterion_names import registered_criteria, resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.paged_runner import PagedRunner
@@ -216,11 +216,7 @@ def test_the_same_tokenizer_read_by_bytes(directories: Directories) -> None:
 
 
 def test_every_criterion_judges_such_candidates(engines: dict[str, Engine]) -> None:
-    names = [*registered_criteria(), "ppl(norm='byte')", "ppl(scope='window', window=20)", "0.5*rsr + 0.5*divergence"]
-    names[names.index("aslec_casl")] = "aslec_casl(gamma=0.1)"
-    for name in names:
-        if not_in_search(resolve(name)) is not None:  # it judges finished traces alone
-            continue
+    for name in list_search_criteria():
         for selection in engines["qwen"].select_expand(
             PROMPTS[:2], criterion=name, candidates=2, chunk=EIGHT, max_tokens=20, answers=["42", "7"]
         ):
@@ -312,6 +308,44 @@ def test_a_response_beyond_the_students_positions_fails_by_name(directories: Dir
     assert "and it has 256 positions; lower max_tokens" in selection.error
     with pytest.raises(CapacityError):
         engine.select_expand([PROMPTS[0] * 40], max_tokens=8)
+
+
+def test_a_response_whose_end_is_beyond_the_students_positions_is_refused_by_name(directories: Directories) -> None:
+    """What was held back has no position left: every chunk before it was read within them."""
+    engine = open_pair(directories.gemma, directories.qwen)
+    tokenizer, reader, num_refused = engine.tokenizer("student"), engine.reader, 0
+    for count in range(100, 256):
+        prompt = "x " * count
+        if not 244 <= len(tokenizer.encode_prompt(prompt)) <= 253:
+            continue
+        with engine.branch(prompt, seed=count, max_tokens=100) as root:
+            try:
+                (child,) = root.expand(1, Chunk(tokens=6, until=None))
+            except InputError:  # the chunk itself is too long
+                continue
+            with child:
+                child.commit()
+                whole = reader.read(child.history, held=b"", begins=True, ends=True).ids
+                if len(child.prompt.student) + len(whole) <= 256:
+                    child.finish_reading()
+                    assert child.student_ids == whole
+                    continue
+                num_refused += 1
+                with pytest.raises(InputError, match="and it has 256 positions; lower max_tokens"):
+                    child.finish_reading()
+    assert num_refused
+    assert engine.pages_in_use[0] == 0
+
+
+def test_a_prompt_of_token_ids_has_one_tokenizer(engines: dict[str, Engine]) -> None:
+    engine = engines["qwen"]
+    message = "the prompt is a list of the teacher's token ids, and the student has another tokenizer: give the prompt"
+    with pytest.raises(InputError, match=rf"^prompt 1: {message}"):
+        engine.select_expand(["x", [5, 6, 7]], max_tokens=4)
+    with pytest.raises(InputError, match=message):
+        engine.branch([5, 6, 7])
+    with pytest.raises(InputError, match=message):
+        engine.encode_pair([5, 6, 7])
 
 
 def test_what_needs_the_same_tokens_is_refused(engines: dict[str, Engine]) -> None:

@@ -13,6 +13,7 @@ from support.doctor import EXAMPLES, PROBLEMS, copy_of, settings_of, write_rows
 from genssd.distill.doctor.examine import CHECKS, describe, examine, summarise
 from genssd.distill.doctor.findings import Finding, Level, count_levels, find_worst, list_lines
 from genssd.distill.doctor.settings import EXAMINED, Settings
+from genssd.distill.train.config import TrainSettings
 
 DOCS = Path(__file__).resolve().parents[3] / "docs/doctor.md"
 
@@ -22,7 +23,9 @@ def test_every_finding_is_in_the_docs(tmp_path: Path) -> None:
     """Findings are named in the table, those of one model with dots in place of its role."""
     data, rows = write_rows(tmp_path / "p.jsonl", PROBLEMS), write_rows(tmp_path / "e.jsonl", EXAMPLES)
     pair = {"teacher": MODELS[0], "student": MODELS[1]}
-    findings = examine(settings_of("distill", **pair, data=data, eval_data=data), rows=9, verify_seconds=1.0)
+    train = TrainSettings(kd_ratio=1.0, teacher_model_name_or_path=MODELS[1])
+    settings = settings_of("distill", **pair, data=data, eval_data=data, train=train)
+    findings = examine(settings, rows=9, verify_seconds=1.0)
     findings += examine(settings_of("train", model_name_or_path=MODELS[1], data=(rows,)), rows=9)
     findings += examine(settings_of("generate", teacher=MODELS[0], data=write_raw(tmp_path)), rows=9)
     table = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]

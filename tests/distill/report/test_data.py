@@ -147,22 +147,25 @@ def test_responses_of_generate_get_the_students_numbers_from_the_student(
             assert box["verdict"] == "written"
 
 
-def test_a_criterion_that_runs_the_model_needs_the_student(runs: Runs, tiny_pair: TinyPair, tmp_path: Path) -> None:
-    _, page = make(tmp_path, runs.select, criteria=("lalp",))
+@pytest.mark.parametrize(("criterion", "fault"), [("lalp", "without a model"), ("scas", "scas runs the student")])
+def test_a_criterion_that_runs_the_model_needs_the_student(
+    runs: Runs, tiny_pair: TinyPair, tmp_path: Path, criterion: str, fault: str
+) -> None:
+    _, page = make(tmp_path, runs.select, criteria=(criterion,))
     search = page["overview"]["searches"][0]
     assert list(search["figures"]["criteria"]) == ["ppl"]
-    assert "without a model" in search["left_out"]["lalp"]
+    assert fault in search["left_out"][criterion]
     student = {"student": str(tiny_pair.student), "memory_bytes": 1 << 22}
-    _, page = make(tmp_path, runs.select, criteria=("lalp",), **student)
+    _, page = make(tmp_path, runs.select, criteria=(criterion,), **student)
     out = tmp_path / "again"
-    run_reselect(ReselectConfig(run=str(runs.select), criterion="lalp", output_dir=str(out), memory_bytes=1 << 22))
+    run_reselect(ReselectConfig(run=str(runs.select), criterion=criterion, output_dir=str(out), memory_bytes=1 << 22))
     expected = {
         (row["index"], tuple(s["trace"])): s["score"] for row in lines(out / "reselected.jsonl") for s in row["scores"]
     }
     got = {
         (entry["index"], tuple(box["trace"])): value
         for entry, tree in list_trees(page)
-        for box, value in zip(tree["boxes"], tree["criteria"]["lalp"]["values"], strict=True)
+        for box, value in zip(tree["boxes"], tree["criteria"][criterion]["values"], strict=True)
     }
     assert got == pytest.approx(expected, rel=1e-4)
 

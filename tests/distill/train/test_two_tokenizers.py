@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -11,14 +13,18 @@ from typing import Any
 import pytest
 import torch
 from support.byte_tokenizers import TEXTS, build, save
+from support.doctor import open_for
 from support.tiny_pair import TinyPair
 from support.training_runs import config_for, metrics
 from transformers import AutoModelForCausalLM
 
 from genssd import Engine
 from genssd.distill.data.example_files import read_examples
+from genssd.distill.doctor.token_checks import check_tokenizers
 from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.train.build import read_inputs
 from genssd.distill.train.config import TrainConfig
+from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.distill.train.on_policy import RolloutOptions
 from genssd.distill.train.span_losses import SMALLEST_REST
 from genssd.distill.train.trainer import run_train
@@ -166,6 +172,72 @@ def test_what_it_refuses(
         changes = {"key_attention": type(options)(**changes["key_attention"])}
     with pytest.raises(InputError, match=message):
         train(pair, write_rows(ROWS), tmp_path / "run", **changes)
+
+
+def lead_row(pair: TinyPair) -> dict[str, Any]:
+    """Return a row of a search whose student's prompt ends in three tokens that the teacher's prompt has anyway."""
+    student, teacher, text = pair.engine.tokenizer("student"), pair.engine.tokenizer("teacher"), " and so on"
+    ids = teacher.encode_plain(text)
+    reading = pair.engine.reader.read(ids, held=b"", begins=True, ends=True)
+    return {
+        "tokenizer": student.fingerprint, "teacher_tokenizer": teacher.fingerprint, "prompt": "Step 1:",
+        "prompt_ids": teacher.encode_plain("Step 1: x"), "lead_tokens": 3, "completion": text, "status": "finished",
+        "student_prompt_ids": [*student.encode_plain("Step 1:"), *student.encode_plain("#@%")[:3]],
+        "completion_ids": list(reading.ids), "completion_bytes": list(reading.lengths or ()),
+        "teacher_ids": ids, "teacher_bytes": list(reading.writer_lengths or ()),
+    }  # fmt: skip
+
+
+def test_on_policy_rows_with_a_lead_are_refused_before_a_model_is_loaded(
+    pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's own prompt has the opening of the thought, which the student would write anew, or not at all."""
+    row = lead_row(pair)
+    monkeypatch.setattr("genssd.distill.train.build.load_model", lambda *args, **options: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=r"data.jsonl, line 2: the student is trained to write 3 tokens that open or"):
+        train(pair, write_rows([ROWS[0], row]), tmp_path / "run", lmbda=0.5)
+    monkeypatch.undo()
+    assert train(pair, write_rows([ROWS[0], row]), tmp_path / "off", lmbda=0.0)
+    assert train(pair, write_rows(ROWS), tmp_path / "on", lmbda=1.0, rollout=RolloutOptions(max_tokens=4))
+
+
+def test_the_doctor_reads_rows_as_the_training_does(pair: TinyPair, write_rows: Write) -> None:
+    """Rows with the tokens of both: the teacher's own, and what is damaged in them."""
+    row = lead_row(pair)
+    damaged = {**row, "teacher_ids": [1 << 20]}
+    data = write_rows([row, damaged])
+    options: dict[str, Any] = {
+        "model_name_or_path": str(pair.student), "data": (str(data),), "kd_ratio": 1.0, "kd_loss": "span_kl",
+        "teacher_model_name_or_path": str(pair.teacher),
+    }  # fmt: skip
+    inputs = open_for("train", **options)
+    with pytest.raises(InputError) as refused:
+        read_inputs(dataclasses.replace(TrainConfig(**options), template_date="2026-01-01"))
+    assert list(inputs.rows.faults) == [str(refused.value)]
+    assert "teacher_ids must be a list of token ids of the teacher's tokenizer" in str(refused.value)
+    one_row = {**options, "data": (str(write_rows([row], "one.jsonl")),)}
+    read = read_inputs(dataclasses.replace(TrainConfig(**one_row), template_date="2026-01-01"))
+    assert open_for("train", **one_row).rows.examples == read.examples
+    assert read.examples[0].teacher_prompt_ids == tuple(row["prompt_ids"])
+
+
+def test_the_doctor_says_what_the_training_refuses(pair: TinyPair, write_rows: Write) -> None:
+    data = write_rows([lead_row(pair)])
+    options: dict[str, Any] = {
+        "model_name_or_path": str(pair.student), "data": (str(data),), "kd_ratio": 1.0, "kd_loss": "span_kl",
+        "teacher_model_name_or_path": str(pair.teacher),
+    }  # fmt: skip
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "by its bytes"),
+        ({"lmbda": 0.5}, "line 1: the student is trained to write 3 tokens"),
+        ({"key_attention": KeyAttentionOptions(weight=1.0)}, "key_attention compares the two models word by word"),
+    ]
+    for changes, line in cases:
+        (found,) = check_tokenizers(open_for("train", **{**options, **changes}))
+        assert (found.level, line in found.line) == ("error" if changes else "ok", True), found.line
+        if changes:
+            with pytest.raises(InputError, match=re.escape(line)):
+                read_inputs(dataclasses.replace(TrainConfig(**{**options, **changes}), template_date="2026-01-01"))
 
 
 def test_a_completion_that_is_too_long_for_the_teacher(pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:

@@ -156,11 +156,19 @@ def test_another_model_after_a_restart_is_refused(pair: Pair, stub: StubServer) 
         responses(engine)
 
 
-def test_a_wait_that_is_longer_than_the_patience_is_refused_at_once(pair: Pair, stub: StubServer) -> None:
+@pytest.mark.parametrize("seconds", ["3600", "9" * 400])
+def test_a_wait_that_is_longer_than_the_patience_is_refused_at_once(pair: Pair, stub: StubServer, seconds: str) -> None:
     engine = connect(pair, stub)
-    stub.faults.append("429:3600")
+    stub.faults.append(f"429:{seconds}")
     with pytest.raises(ServerError, match="has not answered for 5 seconds"):
         responses(engine)
+    assert engine._resources.served is not None
+    assert engine._resources.served.client._held_until == 0.0, "other requests would wait for it"
+
+
+def test_a_message_of_any_depth_is_shown() -> None:
+    answer = Answer(status=400, headers={}, body=b'{"error":' * 100_000)
+    assert '{"error":{"error":' in answer.message
 
 
 def test_a_server_that_is_not_there_is_refused_at_once(pair: Pair) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.search_criteria import list_search_criteria
 from support.stub_server import Manners, StubServer, filtered
 from support.toys import Pair
 
@@ -97,6 +98,21 @@ def test_greedy_responses_and_their_chunks_are_those_of_the_model_here(
             torch.testing.assert_close(mine.teacher_logprob, theirs.teacher_logprob, atol=1e-4, rtol=1e-4)
     assert ties < len(PROMPTS)
     assert served.pages_in_use[0] == 0
+
+
+def test_every_criterion_has_the_values_of_the_model_here(here: Engine, served: Engine, pair: Pair) -> None:
+    options = {**GREEDY, "candidates": 2, "chunk": Chunk(tokens=6, until=None), "max_tokens": 12, "answers": ["42"]}
+    num_compared = 0
+    for name in list_search_criteria():
+        for prompt in PROMPTS:
+            (one,), (other,) = (e.select_expand([prompt], criterion=name, **options) for e in (here, served))
+            if require_same(one, other, pair, prompt):
+                continue
+            scores = [[record.score for record in selection.tree] for selection in (one, other)]
+            assert scores[1] == pytest.approx(scores[0], rel=1e-3, abs=1e-4, nan_ok=True), name
+            num_compared += 1
+            break
+    assert num_compared == len(list_search_criteria())
 
 
 def test_two_requests_write_a_chunk_and_nothing_is_discarded(served: Engine, stub: StubServer) -> None:
@@ -317,4 +333,7 @@ def test_a_failing_search_reports_the_prompt(pair: Pair) -> None:
             pytest.raises(ServerError, match="token id 100000 is not in the tokenizer"),
         ):
             root.expand(1, 3)
+        stub.faults.extend(["foreign"])
+        with pytest.raises(ServerError, match=r"^prompt 0: the server .* token id 100000 is not in the tokenizer"):
+            engine.generate([PROMPTS[0]], max_tokens=3)
         assert engine.pages_in_use[0] == 0
