@@ -11,6 +11,9 @@ UNRUN_MYPY := --config-file= --ignore-missing-imports --follow-imports silent --
 	$(foreach code,arg-type misc override str-format union-attr,--disable-error-code $(code))
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
+# compiled modules are kept: tests start processes, and pytest rewrites the assertions of a file once
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test check bench browser wheel sanitize clean
 
 demo: $(VENV)/.installed
@@ -42,7 +45,7 @@ wheel: $(VENV)/.installed-dev
 	$(PYTHON) -m venv build/clean
 	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt torch
 	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt "$$(ls build/dist/*.whl)[test]"
-	cp -r tests build/clean/tests && cp pyproject.toml build/clean/
+	cp -rp tests build/clean/tests && cp pyproject.toml build/clean/
 	cd build/clean && OMP_NUM_THREADS=1 bin/pytest -q --numprocesses auto --dist worksteal -m "not slow and not source"
 
 # the native kernels built with the address and undefined-behaviour sanitizers, under the tests that reach them; but for

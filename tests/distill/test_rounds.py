@@ -30,6 +30,7 @@ SELECT = SelectSettings(candidates=2, chunk=Chunk(tokens=3, until=None), max_tok
 TRAIN = TrainSettings(
     per_device_train_batch_size=2, learning_rate=1e-3, statuses=("finished", "length"), save_steps=1, logging_steps=1
 )
+ROWS = [{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(5)]
 
 
 def config_for(pair: TinyPair, data: Path, out: Path, **options: Any) -> DistillConfig:
@@ -46,7 +47,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def data(write_rows: Write) -> Path:
-    return write_rows([{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(5)])
+    return write_rows(ROWS)
 
 
 def test_the_trained_student_chooses_in_the_next_round(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
@@ -68,13 +69,28 @@ def test_the_trained_student_chooses_in_the_next_round(tiny_pair: TinyPair, data
     assert second.mean_score == pytest.approx(sum(row["score"] for row in kept) / 5)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[DistillConfig, list[RoundSummary]]:
+    """Return the config and the rounds of a run of two threads."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = config_for(tiny_pair, root / "data.jsonl", root / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        return config, list(run_distill(config))
+
+
 @pytest.mark.parametrize("torn", ["select", "train", "after training", "between rounds"])
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
-    tiny_pair: TinyPair, data: Path, tmp_path: Path, torn: str, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: tuple[DistillConfig, list[RoundSummary]],
+    tmp_path: Path,
+    torn: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    whole = config_for(tiny_pair, data, tmp_path / "whole")
-    expected = list(run_distill(whole))
+    whole, expected = uninterrupted
     out = tmp_path / "torn"
     config = dataclasses.replace(whole, output_dir=str(out))
     run = run_distill(config)
@@ -107,7 +123,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert [strip(summary) for summary in resumed] == [strip(summary) for summary in expected]
     for record in out.glob("round-*/train/run.json"):
         assert json.loads(record.read_text())["config"]["threads"] == 2
-    one, other = weights(tmp_path / "whole" / "round-2" / "train"), weights(second / "train")
+    one, other = weights(Path(whole.output_dir) / "round-2" / "train"), weights(second / "train")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -126,6 +126,6 @@ def test_a_search_finishes_under_ulimit(tmp_path: Path) -> None:
     data.write_text(json.dumps({"question": "12 + 30 = ?"}) + "\n")
     words = f"select --teacher {PAIR / 'teacher'} --student {PAIR / 'student'} --data {data} --output-dir {output}"
     command = f"ulimit -v {1500 << 10}; {sys.executable} -m genssd {words} --threads 1 --max-tokens 8"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert len((output / "selections.jsonl").read_text().splitlines()) == 1

@@ -151,5 +151,5 @@ def test_the_command_line_lets_idle_threads_sleep(given: dict[str, str], expecte
         "except SystemExit: pass\n"
         "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('KMP_BLOCKTIME'), 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given, timeout=600)
     assert done.stdout.strip() == f"{expected} False"

@@ -37,11 +37,16 @@ from genssd.kernels import (  # noqa: E402
     rows_triton,
 )
 from genssd.kernels.attention_triton import AttentionTiles  # noqa: E402
+from genssd.kernels.head_triton import HeadTiles  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A GPU: its shared memory per block, the instruction of its matrix unit, of its asynchronous and wide loads."""
+    """A GPU: its shared memory per block, the instruction of its matrix unit, of its asynchronous and wide loads.
+
+    The instructions are of the text that `assembly` returns: PTX, which ptxas translates one by one
+    (`test_instructions_of_ptx_are_those_of_the_machine`), or AMD's machine code.
+    """
 
     backend: str
     arch: int | str
@@ -58,10 +63,14 @@ class Target:
 
 pytestmark = pytest.mark.slow
 
+WIDE = r"\bld\.global[\w.:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)\b"
+COPIES = r"\bcp\.async\.c[ag]\.shared"
+BOXES = r"\bcp\.async\.bulk\.tensor"
+"""Loads by descriptor."""
 TARGETS = [
-    pytest.param(Target("cuda", 80, 32, 163 << 10, r"\bHMMA", "LDGSTS", r"\bLDG\.E\.128"), id="sm_80"),
-    pytest.param(Target("cuda", 90, 32, 227 << 10, r"\bHGMMA", "LDGSTS|UTMALDG", r"\bLDG\.E\.128"), id="sm_90"),
-    pytest.param(Target("cuda", 100, 32, 227 << 10, r"\bUTC\w*MMA", "LDGSTS|UTMALDG", r"\bLDG\.E\.128"), id="sm_100"),
+    pytest.param(Target("cuda", 80, 32, 163 << 10, r"\bmma\.sync", COPIES, WIDE), id="sm_80"),
+    pytest.param(Target("cuda", 90, 32, 227 << 10, r"\bwgmma\.mma_async", f"{COPIES}|{BOXES}", WIDE), id="sm_90"),
+    pytest.param(Target("cuda", 100, 32, 227 << 10, r"\btcgen05\.mma", f"{COPIES}|{BOXES}", WIDE), id="sm_100"),
     pytest.param(
         Target(
             "hip", "gfx942", 64, 64 << 10, r"\bv_mfma", r"buffer_load|global_load", r"(?:global|buffer)_load_dwordx[24]"
@@ -88,22 +97,41 @@ ALIGNED = (
 )  # fmt: skip
 
 
-def machine_code(compiled: Any, target: Target, directory: Path) -> str:
-    """Return the disassembly, after checking that the kernel uses no stack and no local memory."""
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def assembly(compiled: Any, target: Target, directory: Path) -> str:
+    """Return the kernel's assembly, after checking that its machine code uses no stack and no local memory.
+
+    Registers that do not fit are spilled to the stack.
+    """
     if target.backend == "hip":
         text = str(compiled.asm["amdgcn"])
         assert re.findall(r"\.vgpr_spill_count:\s+(\d+)", text) == ["0"]
         assert re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text) == ["0"]
         return text
+    usage = run_tool(compiled, directory, "cuobjdump", "-res-usage")
+    assert re.findall(r"STACK:(\d+)", usage) == ["0"]
+    assert re.findall(r"LOCAL:(\d+)", usage) == ["0"]
+    return str(compiled.asm["ptx"])
+
+
+MACHINE_CODE = {
+    r"\bmma\.sync": r"\bHMMA",
+    r"\bwgmma\.mma_async": r"\bHGMMA",
+    r"\btcgen05\.mma": r"\bUTC\w*MMA",
+    COPIES: r"\bLDGSTS",
+    BOXES: r"\bUTMALDG",
+    WIDE: r"\bLDG\.E\.128",
+}
+"""For each instruction of PTX that tests look for: that of the machine."""
+
+
+def run_tool(compiled: Any, directory: Path, tool: str, *flags: str) -> str:
+    """Return what one of NVIDIA's tools says of a kernel's machine code."""
     cubin = directory / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-    assert re.findall(r"STACK:(\d+)", usage.stdout) == ["0"]
-    assert re.findall(r"LOCAL:(\d+)", usage.stdout) == ["0"]
-    text = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
-    assert not re.search(r"\b(LDL|STL)\b", text), "registers are spilled"
-    return text
+    return subprocess.run([TOOLS / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
 
 
 SIZES = (
@@ -123,10 +151,8 @@ def types_of(**pointers: str) -> dict[str, str]:
     return {**dict.fromkeys(SIZES, "i32"), **dict.fromkeys(FACTORS, "fp32"), **pointers}
 
 
-def compile_tiles(
-    target: Target, kernel: Any, dtype: str, tiles: head_triton.HeadTiles, directory: Path, **constants: bool
-) -> str:
-    """Compile a kernel over tiles of the head, check what only the machine code shows, and return the machine code."""
+def compile_tiles(target: Target, kernel: Any, dtype: str, tiles: HeadTiles, directory: Path, **constants: bool) -> str:
+    """Compile a kernel over tiles of the head, check what only its assembly shows, and return the assembly."""
     pointers = dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}")
     if tiles.descriptors:
         pointers["hidden"] = f"tensordesc<{dtype}[{tiles.block_n}, {tiles.block_d}]>"
@@ -136,17 +162,19 @@ def compile_tiles(
     constants = {**sizes, "DESCRIPTORS": tiles.descriptors, "INTERPRET": False, **constants}
     compiled = compile_for(target, kernel, types, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     assert compiled.metadata.shared <= target.shared_bytes
-    code = machine_code(compiled, target, directory)
-    assert re.search("UTMALDG" if tiles.descriptors else target.asynchronous, code)
+    code = assembly(compiled, target, directory)
+    assert re.search(BOXES if tiles.descriptors else target.asynchronous, code)
     if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
         assert re.search(target.matrix, code)
     return code
 
 
-def shipped_tiles(target: Target, dtype: str, operator: str = "score") -> set[head_triton.HeadTiles]:
+def shipped_tiles(target: Target, dtype: str, operator: str = "score", *, extras: bool = True) -> set[HeadTiles]:
     """Return the tiles that a device takes for all numbers of rows and modes, with and without descriptors.
 
-    Those of fp16 are with descriptors alone, where bf16 has them: the code is that of bf16 with another product.
+    Left out is what another kernel shows: of tiles that differ in the number of stages alone, the fewer stages, which
+    take less shared memory; without descriptors, the kernels without extras, which hold fewer registers; of fp16 all
+    but the largest tile, because its code is that of bf16 with another product.
     """
     tiles = {
         head_triton.choose_shipped(
@@ -156,7 +184,18 @@ def shipped_tiles(target: Target, dtype: str, operator: str = "score") -> set[he
         for rows in (1, 64, 65, 128, 129, 512, 513, 8192)
         for deterministic in (True, False)
     }  # fmt: skip
-    return tiles if dtype == "fp16" else tiles | {dataclasses.replace(tile, descriptors=False) for tile in tiles}
+    tiles = {max(same, key=lambda tile: tile.num_stages) for same in group_by_stages(tiles)}
+    if dtype == "fp16":
+        return {max(tiles, key=lambda tile: (tile.block_n, tile.block_v))}
+    return tiles | {dataclasses.replace(tile, descriptors=False) for tile in tiles} if extras else tiles
+
+
+def group_by_stages(tiles: set[HeadTiles]) -> list[list[HeadTiles]]:
+    """Return groups of tiles that differ in the number of stages alone."""
+    groups: dict[HeadTiles, list[HeadTiles]] = {}
+    for tile in tiles:
+        groups.setdefault(dataclasses.replace(tile, num_stages=0), []).append(tile)
+    return list(groups.values())
 
 
 of_head = pytest.mark.parametrize(
@@ -169,33 +208,33 @@ of_head = pytest.mark.parametrize(
 @pytest.mark.parametrize("target", TARGETS)
 @of_head
 def test_scoring_tiles(target: Target, dtype: str, extras: bool, tmp_path: Path) -> None:
-    for tiles in shipped_tiles(target, dtype):
+    for tiles in shipped_tiles(target, dtype, extras=extras):
         code = compile_tiles(
             target, logprob_triton._score_split_kernel, dtype, tiles, tmp_path,
             HAS_BIAS=extras, SOFTCAP=extras, SCALED=extras,
         )  # fmt: skip
         if target.arch == 90 and tiles.descriptors:
-            assert f"HGMMA.64x{tiles.block_v}x16" in code
+            assert f"wgmma.mma_async.sync.aligned.m64n{tiles.block_v}k16" in code
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @of_head
 def test_logits_tiles(target: Target, dtype: str, extras: bool, tmp_path: Path) -> None:
-    for tiles in shipped_tiles(target, dtype, "logits"):
+    for tiles in shipped_tiles(target, dtype, "logits", extras=extras):
         compile_tiles(target, draw_triton._logits_kernel, dtype, tiles, tmp_path, HAS_BIAS=extras, SOFTCAP=extras)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_target_tiles(target: Target, dtype: str, tmp_path: Path) -> None:
-    for tiles in shipped_tiles(target, dtype):
-        tiling = logprob_triton.choose_target_tiling(tiles)
+    tilings = [logprob_triton.choose_target_tiling(tiles) for tiles in shipped_tiles(target, dtype)]
+    for tiling in (tiling for i, tiling in enumerate(tilings) if tiling not in tilings[:i]):
         types = types_of(**dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}"), target="*i64", chosen="*fp32")
         options = {name: tiling.pop(name) for name in ("num_warps", "num_stages")}
         constants = {**tiling, "HAS_BIAS": True, "SOFTCAP": True, "INTERPRET": False}
         compiled = compile_for(target, logprob_triton._target_kernel, types, constants, **options)
         assert compiled.metadata.shared <= target.shared_bytes
-        code = machine_code(compiled, target, tmp_path)
+        code = assembly(compiled, target, tmp_path)
         assert dtype == "fp32" or re.search(target.matrix, code)
 
 
@@ -276,7 +315,7 @@ def test_rowwise_kernels(target: Target, name: str, tmp_path: Path) -> None:
     kernel, pointers, constants, num_warps = ROWWISE[name]
     compiled = compile_for(target, kernel, types_of(**pointers), constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
-    machine_code(compiled, target, tmp_path)
+    assembly(compiled, target, tmp_path)
 
 
 FILTERS = {
@@ -316,7 +355,7 @@ def compile_filters(target: Target, kernel: Any, filters: dict[str, bool], direc
     num_warps = {"_select_kernel": tiles.row_warps, "_bracket_kernel": 4}.get(kernel.__name__, tiles.split_warps)
     compiled = compile_for(target, kernel, types, constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
-    code = machine_code(compiled, target, directory)
+    code = assembly(compiled, target, directory)
     if "SPLIT" in constants:
         assert re.search(target.wide, code), "memory is read in small pieces"
 
@@ -368,7 +407,7 @@ def test_forward_kernels(target: Target, dtype: str, name: str, tmp_path: Path) 
     kernel, constants, num_warps = (FORWARD | VARIANTS)[name]
     pointers = dict.fromkeys(POINTERS, f"*{dtype}") | dict.fromkeys(("slot", "source", "destination", "expert"), "*i64")
     types = types_of(**pointers, cos="*fp32", sin="*fp32")
-    code = machine_code(compile_for(target, kernel, types, constants, num_warps=num_warps), target, tmp_path)
+    code = assembly(compile_for(target, kernel, types, constants, num_warps=num_warps), target, tmp_path)
     assert re.search(target.wide, code), "memory is read in small pieces"
 
 
@@ -386,7 +425,7 @@ def test_experts(target: Target, dtype: str, gather: bool, tmp_path: Path) -> No
         constants = {**options, "GATHER": gather, "HAS_BIAS": True, "EXPERTS": 128}
         compiled = compile_for(target, experts_triton._grouped_kernel, types_of(**pointers), constants, **launch)
         assert compiled.metadata.shared <= target.shared_bytes
-        code = machine_code(compiled, target, tmp_path)
+        code = assembly(compiled, target, tmp_path)
         assert re.search(target.wide, code) or re.search(target.asynchronous, code)
         assert dtype == "fp32" or re.search(target.matrix, code)
 
@@ -414,14 +453,14 @@ def test_attention_mass(target: Target, dtype: str, width: int, name: str, tmp_p
     constants = {**options, "BLOCK_W": tiles.words} if name == "row_mass" else options
     compiled = compile_for(target, MASS[name], types, constants, num_warps=num_warps, num_stages=num_stages)
     assert compiled.metadata.shared <= target.shared_bytes
-    assert re.search(target.matrix, machine_code(compiled, target, tmp_path))
+    assert re.search(target.matrix, assembly(compiled, target, tmp_path))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_sums_over_steps(target: Target, tmp_path: Path) -> None:
     types = types_of(row_mass="*fp32", order="*i32", step_start="*i32", mass="*fp32")
     constants = {"BLOCK_R": 32, "BLOCK_W": 64}
-    machine_code(compile_for(target, attention_mass_triton._sum_steps_kernel, types, constants), target, tmp_path)
+    assembly(compile_for(target, attention_mass_triton._sum_steps_kernel, types, constants), target, tmp_path)
 
 
 def compile_attention(target: Target, kernel: str, dtype: str, width: int, extras: bool) -> tuple[Any, AttentionTiles]:
@@ -457,29 +496,45 @@ def compile_attention(target: Target, kernel: str, dtype: str, width: int, extra
     return compile_for(target, function, types, constants, num_warps=num_warps, num_stages=num_stages), tiles
 
 
-ATTENTION = [
-    *((dtype, width, True) for dtype in ("bf16", "fp32") for width in (64, 128, 256)),
-    ("bf16", 128, False),
-    ("fp16", 128, True),
+HALF = [("bf16", 128, True), ("bf16", 256, True), ("bf16", 128, False)]
+"""Widths below 128 take the tiles of 128 and fewer registers."""
+SINGLE = [("fp32", width, True) for width in (64, 128, 256)]
+ATTENTION = [*HALF, ("fp16", 128, True), *SINGLE]
+ON_HOPPER = [
+    *HALF,
+    *(("bf16", 80, True), ("bf16", 96, True), ("fp16", 64, False), ("fp16", 256, False), ("fp32", 80, True)),
 ]
-ON_HOPPER = [("bf16", 80, True), ("bf16", 96, True), ("fp16", 64, False), ("fp16", 256, False), ("fp32", 80, True)]
+"""Float32 takes the same tiles on all of NVIDIA's and no instruction of Hopper's: the others compile its widths."""
 
 
 @pytest.mark.parametrize(
     ("target", "dtype", "width", "extras"),
-    [pytest.param(*target.values, *case, id=f"{target.id}-{case[0]}-{case[1]}-{'extras' if case[2] else 'plain'}")
-     for target in TARGETS for case in (ATTENTION + ON_HOPPER if target.id == "sm_90" else ATTENTION)],
-)  # fmt: skip
+    [
+        pytest.param(*target.values, *case, id=f"{target.id}-{case[0]}-{case[1]}-{'extras' if case[2] else 'plain'}")
+        for target in TARGETS
+        for case in (ON_HOPPER if target.id == "sm_90" else ATTENTION)
+    ],
+)
 @pytest.mark.parametrize("kernel", ["_item_kernel", "_unit_kernel", "_finish_kernel"])
 def test_attention(target: Target, dtype: str, width: int, extras: bool, kernel: str, tmp_path: Path) -> None:
     compiled, tiles = compile_attention(target, kernel, dtype, width, extras)
     assert compiled.metadata.shared <= target.shared_bytes
-    code = machine_code(compiled, target, tmp_path)
+    code = assembly(compiled, target, tmp_path)
     assert re.search(target.asynchronous, code)
     assert re.search(target.wide, code)  # of queries
     masked_tma = tiles.tail_tma if kernel == "_finish_kernel" else tiles.window_tma
     if masked_tma or (tiles.tma and not extras):  # with a window every tile is masked
-        assert re.search("UTMALDG", code)
+        assert re.search(BOXES, code)
     if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
         few = target.backend == "cuda" and tiles.block_m < 64  # rows, for the instruction of a warp group
-        assert re.search(r"\bHMMA" if few else target.matrix, code)
+        assert re.search(r"\bmma\.sync" if few else target.matrix, code)
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "gfx942"])
+def test_instructions_of_ptx_are_those_of_the_machine(target: Target, tmp_path: Path) -> None:
+    compiled = [compile_attention(target, "_item_kernel", dtype, 128, True)[0] for dtype in ("bf16", "fp32")]
+    for kernel in compiled:
+        code = run_tool(kernel, tmp_path, "nvdisasm", "-c")
+        for instruction, of_machine in MACHINE_CODE.items():
+            assert bool(re.search(instruction, kernel.asm["ptx"])) == bool(re.search(of_machine, code)), instruction
+        assert not re.search(r"\b(LDL|STL)\b", code), "registers are spilled"

@@ -110,9 +110,8 @@ def test_the_time_limit_holds_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> No
     thread = threading.Thread(target=lambda: verdicts.append(judge(f"\\boxed{{{HARD[0]}}}", HARD[1])))
     start = time.monotonic()
     thread.start()
-    thread.join(30)
+    thread.join(120)
     assert not thread.is_alive()
-    assert time.monotonic() - start < 20
     assert verdicts[0].outcome == "undecidable"
     assert "takes longer than" in verdicts[0].reason
     assert time.monotonic() - start >= 1
@@ -150,11 +149,15 @@ def test_threads_judge_the_same_as_the_main_thread() -> None:
         "a. ",
     ],
 )
-def test_long_responses_are_judged_quickly(text: str) -> None:
-    start = time.monotonic()
-    judge(text * 10_000, "5")
-    judge(text * 10_000, "Paris")
-    assert time.monotonic() - start < 3
+def test_work_grows_with_the_length_of_a_response_and_not_with_its_square(text: str) -> None:
+    def work(pieces: int) -> float:  # in seconds of this thread's processor, which other processes do not take
+        start = time.thread_time()
+        judge(text * pieces, "5")
+        judge(text * pieces, "Paris")
+        return time.thread_time() - start
+
+    # four times the text is four times the work, and 16 times if work is quadratic; 20 ms are lost among other things
+    assert any(work(8_000) < 10 * max(work(2_000), 0.02) for _ in range(3))
 
 
 def test_random_texts_are_judged_without_an_error() -> None:

@@ -36,7 +36,7 @@ def run_two(options: dict[str, Any]) -> str:
             flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "genssd", "train", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
