@@ -39,7 +39,7 @@ from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import Selection
-from genssd.engine.threads import check_threads
+from genssd.engine.thread_count import check_threads
 
 PAIR = Path(__file__).with_name("small_pair")
 STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution

@@ -43,7 +43,8 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.parameters import count_stored_parameters
-from genssd.engine.threads import check_threads, choose_training_threads
+from genssd.engine.thread_count import check_threads
+from genssd.engine.threads import choose_training_threads
 
 MAX_LISTED = 10
 """Maximum number of rows that an error message lists."""

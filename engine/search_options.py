@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
 from genssd.engine.budget import Budget
-from genssd.engine.candidate import AnyCriterion, not_in_search
 from genssd.engine.chunk import Chunk
+from genssd.engine.closest import suggest_or_list
+from genssd.engine.criterion import AnyCriterion, not_in_search
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
@@ -113,9 +113,7 @@ class SearchOptions:
         names = [field.name for field in dataclasses.fields(SearchOptions)]
         for name in changes:
             if name not in names:
-                closest = difflib.get_close_matches(name, names, n=1)
-                hint = f"; did you mean {closest[0]!r}?" if closest else f"; known: {', '.join(names)}"
-                raise InputError(f"unknown search option {name!r}{hint}")
+                raise InputError(f"unknown search option {name!r}{suggest_or_list(name, names)}")
         return SearchOptions(**{**{name: getattr(self, name) for name in names}, **changes})
 
 

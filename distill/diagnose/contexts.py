@@ -19,8 +19,8 @@ from genssd.distill.data.problems import ProblemRow, parse_object
 from genssd.distill.files.rows import read_rows
 from genssd.engine.chat import Messages
 from genssd.engine.errors import InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.options_check import check_types
-from genssd.engine.runner import Role
 from genssd.engine.text import Prompt
 
 TEMPLATED_CONTEXTS = ("hint", "solution", "summary")

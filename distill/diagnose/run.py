@@ -53,7 +53,7 @@ from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 from genssd.engine.sampling import prompt_stream
 
 

@@ -13,10 +13,10 @@ from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.select.generate import GenerateConfig
 from genssd.distill.select.run import SelectConfig, SelectSettings
 from genssd.distill.train.config import TrainConfig, TrainSettings
-from genssd.engine.candidate import needs_answer
 from genssd.engine.chat_options import ChatOptions
+from genssd.engine.criterion import needs_answer
 from genssd.engine.criterion_names import resolve
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 
 EXAMINED: dict[str, type] = {
     "select": SelectConfig,

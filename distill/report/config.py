@@ -10,7 +10,7 @@ import tyro
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.settings import FileName, ModelPath
-from genssd.engine.candidate import PoolCriterion
+from genssd.engine.criterion import PoolCriterion
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types

@@ -13,10 +13,9 @@ from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
-from genssd.engine.language_model import Backend
+from genssd.engine.model_choices import Backend, Role
 from genssd.engine.options_check import check_types
 from genssd.engine.pair_prompts import render_with
-from genssd.engine.runner import Role
 from genssd.engine.served.address import is_url
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import announce, choose_engine_threads

@@ -13,8 +13,8 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config_files import read_fields
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.quoting import quote
-from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.address import is_url
 from genssd.engine.served.teacher import locate_tokenizer

@@ -52,7 +52,8 @@ from genssd.engine.memory import choose_device, choose_dtype
 from genssd.engine.options_check import check_types
 from genssd.engine.parameters import count_stored_parameters
 from genssd.engine.text import Tokenizer
-from genssd.engine.threads import announce, check_threads, choose_training_threads
+from genssd.engine.thread_count import check_threads
+from genssd.engine.threads import announce, choose_training_threads
 from genssd.engine.transformers_loading import load_model, logits_softcap, scale_states
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.threads import torch_threads

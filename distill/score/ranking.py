@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from genssd.engine.candidate import AnyCriterion, PoolCriterion
+from genssd.engine.criterion import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_calls import call_score_pool, is_higher_better
 from genssd.engine.errors import InputError
 

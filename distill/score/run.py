@@ -42,8 +42,8 @@ from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick
 from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
 from genssd.distill.score.teacher import TeacherReader, has_recorded
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import AnyCriterion, PoolCriterion
 from genssd.engine.criteria.learning_gain import Lark
+from genssd.engine.criterion import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine

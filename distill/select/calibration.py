@@ -12,7 +12,7 @@ from genssd.distill.runs.journal import read_json
 from genssd.distill.select.unfit import leave_out_unfit
 from genssd.engine.amounts import format_count
 from genssd.engine.budget import Budget
-from genssd.engine.candidate import AnyCriterion, PoolCriterion
+from genssd.engine.criterion import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine

@@ -45,12 +45,12 @@ from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.options_check import check_types
 from genssd.engine.pair_prompts import PairPrompt
-from genssd.engine.reverse_speculation import ReverseSpeculation
-from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.address import is_url
+from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.text import Prompt
 
 

@@ -35,8 +35,9 @@ from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.decisions import Decisions, read_decisions
 from genssd.distill.select.exports import make_pairs, make_steps
 from genssd.distill.select.judging import JudgedRound, Judgement, judge_rounds
-from genssd.engine.candidate import ActivationMeans, AnyCriterion, needs_answer, not_in_search
+from genssd.engine.candidate import ActivationMeans
 from genssd.engine.checkpoint import locate
+from genssd.engine.criterion import AnyCriterion, needs_answer, not_in_search
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError

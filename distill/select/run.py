@@ -49,8 +49,8 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.options_check import check_types
-from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.thinking_pair import compare_thinking

@@ -13,8 +13,8 @@ from genssd.distill.train.batches import Layout
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.on_policy import RolloutOptions
 from genssd.engine.errors import InputError
-from genssd.engine.selection import STATUSES
-from genssd.engine.threads import check_threads
+from genssd.engine.outcomes import STATUSES
+from genssd.engine.thread_count import check_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

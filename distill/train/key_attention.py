@@ -34,7 +34,7 @@ from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.steps import step_spans
 from genssd.kernels.attention_mass import attention_mass
-from genssd.kernels.head import COLDEST
+from genssd.kernels.options import COLDEST
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 IMPLEMENTATION = "genssd_mass"

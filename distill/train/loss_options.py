@@ -10,9 +10,7 @@ from genssd.distill.runs.settings import ModelPath
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
-from genssd.kernels.divergence import VocabularyRule
-from genssd.kernels.head import COLDEST
-from genssd.kernels.topk_divergence import TailRule
+from genssd.kernels.options import COLDEST, TailRule, VocabularyRule
 
 KdLoss = Literal[
     "forward_kl",

@@ -32,7 +32,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.distill.tuning import TuneConfig, run_tune
 from genssd.doctor_command import doctor, env, examine_first
 from genssd.engine.amounts import format_count
-from genssd.engine.selection import SPECIAL
+from genssd.engine.outcomes import SPECIAL
 from genssd.engine.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
 from genssd.printing import (

@@ -43,7 +43,7 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
-from genssd.engine.reverse_speculation import ReverseSpeculation
+from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
 

@@ -19,17 +19,18 @@ from genssd.engine import session as session_module
 from genssd.engine import text_encoder
 from genssd.engine.budget import Budget
 from genssd.engine.byte_reader import ByteReader
-from genssd.engine.candidate import Candidate, not_in_search
+from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria.teacher import TeacherStudentGap
+from genssd.engine.criterion import not_in_search
 from genssd.engine.criterion_names import registered_criteria, resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 from genssd.engine.reading import ByteSpans
-from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.selection import Selection, Trajectory
+from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TokenStats
 

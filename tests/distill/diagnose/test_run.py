@@ -26,7 +26,8 @@ from genssd.distill.diagnose.reading import Load
 from genssd.distill.diagnose.run import DiagnoseSummary, run_diagnose
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.model_choices import Role
+from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling
 
 Write = Callable[..., Path]

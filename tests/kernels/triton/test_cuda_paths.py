@@ -28,9 +28,9 @@ from genssd.distill.train.on_policy import RolloutOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.reverse_speculation import ReverseSpeculation
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 from genssd.engine.sampling import Sampling
+from genssd.engine.speculation_rules import ReverseSpeculation
 
 DEVICE = "cuda:0"
 FAMILIES = ("ministral3", "smollm3", "granite", "gemma2", "gemma3", "phi4-mini", "olmo3", "mixtral", "gpt-oss")
