@@ -70,6 +70,16 @@ class SearchOptions:
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
+        self.check_values()
+        criterion = resolve(self.criterion)
+        reason = not_in_search(criterion)
+        if reason is not None:
+            raise InputError(
+                f"{criterion!r} cannot judge chunks: {reason}; use it on finished traces with `genssd score`"
+            )
+
+    def check_values(self) -> None:
+        """Raise InputError on the first option that cannot be used; the criterion, which is not made here, apart."""
         object.__setattr__(self, "chunk", Chunk.of(self.chunk))
         check_types(self, infinite=("threshold",))  # with an infinite one, everything is accepted or nothing
         for name in ("candidates", "beam", "max_tokens"):
@@ -78,12 +88,6 @@ class SearchOptions:
         check_count("max_resamples", self.max_resamples)
         check_count("min_chunk_tokens", self.min_chunk_tokens)
         self._check_policies()
-        criterion = resolve(self.criterion)
-        reason = not_in_search(criterion)
-        if reason is not None:
-            raise InputError(
-                f"{criterion!r} cannot judge chunks: {reason}; use it on finished traces with `genssd score`"
-            )
 
     def _check_policies(self) -> None:
         """Raise InputError on a temperature, a policy or a budget that cannot do what it is for."""

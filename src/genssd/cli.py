@@ -120,8 +120,10 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
     check_names(examined[1:])
     _quiet_libraries()
     _show_log()
-    commands, read_config = import_module("genssd.commands"), import_module("genssd.flags").read_config
-    config = read_config(command, flags, commands.COMMANDS[command][0])
+    config_class = import_module("genssd.configs").CONFIGS[command]
+    config = import_module("genssd.flags").read_config(command, flags, config_class)
+    import_module("genssd.distill.runs.effects").check_effects(config)
+    commands = import_module("genssd.commands")  # from here on torch is there
     console = import_module("rich.console").Console(stderr=True)
     signals.begin_work(getattr(config, "output_dir", None))
     return int(commands.run_command(command, config, console, examined))
@@ -164,4 +166,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.captureWarnings(True)
-    import_module("transformers").utils.logging.disable_progress_bar()

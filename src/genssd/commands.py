@@ -8,28 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from genssd.distill.console import ProgressLine, report_training
-from genssd.distill.demo import DemoConfig, run_demo
+from genssd.distill.demo import run_demo
+from genssd.distill.demo_config import DemoConfig
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.diagnose.verdict import write_verdict
-from genssd.distill.doctor.config import DoctorConfig, EnvConfig
-from genssd.distill.evaluating import EvaluateConfig, run_evaluate
-from genssd.distill.report.config import ReportConfig
-from genssd.distill.rounds import BudgetReached, DistillConfig, run_distill
-from genssd.distill.runs.settings import expand_home
+from genssd.distill.distill_config import DistillConfig
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import run_evaluate
+from genssd.distill.rounds import BudgetReached, run_distill
+from genssd.distill.runs.field_kinds import expand_home
+from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.control_text import describe_teacher, format_controls, shorten
-from genssd.distill.score.leaf import LeafConfig, run_leaf
-from genssd.distill.score.prefix import PrefixConfig, run_prefix
+from genssd.distill.score.leaf import run_leaf
+from genssd.distill.score.leaf_config import LeafConfig
+from genssd.distill.score.prefix import run_prefix
+from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.score.prefix_judges import warn_of_unmarked
-from genssd.distill.score.run import ScoreConfig, run_score
-from genssd.distill.select.generate import GenerateConfig, run_generate
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.score.run import run_score
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.distill.tuning import TuneConfig, run_tune
+from genssd.distill.tune_config import TuneConfig
+from genssd.distill.tuning import run_tune
 from genssd.doctor_command import doctor, env, examine_first
 from genssd.engine.amounts import format_count
 from genssd.engine.outcomes import SPECIAL
@@ -266,23 +275,24 @@ def tune(config: TuneConfig, console: Console) -> None:
         print(f"the other commands read it where {FILE_VARIABLE}={summary.path} is set")
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any, Console], int | None]]] = {
-    "demo": (DemoConfig, demo),
-    "select": (SelectConfig, select),
-    "score": (ScoreConfig, score),
-    "reselect": (ReselectConfig, reselect),
-    "generate": (GenerateConfig, generate),
-    "prefix": (PrefixConfig, prefix),
-    "leaf": (LeafConfig, leaf),
-    "train": (TrainConfig, train),
-    "evaluate": (EvaluateConfig, evaluate),
-    "distill": (DistillConfig, distill),
-    "diagnose": (DiagnoseConfig, diagnose),
-    "report": (ReportConfig, report),
-    "tune": (TuneConfig, tune),
-    "doctor": (DoctorConfig, doctor),
-    "env": (EnvConfig, env),
+COMMANDS: dict[str, Callable[[Any, Console], int | None]] = {
+    "demo": demo,
+    "select": select,
+    "score": score,
+    "reselect": reselect,
+    "generate": generate,
+    "prefix": prefix,
+    "leaf": leaf,
+    "train": train,
+    "evaluate": evaluate,
+    "distill": distill,
+    "diagnose": diagnose,
+    "report": report,
+    "tune": tune,
+    "doctor": doctor,
+    "env": env,
 }
+"""Functions by the name of the command; their configs are in configs.py."""
 
 
 def run_command(name: str, config: Any, console: Console, words: Sequence[str] = ()) -> int:
@@ -290,10 +300,11 @@ def run_command(name: str, config: Any, console: Console, words: Sequence[str] =
 
     words: what `doctor` examines, a command and its flags. Returns the exit code.
     """
+    transformers_logging.disable_progress_bar()
     limit_torch_threads()
     config = expand_home(config)
     if name == "doctor":
         return doctor(config, console, words)
     if name in EXAMINED_FIRST and is_main_process():
         examine_first(name, config, console)
-    return COMMANDS[name][1](config, console) or 0
+    return COMMANDS[name](config, console) or 0

@@ -16,9 +16,9 @@ from support.toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
 from genssd import cli
 from genssd.cli import main
-from genssd.distill.score.prefix import PrefixConfig
-from genssd.distill.select.generate import GenerateConfig
-from genssd.distill.select.run import SelectConfig
+from genssd.distill.score.prefix_config import PrefixConfig
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.config import TrainConfig
 from genssd.engine.errors import InputError
 from genssd.engine.launches import LaunchRecord

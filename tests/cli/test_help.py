@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from genssd.commands import COMMANDS
+from genssd.configs import CONFIGS
 
 
 def dataclasses_of(config_class: type) -> Iterator[type]:
@@ -25,9 +25,9 @@ def dataclasses_of(config_class: type) -> Iterator[type]:
                 yield from dataclasses_of(nested)
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("command", sorted(CONFIGS))
 def test_every_flag_has_a_help_text(command: str) -> None:
-    for config_class in dict.fromkeys(dataclasses_of(COMMANDS[command][0])):
+    for config_class in dict.fromkeys(dataclasses_of(CONFIGS[command])):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
         assert isinstance(tree, ast.ClassDef)
         for node, following in zip(tree.body, [*tree.body[1:], None], strict=True):
