@@ -39,7 +39,7 @@ class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
     """Number of samples per problem for avg@k, in addition to the greedy response; 0: greedy only."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the samples are drawn."""
-    max_tokens: int = 2048
+    max_tokens: int = 4096
     """Maximum number of tokens in a response."""
     seed: int = 0
     """Seed of the samples."""

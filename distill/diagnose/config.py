@@ -71,7 +71,7 @@ class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
     halves of them."""
     budget: int = 2048
     """Maximum number of completions per question; nodes beyond it are left out, and counted."""
-    max_tokens: int = 2048
+    max_tokens: int = 4096
     """Maximum number of tokens in a response, rollout and completion together. A response that is cut off counts as
     failed."""
     sampling: Sampling = field(default_factory=Sampling)

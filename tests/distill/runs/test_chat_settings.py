@@ -70,7 +70,7 @@ def test_a_date_is_read() -> None:
 def test_variables_may_be_an_object_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("chat_template_kwargs: {enable_thinking: false}\n")
-    assert flags_of_file(path, GenerateConfig) == ["--chat_template_kwargs", '{"enable_thinking": false}']
+    assert flags_of_file(path, GenerateConfig, "generate") == ["--chat_template_kwargs", '{"enable_thinking": false}']
 
 
 def test_variables_of_one_model_are_told_apart() -> None:
