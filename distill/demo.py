@@ -96,7 +96,7 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
         },
     }
     write_json(output_dir / "demo.json", result)
-    screen.print(f"{seconds:.0f} s in all. Journals, decisions, students and demo.json are in {output_dir}")
+    screen.print(f"{seconds:.0f} s in all")
     return result
 
 

@@ -44,6 +44,7 @@ from genssd.engine.amounts import format_count
 from genssd.engine.outcomes import SPECIAL
 from genssd.engine.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
+from genssd.outputs import print_outputs
 from genssd.printing import (
     list_counts,
     list_statuses,
@@ -63,6 +64,7 @@ EXAMINED_FIRST = frozenset(("select", "train", "distill"))
 
 def demo(config: DemoConfig, console: Console) -> None:
     run_demo(config, Console(), console)
+    print_outputs("demo", config.output_dir)
 
 
 def select(config: SelectConfig, console: Console) -> None:
@@ -78,7 +80,10 @@ def select(config: SelectConfig, console: Console) -> None:
         print(f"rounds: {', '.join(f'{count:,} {name}' for name, count in sorted(summary.rounds.items()))}")
     print_accuracy(summary.accuracy)
     print_cuts(summary.cuts, summary.prompts)
-    print(f"nothing was written to {summary.path}" if is_empty else f"written to {summary.path}")
+    if is_empty:
+        print(f"nothing was written to {summary.path}")
+    else:
+        print_outputs("select", summary.path.parent)
     if summary.drifted:
         warn(
             f"{format_count(summary.drifted, 'response')} whose tokens of the student were others chunk by chunk than "
@@ -112,7 +117,7 @@ def generate(config: GenerateConfig, console: Console) -> None:
         )
     print_accuracy(summary.accuracy)
     print_cuts(summary.cuts, sum(summary.statuses.values()))
-    print(f"written to {summary.path}")
+    print_outputs("generate", summary.path.parent)
     raise_for_problems(summary.bad_rows, len(summary.failures), summary.path.parent)
 
 
@@ -133,7 +138,7 @@ def prefix(config: PrefixConfig, console: Console) -> None:
     if (warning := warn_of_unmarked(counts)) is not None:
         warn(warning, console)
     print_undecided(summary.undecided)
-    print(f"written to {summary.output_dir}")
+    print_outputs("prefix", summary.output_dir)
     raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
@@ -144,7 +149,7 @@ def leaf(config: LeafConfig, console: Console) -> None:
         f"{format_count(summary.traces, 'trace')}, {format_count(summary.counterfactuals, 'counterfactual')} beside "
         "them"
     )
-    print(f"written to {summary.output_dir}")
+    print_outputs("leaf", summary.output_dir)
     raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
@@ -162,7 +167,7 @@ def train(config: TrainConfig, console: Console) -> None:
         f"{format_count(summary.tokens, 'completion token')} in "
         f"{summary.seconds:.1f} s; last loss {summary.loss:.4f}"
     )
-    print(f"written to {summary.output_dir}")
+    print_outputs("train", summary.output_dir)
 
 
 def distill(config: DistillConfig, console: Console) -> None:
@@ -173,7 +178,8 @@ def distill(config: DistillConfig, console: Console) -> None:
             with line.paused():
                 print(reached)
             return
-    print(f"written to {config.output_dir}; the student is {student}")
+    print(f"the student is {student}")
+    print_outputs("distill", config.output_dir)
     raise_for_bad_rows("could not be used; all others were", bad_rows, Path(config.output_dir))
 
 
@@ -202,7 +208,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     print(f"{result.mean_tokens:.0f} tokens per response, {result.unfinished} cut off")
     print_undecided(result.undecided)
     print_cuts(result.cuts, len(result.correct))
-    print(f"written to {config.output_dir}")
+    print_outputs("evaluate", config.output_dir)
     raise_for_bad_rows("could not be evaluated; all others were", result.not_evaluated, Path(config.output_dir))
 
 
@@ -228,7 +234,7 @@ def score(config: ScoreConfig, console: Console) -> None:
     if summary.teachers and summary.incomplete:
         print(f"left out of the ranking: {format_count(summary.incomplete, 'prompt')} that some teacher did not answer")
     print("\n".join(format_controls(summary.controls)))
-    print(f"written to {summary.output_dir}; look at {summary.output_dir / 'report.html'}")
+    print_outputs("score", summary.output_dir)
     raise_for_bad_rows("could not be scored; all others were", summary.bad_rows, summary.output_dir)
 
 
@@ -244,7 +250,7 @@ def diagnose(config: DiagnoseConfig, console: Console) -> None:
         f"{format_count(costs.prefix_tokens, 'token')} "
         f"computed in front of them, {costs.naive_prefix_tokens:,} with a fresh generation per forced token"
     )
-    print(f"written to {summary.output_dir}; look at {summary.output_dir / 'diagnosis.html'}")
+    print_outputs("diagnose", summary.output_dir)
     raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
@@ -264,8 +270,9 @@ def reselect(config: ReselectConfig, console: Console) -> None:
     print(
         f"{format_count(summary.pairs, 'preference pair')} ({summary.exact_pairs} exact) and "
         f"{format_count(summary.steps, 'stepwise row')} by "
-        f"{summary.criterion}; written to {summary.output_dir}"
+        f"{summary.criterion}"
     )
+    print_outputs("reselect", summary.output_dir)
 
 
 def tune(config: TuneConfig, console: Console) -> None:

@@ -80,7 +80,6 @@ def _find_default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-@cache
 def read_help(config_class: type) -> dict[str, str]:
     """Return the docstring of every field of a config, those that it inherits included, each as one line."""
     texts: dict[str, str] = {}
@@ -90,6 +89,7 @@ def read_help(config_class: type) -> dict[str, str]:
     return texts
 
 
+@cache
 def _read_own_help(config_class: type) -> dict[str, str]:
     """Return the docstrings of the fields that stand in the body of a class."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body

@@ -11,6 +11,7 @@ from typing import Any
 from genssd.engine.criterion_names import list_usages
 from genssd.flag_groups import group_flags
 from genssd.flag_list import Flag, list_flags
+from genssd.outputs import OUTPUTS
 
 MIN_WIDTH, MAX_WIDTH = 60, 120
 """Least and largest number of columns that are written, whatever the terminal has."""
@@ -45,6 +46,10 @@ def render_help(command: str, config_class: type) -> str:
                 nested = flag.name.rpartition(".")[0].replace("_", "-")
                 lines += textwrap.wrap(f"{nested}: {section}", width - 2, initial_indent="  ", subsequent_indent="  ")
             lines += _format_entry(flag.spell(), describe_flag(flag), width)
+    if command in OUTPUTS:
+        lines += ["", "files in the output directory:"]
+        for name, text in OUTPUTS[command].items():
+            lines += _format_entry(name, text, width)
     lines += ["", "for every command:"]
     for words, text in COMMON[-1:] if has_own else COMMON:
         lines += _format_entry(words, text, width)
