@@ -23,12 +23,15 @@ from rich.text import Text
 
 from genssd.distill.answers.intervals import paired_difference
 from genssd.distill.console import ProgressLine, report_training
-from genssd.distill.evaluating import EvaluateConfig, Evaluation, run_evaluate
+from genssd.distill.demo_config import DemoConfig
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import Evaluation, run_evaluate
 from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.engines import load_engine
 from genssd.distill.runs.journal import complete_rows, read_json, write_json, write_jsonl
-from genssd.distill.runs.settings import FileName
 from genssd.distill.runs.writing import remove_directory
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.select.summary import SelectSummary
 from genssd.distill.small_pair.problems import STYLES, Problem, detect_style, make_problems, solves
 from genssd.distill.train.config import TrainConfig
@@ -36,10 +39,8 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 from genssd.engine.selection import Selection
-from genssd.engine.threads import check_threads
 
 PAIR = Path(__file__).with_name("small_pair")
 STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution
@@ -47,36 +48,6 @@ MAX_TOKENS = 192
 SOLUTION = Chunk(tokens=MAX_TOKENS, until=None)
 MEMORY_BYTES = 1 << 29
 CHUNK_OF_ARM = {"standard": STEP, "selected": STEP, "post-hoc": SOLUTION}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoConfig:
-    """Distil the small teacher into the small student twice, with and without selection, and compare."""
-
-    output_dir: FileName[str] = "runs/demo"
-    """Directory of the demo; an earlier demo in it is replaced."""
-    prompts: int = 800
-    """Number of problems that the teacher writes solutions for."""
-    candidates: int = 4
-    """Number of continuations per step that the student chooses from."""
-    train_tokens: int = 1_000_000
-    """Number of completion tokens that each student is trained on."""
-    learning_rate: float = 2e-3
-    """Learning rate of each student's training."""
-    batch_size: int = 48
-    """Number of examples in one optimizer step."""
-    eval_problems: int = 200
-    """Number of held-out problems that every student is evaluated on."""
-    post_hoc: bool = False
-    """Train a third student on the best of the same number of whole solutions, chosen after they are written."""
-    threads: int | None = None
-    """Number of CPU threads. None: every part of the demo chooses, as the commands do."""
-    seed: int = 0
-    """Seed of the problems, of sampling and of training."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_threads(self.threads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +74,7 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
     write_jsonl(eval_file, _rows(make_problems(config.eval_problems, config.seed + 1000, split="eval")))
 
     options = EngineOptions(dtype="float32", memory_bytes=MEMORY_BYTES, threads=config.threads)
-    engine = options.load(teacher=str(PAIR / "teacher"), student=str(PAIR / "student"))
+    engine = load_engine(options, teacher=str(PAIR / "teacher"), student=str(PAIR / "student"))
     _show_steering(engine, config, screen)
     before = _evaluate(PAIR / "student", "cold start", config, output_dir, progress)
     # one candidate per step is standard distillation; one step for the whole solution is post-hoc best-of-N
@@ -125,7 +96,7 @@ def run_demo(config: DemoConfig, screen: Console, progress: Console) -> Mapping[
         },
     }
     write_json(output_dir / "demo.json", result)
-    screen.print(f"{seconds:.0f} s in all. Journals, decisions, students and demo.json are in {output_dir}")
+    screen.print(f"{seconds:.0f} s in all")
     return result
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.intervals import Estimate, wilson, wilson_of_groups
@@ -30,58 +30,21 @@ from genssd.distill.data.problems import (
     read_usable_problems,
 )
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
-from genssd.distill.runs.chat_settings import ChatSettings
-from genssd.distill.runs.effects import Need, Needs, check_effects
-from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.engines import open_engine
 from genssd.distill.runs.journal import damaged_line
-from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.errors import CapacityError
 from genssd.engine.generation import Completion
-from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 
 MAX_LISTED = 10
 """Maximum number of problems that an error message lists."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
-    """Measure a model's accuracy."""
-
-    NEEDS: ClassVar[Needs] = {
-        name: Need(lambda o: o.samples > 0, "a number of samples above 0")
-        for name in ("sampling", "generation_config", "seed")
-    }
-
-    model: ModelPath[str]
-    """Hub id or local directory of the model."""
-    # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
-    data: Operational[FileName[str]]
-    """Data file of problems, as for select, with an answer | solution | target field."""
-    output_dir: Operational[FileName[str]] = "runs/evaluate"
-    """Directory that the results are written to."""
-    resume: Operational[bool] = False
-    """Continue an interrupted run: problems that are in the journal are not run again."""
-    limit: Operational[int | None] = None
-    """Take only the first rows of the data."""
-    samples: int = 0
-    """Number of samples per problem for avg@k, in addition to the greedy response; 0: greedy only."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How the samples are drawn."""
-    max_tokens: int = 2048
-    """Maximum number of tokens in a response."""
-    seed: int = 0
-    """Seed of the samples."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.samples < 0:
-            raise InputError(f"samples must be >= 0, not {self.samples}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +85,7 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
         done = _find_done(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.model, report=report))
+        engine = run.use(open_engine(config, engine, run.chat_options, student=config.model, report=report))
         readable = leave_out_unfit(data, engine, ("student",))
         failures = readable.data.list_bad_rows(_evaluate(run, config, engine, readable, done, report))
         if next(run.done(), None) is None:

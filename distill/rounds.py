@@ -16,102 +16,39 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from genssd.distill.console import report_training
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, iter_file_questions, list_problems
 from genssd.distill.data.problems import ProblemRow, describe_problems
-from genssd.distill.evaluating import EvaluateConfig, read_answered_problems, run_evaluate
+from genssd.distill.distill_config import DistillConfig
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import read_answered_problems, run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.round_data import RoundProblems, keep_trajectories
 from genssd.distill.runs.chat_settings import PairChatSettings
-from genssd.distill.runs.effects import Need, Needs, check_effects
+from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line, read_number, read_texts, write_json
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.served_teacher import SERVED_NEEDS
-from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.served_teacher import find_fingerprints
 from genssd.distill.runs.writing import remove_directory
-from genssd.distill.select.run import SelectConfig, SelectSettings, run_select
+from genssd.distill.select.calibration import check_search
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.checkpoints import list_checkpoints
-from genssd.distill.train.config import TrainConfig, TrainSettings
+from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.options_check import check_types
 from genssd.engine.parameters import count_stored_parameters
-from genssd.engine.threads import check_threads, choose_training_threads
+from genssd.engine.threads import choose_training_threads
 
 MAX_LISTED = 10
 """Maximum number of rows that an error message lists."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillConfig(PairChatSettings):
-    """Rounds in which the student chooses what the teacher writes and is then trained on it."""
-
-    NEEDS: ClassVar[Needs] = {
-        "eval_limit": Need(lambda o: o.eval_data is not None, "eval_data"),
-        "allow_eval_overlap": Need(
-            lambda o: o.eval_data is not None or bool(o.train.eval_data), "eval_data or train.eval_data"
-        ),
-        **{f"select.{name}": need for name, need in SERVED_NEEDS.items()},
-    }
-
-    teacher: ModelPath[str]
-    """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
-    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
-    student: ModelPath[str]
-    """Hub id or local directory of the model to train; it scores in the first round."""
-    data: DataFile[str]
-    """Data file of problems, as for select."""
-    output_dir: Operational[FileName[str]] = "runs/distill"
-    """Directory that all rounds are written to."""
-    resume: Operational[bool] = False
-    """Continue an interrupted run. More rounds may be asked for than before."""
-    rounds: Operational[int] = 2
-    """Number of rounds."""
-    prompts_per_round: int | None = None
-    """Number of problems in a round: each round takes the next ones, and starts again at the end of the file. Rows that
-    cannot be used are left out and do not count. None: every round takes all problems."""
-    threads: Operational[int | None] = None
-    """Number of CPU threads of all parts. None: every part chooses, as its command does; --select.threads and
-    --train.threads are those of one part. A resumed run trains with the number that it was begun with."""
-    restart: bool = False
-    """Train every round from the first student, on the trajectories of all rounds so far. Otherwise each round trains
-    the student of the round before, on its own trajectories."""
-    require_correct: bool = True
-    """Train only on trajectories that give the reference answer of their problem. A problem without a reference answer
-    is reported and left out; --no-require-correct trains on all trajectories."""
-    eval_data: DataFile[str | None] = None
-    """Data file of problems with answers, on which every round's student is evaluated."""
-    eval_limit: int | None = None
-    """Take only the first rows of eval_data."""
-    # a guard, which changes no result
-    allow_eval_overlap: Operational[bool] = False
-    """Run also where questions of the data stand in eval_data or train.eval_data, exactly or with other case, spaces
-    or punctuation; summary.json counts them."""
-    select: SelectSettings = field(default_factory=SelectSettings)
-    """How every round selects. The seed of round N is this seed plus N - 1."""
-    train: TrainSettings = field(default_factory=TrainSettings)
-    """How every round trains. These settings may change until the first training begins."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("rounds", "prompts_per_round", "eval_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        check_threads(self.threads)
-        if self.train.fsdp:
-            raise InputError("distill runs in one process: train.fsdp is for `genssd train` under torchrun")
-        if self.train.uses_rows and not self.select.teacher_topk:
-            raise InputError(
-                "train.kd_ratio needs the teacher's top k: give --select.teacher-topk, or a "
-                "train.teacher_model_name_or_path"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +89,7 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
     is on disk.
     """
     check_effects(config)
+    check_search(config.select)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("distill runs in one process, not under torchrun")
     problems = RoundProblems.read(
@@ -166,7 +104,7 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
         overlap.check(is_allowed=config.allow_eval_overlap)
     training_begun = any(Path(config.output_dir).glob("round-*/train/metrics.jsonl"))
     free = () if training_begun else ("train",)
-    fingerprints = config.select.find_fingerprints(config.teacher, None)
+    fingerprints = find_fingerprints(config.select, config.teacher, None)
     with Run.open(
         config, "distill", journal="rounds.jsonl", fingerprints=fingerprints, parts="round-*", free=free
     ) as run:

@@ -13,38 +13,13 @@ from pathlib import Path
 
 import torch
 
-from genssd.distill.runs.settings import FileName, ModelPath
+from genssd.distill.tune_config import TuneConfig
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device, choose_dtype
-from genssd.engine.options_check import check_types
 from genssd.engine.tuning import tune_models
 from genssd.kernels.tuned import TuneFileError, add_entries, card_of, default_path, forget, read_entries
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """Measure the fastest kernel configurations on this GPU for the shapes of models, and keep them in a file."""
-
-    model_name_or_path: ModelPath[str | None] = None
-    """Model to tune for: hub id or local directory, of which only config.json is read."""
-    teacher: ModelPath[str | None] = None
-    """Teacher to tune for: hub id or local directory."""
-    student: ModelPath[str | None] = None
-    """Student to tune for: hub id or local directory."""
-    dtype: str = "auto"
-    """Data type of weights and cache, as in the commands that will use the result. auto: the checkpoint's type."""
-    device: str | None = None
-    """CUDA device to tune on. None: the first one."""
-    tune_file: FileName[str | None] = None
-    """File to add the results to. None: the file that the environment variable GENSSD_TUNE_FILE names, else
-    genssd/tune.json in the user's cache directory. The other commands find another file through that variable alone."""
-    seconds: float = 110.0
-    """Time in seconds after which no further candidate is begun; the fastest ones until then are kept."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

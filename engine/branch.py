@@ -15,10 +15,10 @@ from genssd.engine.amounts import format_count
 from genssd.engine.candidate import ActivationMeans, Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.options_check import check_count
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import ByteSpans, Reading
-from genssd.engine.runner import Role
 from genssd.engine.sampling import child_stream
 from genssd.engine.state_rows import StateRow
 from genssd.engine.tree import Path

@@ -10,18 +10,21 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import AnyCriterion, Candidate, Criterion, PoolCriterion, RatioCriterion
+from genssd.engine.criterion import AnyCriterion, Criterion, PoolCriterion, RatioCriterion
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.imported_criteria import describe_failure
 from genssd.engine.quoting import quote
 
+if TYPE_CHECKING:
+    from genssd.engine.candidate import Candidate
+
 OWN_PACKAGE = "genssd."
 """Beginning of the names of our own modules, whose exceptions are mistakes of ours."""
+OUT_OF_MEMORY = "OutOfMemoryError"
+"""Name of torch's exception where a device has no memory left; this file does not import torch."""
 
 
 def call_score(criterion: Criterion, candidate: Candidate) -> float:
@@ -99,10 +102,10 @@ def _naming(criterion: object, method: str) -> Iterator[None]:
     """Turn what a user's criterion raises into InputError that names the criterion and the place."""
     try:
         yield
-    except (GenssdError, MemoryError, torch.OutOfMemoryError):
+    except (GenssdError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        if type(criterion).__module__.startswith(OWN_PACKAGE):
+        if type(criterion).__module__.startswith(OWN_PACKAGE) or type(error).__name__ == OUT_OF_MEMORY:
             raise
         where = describe_failure(error, _find_file(criterion))
         raise InputError(f"the criterion {_name(criterion)} failed in {method}(): {where}") from error

@@ -1,58 +1,63 @@
-"""Criteria by name: registered, with options, combined, or imported from a user's own module."""
+"""Criteria by name: registered, with options, combined, or imported from a user's own module.
+
+The criteria of genssd are registered by the place of their class, and imported when one is made: the names of criteria
+are options of commands, which are read before torch is imported.
+"""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from genssd.engine.candidate import (
-    AnyCriterion,
-    Candidate,
-    Criterion,
-    PoolCriterion,
-    needs_answer,
-    needs_teacher,
-    needs_verdict,
-    not_in_search,
-)
-from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
-from genssd.engine.criteria.controls import Length, Random
-from genssd.engine.criteria.grounding import GroundedActions, TargetedObservationRatio
-from genssd.engine.criteria.learning_cost import LearningCost
-from genssd.engine.criteria.learning_gain import Lark
-from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal, RsdAccept, SurprisalBand
-from genssd.engine.criteria.progress import AnswerProgress
-from genssd.engine.criteria.reference_answer import RationaleDifficulty
-from genssd.engine.criteria.teacher import TeacherLogprob, TeacherStudentGap
-from genssd.engine.criteria.verdict import CorrectThenAligned
-from genssd.engine.criterion_calls import call_features, call_score, call_score_pool, is_higher_better
+from genssd.engine.closest import suggest
+from genssd.engine.criteria.weighted_rank import WeightedRank
+from genssd.engine.criterion import AnyCriterion, Criterion, PoolCriterion
 from genssd.engine.errors import InputError
 from genssd.engine.imported_criteria import describe_failure, import_object
 from genssd.engine.options_check import check_value
 
-_MAKERS: dict[str, Callable[..., AnyCriterion]] = {
-    "ppl": Perplexity,
-    "lalp": LocalNaturalness,
-    "rsr": RankSurprisal,
-    "aslec_drop": AslecDrop,
-    "aslec_casl": AslecCasl,
-    "lark": Lark,
-    "divergence": TeacherStudentGap,
-    "rsd_accept": RsdAccept,
-    "rationale_difficulty": RationaleDifficulty,
-    "scas": LearningCost,
-    "progress": AnswerProgress,
-    "brts": CorrectThenAligned,
-    "tor": TargetedObservationRatio,
-    "egs": GroundedActions,
-    "surprisal_band": SurprisalBand,
-    "length": Length,
-    "teacher_logprob": TeacherLogprob,
-    "random": Random,
+OPTION_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+"""Kinds of parameters that can be options, which are given by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A criterion of genssd that has not been imported yet."""
+
+    place: str
+    """File under engine/criteria and class, with a colon between them."""
+    options: tuple[str, ...] = ()
+    """Names of the options."""
+
+    def load(self) -> Callable[..., AnyCriterion]:
+        """Import the class."""
+        maker: Callable[..., AnyCriterion] = import_object(f"genssd.engine.criteria.{self.place}")
+        return maker
+
+
+_MAKERS: dict[str, BuiltIn | Callable[..., AnyCriterion]] = {
+    "ppl": BuiltIn("likelihood:Perplexity", ("scope", "window", "norm", "reduce")),
+    "lalp": BuiltIn("by_step:LocalNaturalness", ("steps", "share")),
+    "rsr": BuiltIn("likelihood:RankSurprisal", ("r_max", "scope", "eps")),
+    "aslec_drop": BuiltIn("by_step:AslecDrop", ("skip_tokens",)),
+    "aslec_casl": BuiltIn("by_step:AslecCasl", ("gamma",)),
+    "lark": BuiltIn("learning_gain:Lark"),
+    "divergence": BuiltIn("teacher:TeacherStudentGap"),
+    "rsd_accept": BuiltIn("likelihood:RsdAccept", ("probability", "top")),
+    "rationale_difficulty": BuiltIn("reference_answer:RationaleDifficulty", ("before_answer", "last_steps")),
+    "scas": BuiltIn("learning_cost:LearningCost", ("prompt_weight",)),
+    "progress": BuiltIn("progress:AnswerProgress", ("reduce", "segments", "before_answer", "last_steps")),
+    "brts": BuiltIn("verdict:CorrectThenAligned", ("top",)),
+    "tor": BuiltIn("grounding:TargetedObservationRatio"),
+    "egs": BuiltIn("grounding:GroundedActions"),
+    "surprisal_band": BuiltIn("likelihood:SurprisalBand", ("low", "high")),
+    "length": BuiltIn("controls:Length", ("scope", "longest")),
+    "teacher_logprob": BuiltIn("teacher:TeacherLogprob"),
+    "random": BuiltIn("controls:Random"),
 }
 
 
@@ -71,6 +76,27 @@ def registered_criteria() -> list[str]:
     return sorted(_MAKERS)
 
 
+def list_usages() -> list[str]:
+    """Return every registered criterion with the names of its options, as help texts list them, sorted by name."""
+    usages = []
+    for name in registered_criteria():
+        maker = _MAKERS[name]
+        options = maker.options if isinstance(maker, BuiltIn) else _list_options(maker) or ()
+        usages.append(f"{name}({', '.join(options)})" if options else name)
+    return usages
+
+
+def check_criterion(criterion: str) -> None:
+    """Raise InputError on a name of a criterion or of an option that is not known, without importing any criterion.
+
+    Import paths, and the values of options, are left to `resolve`.
+    """
+    for term in _iter_terms(criterion):
+        maker = None if ":" in term.name else _find_maker(term, criterion)
+        if isinstance(maker, BuiltIn):
+            _check_option_names(term, maker.options, criterion)
+
+
 def resolve(criterion: str | AnyCriterion) -> AnyCriterion:
     """Return the criterion of a name, or the object itself.
 
@@ -85,84 +111,39 @@ def resolve(criterion: str | AnyCriterion) -> AnyCriterion:
                 "PoolCriterion"
             )
         return criterion
-    terms = [_term(term.strip(), criterion) for term in _split(criterion, "+")]
-    if len(terms) == 1 and terms[0][0] is None:
-        return terms[0][1]
-    return WeightedRank(parts=tuple((1.0 if weight is None else weight, part) for weight, part in terms))
+    terms = list(_iter_terms(criterion))
+    if len(terms) == 1 and terms[0].weight is None:
+        return _make(terms[0], criterion)
+    parts = tuple((1.0 if term.weight is None else term.weight, _make(term, criterion)) for term in terms)
+    return WeightedRank(parts=parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightedRank:
-    """Weighted sum of the candidates' ranks under several criteria; lower is better.
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """One summand of what a user wrote."""
 
-    0 is the rank of a prompt's best candidate; equal candidates have the mean of their ranks.
-    """
-
-    parts: tuple[tuple[float, AnyCriterion], ...]
-    """Weight and criterion of each summand."""
-
-    def __post_init__(self) -> None:
-        if any(isinstance(part, PoolCriterion) and part.pool == "data" for _, part in self.parts):
-            raise InputError("a criterion that is fitted over all of the data cannot be ranked within a prompt")
-
-    @property
-    def pool(self) -> Literal["prompt", "data"]:
-        return "prompt"
-
-    @property
-    def needs_answer(self) -> bool:
-        """Whether the prompts need reference answers."""
-        return any(needs_answer(part) for _, part in self.parts)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the criterion reads the log-probabilities of the writing model."""
-        return any(needs_teacher(part) for _, part in self.parts)
-
-    @property
-    def needs_verdict(self) -> bool:
-        """Whether the criterion reads whether a response is correct."""
-        return any(needs_verdict(part) for _, part in self.parts)
-
-    @property
-    def not_in_search(self) -> str | None:
-        """Why the search cannot use the criterion; None where it can."""
-        return next(filter(None, (not_in_search(part) for _, part in self.parts)), None)
-
-    @property
-    def num_features(self) -> int:
-        return sum(_width(part) for _, part in self.parts)
-
-    def features(self, candidate: Candidate) -> tuple[float, ...]:
-        values: list[float] = []
-        for _, part in self.parts:
-            values += (
-                call_features(part, candidate) if isinstance(part, PoolCriterion) else (call_score(part, candidate),)
-            )
-        return tuple(values)
-
-    def score_pool(self, features: Sequence[tuple[float, ...]]) -> list[float]:
-        totals = [0.0] * len(features)
-        unread = list(features)
-        for weight, part in self.parts:
-            columns, unread = [row[: _width(part)] for row in unread], [row[_width(part) :] for row in unread]
-            values = call_score_pool(part, columns) if isinstance(part, PoolCriterion) else [row[0] for row in columns]
-            sign = -1.0 if is_higher_better(part) else 1.0
-            for i, rank in enumerate(_mean_ranks([sign * value for value in values])):
-                totals[i] += weight * rank if values[i] == values[i] else math.nan  # NaN is the caller's to report
-        return totals
-
-    def higher_is_better(self) -> bool:
-        return False
+    weight: float | None
+    """None where none is written."""
+    name: str
+    """Registered name or import path."""
+    options: dict[str, Any]
 
 
-def _width(part: AnyCriterion) -> int:
-    return part.num_features if isinstance(part, PoolCriterion) else 1
-
-
-def _mean_ranks(keys: Sequence[float]) -> list[float]:
-    """Return the rank of each key, 0 for the smallest; equal keys have the mean of their ranks."""
-    return [sum(k < key for k in keys) + (sum(k == key for k in keys) - 1) / 2 for key in keys]
+def _iter_terms(text: str) -> Iterator[_Term]:
+    """Yield the summands of a text. Raises InputError on weights and options that cannot be read."""
+    for part in _split(text, "+"):
+        term, factor = part.strip(), None
+        weight, star, rest = term.partition("*")
+        if star and "(" not in weight:
+            try:
+                factor = float(weight)
+            except ValueError:
+                factor = math.nan
+            if not math.isfinite(factor):
+                raise InputError(f"criterion {text!r}: {weight.strip()!r} is no weight")
+            term = rest.strip()
+        name, bracket, _ = term.partition("(")
+        yield _Term(factor, name, _read_options(term, text) if bracket else {})
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -185,66 +166,87 @@ def _split(text: str, separator: str) -> list[str]:
     return [*parts, current]
 
 
-def _term(term: str, full_name: str) -> tuple[float | None, AnyCriterion]:
-    """Return weight and criterion of one summand; the weight of a criterion without one is None."""
-    weight, star, name = term.partition("*")
-    if star and "(" not in weight:
-        try:
-            factor = float(weight)
-        except ValueError:
-            factor = math.nan
-        if not math.isfinite(factor):
-            raise InputError(f"criterion {full_name!r}: {weight.strip()!r} is no weight")
-        return factor, _named(name.strip(), full_name)
-    return None, _named(term, full_name)
-
-
-def _named(text: str, full_name: str) -> AnyCriterion:
-    """Return the criterion of a name with or without options. full_name: what the user wrote, for messages."""
-    name, bracket, _ = text.partition("(")
-    options = _options(text, full_name) if bracket else {}
-    try:
-        return _made(name, options)
-    except InputError as error:
-        raise InputError(f"criterion {full_name!r}: {error}") from error.__cause__
-
-
-def _made(name: str, options: dict[str, Any]) -> AnyCriterion:
-    """Return the criterion of a name or import path, made with options. Raises InputError without the full name."""
-    maker: Any = import_object(name) if ":" in name else _MAKERS.get(name)
+def _find_maker(term: _Term, full_name: str) -> BuiltIn | Callable[..., AnyCriterion]:
+    """Return what makes the criterion of a registered name. full_name: what the user wrote, for messages."""
+    maker = _MAKERS.get(term.name)
     if maker is None:
-        raise InputError(f"unknown criterion {name!r}; registered: {', '.join(registered_criteria())}")
-    if not callable(maker):
-        if options:
-            raise InputError(f"{name} is an object already and takes no options")
-        return resolve(maker)
-    _check_option_names(name, maker, options)
+        names = registered_criteria()
+        raise _refuse(
+            full_name, f"unknown criterion {term.name!r}; registered: {', '.join(names)}{suggest(term.name, names)}"
+        )
+    return maker
+
+
+def _make(term: _Term, full_name: str) -> AnyCriterion:
+    """Return the criterion of a name or import path, made with options."""
     try:
-        made = maker(**options)
+        maker: Any = import_object(term.name) if ":" in term.name else _find_maker(term, full_name)
+    except InputError as error:
+        raise _refuse(full_name, error) from error.__cause__
+    maker = maker.load() if isinstance(maker, BuiltIn) else maker
+    try:
+        if not callable(maker):
+            if term.options:
+                raise InputError(f"{term.name} is an object already and takes no options")
+            return resolve(maker)
+        _check_option_names(term, _list_options(maker), full_name)
+        _check_needed_options(term, maker)
+        return resolve(_call(maker, term.options))
+    except InputError as error:
+        raise _refuse(full_name, error) from error.__cause__
+
+
+def _call(maker: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Return what a maker makes. Raises InputError naming the place where the constructor of a user's class raises."""
+    try:
+        return maker(**options)
     except InputError:
         raise
-    except Exception as error:  # the constructor of a user's own class
+    except Exception as error:
         raise InputError(describe_failure(error)) from error
-    return resolve(made)
 
 
-def _check_option_names(name: str, maker: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Raise InputError on an option that a criterion does not have, and on one that it needs."""
+def _refuse(full_name: str, reason: object) -> InputError:
+    """Return the error that names what the user wrote, unless the reason names it already."""
+    start = f"criterion {full_name!r}: "
+    text = str(reason)
+    return InputError(text if text.startswith(start) else f"{start}{text}")
+
+
+def _read_parameters(maker: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """Return the parameters of a callable; None of a function in C without a signature."""
     try:
-        parameters = inspect.signature(maker).parameters.values()
-    except ValueError:  # a function in C without a signature
+        return list(inspect.signature(maker).parameters.values())
+    except ValueError:
+        return None
+
+
+def _list_options(maker: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Return the names of the options of a criterion; None where it takes any."""
+    parameters = _read_parameters(maker)
+    if parameters is None or any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return None
+    return tuple(p.name for p in parameters if p.kind in OPTION_KINDS)
+
+
+def _check_option_names(term: _Term, known: Sequence[str] | None, full_name: str) -> None:
+    """Raise InputError on an option that a criterion does not have. known: None allows any."""
+    if known is None:
         return
-    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    unknown = [option for option in options if option not in known]
-    if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
-        has = f"it has: {', '.join(known)}" if known else "it has none"
-        raise InputError(f"{name} has no option {unknown[0]}; {has}")
-    missing = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]
-    if missing:
-        raise InputError(f"{name} needs the option {missing[0]}: {name}({missing[0]}=...)")
+    for option in term.options:
+        if option not in known:
+            has = f"it has: {', '.join(known)}{suggest(option, known)}" if known else "it has none"
+            raise _refuse(full_name, f"{term.name} has no option {option}; {has}")
 
 
-def _options(text: str, full_name: str) -> dict[str, Any]:
+def _check_needed_options(term: _Term, maker: Callable[..., Any]) -> None:
+    """Raise InputError on an option that a criterion needs and that is not given."""
+    for p in _read_parameters(maker) or ():
+        if p.kind in OPTION_KINDS and p.default is p.empty and p.name not in term.options:
+            raise InputError(f"{term.name} needs the option {p.name}: {term.name}({p.name}=...)")
+
+
+def _read_options(text: str, full_name: str) -> dict[str, Any]:
     """Return the keyword arguments of a call written as text; values are literals."""
     try:
         call = ast.parse("f" + text[text.index("(") :], mode="eval").body

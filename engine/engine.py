@@ -17,18 +17,18 @@ from genssd.engine.judging import Judge
 from genssd.engine.language_model import LanguageModel
 from genssd.engine.loaded_engine import LoadedEngine
 from genssd.engine.loading import LoadedModels
+from genssd.engine.model_choices import Role
 from genssd.engine.nodes import Forcing, Fork, iter_force
 from genssd.engine.options_check import check_arguments, check_count
 from genssd.engine.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.requests import check_answers, check_ids, check_positions, check_windows, labels_of
-from genssd.engine.reverse_speculation import ReverseSpeculation
-from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling, prompt_stream
 from genssd.engine.scoring import score
 from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
+from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.kernels.logprob import TokenStats
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from genssd.engine.branch import Branch
 from genssd.engine.chunk import Chunk, ChunkEnd
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 from genssd.engine.text import TextStream, Tokenizer
 
 

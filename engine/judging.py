@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genssd.engine.branch import Branch
-from genssd.engine.candidate import AnyCriterion
 from genssd.engine.choice import draw_order, softmax
+from genssd.engine.criterion import AnyCriterion
 from genssd.engine.criterion_calls import evaluate, evaluate_distinct, is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
+from genssd.engine.outcomes import Verdict
 from genssd.engine.search_options import SearchOptions
-from genssd.engine.selection import CandidateRecord, Verdict
+from genssd.engine.selection import CandidateRecord
 
 
 @dataclass(slots=True, eq=False)

@@ -5,16 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from genssd.engine.basic_config import BasicConfig
 from genssd.engine.model_head import ModelHead
-
-Backend = Literal["auto", "genssd", "transformers"]
-"""Who computes the hidden states of a model: the engine's own decoder, or transformers' class. auto: the own decoder
-where it knows the model_type."""
 
 
 class LanguageModel(Protocol):

@@ -10,17 +10,16 @@ from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.errors import InputError
-from genssd.engine.language_model import Backend
 from genssd.engine.launches import LaunchRecord, describe_launches
 from genssd.engine.loading import load_models
 from genssd.engine.memory import choose_device
+from genssd.engine.model_choices import Backend, Role
 from genssd.engine.nodes import NodeReader
 from genssd.engine.options_check import check_arguments
 from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.reading import Reader
 from genssd.engine.requests import check_sizes
 from genssd.engine.resources import Resources
-from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord

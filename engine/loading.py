@@ -15,7 +15,7 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig, load_config
 from genssd.engine.config_files import read_config
 from genssd.engine.ends import check_ends, describe_foreign_ends, find_foreign_ends
-from genssd.engine.language_model import Backend, LanguageModel
+from genssd.engine.language_model import LanguageModel
 from genssd.engine.launches import describe_launches
 from genssd.engine.memory import (
     cache_budget,
@@ -25,13 +25,14 @@ from genssd.engine.memory import (
     describe_float32,
 )
 from genssd.engine.model import Decoder
+from genssd.engine.model_choices import Backend, Role
 from genssd.engine.page_list import PageList
 from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool, bytes_of_page, page_size_of, pages_within
 from genssd.engine.reading import Reader
 from genssd.engine.requests import check_vocabulary
 from genssd.engine.resources import Resources
-from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.runner import ModelRunner
 from genssd.engine.served.address import is_url
 from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.teacher import ServedTeacher, describe_served

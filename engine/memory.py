@@ -18,9 +18,10 @@ from genssd.engine.config import ModelConfig, load_config
 from genssd.engine.config_files import read_config
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.machine import available_memory
+from genssd.engine.model_choices import Role
 from genssd.engine.page_list import count_promised_bytes
 from genssd.engine.parameters import match_parameters, model_tensors
-from genssd.engine.runner import MAX_ROWS, Role
+from genssd.engine.runner import MAX_ROWS
 from genssd.engine.weights import WeightFiles
 from genssd.kernels.native import bfloat16_instructions
 

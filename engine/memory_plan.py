@@ -17,9 +17,9 @@ import torch
 from genssd.engine.batching import choose_max_batch
 from genssd.engine.config import ModelConfig
 from genssd.engine.memory import available_bytes, cache_budget, count_weight_bytes, count_working_bytes
+from genssd.engine.model_choices import Role
 from genssd.engine.pages import page_size_of, pages_within
 from genssd.engine.parameters import count_cache_values, count_forward_values, count_weights
-from genssd.engine.runner import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,12 +25,13 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Completion, generate
+from genssd.engine.model_choices import Role
 from genssd.engine.options_check import check_count, check_types, check_value
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.requests import check_ids
 from genssd.engine.resources import Resources
 from genssd.engine.room import require_room
-from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import forced_stream
 from genssd.engine.session import Session
 from genssd.engine.threads import computes

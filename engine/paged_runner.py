@@ -16,8 +16,9 @@ from genssd.engine.decode_graph import DecodeGraphs, StagedStep, bucket_for
 from genssd.engine.forward_batch import ForwardBatch
 from genssd.engine.layers import DenseWeights
 from genssd.engine.model import Decoder
+from genssd.engine.model_choices import Role
 from genssd.engine.pages import PagePool
-from genssd.engine.runner import Role, Runner, no_up_projection
+from genssd.engine.runner import Runner, no_up_projection
 from genssd.engine.segments import append_tokens
 from genssd.engine.tree import BranchTree, Path
 from genssd.engine.usage import Usage

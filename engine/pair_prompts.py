@@ -29,8 +29,8 @@ from typing import Literal
 
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.reading import Reader
-from genssd.engine.runner import Role
 from genssd.engine.text import Prompt, Tokenizer, as_messages
 from genssd.engine.thinking import ThinkingMode, ThoughtEnd, find_thinking, read_end
 

@@ -17,9 +17,9 @@ from genssd.engine.errors import CapacityError
 from genssd.engine.expansion import Expansion
 from genssd.engine.generation import Generation, generate
 from genssd.engine.judging import Judge
+from genssd.engine.model_choices import Role
 from genssd.engine.policies import make_policy
 from genssd.engine.resources import EncodedPrompt, Resources
-from genssd.engine.runner import Role
 from genssd.engine.sampling import prompt_stream
 from genssd.engine.scheduler import SearchScheduler
 from genssd.engine.search import PromptSearch

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from genssd.engine.chunk import Chunk
 from genssd.engine.judging import Judge, JudgedCandidate
+from genssd.engine.outcomes import Decision, Verdict
 from genssd.engine.search_options import SearchOptions, Unlearnable
-from genssd.engine.selection import Decision, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

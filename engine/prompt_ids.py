@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

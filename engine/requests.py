@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import AnyCriterion, Window, needs_answer
+from genssd.engine.candidate import Window
+from genssd.engine.criterion import AnyCriterion, needs_answer
 from genssd.engine.errors import CapacityError, CheckpointError, InputError
 from genssd.engine.language_model import LanguageModel
+from genssd.engine.model_choices import Role
 from genssd.engine.options_check import check_count, check_value
 from genssd.engine.quoting import quote
-from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.runner import ModelRunner
 from genssd.engine.text import Prompt, Tokenizer
 
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from genssd.engine.activations import mean_activations
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import ActivationMeans, AnyCriterion, Window, needs_answer
+from genssd.engine.candidate import ActivationMeans, Window
 from genssd.engine.chat_options import ChatOptions
+from genssd.engine.criterion import AnyCriterion, needs_answer
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.page_budget import Reservations
 from genssd.engine.pair_prompts import PairEncoder, render_with
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import Reader
 from genssd.engine.requests import check_ids_below, check_list, check_positions, find_misfit
-from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.runner import ModelRunner
 from genssd.engine.served.teacher import ServedTeacher
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.token_map import TokenMap

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from genssd.engine.branch import Branch
+from genssd.engine.model_choices import Role
 from genssd.engine.prompt_ids import PromptIds
-from genssd.engine.runner import ModelRunner, Role
+from genssd.engine.runner import ModelRunner
 from genssd.engine.shared_prefixes import SharedPrefixes
 from genssd.engine.state_rows import StateRow
 from genssd.engine.tree import Path

@@ -10,40 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from genssd.engine.drawing import Drawn, draw_filtered, hidden_of, logprob_of
-from genssd.engine.errors import InputError
 from genssd.engine.expansion import Lane
-from genssd.engine.options_check import check_types
 from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, attempt_key
+from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.token_runs import nonfinite_logits, response_place
 from genssd.kernels.logprob import NonFiniteLogits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReverseSpeculation:
-    """Rules by which the student accepts the teacher's tokens, and writes its own. The defaults are the paper's."""
-
-    probability: float = 0.01
-    """Minimum probability of an accepted token: the student's, at temperature 1 over the whole vocabulary."""
-    top: int = 20
-    """Maximum rank of an accepted token among the student's likeliest; 1 is the most likely."""
-    tries: int = 5
-    """Number of tokens that the teacher draws before the student writes one."""
-    student: Sampling = Sampling(temperature=0.7, top_k=20, top_p=0.95)
-    """Temperature and filters with which the student writes."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not 0.0 <= self.probability <= 1.0:
-            raise InputError(f"rsd: probability must lie in [0, 1], not {self.probability}")
-        if self.top < 1 or self.tries < 1:
-            raise InputError(f"rsd: top and tries must be at least 1, not {self.top} and {self.tries}")
 
 
 class ReverseSpeculativeDrawing:

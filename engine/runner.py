@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor
 
 from genssd.engine.errors import InputError
 from genssd.engine.language_model import LanguageModel
+from genssd.engine.model_choices import Role
 from genssd.engine.page_list import PageList
 from genssd.engine.tree import BranchTree, Path
 from genssd.engine.usage import Usage
-
-Role = Literal["teacher", "student"]
 
 P = TypeVar("P")
 """A forward pass without the ids of its tokens, as a runner prepares it."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
-from genssd.kernels.sampling import check_options
+from genssd.kernels.options import check_options
 
 _WORD = (1 << 64) - 1
 

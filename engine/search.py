@@ -22,17 +22,9 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.expansion import Expansion
 from genssd.engine.judging import Judge, JudgedCandidate
+from genssd.engine.outcomes import KEPT, STATUSES, Status
 from genssd.engine.policies import Policy, Step, UnlearnableRound
-from genssd.engine.selection import (
-    KEPT,
-    STATUSES,
-    CandidateRecord,
-    ChunkScore,
-    RoundRecord,
-    Selection,
-    Status,
-    Trajectory,
-)
+from genssd.engine.selection import CandidateRecord, ChunkScore, RoundRecord, Selection, Trajectory
 from genssd.kernels.logprob import TopK
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
 from genssd.engine.budget import Budget
-from genssd.engine.candidate import AnyCriterion, not_in_search
 from genssd.engine.chunk import Chunk
+from genssd.engine.closest import suggest_or_list
+from genssd.engine.criterion import AnyCriterion, not_in_search
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 from genssd.engine.loops import LoopGuard
@@ -70,6 +70,16 @@ class SearchOptions:
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
+        self.check_values()
+        criterion = resolve(self.criterion)
+        reason = not_in_search(criterion)
+        if reason is not None:
+            raise InputError(
+                f"{criterion!r} cannot judge chunks: {reason}; use it on finished traces with `genssd score`"
+            )
+
+    def check_values(self) -> None:
+        """Raise InputError on the first option that cannot be used; the criterion, which is not made here, apart."""
         object.__setattr__(self, "chunk", Chunk.of(self.chunk))
         check_types(self, infinite=("threshold",))  # with an infinite one, everything is accepted or nothing
         for name in ("candidates", "beam", "max_tokens"):
@@ -78,12 +88,6 @@ class SearchOptions:
         check_count("max_resamples", self.max_resamples)
         check_count("min_chunk_tokens", self.min_chunk_tokens)
         self._check_policies()
-        criterion = resolve(self.criterion)
-        reason = not_in_search(criterion)
-        if reason is not None:
-            raise InputError(
-                f"{criterion!r} cannot judge chunks: {reason}; use it on finished traces with `genssd score`"
-            )
 
     def _check_policies(self) -> None:
         """Raise InputError on a temperature, a policy or a budget that cannot do what it is for."""
@@ -113,9 +117,7 @@ class SearchOptions:
         names = [field.name for field in dataclasses.fields(SearchOptions)]
         for name in changes:
             if name not in names:
-                closest = difflib.get_close_matches(name, names, n=1)
-                hint = f"; did you mean {closest[0]!r}?" if closest else f"; known: {', '.join(names)}"
-                raise InputError(f"unknown search option {name!r}{hint}")
+                raise InputError(f"unknown search option {name!r}{suggest_or_list(name, names)}")
         return SearchOptions(**{**{name: getattr(self, name) for name in names}, **changes})
 
 

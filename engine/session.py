@@ -16,14 +16,15 @@ from genssd.engine.drawing import Drawing, WriterDrawing, chunk_topk
 from genssd.engine.errors import CapacityError, InputError, ServerError
 from genssd.engine.expander import Expander
 from genssd.engine.expansion import Expansion
+from genssd.engine.model_choices import Role
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import Reader
 from genssd.engine.rereading import finish_reading
 from genssd.engine.resources import Resources
-from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpeculativeDrawing
-from genssd.engine.runner import Role
+from genssd.engine.reverse_speculation import ReverseSpeculativeDrawing
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.expander import ServedExpander, served_topk
+from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TopK
 

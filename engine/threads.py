@@ -23,8 +23,8 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
 from genssd.engine.machine import available_cores
+from genssd.engine.thread_count import check_threads
 from genssd.kernels.threads import native_threads, num_threads
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ WORK_PER_THREAD = 1_500_000
 """Parameters of a trained model, times the examples in one forward pass, that give work to one more thread of torch.
 
 Measured with examples of 75 tokens (docs/log.md, 2026-11-27, "threads of a long training")."""
-MAX_THREADS = 1024
 REQUESTED, VARIABLE = "as asked for", "OMP_NUM_THREADS"
 """Reasons of a number of threads that the user has decided."""
 
@@ -107,12 +106,6 @@ def choose_training_threads(
 def _describe_work(parameters: int, examples: int) -> str:
     model = f"a model of {parameters:,} parameters"
     return model if examples == 1 else f"{model}, {format_count(examples, 'example')} in a forward pass"
-
-
-def check_threads(threads: int | None) -> None:
-    """Raise InputError on a number of threads below 1 or above MAX_THREADS; None is allowed."""
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise InputError(f"threads must be in 1..{MAX_THREADS}, not {threads}")
 
 
 def limit_torch_threads() -> None:

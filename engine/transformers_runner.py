@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
+from genssd.engine.model_choices import Role
 from genssd.engine.page_list import PageList
 from genssd.engine.path_cache import fork_cache
-from genssd.engine.runner import Role, Runner, no_up_projection
+from genssd.engine.runner import Runner, no_up_projection
 from genssd.engine.threads import effective_threads
 from genssd.engine.transformers_loading import layers_of
 from genssd.engine.transformers_model import TransformersModel

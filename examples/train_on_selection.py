@@ -14,8 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from genssd import Chunk
-from genssd.distill.evaluating import EvaluateConfig, run_evaluate
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import run_evaluate
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.small_pair.problems import make_problems
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train

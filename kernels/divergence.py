@@ -9,7 +9,7 @@ Shapes:  N rows   C rows of a chunk   V student's vocabulary   U teacher's vocab
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -31,9 +31,7 @@ from genssd.kernels.head import (
     squash,
     unsquash_gradient,
 )
-
-VocabularyRule = Literal["restrict", "drop"]
-"""Treatment of token ids that only one of two heads of different widths has: see `linear_divergence`."""
+from genssd.kernels.options import VocabularyRule
 
 
 def linear_divergence(

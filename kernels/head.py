@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from genssd.kernels.linear import linear
+from genssd.kernels.options import COLDEST
 from genssd.kernels.weight import Weight
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2380 << 20}
@@ -29,9 +30,6 @@ gradient of the weight. On CUDA the gradient of the logits takes no memory of it
 
 SLICE = 1 << 20
 """Number of entries that a pass in plain torch computes at a time."""
-
-COLDEST = 1e-30
-"""Smallest temperature above 0. Logits of 1e8 divided by it are finite in float32, whose largest number is 3e38."""
 
 
 class HeadLoss(NamedTuple):

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from genssd import _core
-from genssd.kernels.head import COLDEST, check_head, check_positive, iter_slices, row_logsumexp, squash
+from genssd.kernels.head import check_head, check_positive, iter_slices, row_logsumexp, squash
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import LOGITS_BYTES, NonFiniteLogits
 from genssd.kernels.native import detach, has_native_kernels, runs_natively
+from genssd.kernels.options import check_options
 from genssd.kernels.threads import num_threads
 from genssd.kernels.weight import PackedWeight, Weight, cells_of
 
@@ -226,23 +227,6 @@ def _require_drawn(function: str, token_B: Tensor) -> None:
     """Raise NonFiniteLogits, naming the function and the first row without a token. The host waits for the device."""
     if bool((token_B < 0).any()):
         raise NonFiniteLogits(function, int((token_B < 0).nonzero()[0]))
-
-
-def check_options(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Raise ValueError naming the first sampling option that is out of range."""
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be >= 0 and finite, not {temperature}")
-    if 0.0 < temperature < COLDEST:
-        raise ValueError(
-            f"temperature must be 0, for the most likely token, or at least {COLDEST:g}, not {temperature:g}: logits "
-            "divided by less become infinite"
-        )
-    if top_k < 0:
-        raise ValueError(f"top_k must be >= 0 (0 keeps all tokens), not {top_k}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
-    if not 0.0 <= min_p < 1.0:
-        raise ValueError(f"min_p must be in [0, 1), not {min_p}")
 
 
 def keep_likely(z_BV: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:

@@ -10,7 +10,7 @@ Shapes:  N rows   C rows of a chunk   V student's vocabulary   D student's width
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -33,9 +33,7 @@ from genssd.kernels.head import (
     squash,
     unsquash_gradient,
 )
-
-TailRule = Literal["bucket", "renormalize"]
-"""Treatment of the tokens outside the teacher's top k: see `topk_divergence`."""
+from genssd.kernels.options import TailRule
 
 
 def topk_divergence(

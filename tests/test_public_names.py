@@ -62,7 +62,7 @@ def signature_types(name: str, public: Any) -> Iterator[tuple[str, type]]:
             if field not in INTERNAL.get(name, ()) and not field.startswith("_"):
                 yield from ((f"{name}.{field}", part) for part in own_types(hint))
     for member, function in members(public):
-        for where, hint in typing.get_type_hints(function).items():
+        for where, hint in typing.get_type_hints(function, localns=CLASSES).items():
             yield from ((f"{name}.{member}, {where}", part) for part in own_types(hint))
 
 

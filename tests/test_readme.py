@@ -28,7 +28,9 @@ def test_the_programs_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_is_described() -> None:
     from genssd.cli import SUMMARIES
     from genssd.commands import COMMANDS
+    from genssd.configs import CONFIGS
 
+    assert list(CONFIGS) == list(COMMANDS)
     assert set(SUMMARIES) == set(COMMANDS)
     text = (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text()
     assert all(f"genssd {name}" in text for name in COMMANDS)

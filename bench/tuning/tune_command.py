@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from genssd.distill.tuning import TuneConfig, run_tune
+from genssd.distill.tune_config import TuneConfig
+from genssd.distill.tuning import run_tune
 from genssd.kernels import tuned
 from genssd.kernels.candidates_triton import head_inputs
 from genssd.kernels.gpu_timing import captured_seconds

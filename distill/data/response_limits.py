@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from genssd.engine.amounts import format_count
 from genssd.engine.engine import Engine
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 
 logger = logging.getLogger(__name__)
 

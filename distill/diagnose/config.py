@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from genssd.distill.diagnose.alignment import LOSSES, LossName
-from genssd.distill.diagnose.contexts import TEMPLATED_CONTEXTS, Reader, Templates, list_readers
+from genssd.distill.diagnose.readers import TEMPLATED_CONTEXTS, Reader, Templates, list_readers
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.model_sampling import ModelSampling
-from genssd.distill.runs.settings import FileName, ModelPath, NamedModelPath, Operational, Recomputed
+from genssd.distill.runs.field_kinds import FileName, ModelPath, NamedModelPath, Operational, Recomputed
+from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
@@ -71,7 +71,7 @@ class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
     halves of them."""
     budget: int = 2048
     """Maximum number of completions per question; nodes beyond it are left out, and counted."""
-    max_tokens: int = 2048
+    max_tokens: int = 4096
     """Maximum number of tokens in a response, rollout and completion together. A response that is cut off counts as
     failed."""
     sampling: Sampling = field(default_factory=Sampling)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genssd.distill.diagnose.contexts import Reader
 from genssd.distill.diagnose.forcing import DecisionNode, Question, limit_to_budget, merge_candidates
 from genssd.distill.diagnose.placement import interleave_rollouts
+from genssd.distill.diagnose.readers import Reader
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.engine.engine import Engine
+from genssd.engine.model_choices import Role
 from genssd.engine.nodes import NodeReader
-from genssd.engine.runner import Role
 
 Load = Callable[[str, Role], Engine]
 """Function that returns the engine over a model (hub id or directory) in a role."""

@@ -44,6 +44,7 @@ from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOp
 from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
+from genssd.distill.runs.engines import load_engine
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
@@ -53,7 +54,7 @@ from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 from genssd.engine.sampling import prompt_stream
 
 
@@ -93,7 +94,7 @@ def _make_loader(config: DiagnoseConfig, run: Run, load: Load | None, report: Pr
 
     def load_as_configured(model: str, role: Role) -> Engine:
         names = {"student": model} if role == "student" else {"teacher": model}
-        return config.load(**names, report=report)
+        return load_engine(config, **names, report=report)
 
     return lambda model, role: run.use((load or load_as_configured)(model, role))
 

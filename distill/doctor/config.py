@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.settings import FileName, ModelPath
+from genssd.distill.runs.field_kinds import FileName, ModelPath
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 

@@ -8,9 +8,9 @@ from statistics import median
 from genssd.distill.answers.judge import classify_reference, judge
 from genssd.distill.answers.numbers import parse_quantity
 from genssd.distill.data.overlap import find_eval_overlap, iter_file_questions, list_examples, list_problems
+from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding, list_lines
 from genssd.distill.doctor.inputs import Inputs, find_max_length
-from genssd.distill.rounds import DistillConfig
 from genssd.distill.select.unfit import ThoughtEnds
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import GenssdError

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
+from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.files.rows import read_rows
-from genssd.distill.rounds import DistillConfig
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.errors import GenssdError

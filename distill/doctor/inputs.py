@@ -22,8 +22,8 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.config import load_config
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.loading import has_own_decoder
+from genssd.engine.model_choices import Role
 from genssd.engine.pair_prompts import PairEncoder
-from genssd.engine.runner import Role
 from genssd.engine.served.address import is_url
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap

@@ -6,17 +6,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from genssd.distill.evaluating import EvaluateConfig
-from genssd.distill.rounds import DistillConfig
+from genssd.distill.distill_config import DistillConfig
+from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.select.generate import GenerateConfig
-from genssd.distill.select.run import SelectConfig, SelectSettings
+from genssd.distill.select.config import SelectConfig, SelectSettings
+from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.config import TrainConfig, TrainSettings
-from genssd.engine.candidate import needs_answer
 from genssd.engine.chat_options import ChatOptions
+from genssd.engine.criterion import needs_answer
 from genssd.engine.criterion_names import resolve
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 
 EXAMINED: dict[str, type] = {
     "select": SelectConfig,

@@ -26,7 +26,7 @@ from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
 from genssd.engine.errors import GenssdError
 from genssd.engine.memory import available_bytes, choose_device, choose_dtype, count_weight_bytes
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.transformers_loading import load_model
 from genssd.kernels.tuned import name_of

@@ -9,9 +9,8 @@ import tyro
 
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.distill.runs.settings import FileName, ModelPath
-from genssd.engine.candidate import PoolCriterion
-from genssd.engine.criterion_names import resolve
+from genssd.distill.runs.field_kinds import FileName, ModelPath
+from genssd.engine.criterion_names import check_criterion
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 
@@ -54,6 +53,4 @@ class ReportConfig(EngineOptions):
         if len(set(self.criteria)) < len(self.criteria):
             raise InputError(f"a criterion is listed twice: {', '.join(self.criteria)}")
         for name in self.criteria:
-            criterion = resolve(name)
-            if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
-                raise InputError(f"{name} is fitted over all of the data; a round has only its candidates")
+            check_criterion(name)

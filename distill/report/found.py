@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.runs.journal import read_json
-from genssd.distill.runs.record import read_record
+from genssd.distill.runs.record import check_directory, read_record
 from genssd.distill.select.reselect import read_selection_config
 from genssd.engine.errors import InputError
 
@@ -44,8 +44,7 @@ def find_runs(names: Sequence[str]) -> list[FoundRun]:
     found: dict[Path, FoundRun] = {}
     for name in names:
         path = Path(name)
-        if not path.is_dir():
-            raise InputError(f"{path} is no directory; name the output directory of a run")
+        check_directory(path)
         here = _read_run(path, is_named=True)
         runs = [here] if here is not None else list(_find_below(path, MAX_DEPTH))
         if not runs:

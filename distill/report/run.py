@@ -23,9 +23,12 @@ from genssd.distill.report.packing import pack
 from genssd.distill.report.searches import Search, StudentReader
 from genssd.distill.report.trainings import read_training
 from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.engines import load_engine
 from genssd.distill.runs.journal import count_lines
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.writing import write_bytes
+from genssd.engine.criterion import PoolCriterion
+from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 
 PACKAGE = "genssd.distill.report"
@@ -57,6 +60,7 @@ def run_report(config: ReportConfig, report: Progress = SILENT) -> ReportSummary
     check_effects(config)
     path = Path(config.output)
     _check_output(path)
+    _check_criteria(config.criteria)
     runs = find_runs(config.run)
     builder = _Builder(config, runs, report)
     size = 0
@@ -78,6 +82,14 @@ def run_report(config: ReportConfig, report: Progress = SILENT) -> ReportSummary
         faults=tuple(builder.faults),
         unfinished=tuple(run.name for run in runs if not run.is_finished),
     )
+
+
+def _check_criteria(names: Sequence[str]) -> None:
+    """Raise InputError on a criterion that cannot be made, or that cannot judge a single round."""
+    for name in names:
+        criterion = resolve(name)
+        if isinstance(criterion, PoolCriterion) and criterion.pool == "data":
+            raise InputError(f"{name} is fitted over all of the data; a round has only its candidates")
 
 
 def _check_output(path: Path) -> None:
@@ -163,7 +175,7 @@ class _Builder:
         name = self._config.student
         if name is None:
             return None
-        engine = self._config.load(student=name, report=self._report)
+        engine = load_engine(self._config, student=name, report=self._report)
         return StudentReader(
             fingerprint=engine.fingerprints["student"],
             tokenizer=engine.tokenizer("student").fingerprint,

@@ -28,7 +28,7 @@ from genssd.distill.runs.journal import sound_rows
 from genssd.distill.select.decisions import Activations, LocalLogprob, parse_decisions
 from genssd.distill.select.judging import Judgement, judge_rounds
 from genssd.distill.select.notes import list_responses
-from genssd.engine.candidate import AnyCriterion
+from genssd.engine.criterion import AnyCriterion
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import GenssdError

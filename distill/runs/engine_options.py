@@ -1,25 +1,14 @@
-"""How a command loads its models: the flags of every command that runs the engine."""
+"""The options of every command that runs the engine. engines.py loads models under them."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.progress import SILENT, Progress
-from genssd.distill.runs.settings import Operational
-from genssd.engine.amounts import format_bytes, format_count
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.checkpoint import locate
-from genssd.engine.engine import Engine
-from genssd.engine.language_model import Backend
+from genssd.distill.runs.field_kinds import Operational
+from genssd.engine.model_choices import Backend
 from genssd.engine.options_check import check_types
-from genssd.engine.pair_prompts import render_with
-from genssd.engine.runner import Role
-from genssd.engine.served.address import is_url
-from genssd.engine.text import Tokenizer
-from genssd.engine.threads import announce, choose_engine_threads
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
@@ -57,63 +46,6 @@ class EngineOptions:
     def __post_init__(self) -> None:
         check_types(self)
 
-    def load(self, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT) -> Engine:
-        """Return an engine over these models (hub ids or local directories).
-
-        Logs the number of threads; reports how long the models took to load.
-        """
-        threads = choose_engine_threads(self.threads)
-        report.begin(f"loading {_name_models(teacher, student)}")
-        started = time.monotonic()
-        engine = Engine.from_pretrained(
-            teacher=teacher,
-            student=student,
-            device=self.device,
-            dtype=self.dtype,
-            memory_utilization=self.memory_utilization,
-            memory_bytes=self.memory_bytes,
-            max_batch=self.max_batch,
-            deterministic=self.deterministic,
-            threads=threads.count,
-            backend=self.backend,
-            **self.server_arguments(),
-        )
-        use = engine.cache_use
-        if use.pages:
-            report.note(
-                f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
-                f"the caches hold {format_count(use.pages, 'page')} ({format_bytes(use.bytes)})"
-            )
-            announce(threads)  # when nothing about the models can be refused any more
-        return engine
-
     def server_arguments(self) -> dict[str, Any]:
         """Return the arguments of `Engine.from_pretrained` for a teacher that a server runs."""
         return {}
-
-    def open_engine(
-        self,
-        engine: Engine | None,
-        chat: ChatOptions,
-        *,
-        teacher: str | None = None,
-        student: str | None = None,
-        report: Progress = SILENT,
-    ) -> Engine:
-        """Return an engine that renders chats under the options: the given one, or a new one over these models.
-
-        Raises InputError naming a variable that a chat template does not read, before any weights are loaded.
-        """
-        names: dict[Role, str | None] = {"teacher": teacher, "student": student}
-        if engine is None and any(chat.for_model(role).template_kwargs for role in names):
-            here = {role: name for role, name in names.items() if name is not None and not is_url(name)}
-            render_with({role: Tokenizer(locate(name)) for role, name in here.items()}, chat)
-        return (engine or self.load(teacher=teacher, student=student, report=report)).with_chat(chat)
-
-
-def _name_models(teacher: str | None, student: str | None) -> str:
-    """Return the models of an engine as part of a sentence."""
-    if teacher == student:
-        return f"teacher and student {teacher}"
-    names = [f"{role} {name}" for role, name in (("teacher", teacher), ("student", student)) if name is not None]
-    return " and ".join(names)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.engine.checkpoint import locate
 from genssd.engine.config_files import read_fields
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.quoting import quote
-from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.address import is_url
 from genssd.engine.served.teacher import locate_tokenizer
@@ -25,15 +26,6 @@ FIELDS = ("temperature", "top_p", "top_k", "min_p")
 """Fields of generation_config.json that are options of `Sampling`."""
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "no_repeat_ngram_size": 0}
 """Other fields that change what is drawn, which are not implemented, each with the value that changes nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
-class ModelSampling:
-    """The option of a command that samples from a model."""
-
-    generation_config: bool = False
-    """Take temperature, top_p, top_k and min_p from the generation_config.json of the model that writes, in place of
-    the options of `sampling`; what the file does not name filters nothing."""
 
 
 C = TypeVar("C", bound=ModelSampling)

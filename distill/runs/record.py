@@ -17,6 +17,12 @@ LAUNCHES = ("source", "deterministic", "digest")
 """Keys of the kernel configurations of one engine (see engine/launches.py)."""
 
 
+def check_directory(path: Path) -> None:
+    """Raise InputError where the output directory of a run is not there."""
+    if not path.is_dir():
+        raise InputError(f"{path} is no directory; name the output directory of a run")
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Return the record of an earlier part of a run.
 

@@ -37,7 +37,7 @@ from genssd.distill.runs.writing import keep_spans, remove_leftovers, write_text
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 from genssd.engine.threads import ThreadChoice
 
 Fingerprints = Mapping[str, str] | Mapping[Role, str]

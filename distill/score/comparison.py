@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from genssd.distill.score.feature_rows import FeatureRow
 from genssd.distill.score.rank_statistics import Floats, mean_ranks
-from genssd.distill.score.ranking import FeatureRow, group_by_prompt
+from genssd.distill.score.ranking import group_by_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

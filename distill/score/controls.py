@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from genssd.distill.score.feature_rows import FeatureRow
 from genssd.distill.score.rank_statistics import (
     MIN_PAIRS,
     MIN_PROMPTS,
@@ -22,7 +23,7 @@ from genssd.distill.score.rank_statistics import (
     rank_over_pool,
     rank_within,
 )
-from genssd.distill.score.ranking import FeatureRow, group_by_prompt
+from genssd.distill.score.ranking import group_by_prompt
 from genssd.engine.amounts import format_count
 
 EXPLAINED = 0.5

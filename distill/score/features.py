@@ -16,9 +16,9 @@ from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, describe_source
 from genssd.distill.score.teacher import NO_LOGPROBS, TeacherReader, has_recorded, read_recorded
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import (
+from genssd.engine.candidate import Candidate
+from genssd.engine.criterion import (
     AnyCriterion,
-    Candidate,
     PoolCriterion,
     RatioCriterion,
     needs_answer,

@@ -13,8 +13,9 @@ from genssd.distill.pages.frame import render_frame, render_template
 from genssd.distill.score.comparison import Comparison
 from genssd.distill.score.control_text import format_correlation, format_wins
 from genssd.distill.score.controls import ControlTable
+from genssd.distill.score.feature_rows import FeatureRow
 from genssd.distill.score.rank_statistics import Floats
-from genssd.distill.score.ranking import FeatureRow, TeacherRank
+from genssd.distill.score.ranking import TeacherRank
 
 TITLE = "Finished traces, scored"
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
@@ -31,14 +31,12 @@ from genssd.distill.data.traces import (
     read_usable_traces,
     sort_by_trace,
 )
-from genssd.distill.runs.chat_settings import ChatSettings
-from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.engines import open_engine
 from genssd.distill.runs.journal import write_jsonl
-from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import FileName, ModelPath, Operational
+from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.score.prefix_judges import (
     PrefixJudge,
     ReplyCounts,
@@ -50,53 +48,7 @@ from genssd.distill.score.prefix_judges import (
 )
 from genssd.engine.amounts import format_count
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.sampling import Sampling
 from genssd.engine.steps import step_spans
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
-    """Keep as much of every trace as the student needs, and let the student write the rest."""
-
-    NEEDS: ClassVar[Needs] = {"judge_tokens": Need(lambda o: o.judge == "says", "judge says")}
-
-    student: ModelPath[str]
-    """Hub id or local directory of the model that judges and continues."""
-    data: FileName[tuple[str, ...]]
-    """Data files of traces, as for score."""
-    output_dir: Operational[FileName[str]] = "runs/prefix"
-    """Directory that the journal and the results are written to."""
-    resume: Operational[bool] = False
-    """Continue an interrupted run: whole batches that are in the journal are not done again."""
-    limit: int | None = None
-    """Take only the first rows of each file."""
-    judge: Literal["says", "solves"] = "says"
-    """says: the student is asked whether the prefix is sufficient (the paper). A reply with neither [ENOUGH] nor
-    [NOT_ENOUGH] counts as no, so that more of the trace is kept; such replies are counted. solves: the prefix is
-    sufficient if the student's greedy continuation gives the reference answer (our own rule, for models that do not
-    follow instructions; every trace needs a reference answer)."""
-    judge_tokens: int = 256
-    """Maximum number of tokens in the student's reply when it is asked."""
-    max_tokens: int = 4096
-    """Maximum number of tokens in a continuation."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, top_p=0.9))
-    """How the student continues. The paper adds a repetition penalty of 1.05, which is not implemented."""
-    batch: int = 64
-    """Number of traces that are processed together; a batch is written to disk when all of it is finished."""
-    seed: int = 0
-    """Seed of all random draws."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("judge_tokens", "max_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit must be at least 1, not {self.limit}")
-        if not self.data:
-            raise InputError("prefix needs at least one data file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +78,7 @@ def run_prefix(config: PrefixConfig, engine: Engine | None = None, report: Progr
     config = choose_sampling(config, config.student, "student", engine)
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run:
-        engine = run.use(config.open_engine(engine, run.chat_options, student=config.student, report=report))
+        engine = run.use(open_engine(config, engine, run.chat_options, student=config.student, report=report))
         report.begin("reading the traces")
         traces, bad_rows = _read_traces(config, engine)
         report.note(describe_reading(traces, bad_rows))

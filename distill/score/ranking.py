@@ -6,18 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from genssd.engine.candidate import AnyCriterion, PoolCriterion
+from genssd.distill.score.feature_rows import FeatureRow
+from genssd.engine.criterion import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_calls import call_score_pool, is_higher_better
 from genssd.engine.errors import InputError
 
 BOOTSTRAP_DRAWS = 2000
-
-FeatureRow = Mapping[str, Any]
-"""A line of features.jsonl, see score/run.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from genssd.distill.data.traces import (
     Trace,
@@ -26,85 +26,27 @@ from genssd.distill.data.traces import (
     read_usable_traces,
     sort_by_trace,
 )
-from genssd.distill.runs.chat_settings import PairChatSettings
-from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.engines import open_engine
 from genssd.distill.runs.journal import write_json, write_jsonl
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import FileName, ModelPath, Operational, Recomputed
 from genssd.distill.runs.writing import write_text
 from genssd.distill.score.comparison import compare
+from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.controls import ControlTable, compute_controls
 from genssd.distill.score.features import Scorer, divide, make_jsonable
 from genssd.distill.score.page import render_page
-from genssd.distill.score.picking import PickOptions, compute_lark_weights, pick_responses
+from genssd.distill.score.pick_options import PickOptions
+from genssd.distill.score.picking import compute_lark_weights, pick_responses
 from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
 from genssd.distill.score.teacher import TeacherReader, has_recorded
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import AnyCriterion, PoolCriterion
 from genssd.engine.criteria.learning_gain import Lark
+from genssd.engine.criterion import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreConfig(EngineOptions, PairChatSettings):
-    """Compute criteria of finished traces with a student; pick the best responses and rank the teachers by them."""
-
-    NEEDS: ClassVar[Needs] = {"teacher_template_kwargs": Need(lambda o: o.teacher is not None, "a teacher")}
-
-    student: ModelPath[str]
-    """Hub id or local directory of the model that scores."""
-    teacher: ModelPath[str | None] = None
-    """Hub id or local directory of the model whose log-probabilities the criteria divergence and teacher_logprob read,
-    with the student's tokenizer. None: those in the field `teacher_logprobs` of rows of select and generate. Where all
-    rows have them, or with a teacher, teacher_logprob is computed as a control."""
-    data: FileName[tuple[str, ...]]
-    """Data files of traces (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or
-    ORG/NAME:SPLIT of the Hugging Face hub: selections, generations, messages, or prompt and completion."""
-    criteria: tuple[str, ...] = ("ppl",)
-    """Criteria to compute: names, names with options, weighted sums or import paths, for instance ppl rsr
-    "ppl(norm='byte')" lalp lark package.module:Name "0.5*rsr+0.5*lalp". length and random are computed beside them."""
-    output_dir: Operational[FileName[str]] = "runs/score"
-    """Directory that the journal and the results are written to."""
-    resume: Operational[bool] = False
-    """Continue an interrupted run: traces that are in the journal are not scored again."""
-    limit: int | None = None
-    """Take only the first rows of each file."""
-    verify: bool = True
-    """Judge answers where a reference answer is known and the row has no verdict."""
-    pick: Recomputed[PickOptions] = field(default_factory=PickOptions)
-    """Which responses go to selected.jsonl."""
-    equal_length: Recomputed[float] = 0.1
-    """Maximum difference of two responses' numbers of tokens, as a fraction of the longer one's, at which the controls
-    take them to be of equal length."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not self.data or not self.criteria:
-            raise InputError("score needs at least one data file and one criterion")
-        if len(set(self.criteria)) < len(self.criteria):
-            raise InputError(f"a criterion is listed twice: {', '.join(self.criteria)}")
-        if self.pick.by is not None and self.pick.by not in self.criteria:
-            raise InputError(f"pick.by {self.pick.by!r} is not among the criteria: {', '.join(self.criteria)}")
-        if self.pick.weigh and not isinstance(resolve(self.pick.by or self.criteria[0]), Lark):
-            raise InputError("pick.weigh gives the weights of lark: list it first among the criteria, or pick by it")
-        if not 0.0 <= self.equal_length < 1.0:
-            raise InputError(f"equal_length must lie in [0, 1), not {self.equal_length}")
-        judge = resolve(self.pick.by or self.criteria[0])
-        relative = isinstance(judge, PoolCriterion) and judge.pool == "prompt"
-        if relative and (self.pick.threshold is not None or self.pick.best_share < 1.0):
-            raise InputError(
-                "pick.threshold and pick.best_share compare values of different prompts, and this criterion judges "
-                "the responses to one prompt against each other"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit must be at least 1, not {self.limit}")
-
 
 CONTROLS = ("length", "random")
 """Criteria that are always computed, because any other has to say more than they do."""
@@ -138,10 +80,11 @@ def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progres
 
     Raises GenssdError on bad input; traces that were scored before are in the journal.
     """
+    _check_judge(config)
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
         engine = run.use(
-            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
+            open_engine(config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
         )
         scorer = Scorer(
             criteria={name: resolve(name) for name in config.criteria},
@@ -163,6 +106,19 @@ def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progres
         _score(run, scorer, traces, report)
         run.write_bad_rows(bad_rows)
         return _evaluate(run, config, scorer, traces, bad_rows, notes)
+
+
+def _check_judge(config: ScoreConfig) -> None:
+    """Raise InputError where the criterion that picks has no values of the kind that the options of picking need."""
+    pick, judge = config.pick, resolve(config.pick.by or config.criteria[0])
+    if pick.weigh and not isinstance(judge, Lark):
+        raise InputError("pick.weigh gives the weights of lark: list it first among the criteria, or pick by it")
+    is_relative = isinstance(judge, PoolCriterion) and judge.pool == "prompt"
+    if is_relative and (pick.threshold is not None or pick.best_share < 1.0):
+        raise InputError(
+            "pick.threshold and pick.best_share compare values of different prompts, and this criterion judges the "
+            "responses to one prompt against each other"
+        )
 
 
 def _choose_controls(scorer: Scorer, traces: Sequence[Trace]) -> tuple[dict[str, AnyCriterion], list[str]]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from genssd.distill.data.problems import ProblemSet
 from genssd.distill.runs.journal import read_json
+from genssd.distill.select.config import SelectSettings
 from genssd.distill.select.unfit import leave_out_unfit
 from genssd.engine.amounts import format_count
 from genssd.engine.budget import Budget
-from genssd.engine.candidate import AnyCriterion, PoolCriterion
+from genssd.engine.criterion import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -72,10 +73,14 @@ class Calibration:
         )
 
 
-def check_calibration(criterion: str | AnyCriterion, fraction: float) -> None:
-    """Raise InputError when no threshold can be computed."""
-    if not 0.0 < fraction <= 1.0:
-        raise InputError(f"calibrate.share must lie in (0, 1], not {fraction}")
+def check_search(settings: SelectSettings) -> None:
+    """Raise InputError on a criterion that cannot be made, or that has no threshold where one is to be computed."""
+    settings.with_changes()
+    if settings.calibrate.data is not None:
+        _check_criterion(settings.criterion)
+
+
+def _check_criterion(criterion: str | AnyCriterion) -> None:
     if isinstance(resolve(criterion), PoolCriterion):
         raise InputError(
             f"{criterion} judges candidates against each other: its values have no threshold that holds for all prompts"
@@ -89,7 +94,7 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
     cannot be used are left out, and named in the result. Raises InputError when none can be used.
     """
     criterion = options.criterion
-    check_calibration(criterion, fraction)
+    _check_criterion(criterion)
     usable = leave_out_unfit(data, engine, ("teacher", "student"), resolve(criterion), str(criterion)).data
     selections = list(
         engine.iter_select_expand(

@@ -14,9 +14,10 @@ from torch import Tensor
 from genssd.distill.runs.journal import complete_rows
 from genssd.engine.candidate import ActivationMeans, Candidate
 from genssd.engine.errors import InputError
+from genssd.engine.outcomes import KEPT, Verdict
 from genssd.engine.reading import ByteSpans
 from genssd.engine.sampling import child_stream, prompt_stream
-from genssd.engine.selection import KEPT, RoundRecord, Verdict
+from genssd.engine.selection import RoundRecord
 from genssd.engine.text import Tokenizer
 from genssd.kernels.logprob import STATISTICS, TokenStats
 

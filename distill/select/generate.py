@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
 from genssd.distill.answers.thoughts import ThoughtReader
@@ -27,82 +27,20 @@ from genssd.distill.data.problems import (
     read_usable_problems,
 )
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
-from genssd.distill.runs.chat_settings import PairChatSettings
-from genssd.distill.runs.effects import Need, Needs
+from genssd.distill.runs.engines import open_engine
 from genssd.distill.runs.journal import damaged_line
-from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.served_teacher import (
-    SERVED_NEEDS,
-    TeacherOptions,
-    count_server_use,
-    describe_server_use,
-)
-from genssd.distill.runs.settings import FileName, ModelPath, Operational
+from genssd.distill.runs.served_teacher import count_server_use, describe_server_use, find_fingerprints
+from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.notes import NoteMaker, list_responses
 from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.engine.model_choices import Role
 from genssd.engine.pair_prompts import PairPrompt
-from genssd.engine.reverse_speculation import ReverseSpeculation
-from genssd.engine.runner import Role
-from genssd.engine.sampling import Sampling
-from genssd.engine.served.address import is_url
 from genssd.engine.text import Prompt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
-    """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
-
-    NEEDS: ClassVar[Needs] = {
-        "rsd": Need(lambda o: o.method == "rsd", "method rsd"),
-        "student_template_kwargs": Need(lambda o: o.student is not None, "a student"),
-        **SERVED_NEEDS,
-    }
-
-    teacher: ModelPath[str]
-    """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
-    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
-    student: ModelPath[str | None] = None
-    """Hub id or local directory of the model whose chat template the rows use, and which judges tokens under rsd.
-    None: the rows use the teacher's chat template."""
-    # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
-    data: Operational[FileName[str]]
-    """Data file of problems, as for select."""
-    output_dir: Operational[FileName[str]] = "runs/generate"
-    """Directory that the journal is written to."""
-    resume: Operational[bool] = False
-    """Continue an interrupted run: prompts that are in the journal are not run again."""
-    limit: Operational[int | None] = None
-    """Take only the first rows of the data."""
-    method: Literal["sample", "rsd"] = "sample"
-    """sample: the teacher writes alone. rsd: the student refuses single tokens (Reverse Speculative Decoding)."""
-    n: int = 1
-    """Number of responses per prompt."""
-    max_tokens: int = 4096
-    """Maximum number of tokens in a response."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
-    """How the teacher samples. The authors of rsd use temperature 0.7, top_p 0.95, top_k 20."""
-    rsd: ReverseSpeculation = field(default_factory=ReverseSpeculation)
-    """Which tokens the student accepts under rsd, and how it writes where it refuses."""
-    seed: int = 0
-    """Seed of all random draws."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.method == "rsd" and self.student is None:
-            raise InputError("rsd needs a student: give --student")
-        if self.method == "rsd" and is_url(self.teacher):
-            raise InputError(
-                "rsd judges every token before the next one is drawn, which a server does not wait for: give a teacher "
-                "that is a hub id or a local directory, or method sample"
-            )
-        if self.n < 1 or self.max_tokens < 1:
-            raise InputError(f"n and max_tokens must be at least 1, not {self.n} and {self.max_tokens}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,12 +73,12 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     """
     config = choose_sampling(config, config.teacher, "teacher", engine)
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
-    fingerprints = config.find_fingerprints(config.teacher, engine)
+    fingerprints = find_fingerprints(config, config.teacher, engine)
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         engine = run.use(
-            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
+            open_engine(config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
         )
         # the rows hold the prompt as the student reads it, also where the student does not read the response
         readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")

@@ -13,7 +13,7 @@ from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.response_limits import CutBy, ResponseLimits
 from genssd.engine.generation import Completion
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 from genssd.engine.selection import Selection
 from genssd.engine.text import Tokenizer
 

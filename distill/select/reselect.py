@@ -27,35 +27,21 @@ from typing import Any
 
 from torch import Tensor
 
-from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.engines import load_engine
 from genssd.distill.runs.journal import read_json, write_jsonl
 from genssd.distill.runs.record import read_record
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.decisions import Decisions, read_decisions
 from genssd.distill.select.exports import make_pairs, make_steps
 from genssd.distill.select.judging import JudgedRound, Judgement, judge_rounds
-from genssd.engine.candidate import ActivationMeans, AnyCriterion, needs_answer, not_in_search
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.engine.candidate import ActivationMeans
 from genssd.engine.checkpoint import locate
+from genssd.engine.criterion import AnyCriterion, needs_answer, not_in_search
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReselectConfig(EngineOptions):
-    """Judge the candidates of a finished `genssd select` again, and export them."""
-
-    run: FileName[str]
-    """Output directory of the finished `genssd select`."""
-    criterion: str | None = None
-    """Name of the criterion that judges the candidates now, and by which pairs and steps are labelled. None: that of
-    the run."""
-    student: ModelPath[str | None] = None
-    """Hub id or local directory of the run's student. None: as the run recorded it."""
-    output_dir: Operational[FileName[str]] = "runs/reselect"
-    """Directory that the results are written to; one that holds results already is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +85,7 @@ def run_reselect(config: ReselectConfig) -> ReselectSummary:
 
         @cache
         def engine() -> Engine:
-            return run.use(config.load(student=student))
+            return run.use(load_engine(config, student=student))
 
         def local_logprob(*arguments: Any) -> list[Tensor]:  # few criteria run the model: it is loaded when one does
             return engine().local_logprob(*arguments)

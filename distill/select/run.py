@@ -18,40 +18,29 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import ClassVar
 
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow, ProblemSet, describe_problems, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
-from genssd.distill.runs.chat_settings import PairChatSettings
-from genssd.distill.runs.effects import Need, Needs
+from genssd.distill.runs.engines import open_engine
 from genssd.distill.runs.journal import Journal, write_json
-from genssd.distill.runs.model_sampling import ModelSampling, choose_sampling
+from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.served_teacher import (
-    SERVED_NEEDS,
-    TeacherOptions,
-    count_server_use,
-    describe_server_use,
-)
-from genssd.distill.runs.settings import FileName, ModelPath, Operational
-from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
+from genssd.distill.runs.served_teacher import count_server_use, describe_server_use, find_fingerprints
+from genssd.distill.select.calibration import Calibration, calibrate, check_search
+from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
 from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
 from genssd.distill.select.summary import SearchEnd, SelectSummary, list_special, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.budget import Budget, BudgetName
-from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.runner import Role
-from genssd.engine.search_options import SearchOptions
+from genssd.engine.model_choices import Role
 from genssd.engine.selection import Selection
 
 logger = logging.getLogger("genssd.select")
@@ -59,104 +48,22 @@ ROLES: tuple[Role, Role] = ("teacher", "student")
 TOTAL_BUDGET: tuple[BudgetName, ...] = ("total_budget.tokens", "total_budget.seconds")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibrate:
-    """A threshold chosen so that a given fraction of the teacher's plain chunks passes it."""
-
-    NEEDS: ClassVar[Needs] = {name: Need(lambda o: o.data is not None, "calibrate.data") for name in ("share", "limit")}
-
-    data: FileName[str | None] = None
-    """Data file of problems for the calibration, other ones than those of the run. None: no calibration."""
-    share: float = 0.95
-    """Fraction of the teacher's chunks that the threshold lets pass, in (0, 1]."""
-    limit: int = 64
-    """Maximum number of problems that are read from calibrate.data."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.limit < 1:
-            raise InputError(f"calibrate.limit must be at least 1, not {self.limit}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectSettings(SearchOptions, TeacherOptions, ModelSampling):
-    """Options of the search, of the engine, and of the threshold's calibration."""
-
-    NEEDS: ClassVar[Needs] = {
-        "on_unlearnable": Need(
-            lambda o: (
-                o.threshold is not None
-                or o.calibrate.data is not None
-                or (o.loop_guard and o.on_unlearnable != "accept_best")
-            ),
-            "a threshold, calibrate.data or, except for accept_best, loop_guard",
-        )
-    }
-
-    criterion: str = "ppl"
-    """Selection criterion: a registered name (rsr), one with options (ppl(norm='byte')), a weighted sum of ranks
-    (0.7*rsr + 0.3*lalp), or an import path (package.module:Name) of an installed module or one in the working
-    directory."""
-    loop_guard: bool = True
-    """Whether candidates that end in a repetition are rejected."""
-    # which prompts are finished depends on it, and not how they end
-    total_budget: Operational[Budget] = Budget()
-    """Limits of the whole run (of each round, in distill). Tokens count those of finished prompts in earlier parts of
-    the run, seconds begin with the search of this part. When a limit is reached the run ends with the prompts that are
-    finished; --resume with larger limits goes on."""
-    calibrate: Calibrate = field(default_factory=Calibrate)
-    """Options for computing the threshold from plain samples of the teacher, in place of `threshold`."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "chunk", Chunk.of(self.chunk))
-        check_types(self, infinite=("threshold",))
-        # the options of the search are checked in run_select: what is raised here, the command line breaks into a frame
-        if self.calibrate.data is not None:
-            if self.threshold is not None:
-                raise InputError("give a threshold or calibrate.data, not both")
-            check_calibration(self.criterion, self.calibrate.share)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectConfig(SelectSettings, PairChatSettings):
-    """Let the student choose what the teacher writes, prompt by prompt."""
-
-    NEEDS: ClassVar[Needs] = SERVED_NEEDS
-
-    teacher: ModelPath[str]
-    """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
-    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
-    student: ModelPath[str]
-    """Hub id or local directory of the model that scores."""
-    # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
-    data: Operational[FileName[str]]
-    """Data file of problems (JSON lines, CSV, Parquet or Arrow, also compressed), - for standard input, or
-    ORG/NAME:SPLIT of the Hugging Face hub. Its rows have prompt (text or messages), messages, or question | problem |
-    instruction."""
-    output_dir: Operational[FileName[str]] = "runs/select"
-    """Directory that the journal is written to."""
-    resume: Operational[bool] = False
-    """Continue an interrupted run: prompts that are in the journal are not run again."""
-    limit: Operational[int | None] = None
-    """Take only the first rows of the data."""
-
-
 def run_select(config: SelectConfig, engine: Engine | None = None, report: Progress = SILENT) -> SelectSummary:
     """Select over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
-    config.with_changes()  # checks the options of the search before anything is read or loaded
+    check_search(config)  # before anything is read or loaded
     config = choose_sampling(config, config.teacher, "teacher", engine)
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
     if config.calibrate.data is not None and not config.resume:
         _read_calibration_data(config)  # before any model is loaded
-    fingerprints = config.find_fingerprints(config.teacher, engine)
+    fingerprints = find_fingerprints(config, config.teacher, engine)
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
         done = keep_complete(run, data.problems, config.data, has_topk=config.teacher_topk > 0)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         engine = run.use(
-            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
+            open_engine(config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
         )
         readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
         _report_thinking(engine, readable)

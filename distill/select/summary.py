@@ -15,7 +15,8 @@ from genssd.distill.runs.run import Run
 from genssd.distill.select.calibration import Calibration
 from genssd.engine.amounts import format_count
 from genssd.engine.budget import Budget, BudgetName, find_limit
-from genssd.engine.selection import SPECIAL, Selection
+from genssd.engine.outcomes import SPECIAL
+from genssd.engine.selection import Selection
 
 
 @dataclass(slots=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow, ProblemSet
 from genssd.distill.files.pipes import describe
-from genssd.engine.candidate import AnyCriterion, needs_answer
+from genssd.engine.criterion import AnyCriterion, needs_answer
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.reading import Reader
-from genssd.engine.runner import Role
 from genssd.engine.text import Prompt, Tokenizer
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +20,8 @@ import torch
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
+from genssd.distill.train.config import Layout
 from genssd.engine.text import common_prefix
-
-Layout = Literal["pad", "pack", "tree"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

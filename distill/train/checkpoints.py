@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genssd.distill.runs.journal import write_json
-from genssd.distill.train.directories import TEMPORARY, publish_directory, remove_directory
+from genssd.distill.runs.writing import TEMPORARY
+from genssd.distill.train.directories import publish_directory, remove_directory
 from genssd.distill.train.distributed import gather_shards
 from genssd.distill.train.saving import name_save_failure, save_model
 from genssd.engine.errors import InputError

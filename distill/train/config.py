@@ -8,13 +8,15 @@ from typing import ClassVar, Literal
 
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.settings import DataFile, FileName, ModelPath, Operational
-from genssd.distill.train.batches import Layout
+from genssd.distill.runs.field_kinds import DataFile, FileName, ModelPath, Operational
 from genssd.distill.train.loss_options import LossOptions
-from genssd.distill.train.on_policy import RolloutOptions
+from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.engine.errors import InputError
-from genssd.engine.selection import STATUSES
-from genssd.engine.threads import check_threads
+from genssd.engine.outcomes import STATUSES
+from genssd.engine.thread_count import check_threads
+
+Layout = Literal["pad", "pack", "tree"]
+"""Arrangement of the examples of a forward pass, see batches.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

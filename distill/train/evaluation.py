@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import torch
 
 from genssd.distill.runs.journal import write_json
+from genssd.distill.runs.writing import TEMPORARY
 from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.build import Training
 from genssd.distill.train.checkpoints import TrainerState
-from genssd.distill.train.directories import TEMPORARY, publish_directory
+from genssd.distill.train.directories import publish_directory
 from genssd.distill.train.loss_totals import LossTotals
 from genssd.distill.train.saving import save_model
 from genssd.engine.errors import InputError, NumericsError

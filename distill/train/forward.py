@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from genssd.distill.data.examples import Example
-from genssd.distill.train.batches import ExampleBatch, Layout, TokenBatch, TokenRow, build_token_batch
+from genssd.distill.train.batches import ExampleBatch, TokenBatch, TokenRow, build_token_batch
+from genssd.distill.train.config import Layout
 from genssd.distill.train.key_attention import (
     IMPLEMENTATION,
     AttentionCollector,

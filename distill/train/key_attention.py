@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,50 +29,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from genssd.distill.runs.effects import Need, Needs
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.engine.steps import step_spans
 from genssd.kernels.attention_mass import attention_mass
-from genssd.kernels.head import COLDEST
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 IMPLEMENTATION = "genssd_mass"
 """Name of the attention implementation, in transformers, that fills an AttentionCollector."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyAttentionOptions:
-    """Options of the loss on attention to key words."""
-
-    NEEDS: ClassVar[Needs] = {
-        name: Need(lambda o: o.weight > 0.0, "a key_attention.weight above 0")
-        for name in ("words", "max_words", "rows", "teacher_temperature", "student_temperature")
-    }
-
-    weight: float = 0.0
-    """Factor of the attention loss (the mean over examples), which is added to the loss of the tokens; 0 turns it off.
-    The paper uses 1."""
-    words: tuple[str, ...] = ()
-    """The key words; empty: all numbers are key words."""
-    max_words: int = 64
-    """Maximum number of key words in an example; the first ones are used."""
-    rows: Literal["sum", "mean"] = "sum"
-    """Attention of a step: the sum over its tokens, as in the paper, or their mean. Sums of long steps saturate the
-    softmax."""
-    teacher_temperature: float = 0.1
-    """Temperature of the softmax over the teacher's layers."""
-    student_temperature: float = 0.5
-    """Temperature of the softmax over the student's layers."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.weight < 0.0:
-            raise InputError(f"key_attention.weight must be at least 0, not {self.weight}")
-        if self.max_words < 2:
-            raise InputError(f"key_attention.max_words must be at least 2, not {self.max_words}")
-        if min(self.teacher_temperature, self.student_temperature) < COLDEST:
-            raise InputError(f"key_attention: temperatures must be at least {COLDEST:g}")
 
 
 @dataclass(frozen=True, slots=True)

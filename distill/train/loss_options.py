@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.settings import ModelPath
-from genssd.distill.train.key_attention import KeyAttentionOptions
+from genssd.distill.runs.field_kinds import ModelPath
+from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
-from genssd.kernels.divergence import VocabularyRule
-from genssd.kernels.head import COLDEST
-from genssd.kernels.topk_divergence import TailRule
+from genssd.kernels.options import COLDEST, TailRule, VocabularyRule
 
 KdLoss = Literal[
     "forward_kl",

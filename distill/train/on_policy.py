@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from genssd.distill.data.examples import Example
-from genssd.distill.runs.settings import Operational
+from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.engine.amounts import format_count
 from genssd.engine.basic_config import is_supported
 from genssd.engine.config import ModelConfig
@@ -25,30 +25,11 @@ from genssd.engine.engine import Engine, open_engine
 from genssd.engine.errors import InputError
 from genssd.engine.memory import cache_budget
 from genssd.engine.model import Decoder
-from genssd.engine.options_check import check_types
 from genssd.engine.quoting import quote
-from genssd.engine.sampling import Sampling
 from genssd.engine.text import Tokenizer
 
 STATES_PER_WEIGHT = 3
 """Number of values that a step of AdamW keeps per weight: the gradient and two moments."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutOptions:
-    """Options of the completions that the student writes during its training."""
-
-    max_tokens: int = 512
-    """Maximum number of tokens in a completion."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """Sampling of the student's tokens."""
-    memory_bytes: Operational[int | None] = None
-    """Size of the student's KV cache in bytes; None: a third of the free memory."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.max_tokens < 1:
-            raise InputError(f"rollout.max_tokens must be at least 1, not {self.max_tokens}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
     from genssd.engine.budget import Budget as Budget
     from genssd.engine.budget import BudgetName as BudgetName
     from genssd.engine.candidate import ActivationMeans as ActivationMeans
-    from genssd.engine.candidate import AnyCriterion as AnyCriterion
     from genssd.engine.candidate import Candidate as Candidate
-    from genssd.engine.candidate import Criterion as Criterion
-    from genssd.engine.candidate import PoolCriterion as PoolCriterion
-    from genssd.engine.candidate import RatioCriterion as RatioCriterion
     from genssd.engine.candidate import Window as Window
     from genssd.engine.chat import Messages as Messages
     from genssd.engine.chat_options import ChatOptions as ChatOptions
@@ -43,7 +39,11 @@ if TYPE_CHECKING:
     from genssd.engine.criteria.teacher import TeacherLogprob as TeacherLogprob
     from genssd.engine.criteria.teacher import TeacherStudentGap as TeacherStudentGap
     from genssd.engine.criteria.verdict import CorrectThenAligned as CorrectThenAligned
-    from genssd.engine.criterion_names import WeightedRank as WeightedRank
+    from genssd.engine.criteria.weighted_rank import WeightedRank as WeightedRank
+    from genssd.engine.criterion import AnyCriterion as AnyCriterion
+    from genssd.engine.criterion import Criterion as Criterion
+    from genssd.engine.criterion import PoolCriterion as PoolCriterion
+    from genssd.engine.criterion import RatioCriterion as RatioCriterion
     from genssd.engine.criterion_names import register_criterion as register_criterion
     from genssd.engine.criterion_names import registered_criteria as registered_criteria
     from genssd.engine.criterion_names import resolve as resolve
@@ -58,29 +58,29 @@ if TYPE_CHECKING:
     from genssd.engine.generation import Generation as Generation
     from genssd.engine.launches import LaunchRecord as LaunchRecord
     from genssd.engine.loops import LoopGuard as LoopGuard
+    from genssd.engine.model_choices import Role as Role
     from genssd.engine.nodes import Fork as Fork
     from genssd.engine.nodes import NodeReader as NodeReader
+    from genssd.engine.outcomes import Decision as Decision
+    from genssd.engine.outcomes import Status as Status
+    from genssd.engine.outcomes import Verdict as Verdict
     from genssd.engine.pair_prompts import PairPrompt as PairPrompt
     from genssd.engine.prompt_ids import PromptIds as PromptIds
     from genssd.engine.reading import ByteSpans as ByteSpans
     from genssd.engine.reading import Reader as Reader
     from genssd.engine.reading import Reading as Reading
-    from genssd.engine.reverse_speculation import ReverseSpeculation as ReverseSpeculation
-    from genssd.engine.runner import Role as Role
     from genssd.engine.sampling import Sampling as Sampling
     from genssd.engine.search_options import SearchChanges as SearchChanges
     from genssd.engine.search_options import SearchOptions as SearchOptions
     from genssd.engine.search_options import Unlearnable as Unlearnable
     from genssd.engine.selection import CandidateRecord as CandidateRecord
     from genssd.engine.selection import ChunkScore as ChunkScore
-    from genssd.engine.selection import Decision as Decision
     from genssd.engine.selection import RoundRecord as RoundRecord
     from genssd.engine.selection import Selection as Selection
-    from genssd.engine.selection import Status as Status
     from genssd.engine.selection import Trajectory as Trajectory
-    from genssd.engine.selection import Verdict as Verdict
     from genssd.engine.served.options import ServerOptions as ServerOptions
     from genssd.engine.served.record import ServerRecord as ServerRecord
+    from genssd.engine.speculation_rules import ReverseSpeculation as ReverseSpeculation
     from genssd.engine.text import Prompt as Prompt
     from genssd.engine.text import Tokenizer as Tokenizer
     from genssd.engine.thinking import PromptEnd as PromptEnd
@@ -106,11 +106,7 @@ _NAMES = {
     ),
     "genssd.engine.candidate": (
         "ActivationMeans",
-        "AnyCriterion",
         "Candidate",
-        "Criterion",
-        "PoolCriterion",
-        "RatioCriterion",
         "Window",
     ),
     "genssd.engine.chat": ("Messages",),
@@ -144,8 +140,14 @@ _NAMES = {
         "TeacherStudentGap",
     ),
     "genssd.engine.criteria.verdict": ("CorrectThenAligned",),
+    "genssd.engine.criterion": (
+        "AnyCriterion",
+        "Criterion",
+        "PoolCriterion",
+        "RatioCriterion",
+    ),
+    "genssd.engine.criteria.weighted_rank": ("WeightedRank",),
     "genssd.engine.criterion_names": (
-        "WeightedRank",
         "register_criterion",
         "registered_criteria",
         "resolve",
@@ -169,11 +171,16 @@ _NAMES = {
         "Fork",
         "NodeReader",
     ),
+    "genssd.engine.outcomes": (
+        "Decision",
+        "Status",
+        "Verdict",
+    ),
     "genssd.engine.pair_prompts": ("PairPrompt",),
     "genssd.engine.prompt_ids": ("PromptIds",),
     "genssd.engine.reading": ("ByteSpans", "Reader", "Reading"),
-    "genssd.engine.reverse_speculation": ("ReverseSpeculation",),
-    "genssd.engine.runner": ("Role",),
+    "genssd.engine.speculation_rules": ("ReverseSpeculation",),
+    "genssd.engine.model_choices": ("Role",),
     "genssd.engine.sampling": ("Sampling",),
     "genssd.engine.search_options": (
         "SearchChanges",
@@ -183,12 +190,9 @@ _NAMES = {
     "genssd.engine.selection": (
         "CandidateRecord",
         "ChunkScore",
-        "Decision",
         "RoundRecord",
         "Selection",
-        "Status",
         "Trajectory",
-        "Verdict",
     ),
     "genssd.engine.served.options": ("ServerOptions",),
     "genssd.engine.served.record": ("ServerRecord",),

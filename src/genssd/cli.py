@@ -9,14 +9,14 @@ This file imports little, so that a signal during the imports of the commands is
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from genssd.early_checks import check_examined, check_names
+from genssd.early_checks import check_examined, check_names, check_runs
+from genssd.engine.closest import suggest_or_list
 from genssd.engine.errors import GenssdError, InputError
 from genssd.refused_memory import describe_refused_memory, means_refused_memory
 from genssd.stopping import StopSignals, is_main_process
@@ -46,10 +46,13 @@ USAGE = "\n".join(
         "",
         *(f"  {name:<10}{summary}" for name, summary in SUMMARIES.items()),
         "",
-        "`genssd COMMAND --help` lists the flags of a command.",
+        "`genssd COMMAND --help` lists the flags of a command, `genssd COMMAND --print-config` writes them as a file.",
+        "`genssd --print-completion bash|zsh|fish` prints a script that completes commands and flags.",
     ]
 )
 
+PRINT_CONFIG = "--print-config"
+"""Flag of every command that prints its settings as a config file."""
 OPENMP_SETTINGS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 """Settings of GNU's and of Intel's OpenMP library with which threads that wait for work sleep."""
 
@@ -108,23 +111,43 @@ def _run(words: Sequence[str], signals: StopSignals) -> int:
     if command == "--version":
         print(f"genssd {import_module('importlib.metadata').version('genssd')}")
         return 0
+    if command == "--print-completion":
+        print(import_module("genssd.completion").render_completion(flags[0] if flags else "", SUMMARIES), end="")
+        return 0
     if command not in SUMMARIES:
-        match = difflib.get_close_matches(command, SUMMARIES, n=1)
-        hint = f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(SUMMARIES)}"
-        raise InputError(f"unknown command {command!r}{hint}")
+        raise InputError(f"unknown command {command!r}{suggest_or_list(command, SUMMARIES)}")
     examined: list[str] = []
     if command == "doctor":
         flags, examined = _split_examined(flags)
+    if {"-h", "--help"} & {*flags, *examined}:
+        asked = examined[0] if examined else command
+        print(import_module("genssd.help_text").render_help(asked, import_module("genssd.configs").CONFIGS[asked]))
+        return 0
+    if PRINT_CONFIG in flags:
+        print(_render_config(command, [flag for flag in flags if flag != PRINT_CONFIG]), end="")
+        return 0
+    if command == "doctor":
         check_examined(flags)
     check_names(flags)
     check_names(examined[1:])
     _quiet_libraries()
     _show_log()
-    commands, read_config = import_module("genssd.commands"), import_module("genssd.flags").read_config
-    config = read_config(command, flags, commands.COMMANDS[command][0])
+    config_class = import_module("genssd.configs").CONFIGS[command]
+    config = import_module("genssd.flags").read_config(command, flags, config_class)
+    import_module("genssd.distill.runs.effects").check_effects(config)
+    check_runs(config)
+    commands = import_module("genssd.commands")  # from here on torch is there
     console = import_module("rich.console").Console(stderr=True)
     signals.begin_work(getattr(config, "output_dir", None))
     return int(commands.run_command(command, config, console, examined))
+
+
+def _render_config(command: str, flags: Sequence[str]) -> str:
+    """Return the settings that flags stand for as a config file."""
+    config_class = import_module("genssd.configs").CONFIGS[command]
+    config, missing = import_module("genssd.flags").read_incomplete(command, flags, config_class)
+    text: str = import_module("genssd.config_text").render_config(command, config, missing)
+    return text
 
 
 def _split_examined(words: list[str]) -> tuple[list[str], list[str]]:
@@ -164,4 +187,3 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.captureWarnings(True)
-    import_module("transformers").utils.logging.disable_progress_bar()

@@ -8,33 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from genssd.distill.console import ProgressLine, report_training
-from genssd.distill.demo import DemoConfig, run_demo
+from genssd.distill.demo import run_demo
+from genssd.distill.demo_config import DemoConfig
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.diagnose.verdict import write_verdict
-from genssd.distill.doctor.config import DoctorConfig, EnvConfig
-from genssd.distill.evaluating import EvaluateConfig, run_evaluate
-from genssd.distill.report.config import ReportConfig
-from genssd.distill.rounds import BudgetReached, DistillConfig, run_distill
-from genssd.distill.runs.settings import expand_home
+from genssd.distill.distill_config import DistillConfig
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import run_evaluate
+from genssd.distill.rounds import BudgetReached, run_distill
+from genssd.distill.runs.field_kinds import expand_home
+from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.control_text import describe_teacher, format_controls, shorten
-from genssd.distill.score.leaf import LeafConfig, run_leaf
-from genssd.distill.score.prefix import PrefixConfig, run_prefix
+from genssd.distill.score.leaf import run_leaf
+from genssd.distill.score.leaf_config import LeafConfig
+from genssd.distill.score.prefix import run_prefix
+from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.score.prefix_judges import warn_of_unmarked
-from genssd.distill.score.run import ScoreConfig, run_score
-from genssd.distill.select.generate import GenerateConfig, run_generate
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.score.run import run_score
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.distill.tuning import TuneConfig, run_tune
+from genssd.distill.tune_config import TuneConfig
+from genssd.distill.tuning import run_tune
 from genssd.doctor_command import doctor, env, examine_first
 from genssd.engine.amounts import format_count
-from genssd.engine.selection import SPECIAL
+from genssd.engine.outcomes import SPECIAL
 from genssd.engine.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
+from genssd.outputs import print_outputs
 from genssd.printing import (
     list_counts,
     list_statuses,
@@ -54,6 +64,7 @@ EXAMINED_FIRST = frozenset(("select", "train", "distill"))
 
 def demo(config: DemoConfig, console: Console) -> None:
     run_demo(config, Console(), console)
+    print_outputs("demo", config.output_dir)
 
 
 def select(config: SelectConfig, console: Console) -> None:
@@ -69,7 +80,10 @@ def select(config: SelectConfig, console: Console) -> None:
         print(f"rounds: {', '.join(f'{count:,} {name}' for name, count in sorted(summary.rounds.items()))}")
     print_accuracy(summary.accuracy)
     print_cuts(summary.cuts, summary.prompts)
-    print(f"nothing was written to {summary.path}" if is_empty else f"written to {summary.path}")
+    if is_empty:
+        print(f"nothing was written to {summary.path}")
+    else:
+        print_outputs("select", summary.path.parent)
     if summary.drifted:
         warn(
             f"{format_count(summary.drifted, 'response')} whose tokens of the student were others chunk by chunk than "
@@ -103,7 +117,7 @@ def generate(config: GenerateConfig, console: Console) -> None:
         )
     print_accuracy(summary.accuracy)
     print_cuts(summary.cuts, sum(summary.statuses.values()))
-    print(f"written to {summary.path}")
+    print_outputs("generate", summary.path.parent)
     raise_for_problems(summary.bad_rows, len(summary.failures), summary.path.parent)
 
 
@@ -124,7 +138,7 @@ def prefix(config: PrefixConfig, console: Console) -> None:
     if (warning := warn_of_unmarked(counts)) is not None:
         warn(warning, console)
     print_undecided(summary.undecided)
-    print(f"written to {summary.output_dir}")
+    print_outputs("prefix", summary.output_dir)
     raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
@@ -135,7 +149,7 @@ def leaf(config: LeafConfig, console: Console) -> None:
         f"{format_count(summary.traces, 'trace')}, {format_count(summary.counterfactuals, 'counterfactual')} beside "
         "them"
     )
-    print(f"written to {summary.output_dir}")
+    print_outputs("leaf", summary.output_dir)
     raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
@@ -153,7 +167,7 @@ def train(config: TrainConfig, console: Console) -> None:
         f"{format_count(summary.tokens, 'completion token')} in "
         f"{summary.seconds:.1f} s; last loss {summary.loss:.4f}"
     )
-    print(f"written to {summary.output_dir}")
+    print_outputs("train", summary.output_dir)
 
 
 def distill(config: DistillConfig, console: Console) -> None:
@@ -164,7 +178,8 @@ def distill(config: DistillConfig, console: Console) -> None:
             with line.paused():
                 print(reached)
             return
-    print(f"written to {config.output_dir}; the student is {student}")
+    print(f"the student is {student}")
+    print_outputs("distill", config.output_dir)
     raise_for_bad_rows("could not be used; all others were", bad_rows, Path(config.output_dir))
 
 
@@ -193,7 +208,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> None:
     print(f"{result.mean_tokens:.0f} tokens per response, {result.unfinished} cut off")
     print_undecided(result.undecided)
     print_cuts(result.cuts, len(result.correct))
-    print(f"written to {config.output_dir}")
+    print_outputs("evaluate", config.output_dir)
     raise_for_bad_rows("could not be evaluated; all others were", result.not_evaluated, Path(config.output_dir))
 
 
@@ -219,7 +234,7 @@ def score(config: ScoreConfig, console: Console) -> None:
     if summary.teachers and summary.incomplete:
         print(f"left out of the ranking: {format_count(summary.incomplete, 'prompt')} that some teacher did not answer")
     print("\n".join(format_controls(summary.controls)))
-    print(f"written to {summary.output_dir}; look at {summary.output_dir / 'report.html'}")
+    print_outputs("score", summary.output_dir)
     raise_for_bad_rows("could not be scored; all others were", summary.bad_rows, summary.output_dir)
 
 
@@ -235,7 +250,7 @@ def diagnose(config: DiagnoseConfig, console: Console) -> None:
         f"{format_count(costs.prefix_tokens, 'token')} "
         f"computed in front of them, {costs.naive_prefix_tokens:,} with a fresh generation per forced token"
     )
-    print(f"written to {summary.output_dir}; look at {summary.output_dir / 'diagnosis.html'}")
+    print_outputs("diagnose", summary.output_dir)
     raise_for_bad_rows("could not be used; all others were", summary.bad_rows, summary.output_dir)
 
 
@@ -255,8 +270,9 @@ def reselect(config: ReselectConfig, console: Console) -> None:
     print(
         f"{format_count(summary.pairs, 'preference pair')} ({summary.exact_pairs} exact) and "
         f"{format_count(summary.steps, 'stepwise row')} by "
-        f"{summary.criterion}; written to {summary.output_dir}"
+        f"{summary.criterion}"
     )
+    print_outputs("reselect", summary.output_dir)
 
 
 def tune(config: TuneConfig, console: Console) -> None:
@@ -266,23 +282,24 @@ def tune(config: TuneConfig, console: Console) -> None:
         print(f"the other commands read it where {FILE_VARIABLE}={summary.path} is set")
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any, Console], int | None]]] = {
-    "demo": (DemoConfig, demo),
-    "select": (SelectConfig, select),
-    "score": (ScoreConfig, score),
-    "reselect": (ReselectConfig, reselect),
-    "generate": (GenerateConfig, generate),
-    "prefix": (PrefixConfig, prefix),
-    "leaf": (LeafConfig, leaf),
-    "train": (TrainConfig, train),
-    "evaluate": (EvaluateConfig, evaluate),
-    "distill": (DistillConfig, distill),
-    "diagnose": (DiagnoseConfig, diagnose),
-    "report": (ReportConfig, report),
-    "tune": (TuneConfig, tune),
-    "doctor": (DoctorConfig, doctor),
-    "env": (EnvConfig, env),
+COMMANDS: dict[str, Callable[[Any, Console], int | None]] = {
+    "demo": demo,
+    "select": select,
+    "score": score,
+    "reselect": reselect,
+    "generate": generate,
+    "prefix": prefix,
+    "leaf": leaf,
+    "train": train,
+    "evaluate": evaluate,
+    "distill": distill,
+    "diagnose": diagnose,
+    "report": report,
+    "tune": tune,
+    "doctor": doctor,
+    "env": env,
 }
+"""Functions by the name of the command; their configs are in configs.py."""
 
 
 def run_command(name: str, config: Any, console: Console, words: Sequence[str] = ()) -> int:
@@ -290,10 +307,11 @@ def run_command(name: str, config: Any, console: Console, words: Sequence[str] =
 
     words: what `doctor` examines, a command and its flags. Returns the exit code.
     """
+    transformers_logging.disable_progress_bar()
     limit_torch_threads()
     config = expand_home(config)
     if name == "doctor":
         return doctor(config, console, words)
     if name in EXAMINED_FIRST and is_main_process():
         examine_first(name, config, console)
-    return COMMANDS[name][1](config, console) or 0
+    return COMMANDS[name](config, console) or 0

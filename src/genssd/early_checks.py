@@ -14,6 +14,7 @@ from pathlib import Path
 
 from genssd.distill.files.rows import check_exists
 from genssd.distill.runs.journal import read_json
+from genssd.distill.runs.record import check_directory
 from genssd.engine.model_names import find_directory
 from genssd.engine.served.address import is_url, parse_url
 
@@ -53,6 +54,13 @@ def check_names(flags: Sequence[str]) -> None:
                 find_directory(os.path.expanduser(value))
             elif flag in DATA_FILES:
                 check_exists(os.path.expanduser(value))
+
+
+def check_runs(config: object) -> None:
+    """Raise InputError where the output directory of a run that a command reads is not there."""
+    named: str | Sequence[str] | None = getattr(config, "run", None)
+    for name in [named] if isinstance(named, str) else named or ():
+        check_directory(Path(os.path.expanduser(name)))
 
 
 def check_examined(flags: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import json
@@ -18,13 +17,21 @@ from typing import Any
 
 import tyro
 
+from genssd.engine.closest import suggest, suggest_or_list
 from genssd.engine.errors import InputError
+from genssd.flag_list import list_flags
 from genssd.yaml_files import load_yaml
 
 JSON_KEYS = frozenset(("chat_template_kwargs", "teacher_template_kwargs", "student_template_kwargs"))
 """Keys whose value may be an object in a YAML file; its flag takes the JSON text of an object."""
 MAX_CONFIG_VALUES = 10_000
 """Maximum number of values in a config file, those that aliases repeat included."""
+RECORD_KEYS = frozenset(("command", "config", "settings"))
+"""Keys that make a file the record of a run, run.json."""
+PLACEHOLDER = "to-be-given"
+"""Value of required fields that are not given, where the settings are only printed."""
+CHOICE = re.compile(r"invalid choice '(.*)' for argument .*Expected one of \((.*)\)")
+"""Message on a value that is none of an option's, with the value and the list of those."""
 RULER = re.compile(r"[\s\-\u2500-\u257f]*")
 HELP_SECTIONS = ("For full helptext", "Argument helptext")
 """Beginnings of the sections of tyro's messages that only describe flags."""
@@ -35,22 +42,57 @@ WIDE = 10_000
 
 def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     """Return the config of a command. Raises InputError on flags or a config file that cannot be read."""
-    # where a command has an option of that name, the file is not of its own flags
-    has_own = "config" in {field.name for field in dataclasses.fields(config_class)}
-    file, typed = (None, list(flags)) if has_own else _split_config_file(list(flags))
-    from_file = [] if file is None else flags_of_file(file, config_class)
+    _, file, typed = _find_config_file(list(flags), config_class)
+    from_file = [] if file is None else flags_of_file(file, config_class, command)
+    _check_names(typed, command, config_class)
     words = _join(from_file, merge_list_flags(typed, config_class), _find_positional(config_class))
 
-    width = contextlib.nullcontext() if {"-h", "--help"} & {*words} else _terminal_width(WIDE)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), width:
-            return tyro.cli(config_class, prog=f"genssd {command}", args=words, description=config_class.__doc__)
-    except SystemExit as stop:
-        if stop.code == 0:  # help, on standard output
-            raise
+        with contextlib.redirect_stderr(said), _terminal_width(WIDE):
+            return tyro.cli(config_class, prog=f"genssd {command}", args=words, add_help=False)
+    except SystemExit:
         message = _shorten(said.getvalue(), config_class)
-        raise InputError(f"{message}; `genssd {command} --help` lists the flags") from None
+        raise _point_to_help(message, command) from None
+
+
+def _point_to_help(message: str, command: str) -> InputError:
+    return InputError(f"{message}{'' if message.endswith('?') else ';'} `genssd {command} --help` lists the flags")
+
+
+def _check_names(words: Sequence[str], command: str, config_class: type) -> None:
+    """Raise InputError on the first flag that a command does not have, with the closest one that it has."""
+    names = [name for flag in list_flags(config_class) for name in flag.names]
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and name not in names:
+            raise _point_to_help(f"unknown flag {name}{suggest(name, names)}", command)
+
+
+def read_incomplete(command: str, flags: Sequence[str], config_class: type) -> tuple[Any, frozenset[str]]:
+    """Return the config of a command, and the names of required fields that the flags leave out.
+
+    Those have a placeholder in the config. Raises InputError as `read_config` does, and of a command that has an option
+    `config` of its own, for which no file stands.
+    """
+    has_own, file, typed = _find_config_file(list(flags), config_class)
+    if has_own:
+        raise InputError(f"`genssd {command}` reads no config file of its own options")
+    words = [*([] if file is None else flags_of_file(file, config_class, command)), *typed]
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    positional = _find_positional(config_class)
+    if positional is not None and typed and not typed[0].startswith("-"):
+        given.add(positional)
+    missing = frozenset(flag.name for flag in list_flags(config_class) if flag.is_required and flag.name not in given)
+    filled = [word for name in sorted(missing) for word in (f"--{name}", PLACEHOLDER)]
+    return read_config(command, [*flags, *filled], config_class), missing
+
+
+def _find_config_file(flags: list[str], config_class: type) -> tuple[bool, Path | None, list[str]]:
+    """Return whether a command has an option `config` of its own, the config file of its flags, and the other flags."""
+    has_own = "config" in {field.name for field in dataclasses.fields(config_class)}
+    file, typed = (None, flags) if has_own else _split_config_file(flags)
+    return has_own, file, typed
 
 
 @contextlib.contextmanager
@@ -82,6 +124,8 @@ def _shorten(said: str, config_class: type) -> str:
     message = "; ".join(text.removesuffix(".") for text in texts).removeprefix(
         f"Error parsing {config_class.__name__}: "
     )
+    if choice := CHOICE.search(message):
+        message += suggest(choice[1], [name.strip(" '") for name in choice[2].split(",")])
     return message or "these flags cannot be read"
 
 
@@ -146,10 +190,10 @@ def _find_positional(config_class: type) -> str | None:
     return next((name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ())), None)
 
 
-def flags_of_file(path: Path, config_class: type) -> list[str]:
-    """Return the flags that a YAML file stands for.
+def flags_of_file(path: Path, config_class: type, command: str) -> list[str]:
+    """Return the flags that a YAML file, or the run.json of a run of the command, stands for.
 
-    Raises InputError naming the file and, for an unknown key, the closest known one.
+    Raises InputError naming the file and, for an unknown key, the closest known one; and on a run of another command.
     """
     fields = load_yaml(path)
     if fields is None:
@@ -158,6 +202,12 @@ def flags_of_file(path: Path, config_class: type) -> list[str]:
         raise InputError(f"config file {path} must hold keys and values, not {type(fields).__name__}")
     if sum(1 for _ in zip(range(MAX_CONFIG_VALUES), _walk(fields), strict=False)) == MAX_CONFIG_VALUES:
         raise InputError(f"config file {path} holds more than {MAX_CONFIG_VALUES} values")
+    if fields.keys() >= RECORD_KEYS:
+        if fields["command"] != command:
+            raise InputError(
+                f"config file {path} is the record of a run of `genssd {fields['command']}`, not of `genssd {command}`"
+            )
+        fields = fields["config"] if isinstance(fields["config"], Mapping) else {}
     return _flags(fields, config_class, path, "")
 
 
@@ -178,7 +228,7 @@ def _flags(fields: Mapping[Any, Any], config_class: type, path: Path, prefix: st
     flags: list[str] = []
     for key, value in fields.items():
         if key not in known:
-            raise InputError(f"config file {path}: unknown key {f'{prefix}{key}'!r}{find_closest(str(key), known)}")
+            raise InputError(f"config file {path}: unknown key {f'{prefix}{key}'!r}{suggest_or_list(str(key), known)}")
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, Mapping):
@@ -211,9 +261,3 @@ def _boolean(name: str, value: bool, hint: object) -> list[str]:
         return [f"--{name}", str(value)]
     head, _, last = name.rpartition(".")
     return [f"--{name}" if value else f"--{head}{'.' if head else ''}no-{last}"]
-
-
-def find_closest(word: str, known: Mapping[str, object]) -> str:
-    """Return the end of a message about an unknown word: the known word that is closest to it, or all of them."""
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

@@ -16,9 +16,9 @@ from support.toys import edit_json, save_checkpoint, save_model, save_tokenizer
 
 from genssd import cli
 from genssd.cli import main
-from genssd.distill.score.prefix import PrefixConfig
-from genssd.distill.select.generate import GenerateConfig
-from genssd.distill.select.run import SelectConfig
+from genssd.distill.score.prefix_config import PrefixConfig
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.config import TrainConfig
 from genssd.engine.errors import InputError
 from genssd.engine.launches import LaunchRecord
@@ -148,13 +148,13 @@ def test_a_config_file_and_flags_over_it(tiny_pair: TinyPair, write_rows: Write,
 def test_a_file_stands_for_flags(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("data: [a.jsonl, b.jsonl]\nbf16: true\ngradient_checkpointing: false\n")
-    assert flags_of_file(path, TrainConfig) == [
+    assert flags_of_file(path, TrainConfig, "train") == [
         *("--data", "a.jsonl", "b.jsonl"),
         *("--bf16", "True"),
         "--no-gradient_checkpointing",
     ]
     path.write_text("")
-    assert flags_of_file(path, TrainConfig) == []
+    assert flags_of_file(path, TrainConfig, "train") == []
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_bad_config_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        flags_of_file(path, SelectConfig)
+        flags_of_file(path, SelectConfig, "select")
 
 
 def test_words_that_mean_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from genssd.commands import COMMANDS
+from genssd.configs import CONFIGS
 from genssd.distill.files.rows import read_rows
-from genssd.distill.runs.settings import Kind, Marker
+from genssd.distill.runs.field_kinds import Kind, Marker
 from genssd.early_checks import DATA_FILES, MODELS, TOKENIZERS, UNCHECKED, check_names
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CheckpointError, InputError
@@ -40,9 +40,9 @@ def iter_names(config: type, prefix: str = "") -> Iterator[tuple[str, set[object
             yield name, marks
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", CONFIGS)
 def test_every_flag_that_names_a_file_or_a_model_is_known(command: str) -> None:
-    for name, marks in iter_names(COMMANDS[command][0]):
+    for name, marks in iter_names(CONFIGS[command]):
         if marks & {Kind.MODEL, Kind.NAMED_MODEL}:
             assert name in MODELS
         elif Kind.DATA_FILE in marks:

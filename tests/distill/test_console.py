@@ -17,8 +17,10 @@ from support.tiny_pair import TinyPair
 from genssd.distill import console as consoles
 from genssd.distill.console import ProgressLine, describe, report_training
 from genssd.distill.runs.progress import Progress, Stage, measure
-from genssd.distill.score.run import ScoreConfig, run_score
-from genssd.distill.select.generate import GenerateConfig, run_generate
+from genssd.distill.score.config import ScoreConfig
+from genssd.distill.score.run import run_score
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.trainer import TrainProgress
 from genssd.engine.amounts import format_bytes, format_count, format_part
 from genssd.engine.usage import CacheUse, Usage

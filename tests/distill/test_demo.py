@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from genssd.distill.demo import DemoConfig, run_demo
+from genssd.distill.demo import run_demo
+from genssd.distill.demo_config import DemoConfig
 from genssd.engine.errors import InputError
 
 

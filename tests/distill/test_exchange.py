@@ -14,8 +14,10 @@ from support.tiny_pair import TinyPair
 from support.training_runs import config_for, metrics
 
 from genssd import Chunk
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.trainer import run_train
 
 Write = Callable[..., Path]

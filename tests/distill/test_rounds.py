@@ -18,8 +18,9 @@ from support.training_runs import weights
 from genssd.distill import rounds
 from genssd.distill.answers.forms import CORRECT, WRONG, Verdict, undecidable
 from genssd.distill.answers.judge import AnswerJudge
-from genssd.distill.rounds import DistillConfig, RoundSummary, run_distill
-from genssd.distill.select.run import SelectSettings
+from genssd.distill.distill_config import DistillConfig
+from genssd.distill.rounds import RoundSummary, run_distill
+from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
 from genssd.engine.checkpoint import fingerprint
 from genssd.engine.chunk import Chunk

@@ -12,7 +12,8 @@ from support.tiny_pair import TinyPair
 
 from genssd.cli import main
 from genssd.distill import tuning
-from genssd.distill.tuning import TuneConfig, run_tune
+from genssd.distill.tune_config import TuneConfig
+from genssd.distill.tuning import run_tune
 from genssd.engine.amounts import format_count
 from genssd.engine.config import ModelConfig
 from genssd.engine.errors import InputError

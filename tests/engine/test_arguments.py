@@ -18,8 +18,8 @@ from genssd.engine.criterion_names import register_criterion
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.nodes import Fork, NodeReader
-from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.sampling import Sampling
+from genssd.engine.speculation_rules import ReverseSpeculation
 
 HALF = "a\ud800b"
 BAD: dict[Any, tuple[Any, ...]] = {

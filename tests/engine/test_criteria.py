@@ -18,13 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genssd.engine import criterion_names
-from genssd.engine.candidate import ActivationMeans, Candidate, Criterion, PoolCriterion, Window
+from genssd.engine.candidate import ActivationMeans, Candidate, Window
 from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
 from genssd.engine.criteria.controls import Random
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal
+from genssd.engine.criteria.weighted_rank import WeightedRank
+from genssd.engine.criterion import Criterion, PoolCriterion
 from genssd.engine.criterion_calls import evaluate
-from genssd.engine.criterion_names import WeightedRank, register_criterion, resolve
+from genssd.engine.criterion_names import register_criterion, resolve
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TokenStats
 
@@ -607,7 +609,7 @@ def test_options_of_an_imported_object_are_refused(own_module: str) -> None:
         ("ppl('chunk')", "options are written as"),
         ("ppl(**{'window': 3})", "options are written as"),
         ("ppl(window=open('x'))", "options are written as"),
-        ("ppl(nrom='byte')", "ppl has no option nrom; it has: scope, window, norm, reduce$"),
+        ("ppl(nrom='byte')", "ppl has no option nrom; it has: scope, window, norm, reduce; did you mean .norm."),
         ("0.5*rsd_accept(size=3)", r"rsd_accept has no option size; it has: probability, top"),
         ("random(size=3)", "random has no option size; it has none"),
         ("ppl(window=0)", "window must be at least 1"),

@@ -10,7 +10,7 @@ from support.toys import Pair
 from genssd import Sampling
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.reverse_speculation import ReverseSpeculation
+from genssd.engine.speculation_rules import ReverseSpeculation
 
 Prompts = Callable[[int, int], list[list[int]]]
 

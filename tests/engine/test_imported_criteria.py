@@ -77,7 +77,10 @@ def test_a_file_of_the_working_directory_does_not_hide_a_module_that_an_installe
         ("own_criterion_here.py:Short", "no import path, which is package.module:Name; write own_criterion_here:Short"),
         ("./own_criterion_here.py:Short", "write own_criterion_here:Short$"),
         ("own_criterion_here:", "is no import path, which is package.module:Name$"),
-        ("own_criterion_here:Short(factr=2)", "own_criterion_here:Short has no option factr; it has: factor$"),
+        (
+            "own_criterion_here:Short(factr=2)",
+            "own_criterion_here:Short has no option factr; it has: factor; did you mean .factor.",
+        ),
         ("own_criterion_here:instance(factor=2)", "is an object already and takes no options"),
         ("own_criterion_here:Short(factor=-1)", r"own_criterion_here\.py, line 7: RuntimeError: no such factor$"),
         ("raises:Thing", r"{here}/raises\.py, line 3: ZeroDivisionError: division by zero$"),

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from genssd.engine.candidate import Candidate, Criterion, Window
+from genssd.engine.candidate import Candidate, Window
+from genssd.engine.criterion import Criterion
 from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 from genssd.engine.search_options import SearchOptions

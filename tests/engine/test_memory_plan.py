@@ -13,7 +13,7 @@ from support.toys import save_checkpoint
 from genssd import Engine
 from genssd.engine.errors import CapacityError
 from genssd.engine.memory_plan import PlannedModel, plan_memory
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 
 CPU = torch.device("cpu")
 

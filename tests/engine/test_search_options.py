@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 
 import genssd
-from genssd.distill.select.run import SelectSettings
+from genssd.distill.select.config import SelectSettings
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError

@@ -32,9 +32,12 @@ from genssd.cli import main
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.diagnose.forcing import Question
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
-from genssd.distill.score.leaf import LeafConfig, run_leaf
-from genssd.distill.select.generate import GenerateConfig, run_generate
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.score.leaf import run_leaf
+from genssd.distill.score.leaf_config import LeafConfig
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.models import load_teacher
 from genssd.distill.train.trainer import run_train
@@ -45,7 +48,7 @@ from genssd.engine.ends import choose_end
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.generation import Completion
-from genssd.engine.reverse_speculation import ReverseSpeculation
+from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.text import Tokenizer
 from genssd.engine.token_map import TokenMap, match_tokenizers
 

@@ -28,8 +28,8 @@ from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.paged_runner import PagedRunner
 from genssd.engine.pages import PagePool
 from genssd.engine.reading import ByteSpans
-from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.selection import Selection, Trajectory
+from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TokenStats
 

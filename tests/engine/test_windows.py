@@ -13,11 +13,12 @@ import pytest
 import torch
 from support.toys import ENDINGS, Pair, save_markov, token_of
 
-from genssd.engine.candidate import Candidate, PoolCriterion, Window
+from genssd.engine.candidate import Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria.by_step import LocalNaturalness
 from genssd.engine.criteria.likelihood import Perplexity
 from genssd.engine.criteria.reference_answer import RationaleDifficulty
+from genssd.engine.criterion import PoolCriterion
 from genssd.engine.criterion_calls import evaluate
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine

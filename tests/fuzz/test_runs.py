@@ -26,7 +26,7 @@ from support.fuzzing import (
 from support.small_runs import JOURNALS, SmallRun, make_small_runs, read_results
 from support.tiny_pair import TinyPair
 
-from genssd.commands import COMMANDS
+from genssd.configs import CONFIGS
 from genssd.distill.runs.journal import make_line
 from genssd.engine.errors import InputError
 from genssd.flags import read_config
@@ -195,7 +195,7 @@ def read_one_line(command: str, flags: list[str]) -> None:
     printed, ended = io.StringIO(), None
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         try:
-            read_config(command, flags, COMMANDS[command][0])
+            read_config(command, flags, CONFIGS[command])
         except (SystemExit, InputError) as error:
             ended = error
     assert (ended.code == 0) if isinstance(ended, SystemExit) else not printed.getvalue()
@@ -226,8 +226,8 @@ def flag_names(config_class: type, prefix: str = "") -> Iterator[str]:
 @fuzz_settings(80, 0.3)
 @given(data=st.data())
 def test_any_flags(data: st.DataObject) -> None:
-    command = data.draw(st.sampled_from(sorted(COMMANDS)))
-    names = [*flag_names(COMMANDS[command][0]), "--config", "--zzz", "--no-resume", "--help", "-x"]
+    command = data.draw(st.sampled_from(sorted(CONFIGS)))
+    names = [*flag_names(CONFIGS[command]), "--config", "--zzz", "--no-resume", "--help", "-x"]
     needed = {
         "--teacher": "t",
         "--student": "s",

@@ -16,7 +16,8 @@ from torch import Tensor
 from genssd.kernels import head
 from genssd.kernels.divergence import _linear_divergence, linear_divergence
 from genssd.kernels.divergence_terms import DivergenceKind
-from genssd.kernels.topk_divergence import TailRule, _topk_divergence, topk_divergence
+from genssd.kernels.options import TailRule
+from genssd.kernels.topk_divergence import _topk_divergence, topk_divergence
 
 KINDS: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
 TAILS: tuple[TailRule, ...] = get_args(TailRule)

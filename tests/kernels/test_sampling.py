@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from genssd.kernels.sampling import (
-    check_options,
-    gumbel_noise,
-    gumbel_reference,
-    keep_likely,
-    philox_reference,
-    sample,
-)
+from genssd.kernels.options import check_options
+from genssd.kernels.sampling import gumbel_noise, gumbel_reference, keep_likely, philox_reference, sample
 
 WORD = (1 << 32) - 1
 CHI_SQUARE_P = 1e-4  # a correct sampler fails this with that probability; the draws are seeded, so once and for all

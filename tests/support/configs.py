@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from genssd.commands import COMMANDS
+from genssd.configs import CONFIGS
 from genssd.distill import small_pair
 
 PAIR = Path(next(iter(small_pair.__path__)))
@@ -16,7 +16,7 @@ MODELS = [str(PAIR / "teacher"), str(PAIR / "student")]
 
 def config_of(command: str, data: list[str]) -> Any:
     """A config with all required fields, models and files that exist."""
-    config_class = COMMANDS[command][0]
+    config_class = CONFIGS[command]
     given: dict[str, Any] = {
         "teacher": (MODELS[0],) if command == "diagnose" else MODELS[0],
         "student": MODELS[1],

@@ -9,7 +9,7 @@ from typing import Any
 from support.tiny_pair import TinyPair
 
 from genssd import Chunk, Sampling
-from genssd.distill.select.run import SelectConfig
+from genssd.distill.select.config import SelectConfig
 
 PROMPTS = [{"prompt": "one"}, {"prompt": "two"}, {"prompt": "one"}, {"prompt": "four"}]
 

@@ -13,14 +13,22 @@ from support.tiny_pair import TinyPair
 
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
-from genssd.distill.evaluating import EvaluateConfig, run_evaluate
-from genssd.distill.rounds import DistillConfig, run_distill
-from genssd.distill.score.leaf import LeafConfig, run_leaf
-from genssd.distill.score.prefix import PrefixConfig, run_prefix
-from genssd.distill.score.run import ScoreConfig, run_score
-from genssd.distill.select.generate import GenerateConfig, run_generate
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
-from genssd.distill.select.run import SelectConfig, SelectSettings, run_select
+from genssd.distill.distill_config import DistillConfig
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import run_evaluate
+from genssd.distill.rounds import run_distill
+from genssd.distill.score.config import ScoreConfig
+from genssd.distill.score.leaf import run_leaf
+from genssd.distill.score.leaf_config import LeafConfig
+from genssd.distill.score.prefix import run_prefix
+from genssd.distill.score.prefix_config import PrefixConfig
+from genssd.distill.score.run import run_score
+from genssd.distill.select.config import SelectConfig, SelectSettings
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import run_train

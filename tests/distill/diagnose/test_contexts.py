@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from genssd.distill.data.problems import ProblemRow
-from genssd.distill.diagnose.contexts import Reader, Templates, build_prompt, list_readers, read_contexts
+from genssd.distill.diagnose.contexts import build_prompt, read_contexts
+from genssd.distill.diagnose.readers import Reader, Templates, list_readers
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]

@@ -18,7 +18,8 @@ from support.toys import save_tokenizer
 from genssd.distill.doctor.disk_checks import check_disk, find_existing
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.memory_checks import check_caches, check_training
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.activations import BatchShape, estimate_training_bytes
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.engine.chunk import Chunk

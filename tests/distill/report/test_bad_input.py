@@ -21,7 +21,8 @@ from genssd.cli import main
 from genssd.distill.report.config import ReportConfig
 from genssd.distill.report.run import ReportSummary, run_report
 from genssd.distill.runs.journal import make_line
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.select.run import run_select
 from genssd.engine.errors import InputError
 

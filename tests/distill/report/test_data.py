@@ -18,7 +18,8 @@ from genssd.distill.answers.intervals import paired_difference
 from genssd.distill.report.config import ReportConfig
 from genssd.distill.report.figures import BINS, describe_scores
 from genssd.distill.report.run import ReportSummary, run_report
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.engine.text import Tokenizer
 
 

@@ -15,13 +15,15 @@ from support.templates import TRIMMED_DATE
 from support.tiny_pair import TinyPair
 
 from genssd import Engine
-from genssd.commands import COMMANDS
-from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.configs import CONFIGS
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import run_evaluate
 from genssd.distill.runs import chat_settings
 from genssd.distill.runs.chat_settings import ChatSettings, parse_date, parse_template_kwargs
 from genssd.distill.runs.effects import check_effects
-from genssd.distill.score.run import ScoreConfig
-from genssd.distill.select.generate import GenerateConfig, run_generate
+from genssd.distill.score.config import ScoreConfig
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
@@ -34,7 +36,7 @@ TEMPLATE = TRIMMED_DATE.replace(
 
 
 def test_every_command_that_renders_chats_has_the_options() -> None:
-    without = {name for name, (config, _) in COMMANDS.items() if not issubclass(config, ChatSettings)}
+    without = {name for name, config in CONFIGS.items() if not issubclass(config, ChatSettings)}
     # the doctor takes those of the command after it
     assert without == {"demo", "report", "reselect", "tune", "doctor", "env"}
 
@@ -68,7 +70,7 @@ def test_a_date_is_read() -> None:
 def test_variables_may_be_an_object_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("chat_template_kwargs: {enable_thinking: false}\n")
-    assert flags_of_file(path, GenerateConfig) == ["--chat_template_kwargs", '{"enable_thinking": false}']
+    assert flags_of_file(path, GenerateConfig, "generate") == ["--chat_template_kwargs", '{"enable_thinking": false}']
 
 
 def test_variables_of_one_model_are_told_apart() -> None:

@@ -10,10 +10,11 @@ import pytest
 from support.configs import MODELS, another, changed, config_of
 
 from genssd.cli import main
-from genssd.commands import COMMANDS
-from genssd.distill.evaluating import EvaluateConfig, run_evaluate
+from genssd.configs import CONFIGS
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import run_evaluate
 from genssd.distill.runs.effects import check_effects, list_fields
-from genssd.distill.runs.settings import fields_of
+from genssd.distill.runs.field_kinds import fields_of
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
@@ -99,7 +100,7 @@ def data(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "data.jsonl")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", CONFIGS)
 def test_every_field_has_an_effect_or_is_refused(command: str, data: list[str]) -> None:
     config = config_of(command, data)
     check_effects(config)

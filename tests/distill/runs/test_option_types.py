@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import genssd
-from genssd.commands import COMMANDS
-from genssd.distill.train.key_attention import KeyAttentionOptions
+from genssd.configs import CONFIGS
+from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.loss_options import LossOptions
 from genssd.engine.errors import InputError
 
@@ -102,7 +102,7 @@ CRITERIA = [
 ]
 OPTIONS = {
     options.__name__: options
-    for outer in (*(config for config, _ in COMMANDS.values()), *(getattr(genssd, name) for name in ENGINE), *CRITERIA)
+    for outer in (*CONFIGS.values(), *(getattr(genssd, name) for name in ENGINE), *CRITERIA)
     for options in nested(outer)
     if options.__name__ != "WeightedRank"  # made from a text, whose parts are checked
 }
@@ -162,7 +162,7 @@ def test_a_number_is_a_chunk() -> None:
     options = genssd.SearchOptions(chunk=64)  # type: ignore[arg-type]
     assert options.chunk == genssd.Chunk(tokens=64)
     assert options.with_changes(chunk=8).chunk == genssd.Chunk(tokens=8)
-    assert instance_of(COMMANDS["select"][0]).chunk == genssd.Chunk()
+    assert instance_of(CONFIGS["select"]).chunk == genssd.Chunk()
     for value in (0, -1):
         with pytest.raises(InputError, match=f"chunk tokens must be at least 1, not {value}"):
             genssd.SearchOptions(chunk=value)  # type: ignore[arg-type]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from genssd.distill.runs.directory import claim_directory
+from genssd.distill.runs.field_kinds import Operational
 from genssd.distill.runs.journal import make_line, write_json
 from genssd.distill.runs.run import Run
-from genssd.distill.runs.settings import Operational
 from genssd.engine.errors import InputError
 from genssd.engine.launches import LaunchRecord
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from support.configs import MODELS, another, changed, config_of
 
-from genssd.commands import COMMANDS
-from genssd.distill.demo import DemoConfig
-from genssd.distill.runs.settings import Kind, check_same_settings, expand_home, fields_of, settings_of
+from genssd.configs import CONFIGS
+from genssd.distill.demo_config import DemoConfig
+from genssd.distill.runs.field_kinds import Kind, expand_home, fields_of
+from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.engine.errors import InputError
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
@@ -81,7 +82,7 @@ def test_every_field_counts_unless_it_is_declared(command: str, data: list[str])
 
 
 def test_every_command_that_keeps_results_is_looked_at() -> None:
-    assert set(NOT_COUNTED) == set(BY_CONTENT) == set(COMMANDS) - {"demo", "report", "tune", "doctor", "env"}
+    assert set(NOT_COUNTED) == set(BY_CONTENT) == set(CONFIGS) - {"demo", "report", "tune", "doctor", "env"}
 
 
 @pytest.mark.parametrize("command", sorted(BY_CONTENT))
@@ -180,10 +181,10 @@ def make_with_home(config_class: type, prefix: str = "") -> tuple[Any, set[str]]
     return config_class(**values), names
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", CONFIGS)
 def test_home_is_expanded_in_every_path(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    config, names = make_with_home(COMMANDS[command][0])
+    config, names = make_with_home(CONFIGS[command])
     assert names == PATHS[command]
     expanded = {setting.name: setting.value for setting in fields_of(expand_home(config))}
     assert {name for name, value in expanded.items() if value in ("/home/me/x", ("/home/me/x", "/home/me/y"))} == names

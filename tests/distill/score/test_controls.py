@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from genssd.distill.score import run as score_run
 from genssd.distill.score.comparison import compare
+from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.control_text import format_controls
 from genssd.distill.score.controls import ControlTable, compute_controls
 from genssd.distill.score.page import render_page
-from genssd.distill.score.run import ScoreConfig, run_score
+from genssd.distill.score.run import run_score
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]

@@ -16,14 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, read_traces
-from genssd.distill.score.leaf import (
-    LeafConfig,
-    distracting_spans,
-    gradient_norms,
-    question_places,
-    run_leaf,
-    scaled,
-)
+from genssd.distill.score.leaf import distracting_spans, gradient_norms, question_places, run_leaf, scaled
+from genssd.distill.score.leaf_config import LeafConfig
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genssd.distill.score.picking import PickOptions, pick_responses
+from genssd.distill.score.pick_options import PickOptions
+from genssd.distill.score.picking import pick_responses
 from genssd.engine.criteria.learning_gain import Lark
 
 

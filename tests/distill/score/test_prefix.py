@@ -17,7 +17,8 @@ from support.tiny_pair import TinyPair
 
 from genssd.distill.score import prefix as prefixes
 from genssd.distill.score import prefix_judges
-from genssd.distill.score.prefix import PrefixConfig, PrefixSummary, run_prefix, shortest_prefixes
+from genssd.distill.score.prefix import PrefixSummary, run_prefix, shortest_prefixes
+from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.score.prefix_judges import Judgement, ReplyCounts, warn_of_unmarked
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError

@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM
 from genssd import Engine
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.runs.journal import complete_rows
-from genssd.distill.score.picking import PickOptions
+from genssd.distill.score.config import ScoreConfig
+from genssd.distill.score.pick_options import PickOptions
 from genssd.distill.score.ranking import rank_teachers
-from genssd.distill.score.run import ScoreConfig, ScoreSummary, run_score
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.score.run import ScoreSummary, run_score
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.engine import criterion_names
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_names import resolve

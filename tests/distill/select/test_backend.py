@@ -16,7 +16,8 @@ from support.toys import save_checkpoint
 
 from genssd import Engine
 from genssd.distill.runs.journal import CHECKSUM
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.tiny_pair import TinyPair
 
 from genssd.distill.select.calibration import worst_of_best
-from genssd.distill.select.run import Calibrate, SelectConfig, run_select
+from genssd.distill.select.config import Calibrate, SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.engine.chunk import Chunk
 from genssd.engine.criteria.likelihood import Perplexity
 from genssd.engine.errors import InputError

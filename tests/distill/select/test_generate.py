@@ -14,11 +14,13 @@ from support.tiny_pair import TinyPair
 
 from genssd import Engine
 from genssd.distill.data.example_files import read_examples
-from genssd.distill.score.run import ScoreConfig, run_score
-from genssd.distill.select.generate import GenerateConfig, GenerateSummary, run_generate
+from genssd.distill.score.config import ScoreConfig
+from genssd.distill.score.run import run_score
+from genssd.distill.select.generate import GenerateSummary, run_generate
+from genssd.distill.select.generate_config import GenerateConfig
 from genssd.engine.errors import InputError
-from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.sampling import Sampling
+from genssd.engine.speculation_rules import ReverseSpeculation
 
 Write = Callable[..., Path]
 PROBLEMS = [{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(4)] + [{"prompt": "a raw text"}]

@@ -21,8 +21,10 @@ from genssd.cli import main
 from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.intervals import wilson
 from genssd.distill.answers.judge import AnswerJudge, judge
-from genssd.distill.select.generate import GenerateConfig, run_generate
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.run import run_select
 from genssd.engine.sampling import Sampling
 
 Write = Callable[..., Path]

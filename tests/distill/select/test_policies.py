@@ -16,12 +16,15 @@ from support.tiny_pair import TinyPair
 from genssd import Engine
 from genssd.cli import main
 from genssd.distill.data.problems import read_usable_problems
-from genssd.distill.rounds import BudgetReached, DistillConfig, run_distill
+from genssd.distill.distill_config import DistillConfig
+from genssd.distill.rounds import BudgetReached, run_distill
 from genssd.distill.runs.progress import Stage, measure
 from genssd.distill.select.calibration import calibrate
+from genssd.distill.select.config import SelectConfig, SelectSettings
 from genssd.distill.select.decisions import read_decisions
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
-from genssd.distill.select.run import SelectConfig, SelectSettings, run_select
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainSettings
 from genssd.engine import budget as budgets
 from genssd.engine.budget import Budget

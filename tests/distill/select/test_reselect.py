@@ -15,9 +15,11 @@ from support.tiny_pair import TinyPair
 
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.runs.journal import make_line
+from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.decisions import read_decisions
-from genssd.distill.select.reselect import ReselectConfig, ReselectSummary, run_reselect
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.reselect import ReselectSummary, run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.engine.chunk import Chunk
 from genssd.engine.criterion_calls import evaluate
 from genssd.engine.criterion_names import resolve

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from genssd.cli import main
 from genssd.distill.data.topk_store import TopkLocation
-from genssd.distill.select.generate import GenerateConfig, run_generate
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.run import run_select
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CheckpointError, InputError, ServerError
 from genssd.engine.sampling import Sampling

@@ -19,9 +19,12 @@ from genssd import Chunk, Engine
 from genssd.cli import main
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, make_training_row, read_traces
-from genssd.distill.select.generate import GenerateConfig, run_generate
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.row_topk import read_topk
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError

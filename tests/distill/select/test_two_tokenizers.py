@@ -18,9 +18,12 @@ from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import read_traces
 from genssd.distill.report.config import ReportConfig
 from genssd.distill.report.run import run_report
-from genssd.distill.score.run import ScoreConfig, run_score
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.score.config import ScoreConfig
+from genssd.distill.score.run import run_score
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk

@@ -13,7 +13,7 @@ from support.training_runs import config_for
 
 from genssd.distill.data.examples import Example
 from genssd.distill.train.activations import BatchShape
-from genssd.distill.train.on_policy import RolloutOptions
+from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine import memory
 from genssd.engine.config import ModelConfig

@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM
 from genssd import Engine
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.topk_store import TopkStore, locate_topk
-from genssd.distill.select.reselect import ReselectConfig, run_reselect
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.reselect import run_reselect
+from genssd.distill.select.reselect_config import ReselectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train import evaluation, forward
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.loss_options import LossOptions

@@ -19,7 +19,7 @@ from support.training_runs import ROWS, config_for, metrics, weights
 
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
-from genssd.distill.train.on_policy import RolloutOptions
+from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
 

@@ -15,7 +15,8 @@ from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.models import check_layout, load_teacher
-from genssd.distill.train.on_policy import RolloutOptions, RolloutPlan, Rollouts
+from genssd.distill.train.on_policy import RolloutPlan, Rollouts
+from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 from genssd.engine.transformers_loading import load_model

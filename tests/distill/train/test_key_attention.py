@@ -20,13 +20,13 @@ from genssd.distill.train.batches import TokenRow, build_token_batch
 from genssd.distill.train.key_attention import (
     IMPLEMENTATION,
     AttentionCollector,
-    KeyAttentionOptions,
     KeyWords,
     LayerRouter,
     compute_key_attention_loss,
     find_key_words,
     weigh_teacher_layers,
 )
+from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.models import compute_completion_states
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError

@@ -18,7 +18,8 @@ from genssd.distill.train import on_policy
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.losses import CompletionTokens, Head, compute_loss
-from genssd.distill.train.on_policy import RolloutOptions, RolloutPlan, Rollouts
+from genssd.distill.train.on_policy import RolloutPlan, Rollouts
+from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling

@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM
 from genssd import Engine
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.doctor.token_checks import check_tokenizers
-from genssd.distill.select.run import SelectConfig, run_select
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.distill.train.build import read_inputs
 from genssd.distill.train.config import TrainConfig
-from genssd.distill.train.key_attention import KeyAttentionOptions
-from genssd.distill.train.on_policy import RolloutOptions
+from genssd.distill.train.key_attention_options import KeyAttentionOptions
+from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.span_losses import SMALLEST_REST
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk

@@ -21,16 +21,18 @@ from support.training_runs import config_for, metrics
 from genssd.distill.answers.forms import CORRECT, WRONG, Verdict
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
-from genssd.distill.score.leaf import LeafConfig, run_leaf
-from genssd.distill.select.run import SelectConfig, run_select
-from genssd.distill.train.key_attention import KeyAttentionOptions
-from genssd.distill.train.on_policy import RolloutOptions
+from genssd.distill.score.leaf import run_leaf
+from genssd.distill.score.leaf_config import LeafConfig
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
+from genssd.distill.train.key_attention_options import KeyAttentionOptions
+from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.reverse_speculation import ReverseSpeculation
-from genssd.engine.runner import Role
+from genssd.engine.model_choices import Role
 from genssd.engine.sampling import Sampling
+from genssd.engine.speculation_rules import ReverseSpeculation
 
 DEVICE = "cuda:0"
 FAMILIES = ("ministral3", "smollm3", "granite", "gemma2", "gemma3", "phi4-mini", "olmo3", "mixtral", "gpt-oss")

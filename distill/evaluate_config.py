@@ -1,0 +1,50 @@
+"""Options of `genssd evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from genssd.distill.runs.chat_settings import ChatSettings
+from genssd.distill.runs.effects import Need, Needs
+from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
+from genssd.distill.runs.sampling_options import ModelSampling
+from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
+from genssd.engine.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig(EngineOptions, ChatSettings, ModelSampling):
+    """Measure a model's accuracy."""
+
+    NEEDS: ClassVar[Needs] = {
+        name: Need(lambda o: o.samples > 0, "a number of samples above 0")
+        for name in ("sampling", "generation_config", "seed")
+    }
+
+    model: ModelPath[str]
+    """Hub id or local directory of the model."""
+    # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
+    data: Operational[FileName[str]]
+    """Data file of problems, as for select, with an answer | solution | target field."""
+    output_dir: Operational[FileName[str]] = "runs/evaluate"
+    """Directory that the results are written to."""
+    resume: Operational[bool] = False
+    """Continue an interrupted run: problems that are in the journal are not run again."""
+    limit: Operational[int | None] = None
+    """Take only the first rows of the data."""
+    samples: int = 0
+    """Number of samples per problem for avg@k, in addition to the greedy response; 0: greedy only."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the samples are drawn."""
+    max_tokens: int = 4096
+    """Maximum number of tokens in a response."""
+    seed: int = 0
+    """Seed of the samples."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.samples < 0:
+            raise InputError(f"samples must be >= 0, not {self.samples}")

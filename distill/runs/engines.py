@@ -1,0 +1,78 @@
+"""How a command loads its models, under its options."""
+
+from __future__ import annotations
+
+import time
+
+from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.progress import SILENT, Progress
+from genssd.engine.amounts import format_bytes, format_count
+from genssd.engine.chat_options import ChatOptions
+from genssd.engine.checkpoint import locate
+from genssd.engine.engine import Engine
+from genssd.engine.model_choices import Role
+from genssd.engine.pair_prompts import render_with
+from genssd.engine.served.address import is_url
+from genssd.engine.text import Tokenizer
+from genssd.engine.threads import announce, choose_engine_threads
+
+
+def load_engine(
+    options: EngineOptions, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT
+) -> Engine:
+    """Return an engine over these models (hub ids or local directories).
+
+    Logs the number of threads; reports how long the models took to load.
+    """
+    threads = choose_engine_threads(options.threads)
+    report.begin(f"loading {_name_models(teacher, student)}")
+    started = time.monotonic()
+    engine = Engine.from_pretrained(
+        teacher=teacher,
+        student=student,
+        device=options.device,
+        dtype=options.dtype,
+        memory_utilization=options.memory_utilization,
+        memory_bytes=options.memory_bytes,
+        max_batch=options.max_batch,
+        deterministic=options.deterministic,
+        threads=threads.count,
+        backend=options.backend,
+        **options.server_arguments(),
+    )
+    use = engine.cache_use
+    if use.pages:
+        report.note(
+            f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
+            f"the caches hold {format_count(use.pages, 'page')} ({format_bytes(use.bytes)})"
+        )
+        announce(threads)  # when nothing about the models can be refused any more
+    return engine
+
+
+def open_engine(
+    options: EngineOptions,
+    engine: Engine | None,
+    chat: ChatOptions,
+    *,
+    teacher: str | None = None,
+    student: str | None = None,
+    report: Progress = SILENT,
+) -> Engine:
+    """Return an engine that renders chats under the options: the given one, or a new one over these models.
+
+    Raises InputError naming a variable that a chat template does not read, before any weights are loaded.
+    """
+    names: dict[Role, str | None] = {"teacher": teacher, "student": student}
+    if engine is None and any(chat.for_model(role).template_kwargs for role in names):
+        here = {role: name for role, name in names.items() if name is not None and not is_url(name)}
+        render_with({role: Tokenizer(locate(name)) for role, name in here.items()}, chat)
+    return (engine or load_engine(options, teacher=teacher, student=student, report=report)).with_chat(chat)
+
+
+def _name_models(teacher: str | None, student: str | None) -> str:
+    """Return the models of an engine as part of a sentence."""
+    if teacher == student:
+        return f"teacher and student {teacher}"
+    names = [f"{role} {name}" for role, name in (("teacher", teacher), ("student", student)) if name is not None]
+    return " and ".join(names)

@@ -1,0 +1,68 @@
+"""Options of `genssd generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from genssd.distill.runs.chat_settings import PairChatSettings
+from genssd.distill.runs.effects import Need, Needs
+from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
+from genssd.distill.runs.sampling_options import ModelSampling
+from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions
+from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
+from genssd.engine.sampling import Sampling
+from genssd.engine.served.address import is_url
+from genssd.engine.speculation_rules import ReverseSpeculation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
+    """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
+
+    NEEDS: ClassVar[Needs] = {
+        "rsd": Need(lambda o: o.method == "rsd", "method rsd"),
+        "student_template_kwargs": Need(lambda o: o.student is not None, "a student"),
+        **SERVED_NEEDS,
+    }
+
+    teacher: ModelPath[str]
+    """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
+    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
+    student: ModelPath[str | None] = None
+    """Hub id or local directory of the model whose chat template the rows use, and which judges tokens under rsd.
+    None: the rows use the teacher's chat template."""
+    # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
+    data: Operational[FileName[str]]
+    """Data file of problems, as for select."""
+    output_dir: Operational[FileName[str]] = "runs/generate"
+    """Directory that the journal is written to."""
+    resume: Operational[bool] = False
+    """Continue an interrupted run: prompts that are in the journal are not run again."""
+    limit: Operational[int | None] = None
+    """Take only the first rows of the data."""
+    method: Literal["sample", "rsd"] = "sample"
+    """sample: the teacher writes alone. rsd: the student refuses single tokens (Reverse Speculative Decoding)."""
+    n: int = 1
+    """Number of responses per prompt."""
+    max_tokens: int = 4096
+    """Maximum number of tokens in a response."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(top_p=0.95))
+    """How the teacher samples. The authors of rsd use temperature 0.7, top_p 0.95, top_k 20."""
+    rsd: ReverseSpeculation = field(default_factory=ReverseSpeculation)
+    """Which tokens the student accepts under rsd, and how it writes where it refuses."""
+    seed: int = 0
+    """Seed of all random draws."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.method == "rsd" and self.student is None:
+            raise InputError("rsd needs a student: give --student")
+        if self.method == "rsd" and is_url(self.teacher):
+            raise InputError(
+                "rsd judges every token before the next one is drawn, which a server does not wait for: give a teacher "
+                "that is a hub id or a local directory, or method sample"
+            )
+        if self.n < 1 or self.max_tokens < 1:
+            raise InputError(f"n and max_tokens must be at least 1, not {self.n} and {self.max_tokens}")

@@ -1,0 +1,27 @@
+"""Options of the completions that the student writes during its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from genssd.distill.runs.field_kinds import Operational
+from genssd.engine.errors import InputError
+from genssd.engine.options_check import check_types
+from genssd.engine.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutOptions:
+    """Options of the completions that the student writes during its training."""
+
+    max_tokens: int = 512
+    """Maximum number of tokens in a completion."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """Sampling of the student's tokens."""
+    memory_bytes: Operational[int | None] = None
+    """Size of the student's KV cache in bytes; None: a third of the free memory."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.max_tokens < 1:
+            raise InputError(f"rollout.max_tokens must be at least 1, not {self.max_tokens}")

@@ -1,0 +1,26 @@
+"""Words for what became of candidates, rounds and trajectories of a search."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Verdict = Literal["kept", "forced", "beaten", "threshold", "duplicate", "loop"]
+"""The fate of a candidate: expanded further or final | the same, although it is worse than the threshold | not chosen
+among the acceptable ones | worse than the threshold | the same tokens as an earlier sibling | ends in a repetition."""
+
+KEPT: frozenset[str] = frozenset(("kept", "forced"))
+"""Verdicts of candidates that became part of a response."""
+
+Decision = Literal["selected", "resampled", "shortened", "forced", "pruned"]
+"""What the search did after a round: kept acceptable candidates | without one, sampled it again | with shorter chunks |
+kept the best one that misses the threshold | ended its branches."""
+
+SPECIAL: tuple[Decision, ...] = ("resampled", "shortened", "forced")
+"""Decisions of policies that do not prune."""
+
+Status = Literal["finished", "length", "budget", "pruned"]
+"""How a trajectory ended: end of sequence | cut at max_tokens | the budget was reached | no continuation was
+acceptable."""
+
+STATUSES: tuple[Status, ...] = ("finished", "length", "budget", "pruned")
+"""All statuses, best first."""
