@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import ActivationMeans, Candidate, Window
+from genssd.engine.branch_session import BranchSession
+from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_count
@@ -25,30 +26,6 @@ from genssd.kernels.logprob import TokenStats, TopK
 
 Ending = Literal["chunk", "finished", "length"]
 """Why a candidate ends: its chunk is complete | end of sequence | no more tokens allowed."""
-
-
-class BranchSession(Protocol):
-    """The operations of the engine that a branch needs."""
-
-    def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]: ...
-
-    def finish_reading(self, branch: Branch) -> None: ...
-
-    def bound_reading(self, branch: Branch, num_tokens: int) -> int: ...
-
-    def free_pages(self, branch: Branch) -> None: ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def chunk_topk(self, branch: Branch) -> TopK | None: ...
-
-    def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
-
-    def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]: ...
-
-    def activations(self, prompt: PromptIds, ids: Sequence[int], start: int) -> ActivationMeans: ...
 
 
 @dataclass(slots=True)
@@ -86,8 +63,12 @@ class Branch:
     trace: tuple[int, ...] = ()
     """Index of the candidate in each round: its place in the tree."""
 
+    writer: int = 0
+    """Index of the teacher that writes the branch; the others have branches of their own of one response (views.py)."""
     history: list[int] = field(default_factory=list)
-    """Token ids of the committed response."""
+    """Token ids of the committed response, as the branch's teacher reads those of others."""
+    history_lengths: tuple[int, ...] = ()
+    """Number of these in each committed chunk."""
     history_stats: tuple[TokenStats, ...] = ()
     """The student's statistics of each committed chunk."""
     history_readings: tuple[Reading, ...] = ()
@@ -119,7 +100,7 @@ class Branch:
     ended: Ending | None = None
     """Why the chunk ended; None while the branch can be written on."""
     num_children: int = 0
-    """Number of candidates that were sampled from this branch."""
+    """Number of candidates that were sampled from this response, those that other teachers wrote before included."""
     dropped: bool = False
     """Whether `drop` was called: the branch has no cache pages and cannot be expanded."""
 
@@ -166,12 +147,14 @@ class Branch:
         return Branch(
             session=self.session,
             prompt=self.prompt,
-            stream=child_stream(self.stream, len(self.history), index),
+            stream=child_stream(self.stream, self.num_written, index),
             teacher=ModelState(pending=[]),
             student=ModelState(pending=[]),
             max_tokens=self.max_tokens,
             trace=(*self.trace, index),
+            writer=self.writer,
             history=self.history,
+            history_lengths=self.history_lengths,
             history_stats=self.history_stats,
             history_readings=self.history_readings,
             history_writer_logprob=self.history_writer_logprob,
@@ -196,6 +179,11 @@ class Branch:
     def length(self) -> int:
         """Number of tokens in the response so far, chunk included."""
         return len(self.history) + len(self.chunk)
+
+    @property
+    def num_written(self) -> int:
+        """Number of tokens in the committed response as those who wrote its chunks count them."""
+        return len(self.history) + sum(map(len, self.history_writer_logprob)) - sum(self.history_lengths)
 
     @property
     def text(self) -> str:
@@ -254,6 +242,7 @@ class Branch:
     def commit(self) -> None:
         """Make the candidate chunk part of the response. Its siblings are not touched."""
         self.history = self.history + self.chunk
+        self.history_lengths = (*self.history_lengths, len(self.chunk))
         if self.reading is not None:
             self.history_readings = (*self.history_readings, self.reading)
         is_judged_ahead = self.reading is not None and self.reading.is_provisional

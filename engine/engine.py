@@ -29,11 +29,9 @@ from genssd.engine.scoring import score
 from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
+from genssd.engine.team import BOTH, Team
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.kernels.logprob import TokenStats
-
-BOTH: tuple[Role, Role] = ("teacher", "student")
-
 
 class Engine(LoadedEngine):
     """A teacher, a student or both, with the caches that their searches run in.
@@ -51,7 +49,7 @@ class Engine(LoadedEngine):
         labels: Sequence[str] | None = None,
         **changes: Unpack[SearchChanges],
     ) -> list[Selection]:
-        """Let the student choose what the teacher writes; return one Selection per prompt, in order.
+        """Let the student choose what the teachers write; return one Selection per prompt, in order.
 
         changes: fields of `SearchOptions` by name (`candidates=8`), in place of those of `options`. answers: the
         prompts' reference answers, for criteria that read them. labels: names of the prompts in messages; None names
@@ -94,14 +92,14 @@ class Engine(LoadedEngine):
         skip: frozenset[int],
     ) -> SearchPlan:
         judge = Judge.from_options(options)
-        vocabulary = self._resources.vocab_size("teacher")
+        vocabulary = min(one.vocab_size("teacher") for one in self._resources.list_teachers())
         if options.teacher_topk > vocabulary:
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {options.teacher_topk}")
         names = labels_of(prompts, labels)
         check_answers(answers, judge.criterion, names)
-        session = Session(self._resources, options.sampling, "teacher", num_topk=options.teacher_topk)
-        encoded = self._resources.encode_all(prompts, names, BOTH, answers)
-        return plan_search(self._resources, session, judge, (p for p in encoded if p.index not in skip))
+        team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk)
+        encoded = team.encode_all(prompts, names, answers)
+        return plan_search(team, judge, (views for views in encoded if views[0].index not in skip))
 
     @check_arguments(but=("prompts", "labels"))
     def generate(

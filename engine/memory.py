@@ -96,11 +96,11 @@ def check_bytes_fit(
 
 
 def check_weights_fit(
-    directories: Mapping[Role, Path], dtypes: Mapping[Role, torch.dtype], device: torch.device
+    directories: Mapping[str, Path], dtypes: Mapping[str, torch.dtype], device: torch.device
 ) -> None:
     """Check that a CPU has memory for the weights of models before they are read.
 
-    directories, dtypes: place and data type in memory of every model, by role. Raises CapacityError naming the bytes,
+    directories, dtypes: place and data type in memory of every model, by role or another name. Raises CapacityError naming the bytes,
     CheckpointError on a directory that cannot be used.
     """
     if device.type != "cpu" or not directories:
