@@ -77,7 +77,8 @@ class LoadedModels:
         max_batch: maximum number of candidates decoded at once; None for the default (`choose_max_batch`). threads:
         number of threads that compute; None for the default of `threads.effective_threads`.
         """
-        decoders = list(self._list_decoders())
+        placed = self._list_decoders()
+        decoders = [decoder for _, _, decoder in placed]
         if not decoders:
             return Resources(runners={}, tokenizers=self.tokenizers, max_batch=1, served=self.served)
         device = decoders[0].device
@@ -87,16 +88,16 @@ class LoadedModels:
         working = max(_working_bytes(decoder, max_batch) for decoder in decoders)
         budget = cache_budget(device, memory_bytes, free_fraction, working_bytes=working)
         usage = Usage()
-        runners: dict[LanguageModel, ModelRunner] = {}
-        for (decoder, (role, directory)), (num_pages, page_bytes) in zip(
-            self._list_decoders().items(), pages_within(budget, decoders), strict=True
+        runners: dict[int, ModelRunner] = {}
+        for (role, directory, decoder), (num_pages, page_bytes) in zip(
+            placed, pages_within(budget, decoders), strict=True
         ):
             runner = open_runner(role, directory, decoder, num_pages, usage=usage, threads=threads)
             runner.tree.pool.page_bytes = page_bytes
-            runners[decoder] = runner
+            runners[id(decoder)] = runner
         first, *others = [
             Resources(
-                runners={role: runners[decoder] for role, decoder in models.decoders.items()},
+                runners={role: runners[id(decoder)] for role, decoder in models.decoders.items()},
                 tokenizers=models.tokenizers,
                 max_batch=max_batch,
                 reader=models.reader,
@@ -108,13 +109,14 @@ class LoadedModels:
         others = [replace(other, reservations=first.reservations) for other in others]
         return replace(first, others=tuple(others), team_readers=self.team_readers)
 
-    def _list_decoders(self) -> dict[LanguageModel, tuple[Role, Path]]:
-        """Return the decoders of all models, each once, with role and directory."""
-        return {
-            decoder: (role, models.directories[role])
+    def _list_decoders(self) -> list[tuple[Role, Path, LanguageModel]]:
+        """Return the decoders of all models, the student's once, with their roles and directories."""
+        return [
+            (role, models.directories[role], decoder)
             for models in (self, *self.others)
             for role, decoder in models.decoders.items()
-        }
+            if models is self or role == "teacher"
+        ]
 
 
 def load_models(
