@@ -33,6 +33,7 @@ from genssd.engine.team import BOTH, Team
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.kernels.logprob import TokenStats
 
+
 class Engine(LoadedEngine):
     """A teacher, a student or both, with the caches that their searches run in.
 

@@ -49,7 +49,9 @@ class Expander:
         self._max_batch = max_batch
         self.usage = usage
         others = [reader for reader in drawing.readers if reader is not drawing.writer]
-        self.runners: Sequence[ModelRunner] = [drawing.writer, *others] if scorer is None else [drawing.writer, scorer.runner]
+        self.runners: Sequence[ModelRunner] = (
+            [drawing.writer, *others] if scorer is None else [drawing.writer, scorer.runner]
+        )
         self.pages = PageBudget(self.runners, reservations)
         self._lanes: list[Lane] = []
 

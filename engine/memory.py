@@ -99,9 +99,7 @@ def check_bytes_fit(
         )
 
 
-def check_weights_fit(
-    directories: Mapping[N, Path], dtypes: Mapping[N, torch.dtype], device: torch.device
-) -> None:
+def check_weights_fit(directories: Mapping[N, Path], dtypes: Mapping[N, torch.dtype], device: torch.device) -> None:
     """Check that a CPU has memory for the weights of models before they are read.
 
     directories, dtypes: place and data type in memory of every model, by role or another name. Raises CapacityError naming the bytes,

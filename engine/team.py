@@ -90,8 +90,7 @@ class Team:
     def limit_response(self, prompts: Sequence[EncodedPrompt], max_tokens: int, criterion: AnyCriterion) -> int:
         """Return the maximum number of tokens in a response to a prompt, as `Resources.search_limit` does."""
         limits = [
-            one.search_limit(prompt, max_tokens, criterion)
-            for one, prompt in zip(self.resources, prompts, strict=True)
+            one.search_limit(prompt, max_tokens, criterion) for one, prompt in zip(self.resources, prompts, strict=True)
         ]
         return min(limits)
 

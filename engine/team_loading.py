@@ -63,9 +63,7 @@ def load_team(teachers: Sequence[str | Path], student: str | Path, **options: An
     check_weights_fit(paths, dtypes, options["device"])
     # a served teacher may take the tokenizer of the student, beside which it is loaded
     paired = next((i for i, name in enumerate(teachers) if is_url(str(name))), 0)
-    parts = [
-        load_models(name, student if i == paired else None, **options) for i, name in enumerate(teachers)
-    ]
+    parts = [load_models(name, student if i == paired else None, **options) for i, name in enumerate(teachers)]
     tokenizers = [part.tokenizers["teacher"] for part in parts]
     names = [f"teacher {name}" for name in teachers]
     own, student_name = parts[paired].tokenizers["student"], f"student {student}"

@@ -57,7 +57,13 @@ class EngineOptions:
     def __post_init__(self) -> None:
         check_types(self)
 
-    def load(self, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT) -> Engine:
+    def load(
+        self,
+        *,
+        teacher: str | tuple[str, ...] | None = None,
+        student: str | None = None,
+        report: Progress = SILENT,
+    ) -> Engine:
         """Return an engine over these models (hub ids or local directories).
 
         Logs the number of threads; reports how long the models took to load.
@@ -96,7 +102,7 @@ class EngineOptions:
         engine: Engine | None,
         chat: ChatOptions,
         *,
-        teacher: str | None = None,
+        teacher: str | tuple[str, ...] | None = None,
         student: str | None = None,
         report: Progress = SILENT,
     ) -> Engine:
@@ -104,15 +110,20 @@ class EngineOptions:
 
         Raises InputError naming a variable that a chat template does not read, before any weights are loaded.
         """
-        names: dict[Role, str | None] = {"teacher": teacher, "student": student}
-        if engine is None and any(chat.for_model(role).template_kwargs for role in names):
-            here = {role: name for role, name in names.items() if name is not None and not is_url(name)}
-            render_with({role: Tokenizer(locate(name)) for role, name in here.items()}, chat)
+        roles: tuple[Role, Role] = ("teacher", "student")
+        if engine is None and any(chat.for_model(role).template_kwargs for role in roles):
+            teachers = (teacher,) if teacher is None or isinstance(teacher, str) else teacher
+            for one in teachers:
+                names: dict[Role, str | None] = {"teacher": one, "student": student}
+                here = {role: name for role, name in names.items() if name is not None and not is_url(name)}
+                render_with({role: Tokenizer(locate(name)) for role, name in here.items()}, chat)
         return (engine or self.load(teacher=teacher, student=student, report=report)).with_chat(chat)
 
 
-def _name_models(teacher: str | None, student: str | None) -> str:
+def _name_models(teacher: str | tuple[str, ...] | None, student: str | None) -> str:
     """Return the models of an engine as part of a sentence."""
+    if isinstance(teacher, tuple):
+        return f"teachers {', '.join(teacher)} and student {student}"
     if teacher == student:
         return f"teacher and student {teacher}"
     names = [f"{role} {name}" for role, name in (("teacher", teacher), ("student", student)) if name is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,15 @@ from genssd.distill.runs.effects import Need
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.settings import FileName, Operational
 from genssd.engine.amounts import format_count
+from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.engine import Engine
 from genssd.engine.served.address import is_url, parse_url
 from genssd.engine.served.client import Client
 from genssd.engine.served.options import ServerOptions
 
-IS_SERVED = Need(lambda o: is_url(o.teacher), "a teacher that is the URL of a server")
+IS_SERVED = Need(lambda o: any(map(is_url, list_teachers(o.teacher))), "a teacher that is the URL of a server")
+TeacherNames = str | tuple[str, ...]
+"""The name of one teacher, or those of several."""
 SERVED_NEEDS: Mapping[str, Need] = {"teacher_tokenizer": IS_SERVED, "server": IS_SERVED}
 """What the fields of `TeacherOptions` need in a config with a field `teacher`."""
 
@@ -35,16 +38,27 @@ class TeacherOptions(EngineOptions):
         """Return the arguments of `Engine.from_pretrained` for a teacher that a server runs."""
         return {"teacher_tokenizer": self.teacher_tokenizer, "server": self.server}
 
-    def find_fingerprints(self, teacher: str, engine: Engine | None) -> Mapping[Any, str] | None:
+    def find_fingerprints(self, teacher: TeacherNames, engine: Engine | None) -> Mapping[Any, Any] | None:
         """Return the fingerprints of models that need not be computed from files, by role; None where all must be.
 
-        Raises ServerError where the teacher is the URL of a server that is not there.
+        Of several teachers it is a list. Raises ServerError where a teacher is the URL of a server that is not there.
         """
+        names = list_teachers(teacher)
         if engine is not None:
-            return engine.fingerprints
-        if not is_url(teacher):
+            each = [one.fingerprints["teacher"] for one in engine.teachers]
+            return engine.fingerprints if len(each) == 1 else {**engine.fingerprints, "teacher": each}
+        if not any(map(is_url, names)):
             return None
-        return {"teacher": Client(parse_url(teacher), self.server).connect().fingerprint}
+        each = [
+            Client(parse_url(name), self.server).connect().fingerprint if is_url(name) else fingerprint(locate(name))
+            for name in names
+        ]
+        return {"teacher": each[0] if len(each) == 1 else each}
+
+
+def list_teachers(teacher: TeacherNames) -> Sequence[str]:
+    """Return the names of the teachers of a config."""
+    return (teacher,) if isinstance(teacher, str) else teacher
 
 
 def count_server_use(engine: Engine) -> dict[str, Any]:

@@ -85,10 +85,12 @@ def check_calibration(criterion: str | AnyCriterion, fraction: float) -> None:
 def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fraction: float) -> Calibration:
     """Sample one plain response per prompt and return the threshold that `fraction` of its chunks reach.
 
+    Of several teachers the first one writes them.
+
     The prompts should be others than those of the run, to which the threshold would be fitted too well. Rows that
     cannot be used are left out, and named in the result. Raises InputError when none can be used.
     """
-    criterion = options.criterion
+    engine, criterion = engine.teachers[0], options.criterion
     check_calibration(criterion, fraction)
     usable = leave_out_unfit(data, engine, ("teacher", "student"), resolve(criterion), str(criterion)).data
     selections = list(
@@ -99,6 +101,7 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
             beam=1,
             threshold=None,
             on_unlearnable="stop",
+            drop_teacher_after=None,
             selection_temperature=0.0,
             prompt_budget=Budget(),
             total_budget=Budget(),

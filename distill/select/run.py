@@ -36,12 +36,13 @@ from genssd.distill.runs.served_teacher import (
     TeacherOptions,
     count_server_use,
     describe_server_use,
+    list_teachers,
 )
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
-from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
+from genssd.distill.select.rows import ModelRecord, Origin, make_decision_row, make_selection_row
 from genssd.distill.select.summary import SearchEnd, SelectSummary, list_special, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.budget import Budget, BudgetName
@@ -50,9 +51,11 @@ from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
+from genssd.engine.policies import make_policy
 from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
+from genssd.engine.team_loading import check_teachers
 from genssd.engine.thinking_pair import compare_thinking
 
 logger = logging.getLogger("genssd.select")
@@ -122,11 +125,15 @@ class SelectSettings(SearchOptions, TeacherOptions, ModelSampling):
 class SelectConfig(SelectSettings, PairChatSettings):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
-    NEEDS: ClassVar[Needs] = SERVED_NEEDS
+    NEEDS: ClassVar[Needs] = {
+        **SERVED_NEEDS,
+        "drop_teacher_after": Need(lambda o: len(list_teachers(o.teacher)) > 1, "several teachers"),
+    }
 
-    teacher: ModelPath[str]
+    teacher: ModelPath[str | tuple[str, ...]]
     """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
-    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
+    http://host:8000/v1 of vLLM or SGLang (docs/served.md). Several compete: each writes candidates for every step (or,
+    with on_unlearnable=ask_teacher, the next one where none of the last is acceptable)."""
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
@@ -141,14 +148,19 @@ class SelectConfig(SelectSettings, PairChatSettings):
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
 
+    def __post_init__(self) -> None:
+        SelectSettings.__post_init__(self)
+        if len(names := list_teachers(self.teacher)) == 1:
+            object.__setattr__(self, "teacher", names[0])  # one in a list is one
+
 
 def run_select(config: SelectConfig, engine: Engine | None = None, report: Progress = SILENT) -> SelectSummary:
     """Select over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
-    config.with_changes()  # checks the options of the search before anything is read or loaded
-    config = choose_sampling(config, config.teacher, "teacher", engine)
+    _check_search(config)
+    config = choose_sampling(config, list_teachers(config.teacher)[0], "teacher", engine)
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
     if config.calibrate.data is not None and not config.resume:
         _read_calibration_data(config)  # before any model is loaded
@@ -183,8 +195,10 @@ class _Search:
         done: frozenset[int],
         calibration: Calibration | None,
     ) -> None:
-        if config.teacher_topk and not engine.reader.is_identity:
-            raise InputError(f"teacher_topk needs models whose tokens are the same: {engine.reader.describe()}")
+        teachers = engine.teachers
+        for one in teachers:
+            if config.teacher_topk and not one.reader.is_identity:
+                raise InputError(f"teacher_topk needs models whose tokens are the same: {one.reader.describe()}")
         self._run = run
         self._config = config
         self._engine = engine
@@ -195,16 +209,20 @@ class _Search:
         self._threshold = config.threshold if calibration is None else calibration.threshold
         limits = ResponseLimits.of(engine, ROLES, config.max_tokens)
         limits.warn_of_shortage(readable.list_lengths(done))
-        self._notes = NoteMaker(engine.tokenizer("teacher"), limits)
+        tokenizers = [one.tokenizer("teacher").fingerprint for one in teachers]
+        is_mixed = len({*tokenizers}) > 1 and engine.reader.reads_bytes
+        self._notes = NoteMaker(engine.tokenizer("student" if is_mixed else "teacher"), limits, by_student=is_mixed)
         self._thoughts = ThoughtReader(engine.tokenizer("teacher"))
         self._origin = Origin(
             data=config.data,
             criterion=config.criterion,
-            teacher=config.teacher,
-            student=config.student,
-            fingerprints={role: engine.fingerprints[role] for role in ROLES},
+            teachers=[
+                ModelRecord(name=name, fingerprint=one.fingerprints["teacher"])
+                for name, one in zip(list_teachers(config.teacher), teachers, strict=True)
+            ],
+            student=ModelRecord(name=config.student, fingerprint=engine.fingerprints["student"]),
             tokenizer=engine.tokenizer("student").fingerprint,
-            teacher_tokenizer=engine.tokenizer("teacher").fingerprint if engine.reader.reads_bytes else None,
+            teacher_tokenizer=tokenizers[0] if engine.reader.reads_bytes and not is_mixed else None,
         )
 
     def run(self, report: Progress) -> SearchEnd:
@@ -226,7 +244,7 @@ class _Search:
         journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
             Journal(self._run.path("decisions.jsonl")) as decisions,
-            TopkStore(self._run.path(TOPK_FILE), topk_end, vocabulary=self._engine.vocabulary("teacher"))
+            TopkStore(self._run.path(TOPK_FILE), topk_end, vocabulary=self._find_vocabulary())
             if self._config.teacher_topk
             else nullcontext() as topk_store,
         ):
@@ -243,12 +261,17 @@ class _Search:
                 else:
                     end.failures[problem.index] = f"{problem.where}: {selection.error}"
                     if (token := selection.missing_token) is not None:
-                        end.missing_tokens[self._engine.reader.name_token(token)] += 1
+                        reader = self._engine.teachers[selection.missing_teacher].reader
+                        end.missing_tokens[reader.name_token(token)] += 1
                 ended += 1
                 report(ended, len(self._problems), ", ".join(f"{count} {name}" for name, count in noted.items()))
         if end.stopped_by is not None:
             end.tokens_dropped = self._engine.usage.sampled_tokens - sampled_before - sampled_of_ended
         return end
+
+    def _find_vocabulary(self) -> int:
+        """Return the number of token ids of the teachers' heads, the largest of several."""
+        return max(one.vocabulary("teacher") for one in self._engine.teachers)
 
     def _find_budget(self) -> Budget | None:
         """Return what earlier parts of the run leave of the budget; None where prompts are left and no tokens."""
@@ -286,10 +309,28 @@ class _Search:
         journal.append({**row, "teacher_topk": place})
 
 
+def _check_search(config: SelectConfig) -> None:
+    """Raise InputError on options of the search, or teachers, that cannot be used; nothing is read or loaded."""
+    names = list_teachers(config.teacher)
+    check_teachers(names, config.student)
+    make_policy(config.with_changes(), len(names))
+    if len(names) > 1 and config.generation_config:
+        raise InputError(
+            "generation_config is one model's own sampling, and several teachers write with one: give options of "
+            "sampling instead"
+        )
+
+
 def _report_thinking(engine: Engine, problems: ReadableProblems) -> None:
     """Log a line about what the chat templates do about thoughts; a warning where their switches differ."""
     if all(isinstance(problem.prompt, str) for problem in problems.data.problems):
         return  # no chat template is used
+    for one in engine.teachers:
+        _report_pair(one)
+
+
+def _report_pair(engine: Engine) -> None:
+    """Log the line about one teacher and the student."""
     pair = compare_thinking(engine.tokenizer("teacher"), engine.tokenizer("student"))
     if (line := pair.describe()) is not None:
         logger.log(logging.WARNING if pair.has_other_switch else logging.INFO, "%s", line)
