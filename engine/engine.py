@@ -153,6 +153,7 @@ class Engine(LoadedEngine):
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
         if rsd is not None and greedy_first:
             raise InputError("greedy_first is for a model that writes alone: leave rsd out")
+        self._require_one_writer(model)
         roles: Sequence[Role] = [model] if rsd is None else BOTH
         session = Session(self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first)
         encoded = self._resources.encode_all(prompts, labels_of(prompts, labels), roles)
@@ -184,6 +185,7 @@ class Engine(LoadedEngine):
         """
         check_count("n", n)
         check_count("max_tokens", max_tokens)
+        self._require_one_writer(model)
         ids = tuple(self._resources.encode(prompt, model, label))
         request = Forcing(
             prompt=PromptIds(teacher=ids) if model == "teacher" else PromptIds(student=ids),
@@ -264,6 +266,7 @@ class Engine(LoadedEngine):
         """
         if max_tokens is not None:
             check_count("max_tokens", max_tokens)
+        self._require_one_writer("teacher")
         roles: Sequence[Role] = BOTH if "student" in self._resources.runners else ["teacher"]
         session = self._branch_sessions.get(sampling)
         if session is None:
@@ -274,6 +277,14 @@ class Engine(LoadedEngine):
             raise CapacityError(encoded.misfit)
         stream = prompt_stream(seed, encoded.ids.teacher, encoded.occurrence)
         return Branch.root(session, encoded.ids, stream, max_tokens)
+
+    def _require_one_writer(self, model: Role) -> None:
+        """Raise InputError where a model would write that is one of several teachers."""
+        if model == "teacher" and self._resources.others:
+            raise InputError(
+                "several teachers write in a search alone: for anything else take one of them, such as "
+                "engine.teachers[0]"
+            )
 
     @check_arguments(but=("chunk",))
     def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk | int = Chunk()) -> list[list[Branch]]:

@@ -102,8 +102,8 @@ def check_bytes_fit(
 def check_weights_fit(directories: Mapping[N, Path], dtypes: Mapping[N, torch.dtype], device: torch.device) -> None:
     """Check that a CPU has memory for the weights of models before they are read.
 
-    directories, dtypes: place and data type in memory of every model, by role or another name. Raises CapacityError naming the bytes,
-    CheckpointError on a directory that cannot be used.
+    directories, dtypes: place and data type in memory of every model, by role or another name. Raises CapacityError
+    naming the bytes, CheckpointError on a directory that cannot be used.
     """
     if device.type != "cpu" or not directories:
         return

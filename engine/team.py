@@ -147,7 +147,7 @@ def find_disagreement(as_read: Sequence[tuple[Sequence[int], int]]) -> str | Non
     if other is None:
         return None
     return (
-        f"beside teacher {other + 1} the student reads another prompt than beside teacher 1, because the chat templates "
-        "of the two open or close the thought differently: turn thinking on or off for both by "
+        f"beside teacher {other + 1} the student reads another prompt than beside teacher 1, because the chat "
+        "templates of the two open or close the thought differently: turn thinking on or off for both by "
         "teacher_template_kwargs, or take teachers whose chat templates agree"
     )

@@ -39,8 +39,9 @@ def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     has_own = "config" in {field.name for field in dataclasses.fields(config_class)}
     file, typed = (None, list(flags)) if has_own else _split_config_file(list(flags))
     from_file = [] if file is None else flags_of_file(file, config_class)
-    _check_one_teacher(typed, config_class)
     words = _join(from_file, merge_list_flags(typed, config_class), _find_positional(config_class))
+
+    _check_one_teacher(words, config_class)
 
     width = contextlib.nullcontext() if {"-h", "--help"} & {*words} else _terminal_width(WIDE)
     said = io.StringIO()
