@@ -65,6 +65,8 @@ class Inputs:
 
     settings: Settings
     models: Mapping[Role, ModelFiles]
+    further: Mapping[str, ModelFiles] = field(default_factory=dict)
+    """Teachers that compete with the first one, by "teacher 2" and so on."""
     rows: Rows = field(default_factory=Rows)
     prompts: PromptLengths = field(default_factory=PromptLengths)
     formula_seconds: float = 0.0
@@ -92,9 +94,10 @@ def open_inputs(settings: Settings, limit: int, *, formula_seconds: float = 0.0)
                 faults.append(Finding(name=f"{role}", level="ok", line=line))
                 continue
             try:
-                models[role] = _open_model(role, settings)
+                models[role] = _open_model(role, settings.models[role], settings)
             except GenssdError as error:
                 faults.append(Finding(name=f"{role}", level="error", line=str(error)))
+    further = _open_further(settings, faults)
     rows, prompts = Rows(), PromptLengths()
     try:
         if settings.data and settings.reads_examples and "student" in models:
@@ -107,6 +110,7 @@ def open_inputs(settings: Settings, limit: int, *, formula_seconds: float = 0.0)
     return Inputs(
         settings=settings,
         models=models,
+        further=further,
         rows=rows,
         prompts=prompts,
         formula_seconds=formula_seconds,
@@ -120,9 +124,24 @@ def find_max_length(settings: Settings, models: Mapping[Role, ModelFiles]) -> in
     return min(settings.training.max_length, *(model.config.max_position_embeddings for model in models.values()))
 
 
-def _open_model(role: Role, settings: Settings) -> ModelFiles:
+def _open_further(settings: Settings, faults: list[Finding]) -> dict[str, ModelFiles]:
+    """Open the small files of the teachers after the first one; add findings about those that cannot be opened."""
+    further: dict[str, ModelFiles] = {}
+    for number, name in enumerate(settings.further_teachers, start=2):
+        label = f"teacher {number}"
+        if is_url(name):
+            line = f"served at {name}: it is asked when the command begins, and not examined here"
+            faults.append(Finding(name=label, level="ok", line=line))
+            continue
+        try:
+            further[label] = _open_model("teacher", name, settings)
+        except GenssdError as error:
+            faults.append(Finding(name=label, level="error", line=str(error)))
+    return further
+
+
+def _open_model(role: Role, name: str, settings: Settings) -> ModelFiles:
     """Open the small files of a model. Raises GenssdError on what cannot be used."""
-    name = settings.models[role]
     directory = locate(name, weights=False)
     config = load_config(directory)
     # a training computes in transformers; what its student is to the engine counts where the command loads one
