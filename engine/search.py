@@ -185,15 +185,17 @@ class PromptSearch:
     def _expand(self, views: Views) -> list[Expansion]:
         """Return an expansion of a response for every teacher that writes in the round.
 
-        Their candidates are further children of one response, numbered one teacher after the other.
+        Their candidates are further children of one response, numbered one teacher after the other; a dropped teacher
+        keeps its numbers, so that the noise of the others stays what it was.
         """
         start, count = views.num_children, self.judge.options.candidates
         able = self._list_able(views)
         remaining = [branch for branch in able if branch.writer not in self.tally.dropped]
+        asked = [writer for writer in range(self.team.size) if self.policy.asks(writer, self.attempt)]
         expansions: list[Expansion] = []
         for branch in remaining or able:
-            if self.policy.asks(branch.writer, self.attempt):
-                branch.num_children = start + len(expansions) * count
+            if branch.writer in asked:
+                branch.num_children = start + asked.index(branch.writer) * count
                 expansions.append(Expansion(branch, count, self.chunk, self._max_new(branch), self.label))
         return expansions
 

@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from genssd.engine.selection import RoundRecord as RoundRecord
     from genssd.engine.selection import Selection as Selection
     from genssd.engine.selection import Status as Status
+    from genssd.engine.selection import TeacherUse as TeacherUse
     from genssd.engine.selection import Trajectory as Trajectory
     from genssd.engine.selection import Verdict as Verdict
     from genssd.engine.served.options import ServerOptions as ServerOptions
@@ -188,6 +189,7 @@ _NAMES = {
         "RoundRecord",
         "Selection",
         "Status",
+        "TeacherUse",
         "Trajectory",
         "Verdict",
     ),
