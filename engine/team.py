@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from genssd.engine.any_expander import AnyExpander
-from genssd.engine.branch import Branch, ModelState
+from genssd.engine.branch import Branch
 from genssd.engine.candidate import AnyCriterion
 from genssd.engine.errors import InputError
+from genssd.engine.model_state import ModelState
 from genssd.engine.reading import Reader
 from genssd.engine.resources import EncodedPrompt, Resources
 from genssd.engine.runner import Role

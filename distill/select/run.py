@@ -14,7 +14,6 @@ A prompt's decisions and top k are on disk before its selection: where there is 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,6 +38,7 @@ from genssd.distill.runs.served_teacher import (
     list_teachers,
 )
 from genssd.distill.runs.settings import FileName, ModelPath, Operational
+from genssd.distill.select.beginning import check_search, report_thinking
 from genssd.distill.select.calibration import Calibration, calibrate, check_calibration
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
@@ -51,14 +51,10 @@ from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
-from genssd.engine.policies import make_policy
 from genssd.engine.runner import Role
 from genssd.engine.search_options import SearchOptions
 from genssd.engine.selection import Selection
-from genssd.engine.team_loading import check_teachers
-from genssd.engine.thinking_pair import compare_thinking
 
-logger = logging.getLogger("genssd.select")
 ROLES: tuple[Role, Role] = ("teacher", "student")
 TOTAL_BUDGET: tuple[BudgetName, ...] = ("total_budget.tokens", "total_budget.seconds")
 
@@ -159,7 +155,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
-    _check_search(config)
+    check_search(config.with_changes(), list_teachers(config.teacher), config.student, config)
     config = choose_sampling(config, list_teachers(config.teacher)[0], "teacher", engine)
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
     if config.calibrate.data is not None and not config.resume:
@@ -172,7 +168,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
             config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
         )
         readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
-        _report_thinking(engine, readable)
+        report_thinking(engine, readable)
         calibration = None if config.calibrate.data is None else _calibrate(engine, config, run, report)
         end = _Search(run, config, engine, readable, done, calibration).run(report)
         summary = summarise(run, end, readable.data, calibration)
@@ -307,33 +303,6 @@ class _Search:
         opening = self._thoughts.read_opening(selection.prompt_ids)
         row = make_selection_row(selection, problem, self._origin, notes, opening)
         journal.append({**row, "teacher_topk": place})
-
-
-def _check_search(config: SelectConfig) -> None:
-    """Raise InputError on options of the search, or teachers, that cannot be used; nothing is read or loaded."""
-    names = list_teachers(config.teacher)
-    check_teachers(names, config.student)
-    make_policy(config.with_changes(), len(names))
-    if len(names) > 1 and config.generation_config:
-        raise InputError(
-            "generation_config is one model's own sampling, and several teachers write with one: give options of "
-            "sampling instead"
-        )
-
-
-def _report_thinking(engine: Engine, problems: ReadableProblems) -> None:
-    """Log a line about what the chat templates do about thoughts; a warning where their switches differ."""
-    if all(isinstance(problem.prompt, str) for problem in problems.data.problems):
-        return  # no chat template is used
-    for one in engine.teachers:
-        _report_pair(one)
-
-
-def _report_pair(engine: Engine) -> None:
-    """Log the line about one teacher and the student."""
-    pair = compare_thinking(engine.tokenizer("teacher"), engine.tokenizer("student"))
-    if (line := pair.describe()) is not None:
-        logger.log(logging.WARNING if pair.has_other_switch else logging.INFO, "%s", line)
 
 
 def _read_calibration_data(config: SelectConfig) -> ProblemSet:
