@@ -26,6 +26,7 @@ class DistillConfig(PairChatSettings):
             lambda o: o.eval_data is not None or bool(o.train.eval_data), "eval_data or train.eval_data"
         ),
         **{f"select.{name}": need for name, need in SERVED_NEEDS.items()},
+        "select.drop_teacher_after": Need(lambda o: False, "several teachers, which compete in genssd select alone"),
     }
 
     teacher: ModelPath[str]

@@ -36,7 +36,7 @@ from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.served_teacher import find_fingerprints
 from genssd.distill.runs.writing import remove_directory
-from genssd.distill.select.calibration import check_search
+from genssd.distill.select.beginning import check_search
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.checkpoints import list_checkpoints
@@ -89,7 +89,7 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
     is on disk.
     """
     check_effects(config)
-    check_search(config.select)
+    check_search(config.select, [config.teacher], config.student)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("distill runs in one process, not under torchrun")
     problems = RoundProblems.read(

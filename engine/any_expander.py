@@ -7,6 +7,7 @@ from typing import Protocol
 
 from genssd.engine.expansion import Expansion
 from genssd.engine.page_budget import PageBudget
+from genssd.engine.runner import ModelRunner
 from genssd.engine.usage import Usage
 
 
@@ -17,23 +18,35 @@ class AnyExpander(Protocol):
     """Counts of the engine, which every step raises."""
     pages: PageBudget
     """The pages that the expansions in flight may take."""
+    runners: Sequence[ModelRunner]
+    """The models here that the expansions run on."""
 
     @property
     def has_room(self) -> bool:
         """Whether another expansion would be worked on at once."""
         ...
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do in a step."""
+        ...
+
     def submit(self, expansions: Sequence[Expansion]) -> None:
         """Add expansions that fit and start together."""
+        ...
+
+    def start(self, expansions: Sequence[Expansion]) -> None:
+        """Add expansions for which the pages are reserved already."""
         ...
 
     def cancel(self, expansion: Expansion) -> None:
         """Stop an expansion and drop its candidates, as if it had not been submitted."""
         ...
 
-    def step(self) -> list[Expansion]:
+    def step(self, *, waits: bool = True) -> list[Expansion]:
         """Go on with the candidates; return the expansions that are complete and scored.
 
-        Those that are `unreadable` or `failed` are complete and not scored.
+        Those that are `unreadable` or `failed` are complete and not scored. waits: whether to wait a moment where
+        nothing can be done at once.
         """
         ...

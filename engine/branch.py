@@ -16,9 +16,11 @@ from genssd.engine.candidate import ActivationMeans, Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
+from genssd.engine.model_state import ModelState
 from genssd.engine.options_check import check_count
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import ByteSpans, Reading
+from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import child_stream
 from genssd.engine.state_rows import StateRow
 from genssd.engine.tree import Path
@@ -47,21 +49,11 @@ class BranchSession(Protocol):
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
 
+    def uses(self, runner: ModelRunner) -> bool: ...
+
     def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]: ...
 
     def activations(self, prompt: PromptIds, ids: Sequence[int], start: int) -> ActivationMeans: ...
-
-
-@dataclass(slots=True)
-class ModelState:
-    """The part of a branch that one model has computed."""
-
-    pending: list[int]
-    """Tokens that are not in the cache yet."""
-    path: Path | None = None
-    """Path of the branch in the model's cache. None before the first token is computed, and after a drop."""
-    hidden: StateRow | None = None
-    """Last hidden state of the tokens in the cache; it predicts the next token."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True, repr=False)
@@ -87,8 +79,12 @@ class Branch:
     trace: tuple[int, ...] = ()
     """Index of the candidate in each round: its place in the tree."""
 
+    writer: int = 0
+    """Index of the teacher that writes the branch; the others have branches of their own of one response (views.py)."""
     history: list[int] = field(default_factory=list)
-    """Token ids of the committed response."""
+    """Token ids of the committed response, as the branch's teacher reads those of others."""
+    history_lengths: tuple[int, ...] = ()
+    """Number of these in each committed chunk."""
     history_stats: tuple[TokenStats, ...] = ()
     """The student's statistics of each committed chunk."""
     history_readings: tuple[Reading, ...] = ()
@@ -120,7 +116,7 @@ class Branch:
     ended: Ending | None = None
     """Why the chunk ended; None while the branch can be written on."""
     num_children: int = 0
-    """Number of candidates that were sampled from this branch."""
+    """Number of candidates that were sampled from this response, those that other teachers wrote before included."""
     dropped: bool = False
     """Whether `drop` was called: the branch has no cache pages and cannot be expanded."""
 
@@ -167,12 +163,14 @@ class Branch:
         return Branch(
             session=self.session,
             prompt=self.prompt,
-            stream=child_stream(self.stream, len(self.history), index),
+            stream=child_stream(self.stream, self.num_written, index),
             teacher=ModelState(pending=[]),
             student=ModelState(pending=[]),
             max_tokens=self.max_tokens,
             trace=(*self.trace, index),
+            writer=self.writer,
             history=self.history,
+            history_lengths=self.history_lengths,
             history_stats=self.history_stats,
             history_readings=self.history_readings,
             history_writer_logprob=self.history_writer_logprob,
@@ -197,6 +195,11 @@ class Branch:
     def length(self) -> int:
         """Number of tokens in the response so far, chunk included."""
         return len(self.history) + len(self.chunk)
+
+    @property
+    def num_written(self) -> int:
+        """Number of tokens in the committed response as those who wrote its chunks count them."""
+        return len(self.history) + sum(map(len, self.history_writer_logprob)) - sum(self.history_lengths)
 
     @property
     def text(self) -> str:
@@ -255,6 +258,7 @@ class Branch:
     def commit(self) -> None:
         """Make the candidate chunk part of the response. Its siblings are not touched."""
         self.history = self.history + self.chunk
+        self.history_lengths = (*self.history_lengths, len(self.chunk))
         if self.reading is not None:
             self.history_readings = (*self.history_readings, self.reading)
         is_judged_ahead = self.reading is not None and self.reading.is_provisional

@@ -29,10 +29,9 @@ from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
 from genssd.engine.speculation_rules import ReverseSpeculation
+from genssd.engine.team import BOTH, Team
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.kernels.logprob import TokenStats
-
-BOTH: tuple[Role, Role] = ("teacher", "student")
 
 
 class Engine(LoadedEngine):
@@ -51,7 +50,7 @@ class Engine(LoadedEngine):
         labels: Sequence[str] | None = None,
         **changes: Unpack[SearchChanges],
     ) -> list[Selection]:
-        """Let the student choose what the teacher writes; return one Selection per prompt, in order.
+        """Let the student choose what the teachers write; return one Selection per prompt, in order.
 
         changes: fields of `SearchOptions` by name (`candidates=8`), in place of those of `options`. answers: the
         prompts' reference answers, for criteria that read them. labels: names of the prompts in messages; None names
@@ -94,14 +93,14 @@ class Engine(LoadedEngine):
         skip: frozenset[int],
     ) -> SearchPlan:
         judge = Judge.from_options(options)
-        vocabulary = self._resources.vocab_size("teacher")
+        vocabulary = min(one.vocab_size("teacher") for one in self._resources.list_teachers())
         if options.teacher_topk > vocabulary:
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {options.teacher_topk}")
         names = labels_of(prompts, labels)
         check_answers(answers, judge.criterion, names)
-        session = Session(self._resources, options.sampling, "teacher", num_topk=options.teacher_topk)
-        encoded = self._resources.encode_all(prompts, names, BOTH, answers)
-        return plan_search(self._resources, session, judge, (p for p in encoded if p.index not in skip))
+        team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk)
+        encoded = team.encode_all(prompts, names, answers)
+        return plan_search(team, judge, (views for views in encoded if views[0].index not in skip))
 
     @check_arguments(but=("prompts", "labels"))
     def generate(
@@ -154,6 +153,7 @@ class Engine(LoadedEngine):
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
         if rsd is not None and greedy_first:
             raise InputError("greedy_first is for a model that writes alone: leave rsd out")
+        self._require_one_writer(model)
         roles: Sequence[Role] = [model] if rsd is None else BOTH
         session = Session(self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first)
         encoded = self._resources.encode_all(prompts, labels_of(prompts, labels), roles)
@@ -185,6 +185,7 @@ class Engine(LoadedEngine):
         """
         check_count("n", n)
         check_count("max_tokens", max_tokens)
+        self._require_one_writer(model)
         ids = tuple(self._resources.encode(prompt, model, label))
         request = Forcing(
             prompt=PromptIds(teacher=ids) if model == "teacher" else PromptIds(student=ids),
@@ -265,6 +266,7 @@ class Engine(LoadedEngine):
         """
         if max_tokens is not None:
             check_count("max_tokens", max_tokens)
+        self._require_one_writer("teacher")
         roles: Sequence[Role] = BOTH if "student" in self._resources.runners else ["teacher"]
         session = self._branch_sessions.get(sampling)
         if session is None:
@@ -275,6 +277,14 @@ class Engine(LoadedEngine):
             raise CapacityError(encoded.misfit)
         stream = prompt_stream(seed, encoded.ids.teacher, encoded.occurrence)
         return Branch.root(session, encoded.ids, stream, max_tokens)
+
+    def _require_one_writer(self, model: Role) -> None:
+        """Raise InputError where a model would write that is one of several teachers."""
+        if model == "teacher" and self._resources.others:
+            raise InputError(
+                "several teachers write in a search alone: for anything else take one of them, such as "
+                "engine.teachers[0]"
+            )
 
     @check_arguments(but=("chunk",))
     def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk | int = Chunk()) -> list[list[Branch]]:

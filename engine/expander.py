@@ -16,6 +16,7 @@ from genssd.engine.drawing import Drawing
 from genssd.engine.expansion import Expansion, Lane
 from genssd.engine.page_budget import PageBudget, Reservations
 from genssd.engine.restoring import read_pending
+from genssd.engine.runner import ModelRunner
 from genssd.engine.state_rows import StateRow
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import computes
@@ -48,24 +49,35 @@ class Expander:
         self._max_batch = max_batch
         self.usage = usage
         others = [reader for reader in drawing.readers if reader is not drawing.writer]
-        self._runners = [drawing.writer, *others] if scorer is None else [drawing.writer, scorer.runner]
-        self.pages = PageBudget(self._runners, reservations)
+        self.runners: Sequence[ModelRunner] = (
+            [drawing.writer, *others] if scorer is None else [drawing.writer, scorer.runner]
+        )
+        self.pages = PageBudget(self.runners, reservations)
         self._lanes: list[Lane] = []
 
     @property
     def threads(self) -> int | None:
         """Number of threads that compute; None for the default."""
-        return self._runners[0].threads
+        return self.runners[0].threads
 
     @property
     def has_room(self) -> bool:
         """Whether the decoding batch has a row for another expansion."""
         return sum(lane.num_rows for lane in self._lanes) < self._max_batch
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no candidate to decode."""
+        return not self._lanes
+
     @computes
     def submit(self, expansions: Sequence[Expansion]) -> None:
         """Add expansions that fit and start together."""
         self.usage.prefill_tokens += self.pages.open(expansions)
+        self.start(expansions)
+
+    def start(self, expansions: Sequence[Expansion]) -> None:
+        """Add expansions for which the pages are reserved already."""
         self._lanes += [Lane(expansion) for expansion in expansions]
 
     def cancel(self, expansion: Expansion) -> None:
@@ -75,13 +87,14 @@ class Expander:
         expansion.reset()
 
     @computes
-    def step(self) -> list[Expansion]:
+    def step(self, *, waits: bool = True) -> list[Expansion]:
         """Decode one token of every candidate in the batch; return the expansions that are complete and scored.
 
-        Those that are `unreadable` are complete and not scored.
+        Those that are `unreadable` are complete and not scored. waits: see `AnyExpander.step`; there is always
+        something to do here.
         """
         batch, waiting = self._split_lanes()
-        for runner in self._runners:
+        for runner in self.runners:
             self.usage.prefill_tokens += read_pending(runner, [lane.branch for lane in batch])
         # a parent's lane is sampled once for each of its candidates, which have lanes of their own from then on
         candidates = [self._open_candidate(lane) for lane in batch for _ in range(lane.num_rows)]

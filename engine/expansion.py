@@ -29,6 +29,8 @@ class Expansion:
     """Why the student cannot read or score a complete candidate; None where it reads them all."""
     missing_token: int | None = None
     """The token that it does not have, where that is why."""
+    seconds: float = 0.0
+    """Time that its teacher has taken for the candidates, where several teachers write (team_expander.py)."""
     failed: str | None = None
     """Why a server did not write the candidates, so that there are none; None where it did."""
 

@@ -42,6 +42,7 @@ class JudgedCandidate:
             score=self.score,
             verdict=self.verdict,
             attempt=attempt,
+            teacher=self.branch.writer,
             probability=self.probability,
         )
 
@@ -82,11 +83,15 @@ class Judge:
             raise InputError(f"the criterion {self.criterion!r} returned NaN for a candidate of {label}")
         return [JudgedCandidate(branch, score) for branch, score in zip(candidates, scores, strict=True)]
 
-    def reject_unfit(self, siblings: Sequence[JudgedCandidate]) -> None:
-        """Set the verdict of duplicates, loops and values beyond the threshold among the candidates of one branch."""
-        seen: set[tuple[int, ...]] = set()
+    def reject_unfit(self, siblings: Sequence[JudgedCandidate], *, by_text: bool = False) -> None:
+        """Set the verdict of duplicates, loops and values beyond the threshold among the candidates of one response.
+
+        by_text: whether candidates are duplicates when the student reads the same, because their writers have different
+        tokenizers; else when they have the same tokens.
+        """
+        seen: set[object] = set()
         for judged in siblings:
-            tokens = tuple(judged.branch.chunk)
+            tokens = _read_text(judged.branch) if by_text else tuple(judged.branch.chunk)
             if tokens in seen:
                 judged.verdict = "duplicate"
             elif self.loop_guard is not None and self.loop_guard.period(judged.branch.token_ids):
@@ -109,7 +114,7 @@ class Judge:
             for one, probability in zip(acceptable, probabilities, strict=True):
                 one.probability = probability
             order = draw_order(
-                probabilities, losses, [(one.branch.stream, len(one.branch.history)) for one in acceptable]
+                probabilities, losses, [(one.branch.stream, one.branch.num_written) for one in acceptable]
             )
         return [acceptable[i] for i in order[:places]]
 
@@ -119,3 +124,9 @@ class Judge:
         if any(math.isnan(score) for score in scores):
             raise InputError(f"the criterion {self.criterion!r} returned NaN for a response to {label}")
         return scores
+
+
+def _read_text(candidate: Branch) -> object:
+    """Return what the student reads of a candidate: its tokens, and the bytes that are held back."""
+    assert candidate.reading is not None
+    return candidate.reading.ids, candidate.reading.held

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
@@ -24,6 +26,7 @@ from genssd.engine.sampling import Sampling
 from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord
 from genssd.engine.session import Session
+from genssd.engine.team_loading import check_teachers, list_names, load_team
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.thinking_pair import ThinkingPair, compare_thinking
 from genssd.engine.threads import effective_threads
@@ -39,11 +42,12 @@ class LoadedEngine:
         self._branch_sessions: dict[Sampling, Session] = {}
 
     def __repr__(self) -> str:
-        models = [f"{role}={runner.directory}" for role, runner in self._resources.runners.items()]
-        models = models if self._resources.served is None else [f"teacher={self._resources.served.url}", *models]
-        if not self._resources.runners:
-            return f"<Engine teacher={self._resources.served and self._resources.served.url}>"
-        decoder = next(iter(self._resources.runners.values())).decoder
+        urls = [f"teacher={one.served.url}" for one in self._resources.list_teachers() if one.served is not None]
+        runners = self._resources.list_runners()
+        models = [*urls, *(f"{runner.role}={runner.directory}" for runner in runners)]
+        if not runners:
+            return f"<Engine {', '.join(models)}>"
+        decoder = runners[0].decoder
         held, total = self.pages_in_use
         dtype = str(decoder.dtype).removeprefix("torch.")
         return (
@@ -54,7 +58,7 @@ class LoadedEngine:
     @check_arguments()
     def from_pretrained(
         cls,
-        teacher: str | Path | None = None,
+        teacher: str | Path | Sequence[str | Path] | None = None,
         student: str | Path | None = None,
         *,
         device: str | None = None,
@@ -89,12 +93,18 @@ class LoadedEngine:
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
         check_sizes(memory_utilization, max_batch)
-        target = choose_device(device)
+        names = list_names(teacher)
+        if teacher is not None:
+            check_teachers(names, student)
+        options: dict[str, Any] = {
+            "dtype": dtype, "device": choose_device(device), "deterministic": deterministic, "backend": backend,
+            "teacher_tokenizer": teacher_tokenizer, "server": server,
+        }  # fmt: skip
         with torch_threads(effective_threads(threads)):
-            models = load_models(
-                teacher, student, dtype, target, deterministic=deterministic, backend=backend,
-                teacher_tokenizer=teacher_tokenizer, server=server,
-            )  # fmt: skip
+            if student is not None and len(names) > 1:
+                models = load_team(names, student, **options)
+            else:
+                models = load_models(next(iter(names), None), student, **options)
         return cls(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
 
     @check_arguments()
@@ -132,32 +142,45 @@ class LoadedEngine:
 
     def _collect(self) -> CacheUse:
         """Free the pages of branches that nobody holds any more; return what is in use then."""
-        for runner in self._resources.runners.values():
+        for runner in self._resources.list_runners():
             runner.tree.free_abandoned()
         return self._resources.cache_use
 
     @property
     def threads(self) -> int:
         """Number of CPU threads that compute."""
-        runner = next(iter(self._resources.runners.values()), None)
+        runner = next(iter(self._resources.list_runners()), None)
         return effective_threads(None if runner is None else runner.threads)
 
     @cached_property
     def fingerprints(self) -> dict[Role, str]:
-        """Identification of each loaded checkpoint: 16 hex digits; of a served teacher with its name in front."""
+        """Identification of each loaded checkpoint: 16 hex digits; of a served teacher with its name in front.
+
+        Of several teachers, the first one; `teachers` has those of the others.
+        """
         loaded = {role: fingerprint(runner.directory) for role, runner in self._resources.runners.items()}
         served = self._resources.served
         return loaded if served is None else {**loaded, "teacher": served.fingerprint}
 
     @property
     def server(self) -> ServerRecord | None:
-        """The server that runs the teacher, and what it has done; None where no server does."""
-        return None if self._resources.served is None else self._resources.served.record
+        """The server that runs the teacher, or one of several, and what it has done; None where no server does."""
+        served = [one.served for one in self._resources.list_teachers() if one.served is not None]
+        return served[0].record if served else None
+
+    @cached_property
+    def teachers(self) -> tuple[Self, ...]:
+        """An engine over each of the teachers and the student; they share caches and counts with this one.
+
+        The methods of an engine with several teachers, other than the search, use the first one.
+        """
+        each = self._resources.list_teachers()
+        return (self,) if len(each) == 1 else tuple(type(self)(replace(one, others=())) for one in each)
 
     @cached_property
     def launches(self) -> LaunchRecord | None:
         """Configurations of the GPU kernels that the engine takes, and where they come from; None on a CPU."""
-        decoders = [runner.decoder for runner in self._resources.runners.values()]
+        decoders = [runner.decoder for runner in self._resources.list_runners()]
         return describe_launches(decoders) if decoders else None
 
     @check_arguments()

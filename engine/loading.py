@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +57,10 @@ class LoadedModels:
     reader: Reader = field(default_factory=TokenMap)
     served: ServedTeacher | None = None
     """The teacher, where a server runs it: it has a tokenizer here and no decoder."""
+    others: tuple[LoadedModels, ...] = ()
+    """Further teachers, each with the same student (team_loading.py)."""
+    team_readers: Mapping[tuple[int, int], Reader] = field(default_factory=dict)
+    """How one of several teachers reads the tokens of another, by the indices of the writer and the reader."""
 
     @staticmethod
     def of_one(role: Role, decoder: LanguageModel, tokenizer: Tokenizer) -> LoadedModels:
@@ -73,7 +78,8 @@ class LoadedModels:
         max_batch: maximum number of candidates decoded at once; None for the default (`choose_max_batch`). threads:
         number of threads that compute; None for the default of `threads.effective_threads`.
         """
-        decoders = list(self.decoders.values())
+        placed = self._list_decoders()
+        decoders = [decoder for _, _, decoder in placed]
         if not decoders:
             return Resources(runners={}, tokenizers=self.tokenizers, max_batch=1, served=self.served)
         device = decoders[0].device
@@ -83,21 +89,35 @@ class LoadedModels:
         working = max(_working_bytes(decoder, max_batch) for decoder in decoders)
         budget = cache_budget(device, memory_bytes, free_fraction, working_bytes=working)
         usage = Usage()
-        runners: dict[Role, ModelRunner] = {}
-        for (role, decoder), (num_pages, page_bytes) in zip(
-            self.decoders.items(), pages_within(budget, decoders), strict=True
+        runners: dict[int, ModelRunner] = {}
+        for (role, directory, decoder), (num_pages, page_bytes) in zip(
+            placed, pages_within(budget, decoders), strict=True
         ):
-            runner = open_runner(role, self.directories[role], decoder, num_pages, usage=usage, threads=threads)
+            runner = open_runner(role, directory, decoder, num_pages, usage=usage, threads=threads)
             runner.tree.pool.page_bytes = page_bytes
-            runners[role] = runner
-        return Resources(
-            runners=runners,
-            tokenizers=self.tokenizers,
-            max_batch=max_batch,
-            reader=self.reader,
-            usage=usage,
-            served=self.served,
-        )
+            runners[id(decoder)] = runner
+        first, *others = [
+            Resources(
+                runners={role: runners[id(decoder)] for role, decoder in models.decoders.items()},
+                tokenizers=models.tokenizers,
+                max_batch=max_batch,
+                reader=models.reader,
+                usage=usage,
+                served=models.served,
+            )
+            for models in (self, *self.others)
+        ]
+        others = [replace(other, reservations=first.reservations) for other in others]
+        return replace(first, others=tuple(others), team_readers=self.team_readers)
+
+    def _list_decoders(self) -> list[tuple[Role, Path, LanguageModel]]:
+        """Return the decoders of all models, the student's once, with their roles and directories."""
+        return [
+            (role, models.directories[role], decoder)
+            for models in (self, *self.others)
+            for role, decoder in models.decoders.items()
+            if models is self or role == "teacher"
+        ]
 
 
 def load_models(

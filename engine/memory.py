@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,9 @@ from genssd.engine.weights import WeightFiles
 from genssd.kernels.native import bfloat16_instructions
 
 logger = logging.getLogger(__name__)
+
+N = TypeVar("N", bound=str)
+"""What names a model: its role, or another name."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,13 +100,11 @@ def check_bytes_fit(
         )
 
 
-def check_weights_fit(
-    directories: Mapping[Role, Path], dtypes: Mapping[Role, torch.dtype], device: torch.device
-) -> None:
+def check_weights_fit(directories: Mapping[N, Path], dtypes: Mapping[N, torch.dtype], device: torch.device) -> None:
     """Check that a CPU has memory for the weights of models before they are read.
 
-    directories, dtypes: place and data type in memory of every model, by role. Raises CapacityError naming the bytes,
-    CheckpointError on a directory that cannot be used.
+    directories, dtypes: place and data type in memory of every model, by role or another name. Raises CapacityError
+    naming the bytes, CheckpointError on a directory that cannot be used.
     """
     if device.type != "cpu" or not directories:
         return

@@ -17,7 +17,6 @@ import torch
 from genssd.engine.batching import choose_max_batch
 from genssd.engine.config import ModelConfig
 from genssd.engine.memory import available_bytes, cache_budget, count_weight_bytes, count_working_bytes
-from genssd.engine.model_choices import Role
 from genssd.engine.pages import page_size_of, pages_within
 from genssd.engine.parameters import count_cache_values, count_forward_values, count_weights
 
@@ -59,7 +58,7 @@ class MemoryPlan:
 
     free_bytes: int
     """Memory of the device that is free now."""
-    weight_bytes: Mapping[Role, int]
+    weight_bytes: Mapping[str, int]
     """Size of every model's weights."""
     loading_bytes: int
     """Memory that loading the weights takes at most: all weights and the copies of the largest tensor."""
@@ -74,7 +73,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    models: Mapping[Role, PlannedModel],
+    models: Mapping[str, PlannedModel],
     *,
     memory_bytes: int | None,
     free_fraction: float,

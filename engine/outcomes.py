@@ -11,11 +11,11 @@ among the acceptable ones | worse than the threshold | the same tokens as an ear
 KEPT: frozenset[str] = frozenset(("kept", "forced"))
 """Verdicts of candidates that became part of a response."""
 
-Decision = Literal["selected", "resampled", "shortened", "forced", "pruned"]
+Decision = Literal["selected", "resampled", "shortened", "forced", "asked", "pruned"]
 """What the search did after a round: kept acceptable candidates | without one, sampled it again | with shorter chunks |
-kept the best one that misses the threshold | ended its branches."""
+kept the best one that misses the threshold | asked the next teacher | ended its branches."""
 
-SPECIAL: tuple[Decision, ...] = ("resampled", "shortened", "forced")
+SPECIAL: tuple[Decision, ...] = ("resampled", "shortened", "forced", "asked")
 """Decisions of policies that do not prune."""
 
 Status = Literal["finished", "length", "budget", "pruned"]

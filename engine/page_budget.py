@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from genssd.engine.amounts import format_count
+from genssd.engine.branch import Branch
 from genssd.engine.candidate_scoring import StudentRoom
 from genssd.engine.expansion import Expansion
 from genssd.engine.pages import count_pages
@@ -42,22 +43,22 @@ Reservations = dict[Expansion, list[Reservation]]
 class PageBudget:
     """The pages of one call: what its prompts share, and its reservations next to those of all other calls.
 
-    runners: the models whose caches the call uses.
+    runners: the models whose caches the call uses. An expansion takes pages of those that its branch's session uses.
     """
 
     def __init__(self, runners: Sequence[ModelRunner], reservations: Reservations) -> None:
         self._runners = runners
         self._reservations = reservations
-        self._prefixes = {runner.role: SharedPrefixes[PromptIds](runner, {}) for runner in runners}
+        self._prefixes = {runner: SharedPrefixes[PromptIds](runner, {}) for runner in runners}
 
-    def share_prefixes(self, prompts: Sequence[PromptIds]) -> None:
-        """Let these prompts, which are to be expanded, share the pages of what they have in common.
+    def share_prefixes(self, roots: Sequence[Branch]) -> None:
+        """Let the prompts of these branches, which are to be expanded, share the pages of what they have in common.
 
-        Tell every one of them that is over (`forget`), and the end of the call (`drop_prefixes`).
+        Tell every prompt that is over (`forget`), and the end of the call (`drop_prefixes`).
         """
         for runner in self._runners:
-            ids = {prompt: prompt.of(runner.role) for prompt in prompts}
-            self._prefixes[runner.role] = SharedPrefixes(runner, ids)
+            prompts = [root.prompt for root in roots if root.session.uses(runner)]
+            self._prefixes[runner] = SharedPrefixes(runner, {prompt: prompt.of(runner.role) for prompt in prompts})
 
     def forget(self, prompt: PromptIds) -> None:
         """Note that a prompt is over; free what no other prompt shares with it."""
@@ -97,9 +98,10 @@ class PageBudget:
 
     def _find_reason(self, expansions: Sequence[Expansion]) -> str | None:
         for runner in self._runners:
-            pool, prefixes = runner.tree.pool, self._prefixes[runner.role]
-            paths = [e.parent.state(runner.role).path for e in expansions]
-            paths += prefixes.paths(e.parent.prompt for e in expansions)
+            pool, prefixes = runner.tree.pool, self._prefixes[runner]
+            parents = _find_parents(runner, expansions)
+            paths = [parent.state(runner.role).path for parent in parents]
+            paths += prefixes.paths(parent.prompt for parent in parents)
             num_pages = _pages_to_take(runner, expansions, prefixes) + runner.tree.count_held(paths)
             if num_pages > pool.num_pages:
                 return f"need {pool.describe(num_pages)}; the {runner.role}'s cache has {pool.describe()}"
@@ -109,7 +111,7 @@ class PageBudget:
         """Return how many pages expansions take of the fullest cache, and how many are free there, for messages."""
         needs = [
             (
-                _pages_to_take(runner, expansions, self._prefixes[runner.role]),
+                _pages_to_take(runner, expansions, self._prefixes[runner]),
                 runner.tree.num_free - self._outstanding(runner),
                 runner,
             )
@@ -124,10 +126,14 @@ class PageBudget:
 
         What they share is computed; the tokens after that stay pending.
         """
-        parents = [expansion.parent for expansion in expansions]
-        num_computed = sum(open_paths(runner, parents, self._prefixes[runner.role]) for runner in self._runners)
+        num_computed = sum(
+            open_paths(runner, _find_parents(runner, expansions), self._prefixes[runner]) for runner in self._runners
+        )
         for expansion in expansions:
-            self._reservations[expansion] = [_reservation(runner, expansion) for runner in self._runners]
+            self._reservations[expansion] = []
+        for runner in self._runners:
+            for expansion, is_first in _find_users(runner, expansions):
+                self._reservations[expansion].append(_reservation(runner, expansion, is_first=is_first))
         return num_computed
 
     def release(self, expansion: Expansion) -> None:
@@ -140,7 +146,7 @@ class PageBudget:
         return StudentRoom(reserved=own.candidates, free=max(0, runner.tree.num_free - self._outstanding(runner)))
 
     def _has_room(self, runner: ModelRunner, expansions: Sequence[Expansion]) -> bool:
-        prefixes, kept = self._prefixes[runner.role], {expansion.parent.prompt for expansion in expansions}
+        prefixes, kept = self._prefixes[runner], {expansion.parent.prompt for expansion in expansions}
         while runner.tree.num_free - self._outstanding(runner) < _pages_to_take(runner, expansions, prefixes):
             if not (prefixes.give_up(kept) or runner.tree.give_up(but=prefixes)):
                 return False
@@ -158,26 +164,57 @@ class PageBudget:
         return outstanding
 
 
+def _find_users(runner: ModelRunner, expansions: Sequence[Expansion]) -> list[tuple[Expansion, bool]]:
+    """Return the expansions that use a model, each with whether it is the first of those with the state of its parent.
+
+    The branches of several teachers that hold one response share what the student has computed of it.
+    """
+    seen: set[int] = set()
+    users: list[tuple[Expansion, bool]] = []
+    for expansion in expansions:
+        if expansion.parent.session.uses(runner):
+            state = id(expansion.parent.state(runner.role))
+            users.append((expansion, state not in seen))
+            seen.add(state)
+    return users
+
+
+def _find_parents(runner: ModelRunner, expansions: Sequence[Expansion]) -> list[Branch]:
+    """Return the branches whose states under a model some expansions use, each state once."""
+    return [expansion.parent for expansion, is_first in _find_users(runner, expansions) if is_first]
+
+
 def _pages_to_take(runner: ModelRunner, expansions: Sequence[Expansion], prefixes: SharedPrefixes[PromptIds]) -> int:
     """Return the most pages that expansions which start together take of one model's pool."""
-    size, parents = runner.tree.pool.page_size, [expansion.parent for expansion in expansions]
+    size, parents = runner.tree.pool.page_size, _find_parents(runner, expansions)
     unopened = {parent for parent in parents if parent.state(runner.role).path is None}
     total = sum(map(prefixes.count_pages, prefixes.missing(parent.prompt for parent in unopened)))
     spans = shared_spans(parents, runner.role, prefixes)
     innermost = innermost_spans(spans)
     total += sum(count_pages(span.start, span.end, size) for span in spans)
-    for expansion, parent in zip(expansions, parents, strict=True):
+    for expansion, is_first in _find_users(runner, expansions):
+        parent = expansion.parent
         span, num_shared = innermost.get(parent), prefixes.length(parent.prompt) if parent in unopened else 0
-        total += _reservation(runner, expansion, num_shared if span is None else span.end).total
+        num_shared = num_shared if span is None else span.end
+        total += _reservation(runner, expansion, num_shared, is_first=is_first).total
     return total
 
 
-def _reservation(runner: ModelRunner, expansion: Expansion, num_shared: int = 0) -> Reservation:
-    """Return the most pages that an expansion takes. num_shared: number of its parent's tokens in shared spans."""
+def _reservation(
+    runner: ModelRunner, expansion: Expansion, num_shared: int = 0, *, is_first: bool = True
+) -> Reservation:
+    """Return the most pages that an expansion takes.
+
+    num_shared: number of its parent's tokens in shared spans. is_first: whether the pages for the pending tokens of the
+    parent are counted here, and not with an expansion that shares its state.
+    """
     size = runner.tree.pool.page_size
     state = expansion.parent.state(runner.role)
     num_pending = len(state.pending) - num_shared
-    if state.path is None:
+    if not is_first:
+        first, num_pending = (0 if state.path is None else state.path.length), len(state.pending)
+        prefix = 0
+    elif state.path is None:
         first = num_shared
         prefix = count_pages(first, first + num_pending, size)
     else:

@@ -25,6 +25,7 @@ from genssd.engine.scheduler import SearchScheduler
 from genssd.engine.search import PromptSearch
 from genssd.engine.selection import Selection
 from genssd.engine.session import Session
+from genssd.engine.team import Team
 
 NO_ANSWER_ROOM = "prompt and reference answer leave no position for a response"
 
@@ -52,30 +53,33 @@ class SearchPlan:
         yield from SearchScheduler(self.searches, self.expander, self.budget).run()
 
 
-def plan_search(resources: Resources, session: Session, judge: Judge, prompts: Iterable[EncodedPrompt]) -> SearchPlan:
-    """Make the search of every prompt, and find those that cannot be run."""
+def plan_search(team: Team, judge: Judge, prompts: Iterable[tuple[EncodedPrompt, ...]]) -> SearchPlan:
+    """Make the search of every prompt, and find those that cannot be run. prompts: each as every teacher reads it."""
     searches: list[PromptSearch] = []
     misfits: list[tuple[PromptSearch, str]] = []
-    policy = make_policy(judge.options)
-    for prompt in prompts:
-        limit = resources.search_limit(prompt, judge.options.max_tokens, judge.criterion)
+    policy = make_policy(judge.options, team.size)
+    for views in prompts:
+        prompt = views[0]
+        limit = team.limit_response(views, judge.options.max_tokens, judge.criterion)
         search = PromptSearch(
             index=prompt.index,
             label=prompt.label,
             occurrence=prompt.occurrence,
-            root=_root(session, prompt, judge.options.seed, "teacher"),
+            team=team,
+            root=team.make_root(views, judge.options.seed),
             max_tokens=limit,
             judge=judge,
             policy=policy,
         )
-        misfit = prompt.misfit or (NO_ANSWER_ROOM if limit < 1 else None)
-        misfit = misfit or session.expander.pages.find_misfit(search.round)
+        misfit = next((one.misfit for one in views if one.misfit is not None), None)
+        misfit = misfit or (NO_ANSWER_ROOM if limit < 1 else None)
+        misfit = misfit or team.expander.pages.find_misfit(search.round)
         if misfit is None:
             searches.append(search)
         else:
             misfits.append((search, misfit))
-    session.expander.pages.share_prefixes([search.root.prompt for search in searches])
-    return SearchPlan(expander=session.expander, searches=searches, misfits=misfits, budget=judge.options.total_budget)
+    team.expander.pages.share_prefixes([branch for search in searches for branch in search.root.list_present()])
+    return SearchPlan(expander=team.expander, searches=searches, misfits=misfits, budget=judge.options.total_budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +109,7 @@ def iter_generations(
             queue[prompt.index] = expansion
         else:
             failed.append(Generation(index=prompt.index, label=prompt.label, error=misfit))
-    session.expander.pages.share_prefixes([expansion.parent.prompt for expansion in queue.values()])
+    session.expander.pages.share_prefixes([expansion.parent for expansion in queue.values()])
     return _run_generation(failed, queue, session.expander)
 
 

@@ -1,17 +1,18 @@
 """Policies: what a search does after a round none of whose candidates is acceptable.
 
-A policy gets the round and returns the step that follows it. Another policy, such as one that asks another teacher, is
-another class with these two methods and a line in POLICIES; what it asks of the search goes into `Step`.
+A policy gets the round and returns the step that follows it, and says which teachers write in which attempt. Another
+policy is another class with these methods and a line in POLICIES; what it asks of the search goes into `Step`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from genssd.engine.chunk import Chunk
+from genssd.engine.errors import InputError
 from genssd.engine.judging import Judge, JudgedCandidate
 from genssd.engine.outcomes import Decision, Verdict
 from genssd.engine.search_options import SearchOptions, Unlearnable
@@ -29,6 +30,8 @@ class UnlearnableRound:
     """All candidates of the last attempt, with the verdicts that reject them."""
     judge: Judge
     """Rules by which they were judged."""
+    teachers: Collection[int] = (0,)
+    """Indices of the teachers that can go on with a response of the round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,8 @@ class Step:
     decision: Decision
     """Name of the step in the log."""
     again: Chunk | None = None
-    """Rule by which further candidates of the same branches end, with noise of their own; None samples none."""
+    """Rule by which further candidates of the same branches end, with noise of their own; None samples none. Who writes
+    them is said by `Policy.asks`."""
     accepted: Sequence[JudgedCandidate] = ()
     """Candidates that are committed, best first. Branches without one end as pruned, unless they are sampled again."""
     verdict: Verdict = "kept"
@@ -55,6 +59,10 @@ class Policy(Protocol):
         """Return what follows the round. It depends on the round alone, so that a search can be repeated."""
         ...
 
+    def asks(self, teacher: int, attempt: int) -> bool:
+        """Return whether a teacher, by its index, writes candidates in an attempt at a round."""
+        ...
+
     def most_tokens(self, options: SearchOptions, max_tokens: int) -> int:
         """Return the largest number of tokens that the search samples for one candidate of one branch in all rounds.
 
@@ -63,8 +71,18 @@ class Policy(Protocol):
         ...
 
 
+class _EveryTeacher:
+    """Base of policies in whose attempts all teachers write."""
+
+    __slots__ = ()
+
+    def asks(self, teacher: int, attempt: int) -> bool:
+        """Return that every teacher writes in every attempt."""
+        return True
+
+
 @dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(_EveryTeacher):
     """Prune the branches of the round."""
 
     def next_step(self, round_: UnlearnableRound) -> Step:
@@ -77,7 +95,7 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Resample:
+class Resample(_EveryTeacher):
     """Sample further candidates of the same branches, up to `max_resamples` times."""
 
     max_resamples: int
@@ -94,7 +112,7 @@ class Resample:
 
 
 @dataclass(frozen=True, slots=True)
-class Shorten:
+class Shorten(_EveryTeacher):
     """Sample candidates of half the length, again and again, down to `min_chunk_tokens`."""
 
     min_chunk_tokens: int
@@ -115,7 +133,7 @@ class Shorten:
 
 
 @dataclass(frozen=True, slots=True)
-class AcceptBest:
+class AcceptBest(_EveryTeacher):
     """Commit the best candidate although it is worse than the threshold; duplicates and loops stay rejected."""
 
     def next_step(self, round_: UnlearnableRound) -> Step:
@@ -131,15 +149,54 @@ class AcceptBest:
         return max_tokens
 
 
-POLICIES: Mapping[Unlearnable, Callable[[SearchOptions], Policy]] = {
-    "stop": lambda options: Stop(),
-    "resample": lambda options: Resample(options.max_resamples),
-    "shorten": lambda options: Shorten(options.min_chunk_tokens),
-    "accept_best": lambda options: AcceptBest(),
+@dataclass(frozen=True, slots=True)
+class AskTeacher:
+    """Let the first teacher write, and only where none of its candidates is acceptable the next one, and so on."""
+
+    num_teachers: int
+
+    def asks(self, teacher: int, attempt: int) -> bool:
+        """Return whether it is the teacher's turn."""
+        return teacher == attempt
+
+    def next_step(self, round_: UnlearnableRound) -> Step:
+        """Return an attempt of the next teacher, or the end of the branches after the last one."""
+        if not any(teacher > round_.attempt for teacher in round_.teachers):
+            return PRUNE
+        return Step(decision="asked", again=round_.chunk)
+
+    def most_tokens(self, options: SearchOptions, max_tokens: int) -> int:
+        """Return the length of a response for every teacher."""
+        return max_tokens * self.num_teachers
+
+
+POLICIES: Mapping[Unlearnable, Callable[[SearchOptions, int], Policy]] = {
+    "stop": lambda options, teachers: Stop(),
+    "resample": lambda options, teachers: Resample(options.max_resamples),
+    "shorten": lambda options, teachers: Shorten(options.min_chunk_tokens),
+    "accept_best": lambda options, teachers: AcceptBest(),
+    "ask_teacher": lambda options, teachers: AskTeacher(teachers),
 }
-"""Policies by the values of the option `on_unlearnable`."""
+"""Functions that make a policy from options and number of teachers, by the values of the option `on_unlearnable`."""
 
 
-def make_policy(options: SearchOptions) -> Policy:
-    """Return the policy that the options name."""
-    return POLICIES[options.on_unlearnable](options)
+def make_policy(options: SearchOptions, num_teachers: int) -> Policy:
+    """Return the policy that the options name for so many teachers.
+
+    Raises InputError where the options need several teachers and there is one, or a budget is too small for all.
+    """
+    for name, is_set in (
+        ("on_unlearnable=ask_teacher", options.on_unlearnable == "ask_teacher"),
+        (f"drop_teacher_after={options.drop_teacher_after}", options.drop_teacher_after is not None),
+    ):
+        if is_set and num_teachers == 1:
+            raise InputError(f"{name} needs several teachers, and this engine has one: give teacher= a list of them")
+    policy = POLICIES[options.on_unlearnable](options, num_teachers)
+    num_writing = sum(policy.asks(teacher, 0) for teacher in range(num_teachers))
+    most = num_writing * options.candidates * min(options.chunk.longest, options.max_tokens)
+    if options.prompt_budget.tokens is not None and options.prompt_budget.tokens < most:
+        raise InputError(
+            f"prompt_budget tokens {options.prompt_budget.tokens} must be at least {most}, which the candidates of "
+            f"{num_writing} teachers may take in a first round"
+        )
+    return policy

@@ -60,6 +60,18 @@ class Resources:
     """Pages that expansions in flight may still take."""
     served: ServedTeacher | None = None
     """The teacher, where a server runs it; it has no runner then."""
+    others: tuple[Resources, ...] = ()
+    """Further teachers, each beside the same student, with the same counts and reservations."""
+    team_readers: Mapping[tuple[int, int], Reader] = field(default_factory=dict)
+    """How one of several teachers reads the tokens of another, by the indices of the writer and the reader."""
+
+    def list_teachers(self) -> tuple[Resources, ...]:
+        """Return the models of every teacher with the student, those of the first one first."""
+        return (self, *self.others)
+
+    def list_runners(self) -> list[ModelRunner]:
+        """Return the runners of all models."""
+        return list(dict.fromkeys(runner for one in self.list_teachers() for runner in one.runners.values()))
 
     def runner(self, role: Role) -> ModelRunner:
         """Return the runner of a model. Raises InputError when the engine was made without it, or a server runs it."""
@@ -110,8 +122,8 @@ class Resources:
 
     @property
     def cache_use(self) -> CacheUse:
-        """Pages and bytes of both caches, without changing them: safe in any thread."""
-        pools = [runner.tree.pool for runner in self.runners.values()]
+        """Pages and bytes of all caches, without changing them: safe in any thread."""
+        pools = [runner.tree.pool for runner in self.list_runners()]
         held = [pool.num_pages - pool.num_free for pool in pools]
         return CacheUse(
             held_pages=sum(held),
@@ -122,7 +134,8 @@ class Resources:
 
     def with_chat(self, options: ChatOptions) -> Resources:
         """Return the same models, caches and counts with other options of rendering chats."""
-        return replace(self, tokenizers=render_with(self.tokenizers, options))
+        others = tuple(one.with_chat(options) for one in self.others)
+        return replace(self, tokenizers=render_with(self.tokenizers, options), others=others)
 
     def encode(self, prompt: Prompt, role: Role, label: str) -> list[int]:
         """Return a prompt's token ids as a model reads it. Raises InputError or CapacityError naming the label."""

@@ -128,4 +128,4 @@ def _end_of_chunks(branch: Branch, role: Role, num_chunks: int) -> int:
     num_prompt = len(branch.prompt.of(role))
     if role == "student" and branch.history_readings:
         return num_prompt + sum(len(reading.ids) for reading in branch.history_readings[:num_chunks])
-    return num_prompt + sum(len(logprob) for logprob in branch.history_writer_logprob[:num_chunks])
+    return num_prompt + sum(branch.history_lengths[:num_chunks])

@@ -94,7 +94,7 @@ class SearchScheduler:
             if error is not None:
                 for other in prompt.round:
                     self._prompt_of.pop(other, None)
-                yield self._fail(prompt, error, missing_token=expansion.missing_token)
+                yield self._fail(prompt, error, expansion)
                 continue
             prompt.num_unfinished -= 1
             if prompt.num_unfinished == 0:
@@ -145,14 +145,16 @@ class SearchScheduler:
             need = f"it needs {self._expander.pages.describe_need(prompt.round)} {BESIDE_OTHERS}"
         return prompt.no_room or f"{NO_ROOM}: {need}"
 
-    def _fail(self, prompt: PromptSearch, error: str, *, missing_token: int | None = None) -> Selection:
-        """Give a prompt up and return its outcome. missing_token: id that is the error, if it is one."""
+    def _fail(self, prompt: PromptSearch, error: str, expansion: Expansion | None = None) -> Selection:
+        """Give a prompt up and return its outcome. expansion: the one whose candidates are the error, if any are."""
         if prompt in self._active:
             self._leave(prompt)
         else:
             self._waiting.remove(prompt)
+        missing = None if expansion is None else expansion.missing_token
+        writer = 0 if expansion is None else expansion.parent.writer
         self._drop(prompt)
-        return self._count(prompt, prompt.outcome(error=error, missing_token=missing_token))
+        return self._count(prompt, prompt.outcome(error=error, missing_token=missing, missing_teacher=writer))
 
     def _stop_all(self, budget: BudgetName) -> Iterator[Selection]:
         """End every prompt with what it has, because the budget of all is reached; yield the outcomes."""
@@ -172,7 +174,8 @@ class SearchScheduler:
 
     def _count(self, prompt: PromptSearch, selection: Selection) -> Selection:
         """Count a prompt as finished, forget what it shares, and return its outcome."""
-        self._expander.pages.forget(prompt.root.prompt)
+        for branch in prompt.root.list_present():
+            self._expander.pages.forget(branch.prompt)
         self._expander.usage.finish(prompt.most_tokens, selection.tokens_sampled)
         return selection
 

@@ -2,7 +2,8 @@
 
 Every prompt moves through its rounds independently of the others:
 
-    EXPAND   decode candidates of all its live branches, in one batch with the candidates of the other prompts
+    EXPAND   decode candidates of all its live branches, in one batch with the candidates of the other prompts; where
+             several teachers compete, each writes its own
     SELECT   reject duplicates, loops and values worse than the threshold; keep the best `beam` of the rest, or draw
              them; where nothing is left, a policy (policies.py) prunes, samples again or keeps the best all the same
     COMMIT   the kept candidates become the branches of the next round; the pages of all others are freed at once
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from genssd.engine.branch import Branch
 from genssd.engine.budget import BudgetMeter, BudgetName
@@ -25,6 +27,9 @@ from genssd.engine.judging import Judge, JudgedCandidate
 from genssd.engine.outcomes import KEPT, STATUSES, Status
 from genssd.engine.policies import Policy, Step, UnlearnableRound
 from genssd.engine.selection import CandidateRecord, ChunkScore, RoundRecord, Selection, Trajectory
+from genssd.engine.teacher_tally import TeacherTally
+from genssd.engine.team import Team
+from genssd.engine.views import Views
 from genssd.kernels.logprob import TopK
 
 
@@ -38,15 +43,18 @@ class PromptSearch:
     """Name of the prompt in messages."""
     occurrence: int
     """Number of equal prompts before this one."""
-    root: Branch
+    team: Team
+    """The teachers that write."""
+    root: Views
+    """The prompt without a response."""
     max_tokens: int
     """Maximum number of tokens in the response, limited by the option and by the positions of the models."""
     judge: Judge
     """Rules by which the candidates are judged, with the options of the search."""
     policy: Policy
     """Rule for rounds without an acceptable candidate."""
-    live: list[Branch] = field(init=False)
-    """Committed branches that the next round expands."""
+    live: list[Views] = field(init=False)
+    """Committed responses that the next round expands, each as every teacher holds it."""
     round: list[Expansion] = field(init=False)
     """Expansions of the live branches: the next round, or the one that is being decoded or judged."""
     attempt: int = 0
@@ -55,6 +63,8 @@ class PromptSearch:
     """Rule by which the candidates of the round end."""
     meter: BudgetMeter = field(init=False)
     """What the prompt has taken of its budget."""
+    tally: TeacherTally = field(init=False)
+    """What each teacher has done."""
     ended_by: BudgetName | None = None
     """Budget that ended the search; None where no budget did."""
     num_unfinished: int = 0
@@ -74,13 +84,15 @@ class PromptSearch:
         options = self.judge.options
         self.live = [self.root]
         self.meter = BudgetMeter(options.prompt_budget, ("prompt_budget.tokens", "prompt_budget.seconds"))
+        self.tally = TeacherTally(self.team.size, options.drop_teacher_after)
         self._plan_round(0, options.chunk)
 
     @property
     def most_tokens(self) -> int:
         """Largest number of tokens that all rounds may sample together, each attempt once."""
         options = self.judge.options
-        most = options.candidates * options.beam * self.policy.most_tokens(options, self.max_tokens)
+        num_writing = sum(self.policy.asks(teacher, 0) for teacher in range(self.team.size))
+        most = num_writing * options.candidates * options.beam * self.policy.most_tokens(options, self.max_tokens)
         return most if options.prompt_budget.tokens is None else min(most, options.prompt_budget.tokens)
 
     def start_round(self) -> list[Expansion]:
@@ -111,21 +123,23 @@ class PromptSearch:
         if self.live:
             self.ended_by = budget
         self.drop()
-        self.ended += [(branch, "budget") for branch in self.live]
+        self.ended += [(views.main, "budget") for views in self.live]
         self.live, self.round = [], []
 
     def suspend(self) -> None:
         """Free the pages of all live branches; the round, whose expansions were cancelled, can be started again."""
         self.is_started, self.no_room = False, None
-        for branch in self.live:
-            branch.suspend()
+        for views in self.live:
+            views.suspend()
 
     def drop(self) -> None:
         """Free the pages of all live branches for good."""
-        for branch in self.live:
-            branch.drop()
+        for views in self.live:
+            views.drop()
 
-    def outcome(self, error: str | None = None, *, missing_token: int | None = None) -> Selection:
+    def outcome(
+        self, error: str | None = None, *, missing_token: int | None = None, missing_teacher: int = 0
+    ) -> Selection:
         """Return the results of the search. error: why the prompt failed; its responses then have no scores."""
         written = [branch for branch, _ in self.ended if branch.history and error is None]
         try:
@@ -138,26 +152,52 @@ class PromptSearch:
         trajectories.sort(key=lambda t: (STATUSES.index(t.status), self.judge.sort_key(t.score)))
         return Selection(
             index=self.index,
-            prompt_ids=self.root.prompt.teacher,
-            student_prompt_ids=self.root.prompt.student,
-            num_lead=self.root.prompt.num_lead,
+            prompt_ids=self.root.main.prompt.teacher,
+            student_prompt_ids=self.root.main.prompt.student,
+            num_lead=self.root.main.prompt.num_lead,
             trajectories=tuple(trajectories),
             tree=tuple(self.records),
             rounds=tuple(self.rounds),
+            teachers=self.tally.list_uses(next(iter(trajectories), None)) if self.team.size > 1 else (),
             ended_by=self.ended_by,
             seed=self.judge.options.seed,
             occurrence=self.occurrence,
             error=error,
             missing_token=missing_token,
+            missing_teacher=missing_teacher,
         )
 
     def _plan_round(self, attempt: int, chunk: Chunk) -> None:
-        """Make the expansions of the live branches."""
+        """Make the expansions of the live branches; attempts whose teachers cannot read any of them are left out."""
         self.is_started, self.attempt, self.chunk = False, attempt, chunk
-        self.round = [
-            Expansion(branch, self.judge.options.candidates, chunk, self.max_tokens - branch.length, self.label)
-            for branch in self.live
-        ]
+        self.round = [expansion for views in self.live for expansion in self._expand(views)]
+        if self.live and not self.round:
+            self._plan_round(attempt + 1, chunk)
+
+    def _expand(self, views: Views) -> list[Expansion]:
+        """Return an expansion of a response for every teacher that writes in the round.
+
+        Their candidates are further children of one response, numbered one teacher after the other; a dropped teacher
+        keeps its numbers, so that the noise of the others stays what it was.
+        """
+        start, count = views.num_children, self.judge.options.candidates
+        able = self._list_able(views)
+        remaining = [branch for branch in able if branch.writer not in self.tally.dropped]
+        asked = [writer for writer in range(self.team.size) if self.policy.asks(writer, self.attempt)]
+        expansions: list[Expansion] = []
+        for branch in remaining or able:
+            if branch.writer in asked:
+                branch.num_children = start + asked.index(branch.writer) * count
+                expansions.append(Expansion(branch, count, self.chunk, self._max_new(branch), self.label))
+        return expansions
+
+    def _max_new(self, branch: Branch) -> int:
+        """Return the maximum number of tokens that a teacher can add to a response."""
+        return min(self.max_tokens - branch.num_written, self.team.find_room(branch))
+
+    def _list_able(self, views: Views) -> list[Branch]:
+        """Return the branches of the teachers that can go on with a response: they can read it, and have room."""
+        return [branch for branch in views.list_present() if self._max_new(branch) >= 1]
 
     def _select(self) -> None:
         """Judge the candidates of the decoded round, commit the kept ones, drop the others, plan the next round."""
@@ -171,11 +211,12 @@ class PromptSearch:
             self._plan_round(self.attempt + 1, step.again)
             return
         self._close_pruned(judged)
-        self.live = []
+        before, self.live = self.live, []
         for winner in step.accepted:
-            self._keep(winner, judged)
-        for expansion in self.round:
-            expansion.parent.drop()
+            parent = next(views for views in before if views.trace == winner.branch.trace[:-1])
+            self._keep(winner, parent, judged)
+        for views in before:
+            views.drop()
         self._plan_round(0, self.judge.options.chunk)
 
     def _decide(self, judged: Sequence[JudgedCandidate]) -> Step:
@@ -186,7 +227,13 @@ class PromptSearch:
             step = Step(decision="selected", accepted=self.judge.choose(acceptable, num_slots))
         else:
             step = self.policy.next_step(
-                UnlearnableRound(attempt=self.attempt, chunk=self.chunk, judged=judged, judge=self.judge)
+                UnlearnableRound(
+                    attempt=self.attempt,
+                    chunk=self.chunk,
+                    judged=judged,
+                    judge=self.judge,
+                    teachers={branch.writer for views in self.live for branch in self._list_able(views)},
+                )
             )
         for one in acceptable:
             one.verdict = "beaten"
@@ -198,6 +245,8 @@ class PromptSearch:
         """Keep the candidates and the decision for the outcome."""
         self.records += [one.record(self.attempt) for one in judged]
         self.meter.tokens += sum(len(one.branch.chunk) for one in judged)
+        self.tally.note(self.round, {one.branch.writer for one in step.accepted})
+        teachers = tuple(sorted({expansion.parent.writer for expansion in self.round}))
         self.rounds.append(
             RoundRecord(
                 round=len(self.live[0].trace),
@@ -205,44 +254,49 @@ class PromptSearch:
                 chunk_tokens=self.chunk.tokens,
                 chunk_limit=self.chunk.longest,
                 decision=step.decision,
+                teachers=teachers if self.team.size > 1 else None,
             )
         )
 
     def _judged_round(self) -> list[JudgedCandidate]:
-        """Score all candidates of the round and reject the unfit ones, parent by parent."""
+        """Score all candidates of the round and reject the unfit ones, response by response."""
         judged = self.judge.judge_round([child for expansion in self.round for child in expansion.children], self.label)
-        start = 0
-        for expansion in self.round:
-            end = start + len(expansion.children)
-            self.judge.reject_unfit(judged[start:end])
-            start = end
+        for _, siblings in groupby(judged, key=lambda one: one.branch.trace[:-1]):
+            self.judge.reject_unfit(list(siblings), by_text=not self.team.has_one_tokenizer)
         return judged
 
     def _close_pruned(self, judged: Sequence[JudgedCandidate]) -> None:
         """End every branch none of whose candidates was acceptable; it stays in the outcome as pruned."""
         accepted = {one.branch.trace[:-1] for one in judged if one.verdict in (*KEPT, "beaten")}
-        parents = [expansion.parent for expansion in self.round]
+        parents = [views.main for views in self.live]
         self.ended += [(parent, "pruned") for parent in parents if parent.trace not in accepted]
 
-    def _keep(self, winner: JudgedCandidate, judged: Sequence[JudgedCandidate]) -> None:
-        """Commit a kept candidate: it is live, or ended."""
+    def _keep(self, winner: JudgedCandidate, parent: Views, judged: Sequence[JudgedCandidate]) -> None:
+        """Commit a kept candidate: it is live, or ended. parent: the response that it continues."""
         branch, num_tokens = winner.branch, len(winner.branch.chunk)
         others = [one.score for one in judged if one is not winner and one.verdict != "duplicate"]
         runner_up = min(others, key=self.judge.sort_key, default=None)
         chosen = ChunkScore(
-            tokens=num_tokens, score=winner.score, runner_up=runner_up, is_forced=winner.verdict == "forced"
+            tokens=num_tokens,
+            score=winner.score,
+            runner_up=runner_up,
+            teacher=branch.writer,
+            is_forced=winner.verdict == "forced",
         )
         self.chunk_scores[branch.trace] = (*self.chunk_scores.get(branch.trace[:-1], ()), chosen)
         branch.commit()
         if branch.ended is None:
-            self.live.append(branch)
-            return
+            views = self.team.continue_with(parent, branch)
+            if self._list_able(views):
+                self.live.append(views)
+                return
+            views.drop()  # teachers' tokenizers differ, and the chunk takes the last positions of all
         self.ended.append((branch, "finished" if branch.ended == "finished" else "length"))
         branch.drop()
 
     def _trajectory(self, branch: Branch, status: Status, score: float) -> Trajectory:
         return Trajectory(
-            token_ids=tuple(branch.history),
+            token_ids=tuple(branch.history) if self.team.has_one_tokenizer else self._written_ids(branch.trace),
             text=branch.text,
             score=score,
             status=status,
@@ -253,3 +307,8 @@ class PromptSearch:
             is_drifted=branch.is_drifted,
             teacher_topk=TopK.concatenate(branch.history_topk) if branch.history_topk else None,
         )
+
+    def _written_ids(self, trace: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the tokens of a response, those of each chunk as its teacher wrote them."""
+        tokens_of = {record.trace: record.token_ids for record in self.records if record.verdict in KEPT}
+        return tuple(token for depth in range(1, len(trace) + 1) for token in tokens_of[trace[:depth]])

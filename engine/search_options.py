@@ -16,7 +16,7 @@ from genssd.engine.loops import LoopGuard
 from genssd.engine.options_check import check_count, check_types
 from genssd.engine.sampling import Sampling
 
-Unlearnable = Literal["stop", "resample", "shorten", "accept_best"]
+Unlearnable = Literal["stop", "resample", "shorten", "accept_best", "ask_teacher"]
 """What the search does when no candidate of a round is acceptable: see policies.py."""
 
 
@@ -25,7 +25,7 @@ class SearchOptions:
     """Options of the search in which the teacher writes candidates and the student chooses among them."""
 
     candidates: int = 4
-    """Number of continuations sampled per live branch and round."""
+    """Number of continuations sampled per live branch and round; of several teachers, from each."""
     chunk: Chunk = Chunk()
     """Rule by which a candidate ends. In Python, a number stands for Chunk(tokens=number)."""
     beam: int = 1
@@ -40,13 +40,18 @@ class SearchOptions:
     on_unlearnable: Unlearnable = "stop"
     """What the search does when no candidate of a prompt's round is acceptable (worse than the threshold, a duplicate
     or a loop). stop prunes the branches; resample samples further candidates; shorten samples shorter and shorter ones;
-    accept_best keeps the best candidate that only misses the threshold, and marks it as forced."""
+    accept_best keeps the best candidate that only misses the threshold, and marks it as forced; ask_teacher lets the
+    first of several teachers write alone, and the next one where none of its candidates is acceptable. Under the other
+    values all teachers write in every round."""
     max_resamples: int = 2
     """Maximum number of times that on_unlearnable=resample samples the candidates of a round again, before the branches
     are pruned."""
     min_chunk_tokens: int = 16
     """Smallest value to which on_unlearnable=shorten halves chunk.tokens, before the branches are pruned. The next
     round has the whole chunk again."""
+    drop_teacher_after: int | None = None
+    """Number of rounds of a prompt in a row that one of several teachers loses, after which it is asked no more for the
+    rest of the prompt. None asks all to the end."""
     selection_temperature: float = 0.0
     """Temperature of the choice among acceptable candidates, in the unit of the criterion: the kept ones are drawn
     without replacement from the softmax of the values over the temperature. 0 keeps the best ones."""
@@ -87,6 +92,8 @@ class SearchOptions:
         check_count("teacher_topk", self.teacher_topk, least=0)
         check_count("max_resamples", self.max_resamples)
         check_count("min_chunk_tokens", self.min_chunk_tokens)
+        if self.drop_teacher_after is not None:
+            check_count("drop_teacher_after", self.drop_teacher_after)
         self._check_policies()
 
     def _check_policies(self) -> None:
@@ -96,6 +103,11 @@ class SearchOptions:
         if self.on_unlearnable == "resample" and self.sampling.temperature == 0.0:
             raise InputError(
                 "on_unlearnable=resample draws the same candidates again at temperature 0; raise sampling.temperature"
+            )
+        if self.on_unlearnable == "ask_teacher" and self.drop_teacher_after is not None:
+            raise InputError(
+                "drop_teacher_after is for teachers that write in the same rounds; with on_unlearnable=ask_teacher the "
+                "next one writes only where it is needed"
             )
         if self.on_unlearnable == "shorten" and self.chunk.tokens <= self.min_chunk_tokens:
             raise InputError(
@@ -132,6 +144,7 @@ class SearchChanges(TypedDict, total=False):
     on_unlearnable: Unlearnable
     max_resamples: int
     min_chunk_tokens: int
+    drop_teacher_after: int | None
     selection_temperature: float
     prompt_budget: Budget
     total_budget: Budget

@@ -39,6 +39,8 @@ class CandidateRecord:
     """What became of the candidate."""
     attempt: int = 0
     """Number of times that the round was sampled again before this candidate."""
+    teacher: int = 0
+    """Index of the teacher that wrote the candidate."""
     probability: float | None = None
     """Probability of the candidate in the first draw of its round; None where no draw chose, or it took no part."""
 
@@ -68,6 +70,8 @@ class RoundRecord:
     """Maximum number of tokens in its chunks."""
     decision: Decision
     """What the search did after it."""
+    teachers: tuple[int, ...] | None = None
+    """Indices of the teachers that wrote its candidates; None where the engine has one teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +84,30 @@ class ChunkScore:
     """Criterion value of the chunk."""
     runner_up: float | None
     """Best value among the distinct other candidates of its round; None if it was the only one."""
+    teacher: int = 0
+    """Index of the teacher that wrote the chunk."""
     is_forced: bool = False
     """Whether the chunk is worse than the threshold, and was kept because no candidate of its round was acceptable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherUse:
+    """What one of several teachers did in the search for one prompt."""
+
+    decisions: int
+    """Number of rounds, further attempts included, that it wrote candidates for."""
+    wins: int
+    """Number of these after which a candidate of it was kept."""
+    tokens_sampled: int
+    """Number of tokens in its candidates, as it counts them."""
+    tokens_kept: int
+    """Number of these in the best trajectory."""
+    seconds: float
+    """Time of its decoding steps, the scoring of its candidates included, as far as it fell to this prompt: a step's
+    time is divided equally between the candidates of all prompts that are in flight."""
+    dropped_after: int | None = None
+    """Number of decisions after which it was asked no more for this prompt (`drop_teacher_after`); None where it was
+    not dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -89,7 +115,8 @@ class Trajectory:
     """One response of the search."""
 
     token_ids: tuple[int, ...]
-    """The teacher's token ids as they were sampled, end of sequence included."""
+    """The teacher's token ids as they were sampled, end of sequence included; where several teachers wrote, those of
+    each chunk are of the teacher that wrote it."""
     readings: tuple[Reading, ...]
     """What the student read of each chunk; its tokens are those of `stats`."""
     text: str
@@ -127,7 +154,7 @@ class Selection:
     index: int
     """Index of the prompt in the call."""
     prompt_ids: tuple[int, ...]
-    """Token ids of the prompt as the teacher reads it."""
+    """Token ids of the prompt as the teacher reads it; of several teachers, the first one."""
     student_prompt_ids: tuple[int, ...]
     """Token ids of the prompt as the student reads it."""
     num_lead: int = 0
@@ -139,6 +166,8 @@ class Selection:
     """All candidates, round by round."""
     rounds: tuple[RoundRecord, ...] = ()
     """All attempts at rounds, in order."""
+    teachers: tuple[TeacherUse, ...] = ()
+    """What each teacher did, in their order; empty where the engine has one teacher."""
     ended_by: BudgetName | None = None
     """Budget that ended the search of the prompt; None where no budget did."""
     seed: int
@@ -150,6 +179,8 @@ class Selection:
     token that the student does not have."""
     missing_token: int | None = field(default=None)
     """Id of the teacher's token that the student does not have, where that is why the prompt failed."""
+    missing_teacher: int = field(default=0)
+    """Index of the teacher whose token it is."""
 
     def __repr__(self) -> str:
         if self.error is not None:
@@ -177,5 +208,5 @@ class Selection:
 
     @property
     def tokens_sampled(self) -> int:
-        """Number of tokens that the teacher has sampled, those of pruned candidates included."""
+        """Number of tokens that the teachers have sampled, those of pruned candidates included."""
         return sum(len(record.token_ids) for record in self.tree)

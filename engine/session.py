@@ -22,6 +22,7 @@ from genssd.engine.reading import Reader
 from genssd.engine.rereading import finish_reading
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculativeDrawing
+from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.expander import ServedExpander, served_topk
 from genssd.engine.speculation_rules import ReverseSpeculation
@@ -152,6 +153,10 @@ class Session:
             return num_tokens
         num_held = len(branch.history_readings[-1].held) if branch.history_readings else 0
         return TOKENS_PER_TOKEN * num_tokens + num_held
+
+    def uses(self, runner: ModelRunner) -> bool:
+        """Return whether the candidates of the session take pages of a model's cache."""
+        return runner in self.expander.runners
 
     def free_pages(self, branch: Branch) -> None:
         """Drop the paths of a branch in both caches."""

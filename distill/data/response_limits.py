@@ -36,7 +36,10 @@ class ResponseLimits:
     @staticmethod
     def of(engine: Engine, roles: Sequence[Role], max_tokens: int) -> ResponseLimits:
         """Return the limits of responses that these models of an engine read."""
-        return ResponseLimits(max_tokens=max_tokens, positions={role: engine.positions(role) for role in roles})
+        return ResponseLimits(
+            max_tokens=max_tokens,
+            positions={role: min(one.positions(role) for one in engine.teachers) for role in roles},
+        )
 
     def find_cut(self, status: str, num_tokens: int, num_prompt: Mapping[Role, int]) -> CutBy | None:
         """Return what cut a response of so many tokens off; None where its status is neither "length" nor "budget".

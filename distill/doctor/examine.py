@@ -13,6 +13,7 @@ from genssd.distill.doctor.memory_checks import check_caches, check_training
 from genssd.distill.doctor.model_checks import check_models, check_vocabularies
 from genssd.distill.doctor.run_checks import check_run, check_settings
 from genssd.distill.doctor.settings import Settings
+from genssd.distill.doctor.team_checks import check_teachers
 from genssd.distill.doctor.text_checks import check_masks, check_templates
 from genssd.distill.doctor.thinking_checks import check_thinking
 from genssd.distill.doctor.token_checks import check_ends, check_tokenizers
@@ -25,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     check_models,
     check_vocabularies,
     check_tokenizers,
+    check_teachers,
     check_templates,
     check_thinking,
     check_ends,

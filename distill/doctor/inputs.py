@@ -79,6 +79,8 @@ class Inputs:
     """Encoder of prompts for both models; None without two models."""
     reader: TokenMap | ByteReader | None = None
     """How the student reads the teacher's tokens; None without two models, or where it cannot."""
+    further: Mapping[str, ModelFiles] = field(default_factory=dict)
+    """Teachers that compete with the first one, by "teacher 2" and so on."""
     rows: Rows = field(default_factory=Rows)
     prompts: PromptLengths = field(default_factory=PromptLengths)
     formula_seconds: float = 0.0
@@ -118,6 +120,7 @@ def open_inputs(settings: Settings, limit: int, *, formula_seconds: float = 0.0)
         settings=settings,
         models=models,
         training_teacher=_open_training_teacher(settings, models, faults),
+        further=_open_further(settings, faults),
         formula_seconds=formula_seconds,
         **_pair(models),
     )
@@ -184,6 +187,22 @@ def _find_foreign_tokenizer(inputs: Inputs) -> Tokenizer | None:
         return find_foreign_tokenizer(teacher.tokenizer, student.tokenizer, training)
     except GenssdError:
         return None
+
+
+def _open_further(settings: Settings, faults: list[Finding]) -> dict[str, ModelFiles]:
+    """Open the small files of the teachers after the first one; add findings about those that cannot be opened."""
+    further: dict[str, ModelFiles] = {}
+    for number, name in enumerate(settings.further_teachers, start=2):
+        label = f"teacher {number}"
+        if is_url(name):
+            line = f"served at {name}: it is asked when the command begins, and not examined here"
+            faults.append(Finding(name=label, level="ok", line=line))
+            continue
+        try:
+            further[label] = _open_model("teacher", name, settings)
+        except GenssdError as error:
+            faults.append(Finding(name=label, level="error", line=str(error)))
+    return further
 
 
 def _open_model(

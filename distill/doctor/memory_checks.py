@@ -27,7 +27,9 @@ TIGHT = 0.9
 
 def check_caches(inputs: Inputs) -> list[Finding]:
     """Find how the memory is divided between weights and caches, and how many sequences the caches hold."""
-    engine, models = inputs.settings.engine, inputs.models
+    engine = inputs.settings.engine
+    models: dict[str, ModelFiles] = {role: model for role, model in inputs.models.items()}
+    models |= inputs.further
     if engine is None or not all(model.has_weights for model in models.values()) or len(models) < _num_models(inputs):
         return []
     name = "memory of the engine"
@@ -208,4 +210,5 @@ def _count_teacher_bytes(inputs: Inputs, device: torch.device) -> int:
 
 def _num_models(inputs: Inputs) -> int:
     """Return the number of models that this machine computes."""
-    return sum(not is_url(name) for name in inputs.settings.models.values())
+    names = [*inputs.settings.models.values(), *inputs.settings.further_teachers]
+    return sum(not is_url(name) for name in names)

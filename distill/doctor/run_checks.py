@@ -13,7 +13,7 @@ from genssd.distill.runs.directory import RECORD
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.record import read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
-from genssd.distill.select.calibration import check_search
+from genssd.distill.select.beginning import check_search
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.served.address import is_url
 
@@ -27,7 +27,8 @@ def check_settings(inputs: Inputs) -> list[Finding]:
     try:
         check_effects(settings.config)
         if settings.search is not None:
-            check_search(settings.search)
+            teachers = [settings.models["teacher"], *settings.further_teachers]
+            check_search(settings.search, teachers, settings.models["student"])
     except InputError as error:
         return [Finding(name=name, level="error", line=str(error))]
     return [Finding(name=name, level="ok", line=f"of `genssd {settings.command}`")]

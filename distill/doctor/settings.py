@@ -10,6 +10,7 @@ from genssd.distill.distill_config import DistillConfig
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.teacher_options import list_teachers
 from genssd.distill.select.config import SelectConfig, SelectSettings
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.config import TrainConfig, TrainSettings
@@ -38,6 +39,8 @@ class Settings:
     """The command's config; None without a command."""
     models: dict[Role, str] = field(default_factory=dict)
     """Hub ids or local directories by role."""
+    further_teachers: tuple[str, ...] = ()
+    """Hub ids, local directories or URLs of the teachers that compete with the one of `models`."""
     data: tuple[str, ...] = ()
     """Names of the data files."""
     limit: int | None = None
@@ -91,7 +94,8 @@ def read_settings(command: str, config: Any) -> Settings:
             sequences=1 + config.samples,
             needs_answers=True,
         )
-    models = _name_models(teacher=config.teacher, student=config.student)
+    first, *further = list_teachers(config.teacher)
+    models = _name_models(teacher=first, student=config.student)
     if isinstance(config, GenerateConfig):
         return Settings(
             **common,
@@ -107,13 +111,14 @@ def read_settings(command: str, config: Any) -> Settings:
     return Settings(
         **common,
         models=models,
+        further_teachers=tuple(further),
         data=(config.data,),
         limit=None if is_distill else config.limit,
         engine=search,
         search=search,
         training=config.train if is_distill else None,
         max_tokens=search.max_tokens,
-        sequences=search.candidates * search.beam,
+        sequences=search.candidates * search.beam * (1 + len(further)),
         needs_answers=(is_distill and config.require_correct) or needs_answer(resolve(search.criterion)),
     )
 

@@ -6,6 +6,7 @@ import time
 
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.progress import SILENT, Progress
+from genssd.distill.runs.teacher_options import TeacherNames
 from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
@@ -18,7 +19,11 @@ from genssd.engine.threads import announce, choose_engine_threads
 
 
 def load_engine(
-    options: EngineOptions, *, teacher: str | None = None, student: str | None = None, report: Progress = SILENT
+    options: EngineOptions,
+    *,
+    teacher: TeacherNames | None = None,
+    student: str | None = None,
+    report: Progress = SILENT,
 ) -> Engine:
     """Return an engine over these models (hub ids or local directories).
 
@@ -55,7 +60,7 @@ def open_engine(
     engine: Engine | None,
     chat: ChatOptions,
     *,
-    teacher: str | None = None,
+    teacher: TeacherNames | None = None,
     student: str | None = None,
     report: Progress = SILENT,
 ) -> Engine:
@@ -63,15 +68,20 @@ def open_engine(
 
     Raises InputError naming a variable that a chat template does not read, before any weights are loaded.
     """
-    names: dict[Role, str | None] = {"teacher": teacher, "student": student}
-    if engine is None and any(chat.for_model(role).template_kwargs for role in names):
-        here = {role: name for role, name in names.items() if name is not None and not is_url(name)}
-        render_with({role: Tokenizer(locate(name)) for role, name in here.items()}, chat)
+    roles: tuple[Role, Role] = ("teacher", "student")
+    if engine is None and any(chat.for_model(role).template_kwargs for role in roles):
+        teachers = (teacher,) if teacher is None or isinstance(teacher, str) else teacher
+        for one in teachers:
+            names: dict[Role, str | None] = {"teacher": one, "student": student}
+            here = {role: name for role, name in names.items() if name is not None and not is_url(name)}
+            render_with({role: Tokenizer(locate(name)) for role, name in here.items()}, chat)
     return (engine or load_engine(options, teacher=teacher, student=student, report=report)).with_chat(chat)
 
 
-def _name_models(teacher: str | None, student: str | None) -> str:
+def _name_models(teacher: TeacherNames | None, student: str | None) -> str:
     """Return the models of an engine as part of a sentence."""
+    if isinstance(teacher, tuple):
+        return f"teachers {', '.join(teacher)} and student {student}"
     if teacher == student:
         return f"teacher and student {teacher}"
     names = [f"{role} {name}" for role, name in (("teacher", teacher), ("student", student)) if name is not None]

@@ -157,7 +157,8 @@ class Run:
         if engine.launches is None:
             self._write_record()
             return engine
-        models = "+".join(engine.fingerprints.values())
+        further = [one.fingerprints["teacher"] for one in engine.teachers[1:]]
+        models = "+".join([*engine.fingerprints.values(), *further])
         now = dataclasses.asdict(engine.launches)
         begun = self._record.get("launches", {}).get(models, now)
         if begun["digest"] != now["digest"]:

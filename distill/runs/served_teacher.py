@@ -5,23 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from genssd.distill.runs.teacher_options import TeacherOptions
+from genssd.distill.runs.teacher_options import TeacherNames, TeacherOptions, list_teachers
 from genssd.engine.amounts import format_count
+from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.engine import Engine
 from genssd.engine.served.address import is_url, parse_url
 from genssd.engine.served.client import Client
 
 
-def find_fingerprints(options: TeacherOptions, teacher: str, engine: Engine | None) -> Mapping[Any, str] | None:
+def find_fingerprints(
+    options: TeacherOptions, teacher: TeacherNames, engine: Engine | None
+) -> Mapping[Any, Any] | None:
     """Return the fingerprints of models that need not be computed from files, by role; None where all must be.
 
-    Raises ServerError where the teacher is the URL of a server that is not there.
+    Of several teachers it is a list. Raises ServerError where a teacher is the URL of a server that is not there.
     """
+    names = list_teachers(teacher)
     if engine is not None:
-        return engine.fingerprints
-    if not is_url(teacher):
+        each = [one.fingerprints["teacher"] for one in engine.teachers]
+        return engine.fingerprints if len(each) == 1 else {**engine.fingerprints, "teacher": each}
+    if not any(map(is_url, names)):
         return None
-    return {"teacher": Client(parse_url(teacher), options.server).connect().fingerprint}
+    each = [
+        Client(parse_url(name), options.server).connect().fingerprint if is_url(name) else fingerprint(locate(name))
+        for name in names
+    ]
+    return {"teacher": each[0] if len(each) == 1 else each}
 
 
 def count_server_use(engine: Engine) -> dict[str, Any]:

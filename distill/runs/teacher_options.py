@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,10 @@ from genssd.distill.runs.field_kinds import FileName, Operational
 from genssd.engine.served.address import is_url
 from genssd.engine.served.options import ServerOptions
 
-IS_SERVED = Need(lambda o: is_url(o.teacher), "a teacher that is the URL of a server")
+TeacherNames = str | tuple[str, ...]
+"""The name of one teacher, or those of several."""
+
+IS_SERVED = Need(lambda o: any(map(is_url, list_teachers(o.teacher))), "a teacher that is the URL of a server")
 
 SERVED_NEEDS: Mapping[str, Need] = {"teacher_tokenizer": IS_SERVED, "server": IS_SERVED}
 """What the fields of `TeacherOptions` need in a config with a field `teacher`."""
@@ -32,3 +35,8 @@ class TeacherOptions(EngineOptions):
     def server_arguments(self) -> dict[str, Any]:
         """Return the arguments of `Engine.from_pretrained` for a teacher that a server runs."""
         return {"teacher_tokenizer": self.teacher_tokenizer, "server": self.server}
+
+
+def list_teachers(teacher: TeacherNames) -> Sequence[str]:
+    """Return the names of the teachers of a config."""
+    return (teacher,) if isinstance(teacher, str) else teacher

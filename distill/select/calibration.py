@@ -73,9 +73,8 @@ class Calibration:
         )
 
 
-def check_search(settings: SelectSettings) -> None:
-    """Raise InputError on a criterion that cannot be made, or that has no threshold where one is to be computed."""
-    settings.with_changes()
+def check_calibration(settings: SelectSettings) -> None:
+    """Raise InputError on a criterion that has no threshold, where one is to be computed."""
     if settings.calibrate.data is not None:
         _check_criterion(settings.criterion)
 
@@ -90,10 +89,12 @@ def _check_criterion(criterion: str | AnyCriterion) -> None:
 def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fraction: float) -> Calibration:
     """Sample one plain response per prompt and return the threshold that `fraction` of its chunks reach.
 
+    Of several teachers the first one writes them.
+
     The prompts should be others than those of the run, to which the threshold would be fitted too well. Rows that
     cannot be used are left out, and named in the result. Raises InputError when none can be used.
     """
-    criterion = options.criterion
+    engine, criterion = engine.teachers[0], options.criterion
     _check_criterion(criterion)
     usable = leave_out_unfit(data, engine, ("teacher", "student"), resolve(criterion), str(criterion)).data
     selections = list(
@@ -104,6 +105,7 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
             beam=1,
             threshold=None,
             on_unlearnable="stop",
+            drop_teacher_after=None,
             selection_temperature=0.0,
             prompt_budget=Budget(),
             total_budget=Budget(),

@@ -9,7 +9,7 @@ from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.distill.runs.sampling_options import ModelSampling
-from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions
+from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions, list_teachers
 from genssd.engine.budget import Budget
 from genssd.engine.criterion_names import check_criterion
 from genssd.engine.errors import InputError
@@ -78,11 +78,15 @@ class SelectSettings(SearchOptions, TeacherOptions, ModelSampling):
 class SelectConfig(SelectSettings, PairChatSettings):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
-    NEEDS: ClassVar[Needs] = SERVED_NEEDS
+    NEEDS: ClassVar[Needs] = {
+        **SERVED_NEEDS,
+        "drop_teacher_after": Need(lambda o: len(list_teachers(o.teacher)) > 1, "several teachers"),
+    }
 
-    teacher: ModelPath[str]
+    teacher: ModelPath[str | tuple[str, ...]]
     """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
-    http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
+    http://host:8000/v1 of vLLM or SGLang (docs/served.md). Several compete: each writes candidates for every step (or,
+    with on_unlearnable=ask_teacher, the next one where none of the last is acceptable)."""
     student: ModelPath[str]
     """Hub id or local directory of the model that scores."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
@@ -96,3 +100,8 @@ class SelectConfig(SelectSettings, PairChatSettings):
     """Continue an interrupted run: prompts that are in the journal are not run again."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
+
+    def __post_init__(self) -> None:
+        SelectSettings.__post_init__(self)
+        if len(names := list_teachers(self.teacher)) == 1:
+            object.__setattr__(self, "teacher", names[0])  # one in a list is one

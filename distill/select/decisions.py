@@ -43,6 +43,9 @@ class LoggedCandidate:
     is_provisional: bool = False
     """Whether a student with another tokenizer held all of the chunk back: its tokens are part of the next chunk."""
 
+    teacher: int = 0
+    """Index of the teacher that wrote the candidate."""
+
     @property
     def is_kept(self) -> bool:
         """Whether the candidate became part of a response."""
@@ -118,7 +121,7 @@ def parse_decisions(
     """
     logged = {tuple(fields["trace"]): fields for fields in row["candidates"]}
     pasts = {(): _Past.begin(prompt_stream(selection["seed"], selection["prompt_ids"], selection["occurrence"]))}
-    records = [RoundRecord(**fields) for fields in row["rounds"]]
+    records = [_parse_round(fields) for fields in row["rounds"]]
     rounds: dict[tuple[int, int], list[LoggedCandidate]] = {(r.round, r.attempt): [] for r in records}
     parsed: dict[tuple[int, ...], Candidate] = {}
     for trace, fields in logged.items():
@@ -151,6 +154,7 @@ def parse_decisions(
                 verdict=fields["verdict"],
                 probability=fields["probability"],
                 is_provisional=bool(fields.get("provisional")),
+                teacher=int(fields.get("teacher", 0)),
             )
         )
     return Decisions(
@@ -210,6 +214,11 @@ class _Past:
         return ByteSpans(
             student=(*self.student_bytes, *fields["bytes"]), teacher=(*self.teacher_bytes, *fields["teacher_bytes"])
         )
+
+
+def _parse_round(fields: Mapping[str, Any]) -> RoundRecord:
+    teachers = fields.get("teachers")
+    return RoundRecord(**{**fields, "teachers": None if teachers is None else tuple(teachers)})
 
 
 def _parse_stats(fields: Mapping[str, Any]) -> TokenStats:

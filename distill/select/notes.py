@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,16 @@ class ResponseNotes:
 
 
 class NoteMaker:
-    """Judges responses, and finds what cut them off. tokenizer: the teacher's, whose token ids the responses have."""
+    """Judges responses, and finds what cut them off.
 
-    def __init__(self, tokenizer: Tokenizer, limits: ResponseLimits) -> None:
+    tokenizer: the one whose token ids of a response are judged, the teacher's. by_student: whether it is the student's,
+    because several teachers with different tokenizers wrote.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limits: ResponseLimits, *, by_student: bool = False) -> None:
         self._judge = AnswerJudge(tokenizer)
         self._limits = limits
+        self._by_student = by_student
 
     def of_selection(self, selection: Selection, answer: str | None) -> list[ResponseNotes]:
         """Return the notes on every trajectory of a selection, in order."""
@@ -65,7 +70,11 @@ class NoteMaker:
             parts = [logprob_of[trace[:depth]] for depth in range(1, len(trace) + 1)]
             logprobs = torch.cat(parts).tolist() if parts else []
             ids, status = trajectory.token_ids, trajectory.status
-            notes.append(self._note(selection.prompt_ids, num_prompt, ids, status, logprobs, answer))
+            note = self._note(selection.prompt_ids, num_prompt, ids, status, logprobs, answer)
+            if self._by_student and answer is not None:
+                verdict = self._judge.judge(selection.student_prompt_ids, trajectory.student_ids, answer)
+                note = replace(note, **describe_verdict(verdict))
+            notes.append(note)
         return notes
 
     def of_completions(
@@ -87,7 +96,8 @@ class NoteMaker:
         logprobs: Sequence[float],
         answer: str | None,
     ) -> ResponseNotes:
-        verdict = None if answer is None else self._judge.judge(prompt_ids, token_ids, answer)
+        is_judged = answer is not None and not self._by_student
+        verdict = self._judge.judge(prompt_ids, token_ids, answer) if is_judged and answer is not None else None
         finite = bool(np.isfinite(logprobs).all())
         return ResponseNotes(
             **describe_verdict(verdict),

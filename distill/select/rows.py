@@ -15,8 +15,17 @@ from genssd.distill.data.written_rows import TextPrompt, add_opening, make_conve
 from genssd.distill.select.notes import ResponseNotes
 from genssd.engine.generation import Completion
 from genssd.engine.pair_prompts import PairPrompt
-from genssd.engine.selection import CandidateRecord, Selection, Trajectory
+from genssd.engine.selection import CandidateRecord, RoundRecord, Selection, TeacherUse, Trajectory
 from genssd.kernels.logprob import TokenStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecord:
+    """A model as rows name it."""
+
+    name: str
+    """Hub id, directory or URL."""
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,16 +35,22 @@ class Origin:
     data: str
     """Name of the data file."""
     criterion: str
-    teacher: str
-    """Hub id or directory of the teacher."""
-    student: str
-    """Hub id or directory of the student."""
-    fingerprints: Mapping[str, str]
-    """Fingerprints of teacher and student, by role."""
+    teachers: Sequence[ModelRecord]
+    """The teachers, in their order."""
+    student: ModelRecord
     tokenizer: str
     """Fingerprint of the student's tokenizer, whose token ids the rows have."""
     teacher_tokenizer: str | None
-    """Fingerprint of the teacher's tokenizer, where the student read by bytes; else None."""
+    """Fingerprint of the teacher's tokenizer, where the student read by bytes; else None, and where several teachers
+    have different tokenizers."""
+
+    @property
+    def teacher(self) -> ModelRecord:
+        """The teacher; several are joined by + in name and fingerprint."""
+        return ModelRecord(
+            name=" + ".join(one.name for one in self.teachers),
+            fingerprint="+".join(one.fingerprint for one in self.teachers),
+        )
 
 
 def make_selection_row(
@@ -60,6 +75,7 @@ def make_selection_row(
                 "score": _to_json(c.score),
                 "runner_up": _to_json(c.runner_up),
                 "forced": c.is_forced,
+                **({"teacher": origin.teachers[c.teacher].name} if selection.teachers else {}),
             }
             for c, reading in zip(best.chunks, best.readings, strict=True)
         ],
@@ -85,9 +101,23 @@ def make_selection_row(
         "seed": selection.seed,
         "occurrence": selection.occurrence,
         "tokenizer": origin.tokenizer,
-        "teacher": {"name": origin.teacher, "fingerprint": origin.fingerprints["teacher"]},
-        "student": {"name": origin.student, "fingerprint": origin.fingerprints["student"]},
+        "teacher": asdict(origin.teacher),
+        **_describe_teachers(selection, origin),
+        "student": asdict(origin.student),
     }
+
+
+def _describe_teachers(selection: Selection, origin: Origin) -> dict[str, Any]:
+    """Return the field of what each of several teachers did; none for one teacher."""
+    if not selection.teachers:
+        return {}
+    pairs = zip(origin.teachers, selection.teachers, strict=True)
+    return {"teachers": [{**asdict(record), **_describe_use(use)} for record, use in pairs]}
+
+
+def _describe_use(use: TeacherUse) -> dict[str, Any]:
+    """Return what a teacher did, with its time in whole microseconds."""
+    return {**asdict(use), "seconds": round(use.seconds, 6)}
 
 
 def make_response_row(
@@ -132,10 +162,19 @@ def make_decision_row(selection: Selection, index: int) -> dict[str, Any]:
     """
     return {
         "index": index,
-        "rounds": [asdict(record) for record in selection.rounds],
+        "rounds": [_describe_round(record) for record in selection.rounds],
         "ended_by": selection.ended_by,
-        "candidates": [_describe_candidate(record) for record in selection.tree],
+        "candidates": [
+            {**_describe_candidate(record), **({"teacher": record.teacher} if selection.teachers else {})}
+            for record in selection.tree
+        ],
+        **({"teachers": [_describe_use(use) for use in selection.teachers]} if selection.teachers else {}),
     }
+
+
+def _describe_round(record: RoundRecord) -> dict[str, Any]:
+    """Return the fields of a round; those of several teachers only where there are several."""
+    return {name: value for name, value in asdict(record).items() if name != "teachers" or value is not None}
 
 
 def _describe_trajectory(trajectory: Trajectory) -> dict[str, Any]:

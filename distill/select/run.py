@@ -14,7 +14,6 @@ A prompt's decisions and top k are on disk before its selection: where there is 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -29,11 +28,13 @@ from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.served_teacher import count_server_use, describe_server_use, find_fingerprints
-from genssd.distill.select.calibration import Calibration, calibrate, check_search
+from genssd.distill.runs.teacher_options import list_teachers
+from genssd.distill.select.beginning import check_search, report_thinking
+from genssd.distill.select.calibration import Calibration, calibrate
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
-from genssd.distill.select.rows import Origin, make_decision_row, make_selection_row
+from genssd.distill.select.rows import ModelRecord, Origin, make_decision_row, make_selection_row
 from genssd.distill.select.summary import SearchEnd, SelectSummary, list_special, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.budget import Budget, BudgetName
@@ -43,7 +44,6 @@ from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
 from genssd.engine.selection import Selection
 
-logger = logging.getLogger("genssd.select")
 ROLES: tuple[Role, Role] = ("teacher", "student")
 TOTAL_BUDGET: tuple[BudgetName, ...] = ("total_budget.tokens", "total_budget.seconds")
 
@@ -53,8 +53,8 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
-    check_search(config)  # before anything is read or loaded
-    config = choose_sampling(config, config.teacher, "teacher", engine)
+    check_search(config, list_teachers(config.teacher), config.student)  # before anything is read or loaded
+    config = choose_sampling(config, list_teachers(config.teacher)[0], "teacher", engine)
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
     if config.calibrate.data is not None and not config.resume:
         _read_calibration_data(config)  # before any model is loaded
@@ -66,7 +66,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
             open_engine(config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
         )
         readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
-        _report_thinking(engine, readable)
+        report_thinking(engine, readable)
         calibration = None if config.calibrate.data is None else _calibrate(engine, config, run, report)
         end = _Search(run, config, engine, readable, done, calibration).run(report)
         summary = summarise(run, end, readable.data, calibration)
@@ -89,8 +89,10 @@ class _Search:
         done: frozenset[int],
         calibration: Calibration | None,
     ) -> None:
-        if config.teacher_topk and not engine.reader.is_identity:
-            raise InputError(f"teacher_topk needs models whose tokens are the same: {engine.reader.describe()}")
+        teachers = engine.teachers
+        for one in teachers:
+            if config.teacher_topk and not one.reader.is_identity:
+                raise InputError(f"teacher_topk needs models whose tokens are the same: {one.reader.describe()}")
         self._run = run
         self._config = config
         self._engine = engine
@@ -101,16 +103,20 @@ class _Search:
         self._threshold = config.threshold if calibration is None else calibration.threshold
         limits = ResponseLimits.of(engine, ROLES, config.max_tokens)
         limits.warn_of_shortage(readable.list_lengths(done))
-        self._notes = NoteMaker(engine.tokenizer("teacher"), limits)
+        tokenizers = [one.tokenizer("teacher").fingerprint for one in teachers]
+        is_mixed = len({*tokenizers}) > 1 and engine.reader.reads_bytes
+        self._notes = NoteMaker(engine.tokenizer("student" if is_mixed else "teacher"), limits, by_student=is_mixed)
         self._thoughts = ThoughtReader(engine.tokenizer("teacher"))
         self._origin = Origin(
             data=config.data,
             criterion=config.criterion,
-            teacher=config.teacher,
-            student=config.student,
-            fingerprints={role: engine.fingerprints[role] for role in ROLES},
+            teachers=[
+                ModelRecord(name=name, fingerprint=one.fingerprints["teacher"])
+                for name, one in zip(list_teachers(config.teacher), teachers, strict=True)
+            ],
+            student=ModelRecord(name=config.student, fingerprint=engine.fingerprints["student"]),
             tokenizer=engine.tokenizer("student").fingerprint,
-            teacher_tokenizer=engine.tokenizer("teacher").fingerprint if engine.reader.reads_bytes else None,
+            teacher_tokenizer=tokenizers[0] if engine.reader.reads_bytes and not is_mixed else None,
         )
 
     def run(self, report: Progress) -> SearchEnd:
@@ -132,7 +138,7 @@ class _Search:
         journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
             Journal(self._run.path("decisions.jsonl")) as decisions,
-            TopkStore(self._run.path(TOPK_FILE), topk_end, vocabulary=self._engine.vocabulary("teacher"))
+            TopkStore(self._run.path(TOPK_FILE), topk_end, vocabulary=self._find_vocabulary())
             if self._config.teacher_topk
             else nullcontext() as topk_store,
         ):
@@ -149,12 +155,17 @@ class _Search:
                 else:
                     end.failures[problem.index] = f"{problem.where}: {selection.error}"
                     if (token := selection.missing_token) is not None:
-                        end.missing_tokens[self._engine.reader.name_token(token)] += 1
+                        reader = self._engine.teachers[selection.missing_teacher].reader
+                        end.missing_tokens[reader.name_token(token)] += 1
                 ended += 1
                 report(ended, len(self._problems), ", ".join(f"{count} {name}" for name, count in noted.items()))
         if end.stopped_by is not None:
             end.tokens_dropped = self._engine.usage.sampled_tokens - sampled_before - sampled_of_ended
         return end
+
+    def _find_vocabulary(self) -> int:
+        """Return the number of token ids of the teachers' heads, the largest of several."""
+        return max(one.vocabulary("teacher") for one in self._engine.teachers)
 
     def _find_budget(self) -> Budget | None:
         """Return what earlier parts of the run leave of the budget; None where prompts are left and no tokens."""
@@ -190,15 +201,6 @@ class _Search:
         opening = self._thoughts.read_opening(selection.prompt_ids)
         row = make_selection_row(selection, problem, self._origin, notes, opening)
         journal.append({**row, "teacher_topk": place})
-
-
-def _report_thinking(engine: Engine, problems: ReadableProblems) -> None:
-    """Log a line about what the chat templates do about thoughts; a warning where their switches differ."""
-    if all(isinstance(problem.prompt, str) for problem in problems.data.problems):
-        return  # no chat template is used
-    pair = engine.thinking
-    if (line := pair.describe()) is not None:
-        logger.log(logging.WARNING if pair.has_other_switch else logging.INFO, "%s", line)
 
 
 def _read_calibration_data(config: SelectConfig) -> ProblemSet:

@@ -13,6 +13,7 @@ from genssd.distill.data.problems import ProblemSet
 from genssd.distill.data.response_limits import count_cuts
 from genssd.distill.runs.run import Run
 from genssd.distill.select.calibration import Calibration
+from genssd.distill.select.teachers import TeacherTotals, sum_teachers
 from genssd.engine.amounts import format_count
 from genssd.engine.budget import Budget, BudgetName, find_limit
 from genssd.engine.outcomes import SPECIAL
@@ -56,6 +57,8 @@ class SelectSummary:
     tokens_sampled: int
     rounds: Mapping[str, int]
     """Number of attempts at rounds by what the search did after them (see `Decision`)."""
+    teachers: tuple[TeacherTotals, ...]
+    """What each of several teachers did; empty where there is one."""
     stopped_by: BudgetName | None
     """Option of total_budget that ended the run; None where all prompts were run."""
     unfinished: int
@@ -93,6 +96,7 @@ class SelectSummary:
         return {
             "path": self.path.name,
             **{name: getattr(self, name) for name in names},
+            **({"teachers": [one.as_json() for one in self.teachers]} if self.teachers else {}),
             **self.accuracy.as_json(),
             "threshold": None if self.calibration is None else self.calibration.threshold,
             "failures": len(self.failures),
@@ -107,11 +111,13 @@ def summarise(run: Run, end: SearchEnd, data: ProblemSet, calibration: Calibrati
     rounds: Counter[str] = Counter()
     kept = sampled = drifted = 0
     best: list[dict[str, Any]] = []
+    uses: list[list[dict[str, Any]]] = []
     for row in run.done():
         statuses[row["status"]] += 1
         rounds.update(row["rounds"])
         kept += len(row.get("teacher_ids", row["completion_ids"]))
         sampled += row["tokens_sampled"]
+        uses += [row["teachers"]] if "teachers" in row else []
         drifted += row.get("drifted") is True
         best.append({name: row[name] for name in ("correct", "undecided", "cut_by")})
     return SelectSummary(
@@ -125,6 +131,7 @@ def summarise(run: Run, end: SearchEnd, data: ProblemSet, calibration: Calibrati
         tokens_kept=kept,
         tokens_sampled=sampled,
         rounds=dict(rounds),
+        teachers=sum_teachers(uses),
         stopped_by=end.stopped_by,
         unfinished=end.unfinished,
         tokens_dropped=end.tokens_dropped,
@@ -139,6 +146,9 @@ def list_special(selection: Selection) -> Iterator[str]:
     for record in selection.rounds:
         if record.decision in SPECIAL:
             yield f"rounds {record.decision}"
+    for use in selection.teachers:
+        if use.dropped_after is not None:
+            yield "times a teacher was dropped"
     if selection.best.status == "pruned":
         yield "prompts pruned"
     if selection.ended_by is not None:

@@ -13,6 +13,7 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
 from genssd.engine.reading import Reader
+from genssd.engine.team import find_disagreement
 from genssd.engine.text import Prompt, Tokenizer
 
 
@@ -47,20 +48,24 @@ def leave_out_unfit(
     when no problem is left. Prompts that are too long are outcomes of the engine.
     """
     lengths: dict[int, dict[Role, int]] = {}
-    ends: ThoughtEnds | None = None
-    if len(roles) == 2 and not engine.reader.is_identity:
-        ends = ThoughtEnds(engine.tokenizer("teacher"), engine.reader)
+    teachers = [(one, _find_ends(one, roles)) for one in engine.teachers]
     unreadable: list[str] = []
 
     def find_fault(problem: ProblemRow) -> str | None:
         if criterion is not None and needs_answer(criterion) and problem.answer is None:
             return f"no reference answer, which the criterion {criterion_name} reads"
-        ids = encode_for(engine, roles, problem.prompt)
-        fault = None if ends is None else ends.find_fault(ids["teacher"])
-        if fault is not None:
-            unreadable.append(fault)
-        lengths[problem.index] = {role: len(token_ids) for role, token_ids in ids.items()}
-        return fault
+        faults: list[str] = []
+        each = [encode_for(one, roles, problem.prompt) for one, _ in teachers]
+        for ids, (_, ends) in zip(each, teachers, strict=True):
+            if ends is not None and (fault := ends.find_fault(ids["teacher"])) is not None:
+                faults.append(fault)
+        unreadable.extend(faults[:1])
+        lengths[problem.index] = {role: max(len(ids[role]) for ids in each) for role in roles}
+        if len(teachers) > 1 and not faults:
+            pairs = [one.encode_pair(problem.prompt) for one, _ in teachers]
+            disagreement = find_disagreement([(pair.student, pair.num_lead) for pair in pairs])
+            faults += [] if disagreement is None else [disagreement]
+        return next(iter(faults), None)
 
     try:
         readable = data.leave_out(find_fault)
@@ -70,6 +75,13 @@ def leave_out_unfit(
         raise
     usable = {problem.index for problem in readable.problems}
     return ReadableProblems(data=readable, lengths={i: values for i, values in lengths.items() if i in usable})
+
+
+def _find_ends(engine: Engine, roles: Sequence[Role]) -> ThoughtEnds | None:
+    """Return what finds thoughts that the student could not read the end of; None where it reads all tokens."""
+    if len(roles) < 2 or engine.reader.is_identity:
+        return None
+    return ThoughtEnds(engine.tokenizer("teacher"), engine.reader)
 
 
 def encode_for(engine: Engine, roles: Sequence[Role], prompt: Prompt) -> dict[Role, Sequence[int]]:

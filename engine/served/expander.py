@@ -21,6 +21,7 @@ from genssd.engine.errors import ServerError
 from genssd.engine.expansion import Expansion, Writing
 from genssd.engine.page_budget import PageBudget, Reservations
 from genssd.engine.restoring import read_pending
+from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling, noise_key
 from genssd.engine.served.client import RequestRefused
 from genssd.engine.served.connections import Call, Cancelled
@@ -76,8 +77,8 @@ class ServedExpander:
         self._greedy_first = greedy_first
         self._end_token_ids = teacher.tokenizer.end_token_ids
         self.usage = usage
-        self._runners = [] if scorer is None else [scorer.runner]
-        self.pages = PageBudget(self._runners, reservations)
+        self.runners: Sequence[ModelRunner] = [] if scorer is None else [scorer.runner]
+        self.pages = PageBudget(self.runners, reservations)
         self._submitted: list[Expansion] = []
         self._asked: dict[Expansion, list[Asked]] = {}
         self._answered: SimpleQueue[Asked] = SimpleQueue()
@@ -85,7 +86,7 @@ class ServedExpander:
     @property
     def threads(self) -> int | None:
         """Number of threads that compute; None for the default."""
-        return self._runners[0].threads if self._runners else None
+        return self.runners[0].threads if self.runners else None
 
     @property
     def has_room(self) -> bool:
@@ -93,10 +94,19 @@ class ServedExpander:
         num_asked = sum(len(asked) for asked in self._asked.values())
         return num_asked + len(self._submitted) < self._teacher.client.options.in_flight
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is to be asked or to arrive."""
+        return not self._submitted and not self._asked
+
     @computes
     def submit(self, expansions: Sequence[Expansion]) -> None:
         """Add expansions that fit and start together. They are asked for in the next step."""
         self.usage.prefill_tokens += self.pages.open(expansions)
+        self.start(expansions)
+
+    def start(self, expansions: Sequence[Expansion]) -> None:
+        """Add expansions for which the pages are reserved already."""
         self._submitted += expansions
 
     def cancel(self, expansion: Expansion) -> None:
@@ -108,14 +118,14 @@ class ServedExpander:
         expansion.reset()
 
     @computes
-    def step(self) -> list[Expansion]:
+    def step(self, *, waits: bool = True) -> list[Expansion]:
         """Send what was submitted, take what the server has written; return the expansions that are complete.
 
         Those that are `unreadable` or `failed` are complete and not scored. Where nothing arrives for a moment, none
-        is returned. Raises ServerError where the server will not answer any more.
+        is returned. waits: see `AnyExpander.step`. Raises ServerError where the server will not answer any more.
         """
         self._start()
-        complete = [expansion for asked in self._collect() if (expansion := self._take(asked)) is not None]
+        complete = [expansion for asked in self._collect(waits) if (expansion := self._take(asked)) is not None]
         if self._scorer is not None:
             written = [expansion for expansion in complete if expansion.failed is None]
             if written:
@@ -133,7 +143,7 @@ class ServedExpander:
             num_greedy = len(writings) if self._sampling.temperature == 0.0 else int(self._greedy_first)
             self._ask_first(expansion, writings[:num_greedy], GREEDY)
             self._ask_first(expansion, writings[num_greedy:], self._sampling)
-        for runner in self._runners:
+        for runner in self.runners:
             self.usage.prefill_tokens += read_pending(runner, [expansion.parent for expansion in started])
 
     def _ask_first(self, expansion: Expansion, writings: Sequence[Writing], sampling: Sampling) -> None:
@@ -183,10 +193,10 @@ class ServedExpander:
             asked.error = error
         self._answered.put(asked)
 
-    def _collect(self) -> list[Asked]:
-        """Return the requests that were answered since the last step; wait a moment for the first."""
+    def _collect(self, waits: bool) -> list[Asked]:
+        """Return the requests that were answered since the last step. waits: wait a moment for the first."""
         try:
-            arrived = [self._answered.get(timeout=POLL_SECONDS)]
+            arrived = [self._answered.get(block=waits, timeout=POLL_SECONDS if waits else None)]
         except Empty:
             return []
         while not self._answered.empty():

@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from genssd.engine.selection import ChunkScore as ChunkScore
     from genssd.engine.selection import RoundRecord as RoundRecord
     from genssd.engine.selection import Selection as Selection
+    from genssd.engine.selection import TeacherUse as TeacherUse
     from genssd.engine.selection import Trajectory as Trajectory
     from genssd.engine.served.options import ServerOptions as ServerOptions
     from genssd.engine.served.record import ServerRecord as ServerRecord
@@ -192,6 +193,7 @@ _NAMES = {
         "ChunkScore",
         "RoundRecord",
         "Selection",
+        "TeacherUse",
         "Trajectory",
     ),
     "genssd.engine.served.options": ("ServerOptions",),

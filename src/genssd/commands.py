@@ -76,6 +76,8 @@ def select(config: SelectConfig, console: Console) -> None:
     if not is_empty:
         print(f"{format_count(summary.prompts, 'prompt')}: {list_statuses(summary.statuses)}")
         print(f"{format_count(summary.tokens_kept, 'token')} kept of {summary.tokens_sampled:,} sampled")
+    for teacher in summary.teachers:
+        print(teacher)
     if any(name in summary.rounds for name in SPECIAL):
         print(f"rounds: {', '.join(f'{count:,} {name}' for name, count in sorted(summary.rounds.items()))}")
     print_accuracy(summary.accuracy)
@@ -95,7 +97,7 @@ def select(config: SelectConfig, console: Console) -> None:
     if summary.missing_tokens:
         warn(
             f"{format_count(sum(summary.missing_tokens.values()), 'prompt')} without a selection, because the "
-            "teacher wrote a "
+            f"{'teachers' if summary.teachers else 'teacher'} wrote a "
             f"token that the student does not have: {list_counts(summary.missing_tokens)}",
             console,
         )

@@ -47,6 +47,7 @@ def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     _check_names(typed, command, config_class)
     words = _join(from_file, merge_list_flags(typed, config_class), _find_positional(config_class))
 
+    _check_one_teacher(words, config_class)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _terminal_width(WIDE):
@@ -144,7 +145,7 @@ def _split_config_file(flags: list[str]) -> tuple[Path | None, list[str]]:
 def merge_list_flags(flags: Sequence[str], config_class: type) -> list[str]:
     """Merge repeated flags of list fields into one: `--data a --data b` becomes `--data a b`."""
     hints = typing.get_type_hints(config_class)
-    list_fields = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
+    list_fields = {name for name, hint in hints.items() if _takes_list(hint)}
     other: list[str] = []
     values: dict[str, list[str]] = {}
     target = other
@@ -158,6 +159,24 @@ def merge_list_flags(flags: Sequence[str], config_class: type) -> list[str]:
                 continue
         target.append(word)
     return [*other, *(word for field, words in values.items() for word in (f"--{field}", *words))]
+
+
+def _takes_list(hint: Any) -> bool:
+    """Return whether a field takes a list of values, alone or beside a single one."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(typing.get_origin(kind) is tuple for kind in kinds)
+
+
+def _check_one_teacher(words: Sequence[str], config_class: type) -> None:
+    """Raise InputError where several teachers are given to a command that takes one."""
+    hint = typing.get_type_hints(config_class).get("teacher")
+    if hint is None or _takes_list(hint):
+        return
+    values, _ = _take_values([*words], "--teacher")
+    if len(values) > 1:
+        raise InputError(
+            f"--teacher takes one model here, not {' '.join(values)}: several teachers compete in `genssd select` alone"
+        )
 
 
 def _join(from_file: list[str], typed: list[str], positional: str | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from genssd.engine.candidate import not_in_search
+from genssd.engine.criterion import not_in_search
 from genssd.engine.criterion_names import registered_criteria, resolve
 
 

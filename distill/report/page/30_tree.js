@@ -7,7 +7,7 @@ const VERDICTS = {
   loop: "dropped: it ends in a repetition", written: "written; nobody chose",
 };
 const ENDINGS = { chunk: "goes on", finished: "ends the response", length: "cut off" };
-const DECISIONS = { resampled: "sampled again", shortened: "sampled again, shorter", forced: "the best was kept although none is acceptable", pruned: "the branches end here" };
+const DECISIONS = { resampled: "sampled again", shortened: "sampled again, shorter", forced: "the best was kept although none is acceptable", asked: "the next teacher was asked", pruned: "the branches end here" };
 
 /** Return the element of a tree. onChoose: function that takes the place of a chosen box. */
 function drawTree(tree, search, criterion, onChoose) {

@@ -79,7 +79,7 @@ SERVED = {"teacher_tokenizer"} | {
     f"server.{name}" for name in ("model_name", "seeds", "in_flight", "timeout", "patience")
 }
 CALIBRATE = {"calibrate.share", "calibrate.limit"}
-OFF_IN_SEARCH = CALIBRATE | SERVED | {"max_resamples", "min_chunk_tokens"}
+OFF_IN_SEARCH = CALIBRATE | SERVED | {"max_resamples", "min_chunk_tokens", "drop_teacher_after"}
 OFF: dict[str, set[str]] = {
     "select": OFF_IN_SEARCH,
     "generate": SERVED | {f"rsd.{name}" for name in ("probability", "top", "tries")}

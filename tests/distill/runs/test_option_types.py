@@ -38,6 +38,7 @@ BAD: dict[Any, tuple[Any, ...]] = {
     datetime.date | None: ("2026-11-26", 20261126),
     genssd.LoopGuard | bool | None: (1, "yes", {}),
     str | genssd.Criterion | genssd.PoolCriterion: (3, None, ["ppl"], HALF),
+    str | tuple[str, ...]: (3, None, [3], HALF),
 }
 """Values that are not of a type. A field of another type needs a line here."""
 

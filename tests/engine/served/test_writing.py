@@ -337,3 +337,27 @@ def test_a_failing_search_reports_the_prompt(pair: Pair) -> None:
         with pytest.raises(ServerError, match=r"^prompt 0: the server .* token id 100000 is not in the tokenizer"):
             engine.generate([PROMPTS[0]], max_tokens=3)
         assert engine.pages_in_use[0] == 0
+
+
+@pytest.mark.parametrize("first", ["here", "served"])
+def test_a_served_teacher_competes_with_one_here(pair: Pair, here: Engine, stub: StubServer, first: str) -> None:
+    names = [pair.teacher, stub.url] if first == "here" else [stub.url, pair.teacher]
+    engine = Engine.from_pretrained(
+        names, pair.student, dtype="float32", memory_bytes=1 << 22, teacher_tokenizer=pair.teacher,
+        server=ServerOptions(timeout=10.0, patience=10.0),
+    )  # fmt: skip
+    options = {"chunk": Chunk(tokens=5, until=None), "max_tokens": 20, "loop_guard": None}
+    alone = here.select_expand(PROMPTS, **GREEDY, **options)
+    both = engine.select_expand(PROMPTS, **GREEDY, **options)
+    num_ties = sum(require_same(a, b, pair, p) for a, b, p in zip(alone, both, PROMPTS, strict=True))
+    assert num_ties < len(PROMPTS)
+    # the same model greedily writes the same twice: the second teacher's candidates are duplicates, up to near ties
+    verdicts = Counter((r.teacher, r.verdict) for s in both for r in s.tree)
+    assert verdicts[0, "kept"] >= sum(len(s.rounds) for s in both) - 2 * num_ties
+    assert verdicts[1, "duplicate"] >= sum(len(s.rounds) for s in both) - 2 * num_ties
+    drawn = engine.select_expand(PROMPTS, candidates=2, **options)
+    assert {c.teacher for s in drawn for c in s.best.chunks} == {0, 1}
+    assert all(use.tokens_sampled and use.seconds > 0.0 for s in drawn for use in s.teachers)
+    assert engine.server is not None
+    assert engine.server.requests
+    assert engine.pages_in_use[0] == 0
