@@ -85,9 +85,10 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
 
 
 def list_outputs(command: str, directory: Path) -> Iterator[tuple[str, str]]:
-    """Yield the files of a command that are in its output directory, each with what it holds."""
+    """Yield the files of a command that are in its output directory and not empty, each with what it holds."""
     for pattern, text in OUTPUTS[command].items():
-        if any(path.is_dir() == pattern.endswith("/") for path in directory.glob(pattern.rstrip("/"))):
+        found = list(directory.glob(pattern.rstrip("/")))
+        if any(path.is_dir() if pattern.endswith("/") else path.stat().st_size > 0 for path in found):
             yield pattern, text
 
 

@@ -34,9 +34,9 @@ def test_settings_without_effect_and_settings_that_are_refused(fields: dict[str,
     found = one(check_settings(open_for("select", **fields, max_resamples=5)))
     assert found.level == "error"
     assert "max_resamples=5 has no effect" in found.line
-    found = one(check_settings(open_for("select", **fields, max_tokens=0)))
+    found = one(check_settings(open_for("select", **fields, criterion="aslec_casl")))
     assert found.level == "error"
-    assert "max_tokens must be at least 1, not 0" in found.line
+    assert "cannot judge chunks: it is fitted over all of the data" in found.line
 
 
 @pytest.mark.parametrize("command", ["select", "train", "distill"])
