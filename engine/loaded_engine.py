@@ -37,6 +37,7 @@ class LoadedEngine:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._branch_sessions: dict[Sampling, Session] = {}
+        self._student_sessions: dict[Sampling, Session] = {}
 
     def __repr__(self) -> str:
         models = [f"{role}={runner.directory}" for role, runner in self._resources.runners.items()]

@@ -24,6 +24,7 @@ from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpecula
 from genssd.engine.runner import Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.expander import ServedExpander, served_topk
+from genssd.engine.student_writing import StudentChunkReader
 from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TopK
 
@@ -36,7 +37,8 @@ text. Candidates that need more are scored one by one (candidate_scoring.py)."""
 class Session:
     """The `BranchSession` of an engine's branches. Raises InputError when a model that it needs is not loaded.
 
-    writer: the model that writes. scored: whether the student scores complete candidates. rsd: rules by which the
+    writer: the model that writes. scored: whether the student scores complete candidates; where it writes them itself,
+    the teacher reads them. rsd: rules by which the
     student judges every single token of the teacher instead. num_topk: how many of the writer's most likely tokens are
     kept along committed chunks. greedy_first: whether the first candidate of an expansion takes the most likely tokens.
     """
@@ -75,22 +77,34 @@ class Session:
         # embeddings are often padded: an id that the tokenizer does not know is never drawn
         vocabulary = self._tokenizer.largest_id + 1
         writers: list[Role] = [writer]
+        is_read_by_teacher = scored and writer == "student"
+        if is_read_by_teacher:
+            _check_same_tokens(resources, "a student that writes beside the teacher")
         drawing: Drawing
         if rsd is None:
             drawing = WriterDrawing(
-                runner, sampling, vocabulary=vocabulary, num_topk=num_topk, greedy_first=greedy_first
+                runner,
+                sampling,
+                vocabulary=vocabulary,
+                # its hidden states are kept: the statistics of its own tokens come from them
+                num_topk=int(is_read_by_teacher) or num_topk,
+                greedy_first=greedy_first,
             )
         else:
             assert student is not None
-            _check_same_tokens(resources)
+            _check_same_tokens(resources, "rsd")
             drawing = ReverseSpeculativeDrawing(rsd, runner, student, sampling, vocabulary=vocabulary)
             writers.append("student")
-        judges_tokens = student in drawing.readers
+        scorer: CandidateScorer | StudentChunkReader | None = None
+        if is_read_by_teacher:
+            scorer = StudentChunkReader(resources.runner("teacher"), runner, resources.usage)
+        elif student is not None and student not in drawing.readers:
+            scorer = CandidateScorer(student, self._reader, resources.usage)
         # criteria see the tokens of the model that reads the candidates
         self._judged_tokenizer = resources.tokenizer("student") if scored and student is not None else self._tokenizer
         self.expander = Expander(
             drawing,
-            None if student is None or judges_tokens else CandidateScorer(student, self._reader, resources.usage),
+            scorer,
             self._tokenizer,
             # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
@@ -193,7 +207,7 @@ class Session:
         return self._resources.mean_activations("student", prompt.student, ids, start)
 
 
-def _check_same_tokens(resources: Resources) -> None:
-    """Raise InputError where an id of the teacher is not the student's: in reverse speculation both write."""
+def _check_same_tokens(resources: Resources, method: str) -> None:
+    """Raise InputError, which names the method, where an id of the teacher is not the student's: both write."""
     if not resources.reader.is_identity:
-        raise InputError(f"rsd needs models whose tokens are the same: {resources.reader.describe()}")
+        raise InputError(f"{method} needs models whose tokens are the same: {resources.reader.describe()}")

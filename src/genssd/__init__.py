@@ -11,6 +11,12 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # importing typing takes longer than everything else here
 if TYPE_CHECKING:
+    from genssd.distill.select.alternation import Alternation as Alternation
+    from genssd.distill.select.relay import Relay as Relay
+    from genssd.distill.select.turns import TwoWriterCompletion as TwoWriterCompletion
+    from genssd.distill.select.turns import WrittenChunk as WrittenChunk
+    from genssd.distill.select.two_writers import generate_two_writers as generate_two_writers
+    from genssd.distill.select.two_writers import iter_two_writers as iter_two_writers
     from genssd.engine.branch import Branch as Branch
     from genssd.engine.branch import Ending as Ending
     from genssd.engine.budget import Budget as Budget
@@ -66,6 +72,7 @@ if TYPE_CHECKING:
     from genssd.engine.reading import Reader as Reader
     from genssd.engine.reading import Reading as Reading
     from genssd.engine.reverse_speculation import ReverseSpeculation as ReverseSpeculation
+    from genssd.engine.rewinding import rewind as rewind
     from genssd.engine.runner import Role as Role
     from genssd.engine.sampling import Sampling as Sampling
     from genssd.engine.search_options import SearchChanges as SearchChanges
@@ -97,6 +104,16 @@ if TYPE_CHECKING:
     __version__: str
 
 _NAMES = {
+    "genssd.distill.select.alternation": ("Alternation",),
+    "genssd.distill.select.relay": ("Relay",),
+    "genssd.distill.select.turns": (
+        "TwoWriterCompletion",
+        "WrittenChunk",
+    ),
+    "genssd.distill.select.two_writers": (
+        "generate_two_writers",
+        "iter_two_writers",
+    ),
     "genssd.engine.branch": (
         "Branch",
         "Ending",
@@ -174,6 +191,7 @@ _NAMES = {
     "genssd.engine.prompt_ids": ("PromptIds",),
     "genssd.engine.reading": ("ByteSpans", "Reader", "Reading"),
     "genssd.engine.reverse_speculation": ("ReverseSpeculation",),
+    "genssd.engine.rewinding": ("rewind",),
     "genssd.engine.runner": ("Role",),
     "genssd.engine.sampling": ("Sampling",),
     "genssd.engine.search_options": (
