@@ -21,7 +21,7 @@ from genssd.engine.reading import Reader
 from genssd.engine.rereading import finish_reading
 from genssd.engine.resources import Resources
 from genssd.engine.reverse_speculation import ReverseSpeculation, ReverseSpeculativeDrawing
-from genssd.engine.runner import Role
+from genssd.engine.runner import ModelRunner, Role
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.expander import ServedExpander, served_topk
 from genssd.engine.student_writing import StudentChunkReader
@@ -38,9 +38,9 @@ class Session:
     """The `BranchSession` of an engine's branches. Raises InputError when a model that it needs is not loaded.
 
     writer: the model that writes. scored: whether the student scores complete candidates; where it writes them itself,
-    the teacher reads them. rsd: rules by which the
-    student judges every single token of the teacher instead. num_topk: how many of the writer's most likely tokens are
-    kept along committed chunks. greedy_first: whether the first candidate of an expansion takes the most likely tokens.
+    the teacher reads them. rsd: rules by which the student judges every single token of the teacher instead. num_topk:
+    how many of the writer's most likely tokens are kept along committed chunks. greedy_first: whether the first
+    candidate of an expansion takes the most likely tokens.
     """
 
     def __init__(
@@ -82,29 +82,21 @@ class Session:
             _check_same_tokens(resources, "a student that writes beside the teacher")
         drawing: Drawing
         if rsd is None:
+            # the hidden states of a student that writes are kept: the statistics of its tokens come from them
+            num_kept = int(is_read_by_teacher) or num_topk
             drawing = WriterDrawing(
-                runner,
-                sampling,
-                vocabulary=vocabulary,
-                # its hidden states are kept: the statistics of its own tokens come from them
-                num_topk=int(is_read_by_teacher) or num_topk,
-                greedy_first=greedy_first,
+                runner, sampling, vocabulary=vocabulary, num_topk=num_kept, greedy_first=greedy_first
             )
         else:
             assert student is not None
             _check_same_tokens(resources, "rsd")
             drawing = ReverseSpeculativeDrawing(rsd, runner, student, sampling, vocabulary=vocabulary)
             writers.append("student")
-        scorer: CandidateScorer | StudentChunkReader | None = None
-        if is_read_by_teacher:
-            scorer = StudentChunkReader(resources.runner("teacher"), runner, resources.usage)
-        elif student is not None and student not in drawing.readers:
-            scorer = CandidateScorer(student, self._reader, resources.usage)
         # criteria see the tokens of the model that reads the candidates
         self._judged_tokenizer = resources.tokenizer("student") if scored and student is not None else self._tokenizer
         self.expander = Expander(
             drawing,
-            scorer,
+            None if student is None or rsd is not None else self._make_scorer(student),
             self._tokenizer,
             # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
@@ -112,6 +104,12 @@ class Session:
             usage=resources.usage,
             reservations=resources.reservations,
         )
+
+    def _make_scorer(self, student: ModelRunner) -> CandidateScorer | StudentChunkReader:
+        """Return what reads complete candidates: the student, or where it writes them itself, the teacher."""
+        if student is self._writer:
+            return StudentChunkReader(self._resources.runner("teacher"), student, self._resources.usage)
+        return CandidateScorer(student, self._reader, self._resources.usage)
 
     def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]:
         """Sample n candidates of each branch in one batch.

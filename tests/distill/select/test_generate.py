@@ -15,7 +15,8 @@ from support.tiny_pair import TinyPair
 from genssd import Engine
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.score.run import ScoreConfig, run_score
-from genssd.distill.select.generate import GenerateConfig, GenerateSummary, run_generate
+from genssd.distill.select.generate import GenerateConfig, run_generate
+from genssd.distill.select.generate_summary import GenerateSummary
 from genssd.engine.errors import InputError
 from genssd.engine.reverse_speculation import ReverseSpeculation
 from genssd.engine.sampling import Sampling
