@@ -27,9 +27,10 @@ from genssd.engine.text import Tokenizer
 class Alternation:
     """Options of the method alternate: the candidates of both models at a node, and what chooses among them."""
 
-    criterion: str = "0.5*ppl + 0.5*teacher_logprob"
-    """Criterion that chooses the chunk, as for select. The default ranks the candidates by both models: what the
-    student finds likely and the teacher as well. Of equal values the student's candidate is kept."""
+    criterion: str = "teacher_logprob"
+    """Criterion that chooses the chunk, as for select. By default a chunk of the student is kept where the teacher
+    finds it as likely as its own; others weigh what the student can learn against that
+    (0.5*ppl + 0.5*teacher_logprob). Of equal values the student's candidate is kept."""
     chunk: Chunk = Chunk(tokens=16)
     """Rule by which a candidate ends. In Python, a number stands for Chunk(tokens=number)."""
     student_candidates: int = 2

@@ -93,6 +93,7 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         statuses=config.statuses,
         require_correct=config.require_correct,
         teacher=teacher,
+        writer=None if config.writer == "both" else config.writer,
     )
     held_out: tuple[Example, ...] = ()
     overlap: EvalOverlap | None = None
