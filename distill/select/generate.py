@@ -147,7 +147,15 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
         )
         # the rows hold the prompt as the student reads it, also where the student does not read the response
         readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")
-        readable = leave_out_unfit(data, engine, readers, criterion, config.alternate.criterion)
+        by_answer = config.method == "relay" and config.relay.error == "answer"
+        readable = leave_out_unfit(
+            data,
+            engine,
+            readers,
+            criterion,
+            config.alternate.criterion,
+            answer_reader="relay.error answer" if by_answer else None,
+        )
         failures = _generate(run, config, engine, readable, done, report)
         summary = summarise_responses(run, readable.data, failures, has_two_writers=config.has_two_writers)
         run.write_bad_rows(summary.bad_rows)
