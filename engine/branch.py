@@ -316,11 +316,14 @@ class Branch:
         return torch.cat(self.history_writer_logprob) if self.history else torch.empty(0)
 
 
-def expand_together(branches: Sequence[Branch], n: int, chunk: Chunk | int) -> list[list[Branch]]:
+def expand_together(
+    branches: Sequence[Branch], n: int, chunk: Chunk | int, sessions: Sequence[BranchSession] | None = None
+) -> list[list[Branch]]:
     """Sample n candidates of each branch, those of one session in one batch; return the candidates of each.
 
-    Raises InputError naming a branch that cannot be expanded by its index,
-    CapacityError, changing nothing, when the candidates of all do not fit into the cache together.
+    sessions: what samples the candidates of each branch; None for the branches' own. Raises InputError naming a branch
+    that cannot be expanded by its index, CapacityError, changing nothing, when the candidates of all do not fit into
+    the cache together.
     """
     n, chunk = check_count("n", n), Chunk.of(chunk)
     for i, branch in enumerate(branches):
@@ -333,14 +336,15 @@ def expand_together(branches: Sequence[Branch], n: int, chunk: Chunk | int) -> l
             raise InputError(f"{name} has ended ({branch.ended}) and cannot be expanded")
         if any(branch is other for other in branches[:i]):
             raise InputError(f"{name} is given twice: ask for more candidates of it instead")
-    sessions: dict[int, list[int]] = {}
-    for i, branch in enumerate(branches):
-        sessions.setdefault(id(branch.session), []).append(i)
+    sessions = sessions or [branch.session for branch in branches]
+    groups: dict[int, list[int]] = {}
+    for i, session in enumerate(sessions):
+        groups.setdefault(id(session), []).append(i)
     children: dict[int, list[Branch]] = {}
     try:
-        for indices in sessions.values():
+        for indices in groups.values():
             group = [branches[i] for i in indices]
-            children.update(zip(indices, group[0].session.expand(group, n, chunk), strict=True))
+            children.update(zip(indices, sessions[indices[0]].expand(group, n, chunk), strict=True))
     except BaseException:
         for i, made in children.items():
             branches[i].take_back(made)

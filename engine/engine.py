@@ -287,16 +287,40 @@ class Engine(LoadedEngine):
             )
 
     @check_arguments(but=("chunk",))
-    def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk | int = Chunk()) -> list[list[Branch]]:
+    def expand(
+        self,
+        branches: Sequence[Branch],
+        n: int,
+        chunk: Chunk | int = Chunk(),
+        *,
+        model: Role = "teacher",
+        sampling: Sampling | None = None,
+    ) -> list[list[Branch]]:
         """Sample n candidates of each branch as `Branch.expand` does, those of all branches in one batch.
 
-        Branches that were made with other sampling options go in a batch of their own. Raises InputError naming a
-        branch by its index, CapacityError, changing nothing, when the candidates of all do not fit together.
+        model: the one that writes the candidates. What the student writes the teacher reads, so that candidates of both
+        compete and either goes on after them; `Branch.writer_logprob` is the teacher's in both cases. sampling: how the
+        student samples; None for the options that the branches were made with, as the teacher does. Branches that were
+        made with other sampling options go in a batch of their own. Raises InputError naming a branch by its index, and
+        where the student is to write with other tokens than the teacher's or beside a served one; CapacityError,
+        changing nothing, when the candidates of all do not fit together.
         """
+        if sampling is not None and model == "teacher":
+            raise InputError("the teacher samples as its branches were made: sampling is for model='student'")
         for i, branch in enumerate(branches):
             if not any(branch.session is session for session in self._branch_sessions.values()):
                 raise InputError(f"branch {i} belongs to another engine")
-        return expand_together(branches, n, chunk)
+        sessions = None if model == "teacher" else [self._find_student_session(b, sampling) for b in branches]
+        return expand_together(branches, n, chunk, sessions)
+
+    def _find_student_session(self, branch: Branch, sampling: Sampling | None) -> Session:
+        """Return the session in which the student writes candidates of a branch."""
+        if sampling is None:
+            sampling = next(known for known, session in self._branch_sessions.items() if session is branch.session)
+        session = self._student_sessions.get(sampling)
+        if session is None:
+            session = self._student_sessions[sampling] = Session(self._resources, sampling, "student")
+        return session
 
 
 def open_engine(role: Role, decoder: LanguageModel, tokenizer: Tokenizer, *, memory_bytes: int | None = None) -> Engine:

@@ -18,6 +18,7 @@ from genssd.engine.page_budget import PageBudget, Reservations
 from genssd.engine.restoring import read_pending
 from genssd.engine.runner import ModelRunner
 from genssd.engine.state_rows import StateRow
+from genssd.engine.student_writing import StudentChunkReader
 from genssd.engine.text import Tokenizer
 from genssd.engine.threads import computes
 from genssd.engine.usage import Usage
@@ -34,7 +35,7 @@ class Expander:
     def __init__(
         self,
         drawing: Drawing,
-        scorer: CandidateScorer | None,
+        scorer: CandidateScorer | StudentChunkReader | None,
         tokenizer: Tokenizer,
         *,
         end_token_ids: frozenset[int],

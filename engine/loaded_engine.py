@@ -40,6 +40,7 @@ class LoadedEngine:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._branch_sessions: dict[Sampling, Session] = {}
+        self._student_sessions: dict[Sampling, Session] = {}
 
     def __repr__(self) -> str:
         urls = [f"teacher={one.served.url}" for one in self._resources.list_teachers() if one.served is not None]

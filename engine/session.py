@@ -26,6 +26,7 @@ from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.expander import ServedExpander, served_topk
 from genssd.engine.speculation_rules import ReverseSpeculation
+from genssd.engine.student_writing import StudentChunkReader
 from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TopK
 
@@ -38,9 +39,10 @@ text. Candidates that need more are scored one by one (candidate_scoring.py)."""
 class Session:
     """The `BranchSession` of an engine's branches. Raises InputError when a model that it needs is not loaded.
 
-    writer: the model that writes. scored: whether the student scores complete candidates. rsd: rules by which the
-    student judges every single token of the teacher instead. num_topk: how many of the writer's most likely tokens are
-    kept along committed chunks. greedy_first: whether the first candidate of an expansion takes the most likely tokens.
+    writer: the model that writes. scored: whether the student scores complete candidates; where it writes them itself,
+    the teacher reads them. rsd: rules by which the student judges every single token of the teacher instead. num_topk:
+    how many of the writer's most likely tokens are kept along committed chunks. greedy_first: whether the first
+    candidate of an expansion takes the most likely tokens.
     """
 
     def __init__(
@@ -79,20 +81,24 @@ class Session:
         # embeddings are often padded: an id that the tokenizer does not know is never drawn
         vocabulary = self._tokenizer.largest_id + 1
         writers: list[Role] = [writer]
+        is_read_by_teacher = scored and writer == "student"
+        if is_read_by_teacher:
+            _check_same_tokens(resources, "a student that writes beside the teacher")
         drawing: Drawing
         if rsd is None:
+            # the hidden states of a student that writes are kept: the statistics of its tokens come from them
+            num_kept = int(is_read_by_teacher) or num_topk
             drawing = WriterDrawing(
-                runner, sampling, vocabulary=vocabulary, num_topk=num_topk, greedy_first=greedy_first
+                runner, sampling, vocabulary=vocabulary, num_topk=num_kept, greedy_first=greedy_first
             )
         else:
             assert student is not None
-            _check_same_tokens(resources)
+            _check_same_tokens(resources, "rsd")
             drawing = ReverseSpeculativeDrawing(rsd, runner, student, sampling, vocabulary=vocabulary)
             writers.append("student")
-        judges_tokens = student in drawing.readers
         self.expander = Expander(
             drawing,
-            None if student is None or judges_tokens else CandidateScorer(student, self._reader, resources.usage),
+            None if student is None or rsd is not None else self._make_scorer(student),
             self._tokenizer,
             # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
@@ -100,6 +106,12 @@ class Session:
             usage=resources.usage,
             reservations=resources.reservations,
         )
+
+    def _make_scorer(self, student: ModelRunner) -> CandidateScorer | StudentChunkReader:
+        """Return what reads complete candidates: the student, or where it writes them itself, the teacher."""
+        if student is self._writer:
+            return StudentChunkReader(self._resources.runner("teacher"), student, self._resources.usage)
+        return CandidateScorer(student, self._reader, self._resources.usage)
 
     def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]:
         """Sample n candidates of each branch in one batch.
@@ -199,7 +211,7 @@ class Session:
         return self._resources.mean_activations("student", prompt.student, ids, start)
 
 
-def _check_same_tokens(resources: Resources) -> None:
-    """Raise InputError where an id of the teacher is not the student's: in reverse speculation both write."""
+def _check_same_tokens(resources: Resources, method: str) -> None:
+    """Raise InputError, which names the method, where an id of the teacher is not the student's: both write."""
     if not resources.reader.is_identity:
-        raise InputError(f"rsd needs models whose tokens are the same: {resources.reader.describe()}")
+        raise InputError(f"{method} needs models whose tokens are the same: {resources.reader.describe()}")

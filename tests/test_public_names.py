@@ -87,13 +87,18 @@ def test_public_classes_methods_and_attributes_are_documented(name: str) -> None
     asked = {member for protocol in (genssd.Criterion, genssd.PoolCriterion) for member, _ in members(protocol)}
     assert not [member for member, function in members(public) if not function.__doc__ and member not in asked]
     if dataclasses.is_dataclass(public):
-        source = ast.parse(inspect.getsource(inspect.getmodule(public)))  # type: ignore[arg-type]
-        (body,) = (node.body for node in ast.walk(source) if isinstance(node, ast.ClassDef) and node.name == name)
-        described = {
-            field.target.id
-            for field, after in pairwise(body)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr)
-        }
+        described = set()
+        for base in (base for base in public.__mro__ if dataclasses.is_dataclass(base)):
+            source = ast.parse(inspect.getsource(inspect.getmodule(base)))  # type: ignore[arg-type]
+            (body,) = (
+                node.body for node in ast.walk(source) if isinstance(node, ast.ClassDef) and node.name == base.__name__
+            )
+            described |= {
+                field.target.id
+                for field, after in pairwise(body)
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                if isinstance(after, ast.Expr)
+            }
         assert {field.name for field in dataclasses.fields(public)} <= described
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data.chunk_writers import keep_writer
 from genssd.distill.data.encoding import append_end, skip_opened
 from genssd.distill.data.examples import Example, encode_example, parse_weight
 from genssd.distill.data.messages import (
@@ -26,6 +27,7 @@ from genssd.distill.data.verdicts import RowVerdict, read_verdict, require_verdi
 from genssd.distill.files.rows import RawRow
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
+from genssd.engine.model_choices import Role
 from genssd.engine.text import Tokenizer
 
 PAIR_FIELDS = frozenset(
@@ -67,14 +69,16 @@ def read_examples(
     statuses: Sequence[str],
     require_correct: bool = False,
     teacher: Tokenizer | None = None,
+    writer: Role | None = None,
 ) -> ExampleSet:
     """Read the examples of data files. Rows with a `status` not in `statuses`, or longer than max_length tokens, are
     left out.
 
     require_correct: leave out all rows but those whose field `correct` is true, too. teacher: tokenizer of a teacher
-    that reads the rows' text in tokens of its own; None where there is none, or it reads the student's tokens. Raises
-    InputError naming file and line on a row without a trainable token, with none of the known fields, or without the
-    field `correct` where it is required; and when all rows are left out.
+    that reads the rows' text in tokens of its own; None where there is none, or it reads the student's tokens. writer:
+    whose chunks are trained in rows of two writers; None for both. Raises InputError naming file and line on a row
+    without a trainable token, with none of the known fields, without the field `correct` where it is required, or
+    without the writers of its chunks where one is chosen; and when all rows are left out.
     """
     examples: list[Example] = []
     left_out: Counter[str] = Counter()
@@ -90,6 +94,7 @@ def read_examples(
                 statuses=statuses,
                 require_correct=require_correct,
                 teacher=teacher,
+                writer=writer,
             )
             if reading.left_out is not None:
                 left_out[reading.left_out] += 1
@@ -138,6 +143,7 @@ def read_row(
     statuses: Sequence[str],
     require_correct: bool,
     teacher: Tokenizer | None = None,
+    writer: Role | None = None,
 ) -> RowReading:
     """Return the examples of one row, or why it is left out.
 
@@ -160,6 +166,10 @@ def read_row(
         return RowReading(left_out="cut off, by a field of the row or within a thought")
     if max(len(example.input_ids) for example in encoded) > max_length:
         return RowReading(left_out=f"longer than {format_count(max_length, 'token')}")
+    if writer is not None:
+        encoded = tuple(kept for one in encoded if (kept := keep_writer(one, fields, writer)) is not None)
+        if not encoded:
+            return RowReading(left_out=f"without a chunk of the {writer}")
     trained = tuple(_train_lead(example, keeps_prompt=teacher is not None) for example in encoded)
     return RowReading(examples=trained, verdict=verdict)
 

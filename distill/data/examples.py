@@ -23,7 +23,7 @@ location of the teacher's most likely tokens (`teacher_topk`, see topk_store.py)
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,14 @@ def _add_journal_fields(
 def _parse_chunk_weights(chunks: object, tokens: int, where: str) -> tuple[tuple[int, float], ...]:
     if not isinstance(chunks, list) or not any(isinstance(chunk, dict) and "weight" in chunk for chunk in chunks):
         return ()
+    return read_chunks(chunks, tokens, where)
+
+
+def read_chunks(chunks: Sequence[Any], tokens: int, where: str) -> tuple[tuple[int, float], ...]:
+    """Return the number of tokens and the weight of every chunk of a row. tokens: number of those in the completion.
+
+    Raises InputError naming `where` on chunks that do not add up to the completion.
+    """
     weights = []
     for number, chunk in enumerate(chunks):
         count = chunk.get("tokens") if isinstance(chunk, dict) else None

@@ -7,63 +7,39 @@ OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens; accuracy w
 
 sample   the teacher writes alone: standard distillation with one response, a pool for best-of-N with several
 rsd      the student accepts or refuses every token of the teacher (Reverse Speculative Decoding)
+alternate, relay   teacher and student write in turns (alternation.py, relay.py); rows say who wrote each chunk
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import (
     ProblemRow,
-    ProblemSet,
     check_same_problem,
     describe_problems,
     read_usable_problems,
 )
-from genssd.distill.data.response_limits import ResponseLimits, count_cuts
+from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.runs.engines import open_engine
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.served_teacher import count_server_use, describe_server_use, find_fingerprints
+from genssd.distill.select.alternation import make_judge
 from genssd.distill.select.generate_config import GenerateConfig
-from genssd.distill.select.notes import NoteMaker, list_responses
+from genssd.distill.select.generate_summary import GenerateSummary, summarise_responses
+from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.rows import make_response_row
+from genssd.distill.select.two_writers import iter_two_writers
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.engine import Engine
+from genssd.engine.generation import Generation
 from genssd.engine.model_choices import Role
 from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.text import Prompt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateSummary:
-    """What a finished run has written; all counts are over the whole journal."""
-
-    path: Path
-    prompts: int
-    statuses: Mapping[str, int]
-    """Number of responses by status."""
-    accuracy: Accuracy
-    """Verdicts on all responses."""
-    cuts: Mapping[str, int]
-    """Number of responses that were cut off, by what cut them."""
-    tokens: int
-    """Tokens in all responses."""
-    substituted: int
-    """Tokens that the student wrote in the teacher's place."""
-    failures: tuple[str, ...]
-    """Prompts that are too long, or did not fit into the cache, and why. They are in no journal: resuming tries them
-    again."""
-    bad_rows: tuple[str, ...]
-    """Rows of the data that could not be used; the failures are among them."""
 
 
 def run_generate(config: GenerateConfig, engine: Engine | None = None, report: Progress = SILENT) -> GenerateSummary:
@@ -71,6 +47,7 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
 
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
+    criterion = make_judge(config.alternate).criterion if config.method == "alternate" else None
     config = choose_sampling(config, config.teacher, "teacher", engine)
     data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
     fingerprints = find_fingerprints(config, config.teacher, engine)
@@ -82,11 +59,19 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
         )
         # the rows hold the prompt as the student reads it, also where the student does not read the response
         readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")
-        readable = leave_out_unfit(data, engine, readers)
+        by_answer = config.method == "relay" and config.relay.error == "answer"
+        readable = leave_out_unfit(
+            data,
+            engine,
+            readers,
+            criterion,
+            config.alternate.criterion,
+            answer_reader="relay.error answer" if by_answer else None,
+        )
         failures = _generate(run, config, engine, readable, done, report)
-        summary = _summarise(run, config, readable.data, failures)
+        summary = summarise_responses(run, readable.data, failures, has_two_writers=config.has_two_writers)
         run.write_bad_rows(summary.bad_rows)
-        run.write_summary({**_describe(summary), **count_server_use(engine)})
+        run.write_summary({**summary.as_json(), **count_server_use(engine)})
         if (line := describe_server_use(engine)) is not None:
             report.note(line)
     return summary
@@ -113,22 +98,16 @@ def _generate(
         "tokenizer": engine.tokenizer("student" if has_student_ids else "teacher").fingerprint,
         "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
     }
+    if config.has_two_writers:
+        assert config.student is not None
+        origin["student"] = {"name": config.student, "fingerprint": engine.fingerprints["student"]}
     limits = ResponseLimits.of(
-        engine, ("teacher", "student") if config.method == "rsd" else ("teacher",), config.max_tokens
+        engine, ("teacher",) if config.method == "sample" else ("teacher", "student"), config.max_tokens
     )
     limits.warn_of_shortage(readable.list_lengths(done))
     notes, thoughts = NoteMaker(engine.tokenizer("teacher"), limits), ThoughtReader(engine.tokenizer("teacher"))
     report.begin("", unit="prompts", total=len(problems), done=len(done), engine=engine, work="writing")
-    outcomes = engine.iter_generate(
-        [problem.prompt for problem in problems],
-        n=config.n,
-        sampling=config.sampling,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        rsd=config.rsd if config.method == "rsd" else None,
-        skip=readable.find_done(done),
-        labels=[problem.where for problem in problems],
-    )
+    outcomes = _iter_outcomes(config, engine, readable, done)
     failures: dict[int, str] = {}
     for finished, outcome in enumerate(outcomes, start=1):
         problem = problems[outcome.index]
@@ -151,6 +130,38 @@ def _generate(
     return failures
 
 
+def _iter_outcomes(
+    config: GenerateConfig, engine: Engine, readable: ReadableProblems, done: frozenset[int]
+) -> Iterator[Generation]:
+    """Yield the outcomes of the prompts that are not done, by the config's method. done: indices of rows."""
+    problems = readable.data.problems
+    prompts, labels = [problem.prompt for problem in problems], [problem.where for problem in problems]
+    skip = readable.find_done(done)
+    if config.has_two_writers:
+        return iter_two_writers(
+            engine,
+            prompts,
+            config.relay if config.method == "relay" else config.alternate,
+            n=config.n,
+            sampling=config.sampling,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            answers=[problem.answer for problem in problems],
+            skip=skip,
+            labels=labels,
+        )
+    return engine.iter_generate(
+        prompts,
+        n=config.n,
+        sampling=config.sampling,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        rsd=config.rsd if config.method == "rsd" else None,
+        skip=skip,
+        labels=labels,
+    )
+
+
 def _encode(engine: Engine, config: GenerateConfig, prompt: Prompt) -> PairPrompt:
     """Return a prompt as the models of the run read it; without a student the teacher reads both."""
     if config.student is not None:
@@ -169,39 +180,3 @@ def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) 
             raise damaged_line(journal, number, f"prompt {row['index']} is also in an earlier line")
         done.add(row["index"])
     return frozenset(done)
-
-
-def _summarise(run: Run, config: GenerateConfig, data: ProblemSet, failures: Mapping[int, str]) -> GenerateSummary:
-    """Return the counts over the journal. failures: why prompts failed, by the index of the row."""
-    statuses: Counter[str] = Counter()
-    tokens = substituted = 0
-    prompts: list[list[dict[str, Any]]] = []
-    for row in run.done():
-        responses = list_responses(row)
-        for response in responses:
-            statuses[response["status"]] += 1
-            tokens += len(response["completion_ids"])
-            substituted += response["substituted"]
-        prompts.append([{name: r[name] for name in ("correct", "undecided", "cut_by")} for r in responses])
-    return GenerateSummary(
-        path=run.journal_path,
-        prompts=len(prompts),
-        statuses=dict(statuses),
-        accuracy=measure_accuracy(prompts),
-        cuts=count_cuts(response for responses in prompts for response in responses),
-        tokens=tokens,
-        substituted=substituted,
-        failures=tuple(message for _, message in sorted(failures.items())),
-        bad_rows=data.list_bad_rows(failures),
-    )
-
-
-def _describe(summary: GenerateSummary) -> dict[str, Any]:
-    """Return the content of summary.json."""
-    return {
-        "path": summary.path.name,
-        **{name: getattr(summary, name) for name in ("prompts", "statuses", "cuts", "tokens", "substituted")},
-        **summary.accuracy.as_json(),
-        "failures": len(summary.failures),
-        "bad_rows": len(summary.bad_rows),
-    }

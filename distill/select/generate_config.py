@@ -10,6 +10,7 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions
+from genssd.distill.select.two_writer_options import Alternation, Relay
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
@@ -19,10 +20,17 @@ from genssd.engine.speculation_rules import ReverseSpeculation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
-    """Sample responses from the teacher: without selection, or with the student's verdict on every token."""
+    """Sample responses from the teacher alone, with the student's verdict on every token, or from both in turns."""
 
     NEEDS: ClassVar[Needs] = {
         "rsd": Need(lambda o: o.method == "rsd", "method rsd"),
+        "alternate": Need(lambda o: o.method == "alternate", "method alternate"),
+        "relay": Need(lambda o: o.method == "relay", "method relay"),
+        "relay.takeovers": Need(lambda o: o.relay.teacher == "chunk", "relay.teacher chunk"),
+        "relay.chunk": Need(
+            lambda o: o.relay.error == "entropy" or o.relay.teacher == "chunk",
+            "relay.error entropy or relay.teacher chunk",
+        ),
         "student_template_kwargs": Need(lambda o: o.student is not None, "a student"),
         **SERVED_NEEDS,
     }
@@ -31,8 +39,8 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
     """Hub id or local directory of the model that writes, or the URL of a server that runs it, such as
     http://host:8000/v1 of vLLM or SGLang (docs/served.md)."""
     student: ModelPath[str | None] = None
-    """Hub id or local directory of the model whose chat template the rows use, and which judges tokens under rsd.
-    None: the rows use the teacher's chat template."""
+    """Hub id or local directory of the model whose chat template the rows use, and which judges tokens under rsd and
+    writes as well under alternate and relay. None: the rows use the teacher's chat template."""
     # the rows are compared with the journal's one by one, so that a file that has grown can be resumed
     data: Operational[FileName[str]]
     """Data file of problems, as for select."""
@@ -42,8 +50,10 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
     """Continue an interrupted run: prompts that are in the journal are not run again."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
-    method: Literal["sample", "rsd"] = "sample"
-    """sample: the teacher writes alone. rsd: the student refuses single tokens (Reverse Speculative Decoding)."""
+    method: Literal["sample", "rsd", "alternate", "relay"] = "sample"
+    """sample: the teacher writes alone. rsd: the student refuses single tokens (Reverse Speculative Decoding).
+    alternate: both offer candidates at every node, and a criterion chooses. relay: the student writes until it errs,
+    and the teacher takes over."""
     n: int = 1
     """Number of responses per prompt."""
     max_tokens: int = 4096
@@ -52,17 +62,31 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
     """How the teacher samples. The authors of rsd use temperature 0.7, top_p 0.95, top_k 20."""
     rsd: ReverseSpeculation = field(default_factory=ReverseSpeculation)
     """Which tokens the student accepts under rsd, and how it writes where it refuses."""
+    alternate: Alternation = field(default_factory=Alternation)
+    """Candidates at a node under alternate, and what chooses among them."""
+    relay: Relay = field(default_factory=Relay)
+    """What counts as the student's error under relay, and how much the teacher writes then."""
     seed: int = 0
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.method == "rsd" and self.student is None:
-            raise InputError("rsd needs a student: give --student")
+        if self.method != "sample" and self.student is None:
+            raise InputError(f"{self.method} needs a student: give --student")
         if self.method == "rsd" and is_url(self.teacher):
             raise InputError(
                 "rsd judges every token before the next one is drawn, which a server does not wait for: give a teacher "
                 "that is a hub id or a local directory, or method sample"
             )
+        if self.has_two_writers and is_url(self.teacher):
+            raise InputError(
+                f"{self.method} has the teacher read what the student writes, for which a server gives no "
+                "log-probabilities: give a teacher that is a hub id or a local directory, or method sample"
+            )
         if self.n < 1 or self.max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, not {self.n} and {self.max_tokens}")
+
+    @property
+    def has_two_writers(self) -> bool:
+        """Whether teacher and student write in turns."""
+        return self.method in ("alternate", "relay")

@@ -13,6 +13,7 @@ from torch import Tensor
 from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.written_rows import TextPrompt, add_opening, make_conversation
 from genssd.distill.select.notes import ResponseNotes
+from genssd.distill.select.turns import TwoWriterCompletion
 from genssd.engine.generation import Completion
 from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.selection import CandidateRecord, RoundRecord, Selection, TeacherUse, Trajectory
@@ -140,6 +141,7 @@ def make_response_row(
             **note.as_json(),
             "substituted": completion.substituted,
             "completion_ids": list(completion.token_ids),
+            **_describe_turns(completion),
         }
         for completion, note in zip(completions, notes, strict=True)
     )
@@ -153,6 +155,23 @@ def make_response_row(
         "index": problem.index,
         **run_fields,
     }
+
+
+def _describe_turns(completion: Completion) -> dict[str, Any]:
+    """Return the fields that say who wrote each chunk of a response; none where one model wrote it."""
+    if not isinstance(completion, TwoWriterCompletion):
+        return {}
+    chunks = [
+        {
+            "tokens": chunk.tokens,
+            "characters": chunk.characters,
+            "writer": chunk.writer,
+            "score": _to_json(chunk.score),
+            "runner_up": _to_json(chunk.runner_up),
+        }
+        for chunk in completion.chunks
+    ]
+    return {"chunks": chunks, "tokens_sampled": completion.sampled_tokens}
 
 
 def make_decision_row(selection: Selection, index: int) -> dict[str, Any]:

@@ -40,20 +40,25 @@ def leave_out_unfit(
     roles: Sequence[Role],
     criterion: AnyCriterion | None = None,
     criterion_name: str = "",
+    *,
+    answer_reader: str | None = None,
 ) -> ReadableProblems:
     """Return the problems whose prompts the tokenizers and chat templates of these models take.
 
-    With a criterion that reads the reference answer, problems without one are left out as well, and with two models
-    prompts that open a thought which the teacher closes by a token that the student does not have. Raises InputError
-    when no problem is left. Prompts that are too long are outcomes of the engine.
+    With a criterion or a method that reads the reference answer, problems without one are left out as well, and with
+    two models prompts that open a thought which the teacher closes by a token that the student does not have.
+    answer_reader: name of such a method in messages; None for none. Raises InputError when no problem is left. Prompts
+    that are too long are outcomes of the engine.
     """
     lengths: dict[int, dict[Role, int]] = {}
     teachers = [(one, _find_ends(one, roles)) for one in engine.teachers]
     unreadable: list[str] = []
+    if criterion is not None and needs_answer(criterion):
+        answer_reader = f"the criterion {criterion_name}"
 
     def find_fault(problem: ProblemRow) -> str | None:
-        if criterion is not None and needs_answer(criterion) and problem.answer is None:
-            return f"no reference answer, which the criterion {criterion_name} reads"
+        if answer_reader is not None and problem.answer is None:
+            return f"no reference answer, which {answer_reader} reads"
         faults: list[str] = []
         each = [encode_for(one, roles, problem.prompt) for one, _ in teachers]
         for ids, (_, ends) in zip(each, teachers, strict=True):

@@ -94,6 +94,7 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         statuses=config.statuses,
         require_correct=config.require_correct,
         teacher=teacher,
+        writer=None if config.writer == "both" else config.writer,
     )
     if config.lmbda and teacher is not None:
         require_no_lead(data.examples)

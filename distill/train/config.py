@@ -179,6 +179,10 @@ class TrainConfig(TrainSettings, ChatSettings):
     """Train only on rows whose field `correct` is true, as select, generate, score and prefix write it; other rows are
     left out, and counted. A row without that field is refused. Without this option wrong responses are trained on as
     well, and the console gives their number."""
+    writer: Literal["both", "teacher", "student"] = "both"
+    """Whose chunks are trained in rows that two writers wrote (generate with method alternate or relay). The chunks of
+    the other model have the weight 0 in the loss; rows without a chunk of this one are left out, and counted. A row
+    that does not say who wrote its chunks is refused, unless both are trained."""
     resume_from_checkpoint: Operational[FileName[str | None]] = None
     """Checkpoint directory to resume from; "last" for the newest checkpoint in output_dir, which must have one; "auto"
     for the newest one or, where output_dir has none, the start of the training."""

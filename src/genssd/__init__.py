@@ -11,6 +11,12 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # importing typing takes longer than everything else here
 if TYPE_CHECKING:
+    from genssd.distill.select.turns import TwoWriterCompletion as TwoWriterCompletion
+    from genssd.distill.select.turns import WrittenChunk as WrittenChunk
+    from genssd.distill.select.two_writer_options import Alternation as Alternation
+    from genssd.distill.select.two_writer_options import Relay as Relay
+    from genssd.distill.select.two_writers import generate_two_writers as generate_two_writers
+    from genssd.distill.select.two_writers import iter_two_writers as iter_two_writers
     from genssd.engine.branch import Branch as Branch
     from genssd.engine.branch import Ending as Ending
     from genssd.engine.budget import Budget as Budget
@@ -69,6 +75,7 @@ if TYPE_CHECKING:
     from genssd.engine.reading import ByteSpans as ByteSpans
     from genssd.engine.reading import Reader as Reader
     from genssd.engine.reading import Reading as Reading
+    from genssd.engine.rewinding import rewind as rewind
     from genssd.engine.sampling import Sampling as Sampling
     from genssd.engine.search_options import SearchChanges as SearchChanges
     from genssd.engine.search_options import SearchOptions as SearchOptions
@@ -97,6 +104,15 @@ if TYPE_CHECKING:
     __version__: str
 
 _NAMES = {
+    "genssd.distill.select.two_writer_options": ("Alternation", "Relay"),
+    "genssd.distill.select.turns": (
+        "TwoWriterCompletion",
+        "WrittenChunk",
+    ),
+    "genssd.distill.select.two_writers": (
+        "generate_two_writers",
+        "iter_two_writers",
+    ),
     "genssd.engine.branch": (
         "Branch",
         "Ending",
@@ -182,6 +198,7 @@ _NAMES = {
     "genssd.engine.reading": ("ByteSpans", "Reader", "Reading"),
     "genssd.engine.speculation_rules": ("ReverseSpeculation",),
     "genssd.engine.model_choices": ("Role",),
+    "genssd.engine.rewinding": ("rewind",),
     "genssd.engine.sampling": ("Sampling",),
     "genssd.engine.search_options": (
         "SearchChanges",

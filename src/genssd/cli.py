@@ -27,7 +27,7 @@ SUMMARIES = {
     "select": "let the student choose what the teacher writes: problems in, selected trajectories out",
     "score": "criteria over finished traces: columns, the best response per prompt, a ranking of teachers",
     "reselect": "another criterion over the decisions of a finished search; preference pairs, stepwise rows",
-    "generate": "responses without selection: standard distillation, pools for score; or token by token (RSD)",
+    "generate": "responses of the teacher, with the student's say token by token (RSD), or of both in turns",
     "prefix": "the shortest prefix of a trace that the student can continue by itself (P-ALIGN)",
     "leaf": "training rows without the words that distract the student (LeaF)",
     "train": "fine-tune the student on selected trajectories",

@@ -51,6 +51,7 @@ from genssd.printing import (
     print_accuracy,
     print_cuts,
     print_undecided,
+    print_writers,
     raise_for_bad_rows,
     raise_for_problems,
     warn,
@@ -117,6 +118,8 @@ def generate(config: GenerateConfig, console: Console) -> None:
             f"{format_count(summary.substituted, 'token')} by the student "
             f"({summary.substituted / max(1, summary.tokens):.1%})"
         )
+    if summary.writers is not None:
+        print_writers(summary.writers, summary.tokens_sampled)
     print_accuracy(summary.accuracy)
     print_cuts(summary.cuts, sum(summary.statuses.values()))
     print_outputs("generate", summary.path.parent)

@@ -33,6 +33,16 @@ def print_cuts(cuts: Mapping[str, int], responses: int) -> None:
         print(line)
 
 
+def print_writers(writers: Mapping[str, Mapping[str, float]], tokens_sampled: int) -> None:
+    """Print how much of the responses each of two writers wrote, and what they sampled for it."""
+    parts = [
+        f"{format_count(int(part['tokens']), 'token')} by the {writer} ({part['token_share']:.1%}; "
+        f"{part['text_share']:.1%} of the text)"
+        for writer, part in writers.items()
+    ]
+    print(f"{', '.join(parts)}; {format_count(tokens_sampled, 'token')} sampled by both")
+
+
 def print_undecided(count: int) -> None:
     """Print how many responses could not be judged, where there are any."""
     if count:

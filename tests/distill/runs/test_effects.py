@@ -54,7 +54,7 @@ ALWAYS = {
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"},
     "train": TRAINING | CHAT
-    | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint"},
+    | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint", "writer"},
     "distill": PAIR_CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
     | {"teacher", "student", "data", "output_dir", "resume", "rounds", "prompts_per_round", "restart"}
     | {"require_correct", "eval_data", "threads"},
@@ -80,10 +80,14 @@ SERVED = {"teacher_tokenizer"} | {
 }
 CALIBRATE = {"calibrate.share", "calibrate.limit"}
 OFF_IN_SEARCH = CALIBRATE | SERVED | {"max_resamples", "min_chunk_tokens", "drop_teacher_after"}
+METHODS = ("alternate", "relay")
 OFF: dict[str, set[str]] = {
     "select": OFF_IN_SEARCH,
     "generate": SERVED | {f"rsd.{name}" for name in ("probability", "top", "tries")}
-    | {f"rsd.student.{name.rpartition('.')[2]}" for name in SAMPLING},
+    | {f"{method}.student.{name.rpartition('.')[2]}" for name in SAMPLING for method in ("rsd", "alternate", "relay")}
+    | {f"{method}.chunk.{name}" for name in ("tokens", "until", "limit", "shortest") for method in METHODS}
+    | {f"alternate.{name}" for name in ("criterion", "student_candidates", "teacher_candidates")}
+    | {f"relay.{name}" for name in ("error", "threshold", "window", "teacher", "takeovers")},
     "score": {"pick.similarity"},
     "doctor": {"verify_seconds"},
     "evaluate": WRITING | {"seed"},

@@ -154,7 +154,7 @@ PATHS = {
 NO_PATHS = {"device", "dtype", "criterion", "criteria", "contexts", "statuses", "until", "lora_target_modules"} | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
-    *("teacher_template_kwargs", "student_template_kwargs"),
+    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer"),
 }
 """Fields of text that name nothing there."""
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_pair import TinyPair
 
-from genssd.distill.select.calibration import check_search, worst_of_best
+from genssd.distill.select.beginning import check_search
+from genssd.distill.select.calibration import worst_of_best
 from genssd.distill.select.config import Calibrate, SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.engine.chunk import Chunk

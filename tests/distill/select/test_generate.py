@@ -16,8 +16,9 @@ from genssd import Engine
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.run import run_score
-from genssd.distill.select.generate import GenerateSummary, run_generate
+from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.generate_summary import GenerateSummary
 from genssd.engine.errors import InputError
 from genssd.engine.sampling import Sampling
 from genssd.engine.speculation_rules import ReverseSpeculation
