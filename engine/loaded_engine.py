@@ -88,6 +88,8 @@ class LoadedEngine:
         A teacher may also be the URL of a server with OpenAI's API, such as "http://host:8000/v1" of vLLM or SGLang: it
         writes, and what reads its hidden states raises InputError. teacher_tokenizer: hub id or directory of its
         tokenizer; None takes that of the served model where it is at hand, else the student's. server: how it is asked.
+        A list of teachers compete in the search: each writes candidates, and the student scores all (team.py). At most
+        one of them may be a URL.
         Raises CheckpointError on an unusable directory, InputError on a tokenizer that does not spell bytes,
         CapacityError without room, ServerError on a server that is not there or cannot be used.
         """

@@ -219,3 +219,24 @@ def test_the_doctor_examines_every_teacher(tiny_pair: TinyPair, other: Path, wri
     config = config_for(tiny_pair, lost, write_rows(PROMPTS), tmp_path / "run")
     findings = {finding.name: finding for finding in examine(read_settings("select", config), rows=4)}
     assert findings["teacher 2"].level == "error"
+
+
+def test_prompts_that_the_student_would_read_twice_are_left_out(
+    tiny_pair: TinyPair, other: Path, write_rows: Write, tmp_path: Path
+) -> None:
+    thinking = tmp_path / "thinking"
+    shutil.copytree(other, thinking)
+    template = (thinking / "chat_template.jinja").read_text()
+    opened = template.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    assert opened != template
+    (thinking / "chat_template.jinja").write_text(opened)
+    engine = Engine.from_pretrained([tiny_pair.teacher, thinking], tiny_pair.student, memory_bytes=1 << 22)
+    chat = [{"role": "user", "content": "1+1?"}]
+    with pytest.raises(InputError, match="prompt 0: beside teacher 2 the student reads another prompt"):
+        engine.select_expand([chat], **SEARCH)
+    data = write_rows([{"messages": chat}, {"prompt": "text alone"}])
+    summary = run_select(config_for(tiny_pair, thinking, data, tmp_path / "run"), engine)
+    assert summary.prompts == 1
+    (fault,) = summary.bad_rows
+    assert "line 1" in fault
+    assert "beside teacher 2 the student reads another prompt" in fault
