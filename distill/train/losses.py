@@ -8,6 +8,12 @@ KL(p|q), jsd beta KL(q|m) + (1 - beta) KL(p|m) with m = beta q + (1 - beta) p, s
 (1 - alpha) p), skew_reverse_kl KL(p | (1 - alpha) q + alpha p). `temperature` divides both models' logits; the loss is
 not multiplied by its square.
 
+With `kd_topk` the divergence is taken over k tokens, and `kd_tail` says what becomes of the others: the teacher's most
+likely ones, or, for reverse_kl, the student's (`kd_topk_of`), S. Over these kd_tail drop is sum_S p (log p - log q),
+which others train as "reverse KL top-k" (verl, NeMo-RL), policy_gradient its form without the gradient of the mass of
+S; bucket and renormalize are divergences, and so have a minimum at p = q (kernels/topk_divergence.py). docs/log.md
+measures their bias against the whole vocabulary.
+
 With `kd_standardize` forward KL is taken between standardised logits and multiplied by the square of `temperature`
 (2403.01427).
 
@@ -39,6 +45,7 @@ from genssd.distill.train.span_losses import SpanHead, sum_span_losses
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
+from genssd.kernels.logprob_at import linear_logprob_at
 from genssd.kernels.standardized import linear_standardized_kl
 from genssd.kernels.topk_divergence import topk_divergence
 
@@ -154,6 +161,8 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
         "temperature": options.temperature,
         "row_weight": tokens.weight_M,
     }
+    if isinstance(teacher, Head) and options.kd_topk_of == "student":
+        return _sum_over_student_topk(options, student, tokens, teacher)
     if isinstance(teacher, Head) and options.kd_topk:
         # only the top k is used, so any valid target ids will do
         unused = torch.zeros_like(tokens.target_M)
@@ -169,6 +178,34 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
         return topk_divergence(*student[:2], top.ids, top.logprob, tail=options.kd_tail, **arguments).total
     return linear_divergence(
         *student[:2], *teacher[:2], vocabulary=options.kd_vocabulary, teacher_softcap=teacher.softcap, **arguments
+    ).total
+
+
+def _sum_over_student_topk(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head) -> Tensor:
+    """Return the weighted sum of reverse KL over the student's most likely tokens, among those that both heads have."""
+    shared = min(len(student.weight_VD), len(teacher.weight_VD))
+    student, teacher = (head._replace(weight_VD=head.weight_VD[:shared]) for head in (student, teacher))
+    temperature = options.temperature
+    with torch.no_grad():
+        top = linear_logprob(
+            *student[:2],
+            torch.zeros_like(tokens.target_M),  # only the top k is used, so any valid target ids will do
+            temperature=temperature,
+            softcap=student.softcap,
+            topk=min(options.kd_topk, shared),
+            checked=False,  # logits that are not finite give such a loss, which stops the training with its batch
+        ).topk
+    assert top is not None
+    log_q_MK = linear_logprob_at(*teacher[:2], top.ids, temperature=temperature, softcap=teacher.softcap)
+    return topk_divergence(
+        *student[:2],
+        top.ids,
+        log_q_MK,
+        kind="reverse_kl",
+        tail=options.kd_tail,
+        temperature=temperature,
+        student_softcap=student.softcap,
+        row_weight=tokens.weight_M,
     ).total
 
 
