@@ -92,6 +92,7 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         max_length=max_length,
         statuses=config.statuses,
         require_correct=config.require_correct,
+        require_answers=config.rollout.is_verified,
         teacher=teacher,
     )
     held_out: tuple[Example, ...] = ()
@@ -139,6 +140,11 @@ def _open_foreign_tokenizer(directory: Path, student: Tokenizer, config: TrainCo
         raise InputError(
             f"key_attention compares the two models word by word, and the teacher {directory} has another tokenizer "
             "than the student; leave it out"
+        )
+    if config.token_weights.entropy_of == "teacher":
+        raise InputError(
+            f"token_weights.entropy_of: the teacher {directory} has other tokens than the student, so it has no "
+            "entropy at each of the student's; take the entropy of the student"
         )
     return tokenizer.with_chat(config.make_chat_options(config.template_date))
 

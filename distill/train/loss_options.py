@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import ModelPath
 from genssd.distill.train.key_attention import KeyAttentionOptions
+from genssd.distill.train.token_weights import TokenWeightOptions
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.served.address import is_url
@@ -86,6 +87,8 @@ class LossOptions:
     key_attention: KeyAttentionOptions = field(default_factory=KeyAttentionOptions)
     """Loss on the difference between the student's and the teacher's attention to key words, added to the other losses
     (MoLSAKI); needs a teacher in memory."""
+    token_weights: TokenWeightOptions = field(default_factory=TokenWeightOptions)
+    """Weights of the tokens in the loss, by entropy and by position."""
     lmbda: float = 0.0
     """Probability that an optimizer step is on-policy: the student writes the completions itself (GKD)."""
     beta: float = 0.5
@@ -135,6 +138,11 @@ class LossOptions:
             raise InputError("a teacher was given, but kd_ratio is 0: give --kd-ratio, up to 1")
         if self.key_attention.weight and not self.uses_teacher:
             raise InputError("key_attention needs a teacher in memory: give --teacher-model-name-or-path")
+        if self.token_weights.entropy_of == "teacher" and not self.uses_teacher:
+            raise InputError(
+                "token_weights.entropy_of teacher needs the whole distribution of a teacher in memory: give "
+                "--teacher-model-name-or-path, or take the entropy of the student"
+            )
         from_rows = self.kd_ratio > 0.0 and self.teacher_model_name_or_path is None
         if from_rows and self.temperature != 1.0 and self.kd_tail == "bucket":
             raise InputError(

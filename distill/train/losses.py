@@ -42,6 +42,7 @@ from torch import Tensor
 
 from genssd.distill.train.loss_options import SPAN_LOSSES, LossOptions
 from genssd.distill.train.span_losses import SpanHead, sum_span_losses
+from genssd.distill.train.token_weights import compute_entropy, weigh_tokens
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
@@ -70,6 +71,8 @@ class CompletionTokens:
     rejected_M: Tensor | None = None
     """Whether a token belongs to a rejected completion, bool [M]; such a token has no cross-entropy. None: no token
     does."""
+    lengths: Sequence[int] = ()
+    """Number of completion tokens of each example, in order; for token_weights alone."""
     on_policy: bool = False
     """Whether the student under training wrote the completions."""
 
@@ -113,6 +116,8 @@ def compute_loss(
 
     teacher: what it says of the same tokens, or of the same text. special_ids: see `mask_special_tokens`.
     """
+    if options.token_weights.is_used:
+        tokens = _weigh_tokens(options, student, tokens, teacher)
     total = student.hidden_MD.new_zeros((), dtype=torch.float32)
     cross_entropy = divergence = None
     kd_ratio = 1.0 if tokens.on_policy else options.kd_ratio
@@ -134,6 +139,16 @@ def compute_loss(
         total = total + kd_ratio * weighted_sum
         divergence = weighted_sum.detach()
     return LossSums(total, cross_entropy, divergence)
+
+
+def _weigh_tokens(
+    options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Targets | None
+) -> CompletionTokens:
+    """Return the tokens with the weights that token_weights gives them."""
+    judge = {"none": None, "student": student, "teacher": teacher}[options.token_weights.entropy_of]
+    assert judge is None or isinstance(judge, Head)
+    entropy_M = None if judge is None else compute_entropy(*judge)
+    return replace(tokens, weight_M=weigh_tokens(options.token_weights, tokens.weight_M, tokens.lengths, entropy_M))
 
 
 def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Targets) -> Tensor:

@@ -35,6 +35,7 @@ TRAINING = {
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "use_peft", "fsdp",
     "eval_data", "report_to", "logging_steps", "save_steps", "device", "seed", "threads",
+    "token_weights.entropy_of", "token_weights.half_life",
 }  # fmt: skip
 RUN = {"output_dir", "resume", "limit", "data"}
 ALWAYS = {
@@ -71,8 +72,9 @@ LOSS = {
     *(f"key_attention.{role}_temperature" for role in ("teacher", "student")),
 }  # fmt: skip
 OFF_IN_TRAINING = LOSS | {
+    "token_weights.fraction",
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "eval_steps", "save_total_limit",
-    "rollout.max_tokens", "rollout.memory_bytes", *(f"rollout.{name}" for name in SAMPLING),
+    "rollout.max_tokens", "rollout.memory_bytes", "rollout.train_on", *(f"rollout.{name}" for name in SAMPLING),
 }  # fmt: skip
 SERVED = {"teacher_tokenizer"} | {
     f"server.{name}" for name in ("model_name", "seeds", "in_flight", "timeout", "patience")
