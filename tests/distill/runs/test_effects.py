@@ -52,7 +52,8 @@ ALWAYS = {
     "evaluate": ENGINE | CHAT | RUN | {"model", "samples", "max_tokens"},
     "diagnose": ENGINE | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
-    | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"},
+    | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"}
+    | {"node_weights", "weights_loss"},
     "train": TRAINING | CHAT
     | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint"},
     "distill": PAIR_CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
