@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.settings import ModelPath
+from genssd.distill.train.adaptive_alpha import SMALLEST
 from genssd.distill.train.key_attention import KeyAttentionOptions
 from genssd.distill.train.token_weights import TokenWeightOptions
 from genssd.engine.errors import InputError
@@ -45,6 +46,10 @@ class LossOptions:
             "kd_loss jsd or distillm2, and a kd_ratio above 0",
         ),
         "alpha": Need(
+            lambda o: o.uses_divergence and o.kd_loss in ("skew_forward_kl", "skew_reverse_kl", "distillm2"),
+            "kd_loss skew_forward_kl, skew_reverse_kl or distillm2, and a kd_ratio above 0",
+        ),
+        "adaptive_alpha": Need(
             lambda o: o.uses_divergence and o.kd_loss in ("skew_forward_kl", "skew_reverse_kl", "distillm2"),
             "kd_loss skew_forward_kl, skew_reverse_kl or distillm2, and a kd_ratio above 0",
         ),
@@ -96,6 +101,9 @@ class LossOptions:
     weight of the rejected completions, in [0, 2]."""
     alpha: float = 0.1
     """Mixing weight alpha of the skewed KL divergences, in [0, 1)."""
+    adaptive_alpha: bool = False
+    """Let alpha fall, for every completion, where the teacher's and the student's probabilities of it are closer than
+    on average over its forward pass (DistiLLM-2); alpha is then its largest value. Needs a teacher in memory."""
     temperature: float = 1.0
     """Temperature that divides both models' logits in the divergence."""
     kd_tail: TailRule = "bucket"
@@ -117,6 +125,7 @@ class LossOptions:
         if self.kd_topk < 0 or (self.kd_topk and not self.uses_teacher):
             raise InputError("kd_topk is at least 0, and of a teacher in memory: give --teacher-model-name-or-path")
         self._check_student_topk()
+        self._check_adaptive_alpha()
         if self.kd_loss == "sampled_reverse_kl" and (self.kd_topk or self.lmbda < 1.0):
             raise InputError(
                 "sampled_reverse_kl is an estimate over the student's own draws: it needs lmbda 1, no kd_topk"
@@ -149,6 +158,15 @@ class LossOptions:
                 "the rows' top k were taken at temperature 1 and say nothing of the tail at another: use "
                 "--kd-tail renormalize, temperature 1, or a teacher in memory"
             )
+
+    def _check_adaptive_alpha(self) -> None:
+        """Raise InputError where alpha cannot be chosen for every completion."""
+        if self.adaptive_alpha and (not self.uses_teacher or self.kd_topk):
+            raise InputError(
+                "adaptive_alpha compares the models' probabilities: it needs a teacher in memory, no kd_topk"
+            )
+        if self.adaptive_alpha and self.alpha < SMALLEST:
+            raise InputError(f"adaptive_alpha: alpha is the largest value, and must be at least {SMALLEST}")
 
     def _check_student_topk(self) -> None:
         """Raise InputError where the loss cannot be taken over the student's most likely tokens, or need not be."""

@@ -18,7 +18,7 @@ With `kd_standardize` forward KL is taken between standardised logits and multip
 (2403.01427).
 
 distillm2 is for pairs (rows with `chosen` and `rejected`): (2 - beta) skew_forward_kl on the chosen completions, beta
-skew_reverse_kl on the rejected ones (DistiLLM-2; its alpha per sample is not implemented). Other rows count as chosen.
+skew_reverse_kl on the rejected ones (DistiLLM-2; `adaptive_alpha`: adaptive_alpha.py). Other rows count as chosen.
 The cross-entropy runs over the chosen completions; like every term it is divided by the weight of all tokens, including
 those of the rejected completions.
 
@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genssd.distill.train.adaptive_alpha import adapt_alpha
 from genssd.distill.train.loss_options import SPAN_LOSSES, LossOptions
 from genssd.distill.train.span_losses import SpanHead, sum_span_losses
 from genssd.distill.train.token_weights import compute_entropy, weigh_tokens
@@ -72,7 +73,7 @@ class CompletionTokens:
     """Whether a token belongs to a rejected completion, bool [M]; such a token has no cross-entropy. None: no token
     does."""
     lengths: Sequence[int] = ()
-    """Number of completion tokens of each example, in order; for token_weights alone."""
+    """Number of completion tokens of each example, in order; for token_weights and adaptive_alpha alone."""
     on_policy: bool = False
     """Whether the student under training wrote the completions."""
 
@@ -176,6 +177,9 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
         "temperature": options.temperature,
         "row_weight": tokens.weight_M,
     }
+    if options.adaptive_alpha:
+        assert isinstance(teacher, Head)
+        arguments["alpha"] = _adapt_alpha(options, student, tokens, teacher, tokens.weight_M, kind == "skew_reverse_kl")
     if isinstance(teacher, Head) and options.kd_topk_of == "student":
         return _sum_over_student_topk(options, student, tokens, teacher)
     if isinstance(teacher, Head) and options.kd_topk:
@@ -249,6 +253,10 @@ def _sum_pair_divergence(options: LossOptions, student: Head, tokens: Completion
         ("skew_reverse_kl", options.beta, rejected),
     ):
         if bool(included.any()) and factor:
+            part_M = (factor * weight_M).masked_fill(~included, 0.0)
+            alpha: float | list[tuple[int, float]] = options.alpha
+            if options.adaptive_alpha:
+                alpha = _adapt_alpha(options, student, tokens, teacher, part_M, kind == "skew_reverse_kl")
             total = (
                 total
                 + linear_divergence(
@@ -257,13 +265,25 @@ def _sum_pair_divergence(options: LossOptions, student: Head, tokens: Completion
                     student_softcap=student.softcap,
                     teacher_softcap=teacher.softcap,
                     kind=kind,  # type: ignore[arg-type]
-                    alpha=options.alpha,
+                    alpha=alpha,
                     temperature=options.temperature,
-                    row_weight=(factor * weight_M).masked_fill(~included, 0.0),
+                    row_weight=part_M,
                     vocabulary=options.kd_vocabulary,
                 ).total
             )
     return total
+
+
+@torch.no_grad()
+def _adapt_alpha(
+    options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head, weight_M: Tensor, reverse: bool
+) -> list[tuple[int, float]]:
+    """Return the alpha of every completion; those without a weight are not compared."""
+    log_p_M, log_q_M = (
+        linear_logprob(head.hidden_MD, head.weight_VD, tokens.target_M, softcap=head.softcap, checked=False).logprob
+        for head in (student, teacher)
+    )
+    return adapt_alpha(options.alpha, log_p_M, log_q_M, weight_M > 0.0, tokens.lengths, reverse=reverse)
 
 
 def _sum_sampled_reverse_kl(student: Head, tokens: CompletionTokens, teacher: Head, temperature: float) -> Tensor:

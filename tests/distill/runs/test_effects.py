@@ -68,7 +68,7 @@ ALWAYS = {
 
 LOSS = {
     "kd_loss", "kd_standardize", "kd_topk", "kd_topk_of", "mask_special_tokens", "beta", "alpha", "temperature",
-    "kd_tail", "kd_vocabulary",
+    "kd_tail", "kd_vocabulary", "adaptive_alpha",
     *(f"key_attention.{name}" for name in ("words", "max_words", "rows")),
     *(f"key_attention.{role}_temperature" for role in ("teacher", "student")),
 }  # fmt: skip

@@ -221,7 +221,8 @@ OPERATORS: dict[str, list[Case]] = {
     "linear_divergence": [
         functools.partial(divergence, kind=kind, vocabulary=rule)
         for kind, rule in (("forward_kl", "restrict"), ("jsd", "restrict"), ("reverse_kl", "drop"))
-    ],
+    ]
+    + [lambda x: divergence(x, kind="skew_forward_kl", alpha=[(ROWS - ROWS // 2, 0.1), (ROWS // 2, 0.4)])],
     "topk_divergence": [
         functools.partial(topk_loss, kind="forward_kl"),
         functools.partial(topk_loss, kind="jsd", tail="renormalize", student_softcap=9.0),
