@@ -9,6 +9,7 @@ Shapes:  N rows   C rows of a chunk   V student's vocabulary   U teacher's vocab
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import torch
@@ -42,7 +43,7 @@ def linear_divergence(
     *,
     kind: DivergenceKind,
     beta: float = 0.5,
-    alpha: float = 0.1,
+    alpha: float | Sequence[tuple[int, float]] = 0.1,
     temperature: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -52,11 +53,12 @@ def linear_divergence(
     """Return the divergence of every row and their weighted sum, differentiable in the student's hidden and weight.
 
     kind: see divergence_terms.py. row_weight: float [N]; rows of weight 0 count as nothing, even where their hidden
-    states are not finite. beta (of jsd) lies in (0, 1), alpha (of the skew kinds) in [0, 1); temperature divides the
-    logits of both models. Heads that are padded to different widths share their first min(V, U) ids: with vocabulary
-    "restrict" both softmaxes are taken over these alone; with "drop" each is taken over its own head, and the terms of
-    the ids that only one head has are left out of the sum (which may then be negative). total and rows are float32
-    (float64 for float64 hidden states). Raises ValueError on shapes that do not agree and on an option out of range.
+    states are not finite. beta (of jsd) lies in (0, 1), alpha (of the skew kinds) in [0, 1). alpha may also be given as
+    runs of rows in order, the number of rows and the alpha of each, then in (0, 1). temperature divides the logits of
+    both models. Heads that are padded to different widths share their first min(V, U) ids: with vocabulary "restrict"
+    both softmaxes are taken over these alone; with "drop" each is taken over its own head, and the terms of the ids
+    that only one head has are left out of the sum (which may then be negative). total and rows are float32 (float64 for
+    float64 hidden states). Raises ValueError on shapes that do not agree and on an option out of range.
     """
     check_head("linear_divergence", student_hidden_ND, student_weight_VD, "student ")
     check_head("linear_divergence", teacher_hidden_NE, teacher_weight_UE, "teacher ")
@@ -71,7 +73,7 @@ def linear_divergence(
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
     )
-    name, mix = resolve_mixture("linear_divergence", kind, beta, alpha)
+    name, mixes, runs = _resolve_runs(kind, beta, alpha, len(student_hidden_ND))
     check_choice("linear_divergence", "vocabulary", vocabulary, get_args(VocabularyRule))
     row_weight_N = resolve_row_weights("linear_divergence", row_weight, student_hidden_ND)
     if vocabulary == "restrict":
@@ -87,7 +89,8 @@ def linear_divergence(
             teacher_weight_UE.detach(),
             row_weight_N,
             name,
-            mix,
+            mixes,
+            runs,
             temperature,
             student_softcap,
             teacher_softcap,
@@ -95,6 +98,31 @@ def linear_divergence(
             grad and student_weight_VD.requires_grad,
         )
     return HeadLoss(total, rows)
+
+
+def _resolve_runs(
+    kind: DivergenceKind, beta: float, alpha: float | Sequence[tuple[int, float]], num_rows: int
+) -> tuple[str, list[float], list[int]]:
+    """Return the kind, the teacher's weight in the mixture of each run of rows, and the numbers of rows of the runs."""
+    if isinstance(alpha, int | float):
+        name, mix = resolve_mixture("linear_divergence", kind, beta, alpha)
+        return name, [mix], [num_rows]
+    if sum(count for count, _ in alpha) != num_rows:
+        raise ValueError(f"linear_divergence: the runs of alpha must have {num_rows} rows together")
+    resolved = [resolve_mixture("linear_divergence", kind, beta, value) for _, value in alpha]
+    if not kind.startswith("skew") or any(name != kind for name, _ in resolved):
+        raise ValueError("linear_divergence: runs of alpha are for the skew kinds, each alpha in (0, 1)")
+    return kind, [mix for _, mix in resolved], [count for count, _ in alpha]
+
+
+def _divide_span(span: slice, mixes: Sequence[float], runs: Sequence[int]) -> Iterator[tuple[slice, float]]:
+    """Yield the parts of a chunk of rows that have one mixture, relative to its start, and their mixtures."""
+    begin = 0
+    for mix, count in zip(mixes, runs, strict=True):
+        first, last = max(span.start, begin), min(span.stop, begin + count)
+        if first < last:
+            yield slice(first - span.start, last - span.start), mix
+        begin += count
 
 
 def divergence_rows(
@@ -142,7 +170,8 @@ def _linear_divergence(
     teacher_weight_UE: Tensor,
     row_weight_N: Tensor,
     kind: str,
-    mix: float,
+    mixes: list[float],
+    runs: list[int],
     temperature: float,
     student_softcap: float | None,
     teacher_softcap: float | None,
@@ -167,17 +196,21 @@ def _linear_divergence(
         loss_rows = divergence_rows
         if student_x_CV.is_cuda and student_x_CV.dtype == teacher_x_CU.dtype == torch.float32:
             from genssd.kernels.divergence_triton import divergence_rows as loss_rows
-        loss, dx = loss_rows(
-            student_x_CV,
-            teacher_x_CU,
-            row_weight_C,
-            kind,
-            mix,
-            temperature,
-            student_softcap,
-            teacher_softcap,
-            student_hidden_ND.dtype,
-        )
+        parts = [
+            loss_rows(
+                student_x_CV[part],
+                teacher_x_CU[part],
+                row_weight_C[part],
+                kind,
+                mix,
+                temperature,
+                student_softcap,
+                teacher_softcap,
+                student_hidden_ND.dtype,
+            )
+            for part, mix in _divide_span(slice(span.start, span.start + len(student_x_CV)), mixes, runs)
+        ]
+        loss, dx = parts[0] if len(parts) == 1 else (torch.cat(values) for values in zip(*parts, strict=True))
         return loss.masked_fill(row_weight_C == 0, 0.0), dx
 
     losses, d_hidden, d_weight = compute_losses_and_gradients(

@@ -11,8 +11,11 @@ COLDEST = 1e-30
 VocabularyRule = Literal["restrict", "drop"]
 """Treatment of token ids that only one of two heads of different widths has: see `linear_divergence`."""
 
-TailRule = Literal["bucket", "renormalize"]
-"""Treatment of the tokens outside the teacher's top k: see `topk_divergence`."""
+TailRule = Literal["bucket", "renormalize", "drop", "policy_gradient"]
+"""Treatment of the tokens outside the top k: see `topk_divergence`."""
+
+PARTIAL_SUMS = frozenset(("drop", "policy_gradient"))
+"""Rules under which the loss is the part of the sum that the top k contribute, and so no divergence itself."""
 
 
 def check_options(temperature: float, top_k: int, top_p: float, min_p: float) -> None:

@@ -1,11 +1,11 @@
-"""Divergences from a teacher's stored top-k log-probabilities, without a [tokens, vocabulary] tensor.
+"""Divergences from a teacher's log-probabilities of a few tokens, without a [tokens, vocabulary] tensor.
 
-The teacher is known by the log-probabilities of its K most likely tokens at every row, as when it wrote the response;
-divergence.py compares with a teacher's head. The formulas are in divergence_terms.py. torch sees one operator,
-genssd::topk_divergence.
+The teacher is known by the log-probabilities of K tokens at every row: its own most likely ones, as when it wrote the
+response, or the student's (logprob_at.py). divergence.py compares with a teacher's head. The formulas are in
+divergence_terms.py. torch sees one operator, genssd::topk_divergence.
 
 Shapes:  N rows   C rows of a chunk   V student's vocabulary   D student's width   K top-k
-         O outcomes: the K tokens and, with a bucket, all others together
+         O outcomes: the K tokens and, unless they are renormalised, all others together
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from genssd.kernels.head import (
     squash,
     unsquash_gradient,
 )
-from genssd.kernels.options import TailRule
+from genssd.kernels.options import PARTIAL_SUMS, TailRule
 
 
 def topk_divergence(
@@ -58,16 +58,28 @@ def topk_divergence(
     id that the student has counts as nothing. tail "bucket": all other tokens are one outcome, in both distributions
     (the teacher's probability of it is 1 - sum, at least the machine epsilon of teacher_logprob's dtype);
     "renormalize": both distributions are renormalised over the K tokens. With K = V both equal the full divergence.
-    kind: see divergence_terms.py. row_weight: float [N]; rows of weight 0 count as nothing. beta (of jsd) lies in
-    (0, 1), alpha (of the skew kinds) in [0, 1); temperature divides the student's logits. Raises ValueError on shapes
-    that do not agree and on an option out of range, and on the CPU on a row whose teacher probabilities sum to more
-    than 1.001.
+
+    For kind reverse_kl alone, over a set S of K tokens, with probabilities of the whole vocabulary (nothing is rescaled
+    where an id is left out):
+
+        drop             value sum_S p (log p - log q), and its gradient sum_S p (log p - log q + 1) grad log p. The 1
+                         moves mass out of S whatever the teacher says; the value may be negative.
+        policy_gradient  the same value with the gradient sum_S p (log p - log q) grad log p: p and the log-ratio are
+                         constants, as a reward is. With p alone held constant in p (log p - log q) the gradient would
+                         be sum_S p grad log p, in which no teacher appears.
+
+    With K = V these too are the full reverse KL, with its gradient. kind: see divergence_terms.py. row_weight: float
+    [N]; rows of weight 0 count as nothing. beta (of jsd) lies in (0, 1), alpha (of the skew kinds) in [0, 1);
+    temperature divides the student's logits. Raises ValueError on shapes that do not agree and on an option out of
+    range, and on the CPU on a row whose teacher probabilities sum to more than 1.001.
     """
     check_head("topk_divergence", student_hidden_ND, student_weight_VD, "student ")
     check_positive("topk_divergence", temperature=temperature, student_softcap=student_softcap)
     _check_topk(teacher_ids_NK, teacher_logprob_NK, len(student_hidden_ND))
     name, mix = resolve_mixture("topk_divergence", kind, beta, alpha)
     check_choice("topk_divergence", "tail", tail, get_args(TailRule))
+    if tail in PARTIAL_SUMS and kind != "reverse_kl":
+        raise ValueError(f"topk_divergence: tail {tail} is defined for the kind reverse_kl, not {kind}")
     row_weight_N = resolve_row_weights("topk_divergence", row_weight, student_hidden_ND)
     known = (teacher_ids_NK >= 0) & (teacher_ids_NK < student_weight_VD.shape[0])
     row_weight_N = torch.where(known.any(1), row_weight_N, 0.0)
@@ -143,6 +155,11 @@ def _topk_divergence(
             outcomes = torch.cat((z_top, rest_C[:, None]), 1)
             log_p = outcomes - outcomes.logsumexp(1, keepdim=True)
         term, g = divergence_terms(log_p, log_q_NO[span], kind, mix)
+        if tail in PARTIAL_SUMS:
+            term[:, -1] = 0.0
+            # grad p = p grad log p; the other outcomes' share of it sums to minus this
+            g = term + log_p.exp() if tail == "drop" else term
+            g[:, -1] = 0.0
         dz = g - log_p.exp() * g.sum(1, keepdim=True)
         dz = torch.where(row_weight_C1 == 0, 0.0, dz * row_weight_C1)
         if tail == "renormalize":
@@ -191,7 +208,7 @@ def _bucket_gradient(
 def _teacher_outcomes(
     ids_NK: Tensor, logprob_NK: Tensor, used_NK: Tensor, vocabulary: int, tail: str, rounding: float
 ) -> Tensor:
-    """Return the teacher's log-probabilities of the outcomes, [N, O]: the used ids (-inf elsewhere), then any bucket.
+    """Return the teacher's log-probabilities of the outcomes, [N, O]: the used ids (-inf elsewhere), then any others.
 
     rounding: lower bound of the bucket's probability, because 1 - sum does not distinguish a smaller one from 0.
     """
@@ -205,6 +222,8 @@ def _teacher_outcomes(
             "teacher_logprob must hold log-probabilities of distinct tokens"
         )
     log_q_NK = logprob_NK.masked_fill(~used_NK, -torch.inf)
+    if tail in PARTIAL_SUMS:
+        return torch.cat((log_q_NK, torch.zeros_like(log_q_NK[:, :1])), 1)  # the last outcome counts as nothing
     if tail == "renormalize":
         return log_q_NK.log_softmax(1)
     bucket_is_empty_N = used_NK.sum(1) == vocabulary

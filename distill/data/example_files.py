@@ -22,7 +22,7 @@ from genssd.distill.data.messages import (
     SYSTEM_FIELDS,
     check_messages,
 )
-from genssd.distill.data.problems import read_objects
+from genssd.distill.data.problems import parse_answer, read_objects
 from genssd.distill.data.verdicts import RowVerdict, read_verdict, require_verdict
 from genssd.distill.files.rows import RawRow
 from genssd.engine.amounts import format_count
@@ -68,17 +68,19 @@ def read_examples(
     max_length: int,
     statuses: Sequence[str],
     require_correct: bool = False,
+    require_answers: bool = False,
     teacher: Tokenizer | None = None,
     writer: Role | None = None,
 ) -> ExampleSet:
     """Read the examples of data files. Rows with a `status` not in `statuses`, or longer than max_length tokens, are
     left out.
 
-    require_correct: leave out all rows but those whose field `correct` is true, too. teacher: tokenizer of a teacher
-    that reads the rows' text in tokens of its own; None where there is none, or it reads the student's tokens. writer:
-    whose chunks are trained in rows of two writers; None for both. Raises InputError naming file and line on a row
-    without a trainable token, with none of the known fields, without the field `correct` where it is required, or
-    without the writers of its chunks where one is chosen; and when all rows are left out.
+    require_correct: leave out all rows but those whose field `correct` is true, too. require_answers: read the
+    reference answers of the rows, which all must have. teacher: tokenizer of a teacher that reads the rows' text in
+    tokens of its own; None where there is none, or it reads the student's tokens. writer: whose chunks are trained in
+    rows of two writers; None for both. Raises InputError naming file and line on a row without a trainable token, with
+    none of the known fields, without the field `correct` where it is required, or without the writers of its chunks
+    where one is chosen; and when all rows are left out.
     """
     examples: list[Example] = []
     left_out: Counter[str] = Counter()
@@ -93,6 +95,7 @@ def read_examples(
                 max_length=max_length,
                 statuses=statuses,
                 require_correct=require_correct,
+                require_answers=require_answers,
                 teacher=teacher,
                 writer=writer,
             )
@@ -142,6 +145,7 @@ def read_row(
     max_length: int,
     statuses: Sequence[str],
     require_correct: bool,
+    require_answers: bool = False,
     teacher: Tokenizer | None = None,
     writer: Role | None = None,
 ) -> RowReading:
@@ -170,8 +174,22 @@ def read_row(
         encoded = tuple(kept for one in encoded if (kept := keep_writer(one, fields, writer)) is not None)
         if not encoded:
             return RowReading(left_out=f"without a chunk of the {writer}")
+    if require_answers:
+        answer = _require_answer(fields, where)
+        encoded = tuple(replace(example, answer=answer) for example in encoded)
     trained = tuple(_train_lead(example, keeps_prompt=teacher is not None) for example in encoded)
     return RowReading(examples=trained, verdict=verdict)
+
+
+def _require_answer(fields: Mapping[str, Any], where: str) -> str:
+    """Return the reference answer of a row. Raises InputError naming `where` where it has none."""
+    answer = parse_answer(fields, where)
+    if answer is None:
+        raise InputError(
+            f"{where}: no reference answer (a field `answer`), by which rollout.train_on judges what the student "
+            "writes; give the row one, or leave the option out"
+        )
+    return answer
 
 
 def _encode_pair(fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path) -> tuple[Example, ...]:

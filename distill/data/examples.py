@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.answers.forms import Outcome
 from genssd.distill.data.encoding import check_same_thought, encode_conversation
 from genssd.distill.data.endings import is_finished
 from genssd.distill.data.final_answers import check_is_no_problem
@@ -69,6 +70,10 @@ class Example:
     """Whether the completion is text that was cut off, so that it has no end of sequence."""
     has_own_ids: bool = False
     """Whether the token ids are those of the row, and not made from its text."""
+    answer: str | None = None
+    """Reference answer of the row, where it is asked for."""
+    outcome: Outcome | None = None
+    """Verdict on a completion that the student wrote; None where none is asked for."""
     question: str = ""
     """Text of the prompt's last turn that is not the assistant's; empty where the row has token ids alone."""
     where: str = ""

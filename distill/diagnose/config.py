@@ -16,6 +16,9 @@ from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.sampling import Sampling
 
+WeightRule = Literal["positive", "alignment", "nodes"]
+"""Weights of the nodes in the rows that a diagnosis writes for a training: see weighted_rows.py."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
@@ -31,6 +34,7 @@ class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
             lambda o: bool(set(o.contexts) - set(TEMPLATED_CONTEXTS)),
             f"a context other than {', '.join(TEMPLATED_CONTEXTS)}",
         ),
+        **{name: Need(lambda o: bool(o.teacher), "a teacher") for name in ("node_weights", "weights_loss")},
         "beta": Need(lambda o: "jsd" in o.losses, "jsd among the losses"),
         "alpha": Need(lambda o: any("skew" in loss for loss in o.losses), "a skewed loss among the losses"),
     }
@@ -83,6 +87,12 @@ class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
     """Weight beta of the teacher in the mixture of jsd, in (0, 1)."""
     alpha: Recomputed[float] = 0.1
     """Mixing weight alpha of the skewed KL losses, in [0, 1)."""
+    node_weights: Recomputed[WeightRule] = "positive"
+    """Weights of the nodes in weighted_rows.jsonl, which holds the rollouts as rows for train: positive is 1 where the
+    first teacher's alignment is above 0, alignment is that alignment there, nodes is 1 at every node that has one. All
+    other tokens weigh 0."""
+    weights_loss: Recomputed[LossName | None] = None
+    """Loss whose alignment gives the weights; None: the first of losses."""
     page_questions: Recomputed[int] = 24
     """Number of questions that the page shows with their text."""
     seed: int = 0
@@ -103,6 +113,8 @@ class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
             raise InputError("diagnose needs a teacher or a context to compare: give --teacher or --contexts")
         if not self.losses or len(set(self.losses)) < len(self.losses):
             raise InputError(f"losses must name each loss once, not {self.losses}")
+        if self.weights_loss is not None and self.weights_loss not in self.losses:
+            raise InputError(f"weights_loss: {self.weights_loss} is not among the losses {', '.join(self.losses)}")
         if not 0.0 < self.beta < 1.0 or not 0.0 <= self.alpha < 1.0:
             raise InputError(f"beta must lie in (0, 1) and alpha in [0, 1), not {self.beta} and {self.alpha}")
 

@@ -3,6 +3,7 @@
 OUTPUT_DIR/run.json          the settings, model fingerprints and versions
 OUTPUT_DIR/questions.jsonl   journal, one line per question: rollouts, nodes, log-probabilities, successes, cost
 OUTPUT_DIR/nodes.jsonl       one line per node: success rates, ideal gradient, its variance, all alignments
+OUTPUT_DIR/weighted_rows.jsonl  rollouts as rows for `genssd train`, with the weights of their tokens (weighted_rows.py)
 OUTPUT_DIR/bad_rows.txt      what could not be used or did not fit, by file and line
 OUTPUT_DIR/summary.json      the tables and the verdict
 OUTPUT_DIR/diagnosis.html    a page to look at
@@ -20,7 +21,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,9 +44,10 @@ from genssd.distill.diagnose.questions import (
     read_question_data,
 )
 from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOptions, read_nodes
-from genssd.distill.diagnose.rows import Findings, QuestionSource, make_node_rows, make_question_row
+from genssd.distill.diagnose.rows import Findings, QuestionSource, Row, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
+from genssd.distill.diagnose.weighted_rows import WEIGHTED_ROWS_FILE, make_weighted_rows
 from genssd.distill.runs.engines import load_engine
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
@@ -52,10 +56,12 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
 from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
+from genssd.engine.checkpoint import locate
 from genssd.engine.engine import Engine
 from genssd.engine.generation import Completion
 from genssd.engine.model_choices import Role
 from genssd.engine.sampling import prompt_stream
+from genssd.engine.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +136,8 @@ def _summarise(run: Run, config: DiagnoseConfig, bad_rows: Sequence[str]) -> Dia
     rows = sorted(run.done(), key=lambda row: int(row["index"]))
     nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(run.path("nodes.jsonl"), nodes)
+    if config.teacher:
+        write_jsonl(run.path(WEIGHTED_ROWS_FILE), _weigh_rows(config, rows, nodes))
     run.write_bad_rows(bad_rows)
     diagnosis = build_diagnosis(
         rows, nodes, [reader.name for reader in config.readers()[1:]], config.losses, config.seed
@@ -137,6 +145,25 @@ def _summarise(run: Run, config: DiagnoseConfig, bad_rows: Sequence[str]) -> Dia
     run.write_summary({**diagnosis.as_json(), "bad_rows": len(bad_rows)})
     write_text(run.path("diagnosis.html"), render_page(diagnosis, rows, nodes, config.student, config.page_questions))
     return DiagnoseSummary(output_dir=run.output_dir, diagnosis=diagnosis, bad_rows=tuple(bad_rows))
+
+
+def _weigh_rows(config: DiagnoseConfig, rows: Sequence[Row], nodes: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the rows for training that follow from the first teacher's alignment."""
+    teacher = next(reader.name for reader in config.readers() if reader.role == "teacher")
+    tokenizer = Tokenizer(locate(config.student)).fingerprint
+    by_question = {index: list(group) for index, group in groupby(nodes, key=lambda node: node["index"])}
+    return [
+        weighted
+        for row in rows
+        for weighted in make_weighted_rows(
+            row,
+            by_question.get(row["index"], []),
+            teacher=teacher,
+            loss=config.weights_loss or config.losses[0],
+            rule=config.node_weights,
+            tokenizer=tokenizer,
+        )
+    ]
 
 
 class _Measurement:

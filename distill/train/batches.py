@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from genssd.distill.answers.forms import Outcome
 from genssd.distill.data.examples import Example
 from genssd.distill.train.config import Layout
 from genssd.engine.text import common_prefix
@@ -43,9 +44,26 @@ class ExampleBatch:
         return sum(sum(example.token_weights()) for example in self.examples) or 1.0
 
     def split(self, size: int) -> list[ExampleBatch]:
-        """Return the batch in parts of `size` examples; the last part may be smaller."""
-        starts = range(0, len(self.examples), size)
-        return [replace(self, examples=self.examples[start : start + size]) for start in starts]
+        """Return the batch in parts of at most `size` examples.
+
+        Completions of different verdicts are in different parts, and parts in which none is trained are left out, but
+        for one where there is nothing else.
+        """
+        parts: list[ExampleBatch] = []
+        for outcome in dict.fromkeys(example.outcome for example in self.examples):
+            group = [example for example in self.examples if example.outcome == outcome]
+            parts += [replace(self, examples=group[start : start + size]) for start in range(0, len(group), size)]
+        trained = [part for part in parts if part.outcome is None or any(e.weight for e in part.examples)]
+        return trained or parts[:1]
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Verdict on all completions of a part; None where they are not judged."""
+        return self.examples[0].outcome
+
+    def select(self, outcome: Outcome) -> ExampleBatch:
+        """Return the batch of the examples with a verdict."""
+        return replace(self, examples=[example for example in self.examples if example.outcome == outcome])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

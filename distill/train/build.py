@@ -93,6 +93,7 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         max_length=max_length,
         statuses=config.statuses,
         require_correct=config.require_correct,
+        require_answers=config.rollout.is_verified,
         teacher=teacher,
         writer=None if config.writer == "both" else config.writer,
     )

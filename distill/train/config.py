@@ -153,6 +153,13 @@ class TrainSettings(LossOptions):
             raise InputError("key_attention reads every layer once, row by row: layout pad, no checkpointing, no fsdp")
         if self.key_attention.weight and self.attn_implementation is not None:
             raise InputError("key_attention brings its own attn_implementation")
+        if self.adaptive_alpha and self.per_device_train_batch_size == 1:
+            raise InputError(
+                "adaptive_alpha compares the completions of a forward pass: per_device_train_batch_size must be at "
+                "least 2"
+            )
+        if self.key_attention.weight and self.rollout.train_on in ("correct", "wrong"):
+            raise InputError("key_attention is a mean over all completions: not with rollout.train_on correct or wrong")
         if self.lmbda and (self.fsdp or self.use_peft):
             raise InputError("lmbda runs the engine on the whole weights: not with fsdp or use_peft")
 

@@ -136,6 +136,7 @@ class ForwardPass:
             target_M=token_batch.target,
             weight_M=torch.tensor([w * counted for e in examples for w in e.token_weights()], device=device),
             rejected_M=torch.tensor([e.rejected for e in examples for _ in range(e.num_completion)], device=device),
+            lengths=[e.num_completion for e in examples],
             on_policy=batch.on_policy,
         )
         key_words: list[KeyWords | None] = [None for _ in examples]

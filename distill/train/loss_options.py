@@ -8,9 +8,14 @@ from typing import ClassVar, Literal
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import ModelPath
 from genssd.distill.train.key_attention_options import KeyAttentionOptions
+from genssd.distill.train.token_weight_options import TokenWeightOptions
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
-from genssd.kernels.options import COLDEST, TailRule, VocabularyRule
+from genssd.engine.served.address import is_url
+from genssd.kernels.options import COLDEST, PARTIAL_SUMS, TailRule, VocabularyRule
+
+SMALLEST_ALPHA = 0.01
+"""Smallest alpha of a completion, where each has its own."""
 
 KdLoss = Literal[
     "forward_kl",
@@ -44,6 +49,11 @@ class LossOptions:
             lambda o: o.uses_divergence and o.kd_loss in ("skew_forward_kl", "skew_reverse_kl", "distillm2"),
             "kd_loss skew_forward_kl, skew_reverse_kl or distillm2, and a kd_ratio above 0",
         ),
+        "adaptive_alpha": Need(
+            lambda o: o.uses_divergence and o.kd_loss in ("skew_forward_kl", "skew_reverse_kl", "distillm2"),
+            "kd_loss skew_forward_kl, skew_reverse_kl or distillm2, and a kd_ratio above 0",
+        ),
+        "kd_topk_of": Need(lambda o: o.uses_divergence and o.kd_topk > 0, "a kd_ratio above 0, and kd_topk"),
         "kd_tail": Need(
             lambda o: o.uses_divergence and (o.uses_rows or o.kd_topk > 0),
             "a kd_ratio above 0 with the top k of the rows, or with kd_topk",
@@ -72,13 +82,18 @@ class LossOptions:
     kd_standardize: bool = False
     """Take the divergence between standardised logits; needs kd_loss forward_kl and a teacher in memory."""
     kd_topk: int = 0
-    """Number of most likely tokens of the teacher in memory over which the divergence is taken; 0: the whole
+    """Number of most likely tokens over which the divergence is taken, with a teacher in memory; 0: the whole
     vocabulary. With kd_loss reverse_kl and kd_tail renormalize this is the local support matching of 2603.25562."""
+    kd_topk_of: Literal["teacher", "student"] = "teacher"
+    """Model whose kd_topk most likely tokens are taken. student needs kd_loss reverse_kl, whose terms are largest at
+    the student's own likely tokens, and a teacher in memory, which is asked for its probabilities of them."""
     mask_special_tokens: bool = False
     """Leave the positions of special tokens out of the divergence; the two models may use these tokens differently."""
     key_attention: KeyAttentionOptions = field(default_factory=KeyAttentionOptions)
     """Loss on the difference between the student's and the teacher's attention to key words, added to the other losses
     (MoLSAKI); needs a teacher in memory."""
+    token_weights: TokenWeightOptions = field(default_factory=TokenWeightOptions)
+    """Weights of the tokens in the loss, by entropy and by position."""
     lmbda: float = 0.0
     """Probability that an optimizer step is on-policy: the student writes the completions itself (GKD)."""
     beta: float = 0.5
@@ -86,11 +101,16 @@ class LossOptions:
     weight of the rejected completions, in [0, 2]."""
     alpha: float = 0.1
     """Mixing weight alpha of the skewed KL divergences, in [0, 1)."""
+    adaptive_alpha: bool = False
+    """Let alpha fall, for every completion, where the teacher's and the student's probabilities of it are closer than
+    on average over its forward pass (DistiLLM-2); alpha is then its largest value. Needs a teacher in memory."""
     temperature: float = 1.0
     """Temperature that divides both models' logits in the divergence."""
     kd_tail: TailRule = "bucket"
     """Treatment of the tokens outside the top k: bucket joins them into one outcome, renormalize leaves them out and
-    renormalises both distributions."""
+    renormalises both distributions. With kd_topk_of student also: drop sums p (log p - log q) over the top k, whose
+    gradient moves mass out of them; policy_gradient has the same value, and the gradient of log p with p (log p -
+    log q) as constant weights."""
     kd_vocabulary: VocabularyRule = "restrict"
     """Vocabulary of the two softmaxes where the heads are padded to different widths: restrict takes both over the ids
     that both models have, drop takes each over its own ids."""
@@ -104,6 +124,8 @@ class LossOptions:
             raise InputError("lmbda: what the student writes is judged by a teacher; give a teacher and a kd_ratio")
         if self.kd_topk < 0 or (self.kd_topk and not self.uses_teacher):
             raise InputError("kd_topk is at least 0, and of a teacher in memory: give --teacher-model-name-or-path")
+        self._check_student_topk()
+        self._check_adaptive_alpha()
         if self.kd_loss == "sampled_reverse_kl" and (self.kd_topk or self.lmbda < 1.0):
             raise InputError(
                 "sampled_reverse_kl is an estimate over the student's own draws: it needs lmbda 1, no kd_topk"
@@ -125,11 +147,44 @@ class LossOptions:
             raise InputError("a teacher was given, but kd_ratio is 0: give --kd-ratio, up to 1")
         if self.key_attention.weight and not self.uses_teacher:
             raise InputError("key_attention needs a teacher in memory: give --teacher-model-name-or-path")
+        if self.token_weights.entropy_of == "teacher" and not self.uses_teacher:
+            raise InputError(
+                "token_weights.entropy_of teacher needs the whole distribution of a teacher in memory: give "
+                "--teacher-model-name-or-path, or take the entropy of the student"
+            )
         from_rows = self.kd_ratio > 0.0 and self.teacher_model_name_or_path is None
         if from_rows and self.temperature != 1.0 and self.kd_tail == "bucket":
             raise InputError(
                 "the rows' top k were taken at temperature 1 and say nothing of the tail at another: use "
                 "--kd-tail renormalize, temperature 1, or a teacher in memory"
+            )
+
+    def _check_adaptive_alpha(self) -> None:
+        """Raise InputError where alpha cannot be chosen for every completion."""
+        if self.adaptive_alpha and (not self.uses_teacher or self.kd_topk):
+            raise InputError(
+                "adaptive_alpha compares the models' probabilities: it needs a teacher in memory, no kd_topk"
+            )
+        if self.adaptive_alpha and self.alpha < SMALLEST_ALPHA:
+            raise InputError(f"adaptive_alpha: alpha is the largest value, and must be at least {SMALLEST_ALPHA}")
+
+    def _check_student_topk(self) -> None:
+        """Raise InputError where the loss cannot be taken over the student's most likely tokens, or need not be."""
+        if self.kd_topk_of == "student" and not self.uses_teacher:
+            raise InputError(
+                "kd_topk_of student: the rows hold the teacher's probabilities of its own most likely tokens, not of "
+                "the student's; give --teacher-model-name-or-path, a model in memory"
+            )
+        if self.kd_topk_of == "student" and is_url(self.teacher_model_name_or_path):
+            raise InputError(
+                f"kd_topk_of student: the server {self.teacher_model_name_or_path} gives probabilities of its own most "
+                "likely tokens, not of the student's; give the hub id or the directory of a teacher"
+            )
+        if self.kd_topk_of == "student" and (not self.kd_topk or self.kd_loss != "reverse_kl"):
+            raise InputError("kd_topk_of student needs kd_topk and kd_loss reverse_kl")
+        if self.kd_tail in PARTIAL_SUMS and self.kd_topk_of != "student":
+            raise InputError(
+                f"kd_tail {self.kd_tail} sums reverse_kl over the student's own tokens: it needs kd_topk_of student"
             )
 
     @property

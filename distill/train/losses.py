@@ -8,11 +8,17 @@ KL(p|q), jsd beta KL(q|m) + (1 - beta) KL(p|m) with m = beta q + (1 - beta) p, s
 (1 - alpha) p), skew_reverse_kl KL(p | (1 - alpha) q + alpha p). `temperature` divides both models' logits; the loss is
 not multiplied by its square.
 
+With `kd_topk` the divergence is taken over k tokens, and `kd_tail` says what becomes of the others: the teacher's most
+likely ones, or, for reverse_kl, the student's (`kd_topk_of`), S. Over these kd_tail drop is sum_S p (log p - log q),
+which others train as "reverse KL top-k" (verl, NeMo-RL), policy_gradient its form without the gradient of the mass of
+S; bucket and renormalize are divergences, and so have a minimum at p = q (kernels/topk_divergence.py). docs/log.md
+measures their bias against the whole vocabulary.
+
 With `kd_standardize` forward KL is taken between standardised logits and multiplied by the square of `temperature`
 (2403.01427).
 
 distillm2 is for pairs (rows with `chosen` and `rejected`): (2 - beta) skew_forward_kl on the chosen completions, beta
-skew_reverse_kl on the rejected ones (DistiLLM-2; its alpha per sample is not implemented). Other rows count as chosen.
+skew_reverse_kl on the rejected ones (DistiLLM-2; `adaptive_alpha`: adaptive_alpha.py). Other rows count as chosen.
 The cross-entropy runs over the chosen completions; like every term it is divided by the weight of all tokens, including
 those of the rejected completions.
 
@@ -34,11 +40,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genssd.distill.train.adaptive_alpha import adapt_alpha
 from genssd.distill.train.loss_options import SPAN_LOSSES, LossOptions
 from genssd.distill.train.span_losses import SpanHead, sum_span_losses
+from genssd.distill.train.token_weights import compute_entropy, weigh_tokens
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import TopK, linear_logprob
+from genssd.kernels.logprob_at import linear_logprob_at
 from genssd.kernels.standardized import linear_standardized_kl
 from genssd.kernels.topk_divergence import topk_divergence
 
@@ -63,6 +72,8 @@ class CompletionTokens:
     rejected_M: Tensor | None = None
     """Whether a token belongs to a rejected completion, bool [M]; such a token has no cross-entropy. None: no token
     does."""
+    lengths: Sequence[int] = ()
+    """Number of completion tokens of each example, in order; for token_weights and adaptive_alpha alone."""
     on_policy: bool = False
     """Whether the student under training wrote the completions."""
 
@@ -106,6 +117,8 @@ def compute_loss(
 
     teacher: what it says of the same tokens, or of the same text. special_ids: see `mask_special_tokens`.
     """
+    if options.token_weights.is_used:
+        tokens = _weigh_tokens(options, student, tokens, teacher)
     total = student.hidden_MD.new_zeros((), dtype=torch.float32)
     cross_entropy = divergence = None
     kd_ratio = 1.0 if tokens.on_policy else options.kd_ratio
@@ -127,6 +140,16 @@ def compute_loss(
         total = total + kd_ratio * weighted_sum
         divergence = weighted_sum.detach()
     return LossSums(total, cross_entropy, divergence)
+
+
+def _weigh_tokens(
+    options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Targets | None
+) -> CompletionTokens:
+    """Return the tokens with the weights that token_weights gives them."""
+    judge = {"none": None, "student": student, "teacher": teacher}[options.token_weights.entropy_of]
+    assert judge is None or isinstance(judge, Head)
+    entropy_M = None if judge is None else compute_entropy(*judge)
+    return replace(tokens, weight_M=weigh_tokens(options.token_weights, tokens.weight_M, tokens.lengths, entropy_M))
 
 
 def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Targets) -> Tensor:
@@ -154,6 +177,11 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
         "temperature": options.temperature,
         "row_weight": tokens.weight_M,
     }
+    if options.adaptive_alpha:
+        assert isinstance(teacher, Head)
+        arguments["alpha"] = _adapt_alpha(options, student, tokens, teacher, tokens.weight_M, kind == "skew_reverse_kl")
+    if isinstance(teacher, Head) and options.kd_topk_of == "student":
+        return _sum_over_student_topk(options, student, tokens, teacher)
     if isinstance(teacher, Head) and options.kd_topk:
         # only the top k is used, so any valid target ids will do
         unused = torch.zeros_like(tokens.target_M)
@@ -169,6 +197,34 @@ def _sum_divergence(options: LossOptions, student: Head, tokens: CompletionToken
         return topk_divergence(*student[:2], top.ids, top.logprob, tail=options.kd_tail, **arguments).total
     return linear_divergence(
         *student[:2], *teacher[:2], vocabulary=options.kd_vocabulary, teacher_softcap=teacher.softcap, **arguments
+    ).total
+
+
+def _sum_over_student_topk(options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head) -> Tensor:
+    """Return the weighted sum of reverse KL over the student's most likely tokens, among those that both heads have."""
+    shared = min(len(student.weight_VD), len(teacher.weight_VD))
+    student, teacher = (head._replace(weight_VD=head.weight_VD[:shared]) for head in (student, teacher))
+    temperature = options.temperature
+    with torch.no_grad():
+        top = linear_logprob(
+            *student[:2],
+            torch.zeros_like(tokens.target_M),  # only the top k is used, so any valid target ids will do
+            temperature=temperature,
+            softcap=student.softcap,
+            topk=min(options.kd_topk, shared),
+            checked=False,  # logits that are not finite give such a loss, which stops the training with its batch
+        ).topk
+    assert top is not None
+    log_q_MK = linear_logprob_at(*teacher[:2], top.ids, temperature=temperature, softcap=teacher.softcap)
+    return topk_divergence(
+        *student[:2],
+        top.ids,
+        log_q_MK,
+        kind="reverse_kl",
+        tail=options.kd_tail,
+        temperature=temperature,
+        student_softcap=student.softcap,
+        row_weight=tokens.weight_M,
     ).total
 
 
@@ -197,6 +253,10 @@ def _sum_pair_divergence(options: LossOptions, student: Head, tokens: Completion
         ("skew_reverse_kl", options.beta, rejected),
     ):
         if bool(included.any()) and factor:
+            part_M = (factor * weight_M).masked_fill(~included, 0.0)
+            alpha: float | list[tuple[int, float]] = options.alpha
+            if options.adaptive_alpha:
+                alpha = _adapt_alpha(options, student, tokens, teacher, part_M, kind == "skew_reverse_kl")
             total = (
                 total
                 + linear_divergence(
@@ -205,13 +265,25 @@ def _sum_pair_divergence(options: LossOptions, student: Head, tokens: Completion
                     student_softcap=student.softcap,
                     teacher_softcap=teacher.softcap,
                     kind=kind,  # type: ignore[arg-type]
-                    alpha=options.alpha,
+                    alpha=alpha,
                     temperature=options.temperature,
-                    row_weight=(factor * weight_M).masked_fill(~included, 0.0),
+                    row_weight=part_M,
                     vocabulary=options.kd_vocabulary,
                 ).total
             )
     return total
+
+
+@torch.no_grad()
+def _adapt_alpha(
+    options: LossOptions, student: Head, tokens: CompletionTokens, teacher: Head, weight_M: Tensor, reverse: bool
+) -> list[tuple[int, float]]:
+    """Return the alpha of every completion; those without a weight are not compared."""
+    log_p_M, log_q_M = (
+        linear_logprob(head.hidden_MD, head.weight_VD, tokens.target_M, softcap=head.softcap, checked=False).logprob
+        for head in (student, teacher)
+    )
+    return adapt_alpha(options.alpha, log_p_M, log_q_M, weight_M > 0.0, tokens.lengths, reverse=reverse)
 
 
 def _sum_sampled_reverse_kl(student: Head, tokens: CompletionTokens, teacher: Head, temperature: float) -> Tensor:

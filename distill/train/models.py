@@ -134,6 +134,11 @@ def find_foreign_tokenizer(teacher: Tokenizer, student: Tokenizer, options: Loss
             f"key_attention compares the two models word by word, and the teacher {teacher.directory} has another "
             "tokenizer than the student; leave it out"
         )
+    if options.token_weights.entropy_of == "teacher":
+        raise InputError(
+            f"token_weights.entropy_of: the teacher {teacher.directory} has other tokens than the student, so it has "
+            "no entropy at each of the student's; take the entropy of the student"
+        )
     return teacher
 
 

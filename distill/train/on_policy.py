@@ -1,5 +1,10 @@
 """On-policy training: the student under training writes the completions itself (GKD, 2306.13649).
 
+With rollout.train_on every completion is judged against the row's reference answer. Whether wrong completions should be
+trained on is open: 2605.06188 finds that they do harm, 2608.24696 gates the distillation by a verifier, and alignment
+with success was found to be larger on wrong ones (2605.10889). A completion that is left out has the weight 0; a step
+without any other changes no weights.
+
 The engine runs on the trainer's own weights: the model's parameters become views of the engine's stacked matrices, so
 the engine uses the result of an optimizer step without a copy. Which tokens are sampled depends on the seed, the step
 and the weights alone.
@@ -15,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.examples import Example
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.engine.amounts import format_count
@@ -75,9 +81,10 @@ def describe_lead(lead: str) -> str:
 class Rollouts:
     """The student under training in the role of a writer of completions."""
 
-    def __init__(self, engine: Engine, plan: RolloutPlan) -> None:
+    def __init__(self, engine: Engine, plan: RolloutPlan, judge: AnswerJudge) -> None:
         self.plan = plan
         self._engine = engine
+        self._judge = judge
 
     @staticmethod
     def build(model: Any, source: Path, tokenizer: Tokenizer, plan: RolloutPlan) -> Rollouts:
@@ -104,7 +111,7 @@ class Rollouts:
             weights = sum(tensor.nbytes for tensor in tensors.values())
             budget = cache_budget(decoder.device, None, 1 / 3, working_bytes=STATES_PER_WEIGHT * weights)
         engine = open_engine("student", decoder, tokenizer, memory_bytes=budget)
-        return Rollouts(engine, plan)
+        return Rollouts(engine, plan, AnswerJudge(tokenizer))
 
     def write(self, examples: Sequence[Example], step: int, indices: Sequence[int]) -> list[Example]:
         """Return those examples of a step that have the indices, with completions that the student writes now.
@@ -126,4 +133,11 @@ class Rollouts:
 
     def _replace_completion(self, example: Example, token_ids: Sequence[int]) -> Example:
         ids = (*example.input_ids[: example.num_prompt], *token_ids)[: self.plan.max_length]
-        return replace(example, input_ids=ids, chunk_weights=(), topk=None, teacher_text=None, num_lead=0)
+        written = replace(example, input_ids=ids, chunk_weights=(), topk=None, teacher_text=None, num_lead=0)
+        if not self.plan.options.is_verified:
+            return written
+        outcome = self._judge.judge(
+            written.input_ids[: example.num_prompt], written.completion_ids, example.answer
+        ).outcome
+        weight = example.weight if self.plan.options.is_trained(outcome) else 0.0
+        return replace(written, outcome=outcome, weight=weight)

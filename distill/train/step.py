@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NoReturn, get_args
 
 import torch
 
+from genssd.distill.answers.forms import Outcome
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.build import Training
@@ -30,6 +32,9 @@ class StepResult:
     """Norm of the gradient before it is clipped."""
     tokens: int
     """Number of completion tokens of the step."""
+    verdicts: Mapping[str, float] = field(default_factory=dict)
+    """Number of completions by the judge's verdict, and the divergence of those that were trained on, by name; empty
+    where nothing is judged."""
 
 
 def write_completions(training: Training, state: TrainerState, batch: ExampleBatch) -> ExampleBatch:
@@ -59,7 +64,8 @@ def take_step(training: Training, state: TrainerState, batch: ExampleBatch, lear
         _stop_at(training, state, batch, means["loss"], grad_norm)
     for group in trained.optimizer.param_groups:
         group["lr"] = learning_rate
-    trained.optimizer.step()
+    if any(example.weight for example in batch.examples) or not _is_verified(batch):
+        trained.optimizer.step()  # where no completion has the verdict that is trained on, momentum alone would move
     trained.optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss=means["loss"],
@@ -68,17 +74,30 @@ def take_step(training: Training, state: TrainerState, batch: ExampleBatch, lear
         attention=means.get("attention"),
         grad_norm=grad_norm,
         tokens=batch.num_completion,
+        verdicts=_count_verdicts(batch, means),
     )
+
+
+def _is_verified(batch: ExampleBatch) -> bool:
+    return any(example.outcome is not None for example in batch.examples)
+
+
+def _count_verdicts(batch: ExampleBatch, means: Mapping[str, float]) -> dict[str, float]:
+    """Return the number of completions and the divergence of those that were trained on, by verdict."""
+    if not _is_verified(batch):
+        return {}
+    counts = {f"completions_{outcome}": len(batch.select(outcome).examples) for outcome in get_args(Outcome)}
+    return {**counts, **{name: value for name, value in means.items() if name.startswith("divergence_")}}
 
 
 def _accumulate_gradients(training: Training, batch: ExampleBatch, *, when: str) -> LossTotals:
     """Run the forward and backward passes of this process's shard of a batch; return the totals of their losses."""
     config, world = training.config, training.world
     scale = world.loss_factor / batch.weight
-    totals = LossTotals()
+    totals = LossTotals(verified=_is_verified(batch))
     for part, counted in world.shard(batch.split(config.per_device_train_batch_size)):
         sums = training.forward.compute_loss(part, counted=counted, when=when)
-        totals.add(sums)
+        totals.add(sums, part.outcome)
         loss = sums.total * scale
         if sums.attention is not None:
             loss = loss + sums.attention * (config.key_attention.weight / len(batch.examples))

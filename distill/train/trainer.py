@@ -209,7 +209,7 @@ class Trainer:
                 if is_main:
                     report(progress)
                 if schedule.is_logging_due:
-                    metrics.log(_build_row(progress, result.grad_norm))
+                    metrics.log(_build_row(progress, result))
                 if training.inputs.held_out and schedule.is_evaluation_due:
                     metrics.log(measure_eval_loss(training, state))
                 if schedule.is_checkpoint_due:
@@ -252,7 +252,11 @@ class Trainer:
             remove_old_checkpoints(self._training.output_dir, limit)
 
 
-def _build_row(progress: TrainProgress, grad_norm: float) -> dict[str, float]:
+def _build_row(progress: TrainProgress, result: StepResult) -> dict[str, float]:
     """Return a row of metrics.jsonl, without the losses that the step does not have."""
     values = {"share" if name == "fraction_done" else name: v for name, v in dataclasses.asdict(progress).items()}
-    return {**{name: value for name, value in values.items() if value is not None}, "grad_norm": grad_norm}
+    return {
+        **{name: value for name, value in values.items() if value is not None},
+        "grad_norm": result.grad_norm,
+        **result.verdicts,
+    }

@@ -20,7 +20,7 @@ from genssd.kernels.options import TailRule
 from genssd.kernels.topk_divergence import _topk_divergence, topk_divergence
 
 KINDS: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
-TAILS: tuple[TailRule, ...] = get_args(TailRule)
+TAILS: tuple[TailRule, ...] = ("bucket", "renormalize")  # test_student_topk.py has those of reverse_kl alone
 VARIANTS: list[dict[str, Any]] = [
     *({"kind": kind} for kind in KINDS),
     {"kind": "jsd", "beta": 0.1},
@@ -201,6 +201,30 @@ def test_a_temperature_is_a_smaller_weight(kind: DivergenceKind) -> None:
     ours = evaluate(linear_divergence, hidden, weight, teacher_hidden, teacher_weight, kind=kind, temperature=4.0)
     other = evaluate(linear_divergence, hidden, weight / 4, teacher_hidden, teacher_weight / 4, kind=kind)
     assert_close(ours, (*other[:3], other[3] / 4), 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_runs_of_rows_have_an_alpha_of_their_own(
+    kind: DivergenceKind, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of `rows` rows end within runs, between them, or after all of them."""
+    hidden, weight, *teacher = problem(9, 17)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * rows * 34)
+    runs, row_weight = [(2, 0.1), (0, 0.3), (4, 0.5), (3, 0.05)], torch.linspace(0.5, 1.5, 9)
+    ours = evaluate(linear_divergence, hidden, weight, *teacher, kind=kind, alpha=runs, row_weight=row_weight)
+    start, total, losses, d_hidden, d_weight = 0, 0.0, [], [], 0.0
+    for count, alpha in runs:
+        part = slice(start, start + count)
+        start += count
+        if count:
+            truth = exact(
+                hidden[part], weight, teacher[0][part], teacher[1], kind=kind, alpha=alpha, row_weight=row_weight[part]
+            )
+            total, d_weight = total + truth[0], d_weight + truth[3]
+            losses.append(truth[1])
+            d_hidden.append(truth[2])
+    assert_close(ours, (total, torch.cat(losses), torch.cat(d_hidden), d_weight), 2e-5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -451,7 +475,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_built(kind: DivergenceKind, mon
     hidden, weight, teacher_hidden, teacher_weight = problem(200, 1025, width=3, teacher_width=3)
     ones = torch.ones(200)
     with Operations() as seen:
-        inside(hidden, weight, teacher_hidden, teacher_weight, ones, kind, 0.1, 0.9, 20.0, None, True, True)
+        inside(hidden, weight, teacher_hidden, teacher_weight, ones, kind, [0.1], [200], 0.9, 20.0, None, True, True)
     assert 3 * 1025 <= seen.elements <= 16 * 1025
     _, _, ids, logprob = topk_problem(200, 1025, 7)
     for tail in TAILS:
@@ -468,7 +492,7 @@ def test_products_are_taken_only_for_gradients_that_are_wanted() -> None:
         wanted = (want_hidden, want_weight)
         with Operations() as seen:
             _, _, d_hidden, d_weight = inside(
-                hidden, weight, teacher_hidden, teacher_weight, ones, "jsd", 0.5, 1.0, None, None, *wanted
+                hidden, weight, teacher_hidden, teacher_weight, ones, "jsd", [0.5], [5], 1.0, None, None, *wanted
             )
         assert seen.products == 2 + sum(wanted)
         assert (d_hidden.numel(), d_weight.numel()) == (5 * 6 * want_hidden, 33 * 6 * want_weight)
@@ -774,11 +798,11 @@ def test_torch_sees_one_operator(kind: DivergenceKind) -> None:
     everything = kind == "jsd"
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     utils += ("test_aot_dispatch_dynamic",) if everything else ()
-    arguments = (hidden, weight, *teacher, torch.ones(5), kind, 0.3, 0.9, None, 8.0, True, True)
+    arguments = (hidden, weight, *teacher, torch.ones(5), kind, [0.3, 0.5], [2, 3], 0.9, None, 8.0, True, True)
     torch.library.opcheck(torch.ops.genssd.linear_divergence.default, arguments, test_utils=utils)
     _, _, ids, logprob = topk_problem(5, 7, 3)
     ids[1, 1] = -1
-    for tail in TAILS:
+    for tail in (*TAILS, *(("drop", "policy_gradient") if kind == "reverse_kl" else ())):
         topk = (hidden, weight, ids, logprob, torch.ones(5), kind, 0.3, tail, 0.9, None, True, True)
         torch.library.opcheck(torch.ops.genssd.topk_divergence.default, topk, test_utils=utils)
 
@@ -818,6 +842,13 @@ TOPK = (S_HIDDEN, S_WEIGHT, IDS, LOGPROB)
         (INPUTS, {"kind": "jsd", "beta": math.nan}, r"beta must lie in \(0, 1\)"),
         (INPUTS, {"kind": "skew_forward_kl", "alpha": 1.0}, r"alpha must lie in \[0, 1\)"),
         (INPUTS, {"kind": "skew_reverse_kl", "alpha": -0.1}, r"alpha must lie in \[0, 1\)"),
+        (
+            INPUTS,
+            {"kind": "skew_forward_kl", "alpha": [(1, 0.1), (1, 0.2)]},
+            r"runs of alpha must have 3 rows together",
+        ),
+        (INPUTS, {"kind": "skew_forward_kl", "alpha": [(1, 0.1), (2, 0.0)]}, r"runs of alpha are for the skew kinds"),
+        (INPUTS, {"alpha": [(3, 0.1)]}, r"runs of alpha are for the skew kinds"),
         (INPUTS, {"temperature": 0.0}, r"temperature must be positive"),
         (INPUTS, {"student_softcap": -1.0}, r"student_softcap must be positive"),
         (INPUTS, {"teacher_softcap": math.inf}, r"teacher_softcap must be positive"),
@@ -840,7 +871,9 @@ def test_wrong_arguments_are_named(arguments: tuple[Tensor, ...], options: dict[
         ((*TOPK[:3], LOGPROB[:, :1]), {}, r"teacher_logprob \(3, 1\) and teacher_ids \(3, 2\)"),
         ((*TOPK[:3], LOGPROB.clone().index_fill_(0, torch.tensor(1), 0.0)), {}, r"probabilities in row 1 sum to 2"),
         (TOPK, {"kind": "kl"}, r"kind must be one of"),
-        (TOPK, {"tail": "drop"}, r"tail must be one of bucket, renormalize, not 'drop'"),
+        (TOPK, {"tail": "keep"}, r"tail must be one of bucket, renormalize, drop, policy_gradient, not 'keep'"),
+        (TOPK, {"tail": "drop"}, r"tail drop is defined for the kind reverse_kl, not forward_kl"),
+        (TOPK, {"tail": "policy_gradient", "kind": "jsd"}, r"tail policy_gradient is .* reverse_kl, not jsd"),
         (TOPK, {"kind": "jsd", "beta": 1.5}, r"beta must lie in \(0, 1\)"),
         (TOPK, {"kind": "skew_reverse_kl", "alpha": 1.0}, r"alpha must lie in \[0, 1\)"),
         (TOPK, {"temperature": -1.0}, r"temperature must be positive"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.logprob import linear_logprob
+from genssd.kernels.logprob_at import linear_logprob_at
 from genssd.kernels.sampling import linear_sample
 from genssd.kernels.sorted_distance import linear_sorted_distance
 from genssd.kernels.topk_divergence import topk_divergence
@@ -59,6 +60,14 @@ def _topk_divergence(hidden: Tensor, weight: Tensor, target: Tensor) -> object:
     )
 
 
+def _student_topk(hidden: Tensor, weight: Tensor, target: Tensor) -> object:
+    ids = torch.arange(64, device=hidden.device).expand(len(target), -1).contiguous()
+    logprob = linear_logprob_at(hidden, weight, ids)
+    return _differentiate(lambda h, w: topk_divergence(h, w, ids, logprob, kind="reverse_kl", tail="drop").total)(
+        hidden, weight, target
+    )
+
+
 def _sorted_distance(hidden: Tensor, weight: Tensor, _: Tensor) -> object:
     return _differentiate(lambda h, w: linear_sorted_distance(h, w, hidden, weight).total)(hidden, weight, _)
 
@@ -72,6 +81,7 @@ BUDGETS: dict[str, tuple[Run, int]] = {
     "cross-entropy, frozen head": (_cross_entropy(frozen=True), 2400),
     "divergence": (_divergence, 2600),
     "divergence from top k": (_topk_divergence, 1600),
+    "reverse KL over the student's top k": (_student_topk, 1650),
     "sorted distance": (_sorted_distance, 3600),
 }
 """Each operator and the largest number of MiB that it allocates at once, its results and gradients included."""

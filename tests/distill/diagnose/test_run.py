@@ -35,7 +35,7 @@ LETTERS = [token_of("7"), token_of("8"), EOS]
 STUDENT = np.array([[0.4, 0.1, -0.2], [0.6, 0.3, -0.1], [0.0, 0.0, 0.0]])
 TEACHERS = {"strong": np.array([[1.2, -0.8, 0.1], [0.1, 0.7, 0.0], [0.0, 0.0, 0.0]]), "weak": STUDENT[::-1].copy()}
 DEPTH = 5
-FILES = ("questions.jsonl", "nodes.jsonl", "summary.json", "diagnosis.html")
+FILES = ("questions.jsonl", "nodes.jsonl", "weighted_rows.jsonl", "summary.json", "diagnosis.html")
 
 
 def finished_text(leaf: tuple[int, ...]) -> str | None:

@@ -36,6 +36,7 @@ TRAINING = {
     "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "use_peft", "fsdp",
     "eval_data", "report_to", "logging_steps", "save_steps", "device", "seed", "threads",
+    "token_weights.entropy_of", "token_weights.half_life",
 }  # fmt: skip
 RUN = {"output_dir", "resume", "limit", "data"}
 ALWAYS = {
@@ -52,7 +53,8 @@ ALWAYS = {
     "evaluate": ENGINE | CHAT | RUN | {"model", "samples", "max_tokens"},
     "diagnose": ENGINE | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
-    | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"},
+    | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"}
+    | {"node_weights", "weights_loss"},
     "train": TRAINING | CHAT
     | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint", "writer"},
     "distill": PAIR_CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
@@ -66,14 +68,15 @@ ALWAYS = {
 """Fields that have an effect where all others have their defaults."""
 
 LOSS = {
-    "kd_loss", "kd_standardize", "kd_topk", "mask_special_tokens", "beta", "alpha", "temperature", "kd_tail",
-    "kd_vocabulary",
+    "kd_loss", "kd_standardize", "kd_topk", "kd_topk_of", "mask_special_tokens", "beta", "alpha", "temperature",
+    "kd_tail", "kd_vocabulary", "adaptive_alpha",
     *(f"key_attention.{name}" for name in ("words", "max_words", "rows")),
     *(f"key_attention.{role}_temperature" for role in ("teacher", "student")),
 }  # fmt: skip
 OFF_IN_TRAINING = LOSS | {
+    "token_weights.fraction",
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "eval_steps", "save_total_limit",
-    "rollout.max_tokens", "rollout.memory_bytes", *(f"rollout.{name}" for name in SAMPLING),
+    "rollout.max_tokens", "rollout.memory_bytes", "rollout.train_on", *(f"rollout.{name}" for name in SAMPLING),
 }  # fmt: skip
 SERVED = {"teacher_tokenizer"} | {
     f"server.{name}" for name in ("model_name", "seeds", "in_flight", "timeout", "patience")

@@ -27,7 +27,7 @@ NOT_COUNTED = {
     "evaluate": ENGINE | {"output_dir", "resume", "data", "limit"},
     "diagnose": ENGINE
     | {"output_dir", "resume", "data", "limit"}
-    | {"losses", "beta", "alpha", "page_questions"},  # applied to the finished journal
+    | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"allow_eval_overlap"},  # a guard, which changes no result

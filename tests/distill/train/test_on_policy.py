@@ -221,6 +221,32 @@ def test_local_support_matching_renormalises_both_over_the_teachers_likeliest() 
     assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
+@pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize", "policy_gradient"])
+@pytest.mark.parametrize("widths", [(7, 7), (9, 7), (7, 9)])
+def test_reverse_kl_over_the_students_likeliest_tokens(tail: Any, widths: tuple[int, int]) -> None:
+    """Both heads are cut to the ids that both have, of which the student's three likeliest are taken."""
+    hidden, weight, _ = heads(rows=4, vocabulary=widths[0])
+    teacher = heads(rows=4, vocabulary=widths[1])[2]
+    tokens = CompletionTokens(target_M=torch.zeros(4, dtype=torch.int64), weight_M=torch.ones(4, dtype=torch.float64))
+    options = LossOptions(kd_loss="reverse_kl", kd_topk=3, kd_topk_of="student", kd_tail=tail, **OPTIONS)
+    loss = compute_loss(options, Head(hidden, weight), tokens, teacher)
+    log_q, log_p = ((a @ b[:7].T).log_softmax(1) for a, b in (teacher[:2], (hidden, weight)))
+    support = log_p.topk(3).indices
+    a, b = log_p.gather(1, support), log_q.gather(1, support)
+    if tail == "renormalize":
+        a, b = a.log_softmax(1), b.log_softmax(1)
+    expected = (a.exp() * (a - b)).sum()
+    if tail == "bucket":
+        rest_p, rest_q = 1 - a.exp().sum(1), 1 - b.exp().sum(1)
+        expected = expected + (rest_p * (rest_p / rest_q).log()).sum()
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    if tail == "policy_gradient":
+        expected = ((a.exp() * (a - b)).detach() * a).sum()
+    ours = torch.autograd.grad(loss.total, [hidden, weight])
+    for gradient, truth in zip(ours, torch.autograd.grad(expected, [hidden, weight]), strict=True):
+        torch.testing.assert_close(gradient, truth, atol=1e-6, rtol=1e-5)
+
+
 def test_special_tokens_count_nothing_in_the_divergence_only() -> None:
     hidden, weight, teacher = heads(rows=3)
     tokens = CompletionTokens(target_M=torch.tensor([1, 6, 2]), weight_M=torch.ones(3, dtype=torch.float64))
@@ -241,6 +267,15 @@ def test_special_tokens_count_nothing_in_the_divergence_only() -> None:
         ({"kd_topk": 5}, "of a teacher in memory"),
         ({**OPTIONS, "kd_loss": "sampled_reverse_kl"}, "needs lmbda 1"),
         ({**OPTIONS, "lmbda": 1.0, "kd_loss": "sampled_reverse_kl", "kd_topk": 3}, "no kd_topk"),
+        ({"kd_ratio": 1.0, "kd_topk_of": "student"}, "the rows hold .* its own most likely tokens"),
+        (
+            {"kd_ratio": 1.0, "kd_topk_of": "student", "teacher_model_name_or_path": "http://host:1/v1"},
+            "the server http://host:1/v1 gives probabilities of its own most likely tokens",
+        ),
+        ({**OPTIONS, "kd_topk_of": "student", "kd_loss": "reverse_kl"}, "needs kd_topk and kd_loss reverse_kl"),
+        ({**OPTIONS, "kd_topk_of": "student", "kd_topk": 3}, "needs kd_topk and kd_loss reverse_kl"),
+        ({**OPTIONS, "kd_topk": 3, "kd_loss": "reverse_kl", "kd_tail": "drop"}, "kd_tail drop .* kd_topk_of student"),
+        ({"kd_ratio": 1.0, "kd_tail": "policy_gradient"}, "kd_tail policy_gradient .* kd_topk_of student"),
         ({**OPTIONS, "lmbda": 1.5}, "lmbda must lie"),
         ({**OPTIONS, "lmbda": 0.5, "use_peft": True}, "not with fsdp or use_peft"),
     ],

@@ -189,6 +189,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "tree": {"layout": "tree"},
     "jsd": {"kd_ratio": 0.5, "kd_loss": "jsd", "mask_special_tokens": True},
     "top-k": {"kd_ratio": 0.5, "kd_topk": 5},
+    "student's top-k": {
+        "kd_ratio": 0.5, "kd_loss": "reverse_kl", "kd_topk": 5, "kd_topk_of": "student", "kd_tail": "policy_gradient",
+    },
     "standardized": {"kd_ratio": 0.5, "kd_standardize": True},
     "spans": {"kd_ratio": 0.5, "kd_loss": "span_kl"},
     "sorted": {"kd_ratio": 0.5, "kd_loss": "uld"},

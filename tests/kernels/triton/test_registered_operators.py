@@ -33,6 +33,7 @@ from genssd.kernels.divergence import linear_divergence
 from genssd.kernels.experts import ExpertWeights, expert_mlp, route
 from genssd.kernels.head_triton import multiply_by_library
 from genssd.kernels.logprob import linear_logprob
+from genssd.kernels.logprob_at import linear_logprob_at
 from genssd.kernels.norm import add_rms_norm, rms_norm
 from genssd.kernels.rotary import rotary_angles
 from genssd.kernels.sampling import gumbel_noise, linear_sample, sample
@@ -110,6 +111,11 @@ def topk_loss(x: Inputs, **options: Any) -> Any:
     ids = torch.arange(4, device=x.device).repeat(ROWS, 1)
     logprob = x.normal(ROWS, 9).log_softmax(1)[:, :4]
     return loss_gradients(x, lambda h, w: topk_divergence(h, w, ids, logprob, **options))
+
+
+def score_several(x: Inputs) -> Any:
+    ids = x.integers(VOCABULARY, ROWS, 3, low=-1)
+    return linear_logprob_at(x.normal(ROWS, WIDTH), x.normal(VOCABULARY, WIDTH), ids, temperature=0.7, softcap=5.0)
 
 
 def standardized(x: Inputs) -> Any:
@@ -215,10 +221,13 @@ OPERATORS: dict[str, list[Case]] = {
     "linear_divergence": [
         functools.partial(divergence, kind=kind, vocabulary=rule)
         for kind, rule in (("forward_kl", "restrict"), ("jsd", "restrict"), ("reverse_kl", "drop"))
-    ],
+    ]
+    + [lambda x: divergence(x, kind="skew_forward_kl", alpha=[(ROWS - ROWS // 2, 0.1), (ROWS // 2, 0.4)])],
     "topk_divergence": [
         functools.partial(topk_loss, kind="forward_kl"),
         functools.partial(topk_loss, kind="jsd", tail="renormalize", student_softcap=9.0),
+        functools.partial(topk_loss, kind="reverse_kl", tail="drop"),
+        functools.partial(topk_loss, kind="reverse_kl", tail="policy_gradient", student_softcap=9.0),
     ],
     "attention_mass": [functools.partial(key_attention, dtype=torch.float16)],
     "attention_mass_backward": [functools.partial(key_attention, dtype=torch.float16)],
@@ -248,6 +257,7 @@ FUNCTIONS: dict[str, list[Case]] = {
 """Cases by the name of the function of kernels/ that chooses its path by the device."""
 
 COMPOSED: dict[str, list[Case]] = {
+    "linear_logprob_at": [score_several],
     "linear_standardized_kl": [standardized],
     "linear_sorted_distance": [sorted_distance],
     "gumbel_noise": [noise],
