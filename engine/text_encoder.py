@@ -10,7 +10,9 @@ the last word, the next space to the last run of spaces. What is certain follows
                                                 characters around it side by side, so that none can span it
 
 In both, no added token spans the border, and no composed character (NFC). Patterns that look further are possible; so
-the tokens of every whole response are compared with those that were read in pieces (`Session.finish_reading`).
+the tokens of every whole response are compared with those that were read in pieces (`Session.finish_reading`). A
+Unigram model decides between divisions of the same score by the rounding of its sums from the beginning of the text on,
+so that a run of three spaces may be one and two in a piece, and two and one in the whole.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,20 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+"""A PNG file of one pixel, in base 64."""
+
+
+@pytest.fixture(autouse=True)
+def leave_plots_out(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a pixel stand for the picture of a plot, unless a test is marked `plots`.
+
+    Drawing takes nine tenths of the time of a small `genssd score`.
+    """
+    page = sys.modules.get("genssd.distill.score.page")
+    with pytest.MonkeyPatch.context() as patch:
+        if page is not None and request.node.get_closest_marker("plots") is None:
+            patch.setattr(page, "_encode_png", lambda figure: PIXEL)
+        yield

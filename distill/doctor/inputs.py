@@ -14,7 +14,7 @@ from typing import Any
 from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.rows import Rows, read_example_rows, read_problem_rows
 from genssd.distill.doctor.settings import Settings
-from genssd.distill.train.models import find_foreign_tokenizer
+from genssd.distill.train.models import TeacherReader, find_foreign_tokenizer
 from genssd.engine.basic_config import BasicConfig
 from genssd.engine.byte_reader import ByteReader, find_reader
 from genssd.engine.chat_options import ChatOptions
@@ -127,8 +127,14 @@ def open_inputs(settings: Settings, limit: int, *, formula_seconds: float = 0.0)
     rows, prompts = Rows(), PromptLengths()
     try:
         if settings.data and settings.reads_examples and opened.student is not None:
-            student, teacher = opened.student.tokenizer, _find_foreign_tokenizer(opened)
-            rows = read_example_rows(settings, student, limit, max_length=find_max_length(opened), teacher=teacher)
+            rows = read_example_rows(
+                settings,
+                opened.student.tokenizer,
+                limit,
+                max_length=find_max_length(opened),
+                teacher=_find_foreign_tokenizer(opened),
+                reader=_find_training_reader(opened),
+            )
         elif settings.data and not settings.reads_examples:
             rows = read_problem_rows(settings, limit)
             prompts = _encode_prompts(rows, opened)
@@ -203,6 +209,18 @@ def _open_further(settings: Settings, faults: list[Finding]) -> dict[str, ModelF
         except GenssdError as error:
             faults.append(Finding(name=label, level="error", line=str(error)))
     return further
+
+
+def _find_training_reader(inputs: Inputs) -> TeacherReader | None:
+    """Return how a training's teacher reads what is trained on; None without one, or where the training refuses it."""
+    teacher, student, training = inputs.training_teacher, inputs.student, inputs.settings.training
+    if teacher is None or student is None or training is None:
+        return None
+    positions = teacher.config.max_position_embeddings
+    try:
+        return TeacherReader.of(teacher.tokenizer, student.tokenizer, positions, over_spans=training.is_over_spans)
+    except GenssdError:
+        return None
 
 
 def _open_model(

@@ -12,6 +12,7 @@ from genssd.distill.data.examples import Example
 from genssd.distill.data.problems import ProblemRow, parse_object, read_usable_problems
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.files.rows import read_rows
+from genssd.distill.train.models import TeacherReader
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.text import Tokenizer
@@ -72,12 +73,18 @@ def read_problem_rows(settings: Settings, limit: int) -> Rows:
 
 
 def read_example_rows(
-    settings: Settings, tokenizer: Tokenizer, limit: int, *, max_length: int, teacher: Tokenizer | None
+    settings: Settings,
+    tokenizer: Tokenizer,
+    limit: int,
+    *,
+    max_length: int,
+    teacher: Tokenizer | None,
+    reader: TeacherReader | None,
 ) -> Rows:
     """Return the first rows of files to train on, as the student of this tokenizer reads them.
 
-    max_length: maximum number of tokens in a prompt with its completion. teacher: as for `read_examples`. Raises
-    InputError when a file cannot be read.
+    max_length: maximum number of tokens in a prompt with its completion. teacher: as for `read_examples`. reader:
+    how the training's teacher reads the rows; None without one. Raises InputError when a file cannot be read.
     """
     assert settings.training is not None
     examples: list[Example] = []
@@ -99,6 +106,9 @@ def read_example_rows(
                 require_correct=settings.needs_correct,
                 teacher=teacher,
             )
+            if reader is not None:
+                for example in reading.examples:
+                    reader.check_example(example)
         except GenssdError as error:
             faults.append(str(error))
             continue

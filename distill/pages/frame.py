@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib.resources import files
 
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from markupsafe import Markup
 
 HOME = "genssd.distill.pages"
@@ -26,8 +27,7 @@ def render_frame(*, title: str, body: Markup, style: str = "", script: str = "",
     body that holds data for the script.
     """
     script = f'"use strict";\n{read_file(HOME, "frame.js")}\n{script}'
-    template = Environment(autoescape=True).from_string(read_file(HOME, "frame.html"))
-    return template.render(
+    return _compile(HOME, "frame.html", ()).render(
         title=title,
         generator=GENERATOR,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -42,9 +42,15 @@ def render_template(
     package: str, name: str, filters: Mapping[str, Callable[..., object]] | None = None, /, **values: object
 ) -> Markup:
     """Return the HTML of a template of a package, in which values are escaped. filters: further ones, by name."""
+    return Markup(_compile(package, name, tuple((filters or {}).items())).render(**values))
+
+
+@lru_cache(maxsize=16)
+def _compile(package: str, name: str, filters: tuple[tuple[str, Callable[..., object]], ...]) -> Template:
+    """Compile a template once for all pages of a process: that takes longer than to fill it in."""
     environment = Environment(autoescape=True)
-    environment.filters.update(filters or {})
-    return Markup(environment.from_string(read_file(package, name)).render(**values))
+    environment.filters.update(filters)
+    return environment.from_string(read_file(package, name))
 
 
 def read_file(package: str, *names: str) -> str:

@@ -25,19 +25,21 @@ from genssd.engine.transformers_loading import base_of, load_model, scale_states
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Teacher:
-    """A model to distil from, frozen, and how it reads the student's tokens."""
+class TeacherReader:
+    """How a model to distil from reads the student's tokens."""
 
-    model: Any
     token_map: TokenMap | ByteReader
     """By ids, or by the bytes of the text where the tokenizers differ."""
     largest_id: int
     """Largest token id of its tokenizer."""
+    positions: int
+    """Maximum number of tokens that it can read after each other."""
 
-    @property
-    def positions(self) -> int:
-        """Maximum number of tokens that it can read after each other."""
-        return int(self.model.config.max_position_embeddings)
+    @staticmethod
+    def of(teacher: Tokenizer, student: Tokenizer, positions: int, *, over_spans: bool) -> TeacherReader:
+        """Return how a teacher of this tokenizer reads. Raises InputError as `choose_teacher_reader` does."""
+        token_map = choose_teacher_reader(teacher, student, over_spans=over_spans)
+        return TeacherReader(token_map=token_map, largest_id=teacher.largest_id, positions=positions)
 
     @property
     def reads_bytes(self) -> bool:
@@ -81,6 +83,13 @@ class Teacher:
             raise InputError(f"{label}: token id {wrong} of the prompt is not in the teacher's vocabulary")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher(TeacherReader):
+    """A model to distil from, frozen, and how it reads the student's tokens."""
+
+    model: Any
+
+
 def load_teacher(
     directory: Path, student: Tokenizer, device: torch.device, dtype: torch.dtype, *, over_spans: bool = False
 ) -> Teacher:
@@ -93,7 +102,8 @@ def load_teacher(
     tokenizer = Tokenizer(directory)
     token_map = choose_teacher_reader(tokenizer, student, over_spans=over_spans)
     model = load_model(directory, tokenizer, device, dtype=dtype).eval().requires_grad_(False)
-    return Teacher(model=model, token_map=token_map, largest_id=tokenizer.largest_id)
+    positions = int(model.config.max_position_embeddings)
+    return Teacher(model=model, token_map=token_map, largest_id=tokenizer.largest_id, positions=positions)
 
 
 def match_teacher(teacher: Tokenizer, student: Tokenizer) -> TokenMap:

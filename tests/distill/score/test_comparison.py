@@ -44,6 +44,7 @@ def test_a_set_is_described() -> None:
     assert describe("none", []).correct is None
 
 
+@pytest.mark.plots
 def test_criteria_are_compared_and_drawn() -> None:
     rows = [row("p", 5), row("p", 9, "B"), row("p", 7), row("q", 3), row("q", 4, "<b>"), row("r", 8)]
     columns = {"short": [5.0, 9.0, 7.0, 3.0, 4.0, 8.0], "long": [5.0, 9.0, 7.0, 3.0, 4.0, 8.0]}
@@ -66,6 +67,7 @@ def test_criteria_are_compared_and_drawn() -> None:
     assert "<b>" not in page
 
 
+@pytest.mark.plots
 def test_no_choice_at_all_is_drawn_too() -> None:
     rows = [row("p", 5)]
     comparison = compare(rows, {"ppl": [1.0]}, {"ppl": False}, {"ppl": []}, [], [])

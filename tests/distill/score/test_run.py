@@ -126,6 +126,7 @@ def test_answers_are_judged_after_the_thought_and_undecided_ones_are_counted(
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["undecided"] == 1
 
 
+@pytest.mark.plots
 def test_several_responses_are_kept_with_larks_weights(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
     summary = score(tiny_pair, data, tmp_path / "out", criteria=("lark",), pick=PickOptions(keep=2, weigh=True))
@@ -141,6 +142,7 @@ def test_several_responses_are_kept_with_larks_weights(tiny_pair: TinyPair, writ
     assert [example.weight for example in examples.examples] == [row["weight"] for row in rows]
 
 
+@pytest.mark.plots
 def test_bad_rows_are_named_and_the_rest_is_scored(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(ROWS)
     with data.open("ab") as stream:

@@ -82,7 +82,7 @@ def test_a_split_batch_has_the_gradient_of_the_whole(tiny_pair: TinyPair, layout
         chunks = ((1, 2.0), (length - 1, 0.5)) if i % 2 else ()
         examples.append(Example(input_ids=ids, num_prompt=3, weight=1.0 + i, chunk_weights=chunks))
     batch = ExampleBatch(examples=examples, on_policy=False)
-    read = Teacher(model=teacher, token_map=TokenMap(), largest_id=tokenizer.largest_id)
+    read = Teacher(model=teacher, token_map=TokenMap(), largest_id=tokenizer.largest_id, positions=512)
     forward = ForwardPass.build(model, read if kd else None, tokenizer, options, layout=layout, bf16=False)
     gradients = []
     for size in (6, 4, 3, 1):

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, as torchrun starts them, train what one process trains."""
+"""Two processes on the CPU, started by torchrun or with its variables, train what one process trains."""
 
 from __future__ import annotations
 
@@ -26,19 +26,45 @@ from genssd.engine.errors import InputError
 Write = Callable[..., Path]
 
 
-def run_two(options: dict[str, Any]) -> str:
-    """Run `genssd train` under torchrun in two processes; return its standard output."""
+def flags_of(options: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in options.items():
         if isinstance(value, bool):
             flags.append(f"--{'' if value else 'no-'}{name}")
         else:
             flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "genssd", "train", *flags]
+    return flags
+
+
+def run_process(words: list[str]) -> str:
+    """Run Python with arguments; return its standard output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "genssd", "train"]
+PAIRS = """
+import json, os, socket, sys
+import genssd.commands
+from genssd.cli import main
+
+for flags in json.loads(sys.argv[1]):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in (0, 1):
+        ranks.append(os.fork())
+        if ranks[-1] == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            main(["train", *flags])
+            sys.exit()
+    assert [os.waitpid(process, 0)[1] for process in ranks] == [0, 0]
+"""
+"""Runs trainings in two processes each, with the variables that torchrun sets. Imports take longer than trainings."""
 
 
 @pytest.mark.slow
@@ -66,8 +92,11 @@ def test_two_processes_train_what_one_trains(
     )  # fmt: skip
     options = {name: getattr(single, name) for name in names}
     options |= {"gradient_accumulation_steps": 2, "fsdp": fsdp, "output_dir": str(tmp_path / "two")}
-    printed = run_two(options)
-    assert printed.count("written to") == 1
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / "checkpoint-2").symlink_to(tmp_path / "two" / "checkpoint-2")
+    resuming = {**options, "output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "last"}
+    printed = run_process(["-c", PAIRS, json.dumps([flags_of(options), flags_of(resuming)])])
+    assert printed.count("written to") == 2, "one process of each pair speaks"
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
@@ -82,9 +111,6 @@ def test_two_processes_train_what_one_trains(
     name = "bfloat16" if fsdp else "float32"
     assert stored_dtypes(tmp_path / "two") == stored_dtypes(tmp_path / "one") == ({getattr(torch, name)}, name)
     assert stored_dtypes(tmp_path / "two" / "checkpoint-2") == ({torch.float32}, "float32")
-    (tmp_path / "resumed").mkdir()
-    (tmp_path / "resumed" / "checkpoint-2").symlink_to(tmp_path / "two" / "checkpoint-2")
-    run_two({**options, "output_dir": str(tmp_path / "resumed"), "resume_from_checkpoint": "last"})
     resumed = weights(tmp_path / "resumed")
     assert all(torch.equal(resumed[name], trained[name]) for name in trained)
     state = json.loads((tmp_path / "two" / "checkpoint-2" / "trainer_state.json").read_text())
@@ -100,7 +126,7 @@ def test_two_processes_write_what_one_writes(tiny_pair: TinyPair, write_rows: Wr
         "per_device_train_batch_size": 3, "logging_steps": 1, "num_train_epochs": 2,
     }  # fmt: skip
     memory = {"rollout.memory_bytes": 1 << 22, "rollout.max_tokens": 5}
-    run_two({**shared, **memory, "output_dir": str(tmp_path / "two")})
+    run_process([*TORCHRUN, *flags_of({**shared, **memory, "output_dir": str(tmp_path / "two")})])
     rollout = RolloutOptions(memory_bytes=1 << 22, max_tokens=5)
     options: Any = {**shared, "rollout": rollout, "output_dir": str(tmp_path / "one")}
     run_train(TrainConfig(**{**options, "gradient_accumulation_steps": 2}))

@@ -244,5 +244,11 @@ def test_the_doctor_says_what_the_training_refuses(pair: TinyPair, write_rows: W
 def test_a_completion_that_is_too_long_for_the_teacher(pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": TEXTS[0][:60]}]
     letters = save(tmp_path / "letters", build("gemma", size=60), seed=2, max_position_embeddings=48)
-    with pytest.raises(CapacityError, match=r", line 1: \d+ tokens for the teacher, which has 48 positions"):
-        train(pair, write_rows(rows), tmp_path / "run", teacher_model_name_or_path=str(letters))
+    data = write_rows(rows)
+    with pytest.raises(CapacityError, match=r", line 1: \d+ tokens for the teacher, which has 48 positions") as refused:
+        train(pair, data, tmp_path / "run", teacher_model_name_or_path=str(letters))
+    inputs = open_for(
+        "train", model_name_or_path=str(pair.student), data=(str(data),), kd_ratio=1.0, kd_loss="span_kl",
+        teacher_model_name_or_path=str(letters),
+    )  # fmt: skip
+    assert list(inputs.rows.faults) == [str(refused.value)]
