@@ -241,12 +241,13 @@ def test_rows_say_who_wrote_what_and_a_torn_run_goes_on(
 
 def test_a_tight_cache_changes_no_response(tiny_pair: TinyPair) -> None:
     options = Alternation(chunk=FIVE, criterion="ppl")
-    expected = generate_two_writers(tiny_pair.engine, PROMPTS, options, max_tokens=LENGTH, seed=2, n=3)
-    tight = Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, memory_bytes=24 * 16 * 1024)
-    assert generate_two_writers(tight, PROMPTS, options, max_tokens=LENGTH, seed=2, n=3) == expected
+    expected = generate_two_writers(tiny_pair.engine, PROMPTS[:3], options, max_tokens=10, seed=2)
+    tight = Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, memory_bytes=16 * 16 * 1024)
+    assert generate_two_writers(tight, PROMPTS[:3], options, max_tokens=10, seed=2) == expected
+    assert tight.usage.sampled_tokens > sum(c.sampled_tokens for (c,) in expected), "nothing was begun again"
     assert tight.pages_in_use[0] == 0
     with pytest.raises(CapacityError, match=r"prompt 0: .*raise memory_bytes"):
-        generate_two_writers(tight, PROMPTS, Relay(error="answer"), max_tokens=400, answers=["1"] * 4)
+        generate_two_writers(tight, PROMPTS[:1], Relay(error="answer"), max_tokens=400, answers=["1"])
     assert tight.pages_in_use[0] == 0
 
 
