@@ -228,7 +228,7 @@ class _Driver:
         return list(groups.values())
 
     def _expand(self, group: Sequence[_Response]) -> None:
-        """Have one batch of turns sampled, in parts where the cache does not hold all, and send what comes."""
+        """Have one batch of turns sampled, and send what comes; where the cache does not hold it, fewer run."""
         turns = [(response, response.turn) for response in group if response.turn is not None]
         if not turns:
             return
@@ -238,15 +238,13 @@ class _Driver:
                 [turn.branch for _, turn in turns], first.n, first.chunk, model=first.writer, sampling=first.sampling
             )
         except CapacityError as error:
-            if len(turns) > 1:
-                half = len(turns) // 2
-                self._expand([response for response, _ in turns[:half]])
-                self._expand([response for response, _ in turns[half:]])
-            elif self._make_room(turns[0][0], error):
-                self._expand(group)
+            fault = str(error)
+        else:
+            for (response, _), children in zip(turns, candidates, strict=True):
+                self._send(response, children)
             return
-        for (response, _), children in zip(turns, candidates, strict=True):
-            self._send(response, children)
+        self._make_room(fault)
+        self._expand(group)
 
     def _send(self, response: _Response, children: list[Branch]) -> None:
         """Give a response the candidates that it asked for, and take its next turn or its end."""
@@ -258,17 +256,21 @@ class _Driver:
             response.stop()
             self._finish(response, end.value)
         except CapacityError as error:  # the criterion found no room; the response is over, and begun again
-            if self._make_room(response, error):
+            if len(self._running) == 1:
+                self._fail(response, str(error))
+            else:
                 self._restart(response)
 
-    def _make_room(self, response: _Response, error: CapacityError) -> bool:
-        """Take the pages of the response that was begun last; without another one, fail the prompt. Return if not."""
-        others = [other for other in self._running if other is not response]
-        if not others:
-            self._fail(response, str(error).removeprefix("the branch: "))
-            return False
-        self._restart(others[-1])
-        return True
+    def _make_room(self, fault: str) -> None:
+        """Take the pages of a quarter of the responses, those begun last; where one runs alone, fail its prompt.
+
+        Few at a time, as every refusal of the cache takes a moment, and the number that runs never grows again.
+        """
+        if len(self._running) == 1:
+            self._fail(self._running[0], fault.removeprefix("the branch: "))
+            return
+        for response in self._running[: -max(1, len(self._running) // 4) - 1 : -1]:
+            self._restart(response)
 
     def _restart(self, response: _Response) -> None:
         """Free all pages of a running response; it is begun again when fewer run."""
