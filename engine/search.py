@@ -181,7 +181,8 @@ class PromptSearch:
         keeps its numbers, so that the noise of the others stays what it was.
         """
         start, count = views.num_children, self.judge.options.candidates
-        able = self._list_able(views)
+        # after a prompt that is too long nobody has room; its outcome says so, and no round is run
+        able = self._list_able(views) or views.list_present()
         remaining = [branch for branch in able if branch.writer not in self.tally.dropped]
         asked = [writer for writer in range(self.team.size) if self.policy.asks(writer, self.attempt)]
         expansions: list[Expansion] = []
