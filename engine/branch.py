@@ -103,11 +103,9 @@ class Branch:
     chunk_writer_logprob: list[float] = field(default_factory=list)
     """The writing model's log-probabilities of the chunk's tokens, at temperature 1."""
     chunk_states: list[StateRow] = field(default_factory=list, repr=False)
-    """Hidden states of the writing model that predict the chunk's tokens. Recorded only where its most likely tokens
-    are kept."""
+    """Hidden states of the writing model that predict the chunk's tokens, where its most likely tokens are kept."""
     chunk_topk: list[tuple[list[int], list[float]]] = field(default_factory=list, repr=False)
-    """Ids and log-probabilities of the writing model's most likely tokens at each token of the chunk, where a server
-    writes and they are kept."""
+    """Ids and log-probabilities of a server's most likely tokens at each token of the chunk, where they are kept."""
     substituted: int = 0
     """Number of tokens in the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
     is_drifted: bool = False

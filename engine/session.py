@@ -77,27 +77,15 @@ class Session:
                 reservations=resources.reservations,
             )
             return
-        self._writer = runner = resources.runner(writer)
-        # embeddings are often padded: an id that the tokenizer does not know is never drawn
-        vocabulary = self._tokenizer.largest_id + 1
-        writers: list[Role] = [writer]
+        self._writer = resources.runner(writer)
+        writers: list[Role] = [writer] if rsd is None else [writer, "student"]
         is_read_by_teacher = scored and writer == "student"
         if is_read_by_teacher:
             _check_same_tokens(resources, "a student that writes beside the teacher")
-        drawing: Drawing
-        if rsd is None:
-            # the hidden states of a student that writes are kept: the statistics of its tokens come from them
-            num_kept = int(is_read_by_teacher) or num_topk
-            drawing = WriterDrawing(
-                runner, sampling, vocabulary=vocabulary, num_topk=num_kept, greedy_first=greedy_first
-            )
-        else:
-            assert student is not None
-            _check_same_tokens(resources, "rsd")
-            drawing = ReverseSpeculativeDrawing(rsd, runner, student, sampling, vocabulary=vocabulary)
-            writers.append("student")
+        # the hidden states of a student that writes are kept: the statistics of its tokens come from them
+        num_kept = int(is_read_by_teacher) or num_topk
         self.expander = Expander(
-            drawing,
+            self._make_drawing(sampling, student, rsd, num_kept, greedy_first=greedy_first),
             None if student is None or rsd is not None else self._make_scorer(student),
             self._tokenizer,
             # a student that writes as well ends a response by the tokens of its own config
@@ -106,6 +94,26 @@ class Session:
             usage=resources.usage,
             reservations=resources.reservations,
         )
+
+    def _make_drawing(
+        self,
+        sampling: Sampling,
+        student: ModelRunner | None,
+        rsd: ReverseSpeculation | None,
+        num_kept: int,
+        *,
+        greedy_first: bool,
+    ) -> Drawing:
+        """Return how tokens are drawn. num_kept: `num_topk` of the drawing."""
+        # embeddings are often padded: an id that the tokenizer does not know is never drawn
+        vocabulary = self._tokenizer.largest_id + 1
+        if rsd is None:
+            return WriterDrawing(
+                self._writer, sampling, vocabulary=vocabulary, num_topk=num_kept, greedy_first=greedy_first
+            )
+        assert student is not None
+        _check_same_tokens(self._resources, "rsd")
+        return ReverseSpeculativeDrawing(rsd, self._writer, student, sampling, vocabulary=vocabulary)
 
     def _make_scorer(self, student: ModelRunner) -> CandidateScorer | StudentChunkReader:
         """Return what reads complete candidates: the student, or where it writes them itself, the teacher."""

@@ -126,6 +126,7 @@ def _describe(hint: Any, word: str | None) -> str:
         return f"{_describe(arguments[0], word)} ..."
     if _is_union(hint):
         parts = [_describe(part, word) for part in arguments if part is not type(None)]
+        parts = [part for part in parts if f"{part} ..." not in parts]  # one value or several
         return "|".join([*parts, *(["None"] if type(None) in arguments else [])])
     return describe_values(hint)
 

@@ -122,6 +122,7 @@ def _shorten(said: str, config_class: type) -> str:
         for lines in sections
         if lines and not lines[0].startswith(HELP_SECTIONS)
     ]
+    texts = [text.replace("|{[STR [STR ...]]}", " ...") for text in texts]  # of one value or several
     message = "; ".join(text.removesuffix(".") for text in texts).removeprefix(
         f"Error parsing {config_class.__name__}: "
     )
