@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from genssd.engine.amounts import format_count
-from genssd.engine.engine import Engine
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.runner import Role
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ class ResponseLimits:
     """Number of positions of every model that reads prompt and response."""
 
     @staticmethod
-    def of(engine: Engine, roles: Sequence[Role], max_tokens: int) -> ResponseLimits:
-        """Return the limits of responses that these models of an engine read."""
-        return ResponseLimits(max_tokens=max_tokens, positions={role: engine.positions(role) for role in roles})
+    def of(models: ModelFacts, roles: Sequence[Role], max_tokens: int) -> ResponseLimits:
+        """Return the limits of responses that these models read."""
+        return ResponseLimits(max_tokens=max_tokens, positions={role: models.positions(role) for role in roles})
 
     def find_cut(self, status: str, num_tokens: int, num_prompt: Mapping[Role, int]) -> CutBy | None:
         """Return what cut a response of so many tokens off; None where its status is neither "length" nor "budget".

@@ -63,29 +63,30 @@ class EngineOptions:
         Logs the number of threads; reports how long the models took to load.
         """
         threads = choose_engine_threads(self.threads)
-        report.begin(f"loading {_name_models(teacher, student)}")
+        report.begin(f"loading {name_models(teacher, student)}")
         started = time.monotonic()
         engine = Engine.from_pretrained(
             teacher=teacher,
             student=student,
-            device=self.device,
-            dtype=self.dtype,
-            memory_utilization=self.memory_utilization,
-            memory_bytes=self.memory_bytes,
-            max_batch=self.max_batch,
-            deterministic=self.deterministic,
             threads=threads.count,
-            backend=self.backend,
+            **self.list_arguments(),
             **self.server_arguments(),
         )
         use = engine.cache_use
         if use.pages:
             report.note(
-                f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
+                f"{name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
                 f"the caches hold {format_count(use.pages, 'page')} ({format_bytes(use.bytes)})"
             )
             announce(threads)  # when nothing about the models can be refused any more
         return engine
+
+    def list_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Engine.from_pretrained` other than models, server and threads."""
+        names = (
+            "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     def server_arguments(self) -> dict[str, Any]:
         """Return the arguments of `Engine.from_pretrained` for a teacher that a server runs."""
@@ -111,7 +112,7 @@ class EngineOptions:
         return (engine or self.load(teacher=teacher, student=student, report=report)).with_chat(chat)
 
 
-def _name_models(teacher: str | None, student: str | None) -> str:
+def name_models(teacher: str | None, student: str | None) -> str:
     """Return the models of an engine as part of a sentence."""
     if teacher == student:
         return f"teacher and student {teacher}"

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genssd.distill.runs.effects import Need
-from genssd.distill.runs.engine_options import EngineOptions
+from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.settings import FileName, Operational
 from genssd.engine.amounts import format_count
 from genssd.engine.engine import Engine
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.served.address import is_url, parse_url
 from genssd.engine.served.client import Client
 from genssd.engine.served.options import ServerOptions
@@ -21,7 +22,7 @@ SERVED_NEEDS: Mapping[str, Need] = {"teacher_tokenizer": IS_SERVED, "server": IS
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
-class TeacherOptions(EngineOptions):
+class TeacherOptions(PoolOptions):
     """The options of a command whose teacher may be the URL of a server."""
 
     teacher_tokenizer: FileName[str | None] = None
@@ -47,23 +48,23 @@ class TeacherOptions(EngineOptions):
         return {"teacher": Client(parse_url(teacher), self.server).connect().fingerprint}
 
 
-def count_server_use(engine: Engine) -> dict[str, Any]:
+def count_server_use(models: ModelFacts) -> dict[str, Any]:
     """Return the entry "server" of a summary, on this part of the run; nothing where no server was asked."""
-    if engine.server is None:
+    if models.server is None:
         return {}
     return {
         "server": {
-            "requests": engine.server.requests,
-            "repeats": engine.server.repeats,
-            "discarded_tokens": engine.usage.discarded_tokens,
-            "completions_from_text": engine.usage.served_from_text,
+            "requests": models.server.requests,
+            "repeats": models.server.repeats,
+            "discarded_tokens": models.usage.discarded_tokens,
+            "completions_from_text": models.usage.served_from_text,
         }
     }
 
 
-def describe_server_use(engine: Engine) -> str | None:
+def describe_server_use(models: ModelFacts) -> str | None:
     """Return a line on the requests to the server of the teacher; None without one."""
-    server, use = engine.server, engine.usage
+    server, use = models.server, models.usage
     if server is None:
         return None
     tokens = format_count(use.sampled_tokens + use.discarded_tokens, "token")

@@ -12,7 +12,7 @@ rsd      the student accepts or refuses every token of the teacher (Reverse Spec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from genssd.distill.data.problems import (
     read_usable_problems,
 )
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
+from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.journal import damaged_line
@@ -43,8 +44,12 @@ from genssd.distill.runs.settings import FileName, ModelPath, Operational
 from genssd.distill.select.notes import NoteMaker, list_responses
 from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
+from genssd.engine.budget import Budget
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.feed import Feed
+from genssd.engine.generation import Completion
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.options_check import check_types
 from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.reverse_speculation import ReverseSpeculation
@@ -139,17 +144,20 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
-        engine = run.use(
-            config.open_engine(engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
-        )
-        # the rows hold the prompt as the student reads it, also where the student does not read the response
-        readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")
-        readable = leave_out_unfit(data, engine, readers)
-        failures = _generate(run, config, engine, readable, done, report)
+        left = len(data.problems) - len(done)
+        with config.open_pool(
+            engine, run.chat_options, teacher=config.teacher, student=config.student, items=left, report=report
+        ) as pool:
+            run.use(pool.models)
+            # the rows hold the prompt as the student reads it, also where the student does not read the response
+            readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")
+            readable = leave_out_unfit(data, pool.models, readers)
+            failures = _generate(run, config, pool, readable, done, report)
+            server_use, line = count_server_use(pool.models), describe_server_use(pool.models)
         summary = _summarise(run, config, readable.data, failures)
         run.write_bad_rows(summary.bad_rows)
-        run.write_summary({**_describe(summary), **count_server_use(engine)})
-        if (line := describe_server_use(engine)) is not None:
+        run.write_summary({**_describe(summary), **server_use})
+        if line is not None:
             report.note(line)
     return summary
 
@@ -157,7 +165,7 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
 def _generate(
     run: Run,
     config: GenerateConfig,
-    engine: Engine,
+    pool: Pool,
     readable: ReadableProblems,
     done: frozenset[int],
     report: Progress,
@@ -167,58 +175,97 @@ def _generate(
     Returns why the others failed, by the index of the row. done: indices of rows.
     """
     problems = readable.data.problems
-    has_student_ids = config.student is not None and engine.reader.is_identity
-    origin = {
-        "seed": config.seed,
-        "method": config.method,
-        # training reads the text of rows whose ids are not the student's
-        "tokenizer": engine.tokenizer("student" if has_student_ids else "teacher").fingerprint,
-        "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
-    }
-    limits = ResponseLimits.of(
-        engine, ("teacher", "student") if config.method == "rsd" else ("teacher",), config.max_tokens
-    )
-    limits.warn_of_shortage(readable.list_lengths(done))
-    notes, thoughts = NoteMaker(engine.tokenizer("teacher"), limits), ThoughtReader(engine.tokenizer("teacher"))
-    report.begin("", unit="prompts", total=len(problems), done=len(done), engine=engine, work="writing")
-    outcomes = engine.iter_generate(
-        [problem.prompt for problem in problems],
-        n=config.n,
-        sampling=config.sampling,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        rsd=config.rsd if config.method == "rsd" else None,
-        skip=readable.find_done(done),
-        labels=[problem.where for problem in problems],
+    _find_limits(pool.models, config).warn_of_shortage(readable.list_lengths(done))
+    report.begin("", unit="prompts", total=len(problems), done=len(done), engine=pool.models, work="writing")
+    places_done = readable.find_done(done)
+    work = GenerationWork(
+        problems=problems, items=[p for p in range(len(problems)) if p not in places_done], config=config
     )
     failures: dict[int, str] = {}
-    for finished, outcome in enumerate(outcomes, start=1):
-        problem = problems[outcome.index]
-        if outcome.error is None:
-            prompt = _encode(engine, config, problem.prompt)
-            if not has_student_ids:  # the ids of the row are the teacher's
-                prompt = PairPrompt(teacher=prompt.teacher, student=prompt.teacher)
-            of_responses = notes.of_completions(
-                prompt.teacher, readable.lengths[problem.index], outcome.completions, problem.answer
-            )
-            fields = {"source": {"file": config.data, "line": problem.line}, **origin}
-            run.journal.append(
-                make_response_row(
-                    problem, prompt, outcome.completions, of_responses, thoughts.read_opening(prompt.teacher), fields
-                )
-            )
+    for finished, (place, outcome) in enumerate(pool.run(work), start=1):
+        assert not isinstance(outcome, Stopped), "nothing limits the run"
+        if isinstance(outcome, dict):
+            run.journal.append(outcome)
         else:
-            failures[problem.index] = f"{problem.where}: {outcome.error}"
+            reason = outcome.reason if isinstance(outcome, Lost) else outcome
+            failures[problems[place].index] = f"{problems[place].where}: {reason}"
         report(len(done) + finished, len(problems))
     return failures
 
 
-def _encode(engine: Engine, config: GenerateConfig, prompt: Prompt) -> PairPrompt:
-    """Return a prompt as the models of the run read it; without a student the teacher reads both."""
-    if config.student is not None:
-        return engine.encode_pair(prompt)
-    ids = tuple(engine.tokenizer("teacher").encode_prompt(prompt))
-    return PairPrompt(teacher=ids, student=ids)
+def _find_limits(models: ModelFacts, config: GenerateConfig) -> ResponseLimits:
+    roles: tuple[Role, ...] = ("teacher", "student") if config.method == "rsd" else ("teacher",)
+    return ResponseLimits.of(models, roles, config.max_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationWork:
+    """The responses to problems; a `Work`, whose items are places of problems."""
+
+    problems: Sequence[ProblemRow]
+    """All problems: how many equal prompts come before one decides what is drawn for it."""
+    items: Sequence[int]
+    config: GenerateConfig
+
+    @property
+    def most_tokens(self) -> int:
+        """Largest number of tokens of the responses to one prompt."""
+        return self.config.n * self.config.max_tokens
+
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """Yield a line of responses.jsonl for every prompt, or why it failed; see `Work`."""
+        config = self.config
+        writer = _RowMaker(engine, config)
+        outcomes = engine.iter_generate(
+            [problem.prompt for problem in self.problems],
+            n=config.n,
+            sampling=config.sampling,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            rsd=config.rsd if config.method == "rsd" else None,
+            skip=frozenset(range(len(self.problems))) - frozenset(self.items),
+            labels=[problem.where for problem in self.problems],
+            feed=feed,
+        )
+        for outcome in outcomes:
+            problem = self.problems[outcome.index]
+            yield outcome.index, outcome.error or writer.make(problem, outcome.completions)
+
+
+class _RowMaker:
+    """Makes the rows of one run. engine: the one that writes."""
+
+    def __init__(self, engine: Engine, config: GenerateConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._has_student_ids = config.student is not None and engine.reader.is_identity
+        self._fields = {
+            "seed": config.seed,
+            "method": config.method,
+            # training reads the text of rows whose ids are not the student's
+            "tokenizer": engine.tokenizer("student" if self._has_student_ids else "teacher").fingerprint,
+            "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
+        }
+        self._notes = NoteMaker(engine.tokenizer("teacher"), _find_limits(engine, config))
+        self._thoughts = ThoughtReader(engine.tokenizer("teacher"))
+
+    def make(self, problem: ProblemRow, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the row of one prompt."""
+        prompt = self._encode(problem.prompt)
+        lengths: dict[Role, int] = {"teacher": len(prompt.teacher), "student": len(prompt.student)}
+        if not self._has_student_ids:  # the ids of the row are the teacher's
+            prompt = PairPrompt(teacher=prompt.teacher, student=prompt.teacher)
+        notes = self._notes.of_completions(prompt.teacher, lengths, completions, problem.answer)
+        fields = {"source": {"file": self._config.data, "line": problem.line}, **self._fields}
+        opening = self._thoughts.read_opening(prompt.teacher)
+        return make_response_row(problem, prompt, completions, notes, opening, fields)
+
+    def _encode(self, prompt: Prompt) -> PairPrompt:
+        """Return a prompt as the models of the run read it; without a student the teacher reads both."""
+        if self._config.student is not None:
+            return self._engine.encode_pair(prompt)
+        ids = tuple(self._engine.tokenizer("teacher").encode_prompt(prompt))
+        return PairPrompt(teacher=ids, student=ids)
 
 
 def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:

@@ -9,8 +9,8 @@ from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow, ProblemSet
 from genssd.distill.files.pipes import describe
 from genssd.engine.candidate import AnyCriterion, needs_answer
-from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.reading import Reader
 from genssd.engine.runner import Role
 from genssd.engine.text import Prompt, Tokenizer
@@ -35,7 +35,7 @@ class ReadableProblems:
 
 def leave_out_unfit(
     data: ProblemSet,
-    engine: Engine,
+    models: ModelFacts,
     roles: Sequence[Role],
     criterion: AnyCriterion | None = None,
     criterion_name: str = "",
@@ -48,14 +48,14 @@ def leave_out_unfit(
     """
     lengths: dict[int, dict[Role, int]] = {}
     ends: ThoughtEnds | None = None
-    if len(roles) == 2 and not engine.reader.is_identity:
-        ends = ThoughtEnds(engine.tokenizer("teacher"), engine.reader)
+    if len(roles) == 2 and not models.reader.is_identity:
+        ends = ThoughtEnds(models.tokenizer("teacher"), models.reader)
     unreadable: list[str] = []
 
     def find_fault(problem: ProblemRow) -> str | None:
         if criterion is not None and needs_answer(criterion) and problem.answer is None:
             return f"no reference answer, which the criterion {criterion_name} reads"
-        ids = encode_for(engine, roles, problem.prompt)
+        ids = encode_for(models, roles, problem.prompt)
         fault = None if ends is None else ends.find_fault(ids["teacher"])
         if fault is not None:
             unreadable.append(fault)
@@ -72,11 +72,11 @@ def leave_out_unfit(
     return ReadableProblems(data=readable, lengths={i: values for i, values in lengths.items() if i in usable})
 
 
-def encode_for(engine: Engine, roles: Sequence[Role], prompt: Prompt) -> dict[Role, Sequence[int]]:
+def encode_for(models: ModelFacts, roles: Sequence[Role], prompt: Prompt) -> dict[Role, Sequence[int]]:
     """Return the token ids of a prompt as each of one or both models reads it. Raises InputError where one cannot."""
     if len(roles) == 1:
-        return {roles[0]: engine.tokenizer(roles[0]).encode_prompt(prompt)}
-    pair = engine.encode_pair(prompt)
+        return {roles[0]: models.tokenizer(roles[0]).encode_prompt(prompt)}
+    pair = models.encode_pair(prompt)
     return {"teacher": pair.teacher, "student": pair.student}
 
 
