@@ -1,8 +1,8 @@
 """The structure of the code: the direction of imports, the size of files and functions, docstrings that read alone.
 
 csrc  <-  kernels  <-  engine  <-  distill  <-  genssd
-within distill:  files, pages, pool  <-  runs  <-  answers  <-  data  <-  select, train, diagnose  <-  score, report  <-  the
-                 commands above
+within distill:  files, pages, pool  <-  runs  <-  answers  <-  data  <-  select, train, diagnose  <-  score, report
+                 <-  the commands above
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class _Worker:
     wants: bool = False
     """Whether it has asked for an item and got none yet."""
     reason: str | None = None
-    """What it said when it failed."""
+    """Its own words on why it failed; None where it had none."""
 
     @staticmethod
     def start(recipe: Recipe) -> _Worker:

@@ -43,10 +43,6 @@ class PoolOptions(EngineOptions):
     """GPUs that divide the prompts, a process for each: all, or numbers such as 0,1,2. Each holds the models;
     memory_bytes and max_batch are those of each. None: one GPU, in this process."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_numbers(self.processes, self.devices)
-
     @contextmanager
     def open_pool(
         self,
@@ -94,6 +90,7 @@ class PoolOptions(EngineOptions):
 
     def _choose_places(self, engine: Engine | None, teacher: str | None, items: int | None) -> list[Place]:
         """Return the places of the workers; none where this process does everything."""
+        check_numbers(self.processes, self.devices)
         if self.processes is None and self.devices is None:
             return []
         name = "devices" if self.processes is None else "processes"

@@ -151,7 +151,17 @@ PATHS = {
     "env": set(),
 }
 """Every option that names something in the file system."""
-NO_PATHS = {"device", "devices", "dtype", "criterion", "criteria", "contexts", "statuses", "until", "lora_target_modules"} | {
+NO_PATHS = {
+    "device",
+    "devices",
+    "dtype",
+    "criterion",
+    "criteria",
+    "contexts",
+    "statuses",
+    "until",
+    "lora_target_modules",
+} | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
     *("teacher_template_kwargs", "student_template_kwargs"),
