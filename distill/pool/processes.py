@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from genssd.distill.pool.hand_out import HandOut
+from genssd.distill.pool.hand_out import MAX_ENDS, HandOut
 from genssd.distill.pool.messages import (
     Begin,
     Counts,
@@ -57,6 +57,10 @@ CLOSE_TIME = 5.0
 KEPT_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 """Signals of a terminal to all of its processes, which only the process of the command answers."""
 
+START_METHOD = "spawn"
+"""How `multiprocessing` starts a worker: as a new interpreter, because a forked one cannot use CUDA or the threads that
+this process has started."""
+
 R = TypeVar("R")
 Result = tuple[int, Any]
 
@@ -66,7 +70,7 @@ class _Worker:
     """A worker process, as this process knows it."""
 
     recipe: Recipe
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
     is_ready: bool = False
     is_idle: bool = True
@@ -78,7 +82,7 @@ class _Worker:
 
     @staticmethod
     def start(recipe: Recipe) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         pipe, far_end = context.Pipe()
         process = context.Process(target=run_worker, args=(far_end, recipe), daemon=True)
         resource_tracker.ensure_running()  # it unblocks signals when it starts
@@ -269,7 +273,7 @@ class ProcessPool:
         self.models.remove(worker)
         self._ends.update(["barren"] if worker.is_ready else ["starting", "barren"])
         for number in given_up:
-            reason = f"the worker that did nothing else {end}, the last of several times"
+            reason = f"the worker that did nothing else {end}, the last of {MAX_ENDS}"
             self._results.append((number, Lost(reason=reason)))
             self._ends.clear()
         if self._ends["starting"] >= MAX_FAILED_STARTS:

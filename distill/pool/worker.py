@@ -120,6 +120,7 @@ def run_worker(pipe: Connection, recipe: Recipe) -> None:
         while True:
             work = link.await_work()
             for number, result in work.run(engine, link, Budget()):
+                link.send(_count(engine))  # budgets are held to it
                 link.send(Finished(number, result))
             link.send(_count(engine))
             link.send(Idle())
