@@ -98,9 +98,8 @@ def collect(outcomes: Iterator[tuple[int, Any]]) -> dict[int, Any]:
         assert item not in results, "done twice"
         if isinstance(outcome, SearchedPrompt):
             assert outcome.topk is not None
-            outcome = (
-                outcome.row, outcome.decisions, outcome.topk.ids.tolist(), outcome.topk.logprob.view(torch.int32).tolist()
-            )  # fmt: skip
+            topk = outcome.topk.ids.tolist(), outcome.topk.logprob.view(torch.int32).tolist()
+            outcome = (outcome.row, outcome.decisions, topk)
         results[item] = outcome
     return results
 
@@ -147,7 +146,8 @@ def test_an_item_that_ends_its_workers_is_given_up_alone(
     assert {item: results[item] for item in results if item not in lost} == {i: i * i for i in (0, 1, 3, 4, 6, 7)}
     assert lost == {
         2: "the worker that did nothing else was killed by SIGKILL (out of memory?), the last of 3",
-        5: "the worker that did nothing else failed (RuntimeError: CUDA error: an illegal memory access), the last of 3",
+        5: "the worker that did nothing else failed (RuntimeError: CUDA error: an illegal memory access), the last of "
+        "3",
     }
     assert caplog.text.count("another one takes its place") == 2 * hand_out.MAX_ENDS
 
