@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from genssd.distill.pool.hand_out import MAX_ENDS, HandOut
 from genssd.distill.pool.messages import (
@@ -57,7 +57,7 @@ CLOSE_TIME = 5.0
 KEPT_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 """Signals of a terminal to all of its processes, which only the process of the command answers."""
 
-START_METHOD = "spawn"
+START_METHOD: Literal["spawn", "forkserver"] = "spawn"
 """How `multiprocessing` starts a worker: as a new interpreter, because a forked one cannot use CUDA or the threads that
 this process has started."""
 

@@ -168,7 +168,7 @@ def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progres
         traces = [trace for place, trace in enumerate(traces) if place not in lost]
         run.write_bad_rows(bad_rows)
         if not traces:
-            raise WorkerError("no trace could be scored; bad_rows.txt says why")
+            raise WorkerError(f"no trace could be scored; {run.path('bad_rows.txt')} says why")
         return _evaluate(run, config, scorer, traces, bad_rows, notes)
 
 

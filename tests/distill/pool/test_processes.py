@@ -31,6 +31,7 @@ from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import RemoteModels
 from genssd.distill.pool.worker import Recipe
 from genssd.distill.score.features import ScoreWork
+from genssd.distill.score.prefix import PrefixConfig, PrefixWork
 from genssd.distill.select.generate import GenerateConfig, GenerationWork, run_generate
 from genssd.distill.select.run import SelectConfig, run_select
 from genssd.distill.select.work import SearchedPrompt, SearchWork
@@ -88,6 +89,10 @@ def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Any]]:
             traces=dict(enumerate(traces)), criteria=("ppl", "lalp(steps=1)"), has_teacher=False, verify=True
         ),
         "evaluate": EvaluationWork(problems=PROBLEMS, items=items, config=evaluate),
+        "prefix": PrefixWork(
+            traces=traces, items=(0, 3, 6),
+            config=PrefixConfig(student=models["student"], data=("x",), batch=3, judge_tokens=4, max_tokens=8),
+        ),
     }  # fmt: skip
 
 
@@ -104,7 +109,7 @@ def collect(outcomes: Iterator[tuple[int, Any]]) -> dict[int, Any]:
     return results
 
 
-@pytest.mark.parametrize("command", ["select", "generate", "score", "evaluate"])
+@pytest.mark.parametrize("command", ["select", "generate", "score", "evaluate", "prefix"])
 def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: ProcessPool, tmp_path: Path, command: str) -> None:
     work = make_works(tiny_pair, tmp_path)[command]
     before = pool.models.usage
@@ -113,7 +118,7 @@ def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: ProcessPool
     assert sorted(results) == sorted(work.items)
     usage = pool.models.usage
     assert usage.computed_tokens > before.computed_tokens
-    if command != "score":
+    if command not in ("score", "prefix"):
         assert usage.finished_prompts - before.finished_prompts == len(work.items)
         assert usage.planned_prompts == usage.finished_prompts
         assert usage.planned_tokens == usage.sampled_tokens

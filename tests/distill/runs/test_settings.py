@@ -22,7 +22,7 @@ NOT_COUNTED = {
     "generate": POOL | {"output_dir", "resume", "data", "limit", "server"},
     "score": POOL | {"output_dir", "resume", "pick", "equal_length"},
     "reselect": ENGINE | {"output_dir"},
-    "prefix": ENGINE | {"output_dir", "resume"},
+    "prefix": POOL | {"output_dir", "resume"},
     "leaf": {"device", "output_dir", "resume", "threads"},
     "evaluate": POOL | {"output_dir", "resume", "data", "limit"},
     "diagnose": ENGINE
