@@ -4,8 +4,7 @@
 
 Pools of one worker with all threads, and of several that divide them, run the same search over problems of the small
 pair in turns, so that a change of the machine's load meets both. The models are loaded before the time begins. Memory
-is that of the workers alone after their last run: the proportional set size (pages that processes share are divided
-among them) and the anonymous part, which no other process shares.
+is that of the workers alone after their last run: the anonymous part, which no two processes share.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ def open_pool(options: argparse.Namespace, size: int, threads: int) -> ProcessPo
     return ProcessPool(RemoteModels([tokens]), [recipe] * size)
 
 
-def read_memory(pid: int) -> dict[str, int]:
-    """Return the proportional set size of a process and its anonymous part, in bytes."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    sizes = {name: int(kilobytes) * 1024 for name, kilobytes in re.findall(r"(Pss|Anonymous): +(\d+) kB", text)}
-    return {"proportional": sizes["Pss"], "anonymous": sizes["Anonymous"]}
+def read_anonymous_bytes(pid: int) -> int:
+    """Return the memory of a process that is not of files."""
+    match = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def main() -> None:
@@ -88,19 +87,24 @@ def main() -> None:
                 count = sum(1 for _ in pool.run(work))
                 rates[size].append(round(count / (time.perf_counter() - started), 3))
         memory = {
-            size: [read_memory(worker.process.pid) for worker in pool._workers if worker.process.pid is not None]
+            size: [
+                read_anonymous_bytes(worker.process.pid) for worker in pool._workers if worker.process.pid is not None
+            ]
             for size, pool in pools.items()
         }
     for size in SIZES:
-        total = sum(one["proportional"] for one in memory[size])
-        print(f"{size} workers: {statistics.median(rates[size]):.2f} prompts/s {rates[size]}, {total / 2**20:.0f} MiB")
+        total = sum(memory[size]) / 2**20
+        print(f"{size} workers: {statistics.median(rates[size]):.2f} prompts/s {rates[size]}, {total:.0f} MiB")
     ratio = statistics.median(b / a for a, b in zip(rates[SIZES[0]], rates[SIZES[1]], strict=True))
     print(f"ratio {ratio:.2f}")
     if options.json:
-        command = f"python -m bench.commands.processes --prompts {options.prompts} --rounds {options.rounds}"
+        command = (
+            f"python -m bench.commands.processes --prompts {options.prompts} --max-tokens {options.max_tokens} "
+            f"--rounds {options.rounds}"
+        )
         result = {
             "command": command, "load_before": load, **describe_machine(cores), "prompts_per_second": rates,
-            "median_ratio": round(ratio, 3), "memory": memory,
+            "median_ratio": round(ratio, 3), "anonymous_bytes": memory,
         }  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
