@@ -15,7 +15,7 @@ are put into the order of the data, so that an interrupted run ends with the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,18 @@ from genssd.distill.data.problems import (
 )
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.effects import check_effects
-from genssd.distill.runs.engines import open_engine
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
+from genssd.engine.budget import Budget
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError
+from genssd.engine.feed import Feed
 from genssd.engine.generation import Completion
 from genssd.engine.sampling import Sampling
 
@@ -85,9 +88,12 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
         done = _find_done(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
-        engine = run.use(open_engine(config, engine, run.chat_options, student=config.model, report=report))
-        readable = leave_out_unfit(data, engine, ("student",))
-        failures = readable.data.list_bad_rows(_evaluate(run, config, engine, readable, done, report))
+        left = len(data.problems) - len(done)
+        with open_pool(config, engine, run.chat_options, student=config.model, items=left, report=report) as pool:
+            run.use(pool.models)
+            readable = leave_out_unfit(data, pool.models, ("student",))
+            failures = readable.data.list_bad_rows(_evaluate(run, config, pool, readable, done, report))
+            fingerprint = pool.models.fingerprints["student"]
         if next(run.done(), None) is None:
             listed = "".join(f"\n  {failure}" for failure in failures[:MAX_LISTED])
             raise CapacityError(f"no problem of {config.data} can be evaluated:{listed}")
@@ -96,7 +102,7 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
         evaluation = _summarise(list(run.done()), config, failures)
         run.write_bad_rows(failures)
         fields = {name: value for name, value in dataclasses.asdict(evaluation).items() if name != "correct"}
-        identity = {"fingerprint": engine.fingerprints["student"], "config": dataclasses.asdict(config)}
+        identity = {"fingerprint": fingerprint, "config": dataclasses.asdict(config)}
         run.write_summary({**fields, **identity})
     return evaluation
 
@@ -127,7 +133,7 @@ def _find_done(run: Run, config: EvaluateConfig, problems: Sequence[ProblemRow])
 def _evaluate(
     run: Run,
     config: EvaluateConfig,
-    engine: Engine,
+    pool: Pool,
     readable: ReadableProblems,
     done: frozenset[int],
     report: Progress,
@@ -136,33 +142,63 @@ def _evaluate(
 
     Returns why the others cannot be run, by the index of the row. done: indices of rows.
     """
-    problems, tokenizer = readable.data.problems, engine.tokenizer("student")
-    judge = AnswerJudge(tokenizer)
-    limits = ResponseLimits.of(engine, ("student",), config.max_tokens)
-    limits.warn_of_shortage(readable.list_lengths(done))
-    report.begin("", unit="problems", total=len(problems), done=len(done), engine=engine, work="writing")
-    # the greedy response and the samples of a problem share its prompt, and end about together
-    generated = engine.iter_generate(
-        [problem.prompt for problem in problems],
-        model="student",
-        n=1 + config.samples,
-        sampling=config.sampling if config.samples else Sampling(temperature=0.0),
-        greedy_first=config.samples > 0,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        skip=readable.find_done(done),
-        labels=[problem.where for problem in problems],
+    problems, places_done = readable.data.problems, readable.find_done(done)
+    ResponseLimits.of(pool.models, ("student",), config.max_tokens).warn_of_shortage(readable.list_lengths(done))
+    report.begin("", unit="problems", total=len(problems), done=len(done), engine=pool.models, work="writing")
+    work = EvaluationWork(
+        problems=problems, items=[p for p in range(len(problems)) if p not in places_done], config=config
     )
     failures: dict[int, str] = {}
-    for finished, outcome in enumerate(generated, start=1):
-        problem = problems[outcome.index]
-        if outcome.error is not None:
-            failures[problem.index] = f"{problem.where}: {outcome.error}"
+    for finished, (place, outcome) in enumerate(pool.run(work), start=1):
+        assert not isinstance(outcome, Stopped), "nothing limits the run"
+        if isinstance(outcome, dict):
+            run.journal.append(outcome)
         else:
-            prompt_ids = tokenizer.encode_prompt(problem.prompt)
-            run.journal.append(_make_row(problem, prompt_ids, outcome.sampled, judge, limits))
+            reason = outcome.reason if isinstance(outcome, Lost) else outcome
+            failures[problems[place].index] = f"{problems[place].where}: {reason}"
         report(len(done) + finished, len(problems))
     return failures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationWork:
+    """The responses to problems and their verdicts; a `Work`, whose items are places of problems."""
+
+    problems: Sequence[ProblemRow]
+    """All problems: how many equal prompts come before one decides what is drawn for it."""
+    items: Sequence[int]
+    config: EvaluateConfig
+
+    @property
+    def most_tokens(self) -> int:
+        """Largest number of tokens of all responses to one problem."""
+        return (1 + self.config.samples) * self.config.max_tokens
+
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """Yield a line of evaluation.jsonl for every problem, or why it cannot be run; see `Work`."""
+        config, tokenizer = self.config, engine.tokenizer("student")
+        judge = AnswerJudge(tokenizer)
+        limits = ResponseLimits.of(engine, ("student",), config.max_tokens)
+        # the greedy response and the samples of a problem share its prompt, and end about together
+        generated = engine.iter_generate(
+            [problem.prompt for problem in self.problems],
+            model="student",
+            n=1 + config.samples,
+            sampling=config.sampling if config.samples else Sampling(temperature=0.0),
+            greedy_first=config.samples > 0,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            skip=frozenset(range(len(self.problems))) - frozenset(self.items),
+            labels=[problem.where for problem in self.problems],
+            feed=feed,
+        )
+        for outcome in generated:
+            problem = self.problems[outcome.index]
+            if outcome.error is not None:
+                yield outcome.index, outcome.error
+            else:
+                prompt_ids = tokenizer.encode_prompt(problem.prompt)
+                yield outcome.index, _make_row(problem, prompt_ids, outcome.sampled, judge, limits)
 
 
 def _make_row(

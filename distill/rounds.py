@@ -30,8 +30,8 @@ from genssd.distill.files.rows import read_rows
 from genssd.distill.round_data import RoundProblems, keep_trajectories
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import check_effects
-from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.journal import damaged_line, read_number, read_texts, write_json
+from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.served_teacher import find_fingerprints
@@ -262,7 +262,7 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Progress) 
     summary = directory / "summary.json"
     if summary.exists():
         return read_number(summary, "accuracy", "value"), read_texts(summary, "not_evaluated")
-    engine = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(EngineOptions)}
+    engine = {f.name: getattr(config.select, f.name) for f in dataclasses.fields(PoolOptions)}
     evaluating = EvaluateConfig(
         **engine,
         **config.as_student_settings(),

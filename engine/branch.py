@@ -78,7 +78,6 @@ class Branch:
     """Maximum number of tokens in the whole response; None: as many as the models have positions for."""
     trace: tuple[int, ...] = ()
     """Index of the candidate in each round: its place in the tree."""
-
     writer: int = 0
     """Index of the teacher that writes the branch; the others have branches of their own of one response (views.py)."""
     history: list[int] = field(default_factory=list)
@@ -262,8 +261,7 @@ class Branch:
         is_judged_ahead = self.reading is not None and self.reading.is_provisional
         self.history_stats = (*self.history_stats, TokenStats.empty() if is_judged_ahead else self.stats)
         self.history_writer_logprob = (*self.history_writer_logprob, self.writer_logprob)
-        topk = self.session.chunk_topk(self)
-        if topk is not None:
+        if (topk := self.session.chunk_topk(self)) is not None:
             self.history_topk = (*self.history_topk, topk)
         self.chunk, self.stats, self.chunk_writer_logprob = [], TokenStats.empty(), []
         self.chunk_states, self.chunk_topk, self.reading = [], [], None

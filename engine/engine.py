@@ -12,6 +12,7 @@ from genssd.engine.branch import Branch, expand_together
 from genssd.engine.candidate import ActivationMeans, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.feed import Feed
 from genssd.engine.generation import Completion, Generation
 from genssd.engine.judging import Judge
 from genssd.engine.language_model import LanguageModel
@@ -63,7 +64,7 @@ class Engine(LoadedEngine):
         plan.require_all()
         return sorted(plan.run(), key=lambda selection: selection.index)
 
-    @check_arguments(but=("prompts", "answers", "labels"))
+    @check_arguments(but=("prompts", "answers", "labels", "feed"))
     def iter_select_expand(
         self,
         prompts: Sequence[Prompt],
@@ -72,6 +73,7 @@ class Engine(LoadedEngine):
         answers: Sequence[str | None] | None = None,
         labels: Sequence[str] | None = None,
         skip: frozenset[int] = frozenset(),
+        feed: Feed | None = None,
         **changes: Unpack[SearchChanges],
     ) -> Iterator[Selection]:
         """Run the search of `select_expand` and yield each Selection as soon as its prompt ends.
@@ -79,10 +81,11 @@ class Engine(LoadedEngine):
         A prompt that is longer than a model's positions or than the cache yields a Selection with `error` set, before
         all others; one for which the teacher writes a token that the student does not have, as soon as that is known;
         one that a budget ends yields what it has, with `ended_by` set. skip: indices of prompts that are not run,
-        because they were done before; the others get what they would have got without it. Arguments are checked at
-        once, and raise the errors of `select_expand`.
+        because they were done before; the others get what they would have got without it. feed: hands out the indices
+        of the prompts to run, one after the other, where several engines divide them; the others have no outcome here.
+        Arguments are checked at once, and raise the errors of `select_expand`.
         """
-        return self._plan_search(prompts, options.with_changes(**changes), answers, labels, skip).run()
+        return self._plan_search(prompts, options.with_changes(**changes), answers, labels, skip).run(feed)
 
     def _plan_search(
         self,
@@ -126,7 +129,7 @@ class Engine(LoadedEngine):
         completions = {outcome.index: outcome.completions for outcome in outcomes}
         return [completions[i] for i in range(len(prompts))]
 
-    @check_arguments(but=("prompts", "labels"))
+    @check_arguments(but=("prompts", "labels", "feed"))
     def iter_generate(
         self,
         prompts: Sequence[Prompt],
@@ -140,12 +143,13 @@ class Engine(LoadedEngine):
         greedy_first: bool = False,
         skip: frozenset[int] = frozenset(),
         labels: Sequence[str] | None = None,
+        feed: Feed | None = None,
     ) -> Iterator[Generation]:
         """Sample as `generate` does and yield each prompt's Generation as soon as its last completion ends.
 
         A prompt that is longer than the model's positions or than the cache yields a Generation with `error` set,
         before all others. greedy_first: the first of the n completions takes the most likely tokens, whatever the
-        sampling. skip and labels: as in `iter_select_expand`. Arguments are checked at once.
+        sampling. skip, labels and feed: as in `iter_select_expand`. Arguments are checked at once.
         """
         check_count("n", n)
         check_count("max_tokens", max_tokens)
@@ -158,7 +162,7 @@ class Engine(LoadedEngine):
         session = Session(self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first)
         encoded = self._resources.encode_all(prompts, labels_of(prompts, labels), roles)
         request = GenerationRequest(roles=roles, n=n, max_tokens=max_tokens, seed=seed)
-        return iter_generations(self._resources, session, request, (p for p in encoded if p.index not in skip))
+        return iter_generations(self._resources, session, request, (p for p in encoded if p.index not in skip), feed)
 
     @check_arguments(but=("prompt", "responses"))
     def iter_force(

@@ -33,3 +33,7 @@ class NumericsError(GenssdError):
 
 class ServerError(GenssdError):
     """A server that is not there, does not answer any more, or answers what cannot be used."""
+
+
+class WorkerError(GenssdError):
+    """Worker processes that end again and again, so that the work cannot go on."""

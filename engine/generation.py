@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from genssd.engine.amounts import format_count
@@ -11,6 +12,7 @@ from genssd.engine.any_expander import AnyExpander
 from genssd.engine.branch import Branch
 from genssd.engine.errors import CapacityError, ServerError
 from genssd.engine.expansion import Expansion
+from genssd.engine.feed import Feed, Intake
 from genssd.engine.quoting import quote
 
 NO_ROOM = "beside the branches that others hold; drop them, or raise memory_bytes or memory_utilization"
@@ -60,22 +62,30 @@ class Generation:
         return list(self.sampled)
 
 
-def generate(queue: Mapping[int, Expansion], expander: AnyExpander) -> Iterator[Generation]:
+def generate(
+    queue: Mapping[int, Expansion],
+    expander: AnyExpander,
+    feed: Feed | None = None,
+    misfits: Mapping[int, Generation] = MappingProxyType({}),
+) -> Iterator[Generation]:
     """Run the expansions, first come first served; yield the outcome of each as soon as it ends, under its key.
 
-    An expansion fails where branches of other calls fill the cache. Closing the iterator early frees all pages.
+    feed: hands out the keys of those to run; None runs all of them. misfits: outcomes of prompts that cannot be run, by
+    key, for those that the feed names. An expansion fails where branches of other calls fill the cache. Closing the
+    iterator early frees all pages.
     """
     usage = expander.usage
     key_of = {expansion: key for key, expansion in queue.items()}
-    usage.plan(expansion.most_tokens for expansion in key_of)
-    waiting, num_in_flight = list(queue.values())[::-1], 0
+    waiting, num_in_flight = Intake(queue, usage, feed, misfits), 0
     try:
-        while waiting or num_in_flight:
-            while waiting and expander.has_room and expander.pages.fits([waiting[-1]]):
+        while num_in_flight or waiting.fill(wait=True) or waiting.found_misfits:
+            while expander.has_room and waiting.fill(wait=False) and expander.pages.fits([waiting.first]):
                 expander.submit([waiting.pop()])
                 num_in_flight += 1
+            while waiting.found_misfits:
+                yield misfits[waiting.found_misfits.pop()]
             if not num_in_flight:
-                if expander.pages.fits([waiting[-1]], collecting=True):
+                if not waiting or expander.pages.fits([waiting.first], collecting=True):
                     continue
                 failed = waiting.pop()
                 expander.pages.forget(failed.parent.prompt)
@@ -85,24 +95,25 @@ def generate(queue: Mapping[int, Expansion], expander: AnyExpander) -> Iterator[
                 continue
             for expansion in expander.step():
                 num_in_flight -= 1
-                is_written = expansion.failed is None
-                sampled = tuple(_completion(child) for child in expansion.children) if is_written else ()
-                usage.finish(expansion.most_tokens, sum(len(completion.token_ids) for completion in sampled))
-                yield Generation(
-                    index=key_of[expansion],
-                    label=expansion.label,
-                    sampled=sampled,
-                    error=expansion.failed,
-                    is_refused=not is_written,
-                )
-                for branch in (expansion.parent, *expansion.children):
-                    branch.drop()
-                expander.pages.forget(expansion.parent.prompt)
+                yield _finish(expansion, key_of[expansion], expander)
     finally:
         for expansion in queue.values():
             expander.cancel(expansion)
             expansion.parent.drop()
         expander.pages.drop_prefixes()
+
+
+def _finish(expansion: Expansion, key: int, expander: AnyExpander) -> Generation:
+    """Return the outcome of an expansion that has ended, and free its pages."""
+    is_written = expansion.failed is None
+    sampled = tuple(_completion(child) for child in expansion.children) if is_written else ()
+    expander.usage.finish(expansion.most_tokens, sum(len(completion.token_ids) for completion in sampled))
+    for branch in (expansion.parent, *expansion.children):
+        branch.drop()
+    expander.pages.forget(expansion.parent.prompt)
+    return Generation(
+        index=key, label=expansion.label, sampled=sampled, error=expansion.failed, is_refused=not is_written
+    )
 
 
 def _completion(branch: Branch) -> Completion:

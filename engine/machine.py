@@ -49,14 +49,24 @@ class ControlGroup:
         return 0
 
 
+_own_limit: list[int] = []
+
+
+def limit_own_memory(limit: int) -> None:
+    """Let this process take at most so many bytes of memory, as one of several that divide the machine's."""
+    _own_limit[:] = [limit]
+
+
 def available_memory(root: Path = ROOT, *, promised: int = 0) -> int:
     """Return how many bytes of memory this process can still take.
 
     promised: bytes that are allocated and not written yet, which only ulimit counts as used. The smallest of:
     MemAvailable of the kernel; for its cgroup and every ancestor, the limit minus the use, where page cache that is not
-    in active use counts as free; the address space and data segment that ulimit leaves.
+    in active use counts as free; the address space and data segment that ulimit leaves; what `limit_own_memory` leaves,
+    where the pages of files that are read, which processes share, do not count.
     """
     free = [_machine_memory(root)]
+    free += [limit - _kilobytes(root / "proc/self/status").get("RssAnon", 0) for limit in _own_limit]
     for group in control_groups("memory", root):
         if (bytes_free := _memory_of_group(group)) is not None:
             free.append(bytes_free)

@@ -57,7 +57,7 @@ class MemoryPlan:
     """The division of a device's free memory between the models of an engine."""
 
     free_bytes: int
-    """Memory of the device that is free now."""
+    """Memory of the device that is free now, or the part of it that one of several processes may take."""
     weight_bytes: Mapping[str, int]
     """Size of every model's weights."""
     loading_bytes: int
@@ -79,11 +79,13 @@ def plan_memory(
     free_fraction: float,
     max_batch: int | None,
     threads: int,
+    processes: int = 1,
 ) -> MemoryPlan:
     """Return the division of the memory that `LoadedModels.open_resources` will make after loading these models.
 
-    The arguments are those of `Engine.from_pretrained`; threads: number of threads that will compute. Raises
-    CapacityError where nothing is left for the caches, or not even one page.
+    The arguments are those of `Engine.from_pretrained`; threads: number of threads that will compute. processes: number
+    of processes that divide the memory of a CPU; the plan is that of one. Raises CapacityError where nothing is left
+    for the caches, or not even one page.
     """
     planned = list(models.values())
     device = planned[0].device
@@ -96,11 +98,13 @@ def plan_memory(
     weights = {role: model.weight_bytes for role, model in models.items()}
     total = sum(weights.values())
     budget = memory_bytes
+    free = available_bytes(device)
+    of_others = free - free // processes
     if budget is None:
-        budget = cache_budget(device, None, free_fraction, working_bytes=working, reserved_bytes=total)
+        budget = cache_budget(device, None, free_fraction, working_bytes=working, reserved_bytes=total + of_others)
     num_pages, _ = pages_within(budget, planned)[0]
     return MemoryPlan(
-        free_bytes=available_bytes(device),
+        free_bytes=free - of_others,
         weight_bytes=weights,
         loading_bytes=total + max(model.copied_bytes for model in planned),
         working_bytes=working,

@@ -6,7 +6,7 @@ it would not fit into an empty cache. Its outcome then says why, and the others 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from genssd.engine.any_expander import AnyExpander
@@ -15,6 +15,7 @@ from genssd.engine.budget import Budget
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError
 from genssd.engine.expansion import Expansion
+from genssd.engine.feed import Feed, Intake
 from genssd.engine.generation import Generation, generate
 from genssd.engine.judging import Judge
 from genssd.engine.model_choices import Role
@@ -46,11 +47,17 @@ class SearchPlan:
         for search, misfit in self.misfits:
             raise CapacityError(f"{search.label}: {misfit}")
 
-    def run(self) -> Iterator[Selection]:
-        """Yield the outcomes of the prompts that cannot be run, then every other one as soon as it is known."""
-        for search, misfit in self.misfits:
-            yield search.outcome(error=misfit)
-        yield from SearchScheduler(self.searches, self.expander, self.budget).run()
+    def run(self, feed: Feed | None = None) -> Iterator[Selection]:
+        """Yield the outcomes of the prompts that cannot be run, then every other one as soon as it is known.
+
+        feed: hands out the prompts to run; the others have no outcome. None runs all of them.
+        """
+        outcomes = {search.index: search.outcome(error=misfit) for search, misfit in self.misfits}
+        if feed is None:
+            yield from outcomes.values()
+        searches = {search.index: search for search in self.searches}
+        waiting = Intake(searches, self.expander.usage, feed, outcomes)
+        yield from SearchScheduler(waiting, self.expander, self.budget, outcomes).run()
 
 
 def plan_search(team: Team, judge: Judge, prompts: Iterable[tuple[EncodedPrompt, ...]]) -> SearchPlan:
@@ -94,12 +101,19 @@ class GenerationRequest:
 
 
 def iter_generations(
-    resources: Resources, session: Session, request: GenerationRequest, prompts: Iterable[EncodedPrompt]
+    resources: Resources,
+    session: Session,
+    request: GenerationRequest,
+    prompts: Iterable[EncodedPrompt],
+    feed: Feed | None = None,
 ) -> Iterator[Generation]:
-    """Check the prompts at once; return an iterator over the outcomes, those that cannot be run first."""
+    """Check the prompts at once; return an iterator over the outcomes, those that cannot be run first.
+
+    feed: hands out the prompts to run; the others have no outcome. None runs all of them.
+    """
     chunk = Chunk(tokens=request.max_tokens, until=None)
     queue: dict[int, Expansion] = {}
-    failed: list[Generation] = []
+    failed: dict[int, Generation] = {}
     for prompt in prompts:
         root = _root(session, prompt, request.seed, request.roles[0])
         limit = resources.response_limit(prompt.ids, request.max_tokens, request.roles)
@@ -108,16 +122,17 @@ def iter_generations(
         if misfit is None:
             queue[prompt.index] = expansion
         else:
-            failed.append(Generation(index=prompt.index, label=prompt.label, error=misfit))
+            failed[prompt.index] = Generation(index=prompt.index, label=prompt.label, error=misfit)
     session.expander.pages.share_prefixes([expansion.parent for expansion in queue.values()])
-    return _run_generation(failed, queue, session.expander)
+    return _run_generation(failed, queue, session.expander, feed)
 
 
 def _run_generation(
-    failed: Sequence[Generation], queue: dict[int, Expansion], expander: AnyExpander
+    failed: Mapping[int, Generation], queue: dict[int, Expansion], expander: AnyExpander, feed: Feed | None
 ) -> Iterator[Generation]:
-    yield from failed
-    yield from generate(queue, expander)
+    if feed is None:
+        yield from failed.values()
+    yield from generate(queue, expander, feed, failed)
 
 
 def _root(session: Session, prompt: EncodedPrompt, seed: int, writer: Role) -> Branch:

@@ -8,12 +8,14 @@ budget of all prompts is reached, every prompt ends with what it has.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from genssd.engine.any_expander import AnyExpander
 from genssd.engine.budget import Budget, BudgetMeter, BudgetName
 from genssd.engine.errors import CapacityError
 from genssd.engine.expansion import Expansion
+from genssd.engine.feed import Intake
 from genssd.engine.search import PromptSearch
 from genssd.engine.selection import Selection
 
@@ -25,35 +27,46 @@ BESIDE_OTHERS = (
 
 
 class SearchScheduler:
-    """The order in which the rounds of many prompts run on one expander."""
+    """The order in which the rounds of many prompts run on one expander.
 
-    def __init__(self, prompts: Sequence[PromptSearch], expander: AnyExpander, budget: Budget = Budget()) -> None:
+    waiting: prompts that are not started, or suspended; oldest first. misfits: outcomes of prompts that cannot be run,
+    by index, for those that a feed names.
+    """
+
+    def __init__(
+        self,
+        waiting: Intake[PromptSearch],
+        expander: AnyExpander,
+        budget: Budget = Budget(),
+        misfits: Mapping[int, Selection] = MappingProxyType({}),
+    ) -> None:
         self._expander = expander
         self._meter = BudgetMeter(budget, ("total_budget.tokens", "total_budget.seconds"))
-        self._waiting = deque(prompts)
-        """Prompts that are not started, or suspended; oldest first."""
+        self._waiting = waiting
+        self._misfits = misfits
         self._active: list[PromptSearch] = []
         """Prompts that hold pages, oldest first."""
         self._decoded: list[PromptSearch] = []
         """Active prompts whose round is decoded and not judged yet."""
         self._prompt_of: dict[Expansion, PromptSearch] = {}
         """Prompts of the expansions that are being decoded."""
-        expander.usage.plan(prompt.most_tokens for prompt in prompts)
 
     def run(self) -> Iterator[Selection]:
         """Run all prompts and yield each outcome as soon as it is known. Closing the iterator early frees all pages."""
         self._meter.start()
         try:
-            while self._waiting or self._active:
+            while self._active or self._waiting.fill(wait=True) or self._waiting.found_misfits:
                 reached = self._meter.find_reached(more_tokens=1)
                 if reached is not None:
                     yield from self._stop_all(reached)
                     return
                 if not self._decoded:  # a new round would take the pages that the criterion waits for
                     self._start_rounds()
+                while self._waiting.found_misfits:
+                    yield self._misfits[self._waiting.found_misfits.pop()]
                 if self._prompt_of:
                     yield from self._decode_step()
-                else:
+                elif self._active or self._waiting:
                     failed = self._make_room()
                     if failed is not None:
                         yield self._fail(failed, self._describe_shortage(failed))
@@ -66,14 +79,14 @@ class SearchScheduler:
     def _start_rounds(self) -> None:
         """Start the next round of every prompt that can, oldest first; then admit new ones while rows are free."""
         ready = deque(prompt for prompt in self._active if not prompt.is_started)
-        while ready or (self._waiting and self._expander.has_room):
-            prompt = ready[0] if ready else self._waiting[0]
+        while ready or (self._expander.has_room and self._waiting.fill(wait=False)):
+            prompt = ready[0] if ready else self._waiting.first
             if not self._expander.pages.fits(prompt.round):
                 return  # younger prompts must not overtake, or the oldest could starve
             if ready:
                 ready.popleft()
             else:
-                self._active.append(self._waiting.popleft())
+                self._active.append(self._waiting.pop())
             self._expander.submit(prompt.start_round())
             self._prompt_of.update((expansion, prompt) for expansion in prompt.round)
 
@@ -126,7 +139,7 @@ class SearchScheduler:
         live branch, whose responses wait for the criterion, holds no pages: it fails only beside no other.
         """
         if not self._active:
-            prompt = self._waiting[0]
+            prompt = self._waiting.first
             return None if self._expander.pages.fits(prompt.round, collecting=True) else prompt
         holders = [prompt for prompt in self._active if prompt.live]
         if not holders or len(self._active) == 1:
@@ -135,7 +148,7 @@ class SearchScheduler:
         self._leave(youngest)
         self._cancel(youngest)
         youngest.suspend()
-        self._waiting.appendleft(youngest)
+        self._waiting.put_back(youngest)
         return None
 
     def _describe_shortage(self, prompt: PromptSearch) -> str:

@@ -168,10 +168,13 @@ class PromptSearch:
         )
 
     def _plan_round(self, attempt: int, chunk: Chunk) -> None:
-        """Make the expansions of the live branches; attempts whose teachers cannot read any of them are left out."""
+        """Make the expansions of the live branches; attempts whose teachers cannot read any of them are left out.
+
+        No expansions where no teacher can go on: the prompt is longer than its positions, and is not run.
+        """
         self.is_started, self.attempt, self.chunk = False, attempt, chunk
         self.round = [expansion for views in self.live for expansion in self._expand(views)]
-        if self.live and not self.round:
+        if not self.round and any(map(self._list_able, self.live)):
             self._plan_round(attempt + 1, chunk)
 
     def _expand(self, views: Views) -> list[Expansion]:

@@ -67,9 +67,10 @@ class Session:
         if self._served is not None and rsd is None:
             if num_topk:
                 self._served.check_topk(num_topk)
+            scores = None if student is None else CandidateScorer(student, self._reader, resources.usage)
             self.expander: AnyExpander = ServedExpander(
                 self._served,
-                None if student is None else CandidateScorer(student, self._reader, resources.usage),
+                scores,
                 sampling,
                 num_topk=num_topk,
                 greedy_first=greedy_first,
@@ -78,17 +79,17 @@ class Session:
             )
             return
         self._writer = resources.runner(writer)
-        writers: list[Role] = [writer] if rsd is None else [writer, "student"]
         is_read_by_teacher = scored and writer == "student"
         if is_read_by_teacher:
             _check_same_tokens(resources, "a student that writes beside the teacher")
         # the hidden states of a student that writes are kept: the statistics of its tokens come from them
         num_kept = int(is_read_by_teacher) or num_topk
+        # a student that writes as well ends a response by the tokens of its own config
+        writers: set[Role] = {writer} if rsd is None else {writer, "student"}
         self.expander = Expander(
-            self._make_drawing(sampling, student, rsd, num_kept, greedy_first=greedy_first),
+            self._make_drawing(student, sampling, rsd, num_topk=num_kept, greedy_first=greedy_first),
             None if student is None or rsd is not None else self._make_scorer(student),
             self._tokenizer,
-            # a student that writes as well ends a response by the tokens of its own config
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
             max_batch=resources.max_batch,
             usage=resources.usage,
@@ -97,19 +98,22 @@ class Session:
 
     def _make_drawing(
         self,
-        sampling: Sampling,
         student: ModelRunner | None,
+        sampling: Sampling,
         rsd: ReverseSpeculation | None,
-        num_kept: int,
         *,
+        num_topk: int,
         greedy_first: bool,
     ) -> Drawing:
-        """Return how tokens are drawn. num_kept: `num_topk` of the drawing."""
+        """Return what draws the tokens: the writer alone, or with the student's say. num_topk: kept at each position.
+
+        Raises InputError under rsd where the tokens of the two models are not the same.
+        """
         # embeddings are often padded: an id that the tokenizer does not know is never drawn
         vocabulary = self._tokenizer.largest_id + 1
         if rsd is None:
             return WriterDrawing(
-                self._writer, sampling, vocabulary=vocabulary, num_topk=num_kept, greedy_first=greedy_first
+                self._writer, sampling, vocabulary=vocabulary, num_topk=num_topk, greedy_first=greedy_first
             )
         assert student is not None
         _check_same_tokens(self._resources, "rsd")

@@ -67,7 +67,7 @@ def load_team(teachers: Sequence[str | Path], student: str | Path, **options: An
     tokenizers = [part.tokenizers["teacher"] for part in parts]
     names = [f"teacher {name}" for name in teachers]
     own, student_name = parts[paired].tokenizers["student"], f"student {student}"
-    readers = _read_alike(
+    readers = read_alike(
         [
             parts[paired].reader if i == paired else choose_reader(tokenizers[i], own, names[i], student_name)
             for i in range(len(parts))
@@ -90,7 +90,7 @@ def load_team(teachers: Sequence[str | Path], student: str | Path, **options: An
     return replace(complete[0], others=tuple(complete[1:]), team_readers=_read_each_other(tokenizers, names))
 
 
-def _read_alike(
+def read_alike(
     readers: Sequence[Reader], tokenizers: Sequence[Tokenizer], student: Tokenizer, names: Sequence[str], own_name: str
 ) -> list[Reader]:
     """Return how the student reads each teacher: all by ids, or, where it reads one by bytes, all by bytes.

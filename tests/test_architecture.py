@@ -1,8 +1,8 @@
 """The structure of the code: the direction of imports, the size of files and functions, docstrings that read alone.
 
 csrc  <-  kernels  <-  engine  <-  distill  <-  genssd
-within distill:  files, pages  <-  runs  <-  answers  <-  data  <-  select, train, diagnose  <-  score, report  <-  the
-                 commands above
+within distill:  files, pages, pool  <-  runs  <-  answers  <-  data  <-  select, train, diagnose  <-  score, report
+                 <-  the commands above
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ RANKS = {
     "engine": 2,
     "distill.files": 3,
     "distill.pages": 3,
+    "distill.pool": 3,
     "distill.runs": 4,
     "distill.answers": 5,
     "distill.small_pair": 5,

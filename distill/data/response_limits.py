@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from genssd.engine.amounts import format_count
-from genssd.engine.engine import Engine
 from genssd.engine.model_choices import Role
+from genssd.engine.model_facts import ModelFacts
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ class ResponseLimits:
     """Number of positions of every model that reads prompt and response."""
 
     @staticmethod
-    def of(engine: Engine, roles: Sequence[Role], max_tokens: int) -> ResponseLimits:
-        """Return the limits of responses that these models of an engine read."""
+    def of(models: ModelFacts, roles: Sequence[Role], max_tokens: int) -> ResponseLimits:
+        """Return the limits of responses that these models read."""
         return ResponseLimits(
             max_tokens=max_tokens,
-            positions={role: min(one.positions(role) for one in engine.teachers) for role in roles},
+            positions={role: min(one.positions(role) for one in models.teachers) for role in roles},
         )
 
     def find_cut(self, status: str, num_tokens: int, num_prompt: Mapping[Role, int]) -> CutBy | None:

@@ -9,6 +9,7 @@ import torch
 
 from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs, ModelFiles, find_max_length
+from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.train.activations import BatchShape, estimate_training_bytes
 from genssd.distill.train.adapters import add_adapters
 from genssd.distill.train.build import choose_bf16
@@ -37,6 +38,7 @@ def check_caches(inputs: Inputs) -> list[Finding]:
     if foreign:
         line = f"the cache of the {' and the '.join(foreign)} is known when transformers has loaded the model"
         return [Finding(name=name, level="ok", line=line)]
+    processes = max(1, engine.processes or 1) if isinstance(engine, PoolOptions) else 1
     try:
         device = choose_device(engine.device)
         planned = {
@@ -48,18 +50,19 @@ def check_caches(inputs: Inputs) -> list[Finding]:
             memory_bytes=engine.memory_bytes,
             free_fraction=engine.memory_utilization,
             max_batch=engine.max_batch,
-            threads=choose_engine_threads(engine.threads).count,
+            threads=max(1, choose_engine_threads(engine.threads).count // processes),
+            processes=processes,
         )
     except CapacityError as error:
         fix = "raise the limit of memory, take smaller models, or --dtype bfloat16 where it is float32"
         return [Finding(name=name, level="error", line=str(error), fix=fix)]
     except GenssdError:
         return []  # a finding of another check
-    return [_judge_caches(inputs, plan)]
+    return [_judge_caches(inputs, plan, processes)]
 
 
-def _judge_caches(inputs: Inputs, plan: MemoryPlan) -> Finding:
-    """Return the finding about a plan: whether it fits, and how many sequences the caches hold."""
+def _judge_caches(inputs: Inputs, plan: MemoryPlan, processes: int) -> Finding:
+    """Return the finding about the plan of a process: whether it fits, and how many sequences the caches hold."""
     settings = inputs.settings
     longest = max((max(lengths.values()) for lengths in inputs.prompts.list_lengths()), default=0)
     most = min(model.config.max_position_embeddings for model in inputs.models.values())
@@ -69,7 +72,7 @@ def _judge_caches(inputs: Inputs, plan: MemoryPlan) -> Finding:
     per_prompt = length + (settings.sequences - 1) * min(chunk, settings.max_tokens or chunk)
     weights = ", ".join(f"{role} {format_bytes(count)}" for role, count in plan.weight_bytes.items())
     lines = [
-        f"free {format_bytes(plan.free_bytes)}",
+        f"free {format_bytes(plan.free_bytes)}{f' for each of {processes} processes' if processes > 1 else ''}",
         f"weights {weights} ({format_bytes(plan.loading_bytes)} while they are loaded)",
         f"computation {format_bytes(plan.working_bytes)}, with up to {plan.max_batch} sequences at once",
         f"caches {format_bytes(plan.cache_bytes)}: {format_count(plan.cache_tokens, 'token')} for each model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.progress import SILENT, Progress
@@ -30,29 +31,31 @@ def load_engine(
     Logs the number of threads; reports how long the models took to load.
     """
     threads = choose_engine_threads(options.threads)
-    report.begin(f"loading {_name_models(teacher, student)}")
+    report.begin(f"loading {name_models(teacher, student)}")
     started = time.monotonic()
     engine = Engine.from_pretrained(
         teacher=teacher,
         student=student,
-        device=options.device,
-        dtype=options.dtype,
-        memory_utilization=options.memory_utilization,
-        memory_bytes=options.memory_bytes,
-        max_batch=options.max_batch,
-        deterministic=options.deterministic,
         threads=threads.count,
-        backend=options.backend,
+        **list_arguments(options),
         **options.server_arguments(),
     )
     use = engine.cache_use
     if use.pages:
         report.note(
-            f"{_name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
+            f"{name_models(teacher, student)} loaded in {time.monotonic() - started:.1f} s; "
             f"the caches hold {format_count(use.pages, 'page')} ({format_bytes(use.bytes)})"
         )
         announce(threads)  # when nothing about the models can be refused any more
     return engine
+
+
+def list_arguments(options: EngineOptions) -> dict[str, Any]:
+    """Return the arguments of `Engine.from_pretrained` other than models, server and threads."""
+    names = (
+        "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend",
+    )  # fmt: skip
+    return {name: getattr(options, name) for name in names}
 
 
 def open_engine(
@@ -78,7 +81,7 @@ def open_engine(
     return (engine or load_engine(options, teacher=teacher, student=student, report=report)).with_chat(chat)
 
 
-def _name_models(teacher: TeacherNames | None, student: str | None) -> str:
+def name_models(teacher: TeacherNames | None, student: str | None) -> str:
     """Return the models of an engine as part of a sentence."""
     if isinstance(teacher, tuple):
         return f"teachers {', '.join(teacher)} and student {student}"

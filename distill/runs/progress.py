@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from genssd.engine.budget import Budget
-from genssd.engine.engine import Engine
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.usage import Usage
 
 Work = Literal["items", "writing", "reading"]
@@ -36,7 +36,7 @@ class Stage:
     """Number of items that were done before the stage began, in an earlier part of the run."""
     detail: str = ""
     """Further values of the moment, such as a loss."""
-    engine: weakref.ref[Engine] | None = None
+    engine: weakref.ref[ModelFacts] | None = None
     """Engine whose tokens and pages are shown. It is freed when the command drops it, to load another one."""
     work: Work = "items"
     to_read: int = 0
@@ -58,7 +58,7 @@ class Progress:
         unit: str = "",
         total: int = 0,
         done: int = 0,
-        engine: Engine | None = None,
+        engine: ModelFacts | None = None,
         work: Work = "items",
         to_read: int = 0,
         budget: Budget = Budget(),

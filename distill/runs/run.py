@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
 from genssd.distill.runs.directory import claim_directory
@@ -35,13 +35,15 @@ from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.runs.stopped import describe_stopped
 from genssd.distill.runs.writing import keep_spans, remove_leftovers, write_text
 from genssd.engine.chat_options import ChatOptions
-from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.threads import ThreadChoice
 
 Fingerprints = Mapping[str, str] | Mapping[Role, str]
 """Fingerprints of models that are loaded already, by the name of the config's field."""
+M = TypeVar("M", bound=ModelFacts)
+"""The models of a run: an engine, or those of other processes."""
 
 
 class RunConfig(Protocol):
@@ -142,34 +144,34 @@ class Run:
             self._record["template_date"] = date
             self._chat_options = self._config.make_chat_options(date)
 
-    def use(self, engine: Engine) -> Engine:
-        """Record an engine's number of threads, the server of its teacher and, on a GPU, its kernel configurations.
+    def use(self, models: M) -> M:
+        """Record the models' number of threads, the server of the teacher and, on a GPU, their kernel configurations.
 
-        Returns the engine.
+        Returns the models.
         The results depend on the configurations, and not on the number of threads. Raises InputError where an earlier
         part of the run took others for the same models.
         """
-        self._record["threads"] = engine.threads
-        if engine.server is not None:
+        self._record["threads"] = models.threads
+        if models.server is not None:
             self._record["server"] = {
-                name: getattr(engine.server, name) for name in ("url", "model", "root", "positions", "tokenizer")
+                name: getattr(models.server, name) for name in ("url", "model", "root", "positions", "tokenizer")
             }
-        if engine.launches is None:
+        if models.launches is None:
             self._write_record()
-            return engine
-        further = [one.fingerprints["teacher"] for one in engine.teachers[1:]]
-        models = "+".join([*engine.fingerprints.values(), *further])
-        now = dataclasses.asdict(engine.launches)
-        begun = self._record.get("launches", {}).get(models, now)
+            return models
+        further = [one.fingerprints["teacher"] for one in models.teachers[1:]]
+        names = "+".join([*models.fingerprints.values(), *further])
+        now = dataclasses.asdict(models.launches)
+        begun = self._record.get("launches", {}).get(names, now)
         if begun["digest"] != now["digest"]:
             raise InputError(
                 f"{self.output_dir} was begun with other kernel configurations ({begun['source']}, deterministic="
                 f"{begun['deterministic']}) than are used now ({now['source']}, deterministic={now['deterministic']}); "
                 "resume on such a GPU with the same tune file and deterministic, or choose another output_dir"
             )
-        self._record.setdefault("launches", {})[models] = begun
+        self._record.setdefault("launches", {})[names] = begun
         self._write_record()
-        return engine
+        return models
 
     def fix_threads(self, choice: ThreadChoice) -> ThreadChoice:
         """Return the number of threads on which this run's results depend, and record it.

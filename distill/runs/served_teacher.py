@@ -9,6 +9,7 @@ from genssd.distill.runs.teacher_options import TeacherNames, TeacherOptions, li
 from genssd.engine.amounts import format_count
 from genssd.engine.checkpoint import fingerprint, locate
 from genssd.engine.engine import Engine
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.served.address import is_url, parse_url
 from genssd.engine.served.client import Client
 
@@ -33,23 +34,23 @@ def find_fingerprints(
     return {"teacher": each[0] if len(each) == 1 else each}
 
 
-def count_server_use(engine: Engine) -> dict[str, Any]:
+def count_server_use(models: ModelFacts) -> dict[str, Any]:
     """Return the entry "server" of a summary, on this part of the run; nothing where no server was asked."""
-    if engine.server is None:
+    if models.server is None:
         return {}
     return {
         "server": {
-            "requests": engine.server.requests,
-            "repeats": engine.server.repeats,
-            "discarded_tokens": engine.usage.discarded_tokens,
-            "completions_from_text": engine.usage.served_from_text,
+            "requests": models.server.requests,
+            "repeats": models.server.repeats,
+            "discarded_tokens": models.usage.discarded_tokens,
+            "completions_from_text": models.usage.served_from_text,
         }
     }
 
 
-def describe_server_use(engine: Engine) -> str | None:
+def describe_server_use(models: ModelFacts) -> str | None:
     """Return a line on the requests to the server of the teacher; None without one."""
-    server, use = engine.server, engine.usage
+    server, use = models.server, models.usage
     if server is None:
         return None
     tokens = format_count(use.sampled_tokens + use.discarded_tokens, "token")

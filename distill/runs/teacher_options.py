@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genssd.distill.runs.effects import Need
-from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.field_kinds import FileName, Operational
+from genssd.distill.runs.pool_options import PoolOptions
 from genssd.engine.served.address import is_url
 from genssd.engine.served.options import ServerOptions
 
@@ -22,7 +22,7 @@ SERVED_NEEDS: Mapping[str, Need] = {"teacher_tokenizer": IS_SERVED, "server": IS
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
-class TeacherOptions(EngineOptions):
+class TeacherOptions(PoolOptions):
     """The options of a command whose teacher may be the URL of a server."""
 
     teacher_tokenizer: FileName[str | None] = None

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational, Recomputed
+from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.score.pick_options import PickOptions
 from genssd.engine.criterion_names import check_criterion
 from genssd.engine.errors import InputError
@@ -16,7 +16,7 @@ from genssd.engine.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreConfig(EngineOptions, PairChatSettings):
+class ScoreConfig(PoolOptions, PairChatSettings):
     """Compute criteria of finished traces with a student; pick the best responses and rank the teachers by them."""
 
     NEEDS: ClassVar[Needs] = {"teacher_template_kwargs": Need(lambda o: o.teacher is not None, "a teacher")}

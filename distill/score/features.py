@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, describe_source
 from genssd.distill.score.teacher import NO_LOGPROBS, TeacherReader, has_recorded, read_recorded
 from genssd.engine.amounts import format_count
+from genssd.engine.budget import Budget
 from genssd.engine.candidate import Candidate
 from genssd.engine.criterion import (
     AnyCriterion,
@@ -26,14 +27,20 @@ from genssd.engine.criterion import (
     needs_verdict,
 )
 from genssd.engine.criterion_calls import call_features, call_ratio, call_score
+from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.feed import Feed
 from genssd.engine.loops import LoopGuard
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.resources import ANSWER_ROOM
 from genssd.engine.steps import step_spans
 from genssd.kernels.logprob import TokenStats
 
-BATCH_TOKENS = 16384  # of prompts and responses given to the engine at once
+BATCH_TOKENS = 16384
+"""Number of tokens of prompts and responses that are given to the engine at once."""
+FED_TOKENS = 4096
+"""Number of tokens that an engine takes at once where several of them divide the traces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,20 +48,20 @@ class Scorer:
     """The criteria, and the models that they read."""
 
     criteria: Mapping[str, AnyCriterion]
-    engine: Engine
+    models: ModelFacts
     teacher: TeacherReader | None
-    """Teacher in memory; None takes the log-probabilities that the rows record."""
+    """Teacher among the models; None takes the log-probabilities that the rows record."""
     verify: bool
     """Whether answers are judged where the row has no verdict."""
 
     def find_fault(self, trace: Trace) -> str | None:
         """Return why the criteria cannot judge a trace; None if they can."""
-        longest = self.engine.max_sequence_length("student")
+        longest = self.models.max_sequence_length("student")
         reading = next((name for name, criterion in self.criteria.items() if needs_answer(criterion)), None)
         if reading is not None:
             if trace.answer is None:
                 return f"no reference answer, which {reading} reads"
-            num_answer = len(self.engine.tokenizer("student").encode_plain(trace.answer))
+            num_answer = len(self.models.tokenizer("student").encode_plain(trace.answer))
             if trace.num_tokens + num_answer > longest - ANSWER_ROOM:
                 return (
                     f"with its reference answer longer than the {format_count(longest, 'token')} that the student takes"
@@ -69,19 +76,19 @@ class Scorer:
             return None
         return NO_LOGPROBS.format(criterion=asking)
 
-    def iter_features(self, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
-        """Yield the line of features.jsonl of every trace of a batch."""
+    def iter_features(self, engine: Engine, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
+        """Yield the line of features.jsonl of every trace of a batch. engine: one over the models."""
         logprobs: Sequence[Tensor | None] = [None] * len(traces)
         if any(map(needs_teacher, self.criteria.values())):
-            logprobs = [read_recorded(t) for t in traces] if self.teacher is None else self.teacher.read(traces)
-        stats = self.engine.score([trace.prompt_ids for trace in traces], [trace.response_ids for trace in traces])
-        judge = AnswerJudge(self.engine.tokenizer("student"))
+            logprobs = [read_recorded(t) for t in traces] if self.teacher is None else self.teacher.read(engine, traces)
+        stats = engine.score([trace.prompt_ids for trace in traces], [trace.response_ids for trace in traces])
+        judge = AnswerJudge(engine.tokenizer("student"))
         for trace, of_trace, teacher_logprob in zip(traces, stats, logprobs, strict=True):
             verdict: Verdict | None = None
             if trace.correct is None and self.verify and trace.answer is not None:
                 verdict = judge.judge(trace.prompt_ids, trace.response_ids, trace.answer)
             correct = trace.correct if verdict is None else verdict.is_correct
-            candidate = make_candidate(trace, self.engine, of_trace, teacher_logprob, correct=correct)
+            candidate = make_candidate(trace, engine, of_trace, teacher_logprob, correct=correct)
             if self.teacher is None and trace.writer is not None:  # the recorded log-probabilities, of its own tokens
                 candidate = replace(candidate, spans=trace.writer.spans)
             yield self._describe(trace, candidate, verdict)
@@ -103,7 +110,7 @@ class Scorer:
             "prompt": trace.prompt_key,
             "teacher": trace.teacher,
             "tokens": len(trace.response_ids),
-            "steps": len(step_spans(self.engine.tokenizer("student").pieces(content))),
+            "steps": len(step_spans(self.models.tokenizer("student").pieces(content))),
             "finished": trace.finished,
             "loop": bool(LoopGuard().period(trace.response_ids)),
             "correct": candidate.correct,
@@ -137,17 +144,57 @@ def make_candidate(
     )
 
 
-def divide(traces: Sequence[Trace]) -> Iterator[Sequence[Trace]]:
-    """Yield the traces in batches of at most BATCH_TOKENS tokens, or of one trace."""
-    start = tokens = 0
-    for i, trace in enumerate(traces):
-        size = len(trace.prompt_ids) + len(trace.response_ids)
-        if i > start and tokens + size > BATCH_TOKENS:
-            yield traces[start:i]
-            start, tokens = i, 0
-        tokens += size
-    if start < len(traces):
-        yield traces[start:]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreWork:
+    """The features of finished traces; a `Work`, whose items are places of traces."""
+
+    traces: Mapping[int, Trace]
+    """Traces to score by their places, the longest ones first."""
+    criteria: Sequence[str]
+    has_teacher: bool
+    """Whether the teacher is among the models."""
+    verify: bool
+
+    most_tokens: ClassVar[int] = 0
+
+    @property
+    def items(self) -> Sequence[int]:
+        """The places of all traces."""
+        return list(self.traces)
+
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the line of features.jsonl of every trace; see `Work`."""
+        scorer = Scorer(
+            criteria={name: resolve(name) for name in self.criteria},
+            models=engine,
+            teacher=TeacherReader(engine) if self.has_teacher else None,
+            verify=self.verify,
+        )
+        for places in _iter_batches(self.traces, feed):
+            rows = scorer.iter_features(engine, [self.traces[place] for place in places])
+            yield from zip(places, rows, strict=True)
+
+
+def _iter_batches(traces: Mapping[int, Trace], feed: Feed | None) -> Iterator[Sequence[int]]:
+    """Yield the places of traces in batches of at most BATCH_TOKENS tokens, or of one trace.
+
+    Those that a feed hands out come in batches of FED_TOKENS, so that other workers have some as well.
+    """
+    limit = BATCH_TOKENS if feed is None else FED_TOKENS
+    waiting = iter(traces)
+    batch: list[int] = []
+    tokens = 0
+    while True:
+        place = next(waiting, None) if feed is None else feed.take(wait=not batch)
+        size = 0 if place is None else traces[place].num_tokens
+        if batch and (place is None or tokens + size > limit):
+            yield batch
+            batch, tokens = [], 0
+        elif place is None:
+            return
+        if place is not None:
+            batch.append(place)
+            tokens += size
 
 
 def make_jsonable(value: float) -> float | str:

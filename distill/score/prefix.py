@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
@@ -31,9 +30,10 @@ from genssd.distill.data.traces import (
     read_usable_traces,
     sort_by_trace,
 )
-from genssd.distill.runs.engines import open_engine
+from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.score.prefix_config import PrefixConfig
@@ -47,7 +47,11 @@ from genssd.distill.score.prefix_judges import (
     warn_of_unmarked,
 )
 from genssd.engine.amounts import format_count
+from genssd.engine.budget import Budget
 from genssd.engine.engine import Engine
+from genssd.engine.errors import WorkerError
+from genssd.engine.feed import Feed
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.steps import step_spans
 
 
@@ -77,30 +81,73 @@ def run_prefix(config: PrefixConfig, engine: Engine | None = None, report: Progr
     """
     config = choose_sampling(config, config.student, "student", engine)
     fingerprints = None if engine is None else engine.fingerprints
-    with Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run:
-        engine = run.use(open_engine(config, engine, run.chat_options, student=config.student, report=report))
+    with (
+        Run.open(config, "prefix", journal="prefixes.jsonl", fingerprints=fingerprints) as run,
+        open_pool(config, engine, run.chat_options, student=config.student, report=report) as pool,
+    ):
+        models = run.use(pool.models)
         report.begin("reading the traces")
-        traces, bad_rows = _read_traces(config, engine)
+        traces, bad_rows = _read_traces(config, models)
         report.note(describe_reading(traces, bad_rows))
-        done = _keep_whole_batches(run, traces, config.batch)
-        judge = _make_judge(config, engine)
-        count, is_warned = len(done), False
-        report.begin("", unit="traces", total=len(traces), done=count, engine=engine)
-        for start in range(0, len(traces), config.batch):
-            if start in done:
-                continue
-            batch = traces[start : start + config.batch]
-            rows = _align(engine, config, batch, judge, partial(report, count, len(traces)))
-            for row in rows:
-                run.journal.append(row)
-            count += len(batch)
-            report(count, len(traces))
-            warning = warn_of_unmarked(count_replies(rows))
-            if warning is not None and not is_warned and count < len(traces):
-                is_warned = True  # now, and not at the end alone: there is more work to come, perhaps in vain
-                report.note(warning)
+        lost = _align_all(run, config, pool, traces, report)
+        bad_rows += [f"{traces[place].where}: {reason}" for place, reason in sorted(lost.items())]
+        traces = [trace for place, trace in enumerate(traces) if place not in lost]
         run.write_bad_rows(bad_rows)
+        if not traces:
+            raise WorkerError(f"no trace could be shortened; {run.path('bad_rows.txt')} says why")
         return _summarise(run, traces, bad_rows)
+
+
+def _align_all(run: Run, config: PrefixConfig, pool: Pool, traces: Sequence[Trace], report: Progress) -> dict[int, str]:
+    """Journal the batches that are not in the journal yet; return why the traces of others could not be done."""
+    done = _keep_whole_batches(run, traces, config.batch)
+    count, is_warned = len(done), False
+    report.begin("", unit="traces", total=len(traces), done=count, engine=pool.models)
+    starts = [start for start in range(0, len(traces), config.batch) if start not in done]
+    work = PrefixWork(traces=traces, items=starts, config=config)
+    if pool.size == 1:
+        work = dataclasses.replace(work, report=lambda detail: report(count, len(traces), detail))
+    lost: dict[int, str] = {}
+    for start, outcome in pool.run(work):
+        assert not isinstance(outcome, Stopped), "nothing limits the run"
+        batch = range(start, min(start + config.batch, len(traces)))
+        count += len(batch)
+        if isinstance(outcome, Lost):
+            lost |= dict.fromkeys(batch, outcome.reason)
+            continue
+        for row in outcome:
+            run.journal.append(row)
+        report(count, len(traces))
+        warning = warn_of_unmarked(count_replies(outcome))
+        if warning is not None and not is_warned and count < len(traces):
+            is_warned = True  # now, and not at the end alone: there is more work to come, perhaps in vain
+            report.note(warning)
+    return lost
+
+
+def _report_nothing(detail: str) -> None:
+    """Take what is done at the moment, where nobody shows it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixWork:
+    """The sufficient prefixes of traces; a `Work`, whose items are batches, named by the place of their first trace."""
+
+    traces: Sequence[Trace]
+    items: Sequence[int]
+    config: PrefixConfig
+    report: Callable[[str], None] = _report_nothing
+    """Receiver of what is done at the moment; one that can be pickled where other processes work."""
+
+    most_tokens: ClassVar[int] = 0
+
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Yield the lines of prefixes.jsonl of every batch; see `Work`."""
+        judge = _make_judge(self.config, engine)
+        starts = iter(self.items) if feed is None else iter(lambda: feed.take(wait=True), None)
+        for start in starts:
+            batch = self.traces[start : start + self.config.batch]
+            yield start, _align(engine, self.config, batch, judge, self.report)
 
 
 def _make_judge(config: PrefixConfig, engine: Engine) -> PrefixJudge:
@@ -109,15 +156,15 @@ def _make_judge(config: PrefixConfig, engine: Engine) -> PrefixJudge:
     return make_solving_judge(engine, config.max_tokens, config.seed)
 
 
-def _read_traces(config: PrefixConfig, engine: Engine) -> tuple[list[Trace], list[str]]:
+def _read_traces(config: PrefixConfig, models: ModelFacts) -> tuple[list[Trace], list[str]]:
     def unfit(trace: Trace) -> str | None:
         if config.judge == "solves" and trace.answer is None:
             return "no reference answer, which judge=solves needs"
         return "the response is empty" if len(trace.response_ids) == trace.finished else None
 
-    longest = engine.max_sequence_length("student")
+    longest = models.max_sequence_length("student")
     return read_usable_traces(
-        config.data, engine.tokenizer("student"), max_length=longest, limit=config.limit, find_fault=unfit
+        config.data, models.tokenizer("student"), max_length=longest, limit=config.limit, find_fault=unfit
     )
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
+from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
@@ -16,7 +16,7 @@ from genssd.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixConfig(EngineOptions, ChatSettings, ModelSampling):
+class PrefixConfig(PoolOptions, ChatSettings, ModelSampling):
     """Keep as much of every trace as the student needs, and let the student write the rest."""
 
     NEEDS: ClassVar[Needs] = {"judge_tokens": Need(lambda o: o.judge == "says", "judge says")}

@@ -26,15 +26,16 @@ from genssd.distill.data.traces import (
     read_usable_traces,
     sort_by_trace,
 )
-from genssd.distill.runs.engines import open_engine
+from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.journal import write_json, write_jsonl
+from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
 from genssd.distill.score.comparison import compare
 from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.controls import ControlTable, compute_controls
-from genssd.distill.score.features import Scorer, divide, make_jsonable
+from genssd.distill.score.features import Scorer, ScoreWork, make_jsonable
 from genssd.distill.score.page import render_page
 from genssd.distill.score.pick_options import PickOptions
 from genssd.distill.score.picking import compute_lark_weights, pick_responses
@@ -46,7 +47,8 @@ from genssd.engine.criterion import AnyCriterion, PoolCriterion
 from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
+from genssd.engine.errors import InputError, WorkerError
+from genssd.engine.model_facts import ModelFacts
 
 CONTROLS = ("length", "random")
 """Criteria that are always computed, because any other has to say more than they do."""
@@ -83,28 +85,33 @@ def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progres
     _check_judge(config)
     fingerprints = None if engine is None else engine.fingerprints
     with Run.open(config, "score", journal="features.jsonl", fingerprints=fingerprints) as run:
-        engine = run.use(
-            open_engine(config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
-        )
-        scorer = Scorer(
-            criteria={name: resolve(name) for name in config.criteria},
-            engine=engine,
-            teacher=None if config.teacher is None else TeacherReader(engine),
-            verify=config.verify,
-        )
-        report.begin("reading the traces")
-        traces, bad_rows = read_usable_traces(
-            config.data,
-            engine.tokenizer("student"),
-            max_length=engine.max_sequence_length("student"),
-            limit=config.limit,
-            find_fault=scorer.find_fault,
-        )
-        report.note(describe_reading(traces, bad_rows))
-        controls, notes = _choose_controls(scorer, traces)
-        scorer = dataclasses.replace(scorer, criteria={**scorer.criteria, **controls})
-        _score(run, scorer, traces, report)
+        with open_pool(
+            config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report
+        ) as pool:
+            models = run.use(pool.models)
+            scorer = Scorer(
+                criteria={name: resolve(name) for name in config.criteria},
+                models=models,
+                teacher=None if config.teacher is None else TeacherReader(models),
+                verify=config.verify,
+            )
+            report.begin("reading the traces")
+            traces, bad_rows = read_usable_traces(
+                config.data,
+                models.tokenizer("student"),
+                max_length=models.max_sequence_length("student"),
+                limit=config.limit,
+                find_fault=scorer.find_fault,
+            )
+            report.note(describe_reading(traces, bad_rows))
+            controls, notes = _choose_controls(scorer, traces)
+            scorer = dataclasses.replace(scorer, criteria={**scorer.criteria, **controls})
+            lost = _score(run, pool, scorer, traces, report)
+        bad_rows += [f"{traces[place].where}: {reason}" for place, reason in sorted(lost.items())]
+        traces = [trace for place, trace in enumerate(traces) if place not in lost]
         run.write_bad_rows(bad_rows)
+        if not traces:
+            raise WorkerError(f"no trace could be scored; {run.path('bad_rows.txt')} says why")
         return _evaluate(run, config, scorer, traces, bad_rows, notes)
 
 
@@ -141,21 +148,32 @@ def _choose_controls(scorer: Scorer, traces: Sequence[Trace]) -> tuple[dict[str,
     return {name: resolve(name) for name in names if name not in scorer.criteria}, notes
 
 
-def _score(run: Run, scorer: Scorer, traces: Sequence[Trace], report: Progress) -> None:
-    """Journal the features of every trace that is not in the journal yet."""
+def _score(run: Run, pool: Pool, scorer: Scorer, traces: Sequence[Trace], report: Progress) -> dict[int, str]:
+    """Journal the features of every trace that is not in the journal yet; return why others could not be scored."""
     done = set(find_traces(run.done(), traces, run.journal_path))
-    count = len(done)
-    missing = [trace for i, trace in enumerate(traces) if i not in done]
+    missing = {place: trace for place, trace in enumerate(traces) if place not in done}
     num_readers = 1 if scorer.teacher is None else 2
     report.begin(
-        "", unit="traces", total=len(traces), done=count, engine=scorer.engine, work="reading",
-        to_read=num_readers * sum(trace.num_tokens for trace in missing),
+        "", unit="traces", total=len(traces), done=len(done), engine=scorer.models, work="reading",
+        to_read=num_readers * sum(trace.num_tokens for trace in missing.values()),
     )  # fmt: skip
-    for batch in divide(missing):
-        for row in scorer.iter_features(batch):
-            run.journal.append(row)
-            count += 1
+    if pool.size > 1:
+        missing = dict(sorted(missing.items(), key=lambda item: -item[1].num_tokens))
+    work = ScoreWork(
+        traces=missing,
+        criteria=tuple(scorer.criteria),
+        has_teacher=scorer.teacher is not None,
+        verify=scorer.verify,
+    )
+    lost: dict[int, str] = {}
+    for count, (place, outcome) in enumerate(pool.run(work), start=len(done) + 1):
+        assert not isinstance(outcome, Stopped), "nothing limits the run"
+        if isinstance(outcome, Lost):
+            lost[place] = outcome.reason
+        else:
+            run.journal.append(outcome)
         report(count, len(traces))
+    return lost
 
 
 def _evaluate(
@@ -170,7 +188,7 @@ def _evaluate(
 
     notes: about controls that are missing. Raises InputError on a journal without the values of a control.
     """
-    criteria, engine = scorer.criteria, scorer.engine
+    criteria, models = scorer.criteria, scorer.models
     rows = sort_by_trace(run.done(), traces, run.journal_path)
     missing = next((name for name in criteria if any(name not in row["features"] for row in rows)), None)
     if missing is not None:
@@ -180,7 +198,7 @@ def _evaluate(
     columns = {name: compute_values(criterion, name, rows) for name, criterion in criteria.items()}
     write_jsonl(run.path("scores.jsonl"), _score_rows(rows, columns))
     higher_is_better = {name: is_higher_better(criterion) for name, criterion in criteria.items()}
-    selected = _write_selected(run, config, engine, traces, rows, columns, higher_is_better)
+    selected = _write_selected(run, config, models, traces, rows, columns, higher_is_better)
     ranks, incomplete = rank_teachers(rows, criteria, columns)
     ranking = {name: [dataclasses.asdict(rank) for rank in ranked] for name, ranked in ranks.items()}
     write_json(run.path("teachers.json"), {"incomplete_prompts": incomplete, **ranking})
@@ -215,7 +233,7 @@ def _evaluate(
 def _write_selected(
     run: Run,
     config: ScoreConfig,
-    engine: Engine,
+    models: ModelFacts,
     traces: Sequence[Trace],
     rows: Sequence[Mapping[str, Any]],
     columns: Mapping[str, Sequence[float]],
@@ -223,7 +241,7 @@ def _write_selected(
 ) -> list[int]:
     """Pick responses by `pick.by`, write them to selected.jsonl, and return their indices."""
     name = config.pick.by or config.criteria[0]
-    tokenizer = engine.tokenizer("student")
+    tokenizer = models.tokenizer("student")
     selected = pick_responses(
         rows, columns[name], higher_is_better[name], config.pick, lambda i: tokenizer.decode(traces[i].response_ids)
     )
@@ -232,7 +250,7 @@ def _write_selected(
     )
     write_jsonl(
         run.path("selected.jsonl"),
-        (_training_row(engine, traces[i], rows[i], name, columns[name][i], weights[i]) for i in selected),
+        (_training_row(models, traces[i], rows[i], name, columns[name][i], weights[i]) for i in selected),
     )
     return selected
 
@@ -244,9 +262,9 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequenc
 
 
 def _training_row(
-    engine: Engine, trace: Trace, scored: Mapping[str, Any], criterion: str, score: float, weight: float
+    models: ModelFacts, trace: Trace, scored: Mapping[str, Any], criterion: str, score: float, weight: float
 ) -> dict[str, Any]:
     """Return a row of selected.jsonl. scored: the trace's row of the journal, which has the verdict."""
-    fields = make_training_row(trace, trace.response_ids, engine.tokenizer("student"))
+    fields = make_training_row(trace, trace.response_ids, models.tokenizer("student"))
     verdict = {name: scored[name] for name in ("correct", "undecided")}
     return {**fields, **verdict, "criterion": criterion, "score": make_jsonable(score), "weight": weight}

@@ -11,26 +11,27 @@ from genssd.distill.data.traces import Trace
 from genssd.engine.amounts import format_count
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.token_map import match_tokenizers
 
 NO_LOGPROBS = "no log-probabilities of the teacher, which {criterion} reads: give --teacher MODEL"
 
 
 class TeacherReader:
-    """The teacher of an engine as a reader of traces in the student's token ids.
+    """A teacher as a reader of traces in the student's token ids.
 
     A prompt is read as the teacher's own chat template renders it. Where the row was written by this very model, it is
     read by the ids that the row records, so that values equal those of the search.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, models: ModelFacts) -> None:
         """Compare the two tokenizers. Raises InputError where they differ in more than added tokens."""
-        self._engine = engine
-        self._tokenizer = engine.tokenizer("teacher")
+        self._models = models
+        self._tokenizer = models.tokenizer("teacher")
         self._map = match_tokenizers(
-            engine.tokenizer("student"), self._tokenizer, "student", f"teacher {self._tokenizer.directory}"
+            models.tokenizer("student"), self._tokenizer, "student", f"teacher {self._tokenizer.directory}"
         )
-        self._fingerprint = engine.fingerprints["teacher"]
+        self._fingerprint = models.fingerprints["teacher"]
 
     def find_fault(self, trace: Trace) -> str | None:
         """Return why the teacher cannot read a trace; None if it can."""
@@ -38,18 +39,19 @@ class TeacherReader:
             prompt_ids, response_ids = self._encode(trace)
         except InputError as error:
             return str(error)
-        longest = self._engine.max_sequence_length("teacher")
+        longest = self._models.max_sequence_length("teacher")
         if len(prompt_ids) + len(response_ids) > longest:
             tokens = format_count(len(prompt_ids) + len(response_ids), "token")
             return f"{tokens}, more than the {longest} that the teacher takes"
         return None
 
-    def read(self, traces: Sequence[Trace]) -> list[Tensor]:
-        """Return the teacher's log-probabilities of every response's tokens, float32 [tokens] each."""
+    def read(self, engine: Engine, traces: Sequence[Trace]) -> list[Tensor]:
+        """Return the teacher's log-probabilities of every response's tokens, float32 [tokens] each.
+
+        engine: one that has the teacher.
+        """
         pairs = [self._encode(trace) for trace in traces]
-        stats = self._engine.score(
-            [prompt for prompt, _ in pairs], [response for _, response in pairs], model="teacher"
-        )
+        stats = engine.score([prompt for prompt, _ in pairs], [response for _, response in pairs], model="teacher")
         return [of_trace.logprob for of_trace in stats]
 
     def _encode(self, trace: Trace) -> tuple[list[int], list[int]]:

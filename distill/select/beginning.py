@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from genssd.distill.select.calibration import check_calibration
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.select.unfit import ReadableProblems
-from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.policies import make_policy
 from genssd.engine.team_loading import check_teachers
 
@@ -31,14 +31,14 @@ def check_search(settings: SelectSettings, teachers: Sequence[str], student: str
         )
 
 
-def report_thinking(engine: Engine, problems: ReadableProblems) -> None:
+def report_thinking(models: ModelFacts, problems: ReadableProblems) -> None:
     """Log a line about what the chat templates do about thoughts; a warning where their switches differ.
 
     Of several teachers, a line for each.
     """
     if all(isinstance(problem.prompt, str) for problem in problems.data.problems):
         return  # no chat template is used
-    for one in engine.teachers:
+    for one in models.teachers:
         pair = one.thinking
         if (line := pair.describe()) is not None:
             logger.log(logging.WARNING if pair.has_other_switch else logging.INFO, "%s", line)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from genssd.distill.data.problems import ProblemSet
+from genssd.distill.data.problems import ProblemRow, ProblemSet
+from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.journal import read_json
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.select.unfit import leave_out_unfit
@@ -18,6 +19,7 @@ from genssd.engine.criterion_calls import is_higher_better
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
+from genssd.engine.feed import Feed
 from genssd.engine.search_options import SearchOptions
 
 
@@ -86,21 +88,30 @@ def _check_criterion(criterion: str | AnyCriterion) -> None:
         )
 
 
-def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fraction: float) -> Calibration:
-    """Sample one plain response per prompt and return the threshold that `fraction` of its chunks reach.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationWork:
+    """Plain samples of the first teacher, one for every problem; a `Work`, whose items are places of problems."""
 
-    Of several teachers the first one writes them.
+    problems: Sequence[ProblemRow]
+    options: SearchOptions
 
-    The prompts should be others than those of the run, to which the threshold would be fitted too well. Rows that
-    cannot be used are left out, and named in the result. Raises InputError when none can be used.
-    """
-    engine, criterion = engine.teachers[0], options.criterion
-    _check_criterion(criterion)
-    usable = leave_out_unfit(data, engine, ("teacher", "student"), resolve(criterion), str(criterion)).data
-    selections = list(
-        engine.iter_select_expand(
-            [problem.prompt for problem in usable.problems],
-            options,
+    @property
+    def items(self) -> Sequence[int]:
+        """All problems."""
+        return range(len(self.problems))
+
+    @property
+    def most_tokens(self) -> int:
+        """Largest number of tokens of one response."""
+        return self.options.max_tokens
+
+    def run(
+        self, engine: Engine, feed: Feed | None, budget: Budget
+    ) -> Iterator[tuple[int, list[float] | str | Stopped]]:
+        """Yield the criterion's values of every response's chunks, or why the prompt failed; see `Work`."""
+        selections = engine.teachers[0].iter_select_expand(
+            [problem.prompt for problem in self.problems],
+            self.options,
             candidates=1,
             beam=1,
             threshold=None,
@@ -108,22 +119,43 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
             drop_teacher_after=None,
             selection_temperature=0.0,
             prompt_budget=Budget(),
-            total_budget=Budget(),
+            total_budget=budget,
             teacher_topk=0,
             loop_guard=False,
-            answers=[problem.answer for problem in usable.problems],
-            labels=[problem.where for problem in usable.problems],
+            answers=[problem.answer for problem in self.problems],
+            labels=[problem.where for problem in self.problems],
+            feed=feed,
         )
-    )
-    failures = {
-        problem.index: f"{problem.where}: {selection.error}"
-        for selection in selections
-        if selection.error is not None and (problem := usable.problems[selection.index])
-    }
-    values = [record.score for selection in selections for record in selection.tree]
+        for selection in selections:
+            yield selection.index, selection.error or [record.score for record in selection.tree]
+
+
+def calibrate(pool: Pool, data: ProblemSet, options: SearchOptions, *, fraction: float) -> Calibration:
+    """Sample one plain response per prompt and return the threshold that `fraction` of its chunks reach.
+
+    Of several teachers the first one writes them.
+
+    The prompts should be others than those of the run, to which the threshold would be fitted too well. Rows that
+    cannot be used are left out, and named in the result. Raises InputError when none can be used.
+    """
+    criterion = options.criterion
+    _check_criterion(criterion)
+    models = pool.models.teachers[0]
+    usable = leave_out_unfit(data, models, ("teacher", "student"), resolve(criterion), str(criterion)).data
+    values: list[float] = []
+    failures: dict[int, str] = {}
+    for place, outcome in pool.run(CalibrationWork(problems=usable.problems, options=options)):
+        assert not isinstance(outcome, Stopped), "nothing limits the calibration"
+        if isinstance(outcome, list):
+            values += outcome
+        else:
+            problem = usable.problems[place]
+            error = outcome.reason if isinstance(outcome, Lost) else outcome
+            failures[problem.index] = f"{problem.where}: {error}"
     if not values:
         listed = "".join(f"\n  {message}" for message in usable.list_bad_rows(failures)[:10])
-        raise InputError(f"calibration: {format_count(len(selections), 'prompt')}, none of which can be run:{listed}")
+        count = format_count(len(usable.problems), "prompt")
+        raise InputError(f"calibration: {count}, none of which can be run:{listed}")
     values.sort(reverse=is_higher_better(resolve(criterion)))
     threshold = worst_of_best(values, fraction)
     if not math.isfinite(threshold):
@@ -133,7 +165,7 @@ def calibrate(engine: Engine, data: ProblemSet, options: SearchOptions, *, fract
         criterion=str(criterion),
         fraction=fraction,
         threshold=threshold,
-        prompts=sum(selection.error is None for selection in selections),
+        prompts=len(usable.problems) - len(failures),
         chunks=len(values),
         thresholds={other: value if math.isfinite(value) else None for other, value in others.items()},
         bad_rows=usable.list_bad_rows(failures),

@@ -13,6 +13,8 @@ alternate, relay   teacher and student write in turns (alternation.py, relay.py)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import (
@@ -22,9 +24,10 @@ from genssd.distill.data.problems import (
     read_usable_problems,
 )
 from genssd.distill.data.response_limits import ResponseLimits
-from genssd.distill.runs.engines import open_engine
+from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.served_teacher import count_server_use, describe_server_use, find_fingerprints
@@ -35,9 +38,12 @@ from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.two_writers import iter_two_writers
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
+from genssd.engine.budget import Budget
 from genssd.engine.engine import Engine
-from genssd.engine.generation import Generation
+from genssd.engine.feed import Feed
+from genssd.engine.generation import Completion, Generation
 from genssd.engine.model_choices import Role
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.text import Prompt
 
@@ -54,25 +60,28 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
-        engine = run.use(
-            open_engine(config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
-        )
-        # the rows hold the prompt as the student reads it, also where the student does not read the response
-        readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")
-        by_answer = config.method == "relay" and config.relay.error == "answer"
-        readable = leave_out_unfit(
-            data,
-            engine,
-            readers,
-            criterion,
-            config.alternate.criterion,
-            answer_reader="relay.error answer" if by_answer else None,
-        )
-        failures = _generate(run, config, engine, readable, done, report)
+        left = len(data.problems) - len(done)
+        with open_pool(
+            config, engine, run.chat_options, teacher=config.teacher, student=config.student, items=left, report=report
+        ) as pool:
+            run.use(pool.models)
+            # the rows hold the prompt as the student reads it, also where the student does not read the response
+            readers: tuple[Role, ...] = ("teacher",) if config.student is None else ("teacher", "student")
+            by_answer = config.method == "relay" and config.relay.error == "answer"
+            readable = leave_out_unfit(
+                data,
+                pool.models,
+                readers,
+                criterion,
+                config.alternate.criterion,
+                answer_reader="relay.error answer" if by_answer else None,
+            )
+            failures = _generate(run, config, pool, readable, done, report)
+            server_use, line = count_server_use(pool.models), describe_server_use(pool.models)
         summary = summarise_responses(run, readable.data, failures, has_two_writers=config.has_two_writers)
         run.write_bad_rows(summary.bad_rows)
-        run.write_summary({**summary.as_json(), **count_server_use(engine)})
-        if (line := describe_server_use(engine)) is not None:
+        run.write_summary({**summary.as_json(), **server_use})
+        if line is not None:
             report.note(line)
     return summary
 
@@ -80,7 +89,7 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
 def _generate(
     run: Run,
     config: GenerateConfig,
-    engine: Engine,
+    pool: Pool,
     readable: ReadableProblems,
     done: frozenset[int],
     report: Progress,
@@ -90,84 +99,118 @@ def _generate(
     Returns why the others failed, by the index of the row. done: indices of rows.
     """
     problems = readable.data.problems
-    has_student_ids = config.student is not None and engine.reader.is_identity
-    origin = {
-        "seed": config.seed,
-        "method": config.method,
-        # training reads the text of rows whose ids are not the student's
-        "tokenizer": engine.tokenizer("student" if has_student_ids else "teacher").fingerprint,
-        "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
-    }
-    if config.has_two_writers:
-        assert config.student is not None
-        origin["student"] = {"name": config.student, "fingerprint": engine.fingerprints["student"]}
-    limits = ResponseLimits.of(
-        engine, ("teacher",) if config.method == "sample" else ("teacher", "student"), config.max_tokens
+    _find_limits(pool.models, config).warn_of_shortage(readable.list_lengths(done))
+    report.begin("", unit="prompts", total=len(problems), done=len(done), engine=pool.models, work="writing")
+    places_done = readable.find_done(done)
+    work = GenerationWork(
+        problems=problems, items=[p for p in range(len(problems)) if p not in places_done], config=config
     )
-    limits.warn_of_shortage(readable.list_lengths(done))
-    notes, thoughts = NoteMaker(engine.tokenizer("teacher"), limits), ThoughtReader(engine.tokenizer("teacher"))
-    report.begin("", unit="prompts", total=len(problems), done=len(done), engine=engine, work="writing")
-    outcomes = _iter_outcomes(config, engine, readable, done)
     failures: dict[int, str] = {}
-    for finished, outcome in enumerate(outcomes, start=1):
-        problem = problems[outcome.index]
-        if outcome.error is None:
-            prompt = _encode(engine, config, problem.prompt)
-            if not has_student_ids:  # the ids of the row are the teacher's
-                prompt = PairPrompt(teacher=prompt.teacher, student=prompt.teacher)
-            of_responses = notes.of_completions(
-                prompt.teacher, readable.lengths[problem.index], outcome.completions, problem.answer
-            )
-            fields = {"source": {"file": config.data, "line": problem.line}, **origin}
-            run.journal.append(
-                make_response_row(
-                    problem, prompt, outcome.completions, of_responses, thoughts.read_opening(prompt.teacher), fields
-                )
-            )
+    for finished, (place, outcome) in enumerate(pool.run(work), start=1):
+        assert not isinstance(outcome, Stopped), "nothing limits the run"
+        if isinstance(outcome, dict):
+            run.journal.append(outcome)
         else:
-            failures[problem.index] = f"{problem.where}: {outcome.error}"
+            reason = outcome.reason if isinstance(outcome, Lost) else outcome
+            failures[problems[place].index] = f"{problems[place].where}: {reason}"
         report(len(done) + finished, len(problems))
     return failures
 
 
-def _iter_outcomes(
-    config: GenerateConfig, engine: Engine, readable: ReadableProblems, done: frozenset[int]
-) -> Iterator[Generation]:
-    """Yield the outcomes of the prompts that are not done, by the config's method. done: indices of rows."""
-    problems = readable.data.problems
-    prompts, labels = [problem.prompt for problem in problems], [problem.where for problem in problems]
-    skip = readable.find_done(done)
-    if config.has_two_writers:
-        return iter_two_writers(
-            engine,
+def _find_limits(models: ModelFacts, config: GenerateConfig) -> ResponseLimits:
+    roles: tuple[Role, ...] = ("teacher",) if config.method == "sample" else ("teacher", "student")
+    return ResponseLimits.of(models, roles, config.max_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationWork:
+    """The responses to problems; a `Work`, whose items are places of problems."""
+
+    problems: Sequence[ProblemRow]
+    """All problems: how many equal prompts come before one decides what is drawn for it."""
+    items: Sequence[int]
+    config: GenerateConfig
+
+    @property
+    def most_tokens(self) -> int:
+        """Largest number of tokens of the responses to one prompt."""
+        return self.config.n * self.config.max_tokens
+
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """Yield a line of responses.jsonl for every prompt, or why it failed; see `Work`."""
+        writer = _RowMaker(engine, self.config)
+        for outcome in self._iter_outcomes(engine, feed):
+            problem = self.problems[outcome.index]
+            yield outcome.index, outcome.error or writer.make(problem, outcome.completions)
+
+    def _iter_outcomes(self, engine: Engine, feed: Feed | None) -> Iterator[Generation]:
+        """Return an iterator over the outcomes by the config's method."""
+        config = self.config
+        prompts, labels = [problem.prompt for problem in self.problems], [problem.where for problem in self.problems]
+        skip = frozenset(range(len(self.problems))) - frozenset(self.items)
+        if config.has_two_writers:
+            return iter_two_writers(
+                engine,
+                prompts,
+                config.relay if config.method == "relay" else config.alternate,
+                n=config.n,
+                sampling=config.sampling,
+                max_tokens=config.max_tokens,
+                seed=config.seed,
+                answers=[problem.answer for problem in self.problems],
+                skip=skip,
+                labels=labels,
+                feed=feed,
+            )
+        return engine.iter_generate(
             prompts,
-            config.relay if config.method == "relay" else config.alternate,
             n=config.n,
             sampling=config.sampling,
             max_tokens=config.max_tokens,
             seed=config.seed,
-            answers=[problem.answer for problem in problems],
+            rsd=config.rsd if config.method == "rsd" else None,
             skip=skip,
             labels=labels,
+            feed=feed,
         )
-    return engine.iter_generate(
-        prompts,
-        n=config.n,
-        sampling=config.sampling,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        rsd=config.rsd if config.method == "rsd" else None,
-        skip=skip,
-        labels=labels,
-    )
 
 
-def _encode(engine: Engine, config: GenerateConfig, prompt: Prompt) -> PairPrompt:
-    """Return a prompt as the models of the run read it; without a student the teacher reads both."""
-    if config.student is not None:
-        return engine.encode_pair(prompt)
-    ids = tuple(engine.tokenizer("teacher").encode_prompt(prompt))
-    return PairPrompt(teacher=ids, student=ids)
+class _RowMaker:
+    """Makes the rows of one run. engine: the one that writes."""
+
+    def __init__(self, engine: Engine, config: GenerateConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._has_student_ids = config.student is not None and engine.reader.is_identity
+        self._fields: dict[str, Any] = {
+            "seed": config.seed,
+            "method": config.method,
+            # training reads the text of rows whose ids are not the student's
+            "tokenizer": engine.tokenizer("student" if self._has_student_ids else "teacher").fingerprint,
+            "teacher": {"name": config.teacher, "fingerprint": engine.fingerprints["teacher"]},
+        }
+        if config.has_two_writers:
+            self._fields["student"] = {"name": config.student, "fingerprint": engine.fingerprints["student"]}
+        self._notes = NoteMaker(engine.tokenizer("teacher"), _find_limits(engine, config))
+        self._thoughts = ThoughtReader(engine.tokenizer("teacher"))
+
+    def make(self, problem: ProblemRow, completions: Sequence[Completion]) -> dict[str, Any]:
+        """Return the row of one prompt."""
+        prompt = self._encode(problem.prompt)
+        lengths: dict[Role, int] = {"teacher": len(prompt.teacher), "student": len(prompt.student)}
+        if not self._has_student_ids:  # the ids of the row are the teacher's
+            prompt = PairPrompt(teacher=prompt.teacher, student=prompt.teacher)
+        notes = self._notes.of_completions(prompt.teacher, lengths, completions, problem.answer)
+        fields = {"source": {"file": self._config.data, "line": problem.line}, **self._fields}
+        opening = self._thoughts.read_opening(prompt.teacher)
+        return make_response_row(problem, prompt, completions, notes, opening, fields)
+
+    def _encode(self, prompt: Prompt) -> PairPrompt:
+        """Return a prompt as the models of the run read it; without a student the teacher reads both."""
+        if self._config.student is not None:
+            return self._engine.encode_pair(prompt)
+        ids = tuple(self._engine.tokenizer("teacher").encode_prompt(prompt))
+        return PairPrompt(teacher=ids, student=ids)
 
 
 def _finished(run: Run, config: GenerateConfig, problems: Sequence[ProblemRow]) -> frozenset[int]:

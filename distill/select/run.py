@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import nullcontext
 
-from genssd.distill.answers.thoughts import ThoughtReader
-from genssd.distill.data.problems import ProblemRow, ProblemSet, describe_problems, read_usable_problems
+from genssd.distill.data.problems import ProblemSet, describe_problems, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
-from genssd.distill.runs.engines import open_engine
+from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.journal import Journal, write_json
 from genssd.distill.runs.model_sampling import choose_sampling
+from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.served_teacher import count_server_use, describe_server_use, find_fingerprints
@@ -32,20 +31,14 @@ from genssd.distill.runs.teacher_options import list_teachers
 from genssd.distill.select.beginning import check_search, report_thinking
 from genssd.distill.select.calibration import Calibration, calibrate
 from genssd.distill.select.config import SelectConfig
-from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
-from genssd.distill.select.rows import ModelRecord, Origin, make_decision_row, make_selection_row
-from genssd.distill.select.summary import SearchEnd, SelectSummary, list_special, summarise
+from genssd.distill.select.summary import SearchEnd, SelectSummary, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
-from genssd.engine.budget import Budget, BudgetName
+from genssd.distill.select.work import ROLES, SearchWork
+from genssd.engine.budget import Budget
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.selection import Selection
-
-ROLES: tuple[Role, Role] = ("teacher", "student")
-TOTAL_BUDGET: tuple[BudgetName, ...] = ("total_budget.tokens", "total_budget.seconds")
 
 
 def run_select(config: SelectConfig, engine: Engine | None = None, report: Progress = SILENT) -> SelectSummary:
@@ -62,17 +55,20 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
         done = keep_complete(run, data.problems, config.data, has_topk=config.teacher_topk > 0)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
-        engine = run.use(
-            open_engine(config, engine, run.chat_options, teacher=config.teacher, student=config.student, report=report)
-        )
-        readable = leave_out_unfit(data, engine, ROLES, resolve(config.criterion), config.criterion)
-        report_thinking(engine, readable)
-        calibration = None if config.calibrate.data is None else _calibrate(engine, config, run, report)
-        end = _Search(run, config, engine, readable, done, calibration).run(report)
+        left = len(data.problems) - len(done)
+        with open_pool(
+            config, engine, run.chat_options, teacher=config.teacher, student=config.student, items=left, report=report
+        ) as pool:
+            run.use(pool.models)
+            readable = leave_out_unfit(data, pool.models, ROLES, resolve(config.criterion), config.criterion)
+            report_thinking(pool.models, readable)
+            calibration = None if config.calibrate.data is None else _calibrate(pool, config, run, report)
+            end = _Search(run, config, pool, readable, done, calibration).run(report)
+            server_use, line = count_server_use(pool.models), describe_server_use(pool.models)
         summary = summarise(run, end, readable.data, calibration)
         run.write_bad_rows(summary.bad_rows)
-        run.write_summary({**summary.as_json(), **count_server_use(engine)})
-        if (line := describe_server_use(engine)) is not None:
+        run.write_summary({**summary.as_json(), **server_use})
+        if line is not None:
             report.note(line)
     return summary
 
@@ -84,54 +80,43 @@ class _Search:
         self,
         run: Run,
         config: SelectConfig,
-        engine: Engine,
+        pool: Pool,
         readable: ReadableProblems,
         done: frozenset[int],
         calibration: Calibration | None,
     ) -> None:
-        teachers = engine.teachers
-        for one in teachers:
+        for one in pool.models.teachers:
             if config.teacher_topk and not one.reader.is_identity:
                 raise InputError(f"teacher_topk needs models whose tokens are the same: {one.reader.describe()}")
         self._run = run
         self._config = config
-        self._engine = engine
+        self._pool = pool
         self._problems = readable.data.problems
         self._done = readable.find_done(done)
-        self.missing_tokens: Counter[str] = Counter()
-        """Number of prompts that failed because of a token that the student does not have, by the token."""
-        self._threshold = config.threshold if calibration is None else calibration.threshold
-        limits = ResponseLimits.of(engine, ROLES, config.max_tokens)
-        limits.warn_of_shortage(readable.list_lengths(done))
-        tokenizers = [one.tokenizer("teacher").fingerprint for one in teachers]
-        is_mixed = len({*tokenizers}) > 1 and engine.reader.reads_bytes
-        self._notes = NoteMaker(engine.tokenizer("student" if is_mixed else "teacher"), limits, by_student=is_mixed)
-        self._thoughts = ThoughtReader(engine.tokenizer("teacher"))
-        self._origin = Origin(
+        ResponseLimits.of(pool.models, ROLES, config.max_tokens).warn_of_shortage(readable.list_lengths(done))
+        self._work = SearchWork(
+            problems=self._problems,
+            items=[place for place in range(len(self._problems)) if place not in self._done],
+            options=config,
+            threshold=config.threshold if calibration is None else calibration.threshold,
             data=config.data,
-            criterion=config.criterion,
-            teachers=[
-                ModelRecord(name=name, fingerprint=one.fingerprints["teacher"])
-                for name, one in zip(list_teachers(config.teacher), teachers, strict=True)
-            ],
-            student=ModelRecord(name=config.student, fingerprint=engine.fingerprints["student"]),
-            tokenizer=engine.tokenizer("student").fingerprint,
-            teacher_tokenizer=tokenizers[0] if engine.reader.reads_bytes and not is_mixed else None,
+            teachers=list_teachers(config.teacher),
+            student=config.student,
         )
 
     def run(self, report: Progress) -> SearchEnd:
         """Journal each prompt as it ends; return why others failed, and what the budget leaves unfinished."""
-        end = SearchEnd()
+        end, models = SearchEnd(), self._pool.models
         budget = self._find_budget()
         if budget is None:
             end.stopped_by, end.unfinished = "total_budget.tokens", len(self._problems) - len(self._done)
             return end
         report.begin(
-            "", unit="prompts", total=len(self._problems), done=len(self._done), engine=self._engine, work="writing",
+            "", unit="prompts", total=len(self._problems), done=len(self._done), engine=models, work="writing",
             budget=budget,
         )  # fmt: skip
         noted: Counter[str] = Counter()
-        sampled_before = self._engine.usage.sampled_tokens
+        sampled_before = models.usage.sampled_tokens
         sampled_of_ended = 0
         ended = len(self._done)
         topk_end = max(map(find_topk_end, self._run.done()), default=0)
@@ -142,30 +127,34 @@ class _Search:
             if self._config.teacher_topk
             else nullcontext() as topk_store,
         ):
-            for selection in self._iter_selections(budget):
-                problem = self._problems[selection.index]
-                if selection.ended_by in TOTAL_BUDGET:
-                    end.stopped_by = selection.ended_by
+            for place, outcome in self._pool.run(self._work, budget):
+                problem = self._problems[place]
+                if isinstance(outcome, Stopped):
+                    end.stopped_by = outcome.by
                     end.unfinished += 1
                     continue
-                sampled_of_ended += selection.tokens_sampled
-                if selection.error is None:
-                    self._write(selection, problem, journal, decisions, topk_store)
-                    noted.update(list_special(selection))
+                if isinstance(outcome, Lost):
+                    end.failures[problem.index] = f"{problem.where}: {outcome.reason}"
+                elif outcome.row is None:
+                    end.failures[problem.index] = f"{problem.where}: {outcome.error}"
+                    if outcome.missing_token is not None:
+                        end.missing_tokens[outcome.missing_token] += 1
                 else:
-                    end.failures[problem.index] = f"{problem.where}: {selection.error}"
-                    if (token := selection.missing_token) is not None:
-                        reader = self._engine.teachers[selection.missing_teacher].reader
-                        end.missing_tokens[reader.name_token(token)] += 1
+                    decisions.append(outcome.decisions)
+                    topk = outcome.topk
+                    stored = topk_store.append(topk) if topk_store is not None and topk is not None else None
+                    journal.append({**outcome.row, "teacher_topk": stored})
+                    noted.update(outcome.special)
+                sampled_of_ended += 0 if isinstance(outcome, Lost) else outcome.tokens_sampled
                 ended += 1
                 report(ended, len(self._problems), ", ".join(f"{count} {name}" for name, count in noted.items()))
         if end.stopped_by is not None:
-            end.tokens_dropped = self._engine.usage.sampled_tokens - sampled_before - sampled_of_ended
+            end.tokens_dropped = models.usage.sampled_tokens - sampled_before - sampled_of_ended
         return end
 
     def _find_vocabulary(self) -> int:
         """Return the number of token ids of the teachers' heads, the largest of several."""
-        return max(one.vocabulary("teacher") for one in self._engine.teachers)
+        return max(one.vocabulary("teacher") for one in self._pool.models.teachers)
 
     def _find_budget(self) -> Budget | None:
         """Return what earlier parts of the run leave of the budget; None where prompts are left and no tokens."""
@@ -175,46 +164,19 @@ class _Search:
         left = total.tokens - sum(row["tokens_sampled"] for row in self._run.done())
         return dataclasses.replace(total, tokens=left) if left > 0 else None
 
-    def _iter_selections(self, budget: Budget) -> Iterator[Selection]:
-        return self._engine.iter_select_expand(
-            [problem.prompt for problem in self._problems],
-            self._config,
-            threshold=self._threshold,
-            total_budget=budget,
-            answers=[problem.answer for problem in self._problems],
-            skip=self._done,
-            labels=[problem.where for problem in self._problems],
-        )
-
-    def _write(
-        self,
-        selection: Selection,
-        problem: ProblemRow,
-        journal: Journal,
-        decisions: Journal,
-        topk_store: TopkStore | None,
-    ) -> None:
-        notes = self._notes.of_selection(selection, problem.answer)
-        decisions.append(make_decision_row(selection, problem.index))
-        topk = selection.best.teacher_topk
-        place = topk_store.append(topk) if topk_store is not None and topk is not None else None
-        opening = self._thoughts.read_opening(selection.prompt_ids)
-        row = make_selection_row(selection, problem, self._origin, notes, opening)
-        journal.append({**row, "teacher_topk": place})
-
 
 def _read_calibration_data(config: SelectConfig) -> ProblemSet:
     assert config.calibrate.data is not None
     return read_usable_problems(config.calibrate.data, config.calibrate.limit, system_prompt=config.system_prompt)
 
 
-def _calibrate(engine: Engine, config: SelectConfig, run: Run, report: Progress) -> Calibration:
+def _calibrate(pool: Pool, config: SelectConfig, run: Run, report: Progress) -> Calibration:
     """Return the calibration of this run, which is measured once and read again when the run is resumed."""
     path = run.path("calibration.json")
     if run.resumed:
         return Calibration.read(path)
-    report.begin("calibrating the threshold", engine=engine, work="writing")
-    calibration = calibrate(engine, _read_calibration_data(config), config, fraction=config.calibrate.share)
+    report.begin("calibrating the threshold", engine=pool.models, work="writing")
+    calibration = calibrate(pool, _read_calibration_data(config), config, fraction=config.calibrate.share)
     run.record()
     write_json(path, calibration.as_json())
     return calibration

@@ -8,7 +8,7 @@ alone, so it gets the same tokens.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,6 +22,7 @@ from genssd.engine.chunk import Chunk
 from genssd.engine.criterion import needs_answer
 from genssd.engine.engine import Engine
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.feed import Feed, Intake
 from genssd.engine.generation import Generation
 from genssd.engine.model_choices import Role
 from genssd.engine.options_check import check_count
@@ -63,6 +64,9 @@ class _Prompt:
     """The outcome of a prompt while its responses are written."""
 
     label: str
+    most_tokens: int
+    """Largest number of tokens in all responses together."""
+    responses: Sequence[_Response]
     completions: dict[int, TwoWriterCompletion] = field(default_factory=dict)
     """Finished responses by their numbers."""
 
@@ -104,12 +108,14 @@ def iter_two_writers(
     answers: Sequence[str | None] | None = None,
     skip: frozenset[int] = frozenset(),
     labels: Sequence[str] | None = None,
+    feed: Feed | None = None,
 ) -> Iterator[Generation]:
     """Write as `generate_two_writers` does and yield each prompt's Generation as soon as its last response ends.
 
     Its completions are `TwoWriterCompletion`s. A prompt that is longer than a model's positions or than the cache
     yields a Generation with `error` set. skip: indices of prompts that are not run, because they were done before.
-    labels: names of the prompts in messages. Arguments and prompts are checked at once.
+    labels: names of the prompts in messages. feed: hands out the indices of the prompts to run, one after the other,
+    where several engines divide them; the others have no outcome here. Arguments and prompts are checked at once.
     """
     check_count("n", n)
     check_count("max_tokens", max_tokens)
@@ -118,8 +124,8 @@ def iter_two_writers(
         raise InputError(f"two writers need models whose tokens are the same: {engine.reader.describe()}")
     begin = _Begin(engine, method)
     begin.check_answers(answers, names)
-    waiting: deque[_Response] = deque()
-    failed: list[Generation] = []
+    waiting: dict[int, _Prompt] = {}
+    failed: dict[int, Generation] = {}
     seen: Counter[tuple[int, ...]] = Counter()
     for index, prompt in enumerate(prompts):
         answer = None if answers is None else answers[index]
@@ -128,17 +134,17 @@ def iter_two_writers(
         except InputError as error:
             raise InputError(f"{names[index]}: {str(error).removeprefix('the prompt: ')}") from None
         except CapacityError as error:
-            failed.append(Generation(index=index, label=names[index], error=str(error)))
+            failed[index] = Generation(index=index, label=names[index], error=str(error))
             continue
         stream = prompt_stream(seed, root.prompt.teacher, seen[root.prompt.teacher])
         seen[root.prompt.teacher] += 1
         begin.limit(root)
-        for number in range(n):
-            start = partial(begin, root, child_stream(stream, 0, number), names[index])
-            waiting.append(_Response(index, number, start))
-    waiting = deque(response for response in waiting if response.index not in skip)
-    failed = [one for one in failed if one.index not in skip]
-    return _Driver(engine, waiting, dict(enumerate(names)), n, max_tokens).run(failed)
+        starts = [partial(begin, root, child_stream(stream, 0, number), names[index]) for number in range(n)]
+        responses = [_Response(index, number, start) for number, start in enumerate(starts)]
+        waiting[index] = _Prompt(names[index], n * max_tokens, responses)
+    waiting = {index: prompt for index, prompt in waiting.items() if index not in skip}
+    failed = {index: outcome for index, outcome in failed.items() if index not in skip}
+    return _Driver(engine, waiting, failed, feed).run()
 
 
 class _Begin:
@@ -187,25 +193,28 @@ class _Driver:
     """Writes many responses side by side, as many as the cache holds."""
 
     def __init__(
-        self, engine: Engine, waiting: deque[_Response], labels: dict[int, str], n: int, max_tokens: int
+        self, engine: Engine, prompts: Mapping[int, _Prompt], failed: Mapping[int, Generation], feed: Feed | None
     ) -> None:
         self._engine = engine
-        self._waiting = waiting
+        self._prompts = prompts
+        self._failed = failed
+        self._feed = feed
+        self._waiting: deque[_Response] = deque()
+        """Responses to prompts that have begun."""
         self._running: list[_Response] = []
         self._width = MAX_RUNNING
-        self._n = n
-        self._limit = n * max_tokens
-        self._prompts = {response.index: _Prompt(labels[response.index]) for response in waiting}
         self._outcomes: deque[Generation] = deque()
 
-    def run(self, failed: Sequence[Generation]) -> Iterator[Generation]:
+    def run(self) -> Iterator[Generation]:
         """Yield the outcomes that are known already, then every other one. Closing early frees all pages."""
-        yield from failed
-        self._engine.usage.plan(self._limit for _ in self._prompts)
+        if self._feed is None:
+            yield from self._failed.values()
+        intake = Intake(self._prompts, self._engine.usage, self._feed, self._failed)
         try:
-            while self._waiting or self._running:
-                while self._waiting and len(self._running) < self._width:
-                    self._begin(self._waiting.popleft())
+            while self._waiting or self._running or intake.fill(wait=True) or intake.found_misfits:
+                self._begin_some(intake)
+                while intake.found_misfits:
+                    yield self._failed[intake.found_misfits.pop()]
                 for group in self._group():
                     self._expand(group)
                 while self._outcomes:
@@ -213,6 +222,15 @@ class _Driver:
         finally:
             for response in self._running:
                 response.stop()
+
+    def _begin_some(self, intake: Intake[_Prompt]) -> None:
+        """Begin responses that wait, then those to further prompts, as long as there is room."""
+        while len(self._running) < self._width:
+            if not self._waiting:
+                if not intake.fill(wait=False):
+                    return
+                self._waiting.extend(intake.pop().responses)
+            self._begin(self._waiting.popleft())
 
     def _begin(self, response: _Response) -> None:
         response.writing = response.begin()
@@ -282,9 +300,9 @@ class _Driver:
     def _finish(self, response: _Response, completion: TwoWriterCompletion) -> None:
         prompt = self._prompts[response.index]
         prompt.completions[response.number] = completion
-        if len(prompt.completions) == self._n:
-            sampled = tuple(prompt.completions[number] for number in range(self._n))
-            self._engine.usage.finish(self._limit, sum(one.sampled_tokens for one in sampled))
+        if len(prompt.completions) == len(prompt.responses):
+            sampled = tuple(prompt.completions[number] for number in range(len(prompt.responses)))
+            self._engine.usage.finish(prompt.most_tokens, sum(one.sampled_tokens for one in sampled))
             self._outcomes.append(Generation(index=response.index, label=prompt.label, sampled=sampled))
 
     def _fail(self, response: _Response, error: str) -> None:
@@ -293,6 +311,6 @@ class _Driver:
             other.stop()
             self._running.remove(other)
         self._waiting = deque(other for other in self._waiting if other.index != response.index)
-        self._engine.usage.finish(self._limit, 0)
-        label = self._prompts[response.index].label
-        self._outcomes.append(Generation(index=response.index, label=label, error=error))
+        prompt = self._prompts[response.index]
+        self._engine.usage.finish(prompt.most_tokens, 0)
+        self._outcomes.append(Generation(index=response.index, label=prompt.label, error=error))

@@ -9,9 +9,9 @@ from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow, ProblemSet
 from genssd.distill.files.pipes import describe
 from genssd.engine.criterion import AnyCriterion, needs_answer
-from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
+from genssd.engine.model_facts import ModelFacts
 from genssd.engine.reading import Reader
 from genssd.engine.team import find_disagreement
 from genssd.engine.text import Prompt, Tokenizer
@@ -36,7 +36,7 @@ class ReadableProblems:
 
 def leave_out_unfit(
     data: ProblemSet,
-    engine: Engine,
+    models: ModelFacts,
     roles: Sequence[Role],
     criterion: AnyCriterion | None = None,
     criterion_name: str = "",
@@ -51,7 +51,7 @@ def leave_out_unfit(
     that are too long are outcomes of the engine.
     """
     lengths: dict[int, dict[Role, int]] = {}
-    teachers = [(one, _find_ends(one, roles)) for one in engine.teachers]
+    teachers = [(one, _find_ends(one, roles)) for one in models.teachers]
     unreadable: list[str] = []
     if criterion is not None and needs_answer(criterion):
         answer_reader = f"the criterion {criterion_name}"
@@ -82,18 +82,18 @@ def leave_out_unfit(
     return ReadableProblems(data=readable, lengths={i: values for i, values in lengths.items() if i in usable})
 
 
-def _find_ends(engine: Engine, roles: Sequence[Role]) -> ThoughtEnds | None:
+def _find_ends(models: ModelFacts, roles: Sequence[Role]) -> ThoughtEnds | None:
     """Return what finds thoughts that the student could not read the end of; None where it reads all tokens."""
-    if len(roles) < 2 or engine.reader.is_identity:
+    if len(roles) < 2 or models.reader.is_identity:
         return None
-    return ThoughtEnds(engine.tokenizer("teacher"), engine.reader)
+    return ThoughtEnds(models.tokenizer("teacher"), models.reader)
 
 
-def encode_for(engine: Engine, roles: Sequence[Role], prompt: Prompt) -> dict[Role, Sequence[int]]:
+def encode_for(models: ModelFacts, roles: Sequence[Role], prompt: Prompt) -> dict[Role, Sequence[int]]:
     """Return the token ids of a prompt as each of one or both models reads it. Raises InputError where one cannot."""
     if len(roles) == 1:
-        return {roles[0]: engine.tokenizer(roles[0]).encode_prompt(prompt)}
-    pair = engine.encode_pair(prompt)
+        return {roles[0]: models.tokenizer(roles[0]).encode_prompt(prompt)}
+    pair = models.encode_pair(prompt)
     return {"teacher": pair.teacher, "student": pair.student}
 
 

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from genssd.engine.errors import InputError as InputError
     from genssd.engine.errors import NumericsError as NumericsError
     from genssd.engine.errors import ServerError as ServerError
+    from genssd.engine.errors import WorkerError as WorkerError
+    from genssd.engine.feed import Feed as Feed
     from genssd.engine.generation import Completion as Completion
     from genssd.engine.generation import Generation as Generation
     from genssd.engine.launches import LaunchRecord as LaunchRecord
@@ -177,7 +179,9 @@ _NAMES = {
         "InputError",
         "NumericsError",
         "ServerError",
+        "WorkerError",
     ),
+    "genssd.engine.feed": ("Feed",),
     "genssd.engine.generation": (
         "Completion",
         "Generation",

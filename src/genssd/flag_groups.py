@@ -40,10 +40,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
               "max_length", "prompts_per_round", "eval_problems"),
     "search": ("criterion", "candidates", "chunk", "beam", "threshold", "calibrate", "on_unlearnable", "max_resamples",
                "min_chunk_tokens", "drop_teacher_after", "selection_temperature", "loop_guard", "prompt_budget",
-               "total_budget",
-               "teacher_topk"),
-    "responses": ("n", "method", "rsd", "alternate", "relay", "samples", "max_tokens", "sampling", "generation_config",
-                  "seed"),
+               "total_budget", "teacher_topk"),
+    "responses": ("n", "method", "rsd", "alternate", "relay", "samples", "max_tokens", "sampling",
+                  "generation_config", "seed"),
     "criteria": ("criteria", "pick", "equal_length", "verify", "judge", "judge_tokens", "share"),
     "diagnosis": ("rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability", "completions", "budget",
                   "losses", "node_weights", "weights_loss"),
@@ -60,8 +59,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
              "template_date", "special_tokens_in_text"),
     "output": ("output_dir", "output", "resume", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
                "save_total_limit", "page_questions", "prompts", "post_hoc", "json", "tune_file"),
-    "machine": ("device", "threads", "memory_utilization", "memory_bytes", "max_batch", "batch", "deterministic",
-                "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "fsdp", "seconds"),
+    "machine": ("device", "devices", "processes", "threads", "memory_utilization", "memory_bytes", "max_batch", "batch",
+                "deterministic", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "fsdp",
+                "seconds"),
 }  # fmt: skip
 """Fields of configs by the group in which help texts list them; a nested config is listed as a whole."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from genssd.engine import machine
-from genssd.engine.machine import available_cores, available_memory, control_groups
+from genssd.engine.machine import available_cores, available_memory, control_groups, limit_own_memory
 
 MIB = 1 << 20
 
@@ -67,6 +67,17 @@ def test_without_cgroups_it_is_what_the_kernel_reports(fake: FakeMachine) -> Non
     assert available_memory(fake.root) == 8000 * MIB
     assert available_cores(fake.root) == 16
     assert list(control_groups("memory", fake.root)) == []
+
+
+def test_one_of_several_processes_takes_its_part(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_own_limit", [])
+    limit_own_memory(3000 * MIB)
+    assert available_memory(fake.root) == 3000 * MIB
+    fake.write("proc/self/status", f"VmRSS:\t{900 * 1024} kB\nRssAnon:\t{500 * 1024} kB\nRssFile:\t{400 * 1024} kB\n")
+    assert available_memory(fake.root) == 2500 * MIB
+    assert available_memory(fake.root, promised=100 * MIB) == 2400 * MIB
+    fake.write("proc/meminfo", f"MemAvailable:   {2000 * 1024} kB\n")
+    assert available_memory(fake.root) == 2000 * MIB, "others have taken more than their part"
 
 
 def test_memory_of_version_2_counts_every_ancestor(version_2: FakeMachine) -> None:

@@ -56,6 +56,9 @@ def test_a_fraction_leaves_room_for_weights_and_computation(tmp_path: Path, monk
         plan = plan_memory(models, memory_bytes=None, free_fraction=0.5, max_batch=32, threads=1)
         assert plan.free_bytes == free
         assert plan.cache_bytes == int(0.5 * (free - plan.weight_bytes["student"]))
+        part = plan_memory(models, memory_bytes=None, free_fraction=0.5, max_batch=32, threads=1, processes=4)
+        assert part.free_bytes == free // 4
+        assert part.cache_bytes == int(0.5 * (free // 4 - part.weight_bytes["student"]))
     monkeypatch.setattr("genssd.engine.memory.available_bytes", lambda device: 1 << 20)
     with pytest.raises(CapacityError, match="nothing is left for the key-value cache"):
         plan_memory(models, memory_bytes=None, free_fraction=0.5, max_batch=32, threads=1)

@@ -12,11 +12,12 @@ import torch
 from support.tiny_pair import TinyPair
 
 from genssd import Chunk, Engine
-from genssd.engine import thread_count, threads
+from genssd.engine import threads
 from genssd.engine.errors import InputError
 from genssd.engine.model import Decoder
 from genssd.engine.model_head import ModelHead
 from genssd.engine.nodes import Fork
+from genssd.engine.thread_count import MAX_THREADS
 from genssd.engine.threads import choose_engine_threads, choose_training_threads, effective_threads
 from genssd.kernels.threads import native_threads, num_threads
 
@@ -78,10 +79,10 @@ def test_what_is_logged() -> None:
     assert str(both) == "computing with 2 threads (4 cores given, 2 processes)"
 
 
-@pytest.mark.parametrize("number", [0, -1, thread_count.MAX_THREADS + 1])
+@pytest.mark.parametrize("number", [0, -1, MAX_THREADS + 1])
 def test_impossible_numbers_are_refused(number: int, tiny_pair: TinyPair) -> None:
     for choose in (choose_engine_threads, lambda n: choose_training_threads(n, MILLION), effective_threads):
-        with pytest.raises(InputError, match=rf"threads must be in 1\.\.{thread_count.MAX_THREADS}, not {number}"):
+        with pytest.raises(InputError, match=rf"threads must be in 1\.\.{MAX_THREADS}, not {number}"):
             choose(number)
     with pytest.raises(InputError, match="threads must be"):
         Engine.from_pretrained(student=tiny_pair.student, threads=number)

@@ -22,9 +22,10 @@ from genssd.engine.errors import InputError
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
 PAIR_CHAT = CHAT | {"teacher_template_kwargs", "student_template_kwargs"}
 ENGINE = {"threads", "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend"}
+POOL = ENGINE | {"processes", "devices"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
 WRITING = SAMPLING | {"generation_config"}
-SEARCH = WRITING | ENGINE | {
+SEARCH = WRITING | POOL | {
     "candidates", "chunk.tokens", "chunk.until", "chunk.limit", "chunk.shortest", "criterion", "threshold",
     "max_tokens", "teacher_topk", "loop_guard", "seed", "calibrate.data", "beam", "on_unlearnable",
     "selection_temperature", "prompt_budget.tokens", "prompt_budget.seconds", "total_budget.tokens",
@@ -43,14 +44,14 @@ ALWAYS = {
     "demo": {"output_dir", "prompts", "candidates", "train_tokens", "learning_rate", "batch_size", "eval_problems"}
     | {"post_hoc", "seed", "threads"},
     "select": SEARCH | PAIR_CHAT | RUN | {"teacher", "student"},
-    "generate": ENGINE | PAIR_CHAT | WRITING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
-    "score": ENGINE | PAIR_CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
+    "generate": POOL | PAIR_CHAT | WRITING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
+    "score": POOL | PAIR_CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},
-    "prefix": ENGINE | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
+    "prefix": POOL | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
     "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads"},
-    "evaluate": ENGINE | CHAT | RUN | {"model", "samples", "max_tokens"},
+    "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens"},
     "diagnose": ENGINE | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"}

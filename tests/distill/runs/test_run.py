@@ -358,9 +358,8 @@ def made_engine(source: str | None, digest: str = "aa", *, models: tuple[str, ..
     """An engine on a GPU with kernel configurations of this digest; source None: an engine on a CPU."""
     launches = None if source is None else LaunchRecord(source=source, deterministic=True, digest=digest)
     fingerprints = dict(zip(("teacher", "student"), models, strict=False))
-    made = SimpleNamespace(threads=2, launches=launches, fingerprints=fingerprints, server=None)
-    made.teachers = (made,)
-    return made
+    facts = {"threads": 2, "launches": launches, "fingerprints": fingerprints, "server": None}
+    return SimpleNamespace(**facts, teachers=[SimpleNamespace(**facts)])
 
 
 def work_on(engine: Any, config: Config, number: int) -> None:

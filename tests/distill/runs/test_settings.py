@@ -17,14 +17,15 @@ from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.engine.errors import InputError
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
+POOL = ENGINE | {"processes", "devices"}
 NOT_COUNTED = {
-    "select": ENGINE | {"output_dir", "resume", "data", "limit", "total_budget", "server"},
-    "generate": ENGINE | {"output_dir", "resume", "data", "limit", "server"},
-    "score": ENGINE | {"output_dir", "resume", "pick", "equal_length"},
+    "select": POOL | {"output_dir", "resume", "data", "limit", "total_budget", "server"},
+    "generate": POOL | {"output_dir", "resume", "data", "limit", "server"},
+    "score": POOL | {"output_dir", "resume", "pick", "equal_length"},
     "reselect": ENGINE | {"output_dir"},
-    "prefix": ENGINE | {"output_dir", "resume"},
+    "prefix": POOL | {"output_dir", "resume"},
     "leaf": {"device", "output_dir", "resume", "threads"},
-    "evaluate": ENGINE | {"output_dir", "resume", "data", "limit"},
+    "evaluate": POOL | {"output_dir", "resume", "data", "limit"},
     "diagnose": ENGINE
     | {"output_dir", "resume", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
@@ -32,7 +33,7 @@ NOT_COUNTED = {
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
     "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads"}
-    | {f"select.{name}" for name in ENGINE | {"total_budget", "server"}}
+    | {f"select.{name}" for name in POOL | {"total_budget", "server"}}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
 }
@@ -151,7 +152,17 @@ PATHS = {
     "env": set(),
 }
 """Every option that names something in the file system."""
-NO_PATHS = {"device", "dtype", "criterion", "criteria", "contexts", "statuses", "until", "lora_target_modules"} | {
+NO_PATHS = {
+    "device",
+    "devices",
+    "dtype",
+    "criterion",
+    "criteria",
+    "contexts",
+    "statuses",
+    "until",
+    "lora_target_modules",
+} | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
     *("teacher_template_kwargs", "student_template_kwargs", "error", "writer"),

@@ -17,6 +17,7 @@ from genssd import Engine
 from genssd.cli import main
 from genssd.distill.data.problems import read_usable_problems
 from genssd.distill.distill_config import DistillConfig
+from genssd.distill.pool.pool import OwnProcess
 from genssd.distill.rounds import BudgetReached, run_distill
 from genssd.distill.runs.progress import Stage, measure
 from genssd.distill.select.calibration import calibrate
@@ -209,7 +210,8 @@ def test_a_calibration_knows_no_policy_and_no_budget(tiny_pair: TinyPair, write_
         **SEARCH, on_unlearnable="resample", selection_temperature=3.0, prompt_budget=Budget(tokens=8),
         total_budget=Budget(tokens=1, seconds=1e-9),
     )  # fmt: skip
-    first, second = (calibrate(tiny_pair.engine, data, options, fraction=0.9) for options in (plain, odd))
+    pool = OwnProcess(tiny_pair.engine)
+    first, second = (calibrate(pool, data, options, fraction=0.9) for options in (plain, odd))
     assert first == second
 
 

@@ -1,0 +1,121 @@
+"""How a command runs its models in several processes: the pool that follows from its options."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from genssd.distill.pool.placing import Place, check_numbers, choose_gpus, divide_cpu
+from genssd.distill.pool.pool import OwnProcess, Pool
+from genssd.distill.pool.processes import ProcessPool
+from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
+from genssd.distill.pool.worker import Recipe
+from genssd.distill.runs.engines import list_arguments, name_models, open_engine
+from genssd.distill.runs.pool_options import PoolOptions
+from genssd.distill.runs.progress import SILENT, Progress
+from genssd.distill.runs.teacher_options import TeacherNames, list_teachers
+from genssd.engine.amounts import format_bytes, format_count
+from genssd.engine.chat_options import ChatOptions
+from genssd.engine.checkpoint import locate
+from genssd.engine.engine import Engine
+from genssd.engine.errors import InputError
+from genssd.engine.loading import choose_reader
+from genssd.engine.model_choices import Role
+from genssd.engine.pair_prompts import render_with
+from genssd.engine.served.address import is_url
+from genssd.engine.team_loading import check_teachers, read_alike
+from genssd.engine.text import Tokenizer
+from genssd.engine.threads import choose_engine_threads
+from genssd.engine.token_map import TokenMap
+
+
+@contextmanager
+def open_pool(
+    options: PoolOptions,
+    engine: Engine | None,
+    chat: ChatOptions,
+    *,
+    teacher: TeacherNames | None = None,
+    student: str | None = None,
+    items: int | None = None,
+    report: Progress = SILENT,
+) -> Iterator[Pool]:
+    """Yield the engines that the options of a command ask for, and end their processes afterwards.
+
+    engine: one to use instead of loading the models. items: number of things to do, where it is known. Raises
+    InputError where the machine has no such devices, and the errors of `open_engine`.
+    """
+    names = () if teacher is None else list_teachers(teacher)
+    places = _choose_places(options, engine, names, items)
+    if not places:
+        yield OwnProcess(open_engine(options, engine, chat, teacher=teacher, student=student, report=report))
+        return
+    tokens = _read_tokenizers(names, student, chat)
+    count = format_count(len(places), "process")
+    report.begin(f"loading {name_models(teacher, student)} in {count}")
+    started = time.monotonic()
+    models: dict[str, Any] = {"teacher": teacher, "student": student}
+    recipes = [
+        Recipe(
+            arguments={**list_arguments(options), **models, "device": place.device, "threads": place.threads},
+            chat=chat,
+            visible_device=place.visible_device,
+            memory=place.memory,
+        )
+        for place in places
+    ]
+    with ProcessPool(RemoteModels(tokens), recipes) as pool:
+        pool.open()
+        use = pool.models.cache_use
+        report.note(
+            f"{name_models(teacher, student)} loaded in {count} in {time.monotonic() - started:.1f} s; "
+            f"the caches hold {format_count(use.pages, 'page')} ({format_bytes(use.bytes)}) together; "
+            f"{format_count(pool.models.threads, 'CPU thread')} in all"
+        )
+        yield pool
+
+
+def _read_tokenizers(teachers: Sequence[str], student: str | None, chat: ChatOptions) -> list[LocalTokens]:
+    """Return the tokenizers of each teacher and the student, and how the student reads; without weights.
+
+    Raises the errors of loading the models as far as tokenizers cause them.
+    """
+    own: dict[Role, Tokenizer] = {} if student is None else {"student": Tokenizer(locate(student))}
+    if not teachers:
+        return [LocalTokens(tokenizers=render_with(own, chat), reader=TokenMap())]
+    check_teachers(teachers, student)
+    each = [render_with({"teacher": Tokenizer(locate(name)), **own}, chat) for name in teachers]
+    if student is None:
+        return [LocalTokens(tokenizers=each[0], reader=TokenMap())]
+    names, own_name = [f"teacher {name}" for name in teachers], f"student {student}"
+    readers = [
+        choose_reader(tokenizers["teacher"], tokenizers["student"], name, own_name)
+        for tokenizers, name in zip(each, names, strict=True)
+    ]
+    alike = read_alike(readers, [one["teacher"] for one in each], each[0]["student"], names, own_name)
+    return [LocalTokens(tokenizers=one, reader=reader) for one, reader in zip(each, alike, strict=True)]
+
+
+def _choose_places(
+    options: PoolOptions, engine: Engine | None, teachers: Sequence[str], items: int | None
+) -> list[Place]:
+    """Return the places of the workers; none where this process does everything."""
+    check_numbers(options.processes, options.devices)
+    if options.processes is None and options.devices is None:
+        return []
+    name = "devices" if options.processes is None else "processes"
+    if engine is not None:
+        raise InputError(f"{name}: an engine is given, which works in this process; leave one of them out")
+    threads = choose_engine_threads(options.threads).count
+    if options.devices is not None:
+        places = choose_gpus(options.devices, options.device, threads, items)
+    else:
+        assert options.processes is not None
+        places = divide_cpu(options.processes, options.device, threads, items)
+    if places and any(map(is_url, teachers)):
+        raise InputError(
+            f"{name} divides what models compute here, and the teacher is the URL of a server; leave {name} out"
+        )
+    return places

@@ -1,0 +1,87 @@
+"""What a command asks of its models besides their work, wherever they run: here, or in other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from genssd.engine.launches import LaunchRecord
+from genssd.engine.model_choices import Role
+from genssd.engine.pair_prompts import PairPrompt
+from genssd.engine.reading import Reader
+from genssd.engine.served.record import ServerRecord
+from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.thinking_pair import ThinkingPair
+from genssd.engine.usage import CacheUse, Usage
+
+
+class ModelFacts(Protocol):
+    """Teachers, a student or both: tokenizers, sizes, identities, and counts of what they have done.
+
+    `Engine` is one. The docstrings of `LoadedEngine` say more.
+    """
+
+    @property
+    def usage(self) -> Usage:
+        """Numbers of tokens that the models have processed so far."""
+        ...
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """Pages and bytes of all caches."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads that compute, in all processes together."""
+        ...
+
+    @property
+    def fingerprints(self) -> Mapping[Role, str]:
+        """Identification of each checkpoint; of several teachers, of the first one."""
+        ...
+
+    @property
+    def server(self) -> ServerRecord | None:
+        """The server that runs the teacher; None where none does."""
+        ...
+
+    @property
+    def launches(self) -> LaunchRecord | None:
+        """Configurations of the GPU kernels; None on a CPU."""
+        ...
+
+    @property
+    def reader(self) -> Reader:
+        """How the student reads the teacher's tokens."""
+        ...
+
+    @property
+    def teachers(self) -> Sequence[ModelFacts]:
+        """The facts of each of several teachers with the student; of one teacher or none, these ones alone."""
+        ...
+
+    @property
+    def thinking(self) -> ThinkingPair:
+        """What the chat templates of teacher and student do about thoughts."""
+        ...
+
+    def positions(self, model: Role) -> int:
+        """Return the number of positions of a model."""
+        ...
+
+    def vocabulary(self, model: Role) -> int:
+        """Return the number of token ids that a model's head has."""
+        ...
+
+    def max_sequence_length(self, model: Role) -> int:
+        """Return the maximum number of tokens in prompt and response."""
+        ...
+
+    def tokenizer(self, model: Role) -> Tokenizer:
+        """Return the tokenizer of a model."""
+        ...
+
+    def encode_pair(self, prompt: Prompt) -> PairPrompt:
+        """Return a prompt as the search gives it to teacher and student. Raises InputError where one cannot read it."""
+        ...

@@ -1,0 +1,97 @@
+"""What workers are given, and the options that are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_pair import TinyPair
+
+from genssd.distill.pool.placing import Place, choose_gpus, divide_cpu
+from genssd.distill.runs.chat_settings import read_clock
+from genssd.distill.runs.pools import open_pool
+from genssd.distill.select.generate import run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.engine.errors import InputError
+
+
+def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_a_cpu_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genssd.distill.pool.placing.available_memory", lambda: 1000)
+    assert [place.threads for place in divide_cpu(3, None, 8, None)] == [3, 3, 2]
+    assert [place.threads for place in divide_cpu(3, "cpu", 2, 100)] == [1, 1, 1]
+    assert {(place.device, place.memory) for place in divide_cpu(3, None, 8, None)} == {("cpu", 333)}
+    assert len(divide_cpu(9, None, 8, 2)) == 2, "no more processes than prompts"
+    assert divide_cpu(9, None, 8, 1) == divide_cpu(9, None, 8, 0) == divide_cpu(1, None, 8, None) == []
+
+
+def test_every_gpu_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 4)
+
+    def visible(devices: str, items: int | None = None, **environment: str) -> list[str | None]:
+        return [place.visible_device for place in choose_gpus(devices, None, 8, items, environment)]
+
+    assert visible("all") == ["0", "1", "2", "3"]
+    assert visible("3, 1") == ["3", "1"]
+    assert visible("all", items=2) == ["0", "1"]
+    assert visible("0,2", CUDA_VISIBLE_DEVICES="4,5,GPU-6,7") == ["4", "GPU-6"]
+    assert choose_gpus("1", "cuda", 8, None, {}) == [Place(device="cuda", threads=8, visible_device="1")]
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "message"),
+    [
+        ({"processes": 0}, 0, r"processes must be in 1\.\.256, not 0"),
+        ({"processes": 1000}, 0, r"processes must be in 1\.\.256, not 1000"),
+        ({"processes": 2, "devices": "all"}, 0, "give processes, which divide a CPU, or devices, which are GPUs, not"),
+        ({"devices": "cuda:0"}, 4, "devices must be all, or numbers such as 0,1,2, not 'cuda:0'"),
+        ({"devices": ""}, 4, "devices must be all, or numbers such as 0,1,2, not ''"),
+        ({"devices": "0,-1"}, 4, "devices must be all"),
+        ({"devices": "1,0,1"}, 4, "devices names a device twice: 1,0,1"),
+        ({"devices": "all"}, 0, "devices names GPUs, and torch finds none here; processes divides the cores of a CPU"),
+        ({"devices": "0"}, 0, "devices names GPUs, and torch finds none here"),
+        ({"devices": "1,7"}, 4, "there is no device 7: torch finds 4 devices, 0 to 3"),
+        ({"devices": "1"}, 1, "there is no device 1: torch finds 1 device, 0$"),
+        ({"devices": "0", "device": "cpu"}, 4, "give devices or device, not both: device is cpu"),
+        ({"processes": 2}, 4, "processes divides the cores of a CPU, and the models run on cuda: name GPUs with devic"),
+        ({"processes": 2, "device": "tpu"}, 0, "device 'tpu'"),
+        ({"processes": 2, "threads": 0}, 0, "threads must be in"),
+    ],
+)
+def test_refused_before_anything_is_loaded(
+    tiny_pair: TinyPair,
+    write_rows: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    gpus: int,
+    message: str,
+) -> None:
+    see_gpus(monkeypatch, gpus)
+    data = write_rows([{"question": "1+1?"}, {"question": "1+2?"}])
+    with pytest.raises(InputError, match=message):
+        run_generate(
+            GenerateConfig(teacher=str(tiny_pair.teacher), data=str(data), output_dir=str(tmp_path / "out"), **options)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_or_a_server_in_their_place_is_refused(tiny_pair: TinyPair) -> None:
+    config = GenerateConfig(teacher=str(tiny_pair.teacher), data="x", processes=2)
+    chat = config.make_chat_options(read_clock().isoformat())
+    with (
+        pytest.raises(InputError, match="processes: an engine is given, which works in this process"),
+        open_pool(config, tiny_pair.engine, chat, teacher=config.teacher),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match="processes divides what models compute here, and the teacher is the URL"),
+        open_pool(config, None, chat, teacher="http://localhost:1/v1", items=2),
+    ):
+        pass

@@ -1,0 +1,262 @@
+"""Worker processes: the results of one process, whatever is killed; nothing lost, nothing done twice.
+
+But for the last test the workers are forked from a process that has imported everything, which takes no time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.pool_works import FaultyWork
+from support.small_runs import read_results
+from support.tiny_pair import TinyPair
+
+from genssd.distill.data.problems import ProblemRow
+from genssd.distill.data.traces import read_usable_traces
+from genssd.distill.evaluate_config import EvaluateConfig
+from genssd.distill.evaluating import EvaluationWork
+from genssd.distill.pool import hand_out, processes
+from genssd.distill.pool.pool import Lost, OwnProcess, Work
+from genssd.distill.pool.processes import ProcessPool
+from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
+from genssd.distill.pool.worker import Recipe
+from genssd.distill.score.features import ScoreWork
+from genssd.distill.score.prefix import PrefixWork
+from genssd.distill.score.prefix_config import PrefixConfig
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.generate import GenerationWork, run_generate
+from genssd.distill.select.generate_config import GenerateConfig
+from genssd.distill.select.run import run_select
+from genssd.distill.select.work import SearchedPrompt, SearchWork
+from genssd.engine.budget import Budget
+from genssd.engine.chat_options import ChatOptions
+from genssd.engine.chunk import Chunk
+from genssd.engine.errors import InputError, WorkerError
+from genssd.engine.model_choices import Role
+
+SEARCH: dict[str, Any] = {"candidates": 3, "chunk": Chunk(tokens=4, until=None), "max_tokens": 16}
+PROBLEMS = tuple(
+    ProblemRow(prompt=f"{i % 5}+{i % 5}=", answer=str(i), line=i + 1, where=f"data, line {i + 1}", index=i)
+    for i in range(14)
+)
+"""Several are equal, so that what is drawn depends on how many equal ones come before."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_workers() -> Iterator[None]:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["genssd.distill.pool.worker", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "START_METHOD", "forkserver")
+        yield
+
+
+def make_pool(pair: TinyPair, size: int = 2, **arguments: Any) -> ProcessPool:
+    roles: tuple[Role, Role] = ("teacher", "student")
+    tokens = LocalTokens(tokenizers={role: pair.engine.tokenizer(role) for role in roles}, reader=pair.engine.reader)
+    models = RemoteModels([tokens])
+    given = {"teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_batch": 4}
+    return ProcessPool(models, [Recipe(arguments={**given, "threads": 1, **arguments}, chat=ChatOptions())] * size)
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_pair: TinyPair) -> Iterator[ProcessPool]:
+    with make_pool(tiny_pair) as pool:
+        pool.open()
+        yield pool
+
+
+def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Any]]:
+    models = {"teacher": str(pair.teacher), "student": str(pair.student)}
+    items = [place for place in range(len(PROBLEMS)) if place != 6]
+    generate = GenerateConfig(**models, data="x", n=2, max_tokens=12)
+    evaluate = EvaluateConfig(model=models["student"], data="x", samples=2, max_tokens=12)
+    path = directory / "traces.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "So it is. " * i}) + "\n" for i in range(1, 9)))
+    traces, _ = read_usable_traces([path], pair.engine.tokenizer("student"), max_length=200, limit=None)
+    return {
+        "select": SearchWork(
+            problems=PROBLEMS, items=items, options=SelectConfig(**models, data="x", teacher_topk=2, **SEARCH),
+            threshold=None, data="x", teachers=[models["teacher"]], student=models["student"],
+        ),
+        "generate": GenerationWork(problems=PROBLEMS, items=items, config=generate),
+        "score": ScoreWork(
+            traces=dict(enumerate(traces)), criteria=("ppl", "lalp(steps=1)"), has_teacher=False, verify=True
+        ),
+        "evaluate": EvaluationWork(problems=PROBLEMS, items=items, config=evaluate),
+        "prefix": PrefixWork(
+            traces=traces, items=(0, 3, 6),
+            config=PrefixConfig(student=models["student"], data=("x",), batch=3, judge_tokens=4, max_tokens=8),
+        ),
+    }  # fmt: skip
+
+
+def collect(outcomes: Iterator[tuple[int, Any]]) -> dict[int, Any]:
+    """The outcomes by item, with the numbers of tensors."""
+    results: dict[int, Any] = {}
+    for item, outcome in outcomes:
+        assert item not in results, "done twice"
+        if isinstance(outcome, SearchedPrompt):
+            assert outcome.topk is not None
+            topk = outcome.topk.ids.tolist(), outcome.topk.logprob.view(torch.int32).tolist()
+            outcome = (outcome.row, outcome.decisions, topk)
+        results[item] = outcome
+    return results
+
+
+@pytest.mark.parametrize("command", ["select", "generate", "score", "evaluate", "prefix"])
+def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: ProcessPool, tmp_path: Path, command: str) -> None:
+    work = make_works(tiny_pair, tmp_path)[command]
+    before = pool.models.usage
+    results = collect(pool.run(work))
+    assert results == collect(OwnProcess(tiny_pair.engine).run(work))
+    assert sorted(results) == sorted(work.items)
+    usage = pool.models.usage
+    assert usage.computed_tokens > before.computed_tokens
+    if command not in ("score", "prefix"):
+        assert usage.finished_prompts - before.finished_prompts == len(work.items)
+        assert usage.planned_prompts == usage.finished_prompts
+        assert usage.planned_tokens == usage.sampled_tokens
+
+
+def test_killed_workers_are_replaced_and_their_prompts_done_again(
+    tiny_pair: TinyPair, pool: ProcessPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = make_works(tiny_pair, tmp_path)["select"]
+    expected = collect(OwnProcess(tiny_pair.engine).run(work))
+
+    def kill_two() -> Iterator[tuple[int, Any]]:
+        for count, outcome in enumerate(pool.run(work)):
+            if count < 2:
+                pids = [worker.process.pid for worker in pool._workers if worker.is_ready]
+                assert pids[0] is not None
+                os.kill(pids[0], signal.SIGKILL)
+            yield outcome
+
+    assert collect(kill_two()) == expected
+    assert "was killed by SIGKILL (out of memory?); another one takes its place" in caplog.text
+
+
+def test_an_item_that_ends_its_workers_is_given_up_alone(
+    pool: ProcessPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults = {2: "killed", 5: "CUDA error: an illegal\nmemory access"}
+    results = dict(pool.run(FaultyWork(items=tuple(range(8)), faults=faults)))
+    lost = {item: result.reason for item, result in results.items() if isinstance(result, Lost)}
+    assert {item: results[item] for item in results if item not in lost} == {i: i * i for i in (0, 1, 3, 4, 6, 7)}
+    assert lost == {
+        2: "the worker that did nothing else was killed by SIGKILL (out of memory?), the last of 3",
+        5: "the worker that did nothing else failed (RuntimeError: CUDA error: an illegal memory access), the last of "
+        "3",
+    }
+    assert caplog.text.count("another one takes its place") == 2 * hand_out.MAX_ENDS
+
+
+def test_a_prompt_that_is_given_up_is_reported_like_one_that_is_too_long(
+    tiny_pair: TinyPair, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Losing(OwnProcess):
+        def run(self, work: Work[Any], budget: Budget = Budget()) -> Iterator[tuple[int, Any]]:
+            for item, outcome in super().run(work, budget):
+                yield item, Lost(reason="no luck") if item == 1 else outcome
+
+    monkeypatch.setattr("genssd.distill.runs.pools.OwnProcess", Losing)
+    data = write_rows([{"question": f"{i}?"} for i in range(3)])
+    models = {"teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), "data": str(data)}
+    select = run_select(SelectConfig(**models, **SEARCH, output_dir=str(tmp_path / "s")), tiny_pair.engine)
+    generate = run_generate(GenerateConfig(**models, max_tokens=4, output_dir=str(tmp_path / "g")), tiny_pair.engine)
+    assert select.failures == select.bad_rows == generate.failures == (f"{data}, line 2: no luck",)
+    assert select.prompts == generate.prompts == 2
+
+
+def test_an_error_of_the_user_ends_the_run(tiny_pair: TinyPair) -> None:
+    pool = make_pool(tiny_pair)
+    work = FaultyWork(items=(0, 1, 2), faults={1: "refused"})
+    with pytest.raises(InputError, match=r"^item 1 cannot be squared$"), pool:
+        list(pool.run(work))
+    assert not any(worker.process.is_alive() for worker in pool._workers)
+
+
+def test_models_that_do_not_load_are_refused_as_in_one_process(tiny_pair: TinyPair) -> None:
+    pool = make_pool(tiny_pair, size=1, dtype="float64")
+    with pytest.raises(InputError, match=r"^dtype 'float64' is not one of auto"), pool:
+        pool.open()
+
+
+def test_workers_that_never_load_end_the_run(tiny_pair: TinyPair) -> None:
+    pool = make_pool(tiny_pair, size=1, no_such_argument=1)
+    message = r"a worker process failed \(TypeError: .*\) while it loaded the models, 3 times"
+    with pytest.raises(WorkerError, match=message), pool:
+        pool.open()
+
+
+def test_a_total_budget_ends_all_workers_and_a_resumed_run_needs_none(
+    tiny_pair: TinyPair, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = write_rows([{"question": f"{i % 7}?"} for i in range(40)])
+    config: dict[str, Any] = {
+        "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), "data": str(data), **SEARCH,
+        "memory_bytes": 1 << 22, "max_batch": 4, "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    first = run_select(SelectConfig(**config, processes=2, total_budget=Budget(tokens=600)))
+    assert first.stopped_by == "total_budget.tokens"
+    assert 0 < first.prompts < 40
+    assert first.prompts + first.unfinished == 40
+    second = run_select(SelectConfig(**config, resume=True), tiny_pair.engine)
+    assert (second.prompts, second.stopped_by) == (40, None)
+    run_select(SelectConfig(**{**config, "output_dir": str(tmp_path / "whole")}), tiny_pair.engine)
+    ours, whole = (read_results(tmp_path / name) for name in ("out", "whole"))
+    assert {name: ours[name] for name in ours if name.endswith("jsonl")} == {
+        name: whole[name] for name in whole if name.endswith("jsonl")
+    }
+
+
+def find_children(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_command(
+    tiny_pair: TinyPair, write_rows: Callable[..., Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    """The command is stopped while it runs, or killed while its workers start; no process is left."""
+    data = write_rows([{"question": f"{i}?"} for i in range(3000)])
+    flags = ["--teacher", str(tiny_pair.teacher), "--data", str(data), "--max-tokens", "100", "--processes", "2"]
+    command = [sys.executable, "-m", "genssd", "generate", *flags, "--output-dir", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        journal = tmp_path / "out/responses.jsonl"
+        while process.poll() is None and not (
+            len(find_children(process.pid)) >= 2 if number == signal.SIGKILL else journal.exists()
+        ):
+            time.sleep(0.02)
+        children = find_children(process.pid)
+        process.send_signal(number)
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert process.wait() == (143 if number == signal.SIGTERM else -9), said
+    assert len(children) >= 2
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < until, "workers are left"
+        time.sleep(0.05)
+    if number == signal.SIGTERM:
+        assert "terminated; " in said
+        assert "Traceback" not in said

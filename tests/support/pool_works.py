@@ -1,0 +1,36 @@
+"""Works whose items end their worker, or are refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from genssd.engine.budget import Budget
+from genssd.engine.engine import Engine
+from genssd.engine.errors import InputError
+from genssd.engine.feed import Feed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultyWork:
+    """Squares numbers. faults: what happens instead, by item."""
+
+    items: tuple[int, ...]
+    faults: Mapping[int, str]
+
+    most_tokens: ClassVar[int] = 0
+
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, Any]]:
+        assert feed is not None
+        while (item := feed.take(wait=True)) is not None:
+            fault = self.faults.get(item)
+            if fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault == "refused":
+                raise InputError("item 1 cannot be squared")
+            elif fault is not None:
+                raise RuntimeError(fault)
+            yield item, item**2
