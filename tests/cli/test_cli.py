@@ -184,7 +184,8 @@ def test_words_that_mean_nothing(capsys: pytest.CaptureFixture[str], tmp_path: P
         capsys, "select", "--teacher", ".", "--student", ".", "--data", "-", "--candidats", "3"
     )
     missing = (
-        "genssd: Missing from genssd select: --teacher STR --student STR; `genssd select --help` lists the flags\n"
+        "genssd: Missing from genssd select: --teacher STR|{[STR [STR ...]]} --student STR; `genssd select --help` "
+        "lists the flags\n"
     )
     assert fails(capsys, "select", "--data", "-") == missing
     choice = fails(capsys, "train", "--data", "-", "--model-name-or-path", ".", "--kd-loss", "x")

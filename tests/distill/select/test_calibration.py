@@ -115,8 +115,9 @@ def test_a_resumed_run_keeps_its_threshold(tiny_pair: TinyPair, write_rows: Writ
     ],
 )
 def test_what_cannot_be_calibrated(options: dict[str, Any], message: str) -> None:
+    models = {"teacher": "t", "student": "s"}
     with pytest.raises(InputError, match=message):
-        check_search(SelectConfig(teacher="t", student="s", data="d", calibrate=Calibrate(data="held"), **options))
+        check_search(SelectConfig(**models, data="d", calibrate=Calibrate(data="held"), **options), ["t"], "s")
     for wrong in ({"limit": 0}, {"share": 0.0}, {"share": 1.5}):
         with pytest.raises(InputError, match="calibrate"):
             SelectConfig(teacher="t", student="s", data="d", calibrate=Calibrate(data="held", **wrong))  # type: ignore[arg-type]
