@@ -18,8 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, cast
 
 from genssd.distill.pool.hand_out import MAX_ENDS, HandOut
 from genssd.distill.pool.messages import (
@@ -57,7 +58,7 @@ CLOSE_TIME = 5.0
 KEPT_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 """Signals of a terminal to all of its processes, which only the process of the command answers."""
 
-START_METHOD: Literal["spawn"] = "spawn"
+START_METHOD = "spawn"
 """How `multiprocessing` starts a worker: as a new interpreter, because a forked one cannot use CUDA or the threads that
 this process has started."""
 
@@ -82,7 +83,7 @@ class _Worker:
 
     @staticmethod
     def start(recipe: Recipe) -> _Worker:
-        context = multiprocessing.get_context(START_METHOD)
+        context = cast(SpawnContext, multiprocessing.get_context(START_METHOD))
         pipe, far_end = context.Pipe()
         process = context.Process(target=run_worker, args=(far_end, recipe), daemon=True)
         resource_tracker.ensure_running()  # it unblocks signals when it starts

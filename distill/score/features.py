@@ -40,7 +40,7 @@ from genssd.kernels.logprob import TokenStats
 BATCH_TOKENS = 16384
 """Number of tokens of prompts and responses that are given to the engine at once."""
 FED_TOKENS = 4096
-"""Number of tokens that an engine takes at once where several of them divide the traces."""
+"""Number of tokens that are given to one of several engines at once, which divide the traces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 from support.pool_works import FaultyWork
-from support.small_runs import read_results
+from support.small_runs import VARYING, read_results
 from support.tiny_pair import TinyPair
+from support.toys import save_checkpoint
 
 from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.traces import read_usable_traces
@@ -34,10 +35,11 @@ from genssd.distill.pool.worker import Recipe
 from genssd.distill.score.features import ScoreWork
 from genssd.distill.score.prefix import PrefixWork
 from genssd.distill.score.prefix_config import PrefixConfig
-from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.config import Calibrate, SelectConfig
 from genssd.distill.select.generate import GenerationWork, run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.run import run_select
+from genssd.distill.select.two_writer_options import Alternation, Relay
 from genssd.distill.select.work import SearchedPrompt, SearchWork
 from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
@@ -80,7 +82,9 @@ def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Any]]:
     models = {"teacher": str(pair.teacher), "student": str(pair.student)}
     items = [place for place in range(len(PROBLEMS)) if place != 6]
     generate = GenerateConfig(**models, data="x", n=2, max_tokens=12)
+    relay = Relay(threshold=2.0, teacher="chunk", chunk=Chunk(tokens=4))
     evaluate = EvaluateConfig(model=models["student"], data="x", samples=2, max_tokens=12)
+    two_writers: dict[str, Any] = {**models, "data": "x", "n": 2, "max_tokens": 12}
     path = directory / "traces.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "So it is. " * i}) + "\n" for i in range(1, 9)))
     traces, _ = read_usable_traces([path], pair.engine.tokenizer("student"), max_length=200, limit=None)
@@ -90,6 +94,14 @@ def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Any]]:
             threshold=None, data="x", teachers=[models["teacher"]], student=models["student"],
         ),
         "generate": GenerationWork(problems=PROBLEMS, items=items, config=generate),
+        "alternate": GenerationWork(
+            problems=PROBLEMS, items=items,
+            config=GenerateConfig(**two_writers, method="alternate", alternate=Alternation(chunk=Chunk(tokens=4))),
+        ),
+        "relay": GenerationWork(
+            problems=PROBLEMS, items=items,
+            config=GenerateConfig(**two_writers, method="relay", relay=relay),
+        ),
         "score": ScoreWork(
             traces=dict(enumerate(traces)), criteria=("ppl", "lalp(steps=1)"), has_teacher=False, verify=True
         ),
@@ -114,12 +126,13 @@ def collect(outcomes: Iterator[tuple[int, Any]]) -> dict[int, Any]:
     return results
 
 
-@pytest.mark.parametrize("command", ["select", "generate", "score", "evaluate", "prefix"])
+@pytest.mark.parametrize("command", ["select", "generate", "alternate", "relay", "score", "evaluate", "prefix"])
 def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: ProcessPool, tmp_path: Path, command: str) -> None:
     work = make_works(tiny_pair, tmp_path)[command]
     before = pool.models.usage
     results = collect(pool.run(work))
     assert results == collect(OwnProcess(tiny_pair.engine).run(work))
+    assert all(isinstance(result, dict | list | tuple) for result in results.values()), "not one is an error"
     assert sorted(results) == sorted(work.items)
     usage = pool.models.usage
     assert usage.computed_tokens > before.computed_tokens
@@ -219,6 +232,47 @@ def test_a_total_budget_ends_all_workers_and_a_resumed_run_needs_none(
     assert {name: ours[name] for name in ours if name.endswith("jsonl")} == {
         name: whole[name] for name in whole if name.endswith("jsonl")
     }
+
+
+def without_times(value: Any) -> Any:
+    """A row without what differs from run to run."""
+    if isinstance(value, dict):
+        return {name: without_times(part) for name, part in value.items() if name not in VARYING}
+    return [without_times(part) for part in value] if isinstance(value, list) else value
+
+
+def read_rows(path: Path) -> list[Any]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [without_times(row) for row in sorted(rows, key=lambda row: int(row["index"]))]
+
+
+def test_several_teachers_in_two_processes_write_what_they_write_in_one(
+    tiny_pair: TinyPair, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With a calibration, which the first teacher samples for, and a student that reads other teachers' chunks."""
+    other = tmp_path / "other"
+    save_checkpoint(other, seed=77, scale=8.0)
+    data = write_rows([{"question": f"{i % 5}?", "answer": "1"} for i in range(9)])
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps({"question": f"{i}+1?"}) + "\n" for i in range(3)))
+    config: dict[str, Any] = {
+        "teacher": (str(tiny_pair.teacher), str(other)), "student": str(tiny_pair.student), "data": str(data),
+        **SEARCH, "drop_teacher_after": 2, "teacher_topk": 2, "memory_bytes": 1 << 22, "max_batch": 4,
+        "calibrate": Calibrate(data=str(held)), "on_unlearnable": "accept_best",
+    }  # fmt: skip
+    two = run_select(SelectConfig(**config, processes=2, output_dir=str(tmp_path / "two")))
+    one = run_select(SelectConfig(**config, output_dir=str(tmp_path / "one")))
+    assert two.prompts == one.prompts == 9
+    for name in ("selections.jsonl", "decisions.jsonl"):
+        rows = [read_rows(tmp_path / run / name) for run in ("two", "one")]
+        if name == "selections.jsonl":
+            assert {chunk["teacher"] for row in rows[0] for chunk in row["chunks"]} == set(config["teacher"])
+            assert all(row.pop("teacher_topk") is not None for run in rows for row in run)  # places follow the order
+        assert rows[0] == rows[1]
+    records = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("two", "one")]
+    assert records[0]["settings"] == records[1]["settings"]
+    thresholds = [json.loads((tmp_path / run / "calibration.json").read_text()) for run in ("two", "one")]
+    assert thresholds[0] == thresholds[1]
 
 
 def find_children(pid: int) -> list[int]:

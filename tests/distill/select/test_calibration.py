@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_pair import TinyPair
 
-from genssd.distill.select.calibration import check_calibration, worst_of_best
+from genssd.distill.select.beginning import check_search
+from genssd.distill.select.calibration import worst_of_best
 from genssd.distill.select.config import Calibrate, SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.engine.chunk import Chunk
@@ -114,8 +115,9 @@ def test_a_resumed_run_keeps_its_threshold(tiny_pair: TinyPair, write_rows: Writ
     ],
 )
 def test_what_cannot_be_calibrated(options: dict[str, Any], message: str) -> None:
+    models = {"teacher": "t", "student": "s"}
     with pytest.raises(InputError, match=message):
-        check_calibration(SelectConfig(teacher="t", student="s", data="d", calibrate=Calibrate(data="held"), **options))
+        check_search(SelectConfig(**models, data="d", calibrate=Calibrate(data="held"), **options), ["t"], "s")
     for wrong in ({"limit": 0}, {"share": 0.0}, {"share": 1.5}):
         with pytest.raises(InputError, match="calibrate"):
             SelectConfig(teacher="t", student="s", data="d", calibrate=Calibrate(data="held", **wrong))  # type: ignore[arg-type]
