@@ -77,13 +77,10 @@ class Session:
         # embeddings are often padded: an id that the tokenizer does not know is never drawn
         vocabulary = self._tokenizer.largest_id + 1
         writers: list[Role] = [writer]
-        is_read_by_teacher = scored and writer == "student"
-        if is_read_by_teacher:
-            _check_same_tokens(resources, "a student that writes beside the teacher")
         drawing: Drawing
         if rsd is None:
             # the hidden states of a student that writes are kept: the statistics of its tokens come from them
-            num_kept = int(is_read_by_teacher) or num_topk
+            num_kept = int(scored and writer == "student") or num_topk
             drawing = WriterDrawing(
                 runner, sampling, vocabulary=vocabulary, num_topk=num_kept, greedy_first=greedy_first
             )
@@ -108,6 +105,7 @@ class Session:
     def _make_scorer(self, student: ModelRunner) -> CandidateScorer | StudentChunkReader:
         """Return what reads complete candidates: the student, or where it writes them itself, the teacher."""
         if student is self._writer:
+            _check_same_tokens(self._resources, "a student that writes beside the teacher")
             return StudentChunkReader(self._resources.runner("teacher"), student, self._resources.usage)
         return CandidateScorer(student, self._reader, self._resources.usage)
 
