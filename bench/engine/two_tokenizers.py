@@ -30,6 +30,7 @@ from genssd.engine.expansion import Expansion
 from genssd.engine.reading import Reader
 from genssd.engine.sampling import Sampling
 from genssd.engine.session import Session
+from genssd.engine.state_rows import StateRow
 from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TokenStats
 
@@ -57,7 +58,7 @@ def score_texts(
     for branch in branches:
         branch.student.path = runner.tree.root()
         (states,) = runner.extend([branch.student.path], [ids.student], last=[1])
-        branch.student.hidden, branch.student.pending = states[-1], []
+        branch.student.hidden, branch.student.pending = StateRow(states, 0), []
     seconds, start = 0.0, 0
     while start < max(map(len, texts)):
         expansions = []

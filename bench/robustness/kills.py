@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process has no threads
 
 import genssd
 from genssd.cli import main as run_command_line
-from genssd.commands import COMMANDS
+from genssd.configs import CONFIGS
 from genssd.distill import small_pair
 from genssd.distill.small_pair.problems import make_problems
 from genssd.distill.train.checkpoints import list_checkpoints
@@ -117,7 +117,7 @@ def _words(command: str, files: dict[str, Path]) -> list[str]:
 
 
 def _can_resume(command: str) -> bool:
-    fields = {field.name for field in dataclasses.fields(COMMANDS[command][0])}
+    fields = {field.name for field in dataclasses.fields(CONFIGS[command])}
     return bool(fields & {"resume", "resume_from_checkpoint"})
 
 
