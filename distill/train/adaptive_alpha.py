@@ -40,13 +40,14 @@ def adapt_alpha(
     completion without such a token has `alpha`, and is left out of m. reverse: for skew_reverse_kl. The host waits once
     for the device.
     """
-    example_M = torch.arange(len(lengths), device=counted_M.device).repeat_interleave(
-        torch.tensor(list(lengths), device=counted_M.device)
-    )
+    student_M, teacher_M, weight_M = torch.stack(
+        (student_logprob_M.double(), teacher_logprob_M.double(), counted_M.double())
+    ).cpu()
+    example_M = torch.arange(len(lengths)).repeat_interleave(torch.tensor(list(lengths)))
     means = []
-    counts = counted_M.new_zeros(len(lengths), dtype=torch.float64).index_add(0, example_M, counted_M.double())
-    for logprob_M in (teacher_logprob_M, student_logprob_M):
-        sums = torch.zeros_like(counts).index_add(0, example_M, logprob_M.double().masked_fill(~counted_M, 0.0))
+    counts = weight_M.new_zeros(len(lengths)).index_add(0, example_M, weight_M)
+    for logprob_M in (teacher_M, student_M):
+        sums = torch.zeros_like(counts).index_add(0, example_M, logprob_M.masked_fill(weight_M == 0, 0.0))
         means.append((sums / counts).exp())
     gap = means[1] - means[0] if reverse else means[0] - means[1]
     has_tokens = counts > 0
