@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from genssd.distill.answers.accuracy import Accuracy, measure_accuracy
@@ -55,6 +56,8 @@ class SelectSummary:
     tokens_kept: int
     """Number of the teacher's tokens in the best trajectories."""
     tokens_sampled: int
+    median_chunks: float
+    """Median number of chunks in the best trajectories: of rounds in which one was chosen. 0 without a trajectory."""
     rounds: Mapping[str, int]
     """Number of attempts at rounds by what the search did after them (see `Decision`)."""
     teachers: tuple[TeacherTotals, ...]
@@ -90,8 +93,8 @@ class SelectSummary:
     def as_json(self) -> dict[str, Any]:
         """Return the content of summary.json."""
         names = (
-            "prompts", "statuses", "cuts", "drifted", "tokens_kept", "tokens_sampled", "rounds", "stopped_by",
-            "unfinished", "tokens_dropped",
+            "prompts", "statuses", "cuts", "drifted", "tokens_kept", "tokens_sampled", "median_chunks", "rounds",
+            "stopped_by", "unfinished", "tokens_dropped",
         )  # fmt: skip
         return {
             "path": self.path.name,
@@ -110,6 +113,7 @@ def summarise(run: Run, end: SearchEnd, data: ProblemSet, calibration: Calibrati
     statuses: Counter[str] = Counter()
     rounds: Counter[str] = Counter()
     kept = sampled = drifted = 0
+    num_chunks: list[int] = []
     best: list[dict[str, Any]] = []
     uses: list[list[dict[str, Any]]] = []
     for row in run.done():
@@ -117,6 +121,7 @@ def summarise(run: Run, end: SearchEnd, data: ProblemSet, calibration: Calibrati
         rounds.update(row["rounds"])
         kept += len(row.get("teacher_ids", row["completion_ids"]))
         sampled += row["tokens_sampled"]
+        num_chunks.append(len(row["chunks"]))
         uses += [row["teachers"]] if "teachers" in row else []
         drifted += row.get("drifted") is True
         best.append({name: row[name] for name in ("correct", "undecided", "cut_by")})
@@ -130,6 +135,7 @@ def summarise(run: Run, end: SearchEnd, data: ProblemSet, calibration: Calibrati
         drifted=drifted,
         tokens_kept=kept,
         tokens_sampled=sampled,
+        median_chunks=median(num_chunks) if num_chunks else 0.0,
         rounds=dict(rounds),
         teachers=sum_teachers(uses),
         stopped_by=end.stopped_by,

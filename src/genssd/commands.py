@@ -46,6 +46,7 @@ from genssd.engine.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
 from genssd.outputs import print_outputs
 from genssd.printing import (
+    describe_rounds,
     list_counts,
     list_statuses,
     print_accuracy,
@@ -76,7 +77,10 @@ def select(config: SelectConfig, console: Console) -> None:
     is_empty = not summary.prompts and summary.stopped_by is not None
     if not is_empty:
         print(f"{format_count(summary.prompts, 'prompt')}: {list_statuses(summary.statuses)}")
-        print(f"{format_count(summary.tokens_kept, 'token')} kept of {summary.tokens_sampled:,} sampled")
+        print(
+            f"{format_count(summary.tokens_kept, 'token')} kept of {summary.tokens_sampled:,} sampled; "
+            f"{describe_rounds(summary.median_chunks)}"
+        )
     for teacher in summary.teachers:
         print(teacher)
     if any(name in summary.rounds for name in SPECIAL):

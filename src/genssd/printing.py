@@ -75,6 +75,16 @@ def list_statuses(statuses: Mapping[str, int]) -> str:
     return list_counts(statuses) or "none was run"
 
 
+def describe_rounds(median_chunks: float) -> str:
+    """Return how often the student chose in a response, in words. median_chunks: median number of chunks in one."""
+    if median_chunks <= 1.0:
+        return (
+            "one round per response (median), in which the student chose between whole responses: shorter chunks "
+            "(--chunk.tokens) let it choose more often"
+        )
+    return f"{median_chunks:g} rounds per response (median)"
+
+
 def list_counts(counts: Mapping[str, int]) -> str:
     """Return numbers with their names, by name."""
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))

@@ -24,6 +24,7 @@ from genssd.distill.runs.run import Run
 from genssd.distill.select.resuming import keep_complete
 from genssd.distill.select.run import run_select
 from genssd.engine.errors import InputError
+from genssd.printing import describe_rounds
 
 Write = Callable[..., Path]
 
@@ -52,6 +53,21 @@ def test_a_line_holds_everything(tiny_pair: TinyPair, write_rows: Write, tmp_pat
     assert (summary.prompts, summary.tokens_kept) == (1, len(row["completion_ids"]))
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["config"]["candidates"] == 3
+
+
+@pytest.mark.parametrize(("tokens", "rounds"), [(4, 4), (16, 1)])
+def test_the_median_number_of_rounds_is_stated(
+    tokens: int, rounds: int, tiny_pair: TinyPair, write_rows: Write, tmp_path: Path
+) -> None:
+    """A response that is one chunk was chosen as a whole, which the line says."""
+    chunk = Chunk(tokens=tokens, until=None)
+    summary = run_select(
+        config_for(tiny_pair, write_rows(PROMPTS), tmp_path / "run", chunk=chunk, max_tokens=16), tiny_pair.engine
+    )
+    chunks = sorted(len(row["chunks"]) for row in lines(tmp_path / "run" / "selections.jsonl"))
+    assert summary.median_chunks == np.median(chunks) == rounds
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["median_chunks"] == rounds
+    assert ("--chunk.tokens" in describe_rounds(summary.median_chunks)) == (rounds == 1)
 
 
 def test_the_decision_log_holds_every_candidate(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
