@@ -37,6 +37,8 @@ class Box:
     """The teacher's log-probabilities of its tokens; None where they are not stored, or of other tokens."""
     sampled: int
     """Number of tokens that the writer sampled for it."""
+    writer: int = 0
+    """Index of the teacher that wrote it; 0 where there is one."""
     is_provisional: bool = False
     """Whether its tokens are also those of the box after it, as the student held them back."""
 
@@ -56,6 +58,7 @@ class Box:
             student=candidate.stats,
             teacher=None if teacher is None or candidate.spans is not None else teacher.tolist(),
             sampled=len(candidate.token_ids if teacher is None else teacher),
+            writer=logged.teacher,
             is_provisional=logged.is_provisional,
         )
 
@@ -82,6 +85,7 @@ class Box:
             "score": self.score,
             "draw": self.draw,
             "ending": self.ending,
+            "writer": self.writer,
             "provisional": self.is_provisional,
             "text": "".join(pieces),
             "lengths": [_count_units(piece) for piece in pieces],

@@ -87,6 +87,8 @@ class Search:
     """Why criteria were removed, by name."""
     texts: TokenTexts | None = None
     teacher: str = ""
+    teachers: list[str] = field(default_factory=list)
+    """Names of the teachers, in their order."""
 
     @classmethod
     def of(cls, found: FoundRun, criteria: Sequence[str], student: StudentReader | None, faults: list[str]) -> Search:
@@ -205,6 +207,7 @@ class Search:
             opened = [TokenTexts.open(name, row["tokenizer"]) for name in names] or [TokenTexts.open(None, None)]
             self.texts = next((texts for texts in opened if texts.tokenizer is not None), opened[0])
             self.teacher = str(row["teacher"]["name"])
+            self.teachers = [str(one["name"]) for one in row.get("teachers", [row["teacher"]])]
         return self.texts
 
     def _has_student(self, row: Mapping[str, Any]) -> bool:
@@ -251,6 +254,7 @@ class Search:
             "command": self.found.command,
             "is_finished": self.found.is_finished,
             "teacher": self.teacher or str(config.get("teacher")),
+            "teachers": self.teachers,
             "student": config.get("student"),
             "criterion": self.own,
             "threshold": config.get("threshold"),

@@ -87,6 +87,7 @@ function drawLines(tree, above, below) {
 function describeBox(tree, search, criterion, place, isPicked) {
   const box = tree.boxes[place];
   const pairs = [];
+  if (search.teachers.length > 1) pairs.push(["written by", search.teachers[box.writer]]);
   if (search.criterion) pairs.push([`${search.criterion} (the run)`, format(box.score, 4)]);
   for (const [name, judged] of Object.entries(tree.criteria)) {
     if (name !== search.criterion) pairs.push([name, `${format(judged.values[place], 4)}${judged.picked.includes(place) !== box.isKept ? (box.isKept ? ", not kept by it" : ", kept by it") : ""}`]);

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pages import list_trees, read_page
 from support.small_runs import VARYING
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
@@ -20,6 +21,8 @@ from genssd.cli import main
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.doctor.examine import examine
 from genssd.distill.doctor.settings import read_settings
+from genssd.distill.report.config import ReportConfig
+from genssd.distill.report.run import run_report
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.reselect import run_reselect
@@ -105,6 +108,15 @@ def test_rows_log_and_summary_say_who_won(
         assert without_times(decided["teachers"]) == [
             {name: value for name, value in without_times(use).items() if name not in ("name", "fingerprint")}
             for use in row["teachers"]
+        ]
+    # the page says who wrote a box
+    page = read_page(run_report(ReportConfig(run=(str(run),), output=str(tmp_path / "page.html"))).path)
+    assert page["overview"]["searches"][0]["teachers"] == names
+    trees = {entry["index"]: tree for entry, tree in list_trees(page)}
+    for decided in decisions:
+        boxes = trees[decided["index"]]["boxes"]
+        assert [(tuple(box["trace"]), box["writer"]) for box in boxes] == [
+            (tuple(c["trace"]), c["teacher"]) for c in decided["candidates"]
         ]
     # the log is enough to judge again: the run's own criterion makes the run's choices
     again = run_reselect(ReselectConfig(run=str(run), output_dir=str(tmp_path / "again")))
