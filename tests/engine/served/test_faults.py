@@ -45,9 +45,10 @@ def stub(pair: Pair) -> Iterator[StubServer]:
 @pytest.fixture(scope="module")
 def steady(pair: Pair) -> Iterator[tuple[StubServer, Engine, Engine, list[Any]]]:
     """A server that stays, an engine over it, one that asks for one thing after the other, and the responses."""
+    patience = 120.0  # which of the requests meet a fault is chance, and one may meet most of them
     with StubServer(pair.teacher, pair.teacher_model).running() as server:
-        engine = connect(pair, server)
-        yield server, engine, connect(pair, server, in_flight=1), responses(engine)
+        engine = connect(pair, server, patience=patience)
+        yield server, engine, connect(pair, server, in_flight=1, patience=patience), responses(engine)
 
 
 def connect(pair: Pair, stub: StubServer, **options: Any) -> Engine:
