@@ -20,7 +20,7 @@ def test_items_come_in_order() -> None:
 
 
 def test_an_item_that_ends_every_worker_is_found_and_given_up() -> None:
-    """Of 64 items in company, one ends its worker: the others are finished, and it is given up after lone tries."""
+    """An item that ends its worker is given up after tries of its own; the 63 others are done."""
     queue, finished, given_up, ends = HandOut(range(64)), set(), [], 0
     while not queue.is_over:
         held = []

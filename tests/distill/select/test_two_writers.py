@@ -72,7 +72,7 @@ def judge_by_teacher(engine: Engine, prompt: list[int], chunk: list[int]) -> flo
 
 
 def alternate_by_hand(engine: Engine, prompt: list[int], by_teacher: bool) -> tuple[list[int], list[str]]:
-    """Of both models' next five greedy tokens those of the higher value, again and again."""
+    """The loop writes five greedy tokens with each model, and keeps those of the higher value."""
     ids: list[int] = []
     writers: list[str] = []
     while len(ids) < LENGTH and not has_ended(engine, ids):
