@@ -32,6 +32,7 @@ from genssd.distill.data.problems import (
 from genssd.distill.data.response_limits import ResponseLimits, count_cuts
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.pool.pool import Lost, Pool, Stopped
+from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import choose_sampling
@@ -74,6 +75,7 @@ class Evaluation:
     """Number of greedy responses that were cut off, by what cut them."""
 
 
+@on_cluster
 def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: Progress = SILENT) -> Evaluation:
     """Evaluate on a file. engine: a loaded engine whose student is the model.
 

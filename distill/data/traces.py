@@ -142,7 +142,7 @@ def read_traces(
                     answer=answer,
                     correct=correct,
                     question=example.question or tokenizer.decode(example.input_ids[: example.num_prompt]),
-                    file=str(path),
+                    file=raw_row.file or str(path),
                     line=raw_row.number,
                     response=index,
                     row_where=where,

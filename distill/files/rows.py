@@ -5,6 +5,7 @@
     x.parquet, x.arrow  a row of the table; told by the first bytes
     any of the text files compressed with gzip, bzip2, xz or zstd; told by the first bytes
     ORG/NAME:SPLIT      a row of a data set of the hub, where no such path exists
+    a directory, s3://  its files, one after the other, where the command has a cluster (cluster_files.py)
 
 Every reader of problems, traces and training rows goes through `read_rows`, every comparison of data files through
 `hash_content`.
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from genssd.distill.files.cluster_files import find_cluster_reader
 from genssd.distill.files.compression import DamagedFileError, decompress
 from genssd.distill.files.hub import HubName, parse_hub_name, read_hub
 from genssd.distill.files.lines import BOM, iter_lines
@@ -55,6 +57,8 @@ class RawRow:
     """Name of the file and number of the line or row, for messages."""
     text: bytes
     """JSON text of the row, without an end of line."""
+    file: str | None = None
+    """Name of the row's file, where a directory or an object storage was named; None where it is the name itself."""
 
 
 def read_rows(name: str | Path) -> Iterator[RawRow]:
@@ -63,6 +67,12 @@ def read_rows(name: str | Path) -> Iterator[RawRow]:
     name: a path, `-` for standard input, or a data set of the hub (see hub.py). Raises InputError naming the file when
     it cannot be read or is damaged, and naming the line or row as well when that is what cannot be read.
     """
+    cluster = find_cluster_reader(str(name))
+    if cluster is not None:
+        for row in cluster.read(str(name)):
+            where = f"{row.file}, {row.unit} {row.number}"
+            yield RawRow(number=row.number, where=where, text=row.text, file=row.file)
+        return
     hub_name = _find_hub_name(name)
     shown = describe(str(name))
     if hub_name is not None:
@@ -70,14 +80,24 @@ def read_rows(name: str | Path) -> Iterator[RawRow]:
             yield RawRow(number=number, where=f"{shown}, row {number}", text=text)
         return
     with open_data_file(name) as stream:
-        try:
-            unit, rows = _read_format(stream, shown, _suffix(name))
-            for number, text in rows:
-                yield RawRow(number=number, where=f"{shown}, {unit} {number}", text=text)
-        except DamagedFileError as error:
-            raise InputError(f"{shown} is damaged or cut off: {one_line(error)}") from None
-        except OSError as error:
-            raise InputError(f"{shown} cannot be read: {error.strerror}") from None
+        for unit, number, text in read_stream(stream, shown, name):
+            yield RawRow(number=number, where=f"{shown}, {unit} {number}", text=text)
+
+
+def read_stream(stream: BinaryIO, shown: str, name: str | Path) -> Iterator[tuple[str, int, bytes]]:
+    """Yield the rows in the bytes of a data file: what they are called ("line" or "row"), their numbers and JSON texts.
+
+    shown: name of the file, for messages. name: its name, whose suffix may tell its format. Raises InputError as
+    `read_rows` does.
+    """
+    try:
+        unit, rows = _read_format(stream, shown, _suffix(name))
+        for number, text in rows:
+            yield unit, number, text
+    except DamagedFileError as error:
+        raise InputError(f"{shown} is damaged or cut off: {one_line(error)}") from None
+    except OSError as error:
+        raise InputError(f"{shown} cannot be read: {error.strerror}") from None
 
 
 def hash_content(name: str | Path) -> str:
@@ -85,11 +105,11 @@ def hash_content(name: str | Path) -> str:
 
     Raises InputError when it cannot be read.
     """
-    hub_name = _find_hub_name(name)
-    if hub_name is not None:
+    cluster, hub_name = find_cluster_reader(str(name)), _find_hub_name(name)
+    if cluster is not None or hub_name is not None:
         digest = hashlib.sha256()
-        for _, text in read_hub(hub_name):
-            digest.update(text + b"\n")
+        for row in read_rows(name):
+            digest.update(row.text + b"\n")
         return digest.hexdigest()[:16]
     with open_data_file(name) as stream:
         try:
@@ -108,7 +128,10 @@ def open_data_file(name: str | Path) -> BinaryIO:
     if not str(name):
         raise InputError("the name of a data file is empty")
     if "://" in str(name) and not os.path.lexists(name):
-        raise InputError(f"{name} is a URL, which is not read; download it, or pipe it into the command, as --data -")
+        raise InputError(
+            f"{name} is a URL, which is not read; download it, or pipe it into the command, as --data -; on an object "
+            "storage, such as s3://, it is read with --ray local"
+        )
     try:
         mode = os.stat(name).st_mode
         if stat.S_ISREG(mode):

@@ -66,9 +66,9 @@ class HandOut:
                 return item.number
         return None
 
-    def finish(self, worker: Hashable, number: int) -> None:
-        """Note that a worker has finished one of its items."""
-        del self._held[worker][number]
+    def finish(self, worker: Hashable, number: int) -> bool:
+        """Note that a worker has finished one of its items; return False where it does not have it (any more)."""
+        return self._held.get(worker, {}).pop(number, None) is not None
 
     def end(self, worker: Hashable) -> list[int]:
         """Take the items of a worker that ended back into the queue; return those that are given up instead."""

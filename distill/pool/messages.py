@@ -1,9 +1,10 @@
-"""What the process of a command and its workers say to each other, over one pipe for each worker.
+"""What the process of a command and its workers say to each other, over a pipe or a mailbox for each worker.
 
     command   Begin            Item, Item, ... | NoMore                    Begin ...
     worker    Ready  Wanted, Wanted, ...  Finished, Finished, ...  Idle    ...
 
-Between them a worker sends Counts and Log. Refused and Failed are its last words.
+A worker on another node says first where it is (Placed). Between them a worker sends Counts and Log. Refused and
+Failed are its last words. Ended is what the process of the command itself finds out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ class PairSizes:
     fingerprints: Mapping[Role, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A worker runs, and has not loaded anything yet."""
+
+    node: str
+    """Address of its node."""
+    pid: int
+    """Number of its process on that node."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """A worker has loaded its engine."""
@@ -36,6 +47,8 @@ class Ready:
     pairs: Sequence[PairSizes]
     """Each of the teachers with the student, in the order of the teachers."""
     threads: int
+    instruction_set: str | None
+    """Instruction set of the CPU kernels that compute; None where none do."""
     launches: LaunchRecord | None
     cache_use: CacheUse
 
@@ -106,6 +119,11 @@ class Failed:
     """Any other error, in one line: the worker ends, and another one takes its place."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A worker has ended, and says nothing any more."""
 
 
 def send(connection: Connection, message: object) -> None:

@@ -1,4 +1,4 @@
-"""The body of a worker process: an engine that does what is handed out, until nobody hands out any more."""
+"""The body of a worker: an engine that does what is handed out, until nobody hands out any more."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from genssd.distill.pool.messages import (
     Begin,
@@ -36,6 +36,7 @@ from genssd.engine.errors import GenssdError
 from genssd.engine.machine import limit_own_memory
 from genssd.engine.model_choices import Role
 from genssd.engine.threads import limit_torch_threads
+from genssd.kernels import native
 
 COUNT_INTERVAL = 0.25
 """Seconds between two reports of what a worker has done."""
@@ -65,28 +66,51 @@ class Recipe:
         return Engine.from_pretrained(**self.arguments).with_chat(self.chat)
 
 
-class Link:
-    """The worker's end of the pipe: the `Feed` of its engine. Any thread may send."""
+class Channel(Protocol):
+    """The worker's end of a connection with the process of the command."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
+    def post(self, message: object) -> None:
+        """Send a message. Raises OSError where the command has ended."""
+        ...
+
+    def receive(self) -> object:
+        """Wait for a message and return it. Raises EOFError or OSError where the command has ended."""
+        ...
+
+    def poll(self, timeout: float) -> bool:
+        """Return whether a message has arrived, after waiting for one for at most `timeout` seconds."""
+        ...
+
+
+class Pipe:
+    """The `Channel` of a process on the same machine. Any thread may post."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._lock = threading.Lock()
+
+    def post(self, message: object) -> None:
+        """Send a message. Raises OSError where the command has ended."""
+        with self._lock:
+            send(self._connection, message)
+
+    def receive(self) -> object:
+        """Wait for a message and return it. Raises EOFError or OSError where the command has ended."""
+        return receive(self._connection)
+
+    def poll(self, timeout: float) -> bool:
+        """Return whether a message has arrived, after waiting for one for at most `timeout` seconds."""
+        return self._connection.poll(timeout)
+
+
+class ItemFeed:
+    """The `Feed` of a worker's engine: it asks the process of the command for every item."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._is_asked = False
         """Whether an item was asked for and has not come yet."""
         self._is_over = False
-
-    def send(self, message: object) -> None:
-        """Send a message. Raises OSError where the command has ended."""
-        with self._lock:
-            send(self._pipe, message)
-
-    def await_work(self) -> Work[Any]:
-        """Wait for the next work. Raises EOFError or OSError where there will be none."""
-        message = receive(self._pipe)
-        assert isinstance(message, Begin)
-        self._is_asked = self._is_over = False
-        work: Work[Any] = pickle.loads(message.work)
-        return work
 
     def take(self, *, wait: bool) -> int | None:
         """Return an item that is handed out to this worker; see `Feed`."""
@@ -94,11 +118,11 @@ class Link:
             return None
         grace = 0.0
         if not self._is_asked:
-            self.send(Wanted())
+            self._channel.post(Wanted())
             self._is_asked, grace = True, GRACE
-        if not wait and not self._pipe.poll(grace):
+        if not wait and not self._channel.poll(grace):
             return None
-        message = receive(self._pipe)
+        message = self._channel.receive()
         if isinstance(message, NoMore):
             self._is_over = True
             return None
@@ -107,32 +131,47 @@ class Link:
         return message.number
 
 
-def run_worker(pipe: Connection, recipe: Recipe) -> None:
-    """Work for the process at the other end of the pipe until it ends or closes the pipe."""
+def run_worker(connection: Connection, recipe: Recipe) -> None:
+    """Work for the process at the other end of the pipe until it ends or closes the pipe; the body of a process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    link = Link(pipe)
+    pipe = Pipe(connection)
+    send_logs(pipe)
+    os._exit(0 if serve(pipe, recipe.open) else 1)
+
+
+def send_logs(channel: Channel) -> None:
+    """Let the process of the command log what this one does."""
     log = logging.getLogger("genssd")
-    log.handlers, log.propagate = [_LogHandler(link)], False
+    log.handlers, log.propagate = [_LogHandler(channel)], False
     log.setLevel(logging.INFO)
+
+
+def serve(channel: Channel, open_engine: Callable[[], Engine], place: str = "") -> bool:
+    """Load an engine and do the works that come, until the command has ended.
+
+    place: what messages say of where the worker is. Returns False where the worker has failed, after its last words.
+    """
     try:
-        engine = recipe.open()
-        link.send(_describe(engine))
-        threading.Thread(target=_report_counts, args=(engine, link), daemon=True).start()
+        engine = open_engine()
+        channel.post(_describe(engine))
+        threading.Thread(target=_report_counts, args=(engine, channel), daemon=True).start()
         while True:
-            work = link.await_work()
-            for number, result in work.run(engine, link, Budget()):
-                link.send(_count(engine))  # budgets are held to it
-                link.send(Finished(number, result))
-            link.send(_count(engine))
-            link.send(Idle())
+            begin = channel.receive()
+            assert isinstance(begin, Begin)
+            work: Work[Any] = pickle.loads(begin.work)
+            for number, result in work.run(engine, ItemFeed(channel), Budget()):
+                channel.post(_count(engine))  # budgets are held to it
+                channel.post(Finished(number, result))
+            channel.post(_count(engine))
+            channel.post(Idle())
     except (EOFError, ConnectionError):  # the command has ended, or wants no more
-        os._exit(0)
+        return True
     except GenssdError as error:
-        link.send(Refused(type(error), str(error)))
+        channel.post(Refused(type(error), f"{place}{error}"))
     except BaseException as error:
-        link.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
+        channel.post(Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
         logging.getLogger("genssd.worker").debug("a worker failed", exc_info=True)
-    os._exit(1)
+    return False
 
 
 def _end_with_parent() -> None:
@@ -147,6 +186,7 @@ def _describe(engine: Engine) -> Ready:
     return Ready(
         pairs=[_measure(one) for one in engine.teachers],
         threads=engine.threads,
+        instruction_set=native.instruction_set() if engine.launches is None else None,
         launches=engine.launches,
         cache_use=engine.cache_use,
     )
@@ -166,14 +206,14 @@ def _count(engine: Engine) -> Counts:
     return Counts(replace(engine.usage), engine.cache_use)
 
 
-def _report_counts(engine: Engine, link: Link) -> None:
+def _report_counts(engine: Engine, channel: Channel) -> None:
     """Send what the engine has done, as often as it has changed; the body of a thread."""
     pause, sent = threading.Event(), None
     while not pause.wait(COUNT_INTERVAL):
         counts = _count(engine)
         if counts != sent:
             try:
-                link.send(counts)
+                channel.post(counts)
             except OSError:
                 return
             sent = counts
@@ -182,9 +222,9 @@ def _report_counts(engine: Engine, link: Link) -> None:
 class _LogHandler(logging.Handler):
     """A handler that sends every record to the process of the command."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, channel: Channel) -> None:
         super().__init__()
-        self._link = link
+        self._channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._link.send(Log(record.levelno, record.getMessage()))
+        self._channel.post(Log(record.levelno, record.getMessage()))

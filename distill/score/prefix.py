@@ -31,6 +31,7 @@ from genssd.distill.data.traces import (
     sort_by_trace,
 )
 from genssd.distill.pool.pool import Lost, Pool, Stopped
+from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.pools import open_pool
@@ -74,6 +75,7 @@ class PrefixSummary:
     bad_rows: tuple[str, ...]
 
 
+@on_cluster
 def run_prefix(config: PrefixConfig, engine: Engine | None = None, report: Progress = SILENT) -> PrefixSummary:
     """Shorten and continue traces. engine: a loaded engine to use instead of loading the student.
 

@@ -27,6 +27,7 @@ from genssd.distill.data.traces import (
     sort_by_trace,
 )
 from genssd.distill.pool.pool import Lost, Pool, Stopped
+from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.journal import write_json, write_jsonl
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
@@ -77,6 +78,7 @@ class ScoreSummary:
     """What the rankings have to do with length, steps, teachers and correctness."""
 
 
+@on_cluster
 def run_score(config: ScoreConfig, engine: Engine | None = None, report: Progress = SILENT) -> ScoreSummary:
     """Score, pick and rank. engine: a loaded engine to use instead of loading the student.
 

@@ -25,6 +25,7 @@ from genssd.distill.data.problems import (
 )
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.pool.pool import Lost, Pool, Stopped
+from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.pools import open_pool
@@ -48,6 +49,7 @@ from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.text import Prompt
 
 
+@on_cluster
 def run_generate(config: GenerateConfig, engine: Engine | None = None, report: Progress = SILENT) -> GenerateSummary:
     """Generate over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 

@@ -21,6 +21,7 @@ from genssd.distill.data.problems import ProblemSet, describe_problems, read_usa
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.pool.pool import Lost, Pool, Stopped
+from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.journal import Journal, write_json
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.pools import open_pool
@@ -41,6 +42,7 @@ from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 
 
+@on_cluster
 def run_select(config: SelectConfig, engine: Engine | None = None, report: Progress = SILENT) -> SelectSummary:
     """Select over a file of problems. engine: a loaded engine to use instead of loading the config's models.
 

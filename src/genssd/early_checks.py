@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from genssd.distill.files.cluster_files import is_for_cluster
 from genssd.distill.files.rows import check_exists
 from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.record import check_directory
@@ -33,6 +34,8 @@ DATA_FILES = frozenset(("data", "eval-data", "calibrate.data", "select.calibrate
 """Flags that name a data file, or several."""
 TOKENIZERS = frozenset(("teacher-tokenizer", "select.teacher-tokenizer"))
 """Flags that name a directory or hub id with a tokenizer."""
+CLUSTERS = frozenset(("ray", "select.ray", "config"))
+"""Flags with which a command may have a cluster, which reads names that this process does not."""
 UNCHECKED = frozenset(("output-dir", "output", "run", "resume-from-checkpoint", "tune-file", "config"))
 """Flags that name files and directories of a run."""
 
@@ -44,9 +47,11 @@ def check_names(flags: Sequence[str]) -> None:
     """
     if {"-h", "--help"} & {*flags}:
         return
-    for flag, values in _split(flags).items():
+    typed = _split(flags)
+    may_have_cluster = not typed.keys().isdisjoint(CLUSTERS)
+    for flag, values in typed.items():
         for value in values:
-            if value == "None":
+            if value == "None" or (flag in DATA_FILES and may_have_cluster and is_for_cluster(value)):
                 continue
             if flag == "teacher" and is_url(value):
                 parse_url(value)

@@ -59,9 +59,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
              "template_date", "special_tokens_in_text"),
     "output": ("output_dir", "output", "resume", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
                "save_total_limit", "page_questions", "prompts", "post_hoc", "json", "tune_file"),
-    "machine": ("device", "devices", "processes", "threads", "memory_utilization", "memory_bytes", "max_batch", "batch",
-                "deterministic", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "fsdp",
-                "seconds"),
+    "machine": ("device", "devices", "processes", "ray", "ray_actors", "ray_cpus", "threads", "memory_utilization",
+                "memory_bytes", "max_batch", "batch", "deterministic", "bf16", "gradient_checkpointing",
+                "torch_compile", "attn_implementation", "fsdp", "seconds"),
 }  # fmt: skip
 """Fields of configs by the group in which help texts list them; a nested config is listed as a whole."""
 

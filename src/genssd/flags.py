@@ -32,6 +32,8 @@ PLACEHOLDER = "to-be-given"
 """Value of required fields that are not given, where the settings are only printed."""
 CHOICE = re.compile(r"invalid choice '(.*)' for argument .*Expected one of \((.*)\)")
 """Message on a value that is none of an option's, with the value and the list of those."""
+BARE = {"--ray": "local", "--select.ray": "local"}
+"""Flags that may stand without a value, and the value that they then have."""
 RULER = re.compile(r"[\s\-\u2500-\u257f]*")
 HELP_SECTIONS = ("For full helptext", "Argument helptext")
 """Beginnings of the sections of tyro's messages that only describe flags."""
@@ -42,7 +44,7 @@ WIDE = 10_000
 
 def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     """Return the config of a command. Raises InputError on flags or a config file that cannot be read."""
-    _, file, typed = _find_config_file(list(flags), config_class)
+    _, file, typed = _find_config_file(_complete_bare(flags), config_class)
     from_file = [] if file is None else flags_of_file(file, config_class, command)
     _check_names(typed, command, config_class)
     words = _join(from_file, merge_list_flags(typed, config_class), _find_positional(config_class))
@@ -55,6 +57,16 @@ def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     except SystemExit:
         message = _shorten(said.getvalue(), config_class)
         raise _point_to_help(message, command) from None
+
+
+def _complete_bare(words: Sequence[str]) -> list[str]:
+    """Return the words with the values of flags that stand without one."""
+    completed: list[str] = []
+    for word, following in itertools.zip_longest(words, words[1:]):
+        completed.append(word)
+        if word in BARE and (following is None or following.startswith("--")):
+            completed.append(BARE[word])
+    return completed
 
 
 def _point_to_help(message: str, command: str) -> InputError:

@@ -1,0 +1,204 @@
+"""The Ray cluster of a command: reached or started when it is first needed, kept quiet, and left or ended afterwards.
+
+Ray is an optional package, which is imported here alone, when a command asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from genssd.distill.pool.ray_options import Address, Node, parse_actors, parse_address
+from genssd.engine.errors import InputError
+from genssd.engine.machine import available_cores
+from genssd.engine.quoting import one_line
+
+EXTRA = "pip install 'genssd[ray]'"
+PATIENCE = 5.0
+"""Seconds within which the head of a cluster must answer."""
+OBJECT_STORE = 128 << 20
+"""Bytes of shared memory of a cluster that is started here: prompts on their way out, rows on their way back. What does
+not fit goes through files."""
+TEMPORARY = "genssd-ray-"
+"""Beginning of the directory of a cluster that is started here, before the number of the process that started it."""
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+"""Settings of the environment with which Ray reports no usage and prints nothing of its own."""
+LOOPBACK = "127.0.0.1"
+"""Address of a cluster that is started here, at which no other machine reaches it."""
+AUTH = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
+"""Variables of the environment with the token that processes of a cluster show each other, its file, and whether they
+do. Where none is set, Ray would leave a token in the home directory. A process keeps the first one that it has read."""
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+"""The first bytes of a client of gRPC, which the head of a cluster speaks: the preface, and an empty SETTINGS frame."""
+SETTINGS_FRAME = 4
+"""Type of the frame with which a server of HTTP/2 begins: the fourth byte of its answer."""
+
+
+def import_ray() -> Any:
+    """Return the package Ray. Raises InputError where it is not installed."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        return importlib.import_module("ray")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise InputError(f"ray needs a package that is not installed here: {EXTRA}") from None
+
+
+class RayCluster:
+    """The cluster of a command. Nothing is started or reached before `connect`."""
+
+    def __init__(self, ray: str, actors: str | None, cpus: int | None) -> None:
+        """Raises InputError on options that cannot be read. The arguments are those of `PoolOptions`."""
+        self.address = parse_address(ray)
+        self.actors = None if actors is None else parse_actors(actors)
+        self.cpus = cpus
+        self._ray: Any = None
+        self._is_ours = False
+        self._temporary: Path | None = None
+
+    def connect(self) -> Any:
+        """Return the package Ray, connected with the cluster.
+
+        A program that is connected already stays so. Raises InputError where Ray is not installed, or the address does
+        not answer.
+        """
+        if self._ray is not None:
+            return self._ray
+        ray = import_ray()
+        _silence()
+        if not ray.is_initialized():
+            with _own_signal_handlers():
+                self._initialise(ray)
+            self._is_ours = True
+        self._ray = ray
+        return ray
+
+    def list_nodes(self) -> list[Node]:
+        """Return what the nodes of the cluster give to Ray now."""
+        nodes = [node for node in self.connect().nodes() if node["Alive"]]
+        return [
+            Node(
+                address=node["NodeManagerAddress"],
+                cpus=int(node["Resources"].get("CPU", 0)),
+                gpus=int(node["Resources"].get("GPU", 0)),
+            )
+            for node in nodes
+        ]
+
+    def close(self) -> None:
+        """Leave the cluster, or end it where it was started here, and remove its files."""
+        if self._is_ours:
+            with suppress(Exception):  # what ended the command is more important than what Ray says of it
+                self._ray.shutdown()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        self._ray, self._is_ours, self._temporary = None, False, None
+
+    def _initialise(self, ray: Any) -> None:
+        quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": False}
+        if self.address == "local":
+            self._start_here(ray, quiet)
+            return
+        if isinstance(self.address, Address):
+            check_answers(self.address)
+        try:
+            ray.init(address=str(self.address), **quiet)
+        except ConnectionError as error:
+            raise InputError(
+                f"ray {self.address}: no cluster is found from here ({one_line(error)[:200]}); start one with "
+                "`ray start --head`, or run --ray local"
+            ) from None
+        except (RuntimeError, ValueError, ray.exceptions.RayError) as error:  # another version, no node on this machine
+            raise InputError(
+                f"ray {self.address}: the cluster cannot be joined: {one_line(error)[:300]}; the command must run on "
+                "one of its nodes, with the versions of Python and Ray that they have"
+            ) from None
+
+    def _start_here(self, ray: Any, quiet: Mapping[str, Any]) -> None:
+        """Start a cluster of this machine alone. Its files are in a directory of its own, its token is in no file."""
+        _remove_leftovers(Path(tempfile.gettempdir()))
+        most = 1 if self.actors is None else self.actors.most
+        self._temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-"))
+        if not {*AUTH} & os.environ.keys():
+            os.environ[AUTH[0]] = secrets.token_hex(32)
+        ray.init(
+            address="local",
+            num_cpus=max(available_cores(), most * (self.cpus or 1)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(self._temporary),
+            **quiet,
+        )
+
+
+def check_answers(address: Address, patience: float = PATIENCE) -> None:
+    """Raise InputError where nothing answers at an address, or something that is no head of a Ray cluster.
+
+    Ray itself waits for minutes. patience: seconds to wait.
+    """
+    hint = "start a cluster there with `ray start --head`, or run --ray local"
+    try:
+        with socket.create_connection((address.host, address.port), patience) as connection:
+            connection.settimeout(patience)
+            connection.sendall(HTTP2_PREFACE)
+            answer = connection.recv(9)
+    except socket.gaierror:
+        raise InputError(f"ray {address}: there is no host {address.host}") from None
+    except TimeoutError:
+        raise InputError(f"ray {address}: nothing answers within {patience:g} s; {hint}") from None
+    except OSError as error:
+        raise InputError(f"ray {address}: nothing answers there ({error.strerror or error}); {hint}") from None
+    if len(answer) < 4 or answer[3] != SETTINGS_FRAME:
+        raise InputError(f"ray {address}: what answers there is no head of a Ray cluster; {hint}")
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Put the handlers of signals back, which Ray replaces when it connects."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _silence() -> None:
+    """Turn off what Ray would print of workers that end, which the pool reports in its own words."""
+    worker = sys.modules.get("ray._private.worker")
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None  # type: ignore[union-attr]
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove the files of clusters whose process was killed before it could remove them."""
+    for path in directory.glob(f"{TEMPORARY}*"):
+        match = re.fullmatch(rf"{TEMPORARY}(\d+)-\w+", path.name)
+        if match is not None and not Path(f"/proc/{match[1]}").exists():
+            shutil.rmtree(path, ignore_errors=True)
