@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.pool.ray_options import Address, Node, parse_actors, parse_address
-from genssd.engine.errors import InputError
+from genssd.engine.errors import InputError, WorkerError
 from genssd.engine.machine import available_cores
 from genssd.engine.quoting import one_line
 
@@ -86,9 +86,9 @@ class RayCluster:
         ray = import_ray()
         _silence()
         if not ray.is_initialized():
+            self._is_ours = True  # from now on, also where a signal ends the next line
             with _own_signal_handlers():
                 self._initialise(ray)
-            self._is_ours = True
         self._ray = ray
         return ray
 
@@ -108,7 +108,7 @@ class RayCluster:
         """Leave the cluster, or end it where it was started here, and remove its files."""
         if self._is_ours:
             with suppress(Exception):  # what ended the command is more important than what Ray says of it
-                self._ray.shutdown()
+                import_ray().shutdown()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
         self._ray, self._is_ours, self._temporary = None, False, None
@@ -140,15 +140,25 @@ class RayCluster:
         self._temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-"))
         if not {*AUTH} & os.environ.keys():
             os.environ[AUTH[0]] = secrets.token_hex(32)
-        ray.init(
-            address="local",
-            num_cpus=max(available_cores(), most * (self.cpus or 1)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE,
-            _node_ip_address=LOOPBACK,
-            _temp_dir=str(self._temporary),
-            **quiet,
-        )
+        options = {
+            "address": "local",
+            "num_cpus": max(available_cores(), most * (self.cpus or 1)),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+            "_node_ip_address": LOOPBACK,
+            "_temp_dir": str(self._temporary),
+        }
+        try:
+            ray.init(**options, **quiet)
+        except Exception:  # its processes have half a minute to start, which may be too little for the first time
+            ray.shutdown()
+            try:
+                ray.init(**options, **quiet)
+            except Exception as error:
+                ray.shutdown()
+                raise WorkerError(
+                    f"Ray could not be started here, in two attempts: {one_line(error)[:300]}; is the machine too busy?"
+                ) from None
 
 
 def check_answers(address: Address, patience: float = PATIENCE) -> None:

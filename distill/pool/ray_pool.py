@@ -222,11 +222,12 @@ class RayPool(WorkerPool[RayWorker]):
         for worker in self._workers:
             worker.call_again()
         by_call = {call: worker for worker in self._workers for call in worker.calls}
+        timeout = WAKE_INTERVAL if timeout is None else timeout
         if not by_call:
-            time.sleep(WAKE_INTERVAL)
+            time.sleep(timeout)
             return
         calls = list(by_call)
-        replies, _ = self._ray.wait(calls, num_returns=1, timeout=WAKE_INTERVAL if timeout is None else timeout)
+        replies, _ = self._ray.wait(calls, num_returns=1, timeout=timeout)
         if replies:
             replies, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
         for call in replies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,17 @@ def test_every_gpu_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"processes": 2}, 4, "processes divides the cores of a CPU, and the models run on cuda: name GPUs with devic"),
         ({"processes": 2, "device": "tpu"}, 0, "device 'tpu'"),
         ({"processes": 2, "threads": 0}, 0, "threads must be in"),
+        (
+            {"ray": "local", "processes": 2},
+            0,
+            "give ray, which divides the prompts among the nodes .*, or processes, w",
+        ),
+        ({"ray": "auto", "devices": "all"}, 4, "give ray, which .*, or devices, which divides them on this machine"),
+        ({"ray": "10.0.0.1"}, 0, "ray must be local, auto, or the HOST:PORT that `ray start --head` prints"),
+        ({"ray": "local", "device": "cuda:0"}, 4, "device cuda:0: Ray gives each actor a GPU of its node"),
+        ({"ray": "127.0.0.1:1"}, 0, "ray 127.0.0.1:1: nothing answers there"),
+        ({"ray_cpus": 2}, 0, "ray_cpus=2 has no effect: it needs ray"),
+        ({"ray_actors": "2"}, 0, "ray_actors='2' has no effect: it needs ray"),
     ],
 )
 def test_refused_before_anything_is_loaded(
@@ -88,6 +100,17 @@ def test_an_engine_or_a_server_in_their_place_is_refused(tiny_pair: TinyPair) ->
     with (
         pytest.raises(InputError, match="processes: an engine is given, which works in this process"),
         open_pool(config, tiny_pair.engine, chat, teacher=config.teacher),
+    ):
+        pass
+    on_ray = dataclasses.replace(config, processes=None, ray="local")
+    with (
+        pytest.raises(InputError, match="ray divides what models compute, and the teacher is the URL of a server"),
+        open_pool(on_ray, None, chat, teacher="http://localhost:1/v1", items=2),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match="ray: an engine is given, which works in this process"),
+        open_pool(on_ray, tiny_pair.engine, chat, teacher=config.teacher),
     ):
         pass
     with (

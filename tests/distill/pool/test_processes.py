@@ -17,42 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support.pool_works import FaultyWork
-from support.small_runs import VARYING, read_results
+from support.pool_works import SEARCH, FaultyWork, collect, find_children, make_works, read_rows
+from support.small_runs import read_results
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 
-from genssd.distill.data.problems import ProblemRow
-from genssd.distill.data.traces import read_usable_traces
-from genssd.distill.evaluate_config import EvaluateConfig
-from genssd.distill.evaluating import EvaluationWork
 from genssd.distill.pool import hand_out, processes
 from genssd.distill.pool.pool import Lost, OwnProcess, Work
 from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
 from genssd.distill.pool.worker import Recipe
-from genssd.distill.score.features import ScoreWork
-from genssd.distill.score.prefix import PrefixWork
-from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.select.config import Calibrate, SelectConfig
-from genssd.distill.select.generate import GenerationWork, run_generate
+from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.run import run_select
-from genssd.distill.select.two_writer_options import Alternation, Relay
-from genssd.distill.select.work import SearchedPrompt, SearchWork
 from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
-from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError, WorkerError
 from genssd.engine.model_choices import Role
-
-SEARCH: dict[str, Any] = {"candidates": 3, "chunk": Chunk(tokens=4, until=None), "max_tokens": 16}
-PROBLEMS = tuple(
-    ProblemRow(prompt=f"{i % 5}+{i % 5}=", answer=str(i), line=i + 1, where=f"data, line {i + 1}", index=i)
-    for i in range(14)
-)
-"""Several are equal, so that what is drawn depends on how many equal ones come before."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,54 +58,6 @@ def pool(tiny_pair: TinyPair) -> Iterator[ProcessPool]:
     with make_pool(tiny_pair) as pool:
         pool.open()
         yield pool
-
-
-def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Any]]:
-    models = {"teacher": str(pair.teacher), "student": str(pair.student)}
-    items = [place for place in range(len(PROBLEMS)) if place != 6]
-    generate = GenerateConfig(**models, data="x", n=2, max_tokens=12)
-    relay = Relay(threshold=2.0, teacher="chunk", chunk=Chunk(tokens=4))
-    evaluate = EvaluateConfig(model=models["student"], data="x", samples=2, max_tokens=12)
-    two_writers: dict[str, Any] = {**models, "data": "x", "n": 2, "max_tokens": 12}
-    path = directory / "traces.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "So it is. " * i}) + "\n" for i in range(1, 9)))
-    traces, _ = read_usable_traces([path], pair.engine.tokenizer("student"), max_length=200, limit=None)
-    return {
-        "select": SearchWork(
-            problems=PROBLEMS, items=items, options=SelectConfig(**models, data="x", teacher_topk=2, **SEARCH),
-            threshold=None, data="x", teachers=[models["teacher"]], student=models["student"],
-        ),
-        "generate": GenerationWork(problems=PROBLEMS, items=items, config=generate),
-        "alternate": GenerationWork(
-            problems=PROBLEMS, items=items,
-            config=GenerateConfig(**two_writers, method="alternate", alternate=Alternation(chunk=Chunk(tokens=4))),
-        ),
-        "relay": GenerationWork(
-            problems=PROBLEMS, items=items,
-            config=GenerateConfig(**two_writers, method="relay", relay=relay),
-        ),
-        "score": ScoreWork(
-            traces=dict(enumerate(traces)), criteria=("ppl", "lalp(steps=1)"), has_teacher=False, verify=True
-        ),
-        "evaluate": EvaluationWork(problems=PROBLEMS, items=items, config=evaluate),
-        "prefix": PrefixWork(
-            traces=traces, items=(0, 3, 6),
-            config=PrefixConfig(student=models["student"], data=("x",), batch=3, judge_tokens=4, max_tokens=8),
-        ),
-    }  # fmt: skip
-
-
-def collect(outcomes: Iterator[tuple[int, Any]]) -> dict[int, Any]:
-    """The outcomes by item, with the numbers of tensors."""
-    results: dict[int, Any] = {}
-    for item, outcome in outcomes:
-        assert item not in results, "done twice"
-        if isinstance(outcome, SearchedPrompt):
-            assert outcome.topk is not None
-            topk = outcome.topk.ids.tolist(), outcome.topk.logprob.view(torch.int32).tolist()
-            outcome = (outcome.row, outcome.decisions, topk)
-        results[item] = outcome
-    return results
 
 
 @pytest.mark.parametrize("command", ["select", "generate", "alternate", "relay", "score", "evaluate", "prefix"])
@@ -234,18 +168,6 @@ def test_a_total_budget_ends_all_workers_and_a_resumed_run_needs_none(
     }
 
 
-def without_times(value: Any) -> Any:
-    """A row without what differs from run to run."""
-    if isinstance(value, dict):
-        return {name: without_times(part) for name, part in value.items() if name not in VARYING}
-    return [without_times(part) for part in value] if isinstance(value, list) else value
-
-
-def read_rows(path: Path) -> list[Any]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [without_times(row) for row in sorted(rows, key=lambda row: int(row["index"]))]
-
-
 def test_several_teachers_in_two_processes_write_what_they_write_in_one(
     tiny_pair: TinyPair, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -273,18 +195,6 @@ def test_several_teachers_in_two_processes_write_what_they_write_in_one(
     assert records[0]["settings"] == records[1]["settings"]
     thresholds = [json.loads((tmp_path / run / "calibration.json").read_text()) for run in ("two", "one")]
     assert thresholds[0] == thresholds[1]
-
-
-def find_children(pid: int) -> list[int]:
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(status.parent.name))
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
