@@ -49,6 +49,7 @@ OPTIONAL = {
     "pyarrow",
     "zstandard",
     "compression",
+    "ray",
 }
 """Packages that a function may import when it runs, because they need not be installed."""
 
@@ -163,7 +164,7 @@ def test_files_and_functions_fit_on_a_screen() -> None:
 
 WRITES = {
     "write_text", "write_bytes", "save_file", "save_pretrained", "mkstemp", "NamedTemporaryFile", "TemporaryFile",
-    "fdopen", "mkdir", "makedirs", "rename", "move", "copyfile", "copy2", "copytree", "truncate",
+    "fdopen", "mkdir", "mkdtemp", "makedirs", "rename", "move", "copyfile", "copy2", "copytree", "truncate",
     "ftruncate", "to_csv", "dump", "tofile",
 }  # fmt: skip
 """Names of functions and methods that write files by themselves."""
@@ -173,6 +174,7 @@ OWN_WRITES = {
     "distill/train/adapters.py": "peft writes its own format, called by save_model",
     "distill/train/checkpoints.py": "safetensors writes its own format, under a temporary name",
     "distill/train/directories.py": "whole directories, which are synced and renamed",
+    "distill/pool/ray_cluster.py": "the directory of a cluster that is started here, in which Ray writes",
     "distill/files/pipes.py": "a temporary file that holds what a pipe gave",
     "distill/small_pair/make.py": "a program of the developers",
     "distill/small_pair/models.py": "a program of the developers",

@@ -213,6 +213,6 @@ def test_the_command_on_a_cluster_that_a_program_has_reached(
     run_select(SelectConfig(**config, output_dir=str(tmp_path / "one")), tiny_pair.engine)
     results = [read_results(tmp_path / name) for name in ("ray", "one")]
     for name in ("selections.jsonl", "decisions.jsonl"):
-        assert sorted(results[0][name]) == sorted(results[1][name])
+        assert sorted(results[0][name], key=json.dumps) == sorted(results[1][name], key=json.dumps)
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("ray", "one")]
     assert records[0]["settings"] == records[1]["settings"]

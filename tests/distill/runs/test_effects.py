@@ -22,7 +22,7 @@ from genssd.engine.errors import InputError
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
 PAIR_CHAT = CHAT | {"teacher_template_kwargs", "student_template_kwargs"}
 ENGINE = {"threads", "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend"}
-POOL = ENGINE | {"processes", "devices"}
+POOL = ENGINE | {"processes", "devices", "ray", "ray_actors", "ray_cpus"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
 WRITING = SAMPLING | {"generation_config"}
 SEARCH = WRITING | POOL | {

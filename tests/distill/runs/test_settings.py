@@ -17,7 +17,7 @@ from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.engine.errors import InputError
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
-POOL = ENGINE | {"processes", "devices"}
+POOL = ENGINE | {"processes", "devices", "ray", "ray_actors", "ray_cpus"}
 NOT_COUNTED = {
     "select": POOL | {"output_dir", "resume", "data", "limit", "total_budget", "server"},
     "generate": POOL | {"output_dir", "resume", "data", "limit", "server"},
