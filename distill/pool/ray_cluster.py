@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,11 +30,17 @@ from genssd.engine.quoting import one_line
 EXTRA = "pip install 'genssd[ray]'"
 PATIENCE = 5.0
 """Seconds within which the head of a cluster must answer."""
+ATTEMPTS = 3
+"""Number of attempts to start a cluster. Ray gives its processes half a minute, too little on a machine that is busy."""
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory of a cluster that is started here: prompts on their way out, rows on their way back. What does
 not fit goes through files."""
 TEMPORARY = "genssd-ray-"
 """Beginning of the directory of a cluster that is started here, before the number of the process that started it."""
+LONGEST_DIRECTORY = 107 - len(
+    "/genssd-ray-1234567-abcdefgh/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+)
+"""Number of characters in the directory above that one: a socket's name has 107 bytes at most."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -110,7 +117,7 @@ class RayCluster:
             with suppress(Exception):  # what ended the command is more important than what Ray says of it
                 import_ray().shutdown()
         if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            _remove(self._temporary)
         self._ray, self._is_ours, self._temporary = None, False, None
 
     def _initialise(self, ray: Any) -> None:
@@ -135,9 +142,10 @@ class RayCluster:
 
     def _start_here(self, ray: Any, quiet: Mapping[str, Any]) -> None:
         """Start a cluster of this machine alone. Its files are in a directory of its own, its token is in no file."""
-        _remove_leftovers(Path(tempfile.gettempdir()))
+        directory = _choose_directory()
+        _remove_leftovers(directory)
         most = 1 if self.actors is None else self.actors.most
-        self._temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-"))
+        self._temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-", dir=directory))
         if not {*AUTH} & os.environ.keys():
             os.environ[AUTH[0]] = secrets.token_hex(32)
         options = {
@@ -148,17 +156,17 @@ class RayCluster:
             "_node_ip_address": LOOPBACK,
             "_temp_dir": str(self._temporary),
         }
-        try:
-            ray.init(**options, **quiet)
-        except Exception:  # its processes have half a minute to start, which may be too little for the first time
-            ray.shutdown()
+        for attempt in range(ATTEMPTS):
             try:
                 ray.init(**options, **quiet)
-            except Exception as error:
+                return
+            except Exception as error:  # Ray has no class of its own for this
                 ray.shutdown()
-                raise WorkerError(
-                    f"Ray could not be started here, in two attempts: {one_line(error)[:300]}; is the machine too busy?"
-                ) from None
+                if attempt + 1 == ATTEMPTS:
+                    raise WorkerError(
+                        f"Ray could not be started here, in {ATTEMPTS} attempts: {one_line(error)[:300]}; is the machine "
+                        "too busy, or its memory full?"
+                    ) from None
 
 
 def check_answers(address: Address, patience: float = PATIENCE) -> None:
@@ -204,6 +212,20 @@ def _silence() -> None:
         worker.print_to_stdstream = lambda *_, **__: None  # type: ignore[union-attr]
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _choose_directory() -> Path:
+    """Return the directory for the files of a cluster: TMPDIR, or /tmp where names of sockets would become too long."""
+    chosen = tempfile.gettempdir()
+    return Path(chosen if len(chosen) <= LONGEST_DIRECTORY else "/tmp")
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory in which processes that are ending may still write."""
+    until = time.monotonic() + PATIENCE
+    while path.exists() and time.monotonic() < until:
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.02)
 
 
 def _remove_leftovers(directory: Path) -> None:

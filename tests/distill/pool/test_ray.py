@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,8 +168,8 @@ def test_a_killed_command_leaves_no_process_and_is_resumed(tiny_pair: TinyPair, 
     models = ["--teacher", str(tiny_pair.teacher), "--student", str(tiny_pair.student)]
     search = ["--candidates", "3", "--chunk.tokens", "4", "--chunk.until", "None", "--max-tokens", "16"]
     flags = [*models, "--data", str(tmp_path / "d"), *search, "--memory-bytes", "4194304", "--max-batch", "2"]
-    temporary = tmp_path / "t"
-    temporary.mkdir()
+    temporary = Path(f"/tmp/r{os.getpid()}")  # short, as the names of sockets must be
+    temporary.mkdir(mode=0o700)
     command = [sys.executable, "-m", "genssd", "select", *flags, "--ray", "--ray-actors", "1:2", "--ray-cpus", "1"]
     command += ["--output-dir", str(tmp_path / "out")]
     environment = {**os.environ, "TMPDIR": str(temporary)}
@@ -190,7 +191,8 @@ def test_a_killed_command_leaves_no_process_and_is_resumed(tiny_pair: TinyPair, 
     assert 0 < journal.read_bytes().count(b"\n") < 88
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2, done.stderr  # a row of the data is no problem
-    assert not list(temporary.iterdir()), "files of both clusters are removed"
+    assert not list(temporary.glob("genssd-ray-*")), "files of both clusters are removed"
+    shutil.rmtree(temporary)
     rows = read_rows(journal)
     assert len(rows) == 88
     assert len({row["index"] for row in rows}) == 88

@@ -91,3 +91,12 @@ def test_files_of_a_cluster_whose_process_was_killed_are_removed(tmp_path: Path)
             time.sleep(0.01)
         ray_cluster._remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([ours.name, other.name])
+
+
+def test_the_names_of_sockets_are_short_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    assert ray_cluster._choose_directory() == Path("/tmp")
+    monkeypatch.setattr("tempfile.tempdir", "/scratch")
+    assert ray_cluster._choose_directory() == Path("/scratch")
+    monkeypatch.setattr("tempfile.tempdir", "/a/long/directory/of/a/batch/system")
+    assert ray_cluster._choose_directory() == Path("/tmp")
