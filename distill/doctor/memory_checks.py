@@ -38,6 +38,9 @@ def check_caches(inputs: Inputs) -> list[Finding]:
     if foreign:
         line = f"the cache of the {' and the '.join(foreign)} is known when transformers has loaded the model"
         return [Finding(name=name, level="ok", line=line)]
+    if isinstance(engine, PoolOptions) and engine.ray is not None:
+        line = "that of every node of the Ray cluster is known when its actors have loaded the models"
+        return [Finding(name=name, level="ok", line=line)]
     processes = max(1, engine.processes or 1) if isinstance(engine, PoolOptions) else 1
     try:
         device = choose_device(engine.device)

@@ -31,7 +31,7 @@ EXTRA = "pip install 'genssd[ray]'"
 PATIENCE = 5.0
 """Seconds within which the head of a cluster must answer."""
 ATTEMPTS = 3
-"""Number of attempts to start a cluster. Ray gives its processes half a minute, too little on a machine that is busy."""
+"""Number of attempts to start a cluster: Ray gives its processes half a minute, which a busy machine may not have."""
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory of a cluster that is started here: prompts on their way out, rows on their way back. What does
 not fit goes through files."""
@@ -164,8 +164,8 @@ class RayCluster:
                 ray.shutdown()
                 if attempt + 1 == ATTEMPTS:
                     raise WorkerError(
-                        f"Ray could not be started here, in {ATTEMPTS} attempts: {one_line(error)[:300]}; is the machine "
-                        "too busy, or its memory full?"
+                        f"Ray could not be started here, in {ATTEMPTS} attempts: {one_line(error)[:300]}; is the "
+                        "machine too busy, or its memory full?"
                     ) from None
 
 

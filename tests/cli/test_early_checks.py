@@ -17,6 +17,7 @@ from genssd.distill.runs.field_kinds import Kind, Marker
 from genssd.early_checks import DATA_FILES, MODELS, TOKENIZERS, UNCHECKED, check_names
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CheckpointError, InputError
+from genssd.flags import read_config
 
 IMPORTED = """
 import sys
@@ -101,3 +102,18 @@ def test_nothing_large_is_imported_before(tmp_path: Path) -> None:
         [sys.executable, "-c", IMPORTED, *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.stderr.splitlines() == ["genssd: nowhere.jsonl cannot be read: No such file or directory", "light"]
+
+
+@pytest.mark.parametrize("flags", [["--ray"], ["--ray", "auto"], ["--select.ray"], ["--config", "c.yaml"]])
+def test_what_a_cluster_reads_is_left_to_it(flags: list[str], tmp_path: Path) -> None:
+    check_names(["--data", str(tmp_path), "s3://bucket/x", *flags])
+    with pytest.raises(InputError, match=r"nowhere\.jsonl cannot be read"):
+        check_names(["--data", "nowhere.jsonl", *flags])
+
+
+def test_a_cluster_of_this_machine_needs_no_word() -> None:
+    given = ["--teacher", "t", "--student", "s", "--data", "d"]
+    for flags in (["--ray", *given], [*given, "--ray"], [*given, "--ray", "local"], [*given, "--ray=local"]):
+        assert read_config("select", flags, CONFIGS["select"]).ray == "local"
+    assert read_config("select", [*given, "--ray", "h:6379"], CONFIGS["select"]).ray == "h:6379"
+    assert read_config("select", given, CONFIGS["select"]).ray is None

@@ -13,7 +13,7 @@ from support.flags import FLAGS
 
 from genssd.configs import CONFIGS
 
-HEAVY = ("torch", "transformers", "triton", "tokenizers", "safetensors", "matplotlib", "genssd._core")
+HEAVY = ("torch", "transformers", "triton", "tokenizers", "safetensors", "matplotlib", "ray", "genssd._core")
 """Packages whose import takes long, and the native core, which needs torch."""
 
 SAY_IMPORTED = f"""
@@ -64,6 +64,8 @@ REFUSED = {
     "select --teacher . --student . --data d --criterion lalp(k=2)": "lalp has no option k; it has: steps, share",
     "select --teacher . --student . --data d --max-resamples 3": "max_resamples=3 has no effect",
     "select --teacher nowhere --student . --data d": "model directory nowhere does not exist|nowhere",
+    "select --teacher . --student . --data d --ray-actors 2": "ray_actors='2' has no effect: it needs ray",
+    "select --teacher . --student . --data s3://b/x": "s3://b/x is a URL.*, it is read with --ray local",
     "train --model-name-or-path . --data d --kd-loss forward_lk": "invalid choice .*; did you mean 'forward_kl'",
     "train --model-name-or-path . --data d --kd-loss jsd": "kd_loss='jsd' has no effect",
     "train --model-name-or-path . --data d --learning-rate much": "much",
