@@ -263,7 +263,8 @@ def test_on_a_cluster_the_doctor_examines_what_is_here(
     write_rows: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("doctor", "select", *PAIR, "--data", write_rows(PROBLEMS), *SMALL, "--ray") == 0
-    assert "that of every node of the Ray cluster is known when its actors have loaded" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "memory of the engine: that of every node of the Ray cluster is known when its actors have loaded" in said
     assert run("doctor", "select", *PAIR, "--data", tmp_path, *SMALL, "--ray") == 2
     assert (
         "is read through Ray, which the doctor does not start; examine a file with some of" in capsys.readouterr().err
