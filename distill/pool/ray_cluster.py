@@ -162,6 +162,7 @@ class RayCluster:
                 return
             except Exception as error:  # Ray has no class of its own for this
                 ray.shutdown()
+                _end_processes(self._temporary)
                 if attempt + 1 == ATTEMPTS:
                     raise WorkerError(
                         f"Ray could not be started here, in {ATTEMPTS} attempts: {one_line(error)[:300]}; is the "
@@ -226,6 +227,15 @@ def _remove(path: Path) -> None:
     while path.exists() and time.monotonic() < until:
         shutil.rmtree(path, ignore_errors=True)
         time.sleep(0.02)
+
+
+def _end_processes(directory: Path) -> None:
+    """End the processes of this one that work in a directory: Ray leaves those of a start that has failed."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == os.getpid() and str(directory).encode() in (path / "cmdline").read_bytes():
+                os.kill(int(path.name), signal.SIGKILL)
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -100,3 +101,11 @@ def test_the_names_of_sockets_are_short_enough(monkeypatch: pytest.MonkeyPatch) 
     assert ray_cluster._choose_directory() == Path("/scratch")
     monkeypatch.setattr("tempfile.tempdir", "/a/long/directory/of/a/batch/system")
     assert ray_cluster._choose_directory() == Path("/tmp")
+
+
+def test_processes_of_a_start_that_has_failed_are_ended(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as other, subprocess.Popen(["tail", "-f", "/dev/null", tmp_path]) as ours:
+        ray_cluster._end_processes(tmp_path)
+        assert ours.wait(30) == -signal.SIGKILL
+        assert other.poll() is None
+        other.kill()
