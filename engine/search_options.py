@@ -65,7 +65,7 @@ class SearchOptions:
     """Maximum number of tokens in the response."""
     teacher_topk: int = 0
     """How many of the teacher's most likely tokens are kept at every position of a trajectory, for distillation with
-    `genssd train --kd-ratio`: 8 bytes each. While the search runs, the last hidden states of all live candidates are
+    `genssd train --kd-ratio`: 4 bytes each. While the search runs, the last hidden states of all live candidates are
     held as well."""
     sampling: Sampling = Sampling(top_p=0.95)
     """Temperature and filters with which the teacher samples."""

@@ -26,6 +26,7 @@ SUMMARIES = {
     "demo": "the whole job on the small pair that ships with genssd: select, train, evaluate, compare",
     "select": "let the student choose what the teacher writes: problems in, selected trajectories out",
     "score": "criteria over finished traces: columns, the best response per prompt, a ranking of teachers",
+    "export": "the rows of a search, with the teacher's most likely tokens, as another trainer reads them",
     "reselect": "another criterion over the decisions of a finished search; preference pairs, stepwise rows",
     "generate": "responses of the teacher, with the student's say token by token (RSD), or of both in turns",
     "prefix": "the shortest prefix of a trace that the student can continue by itself (P-ALIGN)",

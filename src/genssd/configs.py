@@ -12,6 +12,7 @@ from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.leaf_config import LeafConfig
 from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.export_config import ExportConfig
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.train.config import TrainConfig
@@ -22,6 +23,7 @@ CONFIGS: dict[str, type] = {
     "select": SelectConfig,
     "score": ScoreConfig,
     "reselect": ReselectConfig,
+    "export": ExportConfig,
     "generate": GenerateConfig,
     "prefix": PrefixConfig,
     "leaf": LeafConfig,

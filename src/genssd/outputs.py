@@ -42,6 +42,11 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
         "reselected.jsonl": "a line for each round: what was kept, and what would have been",
         **SUMMARY, **RECORD,
     },
+    "export": {
+        "dataset/": "the rows: what datasets.load_from_disk reads",
+        "compression_config.yaml": "how the log-probabilities are written: DistillKit's logprob_compressor",
+        **SUMMARY, **RECORD,
+    },
     "generate": {
         "responses.jsonl": "a line for each prompt: what genssd train and genssd score read",
         **BAD_ROWS, **SUMMARY, **RECORD,

@@ -8,6 +8,7 @@ FLAGS: dict[str, list[str]] = {
                "--calibrate.data", "c", "--chunk.tokens", "9"],
     "score": ["--student", "s", "--data", "d", "--criteria", "lark", "ppl", "--pick.weigh"],
     "reselect": ["--run", "r", "--criterion", "lalp(steps=2)"],
+    "export": ["--run", "r"],
     "generate": ["--teacher", "http://host:8000/v1", "--teacher-tokenizer", "t", "--student", "s", "--data", "d"],
     "prefix": ["--student", "s", "--data", "d"],
     "leaf": ["--student", "s", "--teacher", "t", "--data", "d"],

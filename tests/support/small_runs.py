@@ -24,6 +24,8 @@ from genssd.distill.score.prefix import run_prefix
 from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.score.run import run_score
 from genssd.distill.select.config import SelectConfig, SelectSettings
+from genssd.distill.select.export import run_export
+from genssd.distill.select.export_config import ExportConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.reselect import run_reselect
@@ -94,6 +96,11 @@ def make_small_runs(pair: TinyPair, directory: Path) -> dict[str, SmallRun]:
         ),
         ("score", ScoreConfig(student=models["student"], data=(rows,), **small), lambda c: run_score(c, engine)),
         ("reselect", ReselectConfig(run=str(directory / "selection"), **small), run_reselect),
+        (
+            "export",
+            ExportConfig(run=str(directory / "selection"), statuses=("finished", "length")),
+            run_export,
+        ),
         (
             "prefix",
             PrefixConfig(student=models["student"], data=(rows,), judge="solves", batch=1, max_tokens=4, **small),

@@ -49,6 +49,7 @@ ALWAYS = {
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},
+    "export": {"run", "format", "student", "statuses", "require_correct", "output_dir"},
     "prefix": POOL | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
     "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads"},
     "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens"},
