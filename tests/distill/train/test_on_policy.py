@@ -277,7 +277,6 @@ def test_special_tokens_count_nothing_in_the_divergence_only() -> None:
         ({**OPTIONS, "kd_topk": 3, "kd_loss": "reverse_kl", "kd_tail": "drop"}, "kd_tail drop .* kd_topk_of student"),
         ({"kd_ratio": 1.0, "kd_tail": "policy_gradient"}, "kd_tail policy_gradient .* kd_topk_of student"),
         ({**OPTIONS, "lmbda": 1.5}, "lmbda must lie"),
-        ({**OPTIONS, "lmbda": 0.5, "use_peft": True}, "not with fsdp or use_peft"),
     ],
 )
 def test_what_it_refuses(options: dict[str, Any], message: str) -> None:
