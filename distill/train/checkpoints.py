@@ -183,7 +183,7 @@ def compute_checksum(fields: Mapping[str, object]) -> str:
 
 def is_sharded(path: Path) -> bool:
     """Return whether a checkpoint consists of shards."""
-    return (path / SHARDS).exists()
+    return (path / SHARDS).exists() and not (path / OPTIMIZER).exists()
 
 
 def find_step(path: Path) -> int | None:

@@ -131,11 +131,11 @@ def _read_shards(path: Path, trained: TrainedModel) -> dict[str, Tensor]:
     """Read the parts of the shards that this process needs."""
     trainable = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     expected = _list_expected(trained, WEIGHTS, trainable)
-    files = {name: path / name for name in read_json(path / STATE)["files"]}
+    names = [name for name in read_json(path / STATE)["files"] if name.startswith(f"{SHARDS}/")]
     try:
-        shapes = read_shapes(files)
+        shapes = read_shapes([path / name for name in names])
     except InputError as error:
-        raise CheckpointError(f"{path}: {error}; {describe_remedy(path)}") from None
+        raise CheckpointError(f"{error}; {describe_remedy(path)}") from None
     if fault := _compare_names(set(shapes), expected.keys()):
         raise make_damaged_error(path, SHARDS, fault)
     for name, kind in shapes.items():
@@ -145,7 +145,10 @@ def _read_shards(path: Path, trained: TrainedModel) -> dict[str, Tensor]:
     for name, parameter in trainable.items():
         tensors |= {f"{name}/{key}": torch.zeros_like(parameter) for key in MOMENTS}
         tensors[f"{WEIGHTS}{name}"] = torch.zeros_like(parameter)
-    load_shards(path / SHARDS, tensors)
+    try:
+        load_shards(path / SHARDS, tensors)
+    except InputError as error:
+        raise CheckpointError(f"{error}; {describe_remedy(path)}") from None
     return tensors
 
 

@@ -74,14 +74,14 @@ def save_model(
 def iter_weights(model: Any, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield the full weights, adapters merged into them, by the names of the model without adapters.
 
-    trained: leave those out that no step of the training changes, and a tied head, which is the embedding. Every
-    process of a training has to iterate, because sharded weights are gathered from all.
+    A tied head is left out, which is the embedding. trained: leave those out that no step of the training changes.
+    Every process of a training has to iterate, because sharded weights are gathered from all.
     """
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if has_adapters(model):
         yield from iter_merged(model)
     for name, value in model.state_dict(keep_vars=True).items():
-        if trained and (not value.requires_grad or (is_tied and name == "lm_head.weight")):
+        if (is_tied and name == "lm_head.weight") or (trained and not value.requires_grad):
             continue
         plain = find_plain_name(name) if has_adapters(model) else name
         if plain is not None:

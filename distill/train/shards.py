@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from genssd.distill.runs.writing import NO_ROOM
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import one_line
 
@@ -45,7 +47,8 @@ def save_shards(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         if not isinstance(fault, OSError | SafetensorError | RuntimeError):
             raise fault from None  # a signal, or a mistake of ours
         reason = (fault.strerror if isinstance(fault, OSError) else None) or one_line(fault)
-        raise InputError(f"{directory} cannot be written by process {rank}: {reason}; make room on the disk") from None
+        room = "; make room on the disk" if isinstance(fault, OSError) and fault.errno in NO_ROOM else ""
+        raise InputError(f"{directory} cannot be written by process {rank}: {reason}{room}") from None
 
 
 def find_shard(directory: Path, rank: int) -> Path | None:
@@ -53,41 +56,49 @@ def find_shard(directory: Path, rank: int) -> Path | None:
     return next(iter(directory.glob(f"shard-{rank + 1:05d}-*.safetensors")), None)
 
 
-def read_shapes(files: Mapping[str, Path]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return the data type and the shape of every tensor in the shards of a directory, by name.
+def read_shapes(files: Sequence[Path]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the data type and the shape of every tensor in all the shards of a directory, by name.
 
-    files: the shards, by the names that messages give them. Raises InputError naming a file that cannot be read, and a
-    tensor of which a part is missing.
+    Raises InputError naming a file that cannot be read, and a tensor of which a part is missing.
     """
-    for name, path in files.items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{name} is damaged: {one_line(error)}") from None
-    directory = next(iter(files.values())).parent
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    try:
+    for path in files:
+        with _name_damage(path), safe_open(path, framework="pt") as file:
+            file.keys()
+    directory = files[0].parent
+    with _name_damage(directory):
         metadata = HuggingFaceStorageReader(str(directory)).read_metadata()
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{directory} is damaged: {one_line(error)}") from None
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, tensor in metadata.state_dict_metadata.items():
         assert isinstance(tensor, TensorStorageMetadata)
         assert tensor.properties.dtype is not None
-        held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-        if held != math.prod(tensor.size):
-            raise InputError(f"{directory} is damaged: {held} of {math.prod(tensor.size)} numbers of {name} are in it")
+        held, whole = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.size)
+        if held != whole:
+            raise InputError(f"{directory} is damaged: it has {held} of the {format_count(whole, 'value')} of {name}")
         shapes[name] = (tensor.properties.dtype, tuple(tensor.size))
     return shapes
 
 
 def load_shards(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors, sharded or whole, with those of the same names in a directory; each process reads what it holds.
+    """Fill tensors, sharded or whole, with those of the same names in a directory; each process reads what it needs.
 
-    The names and shapes must be those that `read_shapes` returns.
+    The names and shapes must be those that `read_shapes` returns. Raises InputError when the parts do not fit together.
     """
-    with _without_warnings():
+    with _without_warnings(), _name_damage(directory):
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+
+
+@contextmanager
+def _name_damage(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file raises into an InputError that names the path."""
+    try:
+        yield
+    except CheckpointException as error:
+        ((fault, _), *_) = error.failures.values()
+        if not isinstance(fault, Exception):
+            raise fault from None  # a signal
+        raise InputError(f"{path} is damaged: {one_line(fault)}") from None
+    except Exception as error:  # the readers check nothing, so that anything may come of a wrong header
+        raise InputError(f"{path} is damaged: {one_line(error)}") from None
 
 
 @contextmanager
