@@ -73,7 +73,7 @@ def read_shapes(files: Sequence[Path]) -> dict[str, tuple[torch.dtype, tuple[int
         assert tensor.properties.dtype is not None
         held, whole = sum(math.prod(chunk.sizes) for chunk in tensor.chunks), math.prod(tensor.size)
         if held != whole:
-            raise InputError(f"{directory} is damaged: it has {held} of the {format_count(whole, 'value')} of {name}")
+            raise InputError(f"{directory} is damaged: it has {held:,} of the {format_count(whole, 'value')} of {name}")
         shapes[name] = (tensor.properties.dtype, tuple(tensor.size))
     return shapes
 
