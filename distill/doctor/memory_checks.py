@@ -166,7 +166,7 @@ def _try_less(
         whole = size * training.gradient_accumulation_steps
         flags = f"--per-device-train-batch-size 1 --gradient-accumulation-steps {whole}"
         steps.append((flags, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": whole}))
-    if not training.use_peft and not training.fsdp and not training.lmbda:
+    if not training.use_peft:
         steps.append(("--use-peft", {"use_peft": True}))
     words: list[str] = []
     for flags, changes in steps:

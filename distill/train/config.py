@@ -91,8 +91,8 @@ class TrainSettings(LossOptions):
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the modules that get adapters, or all-linear for every linear module in the layers."""
     fsdp: bool = False
-    """Shard weights, gradients and optimizer states over the processes of torchrun (FSDP2); otherwise every process has
-    the full model."""
+    """Shard weights, gradients and optimizer states over the processes of torchrun (FSDP2), and the weights of the
+    teacher; otherwise every process has the full models."""
     eval_data: DataFile[tuple[str, ...]] = ()
     """Data files, as for data, on which the loss is measured during the training; the model with the smallest loss is
     kept in OUTPUT_DIR/best."""
@@ -147,8 +147,6 @@ class TrainSettings(LossOptions):
         unknown = set(self.statuses) - set(STATUSES)
         if unknown:
             raise InputError(f"statuses: there is no {', '.join(sorted(unknown))}; known: {', '.join(STATUSES)}")
-        if self.fsdp and self.use_peft:
-            raise InputError("fsdp splits all weights; adapters go with use_peft alone, on several devices too")
         if self.key_attention.weight and (self.layout != "pad" or self.gradient_checkpointing or self.fsdp):
             raise InputError("key_attention reads every layer once, row by row: layout pad, no checkpointing, no fsdp")
         if self.key_attention.weight and self.attn_implementation is not None:
@@ -160,8 +158,6 @@ class TrainSettings(LossOptions):
             )
         if self.key_attention.weight and self.rollout.train_on in ("correct", "wrong"):
             raise InputError("key_attention is a mean over all completions: not with rollout.train_on correct or wrong")
-        if self.lmbda and (self.fsdp or self.use_peft):
-            raise InputError("lmbda runs the engine on the whole weights: not with fsdp or use_peft")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ OUTPUT_DIR/summary.json       counts of steps, tokens and examples, and the loss
 OUTPUT_DIR/metrics.jsonl      one line per logged step, and one per evaluation
 OUTPUT_DIR/best/              the model with the smallest loss on eval_data
 OUTPUT_DIR/checkpoint-N/      a save_pretrained directory in float32, with optimizer.safetensors and trainer_state.json,
-                              from which training is resumed exactly
+                              from which training is resumed exactly; with fsdp the shards of every process
 OUTPUT_DIR/bad_batch.jsonl    the examples of a step whose loss is not finite
 
 A training has these phases: read the inputs and build (build.py), resume (resume.py), then in a loop take a step
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
-from genssd.distill.train.checkpoints import TrainerState, get_rng_state, remove_old_checkpoints, save_checkpoint
+from genssd.distill.train.checkpoints import TrainerState, remove_old_checkpoints, save_checkpoint
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.directories import remove_leftovers
 from genssd.distill.train.distributed import World
@@ -241,9 +241,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Write a checkpoint and remove the oldest ones beyond save_total_limit."""
-        training, world = self._training, self._training.world
-        rng_states = world.gather([get_rng_state(world.device)])
-        save_checkpoint(training.output_dir, training.trained, self._state, rng_states, write=world.is_main)
+        training = self._training
+        save_checkpoint(training.output_dir, training.trained, self._state, training.world)
         self._remove_old_checkpoints()
 
     def _remove_old_checkpoints(self) -> None:
