@@ -233,10 +233,11 @@ class ProcessPool:
         """Answer the workers that have asked for an item."""
         if self._begin is None:
             return
+        num_ready = sum(worker.is_ready for worker in self._workers)
         for worker in self._workers:
             if not worker.wants:
                 continue
-            number = self._hand_out.take(worker)
+            number = self._hand_out.take(worker, num_ready)
             if number is not None:
                 worker.wants = False
                 self._send(worker, Item(number))

@@ -1,4 +1,4 @@
-"""Works whose items end their worker, or are refused."""
+"""Works whose items end their worker, are refused, or are taken by as many as there are."""
 
 from __future__ import annotations
 
@@ -34,3 +34,21 @@ class FaultyWork:
             elif fault is not None:
                 raise RuntimeError(fault)
             yield item, item**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyWork:
+    """Takes all items that it is given before it does them; a result is how many it had at once."""
+
+    items: tuple[int, ...]
+
+    most_tokens: ClassVar[int] = 0
+
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, int]]:
+        assert feed is not None
+        while (first := feed.take(wait=True)) is not None:
+            held = [first]
+            while (item := feed.take(wait=False)) is not None:
+                held.append(item)
+            for item in held:
+                yield item, len(held)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.pool_works import FaultyWork
+from support.pool_works import FaultyWork, GreedyWork
 from support.small_runs import VARYING, read_results
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
@@ -173,6 +173,14 @@ def test_an_item_that_ends_its_workers_is_given_up_alone(
         "3",
     }
     assert caplog.text.count("another one takes its place") == 2 * hand_out.MAX_ENDS
+
+
+@pytest.mark.parametrize("num_items", [2, 5, 8])
+def test_few_items_are_divided_fairly(pool: ProcessPool, num_items: int) -> None:
+    """A worker with room for all of them takes no more than its part at once."""
+    results = dict(pool.run(GreedyWork(items=tuple(range(num_items)))))
+    assert sorted(results) == list(range(num_items))
+    assert max(results.values()) <= -(-num_items // pool.size)
 
 
 def test_a_prompt_that_is_given_up_is_reported_like_one_that_is_too_long(
