@@ -20,6 +20,7 @@ from genssd.distill.diagnose.readers import Reader
 from genssd.distill.diagnose.works import LikeliestWork, LogprobWork, NodeStates
 from genssd.distill.pool.pool import Lost, Pool, Stopped, Work
 from genssd.distill.runs.progress import SILENT, Progress
+from genssd.engine.engine import Engine
 
 Prompts = Mapping[tuple[str, int], Sequence[int]]
 """Prompt token ids by the reader's name and the question's index."""
@@ -137,7 +138,7 @@ class RolloutReaders:
             kept=self._kept[reader.name] if pool.size == 1 else None,
         )
 
-    def _collect(self, pool: Pool, work: Work[R]) -> Mapping[int, R]:
+    def _collect(self, pool: Pool, work: Work[Engine, R]) -> Mapping[int, R]:
         """Return the results of a work by the question's index; note the questions that were given up."""
         results: dict[int, R] = {}
         for done, (index, outcome) in enumerate(pool.run(work), start=1):

@@ -55,6 +55,7 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
 from genssd.engine.amounts import format_count
 from genssd.engine.checkpoint import locate
+from genssd.engine.errors import WorkerError
 from genssd.engine.generation import Completion
 from genssd.engine.sampling import prompt_stream
 from genssd.engine.text import Tokenizer
@@ -119,6 +120,9 @@ def _summarise(run: Run, config: DiagnoseConfig, bad_rows: Sequence[str]) -> Dia
     """Write what follows from the finished journal: nodes.jsonl, summary.json and the page."""
     run.record()
     rows = sorted(run.done(), key=lambda row: int(row["index"]))
+    if not rows:
+        run.write_bad_rows(bad_rows)
+        raise WorkerError(f"no question could be diagnosed; {run.path('bad_rows.txt')} says why")
     nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(run.path("nodes.jsonl"), nodes)
     if config.teacher:

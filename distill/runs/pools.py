@@ -11,9 +11,9 @@ from genssd.distill.pool.placing import Place, check_numbers, choose_gpus, divid
 from genssd.distill.pool.pool import OwnProcess, Pool
 from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
-from genssd.distill.pool.worker import Recipe
+from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.runs.engines import list_arguments, name_models, open_engine
-from genssd.distill.runs.pool_options import PoolOptions
+from genssd.distill.runs.pool_options import PoolOptions, ProcessOptions
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.teacher_options import TeacherNames, list_teachers
 from genssd.engine.amounts import format_bytes, format_count
@@ -58,7 +58,7 @@ def open_pool(
     started = time.monotonic()
     models: dict[str, Any] = {"teacher": teacher, "student": student}
     recipes = [
-        Recipe(
+        EngineRecipe(
             arguments={**list_arguments(options), **models, "device": place.device, "threads": place.threads},
             chat=chat,
             visible_device=place.visible_device,
@@ -98,22 +98,29 @@ def _read_tokenizers(teachers: Sequence[str], student: str | None, chat: ChatOpt
     return [LocalTokens(tokenizers=one, reader=reader) for one, reader in zip(each, alike, strict=True)]
 
 
+def choose_places(options: ProcessOptions, device: str | None, threads: int, items: int | None) -> list[Place]:
+    """Return the places of the workers that the options ask for; none where this process does everything.
+
+    device, threads and items: as for `divide_cpu`. Raises InputError where the machine has no such devices.
+    """
+    check_numbers(options.processes, options.devices)
+    if options.devices is not None:
+        return choose_gpus(options.devices, device, threads, items)
+    if options.processes is not None:
+        return divide_cpu(options.processes, device, threads, items)
+    return []
+
+
 def _choose_places(
     options: PoolOptions, engine: Engine | None, teachers: Sequence[str], items: int | None
 ) -> list[Place]:
-    """Return the places of the workers; none where this process does everything."""
-    check_numbers(options.processes, options.devices)
+    """Return the places of workers with an engine each. Raises InputError on options that do not go together."""
     if options.processes is None and options.devices is None:
         return []
     name = "devices" if options.processes is None else "processes"
     if engine is not None:
         raise InputError(f"{name}: an engine is given, which works in this process; leave one of them out")
-    threads = choose_engine_threads(options.threads).count
-    if options.devices is not None:
-        places = choose_gpus(options.devices, options.device, threads, items)
-    else:
-        assert options.processes is not None
-        places = divide_cpu(options.processes, options.device, threads, items)
+    places = choose_places(options, options.device, choose_engine_threads(options.threads).count, items)
     if places and any(map(is_url, teachers)):
         raise InputError(
             f"{name} divides what models compute here, and the teacher is the URL of a server; leave {name} out"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from genssd.distill.score.leaf_work import GradientModels, LeafWork, find_spans
 from genssd.engine.budget import Budget
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
@@ -52,3 +53,15 @@ class GreedyWork:
                 held.append(item)
             for item in held:
                 yield item, len(held)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlyLeafWork(LeafWork):
+    """The work of `genssd leaf`; a process that begins the third trace is killed."""
+
+    def run(self, models: GradientModels, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, list[list[int]]]]:
+        assert feed is not None
+        while (item := feed.take(wait=True)) is not None:
+            if item == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item, find_spans(models, self.traces[item], self.share)
