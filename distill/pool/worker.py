@@ -37,6 +37,7 @@ from genssd.engine.errors import GenssdError
 from genssd.engine.launches import LaunchRecord
 from genssd.engine.machine import limit_own_memory
 from genssd.engine.model_choices import Role
+from genssd.engine.served.record import ServerRecord
 from genssd.engine.threads import limit_torch_threads
 from genssd.engine.usage import CacheUse, Usage
 
@@ -67,6 +68,11 @@ class WorkerModels(Protocol):
     @property
     def launches(self) -> LaunchRecord | None:
         """Configurations of the GPU kernels; None where there are none."""
+        ...
+
+    @property
+    def server(self) -> ServerRecord | None:
+        """The server that runs a teacher, and what it has done; None where none does."""
         ...
 
     @property
@@ -198,6 +204,7 @@ def _describe(models: WorkerModels) -> Ready:
         threads=models.threads,
         launches=models.launches,
         cache_use=models.cache_use,
+        server=models.server,
     )
 
 
@@ -212,7 +219,7 @@ def _measure(engine: Engine) -> PairSizes:
 
 
 def _count(models: WorkerModels) -> Counts:
-    return Counts(replace(models.usage), models.cache_use)
+    return Counts(replace(models.usage), models.cache_use, models.server)
 
 
 def _report_counts(models: WorkerModels, link: Link) -> None:

@@ -26,6 +26,7 @@ from genssd.engine.errors import NumericsError
 from genssd.engine.feed import Feed
 from genssd.engine.launches import LaunchRecord
 from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.served.record import ServerRecord
 from genssd.engine.text import Tokenizer
 from genssd.engine.transformers_loading import load_model, logits_softcap, scale_states
 from genssd.engine.usage import CacheUse, Usage
@@ -48,6 +49,7 @@ class GradientModels:
     usage: Usage = field(default_factory=Usage)
     cache_use: CacheUse = NO_CACHE
     launches: LaunchRecord | None = None
+    server: ServerRecord | None = None
     teachers: Sequence[Engine] = ()
 
     @staticmethod
