@@ -122,7 +122,7 @@ class RolloutReaders:
     ) -> Mapping[int, Sequence[Sequence[float]]]:
         """Return a reader's log-probabilities, [node][candidate], by the question's index."""
         pool, items = self._open(reader), self._list_open()
-        if pool.size > 1:
+        if not pool.is_own_process:
             self._report.begin(f"the candidates are read as {reader.name!r}", unit="questions", total=len(items))
         return self._collect(pool, LogprobWork(states=self._states_of(reader, pool), items=items, nodes=nodes))
 
@@ -135,7 +135,7 @@ class RolloutReaders:
             questions=self._questions,
             prompts={index: self._prompts[reader.name, index] for index in self._questions},
             positions=self._positions,
-            kept=self._kept[reader.name] if pool.size == 1 else None,
+            kept=self._kept[reader.name] if pool.is_own_process else None,
         )
 
     def _collect(self, pool: Pool, work: Work[Engine, R]) -> Mapping[int, R]:

@@ -265,7 +265,7 @@ class _Measurement:
             config=self._config,
             verify=self._verify,
         )
-        if pool.size == 1:
+        if pool.is_own_process:
             work = dataclasses.replace(work, report=report_completions)
         for index, outcome in pool.run(work):
             assert not isinstance(outcome, Stopped), "nothing limits the run"

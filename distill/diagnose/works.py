@@ -80,8 +80,8 @@ class NodeStates:
     positions: Mapping[int, Sequence[Sequence[int]]]
     """Positions of every rollout's nodes."""
     kept: dict[int, list[Tensor]] | None
-    """States that were computed before, where one process does everything; with several each question may come to
-    another process the next time, and its states are computed again. None: there are several."""
+    """States that were computed before, where this process does the work. None: other processes do; a question may
+    come to another one the next time, and its states are computed again."""
 
     def compute(self, reader: NodeReader, index: int) -> list[Tensor]:
         """Return the states of a question, on the CPU, [nodes, hidden] of every rollout."""

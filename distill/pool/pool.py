@@ -79,6 +79,14 @@ class Pool(Protocol):
         """Number of engines."""
         ...
 
+    @property
+    def is_own_process(self) -> bool:
+        """Whether this process does the work, which may then hold what cannot be sent to another one.
+
+        A pool of one engine may be another process: that of the only GPU.
+        """
+        ...
+
     def run(self, work: Work[Engine, R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
         """Yield every item of the work once, as soon as it is known what has become of it.
 
@@ -91,6 +99,7 @@ class OwnProcess:
     """A pool of one engine, in this process."""
 
     size = 1
+    is_own_process = True
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

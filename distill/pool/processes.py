@@ -110,6 +110,8 @@ class _Worker:
 class ProcessPool(Generic[M]):
     """A `Pool` of worker processes; a context manager, which ends them."""
 
+    is_own_process = False
+
     def __init__(self, models: RemoteModels, recipes: Sequence[Recipe[M]]) -> None:
         """Start a worker for every recipe. They load their models until `open` returns."""
         self.models = models

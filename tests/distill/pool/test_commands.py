@@ -18,10 +18,14 @@ from support.tiny_pair import TinyPair
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.diagnose.works import ForcingWork, LikeliestWork, LogprobWork, RolloutWork
+from genssd.distill.pool.placing import Place
 from genssd.distill.pool.pool import Lost, OwnProcess, Work
 from genssd.distill.pool.processes import ProcessPool
+from genssd.distill.runs import pools
 from genssd.distill.score.leaf import run_leaf
 from genssd.distill.score.leaf_config import LeafConfig
+from genssd.distill.score.prefix import run_prefix
+from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.engine.budget import Budget
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError, WorkerError
@@ -104,6 +108,29 @@ def test_rows_are_those_of_one_process_whatever_is_killed_and_resumed(
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[1:]))
     start(dataclasses.replace(config, resume=True, processes=None))
     assert read_unordered(tmp_path / "two") == expected
+
+
+def test_the_process_of_a_single_device_has_work_that_can_be_sent(
+    tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one GPU there is one worker, which is another process all the same; a CPU stands for it here."""
+    data, traces = write_rows(QUESTIONS[:2]), write_rows(TRACES[:3], "traces.jsonl")
+    diagnose = configure_diagnose(tiny_pair, data, tmp_path / "diagnose")
+    prefix = PrefixConfig(
+        student=str(tiny_pair.student), data=(str(traces),), batch=2, judge_tokens=4, max_tokens=4,
+        memory_bytes=1 << 22, output_dir=str(tmp_path / "prefix"),
+    )  # fmt: skip
+    leaf = configure_leaf(tiny_pair, traces, tmp_path / "leaf")
+    runs: list[tuple[Callable[[Any], Any], Any]] = [(run_diagnose, diagnose), (run_prefix, prefix), (run_leaf, leaf)]
+    expected = []
+    for start, config in runs:
+        start(config)
+        expected.append(read_unordered(Path(config.output_dir)))
+    monkeypatch.setattr(pools, "choose_gpus", lambda *_: [Place(device="cpu", threads=1)])
+    for (start, config), results in zip(runs, expected, strict=True):
+        output_dir = Path(f"{config.output_dir}-device")
+        start(dataclasses.replace(config, devices="0", output_dir=str(output_dir)))
+        assert read_unordered(output_dir) == results
 
 
 def test_every_process_of_leaf_has_the_number_of_threads_that_the_run_was_begun_with(
