@@ -13,6 +13,8 @@ from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Protocol, TypeVar
 
+from transformers.utils import logging as transformers_logging
+
 from genssd.distill.pool.messages import (
     Begin,
     Counts,
@@ -169,6 +171,7 @@ def run_worker(pipe: Connection, recipe: Recipe[WorkerModels]) -> None:
     log = logging.getLogger("genssd")
     log.handlers, log.propagate = [_LogHandler(link)], False
     log.setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()  # those of several processes would be written over each other
     try:
         models = recipe.open()
         link.send(_describe(models))
