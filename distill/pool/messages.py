@@ -16,6 +16,7 @@ from typing import Any
 
 from genssd.engine.launches import LaunchRecord
 from genssd.engine.model_choices import Role
+from genssd.engine.served.record import ServerRecord
 from genssd.engine.usage import CacheUse, Usage
 
 
@@ -38,6 +39,8 @@ class Ready:
     threads: int
     launches: LaunchRecord | None
     cache_use: CacheUse
+    server: ServerRecord | None
+    """The server that runs a teacher; None where none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class Counts:
 
     usage: Usage
     cache_use: CacheUse
+    server: ServerRecord | None
+    """The server that runs a teacher, with what it has done for this worker."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from genssd.distill.pool.hand_out import MAX_ENDS, HandOut
 from genssd.distill.pool.messages import (
@@ -40,7 +40,7 @@ from genssd.distill.pool.messages import (
 )
 from genssd.distill.pool.pool import Lost, Stopped, Work
 from genssd.distill.pool.remote_models import RemoteModels
-from genssd.distill.pool.worker import Recipe, run_worker
+from genssd.distill.pool.worker import Recipe, WorkerModels, run_worker
 from genssd.engine.amounts import format_count
 from genssd.engine.budget import Budget, BudgetMeter
 from genssd.engine.errors import InputError, WorkerError
@@ -63,6 +63,7 @@ START_METHOD = "spawn"
 this process has started."""
 
 R = TypeVar("R")
+M = TypeVar("M", bound=WorkerModels)
 Result = tuple[int, Any]
 
 
@@ -70,7 +71,7 @@ Result = tuple[int, Any]
 class _Worker:
     """A worker process, as this process knows it."""
 
-    recipe: Recipe
+    recipe: Recipe[WorkerModels]
     process: BaseProcess
     pipe: Connection
     is_ready: bool = False
@@ -82,7 +83,7 @@ class _Worker:
     """Its own words on why it failed; None where it had none."""
 
     @staticmethod
-    def start(recipe: Recipe) -> _Worker:
+    def start(recipe: Recipe[WorkerModels]) -> _Worker:
         context = cast(SpawnContext, multiprocessing.get_context(START_METHOD))
         pipe, far_end = context.Pipe()
         process = context.Process(target=run_worker, args=(far_end, recipe), daemon=True)
@@ -106,10 +107,12 @@ class _Worker:
         return f"ended with exit code {code}"
 
 
-class ProcessPool:
+class ProcessPool(Generic[M]):
     """A `Pool` of worker processes; a context manager, which ends them."""
 
-    def __init__(self, models: RemoteModels, recipes: Sequence[Recipe]) -> None:
+    is_own_process = False
+
+    def __init__(self, models: RemoteModels, recipes: Sequence[Recipe[M]]) -> None:
         """Start a worker for every recipe. They load their models until `open` returns."""
         self.models = models
         self.size = len(recipes)
@@ -131,7 +134,7 @@ class ProcessPool:
         while not all(worker.is_ready for worker in self._workers):
             self._listen()
 
-    def run(self, work: Work[R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
+    def run(self, work: Work[M, R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
         """Yield every item of the work once, as soon as a worker has finished it; see `Pool`.
 
         Raises WorkerError where workers end again and again and nothing is finished.
@@ -160,7 +163,7 @@ class ProcessPool:
             self._listen()
         self._begin = None
 
-    def __enter__(self) -> ProcessPool:
+    def __enter__(self) -> ProcessPool[M]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -233,10 +236,11 @@ class ProcessPool:
         """Answer the workers that have asked for an item."""
         if self._begin is None:
             return
+        num_ready = sum(worker.is_ready for worker in self._workers)
         for worker in self._workers:
             if not worker.wants:
                 continue
-            number = self._hand_out.take(worker)
+            number = self._hand_out.take(worker, num_ready)
             if number is not None:
                 worker.wants = False
                 self._send(worker, Item(number))

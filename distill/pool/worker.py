@@ -1,4 +1,4 @@
-"""The body of a worker process: an engine that does what is handed out, until nobody hands out any more."""
+"""The body of a worker process: models that do what is handed out, until nobody hands out any more."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
+
+from transformers.utils import logging as transformers_logging
 
 from genssd.distill.pool.messages import (
     Begin,
@@ -33,9 +36,12 @@ from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.errors import GenssdError
+from genssd.engine.launches import LaunchRecord
 from genssd.engine.machine import limit_own_memory
 from genssd.engine.model_choices import Role
+from genssd.engine.served.record import ServerRecord
 from genssd.engine.threads import limit_torch_threads
+from genssd.engine.usage import CacheUse, Usage
 
 COUNT_INTERVAL = 0.25
 """Seconds between two reports of what a worker has done."""
@@ -43,25 +49,76 @@ GRACE = 0.05
 """Seconds for which a worker with other items waits for an answer before it goes on with them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a worker opens its engine."""
+class WorkerModels(Protocol):
+    """What a worker reports of its models. `Engine` is one."""
 
-    arguments: Mapping[str, Any]
-    """Arguments of `Engine.from_pretrained`."""
-    chat: ChatOptions
+    @property
+    def usage(self) -> Usage:
+        """Numbers of tokens that the models have processed so far."""
+        ...
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """Pages and bytes of all caches."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads that compute."""
+        ...
+
+    @property
+    def launches(self) -> LaunchRecord | None:
+        """Configurations of the GPU kernels; None where there are none."""
+        ...
+
+    @property
+    def server(self) -> ServerRecord | None:
+        """The server that runs a teacher, and what it has done; None where none does."""
+        ...
+
+    @property
+    def teachers(self) -> Sequence[Engine]:
+        """Engines over each of the teachers and the student; none where no engine computes."""
+        ...
+
+
+M_co = TypeVar("M_co", bound=WorkerModels, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC, Generic[M_co]):
+    """How a worker opens its models. It can be pickled."""
+
     visible_device: str | None = None
     """The only CUDA device that the worker sees, as in CUDA_VISIBLE_DEVICES; None changes nothing."""
     memory: int | None = None
     """Bytes of memory that the worker may take on a CPU; None for no limit of its own."""
 
-    def open(self) -> Engine:
-        """Load the models. Raises the errors of `Engine.from_pretrained`."""
+    def open(self) -> M_co:
+        """Load the models within what the worker is given. Raises the errors of `load`."""
         if self.visible_device is not None:  # torch has not asked for devices yet
             os.environ["CUDA_VISIBLE_DEVICES"] = self.visible_device
         if self.memory is not None:
             limit_own_memory(self.memory)
         limit_torch_threads()
+        return self.load()
+
+    @abstractmethod
+    def load(self) -> M_co:
+        """Load the models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecipe(Recipe[Engine]):
+    """How a worker opens an engine."""
+
+    arguments: Mapping[str, Any]
+    """Arguments of `Engine.from_pretrained`."""
+    chat: ChatOptions
+
+    def load(self) -> Engine:
+        """Load the models. Raises the errors of `Engine.from_pretrained`."""
         return Engine.from_pretrained(**self.arguments).with_chat(self.chat)
 
 
@@ -80,12 +137,12 @@ class Link:
         with self._lock:
             send(self._pipe, message)
 
-    def await_work(self) -> Work[Any]:
+    def await_work(self) -> Work[Any, Any]:
         """Wait for the next work. Raises EOFError or OSError where there will be none."""
         message = receive(self._pipe)
         assert isinstance(message, Begin)
         self._is_asked = self._is_over = False
-        work: Work[Any] = pickle.loads(message.work)
+        work: Work[Any, Any] = pickle.loads(message.work)
         return work
 
     def take(self, *, wait: bool) -> int | None:
@@ -107,23 +164,24 @@ class Link:
         return message.number
 
 
-def run_worker(pipe: Connection, recipe: Recipe) -> None:
+def run_worker(pipe: Connection, recipe: Recipe[WorkerModels]) -> None:
     """Work for the process at the other end of the pipe until it ends or closes the pipe."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     link = Link(pipe)
     log = logging.getLogger("genssd")
     log.handlers, log.propagate = [_LogHandler(link)], False
     log.setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()  # those of several processes would be written over each other
     try:
-        engine = recipe.open()
-        link.send(_describe(engine))
-        threading.Thread(target=_report_counts, args=(engine, link), daemon=True).start()
+        models = recipe.open()
+        link.send(_describe(models))
+        threading.Thread(target=_report_counts, args=(models, link), daemon=True).start()
         while True:
             work = link.await_work()
-            for number, result in work.run(engine, link, Budget()):
-                link.send(_count(engine))  # budgets are held to it
+            for number, result in work.run(models, link, Budget()):
+                link.send(_count(models))  # budgets are held to it
                 link.send(Finished(number, result))
-            link.send(_count(engine))
+            link.send(_count(models))
             link.send(Idle())
     except (EOFError, ConnectionError):  # the command has ended, or wants no more
         os._exit(0)
@@ -143,12 +201,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _describe(engine: Engine) -> Ready:
+def _describe(models: WorkerModels) -> Ready:
     return Ready(
-        pairs=[_measure(one) for one in engine.teachers],
-        threads=engine.threads,
-        launches=engine.launches,
-        cache_use=engine.cache_use,
+        pairs=[_measure(one) for one in models.teachers],
+        threads=models.threads,
+        launches=models.launches,
+        cache_use=models.cache_use,
+        server=models.server,
     )
 
 
@@ -162,15 +221,15 @@ def _measure(engine: Engine) -> PairSizes:
     )
 
 
-def _count(engine: Engine) -> Counts:
-    return Counts(replace(engine.usage), engine.cache_use)
+def _count(models: WorkerModels) -> Counts:
+    return Counts(replace(models.usage), models.cache_use, models.server)
 
 
-def _report_counts(engine: Engine, link: Link) -> None:
-    """Send what the engine has done, as often as it has changed; the body of a thread."""
+def _report_counts(models: WorkerModels, link: Link) -> None:
+    """Send what the models have done, as often as it has changed; the body of a thread."""
     pause, sent = threading.Event(), None
     while not pause.wait(COUNT_INTERVAL):
-        counts = _count(engine)
+        counts = _count(models)
         if counts != sent:
             try:
                 link.send(counts)

@@ -9,13 +9,18 @@ from genssd.distill.runs.field_kinds import Operational
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them
-class PoolOptions(EngineOptions):
-    """The options of a command that can run its models in several processes of this machine."""
+class ProcessOptions:
+    """How many processes of this machine divide the work of a command."""
 
     processes: Operational[int | None] = None
     """Number of processes on a CPU that divide the prompts, the threads and the memory. Each holds the models, so this
-    is for models that are small beside the memory. memory_bytes and max_batch are those of each process. None: this
-    process alone."""
+    is for models that are small beside the memory; memory and batch are those of each process. None: this process
+    alone."""
     devices: Operational[str | None] = None
-    """GPUs that divide the prompts, a process for each: all, or numbers such as 0,1,2. Each holds the models;
-    memory_bytes and max_batch are those of each. None: one GPU, in this process."""
+    """GPUs that divide the prompts, a process for each: all, or numbers such as 0,1,2. Each holds the models; memory
+    and batch are those of each. None: one GPU, in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: see above
+class PoolOptions(EngineOptions, ProcessOptions):
+    """The options of a command that can run its engine in several processes of this machine."""

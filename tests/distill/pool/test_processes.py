@@ -1,12 +1,11 @@
 """Worker processes: the results of one process, whatever is killed; nothing lost, nothing done twice.
 
-But for the last test the workers are forked from a process that has imported everything, which takes no time.
+But for the last test the workers are forked (conftest.py).
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.pool_works import FaultyWork
+from support.pool_works import FaultyWork, GreedyWork
 from support.small_runs import VARYING, read_results
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
@@ -27,11 +26,11 @@ from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.traces import read_usable_traces
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import EvaluationWork
-from genssd.distill.pool import hand_out, processes
+from genssd.distill.pool import hand_out
 from genssd.distill.pool.pool import Lost, OwnProcess, Work
 from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
-from genssd.distill.pool.worker import Recipe
+from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.score.features import ScoreWork
 from genssd.distill.score.prefix import PrefixWork
 from genssd.distill.score.prefix_config import PrefixConfig
@@ -44,8 +43,11 @@ from genssd.distill.select.work import SearchedPrompt, SearchWork
 from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.chunk import Chunk
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError, WorkerError
 from genssd.engine.model_choices import Role
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 SEARCH: dict[str, Any] = {"candidates": 3, "chunk": Chunk(tokens=4, until=None), "max_tokens": 16}
 PROBLEMS = tuple(
@@ -55,30 +57,24 @@ PROBLEMS = tuple(
 """Several are equal, so that what is drawn depends on how many equal ones come before."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forked_workers() -> Iterator[None]:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["genssd.distill.pool.worker", __name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "START_METHOD", "forkserver")
-        yield
-
-
-def make_pool(pair: TinyPair, size: int = 2, **arguments: Any) -> ProcessPool:
+def make_pool(pair: TinyPair, size: int = 2, **arguments: Any) -> ProcessPool[Engine]:
     roles: tuple[Role, Role] = ("teacher", "student")
     tokens = LocalTokens(tokenizers={role: pair.engine.tokenizer(role) for role in roles}, reader=pair.engine.reader)
     models = RemoteModels([tokens])
     given = {"teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_batch": 4}
-    return ProcessPool(models, [Recipe(arguments={**given, "threads": 1, **arguments}, chat=ChatOptions())] * size)
+    return ProcessPool(
+        models, [EngineRecipe(arguments={**given, "threads": 1, **arguments}, chat=ChatOptions())] * size
+    )
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_pair: TinyPair) -> Iterator[ProcessPool]:
+def pool(tiny_pair: TinyPair) -> Iterator[ProcessPool[Engine]]:
     with make_pool(tiny_pair) as pool:
         pool.open()
         yield pool
 
 
-def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Any]]:
+def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Engine, Any]]:
     models = {"teacher": str(pair.teacher), "student": str(pair.student)}
     items = [place for place in range(len(PROBLEMS)) if place != 6]
     generate = GenerateConfig(**models, data="x", n=2, max_tokens=12)
@@ -127,7 +123,9 @@ def collect(outcomes: Iterator[tuple[int, Any]]) -> dict[int, Any]:
 
 
 @pytest.mark.parametrize("command", ["select", "generate", "alternate", "relay", "score", "evaluate", "prefix"])
-def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: ProcessPool, tmp_path: Path, command: str) -> None:
+def test_results_are_those_of_one_process(
+    tiny_pair: TinyPair, pool: ProcessPool[Engine], tmp_path: Path, command: str
+) -> None:
     work = make_works(tiny_pair, tmp_path)[command]
     before = pool.models.usage
     results = collect(pool.run(work))
@@ -143,7 +141,7 @@ def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: ProcessPool
 
 
 def test_killed_workers_are_replaced_and_their_prompts_done_again(
-    tiny_pair: TinyPair, pool: ProcessPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_pair: TinyPair, pool: ProcessPool[Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     work = make_works(tiny_pair, tmp_path)["select"]
     expected = collect(OwnProcess(tiny_pair.engine).run(work))
@@ -161,7 +159,7 @@ def test_killed_workers_are_replaced_and_their_prompts_done_again(
 
 
 def test_an_item_that_ends_its_workers_is_given_up_alone(
-    pool: ProcessPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pool: ProcessPool[Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults = {2: "killed", 5: "CUDA error: an illegal\nmemory access"}
     results = dict(pool.run(FaultyWork(items=tuple(range(8)), faults=faults)))
@@ -175,11 +173,19 @@ def test_an_item_that_ends_its_workers_is_given_up_alone(
     assert caplog.text.count("another one takes its place") == 2 * hand_out.MAX_ENDS
 
 
+@pytest.mark.parametrize("num_items", [2, 5, 8])
+def test_few_items_are_divided_fairly(pool: ProcessPool[Engine], num_items: int) -> None:
+    """A worker with room for all of them takes no more than its part at once."""
+    results = dict(pool.run(GreedyWork(items=tuple(range(num_items)))))
+    assert sorted(results) == list(range(num_items))
+    assert max(results.values()) <= -(-num_items // pool.size)
+
+
 def test_a_prompt_that_is_given_up_is_reported_like_one_that_is_too_long(
     tiny_pair: TinyPair, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Losing(OwnProcess):
-        def run(self, work: Work[Any], budget: Budget = Budget()) -> Iterator[tuple[int, Any]]:
+        def run(self, work: Work[Engine, Any], budget: Budget = Budget()) -> Iterator[tuple[int, Any]]:
             for item, outcome in super().run(work, budget):
                 yield item, Lost(reason="no luck") if item == 1 else outcome
 

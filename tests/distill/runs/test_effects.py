@@ -51,9 +51,9 @@ ALWAYS = {
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},
     "export": {"run", "format", "student", "statuses", "require_correct", "output_dir"},
     "prefix": POOL | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
-    "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads"},
+    "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads", "devices", "processes"},
     "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens"},
-    "diagnose": ENGINE | CHAT | WRITING | RUN
+    "diagnose": POOL | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"}
     | {"node_weights", "weights_loss"},

@@ -25,9 +25,9 @@ NOT_COUNTED = {
     "reselect": ENGINE | {"output_dir"},
     "export": {"output_dir"},
     "prefix": POOL | {"output_dir", "resume"},
-    "leaf": {"device", "output_dir", "resume", "threads"},
+    "leaf": {"device", "devices", "processes", "output_dir", "resume", "threads"},
     "evaluate": POOL | {"output_dir", "resume", "data", "limit"},
-    "diagnose": ENGINE
+    "diagnose": POOL
     | {"output_dir", "resume", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
