@@ -27,7 +27,7 @@ from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.traces import read_usable_traces
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import EvaluationWork
-from genssd.distill.pool import hand_out, processes
+from genssd.distill.pool import hand_out, starting
 from genssd.distill.pool.pool import Lost, OwnProcess, Work
 from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
@@ -59,7 +59,7 @@ PROBLEMS = tuple(
 def forked_workers() -> Iterator[None]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["genssd.distill.pool.worker", __name__])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "START_METHOD", "forkserver")
+        patch.setattr(starting, "START_METHOD", "forkserver")
         yield
 
 
