@@ -6,12 +6,16 @@
 processes gets SIGKILL, or the command itself, which is then resumed, until so many have been killed; what is left is
 done in peace. The journal must hold every prompt once, with the rows of an uninterrupted run of one process, and no
 worker may outlive its command.
+
+With --forked the command is forked from this process, and its workers from a server that has imported everything:
+nearly all of the time of a start is imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,12 +23,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process has no threads of its parent
+
 import genssd
+import genssd.commands
+from genssd.cli import main as run_command_line
 from genssd.distill import small_pair
+from genssd.distill.pool import starting
 from genssd.distill.small_pair.problems import make_problems
 
 PAIR = Path(next(iter(small_pair.__path__)))
@@ -43,6 +53,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=30, help="number of kills of worker processes")
     parser.add_argument("--commands", type=int, default=10, help="number of kills of the command")
     parser.add_argument("--problems", type=int, default=100, help="number of problems of a run")
+    parser.add_argument("--forked", action="store_true", help="fork processes instead of starting interpreters")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and the victims")
     parser.add_argument("--json", type=Path, help="file for the result")
     options = parser.parse_args()
@@ -60,7 +71,15 @@ def main() -> None:
         while victims:
             counts["runs"] += 1
             output_dir = root / f"run-{counts['runs']}"
-            kill_until_finished(root, output_dir, victims, draws, counts, lifetimes)
+            kill_until_finished(
+                root,
+                output_dir,
+                victims,
+                draws,
+                counts,
+                lifetimes,
+                start=fork_command if options.forked else start_command,
+            )
             failures += compare(expected, read_rows(output_dir))
             print(f"run {counts['runs']}: {dict(counts)}, failures {failures}", flush=True)
     result = {
@@ -83,17 +102,74 @@ def words(root: Path, output_dir: Path) -> list[str]:
     search = ["--candidates", "2", "--chunk.tokens", "1", "--chunk.limit", "32", "--max-tokens", "96"]
     limits = ["--max-batch", "8", "--memory-bytes", str(1 << 26), "--teacher-topk", "2"]
     files = ["--data", str(root / "problems.jsonl"), "--output-dir", str(output_dir)]
-    return [sys.executable, "-m", "genssd", "select", *models, *search, *limits, *files]
+    return ["select", *models, *search, *limits, *files]
+
+
+class ForkedCommand:
+    """A command in a forked process, with the methods of `subprocess.Popen` that are needed here."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while the command runs."""
+        if self._code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self._code = os.waitstatus_to_exitcode(ended[1])
+        return self._code
+
+    def wait(self) -> int:
+        """Wait for the end, and return the exit code."""
+        while self.poll() is None:
+            time.sleep(0.01)
+        assert self._code is not None
+        return self._code
+
+
+Command = ForkedCommand | subprocess.Popen[bytes]
+
+
+def start_command(words: Sequence[str], log: Path) -> Command:
+    """Start a command as a user does."""
+    with log.open("a") as printed:
+        return subprocess.Popen([sys.executable, "-m", "genssd", *words], stdout=printed, stderr=printed)
+
+
+def fork_command(words: Sequence[str], log: Path) -> Command:
+    """Start a command in a forked process."""
+    pid = os.fork()
+    if pid:
+        return ForkedCommand(pid)
+    code = 1
+    try:
+        with log.open("a") as printed:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+        starting.START_METHOD = "forkserver"
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["genssd.commands"])
+        run_command_line(words)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        os._exit(code)
 
 
 def run_alone(root: Path, output_dir: Path) -> dict[str, dict[int, Any]]:
     """Run the search in one process without a kill, and return its rows."""
-    subprocess.run(words(root, output_dir), check=True, stdout=subprocess.DEVNULL)
+    assert fork_command(words(root, output_dir), output_dir.with_suffix(".log")).wait() == 0
     return read_rows(output_dir)
 
 
 def kill_until_finished(
-    root: Path, output_dir: Path, victims: list[str], draws: random.Random, counts: Counter[str], lifetimes: list[float]
+    root: Path,
+    output_dir: Path,
+    victims: list[str],
+    draws: random.Random,
+    counts: Counter[str],
+    lifetimes: list[float],
+    *,
+    start: Callable[[Sequence[str], Path], Command],
 ) -> None:
     """Run the search in two processes, kill who is next in `victims` while there is somebody, and resume it.
 
@@ -103,10 +179,7 @@ def kill_until_finished(
     log = output_dir.with_suffix(".log")
     while True:
         resume = ["--resume"] if (output_dir / "run.json").exists() else []
-        with log.open("a") as printed:
-            command = subprocess.Popen(
-                [*words(root, output_dir), "--processes", "2", *resume], stdout=printed, stderr=printed
-            )
+        command = start([*words(root, output_dir), "--processes", "2", *resume], log)
         while victims:
             await_moment(command, output_dir / "selections.jsonl", draws)
             workers = find_workers(command.pid)
@@ -133,7 +206,7 @@ def kill_until_finished(
             counts["ended_after_three_kills_of_loading_workers"] += 1
 
 
-def await_moment(command: subprocess.Popen[bytes], journal: Path, draws: random.Random) -> None:
+def await_moment(command: Command, journal: Path, draws: random.Random) -> None:
     """Wait until the next kill is due, or the command has ended."""
     size = journal.stat().st_size if journal.exists() else 0
     waits, pause = draws.random() >= AT_ANY_TIME, draws.uniform(*PAUSE)
@@ -145,17 +218,21 @@ def await_moment(command: subprocess.Popen[bytes], journal: Path, draws: random.
 
 
 def find_workers(pid: int) -> list[int]:
-    """Return the worker processes of a command."""
-    workers = []
+    """Return the worker processes of a command: its own children, or those of its fork server."""
+    parents: dict[int, int] = {}
+    lines: dict[int, bytes] = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             fields = (directory / "stat").read_text().rsplit(")", 1)[1].split()
-            words_of_process = (directory / "cmdline").read_bytes()
+            lines[int(directory.name)] = (directory / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(fields[1]) == pid and fields[0] != "Z" and b"multiprocessing.spawn" in words_of_process:
-            workers.append(int(directory.name))
-    return sorted(workers)
+        if fields[0] != "Z":
+            parents[int(directory.name)] = int(fields[1])
+    children = {process for process, parent in parents.items() if parent == pid}
+    servers = {child for child in children if b"multiprocessing.forkserver" in lines[child]}
+    started = {child for child in children if b"multiprocessing.spawn" in lines[child]}
+    return sorted(started | {process for process, parent in parents.items() if parent in servers})
 
 
 def await_end(workers: list[int], counts: Counter[str], lifetimes: list[float]) -> None:

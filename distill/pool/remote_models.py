@@ -125,8 +125,9 @@ class RemoteModels(RemoteTeacher):
         """What the workers say of their engines."""
         self.counts: dict[Hashable, Counts] = {}
         """What the workers have done."""
-        self._past = Usage()
-        """What workers that ended have done."""
+        self._total = Usage()
+        """What all workers have done, those that ended included. It is kept, not summed up anew: the budget is compared
+        with it after every message, of which there are as many more as there are workers."""
         self.to_come = (0, 0)
         """Number of items of the work that no worker has begun, and the tokens that each may sample at most."""
 
@@ -138,10 +139,12 @@ class RemoteModels(RemoteTeacher):
     def add(self, worker: Hashable, ready: Ready) -> None:
         """Take what a worker says of its engine."""
         self.ready[worker] = ready
-        self.counts[worker] = Counts(Usage(), ready.cache_use)
+        self.count(worker, Counts(Usage(), ready.cache_use))
 
     def count(self, worker: Hashable, counts: Counts) -> None:
         """Take what a worker has done so far."""
+        before = self.counts.get(worker)
+        self._total = _add(self._total, counts.usage, instead_of=Usage() if before is None else before.usage)
         self.counts[worker] = counts
 
     def remove(self, worker: Hashable) -> None:
@@ -152,15 +155,13 @@ class RemoteModels(RemoteTeacher):
             done = dataclasses.replace(
                 usage, planned_prompts=usage.finished_prompts, planned_tokens=usage.sampled_tokens
             )
-            self._past = _add(self._past, done)
+            self._total = _add(self._total, done, instead_of=usage)
         if len(self.ready) > 1:
             self.ready.pop(worker, None)
 
     def count_usage(self) -> Usage:
         """Return what all workers have done, and what is still to come of the work."""
-        usage = self._past
-        for counts in list(self.counts.values()):
-            usage = _add(usage, counts.usage)
+        usage = self._total
         num_items, most_tokens = self.to_come
         return dataclasses.replace(
             usage,
@@ -169,7 +170,9 @@ class RemoteModels(RemoteTeacher):
         )
 
 
-def _add(one: Usage, other: Usage) -> Usage:
-    """Return the sums of all counts."""
-    names = [field.name for field in dataclasses.fields(Usage)]
-    return Usage(**{name: getattr(one, name) + getattr(other, name) for name in names})
+_COUNTS = tuple(field.name for field in dataclasses.fields(Usage))
+
+
+def _add(total: Usage, usage: Usage, *, instead_of: Usage) -> Usage:
+    """Return a total in which some counts take the place of others."""
+    return Usage(**{name: getattr(total, name) + getattr(usage, name) - getattr(instead_of, name) for name in _COUNTS})
