@@ -16,7 +16,7 @@ from genssd.distill.pool.placing import Place, check_numbers, choose_gpus, divid
 from genssd.distill.runs.journal import read_number, write_json
 from genssd.distill.runs.progress import Progress
 from genssd.distill.runs.writing import remove_directory
-from genssd.distill.train.checkpoints import list_checkpoints
+from genssd.distill.train.checkpoints import STATE, list_checkpoints
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.division import divide_step
 from genssd.distill.train.processes import train_in_processes
@@ -25,6 +25,7 @@ from genssd.distill.train.trainer import run_train
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.engine.memory import choose_device
+from genssd.engine.quoting import quote
 
 
 def check_places(config: DistillConfig) -> None:
@@ -97,13 +98,14 @@ def _choose_count(config: DistillConfig, checkpoint: Path | None, report: Progre
         count = divide_step(config.train, available).processes
         if count < available:
             size = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
-            report.note(f"{count} of {available} processes train: so many divide {size} examples of a step evenly")
+            examples = format_count(size, "example")
+            report.note(f"{count} of {available} processes train: so many divide the {examples} of a step evenly")
         return count
     begun = read_state(checkpoint).settings.get("processes")
     if not isinstance(begun, int) or begun < 1 or divide_step(config.train, begun).processes != begun:
         raise InputError(
-            f"{checkpoint} is of {begun} processes, which cannot divide a step of this run; remove {checkpoint.parent} "
-            "to train the round again"
+            f"{checkpoint / STATE} names {quote(begun)} as its number of processes, which cannot divide a step of this "
+            f"run; remove {checkpoint.parent} to train the round again"
         )
     if begun > available and (config.devices is not None or choose_device(config.train.device).type != "cpu"):
         raise InputError(

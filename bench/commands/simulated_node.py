@@ -1,6 +1,6 @@
 """How far does one driver reach? `genssd select` over simulated devices, which sleep and return rows of real size.
 
-    python -m bench.commands.simulated_node [--devices 1 8 64] [--json bench/results/simulated_node.json]
+    python -m bench.commands.simulated_node [--devices 2 8 64] [--json bench/results/simulated_node.json]
 
 The command's process is the real one: `run_select` with its pool of worker processes, the queue, the messages over
 pipes, the journals with their fsyncs, the summary. The workers are processes too, with the real body of a worker, but
@@ -25,6 +25,7 @@ import os
 import pickle
 import pstats
 import resource
+import shutil
 import statistics
 import sys
 import threading
@@ -232,6 +233,7 @@ def measure(
     resumed_from = time.process_time()
     run_select(dataclasses.replace(config, resume=True, processes=None, devices=None))
     written = sum(path.stat().st_size for path in output_dir.glob("*.jsonl"))
+    shutil.rmtree(output_dir)
     return {
         "devices": devices, "prompts": prompts, "seconds_per_prompt_and_device": seconds, "seconds": round(wall, 2),
         "driver_seconds": round(driver, 2), "driver_share": round(driver / wall, 3),
@@ -256,8 +258,10 @@ def time_syncs(root: Path, size: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64], help="numbers of simulated devices")
-    parser.add_argument("--prompts", type=int, default=512, help="number of prompts of a run")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", default=[2, 8, 64], help="numbers of simulated devices, two at least"
+    )
+    parser.add_argument("--prompts", type=int, default=192, help="number of prompts of a saturated run")
     parser.add_argument("--tokens", type=int, default=4096, help="number of tokens of a response")
     parser.add_argument("--profile", action="store_true", help="print where the driver's time goes")
     parser.add_argument("--json", type=Path, help="file of the result")
@@ -273,8 +277,9 @@ def main() -> None:
         syncs = time_syncs(Path(name), len(template.decisions))
         for seconds in (0.0, paced):
             for devices in options.devices:
+                prompts = 8 * devices if seconds else options.prompts
                 rows.append(
-                    measure(devices, options.prompts, template, seconds, Path(name), profile=options.profile)
+                    measure(devices, prompts, template, seconds, Path(name), profile=options.profile)
                     | {"load": round(os.getloadavg()[0], 1)}
                 )
                 print(rows[-1], flush=True)

@@ -160,7 +160,7 @@ def test_a_killed_process_before_the_first_checkpoint_begins_again(whole: Whole,
         list(run_distill(config, report=Killer(2, 1)))
     killer = Killer(-1, 0)
     list(run_distill(dataclasses.replace(config, processes=3, resume=True), report=killer))
-    assert "2 of 3 processes train: so many divide 2 examples of a step evenly" in killer.notes
+    assert "2 of 3 processes train: so many divide the 2 examples of a step evenly" in killer.notes
     assert_same_student(whole.two, config, exactly=True)
 
 
