@@ -36,6 +36,7 @@ from genssd.cli import main as run_command_line
 from genssd.distill import small_pair
 from genssd.distill.pool import starting
 from genssd.distill.small_pair.problems import make_problems
+from genssd.engine.machine import read_cpu_name
 
 PAIR = Path(next(iter(small_pair.__path__)))
 PAUSE = (0.5, 8.0)
@@ -85,6 +86,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python -m bench.robustness.pool_kills", *sys.argv[1:]]),
         "version": genssd.__version__,
+        "cpu": read_cpu_name(),
         **counts,
         "prompts": options.problems,
         "longest_seconds_of_a_worker_after_its_command": round(max(lifetimes, default=0.0), 2),
