@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from genssd.distill.runs.chat_settings import PairChatSettings
@@ -48,6 +48,14 @@ class DistillConfig(PairChatSettings):
     threads: Operational[int | None] = None
     """Number of CPU threads of all parts. None: every part chooses, as its command does; --select.threads and
     --train.threads are those of one part. A resumed run trains with the number that it was begun with."""
+    processes: Operational[int | None] = None
+    """Number of processes on a CPU that divide its threads and memory in all parts: they select and evaluate as
+    --select.processes says, and train together. A step of the training takes the examples that it takes in one process,
+    train.per_device_train_batch_size times train.gradient_accumulation_steps, divided over the processes. A training
+    that was interrupted goes on with the number of processes that it was begun with. None: this process trains."""
+    devices: Operational[str | None] = None
+    """GPUs that divide all parts, a process for each: all, or numbers such as 0,1,2; see processes. Steps are divided
+    by the largest number of them that can do so evenly. None: this process trains, on one GPU."""
     restart: bool = False
     """Train every round from the first student, on the trajectories of all rounds so far. Otherwise each round trains
     the student of the round before, on its own trajectories."""
@@ -73,10 +81,16 @@ class DistillConfig(PairChatSettings):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_threads(self.threads)
-        if self.train.fsdp:
-            raise InputError("distill runs in one process: train.fsdp is for `genssd train` under torchrun")
+        if self.train.fsdp and self.processes is None and self.devices is None:
+            raise InputError("train.fsdp shards the model over several processes: give processes or devices")
         if self.train.uses_rows and not self.select.teacher_topk:
             raise InputError(
                 "train.kd_ratio needs the teacher's top k: give --select.teacher-topk, or a "
                 "train.teacher_model_name_or_path"
             )
+
+    def make_select_settings(self) -> SelectSettings:
+        """Return how every round selects: with the processes or devices of all parts where it has none of its own."""
+        if self.select.processes is not None or self.select.devices is not None:
+            return self.select
+        return replace(self.select, processes=self.processes, devices=self.devices)

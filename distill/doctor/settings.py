@@ -51,6 +51,8 @@ class Settings:
     search: SelectSettings | None = None
     training: TrainSettings | None = None
     """Options of the command's training; None where it trains nothing."""
+    training_processes: int = 1
+    """Number of processes on a CPU that divide a step of the training, and the memory."""
     max_tokens: int | None = None
     """Maximum number of tokens in a response that the command writes; None where it writes none."""
     sequences: int = 1
@@ -107,7 +109,7 @@ def read_settings(command: str, config: Any) -> Settings:
             sequences=config.n,
         )
     is_distill = isinstance(config, DistillConfig)
-    search: SelectSettings = config.select if is_distill else config
+    search: SelectSettings = config.make_select_settings() if is_distill else config
     return Settings(
         **common,
         models=models,
@@ -117,6 +119,7 @@ def read_settings(command: str, config: Any) -> Settings:
         engine=search,
         search=search,
         training=config.train if is_distill else None,
+        training_processes=(config.processes or 1) if is_distill else 1,
         max_tokens=search.max_tokens,
         sequences=search.candidates * search.beam * (1 + len(further)),
         needs_answers=(is_distill and config.require_correct) or needs_answer(resolve(search.criterion)),

@@ -8,19 +8,16 @@ for that in a thread (worker.py).
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import pickle
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from genssd.distill.pool.hand_out import MAX_ENDS, HandOut
 from genssd.distill.pool.messages import (
@@ -40,6 +37,7 @@ from genssd.distill.pool.messages import (
 )
 from genssd.distill.pool.pool import Lost, Stopped, Work
 from genssd.distill.pool.remote_models import RemoteModels
+from genssd.distill.pool.starting import describe_end, start_process
 from genssd.distill.pool.worker import Recipe, WorkerModels, run_worker
 from genssd.engine.amounts import format_count
 from genssd.engine.budget import Budget, BudgetMeter
@@ -55,12 +53,6 @@ WAKE_INTERVAL = 0.25
 """Seconds after which the budget is looked at although no worker says anything."""
 CLOSE_TIME = 5.0
 """Seconds that workers have to end by themselves."""
-KEPT_SIGNALS = (signal.SIGINT, signal.SIGHUP)
-"""Signals of a terminal to all of its processes, which only the process of the command answers."""
-
-START_METHOD = "spawn"
-"""How `multiprocessing` starts a worker: as a new interpreter, because a forked one cannot use CUDA or the threads that
-this process has started."""
 
 R = TypeVar("R")
 M = TypeVar("M", bound=WorkerModels)
@@ -84,27 +76,11 @@ class _Worker:
 
     @staticmethod
     def start(recipe: Recipe[WorkerModels]) -> _Worker:
-        context = cast(SpawnContext, multiprocessing.get_context(START_METHOD))
-        pipe, far_end = context.Pipe()
-        process = context.Process(target=run_worker, args=(far_end, recipe), daemon=True)
-        resource_tracker.ensure_running()  # it unblocks signals when it starts
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_SIGNALS)
-        try:
-            process.start()  # it inherits what is blocked
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            far_end.close()
-        return _Worker(recipe, process, pipe)
+        return _Worker(recipe, *start_process(run_worker, recipe))
 
     def describe_end(self) -> str:
         """Return what ended the process, which has ended, in words."""
-        if self.reason is not None:
-            return f"failed ({self.reason})"
-        code = self.process.exitcode
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            return f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
-        return f"ended with exit code {code}"
+        return describe_end(self.process, self.reason)
 
 
 class ProcessPool(Generic[M]):

@@ -130,10 +130,11 @@ class RemoteModels(RemoteTeacher):
         """What the workers say of their engines."""
         self.counts: dict[Hashable, Counts] = {}
         """What the workers have done."""
-        self._past = Usage()
-        """What workers that ended have done."""
         self._past_server: ServerRecord | None = None
         """What the server has done for workers that ended."""
+        self._total = Usage()
+        """What all workers have done, those that ended included. It is kept, not summed up anew: the budget is compared
+        with it after every message, of which there are as many more as there are workers."""
         self.to_come = (0, 0)
         """Number of items of the work that no worker has begun, and the tokens that each may sample at most."""
 
@@ -155,12 +156,14 @@ class RemoteModels(RemoteTeacher):
                     "ran; put them back and go on with --resume"
                 )
         self.ready[worker] = ready
-        self.counts[worker] = Counts(Usage(), ready.cache_use, ready.server)
+        self.count(worker, Counts(Usage(), ready.cache_use, ready.server))
         if self._past_server is None and ready.server is not None:
             self._past_server = dataclasses.replace(ready.server, requests=0, repeats=0)
 
     def count(self, worker: Hashable, counts: Counts) -> None:
         """Take what a worker has done so far."""
+        before = self.counts.get(worker)
+        self._total = _add(self._total, counts.usage, instead_of=Usage() if before is None else before.usage)
         self.counts[worker] = counts
 
     def remove(self, worker: Hashable) -> None:
@@ -171,7 +174,7 @@ class RemoteModels(RemoteTeacher):
             done = dataclasses.replace(
                 usage, planned_prompts=usage.finished_prompts, planned_tokens=usage.sampled_tokens
             )
-            self._past = _add(self._past, done)
+            self._total = _add(self._total, done, instead_of=usage)
             if self._past_server is not None and counts.server is not None:
                 self._past_server = _add_requests(self._past_server, counts.server)
         if len(self.ready) > 1:
@@ -179,9 +182,7 @@ class RemoteModels(RemoteTeacher):
 
     def count_usage(self) -> Usage:
         """Return what all workers have done, and what is still to come of the work."""
-        usage = self._past
-        for counts in list(self.counts.values()):
-            usage = _add(usage, counts.usage)
+        usage = self._total
         num_items, most_tokens = self.to_come
         return dataclasses.replace(
             usage,
@@ -207,7 +208,9 @@ def _list_fingerprints(sizes: PairSizes) -> str:
     return ", ".join(f"{role} {fingerprint}" for role, fingerprint in sizes.fingerprints.items())
 
 
-def _add(one: Usage, other: Usage) -> Usage:
-    """Return the sums of all counts."""
-    names = [field.name for field in dataclasses.fields(Usage)]
-    return Usage(**{name: getattr(one, name) + getattr(other, name) for name in names})
+_COUNTS = tuple(field.name for field in dataclasses.fields(Usage))
+
+
+def _add(total: Usage, usage: Usage, *, instead_of: Usage) -> Usage:
+    """Return a total in which some counts take the place of others."""
+    return Usage(**{name: getattr(total, name) + getattr(usage, name) - getattr(instead_of, name) for name in _COUNTS})

@@ -7,9 +7,8 @@ import os
 import pickle
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -32,6 +31,7 @@ from genssd.distill.pool.messages import (
     send,
 )
 from genssd.distill.pool.pool import Work
+from genssd.distill.pool.starting import describe_error, end_with_parent
 from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
@@ -166,11 +166,9 @@ class Link:
 
 def run_worker(pipe: Connection, recipe: Recipe[WorkerModels]) -> None:
     """Work for the process at the other end of the pipe until it ends or closes the pipe."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     link = Link(pipe)
-    log = logging.getLogger("genssd")
-    log.handlers, log.propagate = [_LogHandler(link)], False
-    log.setLevel(logging.INFO)
+    forward_log(link.send)
     transformers_logging.disable_progress_bar()  # those of several processes would be written over each other
     try:
         models = recipe.open()
@@ -188,16 +186,8 @@ def run_worker(pipe: Connection, recipe: Recipe[WorkerModels]) -> None:
     except GenssdError as error:
         link.send(Refused(type(error), str(error)))
     except BaseException as error:
-        link.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
+        link.send(Failed(describe_error(error)))
         logging.getLogger("genssd.worker").debug("a worker failed", exc_info=True)
-    os._exit(1)
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it has ended, however that happened; the body of a thread."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
     os._exit(1)
 
 
@@ -238,12 +228,19 @@ def _report_counts(models: WorkerModels, link: Link) -> None:
             sent = counts
 
 
-class _LogHandler(logging.Handler):
-    """A handler that sends every record to the process of the command."""
+def forward_log(send_message: Callable[[object], None]) -> None:
+    """Send every record of our log to the process of the command, by this function, in place of all handlers."""
+    log = logging.getLogger("genssd")
+    log.handlers, log.propagate = [_LogHandler(send_message)], False
+    log.setLevel(logging.INFO)
 
-    def __init__(self, link: Link) -> None:
+
+class _LogHandler(logging.Handler):
+    """A handler that sends every record as a message."""
+
+    def __init__(self, send_message: Callable[[object], None]) -> None:
         super().__init__()
-        self._link = link
+        self._send = send_message
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._link.send(Log(record.levelno, record.getMessage()))
+        self._send(Log(record.levelno, record.getMessage()))

@@ -140,7 +140,7 @@ class _Search:
                     if outcome.missing_token is not None:
                         end.missing_tokens[outcome.missing_token] += 1
                 else:
-                    decisions.append(outcome.decisions)
+                    decisions.append_line(outcome.decisions)
                     topk = outcome.topk
                     stored = topk_store.append(topk) if topk_store is not None and topk is not None else None
                     journal.append({**outcome.row, "teacher_topk": stored})

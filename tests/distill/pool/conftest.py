@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from genssd.distill.pool import processes
+from genssd.distill.pool import starting
 
 PRELOADED = (
     "genssd.distill.pool.worker",
@@ -22,5 +22,5 @@ PRELOADED = (
 def forked_workers() -> Iterator[None]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "START_METHOD", "forkserver")
+        patch.setattr(starting, "START_METHOD", "forkserver")
         yield

@@ -61,7 +61,7 @@ ALWAYS = {
     | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint", "writer"},
     "distill": PAIR_CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
     | {"teacher", "student", "data", "output_dir", "resume", "rounds", "prompts_per_round", "restart"}
-    | {"require_correct", "eval_data", "threads"},
+    | {"require_correct", "eval_data", "threads", "processes", "devices"},
     "report": ENGINE | {"run", "output", "criteria", "prompts", "student"},
     "tune": {"model_name_or_path", "teacher", "student", "dtype", "device", "tune_file", "seconds"},
     "doctor": {"teacher", "student", "data", "config", "run", "command", "rows", "verify", "json"},
