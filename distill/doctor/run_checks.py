@@ -11,6 +11,7 @@ from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.runs.directory import RECORD
 from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.journal import has_lines
 from genssd.distill.runs.record import read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.select.beginning import check_search
@@ -59,7 +60,8 @@ def check_run(inputs: Inputs) -> list[Finding]:
     line = f"{settings.output_dir} holds a run of `genssd {settings.command}`{with_these}"
     flag = "--resume-from-checkpoint last" if is_train else "--resume"
     fix = None if resume else f"pass {flag} to go on with it, or choose another output_dir"
-    return [Finding(name=name, level="ok", line=line, fix=fix)]
+    has_work = any(map(has_lines, Path(settings.output_dir).glob("*.jsonl")))
+    return [Finding(name=name, level="error" if has_work and not resume and not is_train else "ok", line=line, fix=fix)]
 
 
 def _is_comparable(settings: Settings) -> bool:

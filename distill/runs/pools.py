@@ -48,7 +48,7 @@ def open_pool(
     InputError where the machine has no such devices, and the errors of `open_engine`.
     """
     names = () if teacher is None else list_teachers(teacher)
-    places = _choose_places(options, engine, names, items)
+    places = choose_places(options, engine, names, items)
     if not places:
         yield OwnProcess(open_engine(options, engine, chat, teacher=teacher, student=student, report=report))
         return
@@ -98,7 +98,7 @@ def _read_tokenizers(teachers: Sequence[str], student: str | None, chat: ChatOpt
     return [LocalTokens(tokenizers=one, reader=reader) for one, reader in zip(each, alike, strict=True)]
 
 
-def _choose_places(
+def choose_places(
     options: PoolOptions, engine: Engine | None, teachers: Sequence[str], items: int | None
 ) -> list[Place]:
     """Return the places of the workers; none where this process does everything."""
