@@ -255,7 +255,7 @@ class PromptSearch:
             RoundRecord(
                 round=len(self.live[0].trace),
                 attempt=self.attempt,
-                chunk_tokens=self.chunk.tokens,
+                chunk_tokens=self.chunk.least,
                 chunk_limit=self.chunk.longest,
                 decision=step.decision,
                 teachers=teachers if self.team.size > 1 else None,

@@ -82,6 +82,7 @@ class Run:
         fingerprints: Fingerprints | None = None,
         parts: str | None = None,
         free: Collection[str] = (),
+        chosen: Collection[str] = (),
     ) -> Iterator[Run]:
         """Hold the output directory while the block runs, and begin or resume the run in it (see `record`).
 
@@ -90,7 +91,7 @@ class Run:
         work that is not to be resumed, or was begun with other settings.
         """
         with cls.claim(config, command, journal=journal) as run:
-            run.begin(fingerprints=fingerprints, parts=parts, free=free)
+            run.begin(fingerprints=fingerprints, parts=parts, free=free, chosen=chosen)
             yield run
 
     @classmethod
@@ -112,13 +113,19 @@ class Run:
                 raise
 
     def begin(
-        self, *, fingerprints: Fingerprints | None = None, parts: str | None = None, free: Collection[str] = ()
+        self,
+        *,
+        fingerprints: Fingerprints | None = None,
+        parts: str | None = None,
+        free: Collection[str] = (),
+        chosen: Collection[str] = (),
     ) -> None:
         """Decide whether the run is begun or resumed, and refuse it where it may not be; write nothing yet.
 
         A run has begun when its journal has a row, or when a file matches the glob `parts`. fingerprints: those of
         models that are loaded already. free: fields of the config that may still change, although they count for the
-        result. Raises InputError as `open` does, and on a journal with a damaged line.
+        result. chosen: settings that the run chooses where the config has None (see `choose`). Raises
+        InputError as `open` does, and on a journal with a damaged line.
         """
         has_rows = self._journal_path is not None and has_lines(self._journal_path)
         self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
@@ -136,6 +143,9 @@ class Run:
         date = choose_date(self._config)
         if self.resumed:
             begun = self._begun = read_record(self.path("run.json"))
+            for name in chosen:
+                if self._record["settings"][name] is None:
+                    self._record["settings"][name] = begun["settings"].get(name)
             self._check_settings(begun, self._record["settings"], free)
             self._record |= {"versions": begun["versions"], "python": begun["python"]}
             date = choose_date(self._config, begun.get("template_date"))
@@ -184,6 +194,15 @@ class Run:
         self._record["threads"] = choice.count
         self._write_record()
         return choice
+
+    def chosen(self, name: str) -> Any:
+        """Return the value of a setting that an earlier part of the run chose; None where this part chooses it."""
+        return self._begun["settings"].get(name) if self.resumed else None
+
+    def choose(self, name: str, value: Any) -> None:
+        """Record the value of a setting that the config leaves to the run, so that a resumed run keeps it."""
+        self._record["settings"][name] = value
+        self._write_record()
 
     def _write_record(self) -> None:
         """Write run.json again, if it has been written."""

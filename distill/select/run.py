@@ -30,6 +30,7 @@ from genssd.distill.runs.served_teacher import count_server_use, describe_server
 from genssd.distill.runs.teacher_options import list_teachers
 from genssd.distill.select.beginning import check_search, report_thinking
 from genssd.distill.select.calibration import Calibration, calibrate
+from genssd.distill.select.chunk_choice import SETTING, choose_chunk
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
 from genssd.distill.select.summary import SearchEnd, SelectSummary, summarise
@@ -52,7 +53,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
     if config.calibrate.data is not None and not config.resume:
         _read_calibration_data(config)  # before any model is loaded
     fingerprints = find_fingerprints(config, config.teacher, engine)
-    with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
+    with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints, chosen=(SETTING,)) as run:
         done = keep_complete(run, data.problems, config.data, has_topk=config.teacher_topk > 0)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         left = len(data.problems) - len(done)
@@ -62,6 +63,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
             run.use(pool.models)
             readable = leave_out_unfit(data, pool.models, ROLES, resolve(config.criterion), config.criterion)
             report_thinking(pool.models, readable)
+            config = choose_chunk(config, run, pool, readable.data.problems, report)
             calibration = None if config.calibrate.data is None else _calibrate(pool, config, run, report)
             end = _Search(run, config, pool, readable, done, calibration).run(report)
             server_use, line = count_server_use(pool.models), describe_server_use(pool.models)
