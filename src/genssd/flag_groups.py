@@ -53,7 +53,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
              "token_weights"),
     "training": ("num_train_epochs", "max_steps", "max_train_tokens", "train_tokens", "per_device_train_batch_size",
                  "batch_size", "gradient_accumulation_steps", "layout", "learning_rate", "lr_scheduler_type",
-                 "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+                 "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
                  "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
     "chat": ("system_prompt", "chat_template_kwargs", "teacher_template_kwargs", "student_template_kwargs",
              "template_date", "special_tokens_in_text"),

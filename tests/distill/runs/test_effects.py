@@ -34,7 +34,7 @@ SEARCH = WRITING | POOL | {
 TRAINING = {
     "teacher_model_name_or_path", "kd_ratio", "lmbda", "key_attention.weight", "statuses", "max_length", "layout",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_train_tokens",
-    "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "use_peft", "fsdp",
     "eval_data", "report_to", "logging_steps", "save_steps", "device", "seed", "threads",
     "token_weights.entropy_of", "token_weights.half_life",
