@@ -14,6 +14,7 @@ from genssd.distill.doctor.settings import Settings
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.runs.metrics import check_monitor
 from genssd.distill.runs.model_sampling import find_sampling
+from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.pools import choose_places
 from genssd.distill.runs.sampling_options import ModelSampling
@@ -60,6 +61,8 @@ def _list_needs(inputs: Inputs) -> Iterator[Need]:
         yield partial(_check_two_writers, inputs)
     if isinstance(config, TrainConfig):
         yield partial(find_checkpoint, config.resume_from_checkpoint, Path(config.output_dir))
+    if isinstance(config, MonitorOptions):
+        yield partial(check_monitor, config.report_to)
     if settings.training is not None:
         yield partial(check_monitor, settings.training.report_to)
         for model in (inputs.student, inputs.training_teacher):

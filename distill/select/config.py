@@ -8,6 +8,7 @@ from typing import ClassVar
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
+from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions, list_teachers
 from genssd.engine.budget import Budget
@@ -75,7 +76,7 @@ class SelectSettings(SearchOptions, TeacherOptions, ModelSampling):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectConfig(SelectSettings, PairChatSettings):
+class SelectConfig(SelectSettings, PairChatSettings, MonitorOptions):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
     NEEDS: ClassVar[Needs] = {
@@ -100,8 +101,11 @@ class SelectConfig(SelectSettings, PairChatSettings):
     """Continue an interrupted run: prompts that are in the journal are not run again."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
+    peek: Operational[bool] = False
+    """Print the search of the first prompt round by round: the text of all candidates, and which of them is kept."""
 
     def __post_init__(self) -> None:
         SelectSettings.__post_init__(self)
+        self.check_monitoring()
         if len(names := list_teachers(self.teacher)) == 1:
             object.__setattr__(self, "teacher", names[0])  # one in a list is one

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
+from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions
 from genssd.distill.select.two_writer_options import Alternation, Relay
@@ -19,7 +20,7 @@ from genssd.engine.speculation_rules import ReverseSpeculation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
+class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOptions):
     """Sample responses from the teacher alone, with the student's verdict on every token, or from both in turns."""
 
     NEEDS: ClassVar[Needs] = {
@@ -71,6 +72,7 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
 
     def __post_init__(self) -> None:
         check_types(self)
+        self.check_monitoring()
         if self.method != "sample" and self.student is None:
             raise InputError(f"{self.method} needs a student: give --student")
         if self.method == "rsd" and is_url(self.teacher):

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.monitor_options import MonitorName
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.engine.errors import InputError
@@ -100,7 +101,7 @@ class TrainSettings(LossOptions):
     eval_steps: int | None = None
     """Number of optimizer steps between two measurements on eval_data; None: an epoch. The last step is always
     measured."""
-    report_to: Operational[Literal["none", "tensorboard", "wandb"]] = "none"
+    report_to: Operational[MonitorName] = "none"
     """Monitor that gets the metrics in addition to metrics.jsonl."""
     logging_steps: Operational[int] = 10
     """Number of optimizer steps between two lines of metrics.jsonl; the last step always has a line."""

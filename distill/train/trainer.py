@@ -223,7 +223,7 @@ class Trainer:
     def _open_metrics(self) -> Metrics | NoMetrics:
         if not self._training.world.is_main:
             return NoMetrics()
-        return Metrics.open(self._training.output_dir / METRICS_FILE, self._training.config.report_to)
+        return Metrics.open(self._training.output_dir / METRICS_FILE, self._training.config.report_to, "train")
 
     def _measure_progress(self, result: StepResult, learning_rate: float, *, tokens_per_second: float) -> TrainProgress:
         return TrainProgress(

@@ -25,6 +25,7 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
         "decisions.jsonl": "every candidate with its scores: what genssd reselect reads",
         "teacher_topk.bin": "the teacher's most likely tokens, for genssd train --kd-ratio",
         "calibration.json": "the threshold that was taken from data",
+        "metrics.jsonl": "speed, share of kept tokens and accuracy after every few prompts",
         **BAD_ROWS, **SUMMARY, **RECORD,
     },
     "score": {
@@ -44,6 +45,7 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
     },
     "generate": {
         "responses.jsonl": "a line for each prompt: what genssd train and genssd score read",
+        "metrics.jsonl": "speed, share of kept tokens and accuracy after every few prompts",
         **BAD_ROWS, **SUMMARY, **RECORD,
     },
     "prefix": {
