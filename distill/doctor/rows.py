@@ -64,7 +64,8 @@ def has_responses(name: str) -> bool:
 def read_problem_rows(settings: Settings, limit: int) -> Rows:
     """Return the first rows of a file of problems. Raises InputError on an unreadable file, or without a usable row."""
     most = limit + 1 if settings.limit is None else min(limit + 1, settings.limit)
-    data = read_usable_problems(settings.data[0], most, system_prompt=settings.chat.system_prompt)
+    shard = getattr(settings.config, "shard", None)
+    data = read_usable_problems(settings.data[0], most, system_prompt=settings.chat.system_prompt, shard=shard)
     count = len(data.problems) + len(data.faults)
     return Rows(
         problems=tuple(problem for problem in data.problems if problem.index < limit),

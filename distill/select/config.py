@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from genssd.distill.data.parts import Shard
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
@@ -101,11 +102,15 @@ class SelectConfig(SelectSettings, PairChatSettings, MonitorOptions):
     """Continue an interrupted run: prompts that are in the journal are not run again."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
+    shard: Operational[str | None] = None
+    """Part of the rows for one of several machines: 2/8 takes every eighth row, the second of them first. Rows are
+    those of a run over all, unless prompts are equal."""
     peek: Operational[bool] = False
     """Print the search of the first prompt round by round: the text of all candidates, and which of them is kept."""
 
     def __post_init__(self) -> None:
         SelectSettings.__post_init__(self)
         self.check_monitoring()
+        Shard.parse(self.shard)
         if len(names := list_teachers(self.teacher)) == 1:
             object.__setattr__(self, "teacher", names[0])  # one in a list is one

@@ -58,7 +58,7 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     criterion = make_judge(config.alternate).criterion if config.method == "alternate" else None
     check_monitor(config.report_to)
     config = choose_sampling(config, config.teacher, "teacher", engine)
-    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
+    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard)
     fingerprints = find_fingerprints(config, config.teacher, engine)
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from genssd.distill.data.parts import Shard
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
@@ -51,6 +52,9 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOpt
     """Continue an interrupted run: prompts that are in the journal are not run again."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
+    shard: Operational[str | None] = None
+    """Part of the rows for one of several machines: 2/8 takes every eighth row, the second of them first. Rows are
+    those of a run over all, unless prompts are equal."""
     method: Literal["sample", "rsd", "alternate", "relay"] = "sample"
     """sample: the teacher writes alone. rsd: the student refuses single tokens (Reverse Speculative Decoding).
     alternate: both offer candidates at every node, and a criterion chooses. relay: the student writes until it errs,
@@ -73,6 +77,7 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOpt
     def __post_init__(self) -> None:
         check_types(self)
         self.check_monitoring()
+        Shard.parse(self.shard)
         if self.method != "sample" and self.student is None:
             raise InputError(f"{self.method} needs a student: give --student")
         if self.method == "rsd" and is_url(self.teacher):

@@ -34,10 +34,9 @@ MAIN: Mapping[str, tuple[str, ...]] = {
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "models": ("teacher", "student", "model", "model_name_or_path", "teacher_model_name_or_path", "backend", "dtype",
                "teacher_tokenizer", "server"),
-    "input": ("data", "run", "config", "command", "limit", "rows", "verify_seconds", "contexts", "context_readers",
-              "templates",
-              "eval_data", "eval_limit", "eval_steps", "allow_eval_overlap", "require_correct", "statuses", "writer",
-              "max_length", "prompts_per_round", "eval_problems"),
+    "input": ("data", "run", "config", "command", "limit", "shard", "rows", "verify_seconds", "contexts",
+              "context_readers", "templates", "eval_data", "eval_limit", "eval_steps", "allow_eval_overlap",
+              "require_correct", "statuses", "writer", "max_length", "prompts_per_round", "eval_problems"),
     "search": ("criterion", "candidates", "chunk", "beam", "threshold", "calibrate", "on_unlearnable", "max_resamples",
                "min_chunk_tokens", "drop_teacher_after", "selection_temperature", "loop_guard", "prompt_budget",
                "total_budget", "teacher_topk"),
