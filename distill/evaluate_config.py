@@ -34,6 +34,8 @@ class EvaluateConfig(PoolOptions, ChatSettings, ModelSampling):
     """Directory that the results are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: problems that are in the journal are not run again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
     shard: Operational[str | None] = None

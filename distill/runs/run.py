@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
-from genssd.distill.runs.directory import claim_directory
+from genssd.distill.runs.directory import RECORD, claim_directory
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import Journal, complete_rows, has_lines, write_json
+from genssd.distill.runs.output_files import remove_outputs
 from genssd.distill.runs.record import PACKAGES, read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.runs.stopped import describe_stopped
@@ -40,6 +41,8 @@ from genssd.engine.model_choices import Role
 from genssd.engine.model_facts import ModelFacts
 from genssd.engine.threads import ThreadChoice
 
+ANEW = "pass --resume to go on, --overwrite to begin anew, or choose another output_dir"
+"""What can be done about an output directory that holds finished work of the same command."""
 Fingerprints = Mapping[str, str] | Mapping[Role, str]
 """Fingerprints of models that are loaded already, by the name of the config's field."""
 M = TypeVar("M", bound=ModelFacts)
@@ -103,6 +106,8 @@ class Run:
         belongs to another command or process.
         """
         check_effects(config)
+        if getattr(config, "overwrite", False) and getattr(config, "resume", False):
+            raise InputError("resume goes on with a run, and overwrite removes it: give one of them")
         with ExitStack() as stack:
             stack.enter_context(claim_directory(Path(config.output_dir), command))
             run = cls(config, command, journal, stack)
@@ -127,6 +132,8 @@ class Run:
         result. chosen: settings that the run chooses where the config has None (see `choose`). Raises
         InputError as `open` does, and on a journal with a damaged line.
         """
+        if getattr(self._config, "overwrite", False) and self.path(RECORD).exists():
+            remove_outputs(self.output_dir, self._command)
         has_rows = self._journal_path is not None and has_lines(self._journal_path)
         self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
         if self.resumed:
@@ -298,7 +305,7 @@ class Run:
     def _require_resume(self, held: Path) -> None:
         resume = getattr(self._config, "resume", None)  # None: the command cannot resume
         if not resume:
-            remedy = "choose another output_dir" if resume is None else "pass --resume, or choose another output_dir"
+            remedy = "choose another output_dir" if resume is None else ANEW
             raise InputError(f"{held} holds finished work already; {remedy}")
 
     def _check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any], free: Collection[str]) -> None:

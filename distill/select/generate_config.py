@@ -50,6 +50,8 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOpt
     """Directory that the journal is written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: prompts that are in the journal are not run again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
     shard: Operational[str | None] = None

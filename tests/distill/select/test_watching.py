@@ -159,3 +159,24 @@ def test_peek_shows_the_rounds_of_the_first_prompt(
 def test_logging_steps_must_be_positive(config_class: Any) -> None:
     with pytest.raises(InputError, match="logging_steps must be at least 1, not 0"):
         config_class(teacher="t", student="s", data="d", logging_steps=0)
+
+
+def test_overwrite_begins_anew_and_leaves_files_of_the_user(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    config = make_config(tiny_pair, tmp_path, limit=3)
+    run_select(config, tiny_pair.engine)
+    directory = tmp_path / "run"
+    (directory / "notes.txt").write_text("mine")
+    (directory / "calibration.json").write_text("of an earlier run")
+    with pytest.raises(InputError, match="pass --resume to go on, --overwrite to begin anew"):
+        run_select(dataclasses.replace(config, seed=4), tiny_pair.engine)
+    with pytest.raises(InputError, match="give one of them"):
+        run_select(dataclasses.replace(config, resume=True, overwrite=True), tiny_pair.engine)
+    run_select(dataclasses.replace(config, seed=4, limit=2, overwrite=True), tiny_pair.engine)
+    assert {row["index"] for row in read_lines(directory / "selections.jsonl")} == {0, 1}
+    assert len(read_lines(directory / "decisions.jsonl")) == 2
+    assert json.loads((directory / "run.json").read_text())["settings"]["seed"] == 4
+    assert (directory / "notes.txt").read_text() == "mine"
+    assert not (directory / "calibration.json").exists()
+    generate = GenerateConfig(teacher=config.teacher, data=config.data, output_dir=str(directory), overwrite=True)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="belongs to a run of `genssd select`"):
+        run_generate(generate, tiny_pair.engine)
