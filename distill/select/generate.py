@@ -36,7 +36,7 @@ from genssd.distill.runs.served_teacher import count_server_use, describe_server
 from genssd.distill.select.alternation import make_judge
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.generate_summary import GenerateSummary, summarise_responses
-from genssd.distill.select.notes import NoteMaker
+from genssd.distill.select.notes import NoteMaker, list_responses
 from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.two_writers import iter_two_writers
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
@@ -116,7 +116,7 @@ def _generate(
             verdicts: list[bool | None] = []
             if isinstance(outcome, dict):
                 journal.append(outcome)
-                verdicts = [response["correct"] for response in outcome["responses"]]
+                verdicts = [response["correct"] for response in list_responses(outcome)]
             else:
                 reason = outcome.reason if isinstance(outcome, Lost) else outcome
                 failures[problems[place].index] = f"{problems[place].where}: {reason}"
