@@ -48,7 +48,6 @@ FIELD_NAMES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "resume": ("genssd select", ("resume-from-checkpoint last",)),
     "num-shards": ("datasets", ("shard",)),
     "enable-thinking": ("Qwen3", ("chat-template-kwargs",)),
-    "stop-sequences": ("TGI", ("stop",)),
     "seed-everything": ("Lightning", ("seed",)),
 }
 """Flags of other programs and of other commands of genssd, without "--": whose they are, and ours for the same thing.
