@@ -147,7 +147,7 @@ def _run_arm(
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         max_train_tokens=config.train_tokens,
-        warmup_ratio=0.05,
+        warmup_steps=0.05,
         seed=config.seed,
         threads=config.threads,
     )

@@ -40,6 +40,8 @@ class DistillConfig(PairChatSettings):
     """Directory that all rounds are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run. More rounds may be asked for than before."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     rounds: Operational[int] = 2
     """Number of rounds."""
     prompts_per_round: int | None = None

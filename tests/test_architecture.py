@@ -44,6 +44,7 @@ OPTIONAL = {
     "triton",
     "peft",
     "wandb",
+    "trackio",
     "torch.utils.tensorboard",
     "datasets",
     "pyarrow",

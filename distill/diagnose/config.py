@@ -57,6 +57,8 @@ class DiagnoseConfig(PoolOptions, ChatSettings, ModelSampling):
     """Directory that the journal, the tables and the page are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run; of a finished one the tables and the page are written again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
     rollouts: int = 4

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from genssd.distill.doctor.findings import Finding, Piece
-from genssd.distill.doctor.inputs import Inputs, ModelFiles, find_max_length
+from genssd.distill.doctor.inputs import Inputs, find_max_length
+from genssd.distill.doctor.model_files import ModelFiles
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.train.activations import BatchShape, estimate_training_bytes
 from genssd.distill.train.adapters import add_adapters
@@ -30,8 +31,7 @@ TIGHT = 0.9
 def check_caches(inputs: Inputs) -> list[Finding]:
     """Find how the memory is divided between weights and caches, and how many sequences the caches hold."""
     engine = inputs.settings.engine
-    models: dict[str, ModelFiles] = {role: model for role, model in inputs.models.items()}
-    models |= inputs.further
+    models = inputs.models
     if engine is None or not all(model.has_weights for model in models.values()) or len(models) < _num_models(inputs):
         return []
     name = "memory of the engine"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from genssd.distill.doctor.findings import Finding, Piece
-from genssd.distill.doctor.inputs import Inputs, ModelFiles
+from genssd.distill.doctor.inputs import Inputs
+from genssd.distill.doctor.model_files import ModelFiles
 from genssd.engine.amounts import format_count
 from genssd.engine.config import ModelConfig
 from genssd.engine.config_files import read_config

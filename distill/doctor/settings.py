@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from genssd.distill.distill_config import DistillConfig
 from genssd.distill.evaluate_config import EvaluateConfig
@@ -61,6 +61,8 @@ class Settings:
     """Whether problems without a reference answer cannot be used, or are left out of the training."""
     needs_correct: bool = False
     """Whether rows of a training must say that their response is correct."""
+    writer: Literal["both", "teacher", "student"] = "both"
+    """Whose chunks of rows by two writers a training trains."""
     output_dir: str | None = None
 
     @property
@@ -80,10 +82,11 @@ def read_settings(command: str, config: Any) -> Settings:
     if isinstance(config, TrainConfig):
         return Settings(
             **common,
-            models=_name_models(teacher=config.teacher_model_name_or_path, student=config.model_name_or_path),
+            models=_name_models(student=config.model_name_or_path),
             data=config.data,
             training=config,
             needs_correct=config.require_correct,
+            writer=config.writer,
         )
     if isinstance(config, EvaluateConfig):
         return Settings(
@@ -107,6 +110,7 @@ def read_settings(command: str, config: Any) -> Settings:
             engine=config,
             max_tokens=config.max_tokens,
             sequences=config.n,
+            needs_answers=_reads_answers(config),
         )
     is_distill = isinstance(config, DistillConfig)
     search: SelectSettings = config.make_select_settings() if is_distill else config
@@ -144,6 +148,13 @@ def make_settings(models: dict[Role, str], data: tuple[str, ...], *, has_respons
         return read_settings("generate", GenerateConfig(teacher=teacher, data=data[0]))
     assert student is not None, "no model was named"
     return read_settings("evaluate", EvaluateConfig(model=student, data=data[0]))
+
+
+def _reads_answers(config: GenerateConfig) -> bool:
+    """Return whether the method of `generate` leaves out problems without a reference answer."""
+    if config.method == "alternate":
+        return needs_answer(resolve(config.alternate.criterion))
+    return config.method == "relay" and config.relay.error == "answer"
 
 
 def _name_models(*, teacher: str | None = None, student: str | None = None) -> dict[Role, str]:

@@ -52,7 +52,7 @@ def open_pool(
     InputError where the machine has no such devices, and the errors of `open_engine`.
     """
     names = () if teacher is None else list_teachers(teacher)
-    places = _choose_places(options, engine, names, student, items)
+    places = choose_engine_places(options, engine, names, student, items)
     if not places:
         yield OwnProcess(open_engine(options, engine, chat, teacher=teacher, student=student, report=report))
         return
@@ -137,7 +137,7 @@ def choose_places(options: ProcessOptions, device: str | None, threads: int, ite
     return []
 
 
-def _choose_places(
+def choose_engine_places(
     options: PoolOptions, engine: Engine | None, teachers: Sequence[str], student: str | None, items: int | None
 ) -> list[Place]:
     """Return the places of workers with an engine each. Raises InputError on options that do not go together."""

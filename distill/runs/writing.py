@@ -181,6 +181,12 @@ def remove_directory(path: Path) -> None:
             shutil.rmtree(path)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file, where it exists. Raises InputError if it cannot."""
+    with name_failure(path):
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(directory: Path) -> None:
     """Remove the temporary files of a process that was killed while it wrote a whole file of a run."""
     for path in directory.glob(f"*{TEMPORARY}"):

@@ -12,6 +12,7 @@ from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.pool.pool import Stopped
 from genssd.distill.runs.journal import make_line
 from genssd.distill.select.notes import NoteMaker
+from genssd.distill.select.peek import Peek
 from genssd.distill.select.rows import ModelRecord, Origin, make_decision_row, make_selection_row
 from genssd.distill.select.summary import list_special
 from genssd.engine.budget import Budget, BudgetName
@@ -62,6 +63,8 @@ class SearchWork:
     """Hub ids or directories of the teachers, which the rows record."""
     student: str
     """Hub id or directory of the student, which the rows record."""
+    peek: bool = False
+    """Whether the search of the first item is logged round by round."""
 
     @property
     def most_tokens(self) -> int:
@@ -83,12 +86,19 @@ class SearchWork:
             skip=frozenset(range(len(self.problems))) - frozenset(self.items),
             labels=[problem.where for problem in self.problems],
             feed=feed,
+            watch=self._watch(engine),
         )
         for selection in selections:
             if selection.ended_by in TOTAL_BUDGET:
                 yield selection.index, Stopped(by=selection.ended_by)
             else:
                 yield selection.index, writer.make(selection, self.problems[selection.index])
+
+    def _watch(self, engine: Engine) -> Peek | None:
+        """Return what logs the rounds of the first item; None where it is not asked for."""
+        if not self.peek or not self.items:
+            return None
+        return Peek(engine, self.items[0], self.problems[self.items[0]].where)
 
 
 class _RowMaker:

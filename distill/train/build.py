@@ -21,6 +21,7 @@ from genssd.distill.train.ends import add_ends, find_learnt_ends
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.models import Teacher, check_layout, find_foreign_tokenizer, load_teacher
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts, require_no_lead
+from genssd.distill.train.row_needs import check_example
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import load_config
@@ -107,18 +108,8 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         ).examples
         overlap = find_eval_overlap(list_examples(data.examples, tokenizer), list_examples(held_out, tokenizer))
         overlap.check(is_allowed=config.allow_eval_overlap)
-    if config.kd_loss != "distillm2" and any(example.rejected for example in (*data.examples, *held_out)):
-        raise InputError(
-            "the data hold preference pairs, which kd_loss distillm2 alone learns from (or TRL's trainers)"
-        )
-    if config.uses_rows:
-        for example in (*data.examples, *held_out):
-            if example.topk is None:
-                raise InputError(
-                    f"{example.where}: no teacher_topk of this student's tokenizer, which kd_ratio needs; select with "
-                    "--teacher-topk, or name a teacher_model_name_or_path"
-                )
-            example.topk.read()  # a damaged file is refused before the training begins
+    for example in (*data.examples, *held_out):  # also: a damaged file is refused before the training begins
+        check_example(example, config)
     return TrainingInputs(
         student=student,
         tokenizer=tokenizer,

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.monitor_options import MonitorName
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.engine.errors import InputError
@@ -59,8 +60,9 @@ class TrainSettings(LossOptions):
     """Largest learning rate of the training."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the fall of the learning rate after the warmup."""
-    warmup_ratio: float = 0.03
-    """Fraction of the training during which the learning rate rises."""
+    warmup_steps: float = 0.03
+    """Optimizer steps during which the learning rate rises: a number of steps or, below 1, a fraction of the
+    training."""
     weight_decay: float = 0.0
     """Weight decay of AdamW on matrices; norms and biases have none."""
     adam_beta1: float = 0.9
@@ -99,7 +101,7 @@ class TrainSettings(LossOptions):
     eval_steps: int | None = None
     """Number of optimizer steps between two measurements on eval_data; None: an epoch. The last step is always
     measured."""
-    report_to: Operational[Literal["none", "tensorboard", "wandb"]] = "none"
+    report_to: Operational[MonitorName] = "none"
     """Monitor that gets the metrics in addition to metrics.jsonl."""
     logging_steps: Operational[int] = 10
     """Number of optimizer steps between two lines of metrics.jsonl; the last step always has a line."""
@@ -136,9 +138,19 @@ class TrainSettings(LossOptions):
         for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "adam_epsilon"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout"):
+        for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if not 0.0 <= self.warmup_steps < math.inf or (self.warmup_steps > 1 and self.warmup_steps % 1):
+            raise InputError(
+                f"warmup_steps must be a fraction of the training in [0, 1), or a number of steps, not "
+                f"{self.warmup_steps:g}"
+            )
+        if self.warmup_steps >= 1 and self.max_train_tokens is not None:
+            raise InputError(
+                "warmup_steps must be a fraction below 1 beside max_train_tokens, under which the number of steps is "
+                "not known"
+            )
         check_threads(self.threads)
         if not 0.0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.chat_settings import choose_date
 from genssd.distill.runs.journal import complete_rows, read_json
+from genssd.distill.runs.metrics import METRICS_FILE
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.runs.writing import truncate
 from genssd.distill.train.build import Training, TrainingInputs
@@ -19,7 +20,6 @@ from genssd.distill.train.checkpoints import STATE, TrainerState, list_checkpoin
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.directories import remove_directory
 from genssd.distill.train.distributed import World
-from genssd.distill.train.metrics import METRICS_FILE
 from genssd.distill.train.reading import check_files, make_damaged_error, read_checkpoint, read_state
 from genssd.distill.train.restoring import restore_checkpoint
 from genssd.distill.train.schedule import Schedule

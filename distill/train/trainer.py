@@ -29,13 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.metrics import METRICS_FILE, Metrics, NoMetrics, check_monitor
 from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
 from genssd.distill.train.checkpoints import TrainerState, remove_old_checkpoints, save_checkpoint
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.directories import remove_leftovers
 from genssd.distill.train.distributed import World
 from genssd.distill.train.evaluation import measure_eval_loss
-from genssd.distill.train.metrics import METRICS_FILE, Metrics, NoMetrics, check_monitor
 from genssd.distill.train.resume import (
     EarlierFiles,
     collect_settings,
@@ -223,7 +223,7 @@ class Trainer:
     def _open_metrics(self) -> Metrics | NoMetrics:
         if not self._training.world.is_main:
             return NoMetrics()
-        return Metrics.open(self._training.output_dir / METRICS_FILE, self._training.config.report_to)
+        return Metrics.open(self._training.output_dir / METRICS_FILE, self._training.config.report_to, "train")
 
     def _measure_progress(self, result: StepResult, learning_rate: float, *, tokens_per_second: float) -> TrainProgress:
         return TrainProgress(

@@ -154,7 +154,7 @@ def read_results(output_dir: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for path in sorted(output_dir.rglob("*")):
         name = str(path.relative_to(output_dir))
-        if not path.is_file() or path.name in (".lock", "run.json"):
+        if not path.is_file() or path.name in (".lock", "run.json") or _are_speeds(path):
             continue
         content = path.read_bytes().replace(str(output_dir).encode(), b"OUTPUT")
         if path.suffix == ".jsonl":
@@ -167,6 +167,12 @@ def read_results(output_dir: Path) -> dict[str, Any]:
         else:
             results[name] = content
     return results
+
+
+def _are_speeds(path: Path) -> bool:
+    """Return whether a file holds the metrics of a command that writes responses: how fast it was, part by part."""
+    record = path.parent / "run.json"
+    return path.name == "metrics.jsonl" and json.loads(record.read_text())["command"] in ("select", "generate")
 
 
 def _strip(row: dict[str, Any]) -> dict[str, Any]:

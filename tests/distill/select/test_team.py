@@ -224,7 +224,8 @@ def test_the_doctor_examines_every_teacher(tiny_pair: TinyPair, other: Path, wri
     config = config_for(tiny_pair, other, write_rows(PROMPTS), tmp_path / "run")
     findings = {finding.name: finding for finding in examine(read_settings("select", config), rows=4)}
     assert findings["teacher 2"].level == "ok"
-    assert "the tokens of the other models" in findings["teacher 2"].line
+    assert "own decoder" in findings["teacher 2"].line
+    assert "the tokens of the other models" in findings["tokenizers of teacher 2"].line
     assert "teacher 2 " in findings["memory of the engine"].line
     lost = tmp_path / "lost"
     shutil.copytree(other, lost)

@@ -338,7 +338,7 @@ def test_a_loss_on_held_out_rows_that_is_not_finite_stops(
         eval_data=(str(data),),
         allow_eval_overlap=True,
         learning_rate=1e30,
-        warmup_ratio=0.0,
+        warmup_steps=0.0,
         max_steps=1,
     )
     with pytest.raises(NumericsError, match="the loss on eval_data is nan after step 1"):
@@ -445,7 +445,7 @@ def test_a_monitor_that_is_missing_is_named(
 
 
 def test_a_bad_batch_is_saved(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_ratio=0.0)
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_steps=0.0)
     with pytest.raises(NumericsError, match=r"bad_batch\.jsonl"):
         run_train(config)
     rows = lines(tmp_path / "run" / "bad_batch.jsonl")

@@ -156,7 +156,7 @@ def test_on_policy_training_resumes_exactly_and_comes_closer(
 ) -> None:
     data = write_rows(ROWS)
     config = on_policy_config(
-        tiny_pair, data, tmp_path / "uninterrupted", num_train_epochs=8, learning_rate=3e-3, warmup_ratio=0.0
+        tiny_pair, data, tmp_path / "uninterrupted", num_train_epochs=8, learning_rate=3e-3, warmup_steps=0.0
     )
     run_train(config)
     (tmp_path / "part").mkdir()
