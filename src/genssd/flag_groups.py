@@ -58,7 +58,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "chat": ("system_prompt", "chat_template_kwargs", "teacher_template_kwargs", "student_template_kwargs",
              "template_date", "special_tokens_in_text"),
     "output": ("output_dir", "output", "resume", "resume_from_checkpoint", "report_to", "logging_steps", "save_steps",
-               "save_total_limit", "page_questions", "prompts", "post_hoc", "json", "tune_file"),
+               "save_total_limit", "page_questions", "prompts", "post_hoc", "json", "tune_file", "push_to_hub"),
     "machine": ("device", "devices", "processes", "threads", "memory_utilization", "memory_bytes", "max_batch", "batch",
                 "deterministic", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "fsdp",
                 "seconds"),

@@ -31,8 +31,9 @@ NOT_COUNTED = {
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
+    | {"push_to_hub"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
-    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads"}
+    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads", "push_to_hub"}
     | {f"select.{name}" for name in POOL | {"total_budget", "server"}}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
