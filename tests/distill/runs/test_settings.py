@@ -166,7 +166,7 @@ NO_PATHS = {
 } | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
-    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer"),
+    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "push_to_hub"),
 }
 """Fields of text that name nothing there."""
 
