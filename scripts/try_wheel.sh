@@ -15,7 +15,7 @@ else
   "${pip[@]}" -c constraints.txt torch
   "${pip[@]}" -c constraints.txt $(sed -n '/^dependencies = \[/,/^]/s/^ *"\([^"]*\)".*/\1/p' pyproject.toml)
 fi
-"${pip[@]}" --no-deps --no-index --find-links "$wheels" genssd # pip chooses the wheel by its tags
+"${pip[@]}" --no-deps --no-index --ignore-installed --find-links "$wheels" genssd # pip chooses the wheel by its tags
 mkdir -p "$folder/empty" && cd "$folder"
 export PATH="$folder/bin" # no compiler, no git, none of the sources
 if command -v cc gcc g++ clang > "$folder/empty/compilers"; then
