@@ -17,9 +17,11 @@ from genssd.engine.quoting import one_line
 
 UPLOADED = (
     *("README.md", "config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "adapter/*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
+    *("additional_chat_templates/*", "adapter/*"),
 )
-"""Patterns of the files of a model's directory that are sent: the model and its card, and nothing of the run."""
+"""Patterns of the files of a model's directory that are sent: the model and its card, and nothing of the run. A star
+matches slashes as well, so no pattern begins with one: checkpoints hold files of the same names."""
 
 
 def ask_hub(repository: str) -> str:
