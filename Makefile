@@ -14,7 +14,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 # compiled modules are kept: tests start processes, and pytest rewrites the assertions of a file once
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check bench browser wheel sanitize clean
+.PHONY: demo test check bench browser wheel wheels try-wheel sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/genssd demo
@@ -47,6 +47,14 @@ wheel: $(VENV)/.installed-dev
 	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt "$$(ls build/dist/*.whl)[test]"
 	cp -rp tests build/clean/tests && cp pyproject.toml build/clean/
 	cd build/clean && OMP_NUM_THREADS=1 bin/pytest -q --numprocesses auto --dist worksteal -m "not slow and not source"
+
+# the wheels of a release, into build/wheels: CPython 3.11 and later, x86-64 and 64-bit ARM (see the script)
+wheels:
+	$(PYTHON) scripts/build_wheels.py
+
+# the wheel of build/wheels for this machine, in an environment of $(PYTHON) without a compiler on its PATH
+try-wheel:
+	bash scripts/try_wheel.sh "$(PYTHON)"
 
 # the native kernels built with the address and undefined-behaviour sanitizers, under the tests that reach them; but for
 # the one that limits the address space, which the sanitizer takes up itself

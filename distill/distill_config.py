@@ -8,6 +8,7 @@ from typing import ClassVar
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.hub_name import check_repository
 from genssd.distill.runs.teacher_options import SERVED_NEEDS
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
@@ -72,6 +73,9 @@ class DistillConfig(PairChatSettings):
     allow_eval_overlap: Operational[bool] = False
     """Run also where questions of the data stand in eval_data or train.eval_data, exactly or with other case, spaces
     or punctuation; summary.json counts them."""
+    push_to_hub: Operational[str | None] = None
+    """Repository of the Hugging Face hub, OWNER/NAME, to which the last student and its card are sent at the end. It
+    is made, as a private one, before the first round begins, where it does not exist."""
     select: SelectSettings = field(default_factory=SelectSettings)
     """How every round selects. The seed of round N is this seed plus N - 1."""
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -83,6 +87,8 @@ class DistillConfig(PairChatSettings):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_threads(self.threads)
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub, "push_to_hub")
         if self.train.fsdp and self.processes is None and self.devices is None:
             raise InputError("train.fsdp shards the model over several processes: give processes or devices")
         if self.train.uses_rows and not self.select.teacher_topk:

@@ -30,6 +30,7 @@ from genssd.distill.round_data import RoundProblems, keep_trajectories
 from genssd.distill.round_training import check_places, train_round
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.hub_upload import prepare_repository, upload_model
 from genssd.distill.runs.journal import damaged_line, read_number, read_texts
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.progress import SILENT, Progress
@@ -82,7 +83,7 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
     """Run the rounds and yield each as it ends, rounds of an earlier part of the run first.
 
     Raises GenssdError on bad input, BudgetReached when the budget of a round's selection is reached; what was finished
-    is on disk.
+    is on disk. With push_to_hub, InputError where the hub does not take the last student.
     """
     check_effects(config)
     check_search(config.select, [config.teacher], config.student)
@@ -90,6 +91,8 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
         raise InputError(
             "distill starts the processes of its trainings itself (devices, processes): not under torchrun"
         )
+    if config.push_to_hub is not None:
+        prepare_repository(config.push_to_hub)
     config = dataclasses.replace(config, select=config.make_select_settings())
     check_places(config)
     problems = RoundProblems.read(
@@ -129,6 +132,8 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
         run.write_bad_rows(tuple(bad_rows))
         counts = None if overlap is None else overlap.counts()
         run.write_summary({"rounds": done, "student": student, "eval_overlap": counts, "bad_rows": len(bad_rows)})
+    if config.push_to_hub is not None:
+        upload_model(config.push_to_hub, Path(student))
 
 
 def _fix_threads(config: DistillConfig, run: Run) -> DistillConfig:

@@ -13,6 +13,7 @@ import torch
 
 from genssd import _core
 from genssd.distill.doctor.machine_checks import describe_cuda, describe_sets, describe_triton
+from genssd.distill.runs.source_version import find_commit
 from genssd.engine.amounts import format_bytes
 from genssd.engine.machine import available_cores, available_memory, read_cpu_name
 from genssd.engine.threads import choose_engine_threads
@@ -38,6 +39,7 @@ def describe_environment() -> str:
 def _iter_facts() -> Iterator[tuple[str, str]]:
     for name in PACKAGES:
         yield name, _find_version(name)
+    yield "commit of genssd", find_commit() or "unknown: installed as a package"
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     libc = " ".join(platform.libc_ver()) or "unknown"
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}, {libc}"

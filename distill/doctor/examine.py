@@ -18,6 +18,7 @@ from genssd.distill.doctor.team_checks import check_teachers
 from genssd.distill.doctor.text_checks import check_masks, check_templates
 from genssd.distill.doctor.thinking_checks import check_thinking
 from genssd.distill.doctor.token_checks import check_ends, check_tokenizers
+from genssd.distill.doctor.upload_checks import check_upload
 from genssd.distill.doctor.verify import verify
 
 Check = Callable[[Inputs], list[Finding]]
@@ -41,6 +42,7 @@ CHECKS: tuple[Check, ...] = (
     check_caches,
     check_training,
     check_disk,
+    check_upload,
     check_kernels,
 )
 """The checks in the order in which their findings are shown."""

@@ -67,6 +67,7 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
     },
     "train": {
         "*.safetensors": "the trained model; transformers and genssd load the directory",
+        "README.md": "the model card: data, options, loss and command",
         "best/": "the model with the smallest loss on eval_data",
         "adapter/": "the LoRA adapters",
         "checkpoint-*/": "checkpoints to resume from",

@@ -20,7 +20,7 @@ from genssd.engine.errors import InputError
 
 TEMPORARY = ".tmp"
 """Ending of the name under which a file is written before it replaces the one with its own name."""
-WRITTEN = (".json", ".jsonl", ".txt", ".html", ".bin")
+WRITTEN = (".json", ".jsonl", ".txt", ".html", ".md", ".bin")
 """Endings of the names of files that commands write as a whole."""
 BUFFER_BYTES = 1 << 20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)

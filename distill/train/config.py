@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.hub_name import check_repository
 from genssd.distill.runs.monitor_options import MonitorName
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.rollout_options import RolloutOptions
@@ -201,8 +202,13 @@ class TrainConfig(TrainSettings, ChatSettings):
     resume_from_checkpoint: Operational[FileName[str | None]] = None
     """Checkpoint directory to resume from; "last" for the newest checkpoint in output_dir, which must have one; "auto"
     for the newest one or, where output_dir has none, the start of the training."""
+    push_to_hub: Operational[str | None] = None
+    """Repository of the Hugging Face hub, OWNER/NAME, to which the trained model and its card are sent at the end. It
+    is made, as a private one, before the training begins, where it does not exist."""
 
     def __post_init__(self) -> None:
         TrainSettings.__post_init__(self)
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub, "push_to_hub")
         if not self.data:
             raise InputError("data must name at least one file")

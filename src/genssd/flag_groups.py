@@ -59,7 +59,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
              "template_date", "special_tokens_in_text"),
     "output": ("output_dir", "output", "format", "resume", "overwrite", "resume_from_checkpoint", "report_to",
                "logging_steps", "save_steps", "save_total_limit", "peek", "page_questions", "prompts", "post_hoc",
-               "json", "tune_file"),
+               "json", "tune_file", "push_to_hub"),
     "machine": ("device", "devices", "processes", "threads", "memory_utilization", "memory_bytes", "max_batch", "batch",
                 "deterministic", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "fsdp",
                 "seconds"),

@@ -60,10 +60,11 @@ ALWAYS = {
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"}
     | {"node_weights", "weights_loss"},
     "train": TRAINING | CHAT
-    | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint", "writer"},
+    | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint", "writer"}
+    | {"push_to_hub"},
     "distill": PAIR_CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
     | {"teacher", "student", "data", "output_dir", "resume", "overwrite", "rounds", "prompts_per_round", "restart"}
-    | {"require_correct", "eval_data", "threads", "processes", "devices"},
+    | {"require_correct", "eval_data", "threads", "processes", "devices", "push_to_hub"},
     "report": ENGINE | {"run", "output", "criteria", "prompts", "student"},
     "tune": {"model_name_or_path", "teacher", "student", "dtype", "device", "tune_file", "seconds"},
     "doctor": {"teacher", "student", "data", "config", "run", "command", "rows", "verify", "json"},

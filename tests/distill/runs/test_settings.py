@@ -32,8 +32,10 @@ NOT_COUNTED = {
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
+    | {"push_to_hub"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
     "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads", "processes", "devices"}
+    | {"push_to_hub"}
     | {f"select.{name}" for name in POOL | {"total_budget", "server"}}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
@@ -168,7 +170,7 @@ NO_PATHS = {
 } | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
-    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer"),
+    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "push_to_hub"),
 }
 """Fields of text that name nothing there."""
 
