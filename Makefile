@@ -14,7 +14,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 # compiled modules are kept: tests start processes, and pytest rewrites the assertions of a file once
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check bench browser wheel sanitize clean
+.PHONY: demo test check docs bench browser wheel sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/genssd demo
@@ -30,6 +30,10 @@ check: $(VENV)/.installed-dev
 	MYPYPATH=src:tests:. $(BIN)/mypy $(UNRUN_MYPY) $(UNRUN)
 	MYPYPATH=src:. $(BIN)/mypy --follow-imports silent --namespace-packages --explicit-package-bases bench/gpu
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+
+# the site in build/site; a link or an anchor that leads nowhere is an error
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # needs Chromium (Debian: apt-get install chromium), and no other package
 browser: $(VENV)/.installed-dev
