@@ -3,10 +3,11 @@
 In the directory of a page the names of models (Qwen/Qwen3-8B, T, ...) are the small pair that ships with genssd, and
 those of data files are a few of its problems (support/doc_pages.py). What is done with a command:
 
-* run: the pages in RUN, commands and programs in their order;
+* run: the pages in RUN, commands and programs in their order; the programs of all other pages as well;
 * examined: a command that would take long, or a server, by the real argument parser and, where it has one, by its
   doctor;
-* read: the commands of all other pages, by the real argument parser with its check of options without an effect;
+* read: the commands of all other pages, by the real argument parser with its check of options without an effect, and
+  on the pages in EXAMINED_PAGES by the doctor, over a finished selection;
 * looked up: commands of other programs: the target of make, the module, the extra, the script.
 """
 
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
 import re
+import shutil
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -38,6 +41,8 @@ from genssd.cli import SUMMARIES, main
 from genssd.commands import COMMANDS
 from genssd.configs import CONFIGS
 from genssd.distill.runs.effects import check_effects
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
 from genssd.flag_list import list_flags
 from genssd.flags import read_incomplete
 
@@ -55,12 +60,15 @@ RUN = (
     "own_search.md",
     "determinism.md",
     "failures.md",
+    "formats.md",
 )
 """Pages whose commands and programs are run."""
 LONG = ("demo", "tune", "diagnose", "distill")
 """Commands that take minutes, or a GPU."""
 EXAMINED = ("select", "train", "distill", "generate", "evaluate")
 """Commands that the doctor examines."""
+EXAMINED_PAGES = ("training.md", "search.md", "criteria.md", "diagnosing.md")
+"""Pages of many commands, which would take minutes together."""
 
 
 @pytest.fixture
@@ -160,15 +168,34 @@ def test_the_commands_and_programs_run(
     sys.modules.pop("challenge", None)
 
 
+@pytest.fixture(scope="module")
+def selection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished selection with the teacher's most likely tokens."""
+    base = tmp_path_factory.mktemp("selection")
+    fill_directory(base)
+    names = {"teacher": str(base / "T"), "student": str(base / "S"), "data": str(base / "problems.jsonl")}
+    run_select(
+        SelectConfig(**names, output_dir=str(base / "run"), teacher_topk=16, max_tokens=160, memory_bytes=1 << 28)
+    )
+    return base / "run"
+
+
 @pytest.mark.parametrize("page", sorted({*PAGES} - {*RUN}))
-def test_the_commands_are_read(page: str, directory: Path) -> None:
+def test_the_commands_are_read(
+    page: str, directory: Path, selection: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = types.ModuleType(page)
+    monkeypatch.setitem(sys.modules, page, program)
     for part in parts_of(page):
         if part.kind == "program":
-            compile(part.text, page, "exec")
-        elif (words := own_words(part.words)) is not None:
-            read(words)
-        else:
+            exec(compile(part.text, page, "exec"), program.__dict__)
+        elif (words := own_words(part.words)) is None:
             look_up(part.words)
+        else:
+            read(words)
+            if page in EXAMINED_PAGES and words[0] in EXAMINED:
+                shutil.copytree(selection, directory / "runs/select", dirs_exist_ok=True)
+                assert call(["doctor", *words, "--output-dir", "runs/examined"]) < 2, (part.text, capsys.readouterr())
 
 
 def test_the_commands_in_sentences_have_their_flags() -> None:
@@ -214,6 +241,56 @@ def test_the_programs_of_the_searches_are_those_of_the_examples() -> None:
         blocks = [block.strip() for block in re.split(r"\n\n\n", program)[1:]]
         assert len(blocks) >= 3
         assert all(block in example for block in blocks)
+
+
+def read_measured() -> dict[str, str]:
+    """The numbers of the files in bench/results, as the table of README.md prints them."""
+    results = ROOT / "bench/results"
+    numbers: dict[str, str] = {}
+    for file in ("cpu_peers", "cpu_peers_search"):
+        for row in json.loads((results / f"{file}.json").read_text())["rows"]:
+            if row["seconds"] is not None:
+                digits = 2 if row["seconds"] < 10 else 1
+                numbers[f"{row['workload']} {row['engine']}"] = f"{row['seconds']:.{digits}f} s"
+    for row in json.loads((results / "train.json").read_text())["rows"]:
+        numbers[f"{row['kind']} {row['program']}"] = f"{row['seconds_per_step']:.2f} s, {row['peak_mib']} MiB"
+    for line in (results / "h200-probe.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["microseconds"]:
+            time = row["microseconds"] / 1000
+            numbers[f"{row['operation']} {row['shape']} {row['implementation']}"] = (
+                f"{time:.{2 if time < 10 else 1}f} ms"
+            )
+    pool = json.loads((results / "pool_5000.json").read_text())
+    for program in ("genssd", "transformers"):
+        numbers[f"pool {program}"] = f"{pool[program]['seconds']:.0f} s, {pool[program]['peak_mib']} MiB"
+    return numbers
+
+
+MEASURED = (
+    ("search, 4 prompts", ("select_expand genssd", "select_expand transformers", "select_expand openvino")),
+    ("score 16 candidates", ("score genssd", "score transformers", "score openvino", "score vllm")),
+    ("decode 16 branches", ("decode genssd", "decode transformers", "decode openvino", "decode vllm")),
+    ("a step of fine-tuning", ("sft genssd", "sft trl")),
+    ("a step of distillation", ("jsd genssd", "jsd trl")),
+    ("score 8192 tokens", ("score 8192 x 4096 genssd", "score 8192 x 4096 eager")),
+    ("prefill attention", ("prefill 8192 genssd", "prefill 8192 SDPA")),
+    ("score 5,000", ("pool genssd", "pool transformers")),
+)
+"""Rows of the table of README.md, by their beginning, and what of the files stands in them, in order."""
+
+
+def test_the_measured_table_is_that_of_the_files() -> None:
+    numbers = read_measured()
+    section = PAGES["README.md"].split("## What it does beside")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(MEASURED)
+    for row, (beginning, names) in zip(rows, MEASURED, strict=True):
+        assert row.startswith(f"| {beginning}"), row
+        printed = re.findall(
+            r"[\d.]+ m?s(?:, \d+ MiB)?", row.replace("*", "").split("|")[2] + row.replace("*", "").split("|")[3]
+        )
+        assert printed == [numbers[name] for name in names], row
 
 
 def read_tables(page: str) -> Iterator[tuple[str, list[str]]]:
