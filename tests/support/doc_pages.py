@@ -46,8 +46,8 @@ class Part:
 
 
 def list_pages() -> dict[str, str]:
-    """Return the texts of README.md and of the pages in docs/ by name, HISTORY left out."""
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """Return the texts of README.md and of the pages in docs/ by name, HISTORY left out; none beside a wheel."""
+    paths = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("*.md"))]
     return {path.name: path.read_text() for path in paths if path.name not in HISTORY}
 
 
