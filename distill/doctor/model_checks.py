@@ -54,7 +54,7 @@ def _check_model(inputs: Inputs, model: ModelFiles) -> Finding:
         name=name,
         level="warning",
         line=f"{facts} runs in transformers, in {name_of(dtype)}: one sequence at a time, which is slow",
-        fix="take a model of a family that the engine computes itself (README, which models run), or accept the time",
+        fix="take a model of a family that the engine computes itself (docs/models.md), or accept the time",
     )
 
 
