@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from genssd.distill.reproduce.arms import list_arms
+from genssd.distill.reproduce.arm_lists import list_arms
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.engine.closest import suggest_or_list
@@ -29,7 +29,7 @@ class Sizes:
 
 SIZES = {
     "small": Sizes(problems=400, eval_problems=200, train_tokens=300_000, learning_rate=3e-3, batch_size=24),
-    "words": Sizes(problems=600, eval_problems=300, train_tokens=600_000, learning_rate=1e-4, batch_size=16),
+    "words": Sizes(problems=400, eval_problems=300, train_tokens=600_000, learning_rate=1e-4, batch_size=16),
 }
 """Sizes by the name of the task."""
 
@@ -62,7 +62,7 @@ class ReproduceConfig:
     data: FileName[str | None] = None
     """Directory with gsm8k/train.jsonl and gsm8k/test.jsonl, and mawps/*.jsonl, for the task words."""
     problems: int | None = None
-    """Number of problems that the teacher writes solutions for, per seed. None: 400 for small, 600 for words."""
+    """Number of problems that the teacher writes solutions for, per seed. None: 400 for both tasks."""
     eval_problems: int | None = None
     """Number of held-out problems per seed. None: 200 for small, 300 for words."""
     candidates: int = 4

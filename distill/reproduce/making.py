@@ -41,8 +41,6 @@ from genssd.engine.sampling import Sampling
 
 PROBED = 12
 """Maximum number of problems that a diagnosis looks at: every node takes many completions."""
-MEMORY_BYTES = 1 << 29
-"""Size of the caches of every engine, in bytes, where the models compute on the CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +82,7 @@ class Place:
     @property
     def engine(self) -> dict[str, Any]:
         """Fields of configs that say how an engine computes."""
-        return {"dtype": self.task.dtype, "threads": self.threads, "memory_bytes": MEMORY_BYTES}
+        return {"dtype": self.task.dtype, "threads": self.threads, "memory_bytes": self.task.memory_bytes}
 
     def make_train_settings(self, arm: Arm, tokens: float) -> dict[str, Any]:
         """Return the fields of a training: those of all arms, and those in which the arm differs.
@@ -196,7 +194,7 @@ def _search(place: Place, source: Searched, directory: Path) -> Rows:
 
 
 def _refresh(place: Place, arm: Arm, rounds: int, directory: Path) -> Rows:
-    """Return the student of several rounds over the problems of a seed, each with its part of them and of the tokens."""
+    """Return the student of several rounds, each with its part of a seed's problems and of the training tokens."""
     training = place.make_train_settings(arm, arm.tokens / rounds)
     config = DistillConfig(
         **place.models, data=str(place.files.train), output_dir=str(directory), rounds=rounds,

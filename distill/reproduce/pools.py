@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.data.traces import Trace, find_traces, make_training_row, read_usable_traces, sort_by_trace
-from genssd.distill.reproduce.arms import list_arms
+from genssd.distill.reproduce.arm_lists import list_arms
 from genssd.distill.reproduce.sources import Picked
 from genssd.distill.runs.journal import complete_rows, write_jsonl
 from genssd.distill.runs.progress import Progress

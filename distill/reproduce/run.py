@@ -28,7 +28,8 @@ from genssd.distill.console import report_training
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import run_evaluate
 from genssd.distill.files.rows import read_rows
-from genssd.distill.reproduce.arms import Arm, choose_arms
+from genssd.distill.reproduce.arm_lists import choose_arms
+from genssd.distill.reproduce.arms import Arm
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.making import Place, Rows, make_rows
 from genssd.distill.reproduce.plot import draw_plot

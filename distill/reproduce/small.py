@@ -78,6 +78,7 @@ class SmallTask:
     max_tokens = MAX_TOKENS
     sampling = Sampling()
     dtype = "float32"
+    memory_bytes = 1 << 29
 
     def make_pair(self, world: str, report: Progress) -> Pair:
         shipped = Pair(teacher=SHIPPED_PAIR / "teacher", student=SHIPPED_PAIR / "student")

@@ -1,4 +1,4 @@
-"""Comparison of two arms over several seeds: an interval by a bootstrap, a p-value by a paired t-test, Holm's correction.
+"""Comparison of two arms over several seeds: a bootstrap's interval, a paired t-test's p-value, Holm's correction.
 
 Every seed has its own training problems, draws of the teacher, order of training, and test problems, so that seeds are
 independent; within a seed two arms answer the same test problems. With d_s the difference of the accuracies of seed s:

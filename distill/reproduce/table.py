@@ -18,12 +18,12 @@ def render_table(results: Results, config: ReproduceConfig) -> str:
     main = {one.arm: one for one in results.main}
     lines = [
         f"`genssd reproduce {config.task}`: {format_count(sizes.problems, 'problem')} per seed, "
-        f"{config.candidates} candidates, {format_count(sizes.train_tokens, 'training token')} at a learning rate of "
-        f"{sizes.learning_rate:g} in batches of {sizes.batch_size}, "
+        f"{format_count(config.candidates, 'candidate')}, {format_count(sizes.train_tokens, 'training token')} at a "
+        f"learning rate of {sizes.learning_rate:g} in batches of {sizes.batch_size}, "
         f"{format_count(sizes.eval_problems, 'test problem')} per seed. `--arms NAME` repeats one row.",
         "",
-        "| arm | what it is | commands | seeds | teacher tokens | student tokens | trained on | rows | right % | tokens per "
-        "row | accuracy % | minus the control, points [95 %] | p, Holm | verdict |",
+        "| arm | what it is | commands | seeds | teacher tokens | student tokens | trained on | rows | right % | "
+        "tokens per row | accuracy % | minus the control, points [95 %] | p, Holm | verdict |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
         *(_render_row(one, main.get(one.arm.name)) for one in results.arms),
         "",

@@ -1,9 +1,9 @@
-"""A world of the comparison: the two models, and the problems of a seed. tasks/small and words say how they are made."""
+"""A world of the comparison: two models, and the problems of a seed. small.py and words.py say how they are made."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,7 +61,12 @@ class Task(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Data type in which the engine computes."""
+        """Data type in which the engine computes, as configs name it."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Size of the caches of every engine in bytes; None: what the machine has left."""
         ...
 
     def make_pair(self, world: str, report: Progress) -> Pair:
@@ -75,6 +80,3 @@ class Task(Protocol):
     def count_styles(self, responses: Sequence[str]) -> Counter[str]:
         """Return how many steps of the responses are written in each style; empty where styles are not told apart."""
         ...
-
-
-MakeTask = Callable[[], Task]

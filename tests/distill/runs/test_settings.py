@@ -29,6 +29,7 @@ NOT_COUNTED = {
     "diagnose": ENGINE
     | {"output_dir", "resume", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
+    "reproduce": {"arms", "seeds", "output_dir", "resume", "table", "threads"},
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
@@ -48,6 +49,7 @@ BY_CONTENT = {
     "leaf": {"teacher", "student"},
     "evaluate": {"model"},
     "diagnose": {"teacher", "student"},
+    "reproduce": {"model"},
     "train": {"model_name_or_path", "teacher_model_name_or_path", "eval_data"},
     "distill": {"teacher", "student", "data", "eval_data", "train.teacher_model_name_or_path", "train.eval_data"},
 }
@@ -147,6 +149,7 @@ PATHS = {
     "distill": {"teacher", "student", "data", "eval_data", "output_dir"}
     | {"select.calibrate.data", "select.teacher_tokenizer", "train.teacher_model_name_or_path", "train.eval_data"},
     "report": {"run", "output", "student"},
+    "reproduce": {"output_dir", "table", "model", "data"},
     "tune": {"model_name_or_path", "teacher", "student", "tune_file"},
     "doctor": {"teacher", "student", "data", "config", "run"},
     "env": set(),

@@ -1,0 +1,72 @@
+"""The table of arms: what it names exists, and every comparison has its other side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from genssd.distill.reproduce.arm_lists import SMALL_WORLDS, choose_arms, list_arms
+from genssd.distill.reproduce.arms import FIRST, SHIPPED
+from genssd.distill.reproduce.config import ReproduceConfig
+from genssd.distill.reproduce.run import list_work
+from genssd.distill.reproduce.sources import Picked, Searched
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.train.config import TrainConfig
+from genssd.engine.criterion import not_in_search
+from genssd.engine.criterion_names import resolve
+from genssd.engine.errors import InputError
+
+
+@pytest.mark.parametrize("task", ["small", "words"])
+def test_every_arm_is_complete(task: str) -> None:
+    arms = list_arms(task)
+    names = [arm.name for arm in arms]
+    assert not [name for name, count in Counter(names).items() if count > 1]
+    assert set(names) >= FIRST
+    fields_of_select = {field.name for field in dataclasses.fields(SelectConfig)}
+    fields_of_training = {field.name for field in dataclasses.fields(TrainConfig)}
+    for arm in arms:
+        assert set(arm.controls) <= set(names) - {arm.name}
+        assert arm.train.keys() <= fields_of_training
+        assert arm.world == SHIPPED or arm.world in SMALL_WORLDS
+        assert arm.command.startswith(("generate", "select", "evaluate", "distill", "diagnose"))
+        if isinstance(arm.source, Searched):
+            assert arm.source.options.keys() <= fields_of_select
+            assert not_in_search(resolve(arm.source.criterion)) is None
+        elif isinstance(arm.source, Picked):
+            resolve(arm.source.criterion)
+
+
+def test_only_arms_of_other_tokens_say_so() -> None:
+    """Arms are compared at equal training tokens; the exceptions are written out."""
+    others = {arm.name for arm in list_arms("small") if arm.tokens != 1.0}
+    assert others == {"positive-nodes", "all-nodes"}
+
+
+def test_arms_that_are_asked_for_bring_their_controls() -> None:
+    chosen = [arm.name for arm in choose_arms("small", ["rsr"])]
+    assert chosen == ["standard", "random-of-n", "standard-4x", "rsr"]
+    assert choose_arms("small", ()) == list_arms("small")
+
+
+def test_the_arms_that_decide_run_with_all_seeds_first() -> None:
+    work = [(seed, arm.name) for seed, arm in list_work(choose_arms("small", ["rsr", "lalp"]), 2)]
+    assert work[:6] == [(s, name) for s in (0, 1) for name in ("standard", "random-of-n", "standard-4x")]
+    assert work[6:] == [(0, "rsr"), (0, "lalp"), (1, "rsr"), (1, "lalp")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": ("gen-sd",)}, r"small has no arm 'gen-sd'.*did you mean 'gen-ssd'"),
+        ({"seeds": 0}, "seeds must be at least 1, not 0"),
+        ({"candidates": 1}, "candidates must be at least 2"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"task": "words"}, "give --model and --data"),
+    ],
+)
+def test_bad_options_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ReproduceConfig(**{"task": "small", **fields})  # type: ignore[arg-type]
