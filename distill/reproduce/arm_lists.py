@@ -24,18 +24,21 @@ def list_arms(task: str) -> Sequence[Arm]:
     if task == "words":
         return (*CORE, *POST_HOC, *LOSSES, *VARIANTS)
     by_name = {arm.name: arm for arm in CORE}
-    repeated = [
-        replace(
-            by_name[name],
-            name=f"{world}/{name}",
-            world=world,
-            controls=tuple(f"{world}/{control}" for control in by_name[name].controls if control in WORLD_ARMS),
-            paper=f"{by_name[name].paper}; {changed}",
-        )
-        for world, changed in SMALL_WORLDS.items()
-        for name in WORLD_ARMS
-    ]
-    return (*CORE, *ORACLE, *POST_HOC[:6], *repeated, *POST_HOC[6:], *LOSSES, *VARIANTS)
+    worlds = {world: [_repeat(by_name[name], world) for name in WORLD_ARMS] for world in SMALL_WORLDS}
+    styles = [*worlds["one-style"], *worlds["uniform"]]
+    starts = [*worlds["cold-other"], *worlds["cold-long"]]
+    return (*CORE, *ORACLE, *POST_HOC, *styles, *LOSSES, *starts, *VARIANTS)
+
+
+def _repeat(arm: Arm, world: str) -> Arm:
+    """Return an arm as it runs in a changed world, where it is compared with that world's own controls."""
+    return replace(
+        arm,
+        name=f"{world}/{arm.name}",
+        world=world,
+        controls=tuple(f"{world}/{control}" for control in arm.controls if control in WORLD_ARMS),
+        paper=f"{arm.paper}; {SMALL_WORLDS[world]}",
+    )
 
 
 def choose_arms(task: str, names: Sequence[str]) -> Sequence[Arm]:

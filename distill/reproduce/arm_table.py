@@ -17,6 +17,7 @@ from genssd.distill.reproduce.sources import (
     Untrained,
 )
 from genssd.distill.score.pick_options import PickOptions
+from genssd.distill.train.key_attention_options import KeyAttentionOptions
 
 EASY: Final = "genssd.distill.reproduce.oracle:EasyStyle"
 TEACHER: Final = {"kd_ratio": 1.0}
@@ -83,8 +84,8 @@ LOSSES: Final = (
         paper="control: own rollouts, right or wrong"),
     Arm(name="leaf", source=Distracted(), train=TEACHER, controls=("standard", "kd"), paper="LeaF 2506.07851",
         cost=2.2),
-    Arm(name="molsaki", source=Single(), train={"key_attention": {"weight": 1.0}}, paper="MoLSAKI 2604.15701",
-        cost=2.5),
+    Arm(name="molsaki", source=Single(), train={"key_attention": KeyAttentionOptions(weight=1.0)},
+        paper="MoLSAKI 2604.15701", cost=2.5),
     Arm(name="tree-layout", source=Picked(criterion="random", pick=PickOptions(keep=99)), train={"layout": "tree"},
         controls=("pool-all",), paper="the data of pool-all, prefixes computed once"),
     Arm(name="positive-nodes", source=Probed(), train={**TEACHER, "kd_loss": "reverse_kl", "learning_rate": 3e-4},

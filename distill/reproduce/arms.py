@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Final
 
 from genssd.distill.reproduce.sources import Refreshed, Source, Untrained
 
 SHIPPED: Final = "shipped"
 """World of the pair as the task has it."""
-FIRST: Final = frozenset(("cold-start", "standard", "gen-ssd", "gen-ssd-random", "random-of-n", "grape", "standard-4x"))
-"""Arms without which no other one can be judged."""
+STAGES: Final[Sequence[frozenset[str]]] = (
+    frozenset(("cold-start", "standard", "gen-ssd", "gen-ssd-random", "random-of-n", "grape", "standard-4x")),
+    frozenset(("longest", "gen-ssd-longest", "gen-ssd-teacher")),
+)
+"""Names of the arms that run with all seeds before the next ones begin: without them no other one can be judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +37,9 @@ class Arm:
     """Time that the arm takes, as a multiple of that of the arm `standard`, measured; for the estimate alone."""
 
     @property
-    def is_first(self) -> bool:
-        """Whether the arm runs with all seeds before the others begin."""
-        return self.name in FIRST
+    def stage(self) -> int:
+        """Stage of the run that the arm belongs to; arms of one stage run with all seeds before the next begins."""
+        return next((number for number, names in enumerate(STAGES) if self.name in names), len(STAGES))
 
     @property
     def command(self) -> str:
@@ -51,7 +54,9 @@ class Arm:
 
 
 def _name_flag(name: str, value: Any) -> str:
+    """Return a field of TrainConfig as a flag; of nested options those that differ from the defaults."""
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default]
+        return " ".join(_name_flag(f"{name}.{inner}", part) for inner, part in changed)
     flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, Mapping):
-        return " ".join(_name_flag(f"{name}.{key}", part) for key, part in value.items())
     return flag if value is True else f"{flag} {value}"

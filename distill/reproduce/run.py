@@ -9,6 +9,7 @@ OUTPUT_DIR/table.md         the same as tables
 OUTPUT_DIR/plot.png         the same as a plot
 OUTPUT_DIR/models/          models that the task makes first
 OUTPUT_DIR/seed-N/          problems of a seed; seed-N/WORLD/ARM/ has the rows, the training and the evaluation
+OUTPUT_DIR/bad_rows.txt     arms that could not be run, and why
 OUTPUT_DIR/summary.json     the number of finished arms
 
 Everything is written after every arm, so that the files hold what is finished wherever the run is stopped. The weights
@@ -46,6 +47,7 @@ from genssd.distill.runs.writing import remove_directory, write_bytes, write_tex
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.amounts import format_count
+from genssd.engine.errors import GenssdError
 
 Say = Callable[[str], None]
 
@@ -56,12 +58,15 @@ class ReproduceSummary:
 
     output_dir: Path
     results: Results
+    failures: tuple[str, ...]
+    """Arms that could not be run, and why; --resume tries them again."""
 
 
 def run_reproduce(config: ReproduceConfig, say: Say = lambda text: None, report: Progress = SILENT) -> ReproduceSummary:
     """Run all arms with all seeds. say: takes a line for every arm as it ends, and the time that is left.
 
-    Raises GenssdError on bad input; what was finished is in the journal.
+    An arm that cannot be run is named in the summary, and the others are run. Raises GenssdError on bad input; what was
+    finished is in the journal.
     """
     arms = choose_arms(config.task, config.arms)
     with Run.open(config, "reproduce", journal="results.jsonl", parts="seed-*") as run:
@@ -70,11 +75,17 @@ def run_reproduce(config: ReproduceConfig, say: Say = lambda text: None, report:
         _check_journal(finished, run.journal_path, config)
         task = _make_task(config, run.path("models"))
         work = [(seed, arm) for seed, arm in list_work(arms, config.seeds) if not _is_in(finished, seed, arm)]
+        failures: list[str] = []
         clock = _Clock(sum(arm.cost for _, arm in work))
         say(f"{format_count(len(work), 'arm')} to run, {format_count(len(finished), 'arm')} finished before")
         for seed, arm in work:
             started = time.monotonic()
-            row = _run_arm(arm, _find_place(config, task, run.output_dir, arm, seed, report))
+            try:
+                row = _run_arm(arm, _find_place(config, task, run.output_dir, arm, seed, report))
+            except GenssdError as error:
+                failures.append(f"{arm.name}, seed {seed}: {error}")
+                say(failures[-1])
+                continue
             row |= {"seconds": time.monotonic() - started}
             run.journal.append(row)
             finished.append(row)
@@ -83,16 +94,16 @@ def run_reproduce(config: ReproduceConfig, say: Say = lambda text: None, report:
             accuracy = sum(row["correct"]) / len(row["correct"])
             say(f"seed {seed}, {arm.name}: accuracy {accuracy:.1%} in {row['seconds']:.0f} s; {left}")
         results = write_results(run.output_dir, config, finished)
-        run.write_bad_rows(())
+        run.write_bad_rows(failures)
         run.write_summary({"arms": len(arms), "seeds": config.seeds, "finished": len(finished)})
-    return ReproduceSummary(output_dir=run.output_dir, results=results)
+    return ReproduceSummary(output_dir=run.output_dir, results=results, failures=tuple(failures))
 
 
 def list_work(arms: Sequence[Arm], seeds: int) -> Iterator[tuple[int, Arm]]:
-    """Yield seeds and arms in the order in which they run: the arms that decide the question first, with all seeds."""
-    for is_first in (True, False):
+    """Yield seeds and arms in the order in which they run: stage after stage, in each of them seed after seed."""
+    for stage in sorted({arm.stage for arm in arms}):
         for seed in range(seeds):
-            yield from ((seed, arm) for arm in arms if arm.is_first is is_first)
+            yield from ((seed, arm) for arm in arms if arm.stage == stage)
 
 
 def write_results(output_dir: Path, config: ReproduceConfig, rows: Sequence[Mapping[str, Any]]) -> Results:

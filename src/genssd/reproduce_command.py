@@ -7,7 +7,10 @@ from rich.console import Console
 from genssd.distill.console import ProgressLine
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.run import run_reproduce
+from genssd.engine.amounts import format_count
+from genssd.engine.errors import InputError
 from genssd.outputs import print_outputs
+from genssd.printing import list_first
 
 
 def reproduce(config: ReproduceConfig, console: Console) -> None:
@@ -22,3 +25,7 @@ def reproduce(config: ReproduceConfig, console: Console) -> None:
     for one in summary.results.main:
         print(f"{one.arm} minus {one.control}: {one.difference} points, {one.verdict}")
     print_outputs("reproduce", config.output_dir)
+    if summary.failures:
+        listed = list_first(summary.failures, f"in {summary.output_dir / 'bad_rows.txt'}")
+        count = format_count(len(summary.failures), "arm")
+        raise InputError(f"{count} could not be run, all others were; --resume tries again:{listed}")

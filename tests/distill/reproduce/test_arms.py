@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from genssd.distill.reproduce.arm_lists import SMALL_WORLDS, choose_arms, list_arms
-from genssd.distill.reproduce.arms import FIRST, SHIPPED
+from genssd.distill.reproduce.arms import SHIPPED, STAGES
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.run import list_work
 from genssd.distill.reproduce.sources import Picked, Searched
@@ -24,7 +24,7 @@ def test_every_arm_is_complete(task: str) -> None:
     arms = list_arms(task)
     names = [arm.name for arm in arms]
     assert not [name for name, count in Counter(names).items() if count > 1]
-    assert set(names) >= FIRST
+    assert set(names) >= frozenset.union(*STAGES)
     fields_of_select = {field.name for field in dataclasses.fields(SelectConfig)}
     fields_of_training = {field.name for field in dataclasses.fields(TrainConfig)}
     for arm in arms:
@@ -70,3 +70,14 @@ def test_the_arms_that_decide_run_with_all_seeds_first() -> None:
 def test_bad_options_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ReproduceConfig(**{"task": "small", **fields})  # type: ignore[arg-type]
+
+
+def test_commands_are_written_as_a_user_types_them() -> None:
+    commands = {arm.name: arm.command for arm in list_arms("small")}
+    assert commands["gen-ssd-correct"] == "select --candidates N --criterion ppl + train --require-correct"
+    assert commands["morsd"] == (
+        "generate --n N + score --criteria rationale_difficulty --pick.keep 4 --pick.correct --pick.best-share 0.3 "
+        "--pick.similarity 0.8 + train"
+    )
+    assert commands["molsaki"] == "generate + train --key-attention.weight 1.0"
+    assert commands["gen-ssd-refreshed"] == "distill --rounds 3"

@@ -168,7 +168,7 @@ NO_PATHS = {
 } | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
-    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer"),
+    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "arms"),
 }
 """Fields of text that name nothing there."""
 
@@ -190,6 +190,8 @@ def make_with_home(config_class: type, prefix: str = "") -> tuple[Any, set[str]]
             names.add(f"{prefix}{field.name}")
         elif field.name == "criteria":
             values[field.name] = ("divergence",)  # without it a teacher is refused
+        elif field.name == "task":
+            values[field.name] = "small"
         elif field.name == "kd_ratio":
             values[field.name] = 1.0  # without it a teacher is refused
     return config_class(**values), names
