@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from genssd.distill.reproduce.arms import Arm
-from genssd.distill.reproduce.statistics import LEVEL, Difference, compare_paired, correct_holm
+from genssd.distill.reproduce.statistics import LEVEL, Difference, compare_paired, correct_holm, find_p_values
 
 JournalRow = Mapping[str, Any]
 """A line of the journal: the results of one arm with one seed, see run.py."""
@@ -23,6 +23,8 @@ class Comparison:
     arm: str
     control: str
     difference: Difference
+    p: float | None
+    """Two-sided p-value, not corrected; None with one seed."""
     corrected: float | None
     """Holm's corrected p-value within the family of comparisons; None with one seed."""
 
@@ -112,10 +114,10 @@ def _compare(
         if seeds:
             left, right = ([by_arm[name][seed]["correct"] for seed in seeds] for name in (arm, control))
             compared.append((arm, control, compare_paired(left, right)))
-    corrected = correct_holm([difference.p for _, _, difference in compared])
+    values = find_p_values([difference for _, _, difference in compared])
     return tuple(
-        Comparison(arm=arm, control=control, difference=difference, corrected=p)
-        for (arm, control, difference), p in zip(compared, corrected, strict=True)
+        Comparison(arm=arm, control=control, difference=difference, p=p, corrected=corrected)
+        for (arm, control, difference), p, corrected in zip(compared, values, correct_holm(values), strict=True)
     )
 
 

@@ -133,7 +133,7 @@ class _Clock:
         self._left -= cost
         self._done += cost
         self._seconds += seconds
-        minutes = self._left * self._seconds / self._done / 60
+        minutes = max(0.0, self._left) * self._seconds / self._done / 60
         return f"about {minutes / 60:.1f} h left on this machine" if minutes > 90 else f"about {minutes:.0f} min left"
 
 

@@ -1,12 +1,17 @@
-"""Comparison of two arms over several seeds: a bootstrap's interval, a paired t-test's p-value, Holm's correction.
+"""Comparison of arms over several seeds: a bootstrap's interval, a p-value, Holm's correction.
 
 Every seed has its own training problems, draws of the teacher, order of training, and test problems, so that seeds are
 independent; within a seed two arms answer the same test problems. With d_s the difference of the accuracies of seed s:
 
     difference  mean of d_s
     interval    percentiles of a bootstrap that draws seeds with replacement, and in each drawn seed its problems
-    p           of t = mean(d_s) / e with (number of seeds - 1) degrees of freedom, two-sided, where e is the standard
-                error of the mean over seeds, or, if that is larger, the one that the test problems alone give
+    p           two-sided, of t = difference / e
+
+e^2 is the variance of the mean that the test problems alone give, times an overdispersion: the factor by which seeds
+vary more than their problems explain, at least 1. A handful of seeds cannot tell it for one comparison, so it is the
+mean over all comparisons of the family (a quasi-binomial model). Where a comparison's own seeds vary more, their
+variance counts. The degrees of freedom are half of those of all comparisons together, because comparisons share their
+control, and at least those of the comparison's own seeds.
 
 The interval covers what varies between seeds, and nothing else: not another cold start, teacher or task, which all
 seeds share. With one seed it covers the test problems alone, and there is no p.
@@ -35,8 +40,10 @@ class Difference:
     """Lower end of the 95 % interval."""
     high: float
     """Upper end of the 95 % interval."""
-    p: float | None
-    """Two-sided p-value, not corrected; None with one seed."""
+    between: float
+    """Variance of the mean that the differences of the seeds show; 0 with one seed."""
+    within: float
+    """Variance of the mean that the test problems alone give."""
 
     def __str__(self) -> str:
         return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
@@ -54,8 +61,14 @@ def compare_paired(left: Sequence[Sequence[bool]], right: Sequence[Sequence[bool
     means = np.array([pair.mean() for pair in pairs])
     drawn = _bootstrap(pairs, np.random.default_rng(seed))
     low, high = np.percentile(drawn, [2.5, 97.5])
+    count = len(pairs)
     return Difference(
-        seeds=len(pairs), value=float(means.mean()), low=float(low), high=float(high), p=_find_p(pairs, means)
+        seeds=count,
+        value=float(means.mean()),
+        low=float(low),
+        high=float(high),
+        between=float(means.var(ddof=1)) / count if count > 1 else 0.0,
+        within=sum(float(pair.var()) / len(pair) for pair in pairs) / count**2,
     )
 
 
@@ -75,17 +88,22 @@ def _bootstrap(pairs: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndar
     return means
 
 
-def _find_p(pairs: Sequence[np.ndarray], means: np.ndarray) -> float | None:
-    """Return the p-value of the paired t-test over seeds; None with one seed."""
-    count = len(pairs)
-    if count < 2:
-        return None
-    between = float(means.var(ddof=1)) / count
-    within = sum(float(pair.var()) / len(pair) for pair in pairs) / count**2
-    error = math.sqrt(max(between, within))
+def find_p_values(family: Sequence[Difference]) -> list[float | None]:
+    """Return the p-value of every comparison of a family, not corrected; None for those with one seed."""
+    several = [one for one in family if one.seeds > 1 and one.within > 0.0]
+    freedom = sum(one.seeds - 1 for one in several)
+    overdispersion = 1.0
+    if several:
+        ratios = sum((one.seeds - 1) * one.between / one.within for one in several)
+        overdispersion = max(1.0, ratios / freedom)
+    return [_find_p(one, overdispersion, freedom // 2) if one.seeds > 1 else None for one in family]
+
+
+def _find_p(one: Difference, overdispersion: float, freedom: int) -> float:
+    error = math.sqrt(max(overdispersion * one.within, one.between))
     if error == 0.0:
-        return 1.0 if not means.any() else 0.0
-    return student_p(float(means.mean()) / error, count - 1)
+        return 0.0 if one.value else 1.0
+    return student_p(one.value / error, max(freedom, one.seeds - 1))
 
 
 def student_p(t: float, freedom: int) -> float:

@@ -71,7 +71,7 @@ def _render_row(one: ArmResult, comparison: Comparison | None) -> str:
 def _render_comparison(one: Comparison) -> str:
     difference = one.difference
     cells = (
-        one.arm, one.control, str(difference.seeds), str(difference), format_p(difference.p), format_p(one.corrected),
+        one.arm, one.control, str(difference.seeds), str(difference), format_p(one.p), format_p(one.corrected),
         one.verdict,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -8,21 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from genssd.distill.reproduce import run, small
+from genssd.distill.reproduce.arm_lists import choose_arms
+from genssd.distill.reproduce.arms import Arm
 from genssd.distill.reproduce.config import ReproduceConfig
+from genssd.distill.reproduce.making import Place, Rows
 from genssd.distill.reproduce.oracle import EasyStyle
+from genssd.distill.reproduce.plot import draw_plot
+from genssd.distill.reproduce.results import compute_results
 from genssd.distill.reproduce.run import run_reproduce
 from genssd.distill.reproduce.table import replace_table
-from genssd.distill.runs.journal import complete_rows
+from genssd.distill.runs.journal import complete_rows, make_line
 from genssd.engine.candidate import Candidate
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TokenStats
+from genssd.outputs import list_outputs
+from genssd.reproduce_command import reproduce
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReproduceConfig:
     monkeypatch.setattr(small, "exclude_pools", frozenset)
+    monkeypatch.setattr(run, "draw_plot", lambda results: b"image")
     return ReproduceConfig(
         task="small", arms=("rsr", "cold-start"), seeds=1, problems=4, eval_problems=5, train_tokens=300, batch_size=4,
         candidates=2, threads=1, output_dir=str(tmp_path / "out"), table=str(tmp_path / "doc.md"),
@@ -57,12 +66,14 @@ def test_arms_are_compared_at_equal_tokens_and_resumed(config: ReproduceConfig, 
     assert text.count("| rsr | RSR 2601.14249 |") == 1
     assert "vs standard" in text
     assert json.loads((tmp_path / "out" / "results.json").read_text())["arms"][0]["name"] == "cold-start"
-    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    names = {f"{path.name}/" if path.is_dir() else path.name for path in (tmp_path / "out").iterdir()}
+    named = [pattern for pattern, _ in list_outputs("reproduce", tmp_path / "out")]
+    assert names - {".lock", "bad_rows.txt"} == {*named, "seed-0/"} - {"seed-*/"}
 
-    # stopped after three arms, then resumed: the same results
+    # stopped after four arms, then resumed: the same results
     journal = tmp_path / "out" / "results.jsonl"
     before = read_journal(config)
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:3]))
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:4]))
     with pytest.raises(InputError, match="pass --resume"):
         run_reproduce(config)
     run_reproduce(dataclasses.replace(config, resume=True))
@@ -81,14 +92,50 @@ def test_an_arm_without_rows_leaves_the_student_as_it_was(
     assert standard["correct"] == cold["correct"]
 
 
-def test_a_damaged_journal_is_refused(config: ReproduceConfig) -> None:
-    run_reproduce(dataclasses.replace(config, arms=("standard",)))
-    with pytest.raises(InputError, match=r"results\.jsonl, line 1 is damaged: it is no result of an arm of words"):
-        run._check_journal([{"arm": "oracle", "correct": []}], Path("results.jsonl"), _Words())
+def test_an_arm_that_cannot_be_run_is_named_and_the_others_are_run(
+    config: ReproduceConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_rows = run.make_rows
+
+    def fail(arm: Arm, place: Place) -> Rows:
+        if arm.name == "standard":
+            raise InputError("no disk")
+        return make_rows(arm, place)
+
+    monkeypatch.setattr(run, "make_rows", fail)
+    config = dataclasses.replace(config, arms=("standard", "cold-start"))
+    with pytest.raises(
+        InputError, match=r"1 arm could not be run, all others were; --resume .*standard, seed 0: no dis"
+    ):
+        reproduce(config, Console(quiet=True))
+    assert "seed 0, cold-start: accuracy" in capsys.readouterr().out
+    assert [row["arm"] for row in read_journal(config)] == ["cold-start"]
+    assert "no disk" in (Path(config.output_dir) / "bad_rows.txt").read_text()
+    monkeypatch.setattr(run, "make_rows", make_rows)
+    reproduce(dataclasses.replace(config, resume=True), Console(quiet=True))
+    assert [row["arm"] for row in read_journal(config)] == ["cold-start", "standard"]
 
 
-class _Words:
-    task = "words"
+def test_a_line_of_another_comparison_is_refused(config: ReproduceConfig) -> None:
+    config = dataclasses.replace(config, arms=("standard",))
+    run_reproduce(config)
+    with (Path(config.output_dir) / "results.jsonl").open("ab") as journal:
+        journal.write(make_line({"arm": "gone", "seed": 0, "correct": [True]}))
+    with pytest.raises(InputError, match=r"results\.jsonl, line 2 is damaged: it is no result of an arm of small"):
+        run_reproduce(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.plots
+def test_the_plot_is_an_image() -> None:
+    rows = [
+        {
+            **dict.fromkeys(("teacher_tokens", "student_tokens", "train_tokens", "rows", "seconds", "mean_tokens"), 9),
+            **{"right": 1.0, "styles": {}, "arm": arm, "seed": seed, "correct": [arm == "gen-ssd", seed == 1]},
+        }
+        for arm in ("standard", "gen-ssd")
+        for seed in range(2)
+    ]
+    assert draw_plot(compute_results(choose_arms("small", ()), rows)).startswith(b"\x89PNG")
 
 
 def test_a_table_is_replaced_where_it_stands() -> None:
