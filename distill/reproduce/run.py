@@ -47,7 +47,7 @@ from genssd.distill.runs.writing import remove_directory, write_bytes, write_tex
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
 from genssd.engine.amounts import format_count
-from genssd.engine.errors import GenssdError
+from genssd.engine.errors import GenssdError, InputError
 
 Say = Callable[[str], None]
 
@@ -115,9 +115,16 @@ def write_results(output_dir: Path, config: ReproduceConfig, rows: Sequence[Mapp
     write_bytes(output_dir / "plot.png", (draw_plot(results),))
     if config.table is not None:
         path = Path(config.table)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        write_text(path, replace_table(text, table, config.task))
+        write_text(path, replace_table(_read_document(path), table, config.task))
     return results
+
+
+def _read_document(path: Path) -> str:
+    """Return the text of the file that a table is written to; nothing where there is none. Raises InputError."""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"table: {path} cannot be read as text ({error}); name another file") from None
 
 
 class _Clock:

@@ -18,7 +18,7 @@ from genssd.distill.reproduce.making import Place, Rows
 from genssd.distill.reproduce.oracle import EasyStyle
 from genssd.distill.reproduce.plot import draw_plot
 from genssd.distill.reproduce.results import compute_results
-from genssd.distill.reproduce.run import run_reproduce
+from genssd.distill.reproduce.run import run_reproduce, write_results
 from genssd.distill.reproduce.table import replace_table
 from genssd.distill.runs.journal import complete_rows, make_line
 from genssd.engine.candidate import Candidate
@@ -123,6 +123,13 @@ def test_a_line_of_another_comparison_is_refused(config: ReproduceConfig) -> Non
         journal.write(make_line({"arm": "gone", "seed": 0, "correct": [True]}))
     with pytest.raises(InputError, match=r"results\.jsonl, line 2 is damaged: it is no result of an arm of small"):
         run_reproduce(dataclasses.replace(config, resume=True))
+
+
+def test_a_table_does_not_go_into_a_file_that_is_no_text(config: ReproduceConfig, tmp_path: Path) -> None:
+    (tmp_path / "doc.md").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"table: .*doc\.md cannot be read as text"):
+        write_results(tmp_path, config, [])
+    assert (tmp_path / "doc.md").read_bytes() == b"\xff\xfe\x00"
 
 
 @pytest.mark.plots
