@@ -24,16 +24,17 @@ TEACHER: Final = {"kd_ratio": 1.0}
 """Training on the divergence from the teacher in memory alone; making.py names the teacher."""
 RIVALS: Final = ("standard", "random-of-n", "standard-4x")
 SAME_SEARCH: Final = ("standard", "gen-ssd-random", "standard-4x")
+OTHER_CHOICES: Final = ("grape", "longest", "gen-ssd-longest", "gen-ssd-teacher")
 CORE: Final = (
     Arm(name="cold-start", source=Untrained(), paper="the student before training", cost=0.1),
     Arm(name="standard", source=Single(), controls=(), paper="standard distillation"),
-    Arm(name="gen-ssd", source=Searched(), controls=(*SAME_SEARCH, "grape", "gen-ssd-longest"),
-        paper="Gen-SSD 2604.02819", cost=2.0),
+    Arm(name="gen-ssd", source=Searched(), controls=(*SAME_SEARCH, *OTHER_CHOICES), paper="Gen-SSD 2604.02819",
+        cost=2.0),
     Arm(name="gen-ssd-random", source=Searched(criterion="random"), controls=("standard", "standard-4x"),
         paper="control: the same search, no signal", cost=2.0),
     Arm(name="random-of-n", source=Picked(criterion="random"), controls=("standard", "standard-4x"),
         paper="control: the same pool, no signal", cost=1.3),
-    Arm(name="grape", source=Picked(criterion="ppl"), controls=RIVALS, paper="GRAPE 2502.04194"),
+    Arm(name="grape", source=Picked(criterion="ppl"), controls=(*RIVALS, "longest"), paper="GRAPE 2502.04194"),
     Arm(name="standard-4x", source=Single(several=True), paper="control: as many teacher tokens, other problems",
         cost=1.4),
     Arm(name="pool-all", source=Picked(criterion="random", pick=PickOptions(keep=99)),
