@@ -51,8 +51,8 @@ CAVEAT = (
     "The task is tuned to show the effect: styles change within a solution, the student can imitate only some, and the "
     "teacher prefers one that it cannot, which is also the shortest. One seed without controls is no proof. In the "
     "comparison over five seeds (docs/results.md, repeated by `genssd reproduce small`) random choices helped nothing; "
-    "choosing the longest step, or the one that the teacher finds likeliest, could not be told from the student's choice. "
-    "How much selection gives elsewhere has to be measured there."
+    "choosing the longest step, or the one that the teacher finds likeliest, could not be told from the student's "
+    "choice. How much selection gives elsewhere has to be measured there."
 )
 CHUNK_OF_ARM = {"standard": STEP, "selected": STEP, "post-hoc": SOLUTION}
 

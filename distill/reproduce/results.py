@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from genssd.distill.reproduce.arms import Arm
+from genssd.distill.reproduce.arms import STAGES, Arm
 from genssd.distill.reproduce.statistics import LEVEL, Difference, compare_paired, correct_holm, find_p_values
 
 JournalRow = Mapping[str, Any]
@@ -62,13 +62,13 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """Results of all arms that have a finished seed, and two families of comparisons."""
+    """Results of all arms that have a finished seed, and their comparisons in four families."""
 
     arms: tuple[ArmResult, ...]
     main: tuple[Comparison, ...]
-    """Every arm with its main control, corrected together."""
+    """Every arm with its main control; those of the first stages, and the others, are each corrected together."""
     others: tuple[Comparison, ...]
-    """Arms with their further controls, corrected together."""
+    """Arms with their further controls, corrected like the main ones."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of results.json."""
@@ -95,12 +95,15 @@ def compute_results(arms: Sequence[Arm], rows: Sequence[JournalRow]) -> Results:
     for row in rows:
         by_arm.setdefault(row["arm"], {})[row["seed"]] = row
     finished = [arm for arm in arms if arm.name in by_arm]
-    main = [(arm.name, arm.controls[0]) for arm in finished if arm.controls]
-    others = [(arm.name, control) for arm in finished for control in arm.controls[1:]]
+    deciding = [arm for arm in finished if arm.stage < len(STAGES)]
+    further = [arm for arm in finished if arm.stage == len(STAGES)]
+    main: list[Comparison] = []
+    others: list[Comparison] = []
+    for group in (deciding, further):  # families of their own, so that the first does not depend on how far a run is
+        main += _compare([(arm.name, arm.controls[0]) for arm in group if arm.controls], by_arm)
+        others += _compare([(arm.name, control) for arm in group for control in arm.controls[1:]], by_arm)
     return Results(
-        arms=tuple(_describe(arm, by_arm[arm.name]) for arm in finished),
-        main=_compare(main, by_arm),
-        others=_compare(others, by_arm),
+        arms=tuple(_describe(arm, by_arm[arm.name]) for arm in finished), main=tuple(main), others=tuple(others)
     )
 
 

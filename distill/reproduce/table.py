@@ -27,7 +27,7 @@ def render_table(results: Results, config: ReproduceConfig) -> str:
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|---|",
         *(_render_row(one, main.get(one.arm.name)) for one in results.arms),
         "",
-        "**Further comparisons**: the same search, the same pool or as many teacher tokens; a family of its own.",
+        "**Further comparisons**: the same search, the same pool or as many teacher tokens.",
         "",
         "| arm | minus | seeds | points [95 %] | p | p, Holm | verdict |",
         "|---|---|---:|---|---:|---:|---|",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from genssd.distill.reproduce.arm_lists import SMALL_WORLDS, choose_arms, list_arms
 from genssd.distill.reproduce.arms import SHIPPED, STAGES
 from genssd.distill.reproduce.config import ReproduceConfig
+from genssd.distill.reproduce.results import compute_results
 from genssd.distill.reproduce.run import list_work
 from genssd.distill.reproduce.sources import Picked, Searched
 from genssd.distill.select.config import SelectConfig
@@ -81,3 +85,24 @@ def test_commands_are_written_as_a_user_types_them() -> None:
     )
     assert commands["molsaki"] == "generate + train --key-attention.weight 1.0"
     assert commands["gen-ssd-refreshed"] == "distill --rounds 3"
+
+
+def test_families_of_comparisons_do_not_grow_into_each_other() -> None:
+    """The p-values of the arms that decide are the same however many other arms are finished."""
+    rng = random.Random(0)
+    facts = dict.fromkeys(("teacher_tokens", "student_tokens", "train_tokens", "rows", "seconds", "mean_tokens"), 1)
+
+    def make_rows(names: Sequence[str]) -> list[dict[str, Any]]:
+        return [
+            {**facts, "arm": name, "seed": seed, "right": None, "styles": {}, "correct": answers[name][seed]}
+            for name in names
+            for seed in range(3)
+        ]
+
+    names = [arm.name for arm in list_arms("small")]
+    answers = {name: [[rng.random() < 0.3 for _ in range(50)] for _ in range(3)] for name in names}
+    first = [name for name in names if name in frozenset.union(*STAGES)]
+    alone, full = (compute_results(list_arms("small"), make_rows(some)) for some in (first, names))
+    assert alone.main == full.main[: len(first) - 1]
+    assert alone.others == full.others[: len(alone.others)]
+    assert len(full.main) == len(names) - 5  # the standard arms of the five worlds have no control
