@@ -84,6 +84,16 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
         "evaluation.jsonl": "a line for each problem, with its responses and verdicts",
         **BAD_ROWS, **SUMMARY, **RECORD,
     },
+    "reproduce": {
+        "table.md": "accuracy of every arm, and the comparisons with the controls",
+        "results.json": "the same, and more",
+        "plot.png": "the same as a plot",
+        "results.jsonl": "the journal: a line for every arm of every seed, with the verdict on every test problem",
+        "seed-*/": "problems, rows and evaluations",
+        "models/": "models that were made first",
+        "bad_rows.txt": "arms that could not be run, and why",
+        **SUMMARY, **RECORD,
+    },
     "diagnose": {
         "diagnosis.html": "a page to look at",
         "questions.jsonl": "the journal, a line for each question",

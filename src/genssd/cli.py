@@ -36,6 +36,7 @@ SUMMARIES = {
     "evaluate": "measure a model's accuracy on problems with known answers",
     "diagnose": "where which teacher, loss or context would help the student, before anything is trained",
     "report": "one page of runs: search trees, text coloured by surprisal, other criteria, curves, accuracy",
+    "reproduce": "does selection help? many ways to select and train, with controls, seeds and intervals",
     "tune": "measure the fastest kernel configurations on this GPU for some models, once",
     "doctor": "examine models, data, settings and machine of a command before anything is loaded",
     "env": "versions, machine and kernels as plain text, for bug reports",

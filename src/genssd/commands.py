@@ -60,6 +60,7 @@ from genssd.printing import (
     warn,
 )
 from genssd.report_command import report
+from genssd.reproduce_command import reproduce
 from genssd.stopping import is_main_process
 
 EXAMINED_FIRST = frozenset(("select", "train", "distill"))
@@ -318,6 +319,7 @@ COMMANDS: dict[str, Callable[[Any, Console], int | None]] = {
     "distill": distill,
     "diagnose": diagnose,
     "report": report,
+    "reproduce": reproduce,
     "tune": tune,
     "doctor": doctor,
     "env": env,

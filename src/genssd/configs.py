@@ -8,6 +8,7 @@ from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.config import DoctorConfig, EnvConfig
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.report.config import ReportConfig
+from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.leaf_config import LeafConfig
 from genssd.distill.score.prefix_config import PrefixConfig
@@ -32,6 +33,7 @@ CONFIGS: dict[str, type] = {
     "distill": DistillConfig,
     "diagnose": DiagnoseConfig,
     "report": ReportConfig,
+    "reproduce": ReproduceConfig,
     "tune": TuneConfig,
     "doctor": DoctorConfig,
     "env": EnvConfig,

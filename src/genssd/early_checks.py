@@ -33,7 +33,7 @@ DATA_FILES = frozenset(("data", "eval-data", "calibrate.data", "select.calibrate
 """Flags that name a data file, or several."""
 TOKENIZERS = frozenset(("teacher-tokenizer", "select.teacher-tokenizer"))
 """Flags that name a directory or hub id with a tokenizer."""
-UNCHECKED = frozenset(("output-dir", "output", "run", "resume-from-checkpoint", "tune-file", "config"))
+UNCHECKED = frozenset(("output-dir", "output", "run", "resume-from-checkpoint", "tune-file", "table", "config"))
 """Flags that name files and directories of a run."""
 
 

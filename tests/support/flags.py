@@ -18,6 +18,7 @@ FLAGS: dict[str, list[str]] = {
     "distill": ["--teacher", "t", "--student", "s", "--data", "d", "--train.learning-rate", "1e-4"],
     "diagnose": ["--student", "s", "--teacher", "t", "--data", "d"],
     "report": ["r"],
+    "reproduce": ["small", "--arms", "gen-ssd", "--seeds", "2"],
     "tune": ["--student", "s"],
     "doctor": ["--student", "s", "--data", "d"],
     "env": [],

@@ -50,6 +50,8 @@ ALWAYS = {
     "score": POOL | PAIR_CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
+    "reproduce": {"task", "arms", "seeds", "output_dir", "resume", "table", "model", "data", "problems", "threads"}
+    | {"eval_problems", "candidates", "train_tokens", "learning_rate", "batch_size", "model_steps"},
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},
     "export": {"run", "format", "student", "statuses", "require_correct", "output_dir"},
     "prefix": POOL | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},

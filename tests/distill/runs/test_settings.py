@@ -30,6 +30,7 @@ NOT_COUNTED = {
     "diagnose": POOL
     | {"output_dir", "resume", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
+    "reproduce": {"arms", "seeds", "output_dir", "resume", "table", "threads"},
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"push_to_hub"}
@@ -52,6 +53,7 @@ BY_CONTENT = {
     "leaf": {"teacher", "student"},
     "evaluate": {"model"},
     "diagnose": {"teacher", "student"},
+    "reproduce": {"model"},
     "train": {"model_name_or_path", "teacher_model_name_or_path", "eval_data"},
     "distill": {"teacher", "student", "data", "eval_data", "train.teacher_model_name_or_path", "train.eval_data"},
 }
@@ -152,6 +154,7 @@ PATHS = {
     "distill": {"teacher", "student", "data", "eval_data", "output_dir"}
     | {"select.calibrate.data", "select.teacher_tokenizer", "train.teacher_model_name_or_path", "train.eval_data"},
     "report": {"run", "output", "student"},
+    "reproduce": {"output_dir", "table", "model", "data"},
     "tune": {"model_name_or_path", "teacher", "student", "tune_file"},
     "doctor": {"teacher", "student", "data", "config", "run"},
     "env": set(),
@@ -170,7 +173,7 @@ NO_PATHS = {
 } | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
-    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "push_to_hub"),
+    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "push_to_hub", "arms"),
 }
 """Fields of text that name nothing there."""
 
@@ -192,6 +195,8 @@ def make_with_home(config_class: type, prefix: str = "") -> tuple[Any, set[str]]
             names.add(f"{prefix}{field.name}")
         elif field.name == "criteria":
             values[field.name] = ("divergence",)  # without it a teacher is refused
+        elif field.name == "task":
+            values[field.name] = "small"
         elif field.name == "kd_ratio":
             values[field.name] = 1.0  # without it a teacher is refused
     return config_class(**values), names
