@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 NATIVE_TESTS := $(foreach name,native native_arguments tiles attention linear logprob sampling cache layers experts,tests/kernels/test_$(name).py) tests/engine/test_model.py
 # what no test runs here (GPU tests, benchmarks) is held to the names and arguments that exist, not to strict types
-UNRUN := tests/kernels/gpu tests/engine/gpu tests/distill/pool/gpu bench examples
+UNRUN := tests/kernels/gpu tests/engine/gpu tests/distill/pool/gpu bench examples docs/hooks
 UNRUN_MYPY := --config-file= --ignore-missing-imports --follow-imports silent --namespace-packages \
 	--explicit-package-bases --check-untyped-defs \
 	$(foreach code,arg-type misc override str-format union-attr,--disable-error-code $(code))
@@ -14,7 +14,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 # compiled modules are kept: tests start processes, and pytest rewrites the assertions of a file once
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check bench browser wheel sanitize clean
+.PHONY: demo test check docs bench browser wheel wheels try-wheel sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/genssd demo
@@ -30,6 +30,10 @@ check: $(VENV)/.installed-dev
 	MYPYPATH=src:tests:. $(BIN)/mypy $(UNRUN_MYPY) $(UNRUN)
 	MYPYPATH=src:. $(BIN)/mypy --follow-imports silent --namespace-packages --explicit-package-bases bench/gpu
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+
+# the site in build/site; a link or an anchor that leads nowhere is an error
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # needs Chromium (Debian: apt-get install chromium), and no other package
 browser: $(VENV)/.installed-dev
@@ -47,6 +51,14 @@ wheel: $(VENV)/.installed-dev
 	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt "$$(ls build/dist/*.whl)[test]"
 	cp -rp tests build/clean/tests && cp pyproject.toml build/clean/
 	cd build/clean && OMP_NUM_THREADS=1 bin/pytest -q --numprocesses auto --dist worksteal -m "not slow and not source"
+
+# the wheels of a release, into build/wheels: CPython 3.11 and later, x86-64 and 64-bit ARM (see the script)
+wheels:
+	$(PYTHON) scripts/build_wheels.py
+
+# the wheel of build/wheels for this machine, in an environment of $(PYTHON) without a compiler on its PATH
+try-wheel:
+	bash scripts/try_wheel.sh "$(PYTHON)"
 
 # the native kernels built with the address and undefined-behaviour sanitizers, under the tests that reach them; but for
 # the one that limits the address space, which the sanitizer takes up itself

@@ -10,6 +10,7 @@
 #endif
 
 #include <atomic>
+#include <cstdint>
 
 namespace genssd {
 
@@ -22,14 +23,37 @@ namespace genssd {
 namespace {
 
 #if defined(__x86_64__)
-// Float16 conversions, which every set uses. Not every compiler's __builtin_cpu_supports knows this feature.
-bool has_f16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
-#endif
+// What this processor has, and the system saves the registers of, by the names of the compiler's flags. It is read
+// here because not every compiler's __builtin_cpu_supports knows all of it, and that of zig answers no to everything.
+struct Features {
+  bool fma = false, f16c = false, avx2 = false;
+  bool avx512f = false, avx512bw = false, avx512dq = false, avx512vl = false, avx512bf16 = false;
+};
 
-#if defined(__x86_64__)
+Features read_features() {
+  constexpr unsigned kSystemSaves = 1u << 27;                   // OSXSAVE, of leaf 1 in ECX
+  constexpr std::uint64_t kVectors = 0x6, kLongVectors = 0xE6;  // of XCR0: registers of AVX, and of AVX-512
+  Features features;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kSystemSaves) == 0) return features;
+  const auto has = [](unsigned word, int bit) { return (word >> bit & 1u) != 0; };
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  const std::uint64_t saved = std::uint64_t{high} << 32 | low;
+  const bool has_vectors = (saved & kVectors) == kVectors, has_long = (saved & kLongVectors) == kLongVectors;
+  features.fma = has_vectors && has(c, 12);
+  features.f16c = has_vectors && has(c, 29);
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
+  features.avx2 = has_vectors && has(b, 5);
+  features.avx512f = has_long && has(b, 16);
+  features.avx512dq = has_long && has(b, 17);
+  features.avx512bw = has_long && has(b, 30);
+  features.avx512vl = has_long && has(b, 31);
+  const unsigned last_subleaf = a;
+  if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) features.avx512bf16 = has_long && has(a, 5);
+  return features;
+}
+
 // Whether the processor has the tile instructions for bfloat16, and the system lets this process use their registers,
 // for which it asks here: the system gives the memory to save them in only on request (Linux 5.16).
 bool has_tiles() {
@@ -48,15 +72,15 @@ bool has_tiles() {
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> sets;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!has_f16c()) return sets;
-#define HAS(feature) __builtin_cpu_supports(#feature)
+  const Features features = read_features();
+  if (!features.f16c) return sets;  // float16 conversions, which every set uses
+#define HAS(feature) features.feature
+#endif
 #define INSTRUCTION_SET(name, condition) \
   if (condition) sets.push_back(&kernels_##name);
 #include "instruction_sets.inc"
 #undef INSTRUCTION_SET
 #undef HAS
-#endif
   return sets;
 }
 

@@ -108,7 +108,7 @@ INLINE void compute_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel
     for (int j = 0; j < VECTORS; ++j)
       total[r][j] = mode == Accumulate::kContinue ? load(out + r * out_stride + j * kLanes) : zero();
   for (std::int64_t cell = 0; cell < cells; ++cell) {
-    for (int i = 0; i < prefetch.lines; ++i, prefetch.from += 64) _mm_prefetch(prefetch.from, _MM_HINT_T1);
+    for (int i = 0; i < prefetch.lines; ++i, prefetch.from += 64) prefetch_line(prefetch.from);
     for (int step = 0; step < C::kSteps; ++step) {
       Vec column[VECTORS];
       for (int j = 0; j < VECTORS; ++j) column[j] = C::load_column(panel + cell * kPanelWidth + j * kLanes, step);

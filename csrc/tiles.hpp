@@ -105,7 +105,7 @@ INLINE void compute_tiles(const TileInput& in, std::int64_t column, bool overwri
   });
   const char* next = in.next;
   for (std::int64_t i = 0; i < in.steps; ++i) {
-    for (int line = 0; line < in.lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    for (int line = 0; line < in.lines; ++line, next += 64) prefetch_line(next);
     step(in.x + i * kStepValues, in.x_stride, in.panel + i * kTileCells * kPanelWidth);
   }
   if (in.last) step(in.last->rows[0], kStepValues, in.last->panel[0]);

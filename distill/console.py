@@ -152,12 +152,15 @@ def _describe_engine(stage: Stage, measured: Measurement) -> list[str]:
             bound = "at most" if measured.is_bound else "about"
             tokens = f"{_short(measured.written)} of {bound} {_short(measured.written + measured.tokens_left)} tokens"
         parts.append(tokens if measured.written else f"{_short(measured.read)} tokens of prompts read")
+        if measured.pruned is not None:
+            parts.append(f"{_short(measured.kept)} kept, {measured.pruned:.0%} of the candidates pruned")
     elif measured.tokens_left is not None:
         parts.append(f"{_short(measured.read)} of at most {_short(measured.read + measured.tokens_left)} tokens read")
     else:
         parts.append(f"{_short(measured.read)} tokens read")
     if measured.written or measured.read:
-        parts.append(f"{_short(measured.rate)} tokens/s")
+        scored = f" written, {_short(measured.scored / measured.seconds)} scored" if measured.scored else ""
+        parts.append(f"{_short(measured.rate)} tokens/s{scored}")
     use = engine.cache_use
     return [*parts, f"{use.held_pages:,}/{use.pages:,} pages ({format_part(use.held_bytes, use.bytes)})"]
 

@@ -47,6 +47,13 @@ STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution
 MAX_TOKENS = 192
 SOLUTION = Chunk(tokens=MAX_TOKENS, until=None)
 MEMORY_BYTES = 1 << 29
+CAVEAT = (
+    "The task is tuned to show the effect: styles change within a solution, the student can imitate only some, and the "
+    "teacher prefers one that it cannot, which is also the shortest. One seed without controls is no proof. In the "
+    "comparison over five seeds (docs/results.md, repeated by `genssd reproduce small`) random choices helped nothing; "
+    "choosing the longest step, or the one that the teacher finds likeliest, could not be told from the student's "
+    "choice. How much selection gives elsewhere has to be measured there."
+)
 CHUNK_OF_ARM = {"standard": STEP, "selected": STEP, "post-hoc": SOLUTION}
 
 
@@ -147,7 +154,7 @@ def _run_arm(
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         max_train_tokens=config.train_tokens,
-        warmup_ratio=0.05,
+        warmup_steps=0.05,
         seed=config.seed,
         threads=config.threads,
     )
@@ -245,10 +252,7 @@ def _show_results(before: Evaluation, arms: Sequence[Arm], config: DemoConfig, s
     standard = arms[0].evaluation.correct
     for arm in arms[1:]:
         screen.print(f"{arm.name} - standard: {paired_difference(arm.evaluation.correct, standard)}")
-    screen.print(
-        "The task is made to show the effect: styles change within a solution, the student can imitate only some, and "
-        "the teacher prefers one that it cannot. How much selection gives elsewhere has to be measured there."
-    )
+    screen.print(CAVEAT)
 
 
 def _report_fields(evaluation: Evaluation) -> dict[str, Any]:

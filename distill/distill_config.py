@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.hub_name import check_repository
 from genssd.distill.runs.teacher_options import SERVED_NEEDS
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
@@ -40,6 +41,8 @@ class DistillConfig(PairChatSettings):
     """Directory that all rounds are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run. More rounds may be asked for than before."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     rounds: Operational[int] = 2
     """Number of rounds."""
     prompts_per_round: int | None = None
@@ -48,6 +51,14 @@ class DistillConfig(PairChatSettings):
     threads: Operational[int | None] = None
     """Number of CPU threads of all parts. None: every part chooses, as its command does; --select.threads and
     --train.threads are those of one part. A resumed run trains with the number that it was begun with."""
+    processes: Operational[int | None] = None
+    """Number of processes on a CPU that divide its threads and memory in all parts: they select and evaluate as
+    --select.processes says, and train together. A step of the training takes the examples that it takes in one process,
+    train.per_device_train_batch_size times train.gradient_accumulation_steps, divided over the processes. A training
+    that was interrupted goes on with the number of processes that it was begun with. None: this process trains."""
+    devices: Operational[str | None] = None
+    """GPUs that divide all parts, a process for each: all, or numbers such as 0,1,2; see processes. Steps are divided
+    by the largest number of them that can do so evenly. None: this process trains, on one GPU."""
     restart: bool = False
     """Train every round from the first student, on the trajectories of all rounds so far. Otherwise each round trains
     the student of the round before, on its own trajectories."""
@@ -62,6 +73,9 @@ class DistillConfig(PairChatSettings):
     allow_eval_overlap: Operational[bool] = False
     """Run also where questions of the data stand in eval_data or train.eval_data, exactly or with other case, spaces
     or punctuation; summary.json counts them."""
+    push_to_hub: Operational[str | None] = None
+    """Repository of the Hugging Face hub, OWNER/NAME, to which the last student and its card are sent at the end. It
+    is made, as a private one, before the first round begins, where it does not exist."""
     select: SelectSettings = field(default_factory=SelectSettings)
     """How every round selects. The seed of round N is this seed plus N - 1."""
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -73,10 +87,19 @@ class DistillConfig(PairChatSettings):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_threads(self.threads)
-        if self.train.fsdp:
-            raise InputError("distill runs in one process: train.fsdp is for `genssd train` under torchrun")
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub, "push_to_hub")
+        if self.train.fsdp and self.processes is None and self.devices is None:
+            raise InputError("train.fsdp shards the model over several processes: give processes or devices")
         if self.train.uses_rows and not self.select.teacher_topk:
             raise InputError(
                 "train.kd_ratio needs the teacher's top k: give --select.teacher-topk, or a "
                 "train.teacher_model_name_or_path"
             )
+
+    def make_select_settings(self) -> SelectSettings:
+        """Return how every round selects: with the processes or devices of all parts where it has none of its own."""
+        own = (self.select.processes, self.select.devices, self.select.ray)
+        if any(option is not None for option in own):
+            return self.select
+        return replace(self.select, processes=self.processes, devices=self.devices)

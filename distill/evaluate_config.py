@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from genssd.distill.data.parts import Shard
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
@@ -33,8 +34,13 @@ class EvaluateConfig(PoolOptions, ChatSettings, ModelSampling):
     """Directory that the results are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: problems that are in the journal are not run again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
+    shard: Operational[str | None] = None
+    """Part of the rows for one of several machines: 2/8 takes every eighth row, the second of them first. Rows are
+    those of a run over all, unless prompts are equal."""
     samples: int = 0
     """Number of samples per problem for avg@k, in addition to the greedy response; 0: greedy only."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -46,5 +52,6 @@ class EvaluateConfig(PoolOptions, ChatSettings, ModelSampling):
 
     def __post_init__(self) -> None:
         check_types(self)
+        Shard.parse(self.shard)
         if self.samples < 0:
             raise InputError(f"samples must be >= 0, not {self.samples}")

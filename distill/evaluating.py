@@ -85,7 +85,7 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
     check_effects(config)
     if config.samples:
         config = choose_sampling(config, config.model, "student", engine)
-    data = read_answered_problems(config.data, config.limit, system_prompt=config.system_prompt)
+    data = read_answered_problems(config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard)
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
         done = _find_done(run, config, data.problems)
@@ -109,12 +109,14 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
     return evaluation
 
 
-def read_answered_problems(path: str, limit: int | None = None, *, system_prompt: str | None = None) -> ProblemSet:
+def read_answered_problems(
+    path: str, limit: int | None = None, *, system_prompt: str | None = None, shard: str | None = None
+) -> ProblemSet:
     """Return the problems with an answer among the first `limit` rows of a data file, and why the others are unusable.
 
-    Raises InputError on a file that cannot be read, and when no row is usable.
+    shard: as for `read_usable_problems`. Raises InputError on a file that cannot be read, and when no row is usable.
     """
-    return read_usable_problems(path, limit, system_prompt=system_prompt).leave_out(
+    return read_usable_problems(path, limit, system_prompt=system_prompt, shard=shard).leave_out(
         lambda problem: None if problem.answer is not None else "no answer; a row needs answer, target or solution"
     )
 

@@ -70,6 +70,9 @@ def keep_trajectories(
 ) -> tuple[Sequence[Mapping[str, Any]], Mapping[str, int]]:
     """Write the selected trajectories that are trained on; return them, and the number of the others by reason.
 
+    They are written in the order of their problems: that of the journal depends on what was decoded beside them, and on
+    how many processes did so, and the batches of the training would follow it.
+
     selections: a journal of `genssd select`, whose verdicts decide with require_correct. statuses: those that are
     trained on.
     """
@@ -84,5 +87,6 @@ def keep_trajectories(
             if row["teacher_topk"] is not None:
                 row["teacher_topk"]["file"] = f"{selections.parent.name}/{row['teacher_topk']['file']}"
             rows.append(row)
+    rows.sort(key=lambda row: int(row["index"]))
     write_jsonl(path, rows)
     return rows, dict(left_out)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genssd.distill.console import report_training
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, iter_file_questions, list_problems
 from genssd.distill.data.problems import ProblemRow, describe_problems
 from genssd.distill.distill_config import DistillConfig
@@ -28,20 +27,18 @@ from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import read_answered_problems, run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.round_data import RoundProblems, keep_trajectories
+from genssd.distill.round_training import check_places, train_round
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import check_effects
-from genssd.distill.runs.journal import damaged_line, read_number, read_texts, write_json
+from genssd.distill.runs.hub_upload import prepare_repository, upload_model
+from genssd.distill.runs.journal import damaged_line, read_number, read_texts
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.served_teacher import find_fingerprints
-from genssd.distill.runs.writing import remove_directory
 from genssd.distill.select.beginning import check_search
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.distill.train.checkpoints import list_checkpoints
-from genssd.distill.train.config import TrainConfig
-from genssd.distill.train.trainer import run_train
 from genssd.engine.checkpoint import locate
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.parameters import count_stored_parameters
@@ -86,12 +83,18 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
     """Run the rounds and yield each as it ends, rounds of an earlier part of the run first.
 
     Raises GenssdError on bad input, BudgetReached when the budget of a round's selection is reached; what was finished
-    is on disk.
+    is on disk. With push_to_hub, InputError where the hub does not take the last student.
     """
     check_effects(config)
     check_search(config.select, [config.teacher], config.student)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("distill runs in one process, not under torchrun")
+        raise InputError(
+            "distill starts the processes of its trainings itself (devices, processes): not under torchrun"
+        )
+    if config.push_to_hub is not None:
+        prepare_repository(config.push_to_hub)
+    config = dataclasses.replace(config, select=config.make_select_settings())
+    check_places(config)
     problems = RoundProblems.read(
         config.data, system_prompt=config.system_prompt, are_answers_needed=config.require_correct
     )
@@ -129,6 +132,8 @@ def run_distill(config: DistillConfig, report: Progress = SILENT) -> Iterator[Ro
         run.write_bad_rows(tuple(bad_rows))
         counts = None if overlap is None else overlap.counts()
         run.write_summary({"rounds": done, "student": student, "eval_overlap": counts, "bad_rows": len(bad_rows)})
+    if config.push_to_hub is not None:
+        upload_model(config.push_to_hub, Path(student))
 
 
 def _fix_threads(config: DistillConfig, run: Run) -> DistillConfig:
@@ -191,7 +196,7 @@ def _round(config: DistillConfig, problems: RoundProblems, number: int, student:
     )
     if not kept:
         raise _make_empty_error(number, left_out, selected.path, bad_rows, fits=bool(selected.prompts))
-    loss = _train(config, number, student, report)
+    loss = train_round(config, number, student, report)
     trained = str(directory / "train")
     accuracy: float | None = None
     not_evaluated: Sequence[str] = ()
@@ -226,30 +231,6 @@ def _make_empty_error(
         f"round {number}: no trajectory is left to train on ({counts}); look at {selections}, raise max_tokens or the "
         f"threshold, or give --no-require-correct{unusable}"
     )
-
-
-def _train(config: DistillConfig, number: int, student: str, report: Progress) -> float:
-    directory = Path(config.output_dir) / f"round-{number}" / "train"
-    finished = directory / "finished.json"
-    if finished.exists():
-        return read_number(finished, "loss")
-    begun = bool(list_checkpoints(directory))
-    if directory.exists() and not begun:
-        remove_directory(directory)  # it ended before its first checkpoint
-    rounds = range(1, number + 1) if config.restart else (number,)
-    settings = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(config.train)}
-    training = TrainConfig(
-        **settings,
-        **config.as_student_settings(),
-        allow_eval_overlap=config.allow_eval_overlap and bool(config.train.eval_data),
-        model_name_or_path=config.student if config.restart else student,
-        data=tuple(str(Path(config.output_dir) / f"round-{r}" / "kept.jsonl") for r in rounds),
-        output_dir=str(directory),
-        resume_from_checkpoint="last" if begun else None,
-    )
-    loss = run_train(training, report=report_training(report.within(f"round {number}, train"))).loss
-    write_json(finished, {"loss": loss})
-    return loss
 
 
 def _evaluate(config: DistillConfig, number: int, model: str, report: Progress) -> tuple[float, tuple[str, ...]]:

@@ -8,17 +8,21 @@ from dataclasses import dataclass, replace
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 
+DEFAULT_TOKENS = 64
+"""Value of `Chunk.tokens` where None is given: a few lines of a solution, so that the student chooses often."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """The rule by which a candidate ends.
+    """The rule by which a candidate ends: a chunk is the piece of a response that the student judges at once.
 
     A chunk ends with the first token that completes the delimiter `until` at or after `tokens` tokens, at `limit` at
-    the latest. until=None ends it at exactly `tokens`.
+    the latest; a delimiter before does not end it. until=None ends it at exactly `tokens`.
     """
 
-    tokens: int = 256
-    """Number of tokens after which a chunk ends with the next delimiter."""
+    tokens: int | None = None
+    """Number of tokens after which a chunk ends with the next delimiter. None: 64 in Python; `genssd select` chooses
+    it once from plain responses of the teacher, so that the student chooses about 8 times in each."""
     until: str | None = "\n"
     """Delimiter that ends a chunk; None ends it after exactly `tokens` tokens."""
     limit: int | None = None
@@ -28,13 +32,15 @@ class Chunk:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.tokens < 1:
+        if self.tokens is not None and self.tokens < 1:
             raise InputError(f"chunk tokens must be at least 1, not {self.tokens}")
         if self.until == "":
             raise InputError("chunk until must be None or a non-empty string")
         if self.shortest < 0:
             raise InputError(f"chunk shortest must be at least 0, not {self.shortest}")
-        if self.limit is not None and self.limit < self.tokens:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"chunk limit must be at least 1, not {self.limit}")
+        if self.limit is not None and self.tokens is not None and self.limit < self.tokens:
             raise InputError(f"chunk limit {self.limit} is smaller than chunk tokens {self.tokens}")
 
     @staticmethod
@@ -49,17 +55,22 @@ class Chunk:
     def halved(self, min_tokens: int) -> Chunk | None:
         """Return the rule with half of the tokens and half of the limit, but at least `min_tokens`; None if it is there
         already."""
-        if self.tokens <= min_tokens:
+        if self.least <= min_tokens:
             return None
-        tokens = max(self.tokens // 2, min_tokens)
+        tokens = max(self.least // 2, min_tokens)
         return replace(self, tokens=tokens, limit=None if self.limit is None else max(self.limit // 2, tokens))
+
+    @property
+    def least(self) -> int:
+        """Number of tokens from which on a delimiter ends a chunk: `tokens`, or where it is None at most 64."""
+        return min(DEFAULT_TOKENS, self.limit or DEFAULT_TOKENS) if self.tokens is None else self.tokens
 
     @property
     def longest(self) -> int:
         """Maximum number of tokens in a chunk."""
         if self.until is None:
-            return self.tokens
-        return 2 * self.tokens if self.limit is None else self.limit
+            return self.least
+        return 2 * self.least if self.limit is None else self.limit
 
 
 class ChunkEnd:
@@ -83,4 +94,4 @@ class ChunkEnd:
         recent = self._tail + token_text
         # a delimiter may span tokens, but one that was complete before must not count twice
         self._tail = recent[-(len(chunk.until) - 1) :] if len(chunk.until) > 1 else ""
-        return self._count >= chunk.tokens and chunk.until in recent
+        return self._count >= chunk.least and chunk.until in recent

@@ -27,7 +27,7 @@ from genssd.engine.requests import check_answers, check_ids, check_positions, ch
 from genssd.engine.sampling import Sampling, prompt_stream
 from genssd.engine.scoring import score
 from genssd.engine.search_options import SearchChanges, SearchOptions
-from genssd.engine.selection import Selection
+from genssd.engine.selection import Selection, Watch
 from genssd.engine.session import Session
 from genssd.engine.speculation_rules import ReverseSpeculation
 from genssd.engine.team import BOTH, Team
@@ -64,7 +64,7 @@ class Engine(LoadedEngine):
         plan.require_all()
         return sorted(plan.run(), key=lambda selection: selection.index)
 
-    @check_arguments(but=("prompts", "answers", "labels", "feed"))
+    @check_arguments(but=("prompts", "answers", "labels", "feed", "watch"))
     def iter_select_expand(
         self,
         prompts: Sequence[Prompt],
@@ -74,6 +74,7 @@ class Engine(LoadedEngine):
         labels: Sequence[str] | None = None,
         skip: frozenset[int] = frozenset(),
         feed: Feed | None = None,
+        watch: Watch | None = None,
         **changes: Unpack[SearchChanges],
     ) -> Iterator[Selection]:
         """Run the search of `select_expand` and yield each Selection as soon as its prompt ends.
@@ -83,9 +84,10 @@ class Engine(LoadedEngine):
         one that a budget ends yields what it has, with `ended_by` set. skip: indices of prompts that are not run,
         because they were done before; the others get what they would have got without it. feed: hands out the indices
         of the prompts to run, one after the other, where several engines divide them; the others have no outcome here.
+        watch: a function that is told of every round as it is decided (`Watch` in search.py).
         Arguments are checked at once, and raise the errors of `select_expand`.
         """
-        return self._plan_search(prompts, options.with_changes(**changes), answers, labels, skip).run(feed)
+        return self._plan_search(prompts, options.with_changes(**changes), answers, labels, skip, watch).run(feed)
 
     def _plan_search(
         self,
@@ -94,6 +96,7 @@ class Engine(LoadedEngine):
         answers: Sequence[str | None] | None,
         labels: Sequence[str] | None,
         skip: frozenset[int],
+        watch: Watch | None = None,
     ) -> SearchPlan:
         judge = Judge.from_options(options)
         vocabulary = min(one.vocab_size("teacher") for one in self._resources.list_teachers())
@@ -103,7 +106,7 @@ class Engine(LoadedEngine):
         check_answers(answers, judge.criterion, names)
         team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk)
         encoded = team.encode_all(prompts, names, answers)
-        return plan_search(team, judge, (views for views in encoded if views[0].index not in skip))
+        return plan_search(team, judge, (views for views in encoded if views[0].index not in skip), watch)
 
     @check_arguments(but=("prompts", "labels"))
     def generate(

@@ -97,8 +97,9 @@ def read_cpu_name(root: Path = ROOT) -> str:
 
 
 def read_cpu_features(root: Path = ROOT) -> frozenset[str]:
-    """Return the names of the processor's features, as in the flags of /proc/cpuinfo; none where it cannot be read."""
-    return frozenset((_read_cpu_field("flags", root) or "").split())
+    """Return the names of the processor's features, as in /proc/cpuinfo; none where it cannot be read."""
+    # the field's name on x86, and on ARM
+    return frozenset((_read_cpu_field("flags", root) or _read_cpu_field("Features", root) or "").split())
 
 
 def _read_cpu_field(name: str, root: Path) -> str | None:

@@ -165,10 +165,13 @@ def choose_dtype(directory: Path, dtype: str, device: torch.device) -> torch.dty
     return stored
 
 
-def describe_float32(dtypes: Mapping[Role, torch.dtype], device: torch.device) -> str | None:
+def describe_float32(
+    dtypes: Mapping[str, torch.dtype] | Mapping[Role, torch.dtype], device: torch.device
+) -> str | None:
     """Return a line for the log on models that compute in float32 although the CPU multiplies bfloat16 in hardware.
 
-    dtypes: what `choose_dtype` chose for "auto", by role. None where no model does, or the CPU does not.
+    dtypes: what `choose_dtype` chose for "auto", by the name of the model. None where no model does, or the CPU
+    does not.
     """
     roles = [f"the {role}" for role, dtype in dtypes.items() if dtype == torch.float32]
     instructions = bfloat16_instructions() if device.type == "cpu" else None

@@ -15,7 +15,29 @@ from genssd.engine.thinking_pair import ThinkingPair
 from genssd.engine.usage import CacheUse, Usage
 
 
-class ModelFacts(Protocol):
+class PromptReaders(Protocol):
+    """Teachers, a student or both, as far as they read prompts: what is known without their weights."""
+
+    @property
+    def reader(self) -> Reader:
+        """How the student reads the teacher's tokens."""
+        ...
+
+    @property
+    def teachers(self) -> Sequence[PromptReaders]:
+        """Each of several teachers with the student; of one teacher or none, these ones alone."""
+        ...
+
+    def tokenizer(self, model: Role) -> Tokenizer:
+        """Return the tokenizer of a model."""
+        ...
+
+    def encode_pair(self, prompt: Prompt) -> PairPrompt:
+        """Return a prompt as the search gives it to teacher and student. Raises InputError where one cannot read it."""
+        ...
+
+
+class ModelFacts(PromptReaders, Protocol):
     """Teachers, a student or both: tokenizers, sizes, identities, and counts of what they have done.
 
     `Engine` is one. The docstrings of `LoadedEngine` say more.
@@ -52,11 +74,6 @@ class ModelFacts(Protocol):
         ...
 
     @property
-    def reader(self) -> Reader:
-        """How the student reads the teacher's tokens."""
-        ...
-
-    @property
     def teachers(self) -> Sequence[ModelFacts]:
         """The facts of each of several teachers with the student; of one teacher or none, these ones alone."""
         ...
@@ -76,12 +93,4 @@ class ModelFacts(Protocol):
 
     def max_sequence_length(self, model: Role) -> int:
         """Return the maximum number of tokens in prompt and response."""
-        ...
-
-    def tokenizer(self, model: Role) -> Tokenizer:
-        """Return the tokenizer of a model."""
-        ...
-
-    def encode_pair(self, prompt: Prompt) -> PairPrompt:
-        """Return a prompt as the search gives it to teacher and student. Raises InputError where one cannot read it."""
         ...

@@ -24,7 +24,7 @@ from genssd.engine.resources import EncodedPrompt, Resources
 from genssd.engine.sampling import prompt_stream
 from genssd.engine.scheduler import SearchScheduler
 from genssd.engine.search import PromptSearch
-from genssd.engine.selection import Selection
+from genssd.engine.selection import Selection, Watch
 from genssd.engine.session import Session
 from genssd.engine.team import Team
 
@@ -60,8 +60,13 @@ class SearchPlan:
         yield from SearchScheduler(waiting, self.expander, self.budget, outcomes).run()
 
 
-def plan_search(team: Team, judge: Judge, prompts: Iterable[tuple[EncodedPrompt, ...]]) -> SearchPlan:
-    """Make the search of every prompt, and find those that cannot be run. prompts: each as every teacher reads it."""
+def plan_search(
+    team: Team, judge: Judge, prompts: Iterable[tuple[EncodedPrompt, ...]], watch: Watch | None = None
+) -> SearchPlan:
+    """Make the search of every prompt, and find those that cannot be run.
+
+    prompts: each as every teacher reads it. watch: is told of every round.
+    """
     searches: list[PromptSearch] = []
     misfits: list[tuple[PromptSearch, str]] = []
     policy = make_policy(judge.options, team.size)
@@ -77,6 +82,7 @@ def plan_search(team: Team, judge: Judge, prompts: Iterable[tuple[EncodedPrompt,
             max_tokens=limit,
             judge=judge,
             policy=policy,
+            watch=watch,
         )
         misfit = next((one.misfit for one in views if one.misfit is not None), None)
         misfit = misfit or (NO_ANSWER_ROOM if limit < 1 else None)

@@ -129,7 +129,7 @@ class Shorten(_EveryTeacher):
         while chunk is not None:
             per_round += min(chunk.longest, max_tokens)
             chunk = chunk.halved(self.min_chunk_tokens)
-        return per_round * math.ceil(max_tokens / min(self.min_chunk_tokens, options.chunk.tokens))
+        return per_round * math.ceil(max_tokens / min(self.min_chunk_tokens, options.chunk.least))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from genssd.engine.expansion import Expansion
 from genssd.engine.judging import Judge, JudgedCandidate
 from genssd.engine.outcomes import KEPT, STATUSES, Status
 from genssd.engine.policies import Policy, Step, UnlearnableRound
-from genssd.engine.selection import CandidateRecord, ChunkScore, RoundRecord, Selection, Trajectory
+from genssd.engine.selection import CandidateRecord, ChunkScore, RoundRecord, Selection, Trajectory, Watch
 from genssd.engine.teacher_tally import TeacherTally
 from genssd.engine.team import Team
 from genssd.engine.views import Views
@@ -53,6 +53,8 @@ class PromptSearch:
     """Rules by which the candidates are judged, with the options of the search."""
     policy: Policy
     """Rule for rounds without an acceptable candidate."""
+    watch: Watch | None = None
+    """Called after every attempt at a round."""
     live: list[Views] = field(init=False)
     """Committed responses that the next round expands, each as every teacher holds it."""
     round: list[Expansion] = field(init=False)
@@ -247,7 +249,13 @@ class PromptSearch:
 
     def _record(self, judged: Sequence[JudgedCandidate], step: Step) -> None:
         """Keep the candidates and the decision for the outcome."""
-        self.records += [one.record(self.attempt) for one in judged]
+        records = [one.record(self.attempt) for one in judged]
+        self.records += records
+        kept = [one for one in records if one.verdict in KEPT]
+        usage = self.team.expander.usage
+        usage.judged_candidates += len(records)
+        usage.kept_candidates += len(kept)
+        usage.kept_tokens += sum(len(one.token_ids) for one in kept)
         self.meter.tokens += sum(len(one.branch.chunk) for one in judged)
         self.tally.note(self.round, {one.branch.writer for one in step.accepted})
         teachers = tuple(sorted({expansion.parent.writer for expansion in self.round}))
@@ -255,12 +263,14 @@ class PromptSearch:
             RoundRecord(
                 round=len(self.live[0].trace),
                 attempt=self.attempt,
-                chunk_tokens=self.chunk.tokens,
+                chunk_tokens=self.chunk.least,
                 chunk_limit=self.chunk.longest,
                 decision=step.decision,
                 teachers=teachers if self.team.size > 1 else None,
             )
         )
+        if self.watch is not None:
+            self.watch(self.index, records, self.rounds[-1])
 
     def _judged_round(self) -> list[JudgedCandidate]:
         """Score all candidates of the round and reject the unfit ones, response by response."""

@@ -27,7 +27,8 @@ class SearchOptions:
     candidates: int = 4
     """Number of continuations sampled per live branch and round; of several teachers, from each."""
     chunk: Chunk = Chunk()
-    """Rule by which a candidate ends. In Python, a number stands for Chunk(tokens=number)."""
+    """Rule by which a candidate ends: the piece of a response that the student judges at once. In Python, a number
+    stands for Chunk(tokens=number)."""
     beam: int = 1
     """Number of branches kept per prompt after each round."""
     criterion: str | AnyCriterion = "ppl"
@@ -65,7 +66,7 @@ class SearchOptions:
     """Maximum number of tokens in the response."""
     teacher_topk: int = 0
     """How many of the teacher's most likely tokens are kept at every position of a trajectory, for distillation with
-    `genssd train --kd-ratio`: 8 bytes each. While the search runs, the last hidden states of all live candidates are
+    `genssd train --kd-ratio`: 4 bytes each. While the search runs, the last hidden states of all live candidates are
     held as well."""
     sampling: Sampling = Sampling(top_p=0.95)
     """Temperature and filters with which the teacher samples."""
@@ -109,9 +110,9 @@ class SearchOptions:
                 "drop_teacher_after is for teachers that write in the same rounds; with on_unlearnable=ask_teacher the "
                 "next one writes only where it is needed"
             )
-        if self.on_unlearnable == "shorten" and self.chunk.tokens <= self.min_chunk_tokens:
+        if self.on_unlearnable == "shorten" and self.chunk.least <= self.min_chunk_tokens:
             raise InputError(
-                f"on_unlearnable=shorten has nothing to shorten: chunk tokens {self.chunk.tokens} must be above "
+                f"on_unlearnable=shorten has nothing to shorten: chunk tokens {self.chunk.least} must be above "
                 f"min_chunk_tokens {self.min_chunk_tokens}"
             )
         most = self.candidates * min(self.chunk.longest, self.max_tokens)

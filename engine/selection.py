@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -72,6 +73,11 @@ class RoundRecord:
     """What the search did after it."""
     teachers: tuple[int, ...] | None = None
     """Indices of the teachers that wrote its candidates; None where the engine has one teacher."""
+
+
+Watch = Callable[[int, Sequence[CandidateRecord], RoundRecord], None]
+"""A function that is told of every attempt at a round as it is decided: the index of the prompt in the call, all
+candidates with their verdicts, and what the search did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

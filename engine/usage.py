@@ -44,6 +44,12 @@ class Usage:
     """Number of tokens that the student computed for criteria with windows of their own, prompts included."""
     computed_tokens: int = 0
     """Number of tokens that the models have computed, both models and all kinds of tokens together."""
+    judged_candidates: int = 0
+    """Number of candidates of searches that the student has judged."""
+    kept_candidates: int = 0
+    """Number of these that were kept; the others were pruned."""
+    kept_tokens: int = 0
+    """Number of tokens in the kept candidates, as the teacher counts them."""
     planned_prompts: int = 0
     """Number of prompts that calls have been asked to write responses to; a fork of `iter_force` counts as a prompt."""
     finished_prompts: int = 0

@@ -56,7 +56,8 @@ def has_native_kernels() -> bool:
     """Return whether native kernels exist for this processor. Warn once where there are none."""
     if _core.instruction_set() is None:
         warnings.warn(
-            "genssd has native kernels for x86-64 processors with AVX2; on this one plain torch serves, more slowly",
+            "genssd has native kernels for x86-64 processors with AVX2 and for 64-bit ARM; on this one plain torch "
+            "serves, more slowly",
             RuntimeWarning,
             stacklevel=3,
         )

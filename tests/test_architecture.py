@@ -36,6 +36,7 @@ RANKS = {
     "distill.score": 8,  # leaf.py loads models as training does
     "distill.report": 8,  # reads the runs of select and train
     "distill": 9,
+    "distill.reproduce": 10,  # it runs the commands above
     "distill.doctor": 10,  # it examines what the commands above read
 }
 TOP = 11
@@ -44,6 +45,7 @@ OPTIONAL = {
     "triton",
     "peft",
     "wandb",
+    "trackio",
     "torch.utils.tensorboard",
     "datasets",
     "pyarrow",

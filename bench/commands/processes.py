@@ -24,10 +24,11 @@ from genssd.distill import small_pair
 from genssd.distill.data.problems import ProblemRow
 from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
-from genssd.distill.pool.worker import Recipe
+from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.select.work import SearchWork
 from genssd.distill.small_pair.problems import make_problems
 from genssd.engine.chat_options import ChatOptions
+from genssd.engine.engine import Engine
 from genssd.engine.loading import choose_reader
 from genssd.engine.machine import available_cores
 from genssd.engine.search_options import SearchOptions
@@ -37,7 +38,7 @@ PAIR = Path(next(iter(small_pair.__path__)))
 SIZES = (1, 2)
 
 
-def open_pool(options: argparse.Namespace, size: int, threads: int) -> ProcessPool:
+def open_pool(options: argparse.Namespace, size: int, threads: int) -> ProcessPool[Engine]:
     """Return a pool of so many workers, which divide the threads."""
     teacher, student = Tokenizer(Path(options.teacher)), Tokenizer(Path(options.student))
     reader = choose_reader(teacher, student, "teacher", "student")
@@ -46,7 +47,7 @@ def open_pool(options: argparse.Namespace, size: int, threads: int) -> ProcessPo
         "memory_bytes": 1 << 28, "threads": max(1, threads // size),
     }  # fmt: skip
     tokens = LocalTokens(tokenizers={"teacher": teacher, "student": student}, reader=reader)
-    recipe = Recipe(arguments=arguments, chat=ChatOptions())
+    recipe = EngineRecipe(arguments=arguments, chat=ChatOptions())
     return ProcessPool(RemoteModels([tokens]), [recipe] * size)
 
 

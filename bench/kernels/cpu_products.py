@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sets = [name for name in _core.instruction_sets() if name != "amx_model"]
+    sets = [name for name in _core.instruction_sets() if name not in ("amx_model", "generic")]
     limits = {"registers": instruction_flops(options.threads), "cache": instruction_flops(options.threads, "cache")}
     limit = limits["cache"] or limits["registers"]
     results = []

@@ -81,7 +81,7 @@ def train_with_genssd(directory: str, kind: str) -> dict[str, Any]:
     config = TrainConfig(
         model_name_or_path=str(root / "student"), data=(str(root / "rows.jsonl"),),
         output_dir=str(root / f"ours-{kind}-{os.getpid()}"), per_device_train_batch_size=BATCH, max_steps=STEPS,
-        lr_scheduler_type="constant", warmup_ratio=0.0, logging_steps=1, **teaching,
+        lr_scheduler_type="constant", warmup_steps=0.0, logging_steps=1, **teaching,
     )  # fmt: skip
     base = read_peak_bytes()
     run_train(config, report=lambda p: (ends.append(time.perf_counter()), losses.append(p.loss)))  # type: ignore[func-returns-value]

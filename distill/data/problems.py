@@ -23,6 +23,7 @@ from typing import Any
 
 from genssd.distill.answers.reading import read_closing_line
 from genssd.distill.data.messages import parse_prompt, parse_tools
+from genssd.distill.data.parts import Shard
 from genssd.distill.files.pipes import describe
 from genssd.distill.files.rows import RawRow, read_rows
 from genssd.engine.amounts import format_count
@@ -112,12 +113,18 @@ def read_problems(path: str | Path, limit: int | None = None, *, system_prompt: 
     return rows
 
 
-def read_usable_problems(path: str | Path, limit: int | None = None, *, system_prompt: str | None = None) -> ProblemSet:
+def read_usable_problems(
+    path: str | Path, limit: int | None = None, *, system_prompt: str | None = None, shard: str | None = None
+) -> ProblemSet:
     """Return the usable problems among the first `limit` rows of a data file, and why the other rows are unusable.
 
-    Arguments as for `read_problems`. Raises InputError on a file that cannot be read, and when no row is usable.
+    shard: part of these rows, as `Shard.parse` reads it. The other arguments are those of `read_problems`. Raises
+    InputError on a file that cannot be read, and when no row is usable.
     """
-    rows = dict(_iter_problems(path, limit, system_prompt))
+    part = Shard.parse(shard)
+    rows = {index: row for index, row in _iter_problems(path, limit, system_prompt) if part.has(index)}
+    if not rows:
+        raise InputError(f"{describe(str(path))} has no row in the shard {shard}")
     return ProblemSet(
         name=str(path),
         problems=tuple(row for row in rows.values() if isinstance(row, ProblemRow)),
@@ -160,7 +167,9 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
     """
     index = row.get("index")
     if not isinstance(index, int) or not problems or not 0 <= index <= problems[-1].index:
-        raise InputError(f"{journal} was begun with more rows than {describe(str(data))} has, or a larger limit")
+        raise InputError(
+            f"{journal} was begun with more rows than {describe(str(data))} has, a larger limit or another shard"
+        )
     problem = problems[bisect_left(problems, index, key=lambda problem: problem.index)]
     if (problem.index, problem.prompt, problem.answer) != (index, row.get("prompt"), row.get("answer")):
         raise InputError(

@@ -1,10 +1,10 @@
 """Storage of the teacher's K most likely tokens ("top k") along trajectories, in a binary file next to their rows.
 
-FILE.bin    per trajectory: ids, int32 [T, K], then log-probabilities, float32 [T, K], in the machine's byte order
+FILE.bin    the code of each trajectory's top k (topk_coding.py), one after the other
 
-The field `teacher_topk` of a row locates its own top k: {"file": name, "offset": bytes, "tokens": T, "k": K,
-"vocabulary": V}, where V is the number of ids that the teacher's head has. The file only ever grows, and the bytes that
-a row refers to are on disk before the row is.
+The field `teacher_topk` of a row locates its own top k: {"file": name, "offset": bytes, "bytes": B, "tokens": T,
+"k": K, "vocabulary": V}, where V is the number of ids that the teacher's head has. The file only ever grows, and the
+bytes that a row refers to are on disk before the row is.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from genssd.distill.data.topk_coding import BYTES_PER_ENTRY, decode_topk, encode_topk
 from genssd.distill.runs.writing import GrowingFile, truncate
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TopK
 
-INCOMPLETE = "teacher_topk must name file, offset, tokens, k and vocabulary"
-BYTES_PER_ENTRY = 8
-"""Bytes of one id together with its log-probability."""
+INCOMPLETE = "teacher_topk must name file, offset, bytes, tokens, k and vocabulary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,9 @@ class TopkLocation:
 
     path: Path
     offset: int
-    """Number of bytes in the file before the first id."""
+    """Number of bytes in the file before the code."""
+    num_bytes: int
+    """Number of bytes of the code."""
     tokens: int
     """Number of tokens in the trajectory."""
     k: int
@@ -42,10 +41,6 @@ class TopkLocation:
     """Number of ids that the teacher's head has."""
     where: str
     """File and line of the trajectory's row, for messages."""
-
-    @property
-    def num_bytes(self) -> int:
-        return BYTES_PER_ENTRY * self.tokens * self.k
 
     def read(self) -> TopK:
         """Return ids, int64, and log-probabilities, float32, both [tokens, k].
@@ -55,42 +50,22 @@ class TopkLocation:
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self.offset)
-                raw = stream.read(self.num_bytes)
+                code = stream.read(self.num_bytes)
         except OSError as error:
             raise InputError(f"{self.where}: {self.path} cannot be read: {error.strerror}") from None
-        half = self.num_bytes // 2
-        ids = np.frombuffer(raw[:half], dtype=np.int32)
-        logprob = np.frombuffer(raw[half:], dtype=np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            shape = (self.tokens, self.k)
-            is_valid = ids.size == logprob.size == self.tokens * self.k and bool(
-                (ids >= 0).all() and (logprob <= 1e-3).all()
+        topk = decode_topk(code, self.tokens, self.k)
+        if topk is None:
+            raise InputError(
+                f"{self.where}: {self.path} holds no top k at byte {self.offset}: it is damaged, or not the file of "
+                "this row; restore the file, or select again"
             )
-            if not is_valid or float(np.exp(logprob.astype(np.float64)).reshape(shape).sum(1).max(initial=0.0)) > 1.001:
-                raise InputError(
-                    f"{self.where}: {self.path} holds no top k at byte {self.offset}: it is not the file of this row"
-                )
-        self._check_ids(ids.reshape(shape))
-        return TopK(
-            torch.from_numpy(ids.astype(np.int64).reshape(shape)), torch.from_numpy(logprob.copy().reshape(shape))
-        )
-
-    def _check_ids(self, ids_TK: npt.NDArray[np.int32]) -> None:
-        """Check that every id is one of the teacher's, and none is in a row twice. Raises InputError naming the id."""
-        sorted_TK = np.sort(ids_TK, axis=1)
-        twice_TK = np.zeros(ids_TK.shape, dtype=np.bool_)
-        twice_TK[:, 1:] = sorted_TK[:, 1:] == sorted_TK[:, :-1]
-        for values_TK, is_wrong_TK, fault in (
-            (ids_TK, ids_TK >= self.vocabulary, f"which is outside of the teacher's vocabulary of {self.vocabulary}"),
-            (sorted_TK, twice_TK, "twice"),
-        ):
-            if is_wrong_TK.any():
-                token, place = (int(i) for i in np.argwhere(is_wrong_TK)[0])
-                raise InputError(
-                    f"{self.where}: {self.path} is damaged: the top k of token {token} (byte "
-                    f"{self.offset + 4 * token * self.k}) has the id {values_TK[token, place]}, {fault}; restore the "
-                    "file, or select again"
-                )
+        if topk.ids.numel() and int(topk.ids.max()) >= self.vocabulary:
+            token = int(torch.nonzero((topk.ids >= self.vocabulary).any(1))[0])
+            raise InputError(
+                f"{self.where}: {self.path} is of another teacher: the top k of token {token} has the id "
+                f"{int(topk.ids[token].max())}, which is outside of the teacher's vocabulary of {self.vocabulary}"
+            )
+        return topk
 
 
 class TopkStore:
@@ -113,11 +88,11 @@ class TopkStore:
 
         Raises InputError when the file cannot be written.
         """
-        ids, logprob = topk.ids.cpu().numpy().astype(np.int32), topk.logprob.float().cpu().numpy()
-        offset = self._file.size
-        self._file.append(ids.tobytes() + logprob.tobytes())
-        shape = {"tokens": len(ids), "k": ids.shape[1], "vocabulary": self._vocabulary}
-        return {"file": self._file.path.name, "offset": offset, **shape}
+        code, offset = encode_topk(topk), self._file.size
+        self._file.append(code)
+        tokens, k = topk.ids.shape
+        place = {"file": self._file.path.name, "offset": offset, "bytes": len(code)}
+        return {**place, "tokens": tokens, "k": k, "vocabulary": self._vocabulary}
 
     def __enter__(self) -> TopkStore:
         return self
@@ -135,16 +110,20 @@ def locate_topk(field: object, directory: Path, tokens: int, where: str) -> Topk
         return None
     if not isinstance(field, Mapping) or not isinstance(field.get("file"), str):
         raise InputError(f"{where}: {INCOMPLETE}")
-    values = [field.get(name) for name in ("offset", "tokens", "k", "vocabulary")]
+    values = [field.get(name) for name in ("offset", "bytes", "tokens", "k", "vocabulary")]
     numbers = [value for value in values if type(value) is int and value >= 0]
     if len(numbers) < len(values):
         raise InputError(f"{where}: {INCOMPLETE}")
-    offset, count, k, vocabulary = numbers
+    offset, num_bytes, count, k, vocabulary = numbers
     if not 1 <= k <= vocabulary:
         raise InputError(f"{where}: teacher_topk cannot have k={k} of a vocabulary of {vocabulary}")
     if count != tokens:
         raise InputError(f"{where}: teacher_topk has {format_count(count, 'token')}, the completion {tokens}")
-    place = TopkLocation(directory / field["file"], offset, count, k, vocabulary, where)
+    if num_bytes < BYTES_PER_ENTRY * count * k:
+        raise InputError(
+            f"{where}: teacher_topk cannot hold {count} x {k} entries in {format_count(num_bytes, 'byte')}"
+        )
+    place = TopkLocation(directory / field["file"], offset, num_bytes, count, k, vocabulary, where)
     try:
         size = place.path.stat().st_size
     except (OSError, ValueError) as error:
@@ -173,4 +152,4 @@ def check_topk_file(path: Path, rows: Iterable[Mapping[str, Any]], journal: Path
 def find_topk_end(row: Mapping[str, Any]) -> int:
     """Return the number of bytes in the file up to the end of a row's top k; 0 if the row has none."""
     field = row.get("teacher_topk")
-    return 0 if field is None else int(field["offset"]) + BYTES_PER_ENTRY * int(field["tokens"]) * int(field["k"])
+    return 0 if field is None else int(field["offset"]) + int(field["bytes"])

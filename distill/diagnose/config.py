@@ -9,8 +9,8 @@ from genssd.distill.diagnose.alignment import LOSSES, LossName
 from genssd.distill.diagnose.readers import TEMPLATED_CONTEXTS, Reader, Templates, list_readers
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
-from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.field_kinds import FileName, ModelPath, NamedModelPath, Operational, Recomputed
+from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
@@ -21,7 +21,7 @@ WeightRule = Literal["positive", "alignment", "nodes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
+class DiagnoseConfig(PoolOptions, ChatSettings, ModelSampling):
     """Measure how teachers, losses and contexts are aligned with the student's success, without training."""
 
     NEEDS: ClassVar[Needs] = {
@@ -57,6 +57,8 @@ class DiagnoseConfig(EngineOptions, ChatSettings, ModelSampling):
     """Directory that the journal, the tables and the page are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run; of a finished one the tables and the page are written again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
     rollouts: int = 4

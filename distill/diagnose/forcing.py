@@ -7,7 +7,7 @@ of a correct or an incorrect rollout depends on it, so the success rate would be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from genssd.distill.answers.forms import Verdict
@@ -37,6 +37,15 @@ class DecisionNode:
     def has_choice(self) -> bool:
         """Whether more than one token is tried. With one token the ideal gradient is 0, whatever follows it."""
         return len(self.candidates) > 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReading:
+    """A node within the budget, with the log-probabilities of its candidates."""
+
+    node: DecisionNode
+    logprob: Mapping[str, Sequence[float]]
+    """Log-probability of every candidate over the whole vocabulary, by the reader's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

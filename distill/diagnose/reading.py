@@ -1,60 +1,32 @@
-"""Log-probabilities of every reader at the nodes of a student's rollouts, from one forward pass of each reader.
+"""Log-probabilities of every reader at the nodes of a student's rollouts.
 
 Models are in memory one at a time. Which tokens are tried at a node depends on what every reader finds likely there, so
-the hidden states at the nodes are kept until all readers have computed theirs; then the heads are applied once more.
+each reader is asked twice: for its most likely tokens, and, when all have answered, for the log-probabilities of the
+candidates.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from genssd.distill.diagnose.forcing import DecisionNode, Question, limit_to_budget, merge_candidates
+from genssd.distill.diagnose.forcing import DecisionNode, NodeReading, Question, limit_to_budget, merge_candidates
+from genssd.distill.diagnose.model_pools import ModelPools
 from genssd.distill.diagnose.placement import interleave_rollouts
 from genssd.distill.diagnose.readers import Reader
+from genssd.distill.diagnose.works import LikeliestWork, LogprobWork, NodeStates
+from genssd.distill.pool.pool import Lost, Pool, Stopped, Work
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.engine.engine import Engine
-from genssd.engine.model_choices import Role
-from genssd.engine.nodes import NodeReader
 
-Load = Callable[[str, Role], Engine]
-"""Function that returns the engine over a model (hub id or directory) in a role."""
-
-
-class Models:
-    """The models of a run, of which one at a time is held in memory."""
-
-    def __init__(self, load: Load) -> None:
-        self._load = load
-        self._held: tuple[str, Role] | None = None
-        self._engine: Engine | None = None
-
-    def engine(self, model: str, role: Role) -> Engine:
-        """Return the engine over a model; the engine held before is freed first."""
-        if self._engine is None or self._held != (model, role):
-            self._engine = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self._engine, self._held = self._load(model, role), (model, role)
-        return self._engine
-
-    def reader(self, reader: Reader) -> NodeReader:
-        """Return the node reader of a reader's model; as long as it is referenced, that model stays in memory."""
-        return self.engine(reader.model, reader.role).node_reader(reader.role)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeReading:
-    """A node within the budget, with the log-probabilities of its candidates."""
-
-    node: DecisionNode
-    logprob: Mapping[str, Sequence[float]]
-    """Log-probability of every candidate over the whole vocabulary, by the reader's name."""
+Prompts = Mapping[tuple[str, int], Sequence[int]]
+"""Prompt token ids by the reader's name and the question's index."""
+Positions = Mapping[int, Sequence[Sequence[int]]]
+"""Positions of every rollout's nodes by the question's index, in the order in which the budget is spent."""
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,54 +49,110 @@ class ReadingOptions:
     """Tokens that not all models have, which are no candidates."""
 
 
-Prompts = Mapping[tuple[str, int], Sequence[int]]
-"""Prompt token ids by the reader's name and the question's index."""
-Positions = Mapping[int, Sequence[Sequence[int]]]
-"""Positions of every rollout's nodes by the question's index, in the order in which the budget is spent."""
-States = Mapping[tuple[str, int], Sequence[Tensor]]
-"""Hidden states of every rollout at its nodes, [nodes, hidden], by the reader's name and the question's index."""
+class RolloutReaders:
+    """The readers of the rollouts of some questions.
 
-
-def read_nodes(
-    models: Models,
-    readers: Sequence[Reader],
-    questions: Sequence[Question],
-    prompts: Prompts,
-    positions: Positions,
-    options: ReadingOptions,
-    report: Progress = SILENT,
-) -> dict[int, list[NodeReading]]:
-    """Return the nodes within the budget with their log-probabilities, by the question's index.
-
-    readers: the student first; its engine is the one in memory at the end. Raises GenssdError naming the question that
-    a reader cannot process.
+    models: their pools. readers: the student first; its pool is the one that is open at the end. questions: with their
+    rollouts. failures: gets why a question was given up, by its index.
     """
-    states: dict[tuple[str, int], list[Tensor]] = {}
-    likeliest: dict[tuple[str, int], list[list[list[int]]]] = {}
-    for i, reader in enumerate(readers):
-        k = options.teacher_top_k if i else options.top_k
-        for done, q in enumerate(questions):
-            key = reader.name, q.index
-            node_reader = models.reader(reader)
-            if done == 0:
-                report.begin(f"the rollouts are read as {reader.name!r}", unit="questions", total=len(questions))
-            responses = [rollout.token_ids for rollout in q.rollouts]
-            states[key] = node_reader.states(prompts[key], responses, positions[q.index], q.label)
-            likeliest[key] = [
-                [
-                    [token for token in tokens if token not in options.excluded_ids]
-                    for tokens in node_reader.likeliest(rollout_states, k, q.label, least=options.min_probability)
-                ]
-                for rollout_states in states[key]
+
+    def __init__(
+        self,
+        models: ModelPools,
+        readers: Sequence[Reader],
+        questions: Sequence[Question],
+        prompts: Prompts,
+        positions: Positions,
+        failures: MutableMapping[int, str],
+        report: Progress = SILENT,
+    ) -> None:
+        self._models = models
+        self._readers = readers
+        self._questions = {q.index: q for q in questions}
+        self._prompts = prompts
+        self._positions = positions
+        self._failures = failures
+        self._report = report
+        self._kept: dict[str, dict[int, list[Tensor]]] = {reader.name: {} for reader in readers}
+        """States that one process keeps between its two passes, by the reader's name."""
+
+    def read(self, options: ReadingOptions) -> dict[int, list[NodeReading]]:
+        """Return the nodes within the budget with their log-probabilities, by the question's index.
+
+        Raises GenssdError naming the question that a reader cannot process.
+        """
+        likeliest = [self._find_likeliest(reader, options, is_first=i == 0) for i, reader in enumerate(self._readers)]
+        nodes: dict[int, Sequence[DecisionNode]] = {}
+        for index in self._list_open():
+            planned = _list_nodes(
+                self._questions[index], [of_reader[index] for of_reader in likeliest], self._positions[index]
+            )
+            nodes[index] = limit_to_budget(planned, options.end_ids, options.completions, options.budget)
+        # in reverse order: the last reader's model is still in memory, and the student, needed next, comes last
+        logprob = {reader.name: self._find_logprob(reader, nodes) for reader in reversed(self._readers)}
+        for states in self._kept.values():
+            states.clear()
+        return {
+            index: [
+                NodeReading(
+                    node=node, logprob={reader.name: logprob[reader.name][index][i] for reader in self._readers}
+                )
+                for i, node in enumerate(nodes[index])
             ]
-            report(done + 1, len(questions))
-            del node_reader  # it would keep this model in memory while the next one is loaded
-    nodes: dict[int, Sequence[DecisionNode]] = {}
-    for q in questions:
-        question_likeliest = [likeliest[reader.name, q.index] for reader in readers]
-        planned = _list_nodes(q, question_likeliest, positions[q.index])
-        nodes[q.index] = limit_to_budget(planned, options.end_ids, options.completions, options.budget)
-    return _add_logprob(models, readers, questions, nodes, positions, states)
+            for index in self._list_open()
+        }
+
+    def _find_likeliest(
+        self, reader: Reader, options: ReadingOptions, *, is_first: bool
+    ) -> Mapping[int, Sequence[Sequence[Sequence[int]]]]:
+        """Return a reader's most likely tokens, [rollout][node][token], by the question's index."""
+        pool, items = self._open(reader), self._list_open()
+        self._report.begin(f"the rollouts are read as {reader.name!r}", unit="questions", total=len(items))
+        work = LikeliestWork(
+            states=self._states_of(reader, pool),
+            items=items,
+            top_k=options.top_k if is_first else options.teacher_top_k,
+            min_probability=options.min_probability,
+            excluded_ids=options.excluded_ids,
+        )
+        return self._collect(pool, work)
+
+    def _find_logprob(
+        self, reader: Reader, nodes: Mapping[int, Sequence[DecisionNode]]
+    ) -> Mapping[int, Sequence[Sequence[float]]]:
+        """Return a reader's log-probabilities, [node][candidate], by the question's index."""
+        pool, items = self._open(reader), self._list_open()
+        if not pool.is_own_process:
+            self._report.begin(f"the candidates are read as {reader.name!r}", unit="questions", total=len(items))
+        return self._collect(pool, LogprobWork(states=self._states_of(reader, pool), items=items, nodes=nodes))
+
+    def _open(self, reader: Reader) -> Pool:
+        return self._models.pool(reader.model, reader.role, len(self._questions))
+
+    def _states_of(self, reader: Reader, pool: Pool) -> NodeStates:
+        return NodeStates(
+            reader=reader,
+            questions=self._questions,
+            prompts={index: self._prompts[reader.name, index] for index in self._questions},
+            positions=self._positions,
+            kept=self._kept[reader.name] if pool.is_own_process else None,
+        )
+
+    def _collect(self, pool: Pool, work: Work[Engine, R]) -> Mapping[int, R]:
+        """Return the results of a work by the question's index; note the questions that were given up."""
+        results: dict[int, R] = {}
+        for done, (index, outcome) in enumerate(pool.run(work), start=1):
+            assert not isinstance(outcome, Stopped), "nothing limits the run"
+            if isinstance(outcome, Lost):
+                self._failures[index] = f"{self._questions[index].label}: {outcome.reason}"
+            else:
+                results[index] = outcome
+            self._report(done, len(work.items))
+        return results
+
+    def _list_open(self) -> list[int]:
+        """Return the indices of the questions that were not given up."""
+        return [index for index in self._questions if index not in self._failures]
 
 
 def _list_nodes(
@@ -141,28 +169,3 @@ def _list_nodes(
         candidates = merge_candidates(q.rollouts[rollout].token_ids[position], node_likeliest)
         nodes.append(DecisionNode(rollout=rollout, position=position, candidates=candidates))
     return nodes
-
-
-def _add_logprob(
-    models: Models,
-    readers: Sequence[Reader],
-    questions: Sequence[Question],
-    nodes: Mapping[int, Sequence[DecisionNode]],
-    positions: Positions,
-    states: States,
-) -> dict[int, list[NodeReading]]:
-    logprob: dict[tuple[str, int], list[list[float]]] = {}
-    # in reverse order: the last reader's model is still in memory, and the student, needed next, comes last
-    for reader in reversed(readers):
-        for q in questions:
-            key = reader.name, q.index
-            rows = [states[key][n.rollout][positions[q.index][n.rollout].index(n.position)] for n in nodes[q.index]]
-            ids = [node.candidates for node in nodes[q.index]]
-            logprob[key] = models.reader(reader).logprob(torch.stack(rows), ids, q.label) if rows else []
-    return {
-        q.index: [
-            NodeReading(node=node, logprob={reader.name: logprob[reader.name, q.index][i] for reader in readers})
-            for i, node in enumerate(nodes[q.index])
-        ]
-        for q in questions
-    }

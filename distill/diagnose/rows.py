@@ -19,9 +19,8 @@ from genssd.distill.diagnose.alignment import (
     renormalise,
     teacher_advantage,
 )
-from genssd.distill.diagnose.forcing import Outcome, Question, QuestionCost
+from genssd.distill.diagnose.forcing import NodeReading, Outcome, Question, QuestionCost
 from genssd.distill.diagnose.placement import find_window
-from genssd.distill.diagnose.reading import NodeReading
 from genssd.distill.diagnose.reliability import gradient_variance, half_agreement
 from genssd.engine.text import Tokenizer
 

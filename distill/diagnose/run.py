@@ -18,22 +18,20 @@ Rollouts and reading cost little compared with forcing. A resumed run repeats th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from genssd.distill.answers.forms import Verdict
-from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.problems import describe_problems
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.diagnosis import Diagnosis
-from genssd.distill.diagnose.forcing import CompletionOptions, Question, Verify, force_nodes, succeeds
+from genssd.distill.diagnose.forcing import NodeReading, Question, Verify
+from genssd.distill.diagnose.model_pools import Load, ModelPools, check_in_processes, make_opener
 from genssd.distill.diagnose.page import render_page
 from genssd.distill.diagnose.placement import place_nodes
 from genssd.distill.diagnose.questions import (
@@ -43,23 +41,23 @@ from genssd.distill.diagnose.questions import (
     make_questions,
     read_question_data,
 )
-from genssd.distill.diagnose.reading import Load, Models, NodeReading, ReadingOptions, read_nodes
+from genssd.distill.diagnose.reading import ReadingOptions, RolloutReaders
 from genssd.distill.diagnose.rows import Findings, QuestionSource, Row, make_node_rows, make_question_row
 from genssd.distill.diagnose.tables import build_diagnosis
 from genssd.distill.diagnose.tokenizers import ReaderTokenizers
 from genssd.distill.diagnose.weighted_rows import WEIGHTED_ROWS_FILE, make_weighted_rows
-from genssd.distill.runs.engines import load_engine
+from genssd.distill.diagnose.works import ForcingWork, RolloutWork
+from genssd.distill.pool.pool import Lost, Pool, Stopped
+from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
 from genssd.engine.amounts import format_count
-from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import locate
-from genssd.engine.engine import Engine
+from genssd.engine.errors import WorkerError
 from genssd.engine.generation import Completion
-from genssd.engine.model_choices import Role
 from genssd.engine.sampling import prompt_stream
 from genssd.engine.text import Tokenizer
 
@@ -74,6 +72,7 @@ class DiagnoseSummary:
     """Rows of the data that could not be used, and why."""
 
 
+@on_cluster
 def run_diagnose(
     config: DiagnoseConfig,
     load: Load | None = None,
@@ -86,27 +85,16 @@ def run_diagnose(
     gives the reference answer, instead of `AnswerJudge`. Raises GenssdError on bad input; finished questions are in
     the journal.
     """
+    check_in_processes(config, load, verify)
     config = choose_sampling(config, config.student, "student")
     data = read_question_data(config)
-    with Run.open(config, "diagnose", journal="questions.jsonl") as run:
-        models = Models(_add_chat_options(_make_loader(config, run, load, report), run.chat_options))
+    with (
+        Run.open(config, "diagnose", journal="questions.jsonl") as run,
+        ModelPools(make_opener(config, run, load, report)) as models,
+    ):
         measurement = _Measurement(config, models, report, verify)
         bad_rows = _diagnose_questions(run, config, data, measurement)
         return _summarise(run, config, bad_rows)
-
-
-def _make_loader(config: DiagnoseConfig, run: Run, load: Load | None, report: Progress) -> Load:
-    """Return the function that loads the engine over a model, with `load` or as the config says, and records it."""
-
-    def load_as_configured(model: str, role: Role) -> Engine:
-        names = {"student": model} if role == "student" else {"teacher": model}
-        return load_engine(config, **names, report=report)
-
-    return lambda model, role: run.use((load or load_as_configured)(model, role))
-
-
-def _add_chat_options(load: Load, options: ChatOptions) -> Load:
-    return lambda model, role: load(model, role).with_chat(options)
 
 
 def _diagnose_questions(
@@ -134,6 +122,9 @@ def _summarise(run: Run, config: DiagnoseConfig, bad_rows: Sequence[str]) -> Dia
     """Write what follows from the finished journal: nodes.jsonl, summary.json and the page."""
     run.record()
     rows = sorted(run.done(), key=lambda row: int(row["index"]))
+    if not rows:
+        run.write_bad_rows(bad_rows)
+        raise WorkerError(f"no question could be diagnosed; {run.path('bad_rows.txt')} says why")
     nodes = [node for row in rows for node in make_node_rows(row, config.losses, config.beta, config.alpha)]
     write_jsonl(run.path("nodes.jsonl"), nodes)
     if config.teacher:
@@ -169,7 +160,7 @@ def _weigh_rows(config: DiagnoseConfig, rows: Sequence[Row], nodes: Sequence[Row
 class _Measurement:
     """The phases of the questions that are not in the journal: rollouts, reading, forcing."""
 
-    def __init__(self, config: DiagnoseConfig, models: Models, report: Progress, verify: Verify | None) -> None:
+    def __init__(self, config: DiagnoseConfig, models: ModelPools, report: Progress, verify: Verify | None) -> None:
         self._config = config
         self._models = models
         self.report = report
@@ -183,16 +174,18 @@ class _Measurement:
         tokenizers: ReaderTokenizers,
         failures: dict[int, str],
     ) -> Iterator[tuple[Question, Findings]]:
-        """Yield the questions that are not done, in order, each as it is finished.
+        """Yield the questions that are not done, each as it is finished.
 
         questions: all of them, because equal prompts are distinguished by how many of them come before. prompts: the
         token ids of every reader's prompt, by the reader's name and the question's index. failures: gets why questions
-        did not fit, or have a rollout with a token that a teacher does not have, by their indices.
+        did not fit, were given up, or have a rollout with a token that a teacher does not have, by their indices.
         """
         written = self._write_rollouts(questions, done, failures)
         unreadable = {q.index: fault for q in written if (fault := tokenizers.find_fault(q)) is not None}
         failures.update(unreadable)
         open_questions = [q for q in written if q.index not in unreadable]
+        if not open_questions:
+            return
         positions = {q.index: self._choose_positions(q) for q in open_questions}
         config = self._config
         options = ReadingOptions(
@@ -201,58 +194,40 @@ class _Measurement:
             min_probability=config.min_probability,
             completions=config.completions,
             budget=config.budget,
-            end_ids=self._student().tokenizer("student").end_token_ids,
+            end_ids=tokenizers.by_model[config.student].end_token_ids,
             excluded_ids=tokenizers.excluded_ids,
         )
-        readings = read_nodes(self._models, config.readers(), open_questions, prompts, positions, options, self.report)
-        self.report.begin(
-            "forced tokens", unit="questions", total=len(questions), done=len(done), engine=self._student()
+        readers = RolloutReaders(
+            self._models, config.readers(), open_questions, prompts, positions, failures, self.report
         )
-        for finished, q in enumerate(open_questions, start=len(done)):
-            planned_nodes = sum(map(len, positions[q.index]))
-            report_forcing = partial(self._report_forcing, finished, len(questions))
-            yield q, self._force(q, readings[q.index], planned_nodes, report_forcing)
+        readings = readers.read(options)
+        yield from self._force(open_questions, readings, positions, (len(done), len(questions)), failures)
 
-    def _report_forcing(self, finished: int, total: int, completions: int) -> None:
-        """Report the finished questions, and the completions written for the one that is running."""
-        self.report(
-            finished,
-            total,
-            f"{completions} of at most {format_count(self._config.budget, 'completion')} of the next one",
-        )
-
-    def _student(self) -> Engine:
-        return self._models.engine(self._config.student, "student")
+    def _open_student(self, questions: int) -> Pool:
+        return self._models.pool(self._config.student, "student", questions)
 
     def _write_rollouts(
         self, questions: Sequence[Question], done: frozenset[int], failures: dict[int, str]
     ) -> list[Question]:
         """Return the questions that are not done, with the student's rollouts; note those that do not fit."""
         config = self._config
-        student = self._student()
-        limits = ResponseLimits.of(student, ("student",), config.max_tokens)
-        limits.warn_of_shortage([{"student": len(q.prompt_ids)} for q in questions if q.index not in done])
+        places = [place for place, q in enumerate(questions) if q.index not in done]
+        pool = self._open_student(len(places))
+        limits = ResponseLimits.of(pool.models, ("student",), config.max_tokens)
+        limits.warn_of_shortage([{"student": len(questions[place].prompt_ids)} for place in places])
         rollouts: dict[int, tuple[Completion, ...]] = {}
         self.report.begin(
-            "rollouts", unit="questions", total=len(questions), done=len(done), engine=student, work="writing"
+            "rollouts", unit="questions", total=len(questions), done=len(done), engine=pool.models, work="writing"
         )
-        generated = student.iter_generate(
-            [q.prompt for q in questions],
-            model="student",
-            n=config.rollouts,
-            sampling=config.sampling,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            skip=frozenset(place for place, q in enumerate(questions) if q.index in done),
-            labels=[q.label for q in questions],
-        )
-        for outcome in generated:
-            q = questions[outcome.index]
-            if outcome.error is None:
-                rollouts[q.index] = tuple(outcome.completions)
+        work = RolloutWork(questions=questions, items=places, config=config)
+        for finished, (place, outcome) in enumerate(pool.run(work), start=len(done) + 1):
+            assert not isinstance(outcome, Stopped), "nothing limits the run"
+            q = questions[place]
+            if isinstance(outcome, tuple):
+                rollouts[q.index] = outcome
             else:
-                failures[q.index] = f"{q.label}: {outcome.error}"
-            self.report(len(done) + len(rollouts) + len(failures), len(questions))
+                failures[q.index] = f"{q.label}: {outcome.reason if isinstance(outcome, Lost) else outcome}"
+            self.report(finished, len(questions))
         return [dataclasses.replace(q, rollouts=rollouts[q.index]) for q in questions if q.index in rollouts]
 
     def _choose_positions(self, question: Question) -> list[list[int]]:
@@ -264,26 +239,41 @@ class _Measurement:
         ]
 
     def _force(
-        self, question: Question, readings: Sequence[NodeReading], planned_nodes: int, report: Callable[[int], None]
-    ) -> Findings:
-        """Force every candidate at every node of a question. report: takes the number of completions written."""
-        config = self._config
-        options = CompletionOptions(
-            completions=config.completions, sampling=config.sampling, max_tokens=config.max_tokens, seed=config.seed
-        )
+        self,
+        questions: Sequence[Question],
+        readings: Mapping[int, Sequence[NodeReading]],
+        positions: Mapping[int, Sequence[Sequence[int]]],
+        counts: tuple[int, int],
+        failures: dict[int, str],
+    ) -> Iterator[tuple[Question, Findings]]:
+        """Yield the questions that were read with what forcing shows of them; note those that were given up.
 
-        report(0)
-        nodes = [reading.node for reading in readings]
-        verify = self._verify or AnswerJudge(self._student().tokenizer("student")).for_prompt(question.prompt_ids)
-        outcomes, cost = force_nodes(self._student(), question, nodes, verify, options, report)
-        verdicts: dict[str, Verdict] = {}
-        correct = [succeeds(rollout, question.answer, verify, verdicts) for rollout in question.rollouts]
-        return Findings(
-            correct=correct,
-            undecided=[verdicts[r.text].undecided if r.text in verdicts else None for r in question.rollouts],
-            planned_nodes=planned_nodes,
+        counts: number of questions done before, and of all.
+        """
+        finished, total = counts
+        by_index = {q.index: q for q in questions if q.index in readings}
+        pool = self._open_student(len(by_index))
+        self.report.begin("forced tokens", unit="questions", total=total, done=finished, engine=pool.models)
+
+        def report_completions(_: int, completions: int) -> None:
+            budget = format_count(self._config.budget, "completion")
+            self.report(finished, total, f"{completions} of at most {budget} of the next one")
+
+        work = ForcingWork(
+            questions=by_index,
+            items=list(by_index),
             readings=readings,
-            outcomes=outcomes,
-            completions=config.completions,
-            cost=cost,
+            planned_nodes={index: sum(map(len, positions[index])) for index in by_index},
+            config=self._config,
+            verify=self._verify,
         )
+        if pool.is_own_process:
+            work = dataclasses.replace(work, report=report_completions)
+        for index, outcome in pool.run(work):
+            assert not isinstance(outcome, Stopped), "nothing limits the run"
+            finished += 1
+            if isinstance(outcome, Lost):
+                failures[index] = f"{by_index[index].label}: {outcome.reason}"
+            else:
+                yield by_index[index], outcome
+            self.report(finished, total)

@@ -10,8 +10,8 @@ from genssd.distill.answers.numbers import parse_quantity
 from genssd.distill.data.overlap import find_eval_overlap, iter_file_questions, list_examples, list_problems
 from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding, list_lines
-from genssd.distill.doctor.inputs import Inputs, find_max_length
-from genssd.distill.select.unfit import ThoughtEnds
+from genssd.distill.doctor.inputs import Inputs, find_max_length, read_examples
+from genssd.distill.evaluating import read_answered_problems
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import GenssdError
 from genssd.engine.quoting import quote
@@ -25,7 +25,7 @@ def check_rows(inputs: Inputs) -> list[Finding]:
     rows = inputs.rows
     if not rows.count:
         return []
-    faults = [*rows.faults, *inputs.prompts.faults, *_find_unreadable(inputs)]
+    faults = [*rows.faults, *inputs.prompts.faults]
     num_usable = rows.count - len(faults) - sum(rows.left_out.values())
     left_out = [f"{format_count(count, 'row')} left out: {reason}" for reason, count in rows.left_out.items()]
     line = f"{num_usable:,} {rows.describe()} can be used"
@@ -58,19 +58,32 @@ def check_rows(inputs: Inputs) -> list[Finding]:
     return [Finding(name="rows", level="ok", line=line)]
 
 
-def _find_unreadable(inputs: Inputs) -> list[str]:
-    """Return a message for every prompt whose thought only a token closes that the student does not have."""
-    reader = inputs.reader
-    if reader is None or reader.is_identity or inputs.teacher is None:
+def check_held_out(inputs: Inputs) -> list[Finding]:
+    """Find the rows of eval_data that cannot be used: a training's rows, and the problems of distill's evaluations."""
+    settings, name = inputs.settings, "rows of eval_data"
+    limit = max(inputs.rows.count, 1)
+    try:
+        faults: list[str] = []
+        count = 0
+        if settings.training is not None and settings.training.eval_data and inputs.student is not None:
+            held_out = read_examples(inputs, settings.training.eval_data, limit, is_held_out=True)
+            count += held_out.count
+            faults += held_out.faults
+            if not held_out.examples and not faults:
+                faults.append(f"none {held_out.describe()} is left to measure the loss on")
+        if isinstance(settings.config, DistillConfig) and settings.config.eval_data is not None:
+            most = min(limit, settings.config.eval_limit or limit)
+            read_answered_problems(settings.config.eval_data, most, system_prompt=settings.chat.system_prompt)
+            count += most
+    except GenssdError as error:
+        return [Finding(name=name, level="error", line=str(error))]
+    if not count:
         return []
-    ends = ThoughtEnds(inputs.teacher.tokenizer, reader)
-    faults = []
-    for problem in inputs.rows.problems:
-        ids = inputs.prompts.ids.get(problem.index)
-        fault = None if ids is None else ends.find_fault(ids["teacher"])
-        if fault is not None:
-            faults.append(f"{problem.where}: {fault}")
-    return faults
+    if faults:
+        fix = "mend or remove the rows that are listed (docs/rows.md has the forms that are read)"
+        line = f"{format_count(len(faults), 'fault')} in up to {format_count(count, 'row')}: train refuses the file"
+        return [Finding(name=name, level="error", line=line, detail=list_lines(faults), fix=fix)]
+    return [Finding(name=name, level="ok", line=f"the first {format_count(count, 'row')} can be used")]
 
 
 def check_answers(inputs: Inputs) -> list[Finding]:
@@ -145,22 +158,25 @@ def check_lengths(inputs: Inputs) -> list[Finding]:
     lengths, max_tokens = inputs.prompts.list_lengths(), inputs.settings.max_tokens
     if not lengths or not inputs.models or max_tokens is None:
         return []
-    positions = {role: model.config.max_position_embeddings for role, model in inputs.models.items()}
+    positions = {title: model.config.max_position_embeddings for title, model in inputs.models.items()}
     where = {problem.index: problem.where for problem in inputs.rows.problems}
     too_long = [
         f"{where[index]}: "
-        + ", ".join(f"{len(ids)} of the {role}'s {positions[role]} positions" for role, ids in by_role.items())
-        for index, by_role in inputs.prompts.ids.items()
-        if any(len(ids) >= positions[role] for role, ids in by_role.items())
+        + ", ".join(
+            f"{len(ids)} of {inputs.models[title].phrase}'s {positions[title]} positions"
+            for title, ids in by_title.items()
+        )
+        for index, by_title in inputs.prompts.ids.items()
+        if any(len(ids) >= positions[title] for title, ids in by_title.items())
     ]
-    longest = {role: max(by_role[role] for by_role in lengths) for role in positions}
-    middle = {role: int(median(by_role[role] for by_role in lengths)) for role in positions}
+    longest = {title: max(by_title[title] for by_title in lengths) for title in positions}
+    middle = {title: int(median(by_title[title] for by_title in lengths)) for title in positions}
     lines = [
-        f"{role}: prompts of up to {format_count(longest[role], 'token')} (median {middle[role]:,}), and max_tokens "
-        f"{max_tokens:,}, in {positions[role]:,} positions"
-        for role in positions
+        f"{title}: prompts of up to {format_count(longest[title], 'token')} (median {middle[title]:,}), and max_tokens "
+        f"{max_tokens:,}, in {positions[title]:,} positions"
+        for title in positions
     ]
-    room = min(positions[role] - longest[role] for role in positions)
+    room = min(positions[title] - longest[title] for title in positions)
     if too_long:
         return [
             Finding(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
+from genssd.distill.data.topk_coding import BYTES_PER_ENTRY
 from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs
@@ -22,8 +23,6 @@ BYTES_PER_ROW_TOKEN = 32
 small pair takes 22; larger vocabularies have longer ids."""
 BYTES_PER_CANDIDATE_TOKEN = 110
 """Bytes of decisions.jsonl for one sampled token. A search of the small pair takes 89."""
-BYTES_PER_LIKELY_TOKEN = 8
-"""Bytes of teacher_topk.bin for each of the most likely tokens along a response: id and log-probability."""
 CHECKPOINT_VALUES = 3
 """Values of a checkpoint per weight, in float32: the weight and two moments."""
 
@@ -82,7 +81,7 @@ def _list_journals(inputs: Inputs) -> Iterator[tuple[str, int]]:
     if settings.search is not None:
         sampled = count * rounds * settings.sequences * settings.max_tokens
         yield "decisions (every candidate)", sampled * BYTES_PER_CANDIDATE_TOKEN
-        topk = count * rounds * settings.max_tokens * settings.search.teacher_topk * BYTES_PER_LIKELY_TOKEN
+        topk = count * rounds * settings.max_tokens * settings.search.teacher_topk * BYTES_PER_ENTRY
         if topk:
             yield "the teacher's most likely tokens", topk
 

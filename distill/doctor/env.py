@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import struct
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
+from genssd import _core
 from genssd.distill.doctor.machine_checks import describe_cuda, describe_sets, describe_triton
+from genssd.distill.runs.source_version import find_commit
 from genssd.engine.amounts import format_bytes
 from genssd.engine.machine import available_cores, available_memory, read_cpu_name
 from genssd.engine.threads import choose_engine_threads
@@ -35,6 +39,7 @@ def describe_environment() -> str:
 def _iter_facts() -> Iterator[tuple[str, str]]:
     for name in PACKAGES:
         yield name, _find_version(name)
+    yield "commit of genssd", find_commit() or "unknown: installed as a package"
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     libc = " ".join(platform.libc_ver()) or "unknown"
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}, {libc}"
@@ -43,6 +48,7 @@ def _iter_facts() -> Iterator[tuple[str, str]]:
     yield "memory free for this process", format_bytes(available_memory())
     threads = choose_engine_threads(None)
     yield "threads", str(threads).removeprefix("computing with ")
+    yield "compiler of the native kernels", read_compiler(Path(_core.__file__)) or "unknown"
     for line in describe_sets():
         name, _, state = line.partition(": ")
         yield f"kernels of {name}", state
@@ -58,6 +64,22 @@ def _iter_facts() -> Iterator[tuple[str, str]]:
     for name in VARIABLES:
         if name in os.environ:
             yield name, os.environ[name]
+
+
+def read_compiler(library: Path) -> str | None:
+    """Return what compiled a shared library, by the section .comment of its ELF file; None where it has none."""
+    data = library.read_bytes()
+    if data[:6] != b"\x7fELF\x02\x01":  # 64 bits, little endian
+        return None
+    (start,) = struct.unpack_from("<Q", data, 40)
+    size, count, names = struct.unpack_from("<HHH", data, 58)
+    headers = [struct.unpack_from("<IIQQQQ", data, start + i * size) for i in range(count)]
+    strings = data[headers[names][4] :]
+    for name, _, _, _, offset, length in headers:
+        if strings[name : name + 9] == b".comment\0":
+            texts = data[offset : offset + length].decode(errors="replace").split("\0")
+            return ", ".join(dict.fromkeys(filter(None, texts))) or None
+    return None
 
 
 def _find_version(name: str) -> str:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from genssd.distill.doctor.data_checks import check_answers, check_lengths, check_overlap, check_rows
+from genssd.distill.doctor.data_checks import check_answers, check_held_out, check_lengths, check_overlap, check_rows
 from genssd.distill.doctor.disk_checks import check_disk
 from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.inputs import Inputs, open_inputs
 from genssd.distill.doctor.machine_checks import check_kernels
 from genssd.distill.doctor.memory_checks import check_caches, check_training
 from genssd.distill.doctor.model_checks import check_models, check_vocabularies
+from genssd.distill.doctor.option_checks import check_options
 from genssd.distill.doctor.run_checks import check_run, check_settings
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.doctor.team_checks import check_teachers
 from genssd.distill.doctor.text_checks import check_masks, check_templates
 from genssd.distill.doctor.thinking_checks import check_thinking
 from genssd.distill.doctor.token_checks import check_ends, check_tokenizers
+from genssd.distill.doctor.upload_checks import check_upload
 from genssd.distill.doctor.verify import verify
 
 Check = Callable[[Inputs], list[Finding]]
 CHECKS: tuple[Check, ...] = (
     check_settings,
+    check_options,
     check_run,
     check_models,
     check_vocabularies,
@@ -31,6 +34,7 @@ CHECKS: tuple[Check, ...] = (
     check_thinking,
     check_ends,
     check_rows,
+    check_held_out,
     check_answers,
     check_lengths,
     check_overlap,
@@ -38,6 +42,7 @@ CHECKS: tuple[Check, ...] = (
     check_caches,
     check_training,
     check_disk,
+    check_upload,
     check_kernels,
 )
 """The checks in the order in which their findings are shown."""

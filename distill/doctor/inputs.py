@@ -5,66 +5,34 @@ What cannot be opened is a finding of its own; the checks that need it are then 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 from genssd.distill.doctor.findings import Finding
+from genssd.distill.doctor.model_files import ModelFiles, Pair, make_pairs, make_readers, open_model, render_as
 from genssd.distill.doctor.rows import Rows, read_example_rows, read_problem_rows
 from genssd.distill.doctor.settings import Settings
+from genssd.distill.select.unfit import PromptCheck
 from genssd.distill.train.models import TeacherReader, find_foreign_tokenizer
-from genssd.engine.basic_config import BasicConfig
-from genssd.engine.byte_reader import ByteReader, find_reader
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.checkpoint import locate
-from genssd.engine.config import load_config
 from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.loading import has_own_decoder
 from genssd.engine.model_choices import Role
-from genssd.engine.pair_prompts import PairEncoder
 from genssd.engine.served.address import is_url
-from genssd.engine.text import Tokenizer
-from genssd.engine.token_map import TokenMap
 
 ROLES: tuple[Role, ...] = ("teacher", "student")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFiles:
-    """The small files of one model: config.json, tokenizer and chat template."""
-
-    role: Role
-    name: str
-    """Hub id or local directory, as it was given."""
-    directory: Path
-    config: BasicConfig
-    tokenizer: Tokenizer
-    """Tokenizer with the command's options of rendering chats."""
-    has_own_decoder: bool
-    """Whether the engine's own decoder computes the model; otherwise transformers does."""
-    title: str
-    """What the findings call the model."""
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether weight files are there: those of a hub id may not have been fetched yet."""
-        return any(self.directory.glob("*.safetensors"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLengths:
     """The prompts of problems as token ids."""
 
-    ids: Mapping[int, Mapping[Role, list[int]]] = field(default_factory=dict)
-    """Token ids of every prompt as each model reads it, by the index of its row."""
+    ids: Mapping[int, Mapping[str, list[int]]] = field(default_factory=dict)
+    """Token ids of every prompt as each model reads it, by the index of its row and the model's title."""
     faults: tuple[str, ...] = ()
-    """A message naming file and line for every prompt that a model cannot read."""
+    """A message naming file and line for every prompt that the models cannot use."""
 
-    def list_lengths(self) -> list[Mapping[Role, int]]:
-        """Return the number of tokens of every prompt as each model reads it."""
-        return [{role: len(ids) for role, ids in by_role.items()} for by_role in self.ids.values()]
+    def list_lengths(self) -> list[Mapping[str, int]]:
+        """Return the number of tokens of every prompt as each model reads it, by the model's title."""
+        return [{title: len(ids) for title, ids in by_title.items()} for by_title in self.ids.values()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +40,15 @@ class Inputs:
     """What all checks read."""
 
     settings: Settings
-    models: Mapping[Role, ModelFiles]
+    models: Mapping[str, ModelFiles]
+    """Models that read the prompts or write, by their titles: "teacher", "student", and "teacher 2" and so on for
+    teachers that compete with the first one."""
     training_teacher: ModelFiles | None = None
     """Teacher that the training loads next to the student: that of `models`, or another one. None where it has none."""
-    pairs: PairEncoder | None = None
-    """Encoder of prompts for both models; None without two models."""
-    reader: TokenMap | ByteReader | None = None
-    """How the student reads the teacher's tokens; None without two models, or where it cannot."""
-    further: Mapping[str, ModelFiles] = field(default_factory=dict)
-    """Teachers that compete with the first one, by "teacher 2" and so on."""
+    is_foreign: bool = False
+    """Whether the training's teacher has another tokenizer than the student, and renders the chats of the rows."""
+    pairs: tuple[Pair, ...] = ()
+    """Every teacher of `models` with the student; none without both."""
     rows: Rows = field(default_factory=Rows)
     prompts: PromptLengths = field(default_factory=PromptLengths)
     formula_seconds: float = 0.0
@@ -101,46 +69,46 @@ class Inputs:
         models, further = list(self.models.values()), self.training_teacher
         return models if further is None or further in models else [*models, further]
 
+    def list_chat_models(self) -> list[ModelFiles]:
+        """Return all models whose chat templates render the command's messages, each once."""
+        return self.list_models() if self.is_foreign else list(self.models.values())
+
 
 def open_inputs(settings: Settings, limit: int, *, formula_seconds: float = 0.0) -> Inputs:
     """Open the models' files and read the first `limit` rows of the data. formula_seconds: see `Inputs`."""
     faults: list[Finding] = []
-    models: dict[Role, ModelFiles] = {}
-    for role in ROLES:
-        if role in settings.models:
-            if is_url(settings.models[role]):
-                line = f"served at {settings.models[role]}: it is asked when the command begins, and not examined here"
-                faults.append(Finding(name=f"{role}", level="ok", line=line))
-                continue
-            try:
-                models[role] = _open_model(role, settings.models[role], settings, settings.chat.for_model(role))
-            except GenssdError as error:
-                faults.append(Finding(name=f"{role}", level="error", line=str(error)))
-    opened = Inputs(
-        settings=settings,
-        models=models,
-        training_teacher=_open_training_teacher(settings, models, faults),
-        further=_open_further(settings, faults),
-        formula_seconds=formula_seconds,
-        **_pair(models),
-    )
+    models = _open_models(settings, faults)
+    opened = Inputs(settings=settings, models=models, formula_seconds=formula_seconds, pairs=make_pairs(models))
+    opened = _add_training_teacher(opened, faults)
     rows, prompts = Rows(), PromptLengths()
     try:
         if settings.data and settings.reads_examples and opened.student is not None:
-            rows = read_example_rows(
-                settings,
-                opened.student.tokenizer,
-                limit,
-                max_length=find_max_length(opened),
-                teacher=_find_foreign_tokenizer(opened),
-                reader=_find_training_reader(opened),
-            )
+            rows = read_examples(opened, settings.data, limit)
         elif settings.data and not settings.reads_examples:
             rows = read_problem_rows(settings, limit)
             prompts = _encode_prompts(rows, opened)
     except GenssdError as error:
         faults.append(Finding(name="data", level="error", line=str(error)))
     return replace(opened, rows=rows, prompts=prompts, faults=tuple(faults))
+
+
+def read_examples(inputs: Inputs, files: Sequence[str], limit: int, *, is_held_out: bool = False) -> Rows:
+    """Return the first rows of data files to train on, as the training will read them. is_held_out: of eval_data.
+
+    Raises InputError on a file that cannot be read.
+    """
+    assert inputs.student is not None, "the student could not be opened"
+    foreign = inputs.training_teacher if inputs.is_foreign else None
+    return read_example_rows(
+        files,
+        inputs.settings,
+        inputs.student.tokenizer,
+        limit,
+        max_length=find_max_length(inputs),
+        teacher=None if foreign is None else foreign.tokenizer,
+        reader=_find_training_reader(inputs),
+        is_held_out=is_held_out,
+    )
 
 
 def find_max_length(inputs: Inputs) -> int:
@@ -150,65 +118,51 @@ def find_max_length(inputs: Inputs) -> int:
     return min(inputs.settings.training.max_length, *(model.config.max_position_embeddings for model in models))
 
 
-def _open_training_teacher(
-    settings: Settings, models: Mapping[Role, ModelFiles], faults: list[Finding]
-) -> ModelFiles | None:
-    """Return the teacher of the training; one that cannot be opened is added to the faults."""
-    name = None if settings.training is None else settings.training.teacher_model_name_or_path
-    if name is None or name == settings.models.get("teacher"):
-        return None if name is None else models.get("teacher")
-    title = "teacher of the training"
-    try:
-        return _open_model("teacher", name, settings, title=title)  # it renders no chats
-    except GenssdError as error:
-        faults.append(Finding(name=title, level="error", line=str(error)))
-        return None
-
-
-def _pair(models: Mapping[Role, ModelFiles]) -> dict[str, Any]:
-    """Return what `Inputs` has of two models together."""
-    if len(models) < 2:
-        return {}
-    teacher, student = models["teacher"], models["student"]
-    reader: TokenMap | ByteReader | None = None
-    with contextlib.suppress(InputError):  # a finding of its own
-        reader = find_reader(teacher.tokenizer, student.tokenizer, *name_pair(teacher, student))
-    return {"reader": reader, "pairs": PairEncoder(teacher.tokenizer, student.tokenizer, reader or TokenMap())}
-
-
-def name_pair(teacher: ModelFiles, student: ModelFiles) -> tuple[str, str]:
-    """Return the names of two models in messages about their tokens."""
-    return f"teacher {teacher.name}", f"student {student.name}"
-
-
-def _find_foreign_tokenizer(inputs: Inputs) -> Tokenizer | None:
-    """Return the tokenizer by which a training's rows are read for its teacher as well; None for those of the student.
-
-    None as well where the training refuses the teacher, which is a finding of its own.
-    """
-    teacher, student, training = inputs.training_teacher, inputs.student, inputs.settings.training
-    if teacher is None or student is None or training is None:
-        return None
-    try:
-        return find_foreign_tokenizer(teacher.tokenizer, student.tokenizer, training)
-    except GenssdError:
-        return None
-
-
-def _open_further(settings: Settings, faults: list[Finding]) -> dict[str, ModelFiles]:
-    """Open the small files of the teachers after the first one; add findings about those that cannot be opened."""
-    further: dict[str, ModelFiles] = {}
-    for number, name in enumerate(settings.further_teachers, start=2):
-        label = f"teacher {number}"
+def _open_models(settings: Settings, faults: list[Finding]) -> dict[str, ModelFiles]:
+    """Open the small files of the models by their titles; add findings about those that cannot be opened."""
+    names: list[tuple[str, Role, str]] = [
+        (role, role, settings.models[role]) for role in ROLES if role in settings.models
+    ]
+    names += [(f"teacher {number}", "teacher", name) for number, name in enumerate(settings.further_teachers, start=2)]
+    models: dict[str, ModelFiles] = {}
+    for title, role, name in names:
         if is_url(name):
             line = f"served at {name}: it is asked when the command begins, and not examined here"
-            faults.append(Finding(name=label, level="ok", line=line))
+            faults.append(Finding(name=title, level="ok", line=line))
             continue
         try:
-            further[label] = _open_model("teacher", name, settings)
+            models[title] = open_model(role, name, settings, settings.chat.for_model(role), title=title)
         except GenssdError as error:
-            faults.append(Finding(name=label, level="error", line=str(error)))
-    return further
+            faults.append(Finding(name=title, level="error", line=str(error)))
+    return models
+
+
+def _add_training_teacher(inputs: Inputs, faults: list[Finding]) -> Inputs:
+    """Return the inputs with the teacher of the training; one that cannot be opened is added to the faults.
+
+    One that reads the student's ids renders no chats; another one renders those of the rows under the student's
+    options. None is foreign where the training refuses it, which is a finding of its own.
+    """
+    training, settings = inputs.settings.training, inputs.settings
+    name = None if training is None else training.teacher_model_name_or_path
+    if training is None or name is None:
+        return inputs
+    title = "teacher" if settings.reads_examples else "teacher of the training"
+    try:
+        is_known = name == settings.models.get("teacher")
+        teacher = inputs.teacher if is_known else open_model("teacher", name, settings, title=title)
+    except GenssdError as error:
+        faults.append(Finding(name=title, level="error", line=str(error)))
+        return inputs
+    if teacher is None or inputs.student is None or not settings.reads_examples:
+        return replace(inputs, training_teacher=teacher)
+    try:
+        if find_foreign_tokenizer(teacher.tokenizer, inputs.student.tokenizer, training) is None:
+            return replace(inputs, training_teacher=teacher)
+        teacher = render_as(teacher, inputs.student.tokenizer.chat.options)
+    except GenssdError:
+        return replace(inputs, training_teacher=teacher)
+    return replace(inputs, training_teacher=teacher, is_foreign=True)
 
 
 def _find_training_reader(inputs: Inputs) -> TeacherReader | None:
@@ -223,40 +177,28 @@ def _find_training_reader(inputs: Inputs) -> TeacherReader | None:
         return None
 
 
-def _open_model(
-    role: Role, name: str, settings: Settings, chat: ChatOptions = ChatOptions(), *, title: str | None = None
-) -> ModelFiles:
-    """Open the small files of a model. title: its name in findings; None for its role.
-
-    Raises GenssdError on what cannot be used.
-    """
-    directory = locate(name, weights=False)
-    config = load_config(directory)
-    # a training computes in transformers; what its student is to the engine counts where the command loads one
-    own = has_own_decoder(directory, settings.engine.backend if settings.engine is not None else "auto")
-    tokenizer = Tokenizer(directory).with_chat(chat)
-    return ModelFiles(
-        role=role,
-        name=name,
-        directory=directory,
-        config=config,
-        tokenizer=tokenizer,
-        has_own_decoder=own,
-        title=title or role,
-    )
-
-
 def _encode_prompts(rows: Rows, inputs: Inputs) -> PromptLengths:
-    ids: dict[int, dict[Role, list[int]]] = {}
+    """Return the prompts of the problems as the command will encode them for every model."""
+    readers = make_readers(inputs.models, inputs.pairs)
+    if readers is None:
+        return PromptLengths()
+    pairs = inputs.pairs
+    roles = ROLES if pairs else (next(iter(inputs.models.values())).role,)
+    check = PromptCheck(readers, roles)
+    ids: dict[int, dict[str, list[int]]] = {}
     faults: list[str] = []
-    models, pairs = inputs.models, inputs.pairs
     for problem in rows.problems:
         try:
-            if pairs is None:
-                ids[problem.index] = {role: m.tokenizer.encode_prompt(problem.prompt) for role, m in models.items()}
-            else:
-                pair = pairs.encode(problem.prompt)
-                ids[problem.index] = {"teacher": list(pair.teacher), "student": list(pair.student)}
+            each = check.encode(problem.prompt)
+            fault = check.find_unreadable(each) or check.find_disagreement(problem.prompt)
         except InputError as error:
-            faults.append(f"{problem.where}: {error}")
+            fault = str(error)
+        if fault is not None:
+            faults.append(f"{problem.where}: {fault}")
+            continue
+        if pairs:
+            by_title = {pair.teacher.title: list(one["teacher"]) for pair, one in zip(pairs, each, strict=True)}
+            ids[problem.index] = {**by_title, "student": list(each[0]["student"])}
+        else:
+            ids[problem.index] = {title: list(one[roles[0]]) for title, one in zip(inputs.models, each, strict=True)}
     return PromptLengths(ids=ids, faults=tuple(faults))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +19,15 @@ from genssd.engine.threads import choose_engine_threads
 from genssd.kernels.native import instruction_set, list_instruction_sets
 from genssd.kernels.tuned import SHIPPED_CAPABILITIES, TuneFileError, card_of, default_path, read_entries
 
-FEATURES = {
+FEATURES: dict[str, tuple[str, ...]] = {
     "amx": ("amx_tile", "amx_bf16", "avx512_bf16"),
     "avx512_bf16": ("avx512_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
 }
-"""What every set of native kernels needs, by the names of /proc/cpuinfo; the best set first."""
+if platform.machine() in ("aarch64", "arm64"):
+    FEATURES = {"neon": ("asimd",)}
+"""What every set of native kernels of this kind of processor needs, by the names of /proc/cpuinfo; the best first."""
 
 
 def check_kernels(inputs: Inputs) -> list[Finding]:
@@ -48,7 +51,7 @@ def check_kernels(inputs: Inputs) -> list[Finding]:
                 level="warning",
                 line=f"{read_cpu_name()}: no native kernels, plain torch serves, more slowly",
                 detail=detail,
-                fix="take an x86-64 processor with AVX2, or a GPU",
+                fix="take an x86-64 processor with AVX2, a 64-bit ARM processor, or a GPU",
             )
         ]
     line = f"native kernels of {name} on {read_cpu_name()}, {threads.count} of its cores"

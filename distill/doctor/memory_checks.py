@@ -8,12 +8,14 @@ from collections.abc import Iterator
 import torch
 
 from genssd.distill.doctor.findings import Finding, Piece
-from genssd.distill.doctor.inputs import Inputs, ModelFiles, find_max_length
+from genssd.distill.doctor.inputs import Inputs, find_max_length
+from genssd.distill.doctor.model_files import ModelFiles
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.train.activations import BatchShape, estimate_training_bytes
 from genssd.distill.train.adapters import add_adapters
 from genssd.distill.train.build import choose_bf16
 from genssd.distill.train.config import TrainSettings
+from genssd.distill.train.division import divide_step
 from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.errors import CapacityError, GenssdError
 from genssd.engine.memory import available_bytes, choose_device, choose_dtype, count_weight_bytes
@@ -29,8 +31,7 @@ TIGHT = 0.9
 def check_caches(inputs: Inputs) -> list[Finding]:
     """Find how the memory is divided between weights and caches, and how many sequences the caches hold."""
     engine = inputs.settings.engine
-    models: dict[str, ModelFiles] = {role: model for role, model in inputs.models.items()}
-    models |= inputs.further
+    models = inputs.models
     if engine is None or not all(model.has_weights for model in models.values()) or len(models) < _num_models(inputs):
         return []
     name = "memory of the engine"
@@ -131,15 +132,22 @@ def check_training(inputs: Inputs) -> list[Finding]:
         device = choose_device(training.device)
         bf16 = choose_bf16(training.bf16, device)
         teacher_bytes = _count_teacher_bytes(inputs, device)
-        free = available_bytes(device)
-        needed = _count_training_bytes(inputs, training, student, bf16=bf16) + teacher_bytes
+        division = divide_step(training, inputs.settings.training_processes)
+        free = available_bytes(device) // division.processes
+        divided = dataclasses.replace(
+            training,
+            per_device_train_batch_size=division.per_device_train_batch_size,
+            gradient_accumulation_steps=division.gradient_accumulation_steps,
+        )
+        needed = _count_training_bytes(inputs, divided, student, bf16=bf16) + teacher_bytes
     except GenssdError as error:
         return [Finding(name=name, level="error", line=str(error))]
-    batch = _find_batch(inputs, training)
+    batch = _find_batch(inputs, divided)
+    each = f" for each of {division.processes} processes" if division.processes > 1 else ""
     teacher = f", of which the teacher's weights take {format_bytes(teacher_bytes)}" if teacher_bytes else ""
     line = (
         f"about {format_bytes(needed)} with batches of {batch.rows} x {format_count(batch.length, 'token')}{teacher}; "
-        f"{format_bytes(free)} are free"
+        f"{format_bytes(free)} are free{each}"
     )
     if needed <= TIGHT * free:
         return [Finding(name=name, level="ok", line=line)]
@@ -169,7 +177,7 @@ def _try_less(
         whole = size * training.gradient_accumulation_steps
         flags = f"--per-device-train-batch-size 1 --gradient-accumulation-steps {whole}"
         steps.append((flags, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": whole}))
-    if not training.use_peft and not training.fsdp and not training.lmbda:
+    if not training.use_peft:
         steps.append(("--use-peft", {"use_peft": True}))
     words: list[str] = []
     for flags, changes in steps:

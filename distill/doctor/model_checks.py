@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from genssd.distill.doctor.findings import Finding, Piece
-from genssd.distill.doctor.inputs import Inputs, ModelFiles
+from genssd.distill.doctor.inputs import Inputs
+from genssd.distill.doctor.model_files import ModelFiles
 from genssd.engine.amounts import format_count
 from genssd.engine.config import ModelConfig
 from genssd.engine.config_files import read_config
@@ -53,7 +54,7 @@ def _check_model(inputs: Inputs, model: ModelFiles) -> Finding:
         name=name,
         level="warning",
         line=f"{facts} runs in transformers, in {name_of(dtype)}: one sequence at a time, which is slow",
-        fix="take a model of a family that the engine computes itself (README, which models run), or accept the time",
+        fix="take a model of a family that the engine computes itself (docs/models.md), or accept the time",
     )
 
 

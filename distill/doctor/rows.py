@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from genssd.distill.data.problems import ProblemRow, parse_object, read_usable_p
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.files.rows import read_rows
 from genssd.distill.train.models import TeacherReader
+from genssd.distill.train.row_needs import check_example
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.text import Tokenizer
@@ -62,7 +64,8 @@ def has_responses(name: str) -> bool:
 def read_problem_rows(settings: Settings, limit: int) -> Rows:
     """Return the first rows of a file of problems. Raises InputError on an unreadable file, or without a usable row."""
     most = limit + 1 if settings.limit is None else min(limit + 1, settings.limit)
-    data = read_usable_problems(settings.data[0], most, system_prompt=settings.chat.system_prompt)
+    shard = getattr(settings.config, "shard", None)
+    data = read_usable_problems(settings.data[0], most, system_prompt=settings.chat.system_prompt, shard=shard)
     count = len(data.problems) + len(data.faults)
     return Rows(
         problems=tuple(problem for problem in data.problems if problem.index < limit),
@@ -73,6 +76,7 @@ def read_problem_rows(settings: Settings, limit: int) -> Rows:
 
 
 def read_example_rows(
+    files: Sequence[str],
     settings: Settings,
     tokenizer: Tokenizer,
     limit: int,
@@ -80,18 +84,22 @@ def read_example_rows(
     max_length: int,
     teacher: Tokenizer | None,
     reader: TeacherReader | None,
+    is_held_out: bool = False,
 ) -> Rows:
     """Return the first rows of files to train on, as the student of this tokenizer reads them.
 
     max_length: maximum number of tokens in a prompt with its completion. teacher: as for `read_examples`. reader:
-    how the training's teacher reads the rows; None without one. Raises InputError when a file cannot be read.
+    how the training's teacher reads the rows; None without one. is_held_out: whether the loss is measured on the rows
+    only. Raises InputError when a file cannot be read.
     """
-    assert settings.training is not None
+    training = settings.training
+    assert training is not None
+    writer = None if is_held_out or settings.writer == "both" else settings.writer
     examples: list[Example] = []
     faults: list[str] = []
     left_out: Counter[str] = Counter()
     count = 0
-    rows = chain.from_iterable(((Path(path).parent, row) for row in read_rows(path)) for path in settings.data)
+    rows = chain.from_iterable(((Path(path).parent, row) for row in read_rows(path)) for path in files)
     first = list(islice(rows, limit + 1))
     for directory, row in first[:limit]:
         count += 1
@@ -102,12 +110,15 @@ def read_example_rows(
                 tokenizer,
                 directory,
                 max_length=max_length,
-                statuses=settings.training.statuses,
-                require_correct=settings.needs_correct,
+                statuses=training.statuses,
+                require_correct=settings.needs_correct and not is_held_out,
+                require_answers=training.rollout.is_verified and not is_held_out,
                 teacher=teacher,
+                writer=writer,
             )
-            if reader is not None:
-                for example in reading.examples:
+            for example in reading.examples:
+                check_example(example, training)
+                if reader is not None:
                     reader.check_example(example)
         except GenssdError as error:
             faults.append(str(error))
@@ -116,7 +127,7 @@ def read_example_rows(
             left_out[reading.left_out] += 1
         examples += reading.examples
     if not count:
-        raise InputError(f"{', '.join(settings.data)}: no rows")
+        raise InputError(f"{', '.join(files)}: no rows")
     return Rows(
         examples=tuple(examples),
         faults=tuple(faults),

@@ -11,6 +11,7 @@ from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.runs.directory import RECORD
 from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.journal import has_lines
 from genssd.distill.runs.record import read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.select.beginning import check_search
@@ -49,17 +50,23 @@ def check_run(inputs: Inputs) -> list[Finding]:
             raise InputError(
                 f"{settings.output_dir} belongs to a run of `genssd {begun['command']}`; choose another output_dir"
             )
-        if _is_comparable(settings):
+        if _is_comparable(settings) and not getattr(settings.config, "overwrite", False):
             _check_same(begun["settings"], settings_of(settings.config), settings.output_dir)
     except GenssdError as error:
         return [Finding(name=name, level="error", line=str(error))]
     is_train = settings.command == "train"
-    resume = settings.config.resume_from_checkpoint if is_train else settings.config.resume
+    resume = _says_what_to_do(settings.config)
     with_these = " with these settings" if _is_comparable(settings) else ", whose settings are compared on resuming"
     line = f"{settings.output_dir} holds a run of `genssd {settings.command}`{with_these}"
     flag = "--resume-from-checkpoint last" if is_train else "--resume"
     fix = None if resume else f"pass {flag} to go on with it, or choose another output_dir"
-    return [Finding(name=name, level="ok", line=line, fix=fix)]
+    has_work = any(map(has_lines, Path(settings.output_dir).glob("*.jsonl")))
+    return [Finding(name=name, level="error" if has_work and not resume and not is_train else "ok", line=line, fix=fix)]
+
+
+def _says_what_to_do(config: Any) -> bool:
+    """Return whether a config asks for going on with the run in its output directory, or for replacing it."""
+    return any(getattr(config, name, None) for name in ("resume", "overwrite", "resume_from_checkpoint"))
 
 
 def _is_comparable(settings: Settings) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from genssd.distill.distill_config import DistillConfig
 from genssd.distill.evaluate_config import EvaluateConfig
@@ -51,6 +51,8 @@ class Settings:
     search: SelectSettings | None = None
     training: TrainSettings | None = None
     """Options of the command's training; None where it trains nothing."""
+    training_processes: int = 1
+    """Number of processes on a CPU that divide a step of the training, and the memory."""
     max_tokens: int | None = None
     """Maximum number of tokens in a response that the command writes; None where it writes none."""
     sequences: int = 1
@@ -59,6 +61,8 @@ class Settings:
     """Whether problems without a reference answer cannot be used, or are left out of the training."""
     needs_correct: bool = False
     """Whether rows of a training must say that their response is correct."""
+    writer: Literal["both", "teacher", "student"] = "both"
+    """Whose chunks of rows by two writers a training trains."""
     output_dir: str | None = None
 
     @property
@@ -78,10 +82,11 @@ def read_settings(command: str, config: Any) -> Settings:
     if isinstance(config, TrainConfig):
         return Settings(
             **common,
-            models=_name_models(teacher=config.teacher_model_name_or_path, student=config.model_name_or_path),
+            models=_name_models(student=config.model_name_or_path),
             data=config.data,
             training=config,
             needs_correct=config.require_correct,
+            writer=config.writer,
         )
     if isinstance(config, EvaluateConfig):
         return Settings(
@@ -105,9 +110,10 @@ def read_settings(command: str, config: Any) -> Settings:
             engine=config,
             max_tokens=config.max_tokens,
             sequences=config.n,
+            needs_answers=_reads_answers(config),
         )
     is_distill = isinstance(config, DistillConfig)
-    search: SelectSettings = config.select if is_distill else config
+    search: SelectSettings = config.make_select_settings() if is_distill else config
     return Settings(
         **common,
         models=models,
@@ -117,6 +123,7 @@ def read_settings(command: str, config: Any) -> Settings:
         engine=search,
         search=search,
         training=config.train if is_distill else None,
+        training_processes=(config.processes or 1) if is_distill else 1,
         max_tokens=search.max_tokens,
         sequences=search.candidates * search.beam * (1 + len(further)),
         needs_answers=(is_distill and config.require_correct) or needs_answer(resolve(search.criterion)),
@@ -141,6 +148,13 @@ def make_settings(models: dict[Role, str], data: tuple[str, ...], *, has_respons
         return read_settings("generate", GenerateConfig(teacher=teacher, data=data[0]))
     assert student is not None, "no model was named"
     return read_settings("evaluate", EvaluateConfig(model=student, data=data[0]))
+
+
+def _reads_answers(config: GenerateConfig) -> bool:
+    """Return whether the method of `generate` leaves out problems without a reference answer."""
+    if config.method == "alternate":
+        return needs_answer(resolve(config.alternate.criterion))
+    return config.method == "relay" and config.relay.error == "answer"
 
 
 def _name_models(*, teacher: str | None = None, student: str | None = None) -> dict[Role, str]:

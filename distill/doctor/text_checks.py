@@ -8,7 +8,8 @@ from itertools import groupby
 
 from genssd.distill.data.examples import Example, encode_example
 from genssd.distill.doctor.findings import Finding, Mark, Piece, join_pieces
-from genssd.distill.doctor.inputs import Inputs, ModelFiles
+from genssd.distill.doctor.inputs import Inputs
+from genssd.distill.doctor.model_files import ModelFiles
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import GenssdError
 from genssd.engine.text import Prompt, Tokenizer
@@ -24,9 +25,10 @@ def check_templates(inputs: Inputs) -> list[Finding]:
         line = f"{where}: the prompt is text, which goes to the models as it is, without a chat template"
         detail = tuple(_mark_raw(inputs, prompt))
         return [Finding(name="templates", level="ok", line=line, detail=detail)]
-    findings, texts = [], []
-    for model in inputs.models.values():
-        name = f"template of the {model.role}"
+    findings: list[Finding] = []
+    texts: dict[str, str] = {}
+    for model in inputs.list_chat_models():
+        name = f"template of {model.phrase}"
         if inputs.settings.reads_examples and not model.tokenizer.chat.exists:
             # rows of messages are faults of the rows, and others need no template
             findings.append(Finding(name=name, level="ok", line="there is none: the rows must be text, not messages"))
@@ -37,10 +39,11 @@ def check_templates(inputs: Inputs) -> list[Finding]:
             findings.append(Finding(name=name, level="error", line=str(error), fix=_fix_template(model)))
             continue
         pieces = tuple(cut_middle(mark_control_tokens(rendered, model.tokenizer)))
-        texts.append(model.tokenizer.chat.control_tokens.restore_names(rendered))
+        text = model.tokenizer.chat.control_tokens.restore_names(rendered)
         line = f"{where}, {format_count(len(model.tokenizer.encode_rendered(rendered)), 'token')}"
-        if len(texts) == 2 and texts[0] == texts[1]:
-            line, pieces = f"{line}: the same text as the teacher's", ()
+        if (same := texts.get(text)) is not None:
+            line, pieces = f"{line}: the same text as {same}'s", ()
+        texts.setdefault(text, model.phrase)
         findings.append(Finding(name=name, level="ok", line=line, detail=pieces))
     return findings
 
@@ -141,11 +144,11 @@ def _make_example(inputs: Inputs, student: ModelFiles) -> Example | None:
 
 def _mark_raw(inputs: Inputs, prompt: str) -> Iterator[Piece]:
     """Yield a raw prompt, after the tokens that each tokenizer puts before it."""
-    for model in inputs.models.values():
+    for model in inputs.list_chat_models():
         ids = model.tokenizer.encode_raw(prompt)
         before = len(ids) - len(model.tokenizer.encode(prompt, special=False))
         names = "".join(map(str, model.tokenizer.hf.convert_ids_to_tokens(ids[:before])))
-        yield Piece(f"{model.role}: ")
+        yield Piece(f"{model.title}: ")
         yield Piece(names, "control", True)
         yield from cut_middle([Piece(prompt)])
         yield Piece("\n")

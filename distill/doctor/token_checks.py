@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 from genssd.distill.doctor.findings import MAX_LISTED, Finding, Level, list_lines
-from genssd.distill.doctor.inputs import Inputs, ModelFiles, name_pair
+from genssd.distill.doctor.inputs import Inputs
+from genssd.distill.doctor.model_files import ModelFiles, name_pair
 from genssd.distill.train.config import TrainSettings
 from genssd.distill.train.ends import find_learnt_ends
 from genssd.distill.train.models import choose_teacher_reader, find_foreign_tokenizer
@@ -26,7 +27,7 @@ def check_tokenizers(inputs: Inputs) -> list[Finding]:
     findings: list[Finding] = []
     if student is None:
         return findings
-    if teacher is not None and not (inputs.settings.reads_examples and inputs.training_teacher is teacher):
+    if teacher is not None:
         read = partial(find_reader, teacher.tokenizer, student.tokenizer, *name_pair(teacher, student))
         findings += _check_reader("tokenizers", read, teacher)
     if training is not None and inputs.training_teacher is not None:
@@ -44,7 +45,8 @@ def _read_training(
     foreign = find_foreign_tokenizer(teacher.tokenizer, student.tokenizer, training)
     if foreign is not None and training.lmbda:
         require_no_lead(inputs.rows.examples)
-        lead = compare_thinking(inputs.pairs).lead if inputs.pairs is not None and not inputs.rows.examples else ""
+        has_lead = bool(inputs.pairs) and not inputs.rows.examples
+        lead = compare_thinking(inputs.pairs[0].encoder).lead if has_lead else ""
         if lead:
             raise InputError(
                 f"{describe_lead(quote(lead))}; choose a student whose chat template writes it, or lmbda 0"
@@ -94,17 +96,18 @@ def _check_reader(name: str, read: Callable[[], TokenMap | ByteReader], teacher:
 def check_ends(inputs: Inputs) -> list[Finding]:
     """Find the tokens that end the responses of each model, and whether the student can learn to stop."""
     findings = [_check_own_end(model) for model in inputs.models.values()]
-    teacher, student = inputs.teacher, inputs.student
-    token_map = inputs.reader
-    if teacher is not None and student is not None and isinstance(token_map, TokenMap):
-        foreign = find_foreign_ends(teacher.tokenizer, student.tokenizer, token_map)
-        if foreign and not inputs.settings.reads_examples:
+    student = inputs.student
+    for pair in () if inputs.settings.reads_examples else inputs.pairs:
+        if not isinstance(pair.known_reader, TokenMap):
+            continue
+        foreign = find_foreign_ends(pair.teacher.tokenizer, pair.student.tokenizer, pair.known_reader)
+        if foreign:
             findings.append(
                 Finding(
-                    name="ends of both",
+                    name="ends of both" if pair is inputs.pairs[0] else f"ends of {pair.teacher.title} and the student",
                     level="warning",
-                    line=f"responses of the teacher end with {_name(student, foreign)}, where the student does not "
-                    "stop yet",
+                    line=f"responses of {pair.teacher.phrase} end with {_name(pair.student, foreign)}, where the "
+                    "student does not stop yet",
                     fix="nothing, if genssd trains it: the token is added to the eos_token_id of the trained student's "
                     "generation_config.json. Elsewhere add it yourself",
                 )
@@ -116,7 +119,7 @@ def check_ends(inputs: Inputs) -> list[Finding]:
 
 def _check_own_end(model: ModelFiles) -> Finding:
     """Find the end tokens of a model, and whether the turn of its chat template ends with one."""
-    tokenizer, name = model.tokenizer, f"ends of the {model.role}"
+    tokenizer, name = model.tokenizer, f"ends of {model.phrase}"
     ends = sorted(tokenizer.end_token_ids)
     level: Level = "ok"
     if not ends:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from genssd.distill.doctor.findings import Finding, Piece
-from genssd.distill.doctor.inputs import Inputs, ModelFiles
+from genssd.distill.doctor.inputs import Inputs
+from genssd.distill.doctor.model_files import ModelFiles
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.engine.amounts import format_bytes, format_count
 from genssd.engine.checkpoint import locate
@@ -69,7 +70,7 @@ def verify(inputs: Inputs, *, seconds: float) -> list[Finding]:
 
 
 def _verify_model(inputs: Inputs, model: ModelFiles, deadline: float) -> Finding:
-    name = f"engine against transformers, {model.role}"
+    name = f"engine against transformers, {model.title}"
     started = time.monotonic()
     options = inputs.settings.engine or EngineOptions()
     try:
@@ -175,7 +176,7 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _choose_prompts(inputs: Inputs, model: ModelFiles) -> list[list[int]]:
     """Return the first prompts of the data as token ids of a model; a question of our own where there are none."""
-    prompts = [by_role[model.role] for by_role in inputs.prompts.ids.values() if model.role in by_role]
+    prompts = [ids[model.title] for ids in inputs.prompts.ids.values() if model.title in ids]
     if not prompts and model.role == "student":
         prompts = [list(e.input_ids[: e.num_prompt]) for e in inputs.rows.examples if e.num_prompt]
     if not prompts:

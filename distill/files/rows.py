@@ -118,6 +118,12 @@ def hash_content(name: str | Path) -> str:
             raise InputError(f"{describe(str(name))} cannot be read: {error.strerror}") from None
 
 
+def find_hub_repository(name: str) -> str | None:
+    """Return ORG/NAME of the data set of the hub that a name means; None where it is the name of a file."""
+    hub_name = _find_hub_name(name)
+    return None if hub_name is None else hub_name.repository
+
+
 def open_data_file(name: str | Path) -> BinaryIO:
     """Return the bytes of a file or pipe, seekable.
 

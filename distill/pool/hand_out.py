@@ -1,5 +1,8 @@
 """Which worker does which item: the queue, what every worker has, and what becomes of it when the worker ends.
 
+A worker asks for as many items as its engine has room for. Where few are left it would take those that another one
+could do at the same time, so none has more than its part of all that are not finished: ceil(items / workers).
+
 The items of a worker that ended are done again, the first ones in the queue. Nobody knows which of them ended it, so
 they come in smaller and smaller company: after each such end a worker has at most a quarter as many at a time, down to
 one that it does alone. An item whose worker ended three times while it did nothing else is given up.
@@ -53,11 +56,20 @@ class HandOut:
         """Return how many items a worker has."""
         return len(self._held.get(worker, ()))
 
-    def take(self, worker: Hashable) -> int | None:
-        """Give a worker the first item that it may have beside those that it has; None where there is none now."""
+    @property
+    def num_unfinished(self) -> int:
+        """Number of items that are neither finished nor given up."""
+        return len(self._queue) + sum(map(len, self._held.values()))
+
+    def take(self, worker: Hashable, num_workers: int = 1) -> int | None:
+        """Give a worker the first item that it may have beside those that it has; None where there is none now.
+
+        num_workers: number of workers that divide the items, this one included.
+        """
         held = self._held.setdefault(worker, {})
+        part = -(-self.num_unfinished // num_workers)
         limit = min((item.company for item in held.values()), default=UNLIMITED)
-        if len(held) >= limit:
+        if len(held) >= min(limit, part):
             return None
         for place, item in enumerate(self._queue):
             if len(held) < item.company:

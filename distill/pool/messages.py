@@ -17,6 +17,7 @@ from typing import Any
 
 from genssd.engine.launches import LaunchRecord
 from genssd.engine.model_choices import Role
+from genssd.engine.served.record import ServerRecord
 from genssd.engine.usage import CacheUse, Usage
 
 
@@ -48,9 +49,11 @@ class Ready:
     """Each of the teachers with the student, in the order of the teachers."""
     threads: int
     instruction_set: str | None
-    """Instruction set of the CPU kernels that compute; None where none do."""
+    """Instruction set of the CPU kernels; None where kernels of a GPU compute."""
     launches: LaunchRecord | None
     cache_use: CacheUse
+    server: ServerRecord | None
+    """The server that runs a teacher; None where none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,8 @@ class Counts:
 
     usage: Usage
     cache_use: CacheUse
+    server: ServerRecord | None
+    """The server that runs a teacher, with what it has done for this worker."""
 
 
 @dataclass(frozen=True, slots=True)

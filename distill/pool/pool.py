@@ -23,13 +23,15 @@ from genssd.engine.feed import Feed
 from genssd.engine.model_facts import ModelFacts
 
 R = TypeVar("R")
+M_contra = TypeVar("M_contra", contravariant=True)
+"""The models that do a work: an engine, or others that a worker can open."""
 R_co = TypeVar("R_co", covariant=True)
 
 
-class Work(Protocol[R_co]):
-    """What an engine does with the items of a command. It can be pickled, and so can its results.
+class Work(Protocol[M_contra, R_co]):
+    """What models do with the items of a command. It can be pickled, and so can its results.
 
-    A result depends on its item, and not on the engine that has done it or on what else that engine was given.
+    A result depends on its item, and not on the process that has done it or on what else that process was given.
     """
 
     @property
@@ -42,10 +44,10 @@ class Work(Protocol[R_co]):
         """Largest number of tokens that one item may sample; 0 where none are sampled."""
         ...
 
-    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, R_co | Stopped]]:
+    def run(self, models: M_contra, feed: Feed | None, budget: Budget, /) -> Iterator[tuple[int, R_co | Stopped]]:
         """Yield the items with their results, each as soon as it is finished.
 
-        feed: hands out the items that this engine does; None: it does all of them, within the budget.
+        feed: hands out the items that this process does; None: it does all of them, within the budget.
         """
         ...
 
@@ -77,7 +79,15 @@ class Pool(Protocol):
         """Number of engines."""
         ...
 
-    def run(self, work: Work[R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
+    @property
+    def is_own_process(self) -> bool:
+        """Whether this process does the work, which may then hold what cannot be sent to another one.
+
+        A pool of one engine may be another process: that of the only GPU.
+        """
+        ...
+
+    def run(self, work: Work[Engine, R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
         """Yield every item of the work once, as soon as it is known what has become of it.
 
         budget: limits of all items together. Raises the errors of the work.
@@ -89,6 +99,7 @@ class OwnProcess:
     """A pool of one engine, in this process."""
 
     size = 1
+    is_own_process = True
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -98,6 +109,6 @@ class OwnProcess:
         """The engine itself."""
         return self._engine
 
-    def run(self, work: Work[R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
+    def run(self, work: Work[Engine, R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
         """Yield every item as soon as the engine has finished it."""
         yield from work.run(self._engine, None, budget)

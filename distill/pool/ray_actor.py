@@ -13,7 +13,7 @@ from typing import Any
 from genssd.distill.pool.mailbox import Letter, Mailbox
 from genssd.distill.pool.messages import Begin, Placed, Refused
 from genssd.distill.pool.ray_cluster import import_ray
-from genssd.distill.pool.worker import Recipe, send_logs, serve
+from genssd.distill.pool.worker import EngineRecipe, forward_log, serve
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError
 from genssd.engine.machine import available_memory
@@ -28,8 +28,8 @@ class EngineActor:
     def __init__(self, recipe: bytes, cpus: int, package_version: str) -> None:
         """Begin to load the engine.
 
-        recipe: pickle of a `Recipe`. cpus: number of the node's CPUs that the actor has reserved, with which a part of
-        the node's memory comes on a CPU. package_version: version of genssd in the process of the command.
+        recipe: pickle of an `EngineRecipe`. cpus: number of the node's CPUs that the actor has reserved, with which a
+        part of the node's memory comes on a CPU. package_version: version of genssd in the process of the command.
         """
         node = import_ray().util.get_node_ip_address()
         self._mail = Mailbox()
@@ -42,7 +42,7 @@ class EngineActor:
             self._mail.post(Refused(InputError, text))
             return
         inbox = Inbox(self)
-        send_logs(inbox)
+        forward_log(inbox.post)
         threading.Thread(
             target=serve, args=(inbox, lambda: _open(pickle.loads(recipe), cpus), place), daemon=True
         ).start()
@@ -83,7 +83,7 @@ class Inbox:
         return self._actor._mail.poll(timeout)
 
 
-def _open(recipe: Recipe, cpus: int) -> Engine:
+def _open(recipe: EngineRecipe, cpus: int) -> Engine:
     """Load the models on this node. Raises the errors of `Engine.from_pretrained`."""
     if recipe.arguments["device"] == "cpu":
         resources = _find_resources()

@@ -23,8 +23,8 @@ from genssd.distill.pool.pool import Lost, Stopped, Work
 from genssd.distill.pool.ray_actor import EngineActor
 from genssd.distill.pool.ray_options import Team
 from genssd.distill.pool.remote_models import RemoteModels
-from genssd.distill.pool.worker import Recipe
-from genssd.distill.pool.workers import WAKE_INTERVAL, R, Worker, WorkerPool
+from genssd.distill.pool.worker import Recipe, WorkerModels
+from genssd.distill.pool.workers import WAKE_INTERVAL, M, R, Worker, WorkerPool
 from genssd.engine.amounts import format_count
 from genssd.engine.budget import Budget
 from genssd.engine.model_choices import Role
@@ -46,7 +46,7 @@ NODE = re.compile(r"\bip[:=] ?([\da-fA-F.:]+\w)")
 class RayWorker(Worker):
     """A Ray actor, as the process of the command knows it."""
 
-    def __init__(self, ray: Any, recipe: Recipe, team: Team) -> None:
+    def __init__(self, ray: Any, recipe: Recipe[WorkerModels], team: Team) -> None:
         super().__init__(recipe)
         self._ray = ray
         self._mail = Mailbox()
@@ -145,14 +145,14 @@ class RayWorker(Worker):
         return now - self._unreachable_since < PATIENCE
 
 
-class RayPool(WorkerPool[RayWorker]):
+class RayPool(WorkerPool[RayWorker, M]):
     """A `Pool` of Ray actors; a context manager, which ends them."""
 
     noun: ClassVar[str] = "Ray actor"
     peers: ClassVar[str] = "nodes"
 
     def __init__(
-        self, models: RemoteModels, ray: Any, recipe: Recipe, team: Team, fingerprints: Mapping[Role, str]
+        self, models: RemoteModels, ray: Any, recipe: Recipe[M], team: Team, fingerprints: Mapping[Role, str]
     ) -> None:
         """Start as many actors as may be. They load their models until `open` returns.
 
@@ -187,7 +187,7 @@ class RayPool(WorkerPool[RayWorker]):
                     self._team.describe_each(),
                 )
 
-    def run(self, work: Work[R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
+    def run(self, work: Work[M, R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
         """Yield every item of the work once; see `Pool`."""
         self._fill()
         yield from super().run(work, budget)
@@ -195,7 +195,7 @@ class RayPool(WorkerPool[RayWorker]):
         for worker in self._workers:
             worker.work = None
 
-    def __enter__(self) -> RayPool:
+    def __enter__(self) -> RayPool[M]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -206,7 +206,7 @@ class RayPool(WorkerPool[RayWorker]):
         while len(self._workers) < self._team.range.most:
             self._workers.append(self._start(self._recipe))
 
-    def _start(self, recipe: Recipe) -> RayWorker:
+    def _start(self, recipe: Recipe[WorkerModels]) -> RayWorker:
         worker = RayWorker(self._ray, recipe, self._team)
         worker.work = self._work
         return worker

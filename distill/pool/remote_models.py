@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from genssd.distill.pool.messages import Counts, PairSizes, Ready
+from genssd.engine.errors import InputError
 from genssd.engine.launches import LaunchRecord
 from genssd.engine.model_choices import Role
 from genssd.engine.pair_prompts import PairEncoder, PairPrompt
 from genssd.engine.reading import Reader
+from genssd.engine.served.record import ServerRecord
 from genssd.engine.text import Prompt, Tokenizer
 from genssd.engine.thinking_pair import ThinkingPair, compare_thinking
 from genssd.engine.usage import CacheUse, Usage
@@ -29,8 +31,6 @@ class LocalTokens:
 
 class RemoteTeacher:
     """The `ModelFacts` of one teacher and the student of a pool. index: of the teacher among the pool's."""
-
-    server = None
 
     def __init__(self, pool: RemoteModels, index: int) -> None:
         self._pool = pool
@@ -56,6 +56,11 @@ class RemoteTeacher:
         uses = [counts.cache_use for counts in list(self._pool.counts.values())]
         names = [field.name for field in dataclasses.fields(CacheUse)]
         return CacheUse(**{name: sum(getattr(use, name) for use in uses) for name in names})
+
+    @property
+    def server(self) -> ServerRecord | None:
+        """The server that runs a teacher, with what it has done for all workers; None where none does."""
+        return self._pool.count_server()
 
     @property
     def threads(self) -> int:
@@ -125,8 +130,11 @@ class RemoteModels(RemoteTeacher):
         """What the workers say of their engines."""
         self.counts: dict[Hashable, Counts] = {}
         """What the workers have done."""
-        self._past = Usage()
-        """What workers that ended have done."""
+        self._past_server: ServerRecord | None = None
+        """What the server has done for workers that ended."""
+        self._total = Usage()
+        """What all workers have done, those that ended included. It is kept, not summed up anew: the budget is compared
+        with it after every message, of which there are as many more as there are workers."""
         self.to_come = (0, 0)
         """Number of items of the work that no worker has begun, and the tokens that each may sample at most."""
 
@@ -136,12 +144,26 @@ class RemoteModels(RemoteTeacher):
         return [RemoteTeacher(self, index) for index in range(len(self.tokens))]
 
     def add(self, worker: Hashable, ready: Ready) -> None:
-        """Take what a worker says of its engine."""
+        """Take what a worker says of its models.
+
+        Raises InputError where they are not those that other workers have loaded.
+        """
+        for one, other in zip(ready.pairs, next(iter(self.ready.values()), ready).pairs, strict=True):
+            if one.fingerprints != other.fingerprints:
+                raise InputError(
+                    "a process has loaded other models than the ones before "
+                    f"({_list_fingerprints(one)}; {_list_fingerprints(other)}): they were replaced while the command "
+                    "ran; put them back and go on with --resume"
+                )
         self.ready[worker] = ready
-        self.counts[worker] = Counts(Usage(), ready.cache_use)
+        self.count(worker, Counts(Usage(), ready.cache_use, ready.server))
+        if self._past_server is None and ready.server is not None:
+            self._past_server = dataclasses.replace(ready.server, requests=0, repeats=0)
 
     def count(self, worker: Hashable, counts: Counts) -> None:
         """Take what a worker has done so far."""
+        before = self.counts.get(worker)
+        self._total = _add(self._total, counts.usage, instead_of=Usage() if before is None else before.usage)
         self.counts[worker] = counts
 
     def remove(self, worker: Hashable) -> None:
@@ -152,15 +174,15 @@ class RemoteModels(RemoteTeacher):
             done = dataclasses.replace(
                 usage, planned_prompts=usage.finished_prompts, planned_tokens=usage.sampled_tokens
             )
-            self._past = _add(self._past, done)
+            self._total = _add(self._total, done, instead_of=usage)
+            if self._past_server is not None and counts.server is not None:
+                self._past_server = _add_requests(self._past_server, counts.server)
         if len(self.ready) > 1:
             self.ready.pop(worker, None)
 
     def count_usage(self) -> Usage:
         """Return what all workers have done, and what is still to come of the work."""
-        usage = self._past
-        for counts in list(self.counts.values()):
-            usage = _add(usage, counts.usage)
+        usage = self._total
         num_items, most_tokens = self.to_come
         return dataclasses.replace(
             usage,
@@ -168,8 +190,27 @@ class RemoteModels(RemoteTeacher):
             planned_tokens=usage.planned_tokens + num_items * most_tokens,
         )
 
+    def count_server(self) -> ServerRecord | None:
+        """Return the server that runs a teacher, with what it has done for all workers."""
+        record = self._past_server
+        for counts in list(self.counts.values()):
+            if record is not None and counts.server is not None:
+                record = _add_requests(record, counts.server)
+        return record
 
-def _add(one: Usage, other: Usage) -> Usage:
-    """Return the sums of all counts."""
-    names = [field.name for field in dataclasses.fields(Usage)]
-    return Usage(**{name: getattr(one, name) + getattr(other, name) for name in names})
+
+def _add_requests(one: ServerRecord, other: ServerRecord) -> ServerRecord:
+    """Return the first record with the requests of both."""
+    return dataclasses.replace(one, requests=one.requests + other.requests, repeats=one.repeats + other.repeats)
+
+
+def _list_fingerprints(sizes: PairSizes) -> str:
+    return ", ".join(f"{role} {fingerprint}" for role, fingerprint in sizes.fingerprints.items())
+
+
+_COUNTS = tuple(field.name for field in dataclasses.fields(Usage))
+
+
+def _add(total: Usage, usage: Usage, *, instead_of: Usage) -> Usage:
+    """Return a total in which some counts take the place of others."""
+    return Usage(**{name: getattr(total, name) + getattr(usage, name) - getattr(instead_of, name) for name in _COUNTS})

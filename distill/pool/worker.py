@@ -1,4 +1,4 @@
-"""The body of a worker: an engine that does what is handed out, until nobody hands out any more."""
+"""The body of a worker: models that do what is handed out, until nobody hands out any more."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
+
+from transformers.utils import logging as transformers_logging
 
 from genssd.distill.pool.messages import (
     Begin,
@@ -29,13 +31,17 @@ from genssd.distill.pool.messages import (
     send,
 )
 from genssd.distill.pool.pool import Work
+from genssd.distill.pool.starting import describe_error, end_with_parent
 from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.errors import GenssdError
+from genssd.engine.launches import LaunchRecord
 from genssd.engine.machine import limit_own_memory
 from genssd.engine.model_choices import Role
+from genssd.engine.served.record import ServerRecord
 from genssd.engine.threads import limit_torch_threads
+from genssd.engine.usage import CacheUse, Usage
 from genssd.kernels import native
 
 COUNT_INTERVAL = 0.25
@@ -44,25 +50,76 @@ GRACE = 0.05
 """Seconds for which a worker with other items waits for an answer before it goes on with them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How a worker opens its engine."""
+class WorkerModels(Protocol):
+    """What a worker reports of its models. `Engine` is one."""
 
-    arguments: Mapping[str, Any]
-    """Arguments of `Engine.from_pretrained`."""
-    chat: ChatOptions
+    @property
+    def usage(self) -> Usage:
+        """Numbers of tokens that the models have processed so far."""
+        ...
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """Pages and bytes of all caches."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads that compute."""
+        ...
+
+    @property
+    def launches(self) -> LaunchRecord | None:
+        """Configurations of the GPU kernels; None where there are none."""
+        ...
+
+    @property
+    def server(self) -> ServerRecord | None:
+        """The server that runs a teacher, and what it has done; None where none does."""
+        ...
+
+    @property
+    def teachers(self) -> Sequence[Engine]:
+        """Engines over each of the teachers and the student; none where no engine computes."""
+        ...
+
+
+M_co = TypeVar("M_co", bound=WorkerModels, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC, Generic[M_co]):
+    """How a worker opens its models. It can be pickled."""
+
     visible_device: str | None = None
     """The only CUDA device that the worker sees, as in CUDA_VISIBLE_DEVICES; None changes nothing."""
     memory: int | None = None
     """Bytes of memory that the worker may take on a CPU; None for no limit of its own."""
 
-    def open(self) -> Engine:
-        """Load the models. Raises the errors of `Engine.from_pretrained`."""
+    def open(self) -> M_co:
+        """Load the models within what the worker is given. Raises the errors of `load`."""
         if self.visible_device is not None:  # torch has not asked for devices yet
             os.environ["CUDA_VISIBLE_DEVICES"] = self.visible_device
         if self.memory is not None:
             limit_own_memory(self.memory)
         limit_torch_threads()
+        return self.load()
+
+    @abstractmethod
+    def load(self) -> M_co:
+        """Load the models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecipe(Recipe[Engine]):
+    """How a worker opens an engine."""
+
+    arguments: Mapping[str, Any]
+    """Arguments of `Engine.from_pretrained`."""
+    chat: ChatOptions
+
+    def load(self) -> Engine:
+        """Load the models. Raises the errors of `Engine.from_pretrained`."""
         return Engine.from_pretrained(**self.arguments).with_chat(self.chat)
 
 
@@ -131,64 +188,51 @@ class ItemFeed:
         return message.number
 
 
-def run_worker(connection: Connection, recipe: Recipe) -> None:
+def run_worker(connection: Connection, recipe: Recipe[WorkerModels]) -> None:
     """Work for the process at the other end of the pipe until it ends or closes the pipe; the body of a process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     pipe = Pipe(connection)
-    send_logs(pipe)
+    forward_log(pipe.post)
     os._exit(0 if serve(pipe, recipe.open) else 1)
 
 
-def send_logs(channel: Channel) -> None:
-    """Let the process of the command log what this one does."""
-    log = logging.getLogger("genssd")
-    log.handlers, log.propagate = [_LogHandler(channel)], False
-    log.setLevel(logging.INFO)
-
-
-def serve(channel: Channel, open_engine: Callable[[], Engine], place: str = "") -> bool:
-    """Load an engine and do the works that come, until the command has ended.
+def serve(channel: Channel, open_models: Callable[[], WorkerModels], place: str = "") -> bool:
+    """Load the models and do the works that come, until the command has ended.
 
     place: what messages say of where the worker is. Returns False where the worker has failed, after its last words.
     """
+    transformers_logging.disable_progress_bar()  # those of several processes would be written over each other
     try:
-        engine = open_engine()
-        channel.post(_describe(engine))
-        threading.Thread(target=_report_counts, args=(engine, channel), daemon=True).start()
+        models = open_models()
+        channel.post(_describe(models))
+        threading.Thread(target=_report_counts, args=(models, channel), daemon=True).start()
         while True:
             begin = channel.receive()
             assert isinstance(begin, Begin)
-            work: Work[Any] = pickle.loads(begin.work)
-            for number, result in work.run(engine, ItemFeed(channel), Budget()):
-                channel.post(_count(engine))  # budgets are held to it
+            work: Work[Any, Any] = pickle.loads(begin.work)
+            for number, result in work.run(models, ItemFeed(channel), Budget()):
+                channel.post(_count(models))  # budgets are held to it
                 channel.post(Finished(number, result))
-            channel.post(_count(engine))
+            channel.post(_count(models))
             channel.post(Idle())
     except (EOFError, ConnectionError):  # the command has ended, or wants no more
         return True
     except GenssdError as error:
         channel.post(Refused(type(error), f"{place}{error}"))
     except BaseException as error:
-        channel.post(Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
+        channel.post(Failed(describe_error(error)))
         logging.getLogger("genssd.worker").debug("a worker failed", exc_info=True)
     return False
 
 
-def _end_with_parent() -> None:
-    """End this process when the one that started it has ended, however that happened; the body of a thread."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _describe(engine: Engine) -> Ready:
+def _describe(models: WorkerModels) -> Ready:
     return Ready(
-        pairs=[_measure(one) for one in engine.teachers],
-        threads=engine.threads,
-        instruction_set=native.instruction_set() if engine.launches is None else None,
-        launches=engine.launches,
-        cache_use=engine.cache_use,
+        pairs=[_measure(one) for one in models.teachers],
+        threads=models.threads,
+        instruction_set=native.instruction_set() if models.launches is None else None,
+        launches=models.launches,
+        cache_use=models.cache_use,
+        server=models.server,
     )
 
 
@@ -202,15 +246,15 @@ def _measure(engine: Engine) -> PairSizes:
     )
 
 
-def _count(engine: Engine) -> Counts:
-    return Counts(replace(engine.usage), engine.cache_use)
+def _count(models: WorkerModels) -> Counts:
+    return Counts(replace(models.usage), models.cache_use, models.server)
 
 
-def _report_counts(engine: Engine, channel: Channel) -> None:
-    """Send what the engine has done, as often as it has changed; the body of a thread."""
+def _report_counts(models: WorkerModels, channel: Channel) -> None:
+    """Send what the models have done, as often as it has changed; the body of a thread."""
     pause, sent = threading.Event(), None
     while not pause.wait(COUNT_INTERVAL):
-        counts = _count(engine)
+        counts = _count(models)
         if counts != sent:
             try:
                 channel.post(counts)
@@ -219,12 +263,19 @@ def _report_counts(engine: Engine, channel: Channel) -> None:
             sent = counts
 
 
-class _LogHandler(logging.Handler):
-    """A handler that sends every record to the process of the command."""
+def forward_log(send_message: Callable[[object], None]) -> None:
+    """Send every record of our log to the process of the command, by this function, in place of all handlers."""
+    log = logging.getLogger("genssd")
+    log.handlers, log.propagate = [_LogHandler(send_message)], False
+    log.setLevel(logging.INFO)
 
-    def __init__(self, channel: Channel) -> None:
+
+class _LogHandler(logging.Handler):
+    """A handler that sends every record as a message."""
+
+    def __init__(self, send_message: Callable[[object], None]) -> None:
         super().__init__()
-        self._channel = channel
+        self._send = send_message
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._channel.post(Log(record.levelno, record.getMessage()))
+        self._send(Log(record.levelno, record.getMessage()))

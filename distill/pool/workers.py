@@ -31,7 +31,7 @@ from genssd.distill.pool.messages import (
 )
 from genssd.distill.pool.pool import Lost, Stopped, Work
 from genssd.distill.pool.remote_models import RemoteModels
-from genssd.distill.pool.worker import Recipe
+from genssd.distill.pool.worker import Recipe, WorkerModels
 from genssd.engine.amounts import format_count
 from genssd.engine.budget import Budget, BudgetMeter
 from genssd.engine.errors import InputError, WorkerError
@@ -46,13 +46,14 @@ WAKE_INTERVAL = 0.25
 """Seconds after which the budget is looked at although no worker says anything."""
 
 R = TypeVar("R")
+M = TypeVar("M", bound=WorkerModels)
 Result = tuple[int, Any]
 
 
 class Worker(ABC):
     """A worker, as the process of the command knows it."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe[WorkerModels]) -> None:
         self.recipe = recipe
         self.is_ready = False
         self.is_idle = True
@@ -78,9 +79,10 @@ class Worker(ABC):
 W = TypeVar("W", bound=Worker)
 
 
-class WorkerPool(ABC, Generic[W]):
+class WorkerPool(ABC, Generic[W, M]):
     """A `Pool` of workers, without what starts and hears them."""
 
+    is_own_process: ClassVar[bool] = False
     noun: ClassVar[str]
     """What messages call a worker."""
     peers: ClassVar[str]
@@ -98,7 +100,7 @@ class WorkerPool(ABC, Generic[W]):
         self._logged: set[str] = set()
 
     @abstractmethod
-    def _start(self, recipe: Recipe) -> W:
+    def _start(self, recipe: Recipe[WorkerModels]) -> W:
         """Start a worker."""
 
     @abstractmethod
@@ -117,7 +119,7 @@ class WorkerPool(ABC, Generic[W]):
         while not all(worker.is_ready for worker in self._workers):
             self._listen()
 
-    def run(self, work: Work[R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
+    def run(self, work: Work[M, R], budget: Budget = Budget()) -> Iterator[tuple[int, R | Stopped | Lost]]:
         """Yield every item of the work once, as soon as a worker has finished it; see `Pool`.
 
         Raises WorkerError where workers end again and again and nothing is finished.
@@ -219,10 +221,11 @@ class WorkerPool(ABC, Generic[W]):
         """Answer the workers that have asked for an item."""
         if self._begin is None:
             return
+        num_ready = sum(worker.is_ready for worker in self._workers)
         for worker in list(self._workers):
             if not worker.wants:
                 continue
-            number = self._hand_out.take(worker)
+            number = self._hand_out.take(worker, num_ready)
             if number is not None:
                 worker.wants = False
                 worker.send(Item(number))

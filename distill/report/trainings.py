@@ -9,7 +9,7 @@ from typing import Any
 from genssd.distill.report.boxes import round_value
 from genssd.distill.report.found import FoundRun
 from genssd.distill.runs.journal import sound_rows
-from genssd.distill.train.metrics import METRICS_FILE
+from genssd.distill.runs.metrics import METRICS_FILE
 
 CURVES = ("loss", "eval_loss", "cross_entropy", "divergence", "attention", "learning_rate", "grad_norm")
 """Metrics that the page draws, over optimizer steps."""

@@ -36,7 +36,11 @@ class Journal:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one line and wait until it is on disk. Raises InputError when the disk refuses it."""
-        self._file.append(make_line(row))
+        self.append_line(make_line(row))
+
+    def append_line(self, line: bytes) -> None:
+        """Write a line of `make_line` and wait until it is on disk. Raises InputError when the disk refuses it."""
+        self._file.append(line)
 
     def __enter__(self) -> Journal:
         return self

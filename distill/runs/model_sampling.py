@@ -72,35 +72,22 @@ def choose_sampling(config: C, model: str, role: Role, engine: Engine | None = N
     """Return the config with the sampling of this run, and log what the model recommends.
 
     model: the one that writes, by the field of the config with the name or the directory. engine: loaded already.
-    Raises InputError where both the file and options of `sampling` are asked for, or the file names nothing.
+    Raises InputError as `find_sampling` does.
     """
-    if engine is None and is_url(model):
-        tokenizer = getattr(config, "teacher_tokenizer", None)
-        if not config.generation_config:
-            return config
-        if tokenizer is None:
-            raise InputError("generation_config: the teacher is a server; give teacher_tokenizer, which has the file")
-        directory = locate_tokenizer(tokenizer)
-    else:
-        directory = locate(model) if engine is None else engine.tokenizer(role).directory
-    recommendation = read_recommendation(directory)
+    directory = None if engine is None else engine.tokenizer(role).directory
+    recommendation = find_sampling(config, model, directory)
+    if recommendation is None:
+        return config
     values: Any = config  # a config class with the field `sampling`
-    chosen, default = values.sampling, _find_default(config)
     if not config.generation_config:
-        if recommendation is not None and chosen == default and recommendation.sampling != default:
+        chosen, default = values.sampling, _find_default(config)
+        if chosen == default and recommendation.sampling != default:
             logger.info(
                 "the %s's generation_config.json recommends %s; this run samples with %s; take the model's own with "
                 "--generation-config",
                 role, describe_sampling(recommendation.sampling), describe_sampling(chosen),
             )  # fmt: skip
         return config
-    if recommendation is None:
-        raise InputError(
-            f"generation_config: {directory / 'generation_config.json'} names none of {', '.join(FIELDS)}; give "
-            "options of sampling instead"
-        )
-    if chosen not in (default, recommendation.sampling):
-        raise InputError("give generation_config or options of sampling, not both")
     ignored = f"; not implemented: {', '.join(recommendation.ignored)}" if recommendation.ignored else ""
     logger.info(
         "the %s samples with %s, by its generation_config.json%s",
@@ -108,6 +95,34 @@ def choose_sampling(config: C, model: str, role: Role, engine: Engine | None = N
     )  # fmt: skip
     changed: C = dataclasses.replace(values, sampling=recommendation.sampling)
     return changed
+
+
+def find_sampling(config: ModelSampling, model: str, directory: Path | None = None) -> Recommendation | None:
+    """Return what the generation_config.json of the model that writes recommends; None where it says nothing.
+
+    model: its name, or the URL of a server. directory: that of the model where it is loaded. Raises InputError where
+    both the file and options of `sampling` are asked for, or the file is asked for and names nothing.
+    """
+    if directory is None and is_url(model):
+        tokenizer = getattr(config, "teacher_tokenizer", None)
+        if not config.generation_config:
+            return None
+        if tokenizer is None:
+            raise InputError("generation_config: the teacher is a server; give teacher_tokenizer, which has the file")
+        directory = locate_tokenizer(tokenizer)
+    directory = directory or locate(model)
+    recommendation = read_recommendation(directory)
+    if not config.generation_config:
+        return recommendation
+    if recommendation is None:
+        raise InputError(
+            f"generation_config: {directory / 'generation_config.json'} names none of {', '.join(FIELDS)}; give "
+            "options of sampling instead"
+        )
+    values: Any = config  # a config class with the field `sampling`
+    if values.sampling not in (_find_default(config), recommendation.sampling):
+        raise InputError("give generation_config or options of sampling, not both")
+    return recommendation
 
 
 def describe_sampling(sampling: Sampling) -> str:

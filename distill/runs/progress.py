@@ -116,6 +116,12 @@ class Measurement:
     seconds: float
     written: int = 0
     """Number of tokens sampled."""
+    kept: int = 0
+    """Number of sampled tokens that a search has kept."""
+    scored: int = 0
+    """Number of candidate tokens that the student has scored."""
+    pruned: float | None = None
+    """Fraction of the judged candidates of a search that were not kept; None without any."""
     read: int = 0
     """Number of tokens computed, those that were sampled and read again included."""
     tokens_left: float | None = None
@@ -155,6 +161,8 @@ def measure(stage: Stage, now: float) -> Measurement:
         )
     if stage.work == "items":
         return Measurement(seconds=seconds, written=written, read=read, seconds_left=by_items)
+    judged = now_usage.judged_candidates - before.judged_candidates
+    kept = now_usage.kept_candidates - before.kept_candidates
     planned = now_usage.planned_prompts - before.planned_prompts
     finished = now_usage.finished_prompts - before.finished_prompts
     most_left = max(now_usage.planned_tokens - before.planned_tokens - written, 0)
@@ -169,6 +177,9 @@ def measure(stage: Stage, now: float) -> Measurement:
     return Measurement(
         seconds=seconds,
         written=written,
+        kept=now_usage.kept_tokens - before.kept_tokens,
+        scored=now_usage.scored_tokens - before.scored_tokens,
+        pruned=1.0 - kept / judged if judged else None,
         read=read,
         tokens_left=tokens_left,
         is_bound=not finished,

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from genssd.distill.runs.chat_settings import ChatSettings, choose_date
-from genssd.distill.runs.directory import claim_directory
+from genssd.distill.runs.directory import RECORD, claim_directory
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.journal import Journal, complete_rows, has_lines, write_json
+from genssd.distill.runs.output_files import remove_outputs
 from genssd.distill.runs.record import PACKAGES, read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.runs.stopped import describe_stopped
@@ -40,6 +41,8 @@ from genssd.engine.model_choices import Role
 from genssd.engine.model_facts import ModelFacts
 from genssd.engine.threads import ThreadChoice
 
+ANEW = "pass --resume to go on, --overwrite to begin anew, or choose another output_dir"
+"""What can be done about an output directory that holds finished work of the same command."""
 Fingerprints = Mapping[str, str] | Mapping[Role, str]
 """Fingerprints of models that are loaded already, by the name of the config's field."""
 M = TypeVar("M", bound=ModelFacts)
@@ -82,6 +85,7 @@ class Run:
         fingerprints: Fingerprints | None = None,
         parts: str | None = None,
         free: Collection[str] = (),
+        chosen: Collection[str] = (),
     ) -> Iterator[Run]:
         """Hold the output directory while the block runs, and begin or resume the run in it (see `record`).
 
@@ -90,7 +94,7 @@ class Run:
         work that is not to be resumed, or was begun with other settings.
         """
         with cls.claim(config, command, journal=journal) as run:
-            run.begin(fingerprints=fingerprints, parts=parts, free=free)
+            run.begin(fingerprints=fingerprints, parts=parts, free=free, chosen=chosen)
             yield run
 
     @classmethod
@@ -102,6 +106,8 @@ class Run:
         belongs to another command or process.
         """
         check_effects(config)
+        if getattr(config, "overwrite", False) and getattr(config, "resume", False):
+            raise InputError("resume goes on with a run, and overwrite removes it: give one of them")
         with ExitStack() as stack:
             stack.enter_context(claim_directory(Path(config.output_dir), command))
             run = cls(config, command, journal, stack)
@@ -112,14 +118,22 @@ class Run:
                 raise
 
     def begin(
-        self, *, fingerprints: Fingerprints | None = None, parts: str | None = None, free: Collection[str] = ()
+        self,
+        *,
+        fingerprints: Fingerprints | None = None,
+        parts: str | None = None,
+        free: Collection[str] = (),
+        chosen: Collection[str] = (),
     ) -> None:
         """Decide whether the run is begun or resumed, and refuse it where it may not be; write nothing yet.
 
         A run has begun when its journal has a row, or when a file matches the glob `parts`. fingerprints: those of
         models that are loaded already. free: fields of the config that may still change, although they count for the
-        result. Raises InputError as `open` does, and on a journal with a damaged line.
+        result. chosen: settings that the run chooses where the config has None (see `choose`). Raises
+        InputError as `open` does, and on a journal with a damaged line.
         """
+        if getattr(self._config, "overwrite", False) and self.path(RECORD).exists():
+            remove_outputs(self.output_dir, self._command)
         has_rows = self._journal_path is not None and has_lines(self._journal_path)
         self.resumed = has_rows or (parts is not None and any(self.output_dir.glob(parts)))
         if self.resumed:
@@ -136,6 +150,9 @@ class Run:
         date = choose_date(self._config)
         if self.resumed:
             begun = self._begun = read_record(self.path("run.json"))
+            for name in chosen:
+                if self._record["settings"][name] is None:
+                    self._record["settings"][name] = begun["settings"].get(name)
             self._check_settings(begun, self._record["settings"], free)
             self._record |= {"versions": begun["versions"], "python": begun["python"]}
             date = choose_date(self._config, begun.get("template_date"))
@@ -184,6 +201,15 @@ class Run:
         self._record["threads"] = choice.count
         self._write_record()
         return choice
+
+    def chosen(self, name: str) -> Any:
+        """Return the value of a setting that an earlier part of the run chose; None where this part chooses it."""
+        return self._begun["settings"].get(name) if self.resumed else None
+
+    def choose(self, name: str, value: Any) -> None:
+        """Record the value of a setting that the config leaves to the run, so that a resumed run keeps it."""
+        self._record["settings"][name] = value
+        self._write_record()
 
     def _write_record(self) -> None:
         """Write run.json again, if it has been written."""
@@ -279,7 +305,7 @@ class Run:
     def _require_resume(self, held: Path) -> None:
         resume = getattr(self._config, "resume", None)  # None: the command cannot resume
         if not resume:
-            remedy = "choose another output_dir" if resume is None else "pass --resume, or choose another output_dir"
+            remedy = "choose another output_dir" if resume is None else ANEW
             raise InputError(f"{held} holds finished work already; {remedy}")
 
     def _check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any], free: Collection[str]) -> None:

@@ -15,6 +15,7 @@ WORK = {
     "diagnose": "question",
     "evaluate": "problem",
     "distill": "round",
+    "reproduce": "arm",
 }
 """What a line of a command's journal is the finished work of."""
 

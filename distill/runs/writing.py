@@ -20,7 +20,7 @@ from genssd.engine.errors import InputError
 
 TEMPORARY = ".tmp"
 """Ending of the name under which a file is written before it replaces the one with its own name."""
-WRITTEN = (".json", ".jsonl", ".txt", ".html", ".bin")
+WRITTEN = (".json", ".jsonl", ".txt", ".html", ".md", ".bin")
 """Endings of the names of files that commands write as a whole."""
 BUFFER_BYTES = 1 << 20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -179,6 +179,12 @@ def remove_directory(path: Path) -> None:
     if path.exists():
         with name_failure(path):
             shutil.rmtree(path)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, where it exists. Raises InputError if it cannot."""
+    with name_failure(path):
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -37,6 +37,8 @@ class ScoreConfig(PoolOptions, PairChatSettings):
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: traces that are in the journal are not scored again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: int | None = None
     """Take only the first rows of each file."""
     verify: bool = True

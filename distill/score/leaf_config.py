@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
+from genssd.distill.runs.pool_options import ProcessOptions
 from genssd.engine.errors import InputError
 from genssd.engine.options_check import check_types
 from genssd.engine.thread_count import check_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeafConfig(ChatSettings):
+class LeafConfig(ProcessOptions, ChatSettings):
     """Find the words of the questions that distract the student, and write rows without them."""
 
     student: ModelPath[str]
@@ -25,6 +26,8 @@ class LeafConfig(ChatSettings):
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: traces that are in the journal are not computed again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: int | None = None
     """Take only the first rows of each file."""
     share: float = 0.05
@@ -35,8 +38,8 @@ class LeafConfig(ChatSettings):
     device: Operational[str | None] = None
     """Device of both models. None: CUDA where there is one, else the CPU."""
     threads: Operational[int | None] = None
-    """Number of CPU threads. None: OMP_NUM_THREADS where it is set, else at most the cores that the process is given;
-    fewer for a small teacher. A resumed run takes the number that it was begun with."""
+    """Number of CPU threads, of all processes together. None: OMP_NUM_THREADS where it is set, else at most the cores
+    that are given; fewer for a small teacher. A resumed run takes the number in each process that it was begun with."""
 
     def __post_init__(self) -> None:
         check_types(self)

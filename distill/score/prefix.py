@@ -107,7 +107,7 @@ def _align_all(run: Run, config: PrefixConfig, pool: Pool, traces: Sequence[Trac
     report.begin("", unit="traces", total=len(traces), done=count, engine=pool.models)
     starts = [start for start in range(0, len(traces), config.batch) if start not in done]
     work = PrefixWork(traces=traces, items=starts, config=config)
-    if pool.size == 1:
+    if pool.is_own_process:
         work = dataclasses.replace(work, report=lambda detail: report(count, len(traces), detail))
     lost: dict[int, str] = {}
     for start, outcome in pool.run(work):

@@ -29,6 +29,8 @@ class PrefixConfig(PoolOptions, ChatSettings, ModelSampling):
     """Directory that the journal and the results are written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: whole batches that are in the journal are not done again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: int | None = None
     """Take only the first rows of each file."""
     judge: Literal["says", "solves"] = "says"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from genssd.distill.data.parts import Shard
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
+from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions, list_teachers
 from genssd.engine.budget import Budget
@@ -75,7 +77,7 @@ class SelectSettings(SearchOptions, TeacherOptions, ModelSampling):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectConfig(SelectSettings, PairChatSettings):
+class SelectConfig(SelectSettings, PairChatSettings, MonitorOptions):
     """Let the student choose what the teacher writes, prompt by prompt."""
 
     NEEDS: ClassVar[Needs] = {
@@ -98,10 +100,19 @@ class SelectConfig(SelectSettings, PairChatSettings):
     """Directory that the journal is written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: prompts that are in the journal are not run again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
+    shard: Operational[str | None] = None
+    """Part of the rows for one of several machines: 2/8 takes every eighth row, the second of them first. Rows are
+    those of a run over all, unless prompts are equal."""
+    peek: Operational[bool] = False
+    """Print the search of the first prompt round by round: the text of all candidates, and which of them is kept."""
 
     def __post_init__(self) -> None:
         SelectSettings.__post_init__(self)
+        self.check_monitoring()
+        Shard.parse(self.shard)
         if len(names := list_teachers(self.teacher)) == 1:
             object.__setattr__(self, "teacher", names[0])  # one in a list is one

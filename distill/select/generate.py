@@ -26,7 +26,9 @@ from genssd.distill.data.problems import (
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
+from genssd.distill.runs.engine_metrics import EngineMetrics
 from genssd.distill.runs.journal import damaged_line
+from genssd.distill.runs.metrics import check_monitor
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
@@ -35,7 +37,7 @@ from genssd.distill.runs.served_teacher import count_server_use, describe_server
 from genssd.distill.select.alternation import make_judge
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.generate_summary import GenerateSummary, summarise_responses
-from genssd.distill.select.notes import NoteMaker
+from genssd.distill.select.notes import NoteMaker, list_responses
 from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.two_writers import iter_two_writers
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
@@ -56,8 +58,9 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
     criterion = make_judge(config.alternate).criterion if config.method == "alternate" else None
+    check_monitor(config.report_to)
     config = choose_sampling(config, config.teacher, "teacher", engine)
-    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
+    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard)
     fingerprints = find_fingerprints(config, config.teacher, engine)
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
@@ -108,14 +111,19 @@ def _generate(
         problems=problems, items=[p for p in range(len(problems)) if p not in places_done], config=config
     )
     failures: dict[int, str] = {}
-    for finished, (place, outcome) in enumerate(pool.run(work), start=1):
-        assert not isinstance(outcome, Stopped), "nothing limits the run"
-        if isinstance(outcome, dict):
-            run.journal.append(outcome)
-        else:
-            reason = outcome.reason if isinstance(outcome, Lost) else outcome
-            failures[problems[place].index] = f"{problems[place].where}: {reason}"
-        report(len(done) + finished, len(problems))
+    journal = run.journal  # opened first: the run is recorded before the first file that belongs to it
+    with EngineMetrics.open(config, run, "generate", pool.models, total=len(problems)) as metrics:
+        for finished, (place, outcome) in enumerate(pool.run(work), start=len(done) + 1):
+            assert not isinstance(outcome, Stopped), "nothing limits the run"
+            verdicts: list[bool | None] = []
+            if isinstance(outcome, dict):
+                journal.append(outcome)
+                verdicts = [response["correct"] for response in list_responses(outcome)]
+            else:
+                reason = outcome.reason if isinstance(outcome, Lost) else outcome
+                failures[problems[place].index] = f"{problems[place].where}: {reason}"
+            metrics.finish(finished, verdicts)
+            report(finished, len(problems))
     return failures
 
 

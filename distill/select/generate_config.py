@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from genssd.distill.data.parts import Shard
 from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
+from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions
 from genssd.distill.select.two_writer_options import Alternation, Relay
@@ -19,7 +21,7 @@ from genssd.engine.speculation_rules import ReverseSpeculation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
+class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOptions):
     """Sample responses from the teacher alone, with the student's verdict on every token, or from both in turns."""
 
     NEEDS: ClassVar[Needs] = {
@@ -48,8 +50,13 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
     """Directory that the journal is written to."""
     resume: Operational[bool] = False
     """Continue an interrupted run: prompts that are in the journal are not run again."""
+    overwrite: Operational[bool] = False
+    """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
     """Take only the first rows of the data."""
+    shard: Operational[str | None] = None
+    """Part of the rows for one of several machines: 2/8 takes every eighth row, the second of them first. Rows are
+    those of a run over all, unless prompts are equal."""
     method: Literal["sample", "rsd", "alternate", "relay"] = "sample"
     """sample: the teacher writes alone. rsd: the student refuses single tokens (Reverse Speculative Decoding).
     alternate: both offer candidates at every node, and a criterion chooses. relay: the student writes until it errs,
@@ -71,6 +78,8 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling):
 
     def __post_init__(self) -> None:
         check_types(self)
+        self.check_monitoring()
+        Shard.parse(self.shard)
         if self.method != "sample" and self.student is None:
             raise InputError(f"{self.method} needs a student: give --student")
         if self.method == "rsd" and is_url(self.teacher):

@@ -5,6 +5,7 @@ OUTPUT_DIR/calibration.json   the threshold that was taken from data, if it was
 OUTPUT_DIR/selections.jsonl   one line per finished prompt: what training reads
 OUTPUT_DIR/decisions.jsonl    the same prompts in the same order: every candidate, its scores and its verdict
 OUTPUT_DIR/teacher_topk.bin   the teacher's most likely tokens along each best trajectory, with --teacher-topk
+OUTPUT_DIR/metrics.jsonl      what the models have done after every few prompts
 OUTPUT_DIR/bad_rows.txt       what could not be used or did not fit, by file and line
 OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens; accuracy where reference answers are known
 
@@ -22,7 +23,9 @@ from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
+from genssd.distill.runs.engine_metrics import EngineMetrics
 from genssd.distill.runs.journal import Journal, write_json
+from genssd.distill.runs.metrics import check_monitor
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
@@ -31,11 +34,12 @@ from genssd.distill.runs.served_teacher import count_server_use, describe_server
 from genssd.distill.runs.teacher_options import list_teachers
 from genssd.distill.select.beginning import check_search, report_thinking
 from genssd.distill.select.calibration import Calibration, calibrate
+from genssd.distill.select.chunk_choice import SETTING, choose_chunk
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.resuming import TOPK_FILE, keep_complete
 from genssd.distill.select.summary import SearchEnd, SelectSummary, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
-from genssd.distill.select.work import ROLES, SearchWork
+from genssd.distill.select.work import ROLES, SearchedPrompt, SearchWork
 from genssd.engine.budget import Budget
 from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
@@ -49,12 +53,13 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
     Raises GenssdError on bad input; prompts that were finished before are in the journal.
     """
     check_search(config, list_teachers(config.teacher), config.student)  # before anything is read or loaded
+    check_monitor(config.report_to)
     config = choose_sampling(config, list_teachers(config.teacher)[0], "teacher", engine)
-    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt)
+    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard)
     if config.calibrate.data is not None and not config.resume:
         _read_calibration_data(config)  # before any model is loaded
     fingerprints = find_fingerprints(config, config.teacher, engine)
-    with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
+    with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints, chosen=(SETTING,)) as run:
         done = keep_complete(run, data.problems, config.data, has_topk=config.teacher_topk > 0)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         left = len(data.problems) - len(done)
@@ -64,6 +69,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
             run.use(pool.models)
             readable = leave_out_unfit(data, pool.models, ROLES, resolve(config.criterion), config.criterion)
             report_thinking(pool.models, readable)
+            config = choose_chunk(config, run, pool, readable.data.problems, report)
             calibration = None if config.calibrate.data is None else _calibrate(pool, config, run, report)
             end = _Search(run, config, pool, readable, done, calibration).run(report)
             server_use, line = count_server_use(pool.models), describe_server_use(pool.models)
@@ -104,6 +110,7 @@ class _Search:
             data=config.data,
             teachers=list_teachers(config.teacher),
             student=config.student,
+            peek=config.peek,
         )
 
     def run(self, report: Progress) -> SearchEnd:
@@ -128,6 +135,7 @@ class _Search:
             TopkStore(self._run.path(TOPK_FILE), topk_end, vocabulary=self._find_vocabulary())
             if self._config.teacher_topk
             else nullcontext() as topk_store,
+            EngineMetrics.open(self._config, self._run, "select", models, total=len(self._problems)) as metrics,
         ):
             for place, outcome in self._pool.run(self._work, budget):
                 problem = self._problems[place]
@@ -142,13 +150,15 @@ class _Search:
                     if outcome.missing_token is not None:
                         end.missing_tokens[outcome.missing_token] += 1
                 else:
-                    decisions.append(outcome.decisions)
+                    decisions.append_line(outcome.decisions)
                     topk = outcome.topk
                     stored = topk_store.append(topk) if topk_store is not None and topk is not None else None
                     journal.append({**outcome.row, "teacher_topk": stored})
                     noted.update(outcome.special)
                 sampled_of_ended += 0 if isinstance(outcome, Lost) else outcome.tokens_sampled
                 ended += 1
+                row = outcome.row if isinstance(outcome, SearchedPrompt) else None
+                metrics.finish(ended, [] if row is None else [row["correct"]])
                 report(ended, len(self._problems), ", ".join(f"{count} {name}" for name, count in noted.items()))
         if end.stopped_by is not None:
             end.tokens_dropped = models.usage.sampled_tokens - sampled_before - sampled_of_ended

@@ -11,7 +11,7 @@ from genssd.distill.files.pipes import describe
 from genssd.engine.criterion import AnyCriterion, needs_answer
 from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
-from genssd.engine.model_facts import ModelFacts
+from genssd.engine.model_facts import PromptReaders
 from genssd.engine.reading import Reader
 from genssd.engine.team import find_disagreement
 from genssd.engine.text import Prompt, Tokenizer
@@ -36,7 +36,7 @@ class ReadableProblems:
 
 def leave_out_unfit(
     data: ProblemSet,
-    models: ModelFacts,
+    models: PromptReaders,
     roles: Sequence[Role],
     criterion: AnyCriterion | None = None,
     criterion_name: str = "",
@@ -51,7 +51,7 @@ def leave_out_unfit(
     that are too long are outcomes of the engine.
     """
     lengths: dict[int, dict[Role, int]] = {}
-    teachers = [(one, _find_ends(one, roles)) for one in models.teachers]
+    check = PromptCheck(models, roles)
     unreadable: list[str] = []
     if criterion is not None and needs_answer(criterion):
         answer_reader = f"the criterion {criterion_name}"
@@ -59,18 +59,11 @@ def leave_out_unfit(
     def find_fault(problem: ProblemRow) -> str | None:
         if answer_reader is not None and problem.answer is None:
             return f"no reference answer, which {answer_reader} reads"
-        faults: list[str] = []
-        each = [encode_for(one, roles, problem.prompt) for one, _ in teachers]
-        for ids, (_, ends) in zip(each, teachers, strict=True):
-            if ends is not None and (fault := ends.find_fault(ids["teacher"])) is not None:
-                faults.append(fault)
-        unreadable.extend(faults[:1])
+        each = check.encode(problem.prompt)
         lengths[problem.index] = {role: max(len(ids[role]) for ids in each) for role in roles}
-        if len(teachers) > 1 and not faults:
-            pairs = [one.encode_pair(problem.prompt) for one, _ in teachers]
-            disagreement = find_disagreement([(pair.student, pair.num_lead) for pair in pairs])
-            faults += [] if disagreement is None else [disagreement]
-        return next(iter(faults), None)
+        fault = check.find_unreadable(each)
+        unreadable.extend([] if fault is None else [fault])
+        return check.find_disagreement(problem.prompt) if fault is None else fault
 
     try:
         readable = data.leave_out(find_fault)
@@ -82,14 +75,46 @@ def leave_out_unfit(
     return ReadableProblems(data=readable, lengths={i: values for i, values in lengths.items() if i in usable})
 
 
-def _find_ends(models: ModelFacts, roles: Sequence[Role]) -> ThoughtEnds | None:
+class PromptCheck:
+    """Encodes prompts for the models of a command, and finds those that they cannot use.
+
+    models: of several teachers, each reads the prompts with the student. roles: of the models that read prompts.
+    """
+
+    def __init__(self, models: PromptReaders, roles: Sequence[Role]) -> None:
+        self._roles = roles
+        self._teachers = [(one, _find_ends(one, roles)) for one in models.teachers]
+
+    def encode(self, prompt: Prompt) -> list[dict[Role, Sequence[int]]]:
+        """Return the token ids of a prompt as each teacher reads it with the student.
+
+        Raises InputError where a model cannot read it.
+        """
+        return [encode_for(one, self._roles, prompt) for one, _ in self._teachers]
+
+    def find_unreadable(self, each: Sequence[Mapping[Role, Sequence[int]]]) -> str | None:
+        """Return why the student could not read the responses to a prompt; None if it can. each: from `encode`."""
+        for ids, (_, ends) in zip(each, self._teachers, strict=True):
+            if ends is not None and (fault := ends.find_fault(ids["teacher"])) is not None:
+                return fault
+        return None
+
+    def find_disagreement(self, prompt: Prompt) -> str | None:
+        """Return how the student reads a prompt differently beside different teachers; None if it does not."""
+        if len(self._teachers) < 2:
+            return None
+        pairs = [one.encode_pair(prompt) for one, _ in self._teachers]
+        return find_disagreement([(pair.student, pair.num_lead) for pair in pairs])
+
+
+def _find_ends(models: PromptReaders, roles: Sequence[Role]) -> ThoughtEnds | None:
     """Return what finds thoughts that the student could not read the end of; None where it reads all tokens."""
     if len(roles) < 2 or models.reader.is_identity:
         return None
     return ThoughtEnds(models.tokenizer("teacher"), models.reader)
 
 
-def encode_for(models: ModelFacts, roles: Sequence[Role], prompt: Prompt) -> dict[Role, Sequence[int]]:
+def encode_for(models: PromptReaders, roles: Sequence[Role], prompt: Prompt) -> dict[Role, Sequence[int]]:
     """Return the token ids of a prompt as each of one or both models reads it. Raises InputError where one cannot."""
     if len(roles) == 1:
         return {roles[0]: models.tokenizer(roles[0]).encode_prompt(prompt)}

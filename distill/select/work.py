@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.pool.pool import Stopped
+from genssd.distill.runs.journal import make_line
 from genssd.distill.select.notes import NoteMaker
+from genssd.distill.select.peek import Peek
 from genssd.distill.select.rows import ModelRecord, Origin, make_decision_row, make_selection_row
 from genssd.distill.select.summary import list_special
 from genssd.engine.budget import Budget, BudgetName
@@ -33,8 +35,9 @@ class SearchedPrompt:
     tokens_sampled: int
     row: dict[str, Any] | None = None
     """Line of selections.jsonl without `teacher_topk`; None where the prompt failed."""
-    decisions: dict[str, Any] = field(default_factory=dict)
-    """Line of decisions.jsonl."""
+    decisions: bytes = b""
+    """Line of decisions.jsonl, with its checksum. It has seven numbers for every token that was sampled, and writing
+    them as text takes most of the time of everything that the command does for a prompt: the engine's process does."""
     topk: TopK | None = None
     """The teacher's most likely tokens along the best trajectory, on the CPU; None where they are not kept."""
     special: tuple[str, ...] = ()
@@ -60,6 +63,8 @@ class SearchWork:
     """Hub ids or directories of the teachers, which the rows record."""
     student: str
     """Hub id or directory of the student, which the rows record."""
+    peek: bool = False
+    """Whether the search of the first item is logged round by round."""
 
     @property
     def most_tokens(self) -> int:
@@ -81,12 +86,19 @@ class SearchWork:
             skip=frozenset(range(len(self.problems))) - frozenset(self.items),
             labels=[problem.where for problem in self.problems],
             feed=feed,
+            watch=self._watch(engine),
         )
         for selection in selections:
             if selection.ended_by in TOTAL_BUDGET:
                 yield selection.index, Stopped(by=selection.ended_by)
             else:
                 yield selection.index, writer.make(selection, self.problems[selection.index])
+
+    def _watch(self, engine: Engine) -> Peek | None:
+        """Return what logs the rounds of the first item; None where it is not asked for."""
+        if not self.peek or not self.items:
+            return None
+        return Peek(engine, self.items[0], self.problems[self.items[0]].where)
 
 
 class _RowMaker:
@@ -125,7 +137,7 @@ class _RowMaker:
         return SearchedPrompt(
             tokens_sampled=sampled,
             row=make_selection_row(selection, problem, self._origin, notes, opening),
-            decisions=make_decision_row(selection, problem.index),
+            decisions=make_line(make_decision_row(selection, problem.index)),
             topk=None if topk is None else replace(topk, ids=topk.ids.cpu(), logprob=topk.logprob.cpu()),
             special=tuple(list_special(selection)),
         )

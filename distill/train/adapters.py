@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genssd.distill.train.distributed import gather_shards
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import one_line
 
@@ -63,13 +65,18 @@ def has_adapters(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def save_adapters(model: Any, directory: Path) -> None:
-    """Write the adapters on their own, in the format of peft."""
+def collect_adapters(model: Any) -> dict[str, Tensor]:
+    """Return the adapters by the names in peft's file, on the CPU; every process of a training has to call this."""
     from peft import get_peft_model_state_dict
 
-    directory.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
-    save_file({f"{PREFIX}{name}": value.contiguous() for name, value in state.items()}, directory / ADAPTER_FILE)
+    return {f"{PREFIX}{name}": gather_shards(value).detach().cpu().contiguous() for name, value in state.items()}
+
+
+def save_adapters(model: Any, adapters: Mapping[str, Tensor], directory: Path) -> None:
+    """Write the adapters that `collect_adapters` returned on their own, in the format of peft."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(adapters), directory / ADAPTER_FILE)
     model.peft_config["default"].save_pretrained(directory)
 
 
@@ -99,15 +106,24 @@ def load_adapters(model: Any, directory: Path) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def merge_adapters(model: Any) -> dict[str, Tensor]:
-    """Return the weights with the adapters added, by the names of the model without adapters; change no weight."""
+def iter_merged(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full weights to which adapters are added, by the names of the model without adapters; change none.
+
+    Every process of a training has to iterate, because sharded weights are gathered from all.
+    """
     from peft.tuners.lora import LoraLayer
 
-    state = {
-        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
-    }
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             layer: Any = module
-            state[f"{name}.weight"] = layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach()
-    return state
+            added = gather_shards(layer.get_delta_weight("default").detach())
+            yield f"{name}.weight", gather_shards(layer.base_layer.weight.detach()) + added
+
+
+def find_plain_name(name: str) -> str | None:
+    """Return the name that a tensor of a model with adapters has in the model without; None for the tensors of an
+    adapter, and for a weight to which one is added.
+    """
+    if ".lora_" in name or name.endswith(".base_layer.weight"):
+        return None
+    return name.replace(".base_layer.", ".")

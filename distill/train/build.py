@@ -13,14 +13,15 @@ from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.examples import Example
 from genssd.distill.data.overlap import EvalOverlap, find_eval_overlap, list_examples
 from genssd.distill.train.activations import check_training_fits
-from genssd.distill.train.adapters import add_adapters
-from genssd.distill.train.checkpoints import TrainedModel, describe_remedy, list_trainable
+from genssd.distill.train.adapters import add_adapters, load_adapters
+from genssd.distill.train.checkpoints import TrainedModel, describe_remedy, is_sharded, list_trainable
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.ends import add_ends, find_learnt_ends
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.models import Teacher, check_layout, find_foreign_tokenizer, load_teacher
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts, require_no_lead
+from genssd.distill.train.row_needs import check_example
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import load_config
@@ -107,18 +108,8 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         ).examples
         overlap = find_eval_overlap(list_examples(data.examples, tokenizer), list_examples(held_out, tokenizer))
         overlap.check(is_allowed=config.allow_eval_overlap)
-    if config.kd_loss != "distillm2" and any(example.rejected for example in (*data.examples, *held_out)):
-        raise InputError(
-            "the data hold preference pairs, which kd_loss distillm2 alone learns from (or TRL's trainers)"
-        )
-    if config.uses_rows:
-        for example in (*data.examples, *held_out):
-            if example.topk is None:
-                raise InputError(
-                    f"{example.where}: no teacher_topk of this student's tokenizer, which kd_ratio needs; select with "
-                    "--teacher-topk, or name a teacher_model_name_or_path"
-                )
-            example.topk.read()  # a damaged file is refused before the training begins
+    for example in (*data.examples, *held_out):  # also: a damaged file is refused before the training begins
+        check_example(example, config)
     return TrainingInputs(
         student=student,
         tokenizer=tokenizer,
@@ -132,13 +123,12 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
 
 
 def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, checkpoint: Path | None) -> Training:
-    """Seed the random generators, load the models, shard them over the processes and create the optimizer.
+    """Load the models, shard them over the processes and create the optimizer.
 
-    checkpoint: whose weights the student starts from; `resume` restores everything else of it.
+    checkpoint: whose weights the student starts from, unless they are shards; `restore` restores everything else of it.
     """
-    # the ranks have different seeds, so that dropout differs between the processes
-    torch.manual_seed((config.seed + world.rank) % (1 << 63))
-    model = _load_student(config, inputs, world.device, checkpoint)
+    torch.manual_seed(config.seed)  # new adapters and routers begin as the same ones in all processes
+    model = _load_student(config, inputs, world.loading_device, checkpoint)
     ends = find_learnt_ends(inputs.examples, inputs.tokenizer)
     add_ends(model, ends, inputs.tokenizer)
     tokenizer = inputs.tokenizer.with_ends(ends)
@@ -147,17 +137,19 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
         plan = RolloutPlan(
             options=config.rollout, probability=config.lmbda, seed=config.seed, max_length=config.max_length
         )
-        rollouts = Rollouts.build(model, inputs.student, tokenizer, plan)
+        # sharded weights, and those under adapters, are no matrices that the engine could run on
+        copy_to = world.device if config.fsdp or config.use_peft else None
+        rollouts = Rollouts.build(model, inputs.student, tokenizer, plan, copy_to=copy_to)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.torch_compile:
         for layer in layers_of(model):
             layer.compile(dynamic=True)
-    teacher = _load_teacher(config, inputs, world.device)
+    teacher = _load_teacher(config, inputs, world)
     bf16 = choose_bf16(config.bf16, world.device)
     forward = ForwardPass.build(model, teacher, tokenizer, config, layout=config.layout, bf16=bf16)
     check_training_fits(model, inputs.examples, config, world.device, bf16=bf16)
-    world.shard_weights(model, forward.module)
+    forward.shard_weights(world)
     extra_parameters = forward.extra_parameters()
     trained = TrainedModel(
         model=model,
@@ -170,7 +162,9 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
 
 
 def _load_student(config: TrainConfig, inputs: TrainingInputs, device: torch.device, checkpoint: Path | None) -> Any:
-    # adapters belong to the student they were trained on, and are restored over it
+    if checkpoint is not None and is_sharded(checkpoint):
+        checkpoint = None
+    # adapters belong to the student they were trained on, and are loaded over it
     source = inputs.student if checkpoint is None or config.use_peft else checkpoint
     try:
         model = load_model(source, inputs.tokenizer, device, attn_implementation=config.attn_implementation)
@@ -189,16 +183,21 @@ def _load_student(config: TrainConfig, inputs: TrainingInputs, device: torch.dev
             dropout=config.lora_dropout,
             targets=config.lora_target_modules,
         )
+        if checkpoint is not None:
+            try:
+                load_adapters(model, checkpoint / "adapter")
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; {describe_remedy(checkpoint)}") from None
     return model
 
 
-def _load_teacher(config: TrainConfig, inputs: TrainingInputs, device: torch.device) -> Teacher | None:
+def _load_teacher(config: TrainConfig, inputs: TrainingInputs, world: World) -> Teacher | None:
     """Load the teacher and check that it reads the examples; return None where the loss does not need one in memory."""
     if config.teacher_model_name_or_path is None:
         return None
     directory = locate(config.teacher_model_name_or_path)
-    dtype = choose_dtype(directory, "auto", device)
-    teacher = load_teacher(directory, inputs.tokenizer, device, dtype, over_spans=config.is_over_spans)
+    dtype = choose_dtype(directory, "auto", world.device)
+    teacher = load_teacher(directory, inputs.tokenizer, world.loading_device, dtype, over_spans=config.is_over_spans)
     check_layout(teacher.model, config.layout)
     for example in (*inputs.examples, *inputs.held_out):
         teacher.check_example(example)

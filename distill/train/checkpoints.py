@@ -1,7 +1,16 @@
 """Training checkpoints: a save_pretrained directory, plus the state from which training continues exactly.
 
-checkpoint-N/optimizer.safetensors   Adam's moments by parameter name, and the state of torch's random generators
+checkpoint-N/optimizer.safetensors   Adam's moments by parameter name
 checkpoint-N/trainer_state.json      how far the training is, its settings, and checksums; written last
+
+Where FSDP2 shards the weights, a checkpoint has the shards of the trained weights and of Adam's moments instead of the
+directory and the first file (shards.py):
+
+checkpoint-N/shards/                 a file of every process
+
+Both are resumed by any number of processes, with shards or without (resume.py). No state of a random generator is
+kept, because all that is random depends on the seed and the step: the order of the examples (schedule.py), completions
+(on_policy.py) and dropout (step.py).
 
 The weights of a checkpoint are float32, whatever the type of the model that the training began from.
 reading.py reads and checks a checkpoint, restoring.py puts it back.
@@ -13,7 +22,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +33,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genssd.distill.runs.journal import write_json
-from genssd.distill.runs.writing import TEMPORARY
+from genssd.distill.runs.writing import TEMPORARY, make_directory
 from genssd.distill.train.directories import publish_directory, remove_directory
-from genssd.distill.train.distributed import gather_shards
+from genssd.distill.train.distributed import World
 from genssd.distill.train.saving import name_save_failure, save_model
+from genssd.distill.train.shards import SHARDS, find_shard, save_shards
 from genssd.engine.errors import InputError
 from genssd.engine.text import Tokenizer
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+WEIGHTS = "weights/"
+"""Beginning of the names of trained weights among shards."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's state of a parameter, in addition to `step`."""
 
@@ -82,38 +94,62 @@ def list_trainable(model: Any, extra_parameters: Mapping[str, torch.nn.Parameter
     return [p for p in (*model.parameters(), *extra_parameters.values()) if p.requires_grad]
 
 
-def save_checkpoint(
-    output_dir: Path, trained: TrainedModel, state: TrainerState, rng_states: Sequence[Tensor], *, write: bool = True
-) -> None:
+def save_checkpoint(output_dir: Path, trained: TrainedModel, state: TrainerState, world: World) -> None:
     """Write a checkpoint under a temporary name and rename it, so that a crash leaves no incomplete checkpoint.
 
-    rng_states: of every process, see `get_rng_state`. Every process of a training has to call this, because sharded
-    tensors are gathered from all; only one of them with write. Raises InputError when it cannot be written; nothing of
-    it is left then, and earlier checkpoints are as they were.
+    Every process of a training has to call this: where the weights are sharded, each writes its own shards. Raises
+    InputError when it cannot be written; nothing of it is left then, and earlier checkpoints are as they were.
     """
     final = output_dir / f"checkpoint-{state.step}"
     temporary = final.with_name(final.name + TEMPORARY)
-    if write:
-        shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_model(trained.model, trained.tokenizer, temporary, write=write)
-        tensors = _collect_tensors(trained, rng_states)
-        if not write:
+        checksums = _write_shards(temporary, trained, world) if world.mesh is not None else None
+        if not world.is_main:
             return
         with name_save_failure(final):
-            save_file(tensors, temporary / OPTIMIZER)
-            fields = {**dataclasses.asdict(state), "files": compute_checksums(temporary)}
+            if checksums is None:
+                checksums = _write_whole(temporary, trained)
+            fields = {**dataclasses.asdict(state), "files": checksums}
             write_json(temporary / STATE, {**fields, "checksum": compute_checksum(fields)})
         publish_directory(temporary, final)
     except InputError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"{error}; {_describe_kept(output_dir)}") from None
 
 
-def _collect_tensors(trained: TrainedModel, rng_states: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of optimizer.safetensors, gathered from all processes."""
-    tensors = {f"rng/{rank}": rng_state for rank, rng_state in enumerate(rng_states)}
-    tensors |= {f"extra/{name}": p.detach().cpu() for name, p in trained.extra_parameters.items()}
+def _write_whole(directory: Path, trained: TrainedModel) -> dict[str, str]:
+    """Write the files of a checkpoint whose weights this process has as a whole; return their checksums."""
+    shutil.rmtree(directory, ignore_errors=True)
+    save_model(trained.model, trained.tokenizer, directory)
+    tensors = {f"extra/{name}": p.detach().cpu() for name, p in trained.extra_parameters.items()}
+    tensors |= {name: value.cpu().contiguous() for name, value in _iter_moments(trained)}
+    save_file(tensors, directory / OPTIMIZER)
+    return compute_checksums(directory)
+
+
+def _write_shards(directory: Path, trained: TrainedModel, world: World) -> dict[str, str]:
+    """Write this process's shards of a checkpoint; return the checksums of all shards."""
+    folder = directory / SHARDS
+
+    def make_folder() -> None:
+        if world.is_main:
+            shutil.rmtree(directory, ignore_errors=True)
+            make_directory(folder)
+
+    def compute() -> dict[str, str]:
+        path = find_shard(folder, world.rank)
+        with name_save_failure(folder):
+            return {} if path is None else {f"{SHARDS}/{path.name}": _checksum_file(path)}
+
+    world.collect(make_folder)
+    weights = {f"{WEIGHTS}{name}": p.detach() for name, p in trained.named_parameters() if p.requires_grad}
+    save_shards(folder, {**weights, **dict(_iter_moments(trained))})
+    return {name: value for shard in world.collect(compute) for name, value in shard.items()}
+
+
+def _iter_moments(trained: TrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the optimizer's state of every trained parameter, by `<name of the parameter>/<name of the state>`."""
     for name, parameter in trained.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -123,13 +159,12 @@ def _collect_tensors(trained: TrainedModel, rng_states: Sequence[Tensor]) -> dic
             **{key: torch.zeros_like(parameter) for key in MOMENTS},
         }
         for key, value in moments.items():
-            tensors[f"{name}/{key}"] = gather_shards(value).cpu().contiguous()
-    return tensors
+            yield f"{name}/{key}", value.detach()
 
 
 def compute_checksums(directory: Path) -> dict[str, str]:
     """Return the CRC-32 of every file that a training is resumed from, by its name in the directory."""
-    files = sorted([*directory.rglob("*.safetensors"), *directory.glob("model*.json"), directory / "config.json"])
+    files = sorted([*directory.rglob("*.safetensors"), *directory.glob("model*.json"), *directory.glob("config.json")])
     return {path.relative_to(directory).as_posix(): _checksum_file(path) for path in files}
 
 
@@ -146,12 +181,9 @@ def compute_checksum(fields: Mapping[str, object]) -> str:
     return f"{crc32(json.dumps(fields, sort_keys=True).encode()):08x}"
 
 
-def get_rng_state(device: torch.device) -> Tensor:
-    """Return the state of the random generators that a training on a device uses, uint8."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
+def is_sharded(path: Path) -> bool:
+    """Return whether a checkpoint consists of shards."""
+    return (path / SHARDS).exists() and not (path / OPTIMIZER).exists()
 
 
 def find_step(path: Path) -> int | None:

@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import DataFile, FileName, ModelPath, Operational
+from genssd.distill.runs.hub_name import check_repository
+from genssd.distill.runs.monitor_options import MonitorName
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.engine.errors import InputError
@@ -59,8 +61,9 @@ class TrainSettings(LossOptions):
     """Largest learning rate of the training."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the fall of the learning rate after the warmup."""
-    warmup_ratio: float = 0.03
-    """Fraction of the training during which the learning rate rises."""
+    warmup_steps: float = 0.03
+    """Optimizer steps during which the learning rate rises: a number of steps or, below 1, a fraction of the
+    training."""
     weight_decay: float = 0.0
     """Weight decay of AdamW on matrices; norms and biases have none."""
     adam_beta1: float = 0.9
@@ -91,15 +94,15 @@ class TrainSettings(LossOptions):
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the modules that get adapters, or all-linear for every linear module in the layers."""
     fsdp: bool = False
-    """Shard weights, gradients and optimizer states over the processes of torchrun (FSDP2); otherwise every process has
-    the full model."""
+    """Shard weights, gradients and optimizer states over the processes of torchrun (FSDP2), and the weights of the
+    teacher; otherwise every process has the full models."""
     eval_data: DataFile[tuple[str, ...]] = ()
     """Data files, as for data, on which the loss is measured during the training; the model with the smallest loss is
     kept in OUTPUT_DIR/best."""
     eval_steps: int | None = None
     """Number of optimizer steps between two measurements on eval_data; None: an epoch. The last step is always
     measured."""
-    report_to: Operational[Literal["none", "tensorboard", "wandb"]] = "none"
+    report_to: Operational[MonitorName] = "none"
     """Monitor that gets the metrics in addition to metrics.jsonl."""
     logging_steps: Operational[int] = 10
     """Number of optimizer steps between two lines of metrics.jsonl; the last step always has a line."""
@@ -136,9 +139,19 @@ class TrainSettings(LossOptions):
         for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "adam_epsilon"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("warmup_ratio", "adam_beta1", "adam_beta2", "lora_dropout"):
+        for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if not 0.0 <= self.warmup_steps < math.inf or (self.warmup_steps > 1 and self.warmup_steps % 1):
+            raise InputError(
+                f"warmup_steps must be a fraction of the training in [0, 1), or a number of steps, not "
+                f"{self.warmup_steps:g}"
+            )
+        if self.warmup_steps >= 1 and self.max_train_tokens is not None:
+            raise InputError(
+                "warmup_steps must be a fraction below 1 beside max_train_tokens, under which the number of steps is "
+                "not known"
+            )
         check_threads(self.threads)
         if not 0.0 <= self.weight_decay < math.inf:
             raise InputError(f"weight_decay must be >= 0, not {self.weight_decay}")
@@ -147,8 +160,6 @@ class TrainSettings(LossOptions):
         unknown = set(self.statuses) - set(STATUSES)
         if unknown:
             raise InputError(f"statuses: there is no {', '.join(sorted(unknown))}; known: {', '.join(STATUSES)}")
-        if self.fsdp and self.use_peft:
-            raise InputError("fsdp splits all weights; adapters go with use_peft alone, on several devices too")
         if self.key_attention.weight and (self.layout != "pad" or self.gradient_checkpointing or self.fsdp):
             raise InputError("key_attention reads every layer once, row by row: layout pad, no checkpointing, no fsdp")
         if self.key_attention.weight and self.attn_implementation is not None:
@@ -160,8 +171,6 @@ class TrainSettings(LossOptions):
             )
         if self.key_attention.weight and self.rollout.train_on in ("correct", "wrong"):
             raise InputError("key_attention is a mean over all completions: not with rollout.train_on correct or wrong")
-        if self.lmbda and (self.fsdp or self.use_peft):
-            raise InputError("lmbda runs the engine on the whole weights: not with fsdp or use_peft")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +202,13 @@ class TrainConfig(TrainSettings, ChatSettings):
     resume_from_checkpoint: Operational[FileName[str | None]] = None
     """Checkpoint directory to resume from; "last" for the newest checkpoint in output_dir, which must have one; "auto"
     for the newest one or, where output_dir has none, the start of the training."""
+    push_to_hub: Operational[str | None] = None
+    """Repository of the Hugging Face hub, OWNER/NAME, to which the trained model and its card are sent at the end. It
+    is made, as a private one, before the training begins, where it does not exist."""
 
     def __post_init__(self) -> None:
         TrainSettings.__post_init__(self)
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub, "push_to_hub")
         if not self.data:
             raise InputError("data must name at least one file")

@@ -1,7 +1,7 @@
 """Several processes of one training, as torchrun starts them; each trains on a shard of every step's examples.
 
 data parallel   every process has the full model, and gradients are summed over the processes
-FSDP2           weights, gradients and optimizer states are sharded over the processes
+FSDP2           weights, gradients and optimizer states are sharded over the processes, and the weights of the teacher
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from genssd.distill.runs.run import Run, RunConfig
@@ -104,6 +104,20 @@ class World:
         longest = max(map(len, lists))
         return [objects_of_rank[i] for i in range(longest) for objects_of_rank in lists if i < len(objects_of_rank)]
 
+    def collect(self, work: Callable[[], T]) -> list[T]:
+        """Return what the work returns in every process. Raises InputError in all of them if it does in one."""
+        result: list[T] = []
+        fault = None
+        try:
+            result = [work()]
+        except InputError as error:
+            fault = str(error)
+        outcomes = self.gather([(result, fault)])
+        for _, fault in outcomes:
+            if fault is not None:
+                raise InputError(fault)
+        return [result for results, _ in outcomes for result in results]
+
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Sum the gradients over the processes; with FSDP2 the backward pass has done so already."""
         if self.size == 1 or self.mesh is not None:
@@ -118,12 +132,33 @@ class World:
         """Factor of the loss that makes gradients sums over the processes: FSDP2 averages them."""
         return float(self.size) if self.mesh is not None else 1.0
 
+    @property
+    def loading_device(self) -> torch.device:
+        """Device on which models are loaded: where their weights are to be sharded, the memory of the host.
+
+        So a device never holds more than its shards and one layer.
+        """
+        return self.device if self.mesh is None else torch.device("cpu")
+
     def shard_weights(self, model: Any, wrapper: torch.nn.Module) -> None:
-        """Shard the weights of a transformers model layer by layer, and its other weights with the wrapper module."""
+        """Shard the weights of a transformers model layer by layer, and its other weights with the wrapper module.
+
+        The wrapper's forward pass gathers the weights that are in no layer; they stay until the end of the backward
+        pass or, where there is none, until `reshard`.
+        """
         if self.mesh is not None:
             for layer in layers_of(model):
                 fully_shard(layer, mesh=self.mesh)
-            fully_shard(wrapper, mesh=self.mesh)
+            fully_shard(wrapper, mesh=self.mesh, reshard_after_forward=False)
+
+
+def reshard(wrapper: torch.nn.Module) -> None:
+    """Free the gathered weights of a sharded module that no backward pass frees; other modules are left alone.
+
+    Until then the parameters of the module are the gathered ones, which the optimizer does not know.
+    """
+    if isinstance(wrapper, FSDPModule):
+        wrapper.reshard()
 
 
 def _leave_group() -> None:
@@ -138,7 +173,7 @@ def gather_shards(value: Tensor) -> Tensor:
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Shard a full tensor in the way the parameter is sharded."""
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+    """Shard a full tensor in the way the parameter is sharded; one that is sharded already is returned as it is."""
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value

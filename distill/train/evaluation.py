@@ -45,6 +45,7 @@ def _compute_means(training: Training, *, when: str) -> dict[str, float]:
     with torch.no_grad():
         for part, counted in world.shard(batch.split(config.per_device_train_batch_size)):
             totals.add(training.forward.compute_loss(part, counted=counted, when=when))
+    training.forward.free_gathered_weights()
     model.train()
     return totals.average(batch, world, attention_weight=config.key_attention.weight)
 

@@ -11,6 +11,7 @@ import torch
 from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import ExampleBatch, TokenBatch, TokenRow, build_token_batch
 from genssd.distill.train.config import Layout
+from genssd.distill.train.distributed import World, reshard
 from genssd.distill.train.key_attention import (
     IMPLEMENTATION,
     AttentionCollector,
@@ -73,6 +74,22 @@ class CompletionLoss(torch.nn.Module):
         return sums._replace(attention=attention)
 
 
+class CompletionStates(torch.nn.Module):
+    """A teacher up to its last hidden states, as a module, so that FSDP2 gathers its sharded weights.
+
+    The weights of its head are gathered with them, and stay until `ForwardPass.free_gathered_weights`: the loss reads
+    them, and its backward pass does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: TokenBatch, attention: AttentionCollector | None = None) -> torch.Tensor:
+        """Return what `compute_completion_states` returns, [M, D]."""
+        return compute_completion_states(self.model, batch, attention)
+
+
 class ForwardPass:
     """Forward pass over examples: through the student and, where the loss needs one, the teacher."""
 
@@ -81,6 +98,7 @@ class ForwardPass:
     ) -> None:
         self.module = module
         self._teacher = teacher
+        self._teacher_states = None if teacher is None else CompletionStates(teacher.model)
         self._tokenizer = tokenizer
         self._layout = layout
         self._bf16 = bf16
@@ -104,6 +122,18 @@ class ForwardPass:
             router = router.to(model.get_input_embeddings().weight.device)
         module = CompletionLoss(model, router, options, tokenizer.hf.all_special_ids)
         return ForwardPass(module, teacher, tokenizer, layout=layout, bf16=bf16)
+
+    def shard_weights(self, world: World) -> None:
+        """Shard the weights of the student, and of the teacher, over the processes, if that is asked for."""
+        world.shard_weights(self.module.model, self.module)
+        if self._teacher_states is not None:
+            world.shard_weights(self._teacher_states.model, self._teacher_states)
+
+    def free_gathered_weights(self) -> None:
+        """Free the sharded weights that a forward pass has gathered: after its backward pass, or where none follows."""
+        reshard(self.module)
+        if self._teacher_states is not None:
+            reshard(self._teacher_states)
 
     def extra_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return the parameters that are trained in addition to the model's own."""
@@ -164,6 +194,7 @@ class ForwardPass:
     ) -> TeacherTargets:
         """Run the teacher on the completions, each after the prompt as the teacher reads it."""
         assert self._teacher is not None
+        assert self._teacher_states is not None
         model = self._teacher.model
         if self._teacher.reads_bytes:
             return TeacherTargets(distributions=self._run_foreign_teacher(self._teacher, examples))
@@ -179,7 +210,7 @@ class ForwardPass:
                 for example, prompt, words in zip(examples, prompts, key_words, strict=True)
             ]
         collector = None if self.module.router is None else AttentionCollector(key_words)
-        states = compute_completion_states(model, batch, collector)
+        states = self._teacher_states(batch, collector)
         head = Head(states, model.get_output_embeddings().weight, logits_softcap(model))
         return TeacherTargets(distributions=head, attention=collector)
 
@@ -199,7 +230,8 @@ class ForwardPass:
             teacher_spans += [span + num_spans if span >= 0 else -1 for span in other]
             num_spans += count
         batch = build_token_batch(rows, self._layout, pad_id=0).to(self._device)  # the student's may not be an id here
-        states = compute_completion_states(teacher.model, batch)
+        assert self._teacher_states is not None
+        states = self._teacher_states(batch)
         head = SpanHead(
             states,
             teacher.model.get_output_embeddings().weight,

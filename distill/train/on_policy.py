@@ -6,23 +6,27 @@ with success was found to be larger on wrong ones (2605.10889). A completion tha
 without any other changes no weights.
 
 The engine runs on the trainer's own weights: the model's parameters become views of the engine's stacked matrices, so
-the engine uses the result of an optimizer step without a copy. Which tokens are sampled depends on the seed, the step
-and the weights alone.
+the engine uses the result of an optimizer step without a copy. Where the weights are sharded over processes, or have
+adapters, it has a copy of its own, into which the full weights, adapters merged, are put before every on-policy step.
+Every process writes the completions of its own rows. Which tokens are sampled depends on the seed, the step, the row's
+place in the step and the weights alone, and not on the number of processes.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.examples import Example
 from genssd.distill.train.rollout_options import RolloutOptions
+from genssd.distill.train.saving import iter_weights
 from genssd.engine.amounts import format_count
 from genssd.engine.basic_config import is_supported
 from genssd.engine.config import ModelConfig
@@ -81,18 +85,27 @@ def describe_lead(lead: str) -> str:
 class Rollouts:
     """The student under training in the role of a writer of completions."""
 
-    def __init__(self, engine: Engine, plan: RolloutPlan, judge: AnswerJudge) -> None:
+    def __init__(self, engine: Engine, plan: RolloutPlan, judge: AnswerJudge, copies: Mapping[str, Tensor]) -> None:
+        """copies: weights of the engine by name, into which those of the model are put; empty if it has the model's."""
         self.plan = plan
         self._engine = engine
         self._judge = judge
+        self._copies = copies
 
     @staticmethod
-    def build(model: Any, source: Path, tokenizer: Tokenizer, plan: RolloutPlan) -> Rollouts:
+    def build(
+        model: Any, source: Path, tokenizer: Tokenizer, plan: RolloutPlan, *, copy_to: torch.device | None = None
+    ) -> Rollouts:
         """Build an engine on a model's weights; the model's parameters become views of the engine's matrices.
 
-        source: the model's directory, which holds its config.
+        source: the model's directory, which holds its config. copy_to: device of a copy, on which the engine runs
+        instead; the model is left as it is then, and its weights are taken by `take_weights`.
         """
-        tensors: dict[str, Tensor] = {name: p.data for name, p in model.state_dict(keep_vars=True).items()}
+        tensors: dict[str, Tensor] = {}
+        if copy_to is None:
+            tensors |= {name: p.data for name, p in model.state_dict(keep_vars=True).items()}
+        else:
+            tensors |= {name: weight.to(copy_to, copy=True) for name, weight in iter_weights(model)}
         fields = read_config(source)
         if not is_supported(fields):
             kind = quote(fields.get("model_type"))
@@ -103,15 +116,28 @@ class Rollouts:
                 f"{source}: a {config.model_type} student cannot write on-policy completions: lmbda must be 0"
             )
         decoder = Decoder.from_tensors(config, tensors, source)
-        for name, view in decoder.stacked().items():
-            model.get_parameter(name).data = view
+        views = decoder.stacked()
+        copies = {} if copy_to is None else tensors | views
+        if copy_to is None:
+            for name, view in views.items():
+                model.get_parameter(name).data = view
         # the engine's messages name the option memory_bytes, which is rollout.memory_bytes here
         budget = plan.options.memory_bytes
         if budget is None:
             weights = sum(tensor.nbytes for tensor in tensors.values())
             budget = cache_budget(decoder.device, None, 1 / 3, working_bytes=STATES_PER_WEIGHT * weights)
         engine = open_engine("student", decoder, tokenizer, memory_bytes=budget)
-        return Rollouts(engine, plan, AnswerJudge(tokenizer))
+        return Rollouts(engine, plan, AnswerJudge(tokenizer), copies)
+
+    @torch.no_grad()
+    def take_weights(self, model: Any) -> None:
+        """Put the model's weights into the engine's copy, if it has one; every process of a training has to call this.
+
+        One sharded weight after the other is gathered.
+        """
+        if self._copies:
+            for name, weight in iter_weights(model, trained=True):
+                self._copies[name].copy_(weight)
 
     def write(self, examples: Sequence[Example], step: int, indices: Sequence[int]) -> list[Example]:
         """Return those examples of a step that have the indices, with completions that the student writes now.

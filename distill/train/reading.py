@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from genssd.distill.runs.journal import read_json
 from genssd.distill.train.checkpoints import (
     MOMENTS,
     OPTIMIZER,
     STATE,
+    WEIGHTS,
     TrainedModel,
     TrainerState,
     compute_checksum,
     compute_checksums,
     describe_remedy,
     find_step,
+    is_sharded,
 )
+from genssd.distill.train.shards import SHARDS, load_shards, read_shapes
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import one_line, quote
 
+TensorKind = tuple[torch.dtype, tuple[int, ...]]
+"""Data type and shape of a tensor."""
 MAX_COUNT = 1 << 62
 """Largest number of steps, epochs or tokens."""
 
@@ -43,9 +49,8 @@ class Checkpoint:
     path: Path
     state: TrainerState
     tensors: Mapping[str, Tensor]
-    """Extra parameters and the optimizer's state, by name."""
-    rng_states: Sequence[Tensor]
-    """State of the random generators of every process, uint8."""
+    """Extra parameters, weights of shards and the optimizer's state, by name; from shards, sharded as this process
+    needs them."""
 
 
 def make_damaged_error(path: Path, file: str, fault: str) -> CheckpointError:
@@ -85,13 +90,27 @@ def check_files(path: Path) -> None:
             raise make_damaged_error(path, name, f"its content has another checksum than {STATE} gives")
 
 
-def read_checkpoint(path: Path, trained: TrainedModel, state: TrainerState, num_processes: int) -> Checkpoint:
-    """Read the optimizer's state and the random generators of a checkpoint.
+def read_checkpoint(path: Path, trained: TrainedModel, state: TrainerState) -> Checkpoint:
+    """Read the optimizer's state of a checkpoint and, from shards, the trained weights.
 
     trained: a model of the same shapes. state: of the checkpoint. Raises CheckpointError naming the file and the tensor
     that is missing, has another shape or data type, or holds a value that AdamW does not have.
     """
-    expected = _list_expected(trained, num_processes)
+    file = SHARDS if is_sharded(path) else OPTIMIZER
+    tensors = _read_shards(path, trained) if is_sharded(path) else _read_whole(path, trained)
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if fault := _find_value_fault(name, local, state.step):
+            raise make_damaged_error(path, file, f"{name} {fault}")
+    steps = [int(tensor) for name, tensor in tensors.items() if name.endswith("/step")]
+    if max(steps, default=0) != state.step:
+        raise make_damaged_error(path, file, f"it is of step {max(steps, default=0)}, {STATE} of {state.step}")
+    return Checkpoint(path=path, state=state, tensors=tensors)
+
+
+def _read_whole(path: Path, trained: TrainedModel) -> dict[str, Tensor]:
+    """Read optimizer.safetensors."""
+    expected = _list_expected(trained, "extra/", trained.extra_parameters)
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path / OPTIMIZER, framework="pt") as file:
@@ -103,13 +122,34 @@ def read_checkpoint(path: Path, trained: TrainedModel, state: TrainerState, num_
     except (SafetensorError, OSError) as error:
         raise make_damaged_error(path, OPTIMIZER, one_line(error)) from None
     for name, tensor in tensors.items():
-        if fault := _find_tensor_fault(name, tensor, expected[name], state.step):
+        if fault := _compare_kinds((tensor.dtype, tuple(tensor.shape)), expected[name]):
             raise make_damaged_error(path, OPTIMIZER, f"{name} {fault}")
-    steps = [int(tensor) for name, tensor in tensors.items() if name.endswith("/step")]
-    if max(steps, default=0) != state.step:
-        raise make_damaged_error(path, OPTIMIZER, f"it is of step {max(steps, default=0)}, {STATE} of {state.step}")
-    rng_states = [tensors.pop(f"rng/{rank}") for rank in range(num_processes)]
-    return Checkpoint(path=path, state=state, tensors=tensors, rng_states=rng_states)
+    return tensors
+
+
+def _read_shards(path: Path, trained: TrainedModel) -> dict[str, Tensor]:
+    """Read the parts of the shards that this process needs."""
+    trainable = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    expected = _list_expected(trained, WEIGHTS, trainable)
+    names = [name for name in read_json(path / STATE)["files"] if name.startswith(f"{SHARDS}/")]
+    try:
+        shapes = read_shapes([path / name for name in names])
+    except InputError as error:
+        raise CheckpointError(f"{error}; {describe_remedy(path)}") from None
+    if fault := _compare_names(set(shapes), expected.keys()):
+        raise make_damaged_error(path, SHARDS, fault)
+    for name, kind in shapes.items():
+        if fault := _compare_kinds(kind, expected[name]):
+            raise make_damaged_error(path, SHARDS, f"{name} {fault}")
+    tensors = {f"{name}/step": torch.zeros(()) for name in trainable}
+    for name, parameter in trainable.items():
+        tensors |= {f"{name}/{key}": torch.zeros_like(parameter) for key in MOMENTS}
+        tensors[f"{WEIGHTS}{name}"] = torch.zeros_like(parameter)
+    try:
+        load_shards(path / SHARDS, tensors)
+    except InputError as error:
+        raise CheckpointError(f"{error}; {describe_remedy(path)}") from None
+    return tensors
 
 
 def _find_fault(fields: Mapping[str, Any]) -> str | None:
@@ -136,19 +176,20 @@ def _find_fault(fields: Mapping[str, Any]) -> str | None:
 
 def _check_names(path: Path, files: Mapping[str, str]) -> None:
     """Check that the checkpoint has the files of which it has checksums, among them those that every one has."""
-    for name in dict.fromkeys(("config.json", OPTIMIZER, *files)):
+    required = () if any(name.startswith(f"{SHARDS}/") for name in files) else ("config.json", OPTIMIZER)
+    for name in dict.fromkeys((*required, *files)):
         if name not in files:
             raise make_damaged_error(path, STATE, f"files has no {name}")
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing; {describe_remedy(path)}")
 
 
-def _list_expected(trained: TrainedModel, num_processes: int) -> dict[str, tuple[torch.dtype, tuple[int, ...] | None]]:
-    """Return the data type and the shape of every tensor of optimizer.safetensors, by name; None for any shape."""
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {
-        f"rng/{rank}": (torch.uint8, None) for rank in range(num_processes)
-    }
-    expected |= {f"extra/{name}": (p.dtype, tuple(p.shape)) for name, p in trained.extra_parameters.items()}
+def _list_expected(trained: TrainedModel, prefix: str, weights: Mapping[str, Tensor]) -> dict[str, TensorKind]:
+    """Return the data type and the shape of every tensor that is read, by name.
+
+    weights: parameters that are read, with the prefix before their names, besides the optimizer's state.
+    """
+    expected: dict[str, TensorKind] = {f"{prefix}{name}": (p.dtype, tuple(p.shape)) for name, p in weights.items()}
     for name, parameter in trained.named_parameters():
         if parameter.requires_grad:
             expected[f"{name}/step"] = (torch.float32, ())
@@ -164,17 +205,16 @@ def _compare_names(found: set[str], expected: Any) -> str | None:
     return None
 
 
-def _find_tensor_fault(
-    name: str, tensor: Tensor, expected: tuple[torch.dtype, tuple[int, ...] | None], step: int
-) -> str | None:
-    """Return what is wrong with a tensor of optimizer.safetensors, or None. step: number of steps taken."""
-    dtype, shape = expected
-    if tensor.dtype != dtype:
-        return f"is of {tensor.dtype}, not {dtype}"
-    if shape is not None and tuple(tensor.shape) != shape:
-        return f"has the shape {list(tensor.shape)}, not {list(shape)}"
-    if dtype == torch.uint8:
-        return None if tensor.ndim == 1 else f"has the shape {list(tensor.shape)}"
+def _compare_kinds(found: TensorKind, expected: TensorKind) -> str | None:
+    if found[0] != expected[0]:
+        return f"is of {found[0]}, not {expected[0]}"
+    if found[1] != expected[1]:
+        return f"has the shape {list(found[1])}, not {list(expected[1])}"
+    return None
+
+
+def _find_value_fault(name: str, tensor: Tensor, step: int) -> str | None:
+    """Return what is wrong with the values of a tensor, or None. step: number of steps taken."""
     if not torch.isfinite(tensor).all():
         return "holds NaN or infinity"
     if name.endswith("/exp_avg_sq") and bool((tensor < 0).any()):

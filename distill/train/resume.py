@@ -12,6 +12,7 @@ from pathlib import Path
 from genssd.distill.data.examples import Example
 from genssd.distill.runs.chat_settings import choose_date
 from genssd.distill.runs.journal import complete_rows, read_json
+from genssd.distill.runs.metrics import METRICS_FILE
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.runs.writing import truncate
 from genssd.distill.train.build import Training, TrainingInputs
@@ -19,10 +20,10 @@ from genssd.distill.train.checkpoints import STATE, TrainerState, list_checkpoin
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.directories import remove_directory
 from genssd.distill.train.distributed import World
-from genssd.distill.train.metrics import METRICS_FILE
 from genssd.distill.train.reading import check_files, make_damaged_error, read_checkpoint, read_state
 from genssd.distill.train.restoring import restore_checkpoint
 from genssd.distill.train.schedule import Schedule
+from genssd.engine.amounts import format_count
 from genssd.engine.errors import CheckpointError, InputError
 from genssd.engine.quoting import quote
 
@@ -128,12 +129,46 @@ def read_progress(
             check_same_settings(begun, now, f"{output_dir} was begun")
         return TrainerState(dict(settings))
     state = read_state(path)
-    check_same_settings(state.settings, settings, f"{path} was trained")
+    _check_settings(state.settings, settings, config, path)
     if fault := Schedule(config, state, inputs.examples, num_processes=world.size).find_fault():
         raise make_damaged_error(path, STATE, fault)
     if world.is_main:
         check_files(path)
     return state
+
+
+def is_of_other_processes(begun: Mapping[str, object], processes: int) -> bool:
+    """Return whether the settings of a checkpoint are those of another number of processes."""
+    return begun.get("processes") != processes
+
+
+def _check_settings(begun: Mapping[str, object], now: Mapping[str, object], config: TrainConfig, path: Path) -> None:
+    """Check that a checkpoint was trained with these settings.
+
+    On another number of processes the batch of a step may be divided otherwise, and the weights be sharded or not: the
+    examples of a step stay the same, which is what is checked. Raises InputError naming what differs.
+    """
+    subject = f"{path} was trained"
+    if not is_of_other_processes(begun, int(str(now["processes"]))):
+        check_same_settings(begun, now, subject)
+        return
+    parts = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
+    sizes = [begun.get(name) for name in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        raise make_damaged_error(path, STATE, f"settings has no {', '.join(parts)}")
+    free = {*parts, "fsdp", "threads"}
+    if config.adaptive_alpha:  # it compares the completions of a forward pass
+        free.remove("per_device_train_batch_size")
+    fixed, fixed_now = ({k: v for k, v in settings.items() if k not in free} for settings in (begun, now))
+    check_same_settings(fixed, fixed_now, subject)
+    before, after = (math.prod(int(str(settings[name])) for name in parts) for settings in (begun, now))
+    if before != after:
+        shown = " x ".join(f"{name} {begun[name]}" for name in parts)
+        raise InputError(
+            f"{subject} with {format_count(before, 'example')} in a step ({shown}), not {after}; on "
+            f"{format_count(int(str(now['processes'])), 'process')} choose gradient_accumulation_steps and "
+            f"per_device_train_batch_size so that their product with the number of processes is {before}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +217,7 @@ def restore(training: Training, path: Path, state: TrainerState) -> None:
 
     Raises CheckpointError when the checkpoint is damaged.
     """
-    checkpoint = read_checkpoint(path, training.trained, state, training.world.size)
-    restore_checkpoint(checkpoint, training.trained, training.world)
+    restore_checkpoint(read_checkpoint(path, training.trained, state), training.trained)
 
 
 def _read_best_step(best: Path) -> int:

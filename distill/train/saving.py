@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from genssd.distill.train.adapters import has_adapters, merge_adapters, save_adapters
+from genssd.distill.train.adapters import collect_adapters, find_plain_name, has_adapters, iter_merged, save_adapters
 from genssd.distill.train.directories import move_into
 from genssd.distill.train.distributed import gather_shards
 from genssd.engine.errors import InputError
@@ -49,24 +49,43 @@ def save_model(
     weights in the files and in config.json; float32 is taken where a weight exceeds its range. Every process of a
     training has to call this, because sharded weights are gathered from all; only one of them with write.
     """
-    state = (
-        merge_adapters(model) if has_adapters(model) else {k: _copy_to_cpu(v) for k, v in model.state_dict().items()}
-    )
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    state: dict[str, Tensor] = {}
+    for name, value in iter_weights(model):
+        if write:  # the other processes hold one gathered weight at a time
+            state[name] = _copy_to_cpu(value)
+    adapters = collect_adapters(model) if has_adapters(model) else {}
     if not write:
         return
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
     dtype = _check_range(state, dtype)
     for name, value in state.items():
         state[name] = value.to(dtype) if value.is_floating_point() else value
     with name_save_failure(directory):
-        if has_adapters(model):
-            save_adapters(model, directory / "adapter")
+        if adapters:
+            save_adapters(model, adapters, directory / "adapter")
         model.save_pretrained(directory, state_dict=state)
         config = copy.deepcopy(model.config)
         config.dtype = str(dtype).removeprefix("torch.")  # transformers has written that of the model in memory
         config.save_pretrained(directory)
         tokenizer.hf.save_pretrained(directory)
+
+
+def iter_weights(model: Any, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full weights, adapters merged into them, by the names of the model without adapters.
+
+    A tied head is left out, which is the embedding. trained: leave those out that no step of the training changes.
+    Every process of a training has to iterate, because sharded weights are gathered from all.
+    """
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if has_adapters(model):
+        yield from iter_merged(model)
+    for name, value in model.state_dict(keep_vars=True).items():
+        if (is_tied and name == "lm_head.weight") or (trained and not value.requires_grad):
+            continue
+        plain = find_plain_name(name) if has_adapters(model) else name
+        if plain is not None:
+            yield plain, gather_shards(value.detach())
 
 
 def save_final_model(model: Any, tokenizer: Any, output_dir: Path, *, dtype: torch.dtype, write: bool = True) -> None:
@@ -112,6 +131,6 @@ def _check_range(state: Mapping[str, Tensor], dtype: torch.dtype) -> torch.dtype
 
 
 def _copy_to_cpu(value: Tensor) -> Tensor:
-    """Return the full tensor on the CPU, as a copy if its memory holds more than this tensor."""
-    value = gather_shards(value).detach().cpu()
+    """Return the tensor on the CPU, as a copy if its memory holds more than this tensor."""
+    value = value.cpu()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import ExampleBatch
@@ -37,8 +38,18 @@ class Schedule:
         config = self._config
         if config.max_train_tokens is not None:
             return (self._state.tokens + more_tokens) / config.max_train_tokens
-        total = config.max_steps or math.ceil(config.num_train_epochs * self._steps_per_epoch)
-        return (self._state.step + more_steps) / total
+        return (self._state.step + more_steps) / self._total_steps
+
+    @property
+    def _total_steps(self) -> int:
+        """Number of optimizer steps of the training, where no number of tokens ends it."""
+        return self._config.max_steps or math.ceil(self._config.num_train_epochs * self._steps_per_epoch)
+
+    @property
+    def _warmup(self) -> float:
+        """Fraction of the training during which the learning rate rises; 1 or more where it rises to the end."""
+        steps = self._config.warmup_steps
+        return steps if steps < 1.0 else steps / self._total_steps
 
     def find_fault(self) -> str | None:
         """Return why the state is none that this training reaches after some steps, or None."""
@@ -76,7 +87,9 @@ class Schedule:
     def learning_rate(self, batch: ExampleBatch) -> float:
         """Return the learning rate of the next optimizer step, which takes this batch."""
         after = self.fraction_done(more_steps=1, more_tokens=batch.num_completion)
-        return self._config.learning_rate * compute_learning_rate_factor(self.fraction_done(), after, self._config)
+        return self._config.learning_rate * compute_learning_rate_factor(
+            self.fraction_done(), after, warmup=self._warmup, decay=self._config.lr_scheduler_type
+        )
 
     @property
     def is_logging_due(self) -> bool:
@@ -126,16 +139,18 @@ class Schedule:
         return [i for group in groups for i in group]
 
 
-def compute_learning_rate_factor(before: float, after: float, config: TrainConfig) -> float:
+def compute_learning_rate_factor(
+    before: float, after: float, *, warmup: float, decay: Literal["cosine", "linear", "constant"]
+) -> float:
     """Return the factor of the learning rate in a step between two fractions of the training, both in [0, 1].
 
-    The factor rises linearly to 1 during warmup_ratio and then falls as lr_scheduler_type says. The rise depends on the
+    The factor rises linearly to 1 during the fraction `warmup` and then falls as `decay` says. The rise depends on the
     fraction after the step and the fall on the one before it, so that neither the first nor the last step has a
     learning rate of 0.
     """
-    if before < config.warmup_ratio:
-        return min(1.0, after / config.warmup_ratio)
-    decayed = (before - config.warmup_ratio) / (1.0 - config.warmup_ratio)
-    if config.lr_scheduler_type == "constant":
+    if before < warmup:
+        return min(1.0, after / warmup)
+    if decay == "constant":
         return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * decayed)) if config.lr_scheduler_type == "cosine" else 1.0 - decayed
+    decayed = (before - warmup) / (1.0 - warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * decayed)) if decay == "cosine" else 1.0 - decayed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn, get_args
@@ -45,6 +46,7 @@ def write_completions(training: Training, state: TrainerState, batch: ExampleBat
     rollouts, world, step = training.rollouts, training.world, state.step + 1
     if rollouts is None or not rollouts.plan.is_on_policy(step):
         return batch
+    rollouts.take_weights(training.trained.model)
     written = rollouts.write(batch.examples, step, range(world.rank, len(batch.examples), world.size))
     return ExampleBatch(examples=world.gather(written), on_policy=True)
 
@@ -55,7 +57,7 @@ def take_step(training: Training, state: TrainerState, batch: ExampleBatch, lear
     Raises NumericsError when the loss or the gradient is not finite; the batch is then in bad_batch.jsonl.
     """
     config, world, trained = training.config, training.world, training.trained
-    totals = _accumulate_gradients(training, batch, when=f"step {state.step + 1}")
+    totals = _accumulate_gradients(training, batch, step=state.step + 1)
     parameters = trained.trainable_parameters()
     world.sum_gradients(parameters)
     grad_norm = float(gather_shards(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
@@ -90,19 +92,29 @@ def _count_verdicts(batch: ExampleBatch, means: Mapping[str, float]) -> dict[str
     return {**counts, **{name: value for name, value in means.items() if name.startswith("divergence_")}}
 
 
-def _accumulate_gradients(training: Training, batch: ExampleBatch, *, when: str) -> LossTotals:
+def _accumulate_gradients(training: Training, batch: ExampleBatch, *, step: int) -> LossTotals:
     """Run the forward and backward passes of this process's shard of a batch; return the totals of their losses."""
     config, world = training.config, training.world
     scale = world.loss_factor / batch.weight
     totals = LossTotals(verified=_is_verified(batch))
-    for part, counted in world.shard(batch.split(config.per_device_train_batch_size)):
-        sums = training.forward.compute_loss(part, counted=counted, when=when)
+    for (index, part), counted in world.shard([*enumerate(batch.split(config.per_device_train_batch_size))]):
+        _seed_dropout(config.seed, step, index)
+        sums = training.forward.compute_loss(part, counted=counted, when=f"step {step}")
         totals.add(sums, part.outcome)
         loss = sums.total * scale
         if sums.attention is not None:
             loss = loss + sums.attention * (config.key_attention.weight / len(batch.examples))
         loss.backward()  # type: ignore[no-untyped-call]
+        training.forward.free_gathered_weights()
     return totals
+
+
+def _seed_dropout(seed: int, step: int, part: int) -> None:
+    """Let the dropout of a forward pass depend on the seed, the step and the part of its batch alone.
+
+    So it is the same in whatever process, and no state of a random generator has to be kept.
+    """
+    torch.manual_seed(random.Random(f"{seed}:{step}:{part}:dropout").getrandbits(63))
 
 
 def _stop_at(training: Training, state: TrainerState, batch: ExampleBatch, loss: float, grad_norm: float) -> NoReturn:

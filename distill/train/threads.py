@@ -13,7 +13,7 @@ from pathlib import Path
 from genssd.distill.runs.journal import read_json
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
-from genssd.distill.train.resume import find_checkpoint
+from genssd.distill.train.resume import find_checkpoint, is_of_other_processes
 from genssd.engine.checkpoint import locate
 from genssd.engine.parameters import count_stored_parameters
 from genssd.engine.threads import ThreadChoice, choose_training_threads
@@ -25,7 +25,7 @@ def fix_threads(config: TrainConfig, world: World) -> tuple[TrainConfig, ThreadC
     All processes take the number of the first. Also returns what decided it. Raises InputError when there is no
     checkpoint to resume from.
     """
-    recorded = None if config.threads is not None else _recorded_threads(config)
+    recorded = None if config.threads is not None else _recorded_threads(config, world)
     if recorded is not None:
         choice = ThreadChoice(count=recorded, reason="as this training was begun")
     else:
@@ -35,9 +35,10 @@ def fix_threads(config: TrainConfig, world: World) -> tuple[TrainConfig, ThreadC
     return dataclasses.replace(config, threads=choice.count), choice
 
 
-def _recorded_threads(config: TrainConfig) -> int | None:
-    """Return the number of threads of the checkpoint that is resumed; None without one."""
+def _recorded_threads(config: TrainConfig, world: World) -> int | None:
+    """Return the number of threads of the checkpoint that is resumed; None without one of so many processes."""
     checkpoint = find_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
     settings = None if checkpoint is None else read_json(checkpoint / "trainer_state.json").get("settings")
-    threads = settings.get("threads") if isinstance(settings, dict) else None
+    is_of_these = isinstance(settings, dict) and not is_of_other_processes(settings, world.size)
+    threads = settings.get("threads") if isinstance(settings, dict) and is_of_these else None
     return threads if isinstance(threads, int) and threads > 0 else None  # others are refused when it is resumed

@@ -7,11 +7,12 @@ losses.py defines the loss of a token. The weight of a row is its field `weight`
 OUTPUT_DIR/                   a save_pretrained directory: weights, config, tokenizer, chat template. The weights have
                               the data type of the checkpoint that the training began from (saving.py)
 OUTPUT_DIR/run.json           the options, and the settings that decide the result
+OUTPUT_DIR/README.md          the model card: data, options, result and command (model_card.py)
 OUTPUT_DIR/summary.json       counts of steps, tokens and examples, and the losses
 OUTPUT_DIR/metrics.jsonl      one line per logged step, and one per evaluation
 OUTPUT_DIR/best/              the model with the smallest loss on eval_data
 OUTPUT_DIR/checkpoint-N/      a save_pretrained directory in float32, with optimizer.safetensors and trainer_state.json,
-                              from which training is resumed exactly
+                              from which training is resumed exactly; with fsdp the shards of every process
 OUTPUT_DIR/bad_batch.jsonl    the examples of a step whose loss is not finite
 
 A training has these phases: read the inputs and build (build.py), resume (resume.py), then in a loop take a step
@@ -23,19 +24,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from genssd.distill.runs.effects import check_effects
+from genssd.distill.runs.hub_upload import prepare_repository, upload_model
+from genssd.distill.runs.metrics import METRICS_FILE, Metrics, NoMetrics, check_monitor
 from genssd.distill.train.build import Training, TrainingInputs, build_training, read_inputs
-from genssd.distill.train.checkpoints import TrainerState, get_rng_state, remove_old_checkpoints, save_checkpoint
+from genssd.distill.train.checkpoints import TrainerState, remove_old_checkpoints, save_checkpoint
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.directories import remove_leftovers
 from genssd.distill.train.distributed import World
 from genssd.distill.train.evaluation import measure_eval_loss
-from genssd.distill.train.metrics import METRICS_FILE, Metrics, NoMetrics, check_monitor
+from genssd.distill.train.model_card import CardInputs, write_card
 from genssd.distill.train.resume import (
     EarlierFiles,
     collect_settings,
@@ -115,12 +119,15 @@ Report = Callable[[TrainProgress], None]
 def run_train(config: TrainConfig, report: Report = lambda progress: None) -> TrainSummary:
     """Train and save the model.
 
-    Raises GenssdError on bad input, and on a loss that is not finite (its batch is written to bad_batch.jsonl).
+    Raises GenssdError on bad input, on a loss that is not finite (its batch is written to bad_batch.jsonl), and, when
+    the model is complete on disk, where push_to_hub fails.
     """
     started = time.monotonic()
     check_effects(config)
     check_monitor(config.report_to)
     config = fix_date(config)
+    if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+        prepare_repository(config.push_to_hub)
     inputs = read_inputs(config)
     world = World.join(choose_device(config.device), fsdp=config.fsdp)
     if len(set(world.gather([config.template_date]))) > 1:
@@ -140,7 +147,9 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
         if checkpoint is not None:
             restore(training, checkpoint, state)
         world.wait()  # until all processes have read the directory
+        card = None
         if run is not None:
+            card = CardInputs.read(config, inputs.student)
             run.begin()
             run.record()
             earlier.remove_later()
@@ -159,10 +168,13 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             seconds=time.monotonic() - started,
             best_eval_loss=state.best_eval_loss,
         )
-        if run is not None:
+        if run is not None and card is not None:
+            write_card(config, card, summary)
             known_loss = summary.loss if math.isfinite(summary.loss) else None  # None: no step was left to take
             run.write_summary({**dataclasses.asdict(summary), "loss": known_loss, "output_dir": config.output_dir})
         world.wait()  # until everything is written: a process that leaves early may abort on its way out
+    if config.push_to_hub is not None and world.is_main:
+        upload_model(config.push_to_hub, summary.output_dir)
     return summary
 
 
@@ -223,7 +235,7 @@ class Trainer:
     def _open_metrics(self) -> Metrics | NoMetrics:
         if not self._training.world.is_main:
             return NoMetrics()
-        return Metrics.open(self._training.output_dir / METRICS_FILE, self._training.config.report_to)
+        return Metrics.open(self._training.output_dir / METRICS_FILE, self._training.config.report_to, "train")
 
     def _measure_progress(self, result: StepResult, learning_rate: float, *, tokens_per_second: float) -> TrainProgress:
         return TrainProgress(
@@ -241,9 +253,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Write a checkpoint and remove the oldest ones beyond save_total_limit."""
-        training, world = self._training, self._training.world
-        rng_states = world.gather([get_rng_state(world.device)])
-        save_checkpoint(training.output_dir, training.trained, self._state, rng_states, write=world.is_main)
+        training = self._training
+        save_checkpoint(training.output_dir, training.trained, self._state, training.world)
         self._remove_old_checkpoints()
 
     def _remove_old_checkpoints(self) -> None:

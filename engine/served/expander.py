@@ -162,10 +162,10 @@ class ServedExpander:
         child, chunk = writings[0].child, expansion.chunk
         num_written = len(child.chunk)
         stop, limit = None, expansion.longest
-        if chunk.until is not None and max(num_written, 1) >= chunk.tokens:
+        if chunk.until is not None and max(num_written, 1) >= chunk.least:
             stop = chunk.until
         elif chunk.until is not None:
-            limit = min(limit, chunk.tokens)
+            limit = min(limit, chunk.least)
         request = Completions(
             prompt_ids=[*child.prompt.teacher, *child.history, *child.chunk],
             n=n,

@@ -254,6 +254,14 @@ def locate_tokenizer(name: str | Path) -> Path:
         ) from None
 
 
+def find_served_tokenizer(url: str, options: ServerOptions, tokenizer: str | Path | None, student: Path | None) -> Path:
+    """Return the directory of the tokenizer that `ServedTeacher.connect` takes; of the server only its model is asked.
+
+    Raises the errors of `ServedTeacher.connect` as far as they come before any request for completions.
+    """
+    return _find_tokenizer(url, Client(parse_url(url), options).connect(), tokenizer, student)
+
+
 def _find_tokenizer(url: str, model: ServedModel, name: str | Path | None, student: Path | None) -> Path:
     """Return the directory of the teacher's tokenizer."""
     if name is not None:

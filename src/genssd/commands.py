@@ -30,6 +30,8 @@ from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.score.prefix_judges import warn_of_unmarked
 from genssd.distill.score.run import run_score
 from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.export import run_export
+from genssd.distill.select.export_config import ExportConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.reselect import run_reselect
@@ -58,6 +60,7 @@ from genssd.printing import (
     warn,
 )
 from genssd.report_command import report
+from genssd.reproduce_command import reproduce
 from genssd.stopping import is_main_process
 
 EXAMINED_FIRST = frozenset(("select", "train", "distill"))
@@ -284,6 +287,17 @@ def reselect(config: ReselectConfig, console: Console) -> None:
     print_outputs("reselect", summary.output_dir)
 
 
+def export(config: ExportConfig, console: Console) -> None:
+    summary = run_export(config)
+    for reason, count in summary.left_out.items():
+        print(f"left out: {format_count(count, 'row')} ({reason})")
+    print(
+        f"{format_count(summary.rows, 'row')} with the {summary.k} most likely tokens at "
+        f"{format_count(summary.tokens, 'token')}"
+    )
+    print_outputs("export", summary.output_dir)
+
+
 def tune(config: TuneConfig, console: Console) -> None:
     summary = run_tune(config, report=print)
     print(f"{format_count(summary.problems, 'result')} for {summary.card} written to {summary.path}")
@@ -296,6 +310,7 @@ COMMANDS: dict[str, Callable[[Any, Console], int | None]] = {
     "select": select,
     "score": score,
     "reselect": reselect,
+    "export": export,
     "generate": generate,
     "prefix": prefix,
     "leaf": leaf,
@@ -304,6 +319,7 @@ COMMANDS: dict[str, Callable[[Any, Console], int | None]] = {
     "distill": distill,
     "diagnose": diagnose,
     "report": report,
+    "reproduce": reproduce,
     "tune": tune,
     "doctor": doctor,
     "env": env,

@@ -8,10 +8,12 @@ from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.config import DoctorConfig, EnvConfig
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.report.config import ReportConfig
+from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.leaf_config import LeafConfig
 from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.export_config import ExportConfig
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.train.config import TrainConfig
@@ -22,6 +24,7 @@ CONFIGS: dict[str, type] = {
     "select": SelectConfig,
     "score": ScoreConfig,
     "reselect": ReselectConfig,
+    "export": ExportConfig,
     "generate": GenerateConfig,
     "prefix": PrefixConfig,
     "leaf": LeafConfig,
@@ -30,6 +33,7 @@ CONFIGS: dict[str, type] = {
     "distill": DistillConfig,
     "diagnose": DiagnoseConfig,
     "report": ReportConfig,
+    "reproduce": ReproduceConfig,
     "tune": TuneConfig,
     "doctor": DoctorConfig,
     "env": EnvConfig,

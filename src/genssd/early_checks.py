@@ -36,7 +36,7 @@ TOKENIZERS = frozenset(("teacher-tokenizer", "select.teacher-tokenizer"))
 """Flags that name a directory or hub id with a tokenizer."""
 CLUSTERS = frozenset(("ray", "select.ray", "config"))
 """Flags with which a command may have a cluster, which reads names that this process does not."""
-UNCHECKED = frozenset(("output-dir", "output", "run", "resume-from-checkpoint", "tune-file", "config"))
+UNCHECKED = frozenset(("output-dir", "output", "run", "resume-from-checkpoint", "tune-file", "table", "config"))
 """Flags that name files and directories of a run."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def read_examined(config: DoctorConfig, words: Sequence[str]) -> Settings:
         command = config.command or _find_command(Path(config.config))
         return _read_command(command, ["--config", config.config])
     if config.run is not None:
-        return read_settings(*read_recorded(config.run))
+        command, recorded = read_recorded(config.run)
+        is_resumed = hasattr(recorded, "resume")  # what is examined is going on with the run
+        return read_settings(command, dataclasses.replace(recorded, resume=True) if is_resumed else recorded)
     if not models:
         raise InputError("doctor needs the models that the data are for: give --teacher, --student or both")
     return make_settings(models, config.data, has_responses=bool(config.data) and has_responses(config.data[0]))

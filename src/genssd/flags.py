@@ -19,6 +19,7 @@ import tyro
 
 from genssd.engine.closest import suggest, suggest_or_list
 from genssd.engine.errors import InputError
+from genssd.field_names import name_ours
 from genssd.flag_list import list_flags
 from genssd.yaml_files import load_yaml
 
@@ -75,11 +76,16 @@ def _point_to_help(message: str, command: str) -> InputError:
 
 def _check_names(words: Sequence[str], command: str, config_class: type) -> None:
     """Raise InputError on the first flag that a command does not have, with the closest one that it has."""
-    names = [name for flag in list_flags(config_class) for name in flag.names]
+    names = _list_names(config_class)
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
         if word.startswith("--") and name not in names:
-            raise _point_to_help(f"unknown flag {name}{suggest(name, names)}", command)
+            raise _point_to_help(f"unknown flag {name}{name_ours(name, names) or suggest(name, names)}", command)
+
+
+def _list_names(config_class: type) -> list[str]:
+    """Return the flags of a command as they are typed."""
+    return [name for flag in list_flags(config_class) for name in flag.names]
 
 
 def read_incomplete(command: str, flags: Sequence[str], config_class: type) -> tuple[Any, frozenset[str]]:
@@ -260,7 +266,9 @@ def _flags(fields: Mapping[Any, Any], config_class: type, path: Path, prefix: st
     flags: list[str] = []
     for key, value in fields.items():
         if key not in known:
-            raise InputError(f"config file {path}: unknown key {f'{prefix}{key}'!r}{suggest_or_list(str(key), known)}")
+            ours = None if prefix else name_ours(f"--{str(key).replace('_', '-')}", _list_names(config_class))
+            end = ours or suggest_or_list(str(key), known)
+            raise InputError(f"config file {path}: unknown key {f'{prefix}{key}'!r}{end}")
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, Mapping):

@@ -8,10 +8,10 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from genssd.distill.runs.output_files import OUTPUTS
 from genssd.engine.criterion_names import list_usages
 from genssd.flag_groups import group_flags
 from genssd.flag_list import Flag, list_flags
-from genssd.outputs import OUTPUTS
 
 MIN_WIDTH, MAX_WIDTH = 60, 120
 """Least and largest number of columns that are written, whatever the terminal has."""

@@ -85,9 +85,13 @@ def test_the_help_names_registered_criteria_with_the_options_that_they_have(monk
 
 
 DIFFERENCES = {
+    "batch_size": "the demo is longer than an arm of a comparison",
     "criteria": "score computes what is asked for, report what needs no model",
     "criterion": "reselect takes that of the run",
     "data": "some commands read several files, and the doctor need not have any",
+    "eval_problems": "of a comparison they depend on the task",
+    "train_tokens": "of a comparison they depend on the task",
+    "model": "of a comparison only one task is made of a model",
     "eval_data": "train measures the loss on files, distill the accuracy on one",
     "learning_rate": "the demo's models are tiny",
     "model_name_or_path": "tune may have a teacher instead",

@@ -72,6 +72,7 @@ REFUSED = {
     "score --student . --data d --criteria rsr(rmax=3)": "did you mean 'r_max'",
     "report nowhere": "nowhere",
     "reselect --run nowhere": "nowhere",
+    "export --run nowhere --format distilkit": "did you mean 'distillkit'",
     "evaluate --data d": "--model",
     "selct --data d": "unknown command 'selct'; did you mean 'select'",
 }

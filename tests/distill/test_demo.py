@@ -32,6 +32,7 @@ def test_the_whole_job(tmp_path: Path) -> None:
     assert "kept" in text
     assert "beaten" in text
     assert "selected - standard" in text
+    assert "docs/results.md" in text
     for arm in ("standard", "selected", "post-hoc"):
         assert (tmp_path / "demo" / arm / "student" / "model.safetensors").exists()
         assert len((tmp_path / "demo" / arm / "selections.jsonl").read_text().splitlines()) == 12

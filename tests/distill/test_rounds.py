@@ -15,7 +15,7 @@ import torch
 from support.tiny_pair import TinyPair
 from support.training_runs import weights
 
-from genssd.distill import rounds
+from genssd.distill import round_training, rounds
 from genssd.distill.answers.forms import CORRECT, WRONG, Verdict, undecidable
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.distill_config import DistillConfig
@@ -99,14 +99,14 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     if torn == "between rounds":
         run.close()
     else:
-        name = "run_select" if torn == "select" else "run_train"
-        real = getattr(rounds, name)
+        module, name = (rounds, "run_select") if torn == "select" else (round_training, "run_train")
+        real = getattr(module, name)
 
         def dies(*arguments: Any, **options: Any) -> None:
             real(*arguments, **options)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(rounds, name, dies)
+        monkeypatch.setattr(module, name, dies)
         with pytest.raises(KeyboardInterrupt):
             next(run)
         monkeypatch.undo()
@@ -166,7 +166,9 @@ def test_what_was_wrong_may_be_put_right(tiny_pair: TinyPair, data: Path, tmp_pa
         with pytest.raises((InputError, CheckpointError), match=message):
             list(run_distill(early))
         assert not (tmp_path / "no").exists()
-    with pytest.raises(InputError, match=r"train\.fsdp is for"):
+    with pytest.raises(
+        InputError, match=r"train\.fsdp shards the model over several processes: give processes or devices"
+    ):
         dataclasses.replace(config, train=dataclasses.replace(TRAIN, fsdp=True))
     with pytest.raises(InputError, match="there is no finishd"):
         dataclasses.replace(TRAIN, statuses=("finishd",))
@@ -237,7 +239,7 @@ def test_a_finished_training_is_not_done_again(
     with pytest.raises(ZeroDivisionError):
         list(run_distill(config))
     monkeypatch.undo()
-    monkeypatch.setattr(rounds, "run_train", None)
+    monkeypatch.setattr(round_training, "run_train", None)
     (summary,) = run_distill(dataclasses.replace(config, resume=True))
     assert summary.accuracy is not None
     run = json.loads((tmp_path / "run" / "round-1" / "evaluate" / "summary.json").read_text())

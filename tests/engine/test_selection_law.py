@@ -82,7 +82,7 @@ def test_the_chain_is_what_the_models_compute(chain: Chain) -> None:
         torch.testing.assert_close(stats.logprob, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("n", "length", "prompts"), [(2, 1, 1000), (3, 2, 3000)])
+@pytest.mark.parametrize(("n", "length", "prompts"), [(3, 1, 1000), (2, 2, 1200)])
 def test_picks_follow_the_law_of_the_best_of_n(chain: Chain, n: int, length: int, prompts: int) -> None:
     engine = chain(["a", "b", "c"], TEACHER, STUDENT)
     selections = engine.select_expand(
@@ -241,9 +241,7 @@ def softmax_law(start: int, n: int, beam: int, score: Callable[[int], float]) ->
     return law
 
 
-@pytest.mark.parametrize(
-    ("criterion", "beam"), [("ppl", 1), ("ppl", 2), ("teacher_logprob", 1), ("teacher_logprob", 2)]
-)
+@pytest.mark.parametrize(("criterion", "beam"), [("ppl", 1), ("teacher_logprob", 2)])
 def test_draws_follow_the_softmax_without_replacement(chain: Chain, criterion: str, beam: int) -> None:
     """With a temperature the better candidates are more likely: low perplexities, high log-probabilities."""
     engine = chain(["a", "b", "c"], TEACHER, STUDENT)

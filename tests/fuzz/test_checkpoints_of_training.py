@@ -20,6 +20,7 @@ from genssd.distill.train.build import Training, build_training, read_inputs
 from genssd.distill.train.checkpoints import (
     OPTIMIZER,
     STATE,
+    WEIGHTS,
     compute_checksum,
     compute_checksums,
     list_checkpoints,
@@ -27,6 +28,7 @@ from genssd.distill.train.checkpoints import (
 from genssd.distill.train.distributed import World
 from genssd.distill.train.reading import Checkpoint, read_checkpoint, read_state
 from genssd.distill.train.resume import collect_settings, fix_date, read_progress
+from genssd.distill.train.shards import SHARDS, save_shards
 from genssd.distill.train.trainer import run_train
 
 pytestmark = pytest.mark.fuzz
@@ -49,7 +51,7 @@ class Saved:
         training = self.training
         settings = collect_settings(training.config, training.inputs, training.world)
         state = read_progress(training.config, training.inputs, training.world, self.path, settings)
-        return read_checkpoint(self.path, training.trained, state, 1)
+        return read_checkpoint(self.path, training.trained, state)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def sign(content: bytes, path: Path) -> bytes:
 def test_any_trainer_state(saved: Saved, data: st.DataObject) -> None:
     """With the checksum of what it holds, too: then the keys and numbers have to be those of a training."""
     original = json.loads(saved.files[STATE])
-    content = data.draw(mutated_file(original, names=("step", "epoch", "batch", "tokens", "rng", "optimizer")))
+    content = data.draw(mutated_file(original, names=("step", "epoch", "batch", "tokens", "files", "optimizer")))
     if data.draw(st.booleans()):
         content = sign(content, saved.path)
     saved.write(**{STATE: content})
@@ -112,7 +114,52 @@ def test_any_state_of_the_optimizer(saved: Saved, data: st.DataObject) -> None:
         assert "resume from the checkpoint before it: --resume-from-checkpoint " in message
 
 
-def test_what_was_saved_is_taken(saved: Saved) -> None:
+@pytest.fixture(scope="module")
+def sharded(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Return the checkpoint as the one shard of a training whose weights are sharded."""
     saved.write()
+    training = saved.training
+    path = tmp_path_factory.mktemp("sharded") / saved.path.name
+    (path / SHARDS).mkdir(parents=True)
+    weights = {f"{WEIGHTS}{name}": p.detach() for name, p in training.trained.named_parameters()}
+    save_shards(path / SHARDS, {**weights, **saved.read().tensors})
+    (path / STATE).write_bytes(sign(saved.files[STATE], path))
+    (shard,) = (path / SHARDS).iterdir()
+    names = (STATE, f"{SHARDS}/{shard.name}")
+    return Saved(training, path, {name: (path / name).read_bytes() for name in names})
+
+
+@given(data=st.data())
+@fuzz_settings(few=40, share=0.02)
+def test_any_shard(sharded: Saved, data: st.DataObject) -> None:
+    """With its checksum, too; and with other offsets in its header, which say where in a tensor its parts lie."""
+    name = next(name for name in sharded.files if name.startswith(SHARDS))
+    content = sharded.files[name]
+    if data.draw(st.booleans()):
+        wrong = data.draw(
+            st.sampled_from([b"[0,-8]", b"[9, 0]", b"[0]   ", b"[null]", b"[9e9,0", b"{}    ", b"[[0]] "])
+        )
+        place = data.draw(st.integers(0, len(content) // 50))
+        content = content[:place] + content[place:].replace(b"[0, 0]", wrong, 1)
+    else:
+        content = data.draw(mutated_bytes(content))
+    sharded.write(**{name: content})
+    is_signed = data.draw(st.booleans())
+    if is_signed:
+        (sharded.path / STATE).write_bytes(sign(sharded.files[STATE], sharded.path))
+    message = succeeds_or_refuses(sharded.read)
+    if message is None:
+        assert is_signed or content == sharded.files[name]
+    else:
+        assert "\n" not in message
+        assert SHARDS in message
+
+
+def test_what_was_saved_is_taken(saved: Saved, sharded: Saved) -> None:
+    saved.write()
+    sharded.write()
     tensors: Mapping[str, Any] = saved.read().tensors
     assert len(tensors) % 3 == 0
+    shards = sharded.read().tensors
+    assert tensors.keys() < shards.keys()
+    assert all(torch.equal(tensors[name], shards[name]) for name in tensors)

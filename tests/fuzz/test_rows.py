@@ -33,7 +33,7 @@ ROWS: list[dict[str, Any]] = [
     {"problem": "q", "generations": ["a", None], "correctness": [True, False], "finish_reasons": ["stop", "length"]},
     {"prompt": "q", "chosen": "a", "rejected": "b"},
     {"student_prompt_ids": [1], "prompt_ids": [1, 2], "completion_ids": [2, 256], "chunks": [{"tokens": 2}],
-     "teacher_topk": {"file": "t.bin", "offset": 0, "tokens": 2, "k": 1, "vocabulary": 9},
+     "teacher_topk": {"file": "t.bin", "offset": 0, "bytes": 12, "tokens": 2, "k": 1, "vocabulary": 9},
      "others": [{"completion_ids": [3]}]},
     {"instruction": "q", "input": "i", "output": "a", "options": ["x", "y"], "status": "finished"},
 ]  # fmt: skip

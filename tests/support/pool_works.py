@@ -1,4 +1,5 @@
-"""Works for pools: those of the commands over tiny models, and some whose items end their worker, or are refused."""
+"""Works for pools: those of the commands over tiny models, and some whose items end their worker,
+are refused, are slow, or are taken by as many as there are."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import EvaluationWork
 from genssd.distill.pool.pool import Work
 from genssd.distill.score.features import ScoreWork
+from genssd.distill.score.leaf_work import GradientModels, LeafWork, find_spans
 from genssd.distill.score.prefix import PrefixWork
 from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.select.config import SelectConfig
@@ -79,7 +81,37 @@ class SlowWork:
             yield item, item**2
 
 
-def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Any]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyWork:
+    """Takes all items that it is given before it does them; a result is how many it had at once."""
+
+    items: tuple[int, ...]
+
+    most_tokens: ClassVar[int] = 0
+
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, int]]:
+        assert feed is not None
+        while (first := feed.take(wait=True)) is not None:
+            held = [first]
+            while (item := feed.take(wait=False)) is not None:
+                held.append(item)
+            for item in held:
+                yield item, len(held)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlyLeafWork(LeafWork):
+    """The work of `genssd leaf`; a process that begins the third trace is killed."""
+
+    def run(self, models: GradientModels, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, list[list[int]]]]:
+        assert feed is not None
+        while (item := feed.take(wait=True)) is not None:
+            if item == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item, find_spans(models, self.traces[item], self.share)
+
+
+def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Engine, Any]]:
     models = {"teacher": str(pair.teacher), "student": str(pair.student)}
     items = [place for place in range(len(PROBLEMS)) if place != 6]
     generate = GenerateConfig(**models, data="x", n=2, max_tokens=12)

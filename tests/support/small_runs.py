@@ -24,6 +24,8 @@ from genssd.distill.score.prefix import run_prefix
 from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.score.run import run_score
 from genssd.distill.select.config import SelectConfig, SelectSettings
+from genssd.distill.select.export import run_export
+from genssd.distill.select.export_config import ExportConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.reselect import run_reselect
@@ -95,6 +97,11 @@ def make_small_runs(pair: TinyPair, directory: Path) -> dict[str, SmallRun]:
         ("score", ScoreConfig(student=models["student"], data=(rows,), **small), lambda c: run_score(c, engine)),
         ("reselect", ReselectConfig(run=str(directory / "selection"), **small), run_reselect),
         (
+            "export",
+            ExportConfig(run=str(directory / "selection"), statuses=("finished", "length")),
+            run_export,
+        ),
+        (
             "prefix",
             PrefixConfig(student=models["student"], data=(rows,), judge="solves", batch=1, max_tokens=4, **small),
             lambda c: run_prefix(c, engine),
@@ -147,7 +154,7 @@ def read_results(output_dir: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for path in sorted(output_dir.rglob("*")):
         name = str(path.relative_to(output_dir))
-        if not path.is_file() or path.name in (".lock", "run.json"):
+        if not path.is_file() or path.name in (".lock", "run.json") or _are_speeds(path):
             continue
         content = path.read_bytes().replace(str(output_dir).encode(), b"OUTPUT")
         if path.suffix == ".jsonl":
@@ -160,6 +167,12 @@ def read_results(output_dir: Path) -> dict[str, Any]:
         else:
             results[name] = content
     return results
+
+
+def _are_speeds(path: Path) -> bool:
+    """Return whether a file holds the metrics of a command that writes responses: how fast it was, part by part."""
+    record = path.parent / "run.json"
+    return path.name == "metrics.jsonl" and json.loads(record.read_text())["command"] in ("select", "generate")
 
 
 def _strip(row: dict[str, Any]) -> dict[str, Any]:

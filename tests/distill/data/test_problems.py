@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from support.shared_data import SHARED_DATA
 
-from genssd.distill.data.problems import read_problems
+from genssd.distill.data.parts import Shard
+from genssd.distill.data.problems import read_problems, read_usable_problems
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]
@@ -112,3 +113,20 @@ def test_real_files(file: str, count: int) -> None:
     problems = read_problems(SHARED_DATA / file)
     assert len(problems) == count
     assert all(problem.answer and "####" not in problem.answer for problem in problems)
+
+
+def test_shards_divide_the_rows(write_rows: Write) -> None:
+    data = write_rows([{"prompt": str(i)} if i != 4 else {"nothing": 1} for i in range(11)])
+    whole = read_usable_problems(data, 10)
+    parts = [read_usable_problems(data, 10, shard=f"{number}/3") for number in (1, 2, 3)]
+    assert sorted((p for part in parts for p in part.problems), key=lambda p: p.index) == list(whole.problems)
+    assert {i: text for part in parts for i, text in part.faults.items()} == whole.faults
+    assert [problem.index for problem in parts[1].problems] == [1, 7]  # row 4 is no problem
+    with pytest.raises(InputError, match="has no row in the shard 12/12"):
+        read_usable_problems(data, shard="12/12")
+
+
+@pytest.mark.parametrize("text", ["", "0/2", "3/2", "1", "1/0", "1/2/3", "-1/2", "a/b", "1 / 2"])
+def test_other_shards_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="shard must be NUMBER/COUNT"):
+        Shard.parse(text)

@@ -21,8 +21,8 @@ from support.toys import EOS, edit_json, save_checkpoint, save_markov, token_of
 from genssd.distill.answers.forms import CORRECT, WRONG, Verdict
 from genssd.distill.diagnose.alignment import ideal_gradient, measure_alignment, renormalise, teacher_advantage
 from genssd.distill.diagnose.config import DiagnoseConfig
+from genssd.distill.diagnose.model_pools import Load
 from genssd.distill.diagnose.readers import Templates
-from genssd.distill.diagnose.reading import Load
 from genssd.distill.diagnose.run import DiagnoseSummary, run_diagnose
 from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError

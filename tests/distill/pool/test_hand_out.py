@@ -74,6 +74,40 @@ def test_random_ends_lose_and_double_nothing(seed: int) -> None:
     assert all(lone_ends[killer] == MAX_ENDS for killer in killers)
 
 
+@pytest.mark.parametrize(("num_items", "num_workers"), [(1, 3), (4, 2), (5, 2), (7, 3), (64, 8), (3, 1)])
+def test_no_worker_takes_more_than_its_part(num_items: int, num_workers: int) -> None:
+    """The first one asks without end, and the others do the same with what is left."""
+    queue, workers = HandOut(range(num_items)), [f"worker {i}" for i in range(num_workers)]
+    counts = []
+    for worker in workers:
+        while queue.take(worker, num_workers) is not None:
+            pass
+        counts.append(queue.count_held(worker))
+    assert sum(counts) == num_items
+    assert max(counts) == -(-num_items // num_workers)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_part_shrinks_with_what_is_left_and_somebody_may_always_take(seed: int) -> None:
+    rng = random.Random(seed)
+    num_workers, num_items = rng.randint(2, 5), rng.randint(1, 40)
+    queue, held = HandOut(range(num_items)), {worker: list[int]() for worker in range(num_workers)}
+    while not queue.is_over:
+        unfinished = queue.num_queued + sum(map(len, held.values()))
+        assert queue.num_unfinished == unfinished
+        takers = 0
+        for worker in rng.sample(range(num_workers), num_workers):
+            item = queue.take(worker, num_workers)
+            if item is not None:
+                takers += 1
+                held[worker].append(item)
+                assert len(held[worker]) <= -(-unfinished // num_workers)
+        assert takers or not queue.num_queued, "items wait, and nobody may take one"
+        for worker in rng.sample(range(num_workers), rng.randint(1, num_workers)):
+            if held[worker]:
+                queue.finish(worker, held[worker].pop(rng.randrange(len(held[worker]))))
+
+
 def test_draining_returns_all_that_is_not_finished() -> None:
     queue = HandOut(range(5))
     queue.take("a")

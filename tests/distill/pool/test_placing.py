@@ -114,7 +114,7 @@ def test_an_engine_or_a_server_in_their_place_is_refused(tiny_pair: TinyPair) ->
     ):
         pass
     with (
-        pytest.raises(InputError, match="processes divides what models compute here, and the teacher is the URL"),
+        pytest.raises(InputError, match="processes divides what models compute here, and the only one is the URL"),
         open_pool(config, None, chat, teacher="http://localhost:1/v1", items=2),
     ):
         pass

@@ -1,12 +1,11 @@
 """Worker processes: the results of one process, whatever is killed; nothing lost, nothing done twice.
 
-But for the last test the workers are forked from a process that has imported everything, which takes no time.
+But for the last test the workers are forked (conftest.py).
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,51 +16,58 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pool_works import SEARCH, FaultyWork, collect, find_children, make_works, read_rows
+from support.pool_works import (
+    SEARCH,
+    FaultyWork,
+    GreedyWork,
+    collect,
+    find_children,
+    make_works,
+    read_rows,
+)
 from support.small_runs import read_results
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 
-from genssd.distill.pool import hand_out, processes
+from genssd.distill.pool import hand_out
 from genssd.distill.pool.pool import Lost, OwnProcess, Work
 from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
-from genssd.distill.pool.worker import Recipe
+from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.select.config import Calibrate, SelectConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.run import run_select
 from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
+from genssd.engine.engine import Engine
 from genssd.engine.errors import InputError, WorkerError
 from genssd.engine.model_choices import Role
 
-
-@pytest.fixture(scope="module", autouse=True)
-def forked_workers() -> Iterator[None]:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["genssd.distill.pool.worker", __name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "START_METHOD", "forkserver")
-        yield
+pytestmark = pytest.mark.usefixtures("forked_workers")
 
 
-def make_pool(pair: TinyPair, size: int = 2, **arguments: Any) -> ProcessPool:
+def make_pool(pair: TinyPair, size: int = 2, **arguments: Any) -> ProcessPool[Engine]:
     roles: tuple[Role, Role] = ("teacher", "student")
     tokens = LocalTokens(tokenizers={role: pair.engine.tokenizer(role) for role in roles}, reader=pair.engine.reader)
     models = RemoteModels([tokens])
     given = {"teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_batch": 4}
-    return ProcessPool(models, [Recipe(arguments={**given, "threads": 1, **arguments}, chat=ChatOptions())] * size)
+    return ProcessPool(
+        models, [EngineRecipe(arguments={**given, "threads": 1, **arguments}, chat=ChatOptions())] * size
+    )
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_pair: TinyPair) -> Iterator[ProcessPool]:
+def pool(tiny_pair: TinyPair) -> Iterator[ProcessPool[Engine]]:
     with make_pool(tiny_pair) as pool:
         pool.open()
         yield pool
 
 
 @pytest.mark.parametrize("command", ["select", "generate", "alternate", "relay", "score", "evaluate", "prefix"])
-def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: ProcessPool, tmp_path: Path, command: str) -> None:
+def test_results_are_those_of_one_process(
+    tiny_pair: TinyPair, pool: ProcessPool[Engine], tmp_path: Path, command: str
+) -> None:
     work = make_works(tiny_pair, tmp_path)[command]
     before = pool.models.usage
     results = collect(pool.run(work))
@@ -77,7 +83,7 @@ def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: ProcessPool
 
 
 def test_killed_workers_are_replaced_and_their_prompts_done_again(
-    tiny_pair: TinyPair, pool: ProcessPool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_pair: TinyPair, pool: ProcessPool[Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     work = make_works(tiny_pair, tmp_path)["select"]
     expected = collect(OwnProcess(tiny_pair.engine).run(work))
@@ -95,7 +101,7 @@ def test_killed_workers_are_replaced_and_their_prompts_done_again(
 
 
 def test_an_item_that_ends_its_workers_is_given_up_alone(
-    pool: ProcessPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pool: ProcessPool[Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults = {2: "killed", 5: "CUDA error: an illegal\nmemory access"}
     results = dict(pool.run(FaultyWork(items=tuple(range(8)), faults=faults)))
@@ -109,11 +115,19 @@ def test_an_item_that_ends_its_workers_is_given_up_alone(
     assert caplog.text.count("another one takes its place") == 2 * hand_out.MAX_ENDS
 
 
+@pytest.mark.parametrize("num_items", [2, 5, 8])
+def test_few_items_are_divided_fairly(pool: ProcessPool[Engine], num_items: int) -> None:
+    """A worker with room for all of them takes no more than its part at once."""
+    results = dict(pool.run(GreedyWork(items=tuple(range(num_items)))))
+    assert sorted(results) == list(range(num_items))
+    assert max(results.values()) <= -(-num_items // pool.size)
+
+
 def test_a_prompt_that_is_given_up_is_reported_like_one_that_is_too_long(
     tiny_pair: TinyPair, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Losing(OwnProcess):
-        def run(self, work: Work[Any], budget: Budget = Budget()) -> Iterator[tuple[int, Any]]:
+        def run(self, work: Work[Engine, Any], budget: Budget = Budget()) -> Iterator[tuple[int, Any]]:
             for item, outcome in super().run(work, budget):
                 yield item, Lost(reason="no luck") if item == 1 else outcome
 

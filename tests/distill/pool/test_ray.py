@@ -31,7 +31,7 @@ from genssd.distill.pool.ray_cluster import RayCluster
 from genssd.distill.pool.ray_options import choose_team
 from genssd.distill.pool.ray_pool import RayPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
-from genssd.distill.pool.worker import Recipe
+from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.engine.chat_options import ChatOptions
@@ -64,7 +64,7 @@ def pool(tiny_pair: TinyPair, cluster: RayCluster) -> Iterator[RayPool]:
         "device": "cpu", "threads": 1,
     }  # fmt: skip
     team = choose_team(cluster.list_nodes(), cluster.actors, cluster.cpus, "cpu", None)
-    recipe = Recipe(arguments=arguments, chat=ChatOptions())
+    recipe = EngineRecipe(arguments=arguments, chat=ChatOptions())
     with RayPool(RemoteModels([tokens]), cluster.connect(), recipe, team, engine.fingerprints) as pool:
         pool.open()
         yield pool

@@ -20,7 +20,7 @@ from genssd.distill.pool.ray_actor import EngineActor, Inbox
 from genssd.distill.pool.ray_options import ActorRange, Team
 from genssd.distill.pool.ray_pool import RayPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
-from genssd.distill.pool.worker import Recipe, serve
+from genssd.distill.pool.worker import EngineRecipe, serve
 from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError, WorkerError
@@ -61,7 +61,7 @@ def make_pool(pair: TinyPair, ray: FakeRay, least: int = 2, most: int = 2, **fin
     tokens = LocalTokens(tokenizers={role: pair.engine.tokenizer(role) for role in roles}, reader=pair.engine.reader)
     team = Team(range=ActorRange(least, most), cpus=1, gpus=0, threads=1)
     known: dict[Role, str] = {role: fingerprints.get(role, pair.engine.fingerprints[role]) for role in roles}
-    return RayPool(RemoteModels([tokens]), ray, Recipe(arguments={}, chat=ChatOptions()), team, known)
+    return RayPool(RemoteModels([tokens]), ray, EngineRecipe(arguments={}, chat=ChatOptions()), team, known)
 
 
 @pytest.mark.parametrize("seed", range(3))

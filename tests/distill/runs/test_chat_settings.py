@@ -38,7 +38,7 @@ TEMPLATE = TRIMMED_DATE.replace(
 def test_every_command_that_renders_chats_has_the_options() -> None:
     without = {name for name, config in CONFIGS.items() if not issubclass(config, ChatSettings)}
     # the doctor takes those of the command after it
-    assert without == {"demo", "report", "reselect", "tune", "doctor", "env"}
+    assert without == {"demo", "report", "reproduce", "reselect", "export", "tune", "doctor", "env"}
 
 
 @pytest.mark.parametrize(

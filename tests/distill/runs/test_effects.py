@@ -35,33 +35,39 @@ SEARCH = WRITING | POOL | {
 TRAINING = {
     "teacher_model_name_or_path", "kd_ratio", "lmbda", "key_attention.weight", "statuses", "max_length", "layout",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_train_tokens",
-    "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "bf16", "gradient_checkpointing", "torch_compile", "attn_implementation", "use_peft", "fsdp",
     "eval_data", "report_to", "logging_steps", "save_steps", "device", "seed", "threads",
     "token_weights.entropy_of", "token_weights.half_life",
 }  # fmt: skip
-RUN = {"output_dir", "resume", "limit", "data"}
+RUN = {"output_dir", "resume", "overwrite", "limit", "data"}
+MONITORED = {"report_to", "logging_steps", "shard"}
 ALWAYS = {
     "demo": {"output_dir", "prompts", "candidates", "train_tokens", "learning_rate", "batch_size", "eval_problems"}
     | {"post_hoc", "seed", "threads"},
-    "select": SEARCH | PAIR_CHAT | RUN | {"teacher", "student"},
-    "generate": POOL | PAIR_CHAT | WRITING | RUN | {"teacher", "student", "method", "n", "max_tokens", "seed"},
+    "select": SEARCH | PAIR_CHAT | RUN | MONITORED | {"teacher", "student", "peek"},
+    "generate": POOL | PAIR_CHAT | WRITING | RUN | MONITORED
+    | {"teacher", "student", "method", "n", "max_tokens", "seed"},
     "score": POOL | PAIR_CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
+    "reproduce": {"task", "arms", "seeds", "output_dir", "resume", "table", "model", "data", "problems", "threads"}
+    | {"eval_problems", "candidates", "train_tokens", "learning_rate", "batch_size", "model_steps"},
     "reselect": ENGINE | {"run", "criterion", "student", "output_dir"},
+    "export": {"run", "format", "student", "statuses", "require_correct", "output_dir"},
     "prefix": POOL | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
-    "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads"},
-    "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens"},
-    "diagnose": ENGINE | CHAT | WRITING | RUN
+    "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads", "devices", "processes"},
+    "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens", "shard"},
+    "diagnose": POOL | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"}
     | {"node_weights", "weights_loss"},
     "train": TRAINING | CHAT
-    | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint", "writer"},
+    | {"model_name_or_path", "data", "output_dir", "require_correct", "resume_from_checkpoint", "writer"}
+    | {"push_to_hub"},
     "distill": PAIR_CHAT | {f"train.{name}" for name in TRAINING} | {f"select.{name}" for name in SEARCH}
-    | {"teacher", "student", "data", "output_dir", "resume", "rounds", "prompts_per_round", "restart"}
-    | {"require_correct", "eval_data", "threads"},
+    | {"teacher", "student", "data", "output_dir", "resume", "overwrite", "rounds", "prompts_per_round", "restart"}
+    | {"require_correct", "eval_data", "threads", "processes", "devices", "push_to_hub"},
     "report": ENGINE | {"run", "output", "criteria", "prompts", "student"},
     "tune": {"model_name_or_path", "teacher", "student", "dtype", "device", "tune_file", "seconds"},
     "doctor": {"teacher", "student", "data", "config", "run", "command", "rows", "verify", "json"},

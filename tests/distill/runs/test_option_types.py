@@ -72,7 +72,7 @@ def bad_values(hint: Any) -> tuple[Any, ...]:
 
 
 def instance_of(options_class: Any) -> Any:
-    given: dict[str, Any] = {"model": "m", "model_name_or_path": "m", "student": "s"}
+    given: dict[str, Any] = {"model": "m", "model_name_or_path": "m", "student": "s", "task": "small"}
     given["run"] = ("r",) if "tuple" in str(typing.get_type_hints(options_class).get("run", "")) else "r"
     teacher_is_many = "tuple" in str(typing.get_type_hints(options_class).get("teacher", ""))
     given["teacher"] = ("t",) if teacher_is_many else "t"

@@ -58,7 +58,9 @@ def test_a_run_is_recorded_resumed_and_keeps_how_it_was_begun(tmp_path: Path) ->
 def test_finished_work_needs_resume_and_the_same_settings(tmp_path: Path) -> None:
     directory = str(tmp_path / "run")
     work(Config(output_dir=directory), 1)
-    with pytest.raises(InputError, match=r"numbers\.jsonl holds finished work already; pass --resume, or choose"):
+    with pytest.raises(
+        InputError, match=r"numbers\.jsonl holds finished work already; pass --resume to go on, --overwrite to begin"
+    ):
         work(Config(output_dir=directory))
     with pytest.raises(InputError, match=r"run was begun with size=1, not 2; resume with the same settings"):
         work(Config(output_dir=directory, resume=True, size=2))

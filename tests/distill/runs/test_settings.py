@@ -23,16 +23,20 @@ NOT_COUNTED = {
     "generate": POOL | {"output_dir", "resume", "data", "limit", "server"},
     "score": POOL | {"output_dir", "resume", "pick", "equal_length"},
     "reselect": ENGINE | {"output_dir"},
+    "export": {"output_dir"},
     "prefix": POOL | {"output_dir", "resume"},
-    "leaf": {"device", "output_dir", "resume", "threads"},
+    "leaf": {"device", "devices", "processes", "output_dir", "resume", "threads"},
     "evaluate": POOL | {"output_dir", "resume", "data", "limit"},
-    "diagnose": ENGINE
+    "diagnose": POOL
     | {"output_dir", "resume", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
+    "reproduce": {"arms", "seeds", "output_dir", "resume", "table", "threads"},
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
+    | {"push_to_hub"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
-    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads"}
+    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads", "processes", "devices"}
+    | {"push_to_hub"}
     | {f"select.{name}" for name in POOL | {"total_budget", "server"}}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
     | {"train.logging_steps", "train.save_steps", "train.save_total_limit"},
@@ -44,10 +48,12 @@ BY_CONTENT = {
     "generate": {"teacher", "student"},
     "score": {"student", "teacher"},
     "reselect": {"student"},
+    "export": {"student"},
     "prefix": {"student"},
     "leaf": {"teacher", "student"},
     "evaluate": {"model"},
     "diagnose": {"teacher", "student"},
+    "reproduce": {"model"},
     "train": {"model_name_or_path", "teacher_model_name_or_path", "eval_data"},
     "distill": {"teacher", "student", "data", "eval_data", "train.teacher_model_name_or_path", "train.eval_data"},
 }
@@ -138,6 +144,7 @@ PATHS = {
     "generate": {"teacher", "teacher_tokenizer", "student", "data", "output_dir"},
     "score": {"student", "teacher", "data", "output_dir"},
     "reselect": {"run", "student", "output_dir"},
+    "export": {"run", "student", "output_dir"},
     "prefix": {"student", "data", "output_dir"},
     "leaf": {"student", "teacher", "data", "output_dir"},
     "evaluate": {"model", "data", "output_dir"},
@@ -147,6 +154,7 @@ PATHS = {
     "distill": {"teacher", "student", "data", "eval_data", "output_dir"}
     | {"select.calibrate.data", "select.teacher_tokenizer", "train.teacher_model_name_or_path", "train.eval_data"},
     "report": {"run", "output", "student"},
+    "reproduce": {"output_dir", "table", "model", "data"},
     "tune": {"model_name_or_path", "teacher", "student", "tune_file"},
     "doctor": {"teacher", "student", "data", "config", "run"},
     "env": set(),
@@ -165,7 +173,16 @@ NO_PATHS = {
 } | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
-    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "ray", "ray_actors"),
+    *(
+        "teacher_template_kwargs",
+        "student_template_kwargs",
+        "error",
+        "writer",
+        "push_to_hub",
+        "arms",
+        "ray",
+        "ray_actors",
+    ),
 }
 """Fields of text that name nothing there."""
 
@@ -187,6 +204,8 @@ def make_with_home(config_class: type, prefix: str = "") -> tuple[Any, set[str]]
             names.add(f"{prefix}{field.name}")
         elif field.name == "criteria":
             values[field.name] = ("divergence",)  # without it a teacher is refused
+        elif field.name == "task":
+            values[field.name] = "small"
         elif field.name == "kd_ratio":
             values[field.name] = 1.0  # without it a teacher is refused
     return config_class(**values), names

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, read_traces
-from genssd.distill.score.leaf import distracting_spans, gradient_norms, question_places, run_leaf, scaled
+from genssd.distill.score.leaf import run_leaf
 from genssd.distill.score.leaf_config import LeafConfig
+from genssd.distill.score.leaf_work import distracting_spans, gradient_norms, question_places, scaled
 from genssd.engine.errors import InputError
 
 Write = Callable[..., Path]

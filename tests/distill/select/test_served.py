@@ -95,7 +95,7 @@ def test_greedy_rows_are_those_of_the_teacher_here(
 def read_topk(row: dict[str, Any], output_dir: Path) -> TopK:
     """The teacher's most likely tokens along the best trajectory of a row."""
     place = {**row["teacher_topk"], "where": "row"}
-    return TopkLocation(path=output_dir / place.pop("file"), **place).read()
+    return TopkLocation(path=output_dir / place.pop("file"), num_bytes=place.pop("bytes"), **place).read()
 
 
 def read_record(output_dir: Path) -> dict[str, Any]:

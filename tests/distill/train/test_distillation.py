@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from genssd import Engine
 from genssd.distill.data.example_files import read_examples
-from genssd.distill.data.topk_store import TopkStore, locate_topk
+from genssd.distill.data.topk_store import locate_topk
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.reselect import run_reselect
 from genssd.distill.select.reselect_config import ReselectConfig
@@ -30,7 +30,6 @@ from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError, NumericsError
-from genssd.kernels.logprob import TopK
 
 Write = Callable[..., Path]
 
@@ -126,7 +125,7 @@ def test_the_selections_top_k_is_transformers_top_k(tiny_pair: TinyPair, write_r
         top = place.read()
         ids = [*row["prompt_ids"], *row["completion_ids"]]
         logp = logits_of(tiny_pair.teacher, ids).log_softmax(-1)[len(row["prompt_ids"]) - 1 : -1]
-        torch.testing.assert_close(top.logprob.double(), logp.topk(5).values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(top.logprob.double(), logp.topk(5).values, atol=1e-4, rtol=1 / 2048)
         torch.testing.assert_close(top.logprob.double(), logp.gather(1, top.ids), atol=1e-4, rtol=1e-4)
 
 
@@ -248,78 +247,20 @@ def test_what_it_refuses(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path)
             LossOptions(**options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (
-            13,
-            r"here: .*t\.bin is damaged: the top k of token 1 \(byte 8\) has the id 13, which is outside .* of 13; res",
-        ),
-        (1 << 30, r"has the id 1073741824, which is outside"),
-        (3, r"the top k of token 1 \(byte 8\) has the id 3, twice"),
-    ],
-)
-def test_an_id_that_the_teacher_does_not_have_is_named(tmp_path: Path, value: int, message: str) -> None:
-    top = TopK(torch.arange(6).reshape(3, 2), torch.full((3, 2), -1.0))
-    with TopkStore(tmp_path / "t.bin", 0, vocabulary=13) as store:
-        place = locate_topk(store.append(top), tmp_path, 3, "here")
-    assert place is not None
-    content = bytearray((tmp_path / "t.bin").read_bytes())
-    content[8:12] = value.to_bytes(4, "little")
-    (tmp_path / "t.bin").write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        place.read()
-
-
 def test_a_damaged_store_is_refused_before_the_training(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     path = selected(tiny_pair, write_rows, tmp_path / "run", 4)
     row = lines(path)[-1]
     store = tmp_path / "run" / "teacher_topk.bin"
     content = bytearray(store.read_bytes())
     start = row["teacher_topk"]["offset"]
-    content[start : start + 4] = (1 << 20).to_bytes(4, "little")
+    content[start] ^= 1
     store.write_bytes(content)
-    message = (
-        rf"selections\.jsonl, line \d+: .*teacher_topk\.bin is damaged.*\(byte {start}\) has the id 1048576, which"
-    )
+    message = rf"selections\.jsonl, line \d+: .*teacher_topk\.bin holds no top k at byte {start}: it is damaged, or not"
     with pytest.raises(InputError, match=message):
         run_train(config_for(tiny_pair, path, tmp_path / "out", kd_ratio=0.5, statuses=("finished", "length")))
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="cannot have k=0"):
         locate_topk({**row["teacher_topk"], "k": 0}, tmp_path, row["teacher_topk"]["tokens"], "here")
-
-
-def test_a_damaged_store_is_named(tmp_path: Path) -> None:
-    top = TopK(torch.arange(6).reshape(3, 2), torch.full((3, 2), -1.0))
-    with TopkStore(tmp_path / "t.bin", 0, vocabulary=13) as store:
-        fields = [store.append(top), store.append(TopK(top.ids + 7, top.logprob * 2))]
-    places = [locate_topk(field, tmp_path, 3, "here") for field in fields]
-    assert places[0] is not None
-    assert places[1] is not None
-    assert torch.equal(places[1].read().ids, top.ids + 7)
-    assert torch.equal(places[0].read().logprob, top.logprob)
-    (tmp_path / "t.bin").write_bytes((tmp_path / "t.bin").read_bytes()[:60])
-    with pytest.raises(InputError, match=r"here: .* holds no top k at byte 48"):
-        places[1].read()
-    with pytest.raises(InputError, match="too few for byte 48"):
-        locate_topk(fields[1], tmp_path, 3, "here")
-    for content in (bytes(48), b"\xff" * 48):
-        (tmp_path / "t.bin").write_bytes(content)
-        with pytest.raises(InputError, match="holds no top k at byte 0"):
-            places[0].read()
-    with pytest.raises(InputError, match="cannot be read"):
-        locate_topk({**fields[0], "file": "none.bin"}, tmp_path, 3, "here")
-    with pytest.raises(InputError, match="cannot be read"):
-        locate_topk({**fields[0], "file": "n\0.bin"}, tmp_path, 3, "here")
-    with pytest.raises(InputError, match="too few"):
-        locate_topk({**fields[0], "offset": 1 << 70}, tmp_path, 3, "here")
-    with pytest.raises(InputError, match="shorter than its rows say"):
-        TopkStore(tmp_path / "t.bin", 96, vocabulary=13)
-    with pytest.raises(InputError, match="teacher_topk has 3 tokens, the completion 4"):
-        locate_topk(fields[0], tmp_path, 4, "here")
-    for wrong in ("x", {}, {**fields[0], "k": 0}, {**fields[0], "offset": -1}, {**fields[0], "tokens": True}):
-        with pytest.raises(InputError, match=r"must name file, offset, tokens, k and vocabulary|cannot have k=0"):
-            locate_topk(wrong, tmp_path, 3, "here")
 
 
 def test_a_resumed_selection_has_the_same_top_k(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
@@ -397,7 +338,7 @@ def test_a_loss_on_held_out_rows_that_is_not_finite_stops(
         eval_data=(str(data),),
         allow_eval_overlap=True,
         learning_rate=1e30,
-        warmup_ratio=0.0,
+        warmup_steps=0.0,
         max_steps=1,
     )
     with pytest.raises(NumericsError, match="the loss on eval_data is nan after step 1"):
@@ -504,7 +445,7 @@ def test_a_monitor_that_is_missing_is_named(
 
 
 def test_a_bad_batch_is_saved(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_ratio=0.0)
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_steps=0.0)
     with pytest.raises(NumericsError, match=r"bad_batch\.jsonl"):
         run_train(config)
     rows = lines(tmp_path / "run" / "bad_batch.jsonl")

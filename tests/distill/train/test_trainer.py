@@ -6,8 +6,9 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from support.training_runs import ROWS, config_for, metrics, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, CohereForCausalLM
 
 from genssd import Engine
+from genssd.distill.data.examples import Example
 from genssd.distill.train import forward
+from genssd.distill.train.checkpoints import TrainerState
 from genssd.distill.train.config import TrainConfig
-from genssd.distill.train.schedule import compute_learning_rate_factor
+from genssd.distill.train.schedule import Schedule, compute_learning_rate_factor
 from genssd.distill.train.trainer import run_train
 from genssd.engine.errors import CheckpointError, InputError, NumericsError
 from genssd.engine.text import Tokenizer
@@ -33,7 +36,7 @@ def test_one_step_equals_transformers(tiny_pair: TinyPair, write_rows: Write, tm
     """Plain AdamW on transformers' own loss, masked by -100, over the same rows as one batch."""
     rows = ROWS[:4]
     config = config_for(tiny_pair, write_rows(rows), tmp_path / "run", max_steps=1, lr_scheduler_type="constant")
-    run_train(dataclasses.replace(config, warmup_ratio=0.0))
+    run_train(dataclasses.replace(config, warmup_steps=0.0))
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_pair.student, dtype=torch.float32).train()
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_pair.student)
     ids = [[*tokenizer.encode(r["prompt"] + r["completion"]), tokenizer.eos_token_id] for r in rows]
@@ -66,7 +69,7 @@ def test_the_optimizer_is_adamw_with_decay_on_matrices_alone(
     options = {"adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-2, "weight_decay": 0.3, "learning_rate": 0.05}
     config = config_for(
         tiny_pair, write_rows(ROWS[:4]), tmp_path / "run", max_steps=3,
-        per_device_train_batch_size=4, gradient_accumulation_steps=1, lr_scheduler_type="constant", warmup_ratio=0.0,
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, lr_scheduler_type="constant", warmup_steps=0.0,
         **options,
     )  # fmt: skip
     run_train(config)
@@ -127,7 +130,7 @@ def test_a_weight_counts_a_row_so_many_times(tiny_pair: TinyPair, write_rows: Wr
     repeated = write_rows([first, first, second], "repeated.jsonl")
     for name, data in (("a", weighted), ("b", repeated)):
         config = config_for(tiny_pair, data, tmp_path / name, max_steps=1, lr_scheduler_type="constant")
-        run_train(dataclasses.replace(config, warmup_ratio=0.0, per_device_train_batch_size=3))
+        run_train(dataclasses.replace(config, warmup_steps=0.0, per_device_train_batch_size=3))
     weighted_step, repeated_step = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
     assert weighted_step["loss"] == pytest.approx(repeated_step["loss"], rel=1e-5)
     assert weighted_step["grad_norm"] == pytest.approx(repeated_step["grad_norm"], rel=1e-4)
@@ -247,7 +250,7 @@ def test_compiled_layers_train_the_same(tiny_pair: TinyPair, write_rows: Write, 
 
 
 def test_a_loss_that_is_not_finite_stops(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_ratio=0.0)
+    config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", learning_rate=1e30, warmup_steps=0.0)
     with pytest.raises(
         NumericsError,
         match=r"the loss is (nan|inf) and its gradient (nan|inf) at step \d+ \(epoch \d+, batch \d+\); lower",
@@ -256,15 +259,33 @@ def test_a_loss_that_is_not_finite_stops(tiny_pair: TinyPair, write_rows: Write,
 
 
 def test_the_schedule() -> None:
-    config = TrainConfig(model_name_or_path="m", data=("d",), warmup_ratio=0.1)
-    assert compute_learning_rate_factor(0.0, 0.05, config) == 0.5
-    assert compute_learning_rate_factor(0.05, 0.1, config) == 1.0
-    assert compute_learning_rate_factor(0.1, 0.15, config) == 1.0
-    assert compute_learning_rate_factor(0.55, 0.6, config) == pytest.approx(0.5)
-    assert 0.0 < compute_learning_rate_factor(0.99, 1.0, config) < 0.001
-    linear = dataclasses.replace(config, lr_scheduler_type="linear")
-    assert compute_learning_rate_factor(0.55, 0.6, linear) == pytest.approx(0.5)
-    assert compute_learning_rate_factor(0.55, 0.6, dataclasses.replace(config, lr_scheduler_type="constant")) == 1.0
+    def factor(before: float, after: float, decay: Literal["cosine", "linear", "constant"] = "cosine") -> float:
+        return compute_learning_rate_factor(before, after, warmup=0.1, decay=decay)
+
+    assert factor(0.0, 0.05) == 0.5
+    assert factor(0.05, 0.1) == 1.0
+    assert factor(0.1, 0.15) == 1.0
+    assert factor(0.55, 0.6) == pytest.approx(0.5)
+    assert 0.0 < factor(0.99, 1.0) < 0.001
+    assert factor(0.55, 0.6, "linear") == pytest.approx(0.5)
+    assert factor(0.55, 0.6, "constant") == 1.0
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 3, 20])
+def test_the_warmup_is_a_number_of_steps_or_a_fraction_of_them(warmup: float) -> None:
+    """As in transformers, whose first step has a learning rate of 0; ours has that of its second one."""
+    steps = 10
+    config = TrainConfig(model_name_or_path="m", data=("d",), warmup_steps=warmup, max_steps=steps, learning_rate=1.0)
+    state = TrainerState(settings={})
+    schedule = Schedule(config, state, [Example(input_ids=(1, 2, 3), num_prompt=1, where="row")], num_processes=1)
+    rates = []
+    for batch in schedule.iter_batches():
+        rates.append(schedule.learning_rate(batch))
+        state.step += 1
+    num_warmup = warmup if warmup >= 1 else warmup * steps
+    rising = [rate for i, rate in enumerate(rates) if i < num_warmup]
+    assert rising == pytest.approx([min(1.0, (i + 1) / num_warmup) for i in range(len(rising))])
+    assert all(after < before for before, after in pairwise(rates[len(rising) :]))
 
 
 @pytest.mark.parametrize(
@@ -273,6 +294,9 @@ def test_the_schedule() -> None:
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, not 0"),
         ({"max_steps": 3, "max_train_tokens": 5}, "not both"),
         ({"num_train_epochs": 0}, "num_train_epochs must be positive"),
+        ({"warmup_steps": -1}, "warmup_steps must be a fraction of the training"),
+        ({"warmup_steps": 2.5}, "or a number of steps, not 2.5"),
+        ({"warmup_steps": 2, "max_train_tokens": 9}, "warmup_steps must be a fraction below 1 beside max_train_tokens"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:

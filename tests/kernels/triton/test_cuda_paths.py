@@ -169,7 +169,7 @@ def test_traces_without_distracting_words(tiny_pair: TinyPair, write_rows: Write
 
 
 def test_training_on_the_teachers_top_k_of_a_selection(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    data = write_rows([{"question": f"{i}+{i}?"} for i in range(2)], "problems.jsonl")
+    data = write_rows([{"question": f"{i}+{i}?"} for i in range(1)], "problems.jsonl")
     with FakeCuda():
         engine = Engine.from_pretrained(
             tiny_pair.teacher, tiny_pair.student, memory_bytes=1 << 22, dtype="float32", device=DEVICE
@@ -184,7 +184,7 @@ def test_training_on_the_teachers_top_k_of_a_selection(tiny_pair: TinyPair, writ
 
 
 TRAININGS: dict[str, dict[str, Any]] = {
-    "sft": {},
+    "sft": {"max_steps": 2},
     "packed": {"layout": "pack", "gradient_checkpointing": True},
     "tree": {"layout": "tree"},
     "jsd": {"kd_ratio": 0.5, "kd_loss": "jsd", "mask_special_tokens": True},
@@ -215,7 +215,7 @@ def test_trainings(name: str, tiny_pair: TinyPair, write_rows: Write, tmp_path: 
 
 
 def assert_trains_the_same(pair: TinyPair, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    options = {"gradient_accumulation_steps": 1, **changes}
+    options = {"gradient_accumulation_steps": 1, "max_steps": 1, **changes}
     run_train(config_for(pair, data, tmp_path / "cpu", **options))
     with FakeCuda():
         run_train(config_for(pair, data, tmp_path / "cuda", device=DEVICE, **options))

@@ -142,7 +142,7 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
     for which in OPERATORS:
         put_in_place(which, monkeypatch)
         found[which] = pair.engine().select_expand(
-            prompts, candidates=2, beam=2, chunk=Chunk(tokens=4, until=None), max_tokens=8, criterion="ppl", seed=3
+            prompts, candidates=2, beam=2, chunk=Chunk(tokens=3, until=None), max_tokens=6, criterion="ppl", seed=3
         )
         monkeypatch.undo()
     for ours, plain in zip(found["triton"], found["plain"], strict=True):
@@ -151,7 +151,7 @@ def test_trajectories(kind: str, options: dict[str, Any], tmp_path: Path, monkey
         ]
         scores = ([record.score for record in selection.tree] for selection in (ours, plain))
         assert next(scores) == pytest.approx(next(scores), rel=1e-4)
-    assert max(len(selection.best.token_ids) for selection in found["triton"]) > 4
+    assert max(len(selection.best.token_ids) for selection in found["triton"]) > 3
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi4-mini", "olmo3", "gpt-oss"])
@@ -232,7 +232,7 @@ def test_steps_that_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         trunk = runner.tree.root()
         found = runner.extend([trunk], [list(range(14))])
         paths = [trunk, *(runner.tree.fork(trunk) for _ in range(2))]
-        for step in range(8):
+        for step in range(6):
             found += runner.extend(paths, [[7 * i + step] for i in range(3)])
         found += runner.extend(paths[:2], [[1], [2, 3]])  # no step of single tokens
         return found + runner.extend(paths[1:2], [[4]])

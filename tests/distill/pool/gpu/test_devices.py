@@ -16,6 +16,7 @@ from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.runs.progress import Progress
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
+from genssd.engine.engine import Engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -24,7 +25,7 @@ class Killer(Progress):
     """Kills the first worker of a pool when the first prompt is done."""
 
     def __init__(self) -> None:
-        self.pools: list[ProcessPool] = []
+        self.pools: list[ProcessPool[Engine]] = []
 
     def __call__(self, done: float, total: float, detail: str = "") -> None:
         if self.pools:
@@ -45,7 +46,7 @@ def test_all_gpus_write_what_one_process_writes(
     run_generate(GenerateConfig(**base, output_dir=str(tmp_path / "one")))
     killer, opened = Killer(), ProcessPool.open
 
-    def open_and_note(pool: ProcessPool) -> None:
+    def open_and_note(pool: ProcessPool[Engine]) -> None:
         opened(pool)
         killer.pools.append(pool)
 

@@ -1,4 +1,4 @@
-"""Metrics of a training: metrics.jsonl always, TensorBoard or Weights & Biases where report_to names it."""
+"""Metrics of a command: metrics.jsonl always, TensorBoard, Weights & Biases or trackio where report_to names it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Monitor(Protocol):
-    """A program that shows the metrics of a training."""
+    """A program that shows the metrics of a command."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take the metrics of a step, by name."""
@@ -34,10 +34,13 @@ class Metrics:
         self._directory = directory
 
     @staticmethod
-    def open(path: Path, report_to: str) -> Metrics:
-        """Open metrics.jsonl to append to it, and the named monitor. Raises InputError when it is not installed."""
+    def open(path: Path, report_to: str, command: str) -> Metrics:
+        """Open metrics.jsonl of a command to append to it, and the named monitor.
+
+        Raises InputError when it is not installed.
+        """
         with name_failure(path.parent):
-            monitor = open_monitor(report_to, path.parent)
+            monitor = open_monitor(report_to, path.parent, command)
         return Metrics(Journal(path), monitor, path.parent)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -54,7 +57,7 @@ class Metrics:
     def __exit__(self, *error: Any) -> None:
         self._journal.__exit__(*error)
         if self._monitor is not None:
-            with suppress(OSError):  # a monitor that cannot be finished hides no error, and spoils no training
+            with suppress(OSError):  # a monitor that cannot be finished hides no error, and spoils no work
                 self._monitor.close()
 
 
@@ -71,13 +74,20 @@ class NoMetrics:
         pass
 
 
-def open_monitor(report_to: str, output_dir: Path) -> Monitor | None:
-    """Open the named monitor; return None for "none". Raises InputError when its package is not installed."""
-    openers: dict[str, Callable[[Path], Monitor]] = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
+def open_monitor(report_to: str, output_dir: Path, command: str) -> Monitor | None:
+    """Open the named monitor; return None for "none". command: before the names of the metrics in TensorBoard.
+
+    Raises InputError when its package is not installed.
+    """
+    openers: dict[str, Callable[[Path, str], Monitor]] = {
+        "tensorboard": _open_tensorboard,
+        "wandb": _open_wandb,
+        "trackio": _open_trackio,
+    }
     if report_to == "none":
         return None
     try:
-        return openers[report_to](output_dir)
+        return openers[report_to](output_dir, command)
     except ImportError:
         raise _make_missing_error(report_to) from None
 
@@ -95,21 +105,22 @@ def _make_missing_error(report_to: str) -> InputError:
 class _TensorBoard:
     """Monitor that writes TensorBoard's event files."""
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: Any, command: str) -> None:
         self._writer = writer
+        self._command = command
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._writer.add_scalar(f"{self._command}/{name}", value, step)
 
     def close(self) -> None:
         self._writer.close()
 
 
-def _open_tensorboard(output_dir: Path) -> Monitor:
+def _open_tensorboard(output_dir: Path, command: str) -> Monitor:
     from torch.utils.tensorboard import SummaryWriter
 
-    return _TensorBoard(SummaryWriter(output_dir / "tensorboard"))
+    return _TensorBoard(SummaryWriter(output_dir / "tensorboard"), command)
 
 
 class _WandB:
@@ -125,7 +136,26 @@ class _WandB:
         self._run.finish()
 
 
-def _open_wandb(output_dir: Path) -> Monitor:
+def _open_wandb(output_dir: Path, command: str) -> Monitor:
     import wandb
 
-    return _WandB(wandb.init(dir=str(output_dir), name=output_dir.name))
+    return _WandB(wandb.init(dir=str(output_dir), name=output_dir.name, job_type=command))
+
+
+class _Trackio:
+    """Monitor that writes to trackio's database, which `trackio show` displays."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(metrics=dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _open_trackio(output_dir: Path, command: str) -> Monitor:
+    import trackio
+
+    return _Trackio(trackio.init(project=f"genssd {command}", name=output_dir.name, embed=False))

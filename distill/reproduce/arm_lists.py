@@ -1,0 +1,56 @@
+"""Which arms a task has, and which a run takes. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from genssd.distill.reproduce.arm_table import CORE, LOSSES, ORACLE, POST_HOC, VARIANTS
+from genssd.distill.reproduce.arms import Arm
+
+SMALL_WORLDS: Final[Mapping[str, str]] = {
+    "uniform": "styles equally frequent",
+    "one-style": "style drawn once per solution",
+    "cold-other": "another cold start",
+    "cold-long": "a longer cold start",
+}
+"""Changed worlds of the small pair, and what is other in each."""
+WORLD_ARMS: Final = ("cold-start", "standard", "gen-ssd", "gen-ssd-random", "grape")
+
+
+def list_arms(task: str) -> Sequence[Arm]:
+    """Return the arms of a task, in the order in which they run."""
+    if task == "words":
+        return (*CORE, *POST_HOC, *LOSSES, *VARIANTS)
+    by_name = {arm.name: arm for arm in CORE}
+    worlds = {world: [_repeat(by_name[name], world) for name in WORLD_ARMS] for world in SMALL_WORLDS}
+    styles = [*worlds["one-style"], *worlds["uniform"]]
+    starts = [*worlds["cold-other"], *worlds["cold-long"]]
+    return (*CORE, *ORACLE, *POST_HOC, *styles, *LOSSES, *starts, *VARIANTS)
+
+
+def _repeat(arm: Arm, world: str) -> Arm:
+    """Return an arm as it runs in a changed world, where it is compared with that world's own controls."""
+    return replace(
+        arm,
+        name=f"{world}/{arm.name}",
+        world=world,
+        controls=tuple(f"{world}/{control}" for control in arm.controls if control in WORLD_ARMS),
+        paper=f"{arm.paper}; {SMALL_WORLDS[world]}",
+    )
+
+
+def choose_arms(task: str, names: Sequence[str]) -> Sequence[Arm]:
+    """Return the arms of these names with all arms that they are compared with; all arms of the task for no names."""
+    arms = list_arms(task)
+    if not names:
+        return arms
+    by_name = {arm.name: arm for arm in arms}
+    wanted: set[str] = set()
+    left = list(names)
+    while left:
+        if (name := left.pop()) not in wanted:
+            wanted.add(name)
+            left += by_name[name].controls
+    return tuple(arm for arm in arms if arm.name in wanted)

@@ -1,0 +1,117 @@
+"""What every command writes, by file: listed in its help, printed at its end, and removed by --overwrite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from genssd.distill.runs.writing import remove_directory, remove_file
+
+RECORD = {"run.json": "the settings, models and versions; --config reads it"}
+BAD_ROWS = {"bad_rows.txt": "what could not be used, by file and line"}
+SUMMARY = {"summary.json": "the counts that are printed, and more"}
+
+OUTPUTS: Mapping[str, Mapping[str, str]] = {
+    "demo": {
+        "demo.json": "all results",
+        "standard/": "journal, student and evaluation without selection",
+        "selected/": "the same with selection",
+        "post-hoc/": "the same with the best whole responses",
+        "cold-start/": "evaluation of the student before its training",
+        "train.jsonl": "the problems of the training",
+        "eval.jsonl": "the held-out problems",
+        "run.json": "the mark of a demo",
+    },
+    "select": {
+        "selections.jsonl": "a line for each prompt: what genssd train reads",
+        "decisions.jsonl": "every candidate with its scores: what genssd reselect reads",
+        "teacher_topk.bin": "the teacher's most likely tokens, for genssd train --kd-ratio",
+        "calibration.json": "the threshold that was taken from data",
+        "metrics.jsonl": "speed, tokens kept and accuracy after every few prompts",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+    "score": {
+        "selected.jsonl": "the responses that were picked: what genssd train reads",
+        "scores.jsonl": "a line for each trace, with a column for each criterion",
+        "report.html": "a page to look at",
+        "teachers.json": "the ranking of the teachers",
+        "controls.json": "what the rankings have to do with length, steps and correctness",
+        "features.jsonl": "the journal",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+    "reselect": {
+        "pairs.jsonl": "preference pairs: what DPO trainers read",
+        "steps.jsonl": "stepwise supervision",
+        "reselected.jsonl": "a line for each round: what was kept, and what would have been",
+        **SUMMARY, **RECORD,
+    },
+    "export": {
+        "dataset/": "the rows: what datasets.load_from_disk reads",
+        "compression_config.yaml": "how the log-probabilities are written: DistillKit's logprob_compressor",
+        **SUMMARY, **RECORD,
+    },
+    "generate": {
+        "responses.jsonl": "a line for each prompt: what genssd train and genssd score read",
+        "metrics.jsonl": "speed, tokens kept and accuracy after every few prompts",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+    "prefix": {
+        "aligned.jsonl": "finished rows that are not known to be wrong: what genssd train reads",
+        "prefixes.jsonl": "the journal, a line for each trace",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+    "leaf": {
+        "counterfactuals.jsonl": "the traces, and those without distracting words: what genssd train reads",
+        "journal.jsonl": "the words that distract the student, by trace",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+    "train": {
+        "*.safetensors": "the trained model; transformers and genssd load the directory",
+        "README.md": "the model card: data, options, loss and command",
+        "best/": "the model with the smallest loss on eval_data",
+        "adapter/": "the LoRA adapters",
+        "checkpoint-*/": "checkpoints to resume from",
+        "metrics.jsonl": "losses and learning rates by step",
+        "bad_batch.jsonl": "the examples of a step whose loss is not finite",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+    "distill": {
+        "round-*/": "problems, selection, training and evaluation of each round; round-N/train is its student",
+        "rounds.jsonl": "a line for each round",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+    "evaluate": {
+        "evaluation.jsonl": "a line for each problem, with its responses and verdicts",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+    "reproduce": {
+        "table.md": "accuracy of every arm, and the comparisons with the controls",
+        "results.json": "the same, and more",
+        "plot.png": "the same as a plot",
+        "results.jsonl": "the journal: a line for every arm of every seed, with the verdict on every test problem",
+        "seed-*/": "problems, rows and evaluations",
+        "models/": "models that were made first",
+        "bad_rows.txt": "arms that could not be run, and why",
+        **SUMMARY, **RECORD,
+    },
+    "diagnose": {
+        "diagnosis.html": "a page to look at",
+        "questions.jsonl": "the journal, a line for each question",
+        "nodes.jsonl": "a line for each node, with all alignments",
+        **BAD_ROWS, **SUMMARY, **RECORD,
+    },
+}  # fmt: skip
+"""Files and directories (with a slash at the end) below output_dir, the most useful first, by command."""
+
+
+def remove_outputs(directory: Path, command: str) -> None:
+    """Remove what a finished or interrupted run of a command has written, but for run.json, which is written again.
+
+    Files of the user's own stay. Raises InputError where the system refuses it.
+    """
+    for pattern in OUTPUTS[command]:
+        for path in directory.glob(pattern.rstrip("/")):
+            if path.is_dir():
+                remove_directory(path)
+            elif pattern not in RECORD:
+                remove_file(path)

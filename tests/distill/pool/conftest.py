@@ -1,0 +1,26 @@
+"""Workers that are forked from a process that has imported everything, which takes no time."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+
+import pytest
+
+from genssd.distill.pool import starting
+
+PRELOADED = (
+    "genssd.distill.pool.worker",
+    "genssd.distill.score.leaf",
+    "genssd.distill.diagnose.run",
+    "transformers.models.llama.modeling_llama",
+    "support.pool_works",
+)
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starting, "START_METHOD", "forkserver")
+        yield
