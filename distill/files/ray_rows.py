@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
@@ -46,6 +47,7 @@ class RayRows:
         files = list_files(name)
         self._connect()
         data = importlib.import_module("ray.data")
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # which the import sets anew
         context = data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False

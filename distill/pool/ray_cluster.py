@@ -30,8 +30,17 @@ from genssd.engine.quoting import one_line
 EXTRA = "pip install 'genssd[ray]'"
 PATIENCE = 5.0
 """Seconds within which the head of a cluster must answer."""
-ATTEMPTS = 3
-"""Number of attempts to start a cluster: Ray gives its processes half a minute, which a busy machine may not have."""
+START_TIME = 120
+"""Seconds that the processes of a cluster have to start: a busy machine may need more than the half minute of Ray's."""
+START_SETTINGS = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_gcs_server_port_wait_time_s": f"{START_TIME}",
+    "RAY_raylet_start_wait_time_s": f"{START_TIME}",
+    "RAY_agent_register_timeout_ms": f"{START_TIME}000",
+    "RAY_worker_register_timeout_seconds": f"{START_TIME}",
+}
+"""Settings of the environment with which a cluster is started here. The first one keeps it at the loopback address, for
+which Ray would otherwise put one that other machines reach; the others are its patience with its own processes."""
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory of a cluster that is started here: prompts on their way out, rows on their way back. What does
 not fit goes through files."""
@@ -156,18 +165,15 @@ class RayCluster:
             "_node_ip_address": LOOPBACK,
             "_temp_dir": str(self._temporary),
         }
-        for attempt in range(ATTEMPTS):
-            try:
+        try:
+            with _starting_here():
                 ray.init(**options, **quiet)
-                return
-            except Exception as error:  # Ray has no class of its own for this
-                ray.shutdown()
-                _end_processes(self._temporary)
-                if attempt + 1 == ATTEMPTS:
-                    raise WorkerError(
-                        f"Ray could not be started here, in {ATTEMPTS} attempts: {one_line(error)[:300]}; is the "
-                        "machine too busy, or its memory full?"
-                    ) from None
+        except Exception as error:  # Ray has no class of its own for this
+            ray.shutdown()
+            _end_processes(self._temporary)
+            raise WorkerError(
+                f"Ray could not be started here: {one_line(error)[:300]}; is the machine too busy, or its memory full?"
+            ) from None
 
 
 def check_answers(address: Address, patience: float = PATIENCE) -> None:
@@ -206,13 +212,45 @@ def _own_signal_handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _starting_here() -> Iterator[None]:
+    """Give Ray, which is imported already, and the processes that it starts, the settings of a start on this machine.
+
+    For one wait Ray has no setting: half a minute from the start of its raylet until the head knows it.
+    """
+    services = importlib.import_module("ray._private.services")
+    constants = importlib.import_module("ray._private.ray_constants")
+    get_node, reaches_out = services.get_node, constants.ENABLE_RAY_CLUSTER
+    before = {name: os.environ.get(name) for name in START_SETTINGS}
+    end = time.monotonic() + START_TIME
+
+    def await_node(*arguments: Any) -> Any:
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node, constants.ENABLE_RAY_CLUSTER = await_node, False
+    for name, value in START_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        services.get_node, constants.ENABLE_RAY_CLUSTER = get_node, reaches_out
+        for name, was in before.items():
+            if was is None:
+                os.environ.pop(name, None)
+
+
 def _silence() -> None:
     """Turn off what Ray would print of workers that end, which the pool reports in its own words."""
     worker = sys.modules.get("ray._private.worker")
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = lambda *_, **__: None  # type: ignore[union-attr]
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
 
 
 def _choose_directory() -> Path:
