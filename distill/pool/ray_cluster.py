@@ -218,8 +218,8 @@ def _starting_here() -> Iterator[None]:
 
     For one wait Ray has no setting: half a minute from the start of its raylet until the head knows it.
     """
-    services = importlib.import_module("ray._private.services")
-    constants = importlib.import_module("ray._private.ray_constants")
+    services: Any = importlib.import_module("ray._private.services")
+    constants: Any = importlib.import_module("ray._private.ray_constants")
     get_node, reaches_out = services.get_node, constants.ENABLE_RAY_CLUSTER
     before = {name: os.environ.get(name) for name in START_SETTINGS}
     end = time.monotonic() + START_TIME
