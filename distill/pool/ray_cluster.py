@@ -38,9 +38,11 @@ START_SETTINGS = {
     "RAY_raylet_start_wait_time_s": f"{START_TIME}",
     "RAY_agent_register_timeout_ms": f"{START_TIME}000",
     "RAY_worker_register_timeout_seconds": f"{START_TIME}",
+    "RAY_actor_graceful_shutdown_timeout_ms": "1000",
 }
 """Settings of the environment with which a cluster is started here. The first one keeps it at the loopback address, for
-which Ray would otherwise put one that other machines reach; the others are its patience with its own processes."""
+which Ray would otherwise put one that other machines reach; the last one ends actors whose command was killed; the
+others are its patience with its own processes."""
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory of a cluster that is started here: prompts on their way out, rows on their way back. What does
 not fit goes through files."""

@@ -194,7 +194,7 @@ def test_a_killed_command_takes_its_actors_along_and_is_resumed(
         assert process.wait() == -9, said
     assert actors
     assert "Traceback" not in said
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while find_actors() - others:
         assert time.monotonic() < until, find_actors() - others
         time.sleep(0.05)
