@@ -103,7 +103,8 @@ OFF: dict[str, set[str]] = {
     "prefix": CLUSTER,
     "doctor": {"verify_seconds"},
     "evaluate": WRITING | CLUSTER | {"seed"},
-    "diagnose": {"context_readers"} | CLUSTER | {f"templates.{name}" for name in ("hint", "solution", "summary", "other")},
+    "diagnose": {"context_readers"} | CLUSTER
+    | {f"templates.{name}" for name in ("hint", "solution", "summary", "other")},
     "train": OFF_IN_TRAINING | {"allow_eval_overlap"},
     "distill": {f"train.{name}" for name in OFF_IN_TRAINING} | {f"select.{name}" for name in OFF_IN_SEARCH}
     | {"eval_limit", "allow_eval_overlap"},
