@@ -130,7 +130,7 @@ class WordsTask:
         remove_directory(temporary)
         config = TrainConfig(
             model_name_or_path=model, data=(str(rows),), output_dir=str(temporary), max_steps=self.steps or steps,
-            per_device_train_batch_size=16, learning_rate=rate, warmup_ratio=0.05, threads=self.threads,
+            per_device_train_batch_size=16, learning_rate=rate, warmup_steps=0.05, threads=self.threads,
         )  # fmt: skip
         run_train(config, report_training(report.within(f"making the {directory.name}")))
         replace_directory(temporary, directory)
