@@ -15,6 +15,7 @@ from genssd.distill.runs.journal import has_lines
 from genssd.distill.runs.record import read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.select.beginning import check_search
+from genssd.distill.select.chunk_choice import SETTING
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.served.address import is_url
 
@@ -80,7 +81,12 @@ def _is_comparable(settings: Settings) -> bool:
 
 
 def _check_same(begun: Mapping[str, Any], now: Mapping[str, Any], output_dir: str) -> None:
-    """Raise InputError naming a setting that is not the recorded one; those of the trainings of distill may change."""
+    """Raise InputError naming a setting that is not the recorded one; those of the trainings of distill may change.
+
+    A length of chunks that is left to the run is the recorded one.
+    """
+    if now.get(SETTING, 0) is None:
+        now = {**now, SETTING: begun.get(SETTING)}
 
     def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if not name.startswith("train.")}

@@ -93,7 +93,7 @@ class Place:
             "per_device_train_batch_size": self.sizes.batch_size,
             "learning_rate": self.sizes.learning_rate,
             "max_train_tokens": max(1, round(self.sizes.train_tokens * tokens)),
-            "warmup_ratio": 0.05,
+            "warmup_steps": 0.05,
             "adam_beta2": 0.98,
             "seed": self.seed,
             "threads": self.threads,

@@ -100,9 +100,10 @@ def test_a_selection_from_standard_input_and_its_resumption(
     as_standard_input("\n".join(lines[:2]).encode(), lambda: main([*select, "--threads", "2"]))
     out, err = capsys.readouterr()
     # on a slow machine lines of progress stand between them
-    checked, computing = (line for line in err.splitlines() if line.startswith("genssd: "))
+    checked, computing, chosen = (line for line in err.splitlines() if line.startswith("genssd: "))
     assert re.fullmatch(r"genssd: \d+ checks before loading: all ok", checked)
     assert computing == "genssd: computing with 2 threads (as asked for)"
+    assert chosen.startswith("genssd: the student chooses between chunks of at least ")
     assert "2 prompts: " in out
     select.append("--resume")
     as_standard_input("\n".join(lines[:3]).encode(), lambda: main(select))

@@ -92,15 +92,15 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, lines: int) -> None:
     """Let this process receive a signal after so many lines of journals."""
-    whole, left = genssd.distill.runs.journal.Journal.append, [lines]
+    whole, left = genssd.distill.runs.journal.Journal.append_line, [lines]
 
-    def append(self: Any, row: Any) -> None:
-        whole(self, row)
+    def append_line(self: Any, line: bytes) -> None:
+        whole(self, line)
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(genssd.distill.runs.journal.Journal, "append", append)
+    monkeypatch.setattr(genssd.distill.runs.journal.Journal, "append_line", append_line)
 
 
 def stopped(capsys: pytest.CaptureFixture[str], code: int, words: list[Any]) -> str:

@@ -20,7 +20,6 @@ from support.small_runs import JOURNALS, SmallRun, make_small_runs, read_results
 from support.tiny_pair import TinyPair
 
 import genssd.distill.runs.journal
-from genssd.distill.runs.journal import complete_rows
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.engine.errors import InputError
 from genssd.kernels import tuned
@@ -53,22 +52,22 @@ def choose(total: int, few: int) -> list[int]:
 
 
 class Acknowledged:
-    """The rows of a journal whose append has returned: they must be on disk, whatever happens."""
+    """The lines of a journal whose append has returned: they must be on disk, whatever happens."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: list[tuple[Path, dict[str, Any]]] = []
-        whole = genssd.distill.runs.journal.Journal.append
+        self.lines: list[tuple[Path, bytes]] = []
+        whole = genssd.distill.runs.journal.Journal.append_line
 
-        def append(journal: Any, row: Any) -> None:
-            whole(journal, row)
-            self.rows.append((journal._file.path, dict(row)))
+        def append_line(journal: Any, line: bytes) -> None:
+            whole(journal, line)
+            self.lines.append((journal._file.path, line))
 
-        monkeypatch.setattr(genssd.distill.runs.journal.Journal, "append", append)
+        monkeypatch.setattr(genssd.distill.runs.journal.Journal, "append_line", append_line)
 
     def check(self) -> None:
-        for path in {path for path, _ in self.rows}:
-            held = [repr(row) for row, _ in complete_rows(path)]
-            assert all(repr(row) in held for file, row in self.rows if file == path), f"{path} has lost a row"
+        for path in {path for path, _ in self.lines}:
+            held = path.read_bytes().splitlines(keepends=True)
+            assert all(line in held for file, line in self.lines if file == path), f"{path} has lost a line"
 
 
 @pytest.mark.parametrize("command", FEW)

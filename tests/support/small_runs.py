@@ -150,11 +150,14 @@ def _write(path: Path, rows: list[dict[str, str]]) -> str:
 
 
 def read_results(output_dir: Path) -> dict[str, Any]:
-    """Return what a run has written, by file, without what differs from run to run: times, places, how it was run."""
+    """Return what a run has written, by file, without what differs from run to run: times, places, how it was run.
+
+    A model card (README.md) has all of these.
+    """
     results: dict[str, Any] = {}
     for path in sorted(output_dir.rglob("*")):
         name = str(path.relative_to(output_dir))
-        if not path.is_file() or path.name in (".lock", "run.json") or _are_speeds(path):
+        if not path.is_file() or path.name in (".lock", "run.json", "README.md") or _are_speeds(path):
             continue
         content = path.read_bytes().replace(str(output_dir).encode(), b"OUTPUT")
         if path.suffix == ".jsonl":

@@ -19,6 +19,9 @@ from genssd.distill.doctor.recorded import read_recorded
 from genssd.distill.doctor.run_checks import check_run, check_settings
 from genssd.distill.doctor.settings import EXAMINED, make_settings, read_settings
 from genssd.distill.runs.chat_settings import choose_date
+from genssd.distill.select.config import SelectConfig
+from genssd.distill.select.run import run_select
+from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 
 
@@ -68,6 +71,17 @@ def test_a_run_in_the_output_directory(command: str, tiny_pair: TinyPair, tmp_pa
     found = one(check_run(inputs))
     assert found.level == "error"
     assert "belongs to a run of `genssd score`" in found.line
+
+
+def test_a_length_of_chunks_that_the_run_chose_is_no_other_setting(fields: dict[str, Any], tmp_path: Path) -> None:
+    config = SelectConfig(**fields, max_tokens=8, memory_bytes=1 << 22, output_dir=str(tmp_path / "run"))
+    run_select(config)
+    chosen = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["chunk.tokens"]
+    assert chosen > 0
+    resumed = {**fields, "max_tokens": 8, "resume": True, "output_dir": config.output_dir}
+    assert one(check_run(open_for("select", **resumed))).level == "ok"
+    other = one(check_run(open_for("select", **resumed, chunk=Chunk(tokens=chosen + 1))))
+    assert f"was begun with chunk.tokens={chosen}, not {chosen + 1}" in other.line
 
 
 def test_an_empty_directory_holds_no_run(fields: dict[str, Any], tmp_path: Path) -> None:

@@ -18,24 +18,26 @@ from genssd.engine.errors import InputError
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
 POOL = ENGINE | {"processes", "devices", "ray", "ray_actors", "ray_cpus"}
+RUN = {"output_dir", "resume", "overwrite", "data", "limit", "shard"}
+FOLLOWED = {"report_to", "logging_steps"}
 NOT_COUNTED = {
-    "select": POOL | {"output_dir", "resume", "data", "limit", "total_budget", "server"},
-    "generate": POOL | {"output_dir", "resume", "data", "limit", "server"},
-    "score": POOL | {"output_dir", "resume", "pick", "equal_length"},
+    "select": POOL | RUN | FOLLOWED | {"total_budget", "server", "peek"},
+    "generate": POOL | RUN | FOLLOWED | {"server"},
+    "score": POOL | {"output_dir", "resume", "overwrite", "pick", "equal_length"},
     "reselect": ENGINE | {"output_dir"},
     "export": {"output_dir"},
-    "prefix": POOL | {"output_dir", "resume"},
-    "leaf": {"device", "devices", "processes", "output_dir", "resume", "threads"},
-    "evaluate": POOL | {"output_dir", "resume", "data", "limit"},
+    "prefix": POOL | {"output_dir", "resume", "overwrite"},
+    "leaf": {"device", "devices", "processes", "output_dir", "resume", "overwrite", "threads"},
+    "evaluate": POOL | RUN,
     "diagnose": POOL
-    | {"output_dir", "resume", "data", "limit"}
+    | {"output_dir", "resume", "overwrite", "data", "limit"}
     | {"losses", "beta", "alpha", "page_questions", "node_weights", "weights_loss"},  # applied to the finished journal
     "reproduce": {"arms", "seeds", "output_dir", "resume", "table", "threads"},
     "train": {"device", "output_dir", "resume_from_checkpoint", "data", "gradient_checkpointing"}
     | {"report_to", "logging_steps", "save_steps", "save_total_limit", "rollout.memory_bytes"}
     | {"push_to_hub"}
     | {"allow_eval_overlap"},  # a guard, which changes no result
-    "distill": {"output_dir", "resume", "rounds", "allow_eval_overlap", "threads", "processes", "devices"}
+    "distill": {"output_dir", "resume", "overwrite", "rounds", "allow_eval_overlap", "threads", "processes", "devices"}
     | {"push_to_hub"}
     | {f"select.{name}" for name in POOL | {"total_budget", "server"}}
     | {"train.device", "train.gradient_checkpointing", "train.rollout.memory_bytes", "train.report_to"}
@@ -173,16 +175,8 @@ NO_PATHS = {
 } | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
-    *(
-        "teacher_template_kwargs",
-        "student_template_kwargs",
-        "error",
-        "writer",
-        "push_to_hub",
-        "arms",
-        "ray",
-        "ray_actors",
-    ),
+    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "push_to_hub", "arms", "shard"),
+    *("ray", "ray_actors"),
 }
 """Fields of text that name nothing there."""
 
