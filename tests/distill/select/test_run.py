@@ -154,18 +154,18 @@ from genssd.cli import main
 
 def run_and_kill(victim, torn, words):
     calls = 0
-    whole = journal.Journal.append
+    whole = journal.Journal.append_line
 
-    def append(self, row):
+    def append_line(self, line):
         nonlocal calls
         calls += 1
         if calls == victim:
             if torn:
                 self._file.append(b'{"messages": [{"role": "us')
             os.kill(os.getpid(), signal.SIGKILL)
-        whole(self, row)
+        whole(self, line)
 
-    journal.Journal.append = append
+    journal.Journal.append_line = append_line
     main(words)
 
 for case in sys.argv[1].split():  # imports take longer than the searches

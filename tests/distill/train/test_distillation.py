@@ -126,7 +126,7 @@ def test_the_selections_top_k_is_transformers_top_k(tiny_pair: TinyPair, write_r
         ids = [*row["prompt_ids"], *row["completion_ids"]]
         logp = logits_of(tiny_pair.teacher, ids).log_softmax(-1)[len(row["prompt_ids"]) - 1 : -1]
         torch.testing.assert_close(top.logprob.double(), logp.topk(5).values, atol=1e-4, rtol=1 / 2048)
-        torch.testing.assert_close(top.logprob.double(), logp.gather(1, top.ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(top.logprob.double(), logp.gather(1, top.ids), atol=1e-4, rtol=1 / 2048)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])

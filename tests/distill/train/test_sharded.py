@@ -54,7 +54,7 @@ class Runs:
             "data": [str(self.base / "data.jsonl")], "eval_data": [str(self.base / "data.jsonl")],
             "allow_eval_overlap": True, "output_dir": str(self.base / name), "fsdp": processes > 1,
             "per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // processes // size,
-            "num_train_epochs": 2.0, "layout": "tree", "learning_rate": 1e-3, "warmup_ratio": 0.0, "kd_ratio": 0.5,
+            "num_train_epochs": 2.0, "layout": "tree", "learning_rate": 1e-3, "warmup_steps": 0.0, "kd_ratio": 0.5,
             "lmbda": 0.5, "seed": 3,
             "rollout": {"max_tokens": 5, "memory_bytes": 1 << 22}, "logging_steps": 1, "save_steps": SAVED,
             "eval_steps": SAVED, "save_total_limit": None, **changes,

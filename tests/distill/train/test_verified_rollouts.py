@@ -99,7 +99,7 @@ def test_the_judge_reads_what_the_student_wrote(tiny_pair: TinyPair, text: str, 
     for train_on in ("all", "correct", "wrong", "unverified"):
         options = RolloutOptions(train_on=train_on)  # type: ignore[arg-type]
         plan = RolloutPlan(options=options, probability=1.0, seed=0, max_length=100)
-        rollouts = Rollouts(tiny_pair.engine, plan, AnswerJudge(tokenizer))
+        rollouts = Rollouts(tiny_pair.engine, plan, AnswerJudge(tokenizer), {})
         written = rollouts._replace_completion(example, tokenizer.encode(text, special=False))
         assert written.outcome == (None if train_on == "unverified" else outcome)
         assert written.weight == (0.5 if train_on in ("all", "unverified", outcome) else 0.0)
