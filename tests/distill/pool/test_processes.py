@@ -117,7 +117,8 @@ def test_an_item_that_ends_its_workers_is_given_up_alone(
 
 @pytest.mark.parametrize("num_items", [2, 5, 8])
 def test_few_items_are_divided_fairly(pool: ProcessPool[Engine], num_items: int) -> None:
-    """A worker with room for all of them takes no more than its part at once."""
+    """A worker with room for all of them takes no more than its part at once, that of all workers that are ready."""
+    pool.open()  # those of an earlier test may have been replaced
     results = dict(pool.run(GreedyWork(items=tuple(range(num_items)))))
     assert sorted(results) == list(range(num_items))
     assert max(results.values()) <= -(-num_items // pool.size)
