@@ -275,7 +275,7 @@ def main() -> None:
     paced = template.tokens_sampled / TOKENS_PER_SECOND
     message = pickle.dumps(Finished(0, template), protocol=pickle.HIGHEST_PROTOCOL)
     print(f"a result of {template.tokens_sampled:,} sampled tokens is a message of {len(message):,} bytes", flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with TemporaryDirectory(prefix="genssd-node-") as name, patch.object(starting, "START_METHOD", "forkserver"):
         syncs = time_syncs(Path(name), len(template.decisions))
         for seconds in (0.0, paced):
