@@ -113,7 +113,7 @@ def test_rows_are_those_of_one_process_whatever_is_killed_and_resumed(
 def test_the_process_of_a_single_device_has_work_that_can_be_sent(
     tiny_pair: TinyPair, write_rows: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one GPU there is one worker, which is another process all the same; a CPU stands for it here."""
+    """A run on one GPU has one worker, in a process of its own. This test runs that case on the CPU."""
     data, traces = write_rows(QUESTIONS[:2]), write_rows(TRACES[:3], "traces.jsonl")
     diagnose = configure_diagnose(tiny_pair, data, tmp_path / "diagnose")
     prefix = PrefixConfig(
