@@ -37,11 +37,8 @@ class PromptReaders(Protocol):
         ...
 
 
-class ModelFacts(PromptReaders, Protocol):
-    """Teachers, a student or both: tokenizers, sizes, identities, and counts of what they have done.
-
-    `Engine` is one. The docstrings of `LoadedEngine` say more.
-    """
+class ModelCounts(Protocol):
+    """What models report of themselves while they work."""
 
     @property
     def usage(self) -> Usage:
@@ -55,22 +52,29 @@ class ModelFacts(PromptReaders, Protocol):
 
     @property
     def threads(self) -> int:
-        """Number of CPU threads that compute, in all processes together."""
-        ...
-
-    @property
-    def fingerprints(self) -> Mapping[Role, str]:
-        """Identification of each checkpoint; of several teachers, of the first one."""
+        """Number of CPU threads that compute; of several processes, of all together."""
         ...
 
     @property
     def server(self) -> ServerRecord | None:
-        """The server that runs the teacher; None where none does."""
+        """The server that runs a teacher, and what it has done; None where none does."""
         ...
 
     @property
     def launches(self) -> LaunchRecord | None:
-        """Configurations of the GPU kernels; None on a CPU."""
+        """Configurations of the GPU kernels; None on a CPU, and where no engine computes."""
+        ...
+
+
+class ModelFacts(PromptReaders, ModelCounts, Protocol):
+    """Teachers, a student or both: tokenizers, sizes, identities, and counts of what they have done.
+
+    `Engine` is one. The docstrings of `LoadedEngine` say more.
+    """
+
+    @property
+    def fingerprints(self) -> Mapping[Role, str]:
+        """Identification of each checkpoint; of several teachers, of the first one."""
         ...
 
     @property

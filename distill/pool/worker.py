@@ -36,12 +36,10 @@ from genssd.engine.budget import Budget
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
 from genssd.engine.errors import GenssdError
-from genssd.engine.launches import LaunchRecord
 from genssd.engine.machine import limit_own_memory
 from genssd.engine.model_choices import Role
-from genssd.engine.served.record import ServerRecord
+from genssd.engine.model_facts import ModelCounts
 from genssd.engine.threads import limit_torch_threads
-from genssd.engine.usage import CacheUse, Usage
 from genssd.kernels import native
 
 COUNT_INTERVAL = 0.25
@@ -50,33 +48,8 @@ GRACE = 0.05
 """Seconds for which a worker with other items waits for an answer before it goes on with them."""
 
 
-class WorkerModels(Protocol):
+class WorkerModels(ModelCounts, Protocol):
     """What a worker reports of its models. `Engine` is one."""
-
-    @property
-    def usage(self) -> Usage:
-        """Numbers of tokens that the models have processed so far."""
-        ...
-
-    @property
-    def cache_use(self) -> CacheUse:
-        """Pages and bytes of all caches."""
-        ...
-
-    @property
-    def threads(self) -> int:
-        """Number of CPU threads that compute."""
-        ...
-
-    @property
-    def launches(self) -> LaunchRecord | None:
-        """Configurations of the GPU kernels; None where there are none."""
-        ...
-
-    @property
-    def server(self) -> ServerRecord | None:
-        """The server that runs a teacher, and what it has done; None where none does."""
-        ...
 
     @property
     def teachers(self) -> Sequence[Engine]:
