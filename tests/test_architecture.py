@@ -1,6 +1,8 @@
 """The structure of the code: the direction of imports, the size of files and functions, docstrings that read alone.
 
 csrc  <-  kernels  <-  engine  <-  distill  <-  genssd
+within engine:   common, host  <-  families  <-  checkpoints  <-  texts  <-  readers, cache  <-  models  <-  criteria
+                 <-  decoding  <-  served  <-  setup  <-  calls  <-  search  <-  engine.py
 within distill:  files, pages, pool  <-  runs  <-  answers  <-  data  <-  select, train, diagnose  <-  score, report
                  <-  the commands above
 """
@@ -19,27 +21,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("kernels", "engine", "distill")
-RANKS = {
-    "_core": 0,
-    "kernels": 1,
-    "engine": 2,
-    "distill.files": 3,
-    "distill.pages": 3,
-    "distill.pool": 3,
-    "distill.runs": 4,
-    "distill.answers": 5,
-    "distill.small_pair": 5,
-    "distill.data": 6,
-    "distill.select": 7,
-    "distill.train": 7,
-    "distill.diagnose": 7,
-    "distill.score": 8,  # leaf.py loads models as training does
-    "distill.report": 8,  # reads the runs of select and train
-    "distill": 9,
-    "distill.reproduce": 10,  # it runs the commands above
-    "distill.doctor": 10,  # it examines what the commands above read
-}
-TOP = 11
+LEVELS = (
+    {"_core"},
+    {"kernels"},
+    {"engine.common"},
+    {"engine.host", "engine.families"},
+    {"engine.checkpoints"},
+    {"engine.texts"},
+    {"engine.readers", "engine.cache"},
+    {"engine.models"},
+    {"engine.criteria"},
+    {"engine.decoding"},
+    {"engine.served"},
+    {"engine.setup"},
+    {"engine.calls"},
+    {"engine.search"},
+    {"engine"},
+    {"distill.files", "distill.pages", "distill.pool"},
+    {"distill.runs"},
+    {"distill.answers", "distill.small_pair"},
+    {"distill.data"},
+    {"distill.select", "distill.train", "distill.diagnose"},
+    {"distill.score", "distill.report"},  # leaf.py loads models as training does; report reads the runs above
+    {"distill"},
+    {"distill.reproduce", "distill.doctor"},  # they run the commands above, and examine what these read
+)
+"""The rooms of the code from the lowest to the highest: a room imports from those below it."""
+RANKS = {name: rank for rank, level in enumerate(LEVELS) for name in level}
+TOP = len(LEVELS)
 
 OPTIONAL = {
     "triton",
@@ -89,7 +98,7 @@ def imports(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    """The layer of a module, or the folder of distill that it is in."""
+    """The layer of a module, or the folder of engine or distill that it is in."""
     parts = module.split(".")[1:]
     folder = ".".join(parts[:2])
     return folder if folder in RANKS else ".".join(parts[:1])
@@ -115,12 +124,11 @@ def test_no_arrow_points_up() -> None:
                 assert room(name) == room(module), f"{module} imports {name}: neither is below the other"
 
 
-def test_every_folder_of_distill_has_a_rank() -> None:
-    folders = {
-        f"distill.{path.name}" for path in (ROOT / "distill").iterdir() if path.is_dir() and list(path.glob("*.py"))
-    }
-    assert folders == {name for name in RANKS if name.startswith("distill.")}
-    assert not [path for path in (ROOT / "distill").glob("*/*/*.py")], "one level of folders"
+@pytest.mark.parametrize("layer", ["engine", "distill"])
+def test_every_folder_has_a_rank(layer: str) -> None:
+    folders = {f"{layer}.{path.name}" for path in (ROOT / layer).iterdir() if path.is_dir() and list(path.glob("*.py"))}
+    assert folders == {name for name in RANKS if name.startswith(f"{layer}.")}
+    assert not [path for path in (ROOT / layer).glob("*/*/*.py")], "one level of folders"
 
 
 def test_no_cycles() -> None:

@@ -1,7 +1,7 @@
 """The memory of jobs with Qwen3 models on one GPU, and with SmolLM2 models on a CPU: tables of gsm8k.md and cpu.md.
 
-The numbers are those of the project's own plan (engine/setup/memory_plan.py) and estimate (distill/train/activations.py),
-which `genssd doctor` prints for models that are there.
+The numbers are those of the project's own plan (engine/setup/memory_plan.py) and its estimate of a training
+(distill/train/activations.py), which `genssd doctor` prints for models that are there.
 """
 
 from __future__ import annotations
