@@ -18,12 +18,28 @@ SMALL_WORLDS: Final[Mapping[str, str]] = {
 """Changed worlds of the small pair, and what is other in each."""
 WORLD_ARMS: Final = ("cold-start", "standard", "gen-ssd", "gen-ssd-random", "grape")
 
+APART_ARMS: Final = (
+    "cold-start", "standard", "gen-ssd", "gen-ssd-random", "random-of-n", "grape", "standard-4x", "longest", "shortest",
+    "gen-ssd-longest", "gen-ssd-shortest", "gen-ssd-teacher", "teacher-logprob", "oracle", "teacher",
+)  # fmt: skip
+"""Arms of the tasks in which style, length and the teacher's liking are taken apart."""
+APART_CONTROLS: Final[Mapping[str, Sequence[str]]] = {
+    "gen-ssd": ("gen-ssd-shortest", "teacher-logprob"),
+    "grape": ("shortest", "teacher-logprob"),
+}
+"""Further controls in these tasks: every other signal with the same search, and with the same pool."""
+
 
 def list_arms(task: str) -> Sequence[Arm]:
     """Return the arms of a task, in the order in which they run."""
     if task == "words":
         return (*CORE, *POST_HOC, *LOSSES, *VARIANTS)
-    by_name = {arm.name: arm for arm in CORE}
+    by_name = {arm.name: arm for arm in (*CORE, *ORACLE, *POST_HOC)}
+    if task in ("apart", "apart-short"):
+        return tuple(
+            replace(by_name[name], controls=(*by_name[name].controls, *APART_CONTROLS.get(name, ())))
+            for name in APART_ARMS
+        )
     worlds = {world: [_repeat(by_name[name], world) for name in WORLD_ARMS] for world in SMALL_WORLDS}
     styles = [*worlds["one-style"], *worlds["uniform"]]
     starts = [*worlds["cold-other"], *worlds["cold-long"]]

@@ -8,6 +8,7 @@ OUTPUT_DIR/results.json     means by arm, and the comparisons with the controls 
 OUTPUT_DIR/table.md         the same as tables
 OUTPUT_DIR/plot.png         the same as a plot
 OUTPUT_DIR/models/          models that the task makes first
+OUTPUT_DIR/styles/          what every signal likes, measured before any training (styles.py)
 OUTPUT_DIR/seed-N/          problems of a seed; seed-N/WORLD/ARM/ has the rows, the training and the evaluation
 OUTPUT_DIR/bad_rows.txt     arms that could not be run, and why
 OUTPUT_DIR/summary.json     the number of finished arms
@@ -29,14 +30,17 @@ from genssd.distill.console import report_training
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import run_evaluate
 from genssd.distill.files.rows import read_rows
-from genssd.distill.reproduce.arm_lists import choose_arms
-from genssd.distill.reproduce.arms import Arm
+from genssd.distill.reproduce.apart import ApartTask
+from genssd.distill.reproduce.arm_lists import choose_arms, list_arms
+from genssd.distill.reproduce.arms import SHIPPED, Arm
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.making import Place, Rows, make_rows
 from genssd.distill.reproduce.plot import draw_plot
+from genssd.distill.reproduce.pools import list_pool_criteria
 from genssd.distill.reproduce.results import Results, compute_results
 from genssd.distill.reproduce.small import SmallTask
 from genssd.distill.reproduce.sources import Untrained
+from genssd.distill.reproduce.styles import measure_styles, read_styles
 from genssd.distill.reproduce.table import render_table, replace_table
 from genssd.distill.reproduce.words import WordsTask
 from genssd.distill.reproduce.worlds import Task
@@ -78,6 +82,8 @@ def run_reproduce(config: ReproduceConfig, say: Say = lambda text: None, report:
         failures: list[str] = []
         clock = _Clock(sum(arm.cost for _, arm in work))
         say(f"{format_count(len(work), 'arm')} to run, {format_count(len(finished), 'arm')} finished before")
+        if work:
+            _measure_styles(config, task, run.output_dir, report)
         for seed, arm in work:
             started = time.monotonic()
             try:
@@ -109,7 +115,7 @@ def list_work(arms: Sequence[Arm], seeds: int) -> Iterator[tuple[int, Arm]]:
 def write_results(output_dir: Path, config: ReproduceConfig, rows: Sequence[Mapping[str, Any]]) -> Results:
     """Write the results of the finished arms, and return them."""
     results = compute_results(choose_arms(config.task, ()), rows)
-    table = render_table(results, config)
+    table = render_table(results, config, read_styles(output_dir / "styles"))
     write_json(output_dir / "results.json", results.as_json())
     write_text(output_dir / "table.md", table)
     write_bytes(output_dir / "plot.png", (draw_plot(results),))
@@ -158,17 +164,15 @@ def _is_in(rows: Sequence[Mapping[str, Any]], seed: int, arm: Arm) -> bool:
 
 def _make_task(config: ReproduceConfig, models: Path) -> Task:
     sizes = config.sizes
-    if config.task == "small":
-        return SmallTask(
-            models=models, problems=sizes.problems, multiple=config.candidates, eval_problems=sizes.eval_problems,
-            steps=config.model_steps, threads=config.threads,
-        )  # fmt: skip
-    assert config.model is not None
-    assert config.data is not None
-    return WordsTask(
-        base=config.model, data=Path(config.data), models=models, problems=sizes.problems, multiple=config.candidates,
-        eval_problems=sizes.eval_problems, steps=config.model_steps, threads=config.threads,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "models": models, "problems": sizes.problems, "multiple": config.candidates,
+        "eval_problems": sizes.eval_problems, "steps": config.model_steps, "threads": config.threads,
+    }  # fmt: skip
+    if config.task == "words":
+        assert config.model is not None
+        assert config.data is not None
+        return WordsTask(base=config.model, data=Path(config.data), **common)
+    return SmallTask(**common) if config.task == "small" else ApartTask(mixture=config.task, **common)
 
 
 def _find_place(config: ReproduceConfig, task: Task, output_dir: Path, arm: Arm, seed: int, report: Progress) -> Place:
@@ -179,7 +183,14 @@ def _find_place(config: ReproduceConfig, task: Task, output_dir: Path, arm: Arm,
     return Place(
         task=task, sizes=config.sizes, candidates=config.candidates, pair=task.make_pair(arm.world, report),
         files=files, directory=directory / arm.world, seed=seed, threads=config.threads, report=report,
+        criteria=list_pool_criteria(list_arms(config.task)),
     )  # fmt: skip
+
+
+def _measure_styles(config: ReproduceConfig, task: Task, output_dir: Path, report: Progress) -> None:
+    """Measure what every signal likes, before any arm is trained."""
+    pair, files = task.make_pair(SHIPPED, report), task.write_problems(0, output_dir / "seed-0")
+    measure_styles(task, pair, files, output_dir / "styles", config.candidates, report)
 
 
 def _run_arm(arm: Arm, place: Place) -> dict[str, Any]:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.results import ArmResult, Comparison, Results
+from genssd.distill.reproduce.styles import StyleMeasure
 from genssd.engine.amounts import format_count
 
 BEGIN, END = "<!-- written by genssd reproduce {task}: do not edit -->", "<!-- end of genssd reproduce {task} -->"
 """Lines around the table in a file that holds other text as well; {task} is the name of the task."""
 
 
-def render_table(results: Results, config: ReproduceConfig) -> str:
-    """Return the tables and what their columns mean."""
+def render_table(results: Results, config: ReproduceConfig, styles: Sequence[StyleMeasure] = ()) -> str:
+    """Return the tables and what their columns mean. styles: what was measured before any training."""
     sizes = config.sizes
     main = {one.arm: one for one in results.main}
     lines = [
@@ -35,6 +36,8 @@ def render_table(results: Results, config: ReproduceConfig) -> str:
     ]
     if any(one.styles for one in results.arms):
         lines += ["", *_render_styles(results.arms)]
+    if styles:
+        lines += ["", *_render_measures(styles, config.candidates)]
     return "\n".join(lines) + "\n"
 
 
@@ -90,6 +93,31 @@ def _render_styles(arms: Sequence[ArmResult]) -> list[str]:
             if one.styles
         ),
     ]
+
+
+def _render_measures(styles: Sequence[StyleMeasure], candidates: int) -> list[str]:
+    signals = list(styles[0].chosen)
+    return [
+        "**Before any training**: steps of the teacher by style; log-probabilities in nats; and how often each signal "
+        f"would choose the style among {format_count(candidates, 'independent step')}.",
+        "",
+        "| style | of all steps, % | tokens | teacher, per token | student, per token | teacher, per step | "
+        f"student, per step | {' | '.join(f'{name} chooses, %' for name in signals)} |",
+        f"|---|{'---:|' * (6 + len(signals))}",
+        *(_render_measure(one) for one in styles),
+    ]
+
+
+def _render_measure(one: StyleMeasure) -> str:
+    cells = [
+        one.style,
+        f"{100 * one.frequency:.0f}",
+        f"{one.tokens:.1f}",
+        *(f"{value:.3f}" for value in (one.teacher, one.student)),
+        *(f"{value:.2f}" for value in (one.teacher_sum, one.student_sum)),
+        *(f"{100 * value:.0f}" for value in one.chosen.values()),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def format_p(value: float | None) -> str:

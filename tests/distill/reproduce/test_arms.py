@@ -23,7 +23,7 @@ from genssd.engine.criterion_names import resolve
 from genssd.engine.errors import InputError
 
 
-@pytest.mark.parametrize("task", ["small", "words"])
+@pytest.mark.parametrize("task", ["small", "apart", "apart-short", "words"])
 def test_every_arm_is_complete(task: str) -> None:
     arms = list_arms(task)
     names = [arm.name for arm in arms]
