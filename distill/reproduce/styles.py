@@ -92,7 +92,8 @@ def measure_styles(
         summary = run_generate(config, report=report.within("styles"))
         rows = [json.loads(line) for line in summary.path.read_text(encoding="utf-8").splitlines()]
         steps = list(_read_steps(rows, task, pair))
-        write_json(path, [dataclasses.asdict(one) for one in summarise(steps, candidates)])
+        measured = [dataclasses.asdict(one) for one in summarise(steps, candidates)]
+        write_json(path, {"candidates": candidates, "styles": measured})
 
 
 def read_styles(directory: Path) -> list[StyleMeasure]:
@@ -100,7 +101,7 @@ def read_styles(directory: Path) -> list[StyleMeasure]:
     path = directory / STYLES_FILE
     if not path.exists():
         return []
-    return [StyleMeasure(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
+    return [StyleMeasure(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))["styles"]]
 
 
 def summarise(steps: Sequence[Step], candidates: int) -> list[StyleMeasure]:
