@@ -57,8 +57,11 @@ def _repeat(arm: Arm, world: str) -> Arm:
     )
 
 
-def choose_arms(task: str, names: Sequence[str]) -> Sequence[Arm]:
-    """Return the arms of these names with all arms that they are compared with; all arms of the task for no names."""
+def choose_arms(task: str, names: Sequence[str], *, controls: bool = True) -> Sequence[Arm]:
+    """Return the arms of these names, in the order in which they run; all arms of the task for no names.
+
+    controls: whether to return the arms that they are compared with as well.
+    """
     arms = list_arms(task)
     if not names:
         return arms
@@ -68,5 +71,5 @@ def choose_arms(task: str, names: Sequence[str]) -> Sequence[Arm]:
     while left:
         if (name := left.pop()) not in wanted:
             wanted.add(name)
-            left += by_name[name].controls
+            left += by_name[name].controls if controls else ()
     return tuple(arm for arm in arms if arm.name in wanted)

@@ -42,8 +42,11 @@ class ReproduceConfig:
     """Compare ways to make training data, and ways to train on it: one student each, at equal training tokens."""
 
     NEEDS: ClassVar[Needs] = {
-        name: Need(lambda o: o.task == "words", "the task words, whose models and problems are not shipped")
-        for name in ("model", "data")
+        **{
+            name: Need(lambda o: o.task == "words", "the task words, whose models and problems are not shipped")
+            for name in ("model", "data")
+        },
+        "controls": Need(lambda o: bool(o.arms), "named arms: all arms of a task are run otherwise"),
     }
 
     task: Annotated[Literal["small", "apart", "apart-short", "words"], tyro.conf.Positional]
@@ -53,6 +56,9 @@ class ReproduceConfig:
     # more arms and seeds may be asked for than before
     arms: Operational[tuple[str, ...]] = ()
     """Names of the arms to run, in addition to their controls; none: all arms of the task."""
+    controls: Operational[bool] = True
+    """Run the arms that the named ones are compared with as well; without, a comparison is made where both sides are
+    in the journal."""
     seeds: Operational[int] = 5
     """Number of seeds. Each has its own problems, draws of the teacher, order of training and test problems."""
     output_dir: Operational[FileName[str]] = "runs/reproduce"

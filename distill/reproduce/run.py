@@ -72,7 +72,7 @@ def run_reproduce(config: ReproduceConfig, say: Say = lambda text: None, report:
     An arm that cannot be run is named in the summary, and the others are run. Raises GenssdError on bad input; what was
     finished is in the journal.
     """
-    arms = choose_arms(config.task, config.arms)
+    arms = choose_arms(config.task, config.arms, controls=config.controls)
     with Run.open(config, "reproduce", journal="results.jsonl", parts="seed-*") as run:
         finished = list(run.done())
         run.record()

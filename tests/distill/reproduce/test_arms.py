@@ -52,6 +52,7 @@ def test_only_arms_of_other_tokens_say_so() -> None:
 def test_arms_that_are_asked_for_bring_their_controls() -> None:
     chosen = [arm.name for arm in choose_arms("small", ["rsr"])]
     assert chosen == ["standard", "random-of-n", "standard-4x", "rsr"]
+    assert [arm.name for arm in choose_arms("small", ["rsr", "standard"], controls=False)] == ["standard", "rsr"]
     assert choose_arms("small", ()) == list_arms("small")
 
 
