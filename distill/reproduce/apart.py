@@ -48,6 +48,8 @@ TEACHER: Final = Phase(
     name="teacher-apart", stream="teacher-apart", steps=500, batch=48, peak_lr=1.2e-3, final_lr_fraction=0.02, warmup=20
 )
 """Training that teaches the shipped teacher the styles of a mixture."""
+STOPPED_EARLY: Final = replace(STUDENT_PHASES[0], steps=400, horizon=STUDENT_PHASES[0].steps)
+"""Training of a cold start that is stopped before it is done, when the student has begun to learn digit operations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +60,17 @@ class ApartTask(SmallTask):
     """Key of MIXTURES."""
 
     def make_pair(self, world: str, report: Progress) -> Pair:
-        """Return both models, which are made once."""
-        assert world == SHIPPED, "the models of this task have one world"
-        pair = Pair(teacher=self.models / "teacher", student=self.models / "student")
+        """Return both models, which are made once. world: `early` has a cold start that was stopped earlier."""
+        start = STUDENT_PHASES[0] if world == SHIPPED else STOPPED_EARLY
+        pair = Pair(
+            teacher=self.models / "teacher",
+            student=self.models / ("student" if world == SHIPPED else f"{world}-student"),
+        )
         tokenizer = AutoTokenizer.from_pretrained(SHIPPED_PAIR / "student")
         assert isinstance(tokenizer, PreTrainedTokenizerFast)
         if not pair.student.exists():
             torch.manual_seed(0)
-            self._train(build_student(tokenizer), tokenizer, STUDENT_PHASES[0], STUDENT_PROBLEMS, pair.student, report)
+            self._train(build_student(tokenizer), tokenizer, start, STUDENT_PROBLEMS, pair.student, report)
         if not pair.teacher.exists():
             shipped = AutoModelForCausalLM.from_pretrained(SHIPPED_PAIR / "teacher")
             self._train(shipped, tokenizer, TEACHER, TEACHER_PROBLEMS, pair.teacher, report)

@@ -32,7 +32,7 @@ from genssd.distill.evaluating import run_evaluate
 from genssd.distill.files.rows import read_rows
 from genssd.distill.reproduce.apart import ApartTask
 from genssd.distill.reproduce.arm_lists import choose_arms, list_arms
-from genssd.distill.reproduce.arms import SHIPPED, Arm
+from genssd.distill.reproduce.arms import Arm
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.making import Place, Rows, make_rows
 from genssd.distill.reproduce.plot import draw_plot
@@ -82,8 +82,6 @@ def run_reproduce(config: ReproduceConfig, say: Say = lambda text: None, report:
         failures: list[str] = []
         clock = _Clock(sum(arm.cost for _, arm in work))
         say(f"{format_count(len(work), 'arm')} to run, {format_count(len(finished), 'arm')} finished before")
-        if work:
-            _measure_styles(config, task, run.output_dir, report)
         for seed, arm in work:
             started = time.monotonic()
             try:
@@ -176,21 +174,18 @@ def _make_task(config: ReproduceConfig, models: Path) -> Task:
 
 
 def _find_place(config: ReproduceConfig, task: Task, output_dir: Path, arm: Arm, seed: int, report: Progress) -> Place:
-    """Return where an arm runs, with its problems and its models."""
+    """Return where an arm runs, with its problems and its models, of which the styles are measured first."""
     directory = output_dir / f"seed-{seed}"
+    pair = task.make_pair(arm.world, report)
+    first = task.write_problems(0, output_dir / "seed-0")
+    measure_styles(task, pair, first, output_dir / "styles" / arm.world, config.candidates, report)
     files = task.write_problems(seed, directory)
     files.check_disjoint()
     return Place(
-        task=task, sizes=config.sizes, candidates=config.candidates, pair=task.make_pair(arm.world, report),
+        task=task, sizes=config.sizes, candidates=config.candidates, pair=pair,
         files=files, directory=directory / arm.world, seed=seed, threads=config.threads, report=report,
         criteria=list_pool_criteria(list_arms(config.task)),
     )  # fmt: skip
-
-
-def _measure_styles(config: ReproduceConfig, task: Task, output_dir: Path, report: Progress) -> None:
-    """Measure what every signal likes, before any arm is trained."""
-    pair, files = task.make_pair(SHIPPED, report), task.write_problems(0, output_dir / "seed-0")
-    measure_styles(task, pair, files, output_dir / "styles", config.candidates, report)
 
 
 def _run_arm(arm: Arm, place: Place) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 The teacher answers the problems that no arm is trained or tested on; its responses are cut into lines, and both models'
 log-probabilities of every step are averaged by style. A choice among independent steps then says which style each
-signal would pick, whatever the search around it.
+signal would pick, whatever the search around it; and the fraction of steps that the cold start would finish rightly
+says how well it knows a style already.
 
-OUTPUT_DIR/styles/rows/          the teacher's responses
-OUTPUT_DIR/styles/styles.json    what was measured
+OUTPUT_DIR/styles/WORLD/rows/          the teacher's responses
+OUTPUT_DIR/styles/WORLD/styles.json    what was measured
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoModelForCausalLM
 
+from genssd.distill.reproduce.arms import SHIPPED
 from genssd.distill.reproduce.worlds import Pair, ProblemFiles, Task
 from genssd.distill.runs.journal import write_json
 from genssd.distill.runs.progress import Progress
@@ -46,6 +48,8 @@ class Step:
     """Log-probability under the teacher, nats."""
     student: float
     """Log-probability under the cold start, nats."""
+    right: bool
+    """Whether each digit of the step is the cold start's most likely token there; the first token is left out."""
 
 
 Signal = Callable[[Step], float]
@@ -74,6 +78,8 @@ class StyleMeasure:
     teacher_sum: float
     """Log-probability of a step under the teacher, nats."""
     student_sum: float
+    student_right: float
+    """Fraction of steps that the cold start would write rightly if it began them so: of `Step.right`."""
     chosen: Mapping[str, float]
     """Fraction of choices among as many independent steps as a search has candidates, by signal."""
 
@@ -96,11 +102,13 @@ def measure_styles(
         write_json(path, {"candidates": candidates, "styles": measured})
 
 
-def read_styles(directory: Path) -> list[StyleMeasure]:
-    """Return what styles.json of a directory holds, in order of frequency; nothing where there is none."""
-    path = directory / STYLES_FILE
-    if not path.exists():
-        return []
+def read_styles(directory: Path) -> dict[str, list[StyleMeasure]]:
+    """Return what was measured in every world, in order of frequency; directory: the one with the worlds."""
+    paths = sorted(directory.glob(f"*/{STYLES_FILE}"), key=lambda path: (path.parent.name != SHIPPED, path))
+    return {path.parent.name: _read(path) for path in paths}
+
+
+def _read(path: Path) -> list[StyleMeasure]:
     return [StyleMeasure(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))["styles"]]
 
 
@@ -123,6 +131,7 @@ def summarise(steps: Sequence[Step], candidates: int) -> list[StyleMeasure]:
             student=_mean(own, SIGNALS["student"]),
             teacher_sum=_mean(own, lambda step: step.teacher),
             student_sum=_mean(own, lambda step: step.student),
+            student_right=_mean(own, lambda step: step.right),
             chosen={name: styles.count(style) / DRAWS for name, styles in chosen.items()},
         )
         for style, own in ordered
@@ -139,13 +148,19 @@ def _read_steps(rows: Sequence[Mapping[str, Any]], task: Task, pair: Pair) -> It
     model = AutoModelForCausalLM.from_pretrained(pair.student, dtype=torch.float32).eval()
     for row in rows:
         for response in (row, *row["others"]):
-            ids, teacher = response["completion_ids"], response["teacher_logprobs"]
-            student = _score(model, row["student_prompt_ids"], ids)
-            for start, end in find_lines([tokenizer.decode([token]) for token in ids]):
+            ids = response["completion_ids"]
+            pieces = [tokenizer.decode([token]) for token in ids]
+            student, is_likeliest = score(model, row["student_prompt_ids"], ids)
+            for start, end in find_lines(pieces):
                 style = task.find_style(tokenizer.decode(ids[start:end]).rstrip("\n"))
                 if style is not None:
-                    own, other = sum(teacher[start:end]), sum(student[start:end])
-                    yield Step(style=style, tokens=end - start, teacher=own, student=other)
+                    yield Step(
+                        style=style,
+                        tokens=end - start,
+                        teacher=sum(response["teacher_logprobs"][start:end]),
+                        student=sum(student[start:end]),
+                        right=all(is_likeliest[i] for i in range(start + 1, end) if pieces[i].strip().isdigit()),
+                    )
 
 
 def find_lines(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -158,9 +173,11 @@ def find_lines(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def _score(model: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
-    """Return the log-probability of every token of a completion, nats."""
+def score(model: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> tuple[list[float], list[bool]]:
+    """Return the log-probability of every token of a completion in nats, and whether it is the most likely one."""
     ids = torch.tensor([[*prompt_ids, *completion_ids]])
+    target_T = ids[0, len(prompt_ids) :]
     logprobs_TV = model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
-    values: list[float] = logprobs_TV.gather(1, ids[0, len(prompt_ids) :, None])[:, 0].tolist()
-    return values
+    values: list[float] = logprobs_TV.gather(1, target_T[:, None])[:, 0].tolist()
+    is_likeliest: list[bool] = (logprobs_TV.argmax(-1) == target_T).tolist()
+    return values, is_likeliest

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+from genssd.distill.reproduce.arms import SHIPPED
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.results import ArmResult, Comparison, Results
 from genssd.distill.reproduce.styles import StyleMeasure
@@ -13,8 +15,10 @@ BEGIN, END = "<!-- written by genssd reproduce {task}: do not edit -->", "<!-- e
 """Lines around the table in a file that holds other text as well; {task} is the name of the task."""
 
 
-def render_table(results: Results, config: ReproduceConfig, styles: Sequence[StyleMeasure] = ()) -> str:
-    """Return the tables and what their columns mean. styles: what was measured before any training."""
+def render_table(
+    results: Results, config: ReproduceConfig, styles: Mapping[str, Sequence[StyleMeasure]] = MappingProxyType({})
+) -> str:
+    """Return the tables and what their columns mean. styles: what was measured before any training, by world."""
     sizes = config.sizes
     main = {one.arm: one for one in results.main}
     lines = [
@@ -36,8 +40,9 @@ def render_table(results: Results, config: ReproduceConfig, styles: Sequence[Sty
     ]
     if any(one.styles for one in results.arms):
         lines += ["", *_render_styles(results.arms)]
-    if styles:
-        lines += ["", *_render_measures(styles, config.candidates)]
+    for world, measures in styles.items():
+        if measures:
+            lines += ["", *_render_measures(world, measures, config.candidates)]
     return "\n".join(lines) + "\n"
 
 
@@ -95,15 +100,16 @@ def _render_styles(arms: Sequence[ArmResult]) -> list[str]:
     ]
 
 
-def _render_measures(styles: Sequence[StyleMeasure], candidates: int) -> list[str]:
+def _render_measures(world: str, styles: Sequence[StyleMeasure], candidates: int) -> list[str]:
     signals = list(styles[0].chosen)
     return [
-        "**Before any training**: steps of the teacher by style; log-probabilities in nats; and how often each signal "
-        f"would choose the style among {format_count(candidates, 'independent step')}.",
+        f"**Before any training{'' if world == SHIPPED else f', {world}'}**: steps of the teacher by style; "
+        "log-probabilities in nats; how many steps the cold start would write rightly if it began them so; and how "
+        f"often each signal would choose the style among {format_count(candidates, 'independent step')}.",
         "",
         "| style | of all steps, % | tokens | teacher, per token | student, per token | teacher, per step | "
-        f"student, per step | {' | '.join(f'{name} chooses, %' for name in signals)} |",
-        f"|---|{'---:|' * (6 + len(signals))}",
+        f"student, per step | student right, % | {' | '.join(f'{name} chooses, %' for name in signals)} |",
+        f"|---|{'---:|' * (7 + len(signals))}",
         *(_render_measure(one) for one in styles),
     ]
 
@@ -115,7 +121,7 @@ def _render_measure(one: StyleMeasure) -> str:
         f"{one.tokens:.1f}",
         *(f"{value:.3f}" for value in (one.teacher, one.student)),
         *(f"{value:.2f}" for value in (one.teacher_sum, one.student_sum)),
-        *(f"{100 * value:.0f}" for value in one.chosen.values()),
+        *(f"{100 * value:.0f}" for value in (one.student_right, *one.chosen.values())),
     ]
     return f"| {' | '.join(cells)} |"
 
