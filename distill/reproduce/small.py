@@ -33,7 +33,7 @@ from genssd.distill.small_pair.training import (
     make_example_writer,
     train,
 )
-from genssd.engine.chunk import Chunk
+from genssd.engine.decoding.chunk import Chunk
 from genssd.kernels.threads import torch_threads
 
 SHIPPED_PAIR: Final = Path(__file__).parents[1] / "small_pair"

@@ -28,8 +28,8 @@ from genssd.distill.runs.journal import write_json
 from genssd.distill.runs.progress import Progress
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
-from genssd.engine.checkpoint import locate
-from genssd.engine.text import Tokenizer
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.texts.text import Tokenizer
 
 STYLES_FILE: Final = "styles.json"
 RESPONSES: Final = 8

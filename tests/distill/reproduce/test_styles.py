@@ -36,7 +36,7 @@ from genssd.distill.small_pair.training import (
     make_example_writer,
     scale_learning_rate,
 )
-from genssd.engine.config import load_config
+from genssd.engine.checkpoints.config import load_config
 
 A = Step(style="a", tokens=4, teacher=-0.4, student=-8.0, right=False)
 B = Step(style="b", tokens=2, teacher=-1.0, student=-1.0, right=True)
