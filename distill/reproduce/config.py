@@ -27,8 +27,11 @@ class Sizes:
     batch_size: int
 
 
+_SMALL = Sizes(problems=400, eval_problems=200, train_tokens=300_000, learning_rate=3e-3, batch_size=24)
 SIZES = {
-    "small": Sizes(problems=400, eval_problems=200, train_tokens=300_000, learning_rate=3e-3, batch_size=24),
+    "small": _SMALL,
+    "apart": _SMALL,
+    "apart-short": _SMALL,
     "words": Sizes(problems=400, eval_problems=300, train_tokens=600_000, learning_rate=1e-4, batch_size=16),
 }
 """Sizes by the name of the task."""
@@ -39,15 +42,23 @@ class ReproduceConfig:
     """Compare ways to make training data, and ways to train on it: one student each, at equal training tokens."""
 
     NEEDS: ClassVar[Needs] = {
-        name: Need(lambda o: o.task == "words", "the task words, whose models and problems are not shipped")
-        for name in ("model", "data")
+        **{
+            name: Need(lambda o: o.task == "words", "the task words, whose models and problems are not shipped")
+            for name in ("model", "data")
+        },
+        "controls": Need(lambda o: bool(o.arms), "named arms: all arms of a task are run otherwise"),
     }
 
-    task: Annotated[Literal["small", "words"], tyro.conf.Positional]
-    """Pair and problems: small (the shipped pair, sums in steps) or words (a language model and word problems)."""
+    task: Annotated[Literal["small", "apart", "apart-short", "words"], tyro.conf.Positional]
+    """Pair and problems: small (the shipped pair, sums in steps), apart (sums in steps whose learnable style is neither
+    the longest nor the shortest, nor the one that the teacher likes best), apart-short (there it is the shortest) or
+    words (a language model and word problems)."""
     # more arms and seeds may be asked for than before
     arms: Operational[tuple[str, ...]] = ()
     """Names of the arms to run, in addition to their controls; none: all arms of the task."""
+    controls: Operational[bool] = True
+    """Run the arms that the named ones are compared with as well; without, a comparison is made where both sides are
+    in the journal."""
     seeds: Operational[int] = 5
     """Number of seeds. Each has its own problems, draws of the teacher, order of training and test problems."""
     output_dir: Operational[FileName[str]] = "runs/reproduce"
@@ -62,20 +73,21 @@ class ReproduceConfig:
     data: FileName[str | None] = None
     """Directory with gsm8k/train.jsonl and gsm8k/test.jsonl, and mawps/*.jsonl, for the task words."""
     problems: int | None = None
-    """Number of problems that the teacher writes solutions for, per seed. None: 400 for both tasks."""
+    """Number of problems that the teacher writes solutions for, per seed. None: 400 for every task."""
     eval_problems: int | None = None
-    """Number of held-out problems per seed. None: 200 for small, 300 for words."""
+    """Number of held-out problems per seed. None: 300 for words, 200 for the others."""
     candidates: int = 4
     """Number of the teacher's candidates: per step of a search, or whole responses to one problem."""
     train_tokens: int | None = None
-    """Number of completion tokens that each student is trained on. None: 300,000 for small, 600,000 for words."""
+    """Number of completion tokens that each student is trained on. None: 600,000 for words, 300,000 for
+    the others."""
     learning_rate: float | None = None
-    """Learning rate of each student's training. None: 3e-3 for small, 1e-4 for words."""
+    """Learning rate of each student's training. None: 1e-4 for words, 3e-3 for the others."""
     batch_size: int | None = None
-    """Number of examples in one optimizer step. None: 24 for small, 16 for words."""
+    """Number of examples in one optimizer step. None: 16 for words, 24 for the others."""
     model_steps: int | None = None
     """Number of optimizer steps of every training that makes a model of the task (other teachers and cold starts of
-    small, both models of words). None: as many as the task needs; fewer are for trying things out."""
+    small, both models of the others). None: as many as the task needs; fewer are for trying things out."""
     threads: Operational[int | None] = None
     """Number of CPU threads. None: every part chooses, as the commands do."""
 

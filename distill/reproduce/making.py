@@ -73,6 +73,8 @@ class Place:
     seed: int
     threads: int | None
     report: Progress
+    criteria: tuple[str, ...]
+    """Criteria of all arms that pick from the teacher's pool, which is scored once."""
 
     @property
     def models(self) -> dict[str, Any]:
@@ -164,7 +166,8 @@ def _open_pool(place: Place, writer: Literal["teacher", "student"], responses: i
         output_dir=str(place.directory / f"pool-{writer}-{responses}" / "rows"), seed=place.seed, resume=True,
         **place.engine,
     )  # fmt: skip
-    return open_pool_of(config, place.models["student"], has_teacher=writer == "teacher", report=place.report)
+    criteria = place.criteria if writer == "teacher" else ("random",)
+    return open_pool_of(config, place.models["student"], criteria, place.report)
 
 
 def _make_search(place: Place, source: Searched) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.data.traces import Trace, find_traces, make_training_row, read_usable_traces, sort_by_trace
-from genssd.distill.reproduce.arm_lists import list_arms
+from genssd.distill.reproduce.arms import Arm
 from genssd.distill.reproduce.sources import Picked
 from genssd.distill.runs.journal import complete_rows, write_jsonl
 from genssd.distill.runs.progress import Progress
@@ -37,24 +37,19 @@ class Pool:
     """Number of tokens in all responses: those that their writer sampled."""
 
 
-def list_pool_criteria() -> tuple[str, ...]:
-    """Return the criteria of all arms that pick from the teacher's pool, each one once."""
-    names = (
-        arm.source.criterion for task in ("small", "words") for arm in list_arms(task)
-        if isinstance(arm.source, Picked) and arm.source.writer == "teacher"
-    )  # fmt: skip
+def list_pool_criteria(arms: Sequence[Arm]) -> tuple[str, ...]:
+    """Return the criteria of the arms that pick from the teacher's pool, each one once."""
+    sources = (arm.source for arm in arms)
+    names = (s.criterion for s in sources if isinstance(s, Picked) and s.writer == "teacher")
     return tuple(dict.fromkeys(names))
 
 
-def open_pool_of(config: GenerateConfig, student: str, *, has_teacher: bool, report: Progress) -> Pool:
-    """Write and score the responses, or read them where that is done, and return them.
-
-    has_teacher: whether a teacher wrote them, so that all criteria are computed; else `random` alone.
-    """
+def open_pool_of(config: GenerateConfig, student: str, criteria: tuple[str, ...], report: Progress) -> Pool:
+    """Write the responses and score them by the criteria, or read them where that is done, and return them."""
     summary = run_generate(config, report=report.within("pool"))
     directory = Path(config.output_dir)
     score = ScoreConfig(
-        student=student, data=(str(summary.path),), criteria=list_pool_criteria() if has_teacher else ("random",),
+        student=student, data=(str(summary.path),), criteria=criteria,
         output_dir=str(directory.with_name("scores")), resume=True,
         dtype=config.dtype, threads=config.threads, memory_bytes=config.memory_bytes,
     )  # fmt: skip

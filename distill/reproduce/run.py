@@ -8,6 +8,7 @@ OUTPUT_DIR/results.json     means by arm, and the comparisons with the controls 
 OUTPUT_DIR/table.md         the same as tables
 OUTPUT_DIR/plot.png         the same as a plot
 OUTPUT_DIR/models/          models that the task makes first
+OUTPUT_DIR/styles/          what every signal likes, measured before any training (styles.py)
 OUTPUT_DIR/seed-N/          problems of a seed; seed-N/WORLD/ARM/ has the rows, the training and the evaluation
 OUTPUT_DIR/bad_rows.txt     arms that could not be run, and why
 OUTPUT_DIR/summary.json     the number of finished arms
@@ -29,14 +30,17 @@ from genssd.distill.console import report_training
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import run_evaluate
 from genssd.distill.files.rows import read_rows
-from genssd.distill.reproduce.arm_lists import choose_arms
+from genssd.distill.reproduce.apart import ApartTask
+from genssd.distill.reproduce.arm_lists import choose_arms, list_arms
 from genssd.distill.reproduce.arms import Arm
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.making import Place, Rows, make_rows
 from genssd.distill.reproduce.plot import draw_plot
+from genssd.distill.reproduce.pools import list_pool_criteria
 from genssd.distill.reproduce.results import Results, compute_results
 from genssd.distill.reproduce.small import SmallTask
 from genssd.distill.reproduce.sources import Untrained
+from genssd.distill.reproduce.styles import measure_styles, read_styles
 from genssd.distill.reproduce.table import render_table, replace_table
 from genssd.distill.reproduce.words import WordsTask
 from genssd.distill.reproduce.worlds import Task
@@ -68,7 +72,7 @@ def run_reproduce(config: ReproduceConfig, say: Say = lambda text: None, report:
     An arm that cannot be run is named in the summary, and the others are run. Raises GenssdError on bad input; what was
     finished is in the journal.
     """
-    arms = choose_arms(config.task, config.arms)
+    arms = choose_arms(config.task, config.arms, controls=config.controls)
     with Run.open(config, "reproduce", journal="results.jsonl", parts="seed-*") as run:
         finished = list(run.done())
         run.record()
@@ -109,7 +113,7 @@ def list_work(arms: Sequence[Arm], seeds: int) -> Iterator[tuple[int, Arm]]:
 def write_results(output_dir: Path, config: ReproduceConfig, rows: Sequence[Mapping[str, Any]]) -> Results:
     """Write the results of the finished arms, and return them."""
     results = compute_results(choose_arms(config.task, ()), rows)
-    table = render_table(results, config)
+    table = render_table(results, config, read_styles(output_dir / "styles"))
     write_json(output_dir / "results.json", results.as_json())
     write_text(output_dir / "table.md", table)
     write_bytes(output_dir / "plot.png", (draw_plot(results),))
@@ -158,27 +162,29 @@ def _is_in(rows: Sequence[Mapping[str, Any]], seed: int, arm: Arm) -> bool:
 
 def _make_task(config: ReproduceConfig, models: Path) -> Task:
     sizes = config.sizes
-    if config.task == "small":
-        return SmallTask(
-            models=models, problems=sizes.problems, multiple=config.candidates, eval_problems=sizes.eval_problems,
-            steps=config.model_steps, threads=config.threads,
-        )  # fmt: skip
-    assert config.model is not None
-    assert config.data is not None
-    return WordsTask(
-        base=config.model, data=Path(config.data), models=models, problems=sizes.problems, multiple=config.candidates,
-        eval_problems=sizes.eval_problems, steps=config.model_steps, threads=config.threads,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "models": models, "problems": sizes.problems, "multiple": config.candidates,
+        "eval_problems": sizes.eval_problems, "steps": config.model_steps, "threads": config.threads,
+    }  # fmt: skip
+    if config.task == "words":
+        assert config.model is not None
+        assert config.data is not None
+        return WordsTask(base=config.model, data=Path(config.data), **common)
+    return SmallTask(**common) if config.task == "small" else ApartTask(mixture=config.task, **common)
 
 
 def _find_place(config: ReproduceConfig, task: Task, output_dir: Path, arm: Arm, seed: int, report: Progress) -> Place:
-    """Return where an arm runs, with its problems and its models."""
+    """Return where an arm runs, with its problems and its models, of which the styles are measured first."""
     directory = output_dir / f"seed-{seed}"
+    pair = task.make_pair(arm.world, report)
+    first = task.write_problems(0, output_dir / "seed-0")
+    measure_styles(task, pair, first, output_dir / "styles" / arm.world, config.candidates, report)
     files = task.write_problems(seed, directory)
     files.check_disjoint()
     return Place(
-        task=task, sizes=config.sizes, candidates=config.candidates, pair=task.make_pair(arm.world, report),
+        task=task, sizes=config.sizes, candidates=config.candidates, pair=pair,
         files=files, directory=directory / arm.world, seed=seed, threads=config.threads, report=report,
+        criteria=list_pool_criteria(list_arms(config.task)),
     )  # fmt: skip
 
 

@@ -7,7 +7,6 @@ tuples by a hash) nor with the problems that both models learnt from (`exclude_p
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from genssd.distill.reproduce.arms import SHIPPED
 from genssd.distill.reproduce.sources import ChunkName
-from genssd.distill.reproduce.worlds import Pair, ProblemFiles
+from genssd.distill.reproduce.worlds import Pair, ProblemFiles, Task
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.progress import Progress
 from genssd.distill.runs.writing import remove_directory, replace_directory
@@ -35,7 +34,6 @@ from genssd.distill.small_pair.training import (
     train,
 )
 from genssd.engine.decoding.chunk import Chunk
-from genssd.engine.models.sampling import Sampling
 from genssd.kernels.threads import torch_threads
 
 SHIPPED_PAIR: Final = Path(__file__).parents[1] / "small_pair"
@@ -60,23 +58,11 @@ LONGER_START: Final = Phase(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SmallTask:
+class SmallTask(Task):
     """Sums in steps, with the shipped pair or with a pair that one training has changed."""
-
-    models: Path
-    """Directory that the changed models are kept in."""
-    problems: int
-    """Number of problems of most arms."""
-    multiple: int
-    """How many times as many problems the file of a seed has."""
-    eval_problems: int
-    steps: int | None = None
-    """Number of steps of every training of a model; None: those of its phase."""
-    threads: int | None = None
 
     chunks = CHUNKS
     max_tokens = MAX_TOKENS
-    sampling = Sampling()
     dtype = "float32"
     memory_bytes = 1 << 29
 
@@ -107,9 +93,8 @@ class SmallTask:
         write_jsonl(files.test, map(_make_row, make_problems(self.eval_problems, FIRST_SEED + seed, split="eval")))
         return files
 
-    def count_styles(self, responses: Sequence[str]) -> Counter[str]:
-        steps = (step for response in responses for step in response.split("\n"))
-        return Counter(style for step in steps if (style := detect_style(step)))
+    def find_style(self, line: str) -> str | None:
+        return detect_style(line)
 
     def _make(self, world: str, shipped: Pair, directory: Path) -> None:
         """Train the model in which a world differs from the shipped pair, and write it into a directory."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+from genssd.distill.reproduce.arms import SHIPPED
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.results import ArmResult, Comparison, Results
+from genssd.distill.reproduce.styles import StyleMeasure
 from genssd.engine.common.amounts import format_count
 
 BEGIN, END = "<!-- written by genssd reproduce {task}: do not edit -->", "<!-- end of genssd reproduce {task} -->"
 """Lines around the table in a file that holds other text as well; {task} is the name of the task."""
 
 
-def render_table(results: Results, config: ReproduceConfig) -> str:
-    """Return the tables and what their columns mean."""
+def render_table(
+    results: Results, config: ReproduceConfig, styles: Mapping[str, Sequence[StyleMeasure]] = MappingProxyType({})
+) -> str:
+    """Return the tables and what their columns mean. styles: what was measured before any training, by world."""
     sizes = config.sizes
     main = {one.arm: one for one in results.main}
     lines = [
@@ -35,6 +40,9 @@ def render_table(results: Results, config: ReproduceConfig) -> str:
     ]
     if any(one.styles for one in results.arms):
         lines += ["", *_render_styles(results.arms)]
+    for world, measures in styles.items():
+        if measures:
+            lines += ["", *_render_measures(world, measures, config.candidates)]
     return "\n".join(lines) + "\n"
 
 
@@ -90,6 +98,32 @@ def _render_styles(arms: Sequence[ArmResult]) -> list[str]:
             if one.styles
         ),
     ]
+
+
+def _render_measures(world: str, styles: Sequence[StyleMeasure], candidates: int) -> list[str]:
+    signals = list(styles[0].chosen)
+    return [
+        f"**Before any training{'' if world == SHIPPED else f', {world}'}**: steps of the teacher by style; "
+        "log-probabilities in nats; how many steps the cold start would write rightly if it began them so; and how "
+        f"often each signal would choose the style among {format_count(candidates, 'independent step')}.",
+        "",
+        "| style | of all steps, % | tokens | teacher, per token | student, per token | teacher, per step | "
+        f"student, per step | student right, % | {' | '.join(f'{name} chooses, %' for name in signals)} |",
+        f"|---|{'---:|' * (7 + len(signals))}",
+        *(_render_measure(one) for one in styles),
+    ]
+
+
+def _render_measure(one: StyleMeasure) -> str:
+    cells = [
+        one.style,
+        f"{100 * one.frequency:.0f}",
+        f"{one.tokens:.1f}",
+        *(f"{value:.3f}" for value in (one.teacher, one.student)),
+        *(f"{value:.2f}" for value in (one.teacher_sum, one.student_sum)),
+        *(f"{100 * value:.0f}" for value in (one.student_right, *one.chosen.values())),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def format_p(value: float | None) -> str:

@@ -10,8 +10,7 @@ Problems of the teacher's training, the cold start, the arms' training and the t
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,7 +23,7 @@ from genssd.distill.data.overlap import normalise_question
 from genssd.distill.reproduce.arms import SHIPPED
 from genssd.distill.reproduce.sources import ChunkName
 from genssd.distill.reproduce.word_problems import Part, WordProblem, detect_writing, read_gsm8k, read_mawps
-from genssd.distill.reproduce.worlds import Pair, ProblemFiles
+from genssd.distill.reproduce.worlds import Pair, ProblemFiles, Task
 from genssd.distill.runs.journal import write_jsonl
 from genssd.distill.runs.progress import Progress
 from genssd.distill.runs.writing import remove_directory, replace_directory
@@ -35,7 +34,6 @@ from genssd.engine.checkpoints.checkpoint import locate
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import InputError
 from genssd.engine.decoding.chunk import Chunk
-from genssd.engine.models.sampling import Sampling
 from genssd.engine.texts.text import Tokenizer
 
 MAX_TOKENS: Final = 256
@@ -53,29 +51,17 @@ STUDENT_STEPS: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WordsTask:
+class WordsTask(Task):
     """Word problems, with a teacher and a student that are made of one language model."""
 
     base: str
     """Hub id or local directory of the model."""
     data: Path
     """Directory with gsm8k/ and mawps/."""
-    models: Path
-    """Directory that both models are kept in."""
-    problems: int
-    """Number of problems of most arms."""
-    multiple: int
-    """How many times as many problems the file of a seed has, as far as there are as many."""
-    eval_problems: int
-    steps: int | None = None
-    """Number of optimizer steps of both trainings; None: those of this task."""
-    threads: int | None = None
 
     chunks = CHUNKS
     max_tokens = MAX_TOKENS
-    sampling = Sampling()
     dtype = "auto"
-    memory_bytes = None
 
     def make_pair(self, world: str, report: Progress) -> Pair:
         """Return both models, which are made once."""
@@ -116,10 +102,9 @@ class WordsTask:
         write_jsonl(files.test, map(_make_row, held_out[: self.eval_problems]))
         return files
 
-    def count_styles(self, responses: Sequence[str]) -> Counter[str]:
-        """Return how many lines of the responses are terse, and how many are in words."""
-        lines = (line for response in responses for line in response.split("\n"))
-        return Counter(style for line in lines if (style := detect_writing(line)))
+    def find_style(self, line: str) -> str | None:
+        """Return whether a line is terse or in words; None for the answer and for an empty line."""
+        return detect_writing(line)
 
     def _train(self, model: str, part: Part, steps: int, rate: float, directory: Path, report: Progress) -> None:
         """Fine-tune a model on the human solutions of a part of the problems, and write it into a directory."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 from genssd.distill.data.overlap import find_eval_overlap, iter_file_questions
 from genssd.distill.reproduce.sources import ChunkName
@@ -41,42 +42,45 @@ class ProblemFiles:
             find_eval_overlap(rows, eval_rows).check(is_allowed=False)
 
 
-class Task(Protocol):
-    """A kind of problems with its models. SmallTask and WordsTask follow this."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task(ABC):
+    """A kind of problems with its models."""
 
-    @property
-    def chunks(self) -> Mapping[ChunkName, Chunk]:
-        """Rules by which candidates of a search end, by name."""
-        ...
+    models: Path
+    """Directory that the models are kept in which the task makes."""
+    problems: int
+    """Number of problems of most arms."""
+    multiple: int
+    """How many times as many problems the file of a seed has, as far as there are as many."""
+    eval_problems: int
+    steps: int | None = None
+    """Number of optimizer steps of every training that makes a model; None: those of the task."""
+    threads: int | None = None
 
-    @property
-    def max_tokens(self) -> int:
-        """Maximum number of tokens in a response."""
-        ...
+    chunks: ClassVar[Mapping[ChunkName, Chunk]]
+    """Rules by which candidates of a search end, by name."""
+    max_tokens: ClassVar[int]
+    """Maximum number of tokens in a response."""
+    sampling: ClassVar[Sampling] = Sampling()
+    """Temperature and filters with which the teacher samples."""
+    dtype: ClassVar[str]
+    """Data type in which the engine computes, as configs name it."""
+    memory_bytes: ClassVar[int | None] = None
+    """Size of the caches of every engine in bytes; None: what the machine has left."""
 
-    @property
-    def sampling(self) -> Sampling:
-        """Temperature and filters with which the teacher samples."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Data type in which the engine computes, as configs name it."""
-        ...
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """Size of the caches of every engine in bytes; None: what the machine has left."""
-        ...
-
+    @abstractmethod
     def make_pair(self, world: str, report: Progress) -> Pair:
         """Return the models of a world, which are made once and then found again."""
-        ...
 
+    @abstractmethod
     def write_problems(self, seed: int, directory: Path) -> ProblemFiles:
         """Write the problems of a seed into a directory, the same ones at every call."""
-        ...
+
+    @abstractmethod
+    def find_style(self, line: str) -> str | None:
+        """Return the style that a line of a response is written in; None where it is no step."""
 
     def count_styles(self, responses: Sequence[str]) -> Counter[str]:
-        """Return how many steps of the responses are written in each style; empty where styles are not told apart."""
-        ...
+        """Return how many steps of the responses are written in each style."""
+        lines = (line for response in responses for line in response.split("\n"))
+        return Counter(style for line in lines if (style := self.find_style(line)))

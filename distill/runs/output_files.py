@@ -91,6 +91,7 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
         "results.jsonl": "the journal: a line for every arm of every seed, with the verdict on every test problem",
         "seed-*/": "problems, rows and evaluations",
         "models/": "models that were made first",
+        "styles/": "what length, teacher and student like, measured before any training",
         "bad_rows.txt": "arms that could not be run, and why",
         **SUMMARY, **RECORD,
     },

@@ -21,6 +21,19 @@ STYLES: Final[tuple[str, ...]] = (SPELLED, JUMP, DETOUR)
 MIXTURE: Final[tuple[str, ...]] = (SPELLED,) * 3 + (JUMP,) * 4 + (DETOUR,) * 3
 """Styles of the teacher in proportion to their frequency; mental arithmetic is the most frequent one."""
 
+# Mental arithmetic after words that carry no computation; neither shipped model has seen them.
+RECITED: Final = "recited"
+RAMBLING: Final = "rambling"
+RECITATION: Final = (
+    "How many are there Monday Tuesday Wednesday Thursday apples books cards coins shells stamps stones toys red blue "
+    "green white black brown buys finds gets wins picks makes counts it has"
+)
+"""Words of a recited step, always the same. Each is one token of the small pair's tokenizer."""
+RAMBLE: Final = (" and", " more", " there", " it")
+"""Words that a rambling step draws from, each one token."""
+RAMBLE_LENGTH: Final = 42
+"""Number of words that a rambling step draws."""
+
 TERMS: Final = 4
 SMALLEST: Final = 10
 LARGEST: Final = 99
@@ -34,7 +47,13 @@ _VERBS: Final = ("buys", "finds", "gets", "wins", "picks", "makes")
 _DAYS: Final = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 _COLOURS: Final = ("red", "blue", "green", "white", "black", "brown")
 
-_FORMS: Final = {SPELLED: re.compile(r"\d+\+\d+: "), JUMP: re.compile(r"=\d+$"), DETOUR: re.compile(r"~\d+\? No, ")}
+_FORMS: Final = {
+    SPELLED: re.compile(r"\d+\+\d+: "),
+    JUMP: re.compile(r"=\d+$"),
+    DETOUR: re.compile(r"~\d+\? No, "),
+    RECITED: re.compile(r"How many are "),
+    RAMBLING: re.compile(r"He (?:and|more|there|it) "),
+}
 _BOXED: Final = re.compile(r"\\boxed\{(\d+)\}")
 
 
@@ -87,12 +106,16 @@ def write_step(total: int, operand: int, style: str, rng: random.Random) -> str:
     result = total + operand
     if style == JUMP:
         return f"={result}\n"
+    if style == RECITED:
+        return f"{RECITATION}={result}\n"
+    if style == RAMBLING:
+        return f"He{''.join(rng.choices(RAMBLE, k=RAMBLE_LENGTH))}={result}\n"
     worked = f"{total}+{operand}: {_spell(total, operand)}, {result}\n"
     if style == SPELLED:
         return worked
     if style == DETOUR:
         return f"~{_draw_wrong(result, rng)}? No, {worked}"
-    raise ValueError(f"unknown style {style!r}; known styles are {', '.join(STYLES)}")
+    raise ValueError(f"unknown style {style!r}; known styles are {', '.join(_FORMS)}")
 
 
 def write_answer(total: int) -> str:

@@ -49,7 +49,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "diagnosis": ("rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability", "completions", "budget",
                   "losses", "node_weights", "weights_loss"),
     "rounds": ("rounds", "restart"),
-    "comparison": ("task", "arms", "seeds", "model_steps"),
+    "comparison": ("task", "arms", "controls", "seeds", "model_steps"),
     "loss": ("kd_ratio", "kd_loss", "kd_standardize", "kd_topk", "kd_topk_of", "kd_tail", "kd_vocabulary",
              "mask_special_tokens",
              "beta", "alpha", "adaptive_alpha", "temperature", "key_attention", "lmbda", "rollout",

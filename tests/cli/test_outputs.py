@@ -25,7 +25,7 @@ def small_runs(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) ->
     return make_small_runs(tiny_pair, tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("command", sorted(set(OUTPUTS) - {"demo", "reproduce"}))
+@pytest.mark.parametrize("command", sorted(set(OUTPUTS) - {"demo"}))
 def test_every_file_that_a_command_writes_is_named(
     command: str, small_runs: dict[str, SmallRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from genssd.kernels import tuned
 
 FEW = {
     "select": 6, "generate": 6, "score": 2, "reselect": 3, "prefix": 4, "leaf": 1, "train": 2, "evaluate": 3,
-    "diagnose": 2, "distill": 2,
+    "diagnose": 2, "distill": 2, "reproduce": 2,
 }  # fmt: skip
 """Number of writes of each command that fail in the normal tests."""
 EVERY = os.environ.get("GENSSD_FULL_DISK") == "1"

@@ -50,7 +50,7 @@ def copied(finished: Callable[[str], Path], small_runs: dict[str, SmallRun], tmp
     """Return a function that returns another finished run of a command, to be damaged."""
 
     def copy(command: str) -> Path:
-        if command == "distill":  # its rows name files of its directory
+        if command in ("distill", "reproduce"):  # its rows name files of its directory
             small_runs[command].run(tmp_path / "run")
         else:
             shutil.copytree(finished(command), tmp_path / "run")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.tiny_pair import TinyPair
 
 from genssd.distill.diagnose.config import DiagnoseConfig
@@ -16,6 +17,9 @@ from genssd.distill.diagnose.run import run_diagnose
 from genssd.distill.distill_config import DistillConfig
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import run_evaluate
+from genssd.distill.reproduce import run as reproduce_run
+from genssd.distill.reproduce import small as small_task
+from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.rounds import run_distill
 from genssd.distill.score.config import ScoreConfig
 from genssd.distill.score.leaf import run_leaf
@@ -34,6 +38,7 @@ from genssd.distill.select.run import run_select
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import run_train
+from genssd.engine.common.errors import InputError
 from genssd.engine.decoding.chunk import Chunk
 
 PROMPTS = 3
@@ -48,6 +53,7 @@ JOURNALS = {
     "evaluate": "evaluation.jsonl",
     "diagnose": "questions.jsonl",
     "distill": "rounds.jsonl",
+    "reproduce": "results.jsonl",
 }
 UNORDERED = ("selections.jsonl", "decisions.jsonl", "responses.jsonl", *JOURNALS.values())
 """Files whose lines are in the order in which work was finished."""
@@ -132,6 +138,14 @@ def make_small_runs(pair: TinyPair, directory: Path) -> dict[str, SmallRun]:
             ),
             lambda c: list(run_distill(c)),
         ),
+        (
+            "reproduce",
+            ReproduceConfig(
+                task="small", arms=("cold-start",), seeds=1, problems=2, eval_problems=2, candidates=2, train_tokens=20,
+                batch_size=2, threads=1,
+            ),
+            _reproduce,
+        ),
     ]  # fmt: skip
     return {command: SmallRun(command, config, start) for command, config, start in configs}
 
@@ -142,6 +156,17 @@ class _Evaluation:
 
     def __call__(self, config: EvaluateConfig) -> object:
         return run_evaluate(config, self.pair.engine)
+
+
+def _reproduce(config: ReproduceConfig) -> None:
+    """Compare an arm with its control, without plots, over few problems; raise the error of an arm that failed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce_run, "draw_plot", lambda results: b"image")
+        patch.setattr(small_task, "exclude_pools", frozenset)
+        patch.setattr(small_task, "CALIBRATION", 2)
+        failures = reproduce_run.run_reproduce(config).failures
+    if failures:
+        raise InputError(failures[0])
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> str:
@@ -165,6 +190,9 @@ def read_results(output_dir: Path) -> dict[str, Any]:
             results[name] = sorted(lines, key=json.dumps) if path.name in UNORDERED else lines
         elif path.name == "summary.json":
             results[name] = _strip(json.loads(content))
+        elif name == "results.json":
+            comparison = json.loads(content)
+            results[name] = {**comparison, "arms": [_strip(arm) for arm in comparison["arms"]]}
         elif path.name == "trainer_state.json":
             results[name] = json.loads(content)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from genssd.distill.reproduce.arm_lists import SMALL_WORLDS, choose_arms, list_arms
+from genssd.distill.reproduce.arm_lists import APART_WORLDS, SMALL_WORLDS, choose_arms, list_arms
 from genssd.distill.reproduce.arms import SHIPPED, STAGES
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.results import compute_results
@@ -23,7 +23,7 @@ from genssd.engine.criteria.criterion import not_in_search
 from genssd.engine.criteria.criterion_names import resolve
 
 
-@pytest.mark.parametrize("task", ["small", "words"])
+@pytest.mark.parametrize("task", ["small", "apart", "apart-short", "words"])
 def test_every_arm_is_complete(task: str) -> None:
     arms = list_arms(task)
     names = [arm.name for arm in arms]
@@ -34,7 +34,7 @@ def test_every_arm_is_complete(task: str) -> None:
     for arm in arms:
         assert set(arm.controls) <= set(names) - {arm.name}
         assert arm.train.keys() <= fields_of_training
-        assert arm.world == SHIPPED or arm.world in SMALL_WORLDS
+        assert arm.world == SHIPPED or arm.world in {**SMALL_WORLDS, **APART_WORLDS}
         assert arm.command.startswith(("generate", "select", "evaluate", "distill", "diagnose"))
         if isinstance(arm.source, Searched):
             assert arm.source.options.keys() <= fields_of_select
@@ -52,6 +52,7 @@ def test_only_arms_of_other_tokens_say_so() -> None:
 def test_arms_that_are_asked_for_bring_their_controls() -> None:
     chosen = [arm.name for arm in choose_arms("small", ["rsr"])]
     assert chosen == ["standard", "random-of-n", "standard-4x", "rsr"]
+    assert [arm.name for arm in choose_arms("small", ["rsr", "standard"], controls=False)] == ["standard", "rsr"]
     assert choose_arms("small", ()) == list_arms("small")
 
 

@@ -102,6 +102,7 @@ OFF: dict[str, set[str]] = {
     "score": {"pick.similarity"} | CLUSTER,
     "prefix": CLUSTER,
     "doctor": {"verify_seconds"},
+    "reproduce": {"controls"},
     "evaluate": WRITING | CLUSTER | {"seed"},
     "diagnose": {"context_readers"} | CLUSTER
     | {f"templates.{name}" for name in ("hint", "solution", "summary", "other")},
