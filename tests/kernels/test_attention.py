@@ -406,7 +406,7 @@ def test_a_table_of_wide_integers_is_refused() -> None:
 
 WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
     "rows": (lambda p: {"q_NHE": p.q[:-1]}, r"q must be \[3, \*, \*\]|does not fit"),
-    "head dim": (lambda p: {"q_NHE": p.q[..., :8]}, "k_pages must be|does not fit"),
+    "head dim": (lambda p: {"q_NHE": p.q[..., :8]}, "v_pages must be|does not fit"),
     "heads": (lambda p: {"q_NHE": p.q[:, :3]}, "multiple of the number of kv heads|does not fit"),
     "page size": (lambda p: {"k_pages": pack_keys(p.k_pages[:, :2])}, "k_pages must be|must agree"),
     "half": (
