@@ -414,7 +414,7 @@ WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
         "k_pages must be|must agree",
     ),
     "order": (lambda p: {"k_pages": p.packed_keys.transpose(1, 2)}, "k_pages must be|must agree"),
-    "values": (lambda p: {"v_pages_PSGE": p.v_pages[:-1]}, "v_pages must be|must agree"),
+    "values": (lambda p: {"v_pages_PSGE": p.v_pages[:-1]}, "k_pages must be|must agree"),
     "pool": (
         lambda p: {"k_pages": p.packed_keys[:1], "v_pages_PSGE": p.v_pages[:1]},
         "outside the pool|more than",
