@@ -21,9 +21,11 @@ template <typename T, typename Emit>
 INLINE void attend_item(const AttentionParams& p, const Item& item, std::int64_t kv_head,
                         const AttentionWorkspace<T>& workspace, const Emit& emit) {
   const std::int64_t group = p.heads / p.kv_heads, queries = item.num_entries * group;
-  const bool is_finite = workspace.pack_keys_and_values(p, item, kv_head);
+  const std::int64_t tiles = (queries + kQueryRows<T> - 1) / kQueryRows<T>;
+  const std::int64_t key_row = workspace.find_keys(p, item, kv_head, tiles);
+  const bool is_finite = workspace.pack_values(p, item, kv_head);
   for (std::int64_t first = 0; first < queries; first += kQueryRows<T>) {
-    QueryTile<T> tile{p, item, workspace, is_finite, min(kQueryRows<T>, queries - first), {}, {}};
+    QueryTile<T> tile{p, item, workspace, key_row, is_finite, min(kQueryRows<T>, queries - first), {}, {}};
     for (std::int64_t i = 0; i < tile.rows; ++i) {
       const std::int64_t row = p.entries[item.entry_index + (first + i) / group].row;
       const std::int64_t head = kv_head * group + (first + i) % group;

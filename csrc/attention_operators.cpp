@@ -30,9 +30,9 @@ void paged_attention(Array q, Array k_pages, Array v_pages, const SegmentTable& 
   const Kernels& kernels = args.kernels();
   args.shape(q, "q", {table.num_rows(), -1, -1});
   const auto heads = size_of(q, 1), head_dim = size_of(q, 2);
-  args.shape(k_pages, "k_pages", {-1, table.page_size, -1, head_dim});
-  const auto pages = size_of(k_pages, 0), kv_heads = size_of(k_pages, 2);
-  args.shape(v_pages, "v_pages", {pages, table.page_size, kv_heads, head_dim});
+  args.shape(v_pages, "v_pages", {-1, table.page_size, -1, head_dim});
+  const auto pages = size_of(v_pages, 0), kv_heads = size_of(v_pages, 2);
+  args.keys(k_pages, "k_pages", v_pages);
   args.shape(out, "out", {table.num_rows(), heads, head_dim});
   args.require(kv_heads > 0 && heads % kv_heads == 0,
                "the number of query heads must be a multiple of the number of kv heads");

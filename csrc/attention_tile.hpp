@@ -55,32 +55,38 @@ INLINE std::int64_t round_up(std::int64_t count, std::int64_t multiple) {
 template <typename T>
 constexpr std::int64_t kQueryRows = kUsesTiles<T> ? kTileHeight : kTileRows;
 
-// The memory that items are computed in: an item's keys and values packed into panels, with tokens as the columns of
-// the keys and dimensions as the columns of the values; a query tile, its scores, weights and states; and the states
-// of a unit's rows.
+// From so many query tiles on, an item's keys are copied side by side before they are multiplied, so that the products
+// read one stream of memory instead of one per page (measured on AVX-512; tile registers read whole tiles anyway).
+constexpr std::int64_t kCopiedFrom = 4;
+
+// The memory that items are computed in: an item's keys, where their pages do not serve, in panels whose columns are
+// tokens; its values packed into panels, with dimensions as the columns; a query tile, its scores, weights and states;
+// and the states of a unit's rows.
 template <typename T>
 struct AttentionWorkspace {
-  std::int64_t key_cells;     // cells of one key, rounded up to whole vectors
-  std::int64_t token_cells;   // cells of one dimension of the values of all tokens
-  std::int64_t value_panels;  // panels that the dimensions of the values take
-  std::int64_t score_stride;  // distance of the rows of scores, and of weights
-  std::int64_t state_stride;  // distance of the states of a tile
-  std::int64_t* offset;       // [segment]: index of the first value of a token's key, and of its value, in the pages
-  Cell<T>*keys, *values;      // [token panels, key_cells, kPanelWidth], [value_panels, token_cells, kPanelWidth]
-  Cell<T>* visible_cells;     // [kTileCells, kPanelWidth]: cells of which a row sees a part
-  T *queries, *weights;       // [kQueryRows, head_dim], [kQueryRows, score_stride]
-  float *scores, *states;     // [kQueryRows, score_stride], [kQueryRows, state_stride]
-  float* row_states;          // [unit_rows, heads per kv head, head_dim + 2]
-  std::int32_t* unit_rows;    // [unit_rows]: row number that each of row_states belongs to
-  std::int64_t bytes;         // size of all arrays together
+  std::int64_t key_cells;      // cells of one key
+  std::int64_t token_cells;    // cells of one dimension of the values of all tokens
+  std::int64_t value_panels;   // panels that the dimensions of the values take
+  std::int64_t score_stride;   // distance of the rows of scores, and of weights
+  std::int64_t state_stride;   // distance of the states of a tile
+  std::int64_t* offset;        // [segment]: index of a token's value in the pages
+  const Cell<T>** key_blocks;  // [key blocks]: first cell of every block of kKeyBlock keys
+  Cell<T>*keys, *values;       // [token panels, key_cells, kPanelWidth], [value_panels, token_cells, kPanelWidth]
+  Cell<T>* visible_cells;      // [kTileCells, kPanelWidth]: cells of which a row sees a part
+  T *queries, *weights;        // [kQueryRows, head_dim], [kQueryRows, score_stride]
+  float *scores, *states;      // [kQueryRows, score_stride], [kQueryRows, state_stride]
+  float* row_states;           // [unit_rows, heads per kv head, head_dim + 2]
+  std::int32_t* unit_rows;     // [unit_rows]: row number that each of row_states belongs to
+  std::int64_t bytes;          // size of all arrays together
 
   INLINE AttentionWorkspace(const AttentionParams& p, Arena arena)
-      : key_cells(round_up(num_cells<T>(p.head_dim), kLanes)),
+      : key_cells(num_cells<T>(p.head_dim)),
         token_cells(round_up(num_cells<T>(p.segment), kUsesTiles<T> ? kTileCells : 1)),
         value_panels(round_up(p.head_dim, kPanelWidth) / kPanelWidth),
         score_stride(round_up(p.segment, kPanelWidth)),
         state_stride(2 + value_panels * kPanelWidth),
         offset(arena.allocate<std::int64_t>(p.segment)),
+        key_blocks(arena.allocate<const Cell<T>*>(score_stride / kKeyBlock)),
         keys(arena.allocate<Cell<T>>(score_stride * key_cells)),
         values(arena.allocate<Cell<T>>(value_panels * token_cells * kPanelWidth)),
         visible_cells(arena.allocate<Cell<T>>(kTileCells * kPanelWidth)),
@@ -100,16 +106,43 @@ struct AttentionWorkspace {
     return values + (panel * token_cells + cell) * kPanelWidth;
   }
 
-  // Packs the keys and values of an item for one kv head; returns whether all values are known to be finite.
-  INLINE bool pack_keys_and_values(const AttentionParams& p, const Item& item, std::int64_t kv_head) const {
+  // Finds the blocks of an item's keys for one kv head, for so many query tiles: in the pages, or in `keys`, to which
+  // they are copied. Returns how many cells lie between two rows of a block.
+  INLINE std::int64_t find_keys(const AttentionParams& p, const Item& item, std::int64_t kv_head,
+                                std::int64_t tiles) const {
+    const auto key_of = [&](std::int64_t token) {  // the first cell of a token's key
+      const std::int64_t page = p.pages[item.page_index + token / p.page_size];
+      return static_cast<const Cell<T>*>(p.k_pages) + (page * p.kv_heads + kv_head) * key_cells * p.page_size +
+             token % p.page_size;
+    };
+    const bool has_blocks = p.page_size % kKeyBlock == 0, copies = !kUsesTiles<T> && tiles >= kCopiedFrom;
+    for (std::int64_t first = 0; first < item.num_tokens; first += kKeyBlock) {
+      Cell<T>* panel = keys + first / kPanelWidth * kPanelWidth * key_cells + first % kPanelWidth;
+      key_blocks[first / kKeyBlock] = has_blocks && !copies ? key_of(first) : panel;
+      if (has_blocks && !copies) continue;
+      if (has_blocks)
+        copy_cells<kKeyBlock>(key_of(first), p.page_size, panel);
+      else
+        for (std::int64_t i = 0; i < min(kKeyBlock, item.num_tokens - first); ++i)
+          copy_cells<1>(key_of(first + i), p.page_size, panel + i);
+    }
+    return has_blocks && !copies ? p.page_size : kPanelWidth;
+  }
+
+  // Copies KEYS keys that lie side by side, `row` cells from one row to the next, to columns of a panel.
+  template <std::int64_t KEYS>
+  INLINE void copy_cells(const Cell<T>* from, std::int64_t row, Cell<T>* panel) const {
+    for (std::int64_t cell = 0; cell < key_cells; ++cell)
+      std::memcpy(panel + cell * kPanelWidth, from + cell * row, KEYS * sizeof(Cell<T>));
+  }
+
+  // Packs the values of an item for one kv head; returns whether all of them are known to be finite.
+  INLINE bool pack_values(const AttentionParams& p, const Item& item, std::int64_t kv_head) const {
     std::int64_t token = 0;
     for (std::int64_t page = item.page_index; token < item.num_tokens; ++page)
       for (std::int64_t slot = p.pages[page] * p.page_size, i = 0; i < p.page_size && token < item.num_tokens; ++i)
         offset[token++] = ((slot + i) * p.kv_heads + kv_head) * p.head_dim;
-    const T *k = static_cast<const T*>(p.k_pages), *v = static_cast<const T*>(p.v_pages);
-    for (std::int64_t first = 0; first < item.num_tokens; first += kPanelWidth)
-      pack_columns<T>([&](std::int64_t c) { return k + offset[first + c]; }, min(kPanelWidth, item.num_tokens - first),
-                      p.head_dim, keys + first * key_cells);
+    const T* v = static_cast<const T*>(p.v_pages);
     const std::int64_t cells = num_cells<T>(item.num_tokens);
     unsigned finite_bits = ~0u;
     for (std::int64_t cell = 0; cell < cells; ++cell) {
@@ -132,7 +165,7 @@ struct AttentionWorkspace {
   }
 };
 
-// Up to kQueryRows query vectors, which attend to the item whose keys and values are packed in the workspace. Row i
+// Up to kQueryRows query vectors, which attend to the item whose keys and values are in the workspace. Row i
 // sees the tokens visible_begin[i]..visible_end[i] - 1, counted from the segment's first. What a row does not see may
 // hold anything, NaN included: it changes nothing.
 template <typename T>
@@ -140,7 +173,8 @@ struct QueryTile {
   const AttentionParams& p;
   const Item& item;
   const AttentionWorkspace<T>& workspace;
-  bool is_finite;  // whether all values of the item are known to be finite
+  std::int64_t key_row;  // cells from one row of the blocks of keys to the next
+  bool is_finite;        // whether all values of the item are known to be finite
   std::int64_t rows;
   std::int64_t visible_begin[kQueryRows<T>], visible_end[kQueryRows<T>];
 
@@ -157,8 +191,8 @@ struct QueryTile {
     }
     const Rows<T> queries{workspace.queries, p.head_dim, rows};
     for (std::int64_t first = begin / kPanelWidth * kPanelWidth; first < end; first += kPanelWidth)
-      dot_panel(queries, workspace.keys + first * workspace.key_cells, min(kPanelWidth, end - first), p.head_dim,
-                Output{workspace.scores + first, workspace.score_stride});
+      dot_panel(queries, BlockPanel<Cell<T>>{workspace.key_blocks + first / kKeyBlock, key_row},
+                min(kPanelWidth, end - first), p.head_dim, Output{workspace.scores + first, workspace.score_stride});
   }
 
   // Turns the scores of row i into weights, 0 for tokens that it does not see. Weights are rounded to the dtype of the
@@ -238,8 +272,8 @@ struct QueryTile {
   // states of rows i..i + count - 1. cells: the values of these tokens.
   INLINE void add_products(std::int64_t i, std::int64_t count, std::int64_t begin, std::int64_t end,
                            std::int64_t panel, const Cell<T>* cells) {
-    dot_tiles(workspace.weights + i * workspace.score_stride + begin, workspace.score_stride, count, cells,
-              min(kPanelWidth, p.head_dim - panel * kPanelWidth), end - begin, false, nullptr,
+    dot_tiles(workspace.weights + i * workspace.score_stride + begin, workspace.score_stride, count,
+              Panel<Cell<T>>{cells}, min(kPanelWidth, p.head_dim - panel * kPanelWidth), end - begin, false, nullptr,
               state(i).values + panel * kPanelWidth, workspace.state_stride);
   }
 
@@ -285,7 +319,7 @@ struct QueryTile {
     if (begin >= end) return;
     const T* weights = workspace.weights + i * workspace.score_stride + begin * Cells<T>::kValues;
     for (std::int64_t panel = 0; panel < workspace.value_panels; ++panel)
-      dot_cells(Rows<T>{weights, workspace.score_stride, count}, workspace.value_cells(panel, begin),
+      dot_cells(Rows<T>{weights, workspace.score_stride, count}, Panel<Cell<T>>{workspace.value_cells(panel, begin)},
                 min(kPanelWidth, p.head_dim - panel * kPanelWidth), end - begin, Accumulate::kContinue, nullptr,
                 Output{state(i).values + panel * kPanelWidth, workspace.state_stride});
   }
@@ -297,8 +331,9 @@ struct QueryTile {
       const Cell<T>* cells = workspace.value_cells(panel, cell);
       for (std::int64_t d = 0; d < kPanelWidth; ++d)
         workspace.visible_cells[d] = Cells<T>::keep_half(cells[d], second);
-      dot_cells(Rows<T>{weights, 0, 1}, workspace.visible_cells, min(kPanelWidth, p.head_dim - panel * kPanelWidth), 1,
-                Accumulate::kContinue, nullptr, Output{state(i).values + panel * kPanelWidth, 0});
+      dot_cells(Rows<T>{weights, 0, 1}, Panel<Cell<T>>{workspace.visible_cells},
+                min(kPanelWidth, p.head_dim - panel * kPanelWidth), 1, Accumulate::kContinue, nullptr,
+                Output{state(i).values + panel * kPanelWidth, 0});
     }
   }
 };

@@ -1,9 +1,10 @@
 // Dot products of rows with the columns of packed panels, a register tile at a time: what linear layers, heads and
 // attention have in common. Only for isa.cpp.
 //
-// A panel holds up to kPanelWidth vectors side by side, as its columns: [cells, kPanelWidth]. A cell is one value of a
-// vector; of bfloat16 it is a pair of consecutive values in 32 bits (the VNNI layout), which one instruction
-// multiplies where the processor has AVX512_BF16.
+// A panel holds up to kPanelWidth vectors side by side, as its columns: [cells, kPanelWidth]; or its columns lie in
+// the pages of the cache, kKeyBlock side by side (see panels.hpp). A cell is one value of a vector; of bfloat16 it is
+// a pair of consecutive values in 32 bits (the VNNI layout), which one instruction multiplies where the processor has
+// AVX512_BF16.
 //
 // Every dot product is summed in one fixed order: cell by cell within a block of kBlock cells, and then block by
 // block, which loses fewer digits of long sums than a single chain. So neither the number of rows nor where a tile
@@ -15,6 +16,7 @@
 #include <type_traits>
 
 #include "kernels.hpp"
+#include "panels.hpp"
 #include "simd.hpp"
 #include "tiles.hpp"
 
@@ -99,10 +101,11 @@ struct Prefetch {
 };
 
 // Computes a register tile: ROWS rows x, in whole cells, with VECTORS vectors of a panel's columns.
-template <int ROWS, int VECTORS, typename T>
-INLINE void compute_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel, std::int64_t cells, Accumulate mode,
+template <int ROWS, int VECTORS, typename T, typename Columns>
+INLINE void compute_tile(const T* x, std::int64_t x_stride, const Columns& panel, std::int64_t cells, Accumulate mode,
                          Prefetch prefetch, float* out, std::int64_t out_stride) {
   using C = Cells<T>;
+  const auto columns = panel.template vectors<kLanes, VECTORS>();
   Vec total[ROWS][VECTORS];
   for (int r = 0; r < ROWS; ++r)
     for (int j = 0; j < VECTORS; ++j)
@@ -111,7 +114,7 @@ INLINE void compute_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel
     for (int i = 0; i < prefetch.lines; ++i, prefetch.from += 64) prefetch_line(prefetch.from);
     for (int step = 0; step < C::kSteps; ++step) {
       Vec column[VECTORS];
-      for (int j = 0; j < VECTORS; ++j) column[j] = C::load_column(panel + cell * kPanelWidth + j * kLanes, step);
+      for (int j = 0; j < VECTORS; ++j) column[j] = C::load_column(columns.at(cell, j * kLanes), step);
       for (int r = 0; r < ROWS; ++r) {
         const Vec factor = C::broadcast_factor(x + r * x_stride + cell * C::kValues, step);
         for (int j = 0; j < VECTORS; ++j) total[r][j] = C::multiply_add(column[j], factor, total[r][j]);
@@ -127,16 +130,16 @@ INLINE void compute_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel
 
 // compute_tile as a function of its own. With its body in this function gcc stores the sums to the stack at every
 // cell; inlined into it, they stay in registers.
-template <int ROWS, int VECTORS, typename T>
-void call_tile(const T* x, std::int64_t x_stride, const Cell<T>* panel, std::int64_t cells, Accumulate mode,
+template <int ROWS, int VECTORS, typename T, typename Columns>
+void call_tile(const T* x, std::int64_t x_stride, Columns panel, std::int64_t cells, Accumulate mode,
                Prefetch prefetch, float* out, std::int64_t out_stride) {
   compute_tile<ROWS, VECTORS>(x, x_stride, panel, cells, mode, prefetch, out, out_stride);
 }
 
 // Computes a tile of 1..kTileRows rows, whose number is known at run time. A single row, which is what decoding waits
 // for, is inlined: there the prefetches take as long as the products, and the compiler unrolls them.
-template <int VECTORS, typename T>
-INLINE void dot_tile(const Rows<T>& x, const Cell<T>* panel, std::int64_t cells, Accumulate mode, Prefetch prefetch,
+template <int VECTORS, typename T, typename Columns>
+INLINE void dot_tile(const Rows<T>& x, const Columns& panel, std::int64_t cells, Accumulate mode, Prefetch prefetch,
                      Output out) {
   const auto run = [&]<int ROWS>() __attribute__((always_inline)) {
     if constexpr (ROWS == 1)
@@ -161,8 +164,8 @@ INLINE void dot_tile(const Rows<T>& x, const Cell<T>* panel, std::int64_t cells,
 // Computes the products of rows with the first columns of a panel, over whole cells. Whole vectors of columns are
 // written, so that the output holds meaningless numbers beyond the last column. next: memory that will be read soon,
 // as much as these cells of the panel take, or null; the tiles share out its cache lines.
-template <typename T>
-void dot_cells(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std::int64_t cells, Accumulate mode,
+template <typename T, typename Columns>
+void dot_cells(const Rows<T>& x, const Columns& panel, std::int64_t columns, std::int64_t cells, Accumulate mode,
                const void* next, Output out) {
   constexpr std::int64_t kWide = 4 * kLanes;
   constexpr std::int64_t kLines = kPanelWidth * sizeof(Cell<T>) / 64;  // cache lines of a row of cells
@@ -177,16 +180,16 @@ void dot_cells(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std
                   static_cast<int>(min(lines_per_tile, kLines - line))};
     std::int64_t c = 0;
     for (; c + kWide - kLanes < columns; c += kWide, prefetch = {})
-      dot_tile<4>(tile_x, panel + c, cells, mode, prefetch, out.at(row, c));
+      dot_tile<4>(tile_x, panel.skip_columns(c), cells, mode, prefetch, out.at(row, c));
     for (; c < columns; c += kLanes, prefetch = {})
-      dot_tile<1>(tile_x, panel + c, cells, mode, prefetch, out.at(row, c));
+      dot_tile<1>(tile_x, panel.skip_columns(c), cells, mode, prefetch, out.at(row, c));
   }
 }
 
 // Computes the products over n values of at most one block, of which the last value may fill half a cell. The first
 // block overwrites the output, the others are added to it.
-template <typename T>
-void dot_block(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std::int64_t n, bool first,
+template <typename T, typename Columns>
+void dot_block(const Rows<T>& x, const Columns& panel, std::int64_t columns, std::int64_t n, bool first,
                const void* next, Output out) {
   if constexpr (kUsesTiles<T>) {
     dot_tiles(x.data, x.stride, x.count, panel, columns, n, first, next, out.data, out.stride);
@@ -196,19 +199,19 @@ void dot_block(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std
     if (cells * Cells<T>::kValues == n) return;
     for (std::int64_t i = 0; i < x.count; ++i) {
       const T last[2] = {x.data[i * x.stride + n - 1], T{}};
-      dot_cells(Rows<T>{last, 0, 1}, panel + cells * kPanelWidth, columns, 1, Accumulate::kContinue, nullptr,
+      dot_cells(Rows<T>{last, 0, 1}, panel.skip_cells(cells), columns, 1, Accumulate::kContinue, nullptr,
                 out.at(i, 0));
     }
   }
 }
 
 // Computes the products over all n values of the rows, with a panel that holds all of their cells.
-template <typename T>
-INLINE void dot_panel(const Rows<T>& x, const Cell<T>* panel, std::int64_t columns, std::int64_t n, Output out) {
+template <typename T, typename Columns>
+INLINE void dot_panel(const Rows<T>& x, const Columns& panel, std::int64_t columns, std::int64_t n, Output out) {
   constexpr std::int64_t kValues = Cells<T>::kBlock * Cells<T>::kValues;
   for (std::int64_t k = 0; k < n; k += kValues)
-    dot_block(x.skip_values(k), panel + k / Cells<T>::kValues * kPanelWidth, columns, min(kValues, n - k), k == 0,
-              nullptr, out);
+    dot_block(x.skip_values(k), panel.skip_cells(k / Cells<T>::kValues), columns, min(kValues, n - k), k == 0, nullptr,
+              out);
 }
 
 // Packs vectors of n values into the first columns of a panel; vector(c) points to the values of vector c. The panel

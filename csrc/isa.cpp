@@ -26,7 +26,7 @@ const Kernels KERNELS(GENSSD_ISA){
     .rms_norm = rms_norm_row,
     .gated = gated_row,
     .weighted_sum = weighted_sum_row,
-    .write_kv = write_kv_row,
+    .write_kv = write_kv_task,
     .sample = sample_row,
     .gumbel = gumbel_row,
 };

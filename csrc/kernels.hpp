@@ -12,6 +12,7 @@ inline constexpr std::int64_t kPanelWidth = 64;         // vectors side by side 
 inline constexpr std::int64_t kRowBlock = 128;          // rows that share one pass over a weight
 inline constexpr std::int64_t kVocabularyBlock = 2048;  // vocabulary entries of one BlockStats; whole panels
 inline constexpr std::int64_t kMaxHeadDim = 1024;       // largest head_dim that write_kv takes
+inline constexpr std::int64_t kKeyBlock = 16;           // keys side by side that attention reads in place
 
 // A matrix [outputs, inputs]: row-major; or packed into panels of kPanelWidth rows side by side (see dot.hpp).
 struct Weight {
@@ -88,9 +89,11 @@ struct Entry {
 
 struct AttentionParams {
   DType dtype;
-  const void *q, *k_pages, *v_pages;  // [rows, heads, head_dim], [pages, page_size, kv_heads, head_dim] twice
-  void* out;                          // [rows, heads, head_dim]
-  const float* sinks;                 // [heads] or null
+  const void* q;        // [rows, heads, head_dim]
+  const void* k_pages;  // [pages, kv_heads, cells of a key, page_size, values of a cell] (see dot.hpp)
+  const void* v_pages;  // [pages, page_size, kv_heads, head_dim]
+  void* out;            // [rows, heads, head_dim]
+  const float* sinks;   // [heads] or null
   const Item* items;
   const Entry* entries;
   const std::int32_t *pages, *position, *row_partial, *unit_item;  // see SegmentTable
@@ -142,12 +145,12 @@ struct WeightedSumParams {
 
 struct WriteKvParams {
   DType dtype;
-  const void* qkv;            // [rows, heads + 2 kv_heads, head_dim]
-  const float *cos, *sin;     // [rows, half], of the first 2 half values of a head; the others are not rotated
-  NormWeight q_norm, k_norm;  // of head_dim values
-  const std::int64_t* slot;   // [rows]: page * page_size + offset; negative: not written
-  void *q, *k_pages, *v_pages;
-  std::int64_t rows, heads, kv_heads, head_dim, half;
+  const void* qkv;              // [rows, heads + 2 kv_heads, head_dim]
+  const float *cos, *sin;       // [rows, half], of the first 2 half values of a head; the others are not rotated
+  NormWeight q_norm, k_norm;    // of head_dim values
+  const std::int64_t* slot;     // [rows]: page * page_size + offset; negative: not written
+  void *q, *k_pages, *v_pages;  // k_pages and v_pages: see AttentionParams
+  std::int64_t rows, rows_of_task, page_size, heads, kv_heads, head_dim, half;
   float eps;
 };
 
@@ -170,7 +173,7 @@ struct Kernels {
   void (*rms_norm)(const RmsNormParams&, std::int64_t row);
   void (*gated)(const GatedParams&, std::int64_t row);
   void (*weighted_sum)(const WeightedSumParams&, std::int64_t row);
-  void (*write_kv)(const WriteKvParams&, std::int64_t row);
+  void (*write_kv)(const WriteKvParams&, std::int64_t task);
   void (*sample)(const SampleParams&, std::int64_t row);
   void (*gumbel)(std::int64_t key, float* out, std::int64_t count);
 };

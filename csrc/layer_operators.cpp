@@ -179,20 +179,21 @@ void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Arr
   const Arguments args("write_kv");
   const Kernels& kernels = args.kernels();
   args.shape(q, "q", {-1, -1, -1});
-  args.shape(k_pages, "k_pages", {-1, -1, -1, -1});
+  args.shape(v_pages, "v_pages", {-1, -1, -1, -1});
   args.shape(cos, "cos", {-1, -1});
-  const auto rows = size_of(q, 0), heads = size_of(q, 1), head_dim = size_of(q, 2), kv_heads = size_of(k_pages, 2),
-             half = size_of(cos, 1), num_slots = static_cast<std::int64_t>(k_pages.shape(0) * k_pages.shape(1));
+  const auto rows = size_of(q, 0), heads = size_of(q, 1), head_dim = size_of(q, 2), kv_heads = size_of(v_pages, 2),
+             half = size_of(cos, 1), num_slots = static_cast<std::int64_t>(v_pages.shape(0) * v_pages.shape(1));
   args.require(head_dim > 0 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim,
                "heads must have an even width of at most 1024");
   args.require(0 < half && 2 * half <= head_dim, "cos must have 1 to head_dim / 2 columns");
   args.shape(qkv, "qkv", {rows, heads + 2 * kv_heads, head_dim});
-  args.shape(k_pages, "k_pages", {-1, -1, kv_heads, head_dim});
-  args.shape(v_pages, "v_pages", {size_of(k_pages, 0), size_of(k_pages, 1), kv_heads, head_dim});
+  args.shape(v_pages, "v_pages", {-1, -1, kv_heads, head_dim});
+  args.keys(k_pages, "k_pages", v_pages);
   for (const auto& [a, name] : {std::pair{&q, "q"}, {&qkv, "qkv"}, {&k_pages, "k_pages"}, {&v_pages, "v_pages"}}) {
     args.contiguous(*a, name);
     args.same_dtype(*a, name, qkv, "qkv");
   }
+  threads = threads_for(4 * rows * (heads + 2 * kv_heads) * head_dim, threads);
   const WriteKvParams params{.dtype = args.float_dtype(q, "q"),
                              .qkv = qkv.data(),
                              .cos = args.floats(cos, "cos", {rows, half}),
@@ -204,6 +205,8 @@ void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Arr
                              .k_pages = k_pages.data(),
                              .v_pages = v_pages.data(),
                              .rows = rows,
+                             .rows_of_task = std::clamp<std::int64_t>(rows / (4 * threads), 1, 16),
+                             .page_size = size_of(v_pages, 1),
                              .heads = heads,
                              .kv_heads = kv_heads,
                              .head_dim = head_dim,
@@ -212,8 +215,8 @@ void write_kv(Array qkv, Array cos, Array sin, Array k_pages, Array v_pages, Arr
   for (std::int64_t row = 0; row < rows; ++row)
     args.require(params.slot[row] < num_slots, "the slot of row " + std::to_string(row) + " lies outside the cache");
   const nb::gil_scoped_release release;
-  ThreadPool::run(rows, threads_for(4 * rows * (heads + 2 * kv_heads) * head_dim, threads),
-                  [&](std::int64_t row) { kernels.write_kv(params, row); });
+  ThreadPool::run(ceil_div(rows, params.rows_of_task), threads,
+                  [&](std::int64_t task) { kernels.write_kv(params, task); });
 }
 
 void copy_pages(Array kv, Array source, Array destination, int threads) {

@@ -41,7 +41,8 @@ INLINE void dot_weight(const Rows<T>& x, const Weight& weight, std::int64_t firs
       // the next rows follow in one piece
       next = weight.row_stride == n && block_values == n ? row + kPanelWidth * n : nullptr;
     }
-    dot_block(x.skip_values(k), cells, outputs, block_values, k == 0, next, Output{workspace.out, kPanelWidth});
+    dot_block(x.skip_values(k), Panel<Cell<T>>{cells}, outputs, block_values, k == 0, next,
+              Output{workspace.out, kPanelWidth});
   }
 }
 

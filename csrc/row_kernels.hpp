@@ -1,9 +1,9 @@
 // Kernels that compute one row at a time: norms, cache writes with rotary embeddings, gated activations, sums of
-// weighted rows. Only for
-// isa.cpp.
+// weighted rows. Only for isa.cpp.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.hpp"
 #include "simd.hpp"
@@ -94,30 +94,54 @@ INLINE void rotate(const T* x, const float* cos, const float* sin, std::int64_t 
   }
 }
 
-// Rotates the queries of one row, and writes its rotated keys and its values to its slot of the cache.
+// Writes a key to a slot of a page, cell by cell. cells: the page's first cell of the head.
 template <typename T>
-void write_kv(const WriteKvParams& p, std::int64_t row) {
-  const std::int64_t slot = p.slot[row], rotated = 2 * p.half;
-  const float *cos = p.cos + row * p.half, *sin = p.sin + row * p.half;
-  const T* x = static_cast<const T*>(p.qkv) + row * (p.heads + 2 * p.kv_heads) * p.head_dim;
-  const auto norm_and_rotate = [&](const T* head, const NormWeight& norm, T* out) {
-    T normed[kMaxHeadDim];
-    if (norm.data) {
-      normalize(head, norm, p.head_dim, p.eps, normed);
-      head = normed;
-    }
-    rotate(head, cos, sin, p.half, out);
-    std::memcpy(out + rotated, head + rotated, (p.head_dim - rotated) * sizeof(T));
+INLINE void store_key(const T* key, std::int64_t head_dim, std::int64_t page_size, std::int64_t offset, T* cells) {
+  constexpr std::int64_t kValues = std::is_same_v<T, BFloat16> ? 2 : 1;  // of a cell, see dot.hpp; head_dim is even
+  for (std::int64_t i = 0; i < head_dim; i += kValues)
+    std::memcpy(cells + i * page_size + offset * kValues, key + i, kValues * sizeof(T));
+}
+
+// Applies the norm, where there is one, and the rotary embedding of a row to one of its heads.
+template <typename T>
+INLINE void norm_and_rotate(const WriteKvParams& p, std::int64_t row, const T* head, const NormWeight& norm, T* out) {
+  T normed[kMaxHeadDim];
+  if (norm.data) {
+    normalize(head, norm, p.head_dim, p.eps, normed);
+    head = normed;
+  }
+  const std::int64_t rotated = 2 * p.half;
+  rotate(head, p.cos + row * p.half, p.sin + row * p.half, p.half, out);
+  std::memcpy(out + rotated, head + rotated, (p.head_dim - rotated) * sizeof(T));
+}
+
+// Rotates the queries of a few rows, and writes their rotated keys and their values to their slots of the cache. The
+// keys of one head are written for all rows before those of the next: they lie in the same cache lines.
+template <typename T>
+void write_kv(const WriteKvParams& p, std::int64_t task) {
+  const std::int64_t first = task * p.rows_of_task, end = min(p.rows, first + p.rows_of_task);
+  const std::int64_t size = p.kv_heads * p.head_dim;
+  const auto row_of = [&](std::int64_t row) {
+    return static_cast<const T*>(p.qkv) + row * (p.heads + 2 * p.kv_heads) * p.head_dim;
   };
-  T* q = static_cast<T*>(p.q) + row * p.heads * p.head_dim;
-  for (std::int64_t h = 0; h < p.heads; ++h) norm_and_rotate(x + h * p.head_dim, p.q_norm, q + h * p.head_dim);
-  if (slot < 0) return;
-  T* k = static_cast<T*>(p.k_pages) + slot * p.kv_heads * p.head_dim;
-  T* v = static_cast<T*>(p.v_pages) + slot * p.kv_heads * p.head_dim;
+  for (std::int64_t row = first; row < end; ++row) {
+    const T* x = row_of(row);
+    T* q = static_cast<T*>(p.q) + row * p.heads * p.head_dim;
+    for (std::int64_t h = 0; h < p.heads; ++h)
+      norm_and_rotate(p, row, x + h * p.head_dim, p.q_norm, q + h * p.head_dim);
+    if (p.slot[row] >= 0)
+      std::memcpy(static_cast<T*>(p.v_pages) + p.slot[row] * size, x + (p.heads + p.kv_heads) * p.head_dim,
+                  size * sizeof(T));
+  }
   for (std::int64_t h = 0; h < p.kv_heads; ++h)
-    norm_and_rotate(x + (p.heads + h) * p.head_dim, p.k_norm, k + h * p.head_dim);
-  const T* values = x + (p.heads + p.kv_heads) * p.head_dim;
-  std::memcpy(v, values, p.kv_heads * p.head_dim * sizeof(T));
+    for (std::int64_t row = first; row < end; ++row) {
+      if (p.slot[row] < 0) continue;
+      const std::int64_t page = p.slot[row] / p.page_size, offset = p.slot[row] % p.page_size;
+      T key[kMaxHeadDim];
+      norm_and_rotate(p, row, row_of(row) + (p.heads + h) * p.head_dim, p.k_norm, key);
+      store_key(key, p.head_dim, p.page_size, offset,
+                static_cast<T*>(p.k_pages) + (page * p.kv_heads + h) * p.page_size * p.head_dim);
+    }
 }
 
 void rms_norm_row(const RmsNormParams& p, std::int64_t row) {
@@ -132,8 +156,8 @@ void weighted_sum_row(const WeightedSumParams& p, std::int64_t row) {
   with_dtype(p.dtype, [&]<typename T>(Tag<T>) { weighted_sum<T>(p, row); });
 }
 
-void write_kv_row(const WriteKvParams& p, std::int64_t row) {
-  with_dtype(p.dtype, [&]<typename T>(Tag<T>) { write_kv<T>(p, row); });
+void write_kv_task(const WriteKvParams& p, std::int64_t task) {
+  with_dtype(p.dtype, [&]<typename T>(Tag<T>) { write_kv<T>(p, task); });
 }
 
 }  // namespace

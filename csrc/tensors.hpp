@@ -124,10 +124,20 @@ class Arguments {
       contiguous(a, "weight", 1);
       return {a.data(), row_stride(a)};
     }
-    const std::int64_t values = float_dtype(a, "weight") == DType::kBFloat16 ? 2 : 1;
+    const std::int64_t values = values_of_cell(a, "weight");
     shape(a, "weight", {ceil_div(outputs, kPanelWidth), ceil_div(inputs, values), kPanelWidth, values});
     contiguous(a, "weight");
     return {a.data(), 0};
+  }
+
+  // Checks keys against the values [pages, page_size, kv_heads, head_dim] beside them: packed [pages, kv_heads, cells
+  // of a key, page_size, values of a cell], contiguous.
+  void keys(const Array& a, const char* name, const Array& values) const {
+    const std::int64_t in_cell = values_of_cell(values, "v_pages");
+    shape(
+        a, name,
+        {size_of(values, 0), size_of(values, 2), ceil_div(size_of(values, 3), in_cell), size_of(values, 1), in_cell});
+    contiguous(a, name);
   }
 
   const Kernels& kernels() const {
@@ -137,6 +147,11 @@ class Arguments {
   }
 
  private:
+  // Returns how many values a cell of a packed tensor holds (see dot.hpp).
+  std::int64_t values_of_cell(const Array& a, const char* name) const {
+    return float_dtype(a, name) == DType::kBFloat16 ? 2 : 1;
+  }
+
   const char* function_;
 };
 

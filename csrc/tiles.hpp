@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "panels.hpp"
 #include "simd.hpp"
 
 namespace {
@@ -57,10 +58,11 @@ struct LastStep {
 
 // What a tile product reads: `steps` whole steps of rows and panel, and a last one where it is not null. `next` is
 // memory that will be read soon, or null: `lines` cache lines of it are brought into the L2 cache with every step.
+template <typename Columns>
 struct TileInput {
   const BFloat16* x;
   std::int64_t x_stride;
-  const std::uint32_t* panel;
+  Columns panel;
   std::int64_t steps;
   const LastStep* last;
   const char* next;
@@ -76,21 +78,21 @@ INLINE void unroll(const Visit& visit) {
 
 // Computes ROW_TILES (1 or 2) times COLUMN_TILES tiles, up to four of them, from a column of the panel on. out: where
 // the product of the first row and this column goes.
-template <int ROW_TILES, int COLUMN_TILES>
-INLINE void compute_tiles(const TileInput& in, std::int64_t column, bool overwrite, float* out,
+template <int ROW_TILES, int COLUMN_TILES, typename Columns>
+INLINE void compute_tiles(const TileInput<Columns>& in, std::int64_t column, bool overwrite, float* out,
                           std::int64_t out_stride) {
   static_assert(ROW_TILES == 1 ? COLUMN_TILES <= 4 : ROW_TILES == 2 && COLUMN_TILES <= 2);
   constexpr int kX = 4, kColumns = 6;
   const auto sum_at = [&](int row, int c) __attribute__((always_inline)) {
     return out + row * kTileHeight * out_stride + c * kTileCells;
   };
-  const auto step = [&](const BFloat16* x, std::int64_t x_stride,
-                        const std::uint32_t* panel) __attribute__((always_inline)) {
+  const auto step = [&](const BFloat16* x, std::int64_t x_stride, const auto& columns,
+                        std::int64_t cell) __attribute__((always_inline)) {
     unroll<ROW_TILES>([&]<int R>() __attribute__((always_inline)) {
       Tiles::load<kX + R>(x + R * kTileHeight * x_stride, x_stride * sizeof(BFloat16));
     });
     unroll<COLUMN_TILES>([&]<int C>() __attribute__((always_inline)) {
-      Tiles::load<kColumns + C % 2>(panel + column + C * kTileCells, kPanelWidth * sizeof(std::uint32_t));
+      Tiles::load<kColumns + C % 2>(columns.at(cell, C * kTileCells), columns.stride() * sizeof(std::uint32_t));
       unroll<ROW_TILES>(
           [&]<int R>() __attribute__((always_inline)) { Tiles::multiply_add<2 * R + C, kX + R, kColumns + C % 2>(); });
     });
@@ -104,11 +106,12 @@ INLINE void compute_tiles(const TileInput& in, std::int64_t column, bool overwri
     });
   });
   const char* next = in.next;
+  const auto columns = in.panel.skip_columns(column).template vectors<kTileCells, COLUMN_TILES>();
   for (std::int64_t i = 0; i < in.steps; ++i) {
     for (int line = 0; line < in.lines; ++line, next += 64) prefetch_line(next);
-    step(in.x + i * kStepValues, in.x_stride, in.panel + i * kTileCells * kPanelWidth);
+    step(in.x + i * kStepValues, in.x_stride, columns, i * kTileCells);
   }
-  if (in.last) step(in.last->rows[0], kStepValues, in.last->panel[0]);
+  if (in.last) step(in.last->rows[0], kStepValues, Panel<std::uint32_t>{in.last->panel[0] + column}, 0);
   unroll<ROW_TILES>([&]<int R>() __attribute__((always_inline)) {
     unroll<COLUMN_TILES>([&]<int C>() __attribute__((always_inline)) {
       Tiles::store<2 * R + C>(sum_at(R, C), out_stride * sizeof(float));
@@ -118,7 +121,8 @@ INLINE void compute_tiles(const TileInput& in, std::int64_t column, bool overwri
 
 // Computes up to kPairHeight rows: two row tiles beside two column tiles, which reads the least; or one row tile
 // beside four column tiles.
-INLINE void compute_rows(TileInput in, std::int64_t rows, std::int64_t columns, bool overwrite, float* out,
+template <typename Columns>
+INLINE void compute_rows(TileInput<Columns> in, std::int64_t rows, std::int64_t columns, bool overwrite, float* out,
                          std::int64_t out_stride) {
   const std::int64_t tiles = (columns + kTileCells - 1) / kTileCells;  // column tiles, at most 4
   if (rows <= kTileHeight) {
@@ -145,7 +149,8 @@ INLINE void compute_rows(TileInput in, std::int64_t rows, std::int64_t columns, 
 // added to what the output holds, unless they overwrite it. Whole tiles of columns are written, so that the output
 // holds meaningless numbers beyond the last column. next: memory that will be read soon, as much as these cells of the
 // panel take, or null.
-INLINE void dot_tiles(const BFloat16* x, std::int64_t x_stride, std::int64_t rows, const std::uint32_t* panel,
+template <typename Columns>
+INLINE void dot_tiles(const BFloat16* x, std::int64_t x_stride, std::int64_t rows, const Columns& panel,
                       std::int64_t columns, std::int64_t n, bool overwrite, const void* next, float* out,
                       std::int64_t out_stride) {
   constexpr int kStepLines = kTileCells * kPanelWidth * sizeof(std::uint32_t) / 64;
@@ -154,9 +159,9 @@ INLINE void dot_tiles(const BFloat16* x, std::int64_t x_stride, std::int64_t row
   if (rest) {
     std::memset(&last, 0, sizeof last);
     // only whole tiles of these columns: the panel may begin in the middle of the last one of a tensor
-    const std::int64_t width = (columns + kTileCells - 1) / kTileCells * kTileCells;
     for (std::int64_t cell = 0; cell < (rest + 1) / 2; ++cell)
-      std::memcpy(last.panel[cell], panel + (steps * kTileCells + cell) * kPanelWidth, width * sizeof(std::uint32_t));
+      for (std::int64_t column = 0; column < columns; column += kTileCells)
+        std::memcpy(last.panel[cell] + column, panel.at(steps * kTileCells + cell, column), kTileBytes);
   }
   const auto run = [&](std::int64_t first_row, std::int64_t count, std::int64_t begin, std::int64_t end) {
     const BFloat16* from = x + first_row * x_stride + begin * kStepValues;
@@ -164,16 +169,17 @@ INLINE void dot_tiles(const BFloat16* x, std::int64_t x_stride, std::int64_t row
     if (is_last)
       for (std::int64_t i = 0; i < count; ++i)
         std::memcpy(last.rows[i], from + i * x_stride + (end - begin) * kStepValues, rest * sizeof(BFloat16));
-    const std::int64_t offset = begin * kTileCells * kPanelWidth;
+    const std::int64_t offset = begin * kTileCells * kPanelWidth;  // of `next`
     const bool prefetches = next && first_row == 0;
-    compute_rows({.x = from,
-                  .x_stride = x_stride,
-                  .panel = panel + offset,
-                  .steps = end - begin,
-                  .last = is_last ? &last : nullptr,
-                  .next = prefetches ? static_cast<const char*>(next) + offset * sizeof(std::uint32_t) : nullptr,
-                  .lines = prefetches ? kStepLines : 0},
-                 count, columns, overwrite && begin == 0, out + first_row * out_stride, out_stride);
+    compute_rows<Columns>(
+        {.x = from,
+         .x_stride = x_stride,
+         .panel = panel.skip_cells(begin * kTileCells),
+         .steps = end - begin,
+         .last = is_last ? &last : nullptr,
+         .next = prefetches ? static_cast<const char*>(next) + offset * sizeof(std::uint32_t) : nullptr,
+         .lines = prefetches ? kStepLines : 0},
+        count, columns, overwrite && begin == 0, out + first_row * out_stride, out_stride);
   };
   const std::int64_t paired = rows <= kPairHeight ? 0 : rows / kPairHeight * kPairHeight;
   for (std::int64_t begin = 0; begin < max(steps, 1) && paired; begin += kBlockSteps)

@@ -15,7 +15,7 @@ So a row's bits depend on its own keys and values alone, not on which rows share
 Prefill, scoring and decoding are the same call with more or fewer rows per sequence.
 
 Shapes:  N rows   P pages   S page size   H query heads   G kv heads   E head dim   R rows of an item
-         T tokens of an item
+         T tokens of an item   C, v cells of a packed key and numbers of a cell (packed_keys.py)
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from genssd import _core
 from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import runs_natively
+from genssd.kernels.packed_keys import numbers_per_cell, unpack_keys
 from genssd.kernels.threads import num_threads
 
 SegmentTable = _core.SegmentTable
@@ -88,7 +89,7 @@ def build_segment_table(
 
 def paged_attention(
     q_NHE: Tensor,
-    k_pages_PSGE: Tensor,
+    k_pages: Tensor,
     v_pages_PSGE: Tensor,
     table: SegmentTable | DeviceTable,
     *,
@@ -98,6 +99,8 @@ def paged_attention(
 ) -> Tensor:
     """Return the attention output [N, H, E] in the dtype of q.
 
+    k_pages: keys as rows, [P, S, G, E], or packed, [P, G, C, S, v] (packed_keys.py). A GPU reads rows, and the native
+    kernels read packed keys; of keys as rows the CPU computes in plain torch.
     A score is scale * q . k, then softcap * tanh(score / softcap) where softcap is not None. sinks_H: float32, one
     score per head that counts in the softmax and has no value. A row that sees nothing but scores of -inf gets zeros.
     On the CPU (float32, bfloat16, float16) the native kernel computes in float32. On a CUDA device a DeviceTable saves
@@ -111,32 +114,30 @@ def paged_attention(
         # imported here, because Triton need not be installed where there is no GPU
         from genssd.kernels.attention_triton import attend_rows, choose_launch
 
-        refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
-        _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
+        refuse_gradients("paged_attention", q_NHE, k_pages, v_pages_PSGE, sinks_H)
+        _check(q_NHE, k_pages, v_pages_PSGE, table, sinks_H)
         device_table = table if isinstance(table, DeviceTable) else DeviceTable.upload(table, q_NHE.device)
-        launch = choose_launch(q_NHE, k_pages_PSGE.shape[2])
-        return attend_rows(q_NHE, k_pages_PSGE, v_pages_PSGE, device_table, scale, softcap, sinks_H, launch=launch)
+        launch = choose_launch(q_NHE, v_pages_PSGE.shape[2])
+        return attend_rows(q_NHE, k_pages, v_pages_PSGE, device_table, scale, softcap, sinks_H, launch=launch)
     if isinstance(table, DeviceTable):
         raise ValueError(
             f"paged_attention: a device table serves Triton's kernels alone; {q_NHE.dtype} on {q_NHE.device} takes the "
             "segment table itself"
         )
-    if runs_natively(q_NHE, k_pages_PSGE, v_pages_PSGE):
-        refuse_gradients("paged_attention", q_NHE, k_pages_PSGE, v_pages_PSGE, sinks_H)
+    if k_pages.ndim == 5 and runs_natively(q_NHE, k_pages, v_pages_PSGE):
+        refuse_gradients("paged_attention", q_NHE, k_pages, v_pages_PSGE, sinks_H)
         out = torch.empty_like(q_NHE, memory_format=torch.contiguous_format)
         _core.paged_attention(
-            q_NHE.contiguous(), k_pages_PSGE, v_pages_PSGE, table, out, scale, softcap or 0.0, sinks_H,
+            q_NHE.contiguous(), k_pages, v_pages_PSGE, table, out, scale, softcap or 0.0, sinks_H,
             num_threads(),
         )  # fmt: skip
         return out
-    return paged_attention_reference(
-        q_NHE, k_pages_PSGE, v_pages_PSGE, table, scale=scale, softcap=softcap, sinks_H=sinks_H
-    )
+    return paged_attention_reference(q_NHE, k_pages, v_pages_PSGE, table, scale=scale, softcap=softcap, sinks_H=sinks_H)
 
 
 def paged_attention_reference(
     q_NHE: Tensor,
-    k_pages_PSGE: Tensor,
+    k_pages: Tensor,
     v_pages_PSGE: Tensor,
     table: SegmentTable,
     *,
@@ -145,9 +146,10 @@ def paged_attention_reference(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Compute `paged_attention` in plain torch, item by item; float64 stays float64."""
-    _check(q_NHE, k_pages_PSGE, v_pages_PSGE, table, sinks_H)
+    _check(q_NHE, k_pages, v_pages_PSGE, table, sinks_H)
     _, H, E = q_NHE.shape
-    device, G = q_NHE.device, k_pages_PSGE.shape[2]
+    device, G = q_NHE.device, v_pages_PSGE.shape[2]
+    k_pages_PSGE = unpack_keys(k_pages, E) if k_pages.ndim == 5 else k_pages
     wide = torch.promote_types(q_NHE.dtype, torch.float32)
     partials = int(table.row_partial[-1])
     peak = torch.full((partials, H), -torch.inf, dtype=wide, device=device)
@@ -199,23 +201,24 @@ def _merge(peak: Tensor, total: Tensor, values: Tensor, table: SegmentTable, sin
 
 def _check(
     q_NHE: Tensor,
-    k_pages_PSGE: Tensor,
+    k_pages: Tensor,
     v_pages_PSGE: Tensor,
     table: SegmentTable | DeviceTable,
     sinks_H: Tensor | None,
 ) -> None:
-    pages = k_pages_PSGE.shape
+    P, S, G, E = pages = v_pages_PSGE.shape
     if q_NHE.shape[0] != table.num_rows or q_NHE.shape[2] != pages[3] or q_NHE.shape[1] % max(1, pages[2]):
         raise ValueError(
             f"paged_attention: q {tuple(q_NHE.shape)} does not fit a table of {table.num_rows} rows and pages "
             f"{tuple(pages)}"
         )
-    if v_pages_PSGE.shape != pages or pages[1] != table.page_size or table.largest_page >= pages[0]:
+    v = numbers_per_cell(v_pages_PSGE.dtype)
+    if k_pages.shape not in (pages, (P, G, -(-E // v), S, v)) or table.page_size != S or table.largest_page >= P:
         raise ValueError(
-            f"paged_attention: pages of keys {tuple(pages)} and values {tuple(v_pages_PSGE.shape)} must agree, have "
+            f"paged_attention: pages of keys {tuple(k_pages.shape)} and values {tuple(pages)} must agree, have "
             f"{table.page_size} tokens each and number more than {table.largest_page}"
         )
-    if not q_NHE.dtype == k_pages_PSGE.dtype == v_pages_PSGE.dtype:
+    if not q_NHE.dtype == k_pages.dtype == v_pages_PSGE.dtype:
         raise ValueError("paged_attention: q, k_pages and v_pages must have one dtype")
     if sinks_H is not None and (sinks_H.shape != q_NHE.shape[1:2] or sinks_H.dtype != torch.float32):
         raise ValueError(

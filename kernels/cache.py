@@ -1,7 +1,7 @@
 """Operators on the paged key-value cache: writing a layer's keys and values, and copying pages.
 
 Shapes:  N rows   H query heads   G kv heads   K = H + 2 G   E head dim   P pages   S page size   L layers
-         R rotary width, at most E
+         R rotary width, at most E   C, v cells of a packed key and numbers of a cell (packed_keys.py)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from genssd import _core
 from genssd.kernels.inference import refuse_gradients
 from genssd.kernels.native import detach, runs_natively
 from genssd.kernels.norm import rms_norm_reference
+from genssd.kernels.packed_keys import numbers_per_cell
 from genssd.kernels.rotary import rotary
 from genssd.kernels.threads import num_threads
 
@@ -21,7 +22,7 @@ def write_kv(
     qkv_NKE: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_pages_PSGE: Tensor,
+    k_pages: Tensor,
     v_pages_PSGE: Tensor,
     slot_N: Tensor,
     *,
@@ -33,6 +34,7 @@ def write_kv(
 ) -> Tensor:
     """Store each row's rotated keys and its values at slot_N; return the rotated queries, [N, heads, E], contiguous.
 
+    k_pages: keys as rows, [P, S, G, E], or packed, [P, G, C, S, v], which the native kernels write (packed_keys.py).
     qkv_NKE: query heads first, then key heads, then value heads; in the dtype of the pages. cos, sin: float32
     [N, R / 2], see rotary.rotary_angles; they rotate the first R numbers of every query and key head, and the others
     stay as they are. q_norm, k_norm: [E], weights of a root-mean-square norm of every head before its rotation; both or
@@ -42,20 +44,19 @@ def write_kv(
     Raises ValueError on shapes or dtypes that do not agree, and where a gradient is required and a native or Triton
     kernel would run, because these record none.
     """
-    _check(qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm)
+    _check(qkv_NKE, cos, sin, k_pages, v_pages_PSGE, slot_N, heads, q_norm, k_norm)
     if qkv_NKE.is_cuda and qkv_NKE.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
         from genssd.kernels.cache_triton import write_kv_rows
 
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
-        return write_kv_rows(
-            qkv_NKE, cos, sin, k_pages_PSGE, v_pages_PSGE, slot_N, heads, q_norm, k_norm, eps, norm_offset
-        )
-    if runs_natively(qkv_NKE, k_pages_PSGE, v_pages_PSGE) and k_pages_PSGE.is_contiguous() and slot_N.is_contiguous():
+        return write_kv_rows(qkv_NKE, cos, sin, k_pages, v_pages_PSGE, slot_N, heads, q_norm, k_norm, eps, norm_offset)
+    can_write = k_pages.ndim == 5 and k_pages.is_contiguous() and slot_N.is_contiguous()
+    if can_write and runs_natively(qkv_NKE, k_pages, v_pages_PSGE):
         refuse_gradients("write_kv", qkv_NKE, q_norm, k_norm)
         q = qkv_NKE.new_empty(qkv_NKE.shape[0], heads, qkv_NKE.shape[2])
         _core.write_kv(
-            qkv_NKE.contiguous(), cos.contiguous(), sin.contiguous(), k_pages_PSGE, v_pages_PSGE, slot_N,
+            qkv_NKE.contiguous(), cos.contiguous(), sin.contiguous(), k_pages, v_pages_PSGE, slot_N,
             detach(q_norm), detach(k_norm), eps, norm_offset, q, num_threads(),
         )  # fmt: skip
         return q
@@ -63,7 +64,7 @@ def write_kv(
         qkv_NKE,
         cos,
         sin,
-        k_pages_PSGE,
+        k_pages,
         v_pages_PSGE,
         slot_N,
         heads=heads,
@@ -78,7 +79,7 @@ def write_kv_reference(
     qkv_NKE: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_pages_PSGE: Tensor,
+    k_pages: Tensor,
     v_pages_PSGE: Tensor,
     slot_N: Tensor,
     *,
@@ -89,15 +90,19 @@ def write_kv_reference(
     norm_offset: float | None = None,
 ) -> Tensor:
     """Compute `write_kv` in plain torch."""
-    page_size, kv_heads = k_pages_PSGE.shape[1:3]
+    page_size, kv_heads = v_pages_PSGE.shape[1:3]
     q, k, v = torch.split(qkv_NKE, [heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
         q = rms_norm_reference(q, q_norm, eps, offset=norm_offset)
         k = rms_norm_reference(k, k_norm, eps, offset=norm_offset)
     kept = slot_N >= 0
-    place = torch.div(slot_N[kept], page_size, rounding_mode="floor"), slot_N[kept] % page_size
-    k_pages_PSGE[place] = rotary(k, cos, sin)[kept]
-    v_pages_PSGE[place] = v[kept]
+    page, offset = torch.div(slot_N[kept], page_size, rounding_mode="floor"), slot_N[kept] % page_size
+    keys = rotary(k, cos, sin)[kept]
+    if k_pages.ndim == 5:
+        k_pages[page, :, :, offset] = keys.reshape(*keys.shape[:2], -1, numbers_per_cell(keys.dtype))
+    else:
+        k_pages[page, offset] = keys
+    v_pages_PSGE[page, offset] = v[kept]
     return rotary(q, cos, sin).contiguous()
 
 
@@ -125,18 +130,22 @@ def _check(
     qkv_NKE: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_pages_PSGE: Tensor,
+    k_pages: Tensor,
     v_pages_PSGE: Tensor,
     slot_N: Tensor,
     heads: int,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
 ) -> None:
-    kv_heads, width = k_pages_PSGE.shape[2:]
-    rows = qkv_NKE.shape[0]
-    same = k_pages_PSGE.shape == v_pages_PSGE.shape and k_pages_PSGE.stride() == v_pages_PSGE.stride()
-    if not same or not qkv_NKE.dtype == k_pages_PSGE.dtype == v_pages_PSGE.dtype:
-        raise ValueError("write_kv: pages of keys and values must agree in shape, strides and dtype, and qkv in dtype")
+    P, S, kv_heads, width = v_pages_PSGE.shape
+    rows, in_cell = qkv_NKE.shape[0], numbers_per_cell(qkv_NKE.dtype)
+    as_rows = k_pages.shape == v_pages_PSGE.shape and k_pages.stride() == v_pages_PSGE.stride()
+    packed = k_pages.shape == (P, kv_heads, width // in_cell, S, in_cell)
+    if not (as_rows or packed) or not qkv_NKE.dtype == k_pages.dtype == v_pages_PSGE.dtype:
+        raise ValueError(
+            "write_kv: pages of keys, as rows or packed, and values must agree in shape, strides and dtype, and qkv in "
+            "dtype"
+        )
     if qkv_NKE.shape[1:] != (heads + 2 * kv_heads, width) or width % 2:
         raise ValueError(
             f"write_kv: qkv must be [N, {heads} + 2 * {kv_heads}, {width}], of even width, not {tuple(qkv_NKE.shape)}"

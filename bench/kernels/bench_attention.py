@@ -22,6 +22,7 @@ from torch import Tensor
 
 from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, build_segment_table, paged_attention
 from genssd.kernels.device_table import DeviceTable
+from genssd.kernels.packed_keys import pack_keys
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
@@ -86,7 +87,8 @@ def genssd(step: Step, unit_rows: int, segment: int = SEGMENT_TOKENS[DEVICE.type
         page_size=PAGE, segment=segment, unit_rows=unit_rows,
     )  # fmt: skip
     device_table = DeviceTable.upload(table, DEVICE) if GPU else table
-    return lambda: paged_attention(step.q, step.kv[0], step.kv[1], device_table, scale=WIDTH**-0.5)
+    k = step.kv[0] if GPU else pack_keys(step.kv[0])
+    return lambda: paged_attention(step.q, k, step.kv[1], device_table, scale=WIDTH**-0.5)
 
 
 def eager(step: Step) -> Callable[[], Tensor]:

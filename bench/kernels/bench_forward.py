@@ -29,6 +29,7 @@ from genssd.kernels.attention_mass import attention_mass, attention_mass_referen
 from genssd.kernels.cache import copy_pages, copy_pages_reference, write_kv
 from genssd.kernels.experts import ExpertWeights, expert_mlp, expert_mlp_reference, route
 from genssd.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm_reference
+from genssd.kernels.packed_keys import split_layer, unpack_keys
 from genssd.kernels.rotary import rotary
 from genssd.kernels.weight import pack_weight
 
@@ -145,7 +146,8 @@ class Write:
 @pytest.mark.parametrize("implementation", ["genssd", "eager"])
 def test_write_kv(benchmark: BenchmarkFixture, limits: DeviceLimits, implementation: str, rows: int) -> None:
     """Time the norms of the heads, the rotation and the write into the cache: qkv read once and written once."""
-    k_pages, v_pages = torch.zeros(2, PAGES, PAGE, KV_HEADS, HEAD, device=DEVICE, dtype=DTYPE)
+    pages = torch.zeros(2, PAGES, PAGE, KV_HEADS, HEAD, device=DEVICE, dtype=DTYPE)
+    k_pages, v_pages = split_layer(pages) if implementation == "genssd" else pages
     angle = normal(rows, HEAD // 2).float()
     slot = torch.randperm(PAGES * PAGE, device=DEVICE)[:rows]
     qkv = normal(rows, HEADS + 2 * KV_HEADS, HEAD)
@@ -154,7 +156,8 @@ def test_write_kv(benchmark: BenchmarkFixture, limits: DeviceLimits, implementat
     normed = rms_norm_reference(qkv[:, :-KV_HEADS].double(), write.norm.double(), EPS)
     exact = rotary(normed, write.cos, write.sin)
     assert_close(run(), exact[:, :HEADS], TOLERANCE)
-    assert_close(k_pages.flatten(0, 1)[slot], exact[:, HEADS:], TOLERANCE)
+    keys = unpack_keys(k_pages, HEAD) if k_pages.ndim == 5 else k_pages
+    assert_close(keys.flatten(0, 1)[slot], exact[:, HEADS:], TOLERANCE)
     assert torch.equal(v_pages.flatten(0, 1)[slot], qkv[:, -KV_HEADS:])
     measure(benchmark, limits, run, group=f"write-kv {rows} rows", flops=0.0, num_bytes=2 * qkv.nbytes)
 

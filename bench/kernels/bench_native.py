@@ -16,6 +16,7 @@ from torch import Tensor
 
 from genssd.kernels.attention import SEGMENT_TOKENS, build_segment_table, paged_attention
 from genssd.kernels.linear import linear
+from genssd.kernels.packed_keys import pack_keys
 from genssd.kernels.sampling import gumbel_noise, gumbel_reference, keep_likely, sample
 
 
@@ -63,8 +64,10 @@ def test_decode_attention(benchmark: BenchmarkFixture, which: str, branches: int
         unit_rows=32,
     )
 
+    packed = pack_keys(k)
+
     def run_native() -> Tensor:
-        return paged_attention(q, k, v, table, scale=width**-0.5)
+        return paged_attention(q, packed, v, table, scale=width**-0.5)
 
     def run_eager() -> Tensor:
         return gather_and_attend(q, k, v, torch.from_numpy(tables).long(), prefix + 1)

@@ -1,6 +1,6 @@
 """Products of the native CPU kernels on every instruction set of this processor, beside torch and the limit.
 
-    python -m bench.kernels.cpu_products [--threads 1] [--rounds 5] [--json FILE]
+    python -m bench.kernels.cpu_products [--threads 1] [--rounds 5] [--small] [--json FILE]
 
 Times bf16 products of a model's layers and a pass over a head, for 1 to 1024 rows, with packed weights. The
 implementations of a row alternate, and each value is the median over the rounds. `share_of_limit` is the fraction of
@@ -32,6 +32,8 @@ LAYERS = ((1024, 3072), (3072, 1024), (4096, 1024), (1024, 8192))
 """(inputs, outputs) of the products."""
 HEAD = (1024, 32768)
 """(inputs, vocabulary) of the scoring pass."""
+SMALL = (1, 16), ((64, 96),), (64, 300)
+"""Rows, layers and head of --small."""
 LEAST_SECONDS = 0.02
 """Seconds that a measurement takes at least; short calls are repeated."""
 
@@ -102,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="number of threads of every implementation")
     parser.add_argument("--rounds", type=int, default=5, help="number of measurements of each implementation")
+    parser.add_argument("--small", action="store_true", help="multiply tiny matrices, to check the program")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -109,8 +112,9 @@ def main() -> None:
     limits = {"registers": instruction_flops(options.threads), "cache": instruction_flops(options.threads, "cache")}
     limit = limits["cache"] or limits["registers"]
     results = []
-    for operator, inputs, outputs in [*(("linear", *layer) for layer in LAYERS), ("score", *HEAD)]:
-        for rows in ROWS:
+    row_counts, layers, head = SMALL if options.small else (ROWS, LAYERS, HEAD)
+    for operator, inputs, outputs in [*(("linear", *layer) for layer in layers), ("score", *head)]:
+        for rows in row_counts:
             measured = measure(
                 operator, inputs, outputs, rows, sets=sets, rounds=options.rounds, limit=limit
             )  # fmt: skip

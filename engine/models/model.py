@@ -34,6 +34,7 @@ from genssd.kernels.cache import write_kv
 from genssd.kernels.experts import expert_mlp, route
 from genssd.kernels.linear import linear
 from genssd.kernels.norm import add_rms_norm, rms_norm
+from genssd.kernels.packed_keys import split_layer
 from genssd.kernels.rotary import rope_frequencies, rotary_angles
 from genssd.kernels.weight import Weight, pack_weight, select_rows
 
@@ -165,8 +166,8 @@ class Decoder:
 
         They are divided by the family's divisor of the logits where it has one. Of a batch with `output_M`, only the
         states of these tokens, [M, D]; the others are computed up to the keys and values of the last layer. ids_N:
-        int64. batch: where each token lies, and what it reads. kv: [L, 2, P, S, G, E]. observed: a list that the
-        outputs of the last layer's up projection, [N, F], or [M, F], are appended to.
+        int64. batch: where each token lies, and what it reads. kv: that of a PagePool, [L, 2, P, S, G, E]. observed: a
+        list that the outputs of the last layer's up projection, [N, F], or [M, F], are appended to.
         """
         c = self.config
         angles = {rope: rotary_angles(batch.position_N, *pair) for rope, pair in self.frequencies.items()}
@@ -231,7 +232,7 @@ class Decoder:
             qkv = torch.cat([self._norm(q, q_norm), self._norm(k, k_norm), v], dim=1)
             q_norm = k_norm = None
         cos, sin = angles[layer.rope]
-        k_pages, v_pages = cache
+        k_pages, v_pages = split_layer(cache)
         q = write_kv(
             qkv.view(len(h_ND), qkv.shape[1] // c.head_dim, c.head_dim),
             cos,

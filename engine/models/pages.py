@@ -55,8 +55,9 @@ class CachedModel(Protocol):
 class PagePool(PageList):
     """The owner of `kv`, [L, 2, P, S, G, E]: pages that hold the keys and values of their tokens.
 
-    On a GPU `kv` is a view of memory in the order [L, 2, P, G, S, E], in which the tokens of a page and head are
-    contiguous.
+    On a CPU the memory of a page of keys is packed for the native kernels, as `split_layer` of kernels/packed_keys.py
+    views it; only the kernels that write and read a page know that, because a page is copied as a whole. On a GPU `kv`
+    is a view of memory in the order [L, 2, P, G, S, E], in which the tokens of a page and head are contiguous.
     """
 
     def __init__(self, kv_L2PSGE: Tensor) -> None:

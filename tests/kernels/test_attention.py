@@ -16,6 +16,7 @@ from torch import Tensor
 
 from genssd import _core
 from genssd.kernels.attention import SegmentTable, build_segment_table, paged_attention, paged_attention_reference
+from genssd.kernels.packed_keys import pack_keys
 
 HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Inputs are exact: the result is rounded, to so much, and so is every weight."""
@@ -33,7 +34,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def ours(problem: Problem, table: SegmentTable | None = None, **options: Any) -> Tensor:
     table = problem.table(window=options.pop("window", 0)) if table is None else table
-    return paged_attention(problem.q, problem.k_pages, problem.v_pages, table, scale=0.25, **options)
+    return paged_attention(problem.q, problem.packed_keys, problem.v_pages, table, scale=0.25, **options)
 
 
 def assert_near(out: Tensor, truth: Tensor, sizes: Tensor) -> None:
@@ -126,7 +127,7 @@ def test_a_prefix_of_32k_tokens(dtype: torch.dtype) -> None:
         tables, np.arange(4, dtype=np.int32), first, np.ones(4, np.int32), page_size=16, segment=256
     )
     assert len(table.items) == pages * page // 256 + 1 + 4, "a shared segment is read once; the first is cut in half"
-    out = paged_attention(q, k, v, table, scale=0.25)
+    out = paged_attention(q, pack_keys(k), v, table, scale=0.25)
     for n, last in enumerate(first.tolist()):
         keys, values = (x[tables[n]].flatten(0, 1)[: last + 1, 0].double() for x in (k, v))
         weights = (q[n].double() @ keys.T * 0.25).softmax(-1)
@@ -241,6 +242,26 @@ def test_the_page_layout_changes_no_bit(tree: Callable[..., Problem]) -> None:
         assert torch.equal(ours(tree(**other)), one)
 
 
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("head_dim", [16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_keys_in_place_copied_or_gathered_give_the_same_bits(dtype: torch.dtype, head_dim: int) -> None:
+    """Pages of a multiple of 16 keys are read in place by few rows and copied for many; others are gathered. What lies
+    after the keys in the last page is NaN."""
+
+    def attend(page: int, rows: int) -> Tensor:
+        problem = build([list(range(175))], [rows], page_size=page, dtype=dtype, head_dim=head_dim)
+        problem.q = torch.randn(40, 4, head_dim, generator=torch.Generator().manual_seed(3)).to(dtype)[-rows:]
+        return ours(problem, problem.table(segment=64))
+
+    many = attend(1, 40)
+    assert bool(many.isfinite().all())
+    for page in (2, 16, 32, 64):
+        assert torch.equal(attend(page, 40), many)
+    for page in (4, 16, 32, 64):
+        assert torch.equal(attend(page, 1), many[-1:])
+
+
 @NATIVE
 def test_how_many_rows_read_together_changes_no_bit(tree: Callable[..., Problem]) -> None:
     problem = tree()
@@ -316,7 +337,7 @@ def test_rows_that_see_only_minus_infinity_are_never_nan(attend: Callable[..., T
         problem.k_pages[problem.tables[0, :5]] = finite
         problem.k_pages[problem.tables[0, list(banned)]] = -torch.inf
         for sinks in (None, torch.tensor([1.0, -torch.inf])):
-            out = attend(problem.q, problem.k_pages, problem.v_pages, table, scale=0.25, sinks_H=sinks)
+            out = attend(problem.q, problem.packed_keys, problem.v_pages, table, scale=0.25, sinks_H=sinks)
             assert bool(out.isfinite().all())
             if len(banned) == 5:
                 assert torch.equal(out, torch.zeros_like(out))
@@ -345,7 +366,7 @@ def test_no_rows_give_an_empty_result() -> None:
     table = build_segment_table(np.zeros((1, 1), np.int32), none, none, none, page_size=4, segment=8)
     pages = torch.zeros(1, 4, 2, 16)
     for attend in (paged_attention, paged_attention_reference):
-        assert attend(torch.empty(0, 4, 16), pages, pages, table, scale=1.0).shape == (0, 4, 16)
+        assert attend(torch.empty(0, 4, 16), pack_keys(pages), pages, table, scale=1.0).shape == (0, 4, 16)
 
 
 @pytest.mark.parametrize(
@@ -385,12 +406,20 @@ def test_a_table_of_wide_integers_is_refused() -> None:
 
 WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
     "rows": (lambda p: {"q_NHE": p.q[:-1]}, r"q must be \[3, \*, \*\]|does not fit"),
-    "head dim": (lambda p: {"q_NHE": p.q[..., :8]}, "k_pages must be|does not fit"),
+    "head dim": (lambda p: {"q_NHE": p.q[..., :8]}, "v_pages must be|does not fit"),
     "heads": (lambda p: {"q_NHE": p.q[:, :3]}, "multiple of the number of kv heads|does not fit"),
-    "page size": (lambda p: {"k_pages_PSGE": p.k_pages[:, :2]}, "k_pages must be|must agree"),
-    "values": (lambda p: {"v_pages_PSGE": p.v_pages[:-1]}, "v_pages must be|must agree"),
-    "pool": (lambda p: {"k_pages_PSGE": p.k_pages[:1], "v_pages_PSGE": p.v_pages[:1]}, "outside the pool|more than"),
-    "dtype": (lambda p: {"k_pages_PSGE": p.k_pages.bfloat16()}, "one dtype"),
+    "page size": (lambda p: {"k_pages": pack_keys(p.k_pages[:, :2])}, "k_pages must be|must agree"),
+    "half": (
+        lambda p: {"k_pages": p.packed_keys.view(*p.packed_keys.shape[:2], 8, 4, 2)},
+        "k_pages must be|must agree",
+    ),
+    "order": (lambda p: {"k_pages": p.packed_keys.transpose(1, 2)}, "k_pages must be|must agree"),
+    "values": (lambda p: {"v_pages_PSGE": p.v_pages[:-1]}, "k_pages must be|must agree"),
+    "pool": (
+        lambda p: {"k_pages": p.packed_keys[:1], "v_pages_PSGE": p.v_pages[:1]},
+        "outside the pool|more than",
+    ),
+    "dtype": (lambda p: {"k_pages": p.packed_keys.double()}, "one dtype"),
     "sinks": (lambda p: {"sinks_H": torch.zeros(3)}, "sinks must be"),
     "sinks dtype": (lambda p: {"sinks_H": torch.zeros(4, dtype=torch.float64)}, "sinks must be float32"),
 }
@@ -401,7 +430,7 @@ WRONG: dict[str, tuple[Callable[[Problem], dict[str, Any]], str]] = {
 def test_a_call_that_would_read_outside_is_refused(case: str, attend: Callable[..., Tensor]) -> None:
     problem = build([list(range(9)), list(range(50, 56))], [1, 2])
     change, message = WRONG[case]
-    given = {"q_NHE": problem.q, "k_pages_PSGE": problem.k_pages, "v_pages_PSGE": problem.v_pages, **change(problem)}
+    given = {"q_NHE": problem.q, "k_pages": problem.packed_keys, "v_pages_PSGE": problem.v_pages, **change(problem)}
     with pytest.raises(ValueError, match=message):
         attend(table=problem.table(), scale=1.0, **given)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genssd.kernels.cache import copy_pages, write_kv
+from genssd.kernels.packed_keys import pack_keys, split_layer, unpack_keys
 
 HEADS, KV_HEADS, WIDTH, PAGES, PAGE = 6, 2, 10, 5, 4
 SLOTS = [19, 0, -1, 7, 8, 3, -1, 12]
@@ -22,7 +23,7 @@ def inputs(dtype: torch.dtype = torch.float64, rotated: int = WIDTH) -> dict[str
         "qkv_NKE": torch.randn(rows, HEADS + 2 * KV_HEADS, WIDTH, generator=generator).to(dtype),
         "cos": 1.5 * angle.cos(),
         "sin": 1.5 * angle.sin(),
-        "k_pages_PSGE": torch.full((PAGES, PAGE, KV_HEADS, WIDTH), 7.0, dtype=dtype),
+        "k_pages": torch.full((PAGES, PAGE, KV_HEADS, WIDTH), 7.0, dtype=dtype),
         "v_pages_PSGE": torch.full((PAGES, PAGE, KV_HEADS, WIDTH), 7.0, dtype=dtype),
         "slot_N": torch.tensor(SLOTS),
         "heads": HEADS,
@@ -46,7 +47,7 @@ def test_rows_are_normed_rotated_and_put_into_their_slots(normed: bool, rotated:
     q = write_kv(**given, q_norm=norms[0], k_norm=norms[1])
     assert q.is_contiguous()
     untouched = torch.ones(PAGES * PAGE, dtype=torch.bool)
-    k_slots, v_slots = given["k_pages_PSGE"].flatten(0, 1), given["v_pages_PSGE"].flatten(0, 1)
+    k_slots, v_slots = given["k_pages"].flatten(0, 1), given["v_pages_PSGE"].flatten(0, 1)
     for row, slot in enumerate(SLOTS):
         of_row, cos, sin = given["qkv_NKE"][row], given["cos"][row], given["sin"][row]
         for head in range(HEADS):
@@ -61,12 +62,40 @@ def test_rows_are_normed_rotated_and_put_into_their_slots(normed: bool, rotated:
     assert bool((v_slots[untouched] == 7).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_packed_keys_hold_the_numbers_of_the_rows(dtype: torch.dtype) -> None:
+    """Number e of the key in a slot is in cell e // v, beside the same number of its neighbours in the page."""
+    rows, packed = inputs(dtype), inputs(dtype)
+    packed["k_pages"], packed["v_pages_PSGE"] = split_layer(
+        torch.stack((torch.full_like(rows["k_pages"], 7.0), packed["v_pages_PSGE"]))
+    )
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(write_kv(**packed), write_kv(**rows), **close)
+    v = 2 if dtype == torch.bfloat16 else 1
+    assert packed["k_pages"].shape == (PAGES, KV_HEADS, WIDTH // v, PAGE, v)
+    for page in range(PAGES):
+        for offset in range(PAGE):
+            for e in range(WIDTH):
+                number = packed["k_pages"][page, :, e // v, offset, e % v]
+                torch.testing.assert_close(number, rows["k_pages"][page, offset, :, e], **close)
+    assert torch.equal(packed["v_pages_PSGE"], rows["v_pages_PSGE"])
+    assert torch.equal(packed["k_pages"] == 7, pack_keys(rows["k_pages"]) == 7), "other slots keep what they held"
+
+
+def test_packing_keeps_every_number_and_fills_up_with_zeros() -> None:
+    for dtype, width in ((torch.bfloat16, 7), (torch.bfloat16, 8), (torch.float32, 7), (torch.float16, 1)):
+        keys = torch.randn(3, 4, 2, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+        packed = pack_keys(keys)
+        assert torch.equal(unpack_keys(packed, width), keys)
+        assert packed.count_nonzero() == keys.count_nonzero()
+
+
 def test_pages_may_be_a_view() -> None:
     given, spread = inputs(), inputs()
-    for name in ("k_pages_PSGE", "v_pages_PSGE"):
+    for name in ("k_pages", "v_pages_PSGE"):
         spread[name] = torch.full((PAGES, PAGE, 2 * KV_HEADS, WIDTH), 7.0).double()[:, :, ::2]
     assert torch.equal(write_kv(**given), write_kv(**spread))
-    assert torch.equal(given["k_pages_PSGE"], spread["k_pages_PSGE"])
+    assert torch.equal(given["k_pages"], spread["k_pages"])
 
 
 @pytest.mark.parametrize(
@@ -74,6 +103,8 @@ def test_pages_may_be_a_view() -> None:
     [
         ({"heads": 5}, r"qkv must be \[N, 5 \+ 2 \* 2, 10\]"),
         ({"v_pages_PSGE": torch.zeros(PAGES, PAGE, KV_HEADS, WIDTH)}, "must agree"),
+        ({"k_pages": torch.zeros(PAGES, KV_HEADS, PAGE, WIDTH, 1).double()}, "must agree"),
+        ({"k_pages": torch.zeros(PAGES, KV_HEADS, WIDTH // 2, PAGE, 2).double()}, "must agree"),
         ({"cos": torch.zeros(8, WIDTH)}, r"cos and sin must be float32 \[8, up to 5\], not \[8, 10\] and \[8, 5\]"),
         ({"cos": torch.zeros(8, 0), "sin": torch.zeros(8, 0)}, "cos and sin must be float32"),
         ({"sin": torch.zeros(8, WIDTH // 2).double()}, "cos and sin must be float32"),

@@ -18,6 +18,7 @@ from genssd.kernels.cache import write_kv, write_kv_reference
 from genssd.kernels.linear import linear
 from genssd.kernels.logprob import NonFiniteLogits, linear_logprob
 from genssd.kernels.norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from genssd.kernels.packed_keys import split_layer, unpack_keys
 from genssd.kernels.sampling import gumbel_noise, keep_likely, linear_sample, sample
 from genssd.kernels.weight import PackedWeight, pack_weight, select_rows
 
@@ -27,7 +28,7 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 each_dtype = pytest.mark.parametrize(
     ("instructions", "dtype"),
-    # tiles are for bfloat16 alone; the rest of amx_model is that of avx512_bf16
+    # tiles are for bfloat16 alone; the rest of amx_model is that of the sets with AVX-512
     [(name, dtype) for name in SETS for dtype in DTYPES if name != "amx_model" or dtype == torch.bfloat16],
     indirect=["instructions"],
     ids=str,
@@ -260,7 +261,8 @@ def test_cache_writes_equal_the_reference(
     norms_and_offset: dict[str, Any] = {**norms, "norm_offset": offset}
     slot = torch.tensor([5, -1, 0, 11, -3, 7])
     pages = torch.full((2, 2, 3, 4, kv_heads, width), torch.nan, dtype=dtype)
-    q = write_kv(qkv, angle.cos(), angle.sin(), pages[0, 0], pages[0, 1], slot, heads=heads, **norms_and_offset)
+    k, v = split_layer(pages[0])
+    q = write_kv(qkv, angle.cos(), angle.sin(), k, v, slot, heads=heads, **norms_and_offset)
     wide = pages[1].double()
     norms_and_offset |= {name: norm.double() for name, norm in norms.items()}
     exact = write_kv_reference(
@@ -270,7 +272,8 @@ def test_cache_writes_equal_the_reference(
         assert torch.equal(q[..., rotated:], qkv[:, :heads, rotated:])
     close: dict[str, Any] = {"rtol": 6 * ROUNDING[dtype], "atol": 12 * ROUNDING[dtype], "equal_nan": True}
     torch.testing.assert_close(q.double(), exact, **close)
-    torch.testing.assert_close(pages[0].double(), wide, **close)
+    torch.testing.assert_close(unpack_keys(k, width).double(), wide[0], **close)
+    torch.testing.assert_close(v.double(), wide[1], **close)
 
 
 def test_special_values_keep_their_meaning() -> None:

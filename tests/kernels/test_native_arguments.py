@@ -68,13 +68,18 @@ CALLS: dict[str, tuple[Callable[..., None], list[Any]]] = {
     "weighted_sum": (_core.weighted_sum, [empty(5, 8), empty(3, 2, dtype=LONG), empty(3, 2), empty(3, 8), 1]),
     "write_kv": (
         _core.write_kv,
-        [empty(3, 4, 8), empty(3, 4), empty(3, 4), empty(2, 4, 1, 8), empty(2, 4, 1, 8), empty(3, dtype=LONG), empty(8),
-         empty(8), 1e-6, None, empty(3, 2, 8), 1],
+        [empty(3, 4, 8), empty(3, 4), empty(3, 4), empty(2, 1, 8, 4, 1), empty(2, 4, 1, 8), empty(3, dtype=LONG),
+         empty(8), empty(8), 1e-6, None, empty(3, 2, 8), 1],
+    ),
+    "write_kv, pairs": (
+        _core.write_kv,
+        [empty(3, 4, 8, dtype=HALF), empty(3, 4), empty(3, 4), empty(2, 1, 4, 4, 2, dtype=HALF),
+         empty(2, 4, 1, 8, dtype=HALF), empty(3, dtype=LONG), None, None, 1e-6, None, empty(3, 2, 8, dtype=HALF), 1],
     ),
     "write_kv, rotated in part": (
         _core.write_kv,
-        [empty(3, 4, 8), empty(3, 3), empty(3, 3), empty(2, 4, 1, 8), empty(2, 4, 1, 8), empty(3, dtype=LONG), None,
-         None, 1e-6, None, empty(3, 2, 8), 1],
+        [empty(3, 4, 8), empty(3, 3), empty(3, 3), empty(2, 1, 8, 4, 1), empty(2, 4, 1, 8), empty(3, dtype=LONG),
+         None, None, 1e-6, None, empty(3, 2, 8), 1],
     ),
     "copy_pages": (_core.copy_pages, [empty(2, 2, 5, 4, 1, 8), empty(3, dtype=LONG), torch.tensor([2, 3, 4]), 1]),
     "rotary_angles": (_core.rotary_angles, [empty(3, dtype=INT), empty(4), 1.0, empty(3, 4), empty(3, 4), 1]),

@@ -34,7 +34,7 @@ SETS = _core.instruction_sets()
 SMALLEST = Fraction(1, 2**126)
 """Smallest normal number of float32 and of bfloat16."""
 
-needs_model = pytest.mark.skipif("amx_model" not in SETS, reason="the model is for processors with AVX512_BF16")
+needs_model = pytest.mark.skipif("amx_model" not in SETS, reason="the model is for processors with AVX-512")
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_a_value_that_a_row_does_not_see_changes_no_bit() -> None:
 
     def attend(window: int = 0) -> Tensor:
         seen = problem.table(segment=128, window=window) if window else table
-        return paged_attention(problem.q, problem.k_pages, problem.v_pages, seen, scale=0.25)
+        return paged_attention(problem.q, problem.packed_keys, problem.v_pages, seen, scale=0.25)
 
     plain, windowed = attend(), attend(window=70)
     for place, value in ((299, torch.nan), (161, torch.inf), (33, torch.nan)):
@@ -126,7 +126,7 @@ def test_rounded_weights_cost_what_the_bound_says() -> None:
     """The weights of attention are rounded to bfloat16, each by at most 2^-8 of itself; sums are in float32."""
     _core.use_instruction_set("amx_model")
     problem = build([list(range(700))], [40], page_size=16, dtype=torch.bfloat16, heads=4, kv_heads=2, head_dim=48)
-    out = paged_attention(problem.q, problem.k_pages, problem.v_pages, problem.table(segment=256), scale=0.25)
+    out = paged_attention(problem.q, problem.packed_keys, problem.v_pages, problem.table(segment=256), scale=0.25)
     truth, sizes = (problem.truth(scale=0.25, sizes=s) for s in (False, True))
     assert bool(((out.double() - truth).abs() <= 2.0**-8 * (truth.abs() + sizes)).all())
 
@@ -163,12 +163,13 @@ def test_no_kernel_reads_past_its_tensors(instructions: str, dtype: torch.dtype)
             target = outputs - 1 - torch.arange(rows) % outputs  # the last columns, of which only a vector is read
             linear_logprob(guarded_copy(x), weight, guarded_copy(target), bias=guarded_copy(bias), topk=1)
             linear_sample(guarded_copy(x), weight, guarded_copy(target), bias=guarded_copy(bias))
-    for length, head_dim in ((1, 8), (33, 24), (65, 64)):
-        problem = build([list(range(length))], [length], page_size=1, dtype=dtype, head_dim=head_dim)
-        used = [problem.tables[0, i] for i in range(length)]
+    for length, head_dim, page in ((1, 8, 1), (33, 24, 1), (65, 64, 1), (33, 24, 16), (65, 64, 16), (48, 40, 16)):
+        problem = build([list(range(length))], [length], page_size=page, dtype=dtype, head_dim=head_dim)
+        count = -(-length // page)
+        used = problem.tables[0, :count].tolist()
         order = torch.tensor([p for p in range(len(problem.k_pages)) if p not in used] + used)
-        problem.tables[0, :length] = np.arange(len(order) - length, len(order))  # the last token is on the last page
-        k, v = (guarded_copy(pages[order]) for pages in (problem.k_pages, problem.v_pages))
+        problem.tables[0, :count] = np.arange(len(order) - count, len(order))  # the last token is on the last page
+        k, v = (guarded_copy(pages[order]) for pages in (problem.packed_keys, problem.v_pages))
         out = paged_attention(guarded_copy(problem.q), k, v, problem.table(segment=32), scale=0.25)
         assert bool(out.isfinite().all())
 
@@ -207,7 +208,7 @@ def outputs_of(instructions: str, *, emulated: bool) -> dict[str, list[str]]:
         outs = []
         for value in (0.5, torch.nan):  # with a NaN, the values of every row are masked by themselves
             problem.v_pages[problem.tables[0, 2], 3] = value
-            outs.append(paged_attention(problem.q, problem.k_pages, problem.v_pages, table, scale=0.25))
+            outs.append(paged_attention(problem.q, problem.packed_keys, problem.v_pages, table, scale=0.25))
         results[f"attention {length} {count} {window}"] = [digest(out) for out in outs]
     return results
 
@@ -233,6 +234,7 @@ print(json.dumps([counts, test_tiles.outputs_of("amx", emulated=True)]))
 @needs_model
 @pytest.mark.source
 @pytest.mark.skipif("amx" in SETS, reason="this processor has the instructions")
+@pytest.mark.skipif("avx512_bf16" not in SETS, reason="the set amx rounds with the instructions of AVX512_BF16")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the emulator needs a C++ compiler")
 def test_the_instructions_give_the_bits_of_the_model(tmp_path: Path) -> None:
     """The compiled instructions, read byte by byte, do what the model does, and no more of them than expected."""

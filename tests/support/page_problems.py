@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genssd.kernels.attention import SegmentTable, build_segment_table
+from genssd.kernels.packed_keys import pack_keys
 
 PROMPT = 1000
 """Smallest name of a token in a random tree; every token of a tree has a name of its own."""
@@ -30,13 +31,18 @@ class Problem:
     q: Tensor
     """[sum of rows, H, E]."""
     k_pages: Tensor
-    """[pages, page size, G, E]."""
+    """[pages, page size, G, E], as rows; see packed_keys."""
     v_pages: Tensor
     """[pages, page size, G, E]."""
     tables: np.ndarray
     """Page numbers of every sequence, int32 [sequences, pages]."""
     vectors: dict[int, Tensor]
     """Key and value of every name, [2, G, E], rounded to the dtype of the pages."""
+
+    @property
+    def packed_keys(self) -> Tensor:
+        """The pages of keys as a CPU's cache holds them and the native kernels read them."""
+        return pack_keys(self.k_pages)
 
     def table(
         self, *, window: int = 0, segment: int = 8, unit_rows: int = 64, keep: Sequence[int] = ()

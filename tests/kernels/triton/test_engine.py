@@ -97,6 +97,7 @@ def choose_experts(
 
 OPERATORS = {
     "triton": {
+        "split_layer": tuple,  # keys as rows, which the Triton kernels read
         "paged_attention": attend,
         "write_kv": write,
         "rms_norm": rms_norm_rows,
