@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path as FilePath
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ from genssd.engine.errors import InputError
 from genssd.engine.language_model import LanguageModel
 from genssd.engine.model_choices import Role
 from genssd.engine.page_list import PageList
+from genssd.engine.side_stream import SideStream
 from genssd.engine.tree import BranchTree, Path
 from genssd.engine.usage import Usage
 
@@ -67,6 +69,18 @@ class Runner(ABC, Generic[P]):
         self.threads = threads
         """Number of threads that compute; None for the default of `threads.effective_threads`."""
         self._usage = usage or Usage()
+        self.side: SideStream | None = None
+        """The CUDA stream beside that of all other work, on which the model reads candidates; None for no such one."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Return a context in which the model works on its side stream, where it has one."""
+        return nullcontext() if self.side is None else self.side.enter()
+
+    def share(self, states: Tensor) -> Tensor:
+        """Return hidden states that may be read on either stream, however long the one that made them takes."""
+        if self.side is not None:
+            self.side.share(states)
+        return states
 
     @property
     def longest_piece(self) -> int:
@@ -124,7 +138,7 @@ class Runner(ABC, Generic[P]):
                 rows += len(piece)
         if batch:
             self._forward(paths, batch, hidden)
-        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in hidden]
+        return [self.share(parts[0] if len(parts) == 1 else torch.cat(parts)) for parts in hidden]
 
     @abstractmethod
     def run_observed(self, prepared: P, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
