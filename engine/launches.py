@@ -57,6 +57,7 @@ def _choices(decoder: LanguageModel) -> list[tuple[tune_file.Configuration, bool
     from genssd.kernels.attention_launch_triton import AttentionConfiguration
     from genssd.kernels.attention_launch_triton import choose_configuration as choose_attention
     from genssd.kernels.draw_triton import DrawTiling, choose_draw_tiling
+    from genssd.kernels.filter_triton import FilterTiles, choose_filter_tiles
     from genssd.kernels.head_triton import HeadConfiguration, choose_configuration
 
     device, dtype = decoder.device, decoder.dtype
@@ -71,6 +72,9 @@ def _choices(decoder: LanguageModel) -> list[tuple[tune_file.Configuration, bool
         values = choose_draw_tiling(device, vocabulary, rows).values()
         tiling = tuned.find("draw", torch.float32, head[:1], device, rows, DrawTiling.from_values)
         choices.append((values, tiling is not None))
+        filters = choose_filter_tiles(device, vocabulary, rows).values()
+        tiles = tuned.find("filter", torch.float32, head[:1], device, rows, FilterTiles.from_values)
+        choices.append((filters, tiles is not None))
     heads = decoder.attention_heads
     if heads is None:
         return choices

@@ -285,6 +285,7 @@ def make_workloads(models: Sequence[tuple[torch.dtype, ModelConfig]], device: to
     """Return the workloads of models on a CUDA device, each problem once."""
     # imported here, because Triton need not be installed where there is no GPU
     from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
+    from genssd.kernels.filter_candidates_triton import FilterWorkload
 
     properties = Device.of(device)
     workloads: dict[Problem, Workload] = {}
@@ -294,6 +295,7 @@ def make_workloads(models: Sequence[tuple[torch.dtype, ModelConfig]], device: to
         listed: tuple[Workload, ...] = (
             *(HeadWorkload(operator, *head) for operator in tune_file.HEAD_OPERATORS),
             DrawWorkload(properties, config.vocab_size),
+            FilterWorkload(properties, config.vocab_size),
             AttentionWorkload(properties, dtype, heads, PAGE_SIZE["cuda"]),
         )
         for workload in listed:

@@ -7,7 +7,7 @@ The file is JSON. An entry is the result for one operator and one shape on one c
      "deterministic": {"1..64": {"block_n": 64, ...}, "65..128": ..., "129..512": ..., "513..": ...},
      "fastest": {...}, "microseconds": {...}}
 
-Shapes: score and logits [vocabulary, model width], draw [vocabulary], attention [heads, kv heads, head dim].
+Shapes: score and logits [vocabulary, model width], draw and filter [vocabulary], attention [heads, kv heads, head dim].
 A configuration may decide the last bits of a result. So `deterministic` holds configurations that agree in everything
 that does, for every number of rows, and `fastest` the fastest ones for each class of numbers of rows.
 tuned.py looks configurations up.
@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Operator = Literal["score", "logits", "draw", "attention"]
-"""Kernels that are tuned: statistics of targets, logits of a head, the pass over logits that draws, paged attention."""
+Operator = Literal["score", "logits", "draw", "filter", "attention"]
+"""Kernels that are tuned: statistics of targets, logits of a head, the pass over logits that draws, the passes that
+filter logits and draw, paged attention."""
 Configuration = Mapping[str, int]
 """Values of one launch configuration by name; some are booleans."""
 

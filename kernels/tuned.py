@@ -38,6 +38,7 @@ BIT_FIELDS: Mapping[Operator, tuple[str, ...] | None] = {
     "score": ("block_v", "splits", "library"),
     "logits": ("block_v", "library"),
     "draw": ("split", "block", "num_warps"),
+    "filter": None,
     "attention": None,
 }
 """Entries of a configuration in which all classes of rows must agree for equal bits; None: in all of them."""

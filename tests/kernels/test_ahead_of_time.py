@@ -31,6 +31,7 @@ from genssd.kernels import (  # noqa: E402
     divergence_triton,
     draw_triton,
     experts_triton,
+    filter_judge_triton,
     filter_lists_triton,
     filter_search_triton,
     filter_triton,
@@ -145,8 +146,8 @@ SIZES = (
     "X", "K", "M", "stride_e", "stride_m",
 )  # fmt: skip
 FACTORS = (
-    "scale", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps",
-    "offset", "alpha", "limit",
+    "scale", "log_tail", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p",
+    "eps", "offset", "alpha", "limit",
 )  # fmt: skip
 
 
@@ -344,26 +345,51 @@ def test_filters(target: Target, filters: str, kernel: Any, tmp_path: Path) -> N
     compile_filters(target, kernel, FILTERS[filters], tmp_path)
 
 
-def compile_filters(target: Target, kernel: Any, filters: dict[str, bool], directory: Path) -> None:
-    """Compile a kernel of the filters as it ships for a vocabulary of 151936, and check its machine code."""
-    tiles = filter_triton.SHIPPED
-    part = tiles.list_part if kernel is filter_lists_triton.list_kernel else tiles.part
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("filters", ["TOP_K", "TOP_K-TOP_P-MIN_P"])
+def test_search_that_judges(target: Target, filters: str, tmp_path: Path) -> None:
+    tiles = dataclasses.replace(filter_triton.SHIPPED, judged=True)
+    compile_filters(target, filter_search_triton.select_kernel, FILTERS[filters], tmp_path, tiles)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("split", [8192, 16384])
+@pytest.mark.parametrize("name", ["peaks_kernel", "draw_kernel", "judge_kernel", "take_kernel"])
+def test_filters_that_judge(target: Target, name: str, split: int, tmp_path: Path) -> None:
+    warps, part = (8, 1024) if split == 8192 else (16, 2048)
+    tiles = dataclasses.replace(filter_triton.SHIPPED, judged=True, split=split, split_warps=warps, part=part)
+    filters = {"TOP_P": True, "MIN_P": True}
+    compile_filters(target, getattr(filter_judge_triton, name), filters, tmp_path, tiles)
+
+
+def compile_filters(
+    target: Target,
+    kernel: Any,
+    filters: dict[str, bool],
+    directory: Path,
+    tiles: filter_triton.FilterTiles = filter_triton.SHIPPED,
+) -> None:
+    """Compile a kernel of the filters for a vocabulary of 151936, and check its machine code."""
+    part = tiles.list_part if kernel.__name__ in ("list_kernel", "draw_kernel") else tiles.part
     sizes = {
         "STEP": tiles.step, "CUTS": tiles.cuts, "SPLIT": tiles.split, "PART": part, "SPLITS": 32,
         "NOISE": tiles.part // 2,
         "ROUNDS": tiles.rounds, "TILE": tiles.tile, "SEARCH": filter_triton.SEARCH_CUTS,
+        "JUDGED": tiles.judged,
     }  # fmt: skip
     constants = {name: value for name, value in (sizes | filters).items() if name in kernel.arg_names}
     types = types_of(
         **dict.fromkeys(("logits", "peaks", "totals", "masses", "bracket"), "*fp32"),
-        **dict.fromkeys(("values", "scores", "scratch", "best"), "*fp32"),
-        **dict.fromkeys(("counts", "places", "ids", "chosen"), "*i32"), key="*i64", tokens="*i64",
+        **dict.fromkeys(("values", "scores", "scratch", "weights", "winner_scores"), "*fp32"),
+        **dict.fromkeys(("counts", "places", "ids", "winner_places"), "*i32"), key="*i64", tokens="*i64",
     )  # fmt: skip
-    num_warps = {"select_kernel": tiles.row_warps, "bracket_kernel": 4}.get(kernel.__name__, tiles.split_warps)
+    num_warps = {"select_kernel": tiles.row_warps, "take_kernel": tiles.row_warps, "bracket_kernel": 4}.get(
+        kernel.__name__, tiles.split_warps
+    )
     compiled = compile_for(target, kernel, types, constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
     code = assembly(compiled, target, directory)
-    if "SPLIT" in constants:
+    if "SPLIT" in constants and "logits" in kernel.arg_names:
         assert re.search(target.wide, code), "memory is read in small pieces"
 
 

@@ -36,9 +36,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filter_triton.torch, "empty", poisoned)
 
 
-def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+def draw(
+    logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, *, judged: bool = False
+) -> Tensor:
     log_min_p = math.log(min_p) if min_p else 0.0
-    return sample_rows(logits, keys, temperature, top_k, top_p, min_p, log_min_p, tiles=TILES)
+    tiles = dataclasses.replace(TILES, judged=judged)
+    return sample_rows(logits, keys, temperature, top_k, top_p, min_p, log_min_p, tiles=tiles)
 
 
 FILTERS = [
@@ -55,22 +58,25 @@ FILTERS = [
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), FILTERS)
-@pytest.mark.parametrize("vocabulary", [1, 64, 257])
-def test_draws_equal_the_cpus(temperature: float, top_k: int, top_p: float, min_p: float, vocabulary: int) -> None:
+@pytest.mark.parametrize(("vocabulary", "judged"), [(1, False), (64, False), (257, False), (257, True)])
+def test_draws_equal_the_cpus(
+    temperature: float, top_k: int, top_p: float, min_p: float, vocabulary: int, judged: bool
+) -> None:
     logits = 3 * torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
     logits[0, 0] = -torch.inf if vocabulary > 1 else 0.0
     keys = torch.arange(3) * 7919 - (1 << 62)
-    ours = draw(logits, keys, temperature, top_k, top_p, min_p)
+    ours = draw(logits, keys, temperature, top_k, top_p, min_p, judged=judged)
     theirs = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert torch.equal(ours, theirs)
 
 
-def test_ties_at_a_boundary_are_kept() -> None:
+@pytest.mark.parametrize("judged", [False, True])
+def test_ties_at_a_boundary_are_kept(judged: bool) -> None:
     values = torch.tensor([0.0, 2.0, -0.0, 1.0, 2.0, 0.0, 1.0, -torch.inf, -3.0, 1.0])
     keys = torch.arange(8)
     logits = values.expand(8, -1)
     for top_k, top_p, rows in [(3, 1.0, 3), (2, 1.0, 8), (6, 1.0, 3), (0, 0.4, 3), (0, 0.75, 3), (0, 1e-9, 3)]:
-        ours = draw(logits[:rows], keys[:rows], 1.0, top_k, top_p, 0.0)
+        ours = draw(logits[:rows], keys[:rows], 1.0, top_k, top_p, 0.0, judged=judged)
         assert torch.equal(ours, sample(logits[:rows], keys[:rows], top_k=top_k, top_p=top_p)), (top_k, top_p)
         if top_k == 2:
             assert set(ours.tolist()) == {1, 4}
@@ -111,11 +117,12 @@ ROWS = {
     ("temperature", "top_k", "top_p", "min_p"),
     [(1.0, 0, 0.9, 0.0), (1.0, 40, 1.0, 0.0), (1.0, 0, 1.0, 0.02), (2.0, 60, 0.7, 0.01), (1.0, 9, 1.0, 0.3)],
 )
-def test_filters_of_odd_rows(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+@pytest.mark.parametrize("judged", [False, True])
+def test_filters_of_odd_rows(temperature: float, top_k: int, top_p: float, min_p: float, judged: bool) -> None:
     """Lists that overflow, thresholds below the lowest cut and ties longer than a tile change nothing."""
     logits, keys = torch.cat([make(211) for make in ROWS.values()]), torch.arange(len(ROWS)) * 104729
     expected = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    drawn = draw(logits, keys, temperature, top_k, top_p, min_p)
+    drawn = draw(logits, keys, temperature, top_k, top_p, min_p, judged=judged)
     assert dict(zip(ROWS, drawn.tolist(), strict=True)) == dict(zip(ROWS, expected.tolist(), strict=True))
 
 
@@ -126,7 +133,10 @@ def test_filters_of_odd_rows(temperature: float, top_k: int, top_p: float, min_p
         dataclasses.replace(TILES, capacity=1000),
         dataclasses.replace(TILES, capacity=1, rounds=2, tile=8),
         dataclasses.replace(TILES, capacity=1, rounds=3, tile=8, cuts=2),
-        dataclasses.replace(TILES, split=256, part=256, list_part=128, cuts=16, step=0.5),
+        dataclasses.replace(TILES, split=256, part=256, list_part=128, cuts=16, steps=8),
+        dataclasses.replace(TILES, judged=True),
+        dataclasses.replace(TILES, judged=True, capacity=1, cuts=2, steps=1),
+        dataclasses.replace(TILES, judged=True, capacity=1000),
     ],
     ids=str,
 )
@@ -150,13 +160,14 @@ VALUES = st.one_of(
     min_p=st.sampled_from([0.0, 1e-6, 0.05, 0.5]),
     temperature=st.sampled_from([1.0, 0.5, 4.0]),
     key=st.integers(-(1 << 62), 1 << 62),
+    judged=st.booleans(),
 )
 def test_any_row_draws_what_keep_likely_keeps(
-    row: list[float], top_k: int, top_p: float, min_p: float, temperature: float, key: int
+    row: list[float], top_k: int, top_p: float, min_p: float, temperature: float, key: int, judged: bool
 ) -> None:
     """Up to the rounding of the sums: a token outside of what float32 keeps must be at the boundary in float64."""
     logits, keys = torch.tensor([row]), torch.tensor([key])
-    drawn = draw(logits, keys, temperature, top_k, top_p, min_p)
+    drawn = draw(logits, keys, temperature, top_k, top_p, min_p, judged=judged)
     noisy = gumbel_reference(keys, len(row))
     z = logits / temperature
     candidates = {
