@@ -30,6 +30,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates_triton, "MOST_ROWS", 33)
     monkeypatch.setattr(filter_candidates_triton, "SAMPLES", ((2,), (1,), (1,), (2,)))
     monkeypatch.setattr(filter_candidates_triton, "MOST_ROWS", 2)
+    # the interpreter takes as long for any size: the kernels of each kind once, by both ways to draw
+    monkeypatch.setattr(filter_candidates_triton, "CANDIDATES", filter_candidates_triton.CANDIDATES[:3:2])
     monkeypatch.setattr(candidates_triton, "LOGITS_BYTES", 9 * 600 * 4)  # nine rows of a draw
     monkeypatch.setattr(candidates_triton, "ATTENTION_SAMPLES", ((3, 40, 1), (1, 24, 24)))
     # small integers: the interpreter's products would round differently at other places of a tile, and ranks with them
@@ -107,7 +109,6 @@ def test_all_kernels_of_two_models_are_tuned(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(HeadWorkload, "make_small", lambda workload: workload)
     monkeypatch.setattr(DrawWorkload, "make_small", lambda workload: workload)
     monkeypatch.setattr(FilterWorkload, "make_small", lambda workload: workload)
-    monkeypatch.setattr(filter_candidates_triton, "CANDIDATES", filter_candidates_triton.CANDIDATES[:3:2])
     shape = {"vocab_size": 70, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     models: Any = [(torch.float32, SimpleNamespace(hidden_size=width, **shape)) for width in (24, 16)]
     lines: list[str] = []
