@@ -67,16 +67,20 @@ def draw_kernel(
     """
     split, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     peak, total = row_total(peaks, totals, row, S, SPLITS)
-    floor = ordered(peak + tl.log(total) + log_tail) if TOP_P else ordered(peak + log_min_p)
-    if TOP_P and MIN_P:
-        floor = tl.maximum(floor, ordered(peak + log_min_p))
+    # relative to the peak, which may be far from 0
+    tail = tl.log(total) + log_tail
     first = row * S * SPLIT + split * SPLIT
     count = 0
     if peak == peak:
         for start in range(0, SPLIT, PART):
             v = split * SPLIT + start + tl.arange(0, PART)
             z = tl.load(logits + row * stride + v, mask=v < V, other=-float("inf")) * scale
-            kept = ((ordered(z) >= floor) & (z > -float("inf"))).to(tl.int32)
+            may_be_kept = z > -float("inf")
+            if TOP_P:
+                may_be_kept &= z - peak >= tail
+            if MIN_P:
+                may_be_kept &= ordered(z) >= ordered(peak + log_min_p)
+            kept = may_be_kept.to(tl.int32)
             number = tl.sum(kept, 0)
             if number > 0:
                 at = first + count + tl.cumsum(kept, 0) - 1

@@ -61,11 +61,12 @@ class Event:
 
     def query(self) -> bool:
         if self._streams.arrives():
-            self.synchronize()
+            merge(self._streams.host, self.clock)
             return True
         return False
 
     def synchronize(self) -> None:
+        self._streams.waits += 1
         merge(self._streams.host, self.clock)
 
     def elapsed_time(self, _: Event) -> float:
@@ -97,6 +98,8 @@ class Streams:
         self.used: set[int] = set()
         """Numbers of the streams on which something ran."""
         self.queries = 0
+        self.waits = 0
+        """Number of times that the host has waited for an event."""
 
     def arrives(self) -> bool:
         """Whether an event has come when it is asked for: every third time."""

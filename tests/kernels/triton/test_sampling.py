@@ -82,13 +82,14 @@ def test_ties_at_a_boundary_are_kept(judged: bool) -> None:
             assert set(ours.tolist()) == {1, 4}
 
 
-def test_a_broken_row_is_flagged_and_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize(("top_k", "judged"), [(7, False), (0, True)])
+def test_a_broken_row_is_flagged_and_leaves_the_others_alone(top_k: int, judged: bool) -> None:
     logits = torch.randn(6, 130, generator=torch.Generator().manual_seed(0))
     keys = torch.arange(6)
-    clean = draw(logits, keys, 1.0, 7, 0.9, 0.0)
+    clean = draw(logits, keys, 1.0, top_k, 0.9, 0.0, judged=judged)
     logits[1, 100], logits[3, 0] = torch.nan, torch.inf
     logits[4] = -torch.inf
-    broken = draw(logits, keys, 1.0, 7, 0.9, 0.0)
+    broken = draw(logits, keys, 1.0, top_k, 0.9, 0.0, judged=judged)
     assert broken[[1, 3, 4]].tolist() == [-1, -1, -1]
     assert torch.equal(broken[[0, 2, 5]], clean[[0, 2, 5]])
 
@@ -100,6 +101,7 @@ def normal(rows: int, vocabulary: int, scale: float = 3.0, seed: int = 0) -> Ten
 ROWS = {
     "equal": lambda v: torch.full((1, v), 0.25),
     "equal and far from 0": lambda v: torch.full((1, v), -3e7),
+    "two values far from 0": lambda v: -3e7 - 2.0 * (torch.arange(v).reshape(1, v) % 9 > 0),
     "two values": lambda v: torch.where(torch.arange(v).reshape(1, v) % 3 == 0, 1.5, -0.5),
     "nearly flat": lambda v: normal(1, v, 0.01),
     "flat": lambda v: normal(1, v, 0.5),
@@ -179,12 +181,13 @@ def test_any_row_draws_what_keep_likely_keeps(
     assert int(drawn) in candidates
 
 
-def test_a_row_draws_the_same_in_any_batch_and_memory() -> None:
+@pytest.mark.parametrize(("top_k", "judged"), [(60, False), (0, True)])
+def test_a_row_draws_the_same_in_any_batch_and_memory(top_k: int, judged: bool) -> None:
     logits, keys = normal(5, 211), torch.arange(5) * 31
-    together = draw(logits, keys, 1.0, 60, 0.9, 0.0)
+    together = draw(logits, keys, 1.0, top_k, 0.9, 0.0, judged=judged)
     apart = torch.zeros(5, 300)[:, :211].copy_(logits)
-    assert torch.equal(draw(apart, keys, 1.0, 60, 0.9, 0.0), together)
-    assert torch.equal(draw(logits[3:4], keys[3:4], 1.0, 60, 0.9, 0.0), together[3:4])
+    assert torch.equal(draw(apart, keys, 1.0, top_k, 0.9, 0.0, judged=judged), together)
+    assert torch.equal(draw(logits[3:4], keys[3:4], 1.0, top_k, 0.9, 0.0, judged=judged), together[3:4])
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"temperature": 0.0}, {"softcap": 3.0}], ids=str)
