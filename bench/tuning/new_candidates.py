@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from bench.support.tuning import Report, warm
 
-from genssd.engine.tuning import time_in_graph
+from genssd.engine.models.tuning import time_in_graph
 from genssd.kernels.candidates_triton import Device
 from genssd.kernels.filter_candidates_triton import CANDIDATES, FilterWorkload
 from genssd.kernels.tune_file import Configuration

@@ -17,10 +17,10 @@ from support.fake_cuda import DEVICE, FakeCuda
 from support.fake_streams import StreamRace, Streams
 from support.toys import Pair, save_checkpoint
 
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.side_stream import SideStream
+from genssd.engine.models.side_stream import SideStream
 
 PROMPTS = [[5, 6, 7], [8, 9], [5, 6, 1], [4]]
 SEARCH: dict[str, Any] = {
