@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, which needs no network: build, run the GPU tests, time the operators beside those of other
-# libraries, and print a table. Under four minutes on 16 cores; a part that fails or runs out of time does not stop the
-# others.
+# libraries and the candidates that no GPU has timed yet, and print a table. Under four minutes on 16 cores; a part that
+# fails or runs out of time does not stop the others.
 #
 #   bash bench/gpu.sh [WHEELS] [RESULTS]
 #
@@ -55,5 +55,10 @@ mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests)
 part tests 100 python3 -m pytest -q -m gpu -n 12 -p no:cacheprovider --tb=short -rfE "${files[@]}"
 tail -n 1 "$results/gpu-tests.log"
 part probe 100 python3 -m bench.gpu.probe --seconds 75 --json "$results/gpu-probe.jsonl"
+# what was written without a GPU at hand, beside what ships; the shortest times decide what ships next
+part candidates 45 python3 -m bench.tuning.new_candidates --seconds 25 --json "$results/gpu-candidates.jsonl"
+grep '"us"' "$results/gpu-candidates.log"
+part streams 60 python3 -m bench.engine.search_gpu --streams 2 --prompts 32 --chunk 128 --max-tokens 256
+tail -n 1 "$results/gpu-streams.log"
 awk '/^operation  / { print machine; found = 1 } found { print } { machine = $0 }' "$results/gpu-probe.log"
 exit $failed

@@ -19,7 +19,8 @@ from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.common.errors import InputError
 from genssd.engine.models.tuning import tune_models
 from genssd.engine.setup.memory import choose_device, choose_dtype
-from genssd.kernels.tuned import TuneFileError, add_entries, card_of, default_path, forget, read_entries
+from genssd.kernels.tune_file import TuneFileError, add_entries, default_path, read_entries
+from genssd.kernels.tuned import card_of, forget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

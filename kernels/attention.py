@@ -55,7 +55,7 @@ def choose_segment(device: torch.device, dtype: torch.dtype, shape: tuple[int, i
     """
     if device.type == "cuda" and dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
-        from genssd.kernels.attention_triton import find_tuned
+        from genssd.kernels.attention_launch_triton import find_tuned
 
         if (configuration := find_tuned(device, dtype, shape)) is not None:
             return configuration.segment
@@ -112,7 +112,8 @@ def paged_attention(
     """
     if q_NHE.is_cuda and q_NHE.dtype != torch.float64:
         # imported here, because Triton need not be installed where there is no GPU
-        from genssd.kernels.attention_triton import attend_rows, choose_launch
+        from genssd.kernels.attention_launch_triton import choose_launch
+        from genssd.kernels.attention_triton import attend_rows
 
         refuse_gradients("paged_attention", q_NHE, k_pages, v_pages_PSGE, sinks_H)
         _check(q_NHE, k_pages, v_pages_PSGE, table, sinks_H)

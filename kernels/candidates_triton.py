@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genssd.kernels import tuned
+from genssd.kernels import tune_file, tuned
 from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, build_segment_table
-from genssd.kernels.attention_triton import AttentionConfiguration, attend_rows
-from genssd.kernels.attention_triton import choose_tiles as choose_attention_tiles
-from genssd.kernels.attention_triton import make_launch as make_attention_launch
+from genssd.kernels.attention_launch_triton import AttentionConfiguration
+from genssd.kernels.attention_launch_triton import choose_tiles as choose_attention_tiles
+from genssd.kernels.attention_launch_triton import make_launch as make_attention_launch
+from genssd.kernels.attention_triton import attend_rows
 from genssd.kernels.device_table import DeviceTable
 from genssd.kernels.draw_triton import DRAW_TILING, LOGITS_BYTES, DrawTiling, draw_from_logits, write_logits
 from genssd.kernels.head_triton import AMPERE, HeadConfiguration, HeadTiles, choose_shipped, make_launch
@@ -143,10 +144,10 @@ class HeadWorkload:
     """Scoring ("score") or logits ("logits") of rows under a head [V, D] of random numbers."""
 
     def __init__(
-        self, operator: tuned.Operator, device: Device, dtype: torch.dtype, vocabulary: int, width: int
+        self, operator: tune_file.Operator, device: Device, dtype: torch.dtype, vocabulary: int, width: int
     ) -> None:
         self.operator = operator
-        self.problem = tuned.Problem(operator=operator, dtype=tuned.name_of(dtype), shape=(vocabulary, width))
+        self.problem = tune_file.Problem(operator=operator, dtype=tuned.name_of(dtype), shape=(vocabulary, width))
         max_rows = MOST_ROWS if operator == "score" else max(1, min(MOST_ROWS, LOGITS_BYTES // (4 * vocabulary)))
         self.samples = tuple(tuple(min(max_rows, rows) for rows in samples) for samples in SAMPLES)
         self._device, self._dtype = device, dtype
@@ -171,20 +172,20 @@ class HeadWorkload:
         vocabulary, width = self.problem.shape
         return HeadWorkload(self.operator, self._device, self._dtype, 4096 + vocabulary % 16, 256 + width % 16)
 
-    def shipped(self, row_class: int) -> tuned.Configuration:
+    def shipped(self, row_class: int) -> tune_file.Configuration:
         """Return the values of the configuration that ships for a class of rows."""
-        rows = tuned.SAMPLE_ROWS[row_class]
+        rows = tune_file.SAMPLE_ROWS[row_class]
         device = self._device
         return choose_shipped(
             self.operator, self._dtype, rows, amd=device.amd, capability=device.capability
         ).values()  # fmt: skip
 
-    def candidates(self, row_class: int) -> list[tuned.Configuration]:
+    def candidates(self, row_class: int) -> list[tune_file.Configuration]:
         """Return the values of all configurations to time for a class of rows."""
-        rows = tuned.SAMPLE_ROWS[row_class]
+        rows = tune_file.SAMPLE_ROWS[row_class]
         return [candidate.values() for candidate in head_candidates(self._device, self._dtype, rows)]
 
-    def make_run(self, values: tuned.Configuration, sample: int, first: int = 0) -> Run:
+    def make_run(self, values: tune_file.Configuration, sample: int, first: int = 0) -> Run:
         """Return the call of a candidate on so many rows as the sample says, from row `first`."""
         (hidden, weight), (_, target) = self._inputs, self._exact
         hidden, target = hidden[first : first + sample], target[first : first + sample]
@@ -219,10 +220,10 @@ def head_inputs(device: torch.device, dtype: torch.dtype, vocabulary: int, width
 class DrawWorkload:
     """The pass over logits [N, V] that draws."""
 
-    operator: tuned.Operator = "draw"
+    operator: tune_file.Operator = "draw"
 
     def __init__(self, device: Device, vocabulary: int) -> None:
-        self.problem = tuned.Problem(operator="draw", dtype="float32", shape=(vocabulary,))
+        self.problem = tune_file.Problem(operator="draw", dtype="float32", shape=(vocabulary,))
         max_rows = max(1, min(256, LOGITS_BYTES // (4 * vocabulary)))
         self.samples = tuple(tuple(min(max_rows, rows) for rows in samples) for samples in SAMPLES)
         self._device, self._max_rows = device, max_rows
@@ -245,15 +246,15 @@ class DrawWorkload:
         """Return the workload of a small vocabulary with the same specialisations of the kernels, to compile them."""
         return DrawWorkload(self._device, 4096 + self.problem.shape[0] % 16)
 
-    def shipped(self, row_class: int) -> tuned.Configuration:
+    def shipped(self, row_class: int) -> tune_file.Configuration:
         """Return the values of the configuration that ships for a class of rows."""
         return DRAW_TILING.values()
 
-    def candidates(self, row_class: int) -> list[tuned.Configuration]:
+    def candidates(self, row_class: int) -> list[tune_file.Configuration]:
         """Return the values of all configurations to time for a class of rows."""
         return [tiling.values() for tiling in DRAW_CANDIDATES]
 
-    def make_run(self, values: tuned.Configuration, sample: int, first: int = 0) -> Run:
+    def make_run(self, values: tune_file.Configuration, sample: int, first: int = 0) -> Run:
         """Return the call of a candidate on so many rows as the sample says, from row `first`."""
         logits, keys = (part[first : first + sample] for part in self._inputs)
         tiling = DrawTiling.from_values(values)
@@ -272,10 +273,10 @@ class DrawWorkload:
 class AttentionWorkload:
     """Paged attention of sequences that share a prefix; one class, because a model has one segment length."""
 
-    operator: tuned.Operator = "attention"
+    operator: tune_file.Operator = "attention"
 
     def __init__(self, device: Device, dtype: torch.dtype, shape: tuple[int, int, int], page_size: int) -> None:
-        self.problem = tuned.Problem(operator="attention", dtype=tuned.name_of(dtype), shape=shape)
+        self.problem = tune_file.Problem(operator="attention", dtype=tuned.name_of(dtype), shape=shape)
         self.samples = (tuple(range(len(ATTENTION_SAMPLES))),)
         self._device, self._dtype, self._page_size = device, dtype, page_size
 
@@ -298,16 +299,16 @@ class AttentionWorkload:
         """Return the workload itself, which is small."""
         return self
 
-    def shipped(self, row_class: int) -> tuned.Configuration:
+    def shipped(self, row_class: int) -> tune_file.Configuration:
         """Return the values of the configuration that ships."""
         return self.candidates(row_class)[0]
 
-    def candidates(self, row_class: int) -> list[tuned.Configuration]:
+    def candidates(self, row_class: int) -> list[tune_file.Configuration]:
         """Return the values of all configurations to time."""
         shape = self.problem.shape
         return [choice.values() for choice in attention_candidates(self._device, self._dtype, shape[2])]
 
-    def make_run(self, values: tuned.Configuration, sample: int, first: int = 0) -> Run:
+    def make_run(self, values: tune_file.Configuration, sample: int, first: int = 0) -> Run:
         """Return the call of a candidate on a sample."""
         configuration = AttentionConfiguration.from_values(values)
         q, kv, pages = self._inputs(sample)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genssd.kernels import tuned
+from genssd.kernels import tune_file, tuned
 from genssd.kernels.head_triton import (
     HeadLaunch,
     describe,
@@ -204,7 +204,7 @@ class DrawTiling:
     num_warps: int
 
     @staticmethod
-    def from_values(values: tuned.Configuration) -> DrawTiling:
+    def from_values(values: tune_file.Configuration) -> DrawTiling:
         """Build from the values of a tune file. Raises ValueError where they are not those of this class."""
         return tuned.build_from(DrawTiling, values)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from genssd.kernels import tuned
+from genssd.kernels import tune_file, tuned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class HeadConfiguration:
     library: bool = False
 
     @staticmethod
-    def from_values(values: tuned.Configuration) -> HeadConfiguration:
+    def from_values(values: tune_file.Configuration) -> HeadConfiguration:
         """Build from the values of a tune file. Raises ValueError where they are not those of `values`."""
         return tuned.build_from(HeadConfiguration, values, {"tiles": HeadTiles})
 
@@ -98,7 +98,13 @@ SINGLE = HeadTiles(block_n=32, block_v=32, block_d=32, num_warps=8, num_stages=3
 
 
 def choose_shipped(
-    operator: tuned.Operator, dtype: torch.dtype, rows: int, *, amd: bool, capability: int, deterministic: bool = True
+    operator: tune_file.Operator,
+    dtype: torch.dtype,
+    rows: int,
+    *,
+    amd: bool,
+    capability: int,
+    deterministic: bool = True,
 ) -> HeadConfiguration:
     """Return the shipped configuration of "score" or "logits" for a number of rows.
 
@@ -114,11 +120,11 @@ def choose_shipped(
     of_class = [HOPPER_FEW, HOPPER_SOME, HOPPER_SOME, HOPPER_MANY]
     if operator == "score" and not deterministic and capability < 100:  # without descriptors it spills on sm_100
         of_class[2] = HOPPER_TALL
-    return HeadConfiguration(tiles=of_class[tuned.row_class(rows)])
+    return HeadConfiguration(tiles=of_class[tune_file.row_class(rows)])
 
 
 def choose_configuration(
-    operator: tuned.Operator, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rows: int
+    operator: tune_file.Operator, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rows: int
 ) -> HeadConfiguration:
     """Return the configuration of "score" or "logits" on a device: what was tuned for it, else the shipped one.
 
@@ -134,7 +140,7 @@ def choose_configuration(
     )  # fmt: skip
 
 
-def choose_launch(hidden: Tensor, weight: Tensor, operator: tuned.Operator) -> HeadLaunch:
+def choose_launch(hidden: Tensor, weight: Tensor, operator: tune_file.Operator) -> HeadLaunch:
     """Choose the launch configuration for the device, dtype, shape and layout of the hidden states and the weight."""
     shape = (len(weight), weight.shape[1])
     return make_launch(choose_configuration(operator, hidden.device, hidden.dtype, shape, len(hidden)), hidden, weight)

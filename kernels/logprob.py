@@ -94,13 +94,6 @@ class TokenStats:
             TokenStats.from_values([getattr(self, name)[span] for name in STATISTICS]), topk=topk
         )
 
-    def to_host(self) -> TokenStats:
-        """Return the statistics in the host's memory, without top k: two reads of the device, whatever N is."""
-        if self.logprob.device.type == "cpu":
-            return dataclasses.replace(self, topk=None)
-        floats = torch.stack([getattr(self, name) for name in STATISTICS[:-1]]).cpu()
-        return TokenStats.from_values([*floats.unbind(), self.rank.cpu()])
-
     @staticmethod
     def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
         """Concatenate the statistics of several parts in order. The top k are kept if every part has them."""

@@ -128,13 +128,14 @@ def _sample(logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, to
 def _sample_triton(
     logits_BV: Tensor, key_B: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> Tensor:
-    from genssd.kernels.filter_triton import sample_rows
+    from genssd.kernels.filter_triton import choose_filter_tiles, sample_rows
 
     log_min_p = math.log(min_p) if min_p > 0.0 else 0.0
     logits_BV = logits_BV.float()
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()
-    return sample_rows(logits_BV, key_B, temperature, top_k, top_p, min_p, log_min_p)
+    tiles = choose_filter_tiles(logits_BV.device, logits_BV.shape[1], len(logits_BV))
+    return sample_rows(logits_BV, key_B, temperature, top_k, top_p, min_p, log_min_p, tiles=tiles)
 
 
 @_sample.register_fake

@@ -188,7 +188,7 @@ OWN_WRITES = {
     "distill/files/pipes.py": "a temporary file that holds what a pipe gave",
     "distill/small_pair/make.py": "a program of the developers",
     "distill/small_pair/models.py": "a program of the developers",
-    "kernels/tuned.py": "the tune file, below the room of writes; it is replaced in one step",
+    "kernels/tune_file.py": "the tune file, below the room of writes; it is replaced in one step",
     "src/genssd/streams.py": "the null device in place of a closed stream",
 }
 """Files that write by themselves, each with the reason."""

@@ -1,11 +1,12 @@
 """Time of a complete search with models of Qwen3-8B's and Qwen3-0.6B's shapes: the student chooses while 8B writes.
 
-    python -m bench.engine.search_gpu [--prompts 64] [--max-tokens 512] [--chunk 256] [--json FILE]
+    python -m bench.engine.search_gpu [--prompts 64] [--max-tokens 512] [--chunk 256] [--json FILE] [--streams 2]
 
 Weights are random, in bf16: the work is that of real models, the words are not. Prompts have 256 tokens each, and no
 response ends before its limit. Printed: tokens per second of the teacher, and from torch's profiler over a shorter
 search the time in which the device is busy, the kernels that take most of it, and the gaps: the idle times, by the
-kernels before and after them.
+kernels before and after them. --streams times the search so many times with the student's scoring on a stream of its
+own (`student_stream`) and as often without, in turns, and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import genssd
 from genssd import Chunk, Engine
 from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.models.model import Decoder
-from genssd.engine.setup.loading import LoadedModels
+from genssd.engine.setup.loading import LoadedModels, give_side_stream
 from genssd.engine.texts.text import Tokenizer
 
 GPU = torch.cuda.is_available()
@@ -88,18 +89,39 @@ def run_search(engine: Engine, prompts: int, chunk: int, max_tokens: int, steps:
     return time.perf_counter() - started
 
 
+def compare_streams(engine: Engine, rounds: int, prompts: int, chunk: int, max_tokens: int) -> dict[str, Any]:
+    """Return the seconds of searches with and without the student's own stream, and their most memory in bytes."""
+    student = engine._resources.runners["student"]
+    give_side_stream([student])
+    streams = {"student_stream": student.side, "one stream": None}
+    row: dict[str, Any] = {"device": torch.cuda.get_device_name(), "prompts": prompts, "max_tokens": max_tokens}
+    for name in streams:
+        row[name] = {"seconds": [], "peak_bytes": 0}
+    for _ in range(rounds):
+        for name, student.side in streams.items():
+            torch.cuda.reset_peak_memory_stats()
+            row[name]["seconds"].append(run_search(engine, prompts, chunk, max_tokens, []))
+            row[name]["peak_bytes"] = max(row[name]["peak_bytes"], torch.cuda.max_memory_reserved())
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64 if GPU else 4)
     parser.add_argument("--chunk", type=int, default=256 if GPU else 8)
     parser.add_argument("--max-tokens", type=int, default=512 if GPU else 16)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--streams", type=int, default=0, help="rounds of searches with and without student_stream")
     options = parser.parse_args()
     engine = build_engine()
     tokens: list[int] = []
     run_search(engine, options.prompts, 8, 16, tokens)  # compiles, and captures the graphs
+    if options.streams and GPU:
+        row = compare_streams(engine, options.streams, options.prompts, options.chunk, options.max_tokens)
+        print(json.dumps(row), flush=True)
+        return
     seconds = run_search(engine, options.prompts, options.chunk, options.max_tokens, tokens)
-    row: dict[str, Any] = {
+    row = {
         "device": torch.cuda.get_device_name() if GPU else "cpu", "prompts": options.prompts, "candidates": 4,
         "chunk": options.chunk, "max_tokens": options.max_tokens, "seconds": seconds,
         "teacher_tokens": tokens[-1], "teacher_tokens_per_second": tokens[-1] / seconds,

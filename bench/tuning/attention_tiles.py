@@ -4,8 +4,8 @@
 
 Every variant differs in one or two settings from the first. It is timed only if it agrees with attention in float64,
 inside a captured graph over caches that take turns, so that no cache stays in the L2 cache. Every line of output is one
-JSON object, and a variant that fails prints one line. A faster variant goes into kernels/attention_triton.py and must
-then pass tests/kernels/test_ahead_of_time.py.
+JSON object, and a variant that fails prints one line. A faster variant goes into kernels/attention_launch_triton.py and
+must then pass tests/kernels/test_ahead_of_time.py.
 """
 
 from __future__ import annotations
@@ -26,14 +26,8 @@ import torch
 from torch import Tensor
 
 from genssd.kernels.attention import SegmentTable, build_segment_table
-from genssd.kernels.attention_triton import (
-    AttentionLaunch,
-    AttentionTiles,
-    KernelCall,
-    attend_rows,
-    choose_tiles,
-    plan_calls,
-)
+from genssd.kernels.attention_launch_triton import AttentionLaunch, AttentionTiles, choose_tiles
+from genssd.kernels.attention_triton import KernelCall, attend_rows, plan_calls
 from genssd.kernels.device_table import DeviceTable
 
 HEADS, KV_HEADS, WIDTH, OWN = 32, 8, 128, 64

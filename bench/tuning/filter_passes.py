@@ -73,8 +73,9 @@ def list_variants() -> list[Any]:
     for split, warps, part in ((8192, 4, 512), (8192, 8, 512), (4096, 8, 1024), (16384, 8, 1024), (16384, 16, 2048)):
         changes.append({"split": split, "split_warps": warps, "part": part})
     changes += [{"list_part": 1024}, {"list_part": 4096}, {"rounds": 2}]
-    changes += [{"cuts": cuts, "step": step} for cuts, step in ((16, 1.0), (4, 4.0), (8, 1.0))]
-    changes += [{"tile": tile, "row_warps": warps} for tile, warps in ((512, 4), (1024, 16), (1024, 4), (2048, 8))]
+    changes += [{"cuts": cuts, "steps": steps} for cuts, steps in ((16, 4), (4, 1), (8, 4))]
+    changes += [{"judged": True}, {"judged": True, "cuts": 4}, {"judged": True, "row_warps": 16}]
+    changes += [{"tile": tile, "row_warps": warps} for tile, warps in ((512, 4), (1024, 16), (1024, 4), (512, 8))]
     return [dataclasses.replace(SHIPPED, **change) for change in changes]
 
 

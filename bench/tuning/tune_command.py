@@ -25,7 +25,7 @@ import torch
 
 from genssd.distill.tune_config import TuneConfig
 from genssd.distill.tuning import run_tune
-from genssd.kernels import tuned
+from genssd.kernels import tune_file, tuned
 from genssd.kernels.candidates_triton import head_inputs
 from genssd.kernels.gpu_timing import captured_seconds
 from genssd.kernels.logprob import linear_logprob
@@ -66,7 +66,7 @@ def check_model(name: str, width: int, file: Path, write: Callable[..., None]) -
             "draw": functools.partial(linear_sample, h, weight, t, checked=False),
         }
         for mode in ("shipped", "deterministic", "fastest"):
-            os.environ[tuned.FILE_VARIABLE] = str(file if mode != "shipped" else file.with_name("missing.json"))
+            os.environ[tune_file.FILE_VARIABLE] = str(file if mode != "shipped" else file.with_name("missing.json"))
             tuned.forget()
             with tuned.launch_mode(deterministic=mode != "fastest"):
                 for operator, run in operators.items():
@@ -90,12 +90,12 @@ def main() -> None:
             lines.flush()
 
         file = Path(directory) / "tune.json"
-        os.environ[tuned.FILE_VARIABLE] = str(file)
+        os.environ[tune_file.FILE_VARIABLE] = str(file)
         teacher, student = (write_config(Path(directory) / name, width) for name, width in WIDTHS.items())
         config = TuneConfig(teacher=teacher, student=student, seconds=options.seconds)
         run_tune(config, report=lambda line: write(line=line))
         write(card=torch.cuda.get_device_name(), tuning_s=time.perf_counter() - started)
-        for _, problem, entry in tuned.read_entries(file):
+        for _, problem, entry in tune_file.read_entries(file):
             write(**dataclasses.asdict(problem), **dataclasses.asdict(entry))
         for name, width in WIDTHS.items():
             check_model(name, width, file, write)

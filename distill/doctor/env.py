@@ -17,7 +17,8 @@ from genssd.distill.runs.source_version import find_commit
 from genssd.engine.common.amounts import format_bytes
 from genssd.engine.host.machine import available_cores, available_memory, read_cpu_name
 from genssd.engine.host.threads import choose_engine_threads
-from genssd.kernels.tuned import FILE_VARIABLE, TuneFileError, card_of, default_path, read_entries
+from genssd.kernels.tune_file import FILE_VARIABLE, TuneFileError, default_path, read_entries
+from genssd.kernels.tuned import card_of
 
 PACKAGES = (
     *("genssd", "torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface_hub", "jinja2"),

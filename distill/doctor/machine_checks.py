@@ -17,7 +17,8 @@ from genssd.engine.host.machine import ROOT, read_cpu_features, read_cpu_name
 from genssd.engine.host.threads import choose_engine_threads
 from genssd.engine.setup.memory import choose_device, choose_dtype, describe_float32
 from genssd.kernels.native import instruction_set, list_instruction_sets
-from genssd.kernels.tuned import SHIPPED_CAPABILITIES, TuneFileError, card_of, default_path, read_entries
+from genssd.kernels.tune_file import TuneFileError, default_path, read_entries
+from genssd.kernels.tuned import SHIPPED_CAPABILITIES, card_of
 
 FEATURES: dict[str, tuple[str, ...]] = {
     "amx": ("amx_tile", "amx_bf16", "avx512_bf16"),

@@ -72,6 +72,7 @@ class LoadedEngine:
         backend: Backend = "auto",
         teacher_tokenizer: str | Path | None = None,
         server: ServerOptions = ServerOptions(),
+        student_stream: bool = False,
     ) -> Self:
         """Load one or both models and return an engine over them.
 
@@ -88,9 +89,13 @@ class LoadedEngine:
         A teacher may also be the URL of a server with OpenAI's API, such as "http://host:8000/v1" of vLLM or SGLang: it
         writes, and what reads its hidden states raises InputError. teacher_tokenizer: hub id or directory of its
         tokenizer; None takes that of the served model where it is at hand, else the student's. server: how it is asked.
+        student_stream: on a GPU, the student scores candidates on a CUDA stream of its own while the teacher goes on
+        writing, to the same results; it takes more memory, as both compute at once. Not measured on a GPU yet, so it is
+        off by default.
         A list of teachers compete in the search: each writes candidates, and the student scores all (team.py). At most
         one of them may be a URL.
-        Raises CheckpointError on an unusable directory, InputError on a tokenizer that does not spell bytes,
+        Raises CheckpointError on an unusable directory, InputError on a tokenizer that does not spell bytes or a
+        student_stream without a student that the own decoder computes on a GPU,
         CapacityError without room, ServerError on a server that is not there or cannot be used.
         """
         if teacher is None and student is None:
@@ -108,7 +113,9 @@ class LoadedEngine:
                 models = load_team(names, student, **options)
             else:
                 models = load_models(next(iter(names), None), student, **options)
-        return cls(models.open_resources(memory_bytes, memory_utilization, max_batch, threads))
+        return cls(
+            models.open_resources(memory_bytes, memory_utilization, max_batch, threads, student_stream=student_stream)
+        )
 
     @check_arguments()
     def with_chat(self, options: ChatOptions) -> Self:

@@ -145,8 +145,9 @@ class Session:
             )
         try:
             self.expander.submit(expansions)
-            while any(expansion.is_unfinished for expansion in expansions):
-                self.expander.step()
+            unfinished = set(expansions)
+            while unfinished:
+                unfinished.difference_update(self.expander.step())
             for expansion in expansions:
                 error = expansion.failed or expansion.unreadable
                 if error is not None:

@@ -23,7 +23,7 @@ from genssd.engine.decoding.expansion import Expansion
 from genssd.engine.models.pages import count_pages
 from genssd.engine.models.runner import ModelRunner
 from genssd.engine.models.state_rows import rows_of
-from genssd.engine.models.token_runs import TokenRun, response_place, run_statistics
+from genssd.engine.models.token_runs import PendingStatistics, TokenRun, queue_statistics, response_place
 from genssd.engine.readers.reading import Reader, Reading
 
 
@@ -35,6 +35,28 @@ class StudentRoom:
     """Pages that were reserved for them."""
     free: int
     """Pages beyond these that nobody has reserved, and that they may take for a moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingScores:
+    """Scores that are being computed: the statistics of some candidates, each with its expansion."""
+
+    usage: Usage
+    scored: Sequence[tuple[Expansion, Branch]]
+    pending: PendingStatistics | None
+    """None where there is nothing to compute."""
+
+    @property
+    def have_arrived(self) -> bool:
+        """Whether `finish` would not wait for the device."""
+        return self.pending is None or self.pending.have_arrived
+
+    def finish(self) -> None:
+        """Wait for the statistics and give them to the candidates. Raises NumericsError as `take` does."""
+        if self.pending is not None:
+            for (_, child), stats in zip(self.scored, self.pending.take(), strict=True):
+                child.stats = stats
+                self.usage.scored_tokens += len(stats)
 
 
 class CandidateScorer:
@@ -49,11 +71,14 @@ class CandidateScorer:
         self._reader = reader
         self._usage = usage
 
-    def score(self, complete: Sequence[Expansion], room: Callable[[Expansion], StudentRoom] | None = None) -> None:
-        """Set the statistics of all candidates of these expansions, in one forward pass where they fit.
+    def begin(
+        self, complete: Sequence[Expansion], room: Callable[[Expansion], StudentRoom] | None = None
+    ) -> PendingScores:
+        """Queue the scoring of all candidates of these expansions, in one forward pass where they fit.
 
         An expansion that the student cannot read is marked `unreadable` instead. The candidates' parents must be in the
         student's cache. room: returns what the candidates of an expansion may take; None where there is room for all.
+        On a side stream of the student (`Runner.side`) the host waits for the scores only where it takes them.
         """
         for expansion in complete:
             self._read(expansion)
@@ -64,11 +89,16 @@ class CandidateScorer:
         fitting = [
             (expansion, child) for expansion in readable if expansion not in large for child in expansion.children
         ]
-        if fitting:
-            self._score(fitting)
-        for expansion in large:
-            assert room is not None
-            self._score_apart(expansion, room(expansion))
+        with self.runner.apart():
+            pending = PendingScores(self._usage, fitting, self._score(fitting) if fitting else None)
+            for expansion in large:
+                assert room is not None
+                self._score_apart(expansion, room(expansion))
+        return pending
+
+    def score(self, complete: Sequence[Expansion], room: Callable[[Expansion], StudentRoom] | None = None) -> None:
+        """Set the statistics of all candidates of these expansions, as `begin` computes them."""
+        self.begin(complete, room).finish()
 
     def _read(self, expansion: Expansion) -> None:
         """Set what the student reads of every candidate, or why it cannot."""
@@ -92,8 +122,8 @@ class CandidateScorer:
         if longest > positions:
             expansion.unreadable = describe_too_long(longest, positions)
 
-    def _score(self, scored: Sequence[tuple[Expansion, Branch]]) -> None:
-        """Extend the student over the new tokens of every candidate and set their statistics."""
+    def _score(self, scored: Sequence[tuple[Expansion, Branch]]) -> PendingStatistics:
+        """Extend the student over the new tokens of every candidate and queue their statistics."""
         runner = self.runner
         paths = [fork_path(runner, expansion.parent, child) for expansion, child in scored]
         # what may change is read on a path of its own, which nothing continues
@@ -109,11 +139,11 @@ class CandidateScorer:
                 if path is not None:
                     runner.tree.drop(path)
         # rows of the whole batch would keep it alive
-        last = rows_of(torch.stack([states_ND[-1] for states_ND in states]))
+        last = rows_of(runner.share(torch.stack([states_ND[-1] for states_ND in states])))
         runs = []
         for (expansion, child), chunk, states_ND, last_row in zip(scored, chunks, states, last, strict=True):
             before = expansion.parent.state(runner.role).hidden
-            before_D = None if before is None else before.tensor()
+            before_D = None if before is None else runner.share(before.tensor())
             runs.append(TokenRun(tokens=chunk, before_D=before_D, states_ND=states_ND[:-1]))
             child.state(runner.role).hidden = before if _reading(child).is_provisional else last_row
 
@@ -121,9 +151,7 @@ class CandidateScorer:
             expansion, child = scored[index]
             return response_place(expansion.label, len(child.student_ids) + offset)
 
-        for (_, child), stats in zip(scored, run_statistics(runner, runs, place), strict=True):
-            child.stats = stats
-            self._usage.scored_tokens += len(stats)
+        return queue_statistics(runner, runs, place)
 
     def _score_apart(self, expansion: Expansion, room: StudentRoom) -> None:
         """Score the candidates of an expansion one by one and give their pages back; their tokens are pending then."""
@@ -137,7 +165,7 @@ class CandidateScorer:
                     "chunks"
                 )
                 return
-            self._score([(expansion, child)])
+            PendingScores(self._usage, [(expansion, child)], self._score([(expansion, child)])).finish()
             state = child.state(self.runner.role)
             if state.path is not None and not _reading(child).is_provisional:
                 self.runner.tree.drop(state.path)

@@ -1,18 +1,21 @@
 """Continuous batching of expansions: candidates are decoded together, whatever branch and prompt they belong to.
 
 An expansion is a request for n candidates of one branch. Its candidates decode one token per step, in one batch with
-those of all others; when the last of them is complete the student scores them (candidate_scoring.py).
+those of all others; when the last of them is complete the student scores them (candidate_scoring.py), on a CUDA stream
+of its own beside the decoding where it has one (side_stream.py).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 
 from genssd.engine.common.usage import Usage
-from genssd.engine.decoding.candidate_scoring import CandidateScorer, fork_path
+from genssd.engine.decoding.candidate_scoring import CandidateScorer, PendingScores, fork_path
 from genssd.engine.decoding.drawing import Drawing
 from genssd.engine.decoding.expansion import Expansion, Lane
 from genssd.engine.decoding.page_budget import PageBudget, Reservations
@@ -55,6 +58,8 @@ class Expander:
         )
         self.pages = PageBudget(self.runners, reservations)
         self._lanes: list[Lane] = []
+        self._scoring: deque[tuple[list[Expansion], PendingScores]] = deque()
+        """Complete expansions that the student scores on its side stream, oldest first."""
 
     @property
     def threads(self) -> int | None:
@@ -68,8 +73,8 @@ class Expander:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no candidate to decode."""
-        return not self._lanes
+        """Whether there is no candidate to decode or to score."""
+        return not self._lanes and not self._scoring
 
     @computes
     def submit(self, expansions: Sequence[Expansion]) -> None:
@@ -84,6 +89,8 @@ class Expander:
     def cancel(self, expansion: Expansion) -> None:
         """Stop an expansion and drop its candidates, as if it had not been submitted."""
         self._lanes = [lane for lane in self._lanes if lane.expansion is not expansion]
+        for scored, _ in self._scoring:
+            scored[:] = [other for other in scored if other is not expansion]
         self.pages.release(expansion)
         expansion.reset()
 
@@ -92,11 +99,42 @@ class Expander:
         """Decode one token of every candidate in the batch; return the expansions that are complete and scored.
 
         Those that are `unreadable` are complete and not scored. waits: see `AnyExpander.step`; there is always
-        something to do here.
+        something to do here. Where the student scores on a stream of its own, an expansion is returned by the step that
+        finds its scores there, and by a step without candidates, which waits for them.
         """
+        complete = self._decode() if self._lanes else []
+        if isinstance(self._scorer, CandidateScorer):
+            if complete:
+                self._scoring.append(
+                    (complete, self._scorer.begin(complete, partial(self.pages.room, self._scorer.runner)))
+                )
+            complete = self._take_scored()
+        elif self._scorer is not None and complete:
+            self._scorer.score(complete)
+        for expansion in complete:
+            self.pages.release(expansion)
+        return complete
+
+    def _take_scored(self) -> list[Expansion]:
+        """Return the expansions whose scores have arrived; where nothing else is to do, wait for the oldest ones."""
+        taken: list[Expansion] = []
+        while self._scoring and (self._must_wait(taken) or self._scoring[0][1].have_arrived):
+            scored, pending = self._scoring.popleft()
+            pending.finish()
+            taken += scored
+        return taken
+
+    def _must_wait(self, taken: Sequence[Expansion]) -> bool:
+        """Return whether the host waits for the oldest scores. taken: expansions whose scores were taken just now."""
+        assert self._scorer is not None
+        return self._scorer.runner.side is None or not (self._lanes or taken)
+
+    def _decode(self) -> list[Expansion]:
+        """Decode one token of every candidate in the batch; return the expansions that are complete."""
         batch, waiting = self._split_lanes()
         for runner in self.runners:
-            self.usage.prefill_tokens += read_pending(runner, [lane.branch for lane in batch])
+            with self._stream_of(runner):
+                self.usage.prefill_tokens += read_pending(runner, [lane.branch for lane in batch])
         # a parent's lane is sampled once for each of its candidates, which have lanes of their own from then on
         candidates = [self._open_candidate(lane) for lane in batch for _ in range(lane.num_rows)]
         source = torch.tensor([i for i, lane in enumerate(batch) for _ in range(lane.num_rows)])
@@ -112,11 +150,12 @@ class Expander:
             elif lane.expansion.num_unfinished == 0:
                 complete.append(lane.expansion)
         self._lanes = running + waiting
-        if self._scorer is not None and complete:
-            self._scorer.score(complete, partial(self.pages.room, self._scorer.runner))
-        for expansion in complete:
-            self.pages.release(expansion)
         return complete
+
+    def _stream_of(self, runner: ModelRunner) -> AbstractContextManager[None]:
+        """Return the context in which a model reads what branches have pending: with whatever scores from it."""
+        scores = isinstance(self._scorer, CandidateScorer) and runner is self._scorer.runner
+        return runner.apart() if scores else nullcontext()
 
     def _split_lanes(self) -> tuple[list[Lane], list[Lane]]:
         """Return the lanes of this step, first come first served, and those that wait. At least one lane runs."""

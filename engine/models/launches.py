@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from genssd.engine.models.language_model import LanguageModel
-from genssd.kernels import tuned
+from genssd.kernels import tune_file, tuned
 from genssd.kernels.attention import SEGMENT_TOKENS
 
 
@@ -51,26 +51,30 @@ def describe_launches(decoders: Sequence[LanguageModel]) -> LaunchRecord | None:
     return LaunchRecord(source=source, deterministic=deterministic, digest=digest)
 
 
-def _choices(decoder: LanguageModel) -> list[tuple[tuned.Configuration, bool]]:
+def _choices(decoder: LanguageModel) -> list[tuple[tune_file.Configuration, bool]]:
     """Return the configuration of every operator and class of rows, and whether it was tuned."""
     # imported here, because Triton need not be installed where there is no GPU
-    from genssd.kernels.attention_triton import AttentionConfiguration
-    from genssd.kernels.attention_triton import choose_configuration as choose_attention
+    from genssd.kernels.attention_launch_triton import AttentionConfiguration
+    from genssd.kernels.attention_launch_triton import choose_configuration as choose_attention
     from genssd.kernels.draw_triton import DrawTiling, choose_draw_tiling
+    from genssd.kernels.filter_triton import FilterTiles, choose_filter_tiles
     from genssd.kernels.head_triton import HeadConfiguration, choose_configuration
 
     device, dtype = decoder.device, decoder.dtype
     vocabulary, width = decoder.head.weight.shape
     head = (vocabulary, width)
-    choices: list[tuple[tuned.Configuration, bool]] = []
-    for rows in tuned.SAMPLE_ROWS:
-        for operator in tuned.HEAD_OPERATORS:
+    choices: list[tuple[tune_file.Configuration, bool]] = []
+    for rows in tune_file.SAMPLE_ROWS:
+        for operator in tune_file.HEAD_OPERATORS:
             values = choose_configuration(operator, device, dtype, head, rows).values()
             tuned_head = tuned.find(operator, dtype, head, device, rows, HeadConfiguration.from_values)
             choices.append((values, tuned_head is not None))
         values = choose_draw_tiling(device, vocabulary, rows).values()
         tiling = tuned.find("draw", torch.float32, head[:1], device, rows, DrawTiling.from_values)
         choices.append((values, tiling is not None))
+        filters = choose_filter_tiles(device, vocabulary, rows).values()
+        tiles = tuned.find("filter", torch.float32, head[:1], device, rows, FilterTiles.from_values)
+        choices.append((filters, tiles is not None))
     heads = decoder.attention_heads
     if heads is None:
         return choices

@@ -57,6 +57,8 @@ class PagedRunner(Runner[Prepared]):
         self, paths: Sequence[Path], counts: Sequence[int], *, output: NDArray[np.int64] | None = None
     ) -> Prepared:
         """Make room for the tokens, as `Runner.prepare` does, and tabulate what each of them reads."""
+        if self.side is not None:
+            self.side.follow()
         c, kv = self.decoder.config, self.tree.pool.kv
         tables = append_tokens(
             self.tree,

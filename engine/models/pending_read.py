@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class PendingRead:
-    """The values of a tensor on their way to the host. The copy begins when this is made, and `tolist` waits for it."""
+    """The values of a tensor on their way to the host. The copy begins when this is made; `wait` and `tolist` wait for
+    it. Nothing is copied of a tensor that is in the host's memory."""
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
@@ -20,9 +21,18 @@ class PendingRead:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def tolist(self) -> list[Any]:
-        """Wait for the values and return them."""
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._arrived is None or bool(self._arrived.query())
+
+    def wait(self) -> Tensor:
+        """Wait for the values and return them as a tensor in the host's memory."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        values: list[Any] = self._values.tolist()
+        return self._values
+
+    def tolist(self) -> list[Any]:
+        """Wait for the values and return them."""
+        values: list[Any] = self.wait().tolist()
         return values

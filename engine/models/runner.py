@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path as FilePath
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ from genssd.engine.common.errors import InputError
 from genssd.engine.common.model_choices import Role
 from genssd.engine.common.usage import Usage
 from genssd.engine.models.language_model import LanguageModel
+from genssd.engine.models.side_stream import SideStream
 
 P = TypeVar("P")
 """A forward pass without the ids of its tokens, as a runner prepares it."""
@@ -67,6 +69,18 @@ class Runner(ABC, Generic[P]):
         self.threads = threads
         """Number of threads that compute; None for the default of `threads.effective_threads`."""
         self._usage = usage or Usage()
+        self.side: SideStream | None = None
+        """The CUDA stream beside that of all other work, on which the model reads candidates; None for no such one."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Return a context in which the model works on its side stream, where it has one."""
+        return nullcontext() if self.side is None else self.side.enter()
+
+    def share(self, states: Tensor) -> Tensor:
+        """Return hidden states that may be read on either stream, however long the one that made them takes."""
+        if self.side is not None:
+            self.side.share(states)
+        return states
 
     @property
     def longest_piece(self) -> int:
@@ -124,7 +138,7 @@ class Runner(ABC, Generic[P]):
                 rows += len(piece)
         if batch:
             self._forward(paths, batch, hidden)
-        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in hidden]
+        return [self.share(parts[0] if len(parts) == 1 else torch.cat(parts)) for parts in hidden]
 
     @abstractmethod
     def run_observed(self, prepared: P, ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from genssd.engine.common.errors import NumericsError
+from genssd.engine.models.pending_read import PendingRead
 from genssd.engine.models.runner import ModelRunner
-from genssd.kernels.logprob import TokenStats
+from genssd.kernels.device_table import upload
+from genssd.kernels.logprob import STATISTICS, TokenStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,25 +43,57 @@ class TokenRun:
         return [self.before_D[None]] if self.states_ND is None else [self.before_D[None], self.states_ND]
 
 
-def run_statistics(runner: ModelRunner, runs: Sequence[TokenRun], place: Callable[[int, int], str]) -> list[TokenStats]:
-    """Return the statistics of every run's tokens under the runner's model, in order, in the host's memory.
+class PendingStatistics:
+    """The statistics of some runs of tokens on their way to the host; `queue_statistics` makes them."""
 
-    Criteria read them there: a read of the device for each candidate would wait for the step that is queued already.
-    place: returns the name of a token in messages, from the index of its run and its index in the run. Raises
-    NumericsError where the logits of a token are NaN or infinite.
+    def __init__(
+        self, runner: ModelRunner, runs: Sequence[TokenRun], place: Callable[[int, int], str], stats: TokenStats
+    ) -> None:
+        self._runner = runner
+        self._runs = runs
+        self._place = place
+        self._stats = PendingRead(torch.stack([getattr(stats, name) for name in STATISTICS[:-1]]))
+        self._rank = PendingRead(stats.rank)
+
+    @property
+    def have_arrived(self) -> bool:
+        """Whether `take` would return without waiting for the device."""
+        return self._stats.has_arrived and self._rank.has_arrived
+
+    def take(self) -> list[TokenStats]:
+        """Wait for the statistics of every run's tokens and return them, in order, in the host's memory.
+
+        Criteria read them there: a read of the device for each candidate would wait for the step that is queued
+        already. Raises NumericsError where the logits of a token are NaN or infinite.
+        """
+        stats = TokenStats.from_values([*self._stats.wait().unbind(), self._rank.wait()])
+        faults = torch.nonzero(~torch.isfinite(stats.logsumexp))
+        if len(faults):
+            tokens = [(i, t) for i, run in enumerate(self._runs) for t in range(len(run.tokens))]
+            raise nonfinite_logits(self._runner, self._place(*tokens[int(faults[0])]))
+        parts, start = [], 0
+        for run in self._runs:
+            parts.append(stats[start : start + len(run.tokens)])
+            start += len(run.tokens)
+        return parts
+
+
+def queue_statistics(
+    runner: ModelRunner, runs: Sequence[TokenRun], place: Callable[[int, int], str]
+) -> PendingStatistics:
+    """Compute the statistics of every run's tokens under the runner's model, without waiting for the device.
+
+    place: returns the name of a token in messages, from the index of its run and its index in the run.
     """
-    targets = torch.tensor([token for run in runs for token in run.tokens], device=runner.decoder.device)
+    # torch.tensor would wait here for all that is queued
+    targets = upload(np.array([token for run in runs for token in run.tokens]), runner.decoder.device)
     states = torch.cat([part for run in runs for part in run.predicting_states()])
-    stats = runner.decoder.head.score(states, targets, checked=False).to_host()
-    faults = torch.nonzero(~torch.isfinite(stats.logsumexp))
-    if len(faults):
-        index, offset = [(i, t) for i, run in enumerate(runs) for t in range(len(run.tokens))][int(faults[0])]
-        raise nonfinite_logits(runner, place(index, offset))
-    parts, start = [], 0
-    for run in runs:
-        parts.append(stats[start : start + len(run.tokens)])
-        start += len(run.tokens)
-    return parts
+    return PendingStatistics(runner, runs, place, runner.decoder.head.score(states, targets, checked=False))
+
+
+def run_statistics(runner: ModelRunner, runs: Sequence[TokenRun], place: Callable[[int, int], str]) -> list[TokenStats]:
+    """Return the statistics of every run's tokens, as `queue_statistics` computes them. Waits for the device."""
+    return queue_statistics(runner, runs, place).take()
 
 
 def nonfinite_logits(runner: ModelRunner, place: str) -> NumericsError:

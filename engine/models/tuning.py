@@ -23,9 +23,10 @@ from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.common.amounts import format_count
 from genssd.engine.host.machine import available_cores
 from genssd.engine.models.pages import PAGE_SIZE
-from genssd.kernels import tuned
+from genssd.kernels import tune_file, tuned
 from genssd.kernels.gpu_timing import captured_seconds, compile_in_parallel
-from genssd.kernels.tuned import Configuration, Entry, Problem, find_disagreement
+from genssd.kernels.tune_file import Configuration, Entry, Problem
+from genssd.kernels.tuned import find_disagreement
 
 Outputs = tuple[Tensor, ...]
 Timer = Callable[[Callable[[], Outputs], bool], float]
@@ -44,7 +45,7 @@ class Workload(Protocol):
     """An operator at one shape, with inputs; see kernels/candidates_triton.py."""
 
     @property
-    def operator(self) -> tuned.Operator: ...
+    def operator(self) -> tune_file.Operator: ...
 
     @property
     def problem(self) -> Problem: ...
@@ -87,7 +88,7 @@ class Tuned:
 
     def describe(self) -> str:
         """Return one line: times of the fastest configurations and of the shipped ones."""
-        names = tuned.ROW_CLASSES if len(self.shipped) > 1 else ("all rows",)
+        names = tune_file.ROW_CLASSES if len(self.shipped) > 1 else ("all rows",)
         parts = []
         for name, shipped, microseconds in zip(names, self.shipped, self.entry.microseconds, strict=False):
             shipped_time = "failed" if shipped is None else f"{1e6 * shipped:.0f}"
@@ -97,7 +98,7 @@ class Tuned:
         return f"{self.problem.operator} {shape} {self.problem.dtype}: {', '.join(parts)}{tail}"
 
 
-def select_winners(operator: tuned.Operator, num_classes: int, timings: Sequence[Timing]) -> Entry | None:
+def select_winners(operator: tune_file.Operator, num_classes: int, timings: Sequence[Timing]) -> Entry | None:
     """Return the winners per class of rows; None where a class has no timing.
 
     The cost of a candidate in a class is its time relative to the fastest, as the geometric mean over the samples.
@@ -115,7 +116,7 @@ def select_winners(operator: tuned.Operator, num_classes: int, timings: Sequence
         ])  # fmt: skip
     fastest = [min(of_class, key=lambda pair: pair[0])[1] for of_class in costs]
     deterministic = _cheapest_group(operator, costs)
-    copies = len(tuned.ROW_CLASSES) // num_classes
+    copies = len(tune_file.ROW_CLASSES) // num_classes
     return Entry(
         fastest=tuple(timing.values for timing in fastest) * copies,
         deterministic=None if deterministic is None else tuple(timing.values for timing in deterministic) * copies,
@@ -123,7 +124,9 @@ def select_winners(operator: tuned.Operator, num_classes: int, timings: Sequence
     )
 
 
-def _cheapest_group(operator: tuned.Operator, costs: Sequence[Sequence[tuple[float, Timing]]]) -> list[Timing] | None:
+def _cheapest_group(
+    operator: tune_file.Operator, costs: Sequence[Sequence[tuple[float, Timing]]]
+) -> list[Timing] | None:
     """Return the best timing of every class among candidates with equal bits; None where no such group is complete."""
     groups: dict[str, list[dict[str, tuple[float, Timing]]]] = {}
     for row_class, of_class in enumerate(costs):
@@ -282,6 +285,7 @@ def make_workloads(models: Sequence[tuple[torch.dtype, ModelConfig]], device: to
     """Return the workloads of models on a CUDA device, each problem once."""
     # imported here, because Triton need not be installed where there is no GPU
     from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
+    from genssd.kernels.filter_candidates_triton import FilterWorkload
 
     properties = Device.of(device)
     workloads: dict[Problem, Workload] = {}
@@ -289,8 +293,9 @@ def make_workloads(models: Sequence[tuple[torch.dtype, ModelConfig]], device: to
         head = (properties, dtype, config.vocab_size, config.hidden_size)
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         listed: tuple[Workload, ...] = (
-            *(HeadWorkload(operator, *head) for operator in tuned.HEAD_OPERATORS),
+            *(HeadWorkload(operator, *head) for operator in tune_file.HEAD_OPERATORS),
             DrawWorkload(properties, config.vocab_size),
+            FilterWorkload(properties, config.vocab_size),
             AttentionWorkload(properties, dtype, heads, PAGE_SIZE["cuda"]),
         )
         for workload in listed:

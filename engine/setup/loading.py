@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from genssd.engine.checkpoints.basic_config import is_supported
 from genssd.engine.checkpoints.checkpoint import locate
 from genssd.engine.checkpoints.config import ModelConfig, load_config
 from genssd.engine.checkpoints.config_files import read_config
+from genssd.engine.common.errors import InputError
 from genssd.engine.common.model_choices import Backend, Role
 from genssd.engine.common.usage import Usage
 from genssd.engine.decoding.batching import choose_max_batch
@@ -25,6 +26,7 @@ from genssd.engine.models.model import Decoder
 from genssd.engine.models.paged_runner import PagedRunner
 from genssd.engine.models.pages import PagePool, bytes_of_page, page_size_of, pages_within
 from genssd.engine.models.runner import ModelRunner
+from genssd.engine.models.side_stream import SideStream
 from genssd.engine.models.transformers_model import TransformersModel
 from genssd.engine.models.transformers_runner import TransformersRunner
 from genssd.engine.readers.byte_reader import find_reader
@@ -70,13 +72,20 @@ class LoadedModels:
         )
 
     def open_resources(
-        self, memory_bytes: int | None, free_fraction: float, max_batch: int | None = None, threads: int | None = None
+        self,
+        memory_bytes: int | None,
+        free_fraction: float,
+        max_batch: int | None = None,
+        threads: int | None = None,
+        *,
+        student_stream: bool = False,
     ) -> Resources:
         """Give every decoder a cache; all hold the same number of tokens.
 
         memory_bytes: size of all caches together; None takes a fraction of the free memory (`cache_budget`).
         max_batch: maximum number of candidates decoded at once; None for the default (`choose_max_batch`). threads:
-        number of threads that compute; None for the default of `threads.effective_threads`.
+        number of threads that compute; None for the default of `threads.effective_threads`. student_stream: whether the
+        student scores on a CUDA stream of its own. Raises InputError where it cannot.
         """
         placed = self._list_decoders()
         decoders = [decoder for _, _, decoder in placed]
@@ -96,6 +105,8 @@ class LoadedModels:
             runner = open_runner(role, directory, decoder, num_pages, usage=usage, threads=threads)
             runner.tree.pool.page_bytes = page_bytes
             runners[id(decoder)] = runner
+        if student_stream:
+            give_side_stream(runners[id(decoder)] for role, _, decoder in placed if role == "student")
         first, *others = [
             Resources(
                 runners={role: runners[id(decoder)] for role, decoder in models.decoders.items()},
@@ -226,6 +237,19 @@ def open_runner(
     size = page_size or page_size_of(model)
     pages = PageList(num_pages, size, bytes_of_page(model, size), model.device)
     return TransformersRunner(role, directory, model, pages, usage=usage, threads=threads)
+
+
+def give_side_stream(runners: Iterable[ModelRunner]) -> None:
+    """Give the student a CUDA stream of its own. runners: the student's, or none where there is no student.
+
+    Raises InputError where there is none, or where it cannot use one.
+    """
+    runner = next(iter(runners), None)
+    if not isinstance(runner, PagedRunner) or runner.decoder.device.type != "cuda":
+        raise InputError(
+            "student_stream=True needs a student that the engine's own decoder computes on a CUDA device; leave it out"
+        )
+    runner.side = SideStream(runner.decoder.device)
 
 
 def _working_bytes(model: LanguageModel, max_batch: int) -> int:

@@ -45,7 +45,7 @@ from genssd.doctor_command import doctor, env, examine_first
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.outcomes import SPECIAL
 from genssd.engine.host.threads import limit_torch_threads
-from genssd.kernels.tuned import FILE_VARIABLE
+from genssd.kernels.tune_file import FILE_VARIABLE
 from genssd.outputs import print_outputs
 from genssd.printing import (
     describe_rounds,

@@ -22,7 +22,7 @@ from support.tiny_pair import TinyPair
 import genssd.distill.runs.journal
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.engine.common.errors import InputError
-from genssd.kernels import tuned
+from genssd.kernels import tune_file
 
 FEW = {
     "select": 6, "generate": 6, "score": 2, "reselect": 3, "prefix": 4, "leaf": 1, "train": 2, "evaluate": 3,
@@ -145,20 +145,20 @@ def test_a_disk_that_is_full(small_runs: dict[str, SmallRun], command: str, smal
 
 
 def test_a_tune_file_on_a_full_disk(tmp_path: Path) -> None:
-    card = tuned.Card(name="card", capability="sm_90", versions=("1", "2", "3"))
-    entry = tuned.Entry(deterministic=None, fastest=({"block": 1},) * 4, microseconds=(1.0,) * 4)
-    problems = [tuned.Problem(operator="score", dtype="float32", shape=(n, 8)) for n in (1, 2)]
+    card = tune_file.Card(name="card", capability="sm_90", versions=("1", "2", "3"))
+    entry = tune_file.Entry(deterministic=None, fastest=({"block": 1},) * 4, microseconds=(1.0,) * 4)
+    problems = [tune_file.Problem(operator="score", dtype="float32", shape=(n, 8)) for n in (1, 2)]
     path = tmp_path / "tune.json"
-    tuned.add_entries(path, card, {problems[0]: entry})
+    tune_file.add_entries(path, card, {problems[0]: entry})
     before = path.read_bytes()
     with FailingDisk(tmp_path).patched() as disk:
-        tuned.add_entries(tmp_path / "other.json", card, {problems[1]: entry})
+        tune_file.add_entries(tmp_path / "other.json", card, {problems[1]: entry})
     for number in range(disk.count):
         with (
             FailingDisk(tmp_path, number).patched(),
-            pytest.raises(tuned.TuneFileError, match=r"tune\.json cannot be written: No space left"),
+            pytest.raises(tune_file.TuneFileError, match=r"tune\.json cannot be written: No space left"),
         ):
-            tuned.add_entries(path, card, {problems[1]: entry})
+            tune_file.add_entries(path, card, {problems[1]: entry})
         is_last = number == disk.count - 1  # the file has its new content, and the directory cannot be synced
         assert is_last or path.read_bytes() == before
         assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith("tune")) == [

@@ -17,8 +17,8 @@ from genssd.distill.tuning import run_tune
 from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import InputError
-from genssd.kernels import tuned
-from genssd.kernels.tuned import Card, Entry, Problem
+from genssd.kernels import tune_file
+from genssd.kernels.tune_file import Card, Entry, Problem
 
 CARD = Card(name="card", capability="sm_90", versions=("1", "2", "3"))
 ENTRY = Entry(deterministic=None, fastest=({"block": 1},) * 4, microseconds=(1.0,) * 4)
@@ -77,7 +77,7 @@ def test_results_are_added_to_the_file(
 ) -> None:
     file = tmp_path / "own.json"
     main(["tune", "--teacher", str(tiny_pair.teacher), "--student", str(tiny_pair.student), "--tune-file", str(file)])
-    entries = tuned.read_entries(file)
+    entries = tune_file.read_entries(file)
     assert {card for card, _, _ in entries} == {CARD}
     assert capsys.readouterr().out.splitlines() == [
         "score: 1 us",
@@ -88,13 +88,13 @@ def test_results_are_added_to_the_file(
     assert [config.model_type for _, config in models] == ["qwen3", "llama"]
     assert device == torch.device("cuda", 0)
     assert seconds == 110.0
-    assert not tuned.default_path().exists()
+    assert not tune_file.default_path().exists()
 
 
 def test_without_an_option_the_default_file_is_written(tiny_pair: TinyPair, with_cuda: list[Any]) -> None:
     summary = run_tune(TuneConfig(model_name_or_path=str(tiny_pair.student), dtype="float32"))
-    assert summary.path == tuned.default_path()
-    assert len(tuned.read_entries(summary.path)) == summary.problems == 1
+    assert summary.path == tune_file.default_path()
+    assert len(tune_file.read_entries(summary.path)) == summary.problems == 1
 
 
 def test_a_foreign_file_is_refused_before_anything_is_timed(

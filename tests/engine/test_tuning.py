@@ -15,8 +15,9 @@ from torch import Tensor
 from genssd.engine.models.launches import LaunchRecord, describe_launches
 from genssd.engine.models.sampling import Sampling
 from genssd.engine.models.tuning import VARIES, Timing, list_jobs, measure, select_winners, tune
-from genssd.kernels import tuned
-from genssd.kernels.tuned import Configuration, Problem, find_disagreement
+from genssd.kernels import tune_file, tuned
+from genssd.kernels.tune_file import Configuration, Problem
+from genssd.kernels.tuned import find_disagreement
 
 PROBLEM = Problem(operator="score", dtype="bfloat16", shape=(1000, 64))
 
@@ -87,7 +88,7 @@ def test_a_class_without_a_timing_leaves_no_winner() -> None:
 class Made:
     """A workload of one output that counts rows; `wrong` and `failing` name candidates by their block_v."""
 
-    operator: tuned.Operator = "score"
+    operator: tune_file.Operator = "score"
     problem = PROBLEM
     samples = ((2, 8), (20,))
 
@@ -226,8 +227,8 @@ def test_a_tune_file_changes_source_and_digest(on_card: Callable[..., Any], tmp_
     shipped = describe_launches([decoder])
     best = HeadConfiguration(tiles=HOPPER_SOME, group=8).values()
     problem = Problem(operator="score", dtype="bfloat16", shape=(1000, 64))
-    entry = tuned.Entry(deterministic=(best,) * 4, fastest=(best,) * 4)
-    tuned.add_entries(tmp_path / "tune.json", tuned.card_of(decoder.device), {problem: entry})
+    entry = tune_file.Entry(deterministic=(best,) * 4, fastest=(best,) * 4)
+    tune_file.add_entries(tmp_path / "tune.json", tuned.card_of(decoder.device), {problem: entry})
     tuned.forget()
     partly = describe_launches([decoder])
     assert shipped is not None

@@ -23,20 +23,24 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from genssd.kernels import (  # noqa: E402
     activation_triton,
+    attention_kernels_triton,
+    attention_launch_triton,
     attention_mass_triton,
-    attention_triton,
     cache_triton,
     device_table,
     divergence_triton,
     draw_triton,
     experts_triton,
+    filter_judge_triton,
+    filter_lists_triton,
+    filter_search_triton,
     filter_triton,
     head_triton,
     logprob_triton,
     norm_triton,
     rows_triton,
 )
-from genssd.kernels.attention_triton import AttentionTiles  # noqa: E402
+from genssd.kernels.attention_launch_triton import AttentionTiles  # noqa: E402
 from genssd.kernels.head_triton import HeadTiles  # noqa: E402
 
 
@@ -142,8 +146,8 @@ SIZES = (
     "X", "K", "M", "stride_e", "stride_m",
 )  # fmt: skip
 FACTORS = (
-    "scale", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p", "eps",
-    "offset", "alpha", "limit",
+    "scale", "log_tail", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p",
+    "eps", "offset", "alpha", "limit",
 )  # fmt: skip
 
 
@@ -325,38 +329,67 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["_split_statistics_kernel", "_list_kernel"])
+@pytest.mark.parametrize("name", ["split_statistics_kernel", "list_kernel"])
 def test_filters_passes_over_splits(target: Target, name: str, tmp_path: Path) -> None:
-    compile_filters(target, getattr(filter_triton, name), {}, tmp_path)
+    compile_filters(target, getattr(filter_lists_triton, name), {}, tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("filters", FILTERS)
-@pytest.mark.parametrize("name", ["_bracket_kernel", "_select_kernel"])
-def test_filters(target: Target, filters: str, name: str, tmp_path: Path) -> None:
-    compile_filters(target, getattr(filter_triton, name), FILTERS[filters], tmp_path)
+@pytest.mark.parametrize(
+    "kernel",
+    [filter_lists_triton.bracket_kernel, filter_search_triton.select_kernel],
+    ids=lambda kernel: kernel.__name__,
+)
+def test_filters(target: Target, filters: str, kernel: Any, tmp_path: Path) -> None:
+    compile_filters(target, kernel, FILTERS[filters], tmp_path)
 
 
-def compile_filters(target: Target, kernel: Any, filters: dict[str, bool], directory: Path) -> None:
-    """Compile a kernel of the filters as it ships for a vocabulary of 151936, and check its machine code."""
-    tiles = filter_triton.SHIPPED
-    part = tiles.list_part if kernel is filter_triton._list_kernel else tiles.part
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("filters", ["TOP_K", "TOP_K-TOP_P-MIN_P"])
+def test_search_that_judges(target: Target, filters: str, tmp_path: Path) -> None:
+    tiles = dataclasses.replace(filter_triton.SHIPPED, judged=True)
+    compile_filters(target, filter_search_triton.select_kernel, FILTERS[filters], tmp_path, tiles)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("split", [8192, 16384])
+@pytest.mark.parametrize("name", ["peaks_kernel", "draw_kernel", "judge_kernel", "take_kernel"])
+def test_filters_that_judge(target: Target, name: str, split: int, tmp_path: Path) -> None:
+    warps, part = (8, 1024) if split == 8192 else (16, 2048)
+    tiles = dataclasses.replace(filter_triton.SHIPPED, judged=True, split=split, split_warps=warps, part=part)
+    filters = {"TOP_P": True, "MIN_P": True}
+    compile_filters(target, getattr(filter_judge_triton, name), filters, tmp_path, tiles)
+
+
+def compile_filters(
+    target: Target,
+    kernel: Any,
+    filters: dict[str, bool],
+    directory: Path,
+    tiles: filter_triton.FilterTiles = filter_triton.SHIPPED,
+) -> None:
+    """Compile a kernel of the filters for a vocabulary of 151936, and check its machine code."""
+    part = tiles.list_part if kernel.__name__ in ("list_kernel", "draw_kernel") else tiles.part
     sizes = {
         "STEP": tiles.step, "CUTS": tiles.cuts, "SPLIT": tiles.split, "PART": part, "SPLITS": 32,
         "NOISE": tiles.part // 2,
         "ROUNDS": tiles.rounds, "TILE": tiles.tile, "SEARCH": filter_triton.SEARCH_CUTS,
+        "JUDGED": tiles.judged,
     }  # fmt: skip
     constants = {name: value for name, value in (sizes | filters).items() if name in kernel.arg_names}
     types = types_of(
         **dict.fromkeys(("logits", "peaks", "totals", "masses", "bracket"), "*fp32"),
-        **dict.fromkeys(("values", "scores", "scratch", "best"), "*fp32"),
-        **dict.fromkeys(("counts", "places", "ids", "chosen"), "*i32"), key="*i64", tokens="*i64",
+        **dict.fromkeys(("values", "scores", "scratch", "weights", "winner_scores"), "*fp32"),
+        **dict.fromkeys(("counts", "places", "ids", "winner_places"), "*i32"), key="*i64", tokens="*i64",
     )  # fmt: skip
-    num_warps = {"_select_kernel": tiles.row_warps, "_bracket_kernel": 4}.get(kernel.__name__, tiles.split_warps)
+    num_warps = {"select_kernel": tiles.row_warps, "take_kernel": tiles.row_warps, "bracket_kernel": 4}.get(
+        kernel.__name__, tiles.split_warps
+    )
     compiled = compile_for(target, kernel, types, constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
     code = assembly(compiled, target, directory)
-    if "SPLIT" in constants:
+    if "SPLIT" in constants and "logits" in kernel.arg_names:
         assert re.search(target.wide, code), "memory is read in small pieces"
 
 
@@ -465,7 +498,7 @@ def test_sums_over_steps(target: Target, tmp_path: Path) -> None:
 
 def compile_attention(target: Target, kernel: str, dtype: str, width: int, extras: bool) -> tuple[Any, AttentionTiles]:
     """Compile one of attention's kernels as it ships. extras: a window, sinks and a cap on the scores."""
-    tiles = attention_triton.choose_tiles(
+    tiles = attention_launch_triton.choose_tiles(
         DTYPES[dtype], width, amd=target.backend == "hip", capability=target.capability
     )
     block_e = int(triton.next_power_of_2(width))
@@ -478,19 +511,19 @@ def compile_attention(target: Target, kernel: str, dtype: str, width: int, extra
     }
     table = {name: getattr(device_table, name) for name in ("ITEM", "ENTRY", "UNIT", "ROW")}
     block_m, num_warps, num_stages = {
-        "_item_kernel": (tiles.block_m, tiles.num_warps, tiles.num_stages),
-        "_unit_kernel": (tiles.unit_m, tiles.unit_warps, tiles.unit_stages),
-        "_finish_kernel": (tiles.tail_m, tiles.tail_warps, tiles.tail_stages),
+        "item_kernel": (tiles.block_m, tiles.num_warps, tiles.num_stages),
+        "unit_kernel": (tiles.unit_m, tiles.unit_warps, tiles.unit_stages),
+        "finish_kernel": (tiles.tail_m, tiles.tail_warps, tiles.tail_stages),
     }[kernel]
     masked_tma = tiles.window_tma if extras else tiles.masked_tma
-    masked_tma = tiles.tail_tma if kernel == "_finish_kernel" else masked_tma
+    masked_tma = tiles.tail_tma if kernel == "finish_kernel" else masked_tma
     constants = {
         "S": 64, "E": width, "GROUP": 4, "BLOCK_M": block_m, "BLOCK_T": tiles.block_t, "BLOCK_E": block_e,
         "WINDOW": extras, "SOFTCAP": extras, "FUSED": tiles.fused, "FLAT": tiles.flat, "HEADS": 4,
         "TMA": tiles.tma, "MASKED_TMA": masked_tma,
         "OVERLAP": tiles.overlap, "SINKS": extras, "SEGMENT": 512, "SHORTEST": 128, "INTERPRET": False, **table,
     }  # fmt: skip
-    function = getattr(attention_triton, kernel)
+    function = getattr(attention_kernels_triton, kernel)
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**types_of(**pointers), "strips": "i32", "window": "i32", **dict.fromkeys(("inner", "factor"), "fp32")}
     return compile_for(target, function, types, constants, num_warps=num_warps, num_stages=num_stages), tiles
@@ -515,14 +548,14 @@ ON_HOPPER = [
         for case in (ON_HOPPER if target.id == "sm_90" else ATTENTION)
     ],
 )
-@pytest.mark.parametrize("kernel", ["_item_kernel", "_unit_kernel", "_finish_kernel"])
+@pytest.mark.parametrize("kernel", ["item_kernel", "unit_kernel", "finish_kernel"])
 def test_attention(target: Target, dtype: str, width: int, extras: bool, kernel: str, tmp_path: Path) -> None:
     compiled, tiles = compile_attention(target, kernel, dtype, width, extras)
     assert compiled.metadata.shared <= target.shared_bytes
     code = assembly(compiled, target, tmp_path)
     assert re.search(target.asynchronous, code)
     assert re.search(target.wide, code)  # of queries
-    masked_tma = tiles.tail_tma if kernel == "_finish_kernel" else tiles.window_tma
+    masked_tma = tiles.tail_tma if kernel == "finish_kernel" else tiles.window_tma
     if masked_tma or (tiles.tma and not extras):  # with a window every tile is masked
         assert re.search(BOXES, code)
     if dtype != "fp32":  # exact float32 products have no matrix instruction on NVIDIA's
@@ -532,7 +565,7 @@ def test_attention(target: Target, dtype: str, width: int, extras: bool, kernel:
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "gfx942"])
 def test_instructions_of_ptx_are_those_of_the_machine(target: Target, tmp_path: Path) -> None:
-    compiled = [compile_attention(target, "_item_kernel", dtype, 128, True)[0] for dtype in ("bf16", "fp32")]
+    compiled = [compile_attention(target, "item_kernel", dtype, 128, True)[0] for dtype in ("bf16", "fp32")]
     for kernel in compiled:
         code = run_tool(kernel, tmp_path, "nvdisasm", "-c")
         for instruction, of_machine in MACHINE_CODE.items():

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from genssd.kernels import tuned
-from genssd.kernels.tuned import Card, Entry, Problem, TuneFileError, add_entries, read_entries
+from genssd.kernels import tune_file, tuned
+from genssd.kernels.tune_file import Card, Entry, Problem, TuneFileError, add_entries, read_entries
 
 H200 = Card(name="NVIDIA H200", capability="sm_90", versions=("1", "2", "3"))
 CUDA = torch.device("cuda", 0)
@@ -44,20 +44,20 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuned.forget()
 
 
-def identity(values: tuned.Configuration) -> dict[str, int]:
+def identity(values: tune_file.Configuration) -> dict[str, int]:
     return dict(values)
 
 
-def find(rows: int, build: Callable[[tuned.Configuration], Any] = identity, problem: Problem = SCORE) -> Any:
+def find(rows: int, build: Callable[[tune_file.Configuration], Any] = identity, problem: Problem = SCORE) -> Any:
     return tuned.find(problem.operator, getattr(torch, problem.dtype), problem.shape, CUDA, rows, build)
 
 
 def test_classes_of_rows() -> None:
     counts = {0: (1, 16, 64), 1: (65, 128), 2: (129, 512), 3: (513, 8192)}
     for index, rows in counts.items():
-        assert {tuned.row_class(n) for n in rows} == {index}
-    assert [tuned.row_class(rows) for rows in tuned.SAMPLE_ROWS] == [0, 1, 2, 3]
-    assert len(tuned.ROW_CLASSES) == len(tuned.ROW_LIMITS) + 1
+        assert {tune_file.row_class(n) for n in rows} == {index}
+    assert [tune_file.row_class(rows) for rows in tune_file.SAMPLE_ROWS] == [0, 1, 2, 3]
+    assert len(tune_file.ROW_CLASSES) == len(tune_file.ROW_LIMITS) + 1
 
 
 def test_what_is_written_is_read_and_looked_up(path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_file_is_read_once(path: Path) -> None:
     add_entries(path, H200, {SCORE: ENTRY})
     calls: list[object] = []
 
-    def build(values: tuned.Configuration) -> int:
+    def build(values: tune_file.Configuration) -> int:
         calls.append(values)
         return 0
 
@@ -135,8 +135,8 @@ BROKEN = {
 
 def damaged(**changes: object) -> str:
     """The text of a file whose only entry has other values."""
-    fields = tuned._write_entry(H200, SCORE, ENTRY)
-    return json.dumps({"format": tuned.FORMAT, "entries": [{**fields, **changes}]})
+    fields = tune_file._write_entry(H200, SCORE, ENTRY)
+    return json.dumps({"format": tune_file.FORMAT, "entries": [{**fields, **changes}]})
 
 
 BROKEN |= {
@@ -145,8 +145,8 @@ BROKEN |= {
     "versions": damaged(versions={"torch": "2"}),
     "fastest": damaged(fastest=None),
     "classes": damaged(fastest={"1..64": FEW}),
-    "configuration": damaged(fastest={name: [1] for name in tuned.ROW_CLASSES}),
-    "value": damaged(fastest={name: {**FEW, "block_n": "64"} for name in tuned.ROW_CLASSES}),
+    "configuration": damaged(fastest={name: [1] for name in tune_file.ROW_CLASSES}),
+    "value": damaged(fastest={name: {**FEW, "block_n": "64"} for name in tune_file.ROW_CLASSES}),
 }
 
 
@@ -181,7 +181,7 @@ def test_a_file_that_is_no_text_or_a_directory(path: Path, caplog: pytest.LogCap
 def test_values_that_the_kernels_do_not_know_are_one_warning(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_entries(path, H200, {SCORE: ENTRY})
 
-    def build(values: tuned.Configuration) -> int:
+    def build(values: tune_file.Configuration) -> int:
         return tuned.build_from(Sizes, values).block
 
     assert [find(rows, build) for rows in (1, 100)] == [None, None]
@@ -245,11 +245,11 @@ def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.delenv("GENSSD_TUNE_FILE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert tuned.default_path() == Path("/home/ann/.cache/genssd/tune.json")
+    assert tune_file.default_path() == Path("/home/ann/.cache/genssd/tune.json")
     monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/ann")
-    assert tuned.default_path() == Path("/scratch/ann/genssd/tune.json")
+    assert tune_file.default_path() == Path("/scratch/ann/genssd/tune.json")
     monkeypatch.setenv("GENSSD_TUNE_FILE", "~/mine.json")
-    assert tuned.default_path() == Path("/home/ann/mine.json")
+    assert tune_file.default_path() == Path("/home/ann/mine.json")
 
 
 def _add_one(path: Path, width: int) -> None:
@@ -275,18 +275,18 @@ def test_a_file_that_cannot_be_written_names_itself(tmp_path: Path) -> None:
 head_triton = pytest.importorskip("genssd.kernels.head_triton")
 
 
-@pytest.mark.parametrize("operator", tuned.HEAD_OPERATORS)
+@pytest.mark.parametrize("operator", tune_file.HEAD_OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("amd", "capability"), [(False, 80), (False, 89), (False, 90), (False, 100), (True, 0)])
 def test_the_shipped_configurations_are_deterministic(
-    operator: tuned.Operator, dtype: torch.dtype, amd: bool, capability: int
+    operator: tune_file.Operator, dtype: torch.dtype, amd: bool, capability: int
 ) -> None:
     for deterministic in (True, False):
         choices = [
             head_triton.choose_shipped(
                 operator, dtype, rows, amd=amd, capability=capability, deterministic=deterministic
             ).values()
-            for rows in tuned.SAMPLE_ROWS
+            for rows in tune_file.SAMPLE_ROWS
         ]
         if deterministic:
             assert tuned.find_disagreement(operator, choices) is None
@@ -300,7 +300,7 @@ def test_hopper_ships_what_was_fastest_on_an_h200() -> None:
         ).tiles
         return tiles.block_n, tiles.block_v, tiles.num_stages
 
-    assert [blocks(rows, True) for rows in tuned.SAMPLE_ROWS] == [
+    assert [blocks(rows, True) for rows in tune_file.SAMPLE_ROWS] == [
         (64, 256, 5), (128, 256, 4), (128, 256, 4), (128, 256, 3),
     ]  # fmt: skip
     assert blocks(300, False) == (256, 128, 4)

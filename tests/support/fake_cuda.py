@@ -25,6 +25,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # torch imports it when a mode is first entered, and must not see what is replaced here
+from support.fake_streams import Event, Streams
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -145,6 +146,9 @@ class CudaTensor(Tensor):
     def get_device(self) -> int:
         return 0
 
+    def record_stream(self, stream: Any) -> None:
+        stream._streams.record(storage_of(self), stream)
+
     def data_ptr(self) -> int:
         return self.content.data_ptr()
 
@@ -162,6 +166,7 @@ class _ToCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: CudaTensor) -> Tensor:
         CudaTensor.reads += 1
+        torch.cuda.current_stream()._streams.read(storage_of(x))  # type: ignore[attr-defined]
         if x.content.is_meta:
             return torch.zeros(x.shape, dtype=x.dtype)
         return x.content.clone()
@@ -176,10 +181,15 @@ class Graph:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.steps: list[Callable[[], None]] = []
+        self.storages: set[int] = set()
+        """Storages that the steps use."""
+        self.device: FakeCuda | None = None
         self.replays = 0
 
     def replay(self) -> None:
         self.replays += 1
+        assert self.device is not None, "a graph is replayed that was not captured"
+        self.device.streams.use(sorted(self.storages), "a captured graph")
         for step in self.steps:
             step()
 
@@ -188,16 +198,21 @@ class Graph:
 class _Memory:
     """Storages on the device that are in use, and the largest sum of their sizes."""
 
+    streams: Streams
     storages: dict[int, tuple[StorageWeakRef, int]] = dataclasses.field(default_factory=dict)
     peak: int = 0
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
+        self.count()  # another storage may have had the same number
         self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, self.count())
 
     def count(self) -> int:
-        self.storages = {key: value for key, value in self.storages.items() if not value[0].expired()}
+        expired = [key for key, value in self.storages.items() if value[0].expired()]
+        for key in expired:
+            del self.storages[key]
+            self.streams.free(key)
         return sum(size for _, size in self.storages.values())
 
 
@@ -215,7 +230,8 @@ class FakeCuda(TorchDispatchMode):
         """Names of the Triton kernels that were launched."""
         self.graphs: list[Graph] = []
         """The graphs that were captured."""
-        self._memory = _Memory()
+        self.streams = Streams()
+        self._memory = _Memory(self.streams)
         self._graph: Graph | None = None
         self._patches = contextlib.ExitStack()
         self._depth = 0  # operators enter the mode again
@@ -259,6 +275,8 @@ class FakeCuda(TorchDispatchMode):
             self._check_devices(func, args, tensors)
             if func.namespace == "genssd":
                 return self._run_operator(func, args, kwargs)
+        if _makes_the_host_wait(func._schema.name, args, kwargs):
+            self.streams.current.synchronize()
         place = kwargs.get("device")
         if place is not None:
             on_cuda = place.type == "cuda" or _is_called_by_autograd()
@@ -269,6 +287,7 @@ class FakeCuda(TorchDispatchMode):
             kwargs["generator"] = None
         if func._schema.name in READS and on_cuda:
             CudaTensor.reads += 1
+            self.streams.read(storage_of(args[0]))
         if func._schema.name in READS and on_cuda and not self.computes:
             return 0.0 if args[0].is_floating_point() else 0
         if not on_cuda and not any(isinstance(x, CudaTensor) for x in tensors):
@@ -302,7 +321,20 @@ class FakeCuda(TorchDispatchMode):
             self._memory.add(value)
             return CudaTensor(value)
 
-        return tree_map(wrap, result)
+        wrapped = tree_map(wrap, result)
+        self._use((plain_args, plain_kwargs, result), func._schema.name)
+        return wrapped
+
+    def _use(self, values: Any, name: str) -> None:
+        """Note on the current stream that an operation uses the storages of tensors on the device.
+
+        values: contents of its arguments and results, tensors on the CPU among them.
+        """
+        used = {x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, Tensor)}
+        used &= self._memory.storages.keys()
+        if self._graph is not None:
+            self._graph.storages |= used
+        self.streams.use(sorted(used), name)
 
     def _check_devices(self, func: Any, args: Any, tensors: list[Tensor]) -> None:
         """Raise DeviceMismatch as a device would; a tensor of the CPU without dimensions passes for a number."""
@@ -338,9 +370,10 @@ class FakeCuda(TorchDispatchMode):
                 raise DeviceMismatch(
                     f"the kernel {name} takes a pointer to a tensor of shape {tuple(base.shape)} on the CPU"
                 )
+        plain_args, plain_options = tree_map(_content, (args, options))
+        self._use((plain_args, plain_options), name)
         if not self.computes:
             return
-        plain_args, plain_options = tree_map(_content, (args, options))
 
         def step() -> None:
             run(kernel, *plain_args, **plain_options)
@@ -353,6 +386,7 @@ class FakeCuda(TorchDispatchMode):
     def capture(self, graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
         """Stand in for torch.cuda.graph: what runs inside is recorded."""
         self._graph = graph
+        graph.device = self
         self.graphs.append(graph)
         try:
             yield
@@ -392,6 +426,17 @@ def storage_of(tensor: Tensor) -> int:
     """Return a number that names the storage of a tensor on the device."""
     assert isinstance(tensor, CudaTensor)
     return tensor.content.untyped_storage()._cdata
+
+
+def _makes_the_host_wait(name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether an operation copies between the devices and waits for the copy, and for all that is queued."""
+    if name == "aten::copy_":
+        waits = not (kwargs.get("non_blocking") or args[2:3] == (True,))
+        return waits and isinstance(args[0], CudaTensor) != isinstance(args[1], CudaTensor)
+    place = kwargs.get("device")
+    if name != "aten::_to_copy" or place is None or kwargs.get("non_blocking"):
+        return False
+    return isinstance(args[0], CudaTensor) != (place.type == "cuda")
 
 
 def _content(value: Any) -> Any:
@@ -441,10 +486,6 @@ def _cuda_functions(device: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
         L2_cache_size=50 << 20, shared_memory_per_block_optin=227 << 10, shared_memory_per_multiprocessor=228 << 10,
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, gcnArchName="",
     )  # fmt: skip
-    stream = SimpleNamespace(
-        wait_stream=_ignore, synchronize=_ignore, wait_event=_ignore, record_event=_ignore, cuda_stream=0
-    )
-    event = SimpleNamespace(record=_ignore, wait=_ignore, synchronize=_ignore, elapsed_time=lambda _: 1e3)
     values: dict[str, Any] = {
         "_lazy_init": _ignore,
         "is_available": lambda: True,
@@ -460,12 +501,12 @@ def _cuda_functions(device: FakeCuda) -> Iterator[tuple[Any, str, Any]]:
         "memory_allocated": lambda *_: device.memory_allocated(),
         "max_memory_allocated": lambda *_: device.max_memory_allocated(),
         "reset_peak_memory_stats": lambda *_: device.reset_peak_memory_stats(),
-        "synchronize": _ignore,
+        "synchronize": lambda *_: device.streams.synchronize(),
         "empty_cache": _ignore,
-        "current_stream": lambda *_: stream,
-        "Stream": lambda *_, **__: stream,
-        "stream": lambda *_: contextlib.nullcontext(),
-        "Event": lambda *_, **__: event,
+        "current_stream": lambda *_: device.streams.current,
+        "Stream": lambda *_, **__: device.streams.make(),
+        "stream": device.streams.enter,
+        "Event": lambda *_, **__: Event(device.streams),
         "CUDAGraph": Graph,
         "graph": device.capture,
         "graph_pool_handle": lambda: (0, 0),

@@ -16,7 +16,7 @@ from genssd.distill.doctor.machine_checks import FEATURES, check_kernels, descri
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.kernels.native import instruction_set, list_instruction_sets
-from genssd.kernels.tuned import Card, Entry, Problem, add_entries
+from genssd.kernels.tune_file import Card, Entry, Problem, add_entries
 
 FOR_TESTS = {"amx_model", "generic"}
 """Sets that no user is told of."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genssd.engine.models.tuning import time_in_graph, tune
-from genssd.kernels import tuned
+from genssd.kernels import tune_file, tuned
 from genssd.kernels.candidates_triton import Device, HeadWorkload
 from genssd.kernels.logprob import STATISTICS, linear_logprob
 from genssd.kernels.sampling import linear_sample
@@ -27,14 +27,14 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     device = torch.device("cuda", 0)
     failures: list[str] = []
     entries = {}
-    for operator in tuned.HEAD_OPERATORS:
+    for operator in tune_file.HEAD_OPERATORS:
         workload = HeadWorkload(operator, Device.of(device), torch.bfloat16, V, D)
         result = tune(workload, timer=time_in_graph, is_over=lambda: False, report=failures.append)
         assert result is not None, failures
         assert None not in result.shipped, failures
         assert result.entry.deterministic is not None
         entries[result.problem] = result.entry
-    tuned.add_entries(path, tuned.card_of(device), entries)
+    tune_file.add_entries(path, tuned.card_of(device), entries)
     tuned.forget()
     return path
 

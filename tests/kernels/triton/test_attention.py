@@ -17,7 +17,8 @@ from torch import Tensor
 from genssd import _core
 from genssd.kernels import attention_triton
 from genssd.kernels.attention import SegmentTable, build_segment_table, paged_attention_reference
-from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows
+from genssd.kernels.attention_launch_triton import AttentionLaunch, AttentionTiles
+from genssd.kernels.attention_triton import attend_rows
 from genssd.kernels.device_table import Capacity, DeviceTable, write_table
 
 SMALL = AttentionTiles(

@@ -14,8 +14,9 @@ import torch
 
 from genssd.engine.models import tuning
 from genssd.engine.models.tuning import measure, tune
-from genssd.kernels import candidates_triton, tuned
+from genssd.kernels import candidates_triton, filter_candidates_triton, tune_file
 from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
+from genssd.kernels.filter_candidates_triton import FilterWorkload
 
 CPU = Device(torch.device("cpu"), amd=False, capability=90, multiprocessors=2)
 
@@ -27,6 +28,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(candidates_triton, "SAMPLES", ((2, 5), (9,), (17,), (33,)))
     monkeypatch.setattr(candidates_triton, "MOST_ROWS", 33)
+    monkeypatch.setattr(filter_candidates_triton, "SAMPLES", ((2,), (1,), (1,), (2,)))
+    monkeypatch.setattr(filter_candidates_triton, "MOST_ROWS", 2)
+    # the interpreter takes as long for any size: the kernels of each kind once, by both ways to draw
+    monkeypatch.setattr(filter_candidates_triton, "CANDIDATES", filter_candidates_triton.CANDIDATES[:3:2])
     monkeypatch.setattr(candidates_triton, "LOGITS_BYTES", 9 * 600 * 4)  # nine rows of a draw
     monkeypatch.setattr(candidates_triton, "ATTENTION_SAMPLES", ((3, 40, 1), (1, 24, 24)))
     # small integers: the interpreter's products would round differently at other places of a tile, and ranks with them
@@ -36,10 +41,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture(params=["score", "logits", "draw", "attention"])
+@pytest.fixture(params=["score", "logits", "draw", "filter", "attention"])
 def workload(request: pytest.FixtureRequest) -> Any:
     if request.param == "draw":
         return DrawWorkload(CPU, 600)
+    if request.param == "filter":
+        return FilterWorkload(CPU, 600)
     if request.param == "attention":
         return AttentionWorkload(CPU, torch.float32, (4, 2, 16), 16)
     return HeadWorkload(request.param, CPU, torch.float32, 70, 24)
@@ -76,7 +83,7 @@ def test_the_shipped_configuration_is_one_of_the_candidates() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for capability in (80, 90):
             device = Device(torch.device("cpu"), amd=False, capability=capability, multiprocessors=132)
-            for operator in tuned.HEAD_OPERATORS:
+            for operator in tune_file.HEAD_OPERATORS:
                 workload = HeadWorkload(operator, device, dtype, 4096, 256)
                 for row_class in range(4):
                     assert workload.shipped(row_class) in workload.candidates(row_class), (dtype, capability, row_class)
@@ -101,18 +108,20 @@ def test_all_kernels_of_two_models_are_tuned(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(candidates_triton, "SAMPLES", ((2, 3), (4,), (5,), (6,)))
     monkeypatch.setattr(HeadWorkload, "make_small", lambda workload: workload)
     monkeypatch.setattr(DrawWorkload, "make_small", lambda workload: workload)
+    monkeypatch.setattr(FilterWorkload, "make_small", lambda workload: workload)
     shape = {"vocab_size": 70, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     models: Any = [(torch.float32, SimpleNamespace(hidden_size=width, **shape)) for width in (24, 16)]
     lines: list[str] = []
     entries = tuning.tune_models(models, torch.device("cpu"), seconds=100.0, report=lines.append)
     assert [(problem.operator, problem.shape) for problem in entries] == [
-        ("score", (70, 24)), ("logits", (70, 24)), ("draw", (70,)), ("attention", (4, 2, 16)),
+        ("score", (70, 24)), ("logits", (70, 24)), ("draw", (70,)), ("filter", (70,)),
+        ("attention", (4, 2, 16)),
         ("score", (70, 16)), ("logits", (70, 16)),
     ]  # fmt: skip
     assert lines[0].startswith(f"{len(compiled)} candidates compiled in ")
     assert lines[1].startswith("score 70 x 24 float32: 1..64: 1 us (shipped 1), 65..128: 1 us")
-    assert lines[4] == "attention 4 x 2 x 16 float32: all rows: 1 us (shipped 1)"
-    assert len(lines) == 7, lines
+    assert lines[5] == "attention 4 x 2 x 16 float32: all rows: 1 us (shipped 1)"
+    assert len(lines) == 8, lines
 
 
 def test_the_digest_tells_rows_that_depend_on_their_batch() -> None:

@@ -96,14 +96,15 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_trajectories(name: str, pair: Pair) -> None:
+@pytest.mark.parametrize(("name", "student_stream"), [("beam", False), ("filtered", False), ("beam", True)])
+def test_trajectories(name: str, student_stream: bool, pair: Pair) -> None:
     """Also over captured steps: the second token of a chunk is decoded by a replay."""
     options: dict[str, Any] = {"candidates": 2, "chunk": Chunk(tokens=3, until=None), "max_tokens": 6, "seed": 3}
     options |= SEARCHES[name]
     expected = pair.engine().select_expand(PROMPTS, **options)
     with FakeCuda() as device:
-        selections = pair.engine(device=DEVICE).select_expand(PROMPTS, **options)
+        engine = pair.engine(device=DEVICE, student_stream=student_stream)
+        selections = engine.select_expand(PROMPTS, **options)
         assert max(graph.replays for graph in device.graphs) > 1
         for ours, plain in zip(selections, expected, strict=True):
             assert ours.best.token_ids == plain.best.token_ids

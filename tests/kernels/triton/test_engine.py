@@ -29,7 +29,8 @@ from genssd.kernels import experts_triton, native
 from genssd.kernels.activation import Activation, clamped_swiglu_reference, geglu_reference, swiglu_reference
 from genssd.kernels.activation_triton import gated_rows
 from genssd.kernels.attention import SEGMENT_TOKENS, SegmentTable, paged_attention_reference
-from genssd.kernels.attention_triton import AttentionLaunch, AttentionTiles, attend_rows
+from genssd.kernels.attention_launch_triton import AttentionLaunch, AttentionTiles
+from genssd.kernels.attention_triton import attend_rows
 from genssd.kernels.cache import write_kv_reference
 from genssd.kernels.cache_triton import write_kv_rows
 from genssd.kernels.device_table import DeviceTable

@@ -36,9 +36,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filter_triton.torch, "empty", poisoned)
 
 
-def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+def draw(
+    logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, *, judged: bool = False
+) -> Tensor:
     log_min_p = math.log(min_p) if min_p else 0.0
-    return sample_rows(logits, keys, temperature, top_k, top_p, min_p, log_min_p, tiles=TILES)
+    tiles = dataclasses.replace(TILES, judged=judged)
+    return sample_rows(logits, keys, temperature, top_k, top_p, min_p, log_min_p, tiles=tiles)
 
 
 FILTERS = [
@@ -55,34 +58,38 @@ FILTERS = [
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), FILTERS)
-@pytest.mark.parametrize("vocabulary", [1, 64, 257])
-def test_draws_equal_the_cpus(temperature: float, top_k: int, top_p: float, min_p: float, vocabulary: int) -> None:
+@pytest.mark.parametrize(("vocabulary", "judged"), [(1, False), (64, False), (257, False), (257, True)])
+def test_draws_equal_the_cpus(
+    temperature: float, top_k: int, top_p: float, min_p: float, vocabulary: int, judged: bool
+) -> None:
     logits = 3 * torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
     logits[0, 0] = -torch.inf if vocabulary > 1 else 0.0
     keys = torch.arange(3) * 7919 - (1 << 62)
-    ours = draw(logits, keys, temperature, top_k, top_p, min_p)
+    ours = draw(logits, keys, temperature, top_k, top_p, min_p, judged=judged)
     theirs = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert torch.equal(ours, theirs)
 
 
-def test_ties_at_a_boundary_are_kept() -> None:
+@pytest.mark.parametrize("judged", [False, True])
+def test_ties_at_a_boundary_are_kept(judged: bool) -> None:
     values = torch.tensor([0.0, 2.0, -0.0, 1.0, 2.0, 0.0, 1.0, -torch.inf, -3.0, 1.0])
     keys = torch.arange(8)
     logits = values.expand(8, -1)
     for top_k, top_p, rows in [(3, 1.0, 3), (2, 1.0, 8), (6, 1.0, 3), (0, 0.4, 3), (0, 0.75, 3), (0, 1e-9, 3)]:
-        ours = draw(logits[:rows], keys[:rows], 1.0, top_k, top_p, 0.0)
+        ours = draw(logits[:rows], keys[:rows], 1.0, top_k, top_p, 0.0, judged=judged)
         assert torch.equal(ours, sample(logits[:rows], keys[:rows], top_k=top_k, top_p=top_p)), (top_k, top_p)
         if top_k == 2:
             assert set(ours.tolist()) == {1, 4}
 
 
-def test_a_broken_row_is_flagged_and_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize(("top_k", "judged"), [(7, False), (0, True)])
+def test_a_broken_row_is_flagged_and_leaves_the_others_alone(top_k: int, judged: bool) -> None:
     logits = torch.randn(6, 130, generator=torch.Generator().manual_seed(0))
     keys = torch.arange(6)
-    clean = draw(logits, keys, 1.0, 7, 0.9, 0.0)
+    clean = draw(logits, keys, 1.0, top_k, 0.9, 0.0, judged=judged)
     logits[1, 100], logits[3, 0] = torch.nan, torch.inf
     logits[4] = -torch.inf
-    broken = draw(logits, keys, 1.0, 7, 0.9, 0.0)
+    broken = draw(logits, keys, 1.0, top_k, 0.9, 0.0, judged=judged)
     assert broken[[1, 3, 4]].tolist() == [-1, -1, -1]
     assert torch.equal(broken[[0, 2, 5]], clean[[0, 2, 5]])
 
@@ -94,6 +101,7 @@ def normal(rows: int, vocabulary: int, scale: float = 3.0, seed: int = 0) -> Ten
 ROWS = {
     "equal": lambda v: torch.full((1, v), 0.25),
     "equal and far from 0": lambda v: torch.full((1, v), -3e7),
+    "two values far from 0": lambda v: -3e7 - 2.0 * (torch.arange(v).reshape(1, v) % 9 > 0),
     "two values": lambda v: torch.where(torch.arange(v).reshape(1, v) % 3 == 0, 1.5, -0.5),
     "nearly flat": lambda v: normal(1, v, 0.01),
     "flat": lambda v: normal(1, v, 0.5),
@@ -111,11 +119,12 @@ ROWS = {
     ("temperature", "top_k", "top_p", "min_p"),
     [(1.0, 0, 0.9, 0.0), (1.0, 40, 1.0, 0.0), (1.0, 0, 1.0, 0.02), (2.0, 60, 0.7, 0.01), (1.0, 9, 1.0, 0.3)],
 )
-def test_filters_of_odd_rows(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+@pytest.mark.parametrize("judged", [False, True])
+def test_filters_of_odd_rows(temperature: float, top_k: int, top_p: float, min_p: float, judged: bool) -> None:
     """Lists that overflow, thresholds below the lowest cut and ties longer than a tile change nothing."""
     logits, keys = torch.cat([make(211) for make in ROWS.values()]), torch.arange(len(ROWS)) * 104729
     expected = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    drawn = draw(logits, keys, temperature, top_k, top_p, min_p)
+    drawn = draw(logits, keys, temperature, top_k, top_p, min_p, judged=judged)
     assert dict(zip(ROWS, drawn.tolist(), strict=True)) == dict(zip(ROWS, expected.tolist(), strict=True))
 
 
@@ -126,7 +135,10 @@ def test_filters_of_odd_rows(temperature: float, top_k: int, top_p: float, min_p
         dataclasses.replace(TILES, capacity=1000),
         dataclasses.replace(TILES, capacity=1, rounds=2, tile=8),
         dataclasses.replace(TILES, capacity=1, rounds=3, tile=8, cuts=2),
-        dataclasses.replace(TILES, split=256, part=256, list_part=128, cuts=16, step=0.5),
+        dataclasses.replace(TILES, split=256, part=256, list_part=128, cuts=16, steps=8),
+        dataclasses.replace(TILES, judged=True),
+        dataclasses.replace(TILES, judged=True, capacity=1, cuts=2, steps=1),
+        dataclasses.replace(TILES, judged=True, capacity=1000),
     ],
     ids=str,
 )
@@ -150,13 +162,14 @@ VALUES = st.one_of(
     min_p=st.sampled_from([0.0, 1e-6, 0.05, 0.5]),
     temperature=st.sampled_from([1.0, 0.5, 4.0]),
     key=st.integers(-(1 << 62), 1 << 62),
+    judged=st.booleans(),
 )
 def test_any_row_draws_what_keep_likely_keeps(
-    row: list[float], top_k: int, top_p: float, min_p: float, temperature: float, key: int
+    row: list[float], top_k: int, top_p: float, min_p: float, temperature: float, key: int, judged: bool
 ) -> None:
     """Up to the rounding of the sums: a token outside of what float32 keeps must be at the boundary in float64."""
     logits, keys = torch.tensor([row]), torch.tensor([key])
-    drawn = draw(logits, keys, temperature, top_k, top_p, min_p)
+    drawn = draw(logits, keys, temperature, top_k, top_p, min_p, judged=judged)
     noisy = gumbel_reference(keys, len(row))
     z = logits / temperature
     candidates = {
@@ -168,12 +181,13 @@ def test_any_row_draws_what_keep_likely_keeps(
     assert int(drawn) in candidates
 
 
-def test_a_row_draws_the_same_in_any_batch_and_memory() -> None:
+@pytest.mark.parametrize(("top_k", "judged"), [(60, False), (0, True)])
+def test_a_row_draws_the_same_in_any_batch_and_memory(top_k: int, judged: bool) -> None:
     logits, keys = normal(5, 211), torch.arange(5) * 31
-    together = draw(logits, keys, 1.0, 60, 0.9, 0.0)
+    together = draw(logits, keys, 1.0, top_k, 0.9, 0.0, judged=judged)
     apart = torch.zeros(5, 300)[:, :211].copy_(logits)
-    assert torch.equal(draw(apart, keys, 1.0, 60, 0.9, 0.0), together)
-    assert torch.equal(draw(logits[3:4], keys[3:4], 1.0, 60, 0.9, 0.0), together[3:4])
+    assert torch.equal(draw(apart, keys, 1.0, top_k, 0.9, 0.0, judged=judged), together)
+    assert torch.equal(draw(logits[3:4], keys[3:4], 1.0, top_k, 0.9, 0.0, judged=judged), together[3:4])
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"temperature": 0.0}, {"softcap": 3.0}], ids=str)
