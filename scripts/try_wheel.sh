@@ -17,7 +17,8 @@ if [[ -n ${GENSSD_TRY_PACKAGES:-} ]]; then
   echo "$GENSSD_TRY_PACKAGES" > "$("$folder/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth"
   "${pip[@]}" install -q --no-deps --no-index --ignore-installed "$folder"/wheel/*.whl
 else
-  "${pip[@]}" install -q --no-compile -c constraints.txt "$folder"/wheel/*.whl
+  grep -v '^triton==' constraints.txt > "$folder/constraints.txt" # torch for CUDA asks for its own Triton
+  "${pip[@]}" install -q --no-compile -c "$folder/constraints.txt" "$folder"/wheel/*.whl
   "${pip[@]}" check
 fi
 mkdir -p "$folder/empty" && cd "$folder"
