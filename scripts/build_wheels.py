@@ -127,18 +127,15 @@ def write_compilers(python: Path, architecture: str, folder: Path) -> dict[str, 
     return {name: folder / tool for name, (tool, _) in words.items()}
 
 
-def write_toolchain(interpreter: Interpreter, architecture: str, compilers: dict[str, Path], folder: Path) -> Path:
+def write_toolchain(architecture: str, compilers: dict[str, Path], folder: Path) -> Path:
     """Write CMake's description of a build for another machine; return the file."""
     script = folder / "public.map"
     script.write_text(PUBLIC)
-    major, minor = interpreter.version
     values = {
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": architecture,
         **{name: str(path) for name, path in compilers.items()},
         "CMAKE_MODULE_LINKER_FLAGS_INIT": f"-Wl,--version-script={script} -Wl,-s",
-        "NB_SUFFIX": f".cpython-{major}{minor}-{architecture}-linux-gnu.so",
-        "NB_SUFFIX_S": ".abi3.so",
     }
     path = folder / "toolchain.cmake"
     path.write_text("".join(f'set({name} "{value}")\n' for name, value in values.items()))
@@ -155,7 +152,7 @@ def build_wheel(source: Path, interpreter: Interpreter, architecture: str, work:
     compilers = write_compilers(zig, architecture, work / f"compilers-{name}")
     out = work / f"raw-{name}"
     shutil.rmtree(out, ignore_errors=True)
-    toolchain = write_toolchain(interpreter, architecture, compilers, work / f"compilers-{name}")
+    toolchain = write_toolchain(architecture, compilers, work / f"compilers-{name}")
     settings: tuple[str | Path, ...] = (
         "-w",
         out,
@@ -174,6 +171,7 @@ def build_wheel(source: Path, interpreter: Interpreter, architecture: str, work:
         CMAKE_BUILD_PARALLEL_LEVEL=os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0)))),
         PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         _PYTHON_HOST_PLATFORM=f"linux-{architecture}",
+        SETUPTOOLS_EXT_SUFFIX=f".cpython-{''.join(map(str, interpreter.version))}-{architecture}-linux-gnu.so",
     )
     (wheel,) = out.glob("*.whl")
     return wheel
@@ -201,9 +199,9 @@ def main() -> None:
     for architecture in arguments.architecture or ARCHITECTURES:
         for interpreter in interpreters:
             wheel = build_wheel(source, interpreter, architecture, work, zig=python)
-            tag = f"manylinux_{GLIBC.replace('.', '_')}_{architecture}"
             path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-            run([python, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", "-w", out, wheel], PATH=path)
+            # auto: it takes the tags of other architectures from the wheel alone
+            run([python, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat", "-w", out, wheel], PATH=path)
     shutil.copy2(source, out)
     run([python, ROOT / "scripts/check_wheel.py", "--closed", *sorted(out.glob("*.whl"))])
 

@@ -5,7 +5,7 @@ of pyproject.toml, and nothing else: no test, no benchmark, no source of the cor
 and the exit code is 1.
 
 --closed: the core must also show no symbol but its entry point, and need no C++ library: the wheels of a release bring
-their own, which must not meet that of torch.
+their own, which must not meet that of torch. And they must run with glibc 2.17, by their tags.
 
 Needed besides the standard library: packaging, and pyelftools for --closed.
 """
@@ -110,6 +110,8 @@ def iter_core_faults(wheel: Wheel, cores: set[str], *, is_closed: bool) -> Itera
             if machine != (MACHINES[architecture],):
                 yield f"{name} is not for {architecture}"
     if is_closed:
+        if not any(tag.platform.startswith("manylinux_2_17_") for tag in tags):
+            yield "no tag is that of glibc 2.17"
         for name in cores:
             yield from (f"{name} {fault}" for fault in iter_link_faults(wheel.files[name]))
 

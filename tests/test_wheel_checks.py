@@ -165,6 +165,14 @@ def test_symbols_and_libraries_of_a_core_are_named() -> None:
     assert any(line.startswith("needs libstdc++") for line in iter_link_faults(core.read_bytes()))
 
 
+def test_a_wheel_for_a_younger_glibc_is_named(wheel: Wheel) -> None:
+    pytest.importorskip("elftools")
+    core = next((ROOT / PACKAGE).glob("_core.*.so")).read_bytes()
+    younger = dataclasses.replace(change(wheel, {CORE: core}), name=wheel.name.replace("2_17", "2_35"))
+    assert "no tag is that of glibc 2.17" in list(iter_faults(younger, ROOT, is_closed=True))
+    assert "no tag is that of glibc 2.17" not in list(iter_faults(change(wheel, {CORE: core}), ROOT, is_closed=True))
+
+
 def test_every_module_of_the_package_is_imported() -> None:
     package = Path(str(genssd.__file__)).parent
     names = set(iter_modules(package))
