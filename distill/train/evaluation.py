@@ -17,7 +17,7 @@ from genssd.distill.train.directories import publish_directory
 from genssd.distill.train.loss_totals import LossTotals
 from genssd.distill.train.model_card import BestResult, CardInputs, write_card
 from genssd.distill.train.saving import save_model
-from genssd.engine.errors import InputError, NumericsError
+from genssd.engine.common.errors import InputError, NumericsError
 
 
 def measure_eval_loss(
