@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 NATIVE_TESTS := $(foreach name,native native_arguments tiles attention linear logprob sampling cache layers experts,tests/kernels/test_$(name).py) tests/engine/test_model.py
+# what a wheel can break that its files do not show: the native kernels of its build, commands that start from another
+# directory, the shipped pair, the pages. What does not depend on how the package came here is for `make test`
+WHEEL_TESTS := $(addprefix tests/,test_package.py test_public_names.py cli/test_cli.py cli/test_light_imports.py \
+	kernels/test_native.py kernels/test_native_arguments.py kernels/test_linear.py distill/test_small_pair.py \
+	distill/doctor/test_verify.py distill/report/test_data.py)
 # what no test runs here (GPU tests, benchmarks) is held to the names and arguments that exist, not to strict types
 UNRUN := tests/kernels/gpu tests/engine/gpu tests/distill/pool/gpu bench examples docs/hooks
 UNRUN_MYPY := --config-file= --ignore-missing-imports --follow-imports silent --namespace-packages \
@@ -42,15 +47,17 @@ browser: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/pytest bench -o python_files="bench_*.py" --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/kernels.json
 
-# sdist -> wheel -> an environment that has nothing else of this tree -> the tests against what was installed
+# sdist -> wheel -> its files and metadata against the tree -> an environment that has what the wheel requires and
+# nothing else: every module imports, a search and its page -> what the tests need -> the tests that a wheel can fail
 wheel: $(VENV)/.installed-dev
-	rm -rf build/dist build/clean
+	rm -rf build/dist
 	$(BIN)/python -m build --outdir build/dist .
-	$(PYTHON) -m venv build/clean
-	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt torch
-	build/clean/bin/pip --disable-pip-version-check install -q -c constraints.txt "$$(ls build/dist/*.whl)[test]"
+	$(BIN)/python scripts/check_wheel.py build/dist/*.whl
+	GENSSD_TRY_WHEELS=build/dist bash scripts/try_wheel.sh "$(PYTHON)" build/clean
+	build/clean/bin/pip --disable-pip-version-check install -q --no-compile -c constraints.txt "$$(ls build/clean/wheel/*.whl)[test]"
+	build/clean/bin/python -P scripts/check_installed.py
 	cp -rp tests build/clean/tests && cp pyproject.toml build/clean/
-	cd build/clean && OMP_NUM_THREADS=1 bin/pytest -q --numprocesses auto --dist worksteal -m "not slow and not source"
+	cd build/clean && OMP_NUM_THREADS=1 bin/pytest -q --numprocesses auto --dist worksteal -m "not slow and not source" $(WHEEL_TESTS)
 
 # the wheels of a release, into build/wheels: CPython 3.11 and later, x86-64 and 64-bit ARM (see the script)
 wheels:

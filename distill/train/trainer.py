@@ -10,7 +10,7 @@ OUTPUT_DIR/run.json           the options, and the settings that decide the resu
 OUTPUT_DIR/README.md          the model card: data, options, result and command (model_card.py)
 OUTPUT_DIR/summary.json       counts of steps, tokens and examples, and the losses
 OUTPUT_DIR/metrics.jsonl      one line per logged step, and one per evaluation
-OUTPUT_DIR/best/              the model with the smallest loss on eval_data
+OUTPUT_DIR/best/              the model with the smallest loss on eval_data, with a card of its own
 OUTPUT_DIR/checkpoint-N/      a save_pretrained directory in float32, with optimizer.safetensors and trainer_state.json,
                               from which training is resumed exactly; with fsdp the shards of every process
 OUTPUT_DIR/bad_batch.jsonl    the examples of a step whose loss is not finite
@@ -154,7 +154,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             run.record()
             earlier.remove_later()
             announce(threads)
-        loss = Trainer(training, state).train(report, last_loss=earlier.loss)
+        loss = Trainer(training, state, card).train(report, last_loss=earlier.loss)
         summary = TrainSummary(
             output_dir=Path(config.output_dir),
             steps=state.step,
@@ -169,7 +169,7 @@ def run_train(config: TrainConfig, report: Report = lambda progress: None) -> Tr
             best_eval_loss=state.best_eval_loss,
         )
         if run is not None and card is not None:
-            write_card(config, card, summary)
+            write_card(Path(config.output_dir), config, card, summary)
             known_loss = summary.loss if math.isfinite(summary.loss) else None  # None: no step was left to take
             run.write_summary({**dataclasses.asdict(summary), "loss": known_loss, "output_dir": config.output_dir})
         world.wait()  # until everything is written: a process that leaves early may abort on its way out
@@ -190,11 +190,15 @@ def _warn_of_wrong_rows(inputs: TrainingInputs) -> None:
 
 
 class Trainer:
-    """Loop over the optimizer steps of a training that is built and resumed."""
+    """Loop over the optimizer steps of a training that is built and resumed.
 
-    def __init__(self, training: Training, state: TrainerState) -> None:
+    card: inputs of the model cards; None in a process that writes no files.
+    """
+
+    def __init__(self, training: Training, state: TrainerState, card: CardInputs | None) -> None:
         self._training = training
         self._state = state
+        self._card = card
         self._schedule = Schedule(training.config, state, training.inputs.examples, num_processes=training.world.size)
 
     def train(self, report: Report, *, last_loss: float) -> float:
@@ -223,7 +227,7 @@ class Trainer:
                 if schedule.is_logging_due:
                     metrics.log(_build_row(progress, result))
                 if training.inputs.held_out and schedule.is_evaluation_due:
-                    metrics.log(measure_eval_loss(training, state))
+                    metrics.log(measure_eval_loss(training, state, self._card, step_loss=loss))
                 if schedule.is_checkpoint_due:
                     self._save_checkpoint()
         trained = training.trained

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -17,7 +18,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from support.stub_hub import TOKEN, StubHub, run_stub_hub
 from support.tiny_pair import TinyPair
-from support.training_runs import ROWS, config_for
+from support.training_runs import ROWS, config_for, metrics
 
 from genssd.cli import main
 from genssd.distill.doctor.inputs import open_inputs
@@ -29,6 +30,7 @@ from genssd.distill.runs.source_version import find_commit
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.model_card import CardInputs, DataSource, Origin, read_base, read_front_matter, render_card
 from genssd.distill.train.trainer import TrainSummary, run_train
+from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import InputError
 from genssd.flags import read_config
 
@@ -101,6 +103,41 @@ def test_the_command_of_the_card_gives_the_same_training(trained: tuple[TrainCon
     read = read_config("train", flags, TrainConfig)
     assert read.template_date is not None  # that of the run, and its number of threads
     assert dataclasses.replace(read, template_date=None, threads=None) == config
+
+
+def test_the_best_model_has_a_card_of_its_own(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """The training data contradict the held-out row, so that the best model is not the last one."""
+    student = shutil.copytree(tiny_pair.student, tmp_path / "student")
+    (student / "README.md").write_text("---\nbase_model: org/base\nlicense: mit\n---\n")
+    held_out = write_rows([{"prompt": "1+1=", "completion": "2"}], "held.jsonl")
+    data = write_rows([{"prompt": "1+1=", "completion": "77777777"}] * 4)
+    config = config_for(
+        tiny_pair,
+        data,
+        tmp_path / "run",
+        model_name_or_path=str(student),
+        eval_data=(str(held_out),),
+        allow_eval_overlap=True,
+        eval_steps=1,
+        max_steps=6,
+        learning_rate=5e-2,
+    )
+    summary = run_train(config)
+    step = json.loads((tmp_path / "run/best/best.json").read_text())["step"]
+    assert step < 6
+    (trained,) = (row for row in metrics(tmp_path / "run") if row["step"] == step and "eval_loss" not in row)
+    final, _ = card_of(tmp_path / "run")
+    matter, text = card_of(tmp_path / "run/best")
+    assert matter == final
+    assert (matter["base_model"], matter["license"]) == ("org/base", "mit")
+    assert f"It is the model after {format_count(step, 'optimizer step')}" in text
+    assert "# run, best\n" in text
+    rows = rows_of(text)
+    assert rows["steps"] == [format_count(step, "optimizer step")]
+    assert rows["tokens"] == [format_count(trained["tokens"], "completion token")]
+    assert rows["loss of the last step"] == [f"{trained['loss']:.4f}"]
+    assert rows["smallest loss on the evaluation data"] == [f"{summary.best_eval_loss:.4f} (this model)"]
+    assert read_base(str(tmp_path / "run/best"), tmp_path / "run/best").repository == "org/base"
 
 
 def test_what_is_trained_further_has_the_first_base_and_its_license(tmp_path: Path) -> None:
