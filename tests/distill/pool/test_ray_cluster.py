@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from genssd.distill.pool import ray_cluster
-from genssd.distill.pool.ray_cluster import RayCluster, check_answers
+from genssd.distill.pool.ray_cluster import RayCluster
+from genssd.distill.pool.ray_joining import check_answers
 from genssd.distill.pool.ray_options import Address
 from genssd.engine.errors import InputError
 
