@@ -92,9 +92,8 @@ def list_words(root: Path, output_dir: Path) -> list[str]:
     select = ["--select.candidates", "2", "--select.chunk.tokens", "1", "--select.chunk.limit", "32"]
     select += ["--select.max-tokens", "64", "--select.max-batch", "8", "--select.memory-bytes", str(1 << 26)]
     train = ["--train.per-device-train-batch-size", "4", "--train.save-steps", "1", "--train.learning-rate", "1e-3"]
-    evaluate = ["--evaluate.samples", "1", "--evaluate.max-tokens", "64", "--evaluate.memory-bytes", str(1 << 26)]
     rounds = ["--rounds", str(ROUNDS), "--no-require-correct", "--processes", "2"]
-    return ["distill", *models, *files, *select, *train, *evaluate, *rounds, "--output-dir", str(output_dir)]
+    return ["distill", *models, *files, *select, *train, *rounds, "--output-dir", str(output_dir)]
 
 
 def run_with_kills(
