@@ -9,8 +9,8 @@ undisturbed one, and the next one begins, until so many kills have happened. The
 of every round, the evaluations and the summary must be the same, bit by bit but for times, and no process may outlive
 its command.
 
-Commands are forked from this process, and their workers from a server that has imported everything: nearly all of the
-time of a start is imports.
+Commands are forked from this process, and their processes from the command, which has imported everything and computes
+nothing itself: nearly all of the time of a start is imports.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
             (root / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         started = time.monotonic()
         log = root / "whole.log"
-        assert fork_command(list_words(root, root / "whole"), log).wait() == 0, log.read_text()[-2000:]
+        assert fork_command(list_words(root, root / "whole"), log, "fork").wait() == 0, log.read_text()[-2000:]
         seconds = time.monotonic() - started
         expected = read_results(root / "whole")
         print(f"an undisturbed run takes {seconds:.1f} s and writes {sorted(expected)}", flush=True)
@@ -113,7 +113,7 @@ def run_with_kills(
     log = output_dir.with_suffix(".log")
     while True:
         resume = ["--resume"] if (output_dir / "run.json").exists() else []
-        command = fork_command([*list_words(root, output_dir), *resume], log)
+        command = fork_command([*list_words(root, output_dir), *resume], log, "fork")
         until = time.monotonic() + draws.uniform(0.0, seconds)
         is_killed = counts["kills"] < most
         while command.poll() is None and not (is_killed and time.monotonic() >= until):

@@ -257,7 +257,7 @@ def test_workers_end_with_the_command(
 
 
 def test_started_interpreters_end_with_the_process_that_started_them() -> None:
-    """Workers of a command are interpreters of their own, which are spawned and not forked."""
+    """Workers of a command are interpreters of their own, which are spawned and not forked. These still import."""
     program = (
         "import sys, time, support.waiting\n"
         "from genssd.distill.pool.starting import START_METHOD, start_process\n"

@@ -37,6 +37,7 @@ from genssd.engine.chat_options import ChatOptions
 from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
 
+pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 
 
@@ -123,6 +124,7 @@ def write_directory(directory: Path) -> None:
 
 
 def test_a_directory_is_read_with_the_names_of_its_files(cluster: RayCluster, tmp_path: Path) -> None:
+    """By its path, and by a URL, which stands for an object storage."""
     write_directory(tmp_path / "d")
     name = str(tmp_path / "d")
     with pytest.raises(InputError, match="is a directory, not a data file"):
@@ -130,6 +132,7 @@ def test_a_directory_is_read_with_the_names_of_its_files(cluster: RayCluster, tm
     with read_with(RayRows(cluster.connect)):
         problems = read_usable_problems(name)
         content = hash_content(name)
+        stored = read_usable_problems(f"file://{name}").problems
     assert [(problem.prompt[-1]["content"], problem.answer) for problem in problems.problems] == [
         ("7?", "7"), ("8?", None), *((f"{i % 4}?", str(i)) for i in range(6))
     ]  # fmt: skip
@@ -138,6 +141,8 @@ def test_a_directory_is_read_with_the_names_of_its_files(cluster: RayCluster, tm
     ]  # fmt: skip
     assert problems.problems[-1].where == f"{name}/c.parquet, row 3"
     assert problems.list_bad_rows()[0].startswith(f"{name}/a.jsonl.gz, line 3: ")
+    assert [problem.prompt for problem in stored] == [problem.prompt for problem in problems.problems]
+    assert [problem.where for problem in stored] == [f"file://{problem.where}" for problem in problems.problems]
     (tmp_path / "d/b.parquet").unlink()
     with read_with(RayRows(cluster.connect)):
         assert hash_content(name) != content
