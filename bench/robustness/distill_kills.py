@@ -1,6 +1,6 @@
 """Kills of `genssd distill` at random moments: are the rows and the weights those of a run that nobody disturbed?
 
-    python -m bench.robustness.distill_kills [--kills 10] [--json bench/results/distill_kills.json]
+    python -m bench.robustness.distill_kills [--kills 10] [--json FILE]
 
 `genssd distill --processes 2` runs on the small pair: in each of two rounds two worker processes select, two training
 processes train, and two workers evaluate. After a random time, drawn from the time of an undisturbed run, the process
