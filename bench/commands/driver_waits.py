@@ -22,7 +22,7 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
-from genssd.engine.machine import read_cpu_name
+from genssd.engine.host.machine import read_cpu_name
 
 MESSAGES = 300
 """Number of messages of one measurement."""

@@ -33,7 +33,7 @@ from bench.robustness.pool_kills import PAIR, await_end, fork_command, without_t
 
 import genssd
 from genssd.distill.small_pair.problems import make_problems
-from genssd.engine.machine import read_cpu_name
+from genssd.engine.host.machine import read_cpu_name
 
 ROUNDS = 2
 PLACES = frozenset(("output_dir", "resume", "data", "model_name_or_path", "student", "model"))

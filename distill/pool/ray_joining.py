@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from genssd.distill.pool.ray_options import Address
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import one_line
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import one_line
 
 PATIENCE = 5.0
 """Seconds within which the head of a cluster must answer."""

@@ -19,7 +19,7 @@ from genssd.distill.pool import ray_cluster
 from genssd.distill.pool.ray_cluster import RayCluster
 from genssd.distill.pool.ray_joining import check_answers, collect_stderr, explain
 from genssd.distill.pool.ray_options import Address
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 @contextmanager
