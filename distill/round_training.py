@@ -117,9 +117,13 @@ def _choose_count(config: DistillConfig, checkpoint: Path | None, report: Progre
 
 
 def _count_places(config: DistillConfig) -> int:
-    """Return the largest number of training processes. Raises InputError where the machine has no such devices."""
+    """Return the largest number of training processes, one on MIG instances, which cannot be joined.
+
+    Raises InputError where the machine has no such devices.
+    """
     if config.devices is not None:
-        return len(choose_gpus(config.devices, config.train.device, 1, None))
+        places = choose_gpus(config.devices, config.train.device, 1, None)
+        return 1 if any(place.is_instance for place in places) else len(places)
     return config.processes or 1
 
 

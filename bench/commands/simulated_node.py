@@ -266,6 +266,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=192, help="number of prompts of a saturated run")
     parser.add_argument("--tokens", type=int, default=4096, help="number of tokens of a response")
+    parser.add_argument("--saturated", action="store_true", help="leave the paced runs out")
     parser.add_argument("--profile", action="store_true", help="print where the driver's time goes")
     parser.add_argument("--json", type=Path, help="file of the result")
     options = parser.parse_args()
@@ -278,7 +279,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory(prefix="genssd-node-") as name, patch.object(starting, "START_METHOD", "forkserver"):
         syncs = time_syncs(Path(name), len(template.decisions))
-        for seconds in (0.0, paced):
+        for seconds in (0.0,) if options.saturated else (0.0, paced):
             for devices in options.devices:
                 prompts = 8 * devices if seconds else options.prompts
                 rows.append(

@@ -137,8 +137,8 @@ def start_command(words: Sequence[str], log: Path) -> Command:
         return subprocess.Popen([sys.executable, "-m", "genssd", *words], stdout=printed, stderr=printed)
 
 
-def fork_command(words: Sequence[str], log: Path) -> Command:
-    """Start a command in a forked process."""
+def fork_command(words: Sequence[str], log: Path, start_method: str = "forkserver") -> Command:
+    """Start a command in a forked process. start_method: how it starts its own processes."""
     pid = os.fork()
     if pid:
         return ForkedCommand(pid)
@@ -147,7 +147,7 @@ def fork_command(words: Sequence[str], log: Path) -> Command:
         with log.open("a") as printed:
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
-        starting.START_METHOD = "forkserver"
+        starting.START_METHOD = start_method
         multiprocessing.get_context("forkserver").set_forkserver_preload(["genssd.commands"])
         run_command_line(words)
         code = 0

@@ -38,6 +38,8 @@ class HandOut:
     _queue: deque[_Item] = field(init=False)
     _held: dict[Hashable, dict[int, _Item]] = field(init=False, default_factory=dict)
     """Items that every worker has, by number."""
+    _num_held: int = field(init=False, default=0)
+    """Number of items that workers have; it is kept, since it is asked for with every message of every worker."""
 
     def __post_init__(self) -> None:
         self._queue = deque(map(_Item, self.numbers))
@@ -50,7 +52,7 @@ class HandOut:
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to do."""
-        return not self._queue and not any(self._held.values())
+        return not self._queue and not self._num_held
 
     def count_held(self, worker: Hashable) -> int:
         """Return how many items a worker has."""
@@ -59,7 +61,7 @@ class HandOut:
     @property
     def num_unfinished(self) -> int:
         """Number of items that are neither finished nor given up."""
-        return len(self._queue) + sum(map(len, self._held.values()))
+        return len(self._queue) + self._num_held
 
     def take(self, worker: Hashable, num_workers: int = 1) -> int | None:
         """Give a worker the first item that it may have beside those that it has; None where there is none now.
@@ -75,16 +77,20 @@ class HandOut:
             if len(held) < item.company:
                 del self._queue[place]
                 held[item.number] = item
+                self._num_held += 1
                 return item.number
         return None
 
     def finish(self, worker: Hashable, number: int) -> bool:
         """Note that a worker has finished one of its items; return False where it does not have it (any more)."""
-        return self._held.get(worker, {}).pop(number, None) is not None
+        is_held = self._held.get(worker, {}).pop(number, None) is not None
+        self._num_held -= is_held
+        return is_held
 
     def end(self, worker: Hashable) -> list[int]:
         """Take the items of a worker that ended back into the queue; return those that are given up instead."""
         held = list(self._held.pop(worker, {}).values())
+        self._num_held -= len(held)
         given_up = []
         for item in reversed(held):
             item.ends += len(held) == 1
@@ -100,4 +106,5 @@ class HandOut:
         rest = [number for held in self._held.values() for number in held] + [item.number for item in self._queue]
         self._queue.clear()
         self._held.clear()
+        self._num_held = 0
         return rest

@@ -32,6 +32,11 @@ class Place:
     memory: int | None = None
     """Bytes of memory that it may take; None on a GPU."""
 
+    @property
+    def is_instance(self) -> bool:
+        """Whether the device is a MIG instance, a part of a GPU. A process sees one, and NCCL joins none."""
+        return self.visible_device is not None and self.visible_device.upper().startswith("MIG")
+
 
 def check_numbers(processes: int | None, devices: str | None) -> None:
     """Raise InputError on options that no machine could follow."""
@@ -74,13 +79,22 @@ def choose_gpus(
 ) -> list[Place]:
     """Return the places of workers on GPUs, one for each device. The arguments are those of `divide_cpu`.
 
-    Raises InputError on devices that torch does not find.
+    MIG instances are those that CUDA_VISIBLE_DEVICES names, of which torch finds the first one alone. Raises InputError
+    on devices that torch does not find.
     """
     if device not in (None, "cuda"):
         raise InputError(f"give devices or device, not both: device is {device}")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not found:
         raise InputError("devices names GPUs, and torch finds none here; processes divides the cores of a CPU")
+    visible = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
+    if any(name.upper().startswith("MIG") for name in visible):
+        found = len(visible)
+    elif visible and found > len(visible):
+        raise InputError(
+            f"{VISIBLE} names {format_count(len(visible), 'device')}, and torch found {found} before it did: set it "
+            "before the program starts"
+        )
     numbers = list(range(found)) if devices == ALL else list(map(int, devices.split(",")))
     missing = [number for number in numbers if number >= found]
     if missing:
@@ -88,7 +102,6 @@ def choose_gpus(
         raise InputError(f"there is no device {missing[0]}: torch finds {format_count(found, 'device')}, {highest}")
     if items is not None:
         numbers = numbers[: max(1, items)]
-    visible = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
     return [
         Place(
             device="cuda",

@@ -8,9 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from multiprocessing import connection
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from selectors import EVENT_READ, BaseSelector, DefaultSelector
 from typing import ClassVar
 
 from genssd.distill.pool.messages import Ended, receive, send
@@ -26,15 +24,12 @@ CLOSE_TIME = 5.0
 class WorkerProcess(Worker):
     """A worker process, as this process knows it."""
 
-    def __init__(self, recipe: Recipe[WorkerModels], process: BaseProcess, pipe: Connection) -> None:
+    def __init__(self, recipe: Recipe[WorkerModels], selector: BaseSelector) -> None:
+        """Start a process, which loads its models. selector: waits for what it says until it is ended."""
         super().__init__(recipe)
-        self.process = process
-        self.pipe = pipe
-
-    @staticmethod
-    def start(recipe: Recipe[WorkerModels]) -> WorkerProcess:
-        """Start a process, which loads its models."""
-        return WorkerProcess(recipe, *start_process(run_worker, recipe))
+        self.process, self.pipe = start_process(run_worker, recipe)
+        self._selector = selector
+        selector.register(self.pipe, EVENT_READ, self)
 
     def send(self, message: object) -> None:
         """Send a message; do nothing where the process has ended."""
@@ -43,9 +38,15 @@ class WorkerProcess(Worker):
 
     def end(self) -> None:
         """End the process, and return when it has ended."""
-        self.pipe.close()
         self.process.kill()
+        self.close()
         self.process.join()
+
+    def close(self) -> None:
+        """Hear nothing of the process any more, which then ends by itself if it waits for work."""
+        with suppress(KeyError, ValueError):  # it is closed already
+            self._selector.unregister(self.pipe)
+        self.pipe.close()
 
     def describe_end(self) -> str:
         """Return what ended the process, which has ended, in words."""
@@ -62,6 +63,8 @@ class ProcessPool(WorkerPool[WorkerProcess, M]):
         """Start a worker for every recipe. They load their models until `open` returns."""
         super().__init__(models)
         self.size = len(recipes)
+        self._selector = DefaultSelector()
+        """Waits for all pipes. It is kept, not made anew for every message, of which there are more with more pipes."""
         self._workers = [self._start(recipe) for recipe in recipes]
 
     def __enter__(self) -> ProcessPool[M]:
@@ -71,23 +74,22 @@ class ProcessPool(WorkerPool[WorkerProcess, M]):
         for worker in self._workers:
             if kind is not None or not (worker.is_ready and worker.is_idle):
                 worker.process.kill()
-            worker.pipe.close()
+            worker.close()
         until = time.monotonic() + CLOSE_TIME
         for worker in self._workers:
             worker.process.join(max(0.0, until - time.monotonic()))
             worker.process.kill()
             worker.process.join()
+        self._selector.close()
 
     def _start(self, recipe: Recipe[WorkerModels]) -> WorkerProcess:
-        return WorkerProcess.start(recipe)
+        return WorkerProcess(recipe, self._selector)
 
     def _receive(self, timeout: float | None) -> Iterator[tuple[WorkerProcess, object]]:
-        by_pipe = {worker.pipe: worker for worker in self._workers}
-        for pipe in connection.wait(list(by_pipe), timeout):
-            assert isinstance(pipe, Connection)
-            worker = by_pipe[pipe]
+        for key, _ in self._selector.select(timeout):
+            worker: WorkerProcess = key.data
             try:
-                message = receive(pipe)
+                message = receive(worker.pipe)
             except (EOFError, OSError):
                 message = Ended()
                 worker.process.join(CLOSE_TIME)  # so that its exit code is its own

@@ -12,7 +12,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -22,18 +21,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.pool.ray_joining import check_answers, collect_stderr, explain, keep_loopback
 from genssd.distill.pool.ray_options import Address, Node, parse_actors, parse_address
 from genssd.engine.common.errors import InputError, WorkerError
 from genssd.engine.common.quoting import one_line
 from genssd.engine.host.machine import available_cores
 
 EXTRA = "pip install 'genssd[ray]'"
-PATIENCE = 5.0
-"""Seconds within which the head of a cluster must answer."""
+REMOVAL_TIME = 5.0
+"""Seconds for which files are removed that processes which are ending still write."""
 START_TIME = 120
 """Seconds that the processes of a cluster have to start: a busy machine may need more than the half minute of Ray's."""
 START_SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_gcs_server_port_wait_time_s": f"{START_TIME}",
     "RAY_raylet_start_wait_time_s": f"{START_TIME}",
     "RAY_agent_register_timeout_ms": f"{START_TIME}000",
@@ -41,8 +42,8 @@ START_SETTINGS = {
     "RAY_actor_graceful_shutdown_timeout_ms": "1000",
 }
 """Settings of the environment with which a cluster is started here. The first one keeps it at the loopback address, for
-which Ray would otherwise put one that other machines reach; the last one ends actors whose command was killed; the
-others are its patience with its own processes."""
+which Ray would otherwise put one that other machines reach; the second one starts no workers that nothing needs yet;
+the last one ends actors whose command was killed; the others are its patience with its own processes."""
 OBJECT_STORE = 128 << 20
 """Bytes of shared memory of a cluster that is started here: prompts on their way out, rows on their way back. What does
 not fit goes through files."""
@@ -52,6 +53,8 @@ LONGEST_DIRECTORY = 107 - len(
     "/genssd-ray-1234567-abcdefgh/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
 )
 """Number of characters in the directory above that one: a socket's name has 107 bytes at most."""
+JOIN_TIME = 15
+"""Seconds that the head of a cluster which runs already has for each answer, instead of Ray's minute."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -63,15 +66,14 @@ LOOPBACK = "127.0.0.1"
 AUTH = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 """Variables of the environment with the token that processes of a cluster show each other, its file, and whether they
 do. Where none is set, Ray would leave a token in the home directory. A process keeps the first one that it has read."""
-HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
-"""The first bytes of a client of gRPC, which the head of a cluster speaks: the preface, and an empty SETTINGS frame."""
-SETTINGS_FRAME = 4
-"""Type of the frame with which a server of HTTP/2 begins: the fourth byte of its answer."""
 
 
-def import_ray() -> Any:
-    """Return the package Ray. Raises InputError where it is not installed."""
-    for name, value in QUIET.items():
+def import_ray(**settings: str) -> Any:
+    """Return the package Ray. Raises InputError where it is not installed.
+
+    settings: variables of the environment that Ray reads when it is imported, besides those that keep it quiet.
+    """
+    for name, value in (QUIET | settings).items():
         os.environ.setdefault(name, value)
     try:
         return importlib.import_module("ray")
@@ -101,7 +103,8 @@ class RayCluster:
         """
         if self._ray is not None:
             return self._ray
-        ray = import_ray()
+        patience = START_TIME if self.address == "local" else JOIN_TIME
+        ray = import_ray(RAY_gcs_server_request_timeout_seconds=f"{patience}")
         _silence()
         if not ray.is_initialized():
             self._is_ours = True  # from now on, also where a signal ends the next line
@@ -136,20 +139,16 @@ class RayCluster:
         if self.address == "local":
             self._start_here(ray, quiet)
             return
-        if isinstance(self.address, Address):
-            check_answers(self.address)
-        try:
-            ray.init(address=str(self.address), **quiet)
-        except ConnectionError as error:
-            raise InputError(
-                f"ray {self.address}: no cluster is found from here ({one_line(error)[:200]}); start one with "
-                "`ray start --head`, or run --ray local"
-            ) from None
-        except (RuntimeError, ValueError, ray.exceptions.RayError) as error:  # another version, no node on this machine
-            raise InputError(
-                f"ray {self.address}: the cluster cannot be joined: {one_line(error)[:300]}; the command must run on "
-                "one of its nodes, with the versions of Python and Ray that they have"
-            ) from None
+        named = self.address if isinstance(self.address, Address) else None
+        if named is not None:
+            check_answers(named)
+        with collect_stderr() as read_printed, keep_loopback(named is not None and named.is_loopback):
+            try:
+                ray.init(address=str(self.address), **quiet)
+                return
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                reason = explain(error, read_printed())
+        raise InputError(f"ray {self.address}: {reason}")
 
     def _start_here(self, ray: Any, quiet: Mapping[str, Any]) -> None:
         """Start a cluster of this machine alone. Its files are in a directory of its own, its token is in no file."""
@@ -178,27 +177,6 @@ class RayCluster:
             ) from None
 
 
-def check_answers(address: Address, patience: float = PATIENCE) -> None:
-    """Raise InputError where nothing answers at an address, or something that is no head of a Ray cluster.
-
-    Ray itself waits for minutes. patience: seconds to wait.
-    """
-    hint = "start a cluster there with `ray start --head`, or run --ray local"
-    try:
-        with socket.create_connection((address.host, address.port), patience) as connection:
-            connection.settimeout(patience)
-            connection.sendall(HTTP2_PREFACE)
-            answer = connection.recv(9)
-    except socket.gaierror:
-        raise InputError(f"ray {address}: there is no host {address.host}") from None
-    except TimeoutError:
-        raise InputError(f"ray {address}: nothing answers within {patience:g} s; {hint}") from None
-    except OSError as error:
-        raise InputError(f"ray {address}: nothing answers there ({error.strerror or error}); {hint}") from None
-    if len(answer) < 4 or answer[3] != SETTINGS_FRAME:
-        raise InputError(f"ray {address}: what answers there is no head of a Ray cluster; {hint}")
-
-
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
     """Put the handlers of signals back, which Ray replaces when it connects."""
@@ -218,11 +196,11 @@ def _own_signal_handlers() -> Iterator[None]:
 def _starting_here() -> Iterator[None]:
     """Give Ray, which is imported already, and the processes that it starts, the settings of a start on this machine.
 
-    For one wait Ray has no setting: half a minute from the start of its raylet until the head knows it.
+    For one wait Ray has no setting: half a minute from the start of its raylet until the head knows it is a number in
+    the code of its `Node`, and RAY_raylet_start_wait_time_s is for the workers of a raylet alone.
     """
     services: Any = importlib.import_module("ray._private.services")
-    constants: Any = importlib.import_module("ray._private.ray_constants")
-    get_node, reaches_out = services.get_node, constants.ENABLE_RAY_CLUSTER
+    get_node = services.get_node
     before = {name: os.environ.get(name) for name in START_SETTINGS}
     end = time.monotonic() + START_TIME
 
@@ -235,13 +213,14 @@ def _starting_here() -> Iterator[None]:
                     raise
                 time.sleep(0.1)
 
-    services.get_node, constants.ENABLE_RAY_CLUSTER = await_node, False
+    services.get_node = await_node
     for name, value in START_SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
-        yield
+        with keep_loopback(True):
+            yield
     finally:
-        services.get_node, constants.ENABLE_RAY_CLUSTER = get_node, reaches_out
+        services.get_node = get_node
         for name, was in before.items():
             if was is None:
                 os.environ.pop(name, None)
@@ -263,7 +242,7 @@ def _choose_directory() -> Path:
 
 def _remove(path: Path) -> None:
     """Remove a directory in which processes that are ending may still write."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + REMOVAL_TIME
     while path.exists() and time.monotonic() < until:
         shutil.rmtree(path, ignore_errors=True)
         time.sleep(0.02)

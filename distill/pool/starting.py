@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -21,10 +22,14 @@ KEPT_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
 
 def start_process(body: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
-    """Start a process that runs body(pipe, *arguments); return it with this process's end of the pipe."""
+    """Start a process that runs body(pipe, *arguments); return it with this process's end of the pipe.
+
+    It ends as soon as this one has ended, also while it imports what body and arguments need.
+    """
     context = cast(SpawnContext, multiprocessing.get_context(START_METHOD))
     pipe, far_end = context.Pipe()
-    process = context.Process(target=body, args=(far_end, *arguments), daemon=True)
+    content = pickle.dumps((body, arguments), protocol=pickle.HIGHEST_PROTOCOL)
+    process = context.Process(target=_run, args=(far_end, content), daemon=True)
     resource_tracker.ensure_running()  # it unblocks signals when it starts
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_SIGNALS)
     try:
@@ -35,9 +40,11 @@ def start_process(body: Callable[..., None], *arguments: Any) -> tuple[BaseProce
     return process, pipe
 
 
-def end_with_parent() -> None:
-    """Let this process end as soon as the one that started it has ended, however that happens."""
+def _run(pipe: Connection, content: bytes) -> None:
+    """Watch the parent, and run the body that the pickle holds; the first function of a process."""
     threading.Thread(target=_await_end_of_parent, daemon=True).start()
+    body, arguments = pickle.loads(content)  # imports nearly everything
+    body(pipe, *arguments)
 
 
 def _await_end_of_parent() -> None:

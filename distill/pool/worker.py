@@ -31,7 +31,7 @@ from genssd.distill.pool.messages import (
     send,
 )
 from genssd.distill.pool.pool import Work
-from genssd.distill.pool.starting import describe_error, end_with_parent
+from genssd.distill.pool.starting import describe_error
 from genssd.engine.common.errors import GenssdError
 from genssd.engine.common.model_choices import Role
 from genssd.engine.engine import Engine
@@ -163,7 +163,6 @@ class ItemFeed:
 
 def run_worker(connection: Connection, recipe: Recipe[WorkerModels]) -> None:
     """Work for the process at the other end of the pipe until it ends or closes the pipe; the body of a process."""
-    end_with_parent()
     pipe = Pipe(connection)
     forward_log(pipe.post)
     os._exit(0 if serve(pipe, recipe.open) else 1)

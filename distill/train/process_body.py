@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from transformers.utils import logging as transformers_logging
 
 from genssd.distill.pool.messages import Failed, Refused, send
-from genssd.distill.pool.starting import describe_error, end_with_parent
+from genssd.distill.pool.starting import describe_error
 from genssd.distill.pool.worker import forward_log
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import TrainProgress, TrainSummary, run_train
@@ -45,7 +45,6 @@ def run_training_process(
     environment: variables that tell this process its place. memory: bytes that it may take on a CPU; None: no limit of
     its own.
     """
-    end_with_parent()
     os.environ.update(environment)  # torch has not asked for devices yet
     if memory is not None:
         limit_own_memory(memory)

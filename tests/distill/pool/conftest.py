@@ -10,6 +10,7 @@ import pytest
 from genssd.distill.pool import starting
 
 PRELOADED = (
+    "genssd.commands",
     "genssd.distill.pool.worker",
     "genssd.distill.score.leaf",
     "genssd.distill.diagnose.run",

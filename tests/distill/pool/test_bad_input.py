@@ -62,8 +62,10 @@ def test_a_model_that_is_not_there_is_refused_before_processes_start(
     assert not Path(config.output_dir).exists()
 
 
-def test_a_model_that_a_worker_does_not_find_is_named(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command still sees it; then it is gone, as on a node that has no copy."""
+def test_a_model_that_a_worker_does_not_find_is_named_once(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command still sees it; then it is gone, as on a node that has no copy. Three processes miss it."""
     real = pools.ProcessPool
 
     def remove_first(*arguments: Any) -> Any:
@@ -72,6 +74,7 @@ def test_a_model_that_a_worker_does_not_find_is_named(config: GenerateConfig, mo
 
     monkeypatch.setattr(pools, "ProcessPool", remove_first)
     with pytest.raises(CheckpointError, match=f"^model directory {re.escape(config.teacher)} does not exist"):
-        run_generate(config)
+        run_generate(dataclasses.replace(config, processes=3))
+    assert not caplog.text
     assert not multiprocessing.active_children()
     assert not (Path(config.output_dir) / "responses.jsonl").exists()

@@ -11,7 +11,9 @@ import pytest
 import torch
 from support.tiny_pair import TinyPair
 
+from genssd.distill.distill_config import DistillConfig
 from genssd.distill.pool.placing import Place, choose_gpus, divide_cpu
+from genssd.distill.round_training import _count_places, _list_places
 from genssd.distill.runs.chat_settings import read_clock
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.select.generate import run_generate
@@ -43,7 +45,24 @@ def test_every_gpu_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible("3, 1") == ["3", "1"]
     assert visible("all", items=2) == ["0", "1"]
     assert visible("0,2", CUDA_VISIBLE_DEVICES="4,5,GPU-6,7") == ["4", "GPU-6"]
+    assert visible("all", CUDA_VISIBLE_DEVICES="GPU-a,GPU-b, GPU-c ,GPU-d") == ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
+    with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES names 2 devices, and torch found 4 before it did: set"):
+        visible("all", CUDA_VISIBLE_DEVICES="0,1")
     assert choose_gpus("1", "cuda", 8, None, {}) == [Place(device="cuda", threads=8, visible_device="1")]
+
+
+def test_every_mig_instance_that_is_named_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA shows a process no more than one of them; trainings over several would need NCCL, which joins none."""
+    see_gpus(monkeypatch, 1)
+    names = ["MIG-5a1e6c5e-0b1c", "MIG-GPU-77/1/0", "MIG-9"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(names))
+    assert [place.visible_device for place in choose_gpus("all", None, 8, None)] == names
+    assert [place.visible_device for place in choose_gpus("2,0", None, 8, None)] == [names[2], names[0]]
+    with pytest.raises(InputError, match="there is no device 3: torch finds 3 devices, 0 to 2"):
+        choose_gpus("3", None, 8, None)
+    config = DistillConfig(teacher="t", student="s", data="d", devices="all")
+    assert _count_places(config) == 1
+    assert [place.visible_device for place in _list_places(config, 1)] == names[:1]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Worker processes: the results of one process, whatever is killed; nothing lost, nothing done twice.
 
-But for the last test the workers are forked (conftest.py).
+But for the last test the workers are forked: from a server (conftest.py), or from a command that is forked itself.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -29,7 +30,8 @@ from support.small_runs import read_results
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 
-from genssd.distill.pool import hand_out
+from genssd.cli import main
+from genssd.distill.pool import hand_out, starting
 from genssd.distill.pool.pool import Lost, OwnProcess, Work
 from genssd.distill.pool.processes import ProcessPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
@@ -212,6 +214,19 @@ def test_several_teachers_in_two_processes_write_what_they_write_in_one(
     assert thresholds[0] == thresholds[1]
 
 
+def run_forked_command(words: list[str], log: str) -> None:
+    """The body of a process: run a command whose output is a file, and whose workers are forked from it."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    starting.START_METHOD = "fork"
+    try:
+        main(words)
+    except SystemExit as stop:
+        os._exit(stop.code if isinstance(stop.code, int) else 1)
+    os._exit(0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_command(
     tiny_pair: TinyPair, write_rows: Callable[..., Path], tmp_path: Path, number: signal.Signals
@@ -219,23 +234,52 @@ def test_workers_end_with_the_command(
     """The command is stopped while it runs, or killed while its workers start; no process is left."""
     data = write_rows([{"question": f"{i}?"} for i in range(3000)])
     flags = ["--teacher", str(tiny_pair.teacher), "--data", str(data), "--max-tokens", "100", "--processes", "2"]
-    command = [sys.executable, "-m", "genssd", "generate", *flags, "--output-dir", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        journal = tmp_path / "out/responses.jsonl"
-        while process.poll() is None and not (
-            len(find_children(process.pid)) >= 2 if number == signal.SIGKILL else journal.exists()
-        ):
-            time.sleep(0.02)
-        children = find_children(process.pid)
-        process.send_signal(number)
-        assert process.stderr is not None
-        said = process.stderr.read()
-        assert process.wait() == (143 if number == signal.SIGTERM else -9), said
+    words = ["generate", *flags, "--threads", "2", "--output-dir", str(tmp_path / "out")]
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=run_forked_command, args=(words, str(tmp_path / "log")))
+    process.start()
+    assert process.pid is not None
+    journal = tmp_path / "out/responses.jsonl"
+    while process.is_alive() and not (
+        len(find_children(process.pid)) >= 2 if number == signal.SIGKILL else journal.exists()
+    ):
+        time.sleep(0.002)
+    children = find_children(process.pid)
+    os.kill(process.pid, number)
+    process.join()
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == (143 if number == signal.SIGTERM else -9), said
     assert len(children) >= 2
-    until = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        assert time.monotonic() < until, "workers are left"
-        time.sleep(0.05)
+    assert_all_end(children)
     if number == signal.SIGTERM:
         assert "terminated; " in said
         assert "Traceback" not in said
+
+
+def test_started_interpreters_end_with_the_process_that_started_them() -> None:
+    """Workers of a command are interpreters of their own, which are spawned and not forked. These still import."""
+    program = (
+        "import sys, time, support.waiting\n"
+        "from genssd.distill.pool.starting import START_METHOD, start_process\n"
+        "assert START_METHOD == 'spawn'\n"
+        "pids = [start_process(support.waiting.wait)[0].pid for _ in range(2)]\n"
+        "print(*pids, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 2
+        assert {*pids} < {*find_children(process.pid)}, "the third is the resource tracker"
+        process.kill()
+    assert_all_end(pids)
+
+
+def assert_all_end(pids: list[int]) -> None:
+    until = time.monotonic() + 60
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < until, f"processes are left: {left}"
+        time.sleep(0.005)

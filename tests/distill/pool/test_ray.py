@@ -1,26 +1,26 @@
 """Ray itself, on this machine: the results of one process, whatever is killed, and data of a directory.
 
-One cluster is started for all tests, and its two actors are those of several tests.
+One cluster is started for all tests. An actor takes six seconds to import what it needs, so there are few of them.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pool_works import SEARCH, collect, find_children, make_works, read_rows
+from support.pool_works import SEARCH, collect, find_children, make_works
 from support.small_runs import read_results
 from support.tiny_pair import TinyPair
 
+from genssd.cli import main
 from genssd.distill.data.problems import read_usable_problems
 from genssd.distill.files.cluster_files import read_with
 from genssd.distill.files.ray_rows import RayRows
@@ -38,7 +38,7 @@ from genssd.engine.common.model_choices import Role
 from genssd.engine.texts.chat_options import ChatOptions
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 
 
 @pytest.fixture(scope="module")
@@ -67,47 +67,42 @@ def read_command(pid: int) -> bytes:
         return b""
 
 
-@pytest.fixture(scope="module")
-def pool(tiny_pair: TinyPair, cluster: RayCluster) -> Iterator[RayPool]:
-    engine = tiny_pair.engine
+def open_pool(pair: TinyPair, cluster: RayCluster) -> RayPool:
+    engine = pair.engine
     roles: tuple[Role, Role] = ("teacher", "student")
     tokens = LocalTokens(tokenizers={role: engine.tokenizer(role) for role in roles}, reader=engine.reader)
     arguments = {
-        "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), "memory_bytes": 1 << 22, "max_batch": 4,
+        "teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_batch": 4,
         "device": "cpu", "threads": 1,
     }  # fmt: skip
     team = choose_team(cluster.list_nodes(), ActorRange(2, 2), cluster.cpus, "cpu", None)
     recipe = EngineRecipe(arguments=arguments, chat=ChatOptions())
-    with RayPool(RemoteModels([tokens]), cluster.connect(), recipe, team, engine.fingerprints) as pool:
-        pool.open()
-        yield pool
+    return RayPool(RemoteModels([tokens]), cluster.connect(), recipe, team, engine.fingerprints)
 
 
-@pytest.mark.parametrize("command", ["generate", "relay", "score", "evaluate", "prefix"])
-def test_results_are_those_of_one_process(tiny_pair: TinyPair, pool: RayPool, tmp_path: Path, command: str) -> None:
-    work = make_works(tiny_pair, tmp_path)[command]
-    assert collect(pool.run(work)) == collect(OwnProcess(tiny_pair.engine).run(work))
-
-
-def test_a_killed_actor_is_replaced_and_its_prompts_done_again(
+def test_results_are_those_of_one_process_also_where_an_actor_is_killed(
     tiny_pair: TinyPair,
-    pool: RayPool,
+    cluster: RayCluster,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    work = make_works(tiny_pair, tmp_path)["select"]
-    expected = collect(OwnProcess(tiny_pair.engine).run(work))
+    works = make_works(tiny_pair, tmp_path)
+    own = OwnProcess(tiny_pair.engine)
 
-    def kill_one() -> Iterator[tuple[int, Any]]:
-        for count, outcome in enumerate(pool.run(work)):
+    def kill_one(pool: RayPool, outcomes: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        for count, outcome in enumerate(outcomes):
             if count == 1:
                 pid = pool._workers[0].pid
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
             yield outcome
 
-    assert collect(kill_one()) == expected
+    with open_pool(tiny_pair, cluster) as pool:
+        pool.open()
+        for name in ("generate", "relay", "score", "evaluate", "prefix"):
+            assert collect(pool.run(works[name])) == collect(own.run(works[name])), name
+        assert collect(kill_one(pool, pool.run(works["select"]))) == collect(own.run(works["select"]))
     assert "a Ray actor on node 127.0.0.1 ended (" in caplog.text
     assert "another one takes its place" in caplog.text
     assert capfd.readouterr() == ("", ""), "Ray prints nothing of its own"
@@ -129,6 +124,7 @@ def write_directory(directory: Path) -> None:
 
 
 def test_a_directory_is_read_with_the_names_of_its_files(cluster: RayCluster, tmp_path: Path) -> None:
+    """By its path, and by a URL, which stands for an object storage."""
     write_directory(tmp_path / "d")
     name = str(tmp_path / "d")
     with pytest.raises(InputError, match="is a directory, not a data file"):
@@ -136,6 +132,7 @@ def test_a_directory_is_read_with_the_names_of_its_files(cluster: RayCluster, tm
     with read_with(RayRows(cluster.connect)):
         problems = read_usable_problems(name)
         content = hash_content(name)
+        stored = read_usable_problems(f"file://{name}").problems
     assert [(problem.prompt[-1]["content"], problem.answer) for problem in problems.problems] == [
         ("7?", "7"), ("8?", None), *((f"{i % 4}?", str(i)) for i in range(6))
     ]  # fmt: skip
@@ -144,6 +141,8 @@ def test_a_directory_is_read_with_the_names_of_its_files(cluster: RayCluster, tm
     ]  # fmt: skip
     assert problems.problems[-1].where == f"{name}/c.parquet, row 3"
     assert problems.list_bad_rows()[0].startswith(f"{name}/a.jsonl.gz, line 3: ")
+    assert [problem.prompt for problem in stored] == [problem.prompt for problem in problems.problems]
+    assert [problem.where for problem in stored] == [f"file://{problem.where}" for problem in problems.problems]
     (tmp_path / "d/b.parquet").unlink()
     with read_with(RayRows(cluster.connect)):
         assert hash_content(name) != content
@@ -162,70 +161,70 @@ def test_what_cannot_be_read_is_named(cluster: RayCluster, tmp_path: Path) -> No
             read_usable_problems(tmp_path / "e")
 
 
+def run_forked_command(words: list[str], log: str) -> None:
+    """The body of a process: run a command whose output is a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    main(words)
+
+
 def test_a_killed_command_takes_its_actors_along_and_is_resumed(
-    tiny_pair: TinyPair, cluster: RayCluster, tmp_path: Path
+    tiny_pair: TinyPair, cluster: RayCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The data are a directory, which the cluster reads, and the command reaches the cluster by its address."""
+    """The command reaches the cluster by its address; a program that has reached it already goes on.
+
+    The data are a directory, which the cluster reads. The cluster of the program stays.
+    """
     write_directory(tmp_path / "d")
     for number in range(10):
         (tmp_path / f"d/x{number}.jsonl").write_text(f'{{"question": "{number}+1?"}}\n' * 4)
     models = ["--teacher", str(tiny_pair.teacher), "--student", str(tiny_pair.student)]
     search = ["--candidates", "3", "--chunk.tokens", "4", "--chunk.until", "None", "--max-tokens", "16"]
-    flags = [*models, "--data", str(tmp_path / "d"), *search, "--memory-bytes", "4194304", "--max-batch", "2"]
+    flags = [*models, "--data", str(tmp_path / "d"), *search, "--memory-bytes", "4194304", "--max-batch", "4"]
     address = cluster.connect().get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "genssd", "select", *flags, "--ray", address, "--ray-actors", "1"]
-    command += ["--ray-cpus", "1", "--output-dir", str(tmp_path / "out")]
-    # the cluster is at the loopback address, for which Ray takes an outward one, unless it is told otherwise
-    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    others = find_actors()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        journal = tmp_path / "out/selections.jsonl"
-        until = time.monotonic() + 120
-        while (
-            process.poll() is None
-            and time.monotonic() < until
-            and not (journal.exists() and journal.read_bytes().count(b"\n") > 1)
-        ):
-            time.sleep(0.02)
-        actors = find_actors() - others
-        process.kill()
-        assert process.stderr is not None
-        said = process.stderr.read()
-        assert process.wait() == -9, said
+    assert address.startswith("127.0.0.1:")
+    words = ["select", *flags, "--ray", address, "--ray-actors", "1", "--ray-cpus", "1"]
+    words += ["--output-dir", str(tmp_path / "out")]
+    others, journal, log = find_actors(), tmp_path / "out/selections.jsonl", tmp_path / "log"
+    process = multiprocessing.get_context("forkserver").Process(target=run_forked_command, args=(words, str(log)))
+    process.start()
+    until = time.monotonic() + 300
+    while process.is_alive() and not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.005)
+    actors = find_actors() - others
+    process.kill()
+    process.join()
+    assert process.exitcode == -9, log.read_text()
     assert actors
-    assert "Traceback" not in said
+    assert "Traceback" not in log.read_text()
     until = time.monotonic() + 120
-    while find_actors() - others:
+    while find_actors() & actors:
         assert time.monotonic() < until, find_actors() - others
         time.sleep(0.05)
     assert 0 < journal.read_bytes().count(b"\n") < 48
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 2, done.stderr  # a row of the data is no problem
-    rows = read_rows(journal)
-    assert len(rows) == 48
-    assert len({row["index"] for row in rows}) == 48
-    assert not [word for word in ("raylet", "WARNING", "INFO") if word in done.stderr], done.stderr
-
-
-def test_the_command_on_a_cluster_that_a_program_has_reached(
-    tiny_pair: TinyPair, cluster: RayCluster, tmp_path: Path
-) -> None:
-    """The cluster of the program is used, and stays; the rows and settings are those of one process."""
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"question": f"{i % 3}?"}) + "\n" for i in range(6)))
     config: dict[str, Any] = {
-        "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), "data": str(data), **SEARCH,
-        "memory_bytes": 1 << 22, "max_batch": 4,
+        "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), **SEARCH, "memory_bytes": 1 << 22,
+        "max_batch": 4,
     }  # fmt: skip
-    ours = SelectConfig(**config, ray="local", ray_actors="1", ray_cpus=1, output_dir=str(tmp_path / "ray"))
-    assert run_select(ours).prompts == 6
+    resumed = {"data": str(tmp_path / "d"), "output_dir": str(tmp_path / "out"), "resume": True}
+    summary = run_select(SelectConfig(**config, **resumed, ray="local", ray_actors="1", ray_cpus=1))
+    assert (summary.prompts, len(summary.bad_rows)) == (48, 1), "a row of the data is no problem"
     assert cluster.connect().is_initialized()
-    run_select(SelectConfig(**config, output_dir=str(tmp_path / "one")), tiny_pair.engine)
-    results = [read_results(tmp_path / name) for name in ("ray", "one")]
+    assert capfd.readouterr() == ("", "")
+    rows = tmp_path / "rows.jsonl"
+    with read_with(RayRows(cluster.connect)):
+        problems = read_usable_problems(str(tmp_path / "d")).problems
+    lines = [{"question": problem.prompt[-1]["content"], "answer": problem.answer} for problem in problems]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_select(SelectConfig(**config, data=str(rows), output_dir=str(tmp_path / "one")), tiny_pair.engine)
+    results = [read_results(tmp_path / name) for name in ("out", "one")]
     for name in ("selections.jsonl", "decisions.jsonl"):
+        assert len(results[0][name]) == 48
         assert sorted(results[0][name], key=json.dumps) == sorted(results[1][name], key=json.dumps)
-    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("ray", "one")]
-    assert records[0]["settings"] == records[1]["settings"]
+    records = [json.loads((tmp_path / name / "run.json").read_text())["settings"] for name in ("out", "one")]
+    assert {name for name in records[0] if records[0][name] != records[1][name]} <= {"data"}
 
 
 def test_nothing_is_left_of_the_cluster(cluster: RayCluster) -> None:

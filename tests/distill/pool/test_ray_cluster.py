@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from genssd.distill.pool import ray_cluster
-from genssd.distill.pool.ray_cluster import RayCluster, check_answers
+from genssd.distill.pool.ray_cluster import RayCluster
+from genssd.distill.pool.ray_joining import check_answers, collect_stderr, explain
 from genssd.distill.pool.ray_options import Address
 from genssd.engine.common.errors import InputError
 
@@ -76,6 +77,50 @@ def test_an_address_of_something_else() -> None:
 def test_a_server_of_grpc_is_taken() -> None:
     with answering(b"\x00\x00\x12\x04\x00\x00\x00\x00\x00" + bytes(18)) as address:
         check_answers(address)
+
+
+@pytest.mark.parametrize(
+    ("cause", "printed", "reason"),
+    [
+        (
+            "Failed to get cluster ID from GCS server",
+            "gcs_client.cc:210: Unauthenticated: RPC error: InvalidAuthToken: Authentication token is missing",
+            "the cluster asks for another token than this process has: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH as they are where `ray start` runs",
+        ),
+        (
+            "No node info found matching attributes: '' when trying to resolve node to connect to.",
+            "",
+            "none of the cluster's nodes runs on this machine: run the command on one of them, or let this machine "
+            "join with `ray start --address`",
+        ),
+        (
+            "Version mismatch: The cluster was started with:\n    Ray: 2.50.0",
+            "",
+            "the cluster cannot be joined: Version mismatch: The cluster was started with: Ray: 2.50.0; the command "
+            "must run on one of its nodes, with the versions of Python and Ray that they have",
+        ),
+    ],
+)
+def test_what_failures_to_join_mean(cause: str, printed: str, reason: str) -> None:
+    error = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+    error.__cause__ = RuntimeError(cause)
+    assert explain(error, printed) == reason
+
+
+def test_a_cluster_that_is_looked_for_and_not_found() -> None:
+    error = ConnectionError("Could not find any running Ray instance. Please specify the one to connect to by setting")
+    assert explain(error, "") == "no cluster is found from here; start one with `ray start --head`, or run --ray local"
+
+
+def test_what_compiled_parts_print_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    with collect_stderr():
+        os.write(2, b"W gcs_client.cc: no\n")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
+    with collect_stderr() as read:
+        os.write(2, b"one\n")
+        assert read() == "one\n"
 
 
 def test_files_of_a_cluster_whose_process_was_killed_are_removed(tmp_path: Path) -> None:

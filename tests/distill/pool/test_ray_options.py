@@ -25,6 +25,9 @@ def test_addresses() -> None:
     assert parse_address("[2001:db8::7]:6379") == Address("2001:db8::7", 6379)
     assert str(Address("2001:db8::7", 6379)) == "[2001:db8::7]:6379"
     assert str(Address("10.0.0.1", 6379)) == "10.0.0.1:6379"
+    assert [Address(host, 1).is_loopback for host in ("localhost", "127.0.0.1", "::1", "10.0.0.1", "head")] == [
+        True, True, True, False, False
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
