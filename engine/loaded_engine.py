@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
+
 from genssd.engine.amounts import format_count
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.checkpoint import fingerprint
@@ -20,7 +22,7 @@ from genssd.engine.nodes import NodeReader
 from genssd.engine.options_check import check_arguments
 from genssd.engine.pair_prompts import PairPrompt
 from genssd.engine.reading import Reader
-from genssd.engine.requests import check_sizes
+from genssd.engine.requests import check_ids, check_positions, check_sizes
 from genssd.engine.resources import Resources
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.options import ServerOptions
@@ -228,3 +230,20 @@ class LoadedEngine:
     def node_reader(self, model: Role = "student") -> NodeReader:
         """Return a reader of one model's predictions at single positions of given responses."""
         return NodeReader(self._resources.runner(model), self.tokenizer(model).largest_id + 1, self.usage)
+
+    @check_arguments(but=("prompt", "response"))
+    def hidden_states(self, prompt: Prompt, response: Sequence[int], *, model: Role = "teacher") -> Tensor:
+        """Return the hidden states of a model that predict the tokens of a response, [tokens, width], in its dtype.
+
+        They are what the model's head multiplies: those after the last norm, over the divisor of the logits, if it has
+        one. response: token ids. Raises InputError on an empty response, on one that is longer than the model's
+        positions, and on a served model; CapacityError on more than the cache holds, NumericsError on NaN or infinite
+        values.
+        """
+        runner = self._resources.runner(model)
+        prompt_ids = self._resources.encode(prompt, model, "the prompt")
+        ids = check_ids(response, runner, "the response")
+        if not ids:
+            raise InputError("the response is empty")
+        check_positions(len(prompt_ids) + len(ids) - 1, runner, "the prompt with its response")
+        return self._resources.hidden_states(model, prompt_ids, ids)

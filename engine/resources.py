@@ -15,6 +15,7 @@ from genssd.engine.candidate import ActivationMeans, Window
 from genssd.engine.chat_options import ChatOptions
 from genssd.engine.criterion import AnyCriterion, needs_answer
 from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.hidden_states import read_states
 from genssd.engine.model_choices import Role
 from genssd.engine.page_budget import Reservations
 from genssd.engine.pair_prompts import PairEncoder, render_with
@@ -258,3 +259,9 @@ class Resources:
         means = mean_activations(self.runners[role], prompt_ids, ids, start, special_ids)
         self.usage.window_tokens += len(prompt_ids) + len(ids)
         return means
+
+    def hidden_states(self, role: Role, prompt_ids: Sequence[int], ids: Sequence[int]) -> Tensor:
+        """Read a response (see hidden_states.py) and count the tokens that this computes."""
+        states = read_states(self.runners[role], prompt_ids, ids)
+        self.usage.prefill_tokens += len(prompt_ids) + len(ids) - 1
+        return states
