@@ -177,7 +177,7 @@ def selection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fill_directory(base)
     names = {"teacher": str(base / "T"), "student": str(base / "S"), "data": str(base / "problems.jsonl")}
     run_select(
-        SelectConfig(**names, output_dir=str(base / "run"), teacher_topk=16, max_tokens=160, memory_bytes=1 << 28)
+        SelectConfig(**names, output_dir=str(base / "run"), teacher_topk=16, teacher_states="bfloat16", max_tokens=160, memory_bytes=1 << 28)
     )
     return base / "run"
 

@@ -1,4 +1,4 @@
-"""A training from stored hidden states of the teacher: transformers' states, and the losses of the teacher in memory."""
+"""A training from stored hidden states of the teacher, against transformers and against the teacher in memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.kept_states import KeptText, add_states
 from genssd.distill.select.run import run_select
+from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.loss_options import LossOptions
+from genssd.distill.train.token_weight_options import TokenWeightOptions
 from genssd.distill.train.trainer import run_train
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.head_loading import load_head
+from genssd.kernels.divergence import linear_divergence
 
 Write = Callable[..., Path]
 PROBLEMS = [{"question": f"{i}+{i}?", "answer": f"{2 * i}"} for i in range(4)]
@@ -114,8 +117,6 @@ def train(pair: TinyPair, data: Path, out: Path, **options: Any) -> list[dict[st
 def test_the_training_is_that_of_the_teacher_in_memory(
     tiny_pair: TinyPair, rows_by_dtype: dict[str, Path], tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    from genssd.distill.train.token_weight_options import TokenWeightOptions
-
     if "token_weights" in options:
         options = {**options, "token_weights": TokenWeightOptions(**options["token_weights"])}
     live = train(tiny_pair, rows_by_dtype["float32"], tmp_path / "live", **options)
@@ -131,8 +132,6 @@ def test_gradients_differ_by_the_rounding_of_the_states_alone(
     tiny_pair: TinyPair, rows_by_dtype: dict[str, Path]
 ) -> None:
     """The gradient of reverse KL in the student's states, against autograd in float64 over whole logits."""
-    from genssd.kernels.divergence import linear_divergence
-
     path = rows_by_dtype["bfloat16"]
     row = read_rows(path)[0]
     place = locate_states(row["teacher_states"], path.parent, len(row["completion_ids"]), "row")
@@ -210,12 +209,11 @@ def test_what_a_training_refuses(
     tiny_pair: TinyPair, rows_by_dtype: dict[str, Path], write_rows: Write, tmp_path: Path
 ) -> None:
     data = rows_by_dtype["float32"]
+    teacher = str(tiny_pair.teacher)
     given: dict[str, Any] = {"kd_ratio": 0.5, "kd_states": True, "statuses": BOTH, "max_steps": 1}
     plain = write_rows([{"prompt": "a", "completion": "b"}])
     with pytest.raises(InputError, match=r"line 1: no teacher_states of this student's tokenizer, which kd_states"):
-        run_train(
-            config_for(tiny_pair, plain, tmp_path / "a", teacher_model_name_or_path=str(tiny_pair.teacher), **given)
-        )
+        run_train(config_for(tiny_pair, plain, tmp_path / "a", teacher_model_name_or_path=teacher, **given))
     other = tmp_path / "other"
     save_checkpoint(other, "llama", seed=9)
     with pytest.raises(InputError, match=r"line 1: teacher_states are of the teacher [0-9a-f]{16}, and the checkpoint"):
@@ -227,13 +225,7 @@ def test_what_a_training_refuses(
     (damaged / "teacher_states.bin").write_bytes(content)
     with pytest.raises(InputError, match=r"holds no hidden states at byte 0: it is damaged"):
         run_train(
-            config_for(
-                tiny_pair,
-                damaged / data.name,
-                tmp_path / "c",
-                teacher_model_name_or_path=str(tiny_pair.teacher),
-                **given,
-            )
+            config_for(tiny_pair, damaged / data.name, tmp_path / "c", teacher_model_name_or_path=teacher, **given)
         )
 
 
@@ -247,8 +239,6 @@ def test_what_a_training_refuses(
     ],
 )
 def test_options_that_stored_states_cannot_serve(changes: dict[str, Any], message: str) -> None:
-    from genssd.distill.train.key_attention_options import KeyAttentionOptions
-
     given: dict[str, Any] = {"kd_ratio": 0.5, "kd_states": True, "teacher_model_name_or_path": "t"}
     with pytest.raises(InputError, match=message):
         LossOptions(**{**given, **changes})
@@ -267,9 +257,18 @@ def test_teachers_that_have_no_states_here_are_refused() -> None:
         SelectConfig(**{**given, "teacher": "t", "teacher_states": "int8"})
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "granite"])
-def test_the_head_alone_is_that_of_the_whole_model(tmp_path: Path, kind: str) -> None:
-    save_checkpoint(tmp_path / kind, kind, seed=3)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("gemma2", {"final_logit_softcapping": 3.0}),
+        ("granite", {"logits_scaling": 5.0, "tie_word_embeddings": False}),
+        ("stablelm", {}),  # transformers computes its states
+        ("stablelm", {"tie_word_embeddings": True}),
+    ],
+)
+def test_the_head_alone_is_that_of_the_whole_model(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    save_checkpoint(tmp_path / kind, kind, seed=3, **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
     head = load_head(tmp_path / kind, torch.float32, torch.device("cpu"))
     assert isinstance(head.weight, torch.Tensor)
