@@ -15,7 +15,6 @@ from genssd.distill.doctor.settings import Settings
 from genssd.distill.files.rows import read_rows
 from genssd.distill.train.models import TeacherReader
 from genssd.distill.train.row_needs import check_example
-from genssd.distill.train.stored_states import require_states
 from genssd.engine.amounts import format_count
 from genssd.engine.errors import GenssdError, InputError
 from genssd.engine.text import Tokenizer
@@ -119,8 +118,6 @@ def read_example_rows(
             )
             for example in reading.examples:
                 check_example(example, training)
-                if training.kd_states:
-                    require_states(example).read()
                 if reader is not None:
                     reader.check_example(example)
         except GenssdError as error:
