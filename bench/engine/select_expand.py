@@ -15,6 +15,7 @@ best of N        whole responses by `generate`, of which the student chooses one
 genssd best of N  the same by `Engine.generate` and `Engine.score`
 
 Times are of the process, not of the clock, since other processes may run; tokens are those that the models compute.
+Rows that FILE has already are not measured again, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -181,37 +182,35 @@ def check(programs: Programs) -> float:
     return difference
 
 
-def measure(programs: Programs, rounds: int, responses: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Return a row for each size, value and program."""
+def measure(programs: Programs, size: str, value: int, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each program at one value of a size; the rounds of the programs alternate."""
+    sizes = {**FIXED, size: value}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs.all}
+    computed: dict[str, int] = {}
+    for round_ in range(1, 1 + rounds):
+        problem = make_problem(sizes["candidates"], sizes["response"], round_)
+        for name, program in programs.all.items():
+            before, started, clock = programs.computed_tokens, time.process_time(), time.perf_counter()
+            kept = program(problem)
+            seconds[name].append((time.process_time() - started, time.perf_counter() - clock))
+            assert len(kept) == problem.response
+            computed[name] = programs.computed_tokens - before
     rows: list[dict[str, Any]] = []
-    for size, values in (("response", responses), ("candidates", CANDIDATES)):
-        for value in values:
-            sizes = {**FIXED, size: value}
-            seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs.all}
-            computed: dict[str, int] = {}
-            for round_ in range(1, 1 + rounds):
-                problem = make_problem(sizes["candidates"], sizes["response"], round_)
-                for name, program in programs.all.items():
-                    before, started, clock = programs.computed_tokens, time.process_time(), time.perf_counter()
-                    kept = program(problem)
-                    seconds[name].append((time.process_time() - started, time.perf_counter() - clock))
-                    assert len(kept) == problem.response
-                    computed[name] = programs.computed_tokens - before
-            for name, times in seconds.items():
-                each = [cpu for cpu, _ in times]
-                rows.append(
-                    {
-                        "size": size,
-                        "value": value,
-                        "program": name,
-                        "seconds": round(median(each), 3),
-                        "min": round(min(each), 3),
-                        "max": round(max(each), 3),
-                        "clock_seconds": round(median(clock for _, clock in times), 3),
-                        "computed_tokens": computed[name],
-                    }
-                )
-                print(rows[-1], file=sys.stderr, flush=True)
+    for name, times in seconds.items():
+        each = [cpu for cpu, _ in times]
+        rows.append(
+            {
+                "size": size,
+                "value": value,
+                "program": name,
+                "seconds": round(median(each), 3),
+                "min": round(min(each), 3),
+                "max": round(max(each), 3),
+                "clock_seconds": round(median(clock for _, clock in times), 3),
+                "computed_tokens": computed[name],
+            }
+        )
+        print("{size:10} {value:5} {program:17} {seconds:8.2f} s  {computed_tokens:8d} tokens".format(**rows[-1]))
     return rows
 
 
@@ -266,28 +265,35 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    rows = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    known = {(row["size"], row["value"]) for row in rows}
+    values = [("response", value) for value in RESPONSES if value <= options.longest]
+    values += [("candidates", value) for value in CANDIDATES]
     with TemporaryDirectory() as folder, torch.inference_mode():
         save_model(Path(folder), replace(SIZES["small"], model=SHAPE))
         programs = Programs(Path(folder))
         difference = check(programs)
         for name, program in programs.all.items():  # a first run warms the program up
             assert len(program(make_problem(2, CHUNK, 0))) == CHUNK, name
-        load = os.getloadavg()[0]
-        rows = measure(programs, options.rounds, tuple(r for r in RESPONSES if r <= options.longest))
-    for row in rows:
-        print("{size:10} {value:5} {program:17} {seconds:8.2f} s  {computed_tokens:8d} tokens computed".format(**row))
-    if options.json:
-        report = {
-            "command": f"python -m bench.engine.select_expand --rounds {options.rounds}",
-            "machine": {**describe_machine(1), "load": [round(load, 1), round(os.getloadavg()[0], 1)]},
-            "model": asdict(SHAPE),
-            "sizes": {**FIXED, "prompt": PROMPT, "chunk": CHUNK},
-            "largest_difference": difference,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        for size, value in (one for one in values if one not in known):
+            rows += measure(programs, size, value, options.rounds)
+            if options.json:
+                write_report(options.json, rows, options.rounds, difference)
     if options.plot:
         plot(rows, options.plot)
+
+
+def write_report(path: Path, rows: list[dict[str, Any]], rounds: int, difference: float) -> None:
+    """Write the rows that are measured so far, with the machine and its load now."""
+    report = {
+        "command": f"python -m bench.engine.select_expand --rounds {rounds}",
+        "machine": {**describe_machine(1), "load": round(os.getloadavg()[0], 1)},
+        "model": asdict(SHAPE),
+        "sizes": {**FIXED, "prompt": PROMPT, "chunk": CHUNK},
+        "largest_difference": difference,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
