@@ -36,7 +36,7 @@ from genssd.distill.select.run import run_select
 from genssd.distill.small_pair.problems import make_problems
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import TrainProgress, run_train
-from genssd.engine.chunk import Chunk
+from genssd.engine.decoding.chunk import Chunk
 
 PAIR = Path(next(iter(small_pair.__path__)))
 LARGE = ModelShape(layers=12, width=512, inner=1536, heads=8, kv_heads=2, head_dim=64, vocabulary=8192)

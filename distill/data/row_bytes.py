@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.runs.writing import GrowingFile, truncate
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from genssd.distill.data.row_bytes import RowBytes, RowBytesFile, locate_bytes, read_numbers
-from genssd.engine.amounts import format_bytes, format_count
-from genssd.engine.errors import InputError
+from genssd.engine.common.amounts import format_bytes, format_count
+from genssd.engine.common.errors import InputError
 
 FIELD = "teacher_states"
 """Field of a row that locates its states."""

@@ -16,8 +16,8 @@ import torch
 
 from genssd.distill.data.row_bytes import RowBytes, RowBytesFile, locate_bytes, read_numbers
 from genssd.distill.data.topk_coding import BYTES_PER_ENTRY, decode_topk, encode_topk
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
 from genssd.kernels.logprob import TopK
 
 FIELD = "teacher_topk"

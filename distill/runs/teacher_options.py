@@ -9,8 +9,8 @@ from typing import Any, Literal
 from genssd.distill.runs.effects import Need
 from genssd.distill.runs.field_kinds import FileName, Operational
 from genssd.distill.runs.pool_options import PoolOptions
-from genssd.engine.errors import InputError
-from genssd.engine.served.address import is_url
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.common.errors import InputError
 from genssd.engine.served.options import ServerOptions
 
 StateType = Literal["bfloat16", "float32"]

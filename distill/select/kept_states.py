@@ -14,8 +14,8 @@ from torch import Tensor
 
 from genssd.distill.data.state_store import DTYPES
 from genssd.distill.runs.teacher_options import StateType
+from genssd.engine.common.errors import CapacityError
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError
 
 R = TypeVar("R")
 

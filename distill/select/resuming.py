@@ -14,7 +14,7 @@ from genssd.distill.runs.journal import complete_rows, damaged_line, has_lines
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.teacher_options import StateType
 from genssd.distill.runs.writing import keep_spans
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 TOPK_FILE, STATES_FILE = "teacher_topk.bin", "teacher_states.bin"
 

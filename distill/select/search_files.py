@@ -15,7 +15,7 @@ from genssd.distill.runs.run import Run
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.resuming import TOPK_FILE, open_states
 from genssd.distill.select.work import SearchedPrompt
-from genssd.engine.model_facts import ModelFacts
+from genssd.engine.setup.model_facts import ModelFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,10 @@ import torch
 from genssd.distill.data.examples import Example
 from genssd.distill.data.state_store import StateLocation
 from genssd.distill.train.losses import Head
-from genssd.engine.checkpoint import fingerprint
-from genssd.engine.errors import InputError
-from genssd.engine.head_loading import load_head
-from genssd.engine.memory import choose_dtype
+from genssd.engine.checkpoints.checkpoint import fingerprint
+from genssd.engine.common.errors import InputError
+from genssd.engine.setup.head_loading import load_head
+from genssd.engine.setup.memory import choose_dtype
 from genssd.kernels.weight import Weight
 
 

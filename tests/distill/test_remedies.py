@@ -17,7 +17,7 @@ from support.tiny_pair import TinyPair
 
 from genssd.distill.data.state_store import locate_states
 from genssd.distill.data.topk_store import locate_topk
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 FILES = [*((command, name) for command, name in JOURNALS.items()), ("select", "decisions.jsonl")]
 NAMED_LINE = re.compile(r"(?P<path>/\S+), line (?P<line>\d+)")

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.toys import save_tokenizer
 
-from genssd.engine.chunk import Chunk, ChunkEnd
-from genssd.engine.errors import InputError
-from genssd.engine.text import TextStream, Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk, ChunkEnd
+from genssd.engine.texts.text import TextStream, Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genssd.distill.data.state_store import StateStore, decode_states, encode_states, locate_states
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 TYPES = [torch.bfloat16, torch.float32]
 STATES = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))

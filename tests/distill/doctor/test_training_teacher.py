@@ -20,7 +20,7 @@ from genssd.distill.doctor.model_checks import check_models, check_vocabularies
 from genssd.distill.doctor.token_checks import check_tokenizers
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
-from genssd.engine.amounts import format_bytes
+from genssd.engine.common.amounts import format_bytes
 
 TITLE = "teacher of the training"
 

@@ -25,9 +25,9 @@ from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.token_weight_options import TokenWeightOptions
 from genssd.distill.train.trainer import run_train
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.head_loading import load_head
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.setup.head_loading import load_head
 from genssd.kernels.divergence import linear_divergence
 
 Write = Callable[..., Path]
