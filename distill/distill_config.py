@@ -96,6 +96,14 @@ class DistillConfig(PairChatSettings):
                 "train.kd_ratio needs the teacher's top k: give --select.teacher-topk, or a "
                 "train.teacher_model_name_or_path"
             )
+        self.select.check_teacher_states(self.teacher)
+        if self.train.kd_states and self.select.teacher_states is None:
+            raise InputError("train.kd_states reads the teacher's hidden states: give --select.teacher-states")
+        if self.train.kd_states and self.train.teacher_model_name_or_path != self.teacher:
+            raise InputError(
+                "train.kd_states reads the head of the teacher that writes: give its name as "
+                f"train.teacher_model_name_or_path, {self.teacher}"
+            )
 
     def make_select_settings(self) -> SelectSettings:
         """Return how every round selects: with the processes or devices of all parts where it has none of its own."""

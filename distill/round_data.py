@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genssd.distill.data import state_store, topk_store
 from genssd.distill.data.problems import ProblemRow, ProblemSet, read_usable_problems
 from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.journal import complete_rows, write_jsonl
@@ -84,8 +85,8 @@ def keep_trajectories(
         elif require_correct and not row["correct"]:
             left_out["wrong" if row["undecided"] is None else "undecided"] += 1
         else:
-            if row["teacher_topk"] is not None:
-                row["teacher_topk"]["file"] = f"{selections.parent.name}/{row['teacher_topk']['file']}"
+            for place in filter(None, (row.get(topk_store.FIELD), row.get(state_store.FIELD))):
+                place["file"] = f"{selections.parent.name}/{place['file']}"
             rows.append(row)
     rows.sort(key=lambda row: int(row["index"]))
     write_jsonl(path, rows)

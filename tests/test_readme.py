@@ -172,13 +172,12 @@ def test_the_commands_and_programs_run(
 
 @pytest.fixture(scope="module")
 def selection(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished selection with the teacher's most likely tokens."""
+    """The directory of a finished selection with the teacher's most likely tokens and hidden states."""
     base = tmp_path_factory.mktemp("selection")
     fill_directory(base)
     names = {"teacher": str(base / "T"), "student": str(base / "S"), "data": str(base / "problems.jsonl")}
-    run_select(
-        SelectConfig(**names, output_dir=str(base / "run"), teacher_topk=16, max_tokens=160, memory_bytes=1 << 28)
-    )
+    options: dict[str, Any] = {"teacher_topk": 16, "teacher_states": "bfloat16", "max_tokens": 160}
+    run_select(SelectConfig(**names, **options, output_dir=str(base / "run"), memory_bytes=1 << 28))
     return base / "run"
 
 

@@ -17,7 +17,8 @@ a thought and never closes it, has the status "length": no end of sequence is ad
 A number in the field `weight` multiplies the loss of a row's tokens. An element of the field `chunks` has the number of
 its `tokens`, and may have a `weight` that multiplies the loss of these. Rows with ids may also have the prompt as the
 teacher reads it (`prompt_ids`), the number of the prompt's last tokens that are trained (`lead_tokens`), and the
-location of the teacher's most likely tokens (`teacher_topk`, see topk_store.py).
+location of the teacher's most likely tokens (`teacher_topk`, see topk_store.py) and of its hidden states
+(`teacher_states`, see state_store.py).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from genssd.distill.data.encoding import check_same_thought, encode_conversation
 from genssd.distill.data.endings import is_finished
 from genssd.distill.data.final_answers import check_is_no_problem
 from genssd.distill.data.messages import COMPLETION_FIELDS, find_question, parse_conversation
+from genssd.distill.data.state_store import StateLocation, locate_states
 from genssd.distill.data.teacher_text import TeacherText, read_stored
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
 from genssd.engine.common.amounts import format_count
@@ -64,6 +66,8 @@ class Example:
     """Completion in the tokens of a teacher with another tokenizer, where the row has them."""
     topk: TopkLocation | None = None
     """Location of the teacher's most likely tokens along the completion."""
+    states: StateLocation | None = None
+    """Location of the teacher's hidden states along the lead and the completion."""
     rejected: bool = False
     """Whether this is the worse completion of a preference pair."""
     is_cut_off: bool = False
@@ -152,7 +156,7 @@ def _add_teacher_text(
 def _add_journal_fields(
     example: Example, fields: Mapping[str, Any], tokenizer: Tokenizer, where: str, directory: Path
 ) -> Example:
-    """Return the example with the chunks' weights, the teacher's prompt and the top k of its row."""
+    """Return the example with the chunks' weights, the teacher's prompt, the top k and the states of its row."""
     lead = fields.get("lead_tokens", 0)
     if type(lead) is not int or not 0 <= lead < example.num_prompt:
         raise InputError(
@@ -169,6 +173,7 @@ def _add_journal_fields(
         chunk_weights=_parse_chunk_weights(fields.get("chunks"), example.num_completion, where),
         teacher_prompt_ids=() if is_same_prompt else tuple(teacher_prompt),
         topk=locate_topk(fields.get("teacher_topk"), directory, example.num_completion, where),
+        states=locate_states(fields.get("teacher_states"), directory, lead + example.num_completion, where),
     )
 
 

@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
+from genssd.distill.data.state_store import DTYPES
 from genssd.distill.data.topk_coding import BYTES_PER_ENTRY
 from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.files.rows import read_rows
+from genssd.distill.runs.teacher_options import TeacherOptions
 from genssd.distill.train.saving import find_stored_dtype
 from genssd.engine.checkpoints.parameters import count_stored_parameters
 from genssd.engine.common.amounts import format_bytes, format_count
 from genssd.engine.common.errors import GenssdError
+from genssd.engine.models.transformers_loading import make_empty_model
 
 BYTES_PER_ROW_TOKEN = 32
 """Bytes of selections.jsonl for one token of a prompt or a response: ids, text, log-probabilities. A search of the
@@ -78,6 +81,10 @@ def _list_journals(inputs: Inputs) -> Iterator[tuple[str, int]]:
     kept = settings.sequences if settings.search is None else settings.search.beam
     rows = count * rounds * (prompt + kept * settings.max_tokens) * BYTES_PER_ROW_TOKEN
     yield f"rows of {format_count(count * rounds, 'prompt')}", rows
+    if isinstance(settings.engine, TeacherOptions) and settings.engine.teacher_states and inputs.teacher is not None:
+        width = make_empty_model(inputs.teacher.directory).get_output_embeddings().weight.shape[1]
+        state = int(width) * DTYPES[settings.engine.teacher_states].itemsize
+        yield "the teacher's hidden states", count * rounds * settings.max_tokens * state
     if settings.search is not None:
         sampled = count * rounds * settings.sequences * settings.max_tokens
         yield "decisions (every candidate)", sampled * BYTES_PER_CANDIDATE_TOKEN

@@ -219,6 +219,9 @@ def _count_teacher_bytes(inputs: Inputs, device: torch.device) -> int:
     teacher = inputs.training_teacher
     if teacher is None or not teacher.has_weights:
         return 0
+    if inputs.settings.training is not None and inputs.settings.training.kd_states:  # the head alone
+        head = make_empty_model(teacher.directory).get_output_embeddings().weight
+        return int(head.numel()) * choose_dtype(teacher.directory, "auto", device).itemsize
     return count_weight_bytes(teacher.directory, choose_dtype(teacher.directory, "auto", device))[0]
 
 

@@ -45,7 +45,10 @@ def _check_model(inputs: Inputs, model: ModelFiles) -> Finding:
         return Finding(name=name, level="error", line=str(error))
     facts = f"{model.name} ({kind}, {parameters:,} parameters, {model.config.max_position_embeddings:,} positions)"
     if model is inputs.training_teacher and model not in inputs.models.values():
-        return Finding(name=name, level="ok", line=f"{facts} runs in transformers beside the training of the student")
+        training = inputs.settings.training
+        is_head = training is not None and training.kd_states
+        use = "gives its head to" if is_head else "runs in transformers beside"
+        return Finding(name=name, level="ok", line=f"{facts} {use} the training of the student")
     if engine is None and inputs.settings.training is not None:
         return Finding(name=name, level="ok", line=f"{facts} trains in transformers")
     if model.has_own_decoder:

@@ -18,12 +18,14 @@ from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.pools import choose_engine_places
 from genssd.distill.runs.sampling_options import ModelSampling
+from genssd.distill.runs.teacher_options import TeacherOptions
 from genssd.distill.select.config import Calibrate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.adapters import add_adapters
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.models import check_layout
 from genssd.distill.train.resume import find_checkpoint
+from genssd.distill.train.stored_states import check_states
 from genssd.engine.common.errors import GenssdError, InputError
 from genssd.engine.common.model_choices import Role
 from genssd.engine.models.transformers_loading import make_empty_model
@@ -59,6 +61,9 @@ def _list_needs(inputs: Inputs) -> Iterator[Need]:
         yield partial(find_sampling, config, settings.models[role])
     if settings.search is not None:
         yield partial(_check_topk, inputs, settings.search.teacher_topk)
+    if isinstance(settings.engine, TeacherOptions) and settings.engine.teacher_states:
+        yield partial(_check_states, inputs)
+    if settings.search is not None:
         yield partial(_check_calibration, settings.search.calibrate, settings)
     if isinstance(config, GenerateConfig) and config.has_two_writers:
         yield partial(_check_two_writers, inputs)
@@ -68,7 +73,9 @@ def _list_needs(inputs: Inputs) -> Iterator[Need]:
         yield partial(check_monitor, config.report_to)
     if settings.training is not None:
         yield partial(check_monitor, settings.training.report_to)
-        for model in (inputs.student, inputs.training_teacher):
+        if settings.training.kd_states and inputs.training_teacher is not None and inputs.rows.examples:
+            yield partial(check_states, inputs.rows.examples, inputs.training_teacher.directory)
+        for model in (inputs.student, None if settings.training.kd_states else inputs.training_teacher):
             if model is not None and model.has_weights:
                 yield partial(_check_trained, model, settings.training, is_student=model is inputs.student)
 
@@ -80,6 +87,13 @@ def _check_topk(inputs: Inputs, teacher_topk: int) -> None:
             raise InputError(f"teacher_topk needs models whose tokens are the same: {pair.known_reader.describe()}")
         if teacher_topk > (vocabulary := pair.teacher.config.vocab_size):
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {teacher_topk}")
+
+
+def _check_states(inputs: Inputs) -> None:
+    """Raise InputError where the teacher's states cannot be kept at the tokens of the student."""
+    for pair in inputs.pairs:
+        if not pair.is_identity and pair.known_reader is not None:
+            raise InputError(f"teacher_states needs models whose tokens are the same: {pair.known_reader.describe()}")
 
 
 def _check_two_writers(inputs: Inputs) -> None:

@@ -26,6 +26,7 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
         "selections.jsonl": "a line for each prompt: what genssd train reads",
         "decisions.jsonl": "every candidate with its scores: what genssd reselect reads",
         "teacher_topk.bin": "the teacher's most likely tokens, for genssd train --kd-ratio",
+        "teacher_states.bin": "the teacher's hidden states, for genssd train --kd-states",
         "calibration.json": "the threshold that was taken from data",
         "metrics.jsonl": "speed, tokens kept and accuracy after every few prompts",
         **BAD_ROWS, **SUMMARY, **RECORD,
@@ -52,6 +53,7 @@ OUTPUTS: Mapping[str, Mapping[str, str]] = {
     },
     "generate": {
         "responses.jsonl": "a line for each prompt: what genssd train and genssd score read",
+        "teacher_states.bin": "the teacher's hidden states, for genssd train --kd-states",
         "metrics.jsonl": "speed, tokens kept and accuracy after every few prompts",
         **BAD_ROWS, **SUMMARY, **RECORD,
     },

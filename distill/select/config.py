@@ -116,3 +116,4 @@ class SelectConfig(SelectSettings, PairChatSettings, MonitorOptions):
         Shard.parse(self.shard)
         if len(names := list_teachers(self.teacher)) == 1:
             object.__setattr__(self, "teacher", names[0])  # one in a list is one
+        self.check_teacher_states(self.teacher)

@@ -2,6 +2,7 @@
 
 OUTPUT_DIR/run.json           the settings, model fingerprints and versions
 OUTPUT_DIR/responses.jsonl    one line per finished prompt; training, score and TRL read it like selections.jsonl
+OUTPUT_DIR/teacher_states.bin  the teacher's last hidden states along each first response, with --teacher-states
 OUTPUT_DIR/bad_rows.txt       what could not be used or did not fit, by file and line
 OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens; accuracy where reference answers are known
 
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import (
     ProblemRow,
@@ -24,6 +27,7 @@ from genssd.distill.data.problems import (
     read_usable_problems,
 )
 from genssd.distill.data.response_limits import ResponseLimits
+from genssd.distill.data.state_store import FIELD
 from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.engine_metrics import EngineMetrics
@@ -37,11 +41,14 @@ from genssd.distill.runs.served_teacher import count_server_use, describe_server
 from genssd.distill.select.alternation import make_judge
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.generate_summary import GenerateSummary, summarise_responses
+from genssd.distill.select.kept_states import KeptText, add_states
 from genssd.distill.select.notes import NoteMaker, list_responses
+from genssd.distill.select.resuming import check_states_file, open_states
 from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.two_writers import iter_two_writers
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.engine.calls.generation import Completion, Generation
+from genssd.engine.common.errors import InputError
 from genssd.engine.common.model_choices import Role
 from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
@@ -65,6 +72,7 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
+        check_states_file(run)
         left = len(data.problems) - len(done)
         with open_pool(
             config, engine, run.chat_options, teacher=config.teacher, student=config.student, items=left, report=report
@@ -81,6 +89,10 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
                 config.alternate.criterion,
                 answer_reader="relay.error answer" if by_answer else None,
             )
+            if config.teacher_states and config.student is not None and not pool.models.reader.is_identity:
+                raise InputError(
+                    f"teacher_states needs models whose tokens are the same: {pool.models.reader.describe()}"
+                )
             failures = _generate(run, config, pool, readable, done, report)
             server_use, line = count_server_use(pool.models), describe_server_use(pool.models)
         summary = summarise_responses(run, readable.data, failures, has_two_writers=config.has_two_writers)
@@ -112,24 +124,42 @@ def _generate(
     )
     failures: dict[int, str] = {}
     journal = run.journal  # opened first: the run is recorded before the first file that belongs to it
-    with EngineMetrics.open(config, run, "generate", pool.models, total=len(problems)) as metrics:
+    with (
+        open_states(run, config.teacher_states, pool.models.fingerprints["teacher"]) as store,
+        EngineMetrics.open(config, run, "generate", pool.models, total=len(problems)) as metrics,
+    ):
         for finished, (place, outcome) in enumerate(pool.run(work), start=len(done) + 1):
             assert not isinstance(outcome, Stopped), "nothing limits the run"
             verdicts: list[bool | None] = []
-            if isinstance(outcome, dict):
-                journal.append(outcome)
-                verdicts = [response["correct"] for response in list_responses(outcome)]
+            if isinstance(outcome, WrittenPrompt):
+                row = outcome.row
+                if store is not None and outcome.states is not None:
+                    row = {**row, FIELD: store.append(outcome.states)}
+                journal.append(row)
+                verdicts = [response["correct"] for response in list_responses(row)]
             else:
                 reason = outcome.reason if isinstance(outcome, Lost) else outcome
                 failures[problems[place].index] = f"{problems[place].where}: {reason}"
             metrics.finish(finished, verdicts)
             report(finished, len(problems))
+    if store is not None:
+        report.note(store.describe())
     return failures
 
 
 def _find_limits(models: ModelFacts, config: GenerateConfig) -> ResponseLimits:
     roles: tuple[Role, ...] = ("teacher",) if config.method == "sample" else ("teacher", "student")
     return ResponseLimits.of(models, roles, config.max_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenPrompt:
+    """The responses to one prompt, as they are written."""
+
+    row: dict[str, Any]
+    """Line of responses.jsonl without `teacher_states`."""
+    states: Tensor | None = None
+    """The teacher's hidden states along the first response, on the CPU; None where they are not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,12 +176,25 @@ class GenerationWork:
         """Largest number of tokens of the responses to one prompt."""
         return self.config.n * self.config.max_tokens
 
-    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, dict[str, Any] | str]]:
-        """Yield a line of responses.jsonl for every prompt, or why it failed; see `Work`."""
+    def run(self, engine: Engine, feed: Feed | None, budget: Budget) -> Iterator[tuple[int, WrittenPrompt | str]]:
+        """Yield the responses to every prompt, or why it failed; see `Work`."""
         writer = _RowMaker(engine, self.config)
-        for outcome in self._iter_outcomes(engine, feed):
-            problem = self.problems[outcome.index]
-            yield outcome.index, outcome.error or writer.make(problem, outcome.completions)
+        outcomes = (self._make_outcome(writer, outcome) for outcome in self._iter_outcomes(engine, feed))
+        for place, row, states in add_states(engine, self.config.teacher_states, outcomes):
+            if isinstance(row, str):
+                yield place, row
+            else:
+                yield place, states if isinstance(states, str) else WrittenPrompt(row=row, states=states)
+
+    def _make_outcome(
+        self, writer: _RowMaker, outcome: Generation
+    ) -> tuple[int, dict[str, Any] | str, KeptText | None]:
+        """Return the index of a prompt, its row or why it failed, and the text whose hidden states may be kept."""
+        if outcome.error is not None:
+            return outcome.index, outcome.error, None
+        row = writer.make(self.problems[outcome.index], outcome.completions)
+        text = KeptText.of(row["prompt_ids"], row["student_prompt_ids"], row["lead_tokens"], row["completion_ids"])
+        return outcome.index, row, text
 
     def _iter_outcomes(self, engine: Engine, feed: Feed | None) -> Iterator[Generation]:
         """Return an iterator over the outcomes by the config's method."""

@@ -92,6 +92,7 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOpt
                 f"{self.method} has the teacher read what the student writes, for which a server gives no "
                 "log-probabilities: give a teacher that is a hub id or a local directory, or method sample"
             )
+        self.check_teacher_states(self.teacher)
         if self.n < 1 or self.max_tokens < 1:
             raise InputError(f"n and max_tokens must be at least 1, not {self.n} and {self.max_tokens}")
 

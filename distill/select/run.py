@@ -5,26 +5,26 @@ OUTPUT_DIR/calibration.json   the threshold that was taken from data, if it was
 OUTPUT_DIR/selections.jsonl   one line per finished prompt: what training reads
 OUTPUT_DIR/decisions.jsonl    the same prompts in the same order: every candidate, its scores and its verdict
 OUTPUT_DIR/teacher_topk.bin   the teacher's most likely tokens along each best trajectory, with --teacher-topk
+OUTPUT_DIR/teacher_states.bin  its last hidden states along them, with --teacher-states
 OUTPUT_DIR/metrics.jsonl      what the models have done after every few prompts
 OUTPUT_DIR/bad_rows.txt       what could not be used or did not fit, by file and line
 OUTPUT_DIR/summary.json       counts of prompts, statuses and tokens; accuracy where reference answers are known
 
-A prompt's decisions and top k are on disk before its selection: where there is a selection line, nothing is missing.
+A prompt's decisions, top k and states are on disk before its selection: where there is a selection line, nothing is
+missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from contextlib import nullcontext
 
 from genssd.distill.data.problems import ProblemSet, describe_problems, read_usable_problems
 from genssd.distill.data.response_limits import ResponseLimits
-from genssd.distill.data.topk_store import TopkStore, find_topk_end
 from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.clusters import on_cluster
 from genssd.distill.runs.engine_metrics import EngineMetrics
-from genssd.distill.runs.journal import Journal, write_json
+from genssd.distill.runs.journal import write_json
 from genssd.distill.runs.metrics import check_monitor
 from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.pools import open_pool
@@ -36,7 +36,8 @@ from genssd.distill.select.beginning import check_search, report_thinking
 from genssd.distill.select.calibration import Calibration, calibrate
 from genssd.distill.select.chunk_choice import SETTING, choose_chunk
 from genssd.distill.select.config import SelectConfig
-from genssd.distill.select.resuming import TOPK_FILE, keep_complete
+from genssd.distill.select.resuming import keep_complete
+from genssd.distill.select.search_files import SearchFiles
 from genssd.distill.select.summary import SearchEnd, SelectSummary, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.distill.select.work import ROLES, SearchedPrompt, SearchWork
@@ -60,7 +61,7 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
         _read_calibration_data(config)  # before any model is loaded
     fingerprints = find_fingerprints(config, config.teacher, engine)
     with Run.open(config, "select", journal="selections.jsonl", fingerprints=fingerprints, chosen=(SETTING,)) as run:
-        done = keep_complete(run, data.problems, config.data, has_topk=config.teacher_topk > 0)
+        done = keep_complete(run, data.problems, config.data)
         report.note(describe_problems(data.problems, config.data, len(done), bad_rows=len(data.faults)))
         left = len(data.problems) - len(done)
         with open_pool(
@@ -94,8 +95,9 @@ class _Search:
         calibration: Calibration | None,
     ) -> None:
         for one in pool.models.teachers:
-            if config.teacher_topk and not one.reader.is_identity:
-                raise InputError(f"teacher_topk needs models whose tokens are the same: {one.reader.describe()}")
+            for name in ("teacher_topk", "teacher_states"):
+                if getattr(config, name) and not one.reader.is_identity:
+                    raise InputError(f"{name} needs models whose tokens are the same: {one.reader.describe()}")
         self._run = run
         self._config = config
         self._pool = pool
@@ -110,6 +112,7 @@ class _Search:
             data=config.data,
             teachers=list_teachers(config.teacher),
             student=config.student,
+            teacher_states=config.teacher_states,
             peek=config.peek,
         )
 
@@ -128,13 +131,8 @@ class _Search:
         sampled_before = models.usage.sampled_tokens
         sampled_of_ended = 0
         ended = len(self._done)
-        topk_end = max(map(find_topk_end, self._run.done()), default=0)
-        journal = self._run.journal  # opened first: the run is recorded before the first file that belongs to it
         with (
-            Journal(self._run.path("decisions.jsonl")) as decisions,
-            TopkStore(self._run.path(TOPK_FILE), topk_end, vocabulary=self._find_vocabulary())
-            if self._config.teacher_topk
-            else nullcontext() as topk_store,
+            SearchFiles.open(self._run, self._config, models) as files,
             EngineMetrics.open(self._config, self._run, "select", models, total=len(self._problems)) as metrics,
         ):
             for place, outcome in self._pool.run(self._work, budget):
@@ -150,23 +148,18 @@ class _Search:
                     if outcome.missing_token is not None:
                         end.missing_tokens[outcome.missing_token] += 1
                 else:
-                    decisions.append_line(outcome.decisions)
-                    topk = outcome.topk
-                    stored = topk_store.append(topk) if topk_store is not None and topk is not None else None
-                    journal.append({**outcome.row, "teacher_topk": stored})
+                    files.append(outcome)
                     noted.update(outcome.special)
                 sampled_of_ended += 0 if isinstance(outcome, Lost) else outcome.tokens_sampled
                 ended += 1
                 row = outcome.row if isinstance(outcome, SearchedPrompt) else None
                 metrics.finish(ended, [] if row is None else [row["correct"]])
                 report(ended, len(self._problems), ", ".join(f"{count} {name}" for name, count in noted.items()))
+        if files.states is not None:
+            report.note(files.states.describe())
         if end.stopped_by is not None:
             end.tokens_dropped = models.usage.sampled_tokens - sampled_before - sampled_of_ended
         return end
-
-    def _find_vocabulary(self) -> int:
-        """Return the number of token ids of the teachers' heads, the largest of several."""
-        return max(one.vocabulary("teacher") for one in self._pool.models.teachers)
 
     def _find_budget(self) -> Budget | None:
         """Return what earlier parts of the run leave of the budget; None where prompts are left and no tokens."""

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.response_limits import ResponseLimits
 from genssd.distill.pool.pool import Stopped
 from genssd.distill.runs.journal import make_line
+from genssd.distill.runs.teacher_options import StateType
+from genssd.distill.select.kept_states import KeptText, add_states
 from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.peek import Peek
 from genssd.distill.select.rows import ModelRecord, Origin, make_decision_row, make_selection_row
@@ -34,12 +38,14 @@ class SearchedPrompt:
 
     tokens_sampled: int
     row: dict[str, Any] | None = None
-    """Line of selections.jsonl without `teacher_topk`; None where the prompt failed."""
+    """Line of selections.jsonl without `teacher_topk` and `teacher_states`; None where the prompt failed."""
     decisions: bytes = b""
     """Line of decisions.jsonl, with its checksum. It has seven numbers for every token that was sampled, and writing
     them as text takes most of the time of everything that the command does for a prompt: the engine's process does."""
     topk: TopK | None = None
     """The teacher's most likely tokens along the best trajectory, on the CPU; None where they are not kept."""
+    states: Tensor | None = None
+    """The teacher's hidden states along the best trajectory, on the CPU; None where they are not kept."""
     special: tuple[str, ...] = ()
     """What a user may want to see of the prompt while others run."""
     error: str | None = None
@@ -63,6 +69,8 @@ class SearchWork:
     """Hub ids or directories of the teachers, which the rows record."""
     student: str
     """Hub id or directory of the student, which the rows record."""
+    teacher_states: StateType | None = None
+    """Data type in which the teacher's hidden states are kept; None keeps none."""
     peek: bool = False
     """Whether the search of the first item is logged round by round."""
 
@@ -88,11 +96,26 @@ class SearchWork:
             feed=feed,
             watch=self._watch(engine),
         )
-        for selection in selections:
-            if selection.ended_by in TOTAL_BUDGET:
-                yield selection.index, Stopped(by=selection.ended_by)
+        outcomes = (self._make_outcome(writer, selection) for selection in selections)
+        for place, outcome, states in add_states(engine, self.teacher_states, outcomes):
+            if isinstance(outcome, Stopped) or states is None:
+                yield place, outcome
+            elif isinstance(states, str):
+                yield place, SearchedPrompt(tokens_sampled=outcome.tokens_sampled, error=states)
             else:
-                yield selection.index, writer.make(selection, self.problems[selection.index])
+                yield place, replace(outcome, states=states)
+
+    def _make_outcome(
+        self, writer: _RowMaker, selection: Selection
+    ) -> tuple[int, SearchedPrompt | Stopped, KeptText | None]:
+        """Return the index of a prompt, its outcome, and the text whose hidden states may be kept."""
+        if selection.ended_by in TOTAL_BUDGET:
+            return selection.index, Stopped(by=selection.ended_by), None
+        outcome, text = writer.make(selection, self.problems[selection.index]), None
+        if outcome.row is not None:
+            ids = selection.best.student_ids
+            text = KeptText.of(selection.prompt_ids, selection.student_prompt_ids, selection.num_lead, ids)
+        return selection.index, outcome, text
 
     def _watch(self, engine: Engine) -> Peek | None:
         """Return what logs the rounds of the first item; None where it is not asked for."""

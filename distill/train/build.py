@@ -23,6 +23,7 @@ from genssd.distill.train.models import Teacher, check_layout, find_foreign_toke
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts, require_no_lead
 from genssd.distill.train.row_needs import check_example
 from genssd.distill.train.saving import find_stored_dtype
+from genssd.distill.train.stored_states import StoredTeacher, check_states
 from genssd.engine.checkpoints.checkpoint import locate
 from genssd.engine.checkpoints.config import load_config
 from genssd.engine.common.errors import CheckpointError, InputError
@@ -110,6 +111,9 @@ def read_inputs(config: TrainConfig) -> TrainingInputs:
         overlap.check(is_allowed=config.allow_eval_overlap)
     for example in (*data.examples, *held_out):  # also: a damaged file is refused before the training begins
         check_example(example, config)
+    if config.kd_states:
+        assert config.teacher_model_name_or_path is not None
+        check_states((*data.examples, *held_out), locate(config.teacher_model_name_or_path))
     return TrainingInputs(
         student=student,
         tokenizer=tokenizer,
@@ -145,7 +149,7 @@ def build_training(config: TrainConfig, inputs: TrainingInputs, world: World, ch
     if config.torch_compile:
         for layer in layers_of(model):
             layer.compile(dynamic=True)
-    teacher = _load_teacher(config, inputs, world)
+    teacher = _load_stored_teacher(config, world) if config.kd_states else _load_teacher(config, inputs, world)
     bf16 = choose_bf16(config.bf16, world.device)
     forward = ForwardPass.build(model, teacher, tokenizer, config, layout=config.layout, bf16=bf16)
     check_training_fits(model, inputs.examples, config, world.device, bf16=bf16)
@@ -202,6 +206,12 @@ def _load_teacher(config: TrainConfig, inputs: TrainingInputs, world: World) -> 
     for example in (*inputs.examples, *inputs.held_out):
         teacher.check_example(example)
     return teacher
+
+
+def _load_stored_teacher(config: TrainConfig, world: World) -> StoredTeacher:
+    """Load the head of the teacher whose states the rows have; every process has all of it."""
+    assert config.teacher_model_name_or_path is not None
+    return StoredTeacher.load(locate(config.teacher_model_name_or_path), world.device)
 
 
 def choose_bf16(bf16: bool | None, device: torch.device) -> bool:

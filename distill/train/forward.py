@@ -25,6 +25,7 @@ from genssd.distill.train.losses import CompletionTokens, Head, LossSums, SpanTa
 from genssd.distill.train.models import Teacher, compute_completion_states
 from genssd.distill.train.row_topk import read_topk
 from genssd.distill.train.span_losses import SpanHead, align_spans
+from genssd.distill.train.stored_states import StoredTeacher
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import CapacityError
 from genssd.engine.models.transformers_loading import logits_softcap
@@ -94,18 +95,31 @@ class ForwardPass:
     """Forward pass over examples: through the student and, where the loss needs one, the teacher."""
 
     def __init__(
-        self, module: CompletionLoss, teacher: Teacher | None, tokenizer: Tokenizer, *, layout: Layout, bf16: bool
+        self,
+        module: CompletionLoss,
+        teacher: Teacher | StoredTeacher | None,
+        tokenizer: Tokenizer,
+        *,
+        layout: Layout,
+        bf16: bool,
     ) -> None:
         self.module = module
-        self._teacher = teacher
-        self._teacher_states = None if teacher is None else CompletionStates(teacher.model)
+        self._teacher = teacher if isinstance(teacher, Teacher) else None
+        self._teacher_states = None if self._teacher is None else CompletionStates(self._teacher.model)
+        self._stored = teacher if isinstance(teacher, StoredTeacher) else None
         self._tokenizer = tokenizer
         self._layout = layout
         self._bf16 = bf16
 
     @staticmethod
     def build(
-        model: Any, teacher: Teacher | None, tokenizer: Tokenizer, options: LossOptions, *, layout: Layout, bf16: bool
+        model: Any,
+        teacher: Teacher | StoredTeacher | None,
+        tokenizer: Tokenizer,
+        options: LossOptions,
+        *,
+        layout: Layout,
+        bf16: bool,
     ) -> ForwardPass:
         """Build the module that computes the loss. teacher: None where the loss does not need one.
 
@@ -114,7 +128,7 @@ class ForwardPass:
         router = None
         if options.key_attention.weight:
             model.set_attn_implementation(IMPLEMENTATION)
-            assert teacher is not None
+            assert isinstance(teacher, Teacher)
             teacher.model.set_attn_implementation(IMPLEMENTATION)
             shape = model.config
             width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -184,6 +198,8 @@ class ForwardPass:
         if self.module.options.uses_rows:
             top = read_topk(examples)
             return TeacherTargets(distributions=TopK(top.ids.to(self._device), top.logprob.to(self._device)))
+        if self._stored is not None:
+            return TeacherTargets(distributions=self._stored.read(examples))
         if self.module.options.uses_teacher:
             return self._run_teacher(examples, batch, key_words)
         return TeacherTargets()

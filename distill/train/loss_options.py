@@ -39,7 +39,7 @@ class LossOptions:
     NEEDS: ClassVar[Needs] = {
         **{
             name: Need(lambda o: o.uses_divergence, "a kd_ratio above 0")
-            for name in ("kd_loss", "kd_standardize", "kd_topk", "mask_special_tokens", "temperature")
+            for name in ("kd_loss", "kd_states", "kd_standardize", "kd_topk", "mask_special_tokens", "temperature")
         },
         "beta": Need(
             lambda o: o.uses_divergence and o.kd_loss in ("jsd", "distillm2"),
@@ -79,6 +79,9 @@ class LossOptions:
     """Divergence of the student p from the teacher q: forward_kl is KL(q|p), reverse_kl is KL(p|q);
     distill/train/losses.py defines all of them. A teacher with another tokenizer needs span_kl, uld or
     sampled_reverse_kl."""
+    kd_states: bool = False
+    """Read the teacher's hidden states from the rows (--teacher-states of `select` and `generate`), and of
+    teacher_model_name_or_path the head alone: the divergence over the whole vocabulary, without running the teacher."""
     kd_standardize: bool = False
     """Take the divergence between standardised logits; needs kd_loss forward_kl and a teacher in memory."""
     kd_topk: int = 0
@@ -126,6 +129,7 @@ class LossOptions:
             raise InputError("kd_topk is at least 0, and of a teacher in memory: give --teacher-model-name-or-path")
         self._check_student_topk()
         self._check_adaptive_alpha()
+        self._check_states()
         if self.kd_loss == "sampled_reverse_kl" and (self.kd_topk or self.lmbda < 1.0):
             raise InputError(
                 "sampled_reverse_kl is an estimate over the student's own draws: it needs lmbda 1, no kd_topk"
@@ -168,6 +172,28 @@ class LossOptions:
         if self.adaptive_alpha and self.alpha < SMALLEST_ALPHA:
             raise InputError(f"adaptive_alpha: alpha is the largest value, and must be at least {SMALLEST_ALPHA}")
 
+    def _check_states(self) -> None:
+        """Raise InputError where the stored states of a teacher cannot give what the loss needs."""
+        if not self.kd_states:
+            return
+        if self.kd_ratio == 0.0 or not self.uses_teacher:
+            raise InputError(
+                "kd_states: the states need the head of their teacher; give --teacher-model-name-or-path, the "
+                "checkpoint that the rows were made with, and a --kd-ratio"
+            )
+        if self.lmbda:
+            raise InputError(
+                "kd_states: what the student writes in on-policy steps has no stored states; give lmbda 0, or leave "
+                "kd_states out, and the whole teacher is loaded"
+            )
+        if self.key_attention.weight:
+            raise InputError("kd_states: stored states say nothing of the teacher's attention; leave key_attention out")
+        if self.kd_loss == "distillm2" or self.kd_loss in SPAN_LOSSES:
+            reason = (
+                "pairs have no stored states" if self.kd_loss == "distillm2" else "states are stored token by token"
+            )
+            raise InputError(f"kd_states: {reason}, so that kd_loss {self.kd_loss} needs the whole teacher in memory")
+
     def _check_student_topk(self) -> None:
         """Raise InputError where the loss cannot be taken over the student's most likely tokens, or need not be."""
         if self.kd_topk_of == "student" and not self.uses_teacher:
@@ -204,6 +230,6 @@ class LossOptions:
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether a teacher is loaded next to the student."""
+        """Whether a teacher, or with kd_states its head, is loaded next to the student."""
         needs_teacher = self.kd_ratio > 0.0 or self.key_attention.weight > 0.0
         return needs_teacher and self.teacher_model_name_or_path is not None

@@ -159,7 +159,9 @@ class Rollouts:
 
     def _replace_completion(self, example: Example, token_ids: Sequence[int]) -> Example:
         ids = (*example.input_ids[: example.num_prompt], *token_ids)[: self.plan.max_length]
-        written = replace(example, input_ids=ids, chunk_weights=(), topk=None, teacher_text=None, num_lead=0)
+        written = replace(
+            example, input_ids=ids, chunk_weights=(), topk=None, states=None, teacher_text=None, num_lead=0
+        )
         if not self.plan.options.is_verified:
             return written
         outcome = self._judge.judge(

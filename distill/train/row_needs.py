@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from genssd.distill.data.examples import Example
 from genssd.distill.train.loss_options import LossOptions
+from genssd.distill.train.stored_states import require_states
 from genssd.engine.common.errors import InputError
 
 
@@ -11,7 +12,7 @@ def check_example(example: Example, loss: LossOptions) -> None:
     """Check that the loss can use an example.
 
     Raises InputError naming its row: on a preference pair that the loss does not learn from, without the teacher's top
-    k where the loss reads it, and where the file of the top k is damaged.
+    k or hidden states where the loss reads them, and where their file is damaged.
     """
     if example.rejected and loss.kd_loss != "distillm2":
         raise InputError(
@@ -25,3 +26,5 @@ def check_example(example: Example, loss: LossOptions) -> None:
                 "--teacher-topk, or name a teacher_model_name_or_path"
             )
         example.topk.read()
+    if loss.kd_states:
+        require_states(example).read()

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
+
 from genssd.engine.calls.nodes import NodeReader
 from genssd.engine.calls.session import Session
 from genssd.engine.checkpoints.checkpoint import fingerprint
@@ -26,7 +28,7 @@ from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord
 from genssd.engine.setup.loading import load_models
 from genssd.engine.setup.memory import choose_device
-from genssd.engine.setup.requests import check_sizes
+from genssd.engine.setup.requests import check_ids, check_positions, check_sizes
 from genssd.engine.setup.resources import Resources
 from genssd.engine.setup.team_loading import check_teachers, list_names, load_team
 from genssd.engine.texts.chat_options import ChatOptions
@@ -235,3 +237,20 @@ class LoadedEngine:
     def node_reader(self, model: Role = "student") -> NodeReader:
         """Return a reader of one model's predictions at single positions of given responses."""
         return NodeReader(self._resources.runner(model), self.tokenizer(model).largest_id + 1, self.usage)
+
+    @check_arguments(but=("prompt", "response"))
+    def hidden_states(self, prompt: Prompt, response: Sequence[int], *, model: Role = "teacher") -> Tensor:
+        """Return the hidden states of a model that predict the tokens of a response, [tokens, width], in its dtype.
+
+        They are what the model's head multiplies: those after the last norm, over the divisor of the logits, if it has
+        one. response: token ids. Raises InputError on an empty response, on one that is longer than the model's
+        positions, and on a served model; CapacityError on more than the cache holds, NumericsError on NaN or infinite
+        values.
+        """
+        runner = self._resources.runner(model)
+        prompt_ids = self._resources.encode(prompt, model, "the prompt")
+        ids = check_ids(response, runner, "the response")
+        if not ids:
+            raise InputError("the response is empty")
+        check_positions(len(prompt_ids) + len(ids) - 1, runner, "the prompt with its response")
+        return self._resources.hidden_states(model, prompt_ids, ids)

@@ -37,7 +37,7 @@ class Usage:
     whole text; each was scored again."""
     prefill_tokens: int = 0
     """Number of prompt tokens computed, over both models; a prompt that is computed again after a suspension counts
-    again. The responses whose nodes are read (see nodes.py) count as well."""
+    again. The responses whose nodes (see nodes.py) or hidden states are read count as well."""
     forced_tokens: int = 0
     """Number of tokens put in place of sampled ones, each computed once (see nodes.py)."""
     window_tokens: int = 0

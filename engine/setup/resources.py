@@ -18,6 +18,7 @@ from genssd.engine.criteria.criterion import AnyCriterion, needs_answer
 from genssd.engine.decoding.activations import mean_activations
 from genssd.engine.decoding.page_budget import Reservations
 from genssd.engine.decoding.windows import local_logprob
+from genssd.engine.models.hidden_states import read_states
 from genssd.engine.models.runner import ModelRunner
 from genssd.engine.readers.pair_prompts import PairEncoder, render_with
 from genssd.engine.readers.prompt_ids import PromptIds
@@ -258,3 +259,9 @@ class Resources:
         means = mean_activations(self.runners[role], prompt_ids, ids, start, special_ids)
         self.usage.window_tokens += len(prompt_ids) + len(ids)
         return means
+
+    def hidden_states(self, role: Role, prompt_ids: Sequence[int], ids: Sequence[int]) -> Tensor:
+        """Read a response (see hidden_states.py) and count the tokens that this computes."""
+        states = read_states(self.runners[role], prompt_ids, ids)
+        self.usage.prefill_tokens += len(prompt_ids) + len(ids) - 1
+        return states

@@ -15,6 +15,7 @@ import torch
 from support.small_runs import JOURNALS, SmallRun, make_small_runs, read_results
 from support.tiny_pair import TinyPair
 
+from genssd.distill.data.state_store import locate_states
 from genssd.distill.data.topk_store import locate_topk
 from genssd.engine.common.errors import InputError
 
@@ -90,9 +91,15 @@ def remove_named_line(message: str) -> None:
 
 
 def comparable(output_dir: Path) -> dict[str, Any]:
-    """Return the results of a run, without the places of top k: redone trajectories are stored after the others."""
+    """Return the results of a run, without the places of bytes: redone trajectories are stored after the others."""
     results = read_results(output_dir)
     results.pop("teacher_topk.bin", None)
+    results.pop("teacher_states.bin", None)
+    for row in (*results.get("selections.jsonl", []), *results.get("responses.jsonl", [])):
+        place, tokens = row.pop("teacher_states"), row["lead_tokens"] + len(row["completion_ids"])
+        states = locate_states(place, output_dir, tokens, "row")
+        assert states is not None
+        row["states"] = states.read().tolist()
     for row in results.get("selections.jsonl", []):
         place = row.pop("teacher_topk", None)
         located = locate_topk(place, output_dir, len(row["completion_ids"]), "row")
@@ -158,29 +165,42 @@ def test_a_damaged_line_of_the_metrics(
 
 
 @pytest.mark.parametrize("left", [0.0, 0.5])
-def test_lost_top_k(
-    small_runs: dict[str, SmallRun], copied: Callable[[str], Path], finished: Callable[[str], Path], left: float
+@pytest.mark.parametrize(
+    ("command", "name", "content"),
+    [
+        ("select", "teacher_topk.bin", "top k"),
+        ("select", "teacher_states.bin", "hidden states"),
+        ("generate", "teacher_states.bin", "hidden states"),
+    ],
+)
+def test_lost_bytes_of_rows(
+    small_runs: dict[str, SmallRun],
+    copied: Callable[[str], Path],
+    finished: Callable[[str], Path],
+    command: str,
+    name: str,
+    content: str,
+    left: float,
 ) -> None:
-    output_dir = copied("select")
-    store, journal, decisions = (
-        output_dir / name for name in ("teacher_topk.bin", "selections.jsonl", "decisions.jsonl")
-    )
+    output_dir = copied(command)
+    store, journal, decisions = output_dir / name, output_dir / JOURNALS[command], output_dir / "decisions.jsonl"
     whole = store.read_bytes()
     store.write_bytes(whole[: int(left * len(whole))])
     if not left:
         store.unlink()
-    message = refuse(small_runs["select"], output_dir)
+    message = refuse(small_runs[command], output_dir)
     if left:
-        said = re.search(r"lacks the top k of .*, line (\d); restore it, or remove line \1 and all later ones", message)
+        said = re.search(rf"lacks the {content} of .*, line (\d); restore it, or remove line \1 and all later", message)
         assert said is not None
         lines = journal.read_bytes().splitlines(keepends=True)
         journal.write_bytes(b"".join(lines[: int(said[1]) - 1]))
     else:
-        assert f"line 1; restore it, or remove {journal} and {decisions} to begin anew" in message
-        journal.unlink()
-        decisions.unlink()
-    small_runs["select"].run(output_dir, resume=True)
-    assert comparable(output_dir) == comparable(finished("select"))
+        removed = [path for path in (journal, decisions) if path.exists()]
+        assert f"line 1; restore it, or remove {' and '.join(map(str, removed))} to begin anew" in message
+        for path in removed:
+            path.unlink()
+    small_runs[command].run(output_dir, resume=True)
+    assert comparable(output_dir) == comparable(finished(command))
     assert store.read_bytes() == whole
 
 

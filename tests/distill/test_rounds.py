@@ -351,6 +351,19 @@ def test_the_top_k_of_the_selection_are_learnt_from(tiny_pair: TinyPair, data: P
         config_for(tiny_pair, data, tmp_path / "no", train=train)
 
 
+def test_the_hidden_states_of_the_selection_are_learnt_from(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
+    select = dataclasses.replace(SELECT, teacher_states="bfloat16")
+    train = dataclasses.replace(TRAIN, kd_ratio=0.5, kd_states=True, teacher_model_name_or_path=str(tiny_pair.teacher))
+    (only,) = run_distill(config_for(tiny_pair, data, tmp_path / "run", rounds=1, select=select, train=train))
+    logged = lines(Path(only.student) / "metrics.jsonl")
+    assert all(row["divergence"] > 0 for row in logged)
+    with pytest.raises(InputError, match=r"give --select\.teacher-states"):
+        config_for(tiny_pair, data, tmp_path / "no", train=train)
+    other = dataclasses.replace(train, teacher_model_name_or_path=str(tiny_pair.student))
+    with pytest.raises(InputError, match=r"the head of the teacher that writes: give its name as train\.teacher_model"):
+        config_for(tiny_pair, data, tmp_path / "no", select=select, train=other)
+
+
 def test_wrong_answers_are_left_out(tiny_pair: TinyPair, data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"round 1: no trajectory is left to train on .*--no-require-correct"):
         list(run_distill(config_for(tiny_pair, data, tmp_path / "run", require_correct=True)))

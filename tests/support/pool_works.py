@@ -26,7 +26,7 @@ from genssd.distill.score.leaf_work import GradientModels, LeafWork, find_spans
 from genssd.distill.score.prefix import PrefixWork
 from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.select.config import SelectConfig
-from genssd.distill.select.generate import GenerationWork
+from genssd.distill.select.generate import GenerationWork, WrittenPrompt
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.two_writer_options import Alternation, Relay
 from genssd.distill.select.work import SearchedPrompt, SearchWork
@@ -114,7 +114,7 @@ class DeadlyLeafWork(LeafWork):
 def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Engine, Any]]:
     models = {"teacher": str(pair.teacher), "student": str(pair.student)}
     items = [place for place in range(len(PROBLEMS)) if place != 6]
-    generate = GenerateConfig(**models, data="x", n=2, max_tokens=12)
+    generate = GenerateConfig(**models, data="x", n=2, max_tokens=12, teacher_states="bfloat16")
     relay = Relay(threshold=2.0, teacher="chunk", chunk=Chunk(tokens=4))
     evaluate = EvaluateConfig(model=models["student"], data="x", samples=2, max_tokens=12)
     two_writers: dict[str, Any] = {**models, "data": "x", "n": 2, "max_tokens": 12}
@@ -124,7 +124,7 @@ def make_works(pair: TinyPair, directory: Path) -> dict[str, Work[Engine, Any]]:
     return {
         "select": SearchWork(
             problems=PROBLEMS, items=items, options=SelectConfig(**models, data="x", teacher_topk=2, **SEARCH),
-            threshold=None, data="x", teachers=[models["teacher"]], student=models["student"],
+            teacher_states="float32", threshold=None, data="x", teachers=[models["teacher"]], student=models["student"],
         ),
         "generate": GenerationWork(problems=PROBLEMS, items=items, config=generate),
         "alternate": GenerationWork(
@@ -154,7 +154,10 @@ def collect(outcomes: Iterator[tuple[int, Any]]) -> dict[int, Any]:
         if isinstance(outcome, SearchedPrompt):
             assert outcome.topk is not None
             topk = outcome.topk.ids.tolist(), outcome.topk.logprob.view(torch.int32).tolist()
-            outcome = (outcome.row, outcome.decisions, topk)
+            assert outcome.states is not None
+            outcome = (outcome.row, outcome.decisions, topk, outcome.states.tolist())
+        if isinstance(outcome, WrittenPrompt):
+            outcome = (outcome.row, None if outcome.states is None else outcome.states.tolist())
         results[item] = outcome
     return results
 

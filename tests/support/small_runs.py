@@ -91,13 +91,13 @@ def make_small_runs(pair: TinyPair, directory: Path) -> dict[str, SmallRun]:
     search = {"candidates": 2, "chunk": Chunk(tokens=3, until=None), "max_tokens": 4, **small}
     training = {"per_device_train_batch_size": 2, "save_steps": 1, "save_total_limit": 1, "logging_steps": 1}
     engine = pair.engine
-    select = SelectConfig(**models, data=data, teacher_topk=2, **search)
+    select = SelectConfig(**models, data=data, teacher_topk=2, teacher_states="bfloat16", **search)
     run_select(dataclasses.replace(select, output_dir=str(directory / "selection")), engine)
     configs: list[tuple[str, Any, Callable[[Any], object]]] = [
         ("select", select, lambda c: run_select(c, engine)),
         (
             "generate",
-            GenerateConfig(**models, data=data, n=2, max_tokens=4, **small),
+            GenerateConfig(**models, data=data, n=2, max_tokens=4, teacher_states="float32", **small),
             lambda c: run_generate(c, engine),
         ),
         ("score", ScoreConfig(student=models["student"], data=(rows,), **small), lambda c: run_score(c, engine)),

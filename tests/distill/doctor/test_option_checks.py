@@ -139,10 +139,11 @@ def test_options_of_train(changes: dict[str, Any], tmp_path: Path) -> None:
     [
         (PAIR_ROW, {}, "a preference pair, which kd_loss distillm2 alone learns from"),
         (EXAMPLES[0], {"kd_ratio": 1.0}, "no teacher_topk of this student's tokenizer"),
+        (EXAMPLES[0], {"kd_ratio": 1.0, "kd_states": True}, "no teacher_states of this student's tokenizer"),
         (EXAMPLES[0], {"writer": "teacher"}, "line 1"),
         (EXAMPLES[0], {"require_correct": True}, "correct"),
     ],
-    ids=["pair", "topk", "writer", "correct"],
+    ids=["pair", "topk", "states", "writer", "correct"],
 )
 def test_rows_that_the_loss_cannot_use(
     row: dict[str, Any], changes: dict[str, Any], words: str, tiny_pair: TinyPair, tmp_path: Path
@@ -153,6 +154,8 @@ def test_rows_that_the_loss_cannot_use(
         "output_dir": str(tmp_path / "run"),
         **changes,
     }
+    if "kd_states" in changes:
+        fields["teacher_model_name_or_path"] = str(tiny_pair.teacher)
     finding = one(check_rows(open_for("train", **fields)))
     assert finding.level == "error"
     with pytest.raises(InputError) as refused:

@@ -187,13 +187,17 @@ def test_bf16_that_the_machine_lacks_is_an_error(open_training: Any, monkeypatch
 def test_journals_stay_within_the_estimate(tiny_pair: TinyPair, fields: dict[str, Any], tmp_path: Path) -> None:
     """A search whose responses all have max_tokens writes no more than the check says, and not much less."""
     options = {"candidates": 3, "chunk": Chunk(tokens=8, until=None), "max_tokens": 24, "teacher_topk": 2}
+    options |= {"teacher_states": "bfloat16"}
     config = SelectConfig(**fields, **options, output_dir=str(tmp_path / "run"))  # type: ignore[arg-type]
     run_select(config, tiny_pair.engine)
     taken = sum((tmp_path / "run" / name).stat().st_size for name in ("selections.jsonl", "decisions.jsonl"))
     found = one(check_disk(open_for("select", **fields, **options, output_dir=str(tmp_path / "other"))))
     assert found.level == "ok"
     lines = dict(line.split(": ") for line in detail_of(found).splitlines())
-    assert {"rows of 5 prompts", "decisions (every candidate)", "the teacher's most likely tokens"} == set(lines)
+    kept = {"the teacher's most likely tokens", "the teacher's hidden states"}
+    assert {"rows of 5 prompts", "decisions (every candidate)"} | kept == set(lines)
+    stored = (tmp_path / "run" / "teacher_states.bin").stat().st_size
+    assert stored - 5 * 4 == _bytes(lines["the teacher's hidden states"]) == 5 * 24 * 64 * 2, "64 values each"
     said = sum(_bytes(lines[name]) for name in ("rows of 5 prompts", "decisions (every candidate)"))
     assert taken <= 1.05 * said
     assert taken > said / 8

@@ -12,12 +12,15 @@ from support.doctor import PROBLEMS, one, open_for, settings_of, write_rows
 from support.templates import THINK_OPENER
 from support.tiny_pair import TinyPair
 from support.toys import CHATML, save_checkpoint
+from transformers import AutoModelForCausalLM
 
 from genssd.distill.doctor.inputs import Inputs, find_max_length, open_inputs
 from genssd.distill.doctor.memory_checks import check_training
 from genssd.distill.doctor.model_checks import check_models, check_vocabularies
 from genssd.distill.doctor.token_checks import check_tokenizers
+from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
+from genssd.engine.common.amounts import format_bytes
 
 TITLE = "teacher of the training"
 
@@ -66,6 +69,17 @@ def test_the_teacher_that_writes_may_be_that_of_the_training(
     assert [finding.name for finding in check_models(inputs)] == ["teacher", "student"]
     assert [f.name for f in check_tokenizers(inputs)] == ["tokenizers", "tokenizers of the training"]
     assert "of which the teacher's weights take" in one(check_training(inputs)).line
+
+
+def test_of_a_teacher_whose_states_are_stored_the_head_alone_counts(tiny_pair: TinyPair, tmp_path: Path) -> None:
+    teacher = str(tiny_pair.teacher)
+    train = TrainSettings(kd_ratio=1.0, kd_states=True, teacher_model_name_or_path=teacher)
+    inputs = open_for(
+        "distill", teacher=teacher, student=str(tiny_pair.student), data=write_rows(tmp_path / "p.jsonl", PROBLEMS),
+        select=SelectSettings(teacher_states="bfloat16"), train=train,
+    )  # fmt: skip
+    rows, width = AutoModelForCausalLM.from_pretrained(teacher).get_output_embeddings().weight.shape
+    assert f"of which the teacher's weights take {format_bytes(4 * rows * width)}" in one(check_training(inputs)).line
 
 
 def test_a_teacher_of_the_training_with_another_tokenizer(open_distill: Callable[..., Inputs], foreign: Path) -> None:

@@ -28,7 +28,7 @@ SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "samplin
 WRITING = SAMPLING | {"generation_config"}
 SEARCH = WRITING | POOL | {
     "candidates", "chunk.tokens", "chunk.until", "chunk.limit", "chunk.shortest", "criterion", "threshold",
-    "max_tokens", "teacher_topk", "loop_guard", "seed", "calibrate.data", "beam", "on_unlearnable",
+    "max_tokens", "teacher_topk", "teacher_states", "loop_guard", "seed", "calibrate.data", "beam", "on_unlearnable",
     "selection_temperature", "prompt_budget.tokens", "prompt_budget.seconds", "total_budget.tokens",
     "total_budget.seconds",
 }  # fmt: skip
@@ -47,7 +47,7 @@ ALWAYS = {
     | {"post_hoc", "seed", "threads"},
     "select": SEARCH | PAIR_CHAT | RUN | MONITORED | {"teacher", "student", "peek"},
     "generate": POOL | PAIR_CHAT | WRITING | RUN | MONITORED
-    | {"teacher", "student", "method", "n", "max_tokens", "seed"},
+    | {"teacher", "student", "method", "n", "max_tokens", "teacher_states", "seed"},
     "score": POOL | PAIR_CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
@@ -76,8 +76,8 @@ ALWAYS = {
 """Fields that have an effect where all others have their defaults."""
 
 LOSS = {
-    "kd_loss", "kd_standardize", "kd_topk", "kd_topk_of", "mask_special_tokens", "beta", "alpha", "temperature",
-    "kd_tail", "kd_vocabulary", "adaptive_alpha",
+    "kd_loss", "kd_states", "kd_standardize", "kd_topk", "kd_topk_of", "mask_special_tokens", "beta", "alpha",
+    "temperature", "kd_tail", "kd_vocabulary", "adaptive_alpha",
     *(f"key_attention.{name}" for name in ("words", "max_words", "rows")),
     *(f"key_attention.{role}_temperature" for role in ("teacher", "student")),
 }  # fmt: skip

@@ -139,7 +139,7 @@ def test_a_last_line_that_is_cut_is_done_again(
         cut.write_bytes(whole[cut][:size])
         # whatever is left of the line, resuming begins with the first prompt done and nothing of the second
         with Run.open(again, "select", journal="selections.jsonl", fingerprints=fingerprints) as run:
-            done = keep_complete(run, read_problems(data), str(data), has_topk=False)
+            done = keep_complete(run, read_problems(data), str(data))
         assert done == {json.loads(first[cut])["index"]}, f"cut at byte {size}"
         assert {path: path.read_bytes() for path in paths} == first, f"cut at byte {size}"
     run_select(again, tiny_pair.engine)

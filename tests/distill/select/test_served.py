@@ -15,7 +15,7 @@ from support.tiny_pair import TinyPair
 from transformers import AutoModelForCausalLM
 
 from genssd.cli import main
-from genssd.distill.data.topk_store import TopkLocation
+from genssd.distill.data.topk_store import locate_topk
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
@@ -94,8 +94,9 @@ def test_greedy_rows_are_those_of_the_teacher_here(
 
 def read_topk(row: dict[str, Any], output_dir: Path) -> TopK:
     """The teacher's most likely tokens along the best trajectory of a row."""
-    place = {**row["teacher_topk"], "where": "row"}
-    return TopkLocation(path=output_dir / place.pop("file"), num_bytes=place.pop("bytes"), **place).read()
+    located = locate_topk(row["teacher_topk"], output_dir, row["teacher_topk"]["tokens"], "row")
+    assert located is not None
+    return located.read()
 
 
 def read_record(output_dir: Path) -> dict[str, Any]:
