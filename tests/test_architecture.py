@@ -185,6 +185,7 @@ OWN_WRITES = {
     "distill/train/checkpoints.py": "safetensors writes its own format, under a temporary name",
     "distill/train/directories.py": "whole directories, which are synced and renamed",
     "distill/pool/ray_cluster.py": "the directory of a cluster that is started here, in which Ray writes",
+    "distill/pool/ray_joining.py": "a temporary file that holds what Ray prints while it joins a cluster",
     "distill/files/pipes.py": "a temporary file that holds what a pipe gave",
     "distill/small_pair/make.py": "a program of the developers",
     "distill/small_pair/models.py": "a program of the developers",
