@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from genssd.engine.amounts import format_count
-from genssd.engine.candidate import ActivationMeans, Candidate, Window
+from genssd.engine.branch_session import BranchSession
+from genssd.engine.candidate import Candidate
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
@@ -20,40 +21,13 @@ from genssd.engine.model_state import ModelState
 from genssd.engine.options_check import check_count
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import ByteSpans, Reading
-from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import child_stream
 from genssd.engine.state_rows import StateRow
 from genssd.engine.tree import Path
 from genssd.kernels.logprob import TokenStats, TopK
 
-Ending = Literal["chunk", "finished", "length"]
-"""Why a candidate ends: its chunk is complete | end of sequence | no more tokens allowed."""
-
-
-class BranchSession(Protocol):
-    """The operations of the engine that a branch needs."""
-
-    def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]: ...
-
-    def finish_reading(self, branch: Branch) -> None: ...
-
-    def bound_reading(self, branch: Branch, num_tokens: int) -> int: ...
-
-    def free_pages(self, branch: Branch) -> None: ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def chunk_topk(self, branch: Branch) -> TopK | None: ...
-
-    def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
-
-    def uses(self, runner: ModelRunner) -> bool: ...
-
-    def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]: ...
-
-    def activations(self, prompt: PromptIds, ids: Sequence[int], start: int) -> ActivationMeans: ...
+Ending = Literal["chunk", "finished", "stopped", "length"]
+"""Why a candidate ends: its chunk is complete | end of sequence | a stop string | no more tokens allowed."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True, repr=False)
@@ -112,6 +86,8 @@ class Branch:
 
     ended: Ending | None = None
     """Why the chunk ended; None while the branch can be written on."""
+    stop_reason: str | None = None
+    """Stop string that ended the response; None where none did."""
     num_children: int = 0
     """Number of candidates that were sampled from this response, those that other teachers wrote before included."""
     dropped: bool = False

@@ -93,8 +93,14 @@ class CandidateScorer:
             expansion.unreadable = describe_too_long(longest, positions)
 
     def _score(self, scored: Sequence[tuple[Expansion, Branch]]) -> None:
-        """Extend the student over the new tokens of every candidate and set their statistics."""
+        """Extend the student over the new tokens of every candidate and set their statistics.
+
+        A candidate of which a stop string has left no token keeps no statistics.
+        """
         runner = self.runner
+        scored = [(expansion, child) for expansion, child in scored if _reading(child).judged_ids]
+        if not scored:
+            return
         paths = [fork_path(runner, expansion.parent, child) for expansion, child in scored]
         # what may change is read on a path of its own, which nothing continues
         ahead = [

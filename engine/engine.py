@@ -15,9 +15,7 @@ from genssd.engine.errors import CapacityError, InputError
 from genssd.engine.feed import Feed
 from genssd.engine.generation import Completion, Generation
 from genssd.engine.judging import Judge
-from genssd.engine.language_model import LanguageModel
 from genssd.engine.loaded_engine import LoadedEngine
-from genssd.engine.loading import LoadedModels
 from genssd.engine.model_choices import Role
 from genssd.engine.nodes import Forcing, Fork, iter_force
 from genssd.engine.options_check import check_arguments, check_count
@@ -30,8 +28,9 @@ from genssd.engine.search_options import SearchChanges, SearchOptions
 from genssd.engine.selection import Selection, Watch
 from genssd.engine.session import Session
 from genssd.engine.speculation_rules import ReverseSpeculation
+from genssd.engine.stops import StopStrings
 from genssd.engine.team import BOTH, Team
-from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.text import Prompt
 from genssd.kernels.logprob import TokenStats
 
 
@@ -104,7 +103,7 @@ class Engine(LoadedEngine):
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {options.teacher_topk}")
         names = labels_of(prompts, labels)
         check_answers(answers, judge.criterion, names)
-        team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk)
+        team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk, stops=options.stops)
         encoded = team.encode_all(prompts, names, answers)
         return plan_search(team, judge, (views for views in encoded if views[0].index not in skip), watch)
 
@@ -119,15 +118,25 @@ class Engine(LoadedEngine):
         max_tokens: int = 4096,
         seed: int = 0,
         rsd: ReverseSpeculation | None = None,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
     ) -> list[list[Completion]]:
         """Sample n responses per prompt from one model, without scoring; return the completions of each prompt.
 
         max_tokens: maximum number of tokens in a response. rsd: rules by which the student judges every token of the
-        teacher, and writes those that it refuses itself; None lets the model write alone. Errors as in
-        `select_expand`.
+        teacher, and writes those that it refuses itself; None lets the model write alone. stop, include_stop: texts at
+        which a response ends, and whether it keeps them (see `SearchOptions`). Errors as in `select_expand`.
         """
         outcomes = self.iter_generate(
-            prompts, model=model, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed, rsd=rsd
+            prompts,
+            model=model,
+            n=n,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            seed=seed,
+            rsd=rsd,
+            stop=stop,
+            include_stop=include_stop,
         )
         completions = {outcome.index: outcome.completions for outcome in outcomes}
         return [completions[i] for i in range(len(prompts))]
@@ -143,6 +152,8 @@ class Engine(LoadedEngine):
         max_tokens: int = 4096,
         seed: int = 0,
         rsd: ReverseSpeculation | None = None,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
         greedy_first: bool = False,
         skip: frozenset[int] = frozenset(),
         labels: Sequence[str] | None = None,
@@ -160,9 +171,14 @@ class Engine(LoadedEngine):
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
         if rsd is not None and greedy_first:
             raise InputError("greedy_first is for a model that writes alone: leave rsd out")
+        if rsd is not None and stop:
+            raise InputError("stop is for a model that writes alone: leave rsd out")
         self._require_one_writer(model)
         roles: Sequence[Role] = [model] if rsd is None else BOTH
-        session = Session(self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first)
+        stops = StopStrings(texts=stop, is_included=include_stop)
+        session = Session(
+            self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first, stops=stops
+        )
         encoded = self._resources.encode_all(prompts, labels_of(prompts, labels), roles)
         request = GenerationRequest(roles=roles, n=n, max_tokens=max_tokens, seed=seed)
         return iter_generations(self._resources, session, request, (p for p in encoded if p.index not in skip), feed)
@@ -328,12 +344,3 @@ class Engine(LoadedEngine):
         if session is None:
             session = self._student_sessions[sampling] = Session(self._resources, sampling, "student")
         return session
-
-
-def open_engine(role: Role, decoder: LanguageModel, tokenizer: Tokenizer, *, memory_bytes: int | None = None) -> Engine:
-    """Return an engine over one decoder that is in memory already.
-
-    memory_bytes: size of its cache in bytes; None takes a third of the free memory.
-    """
-    models = LoadedModels.of_one(role, decoder, tokenizer)
-    return Engine(models.open_resources(memory_bytes, 1 / 3))

@@ -26,6 +26,7 @@ from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import Sampling
 from genssd.engine.served.expander import ServedExpander, served_topk
 from genssd.engine.speculation_rules import ReverseSpeculation
+from genssd.engine.stops import StopStrings
 from genssd.engine.student_writing import StudentChunkReader
 from genssd.engine.token_map import TokenMap
 from genssd.kernels.logprob import TopK
@@ -42,7 +43,7 @@ class Session:
     writer: the model that writes. scored: whether the student scores complete candidates; where it writes them itself,
     the teacher reads them. rsd: rules by which the student judges every single token of the teacher instead. num_topk:
     how many of the writer's most likely tokens are kept along committed chunks. greedy_first: whether the first
-    candidate of an expansion takes the most likely tokens.
+    candidate of an expansion takes the most likely tokens. stops: texts at which responses end.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Session:
         rsd: ReverseSpeculation | None = None,
         num_topk: int = 0,
         greedy_first: bool = False,
+        stops: StopStrings = StopStrings(),
     ) -> None:
+        self.stops = stops
         student = resources.runner("student") if scored or rsd is not None else None
         self._resources = resources
         self._tokenizer = resources.tokenizer(writer)

@@ -31,7 +31,8 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from genssd.engine.errors import InputError
 from genssd.engine.quoting import quote
-from genssd.engine.text import LONGEST_CHARACTER, REPLACEMENT, Tokenizer
+from genssd.engine.text import Tokenizer
+from genssd.engine.text_stream import LONGEST_CHARACTER, REPLACEMENT
 from genssd.engine.token_bytes import SPACE, ByteTable, NoByteTable, list_steps, read_backend
 
 PROBE = "one two  three\n\n4 5,6; (seven)' = \t8"

@@ -25,7 +25,8 @@ from genssd.engine.engine import Engine
 from genssd.engine.feed import Feed
 from genssd.engine.quoting import quote
 from genssd.engine.search_options import SearchOptions
-from genssd.engine.text import TextStream, Tokenizer
+from genssd.engine.text import Tokenizer
+from genssd.engine.text_stream import TextStream
 
 SETTING = "chunk.tokens"
 """Name of the setting that is chosen."""
@@ -124,6 +125,8 @@ class PlainWork:
             [problem.prompt for problem in self.problems],
             sampling=self.options.sampling,
             max_tokens=self.most_tokens,
+            stop=self.options.stop,
+            include_stop=self.options.include_stop,
             seed=self.options.seed,
             labels=[problem.where for problem in self.problems],
             feed=feed,

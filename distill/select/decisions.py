@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genssd.distill.runs.journal import complete_rows
+from genssd.engine.branch import Ending
 from genssd.engine.candidate import ActivationMeans, Candidate
 from genssd.engine.errors import InputError
 from genssd.engine.outcomes import KEPT, Verdict
@@ -45,6 +46,8 @@ class LoggedCandidate:
 
     teacher: int = 0
     """Index of the teacher that wrote the candidate."""
+    ended: Ending = "chunk"
+    """Why the candidate ended."""
 
     @property
     def is_kept(self) -> bool:
@@ -155,6 +158,7 @@ def parse_decisions(
                 probability=fields["probability"],
                 is_provisional=bool(fields.get("provisional")),
                 teacher=int(fields.get("teacher", 0)),
+                ended=fields["ended"],
             )
         )
     return Decisions(

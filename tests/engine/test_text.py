@@ -12,7 +12,8 @@ from support.toys import save_tokenizer
 
 from genssd.engine.chunk import Chunk, ChunkEnd
 from genssd.engine.errors import InputError
-from genssd.engine.text import TextStream, Tokenizer
+from genssd.engine.text import Tokenizer
+from genssd.engine.text_stream import TextStream
 
 
 @pytest.fixture(scope="module")

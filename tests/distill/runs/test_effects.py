@@ -26,7 +26,7 @@ POOL = ENGINE | {"processes", "devices", "ray"}
 CLUSTER = {"ray_actors", "ray_cpus"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
 WRITING = SAMPLING | {"generation_config"}
-SEARCH = WRITING | POOL | {
+SEARCH = WRITING | POOL | {"stop"} | {
     "candidates", "chunk.tokens", "chunk.until", "chunk.limit", "chunk.shortest", "criterion", "threshold",
     "max_tokens", "teacher_topk", "loop_guard", "seed", "calibrate.data", "beam", "on_unlearnable",
     "selection_temperature", "prompt_budget.tokens", "prompt_budget.seconds", "total_budget.tokens",
@@ -41,13 +41,13 @@ TRAINING = {
     "token_weights.entropy_of", "token_weights.half_life",
 }  # fmt: skip
 RUN = {"output_dir", "resume", "overwrite", "limit", "data"}
-MONITORED = {"report_to", "logging_steps", "shard"}
+MONITORED = {"report_to", "logging_steps", "shard", "offset"}
 ALWAYS = {
     "demo": {"output_dir", "prompts", "candidates", "train_tokens", "learning_rate", "batch_size", "eval_problems"}
     | {"post_hoc", "seed", "threads"},
     "select": SEARCH | PAIR_CHAT | RUN | MONITORED | {"teacher", "student", "peek"},
     "generate": POOL | PAIR_CHAT | WRITING | RUN | MONITORED
-    | {"teacher", "student", "method", "n", "max_tokens", "seed"},
+    | {"teacher", "student", "method", "n", "max_tokens", "stop", "seed"},
     "score": POOL | PAIR_CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
@@ -57,7 +57,7 @@ ALWAYS = {
     "export": {"run", "format", "student", "statuses", "require_correct", "output_dir"},
     "prefix": POOL | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
     "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads", "devices", "processes"},
-    "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens", "shard"},
+    "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens", "stop", "shard", "offset"},
     "diagnose": POOL | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"}
