@@ -103,7 +103,8 @@ class Engine(LoadedEngine):
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {options.teacher_topk}")
         names = labels_of(prompts, labels)
         check_answers(answers, judge.criterion, names)
-        team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk, stops=options.stops)
+        stops = StopStrings(texts=options.stop, is_included=options.include_stop)
+        team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk, stops=stops)
         encoded = team.encode_all(prompts, names, answers)
         return plan_search(team, judge, (views for views in encoded if views[0].index not in skip), watch)
 

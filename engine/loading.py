@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from genssd.engine.basic_config import is_supported
-from genssd.engine.batching import choose_max_batch
+from genssd.engine.batching import choose_max_num_seqs
 from genssd.engine.byte_reader import find_reader
 from genssd.engine.checkpoint import locate
 from genssd.engine.config import ModelConfig, load_config
@@ -70,23 +70,27 @@ class LoadedModels:
         )
 
     def open_resources(
-        self, memory_bytes: int | None, free_fraction: float, max_batch: int | None = None, threads: int | None = None
+        self,
+        memory_bytes: int | None,
+        free_fraction: float,
+        max_num_seqs: int | None = None,
+        threads: int | None = None,
     ) -> Resources:
         """Give every decoder a cache; all hold the same number of tokens.
 
         memory_bytes: size of all caches together; None takes a fraction of the free memory (`cache_budget`).
-        max_batch: maximum number of candidates decoded at once; None for the default (`choose_max_batch`). threads:
-        number of threads that compute; None for the default of `threads.effective_threads`.
+        max_num_seqs: maximum number of candidates decoded at once; None for the default (`choose_max_num_seqs`).
+        threads: number of threads that compute; None for the default of `threads.effective_threads`.
         """
         placed = self._list_decoders()
         decoders = [decoder for _, _, decoder in placed]
         if not decoders:
-            return Resources(runners={}, tokenizers=self.tokenizers, max_batch=1, served=self.served)
+            return Resources(runners={}, tokenizers=self.tokenizers, max_num_seqs=1, served=self.served)
         device = decoders[0].device
-        if max_batch is None:
+        if max_num_seqs is None:
             weights = [decoder.weights_per_token for decoder in decoders]
-            max_batch = choose_max_batch(weights, device, effective_threads(threads))
-        working = max(_working_bytes(decoder, max_batch) for decoder in decoders)
+            max_num_seqs = choose_max_num_seqs(weights, device, effective_threads(threads))
+        working = max(_working_bytes(decoder, max_num_seqs) for decoder in decoders)
         budget = cache_budget(device, memory_bytes, free_fraction, working_bytes=working)
         usage = Usage()
         runners: dict[int, ModelRunner] = {}
@@ -100,7 +104,7 @@ class LoadedModels:
             Resources(
                 runners={role: runners[id(decoder)] for role, decoder in models.decoders.items()},
                 tokenizers=models.tokenizers,
-                max_batch=max_batch,
+                max_num_seqs=max_num_seqs,
                 reader=models.reader,
                 usage=usage,
                 served=models.served,
@@ -228,5 +232,5 @@ def open_runner(
     return TransformersRunner(role, directory, model, pages, usage=usage, threads=threads)
 
 
-def _working_bytes(model: LanguageModel, max_batch: int) -> int:
-    return count_working_bytes(model.values_per_token, model.dtype, model.head.weight.shape[0], max_batch)
+def _working_bytes(model: LanguageModel, max_num_seqs: int) -> int:
+    return count_working_bytes(model.values_per_token, model.dtype, model.head.weight.shape[0], max_num_seqs)

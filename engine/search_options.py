@@ -95,7 +95,7 @@ class SearchOptions:
         """Raise InputError on the first option that cannot be used; the criterion, which is not made here, apart."""
         object.__setattr__(self, "chunk", Chunk.of(self.chunk))
         check_types(self, infinite=("threshold",))  # with an infinite one, everything is accepted or nothing
-        _ = self.stops
+        StopStrings(texts=self.stop)
         for name in ("candidates", "beam", "max_tokens"):
             check_count(name, getattr(self, name))
         check_count("teacher_topk", self.teacher_topk, least=0)
@@ -131,14 +131,9 @@ class SearchOptions:
             )
 
     @property
-    def stops(self) -> StopStrings:
-        """Texts at which responses end. Raises InputError on one that cannot be searched."""
-        return StopStrings(texts=self.stop, is_included=self.include_stop)
-
-    @property
     def longest_candidate(self) -> int:
         """Maximum number of tokens in a candidate."""
-        return min(self.chunk.longest + self.stops.slack, self.max_tokens)
+        return min(self.chunk.longest + StopStrings(texts=self.stop).slack, self.max_tokens)
 
     def with_changes(self, **changes: Unpack[SearchChanges]) -> SearchOptions:
         """Return these options with some values replaced, as a plain SearchOptions also for a derived class.

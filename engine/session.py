@@ -94,7 +94,7 @@ class Session:
             None if student is None or rsd is not None else self._make_scorer(student),
             self._tokenizer,
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
-            max_batch=resources.max_batch,
+            max_num_seqs=resources.max_num_seqs,
             usage=resources.usage,
             reservations=resources.reservations,
         )

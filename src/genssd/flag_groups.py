@@ -64,7 +64,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
                "logging_steps", "save_steps", "save_total_limit", "peek", "page_questions", "prompts", "post_hoc",
                "json", "tune_file", "push_to_hub", "table"),
     "machine": ("device", "devices", "processes", "ray", "ray_actors", "ray_cpus", "threads", "memory_utilization",
-                "memory_bytes", "max_batch", "batch", "deterministic", "bf16", "gradient_checkpointing",
+                "memory_bytes", "max_num_seqs", "batch", "deterministic", "bf16", "gradient_checkpointing",
                 "torch_compile", "attn_implementation", "fsdp", "seconds"),
 }  # fmt: skip
 """Fields of configs by the group in which help texts list them; a nested config is listed as a whole."""

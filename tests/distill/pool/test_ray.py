@@ -73,8 +73,8 @@ def pool(tiny_pair: TinyPair, cluster: RayCluster) -> Iterator[RayPool]:
     roles: tuple[Role, Role] = ("teacher", "student")
     tokens = LocalTokens(tokenizers={role: engine.tokenizer(role) for role in roles}, reader=engine.reader)
     arguments = {
-        "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), "memory_bytes": 1 << 22, "max_batch": 4,
-        "device": "cpu", "threads": 1,
+        "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), "memory_bytes": 1 << 22,
+        "max_num_seqs": 4, "device": "cpu", "threads": 1,
     }  # fmt: skip
     team = choose_team(cluster.list_nodes(), ActorRange(2, 2), cluster.cpus, "cpu", None)
     recipe = EngineRecipe(arguments=arguments, chat=ChatOptions())
@@ -171,7 +171,7 @@ def test_a_killed_command_takes_its_actors_along_and_is_resumed(
         (tmp_path / f"d/x{number}.jsonl").write_text(f'{{"question": "{number}+1?"}}\n' * 4)
     models = ["--teacher", str(tiny_pair.teacher), "--student", str(tiny_pair.student)]
     search = ["--candidates", "3", "--chunk.tokens", "4", "--chunk.until", "None", "--max-tokens", "16"]
-    flags = [*models, "--data", str(tmp_path / "d"), *search, "--memory-bytes", "4194304", "--max-batch", "2"]
+    flags = [*models, "--data", str(tmp_path / "d"), *search, "--memory-bytes", "4194304", "--max-num-seqs", "2"]
     address = cluster.connect().get_runtime_context().gcs_address
     command = [sys.executable, "-m", "genssd", "select", *flags, "--ray", address, "--ray-actors", "1"]
     command += ["--ray-cpus", "1", "--output-dir", str(tmp_path / "out")]
@@ -215,7 +215,7 @@ def test_the_command_on_a_cluster_that_a_program_has_reached(
     data.write_text("".join(json.dumps({"question": f"{i % 3}?"}) + "\n" for i in range(6)))
     config: dict[str, Any] = {
         "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), "data": str(data), **SEARCH,
-        "memory_bytes": 1 << 22, "max_batch": 4,
+        "memory_bytes": 1 << 22, "max_num_seqs": 4,
     }  # fmt: skip
     ours = SelectConfig(**config, ray="local", ray_actors="1", ray_cpus=1, output_dir=str(tmp_path / "ray"))
     assert run_select(ours).prompts == 6

@@ -21,7 +21,16 @@ from genssd.engine.errors import InputError
 
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
 PAIR_CHAT = CHAT | {"teacher_template_kwargs", "student_template_kwargs"}
-ENGINE = {"threads", "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend"}
+ENGINE = {
+    "threads",
+    "device",
+    "dtype",
+    "memory_utilization",
+    "memory_bytes",
+    "max_num_seqs",
+    "deterministic",
+    "backend",
+}
 POOL = ENGINE | {"processes", "devices", "ray"}
 CLUSTER = {"ray_actors", "ray_cpus"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
@@ -90,11 +99,13 @@ SERVED = {"teacher_tokenizer"} | {
     f"server.{name}" for name in ("model_name", "seeds", "in_flight", "timeout", "patience")
 }
 CALIBRATE = {"calibrate.share", "calibrate.limit"}
-OFF_IN_SEARCH = CALIBRATE | SERVED | CLUSTER | {"max_resamples", "min_chunk_tokens", "drop_teacher_after"}
+OFF_IN_SEARCH = (
+    CALIBRATE | SERVED | CLUSTER | {"max_resamples", "min_chunk_tokens", "drop_teacher_after", "include_stop"}
+)
 METHODS = ("alternate", "relay")
 OFF: dict[str, set[str]] = {
     "select": OFF_IN_SEARCH,
-    "generate": SERVED | CLUSTER | {f"rsd.{name}" for name in ("probability", "top", "tries")}
+    "generate": SERVED | CLUSTER | {"include_stop"} | {f"rsd.{name}" for name in ("probability", "top", "tries")}
     | {f"{method}.student.{name.rpartition('.')[2]}" for name in SAMPLING for method in ("rsd", "alternate", "relay")}
     | {f"{method}.chunk.{name}" for name in ("tokens", "until", "limit", "shortest") for method in METHODS}
     | {f"alternate.{name}" for name in ("criterion", "student_candidates", "teacher_candidates")}
@@ -102,7 +113,7 @@ OFF: dict[str, set[str]] = {
     "score": {"pick.similarity"} | CLUSTER,
     "prefix": CLUSTER,
     "doctor": {"verify_seconds"},
-    "evaluate": WRITING | CLUSTER | {"seed"},
+    "evaluate": WRITING | CLUSTER | {"seed", "include_stop"},
     "diagnose": {"context_readers"} | CLUSTER
     | {f"templates.{name}" for name in ("hint", "solution", "summary", "other")},
     "train": OFF_IN_TRAINING | {"allow_eval_overlap"},
