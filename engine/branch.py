@@ -6,28 +6,54 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Literal
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from genssd.engine.amounts import format_count
-from genssd.engine.branch_session import BranchSession
-from genssd.engine.candidate import Candidate
+from genssd.engine.candidate import ActivationMeans, Candidate, Window
 from genssd.engine.chunk import Chunk
 from genssd.engine.errors import InputError
 from genssd.engine.model_choices import Role
 from genssd.engine.model_state import ModelState
 from genssd.engine.options_check import check_count
+from genssd.engine.outcomes import Ending
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import ByteSpans, Reading
 from genssd.engine.sampling import child_stream
 from genssd.engine.state_rows import StateRow
+from genssd.engine.stops import StopStrings
 from genssd.engine.tree import Path
 from genssd.kernels.logprob import TokenStats, TopK
 
-Ending = Literal["chunk", "finished", "stopped", "length"]
-"""Why a candidate ends: its chunk is complete | end of sequence | a stop string | no more tokens allowed."""
+
+class BranchSession(Protocol):
+    """The operations of the engine that a branch needs."""
+
+    stops: StopStrings
+
+    def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]: ...
+
+    def finish_reading(self, branch: Branch) -> None: ...
+
+    def bound_reading(self, branch: Branch, num_tokens: int) -> int: ...
+
+    def free_pages(self, branch: Branch) -> None: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def chunk_topk(self, branch: Branch) -> TopK | None: ...
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]: ...
+
+    def uses(self, runner: ModelRunner) -> bool: ...
+
+    def local_logprob(self, prompt: PromptIds, ids: Sequence[int], windows: Sequence[Window]) -> list[Tensor]: ...
+
+    def activations(self, prompt: PromptIds, ids: Sequence[int], start: int) -> ActivationMeans: ...
 
 
 @dataclass(slots=True, eq=False, kw_only=True, repr=False)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+Ending = Literal["chunk", "finished", "stopped", "length"]
+"""Why a candidate ends: its chunk is complete | end of sequence | a stop string | no more tokens allowed."""
+
 Verdict = Literal["kept", "forced", "beaten", "threshold", "duplicate", "loop", "empty"]
 """The fate of a candidate: expanded further or final | the same, although it is worse than the threshold | not chosen
 among the acceptable ones | worse than the threshold | the same tokens as an earlier sibling | ends in a repetition |

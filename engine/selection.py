@@ -9,10 +9,9 @@ from itertools import chain
 from torch import Tensor
 
 from genssd.engine.amounts import format_count
-from genssd.engine.branch import Ending
 from genssd.engine.budget import BudgetName
 from genssd.engine.errors import InputError
-from genssd.engine.outcomes import SPECIAL, Decision, Status, Verdict
+from genssd.engine.outcomes import SPECIAL, Decision, Ending, Status, Verdict
 from genssd.engine.quoting import quote
 from genssd.engine.reading import Reading
 from genssd.kernels.logprob import TokenStats, TopK

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from genssd.distill.runs.journal import complete_rows
-from genssd.engine.branch import Ending
 from genssd.engine.candidate import ActivationMeans, Candidate
 from genssd.engine.errors import InputError
-from genssd.engine.outcomes import KEPT, Verdict
+from genssd.engine.outcomes import KEPT, Ending, Verdict
 from genssd.engine.reading import ByteSpans
 from genssd.engine.sampling import child_stream, prompt_stream
 from genssd.engine.selection import RoundRecord
