@@ -21,6 +21,7 @@ from genssd.engine.options_check import check_count
 from genssd.engine.outcomes import Ending
 from genssd.engine.prompt_ids import PromptIds
 from genssd.engine.reading import ByteSpans, Reading
+from genssd.engine.runner import ModelRunner
 from genssd.engine.sampling import child_stream
 from genssd.engine.state_rows import StateRow
 from genssd.engine.stops import StopStrings
@@ -109,7 +110,6 @@ class Branch:
     """Number of tokens in the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
     is_drifted: bool = False
     """Whether the student's tokens of the whole response are others than those that it read chunk by chunk."""
-
     ended: Ending | None = None
     """Why the chunk ended; None while the branch can be written on."""
     stop_reason: str | None = None
