@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from genssd.engine.text import Tokenizer
+from typing import Any, Protocol
 
 REPLACEMENT = "\ufffd"
 """Character that decoders write for bytes which do not form a character."""
@@ -13,6 +10,22 @@ LONGEST_CHARACTER = 4
 """Maximum number of bytes in a UTF-8 character."""
 LONGEST_RUN = 64
 """Maximum number of tokens of which each ends inside a character that wait for the one that does not."""
+
+
+class Decoding(Protocol):
+    """What a stream needs of a tokenizer (`Tokenizer` in text.py)."""
+
+    hf: Any
+    """The tokenizer object of transformers."""
+
+    @property
+    def texts_join(self) -> bool:
+        """Whether the texts of tokens join to the text of all."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token by itself."""
+        ...
 
 
 class PieceStream(Protocol):
@@ -36,7 +49,7 @@ class PieceStream(Protocol):
         ...
 
 
-def open_stream(tokenizer: Tokenizer) -> PieceStream:
+def open_stream(tokenizer: Decoding) -> PieceStream:
     """Return a stream at the beginning of a text. Special tokens have their names."""
     return TextStream(tokenizer) if tokenizer.texts_join else WindowStream(tokenizer)
 
@@ -46,7 +59,7 @@ class TextStream:
 
     __slots__ = ("_tokenizer", "_waiting")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Decoding) -> None:
         self._tokenizer = tokenizer
         self._waiting: list[int] = []
 
@@ -98,7 +111,7 @@ class WindowStream:
 
     __slots__ = ("_before", "_new", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Decoding) -> None:
         self._tokenizer = tokenizer
         self._before: list[int] = []
         self._new: list[int] = []
