@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from genssd.distill.select.two_writers import generate_two_writers as generate_two_writers
     from genssd.distill.select.two_writers import iter_two_writers as iter_two_writers
     from genssd.engine.branch import Branch as Branch
-    from genssd.engine.branch import Ending as Ending
     from genssd.engine.budget import Budget as Budget
     from genssd.engine.budget import BudgetName as BudgetName
     from genssd.engine.candidate import ActivationMeans as ActivationMeans
@@ -70,6 +69,7 @@ if TYPE_CHECKING:
     from genssd.engine.nodes import Fork as Fork
     from genssd.engine.nodes import NodeReader as NodeReader
     from genssd.engine.outcomes import Decision as Decision
+    from genssd.engine.outcomes import Ending as Ending
     from genssd.engine.outcomes import Status as Status
     from genssd.engine.outcomes import Verdict as Verdict
     from genssd.engine.pair_prompts import PairPrompt as PairPrompt
@@ -115,10 +115,7 @@ _NAMES = {
         "generate_two_writers",
         "iter_two_writers",
     ),
-    "genssd.engine.branch": (
-        "Branch",
-        "Ending",
-    ),
+    "genssd.engine.branch": ("Branch",),
     "genssd.engine.budget": (
         "Budget",
         "BudgetName",
@@ -194,6 +191,7 @@ _NAMES = {
     ),
     "genssd.engine.outcomes": (
         "Decision",
+        "Ending",
         "Status",
         "Verdict",
     ),
