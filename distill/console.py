@@ -19,7 +19,7 @@ from rich.text import Text
 
 from genssd.distill.runs.progress import Measurement, Progress, Stage, measure
 from genssd.distill.train.trainer import TrainProgress
-from genssd.engine.amounts import format_part
+from genssd.engine.common.amounts import format_part
 
 FIRST_PLAIN = 5.0
 """Seconds after which a command prints its notes and a stage its first plain line."""

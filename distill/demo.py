@@ -36,11 +36,11 @@ from genssd.distill.select.summary import SelectSummary
 from genssd.distill.small_pair.problems import STYLES, Problem, detect_style, make_problems, solves
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
-from genssd.engine.selection import Selection
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.selection import Selection
 
 PAIR = Path(__file__).with_name("small_pair")
 STEP = Chunk(tokens=1, until="\n", limit=64)  # one line of a solution

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from genssd.distill.runs.field_kinds import FileName
-from genssd.engine.options_check import check_types
-from genssd.engine.thread_count import check_threads
+from genssd.engine.common.options_check import check_types
+from genssd.engine.common.thread_count import check_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ from genssd.distill.runs.hub_name import check_repository
 from genssd.distill.runs.teacher_options import SERVED_NEEDS
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.thread_count import check_threads
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.common.thread_count import check_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,10 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.sampling_options import ModelSampling, StopOptions
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.sampling import Sampling
-from genssd.engine.stops import StopStrings
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.texts.stops import StopStrings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,12 +40,12 @@ from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
-from genssd.engine.budget import Budget
+from genssd.engine.calls.generation import Completion
+from genssd.engine.common.errors import CapacityError
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError
-from genssd.engine.feed import Feed
-from genssd.engine.generation import Completion
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.budget import Budget
 
 MAX_LISTED = 10
 """Maximum number of problems that an error message lists."""

@@ -22,10 +22,10 @@ from genssd.distill.train.division import divide_step
 from genssd.distill.train.processes import train_in_processes
 from genssd.distill.train.reading import read_state
 from genssd.distill.train.trainer import run_train
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.memory import choose_device
-from genssd.engine.quoting import quote
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import quote
+from genssd.engine.setup.memory import choose_device
 
 
 def check_places(config: DistillConfig) -> None:

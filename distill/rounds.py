@@ -39,10 +39,10 @@ from genssd.distill.runs.served_teacher import find_fingerprints
 from genssd.distill.select.beginning import check_search
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.checkpoint import locate
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.parameters import count_stored_parameters
-from genssd.engine.threads import choose_training_threads
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.checkpoints.parameters import count_stored_parameters
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.host.threads import choose_training_threads
 
 MAX_LISTED = 10
 """Maximum number of rows that an error message lists."""

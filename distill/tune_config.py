@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from genssd.distill.runs.field_kinds import FileName, ModelPath
-from genssd.engine.options_check import check_types
+from genssd.engine.common.options_check import check_types
 
 
 @dataclass(frozen=True, kw_only=True)

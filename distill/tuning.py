@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from genssd.distill.tune_config import TuneConfig
-from genssd.engine.checkpoint import locate
-from genssd.engine.config import ModelConfig
-from genssd.engine.errors import InputError
-from genssd.engine.memory import choose_device, choose_dtype
-from genssd.engine.tuning import tune_models
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.common.errors import InputError
+from genssd.engine.models.tuning import tune_models
+from genssd.engine.setup.memory import choose_device, choose_dtype
 from genssd.kernels.tuned import TuneFileError, add_entries, card_of, default_path, forget, read_entries
 
 

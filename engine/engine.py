@@ -7,30 +7,30 @@ from typing import Unpack
 
 from torch import Tensor
 
-from genssd.engine.amounts import format_count
-from genssd.engine.branch import Branch, expand_together
-from genssd.engine.candidate import ActivationMeans, Window
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.feed import Feed
-from genssd.engine.generation import Completion, Generation
-from genssd.engine.judging import Judge
-from genssd.engine.loaded_engine import LoadedEngine
-from genssd.engine.model_choices import Role
-from genssd.engine.nodes import Forcing, Fork, iter_force
-from genssd.engine.options_check import check_arguments, check_count
-from genssd.engine.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
-from genssd.engine.prompt_ids import PromptIds
-from genssd.engine.requests import check_answers, check_ids, check_positions, check_windows, labels_of
-from genssd.engine.sampling import Sampling, prompt_stream
-from genssd.engine.scoring import score
-from genssd.engine.search_options import SearchChanges, SearchOptions
-from genssd.engine.selection import Selection, Watch
-from genssd.engine.session import Session
-from genssd.engine.speculation_rules import ReverseSpeculation
-from genssd.engine.stops import StopStrings
-from genssd.engine.team import BOTH, Team
-from genssd.engine.text import Prompt
+from genssd.engine.calls.generation import Completion, Generation
+from genssd.engine.calls.loaded_engine import LoadedEngine
+from genssd.engine.calls.nodes import Forcing, Fork, iter_force
+from genssd.engine.calls.scoring import score
+from genssd.engine.calls.session import Session
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.common.options_check import check_arguments, check_count
+from genssd.engine.criteria.candidate import ActivationMeans, Window
+from genssd.engine.decoding.branch import Branch, expand_together
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.feed import Feed
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
+from genssd.engine.models.sampling import Sampling, prompt_stream
+from genssd.engine.readers.prompt_ids import PromptIds
+from genssd.engine.search.judging import Judge
+from genssd.engine.search.planning import GenerationRequest, SearchPlan, iter_generations, plan_search
+from genssd.engine.search.search_options import SearchChanges, SearchOptions
+from genssd.engine.search.selection import Selection, Watch
+from genssd.engine.search.team import BOTH, Team
+from genssd.engine.setup.requests import check_answers, check_ids, check_positions, check_windows, labels_of
+from genssd.engine.texts.stops import StopStrings
+from genssd.engine.texts.text import Prompt
 from genssd.kernels.logprob import TokenStats
 
 

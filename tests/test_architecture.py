@@ -227,9 +227,9 @@ def test_one_place_knows_the_machine_and_two_the_threads_of_torch() -> None:
         text = path.read_text()
         machine |= {module} if MACHINE.search(text) else set()
         torch_threads |= {module} if TORCH_THREADS.search(text) else set()
-    assert machine == {"genssd.engine.machine"}
+    assert machine == {"genssd.engine.host.machine"}
     # the small pair is made by a script of its own
-    assert torch_threads == {"genssd.kernels.threads", "genssd.engine.threads", "genssd.distill.small_pair.make"}
+    assert torch_threads == {"genssd.kernels.threads", "genssd.engine.host.threads", "genssd.distill.small_pair.make"}
 
 
 RIDDLE = re.compile(r"(Of|The same|And|That|What it|Behind|As|Onto|Nothing|Under)\b")

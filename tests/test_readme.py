@@ -77,7 +77,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     # engines of programs live as long as their page; their caches, nine tenths of the memory, are hardly filled
-    monkeypatch.setattr("genssd.engine.memory.count_promised_bytes", lambda: 0)
+    monkeypatch.setattr("genssd.engine.setup.memory.count_promised_bytes", lambda: 0)
     return tmp_path
 
 

@@ -27,12 +27,12 @@ from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
 from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.select.work import SearchWork
 from genssd.distill.small_pair.problems import make_problems
-from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
-from genssd.engine.loading import choose_reader
-from genssd.engine.machine import available_cores
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.text import Tokenizer
+from genssd.engine.host.machine import available_cores
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.setup.loading import choose_reader
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 
 PAIR = Path(next(iter(small_pair.__path__)))
 SIZES = (1, 2)

@@ -29,7 +29,7 @@ from genssd.distill.report.config import ReportConfig
 from genssd.distill.report.run import run_report
 from genssd.distill.runs.journal import make_line
 from genssd.distill.runs.record import PACKAGES
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from support.browser import Page, find_browser, open_page

@@ -54,14 +54,14 @@ from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.select.work import SearchedPrompt, SearchWork
 from genssd.distill.small_pair.problems import make_problems
-from genssd.engine.budget import Budget
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.usage import CacheUse, Usage
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.feed import Feed
-from genssd.engine.machine import available_cores
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.usage import CacheUse, Usage
+from genssd.engine.host.machine import available_cores
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.texts.chat_options import ChatOptions
 
 PAIR = Path(next(iter(small_pair.__path__)))
 CANDIDATES = 4

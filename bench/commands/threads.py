@@ -29,7 +29,7 @@ from bench.engine.peers.machine import describe_machine
 
 from genssd.distill import small_pair
 from genssd.distill.small_pair.problems import make_problems
-from genssd.engine.machine import available_cores
+from genssd.engine.host.machine import available_cores
 
 PAIR = Path(next(iter(small_pair.__path__)))
 SETTINGS: dict[str, tuple[str, ...]] = {"1": ("--threads", "1"), "2": ("--threads", "2"), "default": ()}

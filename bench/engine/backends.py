@@ -22,7 +22,7 @@ from bench.engine.peers.machine import describe_machine
 from bench.engine.scoring import save_model
 
 from genssd import Engine, Sampling
-from genssd.engine.model_choices import Backend
+from genssd.engine.common.model_choices import Backend
 
 BACKENDS: tuple[Backend, ...] = ("genssd", "transformers")
 PROMPT = 128

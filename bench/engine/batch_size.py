@@ -22,7 +22,7 @@ import torch
 from bench.engine.peers.machine import describe_machine
 
 from genssd import Engine
-from genssd.engine.text import Prompt
+from genssd.engine.texts.text import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from bench.engine.peers.model import ensure_model
 from bench.engine.peers.protocol import Peer
 from bench.engine.peers.workloads import SIZES, Sizes, count_tokens
 
-from genssd.engine.machine import available_cores
+from genssd.engine.host.machine import available_cores
 
 DECODED = 16
 PAUSE = 0.3  # seconds between two measurements; see cpu_peers.py

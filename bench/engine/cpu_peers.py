@@ -39,7 +39,7 @@ from bench.engine.peers.model import ensure_model
 from bench.engine.peers.protocol import Measured, Peer, WorkerFailed
 from bench.engine.peers.workloads import SIZES, WORKLOADS, Sizes, count_tokens
 
-from genssd.engine.machine import available_cores
+from genssd.engine.host.machine import available_cores
 
 PAUSE = 2.0
 """Seconds between two engines, in which the first one's spinning threads stop and its memory is returned."""

@@ -24,11 +24,11 @@ from bench.support.device_limits import DeviceLimits, measure_device_limits, syn
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from genssd.engine.config import ModelConfig
-from genssd.engine.model import Decoder
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.pending_read import PendingRead
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.models.model import Decoder
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
+from genssd.engine.models.pending_read import PendingRead
 from genssd.kernels.sampling import linear_sample
 
 GPU = torch.cuda.is_available()

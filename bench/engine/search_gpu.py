@@ -24,10 +24,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import genssd
 from genssd import Chunk, Engine
-from genssd.engine.config import ModelConfig
-from genssd.engine.loading import LoadedModels
-from genssd.engine.model import Decoder
-from genssd.engine.text import Tokenizer
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.models.model import Decoder
+from genssd.engine.setup.loading import LoadedModels
+from genssd.engine.texts.text import Tokenizer
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

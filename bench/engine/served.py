@@ -23,10 +23,10 @@ from bench.engine.peers.machine import describe_machine
 from genssd import Engine
 from genssd.distill import small_pair
 from genssd.distill.small_pair.problems import make_problems
-from genssd.engine.chunk import Chunk
-from genssd.engine.sampling import Sampling
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
 from genssd.engine.served.options import ServerOptions
-from genssd.engine.text import Prompt
+from genssd.engine.texts.text import Prompt
 
 PAIR = Path(next(iter(small_pair.__path__)))
 

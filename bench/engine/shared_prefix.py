@@ -46,7 +46,7 @@ class Measurement:
 @contextmanager
 def without_sharing() -> Iterator[None]:
     """Let every prompt compute all of its tokens itself."""
-    with patch("genssd.engine.shared_prefixes.find_prefix_spans", lambda prompts, unit: [None] * len(prompts)):
+    with patch("genssd.engine.decoding.shared_prefixes.find_prefix_spans", lambda prompts, unit: [None] * len(prompts)):
         yield
 
 

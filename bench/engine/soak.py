@@ -24,9 +24,9 @@ import torch
 
 from genssd import Chunk, Engine, SearchOptions, Selection
 from genssd.distill.small_pair.problems import make_problems
-from genssd.engine.loading import LoadedModels, load_models
-from genssd.engine.pages import PAGE_SIZE
-from genssd.engine.text import Prompt
+from genssd.engine.models.pages import PAGE_SIZE
+from genssd.engine.setup.loading import LoadedModels, load_models
+from genssd.engine.texts.text import Prompt
 
 PAIR = files("genssd.distill.small_pair")
 AMPLE_PAGES = 20_000

@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 
-from genssd.engine.branch import Branch
-from genssd.engine.byte_reader import ByteReader
-from genssd.engine.candidate_scoring import CandidateScorer
-from genssd.engine.chunk import Chunk
+from genssd.engine.calls.session import Session
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.decoding.candidate_scoring import CandidateScorer
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.expansion import Expansion
 from genssd.engine.engine import Engine
-from genssd.engine.expansion import Expansion
-from genssd.engine.reading import Reader
-from genssd.engine.sampling import Sampling
-from genssd.engine.session import Session
-from genssd.engine.state_rows import StateRow
-from genssd.engine.token_map import TokenMap
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.models.state_rows import StateRow
+from genssd.engine.readers.byte_reader import ByteReader
+from genssd.engine.readers.reading import Reader
+from genssd.engine.readers.token_map import TokenMap
 from genssd.kernels.logprob import TokenStats
 
 

@@ -17,7 +17,7 @@ from bench.gpu.timing import Implementation, Method
 from bench.kernels import bench_attention as decoding
 from torch import Tensor
 
-from genssd.engine.segments import rows_per_unit
+from genssd.engine.models.segments import rows_per_unit
 from genssd.kernels.attention import SEGMENT_TOKENS, build_segment_table, paged_attention
 from genssd.kernels.device_table import DeviceTable
 

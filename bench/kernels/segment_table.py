@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from genssd.engine.pages import PagePool
-from genssd.engine.tree import BranchTree, Path
+from genssd.engine.cache.tree import BranchTree, Path
+from genssd.engine.models.pages import PagePool
 from genssd.kernels.attention import QUERY_VECTORS_PER_UNIT, SEGMENT_TOKENS, SegmentTable, build_segment_table
 from genssd.kernels.device_table import Capacity, write_table
 
@@ -51,7 +51,7 @@ def grow(problems: int, branches: int, prefix: int) -> tuple[BranchTree, list[Pa
 
 
 def build(tree: BranchTree, paths: list[Path], segment: int) -> SegmentTable:
-    """Build the segment table for the last token of every path, as engine/segments.py does."""
+    """Build the segment table for the last token of every path, as engine/models/segments.py does."""
     numbers = [[path.leaf.table for path in paths], [path.length - 1 for path in paths], [1] * len(paths)]
     return build_segment_table(
         torch.from_numpy(tree.tables.rows),

@@ -36,7 +36,7 @@ from genssd.cli import main as run_command_line
 from genssd.distill import small_pair
 from genssd.distill.pool import starting
 from genssd.distill.small_pair.problems import make_problems
-from genssd.engine.machine import read_cpu_name
+from genssd.engine.host.machine import read_cpu_name
 
 PAIR = Path(next(iter(small_pair.__path__)))
 PAUSE = (0.5, 8.0)

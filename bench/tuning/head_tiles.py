@@ -23,7 +23,7 @@ from bench.support.device_limits import measure_device_limits
 from bench.support.gpu_timing import kernel_microseconds
 from torch import Tensor
 
-from genssd.engine.machine import available_cores
+from genssd.engine.host.machine import available_cores
 from genssd.kernels.draw_triton import DrawTiling, draw_from_logits, draw_rows, write_logits
 from genssd.kernels.gpu_timing import captured_seconds, compile_in_parallel
 from genssd.kernels.head_triton import HeadLaunch, HeadTiles

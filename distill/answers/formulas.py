@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from genssd.engine.errors import GenssdError
+from genssd.engine.common.errors import GenssdError
 
 TIME_LIMIT = 5.0
 """Seconds that math-verify may take to read and compare one pair."""

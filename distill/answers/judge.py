@@ -20,7 +20,7 @@ from genssd.distill.answers.numbers import parse_quantity
 from genssd.distill.answers.reading import Kind, drop_dollars, read_answer, read_reference
 from genssd.distill.answers.text import fold_words, normalise
 from genssd.distill.answers.thoughts import KNOWN_TAGS, Tags, ThoughtReader, drop_thoughts
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 MAX_REFERENCE = 20_000
 """Number of characters above which a reference answer is not read."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from genssd.engine.text import Tokenizer
-from genssd.engine.thoughts import KNOWN_TAGS as COMPOSED_TAGS
-from genssd.engine.thoughts import ThoughtTags
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.thoughts import KNOWN_TAGS as COMPOSED_TAGS
+from genssd.engine.texts.thoughts import ThoughtTags
 
 Tags = Sequence[ThoughtTags]
 

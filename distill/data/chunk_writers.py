@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from genssd.distill.data.examples import Example, read_chunks
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
 
 
 def keep_writer(example: Example, fields: Mapping[str, Any], writer: Role) -> Example | None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from genssd.distill.data.messages import Conversation
-from genssd.engine.chat import find_thought
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
-from genssd.engine.thinking import read_end
-from genssd.engine.thoughts import (
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat import find_thought
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.thinking import read_end
+from genssd.engine.texts.thoughts import (
     add_opening,
     is_open_thought,
     lacks_opening,

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
 
 REASON_FIELDS = ("finish_reason", "finish_reasons")
 STOP_FIELDS = ("stop_reason", "stop_reasons")

@@ -25,10 +25,10 @@ from genssd.distill.data.messages import (
 from genssd.distill.data.problems import parse_answer, read_objects
 from genssd.distill.data.verdicts import RowVerdict, read_verdict, require_verdict
 from genssd.distill.files.rows import RawRow
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.texts.text import Tokenizer
 
 PAIR_FIELDS = frozenset(
     ("prompt", "weight", "tools", *QUESTION_FIELDS, *SYSTEM_FIELDS, *CONTEXT_FIELDS, *OPTION_FIELDS, *REFUSED_FIELDS)

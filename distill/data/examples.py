@@ -35,9 +35,9 @@ from genssd.distill.data.final_answers import check_is_no_problem
 from genssd.distill.data.messages import COMPLETION_FIELDS, find_question, parse_conversation
 from genssd.distill.data.teacher_text import TeacherText, read_stored
 from genssd.distill.data.topk_store import TopkLocation, locate_topk
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 LARGEST_ID = (1 << 31) - 1
 """Largest token id of any tokenizer."""

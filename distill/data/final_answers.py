@@ -15,8 +15,8 @@ from genssd.distill.answers.reading import read_box, read_closing_line
 from genssd.distill.answers.text import normalise, strip_delimiters
 from genssd.distill.answers.thoughts import KNOWN_TAGS
 from genssd.distill.data.problems import ANSWER_FIELDS
-from genssd.engine.chat import THOUGHT_FIELDS
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat import THOUGHT_FIELDS
 
 MAX_WORDS = 3
 """Number of words above which a text is a sentence."""

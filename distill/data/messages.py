@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from genssd.engine.chat import THOUGHT_FIELDS, Messages
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat import THOUGHT_FIELDS, Messages
 
 QUESTION_FIELDS = ("question", "problem", "instruction", "query", "input")
 COMPLETION_FIELDS = ("completion", "response", "output", "solution", "answer")

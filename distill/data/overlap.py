@@ -11,9 +11,9 @@ from pathlib import Path
 from genssd.distill.data.examples import Example
 from genssd.distill.data.messages import find_question
 from genssd.distill.data.problems import ProblemRow, read_objects
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 MAX_LISTED = 5
 """Maximum number of rows that a message lists."""

@@ -26,9 +26,9 @@ from genssd.distill.data.messages import parse_prompt, parse_tools
 from genssd.distill.data.parts import Shard
 from genssd.distill.files.pipes import describe
 from genssd.distill.files.rows import RawRow, read_rows
-from genssd.engine.amounts import format_count
-from genssd.engine.chat import NO_SYSTEM_PROMPT, Messages, add_system_prompt
-from genssd.engine.errors import InputError
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat import NO_SYSTEM_PROMPT, Messages, add_system_prompt
 
 ANSWER_FIELDS = ("answer", "target", "solution")
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from genssd.engine.amounts import format_count
-from genssd.engine.model_choices import Role
-from genssd.engine.model_facts import ModelFacts
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.model_choices import Role
+from genssd.engine.setup.model_facts import ModelFacts
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from itertools import accumulate
 from typing import Any
 
 from genssd.distill.data.written_rows import read_spans
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.reading import Reader
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.readers.reading import Reader
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ import torch
 
 from genssd.distill.data.topk_coding import BYTES_PER_ENTRY, decode_topk, encode_topk
 from genssd.distill.runs.writing import GrowingFile, truncate
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
 from genssd.kernels.logprob import TopK
 
 INCOMPLETE = "teacher_topk must name file, offset, bytes, tokens, k and vocabulary"

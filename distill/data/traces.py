@@ -35,10 +35,10 @@ from genssd.distill.data.written_rows import (
 )
 from genssd.distill.files.rows import read_rows, stem_of
 from genssd.distill.runs.journal import damaged_line
-from genssd.engine.amounts import format_count
-from genssd.engine.chat import THOUGHT_FIELDS, Messages
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat import THOUGHT_FIELDS, Messages
+from genssd.engine.texts.text import Tokenizer
 
 TEACHER_FIELDS = ("teacher", "model", "generator")
 VERDICT_FIELDS = ("correctness_math_verify", "correctness", "correct")

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 RowVerdict = Literal["correct", "wrong", "undecided", "no reference answer"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from genssd.distill.data.messages import COMPLETION_FIELDS, parse_conversation
-from genssd.engine.amounts import format_count
-from genssd.engine.chat import Messages
-from genssd.engine.errors import InputError
-from genssd.engine.reading import ByteSpans
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.readers.reading import ByteSpans
+from genssd.engine.texts.chat import Messages
 
 LARGEST_SURPRISAL = 1e6
 """Absolute value that no log-probability of a model reaches; NaN and huge numbers in a row are refused by it."""

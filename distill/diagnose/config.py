@@ -12,9 +12,9 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, NamedModelPath, Operational, Recomputed
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.sampling_options import ModelSampling
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.sampling import Sampling
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.models.sampling import Sampling
 
 WeightRule = Literal["positive", "alignment", "nodes"]
 """Weights of the nodes in the rows that a diagnosis writes for a training: see weighted_rows.py."""

@@ -13,9 +13,9 @@ from itertools import islice
 from genssd.distill.data.problems import ProblemRow, parse_object
 from genssd.distill.diagnose.readers import Reader, Templates
 from genssd.distill.files.rows import read_rows
-from genssd.engine.chat import Messages
-from genssd.engine.errors import InputError
-from genssd.engine.text import Prompt
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat import Messages
+from genssd.engine.texts.text import Prompt
 
 
 def read_contexts(

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from genssd.distill.answers.forms import Verdict
 from genssd.distill.diagnose.placement import count_affordable
+from genssd.engine.calls.generation import Completion
+from genssd.engine.calls.nodes import Fork
 from genssd.engine.engine import Engine
-from genssd.engine.generation import Completion
-from genssd.engine.nodes import Fork
-from genssd.engine.sampling import Sampling
-from genssd.engine.text import Prompt
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.texts.text import Prompt
 
 Verify = Callable[[str, str | None], Verdict]
 """Function that judges whether a response (first argument) gives a reference answer (second argument)."""

@@ -15,9 +15,9 @@ from genssd.distill.pool.pool import Pool
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.runs.progress import Progress
 from genssd.distill.runs.run import Run
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
 
 Load = Callable[[str, Role], Engine]
 """Function that returns the engine over a model (hub id or directory) in a role."""

@@ -12,11 +12,11 @@ from genssd.distill.diagnose.contexts import build_prompt, read_contexts
 from genssd.distill.diagnose.forcing import Question
 from genssd.distill.runs.journal import damaged_line
 from genssd.distill.runs.run import Run
-from genssd.engine.amounts import format_count
-from genssd.engine.checkpoint import locate
-from genssd.engine.config import load_config
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.checkpoints.config import load_config
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 Prompts = dict[tuple[str, int], list[int]]
 """Token ids of every reader's prompt, by the reader's name and the index of the question's row."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.options_check import check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.common.options_check import check_types
 
 TEMPLATED_CONTEXTS = ("hint", "solution", "summary")
 """Contexts with a template of their own."""

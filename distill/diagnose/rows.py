@@ -22,7 +22,7 @@ from genssd.distill.diagnose.alignment import (
 from genssd.distill.diagnose.forcing import NodeReading, Outcome, Question, QuestionCost
 from genssd.distill.diagnose.placement import find_window
 from genssd.distill.diagnose.reliability import gradient_variance, half_agreement
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 Row = Mapping[str, Any]
 """A line of questions.jsonl or nodes.jsonl."""

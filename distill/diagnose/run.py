@@ -54,12 +54,12 @@ from genssd.distill.runs.model_sampling import choose_sampling
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import write_text
-from genssd.engine.amounts import format_count
-from genssd.engine.checkpoint import locate
-from genssd.engine.errors import WorkerError
-from genssd.engine.generation import Completion
-from genssd.engine.sampling import prompt_stream
-from genssd.engine.text import Tokenizer
+from genssd.engine.calls.generation import Completion
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import WorkerError
+from genssd.engine.models.sampling import prompt_stream
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

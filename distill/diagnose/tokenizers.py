@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from genssd.distill.diagnose.forcing import Question
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.checkpoint import locate
-from genssd.engine.text import Tokenizer
-from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.readers.token_map import TokenMap, match_tokenizers
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from genssd.distill.diagnose.diagnosis import Cell, Diagnosis, Group
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
 
 MIN_QUESTIONS = 10
 """Number of questions that a verdict needs: a percentile bootstrap over fewer is too narrow to rely on."""

@@ -28,11 +28,11 @@ from genssd.distill.diagnose.forcing import (
 )
 from genssd.distill.diagnose.readers import Reader
 from genssd.distill.diagnose.rows import Findings
-from genssd.engine.budget import Budget
+from genssd.engine.calls.generation import Completion
+from genssd.engine.calls.nodes import NodeReader
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.feed import Feed
-from genssd.engine.generation import Completion
-from genssd.engine.nodes import NodeReader
+from genssd.engine.search.budget import Budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

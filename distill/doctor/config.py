@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

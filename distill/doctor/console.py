@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from genssd.distill.doctor.findings import Finding, Level, Mark, Piece, count_levels, find_worst
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
 
 STYLES: dict[Level, str] = {"ok": "green", "warning": "bold yellow", "error": "bold red"}
 PIECE_STYLES: dict[Mark, str] = {"text": "", "control": "magenta", "trained": "green", "untrained": "dim"}

@@ -12,9 +12,9 @@ from genssd.distill.distill_config import DistillConfig
 from genssd.distill.doctor.findings import Finding, list_lines
 from genssd.distill.doctor.inputs import Inputs, find_max_length, read_examples
 from genssd.distill.evaluating import read_answered_problems
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import GenssdError
-from genssd.engine.quoting import quote
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.common.quoting import quote
 
 OTHER_ANSWER = "q + 17"
 """Formula that is hardly the answer of any problem, with which references are compared."""

@@ -14,9 +14,9 @@ from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.files.rows import read_rows
 from genssd.distill.train.saving import find_stored_dtype
-from genssd.engine.amounts import format_bytes, format_count
-from genssd.engine.errors import GenssdError
-from genssd.engine.parameters import count_stored_parameters
+from genssd.engine.checkpoints.parameters import count_stored_parameters
+from genssd.engine.common.amounts import format_bytes, format_count
+from genssd.engine.common.errors import GenssdError
 
 BYTES_PER_ROW_TOKEN = 32
 """Bytes of selections.jsonl for one token of a prompt or a response: ids, text, log-probabilities. A search of the

@@ -14,9 +14,9 @@ import torch
 from genssd import _core
 from genssd.distill.doctor.machine_checks import describe_cuda, describe_sets, describe_triton
 from genssd.distill.runs.source_version import find_commit
-from genssd.engine.amounts import format_bytes
-from genssd.engine.machine import available_cores, available_memory, read_cpu_name
-from genssd.engine.threads import choose_engine_threads
+from genssd.engine.common.amounts import format_bytes
+from genssd.engine.host.machine import available_cores, available_memory, read_cpu_name
+from genssd.engine.host.threads import choose_engine_threads
 from genssd.kernels.tuned import FILE_VARIABLE, TuneFileError, card_of, default_path, read_entries
 
 PACKAGES = (

@@ -14,9 +14,9 @@ from genssd.distill.doctor.rows import Rows, read_example_rows, read_problem_row
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.select.unfit import PromptCheck
 from genssd.distill.train.models import TeacherReader, find_foreign_tokenizer
-from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.served.address import is_url
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.common.errors import GenssdError, InputError
+from genssd.engine.common.model_choices import Role
 
 ROLES: tuple[Role, ...] = ("teacher", "student")
 

@@ -12,10 +12,10 @@ import torch
 
 from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs
-from genssd.engine.errors import GenssdError
-from genssd.engine.machine import ROOT, read_cpu_features, read_cpu_name
-from genssd.engine.memory import choose_device, choose_dtype, describe_float32
-from genssd.engine.threads import choose_engine_threads
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.host.machine import ROOT, read_cpu_features, read_cpu_name
+from genssd.engine.host.threads import choose_engine_threads
+from genssd.engine.setup.memory import choose_device, choose_dtype, describe_float32
 from genssd.kernels.native import instruction_set, list_instruction_sets
 from genssd.kernels.tuned import SHIPPED_CAPABILITIES, TuneFileError, card_of, default_path, read_entries
 

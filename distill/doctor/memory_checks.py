@@ -16,13 +16,13 @@ from genssd.distill.train.adapters import add_adapters
 from genssd.distill.train.build import choose_bf16
 from genssd.distill.train.config import TrainSettings
 from genssd.distill.train.division import divide_step
-from genssd.engine.amounts import format_bytes, format_count
-from genssd.engine.errors import CapacityError, GenssdError
-from genssd.engine.memory import available_bytes, choose_device, choose_dtype, count_weight_bytes
-from genssd.engine.memory_plan import MemoryPlan, PlannedModel, plan_memory
-from genssd.engine.served.address import is_url
-from genssd.engine.threads import choose_engine_threads
-from genssd.engine.transformers_loading import make_empty_model
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.common.amounts import format_bytes, format_count
+from genssd.engine.common.errors import CapacityError, GenssdError
+from genssd.engine.host.threads import choose_engine_threads
+from genssd.engine.models.transformers_loading import make_empty_model
+from genssd.engine.setup.memory import available_bytes, choose_device, choose_dtype, count_weight_bytes
+from genssd.engine.setup.memory_plan import MemoryPlan, PlannedModel, plan_memory
 
 TIGHT = 0.9
 """Fraction of the free memory from which on a training is a warning: its activations are an estimate."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.model_files import ModelFiles
-from genssd.engine.amounts import format_count
-from genssd.engine.config import ModelConfig
-from genssd.engine.config_files import read_config
-from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.memory import choose_device, choose_dtype
-from genssd.engine.parameters import count_parameters, count_stored_parameters, match_parameters
-from genssd.engine.requests import find_missing_rows
-from genssd.engine.weights import WeightFiles
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.checkpoints.config_files import read_config
+from genssd.engine.checkpoints.parameters import count_parameters, count_stored_parameters, match_parameters
+from genssd.engine.checkpoints.weights import WeightFiles
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import GenssdError, InputError
+from genssd.engine.setup.memory import choose_device, choose_dtype
+from genssd.engine.setup.requests import find_missing_rows
 from genssd.kernels.tuned import name_of
 
 

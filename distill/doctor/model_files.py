@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from genssd.distill.doctor.settings import Settings
-from genssd.engine.basic_config import BasicConfig
-from genssd.engine.byte_reader import find_reader
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.checkpoint import locate
-from genssd.engine.config import load_config
-from genssd.engine.errors import InputError
-from genssd.engine.loading import has_own_decoder
-from genssd.engine.model_choices import Role
-from genssd.engine.pair_prompts import PairEncoder, PairPrompt
-from genssd.engine.reading import Reader
-from genssd.engine.team_loading import read_alike
-from genssd.engine.text import Prompt, Tokenizer
-from genssd.engine.token_map import TokenMap
+from genssd.engine.checkpoints.basic_config import BasicConfig
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.checkpoints.config import load_config
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.readers.byte_reader import find_reader
+from genssd.engine.readers.pair_prompts import PairEncoder, PairPrompt
+from genssd.engine.readers.reading import Reader
+from genssd.engine.readers.token_map import TokenMap
+from genssd.engine.setup.loading import has_own_decoder
+from genssd.engine.setup.team_loading import read_alike
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Prompt, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

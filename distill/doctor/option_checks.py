@@ -24,9 +24,9 @@ from genssd.distill.train.adapters import add_adapters
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.models import check_layout
 from genssd.distill.train.resume import find_checkpoint
-from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.transformers_loading import make_empty_model
+from genssd.engine.common.errors import GenssdError, InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.models.transformers_loading import make_empty_model
 
 Need = Callable[[], object]
 """A function that raises GenssdError where an option's need is not met."""

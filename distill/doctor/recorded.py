@@ -11,7 +11,7 @@ from typing import Any
 from genssd.distill.doctor.settings import EXAMINED
 from genssd.distill.runs.directory import RECORD
 from genssd.distill.runs.record import read_record
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 def read_recorded(output_dir: str) -> tuple[str, Any]:

@@ -15,9 +15,9 @@ from genssd.distill.doctor.settings import Settings
 from genssd.distill.files.rows import read_rows
 from genssd.distill.train.models import TeacherReader
 from genssd.distill.train.row_needs import check_example
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import GenssdError, InputError
+from genssd.engine.texts.text import Tokenizer
 
 RESPONSE_FIELDS = frozenset(("completion_ids", "completion", "response", "output", "chosen", "rejected"))
 """Fields of a row that hold a finished response."""

@@ -16,8 +16,8 @@ from genssd.distill.runs.record import read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.select.beginning import check_search
 from genssd.distill.select.chunk_choice import SETTING
-from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.served.address import is_url
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.common.errors import GenssdError, InputError
 
 
 def check_settings(inputs: Inputs) -> list[Finding]:

@@ -14,10 +14,10 @@ from genssd.distill.runs.teacher_options import list_teachers
 from genssd.distill.select.config import SelectConfig, SelectSettings
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.config import TrainConfig, TrainSettings
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.criterion import needs_answer
-from genssd.engine.criterion_names import resolve
-from genssd.engine.model_choices import Role
+from genssd.engine.common.model_choices import Role
+from genssd.engine.criteria.criterion import needs_answer
+from genssd.engine.criteria.criterion_names import resolve
+from genssd.engine.texts.chat_options import ChatOptions
 
 EXAMINED: dict[str, type] = {
     "select": SelectConfig,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.model_files import ModelFiles
-from genssd.engine.byte_reader import find_reader
-from genssd.engine.errors import GenssdError
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.readers.byte_reader import find_reader
 
 
 def check_teachers(inputs: Inputs) -> list[Finding]:

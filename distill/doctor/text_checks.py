@@ -10,9 +10,9 @@ from genssd.distill.data.examples import Example, encode_example
 from genssd.distill.doctor.findings import Finding, Mark, Piece, join_pieces
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.model_files import ModelFiles
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import GenssdError
-from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.texts.text import Prompt, Tokenizer
 
 SHOWN = 600
 """Number of characters of a text that are shown; the middle of a longer one is left out."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.model_files import Pair
-from genssd.engine.errors import GenssdError
-from genssd.engine.thinking import find_thinking
-from genssd.engine.thinking_pair import ThinkingPair, compare_thinking, describe_mode
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.readers.thinking_pair import ThinkingPair, compare_thinking, describe_mode
+from genssd.engine.texts.thinking import find_thinking
 
 
 def check_thinking(inputs: Inputs) -> list[Finding]:

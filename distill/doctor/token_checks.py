@@ -12,13 +12,13 @@ from genssd.distill.train.config import TrainSettings
 from genssd.distill.train.ends import find_learnt_ends
 from genssd.distill.train.models import choose_teacher_reader, find_foreign_tokenizer
 from genssd.distill.train.on_policy import describe_lead, require_no_lead
-from genssd.engine.amounts import format_count
-from genssd.engine.byte_reader import ByteReader, find_reader
-from genssd.engine.ends import find_foreign_ends
-from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.quoting import quote
-from genssd.engine.thinking_pair import compare_thinking
-from genssd.engine.token_map import TokenMap
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import GenssdError, InputError
+from genssd.engine.common.quoting import quote
+from genssd.engine.readers.byte_reader import ByteReader, find_reader
+from genssd.engine.readers.ends import find_foreign_ends
+from genssd.engine.readers.thinking_pair import compare_thinking
+from genssd.engine.readers.token_map import TokenMap
 
 
 def check_tokenizers(inputs: Inputs) -> list[Finding]:

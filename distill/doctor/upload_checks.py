@@ -7,7 +7,7 @@ from genssd.distill.doctor.findings import Finding
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.runs.hub_upload import ask_hub
 from genssd.distill.train.config import TrainConfig
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 def check_upload(inputs: Inputs) -> list[Finding]:

@@ -22,14 +22,14 @@ from genssd.distill.doctor.findings import Finding, Piece
 from genssd.distill.doctor.inputs import Inputs
 from genssd.distill.doctor.model_files import ModelFiles
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.engine.amounts import format_bytes, format_count
-from genssd.engine.checkpoint import locate
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.amounts import format_bytes, format_count
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.common.model_choices import Role
 from genssd.engine.engine import Engine
-from genssd.engine.errors import GenssdError
-from genssd.engine.memory import available_bytes, choose_device, choose_dtype, count_weight_bytes
-from genssd.engine.model_choices import Role
-from genssd.engine.sampling import Sampling
-from genssd.engine.transformers_loading import load_model
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.models.transformers_loading import load_model
+from genssd.engine.setup.memory import available_bytes, choose_device, choose_dtype, count_weight_bytes
 from genssd.kernels.tuned import name_of
 
 MAX_TOKENS = 32

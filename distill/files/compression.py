@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, BinaryIO
 
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 MODULES: Mapping[str, re.Pattern[bytes]] = {
     "gzip": re.compile(rb"\x1f\x8b"),

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.files.tables import BATCH_ROWS, EXTRA, encode_batches
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import one_line
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import one_line
 
 _PATTERN = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/([^/:\s]+))?(?::([^/:\s]+(?:\[[^\]]*\])?))?")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 MAX_LINE_BYTES = 32 << 20
 """Maximum size of a line, and of a row of a table as JSON."""

@@ -11,7 +11,7 @@ from functools import cache
 from typing import IO, BinaryIO
 
 from genssd.distill.files.lines import LINE_TOO_LONG, MAX_LINE_BYTES
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 STANDARD_INPUT = "-"
 WRITER_SECONDS = 5.0

@@ -18,8 +18,8 @@ from typing import Any
 from genssd.distill.files.cluster_files import ClusterRow
 from genssd.distill.files.rows import SUFFIXES, read_stream
 from genssd.distill.files.tables import BATCH_ROWS, encode_batches
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import one_line
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import one_line
 
 PATH = "path"
 """Column in which Ray Data puts the name of a row's file."""

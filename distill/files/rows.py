@@ -35,8 +35,8 @@ from genssd.distill.files.tables import (
     read_csv,
     read_parquet,
 )
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import one_line, quote
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import one_line, quote
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = frozenset((".jsonl", ".json", ".parquet", ".arrow", ".txt", *DELIMITERS, *COMPRESSED_SUFFIXES))

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from genssd.distill.files.lines import MAX_LINE_BYTES, iter_lines
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import one_line, quote
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import one_line, quote
 
 EXTRA = "pip install 'genssd[data]'"
 BATCH_ROWS = 256

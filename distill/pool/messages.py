@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from genssd.engine.launches import LaunchRecord
-from genssd.engine.model_choices import Role
+from genssd.engine.common.model_choices import Role
+from genssd.engine.common.usage import CacheUse, Usage
+from genssd.engine.models.launches import LaunchRecord
 from genssd.engine.served.record import ServerRecord
-from genssd.engine.usage import CacheUse, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.machine import available_memory
-from genssd.engine.memory import choose_device
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.host.machine import available_memory
+from genssd.engine.setup.memory import choose_device
 
 MAX_PROCESSES = 256
 ALL = "all"

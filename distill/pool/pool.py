@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from genssd.engine.budget import Budget, BudgetName
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.feed import Feed
-from genssd.engine.model_facts import ModelFacts
+from genssd.engine.search.budget import Budget, BudgetName
+from genssd.engine.setup.model_facts import ModelFacts
 
 R = TypeVar("R")
 M_contra = TypeVar("M_contra", contravariant=True)

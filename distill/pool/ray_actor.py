@@ -14,9 +14,9 @@ from genssd.distill.pool.mailbox import Letter, Mailbox
 from genssd.distill.pool.messages import Begin, Placed, Refused
 from genssd.distill.pool.ray_cluster import import_ray
 from genssd.distill.pool.worker import EngineRecipe, forward_log, serve
+from genssd.engine.common.errors import InputError
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.machine import available_memory
+from genssd.engine.host.machine import available_memory
 
 PAUSE = 2.0
 """Seconds after which a call that waits for letters returns without any."""

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.pool.ray_options import Address, Node, parse_actors, parse_address
-from genssd.engine.errors import InputError, WorkerError
-from genssd.engine.machine import available_cores
-from genssd.engine.quoting import one_line
+from genssd.engine.common.errors import InputError, WorkerError
+from genssd.engine.common.quoting import one_line
+from genssd.engine.host.machine import available_cores
 
 EXTRA = "pip install 'genssd[ray]'"
 PATIENCE = 5.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 LOCAL, AUTO = "local", "auto"
 MAX_ACTORS = 10_000

@@ -25,9 +25,9 @@ from genssd.distill.pool.ray_options import Team
 from genssd.distill.pool.remote_models import RemoteModels
 from genssd.distill.pool.worker import Recipe, WorkerModels
 from genssd.distill.pool.workers import WAKE_INTERVAL, M, R, Worker, WorkerPool
-from genssd.engine.amounts import format_count
-from genssd.engine.budget import Budget
-from genssd.engine.model_choices import Role
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.model_choices import Role
+from genssd.engine.search.budget import Budget
 
 logger = logging.getLogger("genssd.pool")
 

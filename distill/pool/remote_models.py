@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from genssd.distill.pool.messages import Counts, PairSizes, Ready
-from genssd.engine.errors import InputError
-from genssd.engine.launches import LaunchRecord
-from genssd.engine.model_choices import Role
-from genssd.engine.pair_prompts import PairEncoder, PairPrompt
-from genssd.engine.reading import Reader
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.common.usage import CacheUse, Usage
+from genssd.engine.models.launches import LaunchRecord
+from genssd.engine.readers.pair_prompts import PairEncoder, PairPrompt
+from genssd.engine.readers.reading import Reader
+from genssd.engine.readers.thinking_pair import ThinkingPair, compare_thinking
 from genssd.engine.served.record import ServerRecord
-from genssd.engine.text import Prompt, Tokenizer
-from genssd.engine.thinking_pair import ThinkingPair, compare_thinking
-from genssd.engine.usage import CacheUse, Usage
+from genssd.engine.texts.text import Prompt, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,14 +32,14 @@ from genssd.distill.pool.messages import (
 )
 from genssd.distill.pool.pool import Work
 from genssd.distill.pool.starting import describe_error, end_with_parent
-from genssd.engine.budget import Budget
-from genssd.engine.chat_options import ChatOptions
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.common.model_choices import Role
 from genssd.engine.engine import Engine
-from genssd.engine.errors import GenssdError
-from genssd.engine.machine import limit_own_memory
-from genssd.engine.model_choices import Role
-from genssd.engine.model_facts import ModelCounts
-from genssd.engine.threads import limit_torch_threads
+from genssd.engine.host.machine import limit_own_memory
+from genssd.engine.host.threads import limit_torch_threads
+from genssd.engine.search.budget import Budget
+from genssd.engine.setup.model_facts import ModelCounts
+from genssd.engine.texts.chat_options import ChatOptions
 from genssd.kernels import native
 
 COUNT_INTERVAL = 0.25

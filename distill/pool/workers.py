@@ -32,9 +32,9 @@ from genssd.distill.pool.messages import (
 from genssd.distill.pool.pool import Lost, Stopped, Work
 from genssd.distill.pool.remote_models import RemoteModels
 from genssd.distill.pool.worker import Recipe, WorkerModels
-from genssd.engine.amounts import format_count
-from genssd.engine.budget import Budget, BudgetMeter
-from genssd.engine.errors import InputError, WorkerError
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError, WorkerError
+from genssd.engine.search.budget import Budget, BudgetMeter
 
 logger = logging.getLogger("genssd.pool")
 

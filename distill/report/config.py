@@ -10,9 +10,9 @@ import tyro
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.field_kinds import FileName, ModelPath
-from genssd.engine.criterion_names import check_criterion
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.criteria.criterion_names import check_criterion
 
 CRITERIA = ("ppl", "rsr", "rsd_accept", "divergence", "teacher_logprob", "length")
 """Criteria that need neither a model nor the text, so that a page of many prompts is made in minutes."""

@@ -10,7 +10,7 @@ from typing import Any
 from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.record import check_directory, read_record
 from genssd.distill.select.reselect import read_selection_config
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 SHOWN = ("select", "generate", "train", "evaluate")
 """Commands whose runs the page shows."""

@@ -27,9 +27,9 @@ from genssd.distill.runs.engines import load_engine
 from genssd.distill.runs.journal import count_lines
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.writing import write_bytes
-from genssd.engine.criterion import PoolCriterion
-from genssd.engine.criterion_names import resolve
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.criterion import PoolCriterion
+from genssd.engine.criteria.criterion_names import resolve
 
 PACKAGE = "genssd.distill.report"
 FOLDER = "page"

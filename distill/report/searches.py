@@ -28,11 +28,11 @@ from genssd.distill.runs.journal import sound_rows
 from genssd.distill.select.decisions import Activations, LocalLogprob, parse_decisions
 from genssd.distill.select.judging import Judgement, judge_rounds
 from genssd.distill.select.notes import list_responses
-from genssd.engine.criterion import AnyCriterion
-from genssd.engine.criterion_calls import is_higher_better
-from genssd.engine.criterion_names import resolve
-from genssd.engine.errors import GenssdError
-from genssd.engine.quoting import one_line
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.common.quoting import one_line
+from genssd.engine.criteria.criterion import AnyCriterion
+from genssd.engine.criteria.criterion_calls import is_higher_better
+from genssd.engine.criteria.criterion_names import resolve
 from genssd.kernels.logprob import TokenStats
 
 MAX_QUESTION = 4000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from genssd.engine.checkpoint import locate
-from genssd.engine.errors import GenssdError
-from genssd.engine.text import Tokenizer
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.texts.text import Tokenizer
 
 CONTEXT = 8
 """Number of tokens before a chunk with which it is decoded: its first token may complete a character of theirs."""

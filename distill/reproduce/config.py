@@ -10,10 +10,10 @@ import tyro
 from genssd.distill.reproduce.arm_lists import list_arms
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
-from genssd.engine.closest import suggest_or_list
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.thread_count import check_threads
+from genssd.engine.common.closest import suggest_or_list
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.common.thread_count import check_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

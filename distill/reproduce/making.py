@@ -37,7 +37,7 @@ from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainSettings
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 PROBED = 12
 """Maximum number of problems that a diagnosis looks at: every node takes many completions."""

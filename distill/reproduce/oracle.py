@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genssd.distill.small_pair.problems import DETOUR, SPELLED, detect_style
-from genssd.engine.candidate import Candidate
+from genssd.engine.criteria.candidate import Candidate
 
 EASE = {SPELLED: 2.0, DETOUR: 1.0}
 """Values of steps by their style; a jump, which the student cannot learn, has 0."""

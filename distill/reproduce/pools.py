@@ -19,10 +19,10 @@ from genssd.distill.score.ranking import compute_values
 from genssd.distill.score.run import run_score
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
-from genssd.engine.checkpoint import locate
-from genssd.engine.criterion_calls import is_higher_better
-from genssd.engine.criterion_names import resolve
-from genssd.engine.text import Tokenizer
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.criteria.criterion_calls import is_higher_better
+from genssd.engine.criteria.criterion_names import resolve
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

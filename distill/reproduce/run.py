@@ -46,8 +46,8 @@ from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import remove_directory, write_bytes, write_text
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import GenssdError, InputError
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import GenssdError, InputError
 
 Say = Callable[[str], None]
 

@@ -34,8 +34,8 @@ from genssd.distill.small_pair.training import (
     make_example_writer,
     train,
 )
-from genssd.engine.chunk import Chunk
-from genssd.engine.sampling import Sampling
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
 from genssd.kernels.threads import torch_threads
 
 SHIPPED_PAIR: Final = Path(__file__).parents[1] / "small_pair"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.results import ArmResult, Comparison, Results
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
 
 BEGIN, END = "<!-- written by genssd reproduce {task}: do not edit -->", "<!-- end of genssd reproduce {task} -->"
 """Lines around the table in a file that holds other text as well; {task} is the name of the task."""

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from genssd.distill.data.overlap import normalise_question
 from genssd.distill.files.rows import read_rows
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Part: TypeAlias = Literal["teacher", "cold start", "run"]
 

@@ -31,12 +31,12 @@ from genssd.distill.runs.writing import remove_directory, replace_directory
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.saving import find_stored_dtype, save_model
 from genssd.distill.train.trainer import run_train
-from genssd.engine.amounts import format_count
-from genssd.engine.checkpoint import locate
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
-from genssd.engine.text import Tokenizer
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.texts.text import Tokenizer
 
 MAX_TOKENS: Final = 256
 CALIBRATION: Final = 32

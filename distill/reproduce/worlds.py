@@ -11,8 +11,8 @@ from typing import Protocol
 from genssd.distill.data.overlap import find_eval_overlap, iter_file_questions
 from genssd.distill.reproduce.sources import ChunkName
 from genssd.distill.runs.progress import Progress
-from genssd.engine.chunk import Chunk
-from genssd.engine.sampling import Sampling
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

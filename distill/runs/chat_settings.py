@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.texts.chat_options import ChatOptions
 
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
 """Values of variables as Python writes them, which JSON would not read."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.writing import TEMPORARY, make_directory
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 LOCK = ".lock"
 RECORD = "run.json"

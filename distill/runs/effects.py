@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
-from genssd.engine.search_options import SearchOptions
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.search_options import SearchOptions
 
 
 @dataclass(frozen=True, slots=True)

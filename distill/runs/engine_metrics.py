@@ -26,7 +26,7 @@ from genssd.distill.runs.metrics import METRICS_FILE, Metrics
 from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import keep_spans
-from genssd.engine.model_facts import ModelFacts
+from genssd.engine.setup.model_facts import ModelFacts
 
 
 class EngineMetrics:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import Operational
-from genssd.engine.model_choices import Backend
-from genssd.engine.options_check import check_types
+from genssd.engine.common.model_choices import Backend
+from genssd.engine.common.options_check import check_types
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a class derives from only one base that has them

@@ -8,15 +8,15 @@ from typing import Any
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.teacher_options import TeacherNames
-from genssd.engine.amounts import format_bytes, format_count
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.checkpoint import locate
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.amounts import format_bytes, format_count
+from genssd.engine.common.model_choices import Role
 from genssd.engine.engine import Engine
-from genssd.engine.model_choices import Role
-from genssd.engine.pair_prompts import render_with
-from genssd.engine.served.address import is_url
-from genssd.engine.text import Tokenizer
-from genssd.engine.threads import announce, choose_engine_threads
+from genssd.engine.host.threads import announce, choose_engine_threads
+from genssd.engine.readers.pair_prompts import render_with
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 
 
 def load_engine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 MAX_NAME = 96
 """Maximum number of characters of a repository's name, as the hub has it."""

@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import one_line
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import one_line
 
 UPLOADED = (
     *("README.md", "config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json"),

@@ -18,7 +18,7 @@ from typing import Any
 from zlib import crc32
 
 from genssd.distill.runs.writing import GrowingFile, write_bytes, write_text
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 CHECKSUM = "checksum"
 """Name of the last key of a journal's line: the CRC-32 of the bytes before it, as eight hexadecimal digits."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from genssd.distill.runs.journal import Journal
 from genssd.distill.runs.writing import name_failure
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from genssd.distill.runs.sampling_options import ModelSampling
-from genssd.engine.checkpoint import locate
-from genssd.engine.config_files import read_fields
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.checkpoints.config_files import read_fields
+from genssd.engine.common.errors import CheckpointError, InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.common.quoting import quote
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.quoting import quote
-from genssd.engine.sampling import Sampling
-from genssd.engine.served.address import is_url
+from genssd.engine.models.sampling import Sampling
 from genssd.engine.served.teacher import locate_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from genssd.distill.runs.field_kinds import Operational
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 MonitorName = Literal["none", "tensorboard", "wandb", "trackio"]
 """Names of the programs that metrics can be sent to."""

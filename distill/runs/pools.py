@@ -23,22 +23,22 @@ from genssd.distill.runs.engines import list_arguments, name_models, open_engine
 from genssd.distill.runs.pool_options import PoolOptions, ProcessOptions
 from genssd.distill.runs.progress import SILENT, Progress
 from genssd.distill.runs.teacher_options import TeacherNames, list_teachers
-from genssd.engine.amounts import format_bytes, format_count
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.checkpoint import fingerprint, locate
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.checkpoints.checkpoint import fingerprint, locate
+from genssd.engine.checkpoints.model_names import find_directory
+from genssd.engine.common.amounts import format_bytes, format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.loading import choose_reader
-from genssd.engine.model_choices import Role
-from genssd.engine.model_names import find_directory
-from genssd.engine.pair_prompts import render_with
-from genssd.engine.served.address import is_url
+from genssd.engine.host.threads import choose_engine_threads
+from genssd.engine.readers.pair_prompts import render_with
+from genssd.engine.readers.token_map import TokenMap
 from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.teacher import find_served_tokenizer
-from genssd.engine.team_loading import check_teachers, read_alike
-from genssd.engine.text import Tokenizer
-from genssd.engine.threads import choose_engine_threads
-from genssd.engine.token_map import TokenMap
+from genssd.engine.setup.loading import choose_reader
+from genssd.engine.setup.team_loading import check_teachers, read_alike
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Progress of a command: the stages and counts that it reports while it works, and what follows from them.
 
 A command calls `begin` for every stage and then the object itself, with the number of items that are done. What the
-models do meanwhile is read from the counts of the engine (engine/usage.py), at any moment and from any thread.
+models do meanwhile is read from the counts of the engine (engine/common/usage.py), at any moment and from any thread.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import weakref
 from dataclasses import dataclass
 from typing import Literal
 
-from genssd.engine.budget import Budget
-from genssd.engine.model_facts import ModelFacts
-from genssd.engine.usage import Usage
+from genssd.engine.common.usage import Usage
+from genssd.engine.search.budget import Budget
+from genssd.engine.setup.model_facts import ModelFacts
 
 Work = Literal["items", "writing", "reading"]
 """What tells how far a stage is: its finished items alone | the tokens that the engine writes: all of the stage's

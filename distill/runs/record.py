@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from genssd.distill.runs.journal import read_json
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 PACKAGES = ("genssd", "torch", "transformers")
 """Packages whose versions are recorded."""
 LAUNCHES = ("source", "deterministic", "digest")
-"""Keys of the kernel configurations of one engine (see engine/launches.py)."""
+"""Keys of the kernel configurations of one engine (see engine/models/launches.py)."""
 
 
 def check_directory(path: Path) -> None:

@@ -35,11 +35,11 @@ from genssd.distill.runs.record import PACKAGES, read_record
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.distill.runs.stopped import describe_stopped
 from genssd.distill.runs.writing import keep_spans, remove_leftovers, write_text
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.model_facts import ModelFacts
-from genssd.engine.threads import ThreadChoice
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.host.threads import ThreadChoice
+from genssd.engine.setup.model_facts import ModelFacts
+from genssd.engine.texts.chat_options import ChatOptions
 
 ANEW = "pass --resume to go on, --overwrite to begin anew, or choose another output_dir"
 """What can be done about an output directory that holds finished work of the same command."""

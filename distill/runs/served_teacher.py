@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from genssd.distill.runs.teacher_options import TeacherNames, TeacherOptions, list_teachers
-from genssd.engine.amounts import format_count
-from genssd.engine.checkpoint import fingerprint, locate
+from genssd.engine.checkpoints.address import is_url, parse_url
+from genssd.engine.checkpoints.checkpoint import fingerprint, locate
+from genssd.engine.common.amounts import format_count
 from genssd.engine.engine import Engine
-from genssd.engine.model_facts import ModelFacts
-from genssd.engine.served.address import is_url, parse_url
 from genssd.engine.served.client import Client
+from genssd.engine.setup.model_facts import ModelFacts
 
 
 def find_fingerprints(

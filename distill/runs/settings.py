@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from genssd.distill.files.rows import hash_content
 from genssd.distill.runs.field_kinds import Kind, fields_of
-from genssd.engine.checkpoint import fingerprint, locate
-from genssd.engine.errors import InputError
+from genssd.engine.checkpoints.checkpoint import fingerprint, locate
+from genssd.engine.common.errors import InputError
 
 if TYPE_CHECKING:
     pass

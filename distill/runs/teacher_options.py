@@ -9,7 +9,7 @@ from typing import Any
 from genssd.distill.runs.effects import Need
 from genssd.distill.runs.field_kinds import FileName, Operational
 from genssd.distill.runs.pool_options import PoolOptions
-from genssd.engine.served.address import is_url
+from genssd.engine.checkpoints.address import is_url
 from genssd.engine.served.options import ServerOptions
 
 TeacherNames = str | tuple[str, ...]

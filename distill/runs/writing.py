@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 TEMPORARY = ".tmp"
 """Ending of the name under which a file is written before it replaces the one with its own name."""

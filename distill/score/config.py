@@ -10,9 +10,9 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational, Recomputed
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.score.pick_options import PickOptions
-from genssd.engine.criterion_names import check_criterion
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.criteria.criterion_names import check_criterion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from genssd.distill.score.controls import ControlTable, CriterionControls, TeacherWins
 from genssd.distill.score.rank_statistics import RankEstimate
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
 
 LONGEST_NAME = 17
 """Longest name of a criterion that is written in front of its numbers; a longer one has a line of its own."""

@@ -24,7 +24,7 @@ from genssd.distill.score.rank_statistics import (
     rank_within,
 )
 from genssd.distill.score.ranking import group_by_prompt
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
 
 EXPLAINED = 0.5
 """Fraction of the variance of the ranks from which on length is said to explain a ranking."""

@@ -15,10 +15,10 @@ from genssd.distill.answers.forms import Verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace, describe_source
 from genssd.distill.score.teacher import NO_LOGPROBS, TeacherReader, has_recorded, read_recorded
-from genssd.engine.amounts import format_count
-from genssd.engine.budget import Budget
-from genssd.engine.candidate import Candidate
-from genssd.engine.criterion import (
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.candidate import Candidate
+from genssd.engine.criteria.criterion import (
     AnyCriterion,
     PoolCriterion,
     RatioCriterion,
@@ -26,15 +26,15 @@ from genssd.engine.criterion import (
     needs_teacher,
     needs_verdict,
 )
-from genssd.engine.criterion_calls import call_features, call_ratio, call_score
-from genssd.engine.criterion_names import resolve
+from genssd.engine.criteria.criterion_calls import call_features, call_ratio, call_score
+from genssd.engine.criteria.criterion_names import resolve
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.feed import Feed
-from genssd.engine.loops import LoopGuard
-from genssd.engine.model_facts import ModelFacts
-from genssd.engine.resources import ANSWER_ROOM
-from genssd.engine.steps import step_spans
+from genssd.engine.search.budget import Budget
+from genssd.engine.setup.model_facts import ModelFacts
+from genssd.engine.setup.resources import ANSWER_ROOM
+from genssd.engine.texts.loops import LoopGuard
+from genssd.engine.texts.steps import step_spans
 from genssd.kernels.logprob import TokenStats
 
 BATCH_TOKENS = 16384

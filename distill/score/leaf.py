@@ -44,14 +44,14 @@ from genssd.distill.runs.run import Run
 from genssd.distill.score.leaf_config import LeafConfig
 from genssd.distill.score.leaf_work import GradientModels, GradientRecipe, LeafWork, question_places
 from genssd.distill.train.models import match_teacher
-from genssd.engine.amounts import format_count
-from genssd.engine.budget import Budget
-from genssd.engine.checkpoint import locate
-from genssd.engine.config import load_config
-from genssd.engine.errors import WorkerError
-from genssd.engine.parameters import count_stored_parameters
-from genssd.engine.text import Tokenizer
-from genssd.engine.threads import ThreadChoice, announce, choose_engine_threads, choose_training_threads
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.checkpoints.config import load_config
+from genssd.engine.checkpoints.parameters import count_stored_parameters
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import WorkerError
+from genssd.engine.host.threads import ThreadChoice, announce, choose_engine_threads, choose_training_threads
+from genssd.engine.search.budget import Budget
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.distill.runs.pool_options import ProcessOptions
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.thread_count import check_threads
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.common.thread_count import check_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,18 +18,18 @@ from genssd.distill.data.traces import Trace
 from genssd.distill.pool.worker import Recipe
 from genssd.distill.score.words import group_words
 from genssd.distill.train.models import load_teacher
-from genssd.engine.budget import Budget
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.checkpoint import locate
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.errors import NumericsError
+from genssd.engine.common.usage import CacheUse, Usage
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.errors import NumericsError
-from genssd.engine.feed import Feed
-from genssd.engine.launches import LaunchRecord
-from genssd.engine.memory import choose_device, choose_dtype
+from genssd.engine.models.launches import LaunchRecord
+from genssd.engine.models.transformers_loading import load_model, logits_softcap, scale_states
+from genssd.engine.search.budget import Budget
 from genssd.engine.served.record import ServerRecord
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import load_model, logits_softcap, scale_states
-from genssd.engine.usage import CacheUse, Usage
+from genssd.engine.setup.memory import choose_device, choose_dtype
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 from genssd.kernels.cross_entropy import linear_cross_entropy
 from genssd.kernels.threads import torch_threads
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.score.feature_rows import FeatureRow
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

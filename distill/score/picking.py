@@ -10,8 +10,8 @@ from hashlib import blake2b
 from genssd.distill.score.feature_rows import FeatureRow
 from genssd.distill.score.pick_options import PickOptions
 from genssd.distill.score.ranking import group_by_prompt
+from genssd.engine.common.errors import InputError
 from genssd.engine.criteria.learning_gain import Lark
-from genssd.engine.errors import InputError
 
 LENGTH_KINDS = ("long", "short")
 """Kinds that a mix may name in addition to teachers: the longest and the shortest response of a prompt."""

@@ -47,13 +47,13 @@ from genssd.distill.score.prefix_judges import (
     make_solving_judge,
     warn_of_unmarked,
 )
-from genssd.engine.amounts import format_count
-from genssd.engine.budget import Budget
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import WorkerError
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.errors import WorkerError
-from genssd.engine.feed import Feed
-from genssd.engine.model_facts import ModelFacts
-from genssd.engine.steps import step_spans
+from genssd.engine.search.budget import Budget
+from genssd.engine.setup.model_facts import ModelFacts
+from genssd.engine.texts.steps import step_spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.distill.runs.pool_options import PoolOptions
 from genssd.distill.runs.sampling_options import ModelSampling
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.sampling import Sampling
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.models.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.traces import Trace
-from genssd.engine.amounts import format_count
+from genssd.engine.calls.generation import Completion
+from genssd.engine.common.amounts import format_count
 from genssd.engine.engine import Engine
-from genssd.engine.generation import Completion
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 QUESTION = """Here is a problem and the beginning of a solution.
 

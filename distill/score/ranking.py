@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from genssd.distill.score.feature_rows import FeatureRow
-from genssd.engine.criterion import AnyCriterion, PoolCriterion
-from genssd.engine.criterion_calls import call_score_pool, is_higher_better
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.criterion import AnyCriterion, PoolCriterion
+from genssd.engine.criteria.criterion_calls import call_score_pool, is_higher_better
 
 BOOTSTRAP_DRAWS = 2000
 

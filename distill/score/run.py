@@ -42,14 +42,14 @@ from genssd.distill.score.pick_options import PickOptions
 from genssd.distill.score.picking import compute_lark_weights, pick_responses
 from genssd.distill.score.ranking import TeacherRank, compute_values, group_by_prompt, rank_teachers
 from genssd.distill.score.teacher import TeacherReader, has_recorded
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError, WorkerError
+from genssd.engine.criteria.criterion import AnyCriterion, PoolCriterion
+from genssd.engine.criteria.criterion_calls import is_higher_better
+from genssd.engine.criteria.criterion_names import resolve
 from genssd.engine.criteria.learning_gain import Lark
-from genssd.engine.criterion import AnyCriterion, PoolCriterion
-from genssd.engine.criterion_calls import is_higher_better
-from genssd.engine.criterion_names import resolve
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError, WorkerError
-from genssd.engine.model_facts import ModelFacts
+from genssd.engine.setup.model_facts import ModelFacts
 
 CONTROLS = ("length", "random")
 """Criteria that are always computed, because any other has to say more than they do."""

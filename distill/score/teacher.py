@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from genssd.distill.data.traces import Trace
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.model_facts import ModelFacts
-from genssd.engine.token_map import match_tokenizers
+from genssd.engine.readers.token_map import match_tokenizers
+from genssd.engine.setup.model_facts import ModelFacts
 
 NO_LOGPROBS = "no log-probabilities of the teacher, which {criterion} reads: give --teacher MODEL"
 

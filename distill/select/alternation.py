@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from genssd.distill.select.turns import Span, Turn, Writing, make_completion
 from genssd.distill.select.two_writer_options import Alternation
-from genssd.engine.branch import Branch
-from genssd.engine.judging import Judge, JudgedCandidate
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.text import Tokenizer
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.search.judging import Judge, JudgedCandidate
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.texts.text import Tokenizer
 
 
 def make_judge(options: Alternation) -> Judge:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from genssd.distill.select.calibration import check_calibration
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.select.unfit import ReadableProblems
-from genssd.engine.errors import InputError
-from genssd.engine.model_facts import ModelFacts
-from genssd.engine.policies import make_policy
-from genssd.engine.team_loading import check_teachers
+from genssd.engine.common.errors import InputError
+from genssd.engine.search.policies import make_policy
+from genssd.engine.setup.model_facts import ModelFacts
+from genssd.engine.setup.team_loading import check_teachers
 
 logger = logging.getLogger("genssd.select")
 

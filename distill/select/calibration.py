@@ -12,15 +12,15 @@ from genssd.distill.pool.pool import Lost, Pool, Stopped
 from genssd.distill.runs.journal import read_json
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.select.unfit import leave_out_unfit
-from genssd.engine.amounts import format_count
-from genssd.engine.budget import Budget
-from genssd.engine.criterion import AnyCriterion, PoolCriterion
-from genssd.engine.criterion_calls import is_higher_better
-from genssd.engine.criterion_names import resolve
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.criterion import AnyCriterion, PoolCriterion
+from genssd.engine.criteria.criterion_calls import is_higher_better
+from genssd.engine.criteria.criterion_names import resolve
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.feed import Feed
-from genssd.engine.search_options import SearchOptions
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.search_options import SearchOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,15 +18,15 @@ from genssd.distill.pool.pool import Pool, Stopped
 from genssd.distill.runs.progress import Progress
 from genssd.distill.runs.run import Run
 from genssd.distill.select.config import SelectConfig
-from genssd.engine.amounts import format_count
-from genssd.engine.budget import Budget
-from genssd.engine.chunk import Chunk, ChunkEnd
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.quoting import quote
+from genssd.engine.decoding.chunk import Chunk, ChunkEnd
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.feed import Feed
-from genssd.engine.quoting import quote
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.text import Tokenizer
-from genssd.engine.text_stream import TextStream
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import TextStream
 
 SETTING = "chunk.tokens"
 """Name of the setting that is chosen."""

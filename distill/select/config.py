@@ -12,11 +12,11 @@ from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.sampling_options import ModelSampling
 from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions, list_teachers
-from genssd.engine.budget import Budget
-from genssd.engine.criterion_names import check_criterion
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.search_options import SearchOptions
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.criteria.criterion_names import check_criterion
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.search_options import SearchOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

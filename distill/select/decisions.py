@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from genssd.distill.runs.journal import complete_rows
-from genssd.engine.candidate import ActivationMeans, Candidate
-from genssd.engine.errors import InputError
-from genssd.engine.outcomes import KEPT, Ending, Verdict
-from genssd.engine.reading import ByteSpans
-from genssd.engine.sampling import child_stream, prompt_stream
-from genssd.engine.selection import RoundRecord
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.outcomes import KEPT, Ending, Verdict
+from genssd.engine.criteria.candidate import ActivationMeans, Candidate
+from genssd.engine.models.sampling import child_stream, prompt_stream
+from genssd.engine.readers.reading import ByteSpans
+from genssd.engine.search.selection import RoundRecord
+from genssd.engine.texts.text import Tokenizer
 from genssd.kernels.logprob import STATISTICS, TokenStats
 
 LocalLogprob = Callable[..., list[Tensor]]

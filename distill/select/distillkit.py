@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from genssd.distill.data.examples import Example
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 IGNORED = -100
 """Label of a token that no loss is computed for."""

@@ -21,9 +21,9 @@ from genssd.distill.runs.writing import name_failure, write_text
 from genssd.distill.select.distillkit import make_compression, make_row
 from genssd.distill.select.export_config import ExportConfig
 from genssd.distill.select.reselect import read_selection_config
-from genssd.engine.checkpoint import locate
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
-from genssd.engine.options_check import check_types
+from genssd.engine.common.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,14 +41,14 @@ from genssd.distill.select.notes import NoteMaker, list_responses
 from genssd.distill.select.rows import make_response_row
 from genssd.distill.select.two_writers import iter_two_writers
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
-from genssd.engine.budget import Budget
+from genssd.engine.calls.generation import Completion, Generation
+from genssd.engine.common.model_choices import Role
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.feed import Feed
-from genssd.engine.generation import Completion, Generation
-from genssd.engine.model_choices import Role
-from genssd.engine.model_facts import ModelFacts
-from genssd.engine.pair_prompts import PairPrompt
-from genssd.engine.text import Prompt
+from genssd.engine.readers.pair_prompts import PairPrompt
+from genssd.engine.search.budget import Budget
+from genssd.engine.setup.model_facts import ModelFacts
+from genssd.engine.texts.text import Prompt
 
 
 @on_cluster

@@ -13,12 +13,12 @@ from genssd.distill.runs.monitor_options import MonitorOptions
 from genssd.distill.runs.sampling_options import ModelSampling, StopOptions
 from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions
 from genssd.distill.select.two_writer_options import Alternation, Relay
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.sampling import Sampling
-from genssd.engine.served.address import is_url
-from genssd.engine.speculation_rules import ReverseSpeculation
-from genssd.engine.stops import StopStrings
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.texts.stops import StopStrings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

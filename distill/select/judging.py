@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from genssd.distill.select.decisions import Decisions, LoggedCandidate, LoggedRound
-from genssd.engine.criterion import AnyCriterion
-from genssd.engine.criterion_calls import evaluate_distinct, is_higher_better
+from genssd.engine.criteria.criterion import AnyCriterion
+from genssd.engine.criteria.criterion_calls import evaluate_distinct, is_higher_better
 
 FIXED_VERDICTS = ("duplicate", "loop", "empty")
 """Verdicts that no criterion changes."""

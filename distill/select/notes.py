@@ -12,10 +12,10 @@ import torch
 from genssd.distill.answers.accuracy import describe_verdict
 from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.response_limits import CutBy, ResponseLimits
-from genssd.engine.generation import Completion
-from genssd.engine.model_choices import Role
-from genssd.engine.selection import Selection
-from genssd.engine.text import Tokenizer
+from genssd.engine.calls.generation import Completion
+from genssd.engine.common.model_choices import Role
+from genssd.engine.search.selection import Selection
+from genssd.engine.texts.text import Tokenizer
 
 LOGPROB_DIGITS = 6
 """Significant decimal digits of the teacher's log-probabilities in the rows."""

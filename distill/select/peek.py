@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from genssd.engine.common.outcomes import KEPT
+from genssd.engine.common.quoting import quote
 from genssd.engine.engine import Engine
-from genssd.engine.outcomes import KEPT
-from genssd.engine.quoting import quote
-from genssd.engine.selection import CandidateRecord, RoundRecord
+from genssd.engine.search.selection import CandidateRecord, RoundRecord
 
 logger = logging.getLogger("genssd.peek")
 

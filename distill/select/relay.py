@@ -12,10 +12,10 @@ from itertools import accumulate
 
 from genssd.distill.select.turns import Span, Turn, Writing, make_completion
 from genssd.distill.select.two_writer_options import Relay
-from genssd.engine.branch import Branch
-from genssd.engine.chunk import Chunk
-from genssd.engine.rewinding import rewind
-from genssd.engine.text import Tokenizer
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.rewinding import rewind
+from genssd.engine.texts.text import Tokenizer
 
 WHOLE = Chunk(tokens=1 << 30, until=None)
 """Chunk that ends with the response."""

@@ -35,13 +35,13 @@ from genssd.distill.select.decisions import Decisions, read_decisions
 from genssd.distill.select.exports import make_pairs, make_steps
 from genssd.distill.select.judging import JudgedRound, Judgement, judge_rounds
 from genssd.distill.select.reselect_config import ReselectConfig
-from genssd.engine.candidate import ActivationMeans
-from genssd.engine.checkpoint import locate
-from genssd.engine.criterion import AnyCriterion, needs_answer, not_in_search
-from genssd.engine.criterion_names import resolve
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.candidate import ActivationMeans
+from genssd.engine.criteria.criterion import AnyCriterion, needs_answer, not_in_search
+from genssd.engine.criteria.criterion_names import resolve
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

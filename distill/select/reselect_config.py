@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from genssd.distill.runs.engine_options import EngineOptions
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
-from genssd.engine.criterion_names import check_criterion
-from genssd.engine.options_check import check_types
+from genssd.engine.common.options_check import check_types
+from genssd.engine.criteria.criterion_names import check_criterion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

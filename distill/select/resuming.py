@@ -10,7 +10,7 @@ from genssd.distill.data.topk_store import check_topk_file
 from genssd.distill.runs.journal import complete_rows, damaged_line, has_lines
 from genssd.distill.runs.run import Run
 from genssd.distill.runs.writing import keep_spans
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 TOPK_FILE = "teacher_topk.bin"
 

@@ -14,9 +14,9 @@ from genssd.distill.data.problems import ProblemRow
 from genssd.distill.data.written_rows import TextPrompt, add_opening, make_conversation
 from genssd.distill.select.notes import ResponseNotes
 from genssd.distill.select.turns import TwoWriterCompletion
-from genssd.engine.generation import Completion
-from genssd.engine.pair_prompts import PairPrompt
-from genssd.engine.selection import CandidateRecord, RoundRecord, Selection, TeacherUse, Trajectory
+from genssd.engine.calls.generation import Completion
+from genssd.engine.readers.pair_prompts import PairPrompt
+from genssd.engine.search.selection import CandidateRecord, RoundRecord, Selection, TeacherUse, Trajectory
 from genssd.kernels.logprob import TokenStats
 
 

@@ -40,10 +40,10 @@ from genssd.distill.select.resuming import TOPK_FILE, keep_complete
 from genssd.distill.select.summary import SearchEnd, SelectSummary, summarise
 from genssd.distill.select.unfit import ReadableProblems, leave_out_unfit
 from genssd.distill.select.work import ROLES, SearchedPrompt, SearchWork
-from genssd.engine.budget import Budget
-from genssd.engine.criterion_names import resolve
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.criterion_names import resolve
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
+from genssd.engine.search.budget import Budget
 
 
 @on_cluster

@@ -15,10 +15,10 @@ from genssd.distill.data.response_limits import count_cuts
 from genssd.distill.runs.run import Run
 from genssd.distill.select.calibration import Calibration
 from genssd.distill.select.teachers import TeacherTotals, sum_teachers
-from genssd.engine.amounts import format_count
-from genssd.engine.budget import Budget, BudgetName, find_limit
-from genssd.engine.outcomes import SPECIAL
-from genssd.engine.selection import Selection
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.outcomes import SPECIAL
+from genssd.engine.search.budget import Budget, BudgetName, find_limit
+from genssd.engine.search.selection import Selection
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

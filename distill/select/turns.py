@@ -11,12 +11,12 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from genssd.engine.branch import Branch
-from genssd.engine.chunk import Chunk
-from genssd.engine.generation import Completion
-from genssd.engine.model_choices import Role
-from genssd.engine.sampling import Sampling
-from genssd.engine.text import Tokenizer
+from genssd.engine.calls.generation import Completion
+from genssd.engine.common.model_choices import Role
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.texts.text import Tokenizer
 
 WRITERS: tuple[Role, Role] = ("teacher", "student")
 

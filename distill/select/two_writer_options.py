@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from genssd.engine.chunk import Chunk
-from genssd.engine.criterion_names import check_criterion
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.sampling import Sampling
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.criteria.criterion_names import check_criterion
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,20 +17,20 @@ from genssd.distill.select.alternation import make_judge, write_alternately
 from genssd.distill.select.relay import write_in_relay
 from genssd.distill.select.turns import Turn, TwoWriterCompletion, Writing
 from genssd.distill.select.two_writer_options import Alternation, Relay
-from genssd.engine.branch import Branch
-from genssd.engine.chunk import Chunk
-from genssd.engine.criterion import needs_answer
+from genssd.engine.calls.generation import Generation
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.common.options_check import check_count
+from genssd.engine.criteria.criterion import needs_answer
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.feed import Feed, Intake
+from genssd.engine.decoding.rewinding import rewind
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.feed import Feed, Intake
-from genssd.engine.generation import Generation
-from genssd.engine.model_choices import Role
-from genssd.engine.options_check import check_count
-from genssd.engine.requests import check_answers, labels_of
-from genssd.engine.resources import ANSWER_ROOM
-from genssd.engine.rewinding import rewind
-from genssd.engine.sampling import Sampling, child_stream, prompt_stream
-from genssd.engine.text import Prompt
+from genssd.engine.models.sampling import Sampling, child_stream, prompt_stream
+from genssd.engine.setup.requests import check_answers, labels_of
+from genssd.engine.setup.resources import ANSWER_ROOM
+from genssd.engine.texts.text import Prompt
 
 MAX_RUNNING = 64
 """Maximum number of responses that are written side by side."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.problems import ProblemRow, ProblemSet
 from genssd.distill.files.pipes import describe
-from genssd.engine.criterion import AnyCriterion, needs_answer
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.model_facts import PromptReaders
-from genssd.engine.reading import Reader
-from genssd.engine.team import find_disagreement
-from genssd.engine.text import Prompt, Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.criteria.criterion import AnyCriterion, needs_answer
+from genssd.engine.readers.reading import Reader
+from genssd.engine.search.team import find_disagreement
+from genssd.engine.setup.model_facts import PromptReaders
+from genssd.engine.texts.text import Prompt, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

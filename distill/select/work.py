@@ -15,13 +15,13 @@ from genssd.distill.select.notes import NoteMaker
 from genssd.distill.select.peek import Peek
 from genssd.distill.select.rows import ModelRecord, Origin, make_decision_row, make_selection_row
 from genssd.distill.select.summary import list_special
-from genssd.engine.budget import Budget, BudgetName
+from genssd.engine.common.model_choices import Role
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.feed import Feed
-from genssd.engine.model_choices import Role
-from genssd.engine.policies import make_policy
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.selection import Selection
+from genssd.engine.search.budget import Budget, BudgetName
+from genssd.engine.search.policies import make_policy
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.search.selection import Selection
 from genssd.kernels.logprob import TopK
 
 ROLES: tuple[Role, Role] = ("teacher", "student")

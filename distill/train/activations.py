@@ -30,8 +30,8 @@ import torch
 from genssd.distill.data.examples import Example
 from genssd.distill.train.config import TrainSettings
 from genssd.distill.train.on_policy import STATES_PER_WEIGHT
-from genssd.engine.amounts import format_count
-from genssd.engine.memory import check_bytes_fit
+from genssd.engine.common.amounts import format_count
+from genssd.engine.setup.memory import check_bytes_fit
 from genssd.kernels.head import rows_per_chunk
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genssd.distill.train.distributed import gather_shards
-from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.quoting import one_line
+from genssd.engine.common.errors import CheckpointError, InputError
+from genssd.engine.common.quoting import one_line
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."

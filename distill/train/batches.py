@@ -22,7 +22,7 @@ from torch import Tensor
 from genssd.distill.answers.forms import Outcome
 from genssd.distill.data.examples import Example
 from genssd.distill.train.config import Layout
-from genssd.engine.text import common_prefix
+from genssd.engine.texts.text import common_prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,12 +23,12 @@ from genssd.distill.train.models import Teacher, check_layout, find_foreign_toke
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts, require_no_lead
 from genssd.distill.train.row_needs import check_example
 from genssd.distill.train.saving import find_stored_dtype
-from genssd.engine.checkpoint import locate
-from genssd.engine.config import load_config
-from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.memory import choose_dtype, cpu_has_bf16
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import layers_of, load_model
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.checkpoints.config import load_config
+from genssd.engine.common.errors import CheckpointError, InputError
+from genssd.engine.models.transformers_loading import layers_of, load_model
+from genssd.engine.setup.memory import choose_dtype, cpu_has_bf16
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,8 +38,8 @@ from genssd.distill.train.directories import publish_directory, remove_directory
 from genssd.distill.train.distributed import World
 from genssd.distill.train.saving import name_save_failure, save_model
 from genssd.distill.train.shards import SHARDS, find_shard, save_shards
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 WEIGHTS = "weights/"

@@ -13,9 +13,9 @@ from genssd.distill.runs.hub_name import check_repository
 from genssd.distill.runs.monitor_options import MonitorName
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.rollout_options import RolloutOptions
-from genssd.engine.errors import InputError
-from genssd.engine.outcomes import STATUSES
-from genssd.engine.thread_count import check_threads
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.outcomes import STATUSES
+from genssd.engine.common.thread_count import check_threads
 
 Layout = Literal["pad", "pack", "tree"]
 """Arrangement of the examples of a forward pass, see batches.py."""

@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from genssd.distill.runs.run import Run, RunConfig
-from genssd.engine.errors import InputError
-from genssd.engine.transformers_loading import layers_of
+from genssd.engine.common.errors import InputError
+from genssd.engine.models.transformers_loading import layers_of
 
 T = TypeVar("T")
 

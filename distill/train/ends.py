@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from genssd.distill.data.examples import Example
-from genssd.engine.quoting import quote
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.quoting import quote
+from genssd.engine.texts.text import Tokenizer
 
 logger = logging.getLogger("genssd.train")
 

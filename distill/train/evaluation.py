@@ -16,7 +16,7 @@ from genssd.distill.train.checkpoints import TrainerState
 from genssd.distill.train.directories import publish_directory
 from genssd.distill.train.loss_totals import LossTotals
 from genssd.distill.train.saving import save_model
-from genssd.engine.errors import InputError, NumericsError
+from genssd.engine.common.errors import InputError, NumericsError
 
 
 def measure_eval_loss(training: Training, state: TrainerState) -> dict[str, float]:

@@ -25,10 +25,10 @@ from genssd.distill.train.losses import CompletionTokens, Head, LossSums, SpanTa
 from genssd.distill.train.models import Teacher, compute_completion_states
 from genssd.distill.train.row_topk import read_topk
 from genssd.distill.train.span_losses import SpanHead, align_spans
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import CapacityError
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import logits_softcap
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import CapacityError
+from genssd.engine.models.transformers_loading import logits_softcap
+from genssd.engine.texts.text import Tokenizer
 from genssd.kernels.logprob import TopK
 
 

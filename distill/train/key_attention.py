@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from genssd.distill.train.key_attention_options import KeyAttentionOptions
-from genssd.engine.steps import step_spans
+from genssd.engine.texts.steps import step_spans
 from genssd.kernels.attention_mass import attention_mass
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")

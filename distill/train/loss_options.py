@@ -9,9 +9,9 @@ from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import ModelPath
 from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.token_weight_options import TokenWeightOptions
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.served.address import is_url
+from genssd.engine.checkpoints.address import is_url
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
 from genssd.kernels.options import COLDEST, PARTIAL_SUMS, TailRule, VocabularyRule
 
 SMALLEST_ALPHA = 0.01

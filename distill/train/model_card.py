@@ -22,9 +22,9 @@ from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.source_version import describe_version
 from genssd.distill.runs.writing import write_text
 from genssd.distill.train.config import TrainConfig
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.model_names import find_directory
+from genssd.engine.checkpoints.model_names import find_directory
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
 
 CARD_FILE = "README.md"
 FRONT_MATTER = "---"

@@ -15,13 +15,13 @@ from genssd.distill.data.teacher_text import TeacherText, divide_anew
 from genssd.distill.train.batches import TokenBatch
 from genssd.distill.train.key_attention import AttentionCollector
 from genssd.distill.train.loss_options import LossOptions
-from genssd.engine.amounts import format_count
-from genssd.engine.byte_reader import ByteReader, find_reader
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.path_cache import has_states
-from genssd.engine.text import Tokenizer
-from genssd.engine.token_map import TokenMap, match_tokenizers
-from genssd.engine.transformers_loading import base_of, load_model, scale_states
+from genssd.engine.cache.path_cache import has_states
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.models.transformers_loading import base_of, load_model, scale_states
+from genssd.engine.readers.byte_reader import ByteReader, find_reader
+from genssd.engine.readers.token_map import TokenMap, match_tokenizers
+from genssd.engine.texts.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

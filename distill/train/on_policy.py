@@ -27,17 +27,17 @@ from genssd.distill.answers.judge import AnswerJudge
 from genssd.distill.data.examples import Example
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.saving import iter_weights
-from genssd.engine.amounts import format_count
-from genssd.engine.basic_config import is_supported
-from genssd.engine.config import ModelConfig
-from genssd.engine.config_files import read_config
+from genssd.engine.checkpoints.basic_config import is_supported
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.checkpoints.config_files import read_config
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import quote
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.loading import LoadedModels
-from genssd.engine.memory import cache_budget
-from genssd.engine.model import Decoder
-from genssd.engine.quoting import quote
-from genssd.engine.text import Tokenizer
+from genssd.engine.models.model import Decoder
+from genssd.engine.setup.loading import LoadedModels
+from genssd.engine.setup.memory import cache_budget
+from genssd.engine.texts.text import Tokenizer
 
 CACHE_FRACTION = 1 / 3
 """Fraction of the free memory that the cache of the completions takes."""

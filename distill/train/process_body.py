@@ -19,8 +19,8 @@ from genssd.distill.pool.starting import describe_error, end_with_parent
 from genssd.distill.pool.worker import forward_log
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import TrainProgress, TrainSummary, run_train
-from genssd.engine.errors import GenssdError
-from genssd.engine.machine import limit_own_memory
+from genssd.engine.common.errors import GenssdError
+from genssd.engine.host.machine import limit_own_memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.process_body import StepTaken, Trained, run_training_process
 from genssd.distill.train.trainer import Report, TrainSummary
-from genssd.engine.errors import WorkerError
+from genssd.engine.common.errors import WorkerError
 
 logger = logging.getLogger("genssd.train")
 

@@ -33,8 +33,8 @@ from genssd.distill.train.checkpoints import (
     is_sharded,
 )
 from genssd.distill.train.shards import SHARDS, load_shards, read_shapes
-from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.quoting import one_line, quote
+from genssd.engine.common.errors import CheckpointError, InputError
+from genssd.engine.common.quoting import one_line, quote
 
 TensorKind = tuple[torch.dtype, tuple[int, ...]]
 """Data type and shape of a tensor."""

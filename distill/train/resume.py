@@ -23,9 +23,9 @@ from genssd.distill.train.distributed import World
 from genssd.distill.train.reading import check_files, make_damaged_error, read_checkpoint, read_state
 from genssd.distill.train.restoring import restore_checkpoint
 from genssd.distill.train.schedule import Schedule
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.quoting import quote
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import CheckpointError, InputError
+from genssd.engine.common.quoting import quote
 
 
 def collect_settings(config: TrainConfig, inputs: TrainingInputs, world: World) -> dict[str, object]:

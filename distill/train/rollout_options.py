@@ -7,9 +7,9 @@ from typing import Literal
 
 from genssd.distill.answers.forms import Outcome
 from genssd.distill.runs.field_kinds import Operational
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
-from genssd.engine.sampling import Sampling
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
+from genssd.engine.models.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from genssd.distill.data.examples import Example
 from genssd.distill.train.loss_options import LossOptions
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 def check_example(example: Example, loss: LossOptions) -> None:

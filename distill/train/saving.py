@@ -23,9 +23,9 @@ from torch import Tensor
 from genssd.distill.train.adapters import collect_adapters, find_plain_name, has_adapters, iter_merged, save_adapters
 from genssd.distill.train.directories import move_into
 from genssd.distill.train.distributed import gather_shards
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import one_line
-from genssd.engine.weights import WeightFiles
+from genssd.engine.checkpoints.weights import WeightFiles
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import one_line
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Data types of weights by their names in safetensors."""

@@ -11,7 +11,7 @@ from genssd.distill.data.examples import Example
 from genssd.distill.train.batches import ExampleBatch
 from genssd.distill.train.checkpoints import TrainerState
 from genssd.distill.train.config import TrainConfig
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
 
 
 class Schedule:

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from genssd.distill.runs.writing import NO_ROOM
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import one_line
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import one_line
 
 SHARDS = "shards"
 """Name of the directory of shards in a checkpoint."""

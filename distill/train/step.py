@@ -17,7 +17,7 @@ from genssd.distill.train.build import Training
 from genssd.distill.train.checkpoints import TrainerState
 from genssd.distill.train.distributed import gather_shards
 from genssd.distill.train.loss_totals import LossTotals
-from genssd.engine.errors import NumericsError
+from genssd.engine.common.errors import NumericsError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,9 @@ from genssd.distill.runs.journal import read_json
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.resume import find_checkpoint, is_of_other_processes
-from genssd.engine.checkpoint import locate
-from genssd.engine.parameters import count_stored_parameters
-from genssd.engine.threads import ThreadChoice, choose_training_threads
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.checkpoints.parameters import count_stored_parameters
+from genssd.engine.host.threads import ThreadChoice, choose_training_threads
 
 
 def fix_threads(config: TrainConfig, world: World) -> tuple[TrainConfig, ThreadChoice]:

@@ -52,9 +52,9 @@ from genssd.distill.train.saving import save_final_model
 from genssd.distill.train.schedule import Schedule
 from genssd.distill.train.step import StepResult, take_step, write_completions
 from genssd.distill.train.threads import fix_threads
-from genssd.engine.errors import InputError
-from genssd.engine.memory import choose_device
-from genssd.engine.threads import announce
+from genssd.engine.common.errors import InputError
+from genssd.engine.host.threads import announce
+from genssd.engine.setup.memory import choose_device
 from genssd.kernels.threads import torch_threads
 
 

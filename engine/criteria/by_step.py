@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genssd.engine.candidate import Candidate, Window
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import CheckedOptions, check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import CheckedOptions, check_types
+from genssd.engine.criteria.candidate import Candidate, Window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from genssd.engine.candidate import Candidate
+from genssd.engine.common.options_check import CheckedOptions
+from genssd.engine.criteria.candidate import Candidate
 from genssd.engine.criteria.likelihood import Scope
-from genssd.engine.options_check import CheckedOptions
-from genssd.engine.sampling import uniform
+from genssd.engine.models.sampling import uniform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from genssd.engine.candidate import Candidate
-from genssd.engine.options_check import CheckedOptions
-from genssd.engine.shell_commands import Command, is_aligned, read_commands
+from genssd.engine.common.options_check import CheckedOptions
+from genssd.engine.criteria.candidate import Candidate
+from genssd.engine.criteria.shell_commands import Command, is_aligned, read_commands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from genssd.engine.candidate import Candidate
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import CheckedOptions, check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import CheckedOptions, check_types
+from genssd.engine.criteria.candidate import Candidate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from genssd.engine.candidate import Candidate
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import CheckedOptions
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import CheckedOptions
+from genssd.engine.criteria.candidate import Candidate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

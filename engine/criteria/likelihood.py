@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
-from genssd.engine.candidate import Candidate
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import CheckedOptions, check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import CheckedOptions, check_types
+from genssd.engine.criteria.candidate import Candidate
 
 Scope = Literal["chunk", "trajectory"]
 """Tokens that a criterion judges: the chunk alone, or the response so far."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from genssd.engine.candidate import Candidate
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import CheckedOptions, check_types
+from genssd.engine.criteria.candidate import Candidate
 from genssd.engine.criteria.reference_answer import encode_ending
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import CheckedOptions, check_types
 
 LEAST_LOGPROB = -1e4  # in nats: of an answer that the student cannot write
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from genssd.engine.candidate import Candidate
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import CheckedOptions, check_types
+from genssd.engine.criteria.candidate import Candidate
 from genssd.engine.criteria.likelihood import exp_or_infinity
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import CheckedOptions, check_types
-from genssd.engine.text import common_prefix
+from genssd.engine.texts.text import common_prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from genssd.engine.criterion import (
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.criterion import (
     AnyCriterion,
     PoolCriterion,
     needs_answer,
@@ -15,11 +16,10 @@ from genssd.engine.criterion import (
     needs_verdict,
     not_in_search,
 )
-from genssd.engine.criterion_calls import call_features, call_score, call_score_pool, is_higher_better
-from genssd.engine.errors import InputError
+from genssd.engine.criteria.criterion_calls import call_features, call_score, call_score_pool, is_higher_better
 
 if TYPE_CHECKING:
-    from genssd.engine.candidate import Candidate
+    from genssd.engine.criteria.candidate import Candidate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

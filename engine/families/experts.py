@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genssd.engine.families.family import Family
-from genssd.engine.shape import ExpertNames, Experts, LayerNames
+from genssd.engine.families.shape import ExpertNames, Experts, LayerNames
 
 
 def _mixtral(config: Any) -> Mapping[str, Any]:

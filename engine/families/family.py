@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from genssd.engine.shape import LLAMA_NAMES, ActivationName, LayerNames
+from genssd.engine.families.shape import LLAMA_NAMES, ActivationName, LayerNames
 
 SILU: Mapping[str, ActivationName] = {"silu": "silu", "swish": "silu"}
 GELU_TANH: Mapping[str, ActivationName] = {"gelu_pytorch_tanh": "gelu_tanh"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from genssd.engine.amounts import format_count
+from genssd.engine.common.amounts import format_count
 from genssd.engine.families.family import Family, scaled
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genssd.engine.families.family import Family
-from genssd.engine.shape import LayerNames
+from genssd.engine.families.shape import LayerNames
 
 NAMES = LayerNames(
     attention_norm=None,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genssd.engine.families.family import Family
-from genssd.engine.shape import LayerNames
+from genssd.engine.families.shape import LayerNames
 
 
 def _phi3(config: Any) -> Mapping[str, Any]:

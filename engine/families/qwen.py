@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genssd.engine.families.family import Family
-from genssd.engine.shape import Experts
+from genssd.engine.families.shape import Experts
 
 
 def _qwen2(config: Any) -> Mapping[str, Any]:

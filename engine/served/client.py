@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import ServerError
-from genssd.engine.quoting import quote
-from genssd.engine.served.address import KEY_VARIABLES, Address
+from genssd.engine.checkpoints.address import KEY_VARIABLES, Address
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import ServerError
+from genssd.engine.common.quoting import quote
 from genssd.engine.served.connections import Answer, Call, Connections, TransportFault
 from genssd.engine.served.options import ServerOptions
 

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-from genssd.engine.quoting import one_line
-from genssd.engine.served.address import Address
+from genssd.engine.checkpoints.address import Address
+from genssd.engine.common.quoting import one_line
 
 CONNECT_SECONDS = 10.0
 """Number of seconds that a connection may take to be made."""

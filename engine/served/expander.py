@@ -14,21 +14,21 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from genssd.engine.branch import Branch
-from genssd.engine.candidate_scoring import CandidateScorer
-from genssd.engine.drawing import GREEDY
-from genssd.engine.errors import ServerError
-from genssd.engine.expansion import Expansion, Writing
-from genssd.engine.page_budget import PageBudget, Reservations
-from genssd.engine.restoring import read_pending
-from genssd.engine.runner import ModelRunner
-from genssd.engine.sampling import Sampling, noise_key
+from genssd.engine.common.errors import ServerError
+from genssd.engine.common.usage import Usage
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.decoding.candidate_scoring import CandidateScorer
+from genssd.engine.decoding.drawing import GREEDY
+from genssd.engine.decoding.expansion import Expansion, Writing
+from genssd.engine.decoding.page_budget import PageBudget, Reservations
+from genssd.engine.decoding.restoring import read_pending
+from genssd.engine.host.threads import computes
+from genssd.engine.models.runner import ModelRunner
+from genssd.engine.models.sampling import Sampling, noise_key
 from genssd.engine.served.client import RequestRefused
 from genssd.engine.served.connections import Call, Cancelled
 from genssd.engine.served.replies import BadReply, Written
 from genssd.engine.served.teacher import Completions, ServedTeacher
-from genssd.engine.threads import computes
-from genssd.engine.usage import Usage
 from genssd.kernels.logprob import TopK
 
 POLL_SECONDS = 0.2

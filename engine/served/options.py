@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from genssd.engine.errors import InputError
-from genssd.engine.options_check import check_types
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.options_check import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
-from genssd.engine.quoting import quote
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.quoting import quote
+from genssd.engine.texts.text import Tokenizer
 
 FORM_FAULTS = (LookupError, TypeError, ValueError, AttributeError, OverflowError, InputError)
 """Errors of an answer whose values are not those of OpenAI's API; InputError is that of a text that is none."""

@@ -11,20 +11,20 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from genssd.engine.config import load_config
-from genssd.engine.errors import CheckpointError, InputError, ServerError
-from genssd.engine.model_names import find_directory
-from genssd.engine.quoting import one_line, quote
-from genssd.engine.sampling import Sampling
-from genssd.engine.served.address import parse_url
+from genssd.engine.checkpoints.address import parse_url
+from genssd.engine.checkpoints.config import load_config
+from genssd.engine.checkpoints.model_names import find_directory
+from genssd.engine.common.errors import CheckpointError, InputError, ServerError
+from genssd.engine.common.quoting import one_line, quote
+from genssd.engine.models.sampling import Sampling
 from genssd.engine.served.client import Client, RequestRefused, ServedModel
 from genssd.engine.served.connections import Call, TransportFault
 from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord
 from genssd.engine.served.replies import BadReply, TextInDoubt, Written, is_whole, read_reply
 from genssd.engine.served.workers import Workers
-from genssd.engine.text import PROBE, Tokenizer
-from genssd.engine.text_stream import REPLACEMENT
+from genssd.engine.texts.text import PROBE, Tokenizer
+from genssd.engine.texts.text_stream import REPLACEMENT
 
 logger = logging.getLogger(__name__)
 

@@ -17,20 +17,39 @@ if TYPE_CHECKING:
     from genssd.distill.select.two_writer_options import Relay as Relay
     from genssd.distill.select.two_writers import generate_two_writers as generate_two_writers
     from genssd.distill.select.two_writers import iter_two_writers as iter_two_writers
-    from genssd.engine.branch import Branch as Branch
-    from genssd.engine.budget import Budget as Budget
-    from genssd.engine.budget import BudgetName as BudgetName
-    from genssd.engine.candidate import ActivationMeans as ActivationMeans
-    from genssd.engine.candidate import Candidate as Candidate
-    from genssd.engine.candidate import Window as Window
-    from genssd.engine.chat import Messages as Messages
-    from genssd.engine.chat_options import ChatOptions as ChatOptions
-    from genssd.engine.chunk import Chunk as Chunk
+    from genssd.engine.calls.generation import Completion as Completion
+    from genssd.engine.calls.generation import Generation as Generation
+    from genssd.engine.calls.nodes import Fork as Fork
+    from genssd.engine.calls.nodes import NodeReader as NodeReader
+    from genssd.engine.common.errors import CapacityError as CapacityError
+    from genssd.engine.common.errors import CheckpointError as CheckpointError
+    from genssd.engine.common.errors import GenssdError as GenssdError
+    from genssd.engine.common.errors import InputError as InputError
+    from genssd.engine.common.errors import NumericsError as NumericsError
+    from genssd.engine.common.errors import ServerError as ServerError
+    from genssd.engine.common.errors import WorkerError as WorkerError
+    from genssd.engine.common.model_choices import Role as Role
+    from genssd.engine.common.outcomes import Decision as Decision
+    from genssd.engine.common.outcomes import Ending as Ending
+    from genssd.engine.common.outcomes import Status as Status
+    from genssd.engine.common.outcomes import Verdict as Verdict
+    from genssd.engine.common.usage import CacheUse as CacheUse
+    from genssd.engine.common.usage import Usage as Usage
     from genssd.engine.criteria.by_step import AslecCasl as AslecCasl
     from genssd.engine.criteria.by_step import AslecDrop as AslecDrop
     from genssd.engine.criteria.by_step import LocalNaturalness as LocalNaturalness
+    from genssd.engine.criteria.candidate import ActivationMeans as ActivationMeans
+    from genssd.engine.criteria.candidate import Candidate as Candidate
+    from genssd.engine.criteria.candidate import Window as Window
     from genssd.engine.criteria.controls import Length as Length
     from genssd.engine.criteria.controls import Random as Random
+    from genssd.engine.criteria.criterion import AnyCriterion as AnyCriterion
+    from genssd.engine.criteria.criterion import Criterion as Criterion
+    from genssd.engine.criteria.criterion import PoolCriterion as PoolCriterion
+    from genssd.engine.criteria.criterion import RatioCriterion as RatioCriterion
+    from genssd.engine.criteria.criterion_names import register_criterion as register_criterion
+    from genssd.engine.criteria.criterion_names import registered_criteria as registered_criteria
+    from genssd.engine.criteria.criterion_names import resolve as resolve
     from genssd.engine.criteria.grounding import GroundedActions as GroundedActions
     from genssd.engine.criteria.grounding import TargetedObservationRatio as TargetedObservationRatio
     from genssd.engine.criteria.learning_cost import LearningCost as LearningCost
@@ -45,61 +64,42 @@ if TYPE_CHECKING:
     from genssd.engine.criteria.teacher import TeacherStudentGap as TeacherStudentGap
     from genssd.engine.criteria.verdict import CorrectThenAligned as CorrectThenAligned
     from genssd.engine.criteria.weighted_rank import WeightedRank as WeightedRank
-    from genssd.engine.criterion import AnyCriterion as AnyCriterion
-    from genssd.engine.criterion import Criterion as Criterion
-    from genssd.engine.criterion import PoolCriterion as PoolCriterion
-    from genssd.engine.criterion import RatioCriterion as RatioCriterion
-    from genssd.engine.criterion_names import register_criterion as register_criterion
-    from genssd.engine.criterion_names import registered_criteria as registered_criteria
-    from genssd.engine.criterion_names import resolve as resolve
+    from genssd.engine.decoding.branch import Branch as Branch
+    from genssd.engine.decoding.chunk import Chunk as Chunk
+    from genssd.engine.decoding.feed import Feed as Feed
+    from genssd.engine.decoding.rewinding import rewind as rewind
+    from genssd.engine.decoding.speculation_rules import ReverseSpeculation as ReverseSpeculation
     from genssd.engine.engine import Engine as Engine
-    from genssd.engine.errors import CapacityError as CapacityError
-    from genssd.engine.errors import CheckpointError as CheckpointError
-    from genssd.engine.errors import GenssdError as GenssdError
-    from genssd.engine.errors import InputError as InputError
-    from genssd.engine.errors import NumericsError as NumericsError
-    from genssd.engine.errors import ServerError as ServerError
-    from genssd.engine.errors import WorkerError as WorkerError
-    from genssd.engine.feed import Feed as Feed
-    from genssd.engine.generation import Completion as Completion
-    from genssd.engine.generation import Generation as Generation
-    from genssd.engine.launches import LaunchRecord as LaunchRecord
-    from genssd.engine.loops import LoopGuard as LoopGuard
-    from genssd.engine.model_choices import Role as Role
-    from genssd.engine.nodes import Fork as Fork
-    from genssd.engine.nodes import NodeReader as NodeReader
-    from genssd.engine.outcomes import Decision as Decision
-    from genssd.engine.outcomes import Ending as Ending
-    from genssd.engine.outcomes import Status as Status
-    from genssd.engine.outcomes import Verdict as Verdict
-    from genssd.engine.pair_prompts import PairPrompt as PairPrompt
-    from genssd.engine.prompt_ids import PromptIds as PromptIds
-    from genssd.engine.reading import ByteSpans as ByteSpans
-    from genssd.engine.reading import Reader as Reader
-    from genssd.engine.reading import Reading as Reading
-    from genssd.engine.rewinding import rewind as rewind
-    from genssd.engine.sampling import Sampling as Sampling
-    from genssd.engine.search_options import SearchChanges as SearchChanges
-    from genssd.engine.search_options import SearchOptions as SearchOptions
-    from genssd.engine.search_options import Unlearnable as Unlearnable
-    from genssd.engine.selection import CandidateRecord as CandidateRecord
-    from genssd.engine.selection import ChunkScore as ChunkScore
-    from genssd.engine.selection import RoundRecord as RoundRecord
-    from genssd.engine.selection import Selection as Selection
-    from genssd.engine.selection import TeacherUse as TeacherUse
-    from genssd.engine.selection import Trajectory as Trajectory
+    from genssd.engine.models.launches import LaunchRecord as LaunchRecord
+    from genssd.engine.models.sampling import Sampling as Sampling
+    from genssd.engine.readers.pair_prompts import PairPrompt as PairPrompt
+    from genssd.engine.readers.prompt_ids import PromptIds as PromptIds
+    from genssd.engine.readers.reading import ByteSpans as ByteSpans
+    from genssd.engine.readers.reading import Reader as Reader
+    from genssd.engine.readers.reading import Reading as Reading
+    from genssd.engine.readers.thinking_pair import ThinkingPair as ThinkingPair
+    from genssd.engine.readers.token_map import TokenMap as TokenMap
+    from genssd.engine.search.budget import Budget as Budget
+    from genssd.engine.search.budget import BudgetName as BudgetName
+    from genssd.engine.search.search_options import SearchChanges as SearchChanges
+    from genssd.engine.search.search_options import SearchOptions as SearchOptions
+    from genssd.engine.search.search_options import Unlearnable as Unlearnable
+    from genssd.engine.search.selection import CandidateRecord as CandidateRecord
+    from genssd.engine.search.selection import ChunkScore as ChunkScore
+    from genssd.engine.search.selection import RoundRecord as RoundRecord
+    from genssd.engine.search.selection import Selection as Selection
+    from genssd.engine.search.selection import TeacherUse as TeacherUse
+    from genssd.engine.search.selection import Trajectory as Trajectory
     from genssd.engine.served.options import ServerOptions as ServerOptions
     from genssd.engine.served.record import ServerRecord as ServerRecord
-    from genssd.engine.speculation_rules import ReverseSpeculation as ReverseSpeculation
-    from genssd.engine.text import Prompt as Prompt
-    from genssd.engine.text import Tokenizer as Tokenizer
-    from genssd.engine.thinking import PromptEnd as PromptEnd
-    from genssd.engine.thinking import ThinkingMode as ThinkingMode
-    from genssd.engine.thinking_pair import ThinkingPair as ThinkingPair
-    from genssd.engine.thoughts import ThoughtTags as ThoughtTags
-    from genssd.engine.token_map import TokenMap as TokenMap
-    from genssd.engine.usage import CacheUse as CacheUse
-    from genssd.engine.usage import Usage as Usage
+    from genssd.engine.texts.chat import Messages as Messages
+    from genssd.engine.texts.chat_options import ChatOptions as ChatOptions
+    from genssd.engine.texts.loops import LoopGuard as LoopGuard
+    from genssd.engine.texts.text import Prompt as Prompt
+    from genssd.engine.texts.text import Tokenizer as Tokenizer
+    from genssd.engine.texts.thinking import PromptEnd as PromptEnd
+    from genssd.engine.texts.thinking import ThinkingMode as ThinkingMode
+    from genssd.engine.texts.thoughts import ThoughtTags as ThoughtTags
     from genssd.kernels.logprob import TokenStats as TokenStats
     from genssd.kernels.logprob import TopK as TopK
 
@@ -115,19 +115,19 @@ _NAMES = {
         "generate_two_writers",
         "iter_two_writers",
     ),
-    "genssd.engine.branch": ("Branch",),
-    "genssd.engine.budget": (
+    "genssd.engine.decoding.branch": ("Branch",),
+    "genssd.engine.search.budget": (
         "Budget",
         "BudgetName",
     ),
-    "genssd.engine.candidate": (
+    "genssd.engine.criteria.candidate": (
         "ActivationMeans",
         "Candidate",
         "Window",
     ),
-    "genssd.engine.chat": ("Messages",),
-    "genssd.engine.chat_options": ("ChatOptions",),
-    "genssd.engine.chunk": ("Chunk",),
+    "genssd.engine.texts.chat": ("Messages",),
+    "genssd.engine.texts.chat_options": ("ChatOptions",),
+    "genssd.engine.decoding.chunk": ("Chunk",),
     "genssd.engine.criteria.by_step": (
         "AslecCasl",
         "AslecDrop",
@@ -156,20 +156,20 @@ _NAMES = {
         "TeacherStudentGap",
     ),
     "genssd.engine.criteria.verdict": ("CorrectThenAligned",),
-    "genssd.engine.criterion": (
+    "genssd.engine.criteria.criterion": (
         "AnyCriterion",
         "Criterion",
         "PoolCriterion",
         "RatioCriterion",
     ),
     "genssd.engine.criteria.weighted_rank": ("WeightedRank",),
-    "genssd.engine.criterion_names": (
+    "genssd.engine.criteria.criterion_names": (
         "register_criterion",
         "registered_criteria",
         "resolve",
     ),
     "genssd.engine.engine": ("Engine",),
-    "genssd.engine.errors": (
+    "genssd.engine.common.errors": (
         "CapacityError",
         "CheckpointError",
         "GenssdError",
@@ -178,36 +178,36 @@ _NAMES = {
         "ServerError",
         "WorkerError",
     ),
-    "genssd.engine.feed": ("Feed",),
-    "genssd.engine.generation": (
+    "genssd.engine.decoding.feed": ("Feed",),
+    "genssd.engine.calls.generation": (
         "Completion",
         "Generation",
     ),
-    "genssd.engine.launches": ("LaunchRecord",),
-    "genssd.engine.loops": ("LoopGuard",),
-    "genssd.engine.nodes": (
+    "genssd.engine.models.launches": ("LaunchRecord",),
+    "genssd.engine.texts.loops": ("LoopGuard",),
+    "genssd.engine.calls.nodes": (
         "Fork",
         "NodeReader",
     ),
-    "genssd.engine.outcomes": (
+    "genssd.engine.common.outcomes": (
         "Decision",
         "Ending",
         "Status",
         "Verdict",
     ),
-    "genssd.engine.pair_prompts": ("PairPrompt",),
-    "genssd.engine.prompt_ids": ("PromptIds",),
-    "genssd.engine.reading": ("ByteSpans", "Reader", "Reading"),
-    "genssd.engine.speculation_rules": ("ReverseSpeculation",),
-    "genssd.engine.model_choices": ("Role",),
-    "genssd.engine.rewinding": ("rewind",),
-    "genssd.engine.sampling": ("Sampling",),
-    "genssd.engine.search_options": (
+    "genssd.engine.readers.pair_prompts": ("PairPrompt",),
+    "genssd.engine.readers.prompt_ids": ("PromptIds",),
+    "genssd.engine.readers.reading": ("ByteSpans", "Reader", "Reading"),
+    "genssd.engine.decoding.speculation_rules": ("ReverseSpeculation",),
+    "genssd.engine.common.model_choices": ("Role",),
+    "genssd.engine.decoding.rewinding": ("rewind",),
+    "genssd.engine.models.sampling": ("Sampling",),
+    "genssd.engine.search.search_options": (
         "SearchChanges",
         "SearchOptions",
         "Unlearnable",
     ),
-    "genssd.engine.selection": (
+    "genssd.engine.search.selection": (
         "CandidateRecord",
         "ChunkScore",
         "RoundRecord",
@@ -217,18 +217,18 @@ _NAMES = {
     ),
     "genssd.engine.served.options": ("ServerOptions",),
     "genssd.engine.served.record": ("ServerRecord",),
-    "genssd.engine.text": (
+    "genssd.engine.texts.text": (
         "Prompt",
         "Tokenizer",
     ),
-    "genssd.engine.thinking": (
+    "genssd.engine.texts.thinking": (
         "PromptEnd",
         "ThinkingMode",
     ),
-    "genssd.engine.thinking_pair": ("ThinkingPair",),
-    "genssd.engine.thoughts": ("ThoughtTags",),
-    "genssd.engine.token_map": ("TokenMap",),
-    "genssd.engine.usage": (
+    "genssd.engine.readers.thinking_pair": ("ThinkingPair",),
+    "genssd.engine.texts.thoughts": ("ThoughtTags",),
+    "genssd.engine.readers.token_map": ("TokenMap",),
+    "genssd.engine.common.usage": (
         "CacheUse",
         "Usage",
     ),

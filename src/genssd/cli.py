@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from genssd.early_checks import check_examined, check_names, check_runs
-from genssd.engine.closest import suggest_or_list
-from genssd.engine.errors import GenssdError, InputError
+from genssd.engine.common.closest import suggest_or_list
+from genssd.engine.common.errors import GenssdError, InputError
 from genssd.refused_memory import describe_refused_memory, means_refused_memory
 from genssd.stopping import StopSignals, is_main_process
 from genssd.streams import discard, open_standard_streams, print_error

@@ -42,9 +42,9 @@ from genssd.distill.train.trainer import run_train
 from genssd.distill.tune_config import TuneConfig
 from genssd.distill.tuning import run_tune
 from genssd.doctor_command import doctor, env, examine_first
-from genssd.engine.amounts import format_count
-from genssd.engine.outcomes import SPECIAL
-from genssd.engine.threads import limit_torch_threads
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.outcomes import SPECIAL
+from genssd.engine.host.threads import limit_torch_threads
 from genssd.kernels.tuned import FILE_VARIABLE
 from genssd.outputs import print_outputs
 from genssd.printing import (

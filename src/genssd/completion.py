@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from genssd.configs import CONFIGS
-from genssd.engine.closest import suggest_or_list
-from genssd.engine.errors import InputError
+from genssd.engine.common.closest import suggest_or_list
+from genssd.engine.common.errors import InputError
 from genssd.flag_list import list_flags
 
 SHELLS = ("bash", "zsh", "fish")

@@ -16,8 +16,8 @@ from genssd.distill.doctor.settings import Settings, read_settings
 from genssd.distill.files.cluster_files import is_for_cluster
 from genssd.distill.runs.effects import check_effects
 from genssd.distill.runs.pool_options import PoolOptions
-from genssd.engine.errors import GenssdError, InputError
-from genssd.engine.quoting import one_line
+from genssd.engine.common.errors import GenssdError, InputError
+from genssd.engine.common.quoting import one_line
 from genssd.examined import read_examined
 from genssd.printing import warn
 

@@ -16,8 +16,8 @@ from genssd.distill.files.cluster_files import is_for_cluster
 from genssd.distill.files.rows import check_exists
 from genssd.distill.runs.journal import read_json
 from genssd.distill.runs.record import check_directory
-from genssd.engine.model_names import find_directory
-from genssd.engine.served.address import is_url, parse_url
+from genssd.engine.checkpoints.address import is_url, parse_url
+from genssd.engine.checkpoints.model_names import find_directory
 
 MODELS = frozenset(
     (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 FIELDS = ("stop", "until")
 """Last parts of the names of flags whose values are texts to be found in responses."""

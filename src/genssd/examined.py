@@ -11,8 +11,8 @@ from genssd.distill.doctor.recorded import read_recorded
 from genssd.distill.doctor.rows import has_responses
 from genssd.distill.doctor.settings import EXAMINED, Settings, make_settings, read_settings
 from genssd.distill.runs.field_kinds import expand_home
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
 from genssd.flags import read_config
 from genssd.yaml_files import load_yaml
 

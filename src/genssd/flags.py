@@ -17,8 +17,8 @@ from typing import Any
 
 import tyro
 
-from genssd.engine.closest import suggest, suggest_or_list
-from genssd.engine.errors import InputError
+from genssd.engine.common.closest import suggest, suggest_or_list
+from genssd.engine.common.errors import InputError
 from genssd.escapes import read_escapes
 from genssd.field_names import name_ours
 from genssd.flag_list import list_flags

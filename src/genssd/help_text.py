@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from genssd.distill.runs.output_files import OUTPUTS
-from genssd.engine.criterion_names import list_usages
+from genssd.engine.criteria.criterion_names import list_usages
 from genssd.flag_groups import group_flags
 from genssd.flag_list import Flag, list_flags
 

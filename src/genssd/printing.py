@@ -9,8 +9,8 @@ from rich.console import Console
 
 from genssd.distill.answers.accuracy import Accuracy
 from genssd.distill.data.response_limits import describe_cuts
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
 
 MAX_LISTED = 10  # failures, bad rows or lines that are listed one by one
 

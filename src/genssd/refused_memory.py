@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from genssd.engine.machine import available_memory
+from genssd.engine.host.machine import available_memory
 
 MESSAGES = re.compile("allocate memory|out of memory|failed to map segment", re.IGNORECASE)
 """Messages of errors that mean refused memory."""

@@ -7,8 +7,8 @@ from rich.console import Console
 from genssd.distill.console import ProgressLine
 from genssd.distill.report.config import ReportConfig
 from genssd.distill.report.run import run_report
-from genssd.engine.amounts import format_bytes, format_count
-from genssd.engine.errors import InputError
+from genssd.engine.common.amounts import format_bytes, format_count
+from genssd.engine.common.errors import InputError
 from genssd.printing import list_first
 
 

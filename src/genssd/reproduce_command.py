@@ -7,8 +7,8 @@ from rich.console import Console
 from genssd.distill.console import ProgressLine
 from genssd.distill.reproduce.config import ReproduceConfig
 from genssd.distill.reproduce.run import run_reproduce
-from genssd.engine.amounts import format_count
-from genssd.engine.errors import InputError
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
 from genssd.outputs import print_outputs
 from genssd.printing import list_first
 

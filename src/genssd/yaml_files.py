@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from genssd.distill.files.pipes import open_pipe
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 MAX_CONFIG_BYTES = 1 << 18
 """Maximum size of a config file."""

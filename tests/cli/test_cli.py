@@ -20,8 +20,8 @@ from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.config import TrainConfig
-from genssd.engine.errors import InputError
-from genssd.engine.launches import LaunchRecord
+from genssd.engine.common.errors import InputError
+from genssd.engine.models.launches import LaunchRecord
 from genssd.flags import flags_of_file, merge_list_flags
 
 Write = Callable[..., Path]
@@ -358,7 +358,7 @@ def test_kernel_configurations_are_printed_in_one_line(
         seen.extend(decoder.deterministic for decoder in decoders)
         return LaunchRecord(source="shipped for sm_90", deterministic=decoders[0].deterministic, digest="aa")
 
-    monkeypatch.setattr("genssd.engine.loading.describe_launches", describe)
+    monkeypatch.setattr("genssd.engine.setup.loading.describe_launches", describe)
     data = write_rows([{"question": "2 + 3?"}])
     main([*select_flags(tiny_pair, data, tmp_path / "out"), "--no-deterministic"])
     lines = [line for line in capsys.readouterr().err.splitlines() if "kernel configurations" in line]

@@ -11,7 +11,7 @@ import pytest
 from genssd.cli import SUMMARIES, main
 from genssd.completion import SHELLS, list_typed_names, render_completion
 from genssd.configs import CONFIGS
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.flags import read_config
 
 

@@ -14,7 +14,7 @@ from support.flags import FLAGS
 from genssd.cli import main
 from genssd.config_text import render_config
 from genssd.configs import CONFIGS
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.flag_list import list_flags
 from genssd.flags import read_config, read_incomplete
 

@@ -15,8 +15,8 @@ from genssd.configs import CONFIGS
 from genssd.distill.files.rows import read_rows
 from genssd.distill.runs.field_kinds import Kind, Marker
 from genssd.early_checks import DATA_FILES, MODELS, TOKENIZERS, UNCHECKED, check_names
-from genssd.engine.checkpoint import locate
-from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.errors import CheckpointError, InputError
 from genssd.flags import read_config
 
 IMPORTED = """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from genssd.distill.select.config import SelectConfig
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.flags import read_config
 
 MODELS = ["--teacher", "t", "--student", "s", "--data", "d"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from genssd.configs import CONFIGS
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.field_names import FIELD_NAMES
 from genssd.flag_list import list_flags
 from genssd.flags import read_config

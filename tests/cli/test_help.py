@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from genssd.configs import CONFIGS
-from genssd.engine.criterion_names import registered_criteria, resolve
+from genssd.engine.criteria.criterion_names import registered_criteria, resolve
 from genssd.flag_groups import MAIN, find_group, group_flags
 from genssd.flag_list import list_flags
 from genssd.help_text import render_help

@@ -22,8 +22,8 @@ from genssd.distill.score.run import run_score
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.trainer import TrainProgress
-from genssd.engine.amounts import format_bytes, format_count, format_part
-from genssd.engine.usage import CacheUse, Usage
+from genssd.engine.common.amounts import format_bytes, format_count, format_part
+from genssd.engine.common.usage import CacheUse, Usage
 
 PAGES = CacheUse(held_pages=1234, pages=4096, held_bytes=1536 << 20, bytes=5 << 30)
 

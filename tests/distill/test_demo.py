@@ -11,7 +11,7 @@ from rich.console import Console
 
 from genssd.distill.demo import run_demo
 from genssd.distill.demo_config import DemoConfig
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 @pytest.mark.slow

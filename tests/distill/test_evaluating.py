@@ -21,7 +21,7 @@ from genssd.cli import main
 from genssd.distill.evaluate_config import EvaluateConfig
 from genssd.distill.evaluating import run_evaluate
 from genssd.distill.runs.progress import Progress
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.common.errors import CapacityError, InputError
 
 Write = Callable[..., Path]
 

@@ -21,7 +21,7 @@ from support.tiny_pair import TinyPair
 
 import genssd.distill.runs.journal
 from genssd.distill.train.checkpoints import list_checkpoints
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.kernels import tuned
 
 FEW = {

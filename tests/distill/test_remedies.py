@@ -16,7 +16,7 @@ from support.small_runs import JOURNALS, SmallRun, make_small_runs, read_results
 from support.tiny_pair import TinyPair
 
 from genssd.distill.data.topk_store import locate_topk
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 FILES = [*((command, name) for command, name in JOURNALS.items()), ("select", "decisions.jsonl")]
 NAMED_LINE = re.compile(r"(?P<path>/\S+), line (?P<line>\d+)")

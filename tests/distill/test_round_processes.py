@@ -28,8 +28,8 @@ from genssd.distill.rounds import run_distill
 from genssd.distill.runs.progress import Progress
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError, NumericsError, WorkerError
+from genssd.engine.common.errors import InputError, NumericsError, WorkerError
+from genssd.engine.decoding.chunk import Chunk
 
 Write = Callable[..., Path]
 ROWS = [{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(9)]

@@ -22,9 +22,9 @@ from genssd.distill.distill_config import DistillConfig
 from genssd.distill.rounds import RoundSummary, run_distill
 from genssd.distill.select.config import SelectSettings
 from genssd.distill.train.config import TrainSettings
-from genssd.engine.checkpoint import fingerprint
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError, CheckpointError, InputError
+from genssd.engine.checkpoints.checkpoint import fingerprint
+from genssd.engine.common.errors import CapacityError, CheckpointError, InputError
+from genssd.engine.decoding.chunk import Chunk
 
 Write = Callable[..., Path]
 SELECT = SelectSettings(candidates=2, chunk=Chunk(tokens=3, until=None), max_tokens=6, memory_bytes=1 << 22)

@@ -14,9 +14,9 @@ from genssd.cli import main
 from genssd.distill import tuning
 from genssd.distill.tune_config import TuneConfig
 from genssd.distill.tuning import run_tune
-from genssd.engine.amounts import format_count
-from genssd.engine.config import ModelConfig
-from genssd.engine.errors import InputError
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.common.amounts import format_count
+from genssd.engine.common.errors import InputError
 from genssd.kernels import tuned
 from genssd.kernels.tuned import Card, Entry, Problem
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.toys import ENDINGS, VOCAB, Pair, edit_json, save_checkpoint
 
-from genssd.engine.chat_options import ChatOptions
 from genssd.engine.engine import Engine
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,13 @@ import torch
 from support.families import EXPERTS
 from support.toys import Pair, save_checkpoint
 
-from genssd.engine.candidate import Candidate
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.candidate import Candidate
 from genssd.engine.criteria.learning_cost import LearningCost
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.runner import MAX_ROWS
-from genssd.engine.selection import CandidateRecord, Selection
+from genssd.engine.models.runner import MAX_ROWS
+from genssd.engine.search.selection import CandidateRecord, Selection
 from genssd.kernels.logprob import TokenStats
 
 
@@ -81,7 +81,7 @@ def test_a_text_is_read_in_pieces(pair: Pair, monkeypatch: pytest.MonkeyPatch) -
     engine = pair.engine()
     prompt, ids = random_ids(50, 1), random_ids(70, 2)
     whole = engine.mean_activations(prompt, ids, 10)
-    monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 32)
+    monkeypatch.setattr("genssd.engine.models.runner.MAX_ROWS", 32)
     parts = engine.mean_activations(prompt, ids, 10)
     assert MAX_ROWS > 120
     torch.testing.assert_close(parts.prompt_F, whole.prompt_F, atol=1e-6, rtol=1e-5)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from support.toys import Pair
 
+from genssd.engine.calls.nodes import Fork, NodeReader
+from genssd.engine.common.errors import InputError
 from genssd.engine.criteria.controls import Length
-from genssd.engine.criterion_names import register_criterion
+from genssd.engine.criteria.criterion_names import register_criterion
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.nodes import Fork, NodeReader
-from genssd.engine.sampling import Sampling
-from genssd.engine.speculation_rules import ReverseSpeculation
+from genssd.engine.models.sampling import Sampling
 
 HALF = "a\ud800b"
 BAD: dict[Any, tuple[Any, ...]] = {

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.toys import Pair, edit_json, save_checkpoint, save_model, save_tokenizer
 
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import CapacityError, CheckpointError, GenssdError, InputError, NumericsError
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, CheckpointError, GenssdError, InputError, NumericsError
 
 MEGABYTE = 1 << 20
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from genssd.distill.demo import PAIR
-from genssd.engine.batching import choose_max_num_seqs
-from genssd.engine.config import ModelConfig
-from genssd.engine.parameters import count_weights
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.checkpoints.parameters import count_weights
+from genssd.engine.decoding.batching import choose_max_num_seqs
 
 SMALL = ModelConfig.load(PAIR / "student")
 SMOLLM2_135M = dataclasses.replace(

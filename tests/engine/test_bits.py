@@ -9,11 +9,11 @@ import pytest
 import torch
 from support.toys import ENDINGS, VOCAB, edit_json, save_checkpoint
 
-from genssd.engine.chunk import Chunk
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.memory import DTYPES
-from genssd.engine.sampling import Sampling
-from genssd.engine.selection import Selection
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.selection import Selection
+from genssd.engine.setup.memory import DTYPES
 from genssd.kernels.logprob import STATISTICS
 
 WIDE = {"hidden_size": 384, "intermediate_size": 640, "num_attention_heads": 6, "head_dim": 64, "scale": 3.0}
@@ -87,7 +87,7 @@ def test_a_warm_prefix_has_the_bits_of_a_cold_one(
     engine: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether a prefix was in the cache, how it came there, and in how many pieces: nothing of it shows."""
-    monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 64)
+    monkeypatch.setattr("genssd.engine.models.runner.MAX_ROWS", 64)
     runner = engine()._resources.runners["student"]
     ids = torch.randint(0, VOCAB, (150,), generator=torch.Generator().manual_seed(1)).tolist()
     (cold,) = runner.extend([runner.tree.root()], [ids])

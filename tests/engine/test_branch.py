@@ -6,11 +6,11 @@ import pytest
 import torch
 from support.toys import Pair
 
-from genssd.engine.branch import Branch
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 FIVE = Chunk(tokens=5, until=None)
 PAGE_BYTES = 16 * 1024  # of both models' pages of 16 tokens

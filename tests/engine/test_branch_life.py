@@ -10,11 +10,11 @@ import torch
 from support.small_pages import small_pages
 from support.toys import Pair
 
-from genssd.engine.branch import Branch
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 FIVE = Chunk(tokens=5, until=None)

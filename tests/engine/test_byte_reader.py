@@ -17,11 +17,11 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer
 
-from genssd.engine.byte_reader import ByteReader
-from genssd.engine.loading import choose_reader
-from genssd.engine.reading import Reading
-from genssd.engine.text import Tokenizer
-from genssd.engine.token_bytes import ByteTable, NoByteTable
+from genssd.engine.readers.byte_reader import ByteReader
+from genssd.engine.readers.reading import Reading
+from genssd.engine.readers.token_bytes import ByteTable, NoByteTable
+from genssd.engine.setup.loading import choose_reader
+from genssd.engine.texts.text import Tokenizer
 
 TAGS = ("<think>", "</think>")
 Tokenizers = dict[str, Tokenizer]

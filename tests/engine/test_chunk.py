@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genssd.engine.chunk import Chunk, ChunkEnd
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk, ChunkEnd
 
 
 def length_of(chunk: Chunk, token_texts: list[str]) -> int | None:

@@ -28,9 +28,9 @@ from support.templates import (
 )
 from support.toys import CHATML, EOS
 
-from genssd.engine.chat_options import ChatOptions, fix_date, read_variables
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat_options import ChatOptions, fix_date, read_variables
+from genssd.engine.texts.text import Tokenizer
 
 TEMPLATES = {
     "chatml": CHATML,

@@ -17,17 +17,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genssd.engine import criterion_names
-from genssd.engine.candidate import ActivationMeans, Candidate, Window
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria import criterion_names
 from genssd.engine.criteria.by_step import AslecCasl, AslecDrop, LocalNaturalness
+from genssd.engine.criteria.candidate import ActivationMeans, Candidate, Window
 from genssd.engine.criteria.controls import Random
+from genssd.engine.criteria.criterion import Criterion, PoolCriterion
+from genssd.engine.criteria.criterion_calls import evaluate
+from genssd.engine.criteria.criterion_names import register_criterion, resolve
 from genssd.engine.criteria.learning_gain import Lark
 from genssd.engine.criteria.likelihood import Perplexity, RankSurprisal
 from genssd.engine.criteria.weighted_rank import WeightedRank
-from genssd.engine.criterion import Criterion, PoolCriterion
-from genssd.engine.criterion_calls import evaluate
-from genssd.engine.criterion_names import register_criterion, resolve
-from genssd.engine.errors import InputError
 from genssd.kernels.logprob import TokenStats
 
 
@@ -620,7 +620,7 @@ def test_options_of_an_imported_object_are_refused(own_module: str) -> None:
         ("rsr*0.7", "'rsr' is no weight"),
         ("genssd.engine.nowhere:Thing", "there is no module genssd.engine.nowhere in "),
         ("genssd.engine.criteria.likelihood:Nothing", r"likelihood\.py has no Nothing"),
-        ("genssd.engine.candidate:Window", "criterion|argument"),
+        ("genssd.engine.criteria.candidate:Window", "criterion|argument"),
     ],
 )
 def test_malformed_names_say_what_is_wrong(text: str, says: str) -> None:

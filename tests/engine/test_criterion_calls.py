@@ -17,9 +17,9 @@ import torch
 from support.tiny_pair import TinyPair
 
 from genssd.cli import main
-from genssd.engine.candidate import Candidate
-from genssd.engine.criteria.likelihood import Perplexity
-from genssd.engine.criterion_calls import (
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.criteria.candidate import Candidate
+from genssd.engine.criteria.criterion_calls import (
     call_features,
     call_ratio,
     call_score,
@@ -28,8 +28,8 @@ from genssd.engine.criterion_calls import (
     evaluate_distinct,
     is_higher_better,
 )
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.reading import ByteSpans
+from genssd.engine.criteria.likelihood import Perplexity
+from genssd.engine.readers.reading import ByteSpans
 from genssd.kernels.logprob import TokenStats
 
 OWN = """

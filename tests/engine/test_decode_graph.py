@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from genssd import _core
-from genssd.engine.decode_graph import BUCKETS, StepLayout, bucket_for
+from genssd.engine.models.decode_graph import BUCKETS, StepLayout, bucket_for
 from genssd.kernels.attention import SegmentTable, build_segment_table
 
 

@@ -17,7 +17,7 @@ from support.search_criteria import list_search_criteria
 from support.toys import Pair, save_checkpoint
 
 from genssd import Alternation, Relay, generate_two_writers
-from genssd.engine.chunk import Chunk
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
 
 PROMPTS = [[5, 6, 7], [8, 9]]

@@ -14,16 +14,16 @@ from support.families import FAMILY_CASES, MISTRAL3, SLIDING, TWO_BASES, save_fa
 from support.toys import VOCAB, edit_json, save_model, save_tokenizer
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from genssd.engine import weights
-from genssd.engine.errors import CheckpointError
+from genssd.engine.checkpoints import weights
+from genssd.engine.checkpoints.mxfp4 import dequantize
+from genssd.engine.checkpoints.parameters import count_parameters
+from genssd.engine.common.errors import CheckpointError
 from genssd.engine.families.registry import FAMILIES
-from genssd.engine.model import Decoder
-from genssd.engine.mxfp4 import dequantize
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.parameters import count_parameters
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import load_model
+from genssd.engine.models.model import Decoder
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
+from genssd.engine.models.transformers_loading import load_model
+from genssd.engine.texts.text import Tokenizer
 from genssd.kernels import attention, native
 
 PLAIN = ("smollm3", "gemma2", "gemma3", "phi4-mini", "olmo3", "qwen3-moe-some-dense", "gpt-oss")

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 from support.toys import Pair
 
-from genssd.engine.chunk import Chunk
+from genssd.engine.decoding.chunk import Chunk
 
 PROMPTS = ["abc", "x" * 3000, "defg", "abc", "hi"]
 """The second one is longer than the models' positions; the fourth equals the first."""

@@ -8,9 +8,9 @@ import pytest
 from support.toys import Pair
 
 from genssd import Sampling
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.speculation_rules import ReverseSpeculation
 
 Prompts = Callable[[int, int], list[list[int]]]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from genssd.engine.criterion_names import resolve
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.criterion_names import resolve
 
 CRITERION = """
 import helper_of_own
@@ -108,7 +108,7 @@ def test_the_command_line_finds_it_too(directory: Path) -> None:
     """The installed command has its own directory at the front of the path, not the working directory."""
     code = (
         "import sys; sys.path = [p for p in sys.path if p not in ('', sys.argv[1])]\n"
-        "from genssd.engine.search_options import SearchOptions\n"
+        "from genssd.engine.search.search_options import SearchOptions\n"
         "print(SearchOptions(criterion='own_criterion_here:Short').criterion)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, cwd=directory)

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from genssd.engine.candidate import Candidate, Window
-from genssd.engine.criterion import Criterion
-from genssd.engine.criterion_names import resolve
-from genssd.engine.errors import InputError
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.shell_commands import read_commands
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.candidate import Candidate, Window
+from genssd.engine.criteria.criterion import Criterion
+from genssd.engine.criteria.criterion_names import resolve
+from genssd.engine.criteria.shell_commands import read_commands
+from genssd.engine.search.search_options import SearchOptions
 from genssd.kernels.logprob import TokenStats
 
 

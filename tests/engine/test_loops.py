@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genssd.engine.errors import InputError
-from genssd.engine.loops import LoopGuard
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.loops import LoopGuard
 
 
 def brute_force(guard: LoopGuard, tokens: list[int]) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from genssd.engine import machine
-from genssd.engine.machine import available_cores, available_memory, control_groups, limit_own_memory
+from genssd.engine.host import machine
+from genssd.engine.host.machine import available_cores, available_memory, control_groups, limit_own_memory
 
 MIB = 1 << 20
 
@@ -154,7 +154,7 @@ def test_ulimit_counts(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch, kind:
 
 def test_ulimit_of_a_real_process() -> None:
     code = (
-        "import resource; from genssd.engine.machine import available_memory\n"
+        "import resource; from genssd.engine.host.machine import available_memory\n"
         "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, -1))\n"
         "before = available_memory(); kept = bytearray(512 << 20)\n"
         "print(before, before - available_memory())"

@@ -16,11 +16,12 @@ from support.tiny_pair import TinyPair
 
 from genssd import Engine
 from genssd.distill import small_pair
-from genssd.engine import memory, page_list
-from genssd.engine.config import ModelConfig
-from genssd.engine.errors import CapacityError
-from genssd.engine.memory import BASE_BYTES, cache_budget, check_weights_fit
-from genssd.engine.parameters import parameter_shapes
+from genssd.engine.cache import page_list
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.checkpoints.parameters import parameter_shapes
+from genssd.engine.common.errors import CapacityError
+from genssd.engine.setup import memory
+from genssd.engine.setup.memory import BASE_BYTES, cache_budget, check_weights_fit
 
 CPU = torch.device("cpu")
 PAIR = Path(next(iter(small_pair.__path__)))

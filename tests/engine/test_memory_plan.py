@@ -11,9 +11,9 @@ from support.families import FAMILY_CASES, save_family
 from support.toys import save_checkpoint
 
 from genssd import Engine
-from genssd.engine.errors import CapacityError
-from genssd.engine.memory_plan import PlannedModel, plan_memory
-from genssd.engine.model_choices import Role
+from genssd.engine.common.errors import CapacityError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.setup.memory_plan import PlannedModel, plan_memory
 
 CPU = torch.device("cpu")
 
@@ -51,14 +51,14 @@ def test_a_fraction_leaves_room_for_weights_and_computation(tmp_path: Path, monk
     save_checkpoint(tmp_path, "llama")
     models: dict[Role, PlannedModel] = {"student": PlannedModel.read(tmp_path, torch.float32, CPU)}
     for free in (1 << 30, 4 << 30):
-        monkeypatch.setattr("genssd.engine.memory.available_bytes", lambda device, free=free: free)
-        monkeypatch.setattr("genssd.engine.memory_plan.available_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("genssd.engine.setup.memory.available_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("genssd.engine.setup.memory_plan.available_bytes", lambda device, free=free: free)
         plan = plan_memory(models, memory_bytes=None, free_fraction=0.5, max_num_seqs=32, threads=1)
         assert plan.free_bytes == free
         assert plan.cache_bytes == int(0.5 * (free - plan.weight_bytes["student"]))
         part = plan_memory(models, memory_bytes=None, free_fraction=0.5, max_num_seqs=32, threads=1, processes=4)
         assert part.free_bytes == free // 4
         assert part.cache_bytes == int(0.5 * (free // 4 - part.weight_bytes["student"]))
-    monkeypatch.setattr("genssd.engine.memory.available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("genssd.engine.setup.memory.available_bytes", lambda device: 1 << 20)
     with pytest.raises(CapacityError, match="nothing is left for the key-value cache"):
         plan_memory(models, memory_bytes=None, free_fraction=0.5, max_num_seqs=32, threads=1)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from support.toys import VOCAB, edit_json, save_checkpoint, save_model
 
-from genssd.engine import runner as runners
-from genssd.engine.config import ModelConfig
-from genssd.engine.errors import CheckpointError
-from genssd.engine.model import Decoder
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.parameters import parameter_shapes
-from genssd.engine.weights import read_tensors
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.checkpoints.parameters import parameter_shapes
+from genssd.engine.checkpoints.weights import read_tensors
+from genssd.engine.common.errors import CheckpointError
+from genssd.engine.models import runner as runners
+from genssd.engine.models.model import Decoder
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
@@ -81,7 +81,7 @@ def test_logits_equal_transformers(tmp_path: Path, kind: str, options: dict[str,
 @torch.inference_mode()
 def test_a_long_input_goes_in_several_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(tmp_path, "llama")
-    monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 16)
+    monkeypatch.setattr("genssd.engine.models.runner.MAX_ROWS", 16)
     ids = torch.randint(0, VOCAB, (2, 41))
     runner = load(tmp_path)
     hidden = runner.extend([runner.tree.root(), runner.tree.root()], [ids[0].tolist(), ids[1, :9].tolist()])

@@ -10,12 +10,12 @@ import pytest
 import torch
 from support.toys import VOCAB, save_model
 
-from genssd.engine.errors import CheckpointError
+from genssd.engine.common.errors import CheckpointError
 from genssd.engine.families.family import Family
 from genssd.engine.families.registry import FAMILIES
-from genssd.engine.model import Decoder
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
+from genssd.engine.models.model import Decoder
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
 
 
 def differences(config: Any) -> Mapping[str, Any]:

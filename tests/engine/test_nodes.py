@@ -11,11 +11,11 @@ import torch
 from support.exact_tree import ExactTree
 from support.toys import ENDINGS, EOS, Pair, save_markov, token_of
 
+from genssd.engine.calls.generation import Completion
+from genssd.engine.calls.nodes import Fork
+from genssd.engine.common.errors import CapacityError, InputError
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.generation import Completion
-from genssd.engine.nodes import Fork
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 LETTERS = [token_of(c) for c in "abc"]
 PROMPT = [5, 6, 7]

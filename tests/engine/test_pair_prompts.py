@@ -18,14 +18,14 @@ from support.templates import (
 )
 from support.toys import CHATML
 
-from genssd.engine import pair_prompts
-from genssd.engine.chat import ChatTemplate
-from genssd.engine.errors import InputError
-from genssd.engine.pair_prompts import PairEncoder
-from genssd.engine.text import Tokenizer
-from genssd.engine.thinking import ThinkingMode, find_thinking
-from genssd.engine.thinking_pair import compare_thinking
-from genssd.engine.token_map import TokenMap
+from genssd.engine.common.errors import InputError
+from genssd.engine.readers import pair_prompts
+from genssd.engine.readers.pair_prompts import PairEncoder
+from genssd.engine.readers.thinking_pair import compare_thinking
+from genssd.engine.readers.token_map import TokenMap
+from genssd.engine.texts.chat import ChatTemplate
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.thinking import ThinkingMode, find_thinking
 
 Load = Callable[..., Tokenizer]
 ASKED = [{"role": "user", "content": "What is 2 + 3?"}]

@@ -11,15 +11,15 @@ import pytest
 from support.small_pages import small_pages
 from support.toys import Pair
 
-from genssd.engine import budget as budgets
-from genssd.engine.budget import Budget
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
 from genssd.engine.criteria.likelihood import Perplexity
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.selection import Selection
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search import budget as budgets
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.search.selection import Selection
 
 Prompts = Callable[[int, int], list[list[int]]]
 EIGHT = Chunk(tokens=8, until=None)

@@ -18,8 +18,8 @@ import torch
 from support.byte_tokenizers import TEXTS
 
 from genssd import Chunk, Engine
-from genssd.engine.byte_reader import ByteReader
-from genssd.engine.text import Tokenizer
+from genssd.engine.readers.byte_reader import ByteReader
+from genssd.engine.texts.text import Tokenizer
 
 MODELS = [Path(name) for name in os.environ.get("GENSSD_MODELS", "").split(os.pathsep) if name]
 PAIRS = list(itertools.permutations(MODELS, 2))

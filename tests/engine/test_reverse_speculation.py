@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.toys import Pair, edit_json, save_markov, token_of
 
+from genssd.engine.common.errors import InputError, NumericsError
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError, NumericsError
-from genssd.engine.sampling import Sampling, attempt_key, noise_key
-from genssd.engine.speculation_rules import ReverseSpeculation
+from genssd.engine.models.sampling import Sampling, attempt_key, noise_key
 from genssd.kernels.weight import cells_of
 
 Prompts = Callable[[int, int], list[list[int]]]

@@ -10,16 +10,16 @@ import pytest
 import torch
 from support.toys import Pair
 
-from genssd.engine.chunk import Chunk
-from genssd.engine.drawing import WriterDrawing
+from genssd.engine.common.errors import NumericsError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.drawing import WriterDrawing
+from genssd.engine.decoding.expander import Expander
 from genssd.engine.engine import Engine
-from genssd.engine.errors import NumericsError
-from genssd.engine.expander import Expander
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.pending_read import PendingRead
-from genssd.engine.sampling import Sampling
-from genssd.engine.selection import Selection
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
+from genssd.engine.models.pending_read import PendingRead
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.selection import Selection
 from genssd.kernels.logprob import STATISTICS
 from genssd.kernels.weight import cells_of
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling, child_stream, noise_key, noise_keys, prompt_stream, uniform
+from genssd.engine.common.errors import InputError
+from genssd.engine.models.sampling import Sampling, child_stream, noise_key, noise_keys, prompt_stream, uniform
 
 WORDS = st.integers(0, (1 << 64) - 1)
 

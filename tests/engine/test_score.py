@@ -12,11 +12,11 @@ import torch
 from support.families import FAMILY_CASES, save_family
 from support.toys import Pair, save_checkpoint, save_tokenizer
 
-from genssd.engine.chunk import Chunk
+from genssd.engine.cache.tree import Path as TreePath
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.paged_runner import Prepared
-from genssd.engine.tree import Path as TreePath
+from genssd.engine.models.paged_runner import Prepared
 from genssd.kernels.logprob import TokenStats
 
 Prompts = Callable[[int, int], list[list[int]]]
@@ -126,8 +126,8 @@ def test_many_passes_and_a_full_cache_change_nothing(
 ) -> None:
     prompts, responses = random_prompts(9, 9), random_prompts(9, 10)
     expected = pair.engine().score(prompts, responses)
-    monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 64)
-    monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 24)
+    monkeypatch.setattr("genssd.engine.calls.scoring.MAX_ROWS", 64)
+    monkeypatch.setattr("genssd.engine.models.runner.MAX_ROWS", 24)
     tight = pair.engine(memory_bytes=6 * 16 * 1024)  # six pages of 16 tokens per model
     for actual, reference in zip(tight.score(prompts, responses), expected, strict=True):
         torch.testing.assert_close(actual.logprob, reference.logprob, atol=TOLERANCE, rtol=0)
@@ -136,7 +136,7 @@ def test_many_passes_and_a_full_cache_change_nothing(
 
 def test_a_prompt_of_many_responses_is_computed_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where they take several passes."""
-    monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 50)
+    monkeypatch.setattr("genssd.engine.calls.scoring.MAX_ROWS", 50)
     engine = pair.engine()
     runner, counts = engine._resources.runners["student"], []
     prepare = runner.prepare
@@ -158,7 +158,7 @@ def test_a_prompt_of_many_responses_is_computed_once(pair: Pair, monkeypatch: py
 
 def test_prompts_that_take_turns_in_a_full_cache(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that are held for later responses are dropped for the present one."""
-    monkeypatch.setattr("genssd.engine.scoring.MAX_ROWS", 64)
+    monkeypatch.setattr("genssd.engine.calls.scoring.MAX_ROWS", 64)
     prompts = [[*range(i, i + 30)] for i in (0, 40, 80)] * 4
     responses = [[100 + i, *range(12)] for i in range(12)]
     tight = pair.engine(memory_bytes=6 * 16 * 1024)

@@ -13,15 +13,15 @@ import torch
 from support.small_pages import small_pages
 from support.toys import ENDINGS, Pair
 
-from genssd.engine.candidate import Candidate
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.candidate import Candidate
 from genssd.engine.criteria.likelihood import Perplexity
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.expansion import Expansion
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.expansion import Expansion
-from genssd.engine.loops import LoopGuard
-from genssd.engine.sampling import Sampling
-from genssd.engine.selection import CandidateRecord, Selection
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.selection import CandidateRecord, Selection
+from genssd.engine.texts.loops import LoopGuard
 
 Prompts = Callable[[int, int], list[list[int]]]
 EIGHT = Chunk(tokens=8, until=None)
@@ -347,7 +347,7 @@ def test_a_round_is_planned_once_however_often_it_waits(
         planned.append(Expansion(*arguments))
         return planned[-1]
 
-    monkeypatch.setattr("genssd.engine.search.Expansion", counted)
+    monkeypatch.setattr("genssd.engine.search.prompt_search.Expansion", counted)
     prompts = [p[:5] for p in random_prompts(7, 12)]
     tight = small_pages(pair, 48)
     options = {"candidates": 2, "chunk": Chunk(tokens=4, until=None), "max_tokens": 28, "seed": 1}

@@ -11,13 +11,13 @@ import pytest
 
 import genssd
 from genssd.distill.select.config import SelectSettings
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.judging import Judge
-from genssd.engine.loops import LoopGuard
-from genssd.engine.search_options import SearchChanges, SearchOptions
-from genssd.engine.selection import Selection
+from genssd.engine.search.judging import Judge
+from genssd.engine.search.search_options import SearchChanges, SearchOptions
+from genssd.engine.search.selection import Selection
+from genssd.engine.texts.loops import LoopGuard
 
 Prompts = Callable[[int, int], list[list[int]]]
 

@@ -17,11 +17,11 @@ import torch
 from support.toys import EOS, edit_json, save_markov, token_of
 from torch import Tensor
 
-from genssd.engine.choice import draw_order, softmax
-from genssd.engine.chunk import Chunk
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.loops import LoopGuard
-from genssd.engine.sampling import child_stream, prompt_stream
+from genssd.engine.models.sampling import child_stream, prompt_stream
+from genssd.engine.search.choice import draw_order, softmax
+from genssd.engine.texts.loops import LoopGuard
 
 LETTERS = [token_of(c) for c in "abc"]
 TEACHER = torch.tensor([[0.5, 1.0, -0.3], [0.0, 0.9, 1.1], [1.2, -0.4, 0.6]])

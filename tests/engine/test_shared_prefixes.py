@@ -12,17 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.toys import VOCAB, Pair
 
-from genssd.engine import shared_prefixes
-from genssd.engine.chunk import Chunk
+from genssd.engine.cache.tree import Path
+from genssd.engine.common.errors import CapacityError, NumericsError
+from genssd.engine.common.usage import Usage
+from genssd.engine.decoding import shared_prefixes
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.shared_prefixes import SharedPrefixes, find_prefix_spans
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, NumericsError
-from genssd.engine.loading import open_runner
-from genssd.engine.runner import ModelRunner
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.selection import Selection
-from genssd.engine.shared_prefixes import SharedPrefixes, find_prefix_spans
-from genssd.engine.tree import Path
-from genssd.engine.usage import Usage
+from genssd.engine.models.runner import ModelRunner
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.search.selection import Selection
+from genssd.engine.setup.loading import open_runner
 from genssd.kernels.logprob import STATISTICS, TokenStats
 
 SEARCH = SearchOptions(
@@ -190,7 +190,7 @@ def test_a_transformers_model_has_the_same_bits_and_computes_every_shared_piece_
     pair: Pair, monkeypatch: pytest.MonkeyPatch, apart: Callable[[], None]
 ) -> None:
     """Prefixes end where pieces end: beyond that the bits would depend on the company."""
-    monkeypatch.setattr("genssd.engine.transformers_runner.LONGEST_PIECE", 6)
+    monkeypatch.setattr("genssd.engine.models.transformers_runner.LONGEST_PIECE", 6)
     engine = pair.engine(backend="transformers")
     prompts, together, options = families()[:5], fresh(engine, page_size=4), SEARCH.with_changes(max_tokens=8)
     selections = together.select_expand(prompts, options)

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from genssd.engine.steps import step_spans
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.steps import step_spans
+from genssd.engine.texts.text import Tokenizer
 
 Spans = list[tuple[int, int]]
 

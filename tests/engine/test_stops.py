@@ -14,17 +14,17 @@ from support.stub_server import StubServer
 from support.toys import save_markov, token_of
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StopStringCriteria
 
-from genssd.engine.budget import Budget
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
-from genssd.engine.selection import Selection
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.selection import Selection
 from genssd.engine.served.options import ServerOptions
-from genssd.engine.speculation_rules import ReverseSpeculation
-from genssd.engine.stops import StopSearch, StopStrings, encode_head
-from genssd.engine.text import Tokenizer
-from genssd.engine.text_stream import REPLACEMENT, open_stream
+from genssd.engine.texts.stops import StopSearch, StopStrings, encode_head
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import REPLACEMENT, open_stream
 
 PROMPTS = [TEXTS[0][:50], "Step 1:", "\tif x", "So 3"]
 FREE = Sampling(temperature=1.0)

@@ -9,11 +9,11 @@ import torch
 from support.toys import Pair
 
 from genssd import rewind
-from genssd.engine.branch import Branch
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.decoding.branch import Branch
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 PROMPT = [44, 239, 183]
 FOUR = Chunk(tokens=4, until=None)

@@ -15,17 +15,17 @@ import torch
 from support.byte_tokenizers import build, save
 from support.toys import ENDINGS, EOS, Pair, edit_json, save_checkpoint, save_markov, token_of
 
-from genssd.engine.budget import Budget
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.common.usage import Usage
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.selection import Selection
-from genssd.engine.text import Tokenizer
-from genssd.engine.text_encoder import TextEncoder
-from genssd.engine.token_bytes import ByteTable
-from genssd.engine.usage import Usage
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
+from genssd.engine.readers.text_encoder import TextEncoder
+from genssd.engine.readers.token_bytes import ByteTable
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.selection import Selection
+from genssd.engine.texts.text import Tokenizer
 
 Prompts = Callable[[int, int], list[list[int]]]
 EIGHT = Chunk(tokens=8, until=None)

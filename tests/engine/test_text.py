@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.toys import save_tokenizer
 
-from genssd.engine.chunk import Chunk, ChunkEnd
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
-from genssd.engine.text_stream import TextStream
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk, ChunkEnd
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import TextStream
 
 
 @pytest.fixture(scope="module")

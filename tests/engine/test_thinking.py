@@ -21,13 +21,13 @@ from support.templates import (
 )
 from support.toys import CHATML
 
-from genssd.engine.errors import InputError
-from genssd.engine.pair_prompts import PairEncoder
-from genssd.engine.text import Tokenizer
-from genssd.engine.thinking import find_thinking, read_end
-from genssd.engine.thinking_pair import ThinkingPair, compare_thinking
-from genssd.engine.thoughts import THINK
-from genssd.engine.token_map import TokenMap
+from genssd.engine.common.errors import InputError
+from genssd.engine.readers.pair_prompts import PairEncoder
+from genssd.engine.readers.thinking_pair import ThinkingPair, compare_thinking
+from genssd.engine.readers.token_map import TokenMap
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.thinking import find_thinking, read_end
+from genssd.engine.texts.thoughts import THINK
 
 Load = Callable[..., Tokenizer]
 

@@ -12,13 +12,13 @@ import torch
 from support.tiny_pair import TinyPair
 
 from genssd import Chunk, Engine
-from genssd.engine import threads
-from genssd.engine.errors import InputError
-from genssd.engine.model import Decoder
-from genssd.engine.model_head import ModelHead
-from genssd.engine.nodes import Fork
-from genssd.engine.thread_count import MAX_THREADS
-from genssd.engine.threads import choose_engine_threads, choose_training_threads, effective_threads
+from genssd.engine.calls.nodes import Fork
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.thread_count import MAX_THREADS
+from genssd.engine.host import threads
+from genssd.engine.host.threads import choose_engine_threads, choose_training_threads, effective_threads
+from genssd.engine.models.model import Decoder
+from genssd.engine.models.model_head import ModelHead
 from genssd.kernels.threads import native_threads, num_threads
 
 MILLION = 1_000_000

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from genssd.engine.candidate import Candidate
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.usage import Usage
+from genssd.engine.criteria.candidate import Candidate
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.selection import Selection
-from genssd.engine.usage import Usage
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.search.selection import Selection
 
 Prompts = Callable[[int, int], list[list[int]]]
 BEAM = SearchOptions(

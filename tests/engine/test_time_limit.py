@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from genssd.engine.time_limit import TimeLimitError, call_within
+from genssd.engine.common.time_limit import TimeLimitError, call_within
 
 
 def spin(seconds: float) -> str:

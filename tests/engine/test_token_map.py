@@ -41,16 +41,16 @@ from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.models import load_teacher
 from genssd.distill.train.trainer import run_train
-from genssd.engine.byte_reader import ByteReader
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.chunk import Chunk
-from genssd.engine.ends import choose_end
+from genssd.engine.calls.generation import Completion
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.generation import Completion
-from genssd.engine.speculation_rules import ReverseSpeculation
-from genssd.engine.text import Tokenizer
-from genssd.engine.token_map import TokenMap, match_tokenizers
+from genssd.engine.readers.byte_reader import ByteReader
+from genssd.engine.readers.ends import choose_end
+from genssd.engine.readers.token_map import TokenMap, match_tokenizers
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 
 Families = dict[str, Path]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from support.toys import Pair
 
+from genssd.engine.common.errors import NumericsError
 from genssd.engine.engine import Engine
-from genssd.engine.errors import NumericsError
-from genssd.engine.token_runs import TokenRun, nonfinite_logits, run_statistics
+from genssd.engine.models.token_runs import TokenRun, nonfinite_logits, run_statistics
 from genssd.kernels.logprob import STATISTICS, linear_logprob
 
 IDS = [5, 9, 2, 7, 7, 1]

@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.toys import EOS, VOCAB, Pair, edit_json, save_checkpoint
 
-from genssd.engine.chunk import Chunk
+from genssd.engine.cache.tree import Path as TreePath
+from genssd.engine.common.errors import CapacityError, CheckpointError, InputError
+from genssd.engine.common.usage import Usage
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, CheckpointError, InputError
-from genssd.engine.loading import open_runner
-from genssd.engine.search_options import SearchOptions
-from genssd.engine.selection import Selection
-from genssd.engine.transformers_model import TransformersModel
-from genssd.engine.transformers_runner import CacheTree, TransformersRunner
-from genssd.engine.tree import Path as TreePath
-from genssd.engine.usage import Usage
+from genssd.engine.models.transformers_model import TransformersModel
+from genssd.engine.models.transformers_runner import CacheTree, TransformersRunner
+from genssd.engine.search.search_options import SearchOptions
+from genssd.engine.search.selection import Selection
+from genssd.engine.setup.loading import open_runner
 
 Prompts = Callable[[int, int], list[list[int]]]
 GATED_DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
@@ -94,7 +94,7 @@ def test_logits_equal_transformers(tmp_path: Path, kind: str, options: dict[str,
 def test_the_company_of_a_row_changes_no_bit_and_long_inputs_are_cut_at_the_same_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", 16)
+    monkeypatch.setattr("genssd.engine.models.runner.MAX_ROWS", 16)
     save_checkpoint(tmp_path, "qwen3_5_text", **QWEN35)
     engine = load(tmp_path)
     runner = runner_of(engine)

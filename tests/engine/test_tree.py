@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from genssd.engine.errors import CapacityError
-from genssd.engine.pages import PagePool
-from genssd.engine.tree import BranchTree, Path
+from genssd.engine.cache.tree import BranchTree, Path
+from genssd.engine.common.errors import CapacityError
+from genssd.engine.models.pages import PagePool
 
 NUM_PAGES = 24
 

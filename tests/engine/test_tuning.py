@@ -12,9 +12,9 @@ import torch
 from support.toys import Pair
 from torch import Tensor
 
-from genssd.engine.launches import LaunchRecord, describe_launches
-from genssd.engine.sampling import Sampling
-from genssd.engine.tuning import VARIES, Timing, list_jobs, measure, select_winners, tune
+from genssd.engine.models.launches import LaunchRecord, describe_launches
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.models.tuning import VARIES, Timing, list_jobs, measure, select_winners, tune
 from genssd.kernels import tuned
 from genssd.kernels.tuned import Configuration, Problem, find_disagreement
 
@@ -240,7 +240,7 @@ def test_the_engine_logs_one_line(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = LaunchRecord(source="tuned for NVIDIA H200", deterministic=True, digest="aa")
-    monkeypatch.setattr("genssd.engine.loading.describe_launches", lambda decoders: record)
+    monkeypatch.setattr("genssd.engine.setup.loading.describe_launches", lambda decoders: record)
     caplog.set_level("INFO", logger="genssd")
     pair.engine()
     assert [r.message for r in caplog.records if r.name.startswith("genssd")] == [

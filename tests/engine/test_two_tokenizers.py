@@ -16,21 +16,21 @@ from support.search_criteria import list_search_criteria
 from support.toys import save_markov, token_of
 from transformers import AutoModelForCausalLM
 
-from genssd.engine import session as session_module
-from genssd.engine import text_encoder
-from genssd.engine.budget import Budget
-from genssd.engine.byte_reader import ByteReader
-from genssd.engine.candidate import Candidate
-from genssd.engine.chunk import Chunk
+from genssd.engine.calls import session as session_module
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.common.usage import Usage
+from genssd.engine.criteria.candidate import Candidate
 from genssd.engine.criteria.teacher import TeacherStudentGap
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.reading import ByteSpans
-from genssd.engine.selection import Selection, Trajectory
-from genssd.engine.speculation_rules import ReverseSpeculation
-from genssd.engine.usage import Usage
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
+from genssd.engine.readers import text_encoder
+from genssd.engine.readers.byte_reader import ByteReader
+from genssd.engine.readers.reading import ByteSpans
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.selection import Selection, Trajectory
 from genssd.kernels.logprob import TokenStats
 
 EIGHT = Chunk(tokens=8, until=None)

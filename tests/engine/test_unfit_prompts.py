@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 from support.toys import Pair
 
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import CapacityError
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError
 
 Prompts = Callable[[int, int], list[list[int]]]
 FIVE = Chunk(tokens=5, until=None)

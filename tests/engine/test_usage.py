@@ -6,10 +6,10 @@ import gc
 
 from support.tiny_pair import TinyPair
 
-from genssd.engine.chunk import Chunk
+from genssd.engine.calls.nodes import Fork
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.nodes import Fork
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 PROMPTS = ["3+4=", "1+1=", "2+5="]
 

@@ -13,19 +13,19 @@ import pytest
 import torch
 from support.toys import ENDINGS, Pair, save_markov, token_of
 
-from genssd.engine.candidate import Candidate, Window
-from genssd.engine.chunk import Chunk
+from genssd.engine.cache.tree import Path
+from genssd.engine.common.errors import CapacityError, InputError, NumericsError
 from genssd.engine.criteria.by_step import LocalNaturalness
+from genssd.engine.criteria.candidate import Candidate, Window
+from genssd.engine.criteria.criterion import PoolCriterion
+from genssd.engine.criteria.criterion_calls import evaluate
+from genssd.engine.criteria.criterion_names import resolve
 from genssd.engine.criteria.likelihood import Perplexity
 from genssd.engine.criteria.reference_answer import RationaleDifficulty
-from genssd.engine.criterion import PoolCriterion
-from genssd.engine.criterion_calls import evaluate
-from genssd.engine.criterion_names import resolve
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.engine import Engine
-from genssd.engine.errors import CapacityError, InputError, NumericsError
-from genssd.engine.selection import CandidateRecord, Selection
-from genssd.engine.steps import step_spans
-from genssd.engine.tree import Path
+from genssd.engine.search.selection import CandidateRecord, Selection
+from genssd.engine.texts.steps import step_spans
 from genssd.kernels.logprob import TokenStats
 from genssd.kernels.weight import cells_of
 
@@ -102,8 +102,8 @@ def test_order_and_company_change_nothing(engine: Engine) -> None:
 @pytest.mark.parametrize(("rows", "pages"), [(40, 256), (2048, 9), (2048, 7), (24, 8)])
 def test_many_windows_go_in_groups(pair: Pair, monkeypatch: pytest.MonkeyPatch, rows: int, pages: int) -> None:
     """The rows of one pass or the free pages limit a group; all pages are freed."""
-    monkeypatch.setattr("genssd.engine.windows.MAX_ROWS", rows)
-    monkeypatch.setattr("genssd.engine.runner.MAX_ROWS", min(rows, 24))
+    monkeypatch.setattr("genssd.engine.decoding.windows.MAX_ROWS", rows)
+    monkeypatch.setattr("genssd.engine.models.runner.MAX_ROWS", min(rows, 24))
     tight = pair.engine(memory_bytes=pages * PAGE_BYTES)
     runner = tight._resources.runners["student"]
     extend, sizes = runner.extend, []

@@ -21,11 +21,11 @@ from support.tokenizer_families import QWEN25, build_backend, save_backend
 from support.toys import save_model
 
 from genssd.cli import main
-from genssd.engine.checkpoint import fingerprint
+from genssd.engine.checkpoints.checkpoint import fingerprint
+from genssd.engine.common.errors import GenssdError
 from genssd.engine.engine import Engine
-from genssd.engine.errors import GenssdError
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import load_model
+from genssd.engine.models.transformers_loading import load_model
+from genssd.engine.texts.text import Tokenizer
 
 pytestmark = pytest.mark.fuzz
 

@@ -28,7 +28,7 @@ from support.tiny_pair import TinyPair
 
 from genssd.configs import CONFIGS
 from genssd.distill.runs.journal import make_line
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.flags import read_config
 
 pytestmark = pytest.mark.fuzz

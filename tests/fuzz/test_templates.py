@@ -12,8 +12,8 @@ from support.fuzzing import NUM_INPUTS, fuzz_settings, succeeds_or_refuses
 from support.templates import CHANNELS, FIELD_OPENER, SPACED, THINK_OPENER, THINKING_WRAPPER, TOOLS
 from support.toys import CHATML, save_checkpoint
 
-from genssd.engine.chat import ChatTemplate
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.chat import ChatTemplate
+from genssd.engine.texts.text import Tokenizer
 
 pytestmark = pytest.mark.fuzz
 
@@ -53,7 +53,7 @@ CONVERSATION = [
 def shorter_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Templates that never end are stopped sooner in the normal tests."""
     if not NUM_INPUTS:
-        monkeypatch.setattr("genssd.engine.chat.MAX_SECONDS", 0.3)
+        monkeypatch.setattr("genssd.engine.texts.chat.MAX_SECONDS", 0.3)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 
-from genssd.engine.errors import GenssdError
+from genssd.engine.common.errors import GenssdError
 
 MAX_SECONDS = 10.0
 """Seconds of computing that an input may take."""

@@ -1,6 +1,6 @@
 """The memory of jobs with Qwen3 models on one GPU, and with SmolLM2 models on a CPU: tables of gsm8k.md and cpu.md.
 
-The numbers are those of the project's own plan (engine/memory_plan.py) and estimate (distill/train/activations.py),
+The numbers are those of the project's own plan (engine/setup/memory_plan.py) and estimate (distill/train/activations.py),
 which `genssd doctor` prints for models that are there.
 """
 
@@ -14,10 +14,10 @@ import torch
 
 from genssd.distill.train.activations import BatchShape, estimate_training_bytes
 from genssd.distill.train.config import TrainSettings
-from genssd.engine.config import ModelConfig
-from genssd.engine.memory_plan import PlannedModel, plan_memory
-from genssd.engine.parameters import count_cache_values
-from genssd.engine.transformers_loading import make_empty_model
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.checkpoints.parameters import count_cache_values
+from genssd.engine.models.transformers_loading import make_empty_model
+from genssd.engine.setup.memory_plan import PlannedModel, plan_memory
 
 SHAPES = {
     "0.6B": (1024, 3072, 28, 16, True),
@@ -84,8 +84,8 @@ def _describe_card(models: dict[str, PlannedModel], card: int) -> str:
     if sum(model.weight_bytes for model in models.values()) > 0.95 * free:
         return "does not fit"
     with (
-        patch("genssd.engine.memory.available_bytes", lambda device: free),
-        patch("genssd.engine.memory_plan.available_bytes", lambda device: free),
+        patch("genssd.engine.setup.memory.available_bytes", lambda device: free),
+        patch("genssd.engine.setup.memory_plan.available_bytes", lambda device: free),
     ):
         plan = plan_memory(models, memory_bytes=None, free_fraction=0.9, max_num_seqs=None, threads=1)
     return f"{plan.cache_tokens // 1000:,}k tokens, {plan.cache_tokens // SEQUENCE} prompts"

@@ -30,11 +30,11 @@ from genssd.distill.select.generate import GenerationWork
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.two_writer_options import Alternation, Relay
 from genssd.distill.select.work import SearchedPrompt, SearchWork
-from genssd.engine.budget import Budget
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.feed import Feed
+from genssd.engine.search.budget import Budget
 
 SEARCH: dict[str, Any] = {"candidates": 3, "chunk": Chunk(tokens=4, until=None), "max_tokens": 16}
 PROBLEMS = tuple(

@@ -18,7 +18,7 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.on_policy import Rollouts
 from genssd.distill.train.rollout_options import RolloutOptions
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 def make_config(options: dict[str, Any]) -> TrainConfig:

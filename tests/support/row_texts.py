@@ -13,7 +13,7 @@ from support.toys import save_model
 
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, read_traces
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 HEAD = """# Rows as text
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from genssd.engine.criterion import not_in_search
-from genssd.engine.criterion_names import registered_criteria, resolve
+from genssd.engine.criteria.criterion import not_in_search
+from genssd.engine.criteria.criterion_names import registered_criteria, resolve
 
 
 def list_search_criteria() -> list[str]:

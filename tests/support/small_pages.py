@@ -6,8 +6,8 @@ import torch
 from support.toys import Pair
 
 from genssd.engine.engine import Engine
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
 
 
 def small_pages(pair: Pair, num_pages: int, page_size: int = 1) -> Engine:

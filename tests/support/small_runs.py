@@ -34,7 +34,7 @@ from genssd.distill.select.run import run_select
 from genssd.distill.train.checkpoints import list_checkpoints
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import run_train
-from genssd.engine.chunk import Chunk
+from genssd.engine.decoding.chunk import Chunk
 
 PROMPTS = 3
 VARYING = {"seconds", "tokens_per_second", "checksum"}

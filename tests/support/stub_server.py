@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 NAME = "tiny"
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 THINKING_WRAPPER = """
 {%- for m in messages -%}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from genssd.engine.candidate import Candidate
+from genssd.engine.criteria.candidate import Candidate
 
 
 def token_sum(token_ids: Sequence[int]) -> float:

@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from genssd.engine.machine import available_cores
+from genssd.engine.host.machine import available_cores
 
 
 def describe_machine(threads: int) -> dict[str, object]:

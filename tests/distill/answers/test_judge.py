@@ -18,7 +18,7 @@ from genssd.distill.answers import formulas
 from genssd.distill.answers.judge import AnswerJudge, judge
 from genssd.distill.answers.thoughts import find_all_tags, find_open_tags
 from genssd.distill.data.problems import parse_answer, read_problems
-from genssd.engine.thoughts import ThoughtTags
+from genssd.engine.texts.thoughts import ThoughtTags
 
 FORMS = [
     tuple(part.replace("⏎", "\n") for part in line.split("\t"))

@@ -20,9 +20,9 @@ from support.toys import CHATML
 
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.traces import Trace, read_traces
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 TEMPLATES = {

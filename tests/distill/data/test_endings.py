@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from genssd.distill.data.endings import is_finished, select_endings
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 @pytest.mark.parametrize(

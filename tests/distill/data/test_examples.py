@@ -10,8 +10,8 @@ import pytest
 from support.toys import EOS, edit_json, save_checkpoint, save_tokenizer
 
 from genssd.distill.data.example_files import read_examples
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 

@@ -14,8 +14,8 @@ from support.toys import save_checkpoint
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.final_answers import is_final_answer
 from genssd.distill.data.traces import Trace, read_traces
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 

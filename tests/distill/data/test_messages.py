@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from genssd.distill.data.messages import parse_prompt
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 @pytest.mark.parametrize(

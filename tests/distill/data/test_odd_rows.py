@@ -17,8 +17,8 @@ from support.templates import THINK_OPENER, THINKING_WRAPPER, TOOLS, make_tokeni
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.problems import read_problems
 from genssd.distill.data.traces import Trace, read_traces
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 NAMES = [
     "prompt", "messages", "completion", "generations", "question", "problem", "instruction", "query", "input",

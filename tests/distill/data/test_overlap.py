@@ -22,7 +22,7 @@ from genssd.distill.data.overlap import (
 )
 from genssd.distill.data.problems import read_problems
 from genssd.distill.data.traces import Trace, make_training_row, read_traces
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 

@@ -11,7 +11,7 @@ from support.shared_data import SHARED_DATA
 
 from genssd.distill.data.parts import Shard
 from genssd.distill.data.problems import read_problems, read_usable_problems
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.row_texts import ROWS, read_row, render_page, save_named
 
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "row_texts.md"
 SMOLLM2 = os.environ.get("GENSSD_SMOLLM2", "")

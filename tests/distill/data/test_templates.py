@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from genssd.distill.data.example_files import read_examples
 from genssd.distill.data.problems import read_problems
 from genssd.distill.data.traces import Trace, read_traces
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 

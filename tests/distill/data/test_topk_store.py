@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from genssd.distill.data.topk_coding import BYTES_PER_ENTRY, SKIP, decode_topk, encode_topk
 from genssd.distill.data.topk_store import TopkStore, locate_topk
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.kernels.logprob import TopK
 
 TOP = TopK(torch.arange(6).reshape(3, 2), torch.full((3, 2), -1.0))

@@ -10,7 +10,7 @@ import pytest
 from support.toys import EOS, save_checkpoint
 
 from genssd.distill.data.traces import Trace, read_traces
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 

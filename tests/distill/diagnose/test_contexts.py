@@ -11,7 +11,7 @@ import pytest
 from genssd.distill.data.problems import ProblemRow
 from genssd.distill.diagnose.contexts import build_prompt, read_contexts
 from genssd.distill.diagnose.readers import Reader, Templates, list_readers
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 

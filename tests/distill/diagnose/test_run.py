@@ -24,11 +24,11 @@ from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.model_pools import Load
 from genssd.distill.diagnose.readers import Templates
 from genssd.distill.diagnose.run import DiagnoseSummary, run_diagnose
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
-from genssd.engine.runner import ModelRunner
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.runner import ModelRunner
+from genssd.engine.models.sampling import Sampling
 
 Write = Callable[..., Path]
 LETTERS = [token_of("7"), token_of("8"), EOS]

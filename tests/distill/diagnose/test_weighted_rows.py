@@ -15,7 +15,7 @@ from genssd.distill.data.example_files import read_examples
 from genssd.distill.diagnose.config import DiagnoseConfig
 from genssd.distill.diagnose.weighted_rows import make_weighted_rows
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 ALIGNMENTS: list[float | str] = [0.5, -0.25, "flat", 0.0, 1.0]

@@ -17,8 +17,8 @@ from genssd.distill.doctor.data_checks import check_answers, check_lengths, chec
 from genssd.distill.doctor.inputs import Inputs, open_inputs
 from genssd.distill.doctor.rows import has_responses
 from genssd.distill.train.config import TrainSettings
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.text import Tokenizer
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_no_weights_are_read_without_verify(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("genssd.engine.weights.WeightFiles.reading", refuse)
+    monkeypatch.setattr("genssd.engine.checkpoints.weights.WeightFiles.reading", refuse)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
     settings = Settings(models={"teacher": MODELS[0], "student": MODELS[1]})
     assert find_worst(examine(settings, rows=1)) == "ok"

@@ -112,7 +112,7 @@ def test_why_there_is_no_gpu(
 
 
 def test_advice_for_processors_that_multiply_bfloat16(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genssd.engine.memory.bfloat16_instructions", lambda: "amx")
+    monkeypatch.setattr("genssd.engine.setup.memory.bfloat16_instructions", lambda: "amx")
     found = one(check_kernels(inputs_of(tiny_pair, EngineOptions())))
     assert found.level == "ok"
     assert "--dtype bfloat16" in str(found.fix)

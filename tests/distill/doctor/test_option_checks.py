@@ -28,7 +28,7 @@ from genssd.distill.select.config import Calibrate, SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig, TrainSettings
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import GenssdError, InputError
+from genssd.engine.common.errors import GenssdError, InputError
 
 PAIR_ROW = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3"}
 

@@ -22,9 +22,9 @@ from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.activations import BatchShape, estimate_training_bytes
 from genssd.distill.train.config import TrainConfig, TrainSettings
-from genssd.engine.chunk import Chunk
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import load_model, make_empty_model
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.transformers_loading import load_model, make_empty_model
+from genssd.engine.texts.text import Tokenizer
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 

@@ -21,8 +21,8 @@ from genssd.distill.doctor.settings import EXAMINED, make_settings, read_setting
 from genssd.distill.runs.chat_settings import choose_date
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from genssd.distill.doctor.inputs import open_inputs
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.doctor.text_checks import SHOWN, check_masks, check_templates, cut_middle
 from genssd.distill.doctor.thinking_checks import check_thinking
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 SWITCHED = CHATML + "{% if add_generation_prompt and enable_thinking %}<think>\n{% endif %}"
 

@@ -19,8 +19,8 @@ from genssd.distill.doctor.inputs import open_inputs
 from genssd.distill.doctor.settings import Settings
 from genssd.distill.doctor.verify import compare, verify, write_sequences
 from genssd.distill.runs.engine_options import EngineOptions
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import load_model
+from genssd.engine.models.transformers_loading import load_model
+from genssd.engine.texts.text import Tokenizer
 
 PAIR = Path(next(iter(small_pair.__path__)))
 CPU = torch.device("cpu")

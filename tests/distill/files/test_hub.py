@@ -14,7 +14,7 @@ from genssd.distill.data.problems import read_problems
 from genssd.distill.files import hub
 from genssd.distill.files.hub import parse_hub_name
 from genssd.distill.files.rows import SUFFIXES, hash_content, read_rows
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 CARD = """---
 configs:

@@ -15,7 +15,7 @@ import pytest
 from genssd.distill.data.problems import read_problems
 from genssd.distill.files import pipes
 from genssd.distill.files.rows import hash_content, read_rows
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 CONTENT = b'{"question": "a"}\n{"question": "b"}\n' * 5000  # more than a pipe holds
 

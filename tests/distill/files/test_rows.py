@@ -25,7 +25,7 @@ from pyarrow import ipc, parquet
 from genssd.distill.data.problems import read_problems
 from genssd.distill.files.lines import MAX_LINE_BYTES
 from genssd.distill.files.rows import hash_content, read_rows, stem_of
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 ROWS = [{"question": f"{i}+{i} = ü?\r\n", "answer": f"0{2 * i}"} for i in range(700)]
 SKIPPED = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"

@@ -18,7 +18,7 @@ from genssd.distill.runs import pools
 from genssd.distill.runs.directory import claim_directory
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
-from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.common.errors import CheckpointError, InputError
 
 
 @pytest.fixture(scope="module", autouse=True)

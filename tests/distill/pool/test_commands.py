@@ -26,9 +26,9 @@ from genssd.distill.score.leaf import run_leaf
 from genssd.distill.score.leaf_config import LeafConfig
 from genssd.distill.score.prefix import run_prefix
 from genssd.distill.score.prefix_config import PrefixConfig
-from genssd.engine.budget import Budget
+from genssd.engine.common.errors import InputError, WorkerError
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError, WorkerError
+from genssd.engine.search.budget import Budget
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 

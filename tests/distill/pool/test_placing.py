@@ -16,7 +16,7 @@ from genssd.distill.runs.chat_settings import read_clock
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

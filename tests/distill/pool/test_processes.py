@@ -38,11 +38,11 @@ from genssd.distill.select.config import Calibrate, SelectConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.budget import Budget
-from genssd.engine.chat_options import ChatOptions
+from genssd.engine.common.errors import InputError, WorkerError
+from genssd.engine.common.model_choices import Role
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError, WorkerError
-from genssd.engine.model_choices import Role
+from genssd.engine.search.budget import Budget
+from genssd.engine.texts.chat_options import ChatOptions
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 

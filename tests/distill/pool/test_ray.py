@@ -33,9 +33,9 @@ from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
 from genssd.distill.pool.worker import EngineRecipe
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.errors import InputError
-from genssd.engine.model_choices import Role
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.texts.chat_options import ChatOptions
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow

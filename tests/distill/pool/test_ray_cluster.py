@@ -18,7 +18,7 @@ import pytest
 from genssd.distill.pool import ray_cluster
 from genssd.distill.pool.ray_cluster import RayCluster, check_answers
 from genssd.distill.pool.ray_options import Address
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 @contextmanager

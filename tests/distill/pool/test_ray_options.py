@@ -15,7 +15,7 @@ from genssd.distill.pool.ray_options import (
     parse_actors,
     parse_address,
 )
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 def test_addresses() -> None:

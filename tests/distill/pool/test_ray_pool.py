@@ -21,10 +21,10 @@ from genssd.distill.pool.ray_options import ActorRange, Team
 from genssd.distill.pool.ray_pool import RayPool
 from genssd.distill.pool.remote_models import LocalTokens, RemoteModels
 from genssd.distill.pool.worker import EngineRecipe, serve
-from genssd.engine.budget import Budget
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.errors import InputError, WorkerError
-from genssd.engine.model_choices import Role
+from genssd.engine.common.errors import InputError, WorkerError
+from genssd.engine.common.model_choices import Role
+from genssd.engine.search.budget import Budget
+from genssd.engine.texts.chat_options import ChatOptions
 
 PAIR: list[TinyPair] = []
 """The models that actors of this process have instead of loading some."""

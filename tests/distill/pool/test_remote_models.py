@@ -8,7 +8,7 @@ from typing import Any
 
 from genssd.distill.pool.messages import Counts, Ready
 from genssd.distill.pool.remote_models import RemoteModels
-from genssd.engine.usage import CacheUse, Usage
+from genssd.engine.common.usage import CacheUse, Usage
 
 CACHE = CacheUse(held_pages=0, pages=1, held_bytes=0, bytes=1)
 READY: dict[str, Any] = {

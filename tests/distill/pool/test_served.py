@@ -22,8 +22,8 @@ from genssd.distill.runs.chat_settings import read_clock
 from genssd.distill.runs.pools import open_pool
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError, ServerError
+from genssd.engine.common.errors import InputError, ServerError
+from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.served.options import ServerOptions
 
 pytestmark = pytest.mark.usefixtures("forked_workers")

@@ -24,7 +24,7 @@ from genssd.distill.runs.journal import make_line
 from genssd.distill.select.reselect import run_reselect
 from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 def report(tmp_path: Path, *names: Path, **options: Any) -> tuple[ReportSummary, dict[str, Any]]:

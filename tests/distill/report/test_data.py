@@ -20,7 +20,7 @@ from genssd.distill.report.figures import BINS, describe_scores
 from genssd.distill.report.run import ReportSummary, run_report
 from genssd.distill.select.reselect import run_reselect
 from genssd.distill.select.reselect_config import ReselectConfig
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ from genssd.distill.reproduce.run import list_work
 from genssd.distill.reproduce.sources import Picked, Searched
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.train.config import TrainConfig
-from genssd.engine.criterion import not_in_search
-from genssd.engine.criterion_names import resolve
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.criterion import not_in_search
+from genssd.engine.criteria.criterion_names import resolve
 
 
 @pytest.mark.parametrize("task", ["small", "words"])

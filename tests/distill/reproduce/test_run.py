@@ -21,8 +21,8 @@ from genssd.distill.reproduce.results import compute_results
 from genssd.distill.reproduce.run import run_reproduce, write_results
 from genssd.distill.reproduce.table import replace_table
 from genssd.distill.runs.journal import complete_rows, make_line
-from genssd.engine.candidate import Candidate
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.candidate import Candidate
 from genssd.kernels.logprob import TokenStats
 from genssd.outputs import list_outputs
 from genssd.reproduce_command import reproduce

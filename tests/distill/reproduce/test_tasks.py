@@ -22,8 +22,8 @@ from genssd.distill.reproduce.words import WordsTask, drop_layers
 from genssd.distill.reproduce.worlds import ProblemFiles
 from genssd.distill.runs.progress import SILENT
 from genssd.distill.small_pair.problems import assign_split, make_problems
-from genssd.engine.config import load_config
-from genssd.engine.errors import InputError
+from genssd.engine.checkpoints.config import load_config
+from genssd.engine.common.errors import InputError
 
 LINE = "Natalia sold 48/2 = <<48/2=24>>24 clips in May."
 

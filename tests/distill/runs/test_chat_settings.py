@@ -26,7 +26,7 @@ from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.flags import flags_of_file
 
 Write = Callable[..., Path]

@@ -13,7 +13,7 @@ from genssd.distill.distill_config import DistillConfig
 from genssd.distill.runs.command_text import iter_flags, render_command
 from genssd.distill.runs.field_kinds import fields_of
 from genssd.distill.train.config import TrainConfig
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.flags import read_config
 
 

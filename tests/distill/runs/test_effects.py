@@ -17,7 +17,7 @@ from genssd.distill.runs.effects import check_effects, list_fields
 from genssd.distill.runs.field_kinds import fields_of
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
 PAIR_CHAT = CHAT | {"teacher_template_kwargs", "student_template_kwargs"}

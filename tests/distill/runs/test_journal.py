@@ -17,7 +17,7 @@ from genssd.distill.runs.journal import (
     write_json,
 )
 from genssd.distill.runs.writing import truncate
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 
 def write_journal(path: Path, *rows: dict[str, Any]) -> bytes:

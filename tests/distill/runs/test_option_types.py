@@ -18,7 +18,7 @@ import genssd
 from genssd.configs import CONFIGS
 from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.loss_options import LossOptions
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 NAN, INF, HALF = math.nan, math.inf, "half \ud800 of a pair"
 NO_INTEGER = (1.5, True, "3", NAN, INF, 1 + 0j, [1])

@@ -15,8 +15,8 @@ from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.field_kinds import Operational
 from genssd.distill.runs.journal import make_line, write_json
 from genssd.distill.runs.run import Run
-from genssd.engine.errors import InputError
-from genssd.engine.launches import LaunchRecord
+from genssd.engine.common.errors import InputError
+from genssd.engine.models.launches import LaunchRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from genssd.configs import CONFIGS
 from genssd.distill.demo_config import DemoConfig
 from genssd.distill.runs.field_kinds import Kind, expand_home, fields_of
 from genssd.distill.runs.settings import check_same_settings, settings_of
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_num_seqs", "deterministic", "threads"}
 POOL = ENGINE | {"processes", "devices", "ray", "ray_actors", "ray_cpus"}

@@ -20,7 +20,7 @@ from genssd.distill.score.control_text import format_controls
 from genssd.distill.score.controls import ControlTable, compute_controls
 from genssd.distill.score.page import render_page
 from genssd.distill.score.run import run_score
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 HIGHER = {"by length": False, "by merit": True, "spurious": True, "length": False, "random": True}

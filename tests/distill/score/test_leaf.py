@@ -19,7 +19,7 @@ from genssd.distill.data.traces import Trace, read_traces
 from genssd.distill.score.leaf import run_leaf
 from genssd.distill.score.leaf_config import LeafConfig
 from genssd.distill.score.leaf_work import distracting_spans, gradient_norms, question_places, scaled
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 ROWS: list[dict[str, Any]] = [

@@ -20,9 +20,9 @@ from genssd.distill.score import prefix_judges
 from genssd.distill.score.prefix import PrefixSummary, run_prefix, shortest_prefixes
 from genssd.distill.score.prefix_config import PrefixConfig
 from genssd.distill.score.prefix_judges import Judgement, ReplyCounts, warn_of_unmarked
+from genssd.engine.common.errors import InputError
 from genssd.engine.engine import Engine
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 Write = Callable[..., Path]
 SAID = "First we add.\nThen we carry.\nNow we write it down.\nSo \\boxed{7}"

@@ -23,11 +23,11 @@ from genssd.distill.score.ranking import rank_teachers
 from genssd.distill.score.run import ScoreSummary, run_score
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine import criterion_names
-from genssd.engine.chunk import Chunk
-from genssd.engine.criterion_names import resolve
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria import criterion_names
+from genssd.engine.criteria.criterion_names import resolve
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 

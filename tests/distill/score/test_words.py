@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from genssd.distill.demo import PAIR
 from genssd.distill.score.words import group_words
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from genssd import Engine
 from genssd.distill.runs.journal import CHECKSUM
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 

@@ -17,9 +17,9 @@ from genssd.distill.select.beginning import check_search
 from genssd.distill.select.calibration import worst_of_best
 from genssd.distill.select.config import Calibrate, SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.errors import InputError
 from genssd.engine.criteria.likelihood import Perplexity
-from genssd.engine.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
 
 Write = Callable[..., Path]
 CHUNK = Chunk(tokens=4, until=None)

@@ -16,9 +16,9 @@ from support.tiny_pair import TinyPair
 from genssd.distill.select.chunk_choice import CHOICES, STEPS, choose_tokens, count_chunks, list_choices
 from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.chunk import DEFAULT_TOKENS, Chunk
-from genssd.engine.errors import InputError
-from genssd.engine.search_options import SearchOptions
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import DEFAULT_TOKENS, Chunk
+from genssd.engine.search.search_options import SearchOptions
 
 PROBLEMS = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(1, 4)]
 

@@ -19,7 +19,7 @@ from genssd.distill.data.topk_store import TopkStore, locate_topk
 from genssd.distill.select.distillkit import NO_PROBABILITY, count_bits, make_row, pack_bits
 from genssd.distill.select.export import run_export
 from genssd.distill.select.export_config import ExportConfig
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.kernels.logprob import TopK
 
 datasets = pytest.importorskip("datasets")

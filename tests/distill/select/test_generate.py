@@ -19,9 +19,9 @@ from genssd.distill.score.run import run_score
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.generate_summary import GenerateSummary
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
-from genssd.engine.speculation_rules import ReverseSpeculation
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
+from genssd.engine.models.sampling import Sampling
 
 Write = Callable[..., Path]
 PROBLEMS = [{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(4)] + [{"prompt": "a raw text"}]

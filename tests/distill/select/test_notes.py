@@ -25,7 +25,7 @@ from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.sampling import Sampling
+from genssd.engine.models.sampling import Sampling
 
 Write = Callable[..., Path]
 LETTERS = [token_of("7"), token_of("8"), EOS]

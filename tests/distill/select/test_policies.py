@@ -27,10 +27,10 @@ from genssd.distill.select.reselect import run_reselect
 from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainSettings
-from genssd.engine import budget as budgets
-from genssd.engine.budget import Budget
-from genssd.engine.chunk import Chunk
-from genssd.engine.sampling import Sampling
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search import budget as budgets
+from genssd.engine.search.budget import Budget
 
 Write = Callable[..., Path]
 PROMPTS = [{"question": f"{i}+{i}?"} for i in range(5)]

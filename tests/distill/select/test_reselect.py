@@ -20,12 +20,12 @@ from genssd.distill.select.decisions import read_decisions
 from genssd.distill.select.reselect import ReselectSummary, run_reselect
 from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.chunk import Chunk
-from genssd.engine.criterion_calls import evaluate
-from genssd.engine.criterion_names import resolve
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.criteria.criterion_calls import evaluate
+from genssd.engine.criteria.criterion_names import resolve
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 

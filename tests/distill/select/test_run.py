@@ -23,7 +23,7 @@ from genssd.distill.runs.directory import claim_directory
 from genssd.distill.runs.run import Run
 from genssd.distill.select.resuming import keep_complete
 from genssd.distill.select.run import run_select
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.printing import describe_rounds
 
 Write = Callable[..., Path]

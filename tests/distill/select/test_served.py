@@ -20,9 +20,9 @@ from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CheckpointError, InputError, ServerError
-from genssd.engine.sampling import Sampling
+from genssd.engine.common.errors import CheckpointError, InputError, ServerError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
 from genssd.engine.served import client as client_module
 from genssd.engine.served.options import ServerOptions
 from genssd.kernels.logprob import TopK

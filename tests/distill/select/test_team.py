@@ -30,10 +30,10 @@ from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.engine.budget import Budget
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.budget import Budget
 
 Write = Callable[..., Path]
 PROMPTS = [{"question": f"{i}+{i}?", "answer": str(2 * i)} for i in range(4)]

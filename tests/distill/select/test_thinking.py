@@ -26,9 +26,9 @@ from genssd.distill.select.reselect import run_reselect
 from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.row_topk import read_topk
-from genssd.engine.chat_options import ChatOptions
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.texts.chat_options import ChatOptions
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 ROWS = [{"question": "1+1?", "answer": "2"}, {"prompt": "1+1=", "answer": "2"}]

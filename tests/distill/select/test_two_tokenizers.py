@@ -26,9 +26,9 @@ from genssd.distill.select.reselect_config import ReselectConfig
 from genssd.distill.select.run import run_select
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.texts.text import Tokenizer
 
 CRITERIA = ("ppl", "ppl(norm='byte')", "divergence", "rsr", "lalp", "aslec_drop", "teacher_logprob", "length")
 TEMPLATE = (

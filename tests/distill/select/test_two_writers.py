@@ -25,7 +25,7 @@ from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.generate_summary import GenerateSummary
 from genssd.distill.select.relay import find_error
 from genssd.distill.small_pair.problems import make_problems
-from genssd.engine.errors import CapacityError, InputError
+from genssd.engine.common.errors import CapacityError, InputError
 from genssd.printing import print_writers
 
 Write = Callable[..., Path]

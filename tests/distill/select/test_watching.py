@@ -23,9 +23,9 @@ from genssd.distill.select.config import SelectConfig
 from genssd.distill.select.generate import run_generate
 from genssd.distill.select.generate_config import GenerateConfig
 from genssd.distill.select.run import run_select
-from genssd.engine.errors import InputError
-from genssd.engine.outcomes import KEPT
-from genssd.engine.selection import CandidateRecord, RoundRecord
+from genssd.engine.common.errors import InputError
+from genssd.engine.common.outcomes import KEPT
+from genssd.engine.search.selection import CandidateRecord, RoundRecord
 
 PROBLEMS = [{"prompt": f"{i} + {i} =", "answer": str(2 * i)} for i in range(1, 6)]
 SEARCH: dict[str, Any] = {"candidates": 3, "chunk": Chunk(tokens=6, until=None), "max_tokens": 24, "seed": 3}

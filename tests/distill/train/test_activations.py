@@ -15,10 +15,10 @@ from genssd.distill.data.examples import Example
 from genssd.distill.train.activations import BatchShape
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
-from genssd.engine import memory
-from genssd.engine.config import ModelConfig
-from genssd.engine.errors import CapacityError
-from genssd.engine.parameters import count_parameters
+from genssd.engine.checkpoints.config import ModelConfig
+from genssd.engine.checkpoints.parameters import count_parameters
+from genssd.engine.common.errors import CapacityError
+from genssd.engine.setup import memory
 
 WIDE = TrainingCase(attention="sdpa", hidden_size=256, layers=4, feed_forward=768, vocabulary=1000, rows=4, length=384)
 LONG = TrainingCase(attention="eager", hidden_size=64, layers=4, feed_forward=128, vocabulary=1000, rows=2, length=640)

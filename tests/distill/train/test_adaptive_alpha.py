@@ -12,7 +12,7 @@ from genssd.distill.train.adaptive_alpha import adapt_alpha
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.losses import CompletionTokens, Head, compute_loss
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 LENGTHS = [3, 4, 2, 5]
 MEMORY: dict[str, Any] = {"kd_ratio": 1.0, "teacher_model_name_or_path": "t", "adaptive_alpha": True}

@@ -18,8 +18,8 @@ from genssd.distill.train.batches import ExampleBatch, TokenRow, build_token_bat
 from genssd.distill.train.forward import ForwardPass
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.models import Teacher, check_layout, compute_completion_states
-from genssd.engine.errors import InputError
-from genssd.engine.token_map import TokenMap
+from genssd.engine.common.errors import InputError
+from genssd.engine.readers.token_map import TokenMap
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
 ROWS = st.lists(

@@ -28,7 +28,7 @@ from genssd.distill.train.distributed import World
 from genssd.distill.train.reading import read_state
 from genssd.distill.train.resume import fix_date, restore
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.common.errors import CheckpointError, InputError
 
 Change = Callable[[dict[str, Any]], Any]
 PARAMETER = "model.layers.0.mlp.up_proj.weight"

@@ -28,8 +28,8 @@ from genssd.distill.train import evaluation, forward
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.trainer import run_train
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError, InputError, NumericsError
+from genssd.engine.common.errors import CapacityError, InputError, NumericsError
+from genssd.engine.decoding.chunk import Chunk
 
 Write = Callable[..., Path]
 

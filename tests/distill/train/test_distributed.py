@@ -21,7 +21,7 @@ from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.distributed import World
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 

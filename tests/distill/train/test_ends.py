@@ -16,10 +16,10 @@ from support.toys import EOS, edit_json, save_checkpoint, save_model
 from genssd import Chunk, Engine
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.trainer import run_train
-from genssd.engine.ends import describe_foreign_ends, find_foreign_ends
-from genssd.engine.errors import CheckpointError, InputError
-from genssd.engine.text import Tokenizer
-from genssd.engine.token_map import match_tokenizers
+from genssd.engine.common.errors import CheckpointError, InputError
+from genssd.engine.readers.ends import describe_foreign_ends, find_foreign_ends
+from genssd.engine.readers.token_map import match_tokenizers
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 START = 258

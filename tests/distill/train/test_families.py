@@ -17,9 +17,9 @@ from genssd.distill.train.loss_options import LossOptions
 from genssd.distill.train.models import check_layout, load_teacher
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts
 from genssd.distill.train.rollout_options import RolloutOptions
-from genssd.engine.errors import InputError
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import load_model
+from genssd.engine.common.errors import InputError
+from genssd.engine.models.transformers_loading import load_model
+from genssd.engine.texts.text import Tokenizer
 
 CASES = {case.id: case.values for case in FAMILY_CASES}
 IDS = (5, 80, 9, 120, 33, 7, 61, 18, 200, 42, 77, 3)

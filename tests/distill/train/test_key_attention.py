@@ -29,7 +29,7 @@ from genssd.distill.train.key_attention import (
 from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.models import compute_completion_states
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 NUMBERS = KeyAttentionOptions(weight=1.0)

@@ -29,7 +29,7 @@ from genssd.distill.runs.source_version import find_commit
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.model_card import CardInputs, DataSource, Origin, read_base, read_front_matter, render_card
 from genssd.distill.train.trainer import TrainSummary, run_train
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 from genssd.flags import read_config
 
 Write = Callable[..., Path]

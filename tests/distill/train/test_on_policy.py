@@ -21,9 +21,9 @@ from genssd.distill.train.losses import CompletionTokens, Head, compute_loss
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import InputError
-from genssd.engine.sampling import Sampling
-from genssd.engine.transformers_loading import load_model
+from genssd.engine.common.errors import InputError
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.models.transformers_loading import load_model
 
 Write = Callable[..., Path]
 ROLLOUT = RolloutOptions(max_tokens=6, memory_bytes=1 << 22, sampling=Sampling(temperature=0.9))

@@ -17,13 +17,13 @@ from support.toys import VOCAB, edit_json, save_checkpoint
 from torch import Tensor
 
 from genssd.distill.train.saving import save_model
-from genssd.engine.checkpoint import locate
-from genssd.engine.errors import CheckpointError
-from genssd.engine.model import Decoder
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import load_model
+from genssd.engine.checkpoints.checkpoint import locate
+from genssd.engine.common.errors import CheckpointError
+from genssd.engine.models.model import Decoder
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
+from genssd.engine.models.transformers_loading import load_model
+from genssd.engine.texts.text import Tokenizer
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from genssd import Engine
 from genssd.distill.train.saving import find_stored_dtype, save_model
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import CheckpointError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import CheckpointError
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.resume import find_checkpoint
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import CheckpointError, InputError
+from genssd.engine.common.errors import CheckpointError, InputError
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from genssd.distill.train.losses import CompletionTokens, Head, compute_loss
 from genssd.distill.train.token_weight_options import TokenWeightOptions
 from genssd.distill.train.token_weights import compute_entropy, weigh_tokens
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 

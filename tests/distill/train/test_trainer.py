@@ -25,9 +25,9 @@ from genssd.distill.train.checkpoints import TrainerState
 from genssd.distill.train.config import TrainConfig
 from genssd.distill.train.schedule import Schedule, compute_learning_rate_factor
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import CheckpointError, InputError, NumericsError
-from genssd.engine.text import Tokenizer
-from genssd.engine.transformers_loading import load_model
+from genssd.engine.common.errors import CheckpointError, InputError, NumericsError
+from genssd.engine.models.transformers_loading import load_model
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 
@@ -214,7 +214,7 @@ def test_only_the_newest_checkpoints_are_kept(tiny_pair: TinyPair, write_rows: W
 
 
 def test_bf16_trains_float32_weights(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
-    from genssd.engine.memory import cpu_has_bf16
+    from genssd.engine.setup.memory import cpu_has_bf16
 
     config = config_for(tiny_pair, write_rows(ROWS), tmp_path / "run", bf16=True, device="cpu", max_steps=2)
     if not cpu_has_bf16():

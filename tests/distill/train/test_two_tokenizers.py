@@ -29,9 +29,9 @@ from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.span_losses import SMALLEST_REST
 from genssd.distill.train.trainer import run_train
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CapacityError, InputError
-from genssd.engine.text import Tokenizer
+from genssd.engine.common.errors import CapacityError, InputError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.texts.text import Tokenizer
 
 Write = Callable[..., Path]
 ROWS = [{"prompt": text[:9], "completion": text[9:40]} for text in (TEXTS[0], TEXTS[2], TEXTS[4])]

@@ -20,7 +20,7 @@ from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.on_policy import RolloutPlan, Rollouts
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
-from genssd.engine.errors import InputError
+from genssd.engine.common.errors import InputError
 
 Write = Callable[..., Path]
 ANSWERED = [{**row, "answer": "8"} for row in ROWS]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from support.toys import save_checkpoint
 
-from genssd.engine import runner as runners
-from genssd.engine.model import Decoder
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
+from genssd.engine.models import runner as runners
+from genssd.engine.models.model import Decoder
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
 from genssd.kernels.attention import SEGMENT_TOKENS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

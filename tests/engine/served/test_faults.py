@@ -16,11 +16,11 @@ from support.toys import Pair
 from transformers import AutoModelForCausalLM
 
 from genssd import Engine
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import CheckpointError, GenssdError, InputError, ServerError
-from genssd.engine.sampling import Sampling
+from genssd.engine.checkpoints.address import is_url, parse_url
+from genssd.engine.common.errors import CheckpointError, GenssdError, InputError, ServerError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
 from genssd.engine.served import client as client_module
-from genssd.engine.served.address import is_url, parse_url
 from genssd.engine.served.connections import Answer
 from genssd.engine.served.options import ServerOptions
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from genssd import Engine
-from genssd.engine.chunk import Chunk
-from genssd.engine.sampling import Sampling
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
 from genssd.engine.served.options import ServerOptions
 
 URL, MODEL = os.environ.get("GENSSD_SERVER_URL", ""), os.environ.get("GENSSD_SERVER_MODEL", "")

@@ -15,7 +15,7 @@ from support.stub_server import StubServer
 from support.toys import VOCAB, Pair, token_of
 
 from genssd.engine.served.replies import BadReply, Written, read_reply
-from genssd.engine.text import Tokenizer
+from genssd.engine.texts.text import Tokenizer
 
 NUM_TOPK = 2
 TOP = {"token_id:7": -0.1, "token_id:8": -0.2}

@@ -14,11 +14,11 @@ from support.stub_server import Manners, StubServer, filtered
 from support.toys import Pair
 
 from genssd import Engine
-from genssd.engine.budget import Budget
-from genssd.engine.chunk import Chunk
-from genssd.engine.errors import InputError, ServerError
-from genssd.engine.sampling import Sampling
-from genssd.engine.selection import Selection
+from genssd.engine.common.errors import InputError, ServerError
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models.sampling import Sampling
+from genssd.engine.search.budget import Budget
+from genssd.engine.search.selection import Selection
 from genssd.engine.served.options import ServerOptions
 
 PROMPTS = [[60, 61, 62], [70, 5, 6, 7], [80] * 20, [9, 8, 7, 6]]

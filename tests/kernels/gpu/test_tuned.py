@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genssd.engine.tuning import time_in_graph, tune
+from genssd.engine.models.tuning import time_in_graph, tune
 from genssd.kernels import tuned
 from genssd.kernels.candidates_triton import Device, HeadWorkload
 from genssd.kernels.logprob import STATISTICS, linear_logprob

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from genssd.engine import tuning
-from genssd.engine.tuning import measure, tune
+from genssd.engine.models import tuning
+from genssd.engine.models.tuning import measure, tune
 from genssd.kernels import candidates_triton, tuned
 from genssd.kernels.candidates_triton import AttentionWorkload, Device, DrawWorkload, HeadWorkload
 

@@ -28,11 +28,11 @@ from genssd.distill.select.run import run_select
 from genssd.distill.train.key_attention_options import KeyAttentionOptions
 from genssd.distill.train.rollout_options import RolloutOptions
 from genssd.distill.train.trainer import run_train
-from genssd.engine.chunk import Chunk
+from genssd.engine.common.model_choices import Role
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.engine import Engine
-from genssd.engine.model_choices import Role
-from genssd.engine.sampling import Sampling
-from genssd.engine.speculation_rules import ReverseSpeculation
+from genssd.engine.models.sampling import Sampling
 
 DEVICE = "cuda:0"
 FAMILIES = ("ministral3", "smollm3", "granite", "gemma2", "gemma3", "phi4-mini", "olmo3", "mixtral", "gpt-oss")

@@ -17,14 +17,14 @@ from support.families import FAMILY_CASES, save_family
 from support.toys import Pair, edit_json, save_checkpoint
 from torch import Tensor
 
-from genssd.engine import model
-from genssd.engine.chunk import Chunk
-from genssd.engine.decode_graph import DecodeGraphs, StagedStep, StepLayout, _Captured
-from genssd.engine.forward_batch import ForwardBatch
-from genssd.engine.model import Decoder
-from genssd.engine.paged_runner import PagedRunner
-from genssd.engine.pages import PagePool
-from genssd.engine.segments import append_tokens
+from genssd.engine.decoding.chunk import Chunk
+from genssd.engine.models import model
+from genssd.engine.models.decode_graph import DecodeGraphs, StagedStep, StepLayout, _Captured
+from genssd.engine.models.forward_batch import ForwardBatch
+from genssd.engine.models.model import Decoder
+from genssd.engine.models.paged_runner import PagedRunner
+from genssd.engine.models.pages import PagePool
+from genssd.engine.models.segments import append_tokens
 from genssd.kernels import experts_triton, native
 from genssd.kernels.activation import Activation, clamped_swiglu_reference, geglu_reference, swiglu_reference
 from genssd.kernels.activation_triton import gated_rows
