@@ -10,19 +10,23 @@ from genssd.distill.runs.chat_settings import ChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.distill.runs.pool_options import PoolOptions
-from genssd.distill.runs.sampling_options import ModelSampling
+from genssd.distill.runs.sampling_options import ModelSampling, StopOptions
 from genssd.engine.common.errors import InputError
 from genssd.engine.common.options_check import check_types
 from genssd.engine.models.sampling import Sampling
+from genssd.engine.texts.stops import StopStrings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateConfig(PoolOptions, ChatSettings, ModelSampling):
+class EvaluateConfig(PoolOptions, ChatSettings, ModelSampling, StopOptions):
     """Measure a model's accuracy."""
 
     NEEDS: ClassVar[Needs] = {
-        name: Need(lambda o: o.samples > 0, "a number of samples above 0")
-        for name in ("sampling", "generation_config", "seed")
+        **{
+            name: Need(lambda o: o.samples > 0, "a number of samples above 0")
+            for name in ("sampling", "generation_config", "seed")
+        },
+        "include_stop": Need(lambda o: bool(o.stop), "stop"),
     }
 
     model: ModelPath[str]
@@ -37,7 +41,10 @@ class EvaluateConfig(PoolOptions, ChatSettings, ModelSampling):
     overwrite: Operational[bool] = False
     """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
-    """Take only the first rows of the data."""
+    """Take only so many rows of the data, the first ones after offset."""
+    offset: Operational[int] = 0
+    """Number of rows at the beginning of the data that are left out. Rows are those of a run over all, unless prompts
+    are equal."""
     shard: Operational[str | None] = None
     """Part of the rows for one of several machines: 2/8 takes every eighth row, the second of them first. Rows are
     those of a run over all, unless prompts are equal."""
@@ -53,5 +60,6 @@ class EvaluateConfig(PoolOptions, ChatSettings, ModelSampling):
     def __post_init__(self) -> None:
         check_types(self)
         Shard.parse(self.shard)
+        StopStrings(texts=self.stop)
         if self.samples < 0:
             raise InputError(f"samples must be >= 0, not {self.samples}")

@@ -85,7 +85,9 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
     check_effects(config)
     if config.samples:
         config = choose_sampling(config, config.model, "student", engine)
-    data = read_answered_problems(config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard)
+    data = read_answered_problems(
+        config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard, offset=config.offset
+    )
     fingerprints = None if engine is None else {"model": engine.fingerprints["student"]}
     with Run.open(config, "evaluate", journal="evaluation.jsonl", fingerprints=fingerprints) as run:
         done = _find_done(run, config, data.problems)
@@ -110,13 +112,13 @@ def run_evaluate(config: EvaluateConfig, engine: Engine | None = None, report: P
 
 
 def read_answered_problems(
-    path: str, limit: int | None = None, *, system_prompt: str | None = None, shard: str | None = None
+    path: str, limit: int | None = None, *, system_prompt: str | None = None, shard: str | None = None, offset: int = 0
 ) -> ProblemSet:
     """Return the problems with an answer among the first `limit` rows of a data file, and why the others are unusable.
 
     shard: as for `read_usable_problems`. Raises InputError on a file that cannot be read, and when no row is usable.
     """
-    return read_usable_problems(path, limit, system_prompt=system_prompt, shard=shard).leave_out(
+    return read_usable_problems(path, limit, system_prompt=system_prompt, shard=shard, offset=offset).leave_out(
         lambda problem: None if problem.answer is not None else "no answer; a row needs answer, target or solution"
     )
 
@@ -192,6 +194,8 @@ class EvaluationWork:
             greedy_first=config.samples > 0,
             max_tokens=config.max_tokens,
             seed=config.seed,
+            stop=config.stop,
+            include_stop=config.include_stop,
             skip=frozenset(range(len(self.problems))) - frozenset(self.items),
             labels=[problem.where for problem in self.problems],
             feed=feed,
@@ -236,6 +240,7 @@ def _describe(
     return {
         "response": completion.text,
         "status": completion.status,
+        "stop_reason": completion.stop_reason,
         "tokens": num_tokens,
         **describe_verdict(judge.judge(prompt_ids, completion.token_ids, problem.answer)),
         "cut_by": limits.find_cut(completion.status, num_tokens, {"student": len(prompt_ids)}),

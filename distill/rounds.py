@@ -252,6 +252,8 @@ def _evaluate(config: DistillConfig, number: int, model: str, report: Progress) 
         limit=config.eval_limit,
         output_dir=str(directory),
         max_tokens=config.select.max_tokens,
+        stop=config.select.stop,
+        include_stop=config.select.include_stop,
         resume=True,
     )
     evaluation = run_evaluate(evaluating, report=report.within(f"round {number}, evaluate"))

@@ -21,7 +21,6 @@ from genssd.engine.decoding.branch import Branch, expand_together
 from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.decoding.feed import Feed
 from genssd.engine.decoding.speculation_rules import ReverseSpeculation
-from genssd.engine.models.language_model import LanguageModel
 from genssd.engine.models.sampling import Sampling, prompt_stream
 from genssd.engine.readers.prompt_ids import PromptIds
 from genssd.engine.search.judging import Judge
@@ -29,9 +28,9 @@ from genssd.engine.search.planning import GenerationRequest, SearchPlan, iter_ge
 from genssd.engine.search.search_options import SearchChanges, SearchOptions
 from genssd.engine.search.selection import Selection, Watch
 from genssd.engine.search.team import BOTH, Team
-from genssd.engine.setup.loading import LoadedModels
 from genssd.engine.setup.requests import check_answers, check_ids, check_positions, check_windows, labels_of
-from genssd.engine.texts.text import Prompt, Tokenizer
+from genssd.engine.texts.stops import StopStrings
+from genssd.engine.texts.text import Prompt
 from genssd.kernels.logprob import TokenStats
 
 
@@ -104,7 +103,8 @@ class Engine(LoadedEngine):
             raise InputError(f"teacher_topk must be in 0..{vocabulary}, not {options.teacher_topk}")
         names = labels_of(prompts, labels)
         check_answers(answers, judge.criterion, names)
-        team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk)
+        stops = StopStrings(texts=options.stop, is_included=options.include_stop)
+        team = Team.open(self._resources, options.sampling, num_topk=options.teacher_topk, stops=stops)
         encoded = team.encode_all(prompts, names, answers)
         return plan_search(team, judge, (views for views in encoded if views[0].index not in skip), watch)
 
@@ -119,15 +119,25 @@ class Engine(LoadedEngine):
         max_tokens: int = 4096,
         seed: int = 0,
         rsd: ReverseSpeculation | None = None,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
     ) -> list[list[Completion]]:
         """Sample n responses per prompt from one model, without scoring; return the completions of each prompt.
 
         max_tokens: maximum number of tokens in a response. rsd: rules by which the student judges every token of the
-        teacher, and writes those that it refuses itself; None lets the model write alone. Errors as in
-        `select_expand`.
+        teacher, and writes those that it refuses itself; None lets the model write alone. stop, include_stop: texts at
+        which a response ends, and whether it keeps them (see `SearchOptions`). Errors as in `select_expand`.
         """
         outcomes = self.iter_generate(
-            prompts, model=model, n=n, sampling=sampling, max_tokens=max_tokens, seed=seed, rsd=rsd
+            prompts,
+            model=model,
+            n=n,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            seed=seed,
+            rsd=rsd,
+            stop=stop,
+            include_stop=include_stop,
         )
         completions = {outcome.index: outcome.completions for outcome in outcomes}
         return [completions[i] for i in range(len(prompts))]
@@ -143,6 +153,8 @@ class Engine(LoadedEngine):
         max_tokens: int = 4096,
         seed: int = 0,
         rsd: ReverseSpeculation | None = None,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
         greedy_first: bool = False,
         skip: frozenset[int] = frozenset(),
         labels: Sequence[str] | None = None,
@@ -160,9 +172,14 @@ class Engine(LoadedEngine):
             raise InputError("rsd is the student's say in what the teacher writes: it needs model='teacher'")
         if rsd is not None and greedy_first:
             raise InputError("greedy_first is for a model that writes alone: leave rsd out")
+        if rsd is not None and stop:
+            raise InputError("stop is for a model that writes alone: leave rsd out")
         self._require_one_writer(model)
         roles: Sequence[Role] = [model] if rsd is None else BOTH
-        session = Session(self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first)
+        stops = StopStrings(texts=stop, is_included=include_stop)
+        session = Session(
+            self._resources, sampling, model, scored=False, rsd=rsd, greedy_first=greedy_first, stops=stops
+        )
         encoded = self._resources.encode_all(prompts, labels_of(prompts, labels), roles)
         request = GenerationRequest(roles=roles, n=n, max_tokens=max_tokens, seed=seed)
         return iter_generations(self._resources, session, request, (p for p in encoded if p.index not in skip), feed)
@@ -328,12 +345,3 @@ class Engine(LoadedEngine):
         if session is None:
             session = self._student_sessions[sampling] = Session(self._resources, sampling, "student")
         return session
-
-
-def open_engine(role: Role, decoder: LanguageModel, tokenizer: Tokenizer, *, memory_bytes: int | None = None) -> Engine:
-    """Return an engine over one decoder that is in memory already.
-
-    memory_bytes: size of its cache in bytes; None takes a third of the free memory.
-    """
-    models = LoadedModels.of_one(role, decoder, tokenizer)
-    return Engine(models.open_resources(memory_bytes, 1 / 3))

@@ -98,7 +98,9 @@ def main() -> None:
     for _ in range(options.rounds):
         for command in options.commands:
             for size in options.batches:
-                engine = Engine.from_pretrained(options.teacher, options.student, memory_bytes=1 << 30, max_batch=size)
+                engine = Engine.from_pretrained(
+                    options.teacher, options.student, memory_bytes=1 << 30, max_num_seqs=size
+                )
                 one = measure(command, engine, prompts, options.max_tokens, options.candidates, size)
                 measured.append(one)
                 print(json.dumps(asdict(one)), flush=True)

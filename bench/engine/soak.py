@@ -46,7 +46,7 @@ class Soak:
 
     def engine(self, num_pages: int) -> Engine:
         """Return an engine whose two caches have so many pages each."""
-        return Engine(self.models.open_resources(num_pages * self.page_bytes, 1.0, max_batch=256))
+        return Engine(self.models.open_resources(num_pages * self.page_bytes, 1.0, max_num_seqs=256))
 
     def finishes(self, prompt: Prompt, num_pages: int) -> bool:
         """Return whether a prompt alone finishes in so many pages."""

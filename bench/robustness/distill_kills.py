@@ -90,7 +90,7 @@ def list_words(root: Path, output_dir: Path) -> list[str]:
     models = ["--teacher", str(PAIR / "teacher"), "--student", str(PAIR / "student")]
     files = ["--data", str(root / "problems.jsonl"), "--eval-data", str(root / "eval.jsonl")]
     select = ["--select.candidates", "2", "--select.chunk.tokens", "1", "--select.chunk.limit", "32"]
-    select += ["--select.max-tokens", "64", "--select.max-batch", "8", "--select.memory-bytes", str(1 << 26)]
+    select += ["--select.max-tokens", "64", "--select.max-num-seqs", "8", "--select.memory-bytes", str(1 << 26)]
     train = ["--train.per-device-train-batch-size", "4", "--train.save-steps", "1", "--train.learning-rate", "1e-3"]
     rounds = ["--rounds", str(ROUNDS), "--no-require-correct", "--processes", "2"]
     return ["distill", *models, *files, *select, *train, *rounds, "--output-dir", str(output_dir)]

@@ -100,8 +100,8 @@ def _words(command: str, files: dict[str, Path]) -> list[str]:
     problems, pool = str(files["problems"]), str(files.get("pool"))
     flags: dict[str, list[str]] = {
         "select": [*MODELS["teacher"], *MODELS["student"], "--data", problems, "--candidates", "2", "--chunk.tokens",
-                   "1", "--chunk.limit", "32", "--max-tokens", "64", "--max-batch", "4", *SMALL],
-        "generate": [*MODELS["teacher"], "--data", problems, "--n", "2", "--max-tokens", "64", "--max-batch", "4",
+                   "1", "--chunk.limit", "32", "--max-tokens", "64", "--max-num-seqs", "4", *SMALL],
+        "generate": [*MODELS["teacher"], "--data", problems, "--n", "2", "--max-tokens", "64", "--max-num-seqs", "4",
                      *SMALL],
         "score": [*MODELS["student"], "--data", pool, "--criteria", "ppl", "rsr", *SMALL],
         "prefix": [*MODELS["student"], "--data", pool, "--judge", "solves", "--batch", "2", "--max-tokens", "48",

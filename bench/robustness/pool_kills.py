@@ -102,7 +102,7 @@ def words(root: Path, output_dir: Path) -> list[str]:
     """Return the command, but for the number of processes."""
     models = ["--teacher", str(PAIR / "teacher"), "--student", str(PAIR / "student")]
     search = ["--candidates", "2", "--chunk.tokens", "1", "--chunk.limit", "32", "--max-tokens", "96"]
-    limits = ["--max-batch", "8", "--memory-bytes", str(1 << 26), "--teacher-topk", "2"]
+    limits = ["--max-num-seqs", "8", "--memory-bytes", str(1 << 26), "--teacher-topk", "2"]
     files = ["--data", str(root / "problems.jsonl"), "--output-dir", str(output_dir)]
     return ["select", *models, *search, *limits, *files]
 

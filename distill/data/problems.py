@@ -114,15 +114,21 @@ def read_problems(path: str | Path, limit: int | None = None, *, system_prompt: 
 
 
 def read_usable_problems(
-    path: str | Path, limit: int | None = None, *, system_prompt: str | None = None, shard: str | None = None
+    path: str | Path,
+    limit: int | None = None,
+    *,
+    system_prompt: str | None = None,
+    shard: str | None = None,
+    offset: int = 0,
 ) -> ProblemSet:
     """Return the usable problems among the first `limit` rows of a data file, and why the other rows are unusable.
 
-    shard: part of these rows, as `Shard.parse` reads it. The other arguments are those of `read_problems`. Raises
-    InputError on a file that cannot be read, and when no row is usable.
+    offset: number of rows before these that are left out. shard: part of these rows, as `Shard.parse` reads it. The
+    other arguments are those of `read_problems`. Raises InputError on a file that cannot be read, and when no row is
+    usable.
     """
     part = Shard.parse(shard)
-    rows = {index: row for index, row in _iter_problems(path, limit, system_prompt) if part.has(index)}
+    rows = {index: row for index, row in _iter_problems(path, limit, system_prompt, offset) if part.has(index)}
     if not rows:
         raise InputError(f"{describe(str(path))} has no row in the shard {shard}")
     return ProblemSet(
@@ -133,19 +139,23 @@ def read_usable_problems(
 
 
 def _iter_problems(
-    path: str | Path, limit: int | None, system_prompt: str | None
+    path: str | Path, limit: int | None, system_prompt: str | None, offset: int = 0
 ) -> Iterator[tuple[int, ProblemRow | InputError]]:
     """Yield the index of every row, and its problem or the error that makes it unusable."""
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
+    if offset < 0:
+        raise InputError(f"offset must be at least 0, not {offset}")
     index = -1
-    for index, row in enumerate(islice(read_rows(path), limit)):
+    end = None if limit is None else offset + limit
+    for index, row in islice(enumerate(read_rows(path)), offset, end):
         try:
             yield index, _parse_problem(row, index, system_prompt)
         except InputError as error:
             yield index, error
     if index < 0:
-        raise InputError(f"{describe(str(path))} has no rows")
+        after = f" after the first {offset}" if offset else ""
+        raise InputError(f"{describe(str(path))} has no rows{after}")
 
 
 def _parse_problem(row: RawRow, index: int, system_prompt: str | None) -> ProblemRow:
@@ -166,9 +176,10 @@ def check_same_problem(row: Mapping[str, Any], problems: Sequence[ProblemRow], d
     data, journal: the files' names, for the message.
     """
     index = row.get("index")
-    if not isinstance(index, int) or not problems or not 0 <= index <= problems[-1].index:
+    if not isinstance(index, int) or not problems or not problems[0].index <= index <= problems[-1].index:
         raise InputError(
-            f"{journal} was begun with more rows than {describe(str(data))} has, a larger limit or another shard"
+            f"{journal} was begun with more rows than {describe(str(data))} has, a larger limit, another offset or "
+            "another shard"
         )
     problem = problems[bisect_left(problems, index, key=lambda problem: problem.index)]
     if (problem.index, problem.prompt, problem.answer) != (index, row.get("prompt"), row.get("answer")):

@@ -53,7 +53,7 @@ def check_caches(inputs: Inputs) -> list[Finding]:
             planned,
             memory_bytes=engine.memory_bytes,
             free_fraction=engine.memory_utilization,
-            max_batch=engine.max_batch,
+            max_num_seqs=engine.max_num_seqs,
             threads=max(1, choose_engine_threads(engine.threads).count // processes),
             processes=processes,
         )
@@ -78,7 +78,7 @@ def _judge_caches(inputs: Inputs, plan: MemoryPlan, processes: int) -> Finding:
     lines = [
         f"free {format_bytes(plan.free_bytes)}{f' for each of {processes} processes' if processes > 1 else ''}",
         f"weights {weights} ({format_bytes(plan.loading_bytes)} while they are loaded)",
-        f"computation {format_bytes(plan.working_bytes)}, with up to {plan.max_batch} sequences at once",
+        f"computation {format_bytes(plan.working_bytes)}, with up to {plan.max_num_seqs} sequences at once",
         f"caches {format_bytes(plan.cache_bytes)}: {format_count(plan.cache_tokens, 'token')} for each model",
         f"the longest prompt with its response takes {format_count(length, 'token')}, a prompt with all of its "
         f"sequences at most {per_prompt:,}",

@@ -64,12 +64,14 @@ def has_responses(name: str) -> bool:
 def read_problem_rows(settings: Settings, limit: int) -> Rows:
     """Return the first rows of a file of problems. Raises InputError on an unreadable file, or without a usable row."""
     most = limit + 1 if settings.limit is None else min(limit + 1, settings.limit)
-    shard = getattr(settings.config, "shard", None)
-    data = read_usable_problems(settings.data[0], most, system_prompt=settings.chat.system_prompt, shard=shard)
+    shard, offset = getattr(settings.config, "shard", None), getattr(settings.config, "offset", 0)
+    data = read_usable_problems(
+        settings.data[0], most, system_prompt=settings.chat.system_prompt, shard=shard, offset=offset
+    )
     count = len(data.problems) + len(data.faults)
     return Rows(
-        problems=tuple(problem for problem in data.problems if problem.index < limit),
-        faults=tuple(message for index, message in sorted(data.faults.items()) if index < limit),
+        problems=tuple(problem for problem in data.problems if problem.index - offset < limit),
+        faults=tuple(message for index, message in sorted(data.faults.items()) if index - offset < limit),
         count=min(count, limit),
         is_whole=count <= limit,
     )

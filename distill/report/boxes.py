@@ -27,7 +27,7 @@ class Box:
     draw: float | None
     """Probability in the first draw of its round, where the run drew what it kept."""
     ending: str
-    """Why the candidate ended: "chunk", "finished" or "length"."""
+    """Why the candidate ended: "chunk", "finished", "stopped" or "length"."""
     token_ids: tuple[int, ...]
     before_ids: tuple[int, ...]
     """Token ids of the response before it."""
@@ -52,7 +52,7 @@ class Box:
             verdict=logged.verdict,
             score=round_value(logged.score, digits=9),
             draw=logged.probability,
-            ending="finished" if candidate.finished else "length" if candidate.final else "chunk",
+            ending=logged.ended,
             token_ids=candidate.token_ids,
             before_ids=candidate.history_ids,
             student=candidate.stats,
@@ -115,7 +115,7 @@ def make_written_boxes(row: Mapping[str, Any], students: Sequence[TokenStats] | 
             verdict="written",
             score=None,
             draw=None,
-            ending=response["status"],
+            ending=response["status"] if response.get("stop_reason") is None else "stopped",
             token_ids=tuple(response["completion_ids"]),
             before_ids=(),
             student=None if students is None else students[i],

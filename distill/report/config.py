@@ -25,7 +25,8 @@ class ReportConfig(EngineOptions):
     NEEDS: ClassVar[Needs] = {
         name: Need(lambda o: o.student is not None, "student")
         for name in (
-            "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads", "backend"
+            "device", "dtype", "memory_utilization", "memory_bytes", "max_num_seqs", "deterministic", "threads",
+            "backend",
         )
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ class EngineOptions:
     than the rest."""
     memory_bytes: Operational[int | None] = None
     """Size of the KV caches in bytes; if given, it replaces memory_utilization."""
-    max_batch: Operational[int | None] = None
+    max_num_seqs: Operational[int | None] = None
     """Maximum number of sequences decoded in one batch. None: 256 on a GPU; on a CPU 32 to 256, the fewer the larger
     the models are, and the more the more threads compute. A larger batch would hardly be faster there, and the first
     results would come later."""

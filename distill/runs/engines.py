@@ -53,7 +53,7 @@ def load_engine(
 def list_arguments(options: EngineOptions) -> dict[str, Any]:
     """Return the arguments of `Engine.from_pretrained` other than models, server and threads."""
     names = (
-        "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend",
+        "device", "dtype", "memory_utilization", "memory_bytes", "max_num_seqs", "deterministic", "backend",
     )  # fmt: skip
     return {name: getattr(options, name) for name in names}
 

@@ -25,7 +25,8 @@ from genssd.engine.decoding.feed import Feed
 from genssd.engine.engine import Engine
 from genssd.engine.search.budget import Budget
 from genssd.engine.search.search_options import SearchOptions
-from genssd.engine.texts.text import TextStream, Tokenizer
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import TextStream
 
 SETTING = "chunk.tokens"
 """Name of the setting that is chosen."""
@@ -124,6 +125,8 @@ class PlainWork:
             [problem.prompt for problem in self.problems],
             sampling=self.options.sampling,
             max_tokens=self.most_tokens,
+            stop=self.options.stop,
+            include_stop=self.options.include_stop,
             seed=self.options.seed,
             labels=[problem.where for problem in self.problems],
             feed=feed,

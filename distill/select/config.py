@@ -52,7 +52,8 @@ class SelectSettings(SearchOptions, TeacherOptions, ModelSampling):
                 or (o.loop_guard and o.on_unlearnable != "accept_best")
             ),
             "a threshold, calibrate.data or, except for accept_best, loop_guard",
-        )
+        ),
+        "include_stop": Need(lambda o: bool(o.stop), "stop"),
     }
 
     criterion: str = "ppl"
@@ -103,7 +104,10 @@ class SelectConfig(SelectSettings, PairChatSettings, MonitorOptions):
     overwrite: Operational[bool] = False
     """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
-    """Take only the first rows of the data."""
+    """Take only so many rows of the data, the first ones after offset."""
+    offset: Operational[int] = 0
+    """Number of rows at the beginning of the data that are left out. Rows are those of a run over all, unless prompts
+    are equal."""
     shard: Operational[str | None] = None
     """Part of the rows for one of several machines: 2/8 takes every eighth row, the second of them first. Rows are
     those of a run over all, unless prompts are equal."""

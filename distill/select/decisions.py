@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genssd.distill.runs.journal import complete_rows
 from genssd.engine.common.errors import InputError
-from genssd.engine.common.outcomes import KEPT, Verdict
+from genssd.engine.common.outcomes import KEPT, Ending, Verdict
 from genssd.engine.criteria.candidate import ActivationMeans, Candidate
 from genssd.engine.models.sampling import child_stream, prompt_stream
 from genssd.engine.readers.reading import ByteSpans
@@ -45,6 +45,8 @@ class LoggedCandidate:
 
     teacher: int = 0
     """Index of the teacher that wrote the candidate."""
+    ended: Ending = "chunk"
+    """Why the candidate ended."""
 
     @property
     def is_kept(self) -> bool:
@@ -155,6 +157,7 @@ def parse_decisions(
                 probability=fields["probability"],
                 is_provisional=bool(fields.get("provisional")),
                 teacher=int(fields.get("teacher", 0)),
+                ended=fields["ended"],
             )
         )
     return Decisions(

@@ -9,7 +9,8 @@ from genssd.distill.answers.thoughts import ThoughtReader
 from genssd.distill.data.written_rows import add_opening
 from genssd.distill.select.decisions import LoggedCandidate
 from genssd.distill.select.judging import JudgedRound, Trace
-from genssd.engine.texts.text import REPLACEMENT, Tokenizer
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import REPLACEMENT
 
 
 class _Texts:

@@ -67,7 +67,9 @@ def run_generate(config: GenerateConfig, engine: Engine | None = None, report: P
     criterion = make_judge(config.alternate).criterion if config.method == "alternate" else None
     check_monitor(config.report_to)
     config = choose_sampling(config, config.teacher, "teacher", engine)
-    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard)
+    data = read_usable_problems(
+        config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard, offset=config.offset
+    )
     fingerprints = find_fingerprints(config, config.teacher, engine)
     with Run.open(config, "generate", journal="responses.jsonl", fingerprints=fingerprints) as run:
         done = _finished(run, config, data.problems)
@@ -222,6 +224,8 @@ class GenerationWork:
             max_tokens=config.max_tokens,
             seed=config.seed,
             rsd=config.rsd if config.method == "rsd" else None,
+            stop=config.stop,
+            include_stop=config.include_stop,
             skip=skip,
             labels=labels,
             feed=feed,

@@ -10,7 +10,7 @@ from genssd.distill.runs.chat_settings import PairChatSettings
 from genssd.distill.runs.effects import Need, Needs
 from genssd.distill.runs.field_kinds import FileName, ModelPath, Operational
 from genssd.distill.runs.monitor_options import MonitorOptions
-from genssd.distill.runs.sampling_options import ModelSampling
+from genssd.distill.runs.sampling_options import ModelSampling, StopOptions
 from genssd.distill.runs.teacher_options import SERVED_NEEDS, TeacherOptions
 from genssd.distill.select.two_writer_options import Alternation, Relay
 from genssd.engine.checkpoints.address import is_url
@@ -18,10 +18,11 @@ from genssd.engine.common.errors import InputError
 from genssd.engine.common.options_check import check_types
 from genssd.engine.decoding.speculation_rules import ReverseSpeculation
 from genssd.engine.models.sampling import Sampling
+from genssd.engine.texts.stops import StopStrings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOptions):
+class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, StopOptions, MonitorOptions):
     """Sample responses from the teacher alone, with the student's verdict on every token, or from both in turns."""
 
     NEEDS: ClassVar[Needs] = {
@@ -34,6 +35,8 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOpt
             "relay.error entropy or relay.teacher chunk",
         ),
         "student_template_kwargs": Need(lambda o: o.student is not None, "a student"),
+        "stop": Need(lambda o: o.method == "sample", "method sample"),
+        "include_stop": Need(lambda o: bool(o.stop), "stop"),
         **SERVED_NEEDS,
     }
 
@@ -53,7 +56,10 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOpt
     overwrite: Operational[bool] = False
     """Remove what an earlier run of this command has written to output_dir, and begin anew."""
     limit: Operational[int | None] = None
-    """Take only the first rows of the data."""
+    """Take only so many rows of the data, the first ones after offset."""
+    offset: Operational[int] = 0
+    """Number of rows at the beginning of the data that are left out. Rows are those of a run over all, unless prompts
+    are equal."""
     shard: Operational[str | None] = None
     """Part of the rows for one of several machines: 2/8 takes every eighth row, the second of them first. Rows are
     those of a run over all, unless prompts are equal."""
@@ -80,6 +86,7 @@ class GenerateConfig(TeacherOptions, PairChatSettings, ModelSampling, MonitorOpt
         check_types(self)
         self.check_monitoring()
         Shard.parse(self.shard)
+        StopStrings(texts=self.stop)
         if self.method != "sample" and self.student is None:
             raise InputError(f"{self.method} needs a student: give --student")
         if self.method == "rsd" and is_url(self.teacher):

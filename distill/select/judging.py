@@ -10,7 +10,7 @@ from genssd.distill.select.decisions import Decisions, LoggedCandidate, LoggedRo
 from genssd.engine.criteria.criterion import AnyCriterion
 from genssd.engine.criteria.criterion_calls import evaluate_distinct, is_higher_better
 
-FIXED_VERDICTS = ("duplicate", "loop")
+FIXED_VERDICTS = ("duplicate", "loop", "empty")
 """Verdicts that no criterion changes."""
 
 Trace = tuple[int, ...]

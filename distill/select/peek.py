@@ -40,5 +40,5 @@ class Peek:
     def _describe(self, candidate: CandidateRecord) -> str:
         text = self._tokenizers[candidate.teacher].decode(candidate.token_ids)
         is_kept = candidate.verdict in KEPT
-        end = ", the end" if candidate.ended == "finished" else ""
+        end = ", the end" if candidate.ended in ("finished", "stopped") else ""
         return f"  {'+' if is_kept else '-'} {candidate.score:.4g} {candidate.verdict}{end}: {quote(text)}"

@@ -67,6 +67,7 @@ def make_selection_row(
     return {
         **make_conversation(TextPrompt(text=problem.prompt), text, problem.answer),
         "status": best.status,
+        "stop_reason": best.stop_reason,
         **notes[0].as_json(),
         "score": _to_json(best.score),
         "criterion": origin.criterion,
@@ -138,6 +139,7 @@ def make_response_row(
     first, *others = (
         {
             "status": completion.status,
+            "stop_reason": completion.stop_reason,
             **note.as_json(),
             "substituted": completion.substituted,
             "completion_ids": list(completion.token_ids),
@@ -202,6 +204,7 @@ def _describe_trajectory(trajectory: Trajectory) -> dict[str, Any]:
         **_describe_bytes(trajectory),
         "score": _to_json(trajectory.score),
         "status": trajectory.status,
+        "stop_reason": trajectory.stop_reason,
     }
 
 
@@ -232,6 +235,7 @@ def _describe_candidate(record: CandidateRecord) -> dict[str, Any]:
         "score": _to_json(record.score),
         "probability": record.probability,
         "ended": record.ended,
+        "stop_reason": record.stop_reason,
         "token_ids": list(reading.judged_ids),
         **({} if reading.lengths is None else by_bytes),
         "teacher_logprob": _to_decimals(record.teacher_logprob),

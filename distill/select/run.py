@@ -56,7 +56,9 @@ def run_select(config: SelectConfig, engine: Engine | None = None, report: Progr
     check_search(config, list_teachers(config.teacher), config.student)  # before anything is read or loaded
     check_monitor(config.report_to)
     config = choose_sampling(config, list_teachers(config.teacher)[0], "teacher", engine)
-    data = read_usable_problems(config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard)
+    data = read_usable_problems(
+        config.data, config.limit, system_prompt=config.system_prompt, shard=config.shard, offset=config.offset
+    )
     if config.calibrate.data is not None and not config.resume:
         _read_calibration_data(config)  # before any model is loaded
     fingerprints = find_fingerprints(config, config.teacher, engine)

@@ -33,11 +33,14 @@ from genssd.engine.checkpoints.config_files import read_config
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import InputError
 from genssd.engine.common.quoting import quote
-from genssd.engine.engine import Engine, open_engine
+from genssd.engine.engine import Engine
 from genssd.engine.models.model import Decoder
+from genssd.engine.setup.loading import LoadedModels
 from genssd.engine.setup.memory import cache_budget
 from genssd.engine.texts.text import Tokenizer
 
+CACHE_FRACTION = 1 / 3
+"""Fraction of the free memory that the cache of the completions takes."""
 STATES_PER_WEIGHT = 3
 """Number of values that a step of AdamW keeps per weight: the gradient and two moments."""
 
@@ -125,8 +128,9 @@ class Rollouts:
         budget = plan.options.memory_bytes
         if budget is None:
             weights = sum(tensor.nbytes for tensor in tensors.values())
-            budget = cache_budget(decoder.device, None, 1 / 3, working_bytes=STATES_PER_WEIGHT * weights)
-        engine = open_engine("student", decoder, tokenizer, memory_bytes=budget)
+            budget = cache_budget(decoder.device, None, CACHE_FRACTION, working_bytes=STATES_PER_WEIGHT * weights)
+        models = LoadedModels.of_one("student", decoder, tokenizer)
+        engine = Engine(models.open_resources(budget, CACHE_FRACTION))
         return Rollouts(engine, plan, AnswerJudge(tokenizer), copies)
 
     @torch.no_grad()

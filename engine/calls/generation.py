@@ -27,7 +27,9 @@ class Completion:
     text: str
     """Text of the response, without special tokens."""
     status: Literal["finished", "length"]
-    """Whether the response ended by itself, or was cut at the maximum number of tokens."""
+    """Whether the response ended by itself or at a stop string, or was cut at the maximum number of tokens."""
+    stop_reason: str | None = None
+    """Stop string that ended the response; None where none did."""
     logprob: tuple[float, ...]
     """Log-probability of each token at temperature 1, under the writing model."""
     substituted: int = 0
@@ -120,7 +122,8 @@ def _completion(branch: Branch) -> Completion:
     return Completion(
         token_ids=tuple(branch.chunk),
         text=branch.text,
-        status="finished" if branch.ended == "finished" else "length",
+        status="finished" if branch.ended in ("finished", "stopped") else "length",
+        stop_reason=branch.stop_reason,
         logprob=tuple(branch.chunk_writer_logprob),
         substituted=branch.substituted,
     )

@@ -68,7 +68,7 @@ class LoadedEngine:
         dtype: str = "auto",
         memory_utilization: float = 0.9,
         memory_bytes: int | None = None,
-        max_batch: int | None = None,
+        max_num_seqs: int | None = None,
         deterministic: bool = True,
         threads: int | None = None,
         backend: Backend = "auto",
@@ -81,7 +81,7 @@ class LoadedEngine:
         teacher, student: hub id or local directory; with one of them only `generate`, `score` and `branch` of that
         model work. device: None takes CUDA where a device is found, else the CPU. dtype: "auto" is the checkpoint's
         own, float32 on a CPU that has no bf16 arithmetic. memory_utilization: the fraction of the memory free after
-        loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_batch: maximum
+        loading that the two caches get together; memory_bytes sets that budget in bytes instead. max_num_seqs: maximum
         number of candidates decoded at once; None for 256, or, on a CPU, as few as keep the rate (batching.py).
         deterministic: on a GPU, a token's bits do not depend on how many are scored or drawn with it; False takes the
         fastest kernels for every number of tokens (docs/tuning.md). threads: number of CPU threads, on which no result
@@ -102,7 +102,7 @@ class LoadedEngine:
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
-        check_sizes(memory_utilization, max_batch)
+        check_sizes(memory_utilization, max_num_seqs)
         names = list_names(teacher)
         if teacher is not None:
             check_teachers(names, student)
@@ -116,7 +116,7 @@ class LoadedEngine:
             else:
                 models = load_models(next(iter(names), None), student, **options)
         return cls(
-            models.open_resources(memory_bytes, memory_utilization, max_batch, threads, student_stream=student_stream)
+            models.open_resources(memory_bytes, memory_utilization, max_num_seqs, threads, student_stream=student_stream)
         )
 
     @check_arguments()

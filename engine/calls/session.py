@@ -28,6 +28,7 @@ from genssd.engine.readers.reading import Reader
 from genssd.engine.readers.token_map import TokenMap
 from genssd.engine.served.expander import ServedExpander, served_topk
 from genssd.engine.setup.resources import Resources
+from genssd.engine.texts.stops import StopStrings
 from genssd.kernels.logprob import TopK
 
 UNLIMITED = 1 << 62
@@ -42,7 +43,7 @@ class Session:
     writer: the model that writes. scored: whether the student scores complete candidates; where it writes them itself,
     the teacher reads them. rsd: rules by which the student judges every single token of the teacher instead. num_topk:
     how many of the writer's most likely tokens are kept along committed chunks. greedy_first: whether the first
-    candidate of an expansion takes the most likely tokens.
+    candidate of an expansion takes the most likely tokens. stops: texts at which responses end.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Session:
         rsd: ReverseSpeculation | None = None,
         num_topk: int = 0,
         greedy_first: bool = False,
+        stops: StopStrings = StopStrings(),
     ) -> None:
+        self.stops = stops
         student = resources.runner("student") if scored or rsd is not None else None
         self._resources = resources
         self._tokenizer = resources.tokenizer(writer)
@@ -91,7 +94,7 @@ class Session:
             None if student is None or rsd is not None else self._make_scorer(student),
             self._tokenizer,
             end_token_ids=frozenset().union(*(resources.tokenizers[role].end_token_ids for role in writers)),
-            max_batch=resources.max_batch,
+            max_num_seqs=resources.max_num_seqs,
             usage=resources.usage,
             reservations=resources.reservations,
         )

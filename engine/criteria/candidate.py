@@ -94,10 +94,12 @@ class Candidate:
     def lengthened(self, min_tokens: int) -> Candidate:
         """Return the candidate as the search judges it: a last chunk of fewer tokens includes the end of its history.
 
+        One of which a stop string has left no token includes at least the last token of its history.
+
         Otherwise an ending of two tokens would nearly always win over chunks that continue, and under criteria that
         leave the end of sequence out a chunk of nothing else would always lose. The rule is not from a paper.
         """
-        num_borrowed = min(len(self.history_ids), min_tokens - len(self.token_ids))
+        num_borrowed = min(len(self.history_ids), max(min_tokens, 1) - len(self.token_ids))
         if not self.final or num_borrowed < 1:
             return self
         cut = len(self.history_ids) - num_borrowed

@@ -74,7 +74,15 @@ def evaluate(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[f
 
 
 def evaluate_distinct(criterion: AnyCriterion, candidates: Sequence[Candidate]) -> list[float]:
-    """Return the values of the candidates of one prompt's round; in a pool, equal candidates count once."""
+    """Return the values of the candidates of one prompt's round; in a pool, equal candidates count once.
+
+    A candidate without a token, as a stop string may leave it, is not evaluated: its value is the worst one.
+    """
+    written = [candidate for candidate in candidates if candidate.token_ids]
+    if len(written) < len(candidates):
+        values = iter(evaluate_distinct(criterion, written) if written else ())
+        worst = -math.inf if is_higher_better(criterion) else math.inf
+        return [next(values) if candidate.token_ids else worst for candidate in candidates]
     if not isinstance(criterion, PoolCriterion):
         return evaluate(criterion, candidates)
     keys = [_make_key(candidate) for candidate in candidates]

@@ -16,7 +16,7 @@ WEIGHTS_PER_STEP = 1_000_000_000
 A step costs about a millisecond in Python, whatever the batch; docs/log.md has the measurements."""
 
 
-def choose_max_batch(weights: Iterable[int], device: torch.device, threads: int) -> int:
+def choose_max_num_seqs(weights: Iterable[int], device: torch.device, threads: int) -> int:
     """Return how many sequences are decoded at once by default.
 
     weights: number of weights that each model of the engine multiplies a token with; the largest counts. On a CPU a

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import InputError
 from genssd.engine.common.model_choices import Role
 from genssd.engine.common.options_check import check_count
+from genssd.engine.common.outcomes import Ending
 from genssd.engine.criteria.candidate import ActivationMeans, Candidate, Window
 from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.decoding.model_state import ModelState
@@ -24,14 +25,14 @@ from genssd.engine.models.sampling import child_stream
 from genssd.engine.models.state_rows import StateRow
 from genssd.engine.readers.prompt_ids import PromptIds
 from genssd.engine.readers.reading import ByteSpans, Reading
+from genssd.engine.texts.stops import StopStrings
 from genssd.kernels.logprob import TokenStats, TopK
-
-Ending = Literal["chunk", "finished", "length"]
-"""Why a candidate ends: its chunk is complete | end of sequence | no more tokens allowed."""
 
 
 class BranchSession(Protocol):
     """The operations of the engine that a branch needs."""
+
+    stops: StopStrings
 
     def expand(self, branches: Sequence[Branch], n: int, chunk: Chunk) -> list[list[Branch]]: ...
 
@@ -109,9 +110,10 @@ class Branch:
     """Number of tokens in the chunk that the student wrote in the teacher's place (see `ReverseSpeculation`)."""
     is_drifted: bool = False
     """Whether the student's tokens of the whole response are others than those that it read chunk by chunk."""
-
     ended: Ending | None = None
     """Why the chunk ended; None while the branch can be written on."""
+    stop_reason: str | None = None
+    """Stop string that ended the response; None where none did."""
     num_children: int = 0
     """Number of candidates that were sampled from this response, those that other teachers wrote before included."""
     dropped: bool = False

@@ -90,7 +90,7 @@ class CandidateScorer:
             (expansion, child) for expansion in readable if expansion not in large for child in expansion.children
         ]
         with self.runner.apart():
-            pending = PendingScores(self._usage, fitting, self._score(fitting) if fitting else None)
+            pending = self._score(fitting)
             for expansion in large:
                 assert room is not None
                 self._score_apart(expansion, room(expansion))
@@ -122,9 +122,15 @@ class CandidateScorer:
         if longest > positions:
             expansion.unreadable = describe_too_long(longest, positions)
 
-    def _score(self, scored: Sequence[tuple[Expansion, Branch]]) -> PendingStatistics:
-        """Extend the student over the new tokens of every candidate and queue their statistics."""
+    def _score(self, candidates: Sequence[tuple[Expansion, Branch]]) -> PendingScores:
+        """Extend the student over the new tokens of every candidate and queue their statistics.
+
+        A candidate of which a stop string has left no token keeps no statistics.
+        """
         runner = self.runner
+        scored = [(expansion, child) for expansion, child in candidates if _reading(child).judged_ids]
+        if not scored:
+            return PendingScores(self._usage, [], None)
         paths = [fork_path(runner, expansion.parent, child) for expansion, child in scored]
         # what may change is read on a path of its own, which nothing continues
         ahead = [
@@ -151,7 +157,7 @@ class CandidateScorer:
             expansion, child = scored[index]
             return response_place(expansion.label, len(child.student_ids) + offset)
 
-        return queue_statistics(runner, runs, place)
+        return PendingScores(self._usage, scored, queue_statistics(runner, runs, place))
 
     def _score_apart(self, expansion: Expansion, room: StudentRoom) -> None:
         """Score the candidates of an expansion one by one and give their pages back; their tokens are pending then."""
@@ -165,7 +171,7 @@ class CandidateScorer:
                     "chunks"
                 )
                 return
-            PendingScores(self._usage, [(expansion, child)], self._score([(expansion, child)])).finish()
+            self._score([(expansion, child)]).finish()
             state = child.state(self.runner.role)
             if state.path is not None and not _reading(child).is_provisional:
                 self.runner.tree.drop(state.path)

@@ -31,8 +31,8 @@ class Expander:
     """The decoding batch of one session: it runs expansions with one way of drawing tokens.
 
     scorer: what scores complete candidates; None where nothing does, or where the student judges them token by token as
-    a reader of the drawing. end_token_ids: tokens that end a response. max_batch: maximum number of candidates decoded
-    at once. usage: counts of the engine, which every step raises.
+    a reader of the drawing. end_token_ids: tokens that end a response. max_num_seqs: maximum number of candidates
+    decoded at once. usage: counts of the engine, which every step raises.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Expander:
         tokenizer: Tokenizer,
         *,
         end_token_ids: frozenset[int],
-        max_batch: int,
+        max_num_seqs: int,
         usage: Usage,
         reservations: Reservations,
     ) -> None:
@@ -50,7 +50,7 @@ class Expander:
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._end_token_ids = end_token_ids
-        self._max_batch = max_batch
+        self._max_num_seqs = max_num_seqs
         self.usage = usage
         others = [reader for reader in drawing.readers if reader is not drawing.writer]
         self.runners: Sequence[ModelRunner] = (
@@ -69,7 +69,7 @@ class Expander:
     @property
     def has_room(self) -> bool:
         """Whether the decoding batch has a row for another expansion."""
-        return sum(lane.num_rows for lane in self._lanes) < self._max_batch
+        return sum(lane.num_rows for lane in self._lanes) < self._max_num_seqs
 
     @property
     def is_idle(self) -> bool:
@@ -162,7 +162,7 @@ class Expander:
         num_rows = 0
         for i, lane in enumerate(self._lanes):
             num_rows += lane.num_rows
-            if num_rows > self._max_batch and i > 0:
+            if num_rows > self._max_num_seqs and i > 0:
                 return self._lanes[:i], self._lanes[i:]
         return self._lanes, []
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from genssd.engine.common.model_choices import Role
 from genssd.engine.decoding.branch import Branch
 from genssd.engine.decoding.chunk import Chunk, ChunkEnd
-from genssd.engine.texts.text import TextStream, Tokenizer
+from genssd.engine.texts.stops import StopMatch, StopSearch, encode_head
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import TextStream, open_stream
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +39,12 @@ class Expansion:
     @property
     def longest(self) -> int:
         """Maximum number of tokens in a candidate."""
-        return min(self.chunk.longest, self.max_new)
+        return min(self.chunk.longest + self.parent.session.stops.slack, self.max_new)
+
+    @property
+    def longest_read(self) -> int:
+        """Maximum number of tokens that are left of a candidate, where a stop string may have cut a token."""
+        return min(self.longest + self.parent.session.stops.most_head_tokens, self.max_new)
 
     @property
     def is_unfinished(self) -> bool:
@@ -51,7 +58,9 @@ class Expansion:
 
     def count_longest(self, role: Role) -> int:
         """Return how many tokens of one model are reserved for a candidate."""
-        return self.longest if role == "teacher" else self.parent.session.bound_reading(self.parent, self.longest)
+        if role == "teacher":
+            return self.longest
+        return self.parent.session.bound_reading(self.parent, self.longest_read)
 
     def reset(self) -> None:
         """Drop the candidates, as if the expansion had never been submitted."""
@@ -69,6 +78,12 @@ class Writing:
     child: Branch
     end: ChunkEnd
     text: TextStream
+    tokenizer: Tokenizer
+    """Tokenizer of the model that writes."""
+    stop: StopSearch | None
+    """Search for stop strings; None where there are none."""
+    is_due: bool = False
+    """Whether the rule of the chunk has ended it; it goes on inside the beginning of a stop string."""
 
     @staticmethod
     def open(expansion: Expansion, tokenizer: Tokenizer) -> Writing:
@@ -76,7 +91,9 @@ class Writing:
         child = expansion.parent.child()
         expansion.children.append(child)
         expansion.num_unfinished += 1
-        return Writing(expansion, child, ChunkEnd(expansion.chunk), TextStream(tokenizer))
+        stops = child.session.stops
+        search = StopSearch(stops, open_stream(tokenizer), child.history) if stops.texts else None
+        return Writing(expansion, child, ChunkEnd(expansion.chunk), TextStream(tokenizer), tokenizer, search)
 
     def append(self, token: int, logprob: float, end_token_ids: Collection[int]) -> None:
         """Add a token and its log-probability to the candidate, and end it where the token is its last.
@@ -87,15 +104,41 @@ class Writing:
         child.chunk.append(token)
         child.chunk_writer_logprob.append(logprob)
         reads_text = self.expansion.chunk.until is not None
-        chunk_ends = self.end.reached(self.text.push(token) if reads_text else "")
+        self.is_due |= self.end.reached(self.text.push(token) if reads_text else "")
+        stopped = None if self.stop is None else self.stop.find(token)
         if token in end_token_ids:
             child.ended = "finished"
+        elif stopped is not None:
+            self._end_at(stopped)
         elif len(child.chunk) >= self.expansion.max_new:
             child.ended = "length"
-        elif chunk_ends:
+        elif self.is_due and not self._may_stop():
             child.ended = "chunk"
         if child.ended is not None:
             self.expansion.num_unfinished -= 1
+
+    def _may_stop(self) -> bool:
+        """Return whether the chunk has to go on because the next tokens may complete a stop string."""
+        return self.stop is not None and self.stop.is_open and len(self.child.chunk) < self.expansion.longest
+
+    def _end_at(self, match: StopMatch) -> None:
+        """End the candidate at a stop string, and cut it off unless it is included.
+
+        The first of the tokens that keep the beginning of a token has its log-probability, the others, which are
+        certain then, 0. Where the most likely tokens are kept, there is one such token at most.
+        """
+        child = self.child
+        child.ended, child.stop_reason = "stopped", match.text
+        if child.session.stops.is_included:
+            return
+        head = encode_head(match.head, [*child.history, *child.chunk[: match.num_kept]], self.tokenizer)
+        most = 1 if child.chunk_states or child.chunk_topk else self.expansion.longest_read - match.num_kept
+        if len(head) > most:
+            head = []
+        for values in (child.chunk_writer_logprob, child.chunk_states, child.chunk_topk):
+            del values[match.num_kept + bool(head) :]
+        child.chunk[match.num_kept :] = head
+        child.chunk_writer_logprob += [0.0] * (len(head) - 1)
 
 
 @dataclass(slots=True, eq=False)

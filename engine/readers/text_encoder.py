@@ -32,7 +32,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from genssd.engine.common.errors import InputError
 from genssd.engine.common.quoting import quote
 from genssd.engine.readers.token_bytes import SPACE, ByteTable, NoByteTable, list_steps, read_backend
-from genssd.engine.texts.text import LONGEST_CHARACTER, REPLACEMENT, Tokenizer
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import LONGEST_CHARACTER, REPLACEMENT
 
 PROBE = "one two  three\n\n4 5,6; (seven)' = \t8"
 """Text that a tokenizer with a pattern divides into words."""

@@ -39,6 +39,7 @@ class JudgedCandidate:
             stats=self.branch.stats,
             teacher_logprob=self.branch.writer_logprob,
             ended=self.branch.ended,
+            stop_reason=self.branch.stop_reason,
             score=self.score,
             verdict=self.verdict,
             attempt=attempt,
@@ -84,7 +85,8 @@ class Judge:
         return [JudgedCandidate(branch, score) for branch, score in zip(candidates, scores, strict=True)]
 
     def reject_unfit(self, siblings: Sequence[JudgedCandidate], *, by_text: bool = False) -> None:
-        """Set the verdict of duplicates, loops and values beyond the threshold among the candidates of one response.
+        """Set the verdict of empty responses, duplicates, loops and values beyond the threshold among the candidates of
+        one response.
 
         by_text: whether candidates are duplicates when the student reads the same, because their writers have different
         tokenizers; else when they have the same tokens.
@@ -92,7 +94,9 @@ class Judge:
         seen: set[object] = set()
         for judged in siblings:
             tokens = _read_text(judged.branch) if by_text else tuple(judged.branch.chunk)
-            if tokens in seen:
+            if not judged.branch.token_ids:
+                judged.verdict = "empty"
+            elif tokens in seen:
                 judged.verdict = "duplicate"
             elif self.loop_guard is not None and self.loop_guard.period(judged.branch.token_ids):
                 judged.verdict = "loop"

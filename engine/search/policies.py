@@ -193,7 +193,7 @@ def make_policy(options: SearchOptions, num_teachers: int) -> Policy:
             raise InputError(f"{name} needs several teachers, and this engine has one: give teacher= a list of them")
     policy = POLICIES[options.on_unlearnable](options, num_teachers)
     num_writing = sum(policy.asks(teacher, 0) for teacher in range(num_teachers))
-    most = num_writing * options.candidates * min(options.chunk.longest, options.max_tokens)
+    most = num_writing * options.candidates * options.longest_candidate
     if options.prompt_budget.tokens is not None and options.prompt_budget.tokens < most:
         raise InputError(
             f"prompt_budget tokens {options.prompt_budget.tokens} must be at least {most}, which the candidates of "

@@ -305,7 +305,7 @@ class PromptSearch:
                 self.live.append(views)
                 return
             views.drop()  # teachers' tokenizers differ, and the chunk takes the last positions of all
-        self.ended.append((branch, "finished" if branch.ended == "finished" else "length"))
+        self.ended.append((branch, "finished" if branch.ended in ("finished", "stopped") else "length"))
         branch.drop()
 
     def _trajectory(self, branch: Branch, status: Status, score: float) -> Trajectory:
@@ -314,6 +314,7 @@ class PromptSearch:
             text=branch.text,
             score=score,
             status=status,
+            stop_reason=branch.stop_reason,
             trace=branch.trace,
             chunks=self.chunk_scores.get(branch.trace, ()),
             readings=branch.history_readings,

@@ -15,6 +15,7 @@ from genssd.engine.decoding.chunk import Chunk
 from genssd.engine.models.sampling import Sampling
 from genssd.engine.search.budget import Budget
 from genssd.engine.texts.loops import LoopGuard
+from genssd.engine.texts.stops import StopStrings
 
 Unlearnable = Literal["stop", "resample", "shorten", "accept_best", "ask_teacher"]
 """What the search does when no candidate of a round is acceptable: see policies.py."""
@@ -70,6 +71,12 @@ class SearchOptions:
     held as well."""
     sampling: Sampling = Sampling(top_p=0.95)
     """Temperature and filters with which the teacher samples."""
+    stop: tuple[str, ...] = ()
+    """Texts at each of which a response ends, such as "\\n\\nQuestion:". The names of special tokens are text here. A
+    chunk does not end inside the beginning of one, so that it may have a token more than its rule says."""
+    include_stop: bool = False
+    """Whether a response keeps the text at which it ends, with the whole token that completes it; else the text before
+    it is kept."""
     loop_guard: LoopGuard | bool | None = True
     """Whether candidates that end in a repetition are rejected. In Python, a `LoopGuard` sets other limits."""
     seed: int = 0
@@ -88,6 +95,7 @@ class SearchOptions:
         """Raise InputError on the first option that cannot be used; the criterion, which is not made here, apart."""
         object.__setattr__(self, "chunk", Chunk.of(self.chunk))
         check_types(self, infinite=("threshold",))  # with an infinite one, everything is accepted or nothing
+        StopStrings(texts=self.stop)
         for name in ("candidates", "beam", "max_tokens"):
             check_count(name, getattr(self, name))
         check_count("teacher_topk", self.teacher_topk, least=0)
@@ -115,12 +123,17 @@ class SearchOptions:
                 f"on_unlearnable=shorten has nothing to shorten: chunk tokens {self.chunk.least} must be above "
                 f"min_chunk_tokens {self.min_chunk_tokens}"
             )
-        most = self.candidates * min(self.chunk.longest, self.max_tokens)
+        most = self.candidates * self.longest_candidate
         if self.prompt_budget.tokens is not None and self.prompt_budget.tokens < most:
             raise InputError(
                 f"prompt_budget tokens {self.prompt_budget.tokens} must be at least {most}, which the candidates of a "
                 "first round may take"
             )
+
+    @property
+    def longest_candidate(self) -> int:
+        """Maximum number of tokens in a candidate."""
+        return min(self.chunk.longest + StopStrings(texts=self.stop).slack, self.max_tokens)
 
     def with_changes(self, **changes: Unpack[SearchChanges]) -> SearchOptions:
         """Return these options with some values replaced, as a plain SearchOptions also for a derived class.
@@ -152,5 +165,7 @@ class SearchChanges(TypedDict, total=False):
     max_tokens: int
     teacher_topk: int
     sampling: Sampling
+    stop: tuple[str, ...]
+    include_stop: bool
     loop_guard: LoopGuard | bool | None
     seed: int

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from genssd.engine.common.amounts import format_count
 from genssd.engine.common.errors import InputError
-from genssd.engine.common.outcomes import SPECIAL, Decision, Status, Verdict
+from genssd.engine.common.outcomes import SPECIAL, Decision, Ending, Status, Verdict
 from genssd.engine.common.quoting import quote
-from genssd.engine.decoding.branch import Ending
 from genssd.engine.readers.reading import Reading
 from genssd.engine.search.budget import BudgetName
 from genssd.kernels.logprob import TokenStats, TopK
@@ -33,11 +32,13 @@ class CandidateRecord:
     teacher_logprob: Tensor
     """The teacher's log-probabilities of its tokens, float32 [tokens], at temperature 1."""
     ended: Ending
-    """Why the candidate ended: its chunk is complete, end of sequence, or no more tokens allowed."""
+    """Why the candidate ended: its chunk is complete, end of sequence, a stop string, or no more tokens allowed."""
     score: float
     """Criterion value of the candidate."""
     verdict: Verdict
     """What became of the candidate."""
+    stop_reason: str | None = None
+    """Stop string that ended the response; None where none did."""
     attempt: int = 0
     """Number of times that the round was sampled again before this candidate."""
     teacher: int = 0
@@ -121,8 +122,8 @@ class Trajectory:
     """One response of the search."""
 
     token_ids: tuple[int, ...]
-    """The teacher's token ids as they were sampled, end of sequence included; where several teachers wrote, those of
-    each chunk are of the teacher that wrote it."""
+    """The teacher's token ids as they were sampled, end of sequence included, and without a stop string that cut the
+    last ones; where several teachers wrote, those of each chunk are of the teacher that wrote it."""
     readings: tuple[Reading, ...]
     """What the student read of each chunk; its tokens are those of `stats`."""
     text: str
@@ -131,6 +132,8 @@ class Trajectory:
     """Criterion value of the whole response; NaN for an empty one."""
     status: Status
     """How the response ended."""
+    stop_reason: str | None = None
+    """Stop string that ended the response; None where none did."""
     trace: tuple[int, ...]
     """Index of the kept candidate in each round."""
     chunks: tuple[ChunkScore, ...]

@@ -23,6 +23,7 @@ from genssd.engine.readers.reading import Reader
 from genssd.engine.search.team_expander import TeamExpander
 from genssd.engine.search.views import Views
 from genssd.engine.setup.resources import EncodedPrompt, Resources
+from genssd.engine.texts.stops import StopStrings
 from genssd.engine.texts.text import Prompt
 
 BOTH: tuple[Role, Role] = ("teacher", "student")
@@ -40,10 +41,10 @@ class Team:
     """What runs the expansions of all sessions."""
 
     @staticmethod
-    def open(resources: Resources, sampling: Sampling, *, num_topk: int) -> Team:
-        """Open a session for each teacher of an engine. num_topk: see `Session`."""
+    def open(resources: Resources, sampling: Sampling, *, num_topk: int, stops: StopStrings = StopStrings()) -> Team:
+        """Open a session for each teacher of an engine. num_topk, stops: see `Session`."""
         each = resources.list_teachers()
-        sessions = tuple(Session(one, sampling, "teacher", num_topk=num_topk) for one in each)
+        sessions = tuple(Session(one, sampling, "teacher", num_topk=num_topk, stops=stops) for one in each)
         if len(sessions) == 1:
             return Team(resources=each, sessions=sessions, expander=sessions[0].expander)
         members = [session.expander for session in sessions]

@@ -161,9 +161,11 @@ class ServedExpander:
         """Send a request for what candidates of equal length lack."""
         child, chunk = writings[0].child, expansion.chunk
         num_written = len(child.chunk)
-        stop, limit = None, expansion.longest
-        if chunk.until is not None and max(num_written, 1) >= chunk.least:
-            stop = chunk.until
+        stop, limit = child.session.stops.texts, min(expansion.longest, chunk.longest)
+        if writings[0].is_due:  # the chunk goes on inside the beginning of a stop string
+            limit = num_written + 1
+        elif chunk.until is not None and max(num_written, 1) >= chunk.least:
+            stop = (chunk.until, *stop)
         elif chunk.until is not None:
             limit = min(limit, chunk.least)
         request = Completions(
@@ -242,13 +244,13 @@ class ServedExpander:
     def _append(self, writing: Writing, written: Written) -> str | None:
         """Add tokens to a candidate up to the end of its chunk; return what is wrong with them, if anything is."""
         child = writing.child
-        num_before = len(child.chunk)
+        num_before, num_taken = len(child.chunk), 0
         for token, logprob in zip(written.tokens, written.logprobs, strict=True):
+            child.chunk_topk += written.topk[num_taken : num_taken + 1]
             writing.append(token, logprob, self._end_token_ids)
+            num_taken += 1
             if child.ended is not None:
                 break
-        num_taken = len(child.chunk) - num_before
-        child.chunk_topk += written.topk[:num_taken]
         self.usage.sampled_tokens += num_taken
         self.usage.discarded_tokens += len(written.tokens) - num_taken
         if child.ended is not None:
@@ -263,8 +265,9 @@ class ServedExpander:
         return None
 
     def _is_delimited(self, tokens: Sequence[int], expansion: Expansion) -> bool:
-        until = expansion.chunk.until
-        return until is not None and until in self._teacher.tokenizer.hf.decode(list(tokens))
+        until, stops = expansion.chunk.until, expansion.parent.session.stops.texts
+        text = self._teacher.tokenizer.hf.decode(list(tokens))
+        return any(one in text for one in (*stops, *([] if until is None else [until])))
 
     def _forget(self, expansion: Expansion) -> None:
         """Give up all requests of an expansion."""

@@ -23,7 +23,8 @@ from genssd.engine.served.options import ServerOptions
 from genssd.engine.served.record import ServerRecord
 from genssd.engine.served.replies import BadReply, TextInDoubt, Written, is_whole, read_reply
 from genssd.engine.served.workers import Workers
-from genssd.engine.texts.text import PROBE, REPLACEMENT, Tokenizer
+from genssd.engine.texts.text import PROBE, Tokenizer
+from genssd.engine.texts.text_stream import REPLACEMENT
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class Completions:
     seed: int
     num_topk: int = 0
     """Number of the most likely tokens that are returned with each token."""
-    stop: str | None = None
-    """Text after which the server may end; None: only the end of a response ends it."""
+    stop: tuple[str, ...] = ()
+    """Texts after each of which the server may end; without one, only the end of a response ends it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +165,8 @@ class ServedTeacher:
         }
         if self.client.options.seeds:
             fields["seed"] = request.seed
-        if request.stop is not None:
-            fields |= {"stop": [request.stop], "include_stop_str_in_output": True, "no_stop_trim": True}
+        if request.stop:
+            fields |= {"stop": list(request.stop), "include_stop_str_in_output": True, "no_stop_trim": True}
         return fields
 
     def _probe(self, **changes: Any) -> Completions:

@@ -18,7 +18,7 @@ from genssd.engine.checkpoints.config_files import read_config
 from genssd.engine.common.errors import InputError
 from genssd.engine.common.model_choices import Backend, Role
 from genssd.engine.common.usage import Usage
-from genssd.engine.decoding.batching import choose_max_batch
+from genssd.engine.decoding.batching import choose_max_num_seqs
 from genssd.engine.host.threads import effective_threads
 from genssd.engine.models.language_model import LanguageModel
 from genssd.engine.models.launches import describe_launches
@@ -75,7 +75,7 @@ class LoadedModels:
         self,
         memory_bytes: int | None,
         free_fraction: float,
-        max_batch: int | None = None,
+        max_num_seqs: int | None = None,
         threads: int | None = None,
         *,
         student_stream: bool = False,
@@ -83,19 +83,19 @@ class LoadedModels:
         """Give every decoder a cache; all hold the same number of tokens.
 
         memory_bytes: size of all caches together; None takes a fraction of the free memory (`cache_budget`).
-        max_batch: maximum number of candidates decoded at once; None for the default (`choose_max_batch`). threads:
+        max_num_seqs: maximum number of candidates decoded at once; None for the default (`choose_max_num_seqs`). threads:
         number of threads that compute; None for the default of `threads.effective_threads`. student_stream: whether the
         student scores on a CUDA stream of its own. Raises InputError where it cannot.
         """
         placed = self._list_decoders()
         decoders = [decoder for _, _, decoder in placed]
         if not decoders:
-            return Resources(runners={}, tokenizers=self.tokenizers, max_batch=1, served=self.served)
+            return Resources(runners={}, tokenizers=self.tokenizers, max_num_seqs=1, served=self.served)
         device = decoders[0].device
-        if max_batch is None:
+        if max_num_seqs is None:
             weights = [decoder.weights_per_token for decoder in decoders]
-            max_batch = choose_max_batch(weights, device, effective_threads(threads))
-        working = max(_working_bytes(decoder, max_batch) for decoder in decoders)
+            max_num_seqs = choose_max_num_seqs(weights, device, effective_threads(threads))
+        working = max(_working_bytes(decoder, max_num_seqs) for decoder in decoders)
         budget = cache_budget(device, memory_bytes, free_fraction, working_bytes=working)
         usage = Usage()
         runners: dict[int, ModelRunner] = {}
@@ -111,7 +111,7 @@ class LoadedModels:
             Resources(
                 runners={role: runners[id(decoder)] for role, decoder in models.decoders.items()},
                 tokenizers=models.tokenizers,
-                max_batch=max_batch,
+                max_num_seqs=max_num_seqs,
                 reader=models.reader,
                 usage=usage,
                 served=models.served,
@@ -252,5 +252,5 @@ def give_side_stream(runners: Iterable[ModelRunner]) -> None:
     runner.side = SideStream(runner.decoder.device)
 
 
-def _working_bytes(model: LanguageModel, max_batch: int) -> int:
-    return count_working_bytes(model.values_per_token, model.dtype, model.head.weight.shape[0], max_batch)
+def _working_bytes(model: LanguageModel, max_num_seqs: int) -> int:
+    return count_working_bytes(model.values_per_token, model.dtype, model.head.weight.shape[0], max_num_seqs)

@@ -129,12 +129,12 @@ def count_weight_bytes(directory: Path, dtype: torch.dtype) -> tuple[int, int]:
     return sum(tensor.num_elements for tensor in tensors) * dtype.itemsize, COPIES * largest * dtype.itemsize
 
 
-def count_working_bytes(values_per_token: int, dtype: torch.dtype, vocabulary: int, max_batch: int) -> int:
+def count_working_bytes(values_per_token: int, dtype: torch.dtype, vocabulary: int, max_num_seqs: int) -> int:
     """Return the memory of the largest forward pass of a model, and of the logits of a decoding batch with copies.
 
     values_per_token: number of values of one token that a forward pass holds at once. vocabulary: rows of the head.
     """
-    return MAX_ROWS * values_per_token * dtype.itemsize + 3 * 4 * max_batch * vocabulary
+    return MAX_ROWS * values_per_token * dtype.itemsize + 3 * 4 * max_num_seqs * vocabulary
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 
 from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.checkpoints.parameters import count_cache_values, count_forward_values, count_weights
-from genssd.engine.decoding.batching import choose_max_batch
+from genssd.engine.decoding.batching import choose_max_num_seqs
 from genssd.engine.models.pages import page_size_of, pages_within
 from genssd.engine.setup.memory import available_bytes, cache_budget, count_weight_bytes, count_working_bytes
 
@@ -68,7 +68,7 @@ class MemoryPlan:
     """Size of all caches together."""
     cache_tokens: int
     """Number of tokens that every cache holds."""
-    max_batch: int
+    max_num_seqs: int
     """Maximum number of sequences decoded at once."""
 
 
@@ -77,7 +77,7 @@ def plan_memory(
     *,
     memory_bytes: int | None,
     free_fraction: float,
-    max_batch: int | None,
+    max_num_seqs: int | None,
     threads: int,
     processes: int = 1,
 ) -> MemoryPlan:
@@ -89,10 +89,10 @@ def plan_memory(
     """
     planned = list(models.values())
     device = planned[0].device
-    if max_batch is None:
-        max_batch = choose_max_batch([count_weights(model.config) for model in planned], device, threads)
+    if max_num_seqs is None:
+        max_num_seqs = choose_max_num_seqs([count_weights(model.config) for model in planned], device, threads)
     working = max(
-        count_working_bytes(count_forward_values(model.config), model.dtype, model.config.vocab_size, max_batch)
+        count_working_bytes(count_forward_values(model.config), model.dtype, model.config.vocab_size, max_num_seqs)
         for model in planned
     )
     weights = {role: model.weight_bytes for role, model in models.items()}
@@ -110,5 +110,5 @@ def plan_memory(
         working_bytes=working,
         cache_bytes=budget,
         cache_tokens=num_pages * page_size_of(planned[0]),
-        max_batch=max_batch,
+        max_num_seqs=max_num_seqs,
     )

@@ -116,10 +116,10 @@ def check_positions(tokens: int, runner: ModelRunner, label: str) -> None:
         raise CapacityError(misfit)
 
 
-def check_sizes(memory_utilization: float, max_batch: int | None) -> None:
+def check_sizes(memory_utilization: float, max_num_seqs: int | None) -> None:
     """Raise InputError on a fraction of the memory outside (0, 1], or a largest batch without a sequence."""
-    if max_batch is not None:
-        check_count("max_batch", max_batch)
+    if max_num_seqs is not None:
+        check_count("max_num_seqs", max_num_seqs)
     if not 0.0 < memory_utilization <= 1.0:
         raise InputError(f"memory_utilization must be in (0, 1], not {memory_utilization}")
 

@@ -52,7 +52,7 @@ class Resources:
 
     runners: dict[Role, ModelRunner]
     tokenizers: Mapping[Role, Tokenizer]
-    max_batch: int
+    max_num_seqs: int
     """Maximum number of candidates decoded at once."""
     reader: Reader = field(default_factory=TokenMap)
     """How the student reads the teacher's tokens."""

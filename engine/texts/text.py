@@ -21,6 +21,7 @@ from genssd.engine.common.quoting import one_line
 from genssd.engine.texts.chat import NO_SYSTEM_PROMPT, ChatTemplate, Messages
 from genssd.engine.texts.chat_options import ChatOptions
 from genssd.engine.texts.control_tokens import iter_texts
+from genssd.engine.texts.text_stream import open_stream
 
 Prompt = str | Messages | Sequence[int]
 """A prompt: raw text | chat messages (rendered with the chat template, generation prompt added) | token ids."""
@@ -31,10 +32,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 PROBE = "one two three"
 """Text that a tokenizer encodes and decodes when it is loaded, to show that its class keeps spaces."""
 PROMPT_KINDS = "a prompt is a string, a list of chat messages or a list of token ids"
-REPLACEMENT = "\ufffd"
-"""Character that decoders write for bytes which do not form a character."""
-LONGEST_CHARACTER = 4
-"""Maximum number of bytes in a UTF-8 character."""
 
 
 class Tokenizer:
@@ -187,26 +184,14 @@ class Tokenizer:
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text that each token completes; joined, it is the whole text. Special tokens have their names."""
-        if self._texts_join:
-            stream = TextStream(self)
-            pieces = [stream.push(token) for token in token_ids]
-            if pieces:
-                pieces[-1] += stream.rest()
-            return pieces
-        # a token's text depends on the tokens before it: take the difference that it makes to the text of a few tokens
-        ids, pieces = list(token_ids), []
-        start = done = 0
-        for end in range(1, len(ids) + 1):
-            before, text = str(self.hf.decode(ids[start:done])), str(self.hf.decode(ids[start:end]))
-            if text.endswith(REPLACEMENT) and end - done < LONGEST_CHARACTER and end < len(ids):
-                pieces.append("")
-                continue
-            pieces.append(text[len(before) :])
-            start, done = done, end
+        stream = open_stream(self)
+        pieces = [stream.push(token) for token in token_ids]
+        if pieces:
+            pieces[-1] += stream.rest()
         return pieces
 
     @cached_property
-    def _texts_join(self) -> bool:
+    def texts_join(self) -> bool:
         """Whether the texts of tokens join to the text of all. SentencePiece drops the space before the first one."""
         spaced = next((i for piece, i in self.hf.get_vocab().items() if piece[:1] == "\u2581" and len(piece) > 1), None)
         return spaced is None or str(self.hf.decode([spaced, spaced])) == 2 * self.token_text(spaced)
@@ -303,41 +288,3 @@ def _parts(prompt: Any) -> list[Any]:
         return list(prompt)
     except TypeError:
         raise InputError(PROMPT_KINDS) from None
-
-
-class TextStream:
-    """The text of a token sequence, token by token; bytes of an incomplete character wait for the remaining ones."""
-
-    __slots__ = ("_tokenizer", "_waiting")
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._waiting: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        """Add a token and return the text that it completes."""
-        text = self._tokenizer.token_text(token_id)
-        if not self._waiting and not text.endswith(REPLACEMENT):
-            return text
-        self._waiting.append(token_id)
-        text = str(self._tokenizer.hf.decode(self._waiting))
-        if not text.endswith(REPLACEMENT):
-            self._waiting = []
-            return text
-        if len(self._waiting) < LONGEST_CHARACTER:
-            return ""
-        # the first bytes cannot form a character: they are returned, and those that still may keep waiting
-        for num_kept in range(LONGEST_CHARACTER - 1, 0, -1):
-            invalid, waiting = self._waiting[:-num_kept], self._waiting[-num_kept:]
-            head = str(self._tokenizer.hf.decode(invalid))
-            if head + str(self._tokenizer.hf.decode(waiting)) == text:
-                self._waiting = waiting
-                return head
-        self._waiting = []
-        return text
-
-    def rest(self) -> str:
-        """Return the text of the bytes that still wait, which form no character."""
-        text = str(self._tokenizer.hf.decode(self._waiting)) if self._waiting else ""
-        self._waiting = []
-        return text

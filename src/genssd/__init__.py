@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from genssd.engine.common.errors import WorkerError as WorkerError
     from genssd.engine.common.model_choices import Role as Role
     from genssd.engine.common.outcomes import Decision as Decision
+    from genssd.engine.common.outcomes import Ending as Ending
     from genssd.engine.common.outcomes import Status as Status
     from genssd.engine.common.outcomes import Verdict as Verdict
     from genssd.engine.common.usage import CacheUse as CacheUse
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
     from genssd.engine.criteria.verdict import CorrectThenAligned as CorrectThenAligned
     from genssd.engine.criteria.weighted_rank import WeightedRank as WeightedRank
     from genssd.engine.decoding.branch import Branch as Branch
-    from genssd.engine.decoding.branch import Ending as Ending
     from genssd.engine.decoding.chunk import Chunk as Chunk
     from genssd.engine.decoding.feed import Feed as Feed
     from genssd.engine.decoding.rewinding import rewind as rewind
@@ -115,10 +115,7 @@ _NAMES = {
         "generate_two_writers",
         "iter_two_writers",
     ),
-    "genssd.engine.decoding.branch": (
-        "Branch",
-        "Ending",
-    ),
+    "genssd.engine.decoding.branch": ("Branch",),
     "genssd.engine.search.budget": (
         "Budget",
         "BudgetName",
@@ -194,6 +191,7 @@ _NAMES = {
     ),
     "genssd.engine.common.outcomes": (
         "Decision",
+        "Ending",
         "Status",
         "Verdict",
     ),

@@ -37,14 +37,14 @@ MAIN: Mapping[str, tuple[str, ...]] = {
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "models": ("teacher", "student", "model", "model_name_or_path", "teacher_model_name_or_path", "backend", "dtype",
                "teacher_tokenizer", "server"),
-    "input": ("data", "run", "config", "command", "limit", "shard", "rows", "verify_seconds", "contexts",
+    "input": ("data", "run", "config", "command", "limit", "offset", "shard", "rows", "verify_seconds", "contexts",
               "context_readers", "templates", "eval_data", "eval_limit", "eval_steps", "allow_eval_overlap",
               "require_correct", "statuses", "writer", "max_length", "prompts_per_round", "problems", "eval_problems"),
     "search": ("criterion", "candidates", "chunk", "beam", "threshold", "calibrate", "on_unlearnable", "max_resamples",
                "min_chunk_tokens", "drop_teacher_after", "selection_temperature", "loop_guard", "prompt_budget",
                "total_budget", "teacher_topk", "teacher_states"),
-    "responses": ("n", "method", "rsd", "alternate", "relay", "samples", "max_tokens", "sampling",
-                  "generation_config", "seed"),
+    "responses": ("n", "method", "rsd", "alternate", "relay", "samples", "max_tokens", "stop", "include_stop",
+                  "sampling", "generation_config", "seed"),
     "criteria": ("criteria", "pick", "equal_length", "verify", "judge", "judge_tokens", "share"),
     "diagnosis": ("rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability", "completions", "budget",
                   "losses", "node_weights", "weights_loss"),
@@ -64,7 +64,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
                "logging_steps", "save_steps", "save_total_limit", "peek", "page_questions", "prompts", "post_hoc",
                "json", "tune_file", "push_to_hub", "table"),
     "machine": ("device", "devices", "processes", "ray", "ray_actors", "ray_cpus", "threads", "memory_utilization",
-                "memory_bytes", "max_batch", "batch", "deterministic", "bf16", "gradient_checkpointing",
+                "memory_bytes", "max_num_seqs", "batch", "deterministic", "bf16", "gradient_checkpointing",
                 "torch_compile", "attn_implementation", "fsdp", "seconds"),
 }  # fmt: skip
 """Fields of configs by the group in which help texts list them; a nested config is listed as a whole."""

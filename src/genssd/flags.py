@@ -19,6 +19,7 @@ import tyro
 
 from genssd.engine.common.closest import suggest, suggest_or_list
 from genssd.engine.common.errors import InputError
+from genssd.escapes import read_escapes
 from genssd.field_names import name_ours
 from genssd.flag_list import list_flags
 from genssd.yaml_files import load_yaml
@@ -48,8 +49,8 @@ def read_config(command: str, flags: Sequence[str], config_class: type) -> Any:
     _, file, typed = _find_config_file(_complete_bare(flags), config_class)
     from_file = [] if file is None else flags_of_file(file, config_class, command)
     _check_names(typed, command, config_class)
-    words = _join(from_file, merge_list_flags(typed, config_class), _find_positional(config_class))
-
+    typed = merge_list_flags(read_escapes(typed), config_class)
+    words = _join(from_file, typed, _find_positional(config_class))
     _check_one_teacher(words, config_class)
     said = io.StringIO()
     try:

@@ -28,7 +28,7 @@ def test_every_name_leads_to_a_flag_that_exists() -> None:
     ("command", "flag", "ours"),
     [
         ("select", "--gpu-memory-utilization", "--memory-utilization"),
-        ("evaluate", "--max_num_seqs", "--max-batch"),
+        ("evaluate", "--max_running_requests", "--max-num-seqs"),
         ("generate", "--max-new-tokens", "--max-tokens"),
         ("train", "--warmup-ratio", "--warmup-steps"),
         ("train", "--resume", "--resume-from-checkpoint last"),

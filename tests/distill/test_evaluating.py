@@ -107,7 +107,7 @@ PROBLEMS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(7)]
 
 def config_for(pair: TinyPair, data: Path, output_dir: Path, **changes: Any) -> EvaluateConfig:
     base = EvaluateConfig(
-        model=str(pair.student), data=str(data), output_dir=str(output_dir), samples=2, max_tokens=12, max_batch=5,
+        model=str(pair.student), data=str(data), output_dir=str(output_dir), samples=2, max_tokens=12, max_num_seqs=5,
         memory_bytes=1 << 22,
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
@@ -158,7 +158,7 @@ def test_an_interrupted_evaluation_ends_with_the_same_files(
 def test_results_do_not_depend_on_the_batch(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
     data = write_rows(PROBLEMS)
     run_evaluate(config_for(tiny_pair, data, tmp_path / "five"))
-    run_evaluate(config_for(tiny_pair, data, tmp_path / "all", max_batch=64))
+    run_evaluate(config_for(tiny_pair, data, tmp_path / "all", max_num_seqs=64))
     assert files(tmp_path / "five")["rows"] == files(tmp_path / "all")["rows"]
     run_evaluate(config_for(tiny_pair, data, tmp_path / "greedy", samples=0))
     for name in ("response", "correct", "tokens"):

@@ -186,7 +186,7 @@ def test_a_larger_embedding_with_the_same_tokenizer_is_fine(directory: Path, tmp
         ({"memory_bytes": 0}, r"memory_bytes|0 bytes"),
         ({"memory_bytes": 100}, r"100 bytes does not hold one page, which takes \d+; raise memory_bytes"),
         ({"memory_bytes": -5}, r"-5"),
-        ({"max_batch": 0}, r"max_batch"),
+        ({"max_num_seqs": 0}, r"max_num_seqs"),
         ({"device": "quantum"}, r"quantum"),
     ],
     ids=str,

@@ -10,7 +10,7 @@ import torch
 from genssd.distill.demo import PAIR
 from genssd.engine.checkpoints.config import ModelConfig
 from genssd.engine.checkpoints.parameters import count_weights
-from genssd.engine.decoding.batching import choose_max_batch
+from genssd.engine.decoding.batching import choose_max_num_seqs
 
 SMALL = ModelConfig.load(PAIR / "student")
 SMOLLM2_135M = dataclasses.replace(
@@ -32,7 +32,7 @@ OF_17M = dataclasses.replace(SMOLLM2_135M, hidden_size=256, intermediate_size=68
     ],
 )
 def test_the_default_batch(configs: list[ModelConfig], device: str, threads: int, size: int) -> None:
-    assert choose_max_batch(map(count_weights, configs), torch.device(device), threads) == size
+    assert choose_max_num_seqs(map(count_weights, configs), torch.device(device), threads) == size
 
 
 def test_weights_are_counted_from_the_config() -> None:

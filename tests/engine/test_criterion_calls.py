@@ -191,7 +191,7 @@ def test_select_ends_in_one_line_and_keeps_the_finished_prompts(
     data = write_rows([{"question": "1+1?", "answer": "2"}, {"question": "6+7?", "answer": "13"}])
     words = [
         "select", "--teacher", str(tiny_pair.teacher), "--student", str(tiny_pair.student), "--data", str(data),
-        "--output-dir", "out", "--criterion", "own_failing:Own", "--candidates", "2", "--max-batch", "2",
+        "--output-dir", "out", "--criterion", "own_failing:Own", "--candidates", "2", "--max-num-seqs", "2",
         "--max-tokens", "4", "--memory-bytes", str(1 << 22),
     ]  # fmt: skip
     for resume in ([], ["--resume"]):

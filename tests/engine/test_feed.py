@@ -30,9 +30,9 @@ class ListFeed:
         return None
 
 
-@pytest.mark.parametrize("max_batch", [1, 2, 64])
-def test_fed_prompts_get_what_they_get_together(pair: Pair, max_batch: int) -> None:
-    engine = pair.engine(max_batch=max_batch)
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 64])
+def test_fed_prompts_get_what_they_get_together(pair: Pair, max_num_seqs: int) -> None:
+    engine = pair.engine(max_num_seqs=max_num_seqs)
     searched = {s.index: s for s in engine.iter_select_expand(PROMPTS, **SEARCH)}  # type: ignore[arg-type]
     written = {g.index: g for g in engine.iter_generate(PROMPTS, n=2, max_tokens=12)}
     for places in ([4, 1, 3], [None, 0, None, None, 2], [1], []):

@@ -20,7 +20,7 @@ def test_the_first_completion_is_greedy_and_the_others_are_those_of_plain_sampli
     pair: Pair, random_prompts: Prompts, sampling: Sampling
 ) -> None:
     prompts = random_prompts(3, 20)
-    engine = pair.engine(max_batch=5)  # less than the candidates of two prompts
+    engine = pair.engine(max_num_seqs=5)  # less than the candidates of two prompts
     mixed = {
         g.index: g.completions
         for g in engine.iter_generate(prompts, n=4, sampling=sampling, max_tokens=12, greedy_first=True)

@@ -27,7 +27,7 @@ def test_the_caches_are_those_of_the_engine(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "student", "llama")
     pair: dict[Role, Path] = {"teacher": tmp_path / "teacher", "student": tmp_path / "student"}
     for dtype in (torch.float32, torch.bfloat16):
-        plan = plan_memory(read(pair, dtype), memory_bytes=1 << 22, free_fraction=0.9, max_batch=None, threads=2)
+        plan = plan_memory(read(pair, dtype), memory_bytes=1 << 22, free_fraction=0.9, max_num_seqs=None, threads=2)
         engine = Engine.from_pretrained(
             *pair.values(), memory_bytes=1 << 22, dtype=str(dtype).removeprefix("torch."), threads=2
         )
@@ -36,7 +36,7 @@ def test_the_caches_are_those_of_the_engine(tmp_path: Path) -> None:
             assert plan.cache_tokens == pool.num_pages * pool.page_size
             decoder = runner.decoder
             assert read(pair, dtype)[role].kv_bytes_per_token == decoder.kv_bytes_per_token
-        assert plan.max_batch == engine._resources.max_batch
+        assert plan.max_num_seqs == engine._resources.max_num_seqs
 
 
 @pytest.mark.parametrize(("kind", "options"), FAMILY_CASES)
@@ -53,12 +53,12 @@ def test_a_fraction_leaves_room_for_weights_and_computation(tmp_path: Path, monk
     for free in (1 << 30, 4 << 30):
         monkeypatch.setattr("genssd.engine.setup.memory.available_bytes", lambda device, free=free: free)
         monkeypatch.setattr("genssd.engine.setup.memory_plan.available_bytes", lambda device, free=free: free)
-        plan = plan_memory(models, memory_bytes=None, free_fraction=0.5, max_batch=32, threads=1)
+        plan = plan_memory(models, memory_bytes=None, free_fraction=0.5, max_num_seqs=32, threads=1)
         assert plan.free_bytes == free
         assert plan.cache_bytes == int(0.5 * (free - plan.weight_bytes["student"]))
-        part = plan_memory(models, memory_bytes=None, free_fraction=0.5, max_batch=32, threads=1, processes=4)
+        part = plan_memory(models, memory_bytes=None, free_fraction=0.5, max_num_seqs=32, threads=1, processes=4)
         assert part.free_bytes == free // 4
         assert part.cache_bytes == int(0.5 * (free // 4 - part.weight_bytes["student"]))
     monkeypatch.setattr("genssd.engine.setup.memory.available_bytes", lambda device: 1 << 20)
     with pytest.raises(CapacityError, match="nothing is left for the key-value cache"):
-        plan_memory(models, memory_bytes=None, free_fraction=0.5, max_batch=32, threads=1)
+        plan_memory(models, memory_bytes=None, free_fraction=0.5, max_num_seqs=32, threads=1)

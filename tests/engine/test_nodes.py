@@ -32,7 +32,7 @@ def test_success_after_a_forced_token_is_that_of_enumeration(tmp_path: Path) -> 
     """Vocabulary 3, depth 4: Q at every node of one response, and the chance of each completion."""
     tree = ExactTree.random(3, 4, seed=11, scale=0.8)
     save_markov(tmp_path, LETTERS, torch.tensor(tree.logits, dtype=torch.float32))
-    engine = Engine.from_pretrained(student=tmp_path, dtype="float32", memory_bytes=1 << 24, max_batch=4096)
+    engine = Engine.from_pretrained(student=tmp_path, dtype="float32", memory_bytes=1 << 24, max_num_seqs=4096)
     response, n = (2, 0, 1, 2), 3000
     forks = [Fork(position=t, token=token) for t in range(4) for token in LETTERS]
     ids = [LETTERS[letter] for letter in response]
@@ -72,7 +72,7 @@ def test_completions_depend_on_their_own_place_alone(engine: Engine, pair: Pair)
     forks = [Fork(position=t, token=token) for t in (0, 5, 9) for token in (20, 21)]
     full = everything(engine, [forks, forks])
     assert len({c.token_ids for completions in full.values() for c in completions}) > 20, "streams are not shared"
-    narrow = pair.engine(max_batch=2, memory_bytes=1 << 19)
+    narrow = pair.engine(max_num_seqs=2, memory_bytes=1 << 19)
     assert everything(narrow, [forks[::-1], forks]) == full
     assert everything(engine, [[forks[3]], []]) == {(0, forks[3]): full[0, forks[3]]}
     assert full[0, forks[0]] != full[1, forks[0]], "each response has streams of its own"

@@ -139,7 +139,7 @@ def test_batching_suspension_and_skipping_change_nothing(
     }
     base = outcomes(engine.select_expand(prompts, **options))
     assert len({repr(outcome) for outcome in base}) == len(prompts)
-    assert outcomes(pair.engine(max_batch=1).select_expand(prompts, **options)) == base
+    assert outcomes(pair.engine(max_num_seqs=1).select_expand(prompts, **options)) == base
     order = [4, 6, 2, 0, 1, 3, 5]  # equal prompts in another order are other draws
     permuted = outcomes(engine.select_expand([prompts[i] for i in order], **options))
     assert [permuted[order.index(i)] for i in range(1, 6)] == base[1:6]
@@ -216,9 +216,9 @@ def test_the_budget_of_all_ends_the_search_and_leaves_finished_prompts_alone(
 ) -> None:
     prompts = random_prompts(8, 38)
     options = {"candidates": 2, "chunk": Chunk(tokens=4, until=None), "max_tokens": 12}
-    free = pair.engine(max_batch=4).select_expand(prompts, **options)
+    free = pair.engine(max_num_seqs=4).select_expand(prompts, **options)
     Clock(monkeypatch)
-    engine = pair.engine(max_batch=4)
+    engine = pair.engine(max_num_seqs=4)
     limited = engine.select_expand(prompts, **options, total_budget=Budget(**limit))
     assert engine.pages_in_use[0] == 0
     assert [s.index for s in limited] == list(range(8))

@@ -306,8 +306,8 @@ def test_batching_order_and_company_change_no_trajectory(pair: Pair, random_prom
     prompts = random_prompts(6, 10)
     options = {"candidates": 3, "chunk": EIGHT, "max_tokens": 18, "beam": 2, "seed": 2}
     base = outcomes(pair.engine().select_expand(prompts, **options))
-    for max_batch in (1, 5):
-        assert outcomes(pair.engine(max_batch=max_batch).select_expand(prompts, **options)) == base
+    for max_num_seqs in (1, 5):
+        assert outcomes(pair.engine(max_num_seqs=max_num_seqs).select_expand(prompts, **options)) == base
     order = [4, 0, 2, 1, 3, 5]
     permuted = outcomes(pair.engine().select_expand([prompts[i] for i in order], **options))
     assert permuted == [base[i] for i in order]
@@ -437,7 +437,7 @@ def test_skipping_prompts_changes_nothing_for_the_others(engine: Engine, random_
 
 
 def test_an_abandoned_search_returns_its_pages(pair: Pair, random_prompts: Prompts) -> None:
-    engine = pair.engine(max_batch=6)
+    engine = pair.engine(max_num_seqs=6)
     for taken in (0, 1, 3):
         iterator = engine.iter_select_expand(random_prompts(8, 18), candidates=3, chunk=EIGHT, max_tokens=40)
         for _ in range(taken):
@@ -453,7 +453,7 @@ def test_an_abandoned_search_returns_its_pages(pair: Pair, random_prompts: Promp
 
 
 def test_an_abandoned_generation_returns_its_pages(pair: Pair, random_prompts: Prompts) -> None:
-    engine = pair.engine(max_batch=4)
+    engine = pair.engine(max_num_seqs=4)
     iterator = engine.iter_generate(random_prompts(8, 18), n=2, max_tokens=20)
     next(iterator)
     assert engine.pages_in_use[0] > 0
@@ -559,7 +559,7 @@ def test_no_prompts_give_no_selections(engine: Engine) -> None:
 
 
 def test_results_come_as_prompts_end(pair: Pair, random_prompts: Prompts) -> None:
-    engine = pair.engine(max_batch=3)
+    engine = pair.engine(max_num_seqs=3)
     prompts = random_prompts(5, 22)
     iterator = engine.iter_select_expand(prompts, candidates=3, chunk=EIGHT, max_tokens=16)
     first = next(iterator)

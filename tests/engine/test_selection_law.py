@@ -40,7 +40,7 @@ def chain(tmp_path: Path) -> Chain:
         save_markov(tmp_path / "teacher", ids, teacher)
         save_markov(tmp_path / "student", ids, student)
         return Engine.from_pretrained(
-            tmp_path / "teacher", tmp_path / "student", dtype="float32", memory_bytes=1 << 24, max_batch=4096
+            tmp_path / "teacher", tmp_path / "student", dtype="float32", memory_bytes=1 << 24, max_num_seqs=4096
         )
 
     return make

@@ -220,7 +220,7 @@ def test_another_call_gets_the_pages_of_prefixes_that_no_running_prompt_holds(en
     system = random_ids(60, 1)
     prompts = [[*system, *random_ids(3, 2)], random_ids(4, 3), [*system, *random_ids(5, 4)]]
     small = fresh(engine, num_pages=28)
-    small._resources = replace(small._resources, max_batch=1)
+    small._resources = replace(small._resources, max_num_seqs=1)
     searches = small.iter_generate(prompts, max_tokens=4)
     assert [next(searches).error for _ in range(2)] == [None, None]
     assert small.pages_in_use[0] >= 15, "the system message is kept for the third prompt"

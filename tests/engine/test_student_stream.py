@@ -38,7 +38,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def search(pair: Pair, **changes: Any) -> FakeCuda:
     with FakeCuda(computes=False) as device:
         # some prompts decode while others are scored
-        engine = pair.engine(device="cuda:0", student_stream=True, max_batch=5)
+        engine = pair.engine(device="cuda:0", student_stream=True, max_num_seqs=5)
         selections = engine.select_expand(PROMPTS, **{**SEARCH, **changes})
         assert [len(selection.best.token_ids) for selection in selections] == [6] * len(PROMPTS)
         assert engine.pages_in_use[0] == 0

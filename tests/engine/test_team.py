@@ -142,7 +142,7 @@ def test_results_do_not_depend_on_batching_or_suspension(
     options = {**SEARCH, "candidates": 2, "beam": 2, "max_tokens": 48}
     expected = Engine.from_pretrained(copies, pair.student, dtype="float32", memory_bytes=1 << 24)
     outcome = outcomes(expected.select_expand(prompts, **options))
-    narrow = Engine.from_pretrained(copies, pair.student, dtype="float32", memory_bytes=1 << 24, max_batch=3)
+    narrow = Engine.from_pretrained(copies, pair.student, dtype="float32", memory_bytes=1 << 24, max_num_seqs=3)
     assert outcomes(narrow.select_expand(prompts, **options)) == outcome
     tight = with_pages(expected, 180)
     assert outcomes(tight.select_expand(prompts, **options)) == outcome
@@ -206,7 +206,7 @@ def test_picks_follow_the_law_of_the_best_of_both(tmp_path: Path, second: torch.
         save_markov(tmp_path / name, ids, logits)
     engine = Engine.from_pretrained(
         [tmp_path / "one", tmp_path / "two"], tmp_path / "student", dtype="float32", memory_bytes=1 << 24,
-        max_batch=4096,
+        max_num_seqs=4096,
     )  # fmt: skip
     selections = engine.select_expand(
         [[LETTERS[0]]] * 500, candidates=2, chunk=Chunk(tokens=1, until=None, shortest=1), max_tokens=1, seed=2

@@ -12,7 +12,8 @@ from support.toys import save_tokenizer
 
 from genssd.engine.common.errors import InputError
 from genssd.engine.decoding.chunk import Chunk, ChunkEnd
-from genssd.engine.texts.text import TextStream, Tokenizer
+from genssd.engine.texts.text import Tokenizer
+from genssd.engine.texts.text_stream import TextStream
 
 
 @pytest.fixture(scope="module")

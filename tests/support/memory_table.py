@@ -87,7 +87,7 @@ def _describe_card(models: dict[str, PlannedModel], card: int) -> str:
         patch("genssd.engine.setup.memory.available_bytes", lambda device: free),
         patch("genssd.engine.setup.memory_plan.available_bytes", lambda device: free),
     ):
-        plan = plan_memory(models, memory_bytes=None, free_fraction=0.9, max_batch=None, threads=1)
+        plan = plan_memory(models, memory_bytes=None, free_fraction=0.9, max_num_seqs=None, threads=1)
     return f"{plan.cache_tokens // 1000:,}k tokens, {plan.cache_tokens // SEQUENCE} prompts"
 
 

@@ -119,7 +119,7 @@ class StubServer:
             generator.seed()
         ids, new = list(fields["prompt"]), []
         logprobs, tops, reason, stopped_by = [], [], "length", None
-        until = (fields.get("stop") or [None])[0]
+        stops = fields.get("stop") or []
         while len(new) < fields["max_tokens"]:
             with self.lock:
                 raw = self.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
@@ -139,8 +139,9 @@ class StubServer:
             if token in fields["stop_token_ids"]:
                 reason = "stop"
                 break
-            if until is not None and until in self.tokenizer.hf.decode(new):
-                reason, stopped_by = "stop", until
+            stopped_by = next((text for text in stops if text in self.tokenizer.hf.decode(new)), None)
+            if stopped_by is not None:
+                reason = "stop"
                 break
         choice: dict[str, Any] = {
             "index": index,

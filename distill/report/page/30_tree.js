@@ -4,9 +4,9 @@ const NARROWEST = 0.14;  // smallest width of a box, as a part of the widest pos
 const VERDICTS = {
   kept: "kept", forced: "kept, although worse than the threshold", beaten: "dropped: others of its round are better",
   threshold: "dropped: worse than the threshold", duplicate: "dropped: the same tokens as a sibling",
-  loop: "dropped: it ends in a repetition", written: "written; nobody chose",
+  loop: "dropped: it ends in a repetition", empty: "dropped: the stop string has left nothing", written: "written; nobody chose",
 };
-const ENDINGS = { chunk: "goes on", finished: "ends the response", length: "cut off" };
+const ENDINGS = { chunk: "goes on", finished: "ends the response", stopped: "ends at a stop string", length: "cut off" };
 const DECISIONS = { resampled: "sampled again", shortened: "sampled again, shorter", forced: "the best was kept although none is acceptable", asked: "the next teacher was asked", pruned: "the branches end here" };
 
 /** Return the element of a tree. onChoose: function that takes the place of a chosen box. */
@@ -104,7 +104,7 @@ function describeBox(tree, search, criterion, place, isPicked) {
 /** Return why the run kept or dropped a box, in a sentence. */
 function explain(tree, search, place) {
   const box = tree.boxes[place];
-  const rivals = tree.boxes.filter((b) => b.round === box.round && b.attempt === box.attempt && b.place !== place && b.score !== null && !["duplicate", "loop"].includes(b.verdict));
+  const rivals = tree.boxes.filter((b) => b.round === box.round && b.attempt === box.attempt && b.place !== place && b.score !== null && !["duplicate", "loop", "empty"].includes(b.verdict));
   const sign = search.higher_is_better[search.criterion] ? -1 : 1;
   const best = (boxes) => boxes.map((b) => b.score).sort((a, b) => sign * (a - b))[0];
   if (box.verdict === "kept" && box.draw !== null) return "It was drawn among the acceptable candidates of its round.";

@@ -55,7 +55,7 @@ function drawTokens(name, figures) {
   const bestKept = figures.tokens_kept;
   const kept = ["kept", "forced", "written"].reduce((sum, verdict) => sum + (figures.tokens[verdict] ?? 0), 0);
   const parts = [["kept in the best responses", bestKept, "var(--good)"], ["kept in other branches", kept - bestKept, "var(--cool)"],
-    ...["beaten", "threshold", "duplicate", "loop"].map((v, i) => [v, figures.tokens[v] ?? 0, ["var(--pruned)", "var(--heat)", "#b197fc", "#f06595"][i]])].filter(([, n]) => n > 0);
+    ...["beaten", "threshold", "duplicate", "loop", "empty"].map((v, i) => [v, figures.tokens[v] ?? 0, ["var(--pruned)", "var(--heat)", "#b197fc", "#f06595", "var(--pruned)"][i]])].filter(([, n]) => n > 0);
   const total = figures.tokens_sampled || 1;
   const svg = makeSvg("svg", { viewBox: "0 0 460 26", class: "bar", preserveAspectRatio: "none" });
   let left = 0;

@@ -126,6 +126,21 @@ def test_shards_divide_the_rows(write_rows: Write) -> None:
         read_usable_problems(data, shard="12/12")
 
 
+def test_an_offset_leaves_out_the_first_rows(write_rows: Write) -> None:
+    data = write_rows([{"prompt": str(i)} if i != 4 else {"nothing": 1} for i in range(11)])
+    whole = read_usable_problems(data)
+    for offset, limit, shard in ((0, 3, None), (3, 4, None), (9, None, None), (2, 7, "2/3")):
+        part = read_usable_problems(data, limit, offset=offset, shard=shard)
+        end = 11 if limit is None else offset + limit
+        rows = [i for i in range(offset, end) if shard is None or i % 3 == 1]
+        assert list(part.problems) == [problem for problem in whole.problems if problem.index in rows]
+        assert list(part.faults) == [i for i in rows if i == 4]
+    with pytest.raises(InputError, match="has no rows after the first 11"):
+        read_usable_problems(data, offset=11)
+    with pytest.raises(InputError, match="offset must be at least 0, not -1"):
+        read_usable_problems(data, offset=-1)
+
+
 @pytest.mark.parametrize("text", ["", "0/2", "3/2", "1", "1/0", "1/2/3", "-1/2", "a/b", "1 / 2"])
 def test_other_shards_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="shard must be NUMBER/COUNT"):

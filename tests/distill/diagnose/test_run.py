@@ -70,7 +70,7 @@ class World:
         self.loaded.append(name)
         if name not in self.engines:
             models = {"student": model} if role == "student" else {"teacher": model}
-            settings: dict[str, Any] = {"dtype": "float32", "memory_bytes": 1 << 22, "max_batch": 1024}
+            settings: dict[str, Any] = {"dtype": "float32", "memory_bytes": 1 << 22, "max_num_seqs": 1024}
             self.engines[name] = Engine.from_pretrained(**models, **settings)
         return self.engines[name]
 

@@ -49,7 +49,7 @@ def configure_leaf(pair: TinyPair, data: Path, output_dir: Path, **options: Any)
 def configure_diagnose(pair: TinyPair, data: Path, output_dir: Path, **options: Any) -> DiagnoseConfig:
     return DiagnoseConfig(
         student=str(pair.student), teacher=(str(pair.teacher),), contexts=("hint",), data=str(data), max_tokens=8,
-        rollouts=2, completions=2, budget=24, top_k=2, memory_bytes=1 << 22, max_batch=4, output_dir=str(output_dir),
+        rollouts=2, completions=2, budget=24, top_k=2, memory_bytes=1 << 22, max_num_seqs=4, output_dir=str(output_dir),
         **options,
     )  # fmt: skip
 

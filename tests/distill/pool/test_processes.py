@@ -53,7 +53,7 @@ def make_pool(pair: TinyPair, size: int = 2, **arguments: Any) -> ProcessPool[En
     roles: tuple[Role, Role] = ("teacher", "student")
     tokens = LocalTokens(tokenizers={role: pair.engine.tokenizer(role) for role in roles}, reader=pair.engine.reader)
     models = RemoteModels([tokens])
-    given = {"teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_batch": 4}
+    given = {"teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_num_seqs": 4}
     return ProcessPool(
         models, [EngineRecipe(arguments={**given, "threads": 1, **arguments}, chat=ChatOptions())] * size
     )
@@ -170,7 +170,7 @@ def test_a_total_budget_ends_all_workers_and_a_resumed_run_needs_none(
     data = write_rows([{"question": f"{i % 7}?"} for i in range(40)])
     config: dict[str, Any] = {
         "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), "data": str(data), **SEARCH,
-        "memory_bytes": 1 << 22, "max_batch": 4, "output_dir": str(tmp_path / "out"),
+        "memory_bytes": 1 << 22, "max_num_seqs": 4, "output_dir": str(tmp_path / "out"),
     }  # fmt: skip
     first = run_select(SelectConfig(**config, processes=2, total_budget=Budget(tokens=600)))
     assert first.stopped_by == "total_budget.tokens"
@@ -196,7 +196,7 @@ def test_several_teachers_in_two_processes_write_what_they_write_in_one(
     held.write_text("".join(json.dumps({"question": f"{i}+1?"}) + "\n" for i in range(3)))
     config: dict[str, Any] = {
         "teacher": (str(tiny_pair.teacher), str(other)), "student": str(tiny_pair.student), "data": str(data),
-        **SEARCH, "drop_teacher_after": 2, "teacher_topk": 2, "memory_bytes": 1 << 22, "max_batch": 4,
+        **SEARCH, "drop_teacher_after": 2, "teacher_topk": 2, "memory_bytes": 1 << 22, "max_num_seqs": 4,
         "calibrate": Calibrate(data=str(held)), "on_unlearnable": "accept_best",
     }  # fmt: skip
     two = run_select(SelectConfig(**config, processes=2, output_dir=str(tmp_path / "two")))

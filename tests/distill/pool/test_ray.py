@@ -72,7 +72,7 @@ def open_pool(pair: TinyPair, cluster: RayCluster) -> RayPool:
     roles: tuple[Role, Role] = ("teacher", "student")
     tokens = LocalTokens(tokenizers={role: engine.tokenizer(role) for role in roles}, reader=engine.reader)
     arguments = {
-        "teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_batch": 4,
+        "teacher": str(pair.teacher), "student": str(pair.student), "memory_bytes": 1 << 22, "max_num_seqs": 4,
         "device": "cpu", "threads": 1,
     }  # fmt: skip
     team = choose_team(cluster.list_nodes(), ActorRange(2, 2), cluster.cpus, "cpu", None)
@@ -181,7 +181,7 @@ def test_a_killed_command_takes_its_actors_along_and_is_resumed(
         (tmp_path / f"d/x{number}.jsonl").write_text(f'{{"question": "{number}+1?"}}\n' * 4)
     models = ["--teacher", str(tiny_pair.teacher), "--student", str(tiny_pair.student)]
     search = ["--candidates", "3", "--chunk.tokens", "4", "--chunk.until", "None", "--max-tokens", "16"]
-    flags = [*models, "--data", str(tmp_path / "d"), *search, "--memory-bytes", "4194304", "--max-batch", "4"]
+    flags = [*models, "--data", str(tmp_path / "d"), *search, "--memory-bytes", "4194304", "--max-num-seqs", "4"]
     address = cluster.connect().get_runtime_context().gcs_address
     assert address.startswith("127.0.0.1:")
     words = ["select", *flags, "--ray", address, "--ray-actors", "1", "--ray-cpus", "1"]
@@ -206,7 +206,7 @@ def test_a_killed_command_takes_its_actors_along_and_is_resumed(
     assert 0 < journal.read_bytes().count(b"\n") < 48
     config: dict[str, Any] = {
         "teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student), **SEARCH, "memory_bytes": 1 << 22,
-        "max_batch": 4,
+        "max_num_seqs": 4,
     }  # fmt: skip
     resumed = {"data": str(tmp_path / "d"), "output_dir": str(tmp_path / "out"), "resume": True}
     summary = run_select(SelectConfig(**config, **resumed, ray="local", ray_actors="1", ray_cpus=1))

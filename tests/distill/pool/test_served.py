@@ -42,7 +42,7 @@ def configure(stub: StubServer, pair: TinyPair, data: Path, output_dir: Path, **
     given: dict[str, Any] = {
         "teacher": stub.url, "teacher_tokenizer": str(pair.teacher), "student": str(pair.student), "data": str(data),
         "output_dir": str(output_dir), "candidates": 2, "chunk": Chunk(tokens=3, until="a", limit=5), "max_tokens": 8,
-        "memory_bytes": 1 << 22, "max_batch": 4, "server": ServerOptions(timeout=30.0, patience=30.0, in_flight=8),
+        "memory_bytes": 1 << 22, "max_num_seqs": 4, "server": ServerOptions(timeout=30.0, patience=30.0, in_flight=8),
     }  # fmt: skip
     return SelectConfig(**given | options)
 

@@ -21,12 +21,21 @@ from genssd.engine.common.errors import InputError
 
 CHAT = {"system_prompt", "chat_template_kwargs", "template_date", "special_tokens_in_text"}
 PAIR_CHAT = CHAT | {"teacher_template_kwargs", "student_template_kwargs"}
-ENGINE = {"threads", "device", "dtype", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "backend"}
+ENGINE = {
+    "threads",
+    "device",
+    "dtype",
+    "memory_utilization",
+    "memory_bytes",
+    "max_num_seqs",
+    "deterministic",
+    "backend",
+}
 POOL = ENGINE | {"processes", "devices", "ray"}
 CLUSTER = {"ray_actors", "ray_cpus"}
 SAMPLING = {"sampling.temperature", "sampling.top_p", "sampling.top_k", "sampling.min_p"}
 WRITING = SAMPLING | {"generation_config"}
-SEARCH = WRITING | POOL | {
+SEARCH = WRITING | POOL | {"stop"} | {
     "candidates", "chunk.tokens", "chunk.until", "chunk.limit", "chunk.shortest", "criterion", "threshold",
     "max_tokens", "teacher_topk", "teacher_states", "loop_guard", "seed", "calibrate.data", "beam", "on_unlearnable",
     "selection_temperature", "prompt_budget.tokens", "prompt_budget.seconds", "total_budget.tokens",
@@ -41,13 +50,13 @@ TRAINING = {
     "token_weights.entropy_of", "token_weights.half_life",
 }  # fmt: skip
 RUN = {"output_dir", "resume", "overwrite", "limit", "data"}
-MONITORED = {"report_to", "logging_steps", "shard"}
+MONITORED = {"report_to", "logging_steps", "shard", "offset"}
 ALWAYS = {
     "demo": {"output_dir", "prompts", "candidates", "train_tokens", "learning_rate", "batch_size", "eval_problems"}
     | {"post_hoc", "seed", "threads"},
     "select": SEARCH | PAIR_CHAT | RUN | MONITORED | {"teacher", "student", "peek"},
     "generate": POOL | PAIR_CHAT | WRITING | RUN | MONITORED
-    | {"teacher", "student", "method", "n", "max_tokens", "teacher_states", "seed"},
+    | {"teacher", "student", "method", "n", "max_tokens", "stop", "teacher_states", "seed"},
     "score": POOL | PAIR_CHAT | RUN | {"student", "teacher", "criteria", "verify", "equal_length"}
     | {f"pick.{name}" for name in ("by", "keep", "correct", "finished", "loops", "min_steps", "max_steps")}
     | {f"pick.{name}" for name in ("threshold", "best_share", "mix", "weigh")},
@@ -57,7 +66,7 @@ ALWAYS = {
     "export": {"run", "format", "student", "statuses", "require_correct", "output_dir"},
     "prefix": POOL | CHAT | WRITING | RUN | {"student", "judge", "judge_tokens", "max_tokens", "batch", "seed"},
     "leaf": CHAT | RUN | {"student", "teacher", "share", "max_length", "device", "threads", "devices", "processes"},
-    "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens", "shard"},
+    "evaluate": POOL | CHAT | RUN | {"model", "samples", "max_tokens", "stop", "shard", "offset"},
     "diagnose": POOL | CHAT | WRITING | RUN
     | {"student", "teacher", "contexts", "rollouts", "nodes_per_window", "top_k", "teacher_top_k", "min_probability"}
     | {"completions", "budget", "max_tokens", "losses", "page_questions", "seed", "beta", "alpha"}
@@ -90,11 +99,13 @@ SERVED = {"teacher_tokenizer"} | {
     f"server.{name}" for name in ("model_name", "seeds", "in_flight", "timeout", "patience")
 }
 CALIBRATE = {"calibrate.share", "calibrate.limit"}
-OFF_IN_SEARCH = CALIBRATE | SERVED | CLUSTER | {"max_resamples", "min_chunk_tokens", "drop_teacher_after"}
+OFF_IN_SEARCH = (
+    CALIBRATE | SERVED | CLUSTER | {"max_resamples", "min_chunk_tokens", "drop_teacher_after", "include_stop"}
+)
 METHODS = ("alternate", "relay")
 OFF: dict[str, set[str]] = {
     "select": OFF_IN_SEARCH,
-    "generate": SERVED | CLUSTER | {f"rsd.{name}" for name in ("probability", "top", "tries")}
+    "generate": SERVED | CLUSTER | {"include_stop"} | {f"rsd.{name}" for name in ("probability", "top", "tries")}
     | {f"{method}.student.{name.rpartition('.')[2]}" for name in SAMPLING for method in ("rsd", "alternate", "relay")}
     | {f"{method}.chunk.{name}" for name in ("tokens", "until", "limit", "shortest") for method in METHODS}
     | {f"alternate.{name}" for name in ("criterion", "student_candidates", "teacher_candidates")}
@@ -103,7 +114,7 @@ OFF: dict[str, set[str]] = {
     "prefix": CLUSTER,
     "doctor": {"verify_seconds"},
     "reproduce": {"controls"},
-    "evaluate": WRITING | CLUSTER | {"seed"},
+    "evaluate": WRITING | CLUSTER | {"seed", "include_stop"},
     "diagnose": {"context_readers"} | CLUSTER
     | {f"templates.{name}" for name in ("hint", "solution", "summary", "other")},
     "train": OFF_IN_TRAINING | {"allow_eval_overlap"},

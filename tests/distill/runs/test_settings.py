@@ -16,7 +16,7 @@ from genssd.distill.runs.field_kinds import Kind, expand_home, fields_of
 from genssd.distill.runs.settings import check_same_settings, settings_of
 from genssd.engine.common.errors import InputError
 
-ENGINE = {"device", "memory_utilization", "memory_bytes", "max_batch", "deterministic", "threads"}
+ENGINE = {"device", "memory_utilization", "memory_bytes", "max_num_seqs", "deterministic", "threads"}
 POOL = ENGINE | {"processes", "devices", "ray", "ray_actors", "ray_cpus"}
 RUN = {"output_dir", "resume", "overwrite", "data", "limit", "shard"}
 FOLLOWED = {"report_to", "logging_steps"}

@@ -56,7 +56,7 @@ def rows_of(run: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def one_by_one(tiny_pair: TinyPair) -> Engine:
     """An engine in which one prompt ends after the other."""
-    return Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, memory_bytes=1 << 24, max_batch=2)
+    return Engine.from_pretrained(tiny_pair.teacher, tiny_pair.student, memory_bytes=1 << 24, max_num_seqs=2)
 
 
 @pytest.fixture

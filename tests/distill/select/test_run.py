@@ -113,7 +113,7 @@ def test_resume_refuses_other_settings_data_and_models(tiny_pair: TinyPair, writ
         run_select(dataclasses.replace(config, resume=True), swapped)
     write_rows([{"prompt": "else"}, *PROMPTS[1:]])
     with pytest.raises(InputError, match=r"data\.jsonl is not the file .* row 0 differs"):
-        run_select(dataclasses.replace(config, resume=True, max_batch=7), tiny_pair.engine)
+        run_select(dataclasses.replace(config, resume=True, max_num_seqs=7), tiny_pair.engine)
     assert (tmp_path / "run" / "run.json").read_bytes() == record
 
 
@@ -316,3 +316,41 @@ def test_results_do_not_depend_on_the_number_of_threads(tiny_pair: TinyPair, wri
         assert record["threads"] == threads
         journals.append((output_dir / "selections.jsonl").read_bytes())
     assert journals[0] == journals[1]
+
+
+def test_rows_end_at_stop_strings_and_name_them(tiny_pair: TinyPair, write_rows: Write, tmp_path: Path) -> None:
+    """With one candidate, a run with stop strings writes what a run without them writes, up to the first string."""
+    data, engine = write_rows(PROMPTS), tiny_pair.engine
+    tokenizer = engine.tokenizer("teacher")
+    options: dict[str, Any] = {"candidates": 1, "loop_guard": False, "max_tokens": 24}
+    run_select(config_for(tiny_pair, data, tmp_path / "plain", **options), engine)
+    plain = {row["index"]: row for row in lines(tmp_path / "plain" / "selections.jsonl")}
+    texts = [str(tokenizer.hf.decode(plain[index]["completion_ids"])) for index in range(len(PROMPTS))]
+    letters = [
+        letter for text in texts for letter in text[2:] if letter.isascii() and letter not in "<|im_end|>startpad"
+    ]
+    options["stop"] = (letters[0], letters[-1], "never seen")
+    run_select(config_for(tiny_pair, data, tmp_path / "whole", **options), engine)
+    rows = sorted(lines(tmp_path / "whole" / "selections.jsonl"), key=lambda row: row["index"])
+    decisions = {row["index"]: row for row in lines(tmp_path / "whole" / "decisions.jsonl")}
+    num_stopped = 0
+    for row, text in zip(rows, texts, strict=True):
+        places = [(place, stop) for stop in options["stop"] if (place := text.find(stop)) >= 0]
+        place, stop = min(places, default=(len(text), None))
+        assert str(tokenizer.hf.decode(row["completion_ids"])) == text[:place]
+        assert row["stop_reason"] == stop
+        assert len(row["teacher_logprobs"]) == len(row["completion_ids"])
+        if stop is not None:
+            assert (row["status"], row["cut_by"]) == ("finished", None)
+            last = decisions[row["index"]]["candidates"][-1]
+            assert (last["ended"], last["stop_reason"]) == ("stopped", stop)
+            num_stopped += 1
+    assert num_stopped >= 2
+    part = config_for(tiny_pair, data, tmp_path / "part", limit=2, **options)
+    run_select(part, engine)
+    run_select(dataclasses.replace(part, limit=None, resume=True), engine)
+    for name in ("selections.jsonl", "decisions.jsonl"):
+        part_lines, whole_lines = ((tmp_path / run / name).read_bytes().splitlines() for run in ("part", "whole"))
+        assert sorted(part_lines) == sorted(whole_lines)
+    with pytest.raises(InputError, match="stop"):
+        run_select(dataclasses.replace(part, limit=None, resume=True, stop=("x",)), engine)

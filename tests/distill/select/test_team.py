@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_and_other_teachers_are_refused(
 ) -> None:
     whole = config_for(tiny_pair, other, write_rows(PROMPTS), tmp_path / "whole", teacher_topk=2)
     summary = run_select(whole, team)
-    narrow = Engine.from_pretrained(list(whole.teacher), tiny_pair.student, memory_bytes=1 << 24, max_batch=4)
+    narrow = Engine.from_pretrained(list(whole.teacher), tiny_pair.student, memory_bytes=1 << 24, max_num_seqs=4)
     config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"), total_budget=Budget(tokens=150))
     part = run_select(config, narrow)
     assert 0 < part.prompts < 4

@@ -41,7 +41,7 @@ def test_all_gpus_write_what_one_process_writes(
     data = write_rows([{"question": f"{i}?"} for i in range(24)])
     base: dict[str, Any] = {
         "teacher": str(tiny_pair.teacher), "data": str(data), "dtype": "float32", "max_tokens": 24,
-        "memory_bytes": 1 << 24, "max_batch": 4,
+        "memory_bytes": 1 << 24, "max_num_seqs": 4,
     }  # fmt: skip
     run_generate(GenerateConfig(**base, output_dir=str(tmp_path / "one")))
     killer, opened = Killer(), ProcessPool.open
