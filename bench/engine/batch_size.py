@@ -1,4 +1,4 @@
-"""Rate and time to the first row against max_batch: what does a smaller batch cost, and how much sooner do rows land?
+"""Rate and time to the first row against max_num_seqs: what does a smaller batch cost, how much sooner do rows land?
 
     python -m bench.engine.batch_size --teacher DIR --student DIR --data FILE [--prompts 128] [--max-tokens 48]
 
@@ -30,7 +30,7 @@ class Measurement:
     """One run over all prompts; seconds are CPU time."""
 
     command: str
-    max_batch: int
+    max_num_seqs: int
     tokens: int
     first_row_seconds: float
     seconds: float
@@ -42,7 +42,7 @@ class Measurement:
 
 
 def measure(
-    command: str, engine: Engine, prompts: Sequence[Prompt], max_tokens: int, candidates: int, max_batch: int
+    command: str, engine: Engine, prompts: Sequence[Prompt], max_tokens: int, candidates: int, max_num_seqs: int
 ) -> Measurement:
     """Run one search or plain generation over the prompts."""
     before, started = engine.usage.sampled_tokens, time.process_time()
@@ -56,7 +56,7 @@ def measure(
         pass
     return Measurement(
         command=command,
-        max_batch=max_batch,
+        max_num_seqs=max_num_seqs,
         tokens=engine.usage.sampled_tokens - before,
         first_row_seconds=first,
         seconds=time.process_time() - started,
@@ -67,14 +67,14 @@ def print_table(measured: Sequence[Measurement]) -> None:
     """Print the medians of every command and batch size; rates as a fraction of the command's best one as well."""
     groups: dict[tuple[str, int], list[Measurement]] = {}
     for one in measured:
-        groups.setdefault((one.command, one.max_batch), []).append(one)
+        groups.setdefault((one.command, one.max_num_seqs), []).append(one)
     rates = {key: median(one.rate for one in group) for key, group in groups.items()}
-    print(f"{'command':<10}{'max_batch':>10}{'tokens/s':>10}{'of best':>9}{'first row':>11}{'whole':>9}")
+    print(f"{'command':<10}{'max_num_seqs':>14}{'tokens/s':>10}{'of best':>9}{'first row':>11}{'whole':>9}")
     for (command, size), group in groups.items():
         best = max(rate for (other, _), rate in rates.items() if other == command)
         rate = rates[command, size]
         first, whole = (median(getattr(one, name) for one in group) for name in ("first_row_seconds", "seconds"))
-        print(f"{command:<10}{size:>10}{rate:>10.0f}{rate / best:>9.0%}{first:>9.1f} s{whole:>7.1f} s")
+        print(f"{command:<10}{size:>14}{rate:>10.0f}{rate / best:>9.0%}{first:>9.1f} s{whole:>7.1f} s")
 
 
 def main() -> None:

@@ -116,7 +116,9 @@ class LoadedEngine:
             else:
                 models = load_models(next(iter(names), None), student, **options)
         return cls(
-            models.open_resources(memory_bytes, memory_utilization, max_num_seqs, threads, student_stream=student_stream)
+            models.open_resources(
+                memory_bytes, memory_utilization, max_num_seqs, threads, student_stream=student_stream
+            )
         )
 
     @check_arguments()

@@ -83,9 +83,9 @@ class LoadedModels:
         """Give every decoder a cache; all hold the same number of tokens.
 
         memory_bytes: size of all caches together; None takes a fraction of the free memory (`cache_budget`).
-        max_num_seqs: maximum number of candidates decoded at once; None for the default (`choose_max_num_seqs`). threads:
-        number of threads that compute; None for the default of `threads.effective_threads`. student_stream: whether the
-        student scores on a CUDA stream of its own. Raises InputError where it cannot.
+        max_num_seqs: maximum number of candidates decoded at once; None for the default (`choose_max_num_seqs`).
+        threads: number of threads that compute; None for the default of `threads.effective_threads`. student_stream:
+        whether the student scores on a CUDA stream of its own. Raises InputError where it cannot.
         """
         placed = self._list_decoders()
         decoders = [decoder for _, _, decoder in placed]
