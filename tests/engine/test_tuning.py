@@ -12,6 +12,7 @@ import torch
 from support.toys import Pair
 from torch import Tensor
 
+from genssd.engine.models import model_head
 from genssd.engine.models.launches import LaunchRecord, describe_launches
 from genssd.engine.models.sampling import Sampling
 from genssd.engine.models.tuning import VARIES, Timing, list_jobs, measure, select_winners, tune
@@ -253,9 +254,9 @@ def test_the_engine_logs_one_line(
 def test_the_mode_reaches_the_kernels(pair: Pair, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring and drawing run in the mode that the engine was made with."""
     seen: set[tuple[str, bool]] = set()
-    for module, name in (("model_head", "linear_logprob"), ("model_head", "linear_sample")):
-        path = f"genssd.engine.{module}.{name}"
-        operator = getattr(__import__(f"genssd.engine.{module}", fromlist=[name]), name)
+    for name in ("linear_logprob", "linear_sample"):
+        path = f"genssd.engine.models.model_head.{name}"
+        operator = getattr(model_head, name)
 
         def spy(*inputs: Any, _name: str = name, _operator: Any = operator, **options: Any) -> Any:
             seen.add((_name, tuned.is_deterministic()))

@@ -37,7 +37,7 @@ def fields(tiny_pair: TinyPair, tmp_path: Path) -> dict[str, Any]:
 
 
 def set_free_memory(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    for module in ("engine.memory", "engine.memory_plan", "distill.doctor.memory_checks"):
+    for module in ("engine.setup.memory", "engine.setup.memory_plan", "distill.doctor.memory_checks"):
         monkeypatch.setattr(f"genssd.{module}.available_bytes", lambda device: free)
 
 
