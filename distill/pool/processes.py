@@ -44,9 +44,9 @@ class WorkerProcess(Worker):
 
     def close(self) -> None:
         """Hear nothing of the process any more, which then ends by itself if it waits for work."""
-        with suppress(KeyError, ValueError):  # it is closed already
+        if not self.pipe.closed:
             self._selector.unregister(self.pipe)
-        self.pipe.close()
+            self.pipe.close()
 
     def describe_end(self) -> str:
         """Return what ended the process, which has ended, in words."""

@@ -104,10 +104,10 @@ ALIGNED = (
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def assembly(compiled: Any, target: Target, directory: Path) -> str:
+def assembly(compiled: Any, target: Target, directory: Path, stack: int = 0) -> str:
     """Return the kernel's assembly, after checking that its machine code uses no stack and no local memory.
 
-    Registers that do not fit are spilled to the stack.
+    Registers that do not fit are spilled to the stack, of which `stack` bytes are allowed.
     """
     if target.backend == "hip":
         text = str(compiled.asm["amdgcn"])
@@ -115,7 +115,7 @@ def assembly(compiled: Any, target: Target, directory: Path) -> str:
         assert re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text) == ["0"]
         return text
     usage = run_tool(compiled, directory, "cuobjdump", "-res-usage")
-    assert re.findall(r"STACK:(\d+)", usage) == ["0"]
+    assert [int(size) for size in re.findall(r"STACK:(\d+)", usage)] in ([0], [stack])
     assert re.findall(r"LOCAL:(\d+)", usage) == ["0"]
     return str(compiled.asm["ptx"])
 
@@ -313,13 +313,17 @@ ROWWISE = {
 }  # fmt: skip
 
 
+STACKS = {("divergence-skew_reverse_kl", 100): 8}
+"""Bytes of stack that a kernel takes on a GPU: ptxas of Triton 3.7 puts one address there, once per block of a row."""
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ROWWISE)
 def test_rowwise_kernels(target: Target, name: str, tmp_path: Path) -> None:
     kernel, pointers, constants, num_warps = ROWWISE[name]
     compiled = compile_for(target, kernel, types_of(**pointers), constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
-    assembly(compiled, target, tmp_path)
+    assembly(compiled, target, tmp_path, STACKS.get((name, target.capability), 0))
 
 
 FILTERS = {
