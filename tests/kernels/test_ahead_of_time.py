@@ -313,7 +313,7 @@ ROWWISE = {
 }  # fmt: skip
 
 
-STACKS = {("divergence-skew_reverse_kl", 100): 8}
+STACKS = {("divergence-skew_reverse_kl", 100): 8, ("draw_kernel", 80): 8}
 """Bytes of stack that a kernel takes on a GPU: ptxas of Triton 3.7 puts one address there, once per block of a row."""
 
 
@@ -392,7 +392,7 @@ def compile_filters(
     )
     compiled = compile_for(target, kernel, types, constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
-    code = assembly(compiled, target, directory)
+    code = assembly(compiled, target, directory, STACKS.get((kernel.__name__, target.capability), 0))
     if "SPLIT" in constants and "logits" in kernel.arg_names:
         assert re.search(target.wide, code), "memory is read in small pieces"
 
