@@ -18,7 +18,7 @@ from genssd.engine.common.errors import InputError
 
 ENGINE = {"device", "memory_utilization", "memory_bytes", "max_num_seqs", "deterministic", "threads"}
 POOL = ENGINE | {"processes", "devices", "ray", "ray_actors", "ray_cpus"}
-RUN = {"output_dir", "resume", "overwrite", "data", "limit", "shard"}
+RUN = {"output_dir", "resume", "overwrite", "data", "limit", "offset", "shard"}
 FOLLOWED = {"report_to", "logging_steps"}
 NOT_COUNTED = {
     "select": POOL | RUN | FOLLOWED | {"total_budget", "server", "peek"},
@@ -175,7 +175,7 @@ NO_PATHS = {
 } | {
     *("attn_implementation", "words", "hint", "solution", "summary", "other", "mix", "by"),
     *("system_prompt", "chat_template_kwargs", "template_date", "model_name"),
-    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "push_to_hub", "arms", "shard"),
+    *("teacher_template_kwargs", "student_template_kwargs", "error", "writer", "push_to_hub", "arms", "shard", "stop"),
     *("ray", "ray_actors"),
 }
 """Fields of text that name nothing there."""

@@ -98,7 +98,8 @@ def test_a_search_without_top_k_is_refused(searched: Path, tmp_path: Path) -> No
     (tmp_path / "run").mkdir()
     rows = [json.loads(line) for line in (searched / "selections.jsonl").read_text().splitlines()]
     (tmp_path / "run" / "run.json").write_bytes((searched / "run.json").read_bytes())
-    (tmp_path / "run" / "teacher_topk.bin").write_bytes((searched / "teacher_topk.bin").read_bytes())
+    for name in ("teacher_topk.bin", "teacher_states.bin"):
+        (tmp_path / "run" / name).write_bytes((searched / name).read_bytes())
     for kept, message in (
         (0, r"selections\.jsonl, line 1: no teacher_topk of this student's tokenizer: select with --teacher-topk"),
         (1, r"selections\.jsonl, line 2: no teacher_topk, where other rows have k=2"),
