@@ -47,6 +47,7 @@ def calls(engine: Engine) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]
         "score": (engine.score, (["abc"], ["de"])),
         "local_logprob": (engine.local_logprob, ("abc", [1, 2], [(0, 0, 1)])),
         "mean_activations": (engine.mean_activations, ("abc", [1, 2])),
+        "hidden_states": (engine.hidden_states, ("abc", [1, 2])),
         "branch": (engine.branch, ("abc",)),
         "encode_pair": (engine.encode_pair, ("abc",)),
         "expand": (engine.expand, ([], 2)),
