@@ -97,8 +97,8 @@ class LoadedEngine:
         A list of teachers compete in the search: each writes candidates, and the student scores all (team.py). At most
         one of them may be a URL.
         Raises CheckpointError on an unusable directory, InputError on a tokenizer that does not spell bytes or a
-        student_stream without a student that the own decoder computes on a GPU,
-        CapacityError without room, ServerError on a server that is not there or cannot be used.
+        student_stream without a student that the own decoder computes on a GPU, CapacityError without room,
+        ServerError on a server that is not there or cannot be used.
         """
         if teacher is None and student is None:
             raise InputError("from_pretrained needs a teacher, a student or both")
@@ -115,11 +115,8 @@ class LoadedEngine:
                 models = load_team(names, student, **options)
             else:
                 models = load_models(next(iter(names), None), student, **options)
-        return cls(
-            models.open_resources(
-                memory_bytes, memory_utilization, max_num_seqs, threads, student_stream=student_stream
-            )
-        )
+        sizes = (memory_bytes, memory_utilization, max_num_seqs)
+        return cls(models.open_resources(*sizes, threads, student_stream=student_stream))
 
     @check_arguments()
     def with_chat(self, options: ChatOptions) -> Self:
