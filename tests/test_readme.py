@@ -262,6 +262,9 @@ def read_measured() -> dict[str, str]:
             numbers[f"{row['operation']} {row['shape']} {row['implementation']}"] = (
                 f"{time:.{2 if time < 10 else 1}f} ms"
             )
+    for row in json.loads((results / "select_expand.json").read_text())["rows"]:
+        if (row["size"], row["value"]) == ("response", 512):
+            numbers[f"512 tokens {row['program']}"] = f"{row['seconds']:.1f} s"
     pool = json.loads((results / "pool_5000.json").read_text())
     for program in ("genssd", "transformers"):
         numbers[f"pool {program}"] = f"{pool[program]['seconds']:.0f} s, {pool[program]['peak_mib']} MiB"
@@ -270,6 +273,7 @@ def read_measured() -> dict[str, str]:
 
 MEASURED = (
     ("search, 4 prompts", ("select_expand genssd", "select_expand transformers", "select_expand openvino")),
+    ("search, one response", ("512 tokens genssd", "512 tokens caches kept", "512 tokens obvious")),
     ("score 16 candidates", ("score genssd", "score transformers", "score openvino", "score vllm")),
     ("decode 16 branches", ("decode genssd", "decode transformers", "decode openvino", "decode vllm")),
     ("a step of fine-tuning", ("sft genssd", "sft trl")),
