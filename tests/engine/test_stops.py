@@ -260,7 +260,7 @@ def test_a_wide_search_replays_and_does_not_depend_on_the_batch(engine_of: dict[
 
 
 def test_a_response_of_which_nothing_is_left_is_rejected(tmp_path: Path) -> None:
-    """Of the first letters a and b, b stops at once; the response goes on with an a where there is one."""
+    """A candidate that is a stop string alone ends at once; the search keeps a candidate with text where it has one."""
     letters = [token_of(letter) for letter in "ab"]
     for role in ("teacher", "student"):
         save_markov(tmp_path / role, letters, torch.zeros(2, 2))
