@@ -19,6 +19,7 @@ from scripts.check_installed import iter_import_faults, iter_modules
 from scripts.check_wheel import PACKAGE, Wheel, iter_faults, iter_link_faults, read_package
 
 import genssd
+from genssd import _core
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.source
@@ -161,13 +162,13 @@ def test_a_record_that_pip_would_not_follow_is_named(wheel: Wheel) -> None:
 def test_symbols_and_libraries_of_a_core_are_named() -> None:
     """The core of this environment is linked to the C++ library of its compiler, as those of a release must not be."""
     pytest.importorskip("elftools")
-    (core,) = (ROOT / PACKAGE).glob("_core.*.so")
-    assert any(line.startswith("needs libstdc++") for line in iter_link_faults(core.read_bytes()))
+    core = Path(str(_core.__file__)).read_bytes()
+    assert any(line.startswith("needs libstdc++") for line in iter_link_faults(core))
 
 
 def test_a_wheel_for_a_younger_glibc_is_named(wheel: Wheel) -> None:
     pytest.importorskip("elftools")
-    core = next((ROOT / PACKAGE).glob("_core.*.so")).read_bytes()
+    core = Path(str(_core.__file__)).read_bytes()
     younger = dataclasses.replace(change(wheel, {CORE: core}), name=wheel.name.replace("2_17", "2_35"))
     assert "no tag is that of glibc 2.17" in list(iter_faults(younger, ROOT, is_closed=True))
     assert "no tag is that of glibc 2.17" not in list(iter_faults(change(wheel, {CORE: core}), ROOT, is_closed=True))
