@@ -40,10 +40,13 @@ class OpenVinoWorkloads:
         scheduler.cache_size = 1  # GB
         scheduler.enable_prefix_caching = True
         scheduler.max_num_batched_tokens = 2048
+        # without instructions for bfloat16 it refuses such a cache
+        has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        precision = "bf16" if has_bf16 else "f32"
         properties = {
             "INFERENCE_NUM_THREADS": self.threads,
-            "INFERENCE_PRECISION_HINT": "bf16",
-            "KV_CACHE_PRECISION": "bf16",  # its default is 8 bits
+            "INFERENCE_PRECISION_HINT": precision,
+            "KV_CACHE_PRECISION": precision,  # its default is 8 bits
             "PERFORMANCE_HINT": "LATENCY",
         }
         return openvino_genai.ContinuousBatchingPipeline(self.directory, scheduler, "CPU", properties)
