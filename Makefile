@@ -34,7 +34,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	MYPYPATH=src:tests:. $(BIN)/mypy $(UNRUN_MYPY) $(UNRUN)
 	MYPYPATH=src:. $(BIN)/mypy --follow-imports silent --namespace-packages --explicit-package-bases bench/gpu
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bench/engine/peers/*.cpp tests/kernels/*.cpp
 
 # the site in build/site; a link or an anchor that leads nowhere is an error
 docs: $(VENV)/.installed-dev

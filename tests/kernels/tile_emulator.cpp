@@ -1,7 +1,8 @@
 // An emulator of the AMX instructions, for processors without them: it answers the signal of an undefined instruction.
 //
-// It reads the bytes of each instruction, so that what is tested is what the compiled kernels contain, and it shares no
-// code with the kernels' own model of the tiles. Call install() once; count(i) returns how often an instruction ran.
+// It reads the bytes of each instruction, so that what is tested is what the compiled kernels contain, and it shares
+// no code with the kernels' own model of the tiles. Call install() once; count(i) returns how often an instruction
+// ran.
 #include <signal.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -110,9 +111,9 @@ void handle(int, siginfo_t*, void* state) {
   auto* context = static_cast<ucontext_t*>(state);
   greg_t& rip = context->uc_mcontext.gregs[REG_RIP];
   const auto* code = reinterpret_cast<const unsigned char*>(rip);
-  CHECK(code[0] == 0xC4);              // a VEX prefix of three bytes
-  CHECK((code[1] & 0x1F) == 2);        // the map 0F38
-  CHECK((code[2] & 0x84) == 0);        // W0, 128 bits
+  CHECK(code[0] == 0xC4);        // a VEX prefix of three bytes
+  CHECK((code[1] & 0x1F) == 2);  // the map 0F38
+  CHECK((code[2] & 0x84) == 0);  // W0, 128 bits
   const bool extend_index = !(code[1] & 0x40), extend_base = !(code[1] & 0x20);
   const int prefix = code[2] & 3, opcode = code[3], modrm = code[4];  // prefix: none, 66, F3, F2
   const int source = ~(code[2] >> 3) & 15, destination = modrm >> 3 & 7, rm = modrm & 7;

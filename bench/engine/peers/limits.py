@@ -7,7 +7,8 @@ A phase is one pass over the weights: prefill, one decoding step, one scoring pa
 flops: two per weight and row (the head's weights count only for the rows whose logits are needed), and four per
 attended position, query head and entry of the head. bytes: weights once per phase, keys and values of every distinct
 position once. F and B are measured: F is the larger of the best rate of bf16 products through torch and the rate of the
-multiplying instruction alone (peak.cpp); B is the rate of a sum over an array that is larger than every cache.
+multiplying instruction alone (peak.cpp: that of float32, where the processor has none for bf16); B is the rate of a sum
+over an array that is larger than every cache.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _product_flops(rows: int, inner: int, columns: int) -> float:
 
 
 def instruction_flops(threads: int, operands: Literal["registers", "cache"] = "registers") -> float | None:
-    """Return the bf16 operations per second of the best multiplying instruction alone (peak.cpp).
+    """Return the operations per second of the best instruction for products of bf16 alone (peak.cpp).
 
     operands: cache loads those of every product from the first cache, on processors with AMX. None without a C++
     compiler or without such an instruction.
