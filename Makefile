@@ -11,7 +11,7 @@ WHEEL_TESTS := $(addprefix tests/,test_package.py test_public_names.py cli/test_
 	distill/doctor/test_verify.py distill/report/test_data.py)
 # what no test runs here (GPU tests, benchmarks) is held to the names and arguments that exist, not to strict types
 UNRUN := tests/kernels/gpu tests/engine/gpu tests/distill/pool/gpu bench examples docs/hooks
-UNRUN_MYPY := --config-file= --ignore-missing-imports --follow-imports silent --namespace-packages \
+UNRUN_MYPY := --config-file= --cache-dir .mypy_cache/unrun --ignore-missing-imports --follow-imports silent --namespace-packages \
 	--explicit-package-bases --check-untyped-defs \
 	$(foreach code,arg-type misc override str-format union-attr,--disable-error-code $(code))
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
@@ -33,7 +33,6 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	MYPYPATH=src:tests:. $(BIN)/mypy $(UNRUN_MYPY) $(UNRUN)
-	MYPYPATH=src:. $(BIN)/mypy --follow-imports silent --namespace-packages --explicit-package-bases bench/gpu
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.hpp bench/engine/peers/*.cpp tests/kernels/*.cpp
 
 # the site in build/site; a link or an anchor that leads nowhere is an error
@@ -47,17 +46,19 @@ browser: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/pytest bench -o python_files="bench_*.py" --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/kernels.json
 
-# sdist -> wheel -> its files and metadata against the tree -> an environment that has what the wheel requires and
-# nothing else: every module imports, a search and its page -> what the tests need -> the tests that a wheel can fail
+# sdist -> wheel, as pip makes it for a user -> its files and metadata against the tree -> an environment that has what
+# the wheel requires and nothing else: every module imports, a search and its page -> after its own packages those of the
+# environment of the tests, which has pytest and all optional packages -> the tests that a wheel can fail
 wheel: $(VENV)/.installed-dev
 	rm -rf build/dist
-	$(BIN)/python -m build --outdir build/dist .
+	$(BIN)/python -m build --sdist --no-isolation --outdir build/dist .
+	$(PIP) wheel -q --no-deps --wheel-dir build/dist build/dist/*.tar.gz
 	$(BIN)/python scripts/check_wheel.py build/dist/*.whl
 	GENSSD_TRY_WHEELS=build/dist bash scripts/try_wheel.sh "$(PYTHON)" build/clean
-	build/clean/bin/pip --disable-pip-version-check install -q --no-compile -c constraints.txt "$$(ls build/clean/wheel/*.whl)[test]"
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(build/clean/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tests.pth"
 	build/clean/bin/python -P scripts/check_installed.py
 	cp -rp tests build/clean/tests && cp pyproject.toml build/clean/
-	cd build/clean && OMP_NUM_THREADS=1 bin/pytest -q --numprocesses auto --dist worksteal -m "not slow and not source" $(WHEEL_TESTS)
+	cd build/clean && OMP_NUM_THREADS=1 bin/python -m pytest -q --numprocesses auto --dist worksteal -m "not slow and not source" $(WHEEL_TESTS)
 
 # the wheels of a release, into build/wheels: CPython 3.11 and later, x86-64 and 64-bit ARM (see the script)
 wheels:
@@ -75,15 +76,22 @@ sanitize: $(VENV)/.installed-dev
 	build/sanitize/bin/pip --disable-pip-version-check install -q --no-deps --no-build-isolation -C build-dir=build/sanitize-core -C cmake.define.GENSSD_SANITIZE=address,undefined .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 build/sanitize/bin/python -m pytest -q --capture=sys -p no:cacheprovider -k "not runs_out_of_memory" $(NATIVE_TESTS)
 
+# the wheel is built from other folders than the environment: what of the core is compiled already is not compiled again
+$(VENV)/.installed $(VENV)/.installed-dev wheel: export CMAKE_CXX_COMPILER_LAUNCHER := $(CURDIR)/scripts/compile_once.py
+$(VENV)/.installed $(VENV)/.installed-dev wheel: export GENSSD_OBJECTS := $(CURDIR)/build/objects
+
 $(VENV)/.installed: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
-	touch $@
+# what is imported is compiled when it is: of all files of all packages pip would compile each one, for a minute
+$(VENV)/.installed-dev: $(SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --no-compile -c constraints.txt torch
+	$(PIP) install -q --no-compile -c constraints.txt -e ".[dev]"
+	touch $(VENV)/.installed $@
 
 clean:
 	rm -rf $(VENV) build dist

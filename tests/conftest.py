@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from support.ignored_files import IgnoredFiles
 from support.tiny_pair import TinyPair
 from support.toys import save_checkpoint
 
@@ -20,6 +21,15 @@ from genssd import Engine
 # a busy machine is no failure, and a failure should be found again: no deadlines, the same examples every time
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with Triton's interpreter, then with the files that have slow tests.
+
+    At the end of the suite each of them would keep one process busy while the others have nothing to do.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_interpreter.py", item.path not in slow))
 
 
 def pytest_collection_finish() -> None:
@@ -62,6 +72,18 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+IGNORED_FILES = IgnoredFiles()
+
+
+@pytest.fixture(autouse=True)
+def read_what_a_clone_has() -> Iterator[None]:
+    """Tests read no file of the source tree that git ignores."""
+    IGNORED_FILES.pop()
+    yield
+    ignored = IGNORED_FILES.pop()
+    assert not ignored, f"a fresh clone does not have {ignored}"
 
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="

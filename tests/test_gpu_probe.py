@@ -99,7 +99,7 @@ def test_every_operation_on_a_fake_device(
         probe = importlib.import_module("bench.gpu.probe")
         timing = importlib.import_module("bench.gpu.timing")
         monkeypatch.setattr(timing, "_time_kernels", timing._time_events)  # the profiler needs a real device
-        code = probe.main(["--json", str(tmp_path / "rows.jsonl"), "--commit", "abc"])
+        code = probe.main(["--json", str(tmp_path / "rows.jsonl"), "--commit", "abc", "--seconds", "1e9"])
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [r["error"] for r in rows if r["implementation"] in ("genssd", "eager", "SDPA") and r["error"]] == []

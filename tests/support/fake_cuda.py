@@ -18,6 +18,7 @@ import importlib
 import pkgutil
 import sys
 import typing
+import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
@@ -28,7 +29,6 @@ import torch._dynamo  # torch imports it when a mode is first entered, and must 
 from support.fake_streams import Event, Streams
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -199,21 +199,28 @@ class _Memory:
     """Storages on the device that are in use, and the largest sum of their sizes."""
 
     streams: Streams
-    storages: dict[int, tuple[StorageWeakRef, int]] = dataclasses.field(default_factory=dict)
+    storages: dict[int, tuple[weakref.ref[Any], int]] = dataclasses.field(default_factory=dict)
+    """The sizes by number."""
     peak: int = 0
+    _total: int = 0
+    _freed: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of storages that are no longer in use, and still counted."""
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self.count()  # another storage may have had the same number
-        self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.count())
+        self.count()  # a freed storage may have had the same number
+        number, size = storage._cdata, storage.nbytes()
+        if number not in self.storages:  # that of a view is counted
+            self.storages[number] = weakref.ref(storage, lambda _: self._freed.append(number)), size
+            self._total += size
+            self.peak = max(self.peak, self._total)
 
     def count(self) -> int:
-        expired = [key for key, value in self.storages.items() if value[0].expired()]
-        for key in expired:
-            del self.storages[key]
-            self.streams.free(key)
-        return sum(size for _, size in self.storages.values())
+        while self._freed:
+            number = self._freed.pop()
+            self._total -= self.storages.pop(number)[1]
+            self.streams.free(number)
+        return self._total
 
 
 class FakeCuda(TorchDispatchMode):
