@@ -199,6 +199,7 @@ def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     """Save the gradients that the operator has already computed; its last two inputs tell which were requested."""
     _, losses, d_hidden, d_weight = output
     ctx.mark_non_differentiable(losses, d_hidden, d_weight)
+    ctx.set_materialize_grads(False)  # else torch fills zeros of the size of both gradients, which nobody reads
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.requested, ctx.num_inputs = inputs[-2:], len(inputs)
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
@@ -219,11 +220,13 @@ def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | No
 
 def _scale(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient times upstream, a scalar tensor, rounded to dtype once."""
+    if gradient.is_cuda and upstream.dtype == torch.float32:
+        from genssd.kernels.scale_triton import scale
+
+        return scale(gradient, upstream, dtype)
     if gradient.dtype == upstream.dtype == dtype:
         return gradient * upstream
     out = torch.empty_like(gradient, dtype=dtype)
-    if out.is_cuda:  # one kernel, which casts as it reads and writes
-        return torch.mul(gradient, upstream[None], out=out)
     for target, part in zip(torch.split(out, 8192), torch.split(gradient, 8192), strict=True):
         target.copy_(part * upstream[None])
     return out

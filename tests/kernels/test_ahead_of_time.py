@@ -39,6 +39,7 @@ from genssd.kernels import (  # noqa: E402
     logprob_triton,
     norm_triton,
     rows_triton,
+    scale_triton,
 )
 from genssd.kernels.attention_launch_triton import AttentionTiles  # noqa: E402
 from genssd.kernels.head_triton import HeadTiles  # noqa: E402
@@ -97,7 +98,7 @@ ALIGNED = (
     "V", "U", "D", "L", "stride", "stride_z", "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx",
     "stride_student", "stride_teacher", "F", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin",
     "stride_page", "stride_slot", "stride_group", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
-    "M", "stride_e", "stride_m",
+    "M", "stride_e", "stride_m", "count",
 )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ SIZES = (
     "stride_n", "stride_v", "stride_b", "stride_x", "stride_dx", "stride_student", "stride_teacher", "F", "H", "G",
     "P", "first", "entries", "stride_residual", "stride_h", "stride_cos", "stride_sin", "stride_page", "stride_slot",
     "stride_group", "T", "R", "W", "GROUP", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
-    "X", "K", "M", "stride_e", "stride_m",
+    "X", "K", "M", "stride_e", "stride_m", "count",
 )  # fmt: skip
 FACTORS = (
     "scale", "log_tail", "temperature", "softcap", "student_softcap", "teacher_softcap", "mix", "top_p", "log_min_p",
@@ -299,6 +300,14 @@ ROWWISE = {
         {"BLOCK": rows_triton.ROWS.block, "SOFTCAP": True}, rows_triton.ROWS.num_warps,
     ),
     **{
+        f"scale-{dtype}": (
+            scale_triton._scale_kernel,
+            {"gradient": f"*{dtype}", "factor": "*fp32", "out": "*bf16"},
+            {"BLOCK": scale_triton.BLOCK}, scale_triton.NUM_WARPS,
+        )
+        for dtype in ("fp32", "bf16")
+    },
+    **{
         f"divergence-{kind}{'-in-two-passes' if known else ''}": (
             divergence_triton._divergence_kernel,
             dict.fromkeys(("student", "teacher", "row_weight", "loss"), "*fp32") | {"dx": "*bf16"},
@@ -330,7 +339,8 @@ def test_rowwise_kernels(target: Target, name: str, tmp_path: Path) -> None:
     kernel, pointers, constants, num_warps = ROWWISE[name]
     compiled = compile_for(target, kernel, types_of(**pointers), constants, num_warps=num_warps)
     assert compiled.metadata.shared <= target.shared_bytes
-    assembly(compiled, target, tmp_path, STACKS.get((name, target.capability), 0))
+    code = assembly(compiled, target, tmp_path, STACKS.get((name, target.capability), 0))
+    assert not name.startswith("scale") or re.search(target.wide, code), "memory is read in small pieces"
 
 
 FILTERS = {

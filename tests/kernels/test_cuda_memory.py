@@ -11,6 +11,8 @@ import torch
 from support.fake_cuda import FakeCuda
 from support.head_memory import BUDGETS, MIB, ROWS, VOCABULARY, WIDTH
 
+from genssd.kernels.cross_entropy import linear_cross_entropy
+
 pytest.importorskip("triton")
 
 
@@ -33,6 +35,20 @@ def peak_mib(name: str) -> float:
 def test_memory_beyond_the_inputs(name: str) -> None:
     with FakeCuda(computes=False):
         assert peak_mib(name) < BUDGETS[name][1]
+
+
+def test_the_backward_pass_fills_no_zeros() -> None:
+    """It allocates the gradients in the dtypes of the inputs, and nothing else."""
+    rows, width = 512, 1024
+    with FakeCuda(computes=False):
+        hidden, weight = (torch.empty(n, width, device="cuda:0", dtype=torch.bfloat16) for n in (rows, VOCABULARY))
+        target = torch.empty(rows, device="cuda:0", dtype=torch.int64)
+        loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), target).total
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(loss, (hidden, weight))
+        gradients = 2 * (rows + VOCABULARY) * width
+        assert gradients <= torch.cuda.max_memory_allocated() - before < gradients + MIB
 
 
 def test_the_sum_counts_what_is_in_use() -> None:
