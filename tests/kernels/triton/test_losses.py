@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ import torch
 from support.fake_cuda import FakeCuda, storage_of
 from torch import Tensor
 
-from genssd.kernels import head, loss_launch_triton
+from genssd.kernels import head, tune_file, tuned
 from genssd.kernels.cross_entropy import compute_cross_entropy, linear_cross_entropy
 from genssd.kernels.divergence import compute_divergence, linear_divergence
 from genssd.kernels.divergence_terms import DivergenceKind
@@ -126,10 +127,13 @@ def test_cross_entropy(rows: int, vocabulary: int, temperature: float, softcap: 
     assert_as_good_as_torch(compute_cross_entropy, [hidden, weight, target, row_weight], options, 1)
 
 
-@pytest.mark.parametrize("kind", get_args(DivergenceKind))
-@pytest.mark.parametrize(("student", "teacher", "caps"), [(161, 161, (None, None)), (97, 161, (3.0, None)),
-                                                          (161, 97, (None, 5.0))])  # fmt: skip
-def test_divergences(kind: str, student: int, teacher: int, caps: tuple[float | None, float | None]) -> None:
+CAPS = {"forward_kl": (3.0, None), "reverse_kl": (None, 5.0)}
+PAIRS = [(kind, 161, 161) for kind in get_args(DivergenceKind)] + [("forward_kl", 97, 161), ("reverse_kl", 161, 97)]
+
+
+@pytest.mark.parametrize(("kind", "student", "teacher"), PAIRS)
+def test_divergences(kind: str, student: int, teacher: int) -> None:
+    caps = CAPS.get(kind, (None, None))
     rows = 23
     hidden, teacher_hidden = normal(rows, 24), normal(rows, 16, seed=3)
     hidden[1], teacher_hidden[-1] = torch.nan, torch.inf
@@ -157,21 +161,31 @@ def test_gradients_in_half_precision() -> None:
 
 
 @pytest.fixture
-def shipped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The product that takes normalizers ships; the list receives the operators that ask for a configuration."""
-    asked: list[str] = []
-
-    def choose(operator: Any, *_: Any, **__: Any) -> LossConfiguration:
-        asked.append(operator)
-        return FUSED
-
-    monkeypatch.setattr(loss_launch_triton, "choose_shipped", choose)
-    return asked
+def tuned_losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A tune file that holds the product which takes normalizers for the losses of `test_the_operators_on_a_device`."""
+    path = tmp_path / "tune.json"
+    monkeypatch.setenv(tune_file.FILE_VARIABLE, str(path))
+    entry = tune_file.Entry(deterministic=(FUSED.values(),) * 4, fastest=(FUSED.values(),) * 4)
+    tuned.card_of.cache_clear()
+    with FakeCuda():
+        card = tuned.card_of(torch.device("cuda", 0))
+    shapes: list[tuple[tune_file.Operator, tuple[int, ...]]] = [
+        ("cross_entropy", (161, 16)),
+        ("divergence", (97, 16, 8)),
+    ]
+    for operator, shape in shapes:
+        problem = tune_file.Problem(operator=operator, dtype="float32", shape=shape)
+        tune_file.add_entries(path, card, {problem: entry})
+    tuned.forget()
+    yield
+    tuned.card_of.cache_clear()
+    tuned.forget()
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "divergence"])
-def test_the_operators_on_a_device(name: str, shipped: list[str]) -> None:
+def test_the_operators_on_a_device(name: str, tuned_losses: None) -> None:
     """Through the dispatcher: no result shares storage, no tensor lies elsewhere, and the values are the CPU's."""
+    wanted = {"_write_kernel", "_merge_kernel"}
     row_weight, target = weights(23), torch.arange(23)
 
     def loss(hidden: Tensor, weight: Tensor, teacher: Tensor) -> head.HeadLoss:
@@ -179,28 +193,54 @@ def test_the_operators_on_a_device(name: str, shipped: list[str]) -> None:
             return linear_cross_entropy(
                 hidden, weight, target.to(hidden.device), row_weight=row_weight.to(hidden.device), softcap=9.0
             )
+        teacher_weight = normal(97, 8, seed=3).to(hidden.device)
         return linear_divergence(
-            hidden, weight, teacher, weight, kind="jsd", row_weight=row_weight.to(hidden.device), temperature=1.5
-        )
+            hidden, weight, teacher, teacher_weight, kind="jsd", row_weight=row_weight.to(hidden.device),
+            temperature=1.5, vocabulary="drop",
+        )  # fmt: skip
 
     def run(device: str) -> list[Tensor]:
         leaves = [normal(23, 16).to(device).requires_grad_(), normal(161, 16, seed=1).to(device).requires_grad_()]
-        value = loss(*leaves, normal(23, 16, seed=2).to(device))
+        value = loss(*leaves, normal(23, 8, seed=2).to(device))
         return [value.rows, *torch.autograd.grad(value.total, leaves)]
 
     expected = run("cpu")
-    assert shipped == []
     with FakeCuda() as fake:
         results = run("cuda:0")
         assert len({storage_of(result) for result in results}) == 3
         results = [result.detach().cpu() for result in results]
-    assert shipped == [name]
-    assert {"_write_kernel", "_merge_kernel"} <= fake.kernels
+    assert wanted <= fake.kernels
     torch.testing.assert_close(results, [value.detach() for value in expected], atol=1e-5, rtol=1e-4)
 
 
-def test_a_loss_without_gradients_asks_for_nothing(shipped: list[str]) -> None:
-    with FakeCuda(), torch.no_grad():
-        hidden, weight = normal(3, 16).to("cuda:0"), normal(70, 16, seed=1).to("cuda:0")
+def test_a_loss_without_gradients_takes_no_such_product(tuned_losses: None) -> None:
+    with FakeCuda() as fake, torch.no_grad():
+        hidden, weight = normal(3, 16).to("cuda:0"), normal(161, 16, seed=1).to("cuda:0")
         linear_cross_entropy(hidden, weight, torch.arange(3).to("cuda:0"))
-    assert shipped == []
+    assert "_write_kernel" not in fake.kernels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_warps": 3}, "row_warps must be a power of two"),
+        ({"block_entries": 100}, "block_entries must be a power of two"),
+        ({"chunk_rows": 0}, "chunk_rows must be at least 1"),
+        ({"fused": 1}, "fused must be true or false"),
+        ({"rows": 1}, "it must have block_n"),
+    ],
+)
+def test_values_that_no_launch_takes_are_refused(change: dict[str, int], message: str) -> None:
+    assert LossConfiguration.from_values(FUSED.values()) == FUSED
+    with pytest.raises(ValueError, match=message):
+        LossConfiguration.from_values({**FUSED.values(), **change})
+
+
+def test_a_matrix_without_descriptors_takes_the_library() -> None:
+    """Rows that do not begin at 16 bytes: the tiles would be read through pointers, for which no registers are left."""
+    tiles = dataclasses.replace(TILES, descriptors=True)
+    multiply = dataclasses.replace(FUSED, tiles=tiles).make_multiply(1.0, None)
+    hidden, weight, out = normal(3, 5), normal(7, 5, seed=1), torch.empty(3, 7)
+    logits = multiply(hidden, weight, out)
+    assert logits.normalizer_C2 is None
+    torch.testing.assert_close(logits.x, hidden @ weight.T)
