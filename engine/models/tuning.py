@@ -276,12 +276,17 @@ def compile_candidate(jobs: Sequence[tuple[Workload, Configuration, int]], devic
 
 
 def list_jobs(workloads: Sequence[Workload]) -> list[tuple[Workload, Configuration, int]]:
-    """Return what must be compiled: candidates with one of their samples, those of equal small workloads once."""
+    """Return what must be compiled: candidates with one of their samples, those of equal small workloads once.
+
+    The samples of a divergence are its kinds, each of which has a kernel of its own.
+    """
     jobs: dict[tuple[Problem, str], tuple[Workload, Configuration, int]] = {}
     for workload in workloads:
         small = workload.make_small().problem
         for row_class, values in _order(workload, [workload.shipped(c) for c in range(len(workload.samples))]):
-            jobs.setdefault((small, json.dumps(values)), (workload, values, workload.samples[row_class][0]))
+            samples = workload.samples[row_class]
+            for number, sample in enumerate(samples if workload.operator == "divergence" else samples[:1]):
+                jobs.setdefault((small, json.dumps([values, number])), (workload, values, sample))
     return list(jobs.values())
 
 
