@@ -30,7 +30,7 @@ class LossConfiguration:
 
     fused: whether a kernel of ours writes the logits and takes the normalizers of the softmax from its registers,
     rather than the library's product, whose logits the pass over rows reads once more; the library's remains where
-    descriptors of the tiles do not fit a matrix. tiles, splits, group and
+    the tiles cannot be read from the layout of a matrix. tiles, splits, group and
     per_multiprocessor: configuration of that kernel; see HeadConfiguration. block_entries, row_warps and programs:
     sizes of the pass over rows; see RowTiles. chunk_rows: largest number of rows whose logits are held at once; the
     memory of a loss bounds it too.
@@ -65,8 +65,7 @@ class LossConfiguration:
         """Return the function that writes the logits of a chunk of rows."""
 
         def multiply(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> ChunkLogits:
-            fits = not self.tiles.descriptors or (fits_descriptor(hidden_CD) and fits_descriptor(weight_VD))
-            if not (self.fused and fits):
+            if not (self.fused and self._reads(hidden_CD) and self._reads(weight_VD)):
                 return ChunkLogits(multiply_into(hidden_CD, weight_VD, out=out_CV))
             product = HeadConfiguration(
                 tiles=self.tiles, splits=self.splits, group=self.group, per_multiprocessor=self.per_multiprocessor
@@ -76,6 +75,10 @@ class LossConfiguration:
             return ChunkLogits(out_CV, normalizer)
 
         return multiply
+
+    def _reads(self, x: Tensor) -> bool:
+        """Return whether the tiles of the fused product can be read from a matrix."""
+        return fits_descriptor(x) if self.tiles.descriptors else x.stride(1) == 1
 
 
 def choose_shipped(

@@ -236,11 +236,13 @@ def test_values_that_no_launch_takes_are_refused(change: dict[str, int], message
         LossConfiguration.from_values({**FUSED.values(), **change})
 
 
-def test_a_matrix_without_descriptors_takes_the_library() -> None:
-    """Rows that do not begin at 16 bytes: the tiles would be read through pointers, for which no registers are left."""
-    tiles = dataclasses.replace(TILES, descriptors=True)
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_a_layout_that_tiles_do_not_read_takes_the_library(descriptors: bool) -> None:
+    """Descriptors need rows that begin at 16 bytes, pointers entries that follow each other."""
+    tiles = dataclasses.replace(TILES, descriptors=descriptors)
     multiply = dataclasses.replace(FUSED, tiles=tiles).make_multiply(1.0, None)
-    hidden, weight, out = normal(3, 5), normal(7, 5, seed=1), torch.empty(3, 7)
+    hidden, out = normal(3, 5), torch.empty(3, 7)
+    weight = normal(7, 5, seed=1) if descriptors else normal(5, 7, seed=1).T
     logits = multiply(hidden, weight, out)
     assert logits.normalizer_C2 is None
     torch.testing.assert_close(logits.x, hidden @ weight.T)
