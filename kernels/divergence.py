@@ -9,6 +9,7 @@ Shapes:  N rows   C rows of a chunk   V student's vocabulary   U teacher's vocab
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -183,17 +184,19 @@ def _linear_divergence(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the total, the losses [N], and the gradients of hidden and weight (unrounded; empty if not wanted)."""
-    tensors = student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, row_weight_N
-    options = kind, mixes, runs, temperature, student_softcap, teacher_softcap, want_hidden, want_weight
+    compute = functools.partial(
+        compute_divergence, student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, row_weight_N,
+        kind, mixes, runs, temperature, student_softcap, teacher_softcap, want_hidden, want_weight,
+    )  # fmt: skip
     wide = torch.promote_types(teacher_hidden_NE.dtype, row_weight_N.dtype)
     if not (student_hidden_ND.is_cuda and wide == torch.float32):
-        return compute_divergence(*tensors, *options)
+        return compute()
     from genssd.kernels.loss_launch_triton import choose_configuration
 
     shared = min(len(student_weight_VD), len(teacher_weight_UE))
     shape = (shared, student_weight_VD.shape[1], teacher_weight_UE.shape[1])
     configuration = choose_configuration("divergence", student_hidden_ND.device, student_hidden_ND.dtype, shape)
-    return compute_divergence(*tensors, *options, configuration=configuration)
+    return compute(configuration=configuration)
 
 
 def compute_divergence(
@@ -251,8 +254,8 @@ def compute_divergence(
                 return divergence_rows(*arguments)
             from genssd.kernels import divergence_triton
 
-            normalizers = student.normalizer_C2, teacher.normalizer_C2
-            known = None if normalizers[0] is None else tuple(value[part] for value in normalizers)
+            p, q = student.normalizer_C2, teacher.normalizer_C2
+            known = None if p is None else p[part], None if q is None else q[part]
             return divergence_triton.divergence_rows(*arguments, normalizers=known, tiles=configuration.rows)
 
         chunk = slice(span.start, span.start + len(student.x))

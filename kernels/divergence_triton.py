@@ -55,21 +55,23 @@ def _divergence_kernel(
     student_normalizer, teacher_normalizer,  # [C, 2] [C, 2]
     C, V, U, stride_student, stride_teacher, stride_dx, mix, scale, student_softcap, teacher_softcap,
     KIND: tl.constexpr, MEAN_KNOWN: tl.constexpr, BLOCK: tl.constexpr, STUDENT_SOFTCAP: tl.constexpr,
-    TEACHER_SOFTCAP: tl.constexpr, KNOWN: tl.constexpr,
+    TEACHER_SOFTCAP: tl.constexpr, STUDENT_KNOWN: tl.constexpr, TEACHER_KNOWN: tl.constexpr,
 ):  # fmt: skip
-    """KNOWN: the normalizers of both are known, and their logits are capped; then the first pass is left out."""
-    CAP_STUDENT: tl.constexpr = STUDENT_SOFTCAP and not KNOWN
-    CAP_TEACHER: tl.constexpr = TEACHER_SOFTCAP and not KNOWN
+    """STUDENT_KNOWN, TEACHER_KNOWN: normalizers are known, and logits capped; then the first pass is left out."""
+    CAP_STUDENT: tl.constexpr = STUDENT_SOFTCAP and not STUDENT_KNOWN
+    CAP_TEACHER: tl.constexpr = TEACHER_SOFTCAP and not TEACHER_KNOWN
     for number in range(tl.program_id(0), C, tl.num_programs(0)):
         row = tl.zeros([], tl.int64) + number
         student_row, teacher_row = student + row * stride_student, teacher + row * stride_teacher
         dx_row = dx + row * stride_dx
         weight = tl.load(row_weight + row)
-        if KNOWN:
+        if STUDENT_KNOWN:
             peak_p, sum_p = tl.load(student_normalizer + 2 * row), tl.load(student_normalizer + 2 * row + 1)
-            peak_q, sum_q = tl.load(teacher_normalizer + 2 * row), tl.load(teacher_normalizer + 2 * row + 1)
         else:
             peak_p, sum_p = row_normalizer(student_row, V, scale, student_softcap, BLOCK, STUDENT_SOFTCAP)
+        if TEACHER_KNOWN:
+            peak_q, sum_q = tl.load(teacher_normalizer + 2 * row), tl.load(teacher_normalizer + 2 * row + 1)
+        else:
             peak_q, sum_q = row_normalizer(teacher_row, U, scale, teacher_softcap, BLOCK, TEACHER_SOFTCAP)
         shared = tl.minimum(V, U)
         # a constant in f matters where the sum leaves out entries of the student's softmax
@@ -122,25 +124,26 @@ def divergence_rows(
     teacher_softcap: float | None,
     dtype: torch.dtype,
     *,
-    normalizers: tuple[Tensor, Tensor] | None = None,
+    normalizers: tuple[Tensor | None, Tensor | None] = (None, None),
     tiles: RowTiles = TILES,
 ) -> tuple[Tensor, Tensor]:
     """Compute `divergence.divergence_rows` for float32 logits on a CUDA device; the gradient overwrites student_x.
 
     normalizers: those of the student's and of the teacher's logits, float32 [C, 2] each, of
-    `loss_logits_triton.write_normalized_logits`, which has capped both.
+    `loss_logits_triton.write_normalized_logits`, which has capped the logits; None where the kernel computes them.
     """
     (C, V), U = student_x_CV.shape, teacher_x_CU.shape[1]
     loss_C = torch.empty(C, dtype=torch.float32, device=student_x_CV.device)
     mean_known = kind == "forward_kl" and U <= V
     dx_CV = (upper_half if mean_known else lower_half)(student_x_CV, dtype)
-    student_normalizer, teacher_normalizer = normalizers or (loss_C, loss_C)
+    student_known, teacher_known = (value is not None for value in normalizers)
+    student_normalizer, teacher_normalizer = (loss_C if value is None else value for value in normalizers)
     _divergence_kernel[(min(C, tiles.programs),)](
         student_x_CV, teacher_x_CU, row_weight_C, loss_C, dx_CV, student_normalizer, teacher_normalizer, C, V, U,
         student_x_CV.stride(0), teacher_x_CU.stride(0), dx_CV.stride(0),
         mix, 1.0 / temperature, student_softcap or 1.0, teacher_softcap or 1.0,
         KIND=KINDS[kind], MEAN_KNOWN=mean_known, BLOCK=tiles.block,
         STUDENT_SOFTCAP=student_softcap is not None, TEACHER_SOFTCAP=teacher_softcap is not None,
-        KNOWN=normalizers is not None, num_warps=tiles.num_warps,
+        STUDENT_KNOWN=student_known, TEACHER_KNOWN=teacher_known, num_warps=tiles.num_warps,
     )  # fmt: skip
     return loss_C, dx_CV

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def loss_candidates(operator: tune_file.Operator, device: Device, dtype: torch.d
     ]  # fmt: skip
     per_warp = shipped.block_entries // shipped.row_warps
     programs = {4: EVERY_ROW, 16: device.multiprocessors, 32: max(1, device.multiprocessors // 2)}
-    changes: list[dict[str, int]] = [
+    changes: list[dict[str, Any]] = [
         {"block_entries": warps * per_warp, "row_warps": warps, "programs": count} for warps, count in programs.items()
     ]
     changes += [{"chunk_rows": rows} for rows in CHUNK_ROWS[operator]]
@@ -230,12 +231,12 @@ class DivergenceWorkload(LossWorkload):
 
     def make_run(self, values: tune_file.Configuration, sample: int, first: int = 0) -> Run:
         """Return the call of a candidate on all rows, by the kind of the sample."""
-        student, teacher = self._head(0), self._head(1)
-        ones = torch.ones(ROWS, device=student[0].device)
+        (hidden, weight), (teacher_hidden, teacher_weight) = self._head(0), self._head(1)
+        ones = torch.ones(ROWS, device=hidden.device)
         configuration = LossConfiguration.from_values(values)
         return lambda: compute_divergence(
-            *student, *teacher, ones, KINDS[sample], [0.5], [ROWS], 1.0, None, None, True, True,
-            configuration=configuration,
+            hidden, weight, teacher_hidden, teacher_weight, ones, KINDS[sample], [0.5], [ROWS], 1.0, None, None,
+            True, True, configuration=configuration,
         )  # fmt: skip
 
     def check(self, outputs: Sequence[Tensor], sample: int) -> None:

@@ -275,7 +275,7 @@ def of_divergence(
     logits = ("student", "teacher", "row_weight", "loss", "student_normalizer", "teacher_normalizer")
     constants = {
         "BLOCK": warps * PER_WARP["divergence"], "KIND": divergence_triton.KINDS[kind], "MEAN_KNOWN": mean_known,
-        "STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True, "KNOWN": normalized,
+        "STUDENT_SOFTCAP": True, "TEACHER_SOFTCAP": True, "STUDENT_KNOWN": normalized, "TEACHER_KNOWN": normalized,
     }  # fmt: skip
     return divergence_triton._divergence_kernel, dict.fromkeys(logits, "*fp32") | {"dx": "*bf16"}, constants, warps
 

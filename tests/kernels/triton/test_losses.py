@@ -160,6 +160,16 @@ def test_gradients_in_half_precision() -> None:
         torch.testing.assert_close(ours.double(), truth, atol=4e-3, rtol=4e-3)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_divergence_of_which_one_head_takes_the_library(side: int) -> None:
+    """Each side is capped once, and its first read is left out or not, whatever the other side takes."""
+    rows = 5
+    tensors = [normal(rows, 8), normal(97, 8, seed=1), normal(rows, 8, seed=2), normal(97, 8, seed=3)]
+    tensors[2 * side + 1] = tensors[2 * side + 1].T.contiguous().T
+    options = ("forward_kl", [0.0], [rows], 0.8, 1.5, 2.0, True, True)
+    assert_as_good_as_torch(compute_divergence, [*tensors, torch.ones(rows)], options, 1)
+
+
 @pytest.fixture
 def tuned_losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A tune file that holds the product which takes normalizers for the losses of `test_the_operators_on_a_device`."""
