@@ -252,11 +252,11 @@ def compute_divergence(
             )  # fmt: skip
             if configuration is None:
                 return divergence_rows(*arguments)
-            from genssd.kernels import divergence_triton
+            from genssd.kernels.divergence_triton import divergence_rows as loss_rows
 
             p, q = student.normalizer_C2, teacher.normalizer_C2
             known = None if p is None else p[part], None if q is None else q[part]
-            return divergence_triton.divergence_rows(*arguments, normalizers=known, tiles=configuration.rows)
+            return loss_rows(*arguments, normalizers=known, tiles=configuration.rows)
 
         chunk = slice(span.start, span.start + len(student.x))
         parts = [part_loss(part, mix) for part, mix in _divide_span(chunk, mixes, runs)]

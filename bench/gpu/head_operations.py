@@ -168,7 +168,7 @@ CROSS_ENTROPIES: dict[str, Callable[[], Loss]] = {
 }
 
 
-NORMALIZED = "genssd, normalizers from the product"
+NORMALIZED = "genssd with normalized logits"
 """Name of the first candidate of a loss that is not timed yet; bench.tuning.new_candidates times all of them."""
 
 
